@@ -1,0 +1,35 @@
+# Needs make and Python 3.11 or newer; everything else goes into .venv.
+# Recipes use relative paths only, so the clone may lie in any folder, spaces included.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test quickstart
+
+help: ## list what can be made
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
+
+setup: $(STAMP) ## make .venv and install the tested versions into it
+	@echo "Ready: $(BIN)/offline-lmrl --help"
+
+test: $(STAMP) ## set up, then run the default tests
+	@echo "Running the default tests (-m gates, -m slow and -m benchmarks run apart)"
+	$(BIN)/python -m pytest
+
+quickstart: $(STAMP) ## set up, then compare the methods on the maze
+	@echo "Making the logs of the maze"
+	$(BIN)/offline-lmrl prepare maze --output data/maze/full
+	@echo "Training and comparing the methods on the maze (continues where an earlier run stopped)"
+	$(BIN)/offline-lmrl compare configs/maze/quickstart.yaml
+
+# The stamp is written last, so an interrupted installation is repaired by the next make.
+$(STAMP): setup.cfg pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed, found: $$($(PYTHON) --version 2>&1); set another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Making .venv and installing the versions of requirements.lock (some minutes the first time)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev,plots,peft]'
+	@touch $@

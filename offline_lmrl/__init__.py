@@ -1,0 +1,36 @@
+"""Offline reinforcement learning for language models: logs in, value-guided text out.
+
+The names below are loaded when they are first used, so that `import offline_lmrl` costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Turn": "data.trajectory",
+    "Trajectory": "data.trajectory",
+    "read_trajectories": "data.io",
+    "write_trajectories": "data.io",
+    "Renderer": "data.rendering",
+    "load_model": "models.guided",
+    "SamplingConfig": "decoding.sampler",
+    "LanguagePolicy": "decoding.policy",
+    "rollout": "environments.rollouts",
+    "BCConfig": "algorithms.behaviour_cloning",
+    "BCTrainer": "algorithms.behaviour_cloning",
+    "ILQLConfig": "algorithms.ilql",
+    "ILQLTrainer": "algorithms.ilql",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
