@@ -133,7 +133,7 @@ def sample_from(scores: Tensor, u: Tensor) -> Tensor:
     Returns: (B,) long.
     """
     cdf = scores.float().softmax(-1).cumsum(-1, dtype=torch.float64)
-    total = cdf[:, -1:]
+    total = cdf[:, -1:].contiguous()
     drawn = torch.searchsorted(cdf, u.to(cdf.dtype).unsqueeze(-1) * total, right=True)
     last = torch.searchsorted(cdf, total)  # the last token with mass: u · total may round up to total
     return torch.minimum(drawn, last).squeeze(-1)
