@@ -1,0 +1,1 @@
+"""Scored dialogues and everything that reads, checks, renders and batches them; import the modules by name."""

@@ -1,0 +1,90 @@
+"""What players, environments and scorers look like from outside: structural types, no base classes to inherit.
+
+An episode alternates: the environment gives turns, the agent replies with one text, the environment steps. Everything
+comes in batches over rows, and each row has its own seed, so an episode does not depend on its neighbours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from offline_lmrl.data.trajectory import Turn
+
+
+class StepResult(NamedTuple):
+    """What follows an agent turn: the reply, the reward of that turn, and whether the episode ended or was cut."""
+
+    turns: Sequence[Turn]
+    reward: float
+    terminated: bool
+    truncated: bool
+
+
+class Environment(Protocol):
+    """One episode at a time.
+
+    Two methods are optional: `labels() -> dict`, facts for the table once the episode is over (invalid actions, say),
+    and `options() -> list[str] | None`, the only texts allowed for the coming agent turn.
+    """
+
+    def reset(self, seed: int) -> Sequence[Turn]:
+        """Starts the episode of this seed; returns the turns before the agent's first."""
+
+    def step(self, text: str) -> StepResult:
+        """Takes the agent's text."""
+
+
+class VectorEnvironment(Protocol):
+    """Many episodes at once; `rows` index into the seeds of the last reset, and a finished row is not stepped again.
+
+    `labels(row)` and `options(row)` are optional, as in `Environment`.
+    """
+
+    def reset(self, seeds: Sequence[int]) -> list[Sequence[Turn]]:
+        """Starts one episode per seed; returns each one's turns before the agent's first."""
+
+    def step(self, rows: Sequence[int], texts: Sequence[str]) -> list[StepResult]:
+        """Takes one text for each of these rows; results in the same order."""
+
+
+class Scorer(Protocol):
+    """Rates alternative continuations of one context: reward models, rules, Q heads."""
+
+    def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
+        """One raw score per option, shape (K,); higher is better."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One agent turn as sampled.
+
+    Attributes:
+      text: the turn's text, closing token removed.
+      token_ids: the sampled ids, closing token included; None for players without a tokenizer.
+      log_prob: per id, under the distribution it was sampled from, in nats.
+      policy_log_prob: per id, under the unguided policy at the same temperature, in nats.
+      closed: the closing token was sampled; False = the length limit ended the turn.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] | None = None
+    log_prob: tuple[float, ...] | None = None
+    policy_log_prob: tuple[float, ...] | None = None
+    closed: bool = True
+
+
+class Session(Protocol):
+    """One batch of episodes from their first turn to their last; it may keep caches per row."""
+
+    def reply(self, rows: Sequence[int], histories: Sequence[Sequence[Turn]],
+              options: Sequence[Sequence[str] | None] | None = None) -> list[Reply]:
+        """The next agent turn of each of these rows, given all turns so far; `options` restrict it to given texts."""
+
+
+class Policy(Protocol):
+    """A player: a language model with its decoding, or a script."""
+
+    def start(self, seeds: Sequence[int]) -> Session:
+        """A session with one row per seed."""

@@ -1,0 +1,234 @@
+"""A scored dialogue or game: `Turn`, `Trajectory`, and their form on disk.
+
+A trajectory is the episode of an agent in text. The turns the agent is credited for are `trainable`; each may carry
+the reward it earned, in the raw units of the log. A record is the same thing as one plain dict, without loss: what a
+line of JSON Lines and a row of Parquet hold.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
+from typing import Any
+
+from offline_lmrl.data.errors import InputError
+
+ROLES = ("system", "user", "assistant", "tool", "environment")
+OPTIONAL_TURN_FIELDS = ("trainable", "reward", "token_ids", "behaviour_log_prob")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one speaker said at once.
+
+    Attributes:
+      role: the speaker, one of ROLES.
+      content: the text, as it is; it may be empty.
+      trainable: the agent is credited or blamed for this text; None means (role == "assistant").
+      reward: what the turn earned, finite, on trainable turns only; None = not scored, counts as 0.
+      token_ids: the ids as sampled, closing token included, when known; the text need not encode to them again.
+      behaviour_log_prob: log-probability of each of `token_ids` under the policy that acted, in nats.
+
+    Raises InputError that names the field.
+    """
+
+    role: str
+    content: str
+    trainable: bool | None = None
+    reward: float | None = None
+    token_ids: tuple[int, ...] | None = None
+    behaviour_log_prob: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise InputError(f"role: found {shown(self.role)}, expected one of {', '.join(ROLES)}")
+        require_text("content", self.content)
+        if not isinstance(self.trainable, bool | None):
+            raise InputError(f"trainable: found {shown(self.trainable)}, expected true, false or null")
+        if self.reward is not None:
+            reward = _finite("reward", self.reward)
+            if not self.is_trainable:
+                whose = "a" if self.trainable is None else "an untrained"
+                raise InputError(f"reward: found {reward} on {whose} turn of role {self.role!r}, "
+                                 "expected rewards only on the agent turn that earned them")
+            object.__setattr__(self, "reward", reward)
+        if self.token_ids is not None:
+            object.__setattr__(self, "token_ids", _token_ids(self.token_ids))
+        if self.behaviour_log_prob is not None:
+            values = _sequence("behaviour_log_prob", self.behaviour_log_prob)
+            log_prob = tuple(_finite("behaviour_log_prob", value) for value in values)
+            object.__setattr__(self, "behaviour_log_prob", log_prob)
+            if self.token_ids is not None and len(log_prob) != len(self.token_ids):
+                raise InputError(f"behaviour_log_prob: found {len(log_prob)} values, "
+                                 f"expected one for each of {len(self.token_ids)} token_ids")
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the agent is credited for this turn."""
+        return self.role == "assistant" if self.trainable is None else self.trainable
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One episode.
+
+    Attributes:
+      turns: at least one.
+      terminated: the episode ended by itself; False = the log was cut, so values bootstrap past its end.
+      group: root prompt or conversation, the unit of every split; "" = none known.
+      task: identity of the task; source: where the row comes from.
+      labels: every raw human signal and private fact, values that JSON can hold; never rendered.
+
+    Raises InputError that names the field.
+    """
+
+    turns: tuple[Turn, ...]
+    terminated: bool = True
+    group: str = ""
+    task: str = ""
+    source: str = ""
+    labels: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "turns", tuple(self.turns))
+        if not self.turns:
+            raise InputError("turns: found none, expected at least one")
+        for turn in self.turns:
+            if not isinstance(turn, Turn):
+                raise InputError(f"turns: found {shown(turn)}, expected Turn objects")
+        if not isinstance(self.terminated, bool):
+            raise InputError(f"terminated: found {shown(self.terminated)}, expected true or false")
+        for name in ("group", "task", "source"):
+            require_text(name, getattr(self, name))
+        if not isinstance(self.labels, Mapping):
+            raise InputError(f"labels: found {shown(self.labels)}, expected an object")
+
+    @property
+    def total_return(self) -> float:
+        """Undiscounted sum of the rewards; a turn that is not scored counts as 0."""
+        return math.fsum(turn.reward for turn in self.turns if turn.reward is not None)
+
+
+def to_record(trajectory: Trajectory) -> dict[str, Any]:
+    """The trajectory as a plain dict for disk; fields of a turn that are None are left out, labels are a JSON string.
+
+    Raises InputError if the labels cannot be written as JSON.
+    """
+    messages = []
+    for turn in trajectory.turns:
+        message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+        for name in OPTIONAL_TURN_FIELDS:
+            value = getattr(turn, name)
+            if value is not None:
+                message[name] = list(value) if isinstance(value, tuple) else value
+        messages.append(message)
+    try:
+        labels = json.dumps(dict(trajectory.labels), sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"labels: found {error}, expected values that JSON can hold") from error
+    return {"messages": messages, "terminated": trajectory.terminated, "group": trajectory.group,
+            "task": trajectory.task, "source": trajectory.source, "labels": labels}
+
+
+def from_record(record: Mapping[str, Any], where: str) -> Trajectory:
+    """The trajectory of one record, the inverse of `to_record`; absent and null fields take their defaults.
+
+    Args:
+      record: `messages` with `terminated, group, task, source, labels`; labels a JSON string or an object.
+      where: "file:row", put in front of every error.
+
+    Raises InputError for a field of the wrong type, a row without an agent turn, and an agent turn without any text.
+    """
+    messages = record.get("messages")
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise InputError(f"{where}: messages: found {shown(messages)}, expected a list of turns")
+    turns = tuple(turn_from_record(message, f"{where}: messages[{i}]") for i, message in enumerate(messages))
+    return build_trajectory(turns, record, where)
+
+
+def turn_from_record(message: Any, where: str) -> Turn:
+    """The turn of one message; `where` is "file:row: field" and goes in front of every error."""
+    if not isinstance(message, Mapping):
+        raise InputError(f"{where}: found {shown(message)}, expected an object with role and content")
+    try:
+        turn = Turn(message.get("role"), message.get("content"), *(message.get(name) for name in OPTIONAL_TURN_FIELDS))
+    except InputError as error:
+        raise InputError(f"{where}.{error}") from error
+    # An agent that closes its turn at once was still sampled; a log without a word of it has nothing to learn from.
+    if turn.is_trainable and not turn.content and not turn.token_ids:
+        raise InputError(f"{where}.content: found empty text, expected the text of the agent's turn")
+    return turn
+
+
+def build_trajectory(turns: Sequence[Turn], record: Mapping[str, Any], where: str) -> Trajectory:
+    """A trajectory of these turns with the other fields of a record; errors as in `from_record`."""
+    fields = {name: record[name] for name in ("terminated", "group", "task", "source") if record.get(name) is not None}
+    try:
+        labels = _labels(record.get("labels"))
+        trajectory = Trajectory(tuple(turns), labels=labels, **fields)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    if not any(turn.is_trainable for turn in turns):
+        roles = ", ".join(dict.fromkeys(turn.role for turn in turns))
+        raise InputError(f"{where}: messages: found only untrained turns ({roles}), expected at least one agent turn")
+    return trajectory
+
+
+def with_own_token_ids(trajectory: Trajectory, fingerprint: str) -> Trajectory:
+    """The trajectory itself if its sampled ids belong to this renderer, else a copy without ids and log-probs.
+
+    The fingerprint of the renderer that sampled is in `labels["tokenizer"]`; ids of unknown origin are not trusted.
+    """
+    if trajectory.labels.get("tokenizer") == fingerprint or all(turn.token_ids is None for turn in trajectory.turns):
+        return trajectory
+    return replace(trajectory, turns=tuple(replace(turn, token_ids=None, behaviour_log_prob=None)
+                                           for turn in trajectory.turns))
+
+
+def shown(value: Any) -> str:
+    """A value as an error prints it: one short line."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def require_text(name: str, value: Any) -> None:
+    """Raises InputError unless the value is text that UTF-8 can hold (JSON can spell half a surrogate pair)."""
+    if not isinstance(value, str):
+        raise InputError(f"{name}: found {shown(value)}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name}: found half a surrogate pair at character {error.start}, expected text") from error
+
+
+def _finite(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InputError(f"{name}: found {shown(value)}, expected a number")
+    if not math.isfinite(value):
+        raise InputError(f"{name}: found {value}, expected a finite number")
+    return float(value)
+
+
+def _sequence(name: str, value: Any) -> Sequence:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise InputError(f"{name}: found {shown(value)}, expected a list")
+    return value
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    for token in _sequence("token_ids", value):
+        if isinstance(token, bool) or not isinstance(token, Integral) or token < 0:
+            raise InputError(f"token_ids: found {shown(token)}, expected integers from 0 up")
+    return tuple(int(token) for token in value)
+
+
+def _labels(value: Any) -> dict[str, Any]:
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise InputError(f"labels: found text that is not JSON ({error}), expected a JSON object") from error
+    if not isinstance(value or {}, Mapping):
+        raise InputError(f"labels: found {shown(value)}, expected an object")
+    return dict(value or {})
