@@ -1,0 +1,111 @@
+"""Logs of scripted players in the double-T maze: a data set that only stitching solves.
+
+85% of the episodes are uniformly random walks, 15% a suboptimal solver, each confined to one of three parts of the
+maze that share row 5: the left T, the right T, and the lower part with the goal. So no episode that starts in an upper
+bar reaches the goal, but the parts together hold every step of the way.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from data_prep.reports import write_json
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import split_by_group, write_trajectories
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.environments.maze import FREE, GOAL, MAX_STEPS, MOVES, Cell, Maze, distances, move
+
+UPPER_BARS = frozenset(cell for cell in FREE if cell[0] == 1)
+PARTS: dict[str, frozenset[Cell]] = {
+    "left": frozenset(cell for cell in FREE if cell[0] == 5 or (cell[0] < 5 and cell[1] < 6)),
+    "right": frozenset(cell for cell in FREE if cell[0] == 5 or (cell[0] < 5 and cell[1] > 6)),
+    "lower": frozenset(cell for cell in FREE if cell[0] >= 5),
+}
+SOLVER_SHARE = 0.15
+SOLVER_SKILL = 0.3  # how often the solver takes a shortest way; its other moves are random
+VALIDATION_SHARE = 0.1
+
+
+def prepare(output: str | Path, *, observed: Literal["full", "partial"] = "full", episodes: int = 1240,
+            seed: int = 0) -> dict[str, float]:
+    """Play the scripted players and write train.jsonl, validation.jsonl (10% of the episodes) and report.json.
+
+    Args:
+      output: folder, made if it is missing.
+      observed: what an observation tells; the moves are the same for both.
+      episodes: number of episodes, 1,240 in the published logs.
+      seed: of the players and of the split.
+    Returns: counts and means of the logs, as in report.json. `mean_return` sums what was logged, so the episodes cut
+      on leaving their part make it better than what their players would score in the whole maze.
+    Raises: InputError for fewer than one episode.
+    """
+    if episodes < 1:
+        raise InputError(f"episodes: found {episodes}, expected at least 1")
+    trajectories = logs(observed, episodes, seed)
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    shares = {"train": 1 - VALIDATION_SHARE, "validation": VALIDATION_SHARE}
+    for name, rows in split_by_group(trajectories, shares, seed).items():
+        write_trajectories(output / f"{name}.jsonl", rows)
+    report = _report(trajectories)
+    write_json(output / "report.json", report)
+    return report
+
+
+def logs(observed: Literal["full", "partial"], episodes: int, seed: int) -> list[Trajectory]:
+    """Episodes of the scripted players; part and player are in the labels, each episode is its own group."""
+    rng = np.random.default_rng(seed)
+    remaining = distances()
+
+    def walk(cell: Cell) -> str:
+        return str(rng.choice(list(MOVES)))
+
+    def solve(cell: Cell) -> str:
+        shortest = min(MOVES, key=lambda action: remaining[move(cell, action)])
+        return shortest if rng.random() < SOLVER_SKILL else walk(cell)
+
+    trajectories = []
+    for episode in range(episodes):
+        part = str(rng.choice(list(PARTS)))
+        starts = sorted(PARTS[part] - {GOAL})
+        start = starts[rng.integers(len(starts))]
+        player, name = (solve, "solver") if rng.random() < SOLVER_SHARE else (walk, "walk")
+        turns, end = _play(Maze(observed, start), player, PARTS[part])
+        # The point of this data: the way from a bar to the goal is in it, but never in one episode.
+        assert not (start in UPPER_BARS and end == "goal"), f"episode {episode} runs from {start} to the goal"
+        trajectories.append(Trajectory(turns, terminated=end == "goal", group=f"maze-{seed}-{episode}", task="maze",
+                                       source="scripted", labels={"part": part, "player": name, "end": end}))
+    return trajectories
+
+
+def _play(maze: Maze, player: Callable[[Cell], str], part: frozenset[Cell]) -> tuple[tuple[Turn, ...], str]:
+    """One episode; it ends with "goal", or is cut by "leaving" the part or by "length", observation included."""
+    turns, end = list(maze.reset(seed=0)), ""
+    while not end:
+        action = player(maze.position)
+        result = maze.step(action)
+        turns += [Turn("assistant", action, reward=result.reward), *result.turns]
+        if result.terminated:
+            end = "goal"
+        elif maze.position not in part:
+            end = "leaving"
+        elif maze.steps == MAX_STEPS:
+            end = "length"
+    return tuple(turns), end
+
+
+def _report(trajectories: list[Trajectory]) -> dict[str, float]:
+    ends = Counter(trajectory.labels["end"] for trajectory in trajectories)
+    steps = sum(turn.is_trainable for trajectory in trajectories for turn in trajectory.turns)
+    return {
+        "episodes": len(trajectories),
+        "steps": steps,
+        "reached_goal": ends["goal"],
+        "cut_by_leaving": ends["leaving"],
+        "cut_by_length": ends["length"],
+        "mean_return": sum(trajectory.total_return for trajectory in trajectories) / len(trajectories),
+        "mean_length": steps / len(trajectories),
+    }
