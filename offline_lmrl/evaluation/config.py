@@ -1,0 +1,289 @@
+"""What a comparison is: the typed form of a `compare` file."""
+
+import argparse
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.evaluation.metrics import ScoreScale
+
+ELSEWHERE = ("path", "scratch", "vocab_size", "tokenizer")  # model settings that a start from another method decides
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """One row group of the table: an algorithm with its settings, trained once per seed.
+
+    algorithm: a name that `train` knows.
+    model, args: merged over the comparison's own `model` and `args`, key by key.
+    start_from: written `from` in YAML: the method whose checkpoint of the same seed this one starts from.
+    evaluate: False trains it only as a start for others.
+    sampling: SamplingConfig fields for its play, merged over `evaluation.sampling`.
+    regime: what it was allowed to learn from, as the table prints it.
+    """
+
+    algorithm: str
+    model: Mapping[str, Any] = field(default_factory=dict)
+    args: Mapping[str, Any] = field(default_factory=dict)
+    start_from: str | None = None
+    evaluate: bool = True
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    regime: str = "labels only"
+
+    @classmethod
+    def of(cls, name: str, entry: Any) -> "MethodConfig":
+        """From a YAML mapping, where `start_from` is called `from`."""
+        if isinstance(entry, cls):
+            return entry
+        if not isinstance(entry, Mapping):
+            raise InputError(f"methods.{name}: found {entry!r}, expected a mapping with `algorithm`")
+        fields = {f.name for f in dataclasses.fields(cls)} - {"start_from"} | {"from"}
+        require_known(entry, fields, f"methods.{name}")
+        if "algorithm" not in entry:
+            raise InputError(f"methods.{name}.algorithm: missing, expected the name of an algorithm")
+        for key in ("model", "args", "sampling"):
+            if not isinstance(entry.get(key) or {}, Mapping):
+                raise InputError(f"methods.{name}.{key}: found {entry[key]!r}, expected a mapping")
+        return cls(start_from=entry.get("from"), **{k: v for k, v in entry.items() if k != "from" and v is not None})
+
+
+@dataclass(frozen=True)
+class PartnerConfig:
+    """A model that plays inside the environment, trained once with its own seed and the same for every method.
+
+    argument: the environment's keyword that takes it, as a policy. sampling: its fixed SamplingConfig fields.
+    """
+
+    algorithm: str = "bc"
+    model: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    sampling: dict[str, Any] = field(default_factory=dict)
+    argument: str = "partner"
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Episodes on which β is chosen by returns: never the reported ones.
+
+    environment: keywords that differ from the reported environment's (another file of scenarios, say).
+    """
+
+    episodes: int = 200
+    first_seed: int = 1_000_000
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_at_least("evaluation.selection.episodes", self.episodes, 1)
+        require_at_least("evaluation.selection.first_seed", self.first_seed, 0)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How every method is measured.
+
+    episodes, first_seed: episode seeds first_seed .. first_seed + episodes − 1, the same for all.
+    repeats: decoding seeds per episode seed for sampled play; greedy play has one.
+    betas: candidates for value-guided methods.
+    kl_budget: "chosen offline" is the largest β whose mean KL(guided ‖ π) on logged validation states is within it, in
+      nats per token. offline_rows: validation rows read for that.
+    selection: where β is chosen by returns; None leaves that setting out.
+    cluster: label that dependent episodes share (scenario, start); None = the episode seed.
+    score: ends and mean of the normalised column; None leaves it out.
+    labels: numeric labels that become columns, by name; None = all.
+    sampling: SamplingConfig fields for everyone's play, the decode budget.
+    batch_size: episodes played side by side.
+    """
+
+    episodes: int = 800
+    first_seed: int = 0
+    repeats: int = 1
+    betas: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+    kl_budget: float = 0.3
+    offline_rows: int = 200
+    selection: SelectionConfig | None = None
+    cluster: str | None = None
+    score: ScoreScale | None = None
+    labels: tuple[str, ...] | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 1024
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name in ("episodes", "repeats", "offline_rows", "batch_size"):
+            require_at_least(f"evaluation.{name}", getattr(self, name), 1)
+        require_at_least("evaluation.first_seed", self.first_seed, 0)
+        require_at_least("evaluation.kl_budget", self.kl_budget, 0)
+        if not self.betas or min(self.betas) < 0:
+            raise InputError(f"evaluation.betas: found {list(self.betas)}, expected at least one number, none below 0")
+        if "beta" in self.sampling:
+            raise InputError("evaluation.sampling.beta: found a value, expected none: evaluation.betas has the candidates")
+
+    @property
+    def seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.episodes)
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """A comparison of methods on one environment.
+
+    environment: `name` of a known environment or `package.module:Class`, and its keywords.
+    data: `train` and `validation`, files or folders of trajectories.
+    methods: name -> MethodConfig or its mapping, in the table's order.
+    output: folder of results.jsonl, table.md, episodes/, samples/ and runs/.
+    prepare: `command` and its settings, run once where data.train is missing.
+    seeds: training seeds of every method.
+    model, args: what all methods share. baseline: method of the paired differences; "" = the first evaluated.
+    reference: published rows, name -> {column: number}, printed beside ours and marked.
+    """
+
+    environment: dict[str, Any]
+    data: dict[str, str | None]
+    methods: dict[str, Any]
+    output: str
+    prepare: dict[str, Any] | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    model: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)
+    partner: PartnerConfig | None = None
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    baseline: str = ""
+    reference: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeds", tuple(self.seeds))
+        object.__setattr__(self, "methods", {name: MethodConfig.of(name, m) for name, m in self.methods.items()})
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds: found {list(self.seeds)}, expected at least one, each once")
+        if "name" not in self.environment:
+            raise InputError("environment.name: missing, expected the name of an environment")
+        require_known(self.data, {"train", "validation"}, "data")
+        if not self.data.get("train"):
+            raise InputError("data.train: missing, expected a file or folder of trajectories")
+        if self.prepare is not None and "command" not in self.prepare:
+            raise InputError("prepare.command: missing, expected what follows `offline-lmrl prepare`")
+        if not self.evaluated:
+            raise InputError("methods: found none to evaluate, expected at least one")
+        if self.baseline:
+            require_known([self.baseline], set(self.evaluated), "baseline")
+        else:
+            object.__setattr__(self, "baseline", self.evaluated[0])
+        for name in self.methods:
+            self._check_start(name)
+        self._check_selection()
+
+    @property
+    def evaluated(self) -> list[str]:
+        """Names of the methods that get rows."""
+        return [name for name, method in self.methods.items() if method.evaluate]
+
+    def _check_start(self, name: str) -> None:
+        seen = [name]
+        while (start := self.methods[seen[-1]].start_from) is not None:
+            require_known([start], set(self.methods), f"methods.{seen[-1]}.from")
+            if start in seen:
+                circle = " <- ".join([*seen, start])
+                raise InputError(f"methods.{name}.from: found the circle {circle}, expected a method without `from`")
+            stated = sorted(set(ELSEWHERE) & set(self.methods[seen[-1]].model))
+            if stated:
+                where = f"methods.{seen[-1]}.model.{stated[0]}"
+                raise InputError(f"{where}: found beside `from`, which decides it, expected only one of them")
+            seen.append(start)
+
+    def _check_selection(self) -> None:
+        chosen = self.evaluation.selection
+        if chosen is None:
+            return
+        same = all(self.environment.get(key) == value for key, value in chosen.environment.items())
+        shared = set(self.evaluation.seeds) & set(range(chosen.first_seed, chosen.first_seed + chosen.episodes))
+        if same and shared:
+            raise InputError(
+                f"evaluation.selection.first_seed: found {len(shared)} episode seeds that are also reported, "
+                "expected others, or another `environment`"
+            )
+
+    @classmethod
+    def read(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> "CompareConfig":
+        """From a YAML file. `overrides` win over it, with dotted keys ("evaluation.episodes").
+
+        Raises: InputError that names the key.
+        """
+        import jsonargparse
+        import yaml
+
+        try:
+            raw = jsonargparse.get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(raw, dict):
+            raise InputError(f"{path}: found {raw!r}, expected a mapping of settings")
+        for dotted, value in (overrides or {}).items():
+            _set(raw, dotted, value)
+        try:
+            return _build(cls, raw, "")
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+
+def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for key in parents:
+        if not isinstance(raw.get(key), dict):
+            raw[key] = {}
+        raw = raw[key]
+    raw[last] = value
+
+
+def _build(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
+    """An instance of a dataclass from its mapping; `prefix` is the dotted way to it, for errors.
+
+    Parts that are dataclasses are built one by one, so that an error names its key and not a union of types.
+    """
+    import jsonargparse
+
+    hints = typing.get_type_hints(cls)
+    parts: dict[str, Any] = {}
+    typed = {}
+    for name, hint in hints.items():
+        found = [part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)]
+        if found:
+            typed[name] = found[0]
+    for key, value in raw.items():
+        require_known([key], set(hints), prefix.rstrip(".") or "settings")
+        if key in typed and isinstance(value, Mapping):
+            parts[key] = _build(typed[key], value, f"{prefix}{key}.")
+        elif key in typed and value is not None:
+            raise InputError(f"{prefix}{key}: found {value!r}, expected a mapping of settings")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, skip=set(typed))
+    try:
+        plain = parser.parse_object({key: value for key, value in raw.items() if key not in typed})
+    except argparse.ArgumentError as error:
+        message = " ".join(str(error).split())
+        key, quote, problem = message.removeprefix('Parser key "').partition('": ')
+        where = f"{prefix}{key}" if quote else prefix.rstrip(".") or "settings"
+        raise InputError(f"{where}: {problem or message}") from error
+    return cls(**plain.as_dict(), **parts)
+
+
+def require_known(names: Iterable[str], known: set[str], where: str) -> None:
+    """Raises InputError for the first name that is not among the known ones, with the nearest of them."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), sorted(known), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{where}: found {name!r}, expected one of {', '.join(sorted(known))}{hint}")
+
+
+def require_at_least(name: str, value: float, least: float) -> None:
+    """Raises InputError unless value >= least; NaN is refused too."""
+    if not value >= least:
+        raise InputError(f"{name}: found {value}, expected at least {least}")

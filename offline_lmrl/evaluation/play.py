@@ -1,0 +1,116 @@
+"""A policy played on an environment, and what each episode came to."""
+
+import json
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.protocols import Environment, Policy, Session, VectorEnvironment
+from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.environments.rollouts import rollout
+from offline_lmrl.evaluation.metrics import BOOKKEEPING_LABELS, Cells, Estimate, label_means
+
+REPEAT_STRIDE = 1_000_003  # more than any range of episode seeds, so no two (seed, repeat) share a decoding seed
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Episodes of one policy.
+
+    episodes: one row each: seed (of the episode), repeat (of the decoding), cluster, score (undiscounted return), turns
+      and tokens (the agent's), invalid (texts that the environment refused), truncated, labels.
+    trajectories: the same episodes in full. seconds: wall time of the play.
+    """
+
+    episodes: list[dict[str, Any]]
+    trajectories: list[Trajectory]
+    seconds: float
+
+    def cells(self) -> list[tuple[Hashable, float, int]]:
+        """(cluster, sum of scores, episodes), in the order of first appearance."""
+        cells = Cells.of((0, row["cluster"], row["score"]) for row in self.episodes)
+        return list(zip(cells.clusters, cells.total[0].tolist(), cells.count[0].astype(int).tolist(), strict=True))
+
+    def score(self) -> Estimate:
+        """Mean score with its interval over clusters of episodes."""
+        return Cells.of((0, row["cluster"], row["score"]) for row in self.episodes).estimate()
+
+    def summary(self) -> dict[str, Any]:
+        """Means over the episodes; rates are per agent turn (invalid) and per episode (truncated)."""
+        n = len(self.episodes)
+        turns = sum(row["turns"] for row in self.episodes)
+        labels = label_means(row["labels"] for row in self.episodes)
+        labels.pop("invalid", None)
+        return {
+            "n": n,
+            "turns": turns / n,
+            "tokens": sum(row["tokens"] for row in self.episodes) / n,
+            "invalid_rate": sum(row["invalid"] for row in self.episodes) / max(turns, 1),
+            "truncated_rate": sum(row["truncated"] for row in self.episodes) / n,
+            "labels": labels,
+        }
+
+
+@dataclass(frozen=True)
+class _Redrawn:
+    """The same policy with other dice: environments keep the episode seed, decoding gets one of its own."""
+
+    policy: Policy
+    repeat: int
+
+    def start(self, seeds: Sequence[int]) -> Session:
+        return self.policy.start([seed + self.repeat * REPEAT_STRIDE for seed in seeds])
+
+
+def evaluate_policy(
+    policy: Policy,
+    environment: VectorEnvironment | Callable[[], Environment],
+    seeds: Sequence[int],
+    *,
+    repeats: int = 1,
+    cluster: str | None = None,
+    batch_size: int = 1024,
+    progress: Callable[[int], None] | None = None,
+) -> EvaluationResult:
+    """Plays every episode seed `repeats` times.
+
+    Args:
+      environment: whatever `rollout` takes.
+      repeats: decoding seeds per episode seed; the environment's own chance stays that of the episode seed.
+      cluster: label that dependent episodes share, for the interval; None = the episode seed.
+      batch_size, progress: as in `rollout`.
+    Raises: InputError where an episode has no label `cluster`.
+    """
+    started = time.monotonic()
+    rows, trajectories = [], []
+    for repeat in range(repeats):
+        player = policy if repeat == 0 else _Redrawn(policy, repeat)
+        played = rollout(player, environment, list(seeds), batch_size=batch_size, progress=progress)
+        rows += [_row(seed, repeat, t, cluster) for seed, t in zip(seeds, played, strict=True)]
+        trajectories += played
+    return EvaluationResult(rows, trajectories, time.monotonic() - started)
+
+
+def _row(seed: int, repeat: int, trajectory: Trajectory, cluster: str | None) -> dict[str, Any]:
+    agent = [turn for turn in trajectory.turns if turn.is_trainable]
+    return {
+        "seed": seed,
+        "repeat": repeat,
+        "cluster": seed if cluster is None else _key(trajectory.labels, cluster),
+        "score": trajectory.total_return,
+        "turns": len(agent),
+        "tokens": sum(len(turn.token_ids or ()) for turn in agent),
+        "invalid": int(trajectory.labels.get("invalid", 0)),
+        "truncated": not trajectory.terminated,
+        "labels": {name: value for name, value in trajectory.labels.items() if name not in BOOKKEEPING_LABELS},
+    }
+
+
+def _key(labels: Mapping[str, Any], name: str) -> Hashable:
+    if name not in labels:
+        known = ", ".join(sorted(labels)) or "none"
+        raise InputError(f"cluster: found {name!r}, expected a label of the environment: {known}")
+    value = labels[name]
+    return value if isinstance(value, str | int) else json.dumps(value)

@@ -1,0 +1,125 @@
+"""The table of a comparison, drawn from the rows of results.jsonl alone.
+
+Rows, in `kind`: "behaviour" (the training data), "optimum", "published" (quoted, never measured here), and "run": one
+method, training seed and setting. A run keeps its outcome as `cells`, [cluster, sum of scores, episodes]: what means,
+intervals and paired differences over seeds need.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.evaluation.metrics import Cells
+
+FEW_SEEDS = 5  # below this an interval over seeds says little, and every seed's value is printed
+COLUMNS = ("method", "decoding", "beta", "score [95%]", "per seed", "normalised")
+
+Row = Mapping[str, Any]
+
+
+def read_results(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a results.jsonl."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: found {error}, expected one row of results as JSON") from error
+    return rows
+
+
+def table(results: str | Path | Sequence[Row]) -> str:
+    """A Markdown table, aligned for terminals.
+
+    Args:
+      results: path of a results.jsonl, or its rows.
+    Returns: behaviour, optimum, each method and setting over its seeds, then published rows. Score: mean over seeds
+      and episodes with its 95% interval (see metrics). The difference column is paired by training seed and episodes
+      against the baseline under the same decoding; `*` where its interval excludes 0. A β marked "returns" was chosen
+      by playing.
+    """
+    rows = read_results(results) if isinstance(results, str | Path) else results
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row["kind"] == "run":
+            groups.setdefault((row["method"], row["decode"], row["beta_chosen"]), []).append(row)
+    cells = {key: _cells(runs) for key, runs in groups.items()}
+    lines = [_fixed_line(row) for row in rows if row["kind"] in ("behaviour", "optimum")]
+    lines += [_method_line(key, runs, cells) for key, runs in groups.items()]
+    lines += [_fixed_line(row) for row in rows if row["kind"] == "published"]
+    return _markdown(lines)
+
+
+def _cells(runs: Iterable[Row]) -> Cells:
+    return Cells.summed((run["seed"], cluster, total, count) for run in runs for cluster, total, count in run["cells"])
+
+
+def _fixed_line(row: Row) -> dict[str, str]:
+    """Behaviour, optimum and published rows: what they have, under the same column names."""
+    line = {"method": f"{row['method']} (published)" if row["kind"] == "published" else row["method"]}
+    if row.get("score") is not None:
+        line["score [95%]"] = f"{row['score']:.2f}"
+        if row.get("interval"):
+            line["score [95%]"] += f" [{row['interval'][0]:.2f}, {row['interval'][1]:.2f}]"
+    if row.get("normalised") is not None:
+        line["normalised"] = f"{row['normalised']:.1f}"
+    return line | {name: f"{value:.3g}" for name, value in row.get("labels", {}).items()}
+
+
+def _method_line(key: tuple, runs: Sequence[Row], cells: Mapping[tuple, Cells]) -> dict[str, str]:
+    method, decode, chosen = key
+    mine = cells[key]
+    line = {"method": method, "decoding": decode, "score [95%]": str(mine.estimate())}
+    if chosen is not None:
+        betas = [f"{run['beta']:g}" for run in runs]
+        line["beta"] = f"{betas[0] if len(set(betas)) == 1 else '/'.join(betas)} ({chosen})"
+    if 1 < len(mine.seeds) < FEW_SEEDS:
+        line["per seed"] = " ".join(f"{mean:.2f}" for mean in mine.per_seed().values())
+    if runs[0]["normalised"] is not None:
+        line["normalised"] = f"{_mean(run['normalised'] for run in runs):.1f}"
+    baseline = runs[0]["baseline"]
+    rivals = [cells[other] for other in ((baseline, decode, chosen), (baseline, decode, None)) if other in cells]
+    if method != baseline and rivals and set(mine.seeds) & set(rivals[0].seeds):
+        difference = (mine - rivals[0]).estimate()
+        sure = "*" if difference.low > 0 or difference.high < 0 else ""
+        line[f"minus {baseline}"] = f"{difference}{sure}"
+    for name in dict.fromkeys(name for run in runs for name in run["labels"]):
+        line[name] = f"{_mean(run['labels'][name] for run in runs if name in run['labels']):.3g}"
+    line["turns"] = f"{_mean(run['turns'] for run in runs):.1f}"
+    line["tokens"] = f"{_mean(run['tokens'] for run in runs):.1f}"
+    line["invalid"] = f"{_mean(run['invalid_rate'] for run in runs):.1%}"
+    line["episodes"] = str(sum(run["n"] for run in runs))
+    line["regime"] = runs[0]["regime"]
+    line["training tokens"] = _short(_mean(run["cost"]["training_tokens"] for run in runs))
+    line["training s"] = f"{_mean(run['cost']['training_seconds'] for run in runs):.0f}"
+    line["generated"] = _short(_mean(run["cost"]["generated_tokens"] for run in runs))
+    return line
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def _short(count: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def _markdown(lines: Sequence[Mapping[str, str]]) -> str:
+    """Aligned columns: the known ones first, then in order of appearance; one that nobody fills is left out."""
+    present = dict.fromkeys(name for line in lines for name in line)
+    # Lines that come late may know columns the first ones do not: the longest line decides the order of the rest.
+    rest = max(lines, key=len, default={})
+    names = [name for name in dict.fromkeys([*COLUMNS, *rest, *present]) if name in present]
+    widths = {name: max(len(name), *(len(line.get(name, "")) for line in lines)) for name in names}
+
+    def shown(cells: Mapping[str, str]) -> str:
+        return "| " + " | ".join(cells.get(name, "").ljust(widths[name]) for name in names) + " |"
+
+    rule = "|" + "|".join("-" * (widths[name] + 2) for name in names) + "|"
+    return "\n".join([shown({name: name for name in names}), rule, *map(shown, lines)])

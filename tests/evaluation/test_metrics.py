@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.evaluation.metrics import Cells, ScoreScale, label_means, mean_interval
+
+
+def test_the_mean_counts_every_episode_once_whatever_its_cluster():
+    # (1 + 2 + 3 + 10) / 4, not the mean of the two cluster means 2 and 10
+    estimate = mean_interval([1.0, 2.0, 3.0, 10.0], clusters=["a", "a", "a", "b"])
+    assert estimate.mean == 4.0 and estimate.n == 4
+
+
+def test_equal_outcomes_have_an_interval_of_no_width():
+    assert mean_interval([3.0] * 20)[:3] == (3.0, 3.0, 3.0)
+
+
+def test_the_interval_of_independent_episodes_is_that_of_the_normal_distribution():
+    values = np.random.default_rng(0).normal(5.0, 2.0, size=400)
+    estimate = mean_interval(values.tolist())
+    half = 1.96 * values.std() / np.sqrt(400)  # about 0.196
+    assert estimate.low == pytest.approx(values.mean() - half, abs=0.02)
+    assert estimate.high == pytest.approx(values.mean() + half, abs=0.02)
+
+
+def test_copies_of_an_episode_in_one_cluster_do_not_narrow_the_interval():
+    values = np.random.default_rng(1).normal(size=50).tolist()
+    once = mean_interval(values)
+    copied = mean_interval([value for value in values for _ in range(8)], [i for i in range(50) for _ in range(8)])
+    assert copied.low == pytest.approx(once.low) and copied.high == pytest.approx(once.high)
+    independent = mean_interval([value for value in values for _ in range(8)])
+    assert independent.high - independent.low < 0.5 * (once.high - once.low)  # 1 / sqrt(8) = .35
+
+
+def test_a_difference_between_training_seeds_widens_the_interval():
+    # No variance within a seed: the interval speaks of seeds alone. Of 3 seeds, 1 draw in 27 is all the worst one.
+    cells = Cells.of((seed, episode, float(seed)) for seed in range(3) for episode in range(100))
+    estimate = cells.estimate()
+    assert estimate.mean == 1.0 and estimate.low == 0.0 and estimate.high == 2.0
+
+
+def test_scenarios_that_all_seeds_share_are_not_averaged_away_by_seeds():
+    # Every seed has the same outcome per scenario: three seeds know no more of the scenarios than one.
+    hard = np.random.default_rng(2).normal(size=60).tolist()
+    one = Cells.of((0, i, value) for i, value in enumerate(hard)).estimate()
+    three = Cells.of((seed, i, value) for seed in range(3) for i, value in enumerate(hard)).estimate()
+    assert three.high - three.low == pytest.approx(one.high - one.low, rel=0.1)
+
+
+def test_a_paired_difference_removes_what_both_share():
+    luck = np.random.default_rng(3).normal(0.0, 10.0, size=80).tolist()
+    better = Cells.of((seed, i, value + 1.0) for seed in (0, 1) for i, value in enumerate(luck))
+    worse = Cells.of((seed, i, value) for seed in (1, 0) for i, value in reversed(list(enumerate(luck))))
+    difference = (better - worse).estimate()
+    assert difference.mean == pytest.approx(1.0) and difference.low == pytest.approx(1.0)
+    alone = better.estimate()
+    assert alone.high - alone.low > 3.0  # 2 · 1.96 · 10 / sqrt(80) = 4.4 would hide it
+
+
+def test_a_difference_takes_the_seeds_that_both_have():
+    first = Cells.of([(0, "a", 1.0), (1, "a", 5.0)])
+    second = Cells.of([(1, "a", 2.0), (2, "a", 9.0)])
+    difference = first - second
+    assert difference.seeds == (1,) and difference.total.tolist() == [[3.0]]
+
+
+@pytest.mark.parametrize("other", [[(0, "b", 1.0)], [(0, "a", 1.0), (0, "a", 1.0)]], ids=["cluster", "count"])
+def test_a_difference_of_other_episodes_is_refused(other):
+    with pytest.raises(ValueError, match="did not play the same"):
+        Cells.of([(0, "a", 1.0)]) - Cells.of(other)
+
+
+def test_sums_and_single_episodes_make_the_same_cells():
+    single = Cells.of([(0, "a", 1.0), (0, "a", 2.0), (1, "a", 4.0)])
+    summed = Cells.summed([(0, "a", 3.0, 2), (1, "a", 4.0, 1)])
+    assert np.array_equal(single.total, summed.total) and np.array_equal(single.count, summed.count)
+    assert summed.per_seed() == {0: 1.5, 1: 4.0}
+
+
+def test_cells_that_are_missing_in_a_ragged_table_do_no_harm():
+    estimate = Cells.of([(0, "a", 1.0), (1, "b", 3.0)]).estimate()  # some draws take seed 0 with scenario b alone
+    assert estimate.mean == 2.0 and estimate.low == 1.0 and estimate.high == 3.0
+
+
+@pytest.mark.parametrize(
+    ("scale", "score", "expected"),
+    [
+        # Wordle and the full maze of LMRL-Gym: raw means and the normalised figures published for them
+        (ScoreScale(-6.0, -4.121715, -1.935), -2.0354, 97.7),
+        (ScoreScale(-6.0, -4.121715, -1.935), -5.42, 15.4),
+        (ScoreScale(-101.0, -83.0, -6.84), -6.97, 99.9),
+        (ScoreScale(-101.0, -83.0, -6.84), -101.0, 0.0),
+        (ScoreScale(-101.0, -83.0, -6.84), -83.0, 50.0),
+        (ScoreScale(0.0, 1.0, 2.0), 3.0, 150.0),  # not clipped
+    ],
+)
+def test_the_normalised_score_is_piecewise_linear(scale, score, expected):
+    assert scale.normalise(score) == pytest.approx(expected, abs=0.05)
+
+
+def test_a_scale_out_of_order_is_an_input_error():
+    with pytest.raises(InputError, match="min < mean < max"):
+        ScoreScale(0.0, 5.0, 3.0)
+
+
+def test_label_means_skip_episodes_without_the_label_and_what_is_no_number():
+    episodes = [
+        {"agreed": True, "score_agreed": 6, "start": [1, 2], "seed": 7, "tokenizer": "abc"},
+        {"agreed": False, "score_agreed": None, "start": [1, 3], "seed": 8},
+    ]
+    assert label_means(episodes) == {"agreed": 0.5, "score_agreed": 6.0}
