@@ -1,0 +1,168 @@
+"""Implicit Language Q-Learning (Snell, Kostrikov, Su, Yang, Levine 2022), after IQL (Kostrikov, Nair, Levine 2021).
+
+State s_t: tokens 0..t were read; action a_t: token t+1. Over the agent's N action tokens, with twin heads Q_i, their
+target copies Q̄_i and V:
+
+    y   = r + γ · b · V(s′)                                      b = 0 after a terminal action
+    L_Q = Σ_i (Q_i(s,a) − y)²          L_V = |τ − 1{u<0}| · u²,  u = min_i Q̄_i(s,a) − V(s)
+    L_C = Σ_i (logsumexp_a Q_i(s,a) − Q_i(s,a_data))             L_π = −log π(a|s) · min(exp(β_w (min Q̄ − V)), 100)
+
+Decoding: log π(a|s) + β · (min Q̄(s,a) − V(s)) on the tokens that π supports (ops/decoding.py).
+
+Deviations from the paper, each a number or a default of the config:
+- one trunk serves π, Q and V; targets are averaged heads on that live trunk (the paper's code keeps three trunks);
+- s′ is by default the first state of the agent's next turn, also inside a turn, with the turn's reward brought forward:
+  an n-step target to the end of the utterance, which carries reward over long turns in one update;
+- discount 1 inside a turn and γ between turns, so long answers are not penalised (the paper: .99 per token);
+- a Monte-Carlo share mixes the return-to-go into y (the paper's code can replace V's target with it);
+- rewards pass a fitted scale, heads start at the mean return of the training data;
+- L_π counts action tokens, as all terms do (the paper's code divides it by all tokens).
+SARSA is `expectile: 0.5`; one-step values are `monte_carlo: 1`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from offline_lmrl.data.batching import WindowDataset
+from offline_lmrl.data.episodes import StepRule
+from offline_lmrl.models.guided import attach
+from offline_lmrl.models.value_heads import ValueHeadsConfig
+from offline_lmrl.ops.returns import monte_carlo_mixture
+from offline_lmrl.ops.value_learning import awr_weight, conservative_loss, expectile_loss, q_loss, td_target
+from offline_lmrl.training import OfflineConfig, OfflineTrainer, TargetUpdates, check_range
+
+
+@dataclass
+class ILQLConfig(OfflineConfig):
+    """Settings of ILQL. Numbers in brackets are the paper's code.
+
+    value_heads: tied, linear or mlp [mlp] (models/value_heads.py).
+    expectile: τ of V in [0.5, 1) [.7 to .9]; .5 evaluates the behaviour policy (SARSA).
+    discount_per_token: γ between two action tokens [.99]. discount_per_turn: γ between two agent turns.
+    bootstrap_from_turn: next state of a token is the agent's next turn; false: the next token [false].
+    monte_carlo: share of the return-to-go in Q's target, 0 to 1; 1 = one-step values [0].
+    target_rate: Polyak step of the target heads per optimizer step [.005]; larger where rate × steps < 5.
+    conservative_weight: weight of L_C [1e-4 to 1]. value_weight: of L_Q and L_V [1]. policy_weight: of L_π [1].
+    inverse_temperature: β_w in L_π's weights [0: plain behaviour cloning].
+    value_grad_scale: share of the value losses' gradient that enters the trunk, 0 to 1 [1].
+    utterance_weight: weight of the heads that score whole replies (for reranking); 0 leaves them out.
+    beta, q_reduce, support, candidates, clip: the decoding form saved with the run (decoding/sampler.py).
+    """
+
+    value_heads: Literal["tied", "linear", "mlp"] = "tied"
+    expectile: float = 0.8
+    discount_per_token: float = 1.0
+    discount_per_turn: float = 0.99
+    bootstrap_from_turn: bool = True
+    monte_carlo: float = 0.0
+    target_rate: float = 0.005
+    conservative_weight: float = 0.1
+    value_weight: float = 1.0
+    policy_weight: float = 1.0
+    inverse_temperature: float = 0.0
+    value_grad_scale: float = 1.0
+    utterance_weight: float = 0.0
+    beta: float = 4.0
+    q_reduce: Literal["min", "mean", "first"] = "min"
+    support: float = 0.02
+    candidates: int | None = None
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        check_range(
+            self, expectile=(0.5, 0.999), discount_per_token=(0, 1), discount_per_turn=(0, 1), monte_carlo=(0, 1),
+            target_rate=(0, 1), conservative_weight=(0, 1e6), value_weight=(0, 1e6), policy_weight=(0, 1e6),
+            value_grad_scale=(0, 1), utterance_weight=(0, 1e6), inverse_temperature=(0, 1e6), support=(0, 1),
+            beta=(0, 1e9),
+        )  # fmt: skip
+        super().__post_init__()
+
+
+def ilql_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: ILQLConfig) -> dict[str, Tensor]:
+    """The four terms per action token, each (N,), unweighted; value terms are 0 where a step has no target.
+
+    Args:
+      outputs: packed quantities of the guided model's forward (models/guided.py): log_prob, q, target_q, v, next_v, end_v,
+        and logsumexp_q where the conservative term is on.
+      steps: `ActionSteps`.
+    """
+    target = td_target(steps["reward"], outputs["next_v"], steps["bootstrap"], steps["discount"])
+    if config.monte_carlo > 0:
+        realised = steps["return_to_go"] + steps["end_discount"] * outputs["end_v"]
+        target = monte_carlo_mixture(target, realised, config.monte_carlo)
+    known = steps["has_target"]
+    losses = {
+        "q": q_loss(outputs["q"], target) * known,
+        "v": expectile_loss(outputs["v"], outputs["target_q"], config.expectile) * known,
+        "policy": -outputs["log_prob"],
+    }
+    if config.inverse_temperature > 0:
+        advantage = outputs["target_q"] - outputs["v"]
+        losses["policy"] = losses["policy"] * awr_weight(advantage, config.inverse_temperature)
+    if config.conservative_weight > 0:
+        losses["conservative"] = conservative_loss(outputs["logsumexp_q"], outputs["q"]) * known
+    return losses
+
+
+def utterance_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: ILQLConfig) -> Tensor:
+    """Q and V of whole replies, one step per agent turn (M of them): the TD and expectile losses above with the reply as
+    the action (Snell et al. 2022, the per-utterance variant). Returns (M,)."""
+    close = steps["closes_turn"]
+    bootstrap = steps["bootstrap"][close]
+    target = td_target(steps["reward"][close], outputs["utterance_next_v"], bootstrap, config.discount_per_turn)
+    loss = q_loss(outputs["utterance_q"], target)
+    loss = loss + expectile_loss(outputs["utterance_v"], outputs["utterance_target_q"], config.expectile)
+    return loss * steps["has_target"][close]
+
+
+class ILQLTrainer(OfflineTrainer):
+    """Trains policy, Q and V together on scored trajectories; see `OfflineTrainer` for the arguments."""
+
+    algorithm = "ilql"
+    rows_for_next_v = True
+
+    def __init__(self, model, args: ILQLConfig, *positional, **keywords):
+        super().__init__(model, args, *positional, **keywords)
+        self.target_updates = TargetUpdates(args.target_rate)
+        self.add_callback(self.target_updates)
+
+    def rows_for_end_v(self, args: ILQLConfig) -> bool:
+        return args.monte_carlo > 0
+
+    def step_rule(self, args: ILQLConfig) -> StepRule:
+        return StepRule(args.discount_per_token, args.discount_per_turn, args.bootstrap_from_turn)
+
+    def prepare_model(self, model, args: ILQLConfig, windows: WindowDataset):
+        heads = ValueHeadsConfig(
+            kind=args.value_heads, initial_value=windows.mean_return, utterance=args.utterance_weight > 0
+        )
+        return attach(model, heads)
+
+    def stored_blocks(self, args: ILQLConfig) -> Mapping[str, Any]:
+        names = ("beta", "q_reduce", "support", "candidates", "clip")
+        return {"sampling": {name: getattr(args, name) for name in names}}
+
+    def forward_options(self) -> Mapping[str, Any]:
+        return {
+            "value_grad_scale": self.args.value_grad_scale,
+            "conservative": self.args.conservative_weight > 0,
+        }
+
+    def loss_terms(self, outputs, steps):
+        args = self.args
+        losses = ilql_losses(outputs, steps, args)
+        total = args.policy_weight * losses["policy"] + args.value_weight * (losses["q"] + losses["v"])
+        if "conservative" in losses:
+            total = total + args.conservative_weight * losses["conservative"]
+        logged = {f"loss/{name}": values for name, values in losses.items()}
+        if args.utterance_weight > 0:
+            losses_of_replies = utterance_losses(outputs, steps, args)
+            total = total.index_add(0, steps["closes_turn"].nonzero()[:, 0], args.utterance_weight * losses_of_replies)
+            logged["loss/utterance"] = losses_of_replies
+        logged["value/q"] = outputs["q"].mean(0)
+        logged["value/v"] = outputs["v"]
+        logged["value/advantage"] = outputs["target_q"] - outputs["v"]
+        return total, logged

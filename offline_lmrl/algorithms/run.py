@@ -1,0 +1,160 @@
+"""One training run as a folder: resolved config, metrics, checkpoints, and the final model at its top.
+
+The command line and `compare` call `train`; it is the same path as building a trainer in Python.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+import yaml
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+from offline_lmrl.algorithms import load_algorithm
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import read_trajectories
+from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.models.loading import build_model, load_model
+from offline_lmrl.training import OfflineConfig, OfflineTrainer
+
+
+@dataclass
+class ModelConfig:
+    """Where the model comes from: exactly one of `path` and `scratch`.
+
+    path: folder or hub name of a causal LM, or a run of this project (its heads come along).
+    scratch: a small model with fresh weights: `model_type` and the fields of that family's config.
+    tokenizer: folder or hub name; None = the one at `path`, or one trained on the training data (scratch).
+    vocab_size: size of a tokenizer trained here.
+    lora: fields of peft.LoraConfig: trains an adapter (and the heads) instead of the trunk.
+    trust_remote_code: whether code that lies with the model may run.
+    """
+
+    path: str | None = None
+    scratch: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    vocab_size: int = 512
+    lora: dict[str, Any] | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.scratch is None):
+            raise InputError(f"model: found path {self.path!r} and scratch {self.scratch!r}, expected exactly one of them")
+
+
+@dataclass
+class DataConfig:
+    """Scored trajectories: a file, a folder or a hub name.
+
+    train: what is learnt from. validation: what eval_loss is measured on; None = nothing.
+    """
+
+    train: str
+    validation: str | None = None
+
+
+def build_tokenizer(config: ModelConfig, trajectories: list[Trajectory]) -> PreTrainedTokenizerBase:
+    """The tokenizer that the model config names, or one trained on the trajectories' text."""
+    if config.tokenizer is not None or config.path is not None:
+        name = config.tokenizer or config.path
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    return train_tokenizer((turn.content for t in trajectories for turn in t.turns), config.vocab_size)
+
+
+def build_trainer(algorithm: str, model: ModelConfig, data: DataConfig, args: OfflineConfig) -> OfflineTrainer:
+    """Reads data, builds tokenizer and model, and wires the trainer."""
+    trainer_class = load_algorithm(algorithm)[1]
+    trajectories = read_trajectories(data.train)
+    validation = read_trajectories(data.validation) if data.validation else None
+    transformers.set_seed(args.seed)  # fresh weights and heads follow the run's seed
+    tokenizer = build_tokenizer(model, trajectories)
+    network: PreTrainedModel
+    if model.scratch is not None:
+        network = build_model(model.scratch, tokenizer)
+    else:
+        network = load_model(model.path, trust_remote_code=model.trust_remote_code)
+    peft_config = None
+    if model.lora is not None:
+        import peft
+
+        from offline_lmrl.models.loading import trunk_linear_names
+
+        peft_config = peft.LoraConfig(**{"target_modules": trunk_linear_names(network), **model.lora})
+    return trainer_class(network, args, trajectories, validation, tokenizer, peft_config)
+
+
+def resolved_config(algorithm: str, model: ModelConfig, data: DataConfig, args: OfflineConfig) -> dict[str, Any]:
+    """Everything that decides the run, as plain values."""
+    values = {name: value for name, value in args.to_dict().items() if isinstance(value, str | int | float | dict | list | None)}
+    return json.loads(json.dumps({"algorithm": algorithm, "model": asdict(model), "data": asdict(data), "args": values}))
+
+
+def check_same_config(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether the folder already holds this run. Raises: InputError where it holds another one."""
+    file = folder / "config.yaml"
+    if not file.exists():
+        return False
+    found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for section in config:
+        there, here = found.get(section), config[section]
+        if there == here:
+            continue
+        if isinstance(here, dict) and isinstance(there, dict):
+            key = next(key for key in {**there, **here} if there.get(key) != here.get(key))
+            section, there, here = f"{section}.{key}", there.get(key), here.get(key)
+        raise InputError(f"{file}: {section}: found {there!r}, expected {here!r}: take another output_dir, or remove this one")
+    return True
+
+
+def train(algorithm: str, model: ModelConfig, data: DataConfig, args: OfflineConfig) -> Path:
+    """Runs, resumes from the newest complete checkpoint, or returns at once where the run is complete.
+
+    Returns: the run directory; it opens with `LanguagePolicy.load` and, as the plain policy, with transformers.
+    """
+    folder = Path(args.output_dir)
+    config = resolved_config(algorithm, model, data, args)
+    if check_same_config(folder, config) and (folder / "complete.json").exists():
+        return folder
+    trainer = build_trainer(algorithm, model, data, args)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / "config.yaml.part"
+        temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        os.replace(temporary, folder / "config.yaml")
+    except OSError as error:
+        raise InputError(f"output_dir: cannot write {folder}: {error.strerror}") from error
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
+    trainer.save_model(str(folder))
+    if trainer.args.should_save:
+        tokens = round(trainer.state.epoch * trainer.train_dataset.lengths.sum())
+        report = {"steps": trainer.state.global_step, "training_tokens": tokens, "counts": dict(trainer.counts)}
+        temporary = folder / "complete.json.part"
+        temporary.write_text(json.dumps(report), encoding="utf-8")
+        os.replace(temporary, folder / "complete.json")
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def dry_run(algorithm: str, model: ModelConfig, data: DataConfig, args: OfflineConfig) -> dict[str, Any]:
+    """Builds everything and says what would run: windows, tokens, steps, parameters, memory (bytes, fp32 and AdamW)."""
+    trainer = build_trainer(algorithm, model, data, args)
+    windows = trainer.train_dataset
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else -(-len(windows) // rows_per_step) * args.num_train_epochs
+    return {
+        "windows": len(windows),
+        "tokens": int(windows.lengths.sum()),
+        "action tokens": windows.action_tokens,
+        "optimizer steps": int(steps),
+        "parameters": parameters,
+        "trained parameters": trained,
+        "memory for weights, gradients and optimizer": 4 * (parameters + 3 * trained),
+        **trainer.counts,
+    }

@@ -1,0 +1,198 @@
+"""From trajectories to batches of packed action steps.
+
+One index convention: state (row, t) is "tokens 0..t of that row have been read"; its action is token t+1. Rendering and
+index arithmetic happen once, in `encode_trajectories`; a batch is then a few gathers over flat arrays.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offline_lmrl.data.episodes import EpisodeEncoder, Step
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.trajectory import Trajectory
+
+
+ROWS = ("input_ids", "next_ids", "end_ids")
+STEP_CODES = {float: "f", bool: "b", int: "i"}
+FlatLists = tuple[np.ndarray, np.ndarray]  # values of all lists behind one another, and where each list starts
+
+
+class ActionSteps(TypedDict):
+    """The batch as an MDP: N agent tokens, packed, no padding, no prompt. Each entry is (N,).
+
+    row, state: where the state is read. action: token id at (row, state + 1).
+    reward: scaled, paid before the next state is reached. discount: γ up to the next state.
+    next_row, next_state: where V of the next state is read. bootstrap: 1 where it counts, 0 after a terminal action.
+    has_target: False only for the last action of a log that was cut right behind a finished agent turn.
+    closes_turn: the action ends its turn. turn: index of the turn in its trajectory. open_state: first state of the turn.
+    return_to_go: discounted scaled rewards to the end of the log; end_row, end_state, end_discount: where and with which
+    factor V closes it (0 where the episode terminated).
+    """
+
+    row: Tensor
+    state: Tensor
+    action: Tensor
+    reward: Tensor
+    discount: Tensor
+    next_row: Tensor
+    next_state: Tensor
+    bootstrap: Tensor
+    has_target: Tensor
+    closes_turn: Tensor
+    turn: Tensor
+    open_state: Tensor
+    return_to_go: Tensor
+    end_row: Tensor
+    end_state: Tensor
+    end_discount: Tensor
+
+
+class TokenBatch(TypedDict):
+    """B rows of T tokens. The first rows are the windows; the rows after them are read only for V of a next state."""
+
+    input_ids: Tensor  # (B,T) long
+    attention_mask: Tensor  # (B,T) bool
+    action_mask: Tensor  # (B,T) bool: the agent wrote token t and is credited for it here
+    steps: ActionSteps
+
+
+class WindowRef(NamedTuple):
+    """One item of a `WindowDataset`: the collator gathers all items of a batch at once."""
+
+    dataset: "WindowDataset"
+    index: int
+
+
+class WindowDataset(torch.utils.data.Dataset):
+    """Windows as flat arrays of values and offsets, so that a batch is a few numpy gathers.
+
+    Args:
+      columns: name -> list column; ROWS and the fields of `Step`, one list per window.
+      pad_id: fills the right of shorter rows; the attention mask, not the id, says what is real.
+      next_rows, end_rows: whether rows that only serve V of the next state, or of the end of a cut log, come along.
+    """
+
+    def __init__(self, columns: Mapping[str, FlatLists], pad_id: int, *, next_rows: bool, end_rows: bool):
+        self.flat = columns
+        self.pad_id, self.next_rows, self.end_rows = pad_id, next_rows, end_rows
+
+    def __len__(self) -> int:
+        return len(self.flat["input_ids"][1]) - 1
+
+    def __getitem__(self, index: int) -> WindowRef:
+        return WindowRef(self, int(index))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(len,) tokens per window."""
+        return np.diff(self.flat["input_ids"][1])
+
+    @property
+    def action_tokens(self) -> int:
+        return len(self.flat["state"][0])
+
+    @property
+    def mean_return(self) -> float:
+        """Mean scaled return-to-go over all action tokens: where value heads start."""
+        return float(self.flat["return_to_go"][0].mean())
+
+    def batch(self, indices: Sequence[int]) -> TokenBatch:
+        """The windows as one padded batch with packed steps; extra rows stand behind the windows."""
+        index = np.asarray(indices)
+        rows = [_pick(self.flat["input_ids"], index)]
+        next_row = end_row = None
+        if self.next_rows:
+            next_row = _append_rows(rows, _pick(self.flat["next_ids"], index))
+        if self.end_rows:
+            end_row = _append_rows(rows, _pick(self.flat["end_ids"], index))
+        input_ids, attention_mask = _pad(rows, self.pad_id)
+
+        column = {name: _pick(self.flat[name], index) for name in Step._fields}
+        row = np.repeat(np.arange(len(index)), column["state"][1])
+        step = {name: values for name, (values, _) in column.items()}
+        own = np.zeros_like(row)
+        places = [row, own if next_row is None else next_row[row], own if end_row is None else end_row[row]]
+        steps = {name: step[name] for name in step if not name.endswith("_extra")}
+        steps["row"] = row
+        steps["action"] = input_ids[row, step["state"] + 1]
+        steps["next_row"] = np.choose(step["next_extra"], places)
+        steps["end_row"] = np.choose(step["end_extra"], places)
+        # Without the extra rows nobody reads V there; the index still has to exist.
+        for name, extra, present in (("next", "next_extra", self.next_rows), ("end", "end_extra", self.end_rows)):
+            if not present:
+                steps[f"{name}_state"] = np.where(step[extra] == 0, step[f"{name}_state"], 0)
+        action_mask = np.zeros_like(attention_mask)
+        action_mask[row, step["state"] + 1] = True
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask),
+            "action_mask": torch.from_numpy(action_mask),
+            "steps": {name: _tensor(values) for name, values in steps.items()},
+        }
+
+
+def collate_windows(items: Sequence[WindowRef]) -> TokenBatch:
+    """The data collator: items of one `WindowDataset`."""
+    return items[0].dataset.batch([item.index for item in items])
+
+
+def _pick(flat: FlatLists, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values of the chosen lists, concatenated, and their lengths."""
+    values, offsets = flat
+    lengths = offsets[index + 1] - offsets[index]
+    starts = np.repeat(offsets[index] - np.concatenate([[0], lengths.cumsum()[:-1]]), lengths)
+    return values[starts + np.arange(lengths.sum())], lengths
+
+
+def _append_rows(rows: list, extra: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Adds the non-empty lists as rows; returns for each window the row its list became (0 where it is empty)."""
+    values, lengths = extra
+    present = lengths > 0
+    first = sum(len(lengths) for _, lengths in rows)
+    rows.append((values, lengths[present]))
+    return np.where(present, first + present.cumsum() - 1, 0)
+
+
+def _pad(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.concatenate([lengths for _, lengths in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    ids[mask] = np.concatenate([values for values, _ in rows])
+    return ids, mask
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    kind = {"f": np.float32, "b": bool}.get(values.dtype.char, np.int64)
+    return torch.from_numpy(values.astype(kind))
+
+
+def encode_trajectories(
+    trajectories: Iterable[Trajectory], encoder: EpisodeEncoder, counts: Counter[str]
+) -> dict[str, FlatLists]:
+    """Renders every trajectory once and returns the columns of a `WindowDataset`.
+
+    Args:
+      counts: receives what was dropped or has no target, by reason.
+    Raises: InputError where nothing can be trained on.
+    """
+    values = {name: array("i") for name in ROWS} | {
+        name: array(STEP_CODES[kind]) for name, kind in Step.__annotations__.items()
+    }
+    lengths = {name: array("q", [0]) for name in values}
+    for trajectory in trajectories:
+        for window in encoder.encode(trajectory, counts):
+            for name in ROWS:
+                values[name].extend(getattr(window, name))
+                lengths[name].append(len(getattr(window, name)))
+            for name, column in zip(Step._fields, zip(*window.steps, strict=True), strict=True):
+                values[name].extend(column)
+                lengths[name].append(len(column))
+    if len(lengths["input_ids"]) == 1:
+        raise InputError(f"training data: found no agent turn that fits, expected at least one ({dict(counts)})")
+    return {name: (np.asarray(values[name]), np.cumsum(np.asarray(lengths[name]))) for name in values}

@@ -1,0 +1,222 @@
+"""One trajectory as windows of tokens and steps: the index arithmetic of rewards, next states and cut ends."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.scale import RewardScale
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.data.windows import Span, WindowRule, cut_windows, first_visible, leading_system_turns
+
+OWN, NEXT, END = 0, 1, 2  # in which row a state is read: the window's, the next window's opening, the end of a cut log
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """How rewards and next states are laid over tokens.
+
+    discount_per_token: γ between two action tokens. discount_per_turn: γ on the step that closes a turn.
+    bootstrap_from_turn: False: a token's next state is the next token's; True: the first state of the agent's next turn,
+      with the turn's reward brought forward (an n-step target to the end of the turn).
+    """
+
+    discount_per_token: float = 1.0
+    discount_per_turn: float = 1.0
+    bootstrap_from_turn: bool = True
+
+
+class Step(NamedTuple):
+    """One action token; `ActionSteps` (batching.py) says what each entry means. *_extra: OWN, NEXT or END."""
+
+    state: int
+    reward: float
+    discount: float
+    next_extra: int
+    next_state: int
+    bootstrap: float
+    has_target: bool
+    closes_turn: bool
+    turn: int
+    open_state: int
+    return_to_go: float
+    end_extra: int
+    end_state: int
+    end_discount: float
+
+
+class Window(NamedTuple):
+    """A row of tokens, the steps that are trained in it, and up to two rows that only serve V."""
+
+    input_ids: list[int]
+    next_ids: list[int]
+    end_ids: list[int]
+    steps: list[Step]
+
+
+class EpisodeEncoder:
+    """Cuts trajectories into windows. Same renderer, window rule and reward scale as the policy that plays later."""
+
+    def __init__(self, renderer: Renderer, window: WindowRule, steps: StepRule, scale: RewardScale):
+        self.renderer, self.window, self.steps, self.scale = renderer, window, steps, scale
+
+    def encode(self, trajectory: Trajectory, counts: Counter[str]) -> Iterator[Window]:
+        """All windows of a trajectory; `counts` receives what was dropped or has no target, by reason."""
+        episode = _Episode(self, trajectory)
+        counts["agent turns dropped: longer than max_length"] += len(episode.dropped)
+        if not episode.spans:
+            counts["trajectories without an agent turn that fits"] += 1
+            return
+        counts["last actions without a target: cut behind a finished agent turn"] += episode.end == "finished"
+        counts["windows that lost old turns to max_length"] += sum(map(episode.lost_to_length, episode.spans))
+        for span in episode.spans:
+            yield episode.window(span)
+
+
+def _own_ids_only(turn: Turn, trajectory: Trajectory, renderer: Renderer) -> Turn:
+    """Sampled ids count only under the tokenizer that wrote them; elsewhere the text is encoded again."""
+    if turn.token_ids is None or trajectory.labels.get("tokenizer") == renderer.fingerprint:
+        return turn
+    return replace(turn, token_ids=None, behaviour_log_prob=None)
+
+
+class _Episode:
+    def __init__(self, encoder: EpisodeEncoder, trajectory: Trajectory):
+        self.renderer, self.rule, self.gammas = encoder.renderer, encoder.window, encoder.steps
+        turns = [_own_ids_only(turn, trajectory, encoder.renderer) for turn in trajectory.turns]
+        self.encoded = [encoder.renderer.encode_turn(turn) for turn in turns]
+        self.lengths = [len(turn.ids) for turn in self.encoded]
+        self.reward = [encoder.scale.apply(turn.reward) for turn in turns]
+        self.head = leading_system_turns(turns)
+        self.fixed = len(self.renderer.preamble) + sum(self.lengths[: self.head])
+        agent = [turn.is_trainable for turn in turns]
+        self.spans, self.dropped = cut_windows(self.rule, self.lengths, agent, self.head, self.fixed)
+        self.agent_turns = [index for index, is_agent in enumerate(agent) if is_agent]
+        self.length = len(turns)
+        self.end = self._kind_of_end(trajectory.terminated)
+        self.after = self._returns_after_turns() if self.spans else {}
+
+    def _kind_of_end(self, terminated: bool) -> str:
+        """terminated, or how the log was cut: behind an `observation`, a `finished` or inside an `unfinished` agent turn."""
+        if terminated:
+            return "terminated"
+        last = self.agent_turns[-1] if self.agent_turns else -1
+        if last < self.length - 1:
+            return "observation"
+        if last in self.dropped:  # V cannot be read inside a turn that does not fit: the log ends before it
+            self.agent_turns.pop()
+            self.length = last
+            return "observation"
+        return "finished" if self.encoded[last].closed else "unfinished"
+
+    def lost_to_length(self, span: Span) -> bool:
+        """Whether max_length, not context, decided where the window starts."""
+        roomy = first_visible(replace(self.rule, max_length=10**9), self.lengths, span.stop - 1, self.head, self.fixed)
+        return span.first != roomy
+
+    def _actions(self, index: int) -> int:
+        return self.encoded[index].action_stop - self.encoded[index].action_start
+
+    def _returns_after_turns(self) -> dict[int, tuple[float, float]]:
+        """For every agent turn: discounted return behind it, and the factor of the V that closes a cut log."""
+        after = {}
+        total, factor = 0.0, float(self.end != "terminated")
+        for index in reversed(self.agent_turns):
+            after[index] = (total, factor)
+            total, factor = self._return_from(index, 0, total, factor)
+        return after
+
+    def _return_from(self, index: int, k: int, total: float, factor: float) -> tuple[float, float]:
+        """Return, and factor of the end's V, from action k of a turn, given both behind the turn."""
+        gamma, left = self.gammas.discount_per_token, self._actions(index) - k
+        if self.end == "finished" and index == self.agent_turns[-1]:
+            return 0.0, gamma ** (left - 1)  # V closes the log at the state of the last action, whose reward stays out
+        behind = gamma**left * self._turn_discount(index)
+        return gamma ** (left - 1) * self.reward[index] + behind * total, behind * factor
+
+    def _turn_discount(self, index: int) -> float:
+        inside = self.end == "unfinished" and index == self.agent_turns[-1]
+        return 1.0 if inside else self.gammas.discount_per_turn
+
+    def _tokens(self, first: int, stop: int) -> list[int]:
+        """Ids of the preamble, the leading system turns and turns first..stop−1."""
+        pieces = [*self.encoded[: self.head], *self.encoded[max(first, self.head) : stop]]
+        return [*self.renderer.preamble, *(token for turn in pieces for token in turn.ids)]
+
+    def _first_state(self, span: Span, index: int) -> int:
+        before = sum(self.lengths[max(span.first, self.head) : index])
+        return self.fixed + before + self.encoded[index].action_start - 1
+
+    def _visible_at(self, index: int) -> int:
+        """First turn seen when the agent acts at `index`: a turn of the log, or the one that would follow it."""
+        if index < self.length and index not in self.dropped:
+            lengths = self.lengths
+        else:  # only the opening is read there
+            lengths = [*self.lengths[:index], len(self.renderer.agent_opening)]
+        first = first_visible(self.rule, lengths, index, self.head, self.fixed)
+        assert first is not None  # a whole agent turn fitted, so an opening does
+        return first
+
+    def window(self, span: Span) -> Window:
+        input_ids = self._tokens(span.first, span.stop)
+        inside = [index for index in self.agent_turns if span.credited <= index < span.stop]
+        next_ids, end_ids = [], []
+        last = inside[-1]
+        upcoming = next((index for index in self.agent_turns if index > last), self.length)
+        follows = (OWN, 0)
+        if upcoming < self.length or self.end == "observation":
+            first = self._visible_at(upcoming)
+            opened = [*self._tokens(first, upcoming), *self.renderer.agent_opening]
+            if first == span.first and opened[: len(input_ids)] == input_ids:
+                input_ids, follows = opened, (OWN, len(opened) - 1)
+            else:
+                next_ids, follows = opened, (NEXT, len(opened) - 1)
+        end = follows
+        if upcoming < self.length:
+            end_ids = self._end_ids()
+            end = (END, len(end_ids) - 1) if end_ids else (OWN, 0)
+        elif self.end in ("finished", "unfinished"):
+            end = (OWN, self._first_state(span, last) + self._actions(last) - (self.end == "finished"))
+        steps = []
+        for index, after in zip(inside, [*inside[1:], None], strict=True):
+            place = follows if after is None else (OWN, self._first_state(span, after))
+            steps += self._steps(span, index, place, end)
+        return Window(input_ids, next_ids, end_ids, steps)
+
+    def _end_ids(self) -> list[int]:
+        """The row in which V closes the log, for windows before the last."""
+        if self.end == "terminated":
+            return []
+        last = self.agent_turns[-1]
+        if self.end == "observation":
+            return [*self._tokens(self._visible_at(self.length), self.length), *self.renderer.agent_opening]
+        read = self.encoded[last].action_stop - (self.end == "finished")
+        return [*self._tokens(self._visible_at(last), last), *self.encoded[last].ids[:read]]
+
+    def _steps(self, span: Span, index: int, follows: tuple[int, int], end: tuple[int, int]) -> Iterator[Step]:
+        n, opening, gamma = self._actions(index), self._first_state(span, index), self.gammas.discount_per_token
+        is_last = index == self.agent_turns[-1]
+        bootstrap, turn_discount = 1.0, self._turn_discount(index)
+        reward, reach = self.reward[index], n  # V of the place that follows is `reach` actions behind the opening
+        if is_last and self.end == "terminated":
+            bootstrap = 0.0
+        elif is_last and self.end == "unfinished":
+            follows = (OWN, opening + n)
+        elif is_last and self.end == "finished":
+            follows, reward, reach, turn_discount = (OWN, opening + n - 1), 0.0, n - 1, 1.0
+        for k in range(n):
+            has_target = k < reach
+            if self.gammas.bootstrap_from_turn or k == reach - 1:
+                left = reach - k
+                paid, discount = gamma ** (left - 1) * reward, gamma**left * turn_discount
+                place, counts = follows, bootstrap
+            else:
+                paid, discount, place, counts = 0.0, gamma, (OWN, opening + k + 1), 1.0
+            total, factor = self._return_from(index, k, *self.after[index]) if has_target else (0.0, 0.0)
+            yield Step(
+                state=opening + k, reward=paid if has_target else 0.0, discount=discount, next_extra=place[0],
+                next_state=place[1], bootstrap=counts, has_target=has_target,
+                closes_turn=k == n - 1 and not (is_last and self.end == "unfinished"), turn=index, open_state=opening,
+                return_to_go=total, end_extra=end[0], end_state=end[1], end_discount=factor,
+            )  # fmt: skip

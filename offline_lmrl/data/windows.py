@@ -1,0 +1,117 @@
+"""What the policy sees of an episode: one rule that cuts training windows and shortens a live dialogue alike.
+
+Agent turn i sees the turns from `first_visible(i)` on, and every leading system turn. The start moves in steps of `stride`
+turns, as little as keeps at most `context` turns of history and at most `max_length` tokens. With stride 1 that is exactly
+"the last k turns"; a larger stride lets many agent turns share one window (and one cache) at the price of a history that
+varies between context − stride + 1 and context turns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.trajectory import Turn
+
+
+@dataclass(frozen=True)
+class WindowRule:
+    """How much of an episode is one context.
+
+    context: most turns of history before an agent turn; None = all. 1 makes a fully observed game Markov.
+    stride: turns by which the window's start moves at a time, 1 ≤ stride ≤ context.
+    max_length: most tokens of a window; whole oldest turns are dropped, never the reply itself.
+    """
+
+    context: int | None = None
+    stride: int = 1
+    max_length: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.context is not None and self.context < 1:
+            raise InputError(f"context: found {self.context}, expected a whole number of turns, at least 1")
+        if not 1 <= self.stride <= (self.context or self.stride):
+            raise InputError(f"stride: found {self.stride}, expected 1 to context ({self.context})")
+        if self.max_length < 2:
+            raise InputError(f"max_length: found {self.max_length}, expected at least 2 tokens")
+
+
+class Span(NamedTuple):
+    """One window: the leading system turns, then turns first..stop−1; agent turns from `credited` on are trained here."""
+
+    first: int
+    credited: int
+    stop: int
+
+
+def leading_system_turns(turns: Sequence[Turn]) -> int:
+    """How many turns at the start are system turns: they stay in every window."""
+    return next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
+
+
+def first_visible(rule: WindowRule, lengths: Sequence[int], index: int, head: int, fixed: int) -> int | None:
+    """First turn that agent turn `index` sees.
+
+    Args:
+      lengths: tokens of each turn up to and including turn `index`.
+      head: number of leading system turns; fixed: their tokens and the preamble's.
+    Returns: a turn in head..index, or None where not even the turn alone fits. The rule is monotone in index and does not
+      depend on earlier windows, so training and a live dialogue agree.
+    """
+    if fixed + lengths[index] > rule.max_length:
+        return None
+    first = min(head, index)
+    if rule.context is not None and index - first > rule.context:
+        first += -(-(index - first - rule.context) // rule.stride) * rule.stride
+    while first < index and fixed + sum(lengths[first : index + 1]) > rule.max_length:
+        first = min(first + rule.stride, index)
+    return first
+
+
+def cut_windows(
+    rule: WindowRule, lengths: Sequence[int], agent: Sequence[bool], head: int, fixed: int
+) -> tuple[list[Span], list[int]]:
+    """All windows of an episode, and the agent turns that cannot fit (dropped, to be counted).
+
+    Args:
+      lengths: tokens of each turn. agent: whether the turn is the agent's (trainable).
+    """
+    spans: list[Span] = []
+    dropped = []
+    for index in (i for i, is_agent in enumerate(agent) if is_agent):
+        first = first_visible(rule, lengths, index, head, fixed)
+        if first is None:
+            dropped.append(index)
+        elif spans and spans[-1].first == first:
+            spans[-1] = spans[-1]._replace(stop=index + 1)
+        else:
+            spans.append(Span(first, index, index + 1))
+    return spans, dropped
+
+
+def visible_turns(turns: Sequence[Turn], first: int, stop: int) -> list[Turn]:
+    """The leading system turns and turns first..stop−1."""
+    head = leading_system_turns(turns)
+    return [*turns[: min(head, stop)], *turns[max(first, head) : stop]]
+
+
+def policy_window(
+    turns: Sequence[Turn], renderer: Renderer, rule: WindowRule, reserve: int = 0
+) -> list[int]:
+    """Ids the agent sees before its coming turn: preamble, visible turns, its own opening.
+
+    Args:
+      reserve: tokens kept free for the reply (max_new_tokens).
+    Raises: InputError where the leading system turns alone leave no room.
+    """
+    encoded = [renderer.encode_turn(turn).ids for turn in turns]
+    head = leading_system_turns(turns)
+    fixed = len(renderer.preamble) + sum(map(len, encoded[:head]))
+    lengths = [*map(len, encoded), len(renderer.agent_opening) + reserve]
+    first = first_visible(rule, lengths, len(turns), head, fixed)
+    if first is None:
+        needed = fixed + lengths[-1]
+        raise InputError(f"max_length: found {rule.max_length}, expected at least {needed} to hold the system turns and a reply")
+    kept = [*encoded[:head], *encoded[max(first, head) :]]
+    return [*renderer.preamble, *(token for ids in kept for token in ids), *renderer.agent_opening]

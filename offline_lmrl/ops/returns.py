@@ -1,0 +1,61 @@
+"""Returns of reward sequences. Time is the last axis; a step's discount is what V after that step is multiplied with.
+
+A step's discount is 0 after a terminal action, 1 inside a turn, γ where a turn closes (or γ everywhere, per token).
+"""
+
+import torch
+from torch import Tensor
+
+from offline_lmrl.ops.shapes import check_shapes
+
+
+def discounted_return(reward: Tensor, discount: Tensor) -> Tensor:
+    """Return of the whole sequence:  Σ_t (Π_{k<t} γ_k) r_t.
+
+    Args:
+      reward: (B,T) paid for the action of step t.
+      discount: (B,T) γ_t between step t and step t+1.
+    Returns: (B,) in reward units.
+    """
+    return return_to_go(reward, discount)[:, 0]
+
+
+def return_to_go(reward: Tensor, discount: Tensor, end_value: Tensor | None = None) -> Tensor:
+    """Return from every step on:  G_t = r_t + γ_t · G_{t+1},  G_T = end_value.
+
+    Args:
+      reward: (B,T). discount: (B,T), as in `discounted_return`.
+      end_value: (B,) V where a cut log ends; None = 0.
+    Returns: (B,T) in reward units.
+    """
+    following = torch.zeros_like(reward) if end_value is None else end_value[:, None].expand_as(reward)
+    # With λ = 1 no V inside the sequence counts, only the last column, which is read at the end.
+    return lambda_return(reward, following, discount, 1.0)
+
+
+def lambda_return(reward: Tensor, next_v: Tensor, discount: Tensor, mix: float) -> Tensor:
+    """λ-return:  G_t = r_t + γ_t · ((1−λ) V_{t+1} + λ G_{t+1}),  with G_T = V_T. Sutton & Barto 2018, section 12.1.
+
+    λ = 0 is the one-step target, λ = 1 the Monte-Carlo return bootstrapped at the end of the log.
+
+    Args:
+      reward: (B,T). next_v: (B,T) V(s_{t+1}). discount: (B,T), 0 after a terminal action.
+      mix: λ in [0, 1].
+    Returns: (B,T) detached, in reward units.
+    """
+    check_shapes("b t, b t, b t", reward, next_v, discount)
+    following = next_v[:, -1]
+    columns = []
+    for t in reversed(range(reward.shape[1])):  # over time only; every row at once
+        following = reward[:, t] + discount[:, t] * ((1 - mix) * next_v[:, t] + mix * following)
+        columns.append(following)
+    return torch.stack(columns[::-1], dim=1).detach()
+
+
+def monte_carlo_mixture(td_target: Tensor, monte_carlo: Tensor, share: float) -> Tensor:
+    """(1 − share) · TD target + share · Monte-Carlo return; all (N,) detached, in reward units.
+
+    share = 1 gives one-step values: V and Q of the behaviour policy, no stitching.
+    """
+    check_shapes("n, n", td_target, monte_carlo)
+    return ((1 - share) * td_target + share * monte_carlo).detach()

@@ -1,0 +1,71 @@
+"""Losses of Q and V over packed action steps: N steps, H twin heads. Each returns one number per step, (N,); the caller
+sums them and divides by the number of agent tokens in the optimizer step, so that every term has the same normaliser."""
+
+import torch
+from torch import Tensor
+
+from offline_lmrl.ops.shapes import check_shapes
+
+
+def td_target(reward: Tensor, next_v: Tensor, bootstrap: Tensor, discount: Tensor | float) -> Tensor:
+    """One-step target for Q:  y = r + γ · b · V(s′), without gradient.
+
+    Kostrikov et al. 2021 (IQL), the Q loss of section 4.2; Snell et al. 2022 (ILQL) apply it per token.
+    Deviation: γ may differ per step, so that a discount per turn is 1 inside an utterance.
+
+    Args:
+      reward: (N,) paid for this action token; zero except where a turn closes.
+      next_v: (N,) V at the state where the agent acts next.
+      bootstrap: (N,) 1.0 if V(s′) counts, 0.0 after a terminal action; 1.0 at a cut-off end.
+      discount: γ of this step: one number per action token, or (N,).
+    Returns: (N,) detached targets, in reward units.
+    """
+    check_shapes("n, n, n", reward, next_v, bootstrap)
+    return (reward + discount * bootstrap * next_v).detach()
+
+
+def q_loss(q: Tensor, target: Tensor) -> Tensor:
+    """Σ_i (Q_i(s,a) − y)², summed over the twin heads, without ½ (Snell et al. 2022).
+
+    Args:
+      q: (H,N) online heads at the taken action. target: (N,) detached.
+    Returns: (N,).
+    """
+    check_shapes("h n, n", q, target)
+    return (q - target).square().sum(0)
+
+
+def expectile_loss(v: Tensor, target_q: Tensor, expectile: float) -> Tensor:
+    """|τ − 1{u < 0}| · u²  with  u = Q̄(s,a) − V(s). Kostrikov et al. 2021 (IQL), section 4.1, the expectile regression loss.
+
+    τ = ½ gives half the squared error (SARSA); τ → 1 approaches the maximum over actions in the data.
+
+    Args:
+      v: (N,) online V. target_q: (N,) minimum of the target heads at the taken action. expectile: τ in (0, 1).
+    Returns: (N,); no gradient reaches target_q.
+    """
+    check_shapes("n, n", v, target_q)
+    error = target_q.detach() - v
+    return torch.where(error < 0, 1 - expectile, expectile) * error.square()
+
+
+def conservative_loss(logsumexp_q: Tensor, q: Tensor) -> Tensor:
+    """Σ_i [ logsumexp_a Q_i(s,a) − Q_i(s,a_data) ]: cross-entropy of Q on the data's token. Kumar et al. 2020 (CQL), as
+    Snell et al. 2022 use it.
+
+    Args:
+      logsumexp_q: (H,N) over the vocabulary. q: (H,N) at the taken action.
+    Returns: (N,).
+    """
+    check_shapes("h n, h n", logsumexp_q, q)
+    return (logsumexp_q - q).sum(0)
+
+
+def awr_weight(advantage: Tensor, inverse_temperature: float, max_weight: float = 100.0) -> Tensor:
+    """min(exp(β · A), max_weight), detached. Peng et al. 2019 (AWR); the clip is IQL's (100).
+
+    Args:
+      advantage: (N,) Q̄ − V, in scaled reward units. inverse_temperature: β ≥ 0; 0 gives weights of 1.
+    Returns: (N,).
+    """
+    return (inverse_temperature * advantage).exp().clamp(max=max_weight).detach()

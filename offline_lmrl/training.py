@@ -1,0 +1,367 @@
+"""The one base of every offline trainer: transformers' Trainer with packed action steps, exact token counts, target
+updates, checkpoints that are whole or absent, and losses that do not depend on how a batch was split."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from offline_lmrl.data.batching import WindowDataset, collate_windows, encode_trajectories
+from offline_lmrl.data.episodes import EpisodeEncoder, StepRule
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import fingerprint, read_trajectories
+from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.scale import RewardScale
+from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.data.windows import WindowRule
+from offline_lmrl.models.guided import attach
+from offline_lmrl.models.loading import load_model, missing_weights, save_heads, unfreeze_heads
+
+
+@dataclass
+class OfflineConfig(TrainingArguments):
+    """What every offline algorithm takes beside the fields of `transformers.TrainingArguments`.
+
+    context: most turns that the policy sees before its own; None = all. 1 makes a fully observed game Markov.
+    stride: turns by which that window moves at a time (data/windows.py).
+    max_length: most tokens of a window; whole oldest turns are dropped, never the reply.
+    template: `auto` (the tokenizer's chat template, else the plain one) or `plain`.
+    reward_scale: divisor of rewards; None = the range of the training returns.
+    """
+
+    context: int | None = None
+    stride: int = 1
+    max_length: int = 1024
+    template: str = "auto"
+    reward_scale: float | None = None
+
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.01
+    adam_beta2: float = 0.95
+    warmup_steps: float = 0.05
+    lr_scheduler_type: str = "cosine_with_min_lr"
+    lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
+    logging_steps: float = 50
+    logging_nan_inf_filter: bool = False  # it would cost a host sync per step
+    remove_unused_columns: bool = False  # a batch is packed steps, not forward's own arguments
+    ddp_find_unused_parameters: bool | None = False
+
+    def __post_init__(self) -> None:
+        WindowRule(self.context, self.stride, self.max_length)  # checks the ranges
+        if self.template not in ("auto", "plain"):
+            raise InputError(f"template: found {self.template!r}, expected 'auto' or 'plain'")
+        if self.reward_scale is not None and not self.reward_scale > 0:
+            raise InputError(f"reward_scale: found {self.reward_scale}, expected a number above 0")
+        super().__post_init__()
+
+    @property
+    def window(self) -> WindowRule:
+        return WindowRule(self.context, self.stride, self.max_length)
+
+
+def check_range(config: object, **bounds: tuple[float, float]) -> None:
+    """Raise an InputError that names the first field of `config` outside its closed range."""
+    for name, (low, high) in bounds.items():
+        if not low <= getattr(config, name) <= high:
+            raise InputError(f"{name}: found {getattr(config, name)}, expected {low} to {high}")
+
+
+class LengthGroupedSampler(torch.utils.data.Sampler[int]):
+    """A shuffle in which neighbours have like lengths; a function of (seed, epoch) alone, so resuming is exact."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.pool, self.seed, self.epoch = torch.as_tensor(lengths), 50 * batch_size, seed, 0
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        shuffled = torch.randperm(len(self.lengths), generator=generator)
+        pools = [pool[self.lengths[pool].argsort(descending=True, stable=True)] for pool in shuffled.split(self.pool)]
+        batches = [batch for pool in pools for batch in pool.split(self.batch_size)]
+        full = [batch for batch in batches if len(batch) == self.batch_size]
+        order = torch.randperm(len(full), generator=generator)  # else every pool would run from long to short
+        rest = [batch for batch in batches if len(batch) < self.batch_size]
+        return iter(torch.cat([*(full[i] for i in order), *rest]).tolist())
+
+
+class TargetUpdates(TrainerCallback):
+    """Polyak step of the target heads, once per real optimizer step (never on micro-steps or skipped steps)."""
+
+    def __init__(self, rate: float):
+        self.rate, self.count = rate, 0
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        getattr(model, "module", model).update_targets(self.rate)
+        self.count += 1
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every logged row to metrics.jsonl in the run directory."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            with open(Path(args.output_dir) / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+class OfflineTrainer(transformers.Trainer):
+    """Trains a guided model on scored trajectories.
+
+    A subclass says which terms it minimises (`loss_terms`), what forward must return for them (`forward_options`), how
+    rewards are laid over tokens (`step_rule`) and which parts the model needs (`prepare_model`).
+
+    Args:
+      model: a causal LM, or a folder or hub name of one.
+      train_dataset, eval_dataset: trajectories, or a path or hub name that `read_trajectories` takes.
+      processing_class: the tokenizer; by default the one that lies with the model.
+      peft_config: trains an adapter instead of the trunk; heads are trained and saved in full beside it.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole optimizer step
+    algorithm = ""
+    rows_for_next_v = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: OfflineConfig,
+        train_dataset: Sequence[Trajectory] | str | Path,
+        eval_dataset: Sequence[Trajectory] | str | Path | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ):
+        if args.n_gpu > 1:
+            command = f"torchrun --nproc_per_node {args.n_gpu} --no-python offline-lmrl train FILE.yaml"
+            raise InputError(f"found {args.n_gpu} GPUs in one process, expected one process per GPU: run `{command}`")
+        if processing_class is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            processing_class = transformers.AutoTokenizer.from_pretrained(name)
+        self.renderer = Renderer(processing_class, args.template)
+        train = self.select(_read(train_dataset), args)
+        self.scale = RewardScale.fit(train, args.reward_scale)
+        self.encoder = EpisodeEncoder(self.renderer, args.window, self.step_rule(args), self.scale)
+        self.counts: Counter[str] = Counter()
+        windows = self._windows(train, args, self.counts)
+        model = load_model(model) if isinstance(model, str) else model
+        self.check_position_limit(model, args)
+        model = self.prepare_model(model, args, windows)
+        model.config.offline_lmrl = (getattr(model.config, "offline_lmrl", None) or {}) | {
+            "algorithm": self.algorithm,
+            "template": args.template,
+            "tokenizer": self.renderer.fingerprint,
+            "window": asdict(args.window),
+            "reward_scale": self.scale.to_dict(),
+            "data": fingerprint(train),
+        } | self.stored_blocks(args)  # fmt: skip
+        if peft_config is not None:
+            import peft
+
+            model = peft.get_peft_model(model, peft_config)
+            unfreeze_heads(model)
+        super().__init__(
+            model,
+            args,
+            data_collator=collate_windows,
+            train_dataset=windows,
+            eval_dataset=None if eval_dataset is None else self._windows(_read(eval_dataset), args, Counter()),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.can_return_loss, self.label_names = True, []
+        self.add_callback(MetricsFile())
+        self._sums: dict[str, Tensor] = {}
+
+    # What an algorithm says of itself.
+
+    def select(self, trajectories: Sequence[Trajectory], args: OfflineConfig) -> Sequence[Trajectory]:
+        """The trajectories that are trained on."""
+        return trajectories
+
+    def step_rule(self, args: OfflineConfig) -> StepRule:
+        return StepRule()
+
+    def prepare_model(self, model: PreTrainedModel, args: OfflineConfig, windows: WindowDataset) -> PreTrainedModel:
+        """The guided model with the parts that this algorithm needs."""
+        return attach(model, None)
+
+    def stored_blocks(self, args: OfflineConfig) -> Mapping[str, Any]:
+        """Further entries of the `offline_lmrl` block of config.json."""
+        return {}
+
+    def forward_options(self) -> Mapping[str, Any]:
+        return {}
+
+    def loss_terms(self, outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss per action token, (N,), and what to log: name -> (N,) or (K,), averaged over what they count."""
+        raise TypeError(f"{type(self).__name__} does not say what it minimises")
+
+    # The shared machinery.
+
+    def _windows(self, trajectories: Sequence[Trajectory], args: OfflineConfig, counts: Counter[str]) -> WindowDataset:
+        columns = encode_trajectories(trajectories, self.encoder, counts)
+        pad_id = self.renderer.close_id  # any id: the attention mask, never the id, says what is padding
+        return WindowDataset(columns, pad_id, next_rows=self.rows_for_next_v, end_rows=self.rows_for_end_v(args))
+
+    def rows_for_end_v(self, args: OfflineConfig) -> bool:
+        return False
+
+    @staticmethod
+    def check_position_limit(model: PreTrainedModel, args: OfflineConfig) -> None:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and args.max_length > limit:
+            raise InputError(f"max_length: found {args.max_length}, expected at most the model's {limit} positions")
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length":
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return LengthGroupedSampler(dataset.lengths, self.args.train_batch_size * self.args.world_size, seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Action tokens of the optimizer step: all micro-batches, all ranks."""
+        count = torch.tensor([sum(len(batch["steps"]["row"]) for batch in batch_samples)], device=device)
+        return self.accelerator.gather(count).sum()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            steps=inputs["steps"],
+            **self.forward_options(),
+        )
+        per_step, logged = self.loss_terms(outputs, inputs["steps"])
+        self._add_up(logged)
+        # DDP averages gradients over ranks, the count is global: multiply once by the world size.
+        loss = per_step.sum() * self.args.world_size / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+    def _add_up(self, logged: Mapping[str, Tensor]) -> None:
+        for name, values in logged.items():
+            pair = torch.stack([values.detach().float().sum(), values.new_tensor(float(values.numel()))])
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def _averages(self, prefix: str = "") -> dict[str, float]:
+        """Every metric as sum / count over all ranks since the last call."""
+        if not self._sums:
+            return {}
+        total = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum")
+        names, self._sums = list(self._sums), {}
+        return {prefix + name: (pair[0] / pair[1]).item() for name, pair in zip(names, total, strict=True)}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs | self._averages() if "loss" in logs else logs, start_time)
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Token-weighted means over the whole set, the same for any batch size and number of ranks."""
+        training_sums, self._sums = self._sums, {}
+        dataset, size = dataloader.dataset, self.args.eval_batch_size
+        model = self._wrap_model(self.model, training=False).eval()
+        starts = range(0, len(dataset), size)
+        for turn in range(-(-len(starts) // self.args.world_size)):
+            number = turn * self.args.world_size + self.args.process_index
+            # Every rank runs forward equally often (sharded models need that); a surplus pass is not counted.
+            start = starts[number % len(starts)]
+            batch = self._prepare_inputs(dataset.batch(range(start, min(start + size, len(dataset)))))
+            with self.compute_loss_context_manager():
+                outputs = model(
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    steps=batch["steps"],
+                    **self.forward_options(),
+                )
+                per_step, logged = self.loss_terms(outputs, batch["steps"])
+            if number < len(starts):
+                self._add_up({"loss": per_step, **logged})
+        metrics = self._averages(f"{metric_key_prefix}_")
+        self._sums = training_sums
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataset))
+
+    # Checkpoints: whole or absent.
+
+    def _get_output_dir(self, trial) -> str:
+        """Trainer writes checkpoints below this folder; while one is written, it has another name."""
+        return os.path.join(super()._get_output_dir(trial), ".saving")
+
+    def _save_checkpoint(self, model, trial) -> None:
+        staging = Path(self._get_output_dir(trial))
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            written = staging / f"checkpoint-{self.state.global_step}"
+            for path in written.rglob("*"):
+                if path.is_file():
+                    _sync(path)
+            final = staging.parent / written.name
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(written, final)
+            shutil.rmtree(staging)
+            _sync(staging.parent)
+            rotate_checkpoints(
+                output_dir=str(staging.parent),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes beside the folder first; config.json, without which nothing loads, moves in last."""
+        if _internal_call:  # part of a checkpoint, which is staged as a whole
+            return super().save_model(output_dir, _internal_call=True)
+        folder = Path(output_dir or self.args.output_dir)
+        staging = folder / ".saving"
+        super().save_model(str(staging), _internal_call=True)
+        if self.args.should_save:
+            (folder / "config.json").unlink(missing_ok=True)
+            for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+                _sync(path)
+                os.replace(path, folder / path.name)
+            staging.rmdir()
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and hasattr(self.model, "peft_config"):
+            save_heads(self.model, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """As Trainer's, but a checkpoint that lacks weights is an error, not a warning."""
+        missing = missing_weights(model or self.model, resume_from_checkpoint)
+        if missing:
+            raise InputError(f"{resume_from_checkpoint}: lacks {len(missing)} weights of this model, first {missing[0]}")
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def _read(source: Sequence[Trajectory] | str | Path) -> Sequence[Trajectory]:
+    return read_trajectories(source) if isinstance(source, str | Path) else source
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,40 @@
+import torch
+from torch.testing import assert_close
+
+from offline_lmrl.ops.returns import discounted_return, lambda_return, monte_carlo_mixture, return_to_go
+
+
+def test_discounted_return_by_hand():
+    reward = torch.tensor([[1.0, 2.0, 4.0]])
+    discount = torch.tensor([[0.5, 0.5, 0.0]])
+    assert_close(discounted_return(reward, discount), torch.tensor([1 + 0.5 * (2 + 0.5 * 4)]))  # 3
+
+
+def test_return_to_go_ends_at_a_terminal_action_and_bootstraps_at_a_cut():
+    reward = torch.tensor([[0.0, 1.0, -1.0], [0.0, 1.0, -1.0]])
+    discount = torch.tensor([[1.0, 0.9, 0.0], [1.0, 0.9, 0.9]])
+    end_value = torch.tensor([7.0, 10.0])
+    # row 0: G2 = -1, G1 = 1 - .9 = .1, G0 = .1;  row 1: G2 = -1 + 9 = 8, G1 = 1 + 7.2 = 8.2, G0 = 8.2
+    expected = torch.tensor([[0.1, 0.1, -1.0], [8.2, 8.2, 8.0]])
+    assert_close(return_to_go(reward, discount, end_value), expected)
+
+
+def test_return_to_go_survives_zero_discounts_and_long_sequences():
+    reward = torch.ones(1, 3000)
+    assert_close(return_to_go(reward, torch.zeros(1, 3000)), reward)
+    assert_close(return_to_go(reward, torch.full((1, 3000), 0.5))[0, 0], torch.tensor(2.0))
+
+
+def test_lambda_return_interpolates_between_one_step_and_monte_carlo():
+    reward = torch.tensor([[1.0, 1.0]])
+    next_v = torch.tensor([[10.0, 20.0]])
+    discount = torch.tensor([[0.5, 0.5]])
+    assert_close(lambda_return(reward, next_v, discount, 0.0), torch.tensor([[6.0, 11.0]]))
+    assert_close(lambda_return(reward, next_v, discount, 1.0), torch.tensor([[1 + 0.5 * 11.0, 11.0]]))
+    # λ = .25: G1 = 11, G0 = 1 + .5 (.75·10 + .25·11) = 6.125
+    assert_close(lambda_return(reward, next_v, discount, 0.25), torch.tensor([[6.125, 11.0]]))
+
+
+def test_mixture_is_linear_in_the_share():
+    td, realised = torch.tensor([0.0, 1.0]), torch.tensor([10.0, 3.0])
+    assert_close(monte_carlo_mixture(td, realised, 0.3), torch.tensor([3.0, 1.6]))
