@@ -40,18 +40,17 @@ def prepare(output: str | Path, *, observed: Literal["full", "partial"] = "full"
       seed: of the players and of the split.
     Returns: counts and means of the logs, as in report.json. `mean_return` sums what was logged, so the episodes cut
       on leaving their part make it better than what their players would score in the whole maze.
-    Raises: InputError for fewer than one episode.
+    Raises: InputError for fewer than one episode or an output that cannot be written.
     """
     if episodes < 1:
         raise InputError(f"episodes: found {episodes}, expected at least 1")
     trajectories = logs(observed, episodes, seed)
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
     shares = {"train": 1 - VALIDATION_SHARE, "validation": VALIDATION_SHARE}
     for name, rows in split_by_group(trajectories, shares, seed).items():
-        write_trajectories(output / f"{name}.jsonl", rows)
+        if rows:  # a handful of episodes may leave a split without any
+            write_trajectories(Path(output) / f"{name}.jsonl", rows)
     report = _report(trajectories)
-    write_json(output / "report.json", report)
+    write_json(Path(output) / "report.json", report)
     return report
 
 
