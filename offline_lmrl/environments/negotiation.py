@@ -1,0 +1,275 @@
+"""Deal or no deal (Lewis et al. 2017): two sides divide books, hats and balls by talking.
+
+Counts are public, values are private, and every pool is worth 10 to each side. Either side ends the talk by saying
+`<selection>`; then both divide, each for itself. If what they take adds up to the pool, each earns the value of what
+it took; otherwise both earn 0. The turn functions here make the views of logs, agent and partner: one form for all.
+"""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.protocols import Policy, Reply, StepResult
+from offline_lmrl.data.trajectory import Turn, shown
+
+ITEMS = ("books", "hats", "balls")
+SELECTION = "<selection>"
+NO_AGREEMENT = "no agreement"
+DIVIDE = Turn("environment", "divide")
+# Keeps the partner's random numbers apart from those of an agent that samples with the seeds of the episodes.
+PARTNER_SEEDS = 2**32
+
+Triple = tuple[int, int, int]  # a number for each of ITEMS
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A pool to divide and what each side would get for one item of a kind: values[0] and values[1]."""
+
+    counts: Triple
+    values: tuple[Triple, Triple]
+
+    @property
+    def key(self) -> str:
+        """Name of the scenario, the same whichever side comes first: the group of all its dialogues."""
+        sides = sorted(" ".join(map(str, values)) for values in self.values)
+        return f"{' '.join(map(str, self.counts))} / {' / '.join(sides)}"
+
+
+def scenario_turn(counts: Triple, values: Triple) -> Turn:
+    """What one side knows before the talk: "books 1 worth 0, hats 4 worth 2, balls 1 worth 2"."""
+    return Turn("user", ", ".join(f"{item} {count} worth {value}"
+                                  for item, count, value in zip(ITEMS, counts, values, strict=True)))
+
+
+def division_text(division: Triple | None) -> str:
+    """How a side says what it takes, in the order of ITEMS: "take 0 4 1", or "no agreement" for None."""
+    return NO_AGREEMENT if division is None else f"take {' '.join(map(str, division))}"
+
+
+def divisions(counts: Triple) -> dict[str, Triple | None]:
+    """Everything a side may say when it divides, and what it means."""
+    choices: list[Triple | None] = list(itertools.product(*(range(count + 1) for count in counts)))
+    return {division_text(division): division for division in [*choices, None]}
+
+
+def worth(division: Triple, values: Triple) -> int:
+    """Σ items · value."""
+    return sum(number * value for number, value in zip(division, values, strict=True))
+
+
+def fits(counts: Triple, first: Triple | None, second: Triple | None) -> bool:
+    """Whether two divisions add up to the pool."""
+    if first is None or second is None:
+        return False
+    return all(a + b == count for a, b, count in zip(first, second, counts, strict=True))
+
+
+def is_pareto_optimal(scenario: Scenario, scores: tuple[int, int]) -> bool:
+    """Whether no division of the pool gives one side more and the other no less than `scores`."""
+    for first in itertools.product(*(range(count + 1) for count in scenario.counts)):
+        second = tuple(count - number for count, number in zip(scenario.counts, first, strict=True))
+        other = worth(first, scenario.values[0]), worth(second, scenario.values[1])
+        if other != scores and other[0] >= scores[0] and other[1] >= scores[1]:
+            return False
+    return True
+
+
+def read_scenarios(path: str | Path) -> list[Scenario]:
+    """Read `[{"counts": [1, 4, 1], "values": [[0, 2, 2], [4, 1, 2]]}, ...]`. Raises InputError naming the entry."""
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}, expected a JSON file of scenarios") from error
+    except ValueError as error:
+        raise InputError(f"{path}: found text that is not JSON ({error}), expected a list of scenarios") from error
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{path}: found no scenario, expected a JSON list of them")
+    return [_scenario(entry, f"{path}:{number}") for number, entry in enumerate(entries, start=1)]
+
+
+def scenario_entry(scenario: Scenario) -> dict[str, Any]:
+    """The scenario as `read_scenarios` reads it."""
+    return {"counts": list(scenario.counts), "values": [list(values) for values in scenario.values]}
+
+
+def _scenario(entry: Any, where: str) -> Scenario:
+    counts, values = (entry.get("counts"), entry.get("values")) if isinstance(entry, Mapping) else (None, None)
+    triples = [counts, *values] if isinstance(values, list) and len(values) == 2 else []
+    if not triples or not all(_is_triple(triple) for triple in triples):
+        raise InputError(f"{where}: found {shown(entry)}, expected counts and two values, "
+                         "each of them three whole numbers from 0")
+    return Scenario(tuple(counts), (tuple(values[0]), tuple(values[1])))
+
+
+def _is_triple(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(number) is int and number >= 0 for number in value)
+
+
+@dataclass
+class _Dialogue:
+    """One episode under way; the agent plays `side`, the partner the other."""
+
+    scenario: Scenario
+    side: int
+    order: str  # who speaks first: "agent" or "partner"
+    partner_history: list[Turn]  # the dialogue as the partner sees it: its own turns are the assistant's
+    dividing: bool = False
+    turns: int = 0  # of both sides, up to and including the selection
+    agent_words: int = 0
+    invalid: int = 0  # empty turns and divisions that are none
+    scores: tuple[int, int] = (0, 0)  # agent, partner
+    agreement: bool = False
+    options: dict[str, Triple | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.options = divisions(self.scenario.counts)
+
+    def hear_agent(self, text: str) -> None:
+        self.turns += 1
+        self.partner_history.append(Turn("user", text))
+        if text == SELECTION:
+            self._close()
+        else:
+            self.agent_words += len(text.split())
+            self.invalid += not text
+
+    def hear_partner(self, reply: Reply) -> list[Turn]:
+        """Take the partner's turn; returns what the agent sees of it."""
+        self.turns += 1
+        text = reply.text.strip()
+        # A turn that the length limit ended stays closed in the partner's view, as all turns it has learnt from are.
+        token_ids = reply.token_ids if reply.closed else None
+        self.partner_history.append(Turn("assistant", reply.text, token_ids=token_ids))
+        if text == SELECTION:
+            self._close()
+            return [Turn("user", text), DIVIDE]
+        return [Turn("user", text)]
+
+    def settle(self, agent_text: str, partner_text: str) -> None:
+        """Score two divisions; a text that is none of the options fits nothing."""
+        self.invalid += agent_text not in self.options
+        agent, partner = self.options.get(agent_text), self.options.get(partner_text)
+        self.agreement = fits(self.scenario.counts, agent, partner)
+        if self.agreement:
+            own, other = self.scenario.values[self.side], self.scenario.values[1 - self.side]
+            self.scores = worth(agent, own), worth(partner, other)
+
+    def _close(self) -> None:
+        self.dividing = True
+        self.partner_history.append(DIVIDE)
+
+
+class Negotiation:
+    """The agent plays one side and a frozen partner the other; implements VectorEnvironment.
+
+    A seed names an episode. With n scenarios and both orders, seeds 0..4n−1 are every scenario from both sides in both
+    orders: seed % n is the scenario, then come the side and who speaks first; seeds from 4n on repeat them with other
+    random numbers for the partner.
+
+    Args:
+      scenarios: a file for `read_scenarios`, or scenarios.
+      partner: a run directory, loaded on the first reset, or any Policy. It is never trained here.
+      first: who speaks first: "agent", "partner", or "both" orders.
+      max_turns: turns of both sides, selection included, after which a dialogue is cut with score 0.
+      partner_sampling: settings that replace those saved in the partner's run directory.
+    """
+
+    def __init__(self, scenarios: str | Path | Sequence[Scenario], partner: str | Path | Policy, *,
+                 first: Literal["both", "agent", "partner"] = "both", max_turns: int = 20,
+                 partner_sampling: Mapping[str, Any] | None = None):
+        if first not in ("both", "agent", "partner"):
+            raise InputError(f"first: found {first!r}, expected 'both', 'agent' or 'partner'")
+        if max_turns < 2:
+            raise InputError(f"max_turns: found {max_turns}, expected at least 2")
+        self.scenarios = read_scenarios(scenarios) if isinstance(scenarios, str | Path) else list(scenarios)
+        if not self.scenarios:
+            raise InputError("scenarios: found none, expected at least one")
+        self.partner = partner
+        self.partner_sampling = dict(partner_sampling or {})
+        self.orders = ("agent", "partner") if first == "both" else (first,)
+        self.max_turns = max_turns
+
+    @property
+    def episodes(self) -> int:
+        """Number of different episodes: scenarios × 2 sides × orders."""
+        return len(self.scenarios) * 2 * len(self.orders)
+
+    def reset(self, seeds: Sequence[int]) -> list[Sequence[Turn]]:
+        """Start an episode per seed; a partner that speaks first has spoken in what comes back."""
+        if isinstance(self.partner, str | Path):
+            # Here and not above: the decoder needs the model libraries, which rules and logs do without.
+            from offline_lmrl.decoding.policy import LanguagePolicy
+            self.partner = LanguagePolicy.load(self.partner, **self.partner_sampling)
+        self.session = self.partner.start([seed + PARTNER_SEEDS for seed in seeds])
+        self.dialogues = [self._dialogue(seed) for seed in seeds]
+        openings = [[scenario_turn(d.scenario.counts, d.scenario.values[d.side])] for d in self.dialogues]
+        waiting = [row for row, dialogue in enumerate(self.dialogues) if dialogue.order == "partner"]
+        for row, reply in self._ask_partner(waiting).items():
+            openings[row] += self.dialogues[row].hear_partner(reply)
+        return openings
+
+    def step(self, rows: Sequence[int], texts: Sequence[str]) -> list[StepResult]:
+        """Take the agent's turns: something said, the selection, or after "divide" its division."""
+        texts = [text.strip() for text in texts]
+        selected = set()
+        for row, text in zip(rows, texts, strict=True):
+            dialogue = self.dialogues[row]
+            if not dialogue.dividing:
+                dialogue.hear_agent(text)
+                if dialogue.dividing:
+                    selected.add(row)
+        replies = self._ask_partner([row for row in rows if row not in selected])
+        results = []
+        for row, text in zip(rows, texts, strict=True):
+            dialogue = self.dialogues[row]
+            if row in selected:
+                results.append(StepResult((DIVIDE,), 0.0, False, False))
+            elif dialogue.dividing:
+                dialogue.settle(text, replies[row].text.strip())
+                results.append(StepResult((), float(dialogue.scores[0]), True, False))
+            else:
+                heard = tuple(dialogue.hear_partner(replies[row]))
+                cut = dialogue.turns >= self.max_turns and not dialogue.dividing
+                results.append(StepResult(heard, 0.0, False, cut))
+        return results
+
+    def options(self, row: int) -> list[str] | None:
+        """The divisions that are possible, when the coming turn is one."""
+        dialogue = self.dialogues[row]
+        return list(dialogue.options) if dialogue.dividing else None
+
+    def labels(self, row: int) -> dict[str, Any]:
+        """Outcome of an episode: scores, agreement, length, and which episode it was."""
+        dialogue = self.dialogues[row]
+        in_order = dialogue.scores if dialogue.side == 0 else dialogue.scores[::-1]
+        return {
+            "score": dialogue.scores[0],
+            "partner_score": dialogue.scores[1],
+            "agreement": dialogue.agreement,
+            "pareto": dialogue.agreement and is_pareto_optimal(dialogue.scenario, in_order),
+            "turns": dialogue.turns,
+            "agent_words": dialogue.agent_words,
+            "scenario": dialogue.scenario.key,
+            "side": dialogue.side,
+            "order": dialogue.order,
+            "invalid": dialogue.invalid,
+        }
+
+    def _dialogue(self, seed: int) -> _Dialogue:
+        index, rest = seed % len(self.scenarios), seed // len(self.scenarios)
+        side, order = rest % 2, self.orders[rest // 2 % len(self.orders)]
+        scenario = self.scenarios[index]
+        return _Dialogue(scenario, side, order, [scenario_turn(scenario.counts, scenario.values[1 - side])])
+
+    def _ask_partner(self, rows: Sequence[int]) -> dict[int, Reply]:
+        """One batch of partner turns, by row; those that divide choose among the possible divisions."""
+        if not rows:
+            return {}
+        histories = [self.dialogues[row].partner_history for row in rows]
+        replies = self.session.reply(rows, histories, [self.options(row) for row in rows])
+        return dict(zip(rows, replies, strict=True))
