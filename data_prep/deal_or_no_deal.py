@@ -1,0 +1,256 @@
+"""Deal or no deal (Lewis et al. 2017; facebookresearch/end-to-end-negotiator) to scored trajectories.
+
+Both public line forms are read: the plain one of data.txt and the tagged one of train.txt, val.txt and test.txt. A
+line is a dialogue as one side saw it. It becomes that side's episode in the form of
+`offline_lmrl.environments.negotiation`: what it knows, what is said, "divide", what it takes, with the reward there.
+
+What the logs say and what is made of it:
+- The reward is the value of what the side took if both selections add up to the pool, and else 0, whatever the line's
+  `reward=` says.
+- A disconnect is a cut before the division: the episode ends with "divide" and is not terminated.
+- The tagged form hides selections that do not fit behind `<disagree>`. The division is unknown then, but what it
+  earned is not: the episode ends where the talk ends, and the reward 0 is on the side's last turn.
+- The partner's values and selection are labels and never in a turn.
+- Scenario (counts and both sides' values, in either order) is the group, so that both sides of a dialogue and all
+  dialogues over one scenario stay together.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data_prep.reports import write_json
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import write_trajectories
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.environments.negotiation import (
+    DIVIDE,
+    SELECTION,
+    Scenario,
+    Triple,
+    division_text,
+    fits,
+    scenario_entry,
+    scenario_turn,
+    worth,
+)
+
+# Where several files hold the same split, the first is read: data.txt and train.txt are the same dialogues.
+FILES = {"train": ("data.txt", "train.txt"), "validation": ("val.txt",), "test": ("test.txt",)}
+
+_SIX = r"\d+(?: \d+){5}"
+_PLAIN = re.compile(rf"(?P<own>{_SIX}) (?P<talk>.+ {SELECTION}) (?P<selection>.+) <eos> "
+                    rf"reward=(?P<reward>.+) (?P<flag>agree|disagree) (?P<partner>{_SIX})")
+_TAGGED = re.compile(rf"<input> (?P<own>{_SIX}) </input> <dialogue> (?P<talk>.+ {SELECTION}) </dialogue> "
+                     rf"<output> (?P<selection>.+) </output> <partner_input> (?P<partner>{_SIX}) </partner_input>")
+_TURN = re.compile(r"(YOU|THEM): (\S.*)")
+_ITEM = re.compile(r"item[0-5]=(\d+)")
+# What stands in place of a division, in both forms, and the outcome it means.
+_OUTCOMES = {"no agreement": "no agreement", "<no_agreement>": "no agreement", "disconnect": "disconnect",
+             "<disconnect>": "disconnect", "<disagree>": "division not logged"}
+
+
+class Unreadable(ValueError):
+    """A line that is dropped; the message is the reason it is counted under."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One line: a dialogue as one side saw it. In `scenario` this side's values come first.
+
+    `outcome` is "agreement", "selections do not fit", "no agreement", "division not logged" or "disconnect".
+    """
+
+    scenario: Scenario
+    talk: tuple[tuple[str, str], ...]  # (YOU or THEM, words), the selection last
+    outcome: str
+    division: Triple | None  # None also where the outcome has none
+    labels: Mapping[str, Any]
+
+
+def prepare(input: str | Path, output: str | Path, *, held_out_scenarios: int = 200, seed: int = 0) -> dict[str, Any]:
+    """Read the public files and write <split>.jsonl, scenarios_<split>.json for play, and report.json.
+
+    data.txt (or train.txt) becomes train and tune, val.txt validation, test.txt test. All dialogues of a scenario
+    that is in tune, validation or test leave train.
+
+    Args:
+      input: folder with any of the public files, or one file; one of another name counts as data.txt.
+      output: folder, made if it is missing.
+      held_out_scenarios: number of scenarios of data.txt that go to tune, to choose settings on.
+      seed: which ones.
+    Returns: counts per file (lines = kept + the drops by reason) and per split, as in report.json.
+    Raises: InputError if nothing can be read, too few scenarios are there, or the output cannot be written.
+    """
+    files = _files(Path(input))
+    report: dict[str, Any] = {"files": {}}
+    splits = {}
+    for split, path in files.items():
+        splits[split], report["files"][path.name] = read_log(path)
+    if "train" in splits:
+        rows = splits.pop("train")
+        elsewhere = {row.group for split in splits.values() for row in split}
+        unseen = [row for row in rows if row.group not in elsewhere]
+        report["removed_from_train_scenario_in_validation_or_test"] = len(rows) - len(unseen)
+        tune_groups = _held_out(unseen, held_out_scenarios, seed, files["train"])
+        splits["train"] = [row for row in unseen if row.group not in tune_groups]
+        if tune_groups:
+            splits["tune"] = [row for row in unseen if row.group in tune_groups]
+    report["splits"] = {split: _summary(rows) for split, rows in splits.items()}
+    for split, rows in splits.items():
+        write_trajectories(Path(output) / f"{split}.jsonl", rows)
+        if split != "train":
+            scenarios = sorted({_scenario_of(row) for row in rows}, key=lambda scenario: scenario.key)
+            write_json(Path(output) / f"scenarios_{split}.json", [scenario_entry(scenario) for scenario in scenarios])
+    write_json(Path(output) / "report.json", report)
+    return report
+
+
+def read_log(path: Path) -> tuple[list[Trajectory], dict[str, Any]]:
+    """The trajectories of one file, and its counts: lines = kept + Σ dropped; repairs and outcomes are of kept rows.
+
+    Raises InputError if the file cannot be read or has no line of either form.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}, expected a file of negotiations") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: found bytes that are not UTF-8 ({error.reason}), expected text") from error
+    rows, dropped, repaired, outcomes = [], Counter(), Counter(), Counter()
+    for line in lines:
+        repairs: Counter[str] = Counter()
+        try:
+            side = parse_line(line.strip(), repairs)
+            rows.append(to_trajectory(side, source=path.name))
+        except Unreadable as reason:
+            dropped[str(reason)] += 1
+            continue
+        outcomes[side.outcome] += 1
+        repaired += repairs
+    if not rows:
+        reasons = "; ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "the file is empty"
+        raise InputError(f"{path}: found no usable line ({reasons}), expected one of the two public forms")
+    return rows, {"lines": len(lines), "kept": len(rows), "dropped": dict(dropped), "repaired": dict(repaired),
+                  "outcomes": dict(outcomes)}
+
+
+def parse_line(line: str, repairs: Counter[str]) -> Side:
+    """Read a line of either form; `repairs` counts what is not taken as the line says it.
+
+    Raises Unreadable.
+    """
+    if not line:
+        raise Unreadable("blank line")
+    match = _TAGGED.fullmatch(line) or _PLAIN.fullmatch(line)
+    if match is None:
+        raise Unreadable("neither of the two forms")
+    own, partner = ([int(number) for number in match[name].split()] for name in ("own", "partner"))
+    if own[::2] != partner[::2]:
+        raise Unreadable("the two sides have different counts")
+    scenario = Scenario(tuple(own[::2]), (tuple(own[1::2]), tuple(partner[1::2])))
+    logged = match.groupdict()  # the plain form has two fields more
+    side = _with_outcome(Side(scenario, _talk(match["talk"]), "", None, {
+        "partner_values": list(scenario.values[1]),
+        "logged_selection": match["selection"],
+        "logged_reward": logged.get("reward"),
+        "logged_flag": logged.get("flag"),
+    }), repairs)
+    if not any(speaker == "YOU" for speaker, _ in side.talk) and side.outcome in ("division not logged", "disconnect"):
+        raise Unreadable("nothing that this side said or took")
+    return side
+
+
+def to_trajectory(side: Side, source: str) -> Trajectory:
+    """The episode of this side; the reward is on its last turn."""
+    turns = [scenario_turn(side.scenario.counts, side.scenario.values[0])]
+    turns += [Turn("assistant" if speaker == "YOU" else "user", words) for speaker, words in side.talk]
+    if side.outcome == "division not logged":
+        last = max(place for place, turn in enumerate(turns) if turn.is_trainable)
+        turns[last] = replace(turns[last], reward=0.0)
+    else:
+        turns.append(DIVIDE)
+    if side.outcome in ("agreement", "selections do not fit", "no agreement"):
+        reward = worth(side.division, side.scenario.values[0]) if side.outcome == "agreement" else 0
+        turns.append(Turn("assistant", division_text(side.division), reward=reward))
+    return Trajectory(tuple(turns), terminated=side.outcome != "disconnect", group=side.scenario.key,
+                      task="deal-or-no-deal", source=source, labels={**side.labels, "outcome": side.outcome})
+
+
+def _talk(text: str) -> tuple[tuple[str, str], ...]:
+    turns = [_TURN.fullmatch(turn) for turn in text.split(" <eos> ")]
+    if not all(turns):
+        raise Unreadable("a turn without speaker or words")
+    talk = tuple((turn[1], turn[2]) for turn in turns)
+    if [words for _, words in talk].index(SELECTION) != len(talk) - 1:
+        raise Unreadable("the selection is not the last turn")
+    return talk
+
+
+def _with_outcome(side: Side, repairs: Counter[str]) -> Side:
+    """Read the logged selection: what this side took, and whether it fits.
+
+    The plain form holds one division, and `agree` says whether the partner's fits; the tagged form holds both.
+    """
+    selection, reward, flag = (side.labels[name] for name in ("logged_selection", "logged_reward", "logged_flag"))
+    words = selection.split(" ")
+    if not all(_ITEM.fullmatch(word) for word in words):
+        outcome = _OUTCOMES.get(selection) or (_OUTCOMES.get(words[0]) if words == words[:1] * 6 else None)
+        if outcome is None:
+            raise Unreadable("a selection that is neither a division nor a known word")
+        if outcome == "division not logged":
+            repairs["division not logged: reward 0 on the last turn of this side"] += 1
+        return replace(side, outcome=outcome)
+    numbers = [int(_ITEM.fullmatch(word)[1]) for word in words]
+    if len(numbers) != (6 if flag is None else 3):
+        raise Unreadable("a selection with the wrong number of items")
+    division, counts = tuple(numbers[:3]), side.scenario.counts
+    possible = all(number <= count for number, count in zip(division, counts, strict=True))
+    agreed = possible and (fits(counts, division, tuple(numbers[3:])) if flag is None else flag == "agree")
+    if flag is not None and reward != str(worth(division, side.scenario.values[0])):
+        repairs["logged reward is not the value of the selection: value taken"] += 1
+    if not agreed and reward != "0":
+        repairs["selections do not fit: reward 0"] += 1
+    return replace(side, outcome="agreement" if agreed else "selections do not fit", division=division)
+
+
+def _files(source: Path) -> dict[str, Path]:
+    """Split name -> file."""
+    if source.is_dir():
+        found = {split: [source / name for name in names if (source / name).is_file()]
+                 for split, names in FILES.items()}
+        files = {split: paths[0] for split, paths in found.items() if paths}
+        if not files:
+            expected = ", ".join(name for names in FILES.values() for name in names)
+            raise InputError(f"{source}: found none of the public files, expected any of {expected}")
+        return files
+    return {next((split for split, names in FILES.items() if source.name in names), "train"): source}
+
+
+def _held_out(rows: Sequence[Trajectory], number: int, seed: int, path: Path) -> set[str]:
+    """Groups drawn by hash, so that they do not depend on the order of the lines."""
+    groups = sorted({row.group for row in rows},
+                    key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
+    if not 0 <= number < len(groups):
+        raise InputError(f"held_out_scenarios: found {number}, expected 0 to {max(len(groups) - 1, 0)}, "
+                         f"one less than the scenarios of {path.name}")
+    return set(groups[:number])
+
+
+def _scenario_of(row: Trajectory) -> Scenario:
+    counts, *values = (tuple(int(number) for number in part.split()) for part in row.group.split(" / "))
+    return Scenario(counts, (values[0], values[1]))
+
+
+def _summary(rows: Sequence[Trajectory]) -> dict[str, Any]:
+    finished = [row for row in rows if row.terminated]
+    return {
+        "rows": len(rows),
+        "scenarios": len({row.group for row in rows}),
+        "mean_return": round(sum(row.total_return for row in finished) / max(len(finished), 1), 4),
+        "agreement": round(sum(row.labels["outcome"] == "agreement" for row in finished) / max(len(finished), 1), 4),
+    }
