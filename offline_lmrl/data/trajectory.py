@@ -205,9 +205,13 @@ def require_text(name: str, value: Any) -> None:
 def _finite(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InputError(f"{name}: found {shown(value)}, expected a number")
-    if not math.isfinite(value):
-        raise InputError(f"{name}: found {value}, expected a finite number")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise InputError(f"{name}: found {number}, expected a finite number")
+    return number
 
 
 def _sequence(name: str, value: Any) -> Sequence:

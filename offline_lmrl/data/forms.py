@@ -1,0 +1,202 @@
+"""The row forms that logs come in, read as trajectories. Nothing is repaired or dropped without being counted.
+
+    messages: [{role, content, reward?, trainable?, token_ids?, behaviour_log_prob?}]     the project's own form
+    prompt, completion, reward      reward: a number, or null = not scored
+    prompt, completion, label       label: true = 1.0, false = 0.0, null = not scored
+
+`prompt` and `completion` are text (a user turn, an agent turn) or lists of messages; the score goes to the last agent
+turn of the completion, and agent turns in the prompt are context: nobody scored them. All forms may carry `terminated,
+group, task, source, labels`; without a group, a prompt form's group is a hash of its prompt. Other columns are kept in
+`labels`, where a column of that name is not there already.
+
+Content that is a list of text parts is joined, and tool calls are appended to the content as canonical JSON. A message
+whose content is anything else that is not text drops its row; a value of the wrong type is an error.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.trajectory import (
+    OPTIONAL_TURN_FIELDS,
+    Trajectory,
+    Turn,
+    build_trajectory,
+    shown,
+    turn_from_record,
+)
+
+PARTS_JOINED = "repaired: text parts joined"
+CALLS_KEPT = "repaired: tool calls kept as JSON text"
+REWARD_REMOVED = "repaired: reward removed from an untrained turn"
+
+_MESSAGE_FIELDS = {"role", "content", "tool_calls", *OPTIONAL_TURN_FIELDS}
+_ROW_FIELDS = {"terminated", "group", "task", "source", "labels"}
+
+
+class _Drop(Exception):
+    """The row cannot be used; the message is the reason that is counted."""
+
+
+def read_row(row: Any, where: str, counts: Counter) -> Trajectory | None:
+    """The trajectory of one row in any accepted form, or None if the row is dropped.
+
+    Args:
+      row: one object of a log.
+      where: "file:row", put in front of every error.
+      counts: gets one count per repair of a kept row, or the reason of the drop.
+
+    Raises InputError for comparisons, unknown forms and values of the wrong type.
+    """
+    if not isinstance(row, Mapping):
+        raise InputError(f"{where}: row: found {shown(row)}, expected an object")
+    present = {name for name, value in row.items() if value is not None}
+    repairs: Counter = Counter()
+    try:
+        turns, group, used = _turns(row, present, where, repairs)
+    except _Drop as drop:
+        counts[f"dropped: {drop}"] += 1
+        return None
+    trajectory = build_trajectory(turns, {"group": group, **_given(row, _ROW_FIELDS)}, where)
+    extra = {}
+    for name in sorted(present - used - _ROW_FIELDS):
+        try:
+            extra[name] = json.loads(json.dumps(row[name]))
+        except (TypeError, ValueError):
+            repairs[f"repaired: column {name!r} left out, not JSON"] += 1
+    counts.update(repairs)
+    return replace(trajectory, labels={**extra, **trajectory.labels}) if extra else trajectory
+
+
+def _turns(row: Mapping, present: set[str], where: str, repairs: Counter) -> tuple[list[Turn], str, set[str]]:
+    """The turns, the group where the row gives none, and the fields used up."""
+    for name in ("chosen", "rejected", "responses", "ranks"):
+        if name in present and (name in ("chosen", "rejected") or {"responses", "ranks"} <= present):
+            raise InputError(f"{where}: {name}: found a comparison, expected a scored row (messages, or prompt, "
+                             "completion and reward or label); comparisons have to be scored first")
+    if "messages" in present:
+        if "reward" in present:
+            raise InputError(f"{where}: reward: found {shown(row['reward'])} beside messages, "
+                             "expected rewards inside the message of the agent turn that earned them")
+        return _messages(row["messages"], where, "messages", repairs), "", {"messages"}
+    if {"prompt", "completion"} <= present:
+        prompt = _side(row["prompt"], where, "prompt", repairs)
+        completion = _side(row["completion"], where, "completion", repairs)
+        return [*prompt, *_scored(completion, row, where)], _prompt_group(prompt), {"prompt", "completion", "reward"}
+    found = ", ".join(sorted(present)) or "none"
+    raise InputError(f"{where}: fields: found {found}, expected messages, or prompt, completion and reward or label")
+
+
+def _side(value: Any, where: str, field: str, repairs: Counter) -> list[Turn]:
+    """The turns of a prompt or a completion, text or conversational."""
+    role = "user" if field == "prompt" else "assistant"
+    if isinstance(value, str):
+        if field == "prompt" and not value:
+            return []  # the agent opens
+        if field == "completion" and not value:
+            raise InputError(f"{where}: completion: found empty text, expected the text of the agent's turn")
+        return [Turn(role, _unicode(value))]
+    if isinstance(value, Sequence) and field == "prompt":
+        context = [{**message, "trainable": False}
+                   if isinstance(message, Mapping) and message.get("role") == "assistant" else message
+                   for message in value]
+        return _messages(context, where, field, repairs)
+    return _messages(value, where, field, repairs)
+
+
+def _scored(completion: list[Turn], row: Mapping, where: str) -> list[Turn]:
+    """The completion with the row's score on its last agent turn."""
+    if "reward" not in row and "label" not in row:
+        raise InputError(f"{where}: reward: found neither reward nor label, expected one of them (null = not scored)")
+    reward, label = row.get("reward"), row.get("label")
+    if not isinstance(label, bool | None):
+        raise InputError(f"{where}: label: found {shown(label)}, expected true, false or null")
+    if reward is None and label is not None:
+        reward = float(label)
+    agent = [i for i, turn in enumerate(completion) if turn.is_trainable]
+    if not agent:
+        raise InputError(f"{where}: completion: found no agent turn, expected at least one")
+    if reward is None:
+        return completion
+    if completion[agent[-1]].reward is not None:
+        raise InputError(f"{where}: reward: found one for the row and one in completion[{agent[-1]}], expected one")
+    try:
+        completion[agent[-1]] = replace(completion[agent[-1]], reward=reward)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return completion
+
+
+def _messages(messages: Any, where: str, field: str, repairs: Counter) -> list[Turn]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise InputError(f"{where}: {field}: found {shown(messages)}, expected a list of messages")
+    return [_turn(message, f"{where}: {field}[{i}]", repairs) for i, message in enumerate(messages)]
+
+
+def _turn(message: Any, where: str, repairs: Counter) -> Turn:
+    if not isinstance(message, Mapping):
+        raise InputError(f"{where}: found {shown(message)}, expected an object with role and content")
+    plain = {**message, "content": _content(message, repairs)}
+    if plain.get("role") == "assistant" and plain.get("trainable") is False and plain.get("reward") is not None:
+        repairs[REWARD_REMOVED] += 1
+        del plain["reward"]
+    for name in message.keys() - _MESSAGE_FIELDS:
+        if message[name] is not None:
+            repairs[f"repaired: message field {name!r} left out"] += 1
+    return turn_from_record(plain, where)
+
+
+def _content(message: Mapping, repairs: Counter) -> Any:
+    """The content as one text; values that are no kind of content at all are returned as they are, to be refused."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    if isinstance(content, list | tuple):
+        content = "".join(_part(part) for part in content)
+        repairs[PARTS_JOINED] += 1
+    if calls:
+        # Arrow fills every field that some other row has with null, so a null in a call says nothing.
+        text = json.dumps(_without_nulls(calls), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        content = f"{content}\n{text}" if content else text
+        repairs[CALLS_KEPT] += 1
+    if content is None:
+        raise _Drop("message without content")
+    if isinstance(content, Mapping):
+        raise _Drop("content that is not text")
+    return _unicode(content) if isinstance(content, str) else content
+
+
+def _part(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise _Drop(f"content part of type {kind!r}")
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _Drop("text with half a surrogate pair") from error
+    return text
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(inner) for inner in value]
+    return value
+
+
+def _given(row: Mapping, names: set[str]) -> dict[str, Any]:
+    return {name: row[name] for name in names if row.get(name) is not None}
+
+
+def _prompt_group(prompt: Sequence[Turn]) -> str:
+    text = json.dumps([[turn.role, turn.content] for turn in prompt])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,277 @@
+"""Trajectories on disk: JSON Lines, Parquet, `datasets` folders and hub names; splits by group; fingerprints."""
+
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import zlib
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.forms import read_row
+from offline_lmrl.data.trajectory import Trajectory, to_record
+
+Rows = Iterable[tuple[str, Any]]  # ("file:row", row)
+
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+_SPLIT_NAMES = {"train", "validation", "test"}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_SHARD = re.compile(r"-\d+-of-\d+$")
+
+
+def read_trajectories(source: str | Path, *, split: str | None = None,
+                      counts: Counter | None = None) -> list[Trajectory]:
+    """The trajectories of a file, a folder or a hub dataset, in any scored form of `offline_lmrl.data.forms`.
+
+    Args:
+      source: a .jsonl, .jsonl.gz or .parquet file, a folder of those, a folder written by `datasets`' save_to_disk, or
+        a hub name `owner/name`.
+      split: which split to read, where the source has several: a folder with a file named train, validation or test
+        is a folder of splits, any other is one data set in parts.
+      counts: gets {reason: n} for every repair and drop.
+
+    Raises InputError `file:row: field: found X, expected Y`.
+    """
+    parts = _parts(source, split)
+    if split is None and len(parts) > 1:
+        raise InputError(f"{source}: split: found none chosen, expected one of {', '.join(parts)}")
+    if split is not None and split not in parts:
+        raise InputError(f"{source}: split: found {split!r}, expected one of {', '.join(parts)}")
+    (rows,) = parts.values() if split is None else (parts[split],)
+    return _read(rows, str(source), Counter() if counts is None else counts)
+
+
+def read_splits(source: str | Path, *, counts: Counter | None = None) -> dict[str, list[Trajectory]]:
+    """Every split of a source by its name, as `read_trajectories`; a source without splits has one, named "all"."""
+    counts = Counter() if counts is None else counts
+    return {name: _read(rows, f"{source} ({name})", counts) for name, rows in _parts(source, None).items()}
+
+
+def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
+    """Writes trajectories without loss; what was there is replaced once everything is written.
+
+    The suffix decides: .jsonl, .jsonl.gz, .parquet, else a folder that `datasets.load_from_disk` reads.
+    Raises InputError if there is nothing to write or the path cannot be written.
+    """
+    path = Path(path)
+    records = [to_record(trajectory) for trajectory in trajectories]
+    if not records:
+        raise InputError(f"{path}: found no trajectories to write, expected at least one")
+    with atomic_output(path) as temporary:
+        if path.name.endswith((".jsonl", ".jsonl.gz")):
+            with (gzip.open if path.suffix == ".gz" else open)(temporary, "wt", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        elif path.suffix == ".parquet":
+            _dataset(records).to_parquet(temporary)
+        else:
+            _dataset(records).save_to_disk(temporary)
+
+
+def split_by_group(trajectories: Iterable[Trajectory], shares: Mapping[str, float],
+                   seed: int) -> dict[str, list[Trajectory]]:
+    """Splits so that no group is in two splits, by a hash of seed and group: adding rows moves no other row.
+
+    Args:
+      shares: name -> share of the groups, summing to 1; every name is in the result, in this order.
+
+    Rows without a group go by their own content. Raises InputError for shares that are not a distribution.
+    """
+    if not all(share >= 0 for share in shares.values()) or not math.isclose(math.fsum(shares.values()), 1.0):
+        raise InputError(f"shares: found {dict(shares)}, expected shares from 0 up that sum to 1")
+    splits: dict[str, list[Trajectory]] = {name: [] for name in shares}
+    names, bounds = list(shares), list(accumulate(shares.values()))
+    for trajectory in trajectories:
+        digest = hashlib.sha256(f"{seed}:{group_key(trajectory)}".encode()).digest()
+        uniform = int.from_bytes(digest[:8]) / 2**64  # in [0, 1)
+        place = min(bisect_right(bounds, uniform), len(names) - 1)  # rounding may leave the last bound under 1
+        splits[names[place]].append(trajectory)
+    return splits
+
+
+def group_key(trajectory: Trajectory) -> str:
+    """What must stay in one split: the group, or for a row without one its own content."""
+    return trajectory.group or "row:" + content_key(trajectory)
+
+
+def content_key(trajectory: Trajectory) -> str:
+    """Hash of what was said, earned and how it ended; rows of one key are duplicates."""
+    said = [[turn.role, turn.content, turn.is_trainable, turn.reward] for turn in trajectory.turns]
+    return hashlib.sha256(json.dumps([said, trajectory.terminated]).encode()).hexdigest()
+
+
+def fingerprint(trajectories: Iterable[Trajectory]) -> str:
+    """sha256 over the canonical records, in order: equal exactly if the data are."""
+    digest = hashlib.sha256()
+    for trajectory in trajectories:
+        record = json.dumps(to_record(trajectory), sort_keys=True, separators=(",", ":"))
+        digest.update(record.encode() + b"\n")
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_output(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path` to write a file or a folder to; renamed at the end, removed on any error.
+
+    A folder takes the place only of a `datasets` folder or an empty one. Raises InputError if the path cannot be
+    written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if temporary.is_dir() and _is_dataset(path):
+            path.rename(replaced)  # os.replace cannot put a folder over a full one
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: found {error.strerror or error}, expected a path that can be written") from error
+    finally:
+        if replaced.is_dir() and not path.exists():
+            replaced.rename(path)
+        for leftover in (temporary, replaced):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            elif leftover.is_file():
+                leftover.unlink()
+
+
+def _read(rows: Rows, source: str, counts: Counter) -> list[Trajectory]:
+    mine: Counter = Counter()
+    trajectories = [trajectory for where, row in rows if (trajectory := read_row(row, where, mine)) is not None]
+    counts.update(mine)
+    if not trajectories:
+        why = "; ".join(f"{reason}: {n}" for reason, n in mine.items()) or "no rows"
+        raise InputError(f"{source}: found no row to use ({why}), expected at least one")
+    return trajectories
+
+
+def _parts(source: str | Path, split: str | None) -> dict[str, Rows]:
+    """The splits of a source, each as rows that are read when they are iterated over."""
+    path = Path(source)
+    if path.is_file():
+        return {"all": _file_rows(path)}
+    if path.is_dir():
+        return _dataset_parts(path) if _is_dataset(path) else _folder_parts(path)
+    # A relative path whose folder is here was meant as a path; so were names with a suffix of ours.
+    if _HUB_NAME.fullmatch(str(source)) and not path.parent.exists() and not path.name.endswith(_SUFFIXES):
+        return _hub_parts(str(source), split)
+    raise InputError(f"{source}: found no such file, folder or hub name, "
+                     f"expected a {', '.join(_SUFFIXES)} file, a folder of those or owner/name")
+
+
+def _file_rows(path: Path) -> Rows:
+    if path.suffix == ".parquet":
+        return _parquet_rows(path)
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        return _json_rows(path)
+    raise InputError(f"{path}: found suffix {path.suffix!r}, expected one of {', '.join(_SUFFIXES)}")
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):  # noqa: B007  (the handlers below say where it stopped)
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if text:
+                    yield f"{path}:{number}", json.loads(text)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}:{number}: text: found bytes that are not UTF-8, expected UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}:{number}: JSON: found a line that does not parse ({error}), "
+                         "expected one JSON object per line") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}:{number + 1}: found {error}, expected a file that can be read") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"{path}: found a file that Parquet cannot read ({first}), expected Parquet") from error
+    yield from _numbered(datasets.Dataset(table), str(path))
+
+
+def _folder_parts(folder: Path) -> dict[str, Rows]:
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.endswith(_SUFFIXES)]
+    if not files:
+        raise InputError(f"{folder}: found no data files, expected {', '.join(_SUFFIXES)} or a datasets folder")
+    named: dict[str, list[Path]] = {}
+    for path in files:
+        stem = next(path.name.removesuffix(suffix) for suffix in _SUFFIXES if path.name.endswith(suffix))
+        named.setdefault(_SHARD.sub("", stem), []).append(path)
+    if not _SPLIT_NAMES & named.keys():
+        named = {"all": files}
+    return {name: _chain(paths) for name, paths in named.items()}
+
+
+def _chain(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
+    for path in paths:
+        yield from _file_rows(path)
+
+
+def _is_dataset(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _dataset_parts(folder: Path) -> dict[str, Rows]:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: found a datasets folder that cannot be read ({error}), "
+                         "expected one written by save_to_disk") from error
+    return _named_parts(loaded, str(folder))
+
+
+def _hub_parts(name: str, split: str | None) -> dict[str, Rows]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, split=split)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{name}: found no file or folder, and no dataset of that name on the hub ({first}), "
+                         "expected one of them") from error
+    return _named_parts(loaded if split is None else {split: loaded}, name)
+
+
+def _named_parts(loaded: Any, source: str) -> dict[str, Rows]:
+    if isinstance(loaded, Mapping):
+        return {str(name): _numbered(rows, f"{source}/{name}") for name, rows in loaded.items()}
+    return {"all": _numbered(loaded, source)}
+
+
+def _numbered(rows: Iterable[Any], source: str) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(rows, 1):
+        yield f"{source}:{number}", row
+
+
+def _dataset(records: list[dict[str, Any]]):
+    """The records as a `datasets.Dataset`; every field has a declared type, so a column of nulls keeps its own."""
+    from datasets import Dataset, Features, List, Value
+
+    text, number = Value("string"), Value("float64")
+    turn = {"role": text, "content": text, "trainable": Value("bool"), "reward": number,
+            "token_ids": List(Value("int64")), "behaviour_log_prob": List(number)}
+    features = Features({"messages": List(turn), "terminated": Value("bool"), "group": text, "task": text,
+                         "source": text, "labels": text})
+    messages = [[{name: message.get(name) for name in turn} for message in record["messages"]] for record in records]
+    return Dataset.from_list([{**record, "messages": turns} for record, turns in zip(records, messages, strict=True)],
+                             features=features)

@@ -1,0 +1,321 @@
+import gzip
+import json
+from collections import Counter
+
+import datasets
+import pytest
+
+from offline_lmrl.data import io
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import (
+    atomic_output,
+    fingerprint,
+    read_splits,
+    read_trajectories,
+    split_by_group,
+    write_trajectories,
+)
+from offline_lmrl.data.trajectory import Trajectory, Turn
+
+EPISODES = [
+    Trajectory((Turn("user", "q"), Turn("assistant", "né\u2028", reward=0.0), Turn("environment", ""),
+                Turn("assistant", "", None, None, (5, 2), (-0.5, -1e-3)), Turn("assistant", "x", trainable=False)),
+               terminated=False, group="g", task="t", source="s", labels={"a": [1, None], "é": "ü"}),
+    Trajectory((Turn("assistant", "only", trainable=True, reward=-1.5, token_ids=()),)),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_progress_bars():
+    datasets.disable_progress_bars()
+
+
+def lines(path, *rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def agent(text="a", **fields):
+    return {"role": "assistant", "content": text, **fields}
+
+
+def scored(text="a", **fields):
+    return {"messages": [{"role": "user", "content": "q"}, agent(text, **fields)]}
+
+
+def read(tmp_path, *rows, counts=None):
+    return read_trajectories(lines(tmp_path / "logs.jsonl", *rows), counts=counts)
+
+
+def message_of(call, *args, **kwargs):
+    with pytest.raises(InputError) as error:
+        call(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "folder"])
+def test_every_format_gives_back_what_was_written_and_can_be_replaced(tmp_path, name):
+    write_trajectories(tmp_path / "new" / name, EPISODES[:1])
+    write_trajectories(tmp_path / "new" / name, EPISODES)
+    assert read_trajectories(tmp_path / "new" / name) == EPISODES
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
+
+
+def test_written_files_are_read_by_datasets(tmp_path):
+    for name, reader in (("a.jsonl", "json"), ("a.parquet", "parquet")):
+        write_trajectories(tmp_path / name, EPISODES)
+        rows = datasets.load_dataset(reader, data_files=str(tmp_path / name), split="train", cache_dir=tmp_path)
+        rows.save_to_disk(tmp_path / reader)
+        assert read_trajectories(tmp_path / reader) == EPISODES
+
+
+def test_prompt_and_completion_text_become_a_user_and_a_scored_agent_turn(tmp_path):
+    (row,) = read(tmp_path, {"prompt": "2+2?", "completion": "4", "reward": 1})
+    assert row.turns == (Turn("user", "2+2?"), Turn("assistant", "4", reward=1.0))
+    assert row.terminated and row.labels == {}
+
+
+def test_rows_of_one_prompt_share_a_group_that_the_row_may_override(tmp_path):
+    rows = read(tmp_path,
+                {"prompt": "p", "completion": "a", "reward": 0},
+                {"prompt": "p", "completion": "b", "reward": 1},
+                {"prompt": "r", "completion": "a", "reward": 0},
+                {"prompt": "p", "completion": "a", "reward": 0, "group": "mine"})
+    assert rows[0].group == rows[1].group != rows[2].group
+    assert rows[3].group == "mine"
+
+
+def test_a_label_is_a_reward_of_one_or_zero_and_is_kept(tmp_path):
+    rows = read(tmp_path, *({"prompt": "", "completion": "a", "label": label} for label in (True, False, None)))
+    assert [row.turns for row in rows] == [(Turn("assistant", "a", reward=reward),) for reward in (1.0, 0.0, None)]
+    assert [row.labels for row in rows] == [{"label": True}, {"label": False}, {}]
+
+
+def test_conversational_sides_score_the_last_agent_turn_and_the_prompt_is_context(tmp_path):
+    (row,) = read(tmp_path, {
+        "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, agent("earlier")],
+        "completion": [agent("call"), {"role": "tool", "content": "42"}, agent("it is 42")], "reward": -0.5})
+    assert row.turns == (Turn("system", "s"), Turn("user", "q"), Turn("assistant", "earlier", trainable=False),
+                         Turn("assistant", "call"), Turn("tool", "42"), Turn("assistant", "it is 42", reward=-0.5))
+
+
+def test_text_parts_are_joined_and_tool_calls_kept_as_canonical_json(tmp_path):
+    call = {"function": {"name": "add", "arguments": {"y": 2, "x": 1, "absent": None}}, "type": "function"}
+    text = '[{"function":{"arguments":{"x":1,"y":2},"name":"add"},"type":"function"}]'
+    counts = Counter()
+    row = {"messages": [{"role": "user", "content": [{"type": "text", "text": "1+"}, "2"]},
+                        agent(None, tool_calls=[call]), agent("so", tool_calls=[call])]}
+    rows = read(tmp_path, row, counts=counts)
+    assert [turn.content for turn in rows[0].turns] == ["1+2", text, "so\n" + text]
+    assert counts == {"repaired: text parts joined": 1, "repaired: tool calls kept as JSON text": 2}
+
+
+def test_rows_with_content_that_is_not_text_are_dropped_and_counted(tmp_path):
+    image = {"type": "image_url", "image_url": {"url": "u"}}
+    counts = Counter()
+    path = lines(tmp_path / "logs.jsonl", scored(), scored([{"type": "text", "text": "x"}, image]), scored(None),
+                 scored({"text": "x"}))
+    path.write_text(path.read_text() + '{"messages": [{"role": "assistant", "content": "\\ud83d"}]}\n')
+    assert len(read_trajectories(path, counts=counts)) == 1
+    assert counts == {"dropped: content part of type 'image_url'": 1, "dropped: message without content": 1,
+                      "dropped: content that is not text": 1, "dropped: text with half a surrogate pair": 1}
+
+
+def test_a_reward_on_an_untrained_agent_turn_is_removed_and_counted(tmp_path):
+    counts = Counter()
+    row = {"messages": [agent("a", trainable=False, reward=1.0), agent("b", reward=2.0)]}
+    assert [turn.reward for turn in read(tmp_path, row, counts=counts)[0].turns] == [None, 2.0]
+    assert counts == {"repaired: reward removed from an untrained turn": 1}
+
+
+def test_other_columns_are_kept_as_labels_and_other_message_fields_counted(tmp_path):
+    counts = Counter()
+    row = {"messages": [agent("a", name="Ann")], "rating": 4, "user": "u1", "labels": {"user": "u2"}}
+    assert read(tmp_path, row, counts=counts)[0].labels == {"rating": 4, "user": "u2"}
+    assert counts == {"repaired: message field 'name' left out": 1}
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"prompt": "p", "chosen": "a", "rejected": "b"}, "chosen: found a comparison, expected a scored row"),
+    ({"chosen": [agent()], "rejected": [agent()]}, "chosen: found a comparison, expected a scored row"),
+    ({"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}, "responses: found a comparison, expected a scored"),
+    ({"text": "hello"}, "fields: found text, expected messages, or prompt, completion and reward or label"),
+    ({"prompt": "p", "completion": "a"}, "reward: found neither reward nor label, expected one of them"),
+    ({"prompt": "p", "completion": "a", "label": 1}, "label: found 1, expected true, false or null"),
+    ({"prompt": "p", "completion": "a", "reward": "1"}, "reward: found '1', expected a number"),
+    ({"prompt": "p", "completion": "", "reward": 1}, "completion: found empty text, expected the text of the agent's"),
+    ({"prompt": "p", "completion": [{"role": "user", "content": "x"}], "reward": 1}, "completion: found no agent"),
+    ({"prompt": "p", "completion": [agent(reward=1)], "reward": 1}, "reward: found one for the row and one in"),
+    ({"prompt": [{"role": "human", "content": "x"}], "completion": "a", "reward": 1}, "prompt[0].role: found 'human'"),
+    ({"prompt": 3, "completion": "a", "reward": 1}, "prompt: found 3, expected a list of messages"),
+    ({**scored(), "reward": 1.0}, "reward: found 1.0 beside messages, expected rewards inside the message"),
+    ({"messages": "hello"}, "messages: found 'hello', expected a list of messages"),
+    ({"messages": [{"role": "user", "content": "q"}]}, "messages: found only untrained turns (user)"),
+    (scored(5), "messages[1].content: found 5, expected text"),
+    (scored(reward=float("nan")), "messages[1].reward: found nan, expected a finite number"),
+    ({"messages": [{"role": "user", "content": "q", "reward": 1}, agent()]}, "messages[0].reward: found 1.0 on a"),
+    (scored(""), "messages[1].content: found empty text"),
+    ([1, 2], "row: found [1, 2], expected an object"),
+])
+def test_bad_rows_are_named_by_file_row_and_field(tmp_path, row, expected):
+    path = lines(tmp_path / "logs.jsonl", scored(), row)
+    assert message_of(read_trajectories, path).startswith(f"{path}:2: {expected}")
+
+
+def test_broken_json_is_named_by_its_line_and_blank_lines_count(tmp_path):
+    path = tmp_path / "logs.jsonl"
+    path.write_text(json.dumps(scored()) + "\n\n{'messages': 1}\n")
+    assert message_of(read_trajectories, path).startswith(f"{path}:3: JSON: found a line that does not parse")
+
+
+def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path):
+    path = tmp_path / "logs.jsonl"
+    path.write_bytes(json.dumps(scored()).encode() + b"\n\xff\xfe\n")
+    assert message_of(read_trajectories, path) == f"{path}:2: text: found bytes that are not UTF-8, expected UTF-8"
+
+
+def test_files_that_are_missing_empty_or_of_another_kind_are_one_line_errors(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "bad.parquet").write_text("x")
+    (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(b"{}")[:-4])
+    (tmp_path / "void").mkdir()
+    found = {name: message_of(read_trajectories, tmp_path / name).removeprefix(f"{tmp_path}/")
+             for name in ("none.jsonl", "empty.jsonl", "a.csv", "bad.parquet", "bad.jsonl.gz", "void")}
+    assert found["none.jsonl"].startswith("none.jsonl: found no such file, folder or hub name, expected a .jsonl")
+    assert found["empty.jsonl"] == "empty.jsonl: found no row to use (no rows), expected at least one"
+    assert found["a.csv"] == "a.csv: found suffix '.csv', expected one of .jsonl, .jsonl.gz, .parquet"
+    assert found["bad.parquet"].startswith("bad.parquet: found a file that Parquet cannot read")
+    assert found["bad.jsonl.gz"].startswith("bad.jsonl.gz:1: found Compressed file ended")
+    assert found["void"].startswith("void: found no data files, expected .jsonl, .jsonl.gz, .parquet or a datasets")
+
+
+def test_a_file_where_every_row_is_dropped_says_why(tmp_path):
+    message = message_of(read, tmp_path, scored(None), scored(None))
+    assert message.endswith("found no row to use (dropped: message without content: 2), expected at least one")
+
+
+def test_a_folder_with_a_train_file_is_a_folder_of_splits(tmp_path):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "validation"):
+        lines(tmp_path / f"{name}.jsonl", scored(name))
+    (tmp_path / "report.json").write_text("{}")
+    assert [row.turns[1].content for row in read_trajectories(tmp_path, split="train")] == [
+        "train-00000-of-00002", "train-00001-of-00002"]
+    assert {name: len(rows) for name, rows in read_splits(tmp_path).items()} == {"train": 2, "validation": 1}
+    assert message_of(read_trajectories, tmp_path) == (
+        f"{tmp_path}: split: found none chosen, expected one of train, validation")
+    assert message_of(read_trajectories, tmp_path, split="test") == (
+        f"{tmp_path}: split: found 'test', expected one of train, validation")
+
+
+def test_a_folder_of_other_names_is_one_data_set(tmp_path):
+    lines(tmp_path / "monday.jsonl", scored("m"))
+    lines(tmp_path / "tuesday.jsonl", scored("t"))
+    assert [row.turns[1].content for row in read_trajectories(tmp_path)] == ["m", "t"]
+    assert list(read_splits(tmp_path)) == ["all"]
+
+
+def test_saved_dataset_dicts_are_read_by_split(tmp_path):
+    rows = datasets.Dataset.from_list([{"prompt": "p", "completion": "a", "label": True}])
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "saved")
+    (row,) = read_trajectories(tmp_path / "saved", split="test")
+    assert row.turns == (Turn("user", "p"), Turn("assistant", "a", reward=1.0))
+    assert "expected one of train, test" in message_of(read_trajectories, tmp_path / "saved")
+
+
+def test_hub_names_go_through_load_dataset(tmp_path, monkeypatch):
+    rows = datasets.Dataset.from_list([scored(reward=2.0)])
+    asked = []
+
+    def load_dataset(name, split=None):
+        asked.append((name, split))
+        return rows if split else datasets.DatasetDict({"train": rows})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    expected = (Turn("user", "q"), Turn("assistant", "a", reward=2.0))
+    assert read_trajectories("some-one/logs")[0].turns == expected
+    assert read_trajectories("some-one/logs", split="train")[0].turns == expected
+    assert asked == [("some-one/logs", None), ("some-one/logs", "train")]
+
+
+def test_an_unknown_hub_name_is_a_one_line_error(monkeypatch):
+    def load_dataset(name, split=None):
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'no/thing' doesn't exist\non the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert message_of(read_trajectories, "no/thing").startswith(
+        "no/thing: found no file or folder, and no dataset of that name on the hub (Dataset 'no/thing' doesn't exist)")
+
+
+def test_a_missing_path_in_a_folder_that_exists_is_not_looked_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(io, "_hub_parts", None)
+    (tmp_path / "logs").mkdir()
+    assert message_of(read_trajectories, "logs/maze").startswith("logs/maze: found no such file")
+
+
+def test_a_path_that_cannot_be_written_is_a_one_line_error(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("kept")
+    for name in ("file/a.jsonl", "folder.jsonl", "full"):
+        assert "expected a path that can be written" in message_of(write_trajectories, tmp_path / name, EPISODES)
+    assert (tmp_path / "full" / "notes.txt").read_text() == (tmp_path / "file").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.jsonl", "full"]
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path):
+    target = tmp_path / "a.jsonl"
+    target.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_output(target) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_nothing_is_not_written(tmp_path):
+    assert "found no trajectories to write" in message_of(write_trajectories, tmp_path / "a.jsonl", [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def games(n, group="g{}"):
+    return [Trajectory((Turn("assistant", f"move {i}"),), group=group.format(i)) for i in range(n)]
+
+
+def test_no_group_is_in_two_splits_and_shares_are_near_what_was_asked():
+    rows = games(2000, group="g{}") + games(2000, group="g{}")
+    splits = split_by_group(rows, {"train": 0.8, "validation": 0.2}, seed=1)
+    groups = {name: {row.group for row in part} for name, part in splits.items()}
+    assert not groups["train"] & groups["validation"]
+    assert len(splits["train"]) + len(splits["validation"]) == 4000
+    assert abs(len(groups["validation"]) - 400) < 4 * 18  # 4 s.d. of a binomial with n 2000, p 0.2
+
+
+def test_more_rows_move_no_row_and_another_seed_does():
+    shares = {"a": 0.5, "b": 0.5}
+    few, many = split_by_group(games(50), shares, seed=0), split_by_group(games(100), shares, seed=0)
+    assert set(row.group for row in few["a"]) <= set(row.group for row in many["a"])
+    assert split_by_group(games(50), shares, seed=1) != few
+
+
+def test_equal_rows_without_a_group_stay_together():
+    rows = games(30, group="") * 2
+    splits = split_by_group(rows, {"a": 0.5, "b": 0.5}, seed=3)
+    moves = {name: {row.turns[0].content for row in part} for name, part in splits.items()}
+    assert moves["a"] and moves["b"] and not moves["a"] & moves["b"]
+
+
+@pytest.mark.parametrize("shares", [{"a": 0.5, "b": 0.4}, {"a": 1.5, "b": -0.5}, {}, {"a": float("nan")}])
+def test_shares_that_are_no_distribution_are_refused(shares):
+    assert "expected shares from 0 up that sum to 1" in message_of(split_by_group, games(3), shares, 0)
+
+
+def test_fingerprint_survives_a_round_trip_and_sees_every_change(tmp_path):
+    write_trajectories(tmp_path / "a.parquet", EPISODES)
+    assert fingerprint(read_trajectories(tmp_path / "a.parquet")) == fingerprint(EPISODES)
+    assert fingerprint(EPISODES) != fingerprint(EPISODES[::-1])
+    unscored, zero = ([Trajectory((Turn("assistant", "a", reward=reward),))] for reward in (None, 0.0))
+    assert fingerprint(unscored) != fingerprint(zero)
