@@ -1,0 +1,269 @@
+"""What is in a data set, and what will make learning from it fail: the facts behind `offline-lmrl check`."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from offline_lmrl.data.forms import REWARD_REMOVED
+from offline_lmrl.data.io import content_key, group_key
+from offline_lmrl.data.trajectory import Trajectory, Turn, with_own_token_ids
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from offline_lmrl.data.rendering import Renderer
+
+_QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
+_BINS = 10
+_LONGEST = 5
+_TEMPLATE_ROWS = 100  # the stock template is slow, and where it differs it does so in most rows
+
+
+class LongRow(NamedTuple):
+    """One of the longest rows: its number from 1, its length in tokens (without a renderer: characters), its group."""
+
+    row: int
+    length: int
+    group: str
+
+
+class TokenRow(NamedTuple):
+    """One token as it is trained on; the reward sits on the token that closes the turn that earned it."""
+
+    index: int
+    text: str
+    role: str
+    action: bool
+    reward: float | None
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """Facts about one split; returns are undiscounted sums of raw rewards, shares are in 0..1.
+
+    `histogram` holds (low, high, rows), with low == high where there are few distinct returns. Fields about tokens are
+    None without a renderer, `truncated` also without a length limit.
+    """
+
+    rows: int
+    turns: int
+    agent_turns: int
+    scored_turns: int
+    groups: int
+    duplicates: int
+    terminated_share: float
+    mean_return: float
+    distinct_returns: int
+    return_quantiles: dict[str, float]
+    histogram: list[tuple[float, float, int]]
+    longest: list[LongRow]
+    tokens: int | None = None
+    agent_token_share: float | None = None
+    truncated: int | None = None
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Facts per split, groups that occur in two splits, what the reader repaired and dropped, and warnings."""
+
+    splits: dict[str, SplitReport]
+    shared_groups: dict[str, int]
+    counts: dict[str, int]
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values for JSON."""
+        report = asdict(self)
+        for split in report["splits"].values():
+            split["longest"] = [LongRow(*row)._asdict() for row in split["longest"]]
+        return report
+
+    def print(self, console: "Console") -> None:
+        """Prints the report as tables."""
+        from rich.text import Text
+
+        console.print(_facts_table(self.splits))
+        for name, split in self.splits.items():
+            console.print(_histogram_table(name, split))
+            console.print(_longest_table(name, split))
+        for title, counts in (("repairs and drops", self.counts), ("groups in two splits", self.shared_groups)):
+            if counts:
+                console.print(_counts_table(title, counts))
+        for warning in self.warnings:
+            console.print(Text(f"warning: {warning}", style="yellow"))
+        if not self.warnings:
+            console.print("no warnings")
+
+
+def check(trajectories_by_split: Mapping[str, Sequence[Trajectory]], renderer: "Renderer | None" = None,
+          max_length: int | None = None, counts: Mapping[str, int] | None = None) -> CheckReport:
+    """Describes a data set and warns of what would make learning from it fail.
+
+    Args:
+      trajectories_by_split: at least one row per split.
+      renderer: adds token counts and the comparison with the stock chat template.
+      max_length: tokens a row may have before its oldest turns are dropped; needs a renderer.
+      counts: repairs and drops by reason, as the reader counted them.
+    """
+    counts = dict(counts or {})
+    splits, warnings = {}, []
+    if counts.get(REWARD_REMOVED):
+        warnings.append(f"rewards on untrained turns: {counts[REWARD_REMOVED]} removed, nothing learns from them")
+    for name, trajectories in trajectories_by_split.items():
+        splits[name] = _describe(trajectories, renderer, max_length)
+        warnings.extend(f"{name}: {text}" for text in _warnings(splits[name], trajectories, renderer, max_length))
+    keys = {name: {group_key(row) for row in rows} for name, rows in trajectories_by_split.items()}
+    shared = {f"{a}, {b}": len(keys[a] & keys[b]) for a, b in combinations(keys, 2) if keys[a] & keys[b]}
+    warnings.extend(f"{pair}: {n} groups are in both splits, so one does not test the other"
+                    for pair, n in shared.items())
+    return CheckReport(splits, shared, counts, warnings)
+
+
+def token_table(trajectory: Trajectory, renderer: "Renderer") -> list[TokenRow]:
+    """One row per token of the whole trajectory as training renders it, preamble (role "") included."""
+    rows = [(token, "", False, None) for token in renderer.preamble]
+    for turn in with_own_token_ids(trajectory, renderer.fingerprint).turns:
+        encoded = renderer.encode_turn(turn)
+        for place, token in enumerate(encoded.ids):
+            action = turn.is_trainable and encoded.action_start <= place < encoded.action_stop
+            reward = turn.reward if action and place == encoded.action_stop - 1 else None
+            rows.append((token, turn.role, action, reward))
+    return [TokenRow(index, renderer.tokenizer.decode([token]), *rest) for index, (token, *rest) in enumerate(rows)]
+
+
+def _describe(trajectories: Sequence[Trajectory], renderer: "Renderer | None", max_length: int | None) -> SplitReport:
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    returns = np.array([trajectory.total_return for trajectory in trajectories])
+    if renderer is None:
+        lengths = [sum(len(turn.content) for turn in trajectory.turns) for trajectory in trajectories]
+        tokens = {}
+    else:
+        sizes = [_token_counts(trajectory, renderer) for trajectory in trajectories]
+        lengths = [total for total, _ in sizes]
+        tokens = {"tokens": sum(lengths), "agent_token_share": sum(agent for _, agent in sizes) / sum(lengths)}
+        if max_length is not None:
+            tokens["truncated"] = sum(length > max_length for length in lengths)
+    longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[:_LONGEST]
+    return SplitReport(
+        rows=len(trajectories),
+        turns=len(turns),
+        agent_turns=sum(turn.is_trainable for turn in turns),
+        scored_turns=sum(turn.reward is not None for turn in turns),
+        groups=len({group_key(trajectory) for trajectory in trajectories}),
+        duplicates=len(trajectories) - len({content_key(trajectory) for trajectory in trajectories}),
+        terminated_share=float(np.mean([trajectory.terminated for trajectory in trajectories])),
+        mean_return=float(returns.mean()),
+        distinct_returns=len(np.unique(returns.round(9))),
+        return_quantiles={name: float(np.quantile(returns, level)) for name, level in _QUANTILES.items()},
+        histogram=_histogram(returns),
+        longest=[LongRow(i + 1, lengths[i], trajectories[i].group) for i in longest],
+        **tokens,
+    )
+
+
+def _token_counts(trajectory: Trajectory, renderer: "Renderer") -> tuple[int, int]:
+    """All tokens and the agent's, of the whole row."""
+    total, agent = len(renderer.preamble), 0
+    for turn in with_own_token_ids(trajectory, renderer.fingerprint).turns:
+        encoded = renderer.encode_turn(turn)
+        total += len(encoded.ids)
+        agent += (encoded.action_stop - encoded.action_start) * turn.is_trainable
+    return total, agent
+
+
+def _histogram(returns: np.ndarray) -> list[tuple[float, float, int]]:
+    values, rows = np.unique(returns.round(9), return_counts=True)
+    if len(values) <= _BINS:
+        return [(float(value), float(value), int(n)) for value, n in zip(values, rows, strict=True)]
+    rows, edges = np.histogram(returns, bins=_BINS)
+    return [(float(low), float(high), int(n)) for low, high, n in zip(edges, edges[1:], rows, strict=False)]
+
+
+def _warnings(report: SplitReport, trajectories: Sequence[Trajectory], renderer: "Renderer | None",
+              max_length: int | None) -> Iterator[str]:
+    if not report.scored_turns:
+        yield "no turn has a reward, so there is nothing to prefer"
+    elif report.distinct_returns == 1:
+        yield f"all returns are equal ({report.mean_return:g}), so there is nothing to prefer"
+    if not _can_stitch(trajectories):
+        yield ("no stitching possible: no observation recurs in different rows with different replies, "
+               "so values can only rank whole rows")
+    if report.truncated is not None and report.truncated > report.rows / 2:
+        yield f"{report.truncated} of {report.rows} rows are longer than {max_length} tokens and lose oldest turns"
+    if renderer is not None:
+        for number, trajectory in enumerate(trajectories[:_TEMPLATE_ROWS], 1):
+            difference = renderer.differences(trajectory.turns)
+            if difference is not None:
+                yield f"row {number}: the stock chat template prints this row differently: {difference}"
+                break
+
+
+def _can_stitch(trajectories: Sequence[Trajectory]) -> bool:
+    """Whether some observation, the turns since the agent last spoke, gets different replies in different rows."""
+    seen: dict[tuple, dict[str, int]] = defaultdict(dict)  # observation -> reply -> the first row that gave it
+    for row, trajectory in enumerate(trajectories):
+        for observation, reply in _observed(trajectory.turns):
+            rows = seen[observation]
+            rows.setdefault(reply, row)
+            if any(other != row for text, other in rows.items() if text != reply):
+                return True
+    return False
+
+
+def _observed(turns: Sequence[Turn]) -> Iterator[tuple[tuple, str]]:
+    """Each agent turn's text with what was said since the agent last spoke, where anything was."""
+    observation: list[tuple[str, str]] = []
+    for turn in turns:
+        if not turn.is_trainable:
+            observation.append((turn.role, turn.content))
+        elif observation:
+            yield tuple(observation), turn.content
+            observation = []
+
+
+def _facts_table(splits: Mapping[str, SplitReport]) -> "Table":
+    names = ("rows", "turns", "agent_turns", "scored_turns", "groups", "duplicates", "tokens", "agent_token_share",
+             "truncated", "terminated_share", "mean_return", "distinct_returns")
+    rows = [(name.replace("_", " "), *(getattr(split, name) for split in splits.values())) for name in names]
+    rows += [(f"return {level}", *(split.return_quantiles[level] for split in splits.values()))
+             for level in _QUANTILES]
+    return _table("data", ["", *splits], [row for row in rows if any(value is not None for value in row[1:])])
+
+
+def _histogram_table(name: str, split: SplitReport) -> "Table":
+    most = max(n for _, _, n in split.histogram)
+    rows = [(f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}", n, "█" * round(30 * n / most))
+            for low, high, n in split.histogram]
+    return _table(f"{name}: returns", ["return", "rows", ""], rows)
+
+
+def _longest_table(name: str, split: SplitReport) -> "Table":
+    unit = "characters" if split.tokens is None else "tokens"
+    return _table(f"{name}: longest rows", ["row", unit, "group"], split.longest)
+
+
+def _counts_table(title: str, counts: Mapping[str, int]) -> "Table":
+    return _table(title, ["", "count"], Counter(counts).most_common())
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(Text(column), justify="right" if place == 1 else "left")
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
