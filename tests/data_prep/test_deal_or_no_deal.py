@@ -7,7 +7,8 @@ import pytest
 from data_prep.deal_or_no_deal import prepare, read_log
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import read_trajectories
-from offline_lmrl.environments.negotiation import Scenario, read_scenarios
+from offline_lmrl.data.protocols import Reply
+from offline_lmrl.environments.negotiation import Negotiation, Scenario, read_scenarios
 
 OWN, PARTNER = "1 8 2 0 1 2", "1 0 2 4 1 2"  # one book, two hats, one ball; this side wants the book
 KEY = Scenario((1, 2, 1), ((8, 0, 2), (0, 4, 2))).key
@@ -191,3 +192,30 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path):
             prepare(tmp_path / name, tmp_path / "out")
         assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+class Partner:
+    """Says the user turns of a logged episode in order, then takes the hats."""
+
+    def __init__(self, row):
+        self.lines = [turn.content for turn in row.turns[1:] if turn.role == "user"]
+
+    def start(self, seeds):
+        return self
+
+    def reply(self, rows, histories, options=None):
+        said = sum(turn.role == "assistant" for turn in histories[0])
+        return [Reply("take 0 2 0" if options[0] else self.lines[said])]
+
+
+@pytest.mark.parametrize(("line", "first"), [(plain(), "agent"), (tagged(), "partner")])
+def test_play_gives_the_turns_and_the_reward_that_the_log_gives(tmp_path, line, first):
+    (row,), _ = read(tmp_path, line)
+    scenario = Scenario((1, 2, 1), ((8, 0, 2), tuple(row.labels["partner_values"])))
+    game = Negotiation([scenario], Partner(row), first=first)
+    turns = list(game.reset([0])[0])
+    for turn in [turn for turn in row.turns if turn.is_trainable]:
+        result, = game.step([0], [turn.content])
+        turns += [turn, *result.turns]
+    assert tuple(turns) == row.turns
+    assert (result.reward, result.terminated) == (row.total_return, row.terminated)
