@@ -1,0 +1,250 @@
+"""Hand-written tables of steps. One character is one token; ids: 1 preamble, 2/3 open and close a user turn, 4/5 an agent
+turn, 6/7 a system turn; letters are their code points."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from offline_lmrl.data.batching import WindowDataset, collate_windows, encode_trajectories
+from offline_lmrl.data.episodes import EpisodeEncoder, StepRule
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.scale import RewardScale
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.data.windows import WindowRule, policy_window
+
+
+@dataclass(frozen=True)
+class Encoded:
+    ids: tuple[int, ...]
+    action_start: int
+    action_stop: int
+    closed: bool
+
+
+class LetterRenderer:
+    preamble, agent_opening, close_id, fingerprint = (1,), (4,), 5, "letters"
+
+    def encode_turn(self, turn):
+        start, stop = {"user": (2, 3), "assistant": (4, 5), "system": (6, 7)}[turn.role]
+        if turn.token_ids is not None:
+            closed = turn.token_ids[-1] == self.close_id
+            return Encoded((start, *turn.token_ids), 1, 1 + len(turn.token_ids), closed)
+        ids = (start, *map(ord, turn.content), stop)
+        return Encoded(ids, 1, len(ids), True)
+
+
+def user(text):
+    return Turn("user", text)
+
+
+def agent(text, reward=None, **more):
+    return Turn("assistant", text, reward=reward, **more)
+
+
+def batch_of(trajectories, rule=WindowRule(), steps=StepRule(bootstrap_from_turn=False), counts=None, ends=True):
+    encoder = EpisodeEncoder(LetterRenderer(), rule, steps, RewardScale())
+    columns = encode_trajectories(trajectories, encoder, Counter() if counts is None else counts)
+    dataset = WindowDataset(columns, 0, next_rows=True, end_rows=ends)
+    return dataset.batch(range(len(dataset)))
+
+
+def table(batch):
+    """(row, state, action, reward, next_row, next_state, bootstrap) of every step that has a target."""
+    names = ("row", "state", "action", "reward", "next_row", "next_state", "bootstrap")
+    steps = batch["steps"]
+    rows = zip(*(steps[name].tolist() for name in names), strict=True)
+    return [row for row, known in zip(rows, steps["has_target"].tolist(), strict=True) if known]
+
+
+DIALOGUE = (user("a"), agent("xy", 1.0), user("b"), agent("z", 2.0))
+# 0 preamble | 1 open 2 a 3 close | 4 open 5 x 6 y 7 close | 8 open 9 b 10 close | 11 open 12 z 13 close
+X, Y, Z, CLOSE = ord("x"), ord("y"), ord("z"), 5
+
+
+def test_dialogue_steps_skip_the_environment_and_end_at_the_terminal_action():
+    batch = batch_of([Trajectory(DIALOGUE)])
+    assert table(batch) == [
+        (0, 4, X, 0.0, 0, 5, 1.0),
+        (0, 5, Y, 0.0, 0, 6, 1.0),
+        (0, 6, CLOSE, 1.0, 0, 11, 1.0),
+        (0, 11, Z, 0.0, 0, 12, 1.0),
+        (0, 12, CLOSE, 2.0, 0, 0, 0.0),
+    ]
+    assert batch["action_mask"][0].nonzero()[:, 0].tolist() == [5, 6, 7, 12, 13]
+    assert batch["steps"]["closes_turn"].tolist() == [False, False, True, False, True]
+    assert batch["steps"]["turn"].tolist() == [1, 1, 1, 3, 3]
+    assert batch["steps"]["open_state"].tolist() == [4, 4, 4, 11, 11]
+
+
+def test_bootstrapping_from_the_turn_brings_its_reward_forward():
+    rule = StepRule(discount_per_token=0.5, discount_per_turn=0.1, bootstrap_from_turn=True)
+    batch = batch_of([Trajectory(DIALOGUE)], steps=rule)
+    assert table(batch) == [
+        (0, 4, X, 0.25, 0, 11, 1.0),  # two tokens before the closing one: γ² · 1
+        (0, 5, Y, 0.5, 0, 11, 1.0),
+        (0, 6, CLOSE, 1.0, 0, 11, 1.0),
+        (0, 11, Z, 1.0, 0, 0, 0.0),  # γ · 2
+        (0, 12, CLOSE, 2.0, 0, 0, 0.0),
+    ]
+    torch.testing.assert_close(batch["steps"]["discount"][:3], torch.tensor([0.0125, 0.025, 0.05]))
+    # return-to-go: turn 3 is 1 at z, 2 at close; close of turn 1: 1 + .5·.1·1 = 1.05, then halved per token
+    torch.testing.assert_close(batch["steps"]["return_to_go"], torch.tensor([0.2625, 0.525, 1.05, 1.0, 2.0]))
+    assert batch["steps"]["end_discount"].tolist() == [0.0] * 5
+
+
+def test_markov_game_reads_the_next_state_in_the_next_window():
+    turns = (user("a"), agent("x", -1.0), user("b"), agent("y", 0.0))
+    batch = batch_of([Trajectory(turns)], WindowRule(context=1))
+    # windows: row 0 = 1 2 a 3 4 x 5, row 1 = 1 2 b 3 4 y 5; row 2 = the opening of the second window
+    assert batch["input_ids"][2, :5].tolist() == [1, 2, ord("b"), 3, 4]
+    assert batch["attention_mask"].sum(1).tolist() == [7, 7, 5]
+    assert table(batch) == [
+        (0, 4, X, 0.0, 0, 5, 1.0),
+        (0, 5, CLOSE, -1.0, 2, 4, 1.0),
+        (1, 4, Y, 0.0, 1, 5, 1.0),
+        (1, 5, CLOSE, 0.0, 1, 0, 0.0),  # bootstrap 0: the place is not read
+    ]
+    assert not batch["action_mask"][2].any()
+
+
+def test_log_cut_behind_an_observation_bootstraps_at_the_agents_opening():
+    turns = (user("a"), agent("x", -1.0), user("b"))
+    batch = batch_of([Trajectory(turns, terminated=False)])
+    # 0 | 1 2 3 | 4 open 5 x 6 close | 7 8 b 9 | 10 open
+    assert batch["input_ids"][0].tolist() == [1, 2, ord("a"), 3, 4, X, 5, 2, ord("b"), 3, 4]
+    assert table(batch) == [(0, 4, X, 0.0, 0, 5, 1.0), (0, 5, CLOSE, -1.0, 0, 10, 1.0)]
+    assert batch["steps"]["end_discount"].tolist() == [1.0, 1.0]
+    assert batch["steps"]["end_state"].tolist() == [10, 10]
+
+
+def test_log_cut_behind_an_observation_of_a_markov_game_reads_one_more_row():
+    turns = (user("a"), agent("x", -1.0), user("b"), agent("y", -1.0), user("c"))
+    batch = batch_of([Trajectory(turns, terminated=False)], WindowRule(context=1))
+    # rows: two windows, openings of b and c (next rows), and c again as the end row of the first window
+    assert [row[2].item() for row in batch["input_ids"]] == [ord(c) for c in "abbcc"]
+    assert table(batch)[-1] == (1, 5, CLOSE, -1.0, 3, 4, 1.0)
+    steps = batch["steps"]
+    assert list(zip(steps["end_row"].tolist(), steps["end_state"].tolist(), strict=True)) == [(4, 4)] * 2 + [(3, 4)] * 2
+    assert steps["return_to_go"].tolist() == [-2.0, -2.0, -1.0, -1.0]
+
+
+def test_log_cut_behind_a_finished_turn_has_no_target_for_its_last_action():
+    counts = Counter()
+    batch = batch_of([Trajectory((user("a"), agent("xy", 3.0)), terminated=False)], counts=counts)
+    assert table(batch) == [(0, 4, X, 0.0, 0, 5, 1.0), (0, 5, Y, 0.0, 0, 6, 1.0)]
+    assert counts["last actions without a target: cut behind a finished agent turn"] == 1
+    assert batch["steps"]["has_target"].tolist() == [True, True, False]
+    # the last known V is at state 6, so returns end there and the unbootstrapped reward stays out
+    assert batch["steps"]["return_to_go"].tolist() == [0.0, 0.0, 0.0]
+    assert batch["steps"]["end_discount"].tolist() == [1.0, 1.0, 0.0]
+    assert batch["steps"]["end_state"].tolist()[:2] == [6, 6]
+
+
+def test_log_cut_inside_a_turn_bootstraps_there():
+    turns = (user("a"), agent("xy", 3.0, token_ids=(X, Y)))
+    batch = batch_of([Trajectory(turns, terminated=False, labels={"tokenizer": "letters"})])
+    assert table(batch) == [(0, 4, X, 0.0, 0, 5, 1.0), (0, 5, Y, 3.0, 0, 6, 1.0)]
+    assert batch["steps"]["closes_turn"].tolist() == [False, False]
+    assert batch["steps"]["end_state"].tolist() == [6, 6]
+
+
+def test_ids_of_another_tokenizer_are_encoded_again():
+    turns = (user("a"), agent("x", 1.0, token_ids=(99, 5)))
+    assert batch_of([Trajectory(turns, labels={"tokenizer": "other"})])["steps"]["action"].tolist() == [X, CLOSE]
+    assert batch_of([Trajectory(turns, labels={"tokenizer": "letters"})])["steps"]["action"].tolist() == [99, CLOSE]
+
+
+def test_consecutive_agent_turns_follow_each_other():
+    batch = batch_of([Trajectory((user("a"), agent("x", 1.0), agent("y", 2.0)))])
+    # 4 open 5 x 6 close 7 open 8 y 9 close
+    assert table(batch) == [
+        (0, 4, X, 0.0, 0, 5, 1.0),
+        (0, 5, CLOSE, 1.0, 0, 7, 1.0),
+        (0, 7, Y, 0.0, 0, 8, 1.0),
+        (0, 8, CLOSE, 2.0, 0, 0, 0.0),
+    ]
+
+
+def test_agent_text_that_is_not_credited_is_context_only():
+    turns = (user("a"), Turn("assistant", "x", trainable=False), user("b"), agent("y", 1.0))
+    assert [row[2] for row in table(batch_of([Trajectory(turns)]))] == [Y, CLOSE]
+
+
+def test_truncation_drops_oldest_turns_and_keeps_the_scored_reply_and_the_system_turn():
+    turns = (Turn("system", "s"), user("aaaa"), agent("x"), user("b"), agent("y", 1.0))
+    counts = Counter()
+    batch = batch_of([Trajectory(turns)], WindowRule(max_length=14), counts=counts)
+    # system 3 + preamble 1; first window a,x: 4 + 6 + 3 = 13; second window drops the oldest turns: 4 + (x) 3 + 3 + 3
+    assert batch["input_ids"][1, :13].tolist() == [1, 6, ord("s"), 7, 4, X, 5, 2, ord("b"), 3, 4, Y, 5]
+    assert counts["windows that lost old turns to max_length"] == 1
+    assert table(batch)[-1][:4] == (1, 11, CLOSE, 1.0)
+
+
+def test_turn_that_cannot_fit_is_dropped_and_counted_and_its_reward_stays_in_the_return():
+    turns = (user("a"), agent("x", 1.0), user("b"), agent("y" * 20, 5.0))
+    counts = Counter()
+    batch = batch_of([Trajectory(turns)], WindowRule(max_length=12), counts=counts)
+    assert counts["agent turns dropped: longer than max_length"] == 1
+    assert table(batch)[-1] == (0, 5, CLOSE, 1.0, 0, 10, 1.0)  # V is read at the opening of the turn that did not fit
+    assert batch["steps"]["return_to_go"].tolist() == [6.0, 6.0]
+
+
+def test_stride_lets_agent_turns_share_a_window():
+    turns = tuple(turn for i in range(6) for turn in (user("a"), agent("x", 1.0)))
+    rule = WindowRule(context=4, stride=2)
+    batch = batch_of([Trajectory(turns)], rule)
+    firsts = batch["steps"]["row"].tolist()[::2]
+    # turns 1, 3 see from 0; turn 5 (5 turns of history) would, so it starts at 2; each later turn moves by 2
+    assert firsts == [0, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("rule", [WindowRule(), WindowRule(1), WindowRule(4, 2), WindowRule(3), WindowRule(None, 1, 14)])
+def test_training_windows_equal_what_the_policy_sees_live(rule):
+    turns = tuple(turn for c in "abcde" for turn in (user(c), agent("x", 1.0)))
+    batch = batch_of([Trajectory(turns)], rule)
+    steps = batch["steps"]
+    for index in range(1, len(turns), 2):
+        chosen = (steps["turn"] == index).nonzero()[0, 0]
+        row, opening = steps["row"][chosen], steps["state"][chosen]
+        live = policy_window(turns[:index], LetterRenderer(), rule, reserve=2)
+        assert batch["input_ids"][row, : opening + 1].tolist() == live
+
+
+def test_every_window_gives_the_same_steps_alone_and_in_a_batch():
+    episodes = [Trajectory(DIALOGUE), Trajectory((user("aaa"), agent("x", 1.0), user("b")), terminated=False)]
+    encoder = EpisodeEncoder(LetterRenderer(), WindowRule(context=1), StepRule(), RewardScale())
+    dataset = WindowDataset(encode_trajectories(episodes, encoder, Counter()), 0, next_rows=True, end_rows=True)
+    together = collate_windows([dataset[i] for i in range(len(dataset))])["steps"]
+    alone = [dataset.batch([i])["steps"] for i in range(len(dataset))]
+    for name in ("action", "reward", "discount", "next_state", "end_state", "return_to_go", "bootstrap"):
+        assert together[name].tolist() == [value for steps in alone for value in steps[name].tolist()]
+
+
+def test_rows_that_nobody_reads_are_left_out():
+    turns = (user("a"), agent("x", -1.0), user("b"), agent("y", 0.0))
+    encoder = EpisodeEncoder(LetterRenderer(), WindowRule(context=1), StepRule(), RewardScale())
+    columns = encode_trajectories([Trajectory(turns)], encoder, Counter())
+    batch = WindowDataset(columns, 0, next_rows=False, end_rows=False).batch([0, 1])
+    assert len(batch["input_ids"]) == 2
+    assert batch["steps"]["next_row"].max() < 2
+
+
+def test_data_without_a_turn_that_fits_is_an_error():
+    with pytest.raises(InputError, match="no agent turn that fits"):
+        batch_of([Trajectory((user("a"), agent("x" * 30)))], WindowRule(max_length=10))
+
+
+def test_lengths_and_flat_storage_agree():
+    dataset = WindowDataset(
+        encode_trajectories(
+            [Trajectory(DIALOGUE)], EpisodeEncoder(LetterRenderer(), WindowRule(), StepRule(), RewardScale()), Counter()
+        ),
+        0,
+        next_rows=False,
+        end_rows=False,
+    )
+    assert dataset.lengths.tolist() == [14]
+    assert dataset.action_tokens == 5
+    assert dataset.mean_return == pytest.approx(2.6)  # (3 + 3 + 3 + 2 + 2) / 5, undiscounted
