@@ -1,0 +1,60 @@
+"""Tasks in text that a policy can play: games, toys, a negotiation, or your own."""
+
+import difflib
+import functools
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.protocols import Environment, VectorEnvironment
+
+ENVIRONMENTS = {
+    "maze": "offline_lmrl.environments.maze:Maze",
+    "corridor": "offline_lmrl.environments.toys:Corridor",
+    "gamble": "offline_lmrl.environments.toys:Gamble",
+    "negotiation": "offline_lmrl.environments.negotiation:Negotiation",
+}
+
+
+def make_environment(name: str, **settings: Any) -> VectorEnvironment | Callable[[], Environment]:
+    """What `rollout` takes: the environment itself if it plays many episodes at once, else a factory of it.
+
+    Args:
+      name: one of ENVIRONMENTS, or "package.module:Class" of your own, also in the working folder.
+      settings: the arguments of its class.
+
+    Raises InputError for a name that is not known (naming the nearest) and for settings the class does not take.
+    """
+    factory = functools.partial(_find(name), **settings)
+    try:
+        inspect.signature(factory.func).bind(**settings)
+    except TypeError as error:
+        raise InputError(f"environment {name}: {error}") from error
+    environment = factory()  # also where only a factory is needed: wrong settings show now, not in the first episode
+    return environment if is_vector(environment) else factory
+
+
+def is_vector(environment: Any) -> bool:
+    """Whether this is a VectorEnvironment: its `step` takes rows and texts, that of an Environment one text."""
+    parameters = inspect.signature(environment.step).parameters.values()
+    return sum(parameter.default is parameter.empty for parameter in parameters) == 2
+
+
+def _find(name: str) -> Callable[..., Any]:
+    module_name, _, attribute = ENVIRONMENTS.get(name, name).partition(":")
+    if not attribute:
+        near = difflib.get_close_matches(name, ENVIRONMENTS, n=1, cutoff=0)[0]
+        raise InputError(f"environment: found {name!r}, expected {near!r}, say, or your own as package.module:Class")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script does not look there, unlike `python -m`
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InputError(f"environment: found {name!r}, which cannot be imported: {error}") from error
+    if not hasattr(module, attribute):
+        raise InputError(f"environment: found {name!r}, but {module.__file__} has no {attribute}")
+    return getattr(module, attribute)

@@ -1,0 +1,133 @@
+"""Many episodes in one batch: a policy plays an environment, and what comes out is training data again."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.protocols import Environment, Policy, Reply, StepResult, VectorEnvironment
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.environments import is_vector
+
+
+class SideBySide:
+    """One Environment per row, stepped one after the other; implements VectorEnvironment.
+
+    Args:
+      factory: makes a new Environment, as a class does.
+    """
+
+    def __init__(self, factory: Callable[[], Environment]):
+        self.factory = factory
+
+    def reset(self, seeds: Sequence[int]) -> list[Sequence[Turn]]:
+        self.environments = [self.factory() for _ in seeds]
+        return [environment.reset(seed) for environment, seed in zip(self.environments, seeds, strict=True)]
+
+    def step(self, rows: Sequence[int], texts: Sequence[str]) -> list[StepResult]:
+        return [self.environments[row].step(text) for row, text in zip(rows, texts, strict=True)]
+
+    def labels(self, row: int) -> dict[str, Any]:
+        environment = self.environments[row]
+        return environment.labels() if hasattr(environment, "labels") else {}
+
+    def options(self, row: int) -> list[str] | None:
+        environment = self.environments[row]
+        return environment.options() if hasattr(environment, "options") else None
+
+
+def rollout(
+    policy: Policy,
+    environment: VectorEnvironment | Callable[[], Environment],
+    seeds: Sequence[int],
+    *,
+    batch_size: int = 1024,
+    max_turns: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Trajectory]:
+    """One episode per seed, which is the environment's and the policy's; no episode depends on the others.
+
+    Agent turns carry their reward and, where the policy has them, token_ids and behaviour_log_prob. `labels` are the
+    environment's, with "seed", "tokenizer" (fingerprint of the renderer the ids belong to) and "policy_log_prob" (per
+    agent turn and token, under π without filters and guidance at the same temperature). An episode that was cut, by
+    the environment or by max_turns, is not `terminated` and keeps its last observation.
+
+    Args:
+      environment: a VectorEnvironment, or a factory of Environments, such as a class; `make_environment` gives these.
+      batch_size: episodes that are played at once.
+      max_turns: agent turns after which an episode is cut; None = the environment decides.
+      progress: called with (episodes done, episodes in all) whenever some have ended.
+    """
+    if max_turns is not None and max_turns < 1:
+        raise InputError(f"max_turns: found {max_turns}, expected at least 1, or null")
+    if batch_size < 1:
+        raise InputError(f"batch_size: found {batch_size}, expected at least 1")
+    vector = _as_vector(environment)
+    trajectories: list[Trajectory] = []
+    for start in range(0, len(seeds), batch_size):
+        batch = _Episodes(policy, vector, seeds[start : start + batch_size])
+        while batch.live:
+            batch.play_turn(max_turns)
+            if progress is not None and batch.ended:
+                progress(start + len(batch.seeds) - len(batch.live), len(seeds))
+        trajectories += batch.trajectories()
+    return trajectories
+
+
+def _as_vector(environment: Any) -> VectorEnvironment:
+    if not callable(environment):
+        if not is_vector(environment):
+            name = type(environment).__name__
+            raise InputError(f"environment: found one {name}, expected a factory of it, such as the class {name}")
+        return environment
+    made = environment()
+    return made if is_vector(made) else SideBySide(environment)
+
+
+class _Episodes:
+    """A batch of episodes from reset to end. `live`: rows that still play; `ended`: rows that the last turn ended."""
+
+    def __init__(self, policy: Policy, environment: VectorEnvironment, seeds: Sequence[int]):
+        self.environment, self.seeds = environment, list(seeds)
+        self.session = policy.start(self.seeds)
+        self.turns = [list(turns) for turns in environment.reset(self.seeds)]
+        self.terminated = [False] * len(self.seeds)
+        self.policy_log_prob: list[list[list[float]]] = [[] for _ in self.seeds]
+        self.live = list(range(len(self.seeds)))
+        self.ended: list[int] = []
+        self.turns_played = 0
+
+    def play_turn(self, max_turns: int | None) -> None:
+        """One agent turn in every live episode and what the environment makes of it."""
+        options = None
+        if hasattr(self.environment, "options"):
+            options = [self.environment.options(row) for row in self.live]
+        replies = self.session.reply(self.live, [self.turns[row] for row in self.live], options)
+        results = self.environment.step(self.live, [reply.text for reply in replies])
+        self.turns_played += 1
+        self.ended = []
+        for row, reply, result in zip(self.live, replies, results, strict=True):
+            self.turns[row] += [_agent_turn(reply, result.reward), *result.turns]
+            self.policy_log_prob[row].append(list(reply.policy_log_prob or ()))
+            self.terminated[row] = bool(result.terminated)
+            if result.terminated or result.truncated or self.turns_played == max_turns:
+                self.ended.append(row)
+        self.live = [row for row in self.live if row not in set(self.ended)]
+
+    def trajectories(self) -> list[Trajectory]:
+        return [
+            Trajectory(tuple(self.turns[row]), terminated=self.terminated[row], labels=self._labels(row))
+            for row in range(len(self.seeds))
+        ]
+
+    def _labels(self, row: int) -> dict[str, Any]:
+        labels = dict(self.environment.labels(row)) if hasattr(self.environment, "labels") else {}
+        labels["seed"] = self.seeds[row]
+        fingerprint = getattr(self.session, "fingerprint", None)  # scripted players have none
+        if fingerprint is not None:
+            labels |= {"tokenizer": fingerprint, "policy_log_prob": self.policy_log_prob[row]}
+        return labels
+
+
+def _agent_turn(reply: Reply, reward: float) -> Turn:
+    ids = reply.token_ids
+    return Turn("assistant", reply.text, None, float(reward), ids, None if ids is None else reply.log_prob)
