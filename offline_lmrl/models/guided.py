@@ -1,0 +1,338 @@
+"""The guided model: the user's own causal LM class with Q and V heads, guided logits and packed per-step outputs.
+
+`guided_class(GPT2LMHeadModel)` is a subclass of GPT2LMHeadModel: parameter names stay, so the base class loads the
+same folder as the plain policy, and `generate`, caches, PEFT and sharding keep working. What is added lies in the
+submodule `value_heads` and in the `offline_lmrl` block of config.json.
+
+Hidden states are kept by a forward hook on the decoder and taken by `forward_with_hidden`. The hook is a plain
+function that stores on the module it is called with, so a deep copy never writes into its original. Packed logits come
+from a pre-hook on the LM head that passes only the wanted positions: soft cap and scale are then the base's own.
+"""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.models.adapters import load_heads, unfreeze_heads
+from offline_lmrl.models.value_heads import Head, ValueHeads, ValueHeadsConfig
+from offline_lmrl.ops.decoding import guide, support_filter
+
+
+def settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """The `offline_lmrl` block of a config, {} where there is none."""
+    return getattr(config, "offline_lmrl", None) or {}
+
+
+def _sampling_form(config: PreTrainedConfig) -> dict[str, Any]:
+    return settings(config).get("sampling") or {}
+
+
+def _keep_hidden(module: nn.Module, args: tuple, output: Any) -> None:
+    module.last_hidden = output[0]
+
+
+def _scale_gradient(hidden: Tensor, scale: float) -> Tensor:
+    """scale · h + (1 − scale) · h.detach(): the values of h, `scale` times its gradient."""
+    return hidden.detach() if scale == 0 else hidden.detach().lerp(hidden, scale)
+
+
+class Guided:
+    """What `guided_class` puts before a causal LM class; without value heads a plain policy with packed outputs."""
+
+    def __init__(self, config: PreTrainedConfig, *inputs, **kwargs):
+        super().__init__(config, *inputs, **kwargs)
+        stored = settings(config).get("value_heads")
+        self._add_heads(ValueHeadsConfig(**stored) if stored else None)
+        self.post_init()
+        if self.value_heads is not None:
+            self.update_targets(1.0)
+            self.freeze_targets()
+
+    def _add_heads(self, value_heads: ValueHeadsConfig | None) -> None:
+        self.get_decoder().last_hidden = None
+        self.get_decoder().register_forward_hook(_keep_hidden)
+        # Sized by the LM head's matrix: some decoders end in a projection, so hidden_size is not always its width.
+        self.value_heads = value_heads and ValueHeads(value_heads, *self.get_output_embeddings().weight.shape)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Head):
+            module.reset()
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As the base's; target heads that are not on disk start equal to the online ones, and all are frozen."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if model.value_heads is not None:
+            if any("target_q" in key for key in info["missing_keys"]):
+                model.update_targets(1.0)
+            model.freeze_targets()
+        return (model, info) if output_loading_info else model
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.value_heads is not None:
+            self.value_heads.follow(self.get_output_embeddings().weight)
+        return embeddings
+
+    def generate(self, *args, beta: float | Tensor | None = None, **kwargs):
+        """As the base's, guided. beta: a number, or one per row (B,); None takes the stored sampling form's, else 0.
+
+        The stored support, candidates, clip and q_reduce apply; `temperature`, `top_k` and `top_p` of `generate` then
+        act on the guided distribution.
+        """
+        if beta is None:
+            beta = _sampling_form(self.config).get("beta", 0.0)
+        return super().generate(*args, beta=beta, **kwargs)
+
+    def forward_with_hidden(self, *args, **kwargs) -> tuple[Any, Tensor]:
+        """The base's own outputs, and the decoder's last hidden states (B,T,d)."""
+        outputs = super().forward(*args, **kwargs)
+        decoder = self.get_decoder()
+        hidden, decoder.last_hidden = decoder.last_hidden, None
+        return outputs, hidden
+
+    def q_values(self, hidden: Tensor, candidates: Tensor | None = None, target: bool = True) -> Tensor:
+        """Q in fp32 of every token, (..., d) -> (H, ..., V), or of candidates (..., K), token ids: (H, ..., K)."""
+        head = self.value_heads.target_q if target else self.value_heads.q
+        lead = hidden.shape[:-1]
+        if candidates is not None:
+            candidates = candidates.reshape(-1, candidates.shape[-1])
+        q = head(hidden.reshape(-1, hidden.shape[-1]), self.get_output_embeddings().weight, candidates)
+        return q.view(q.shape[0], *lead, q.shape[-1])
+
+    def v_values(self, hidden: Tensor) -> Tensor:
+        """V, (..., d) -> (...). fp32."""
+        return self.value_heads.v(hidden.reshape(-1, hidden.shape[-1])).view(hidden.shape[:-1])
+
+    def update_targets(self, rate: float) -> None:
+        """target ← rate · online + (1 − rate) · target, once per optimizer step."""
+        self.value_heads.update_targets(rate)
+        self.value_heads.follow(self.get_output_embeddings().weight)
+
+    def freeze_targets(self) -> None:
+        for head in self.value_heads.targets():
+            head.requires_grad_(False)
+
+    def value_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the online heads."""
+        for head in self.value_heads.online():
+            yield from head.parameters()
+
+    def _guided_logits(self, logits: Tensor, hidden: Tensor, beta: float | Tensor) -> Tensor:
+        """logits (B,T,V) + β · advantage on what support and candidates leave, −inf elsewhere; hidden (B,T,d)."""
+        if self.value_heads is None:
+            raise InputError(f"beta: found {beta}, but this model has no value heads; train them, or use 0")
+        form = _sampling_form(self.config)
+        if isinstance(beta, Tensor):
+            beta = beta.view(-1, 1, 1)  # one per row
+        scores = support_filter(logits.float(), form.get("support", 0.0))
+        v = None if form.get("clip") is None else self.v_values(hidden)
+        options = {"beta": beta, "q_reduce": form.get("q_reduce", "min"), "clip": form.get("clip")}
+        if form.get("candidates") is None:
+            return guide(scores, self.q_values(hidden), v, **options)
+        best, index = scores.topk(min(form["candidates"], scores.shape[-1]), dim=-1)
+        guided = guide(best, self.q_values(hidden, index), v, **options)
+        return torch.full_like(scores, -torch.inf).scatter(-1, index, guided)
+
+    def _packed(
+        self, args: tuple, kwargs: dict, steps: Mapping[str, Tensor], value_grad_scale: float, conservative: bool
+    ) -> dict[str, Tensor]:
+        """Per-step outputs; the LM head sees the N states only."""
+        row, state = steps["row"], steps["state"]
+        head = self.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda module, args: (args[0][row, state].unsqueeze(0),))
+        try:
+            outputs, hidden = self.forward_with_hidden(*args, **{"use_cache": False} | kwargs)
+        finally:
+            handle.remove()
+        log_prob = -F.cross_entropy(outputs.logits[0].float(), steps["action"], reduction="none")
+        if self.value_heads is None:
+            return {"log_prob": log_prob}
+        return {"log_prob": log_prob} | self._packed_values(hidden, steps, value_grad_scale, conservative)
+
+    def _packed_values(
+        self, hidden: Tensor, steps: Mapping[str, Tensor], scale: float, conservative: bool
+    ) -> dict[str, Tensor]:
+        heads, matrix = self.value_heads, self.get_output_embeddings().weight
+        action = steps["action"].unsqueeze(1)
+        states = _scale_gradient(hidden[steps["row"], steps["state"]], scale)  # (N,d)
+        packed = {"q": heads.q(states, matrix, action).squeeze(-1), "v": heads.v(states)[0]}
+        if conservative:
+            packed["logsumexp_q"] = heads.q.logsumexp(states, matrix)
+        with torch.no_grad():
+            packed["target_q"] = heads.target_q(states, matrix, action).squeeze(-1).amin(0)
+            packed["next_v"] = heads.v(hidden[steps["next_row"], steps["next_state"]])[0]
+            packed["end_v"] = heads.v(hidden[steps["end_row"], steps["end_state"]])[0]
+        if hasattr(heads, "utterance_q"):
+            closing = {name: index[steps["closes_turn"]] for name, index in steps.items()}  # the M last actions
+            packed |= self._packed_utterances(hidden, closing, scale)
+        return packed
+
+    def _packed_utterances(self, hidden: Tensor, closing: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """Q of a whole turn is read behind its closing token, V before its first."""
+        heads, row = self.value_heads, closing["row"]
+        turns = _scale_gradient(hidden[row, closing["state"] + 1], scale)  # (M,d)
+        opens = _scale_gradient(hidden[row, closing["open_state"]], scale)
+        packed = {"utterance_q": heads.utterance_q(turns), "utterance_v": heads.utterance_v(opens)[0]}
+        with torch.no_grad():
+            packed["utterance_target_q"] = heads.utterance_target_q(turns).amin(0)
+            packed["utterance_next_v"] = heads.utterance_v(hidden[closing["next_row"], closing["next_state"]])[0]
+        return packed
+
+
+@functools.cache
+def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The subclass "Guided" + base name of a causal LM class; a guided class is its own."""
+    if issubclass(base, Guided):
+        return base
+
+    def forward(self, *args, beta=None, steps=None, value_grad_scale=1.0, conservative=False, **kwargs):
+        """The base's forward with two more uses.
+
+        beta: a number or (B,); logits become logits + β · advantage under the stored sampling form; None and 0 leave
+        the base's own.
+        steps: packed action steps (data/batching.py). The result is then a dict: "log_prob" (N,) and with value heads
+        "q" (H,N), "v" (N,), and without gradient "target_q" (N,) (the minimum), "next_v" (N,), "end_v" (N,). With
+        utterance heads also, for the M steps that close a turn, "utterance_q" (H,M), "utterance_v" (M,), and without
+        gradient "utterance_target_q" (M,), "utterance_next_v" (M,).
+        conservative: also "logsumexp_q" (H,N). value_grad_scale: share of the values' gradient that reaches the trunk.
+        """
+        if steps is not None:
+            return self._packed(args, kwargs, steps, value_grad_scale, conservative)
+        outputs, hidden = self.forward_with_hidden(*args, **kwargs)
+        if isinstance(beta, Tensor) or beta:
+            keep = kwargs.get("logits_to_keep", 0)
+            kept = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]
+            outputs.logits = self._guided_logits(outputs.logits, kept, beta)
+        return outputs
+
+    # generate and Trainer read the signature: without the base's names GPT-2 loses its position ids, silently.
+    own = [p for p in inspect.signature(forward).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    signature = inspect.signature(base.forward)
+    parameters = sorted([*signature.parameters.values(), *own], key=lambda parameter: parameter.kind)
+    forward.__signature__ = signature.replace(parameters=parameters)
+    parts = {
+        "forward": forward,
+        "__module__": __name__,
+        "__doc__": f"{base.__name__} with value heads; see `Guided`.",
+        "_keep_in_fp32_modules_strict": {*(base._keep_in_fp32_modules_strict or ()), "value_heads"},
+    }
+    return type(f"Guided{base.__name__}", (Guided, base), parts)
+
+
+def attach(model: PreTrainedModel, value_heads: ValueHeadsConfig | None) -> PreTrainedModel:
+    """Turns a causal LM into a guided one in place, with fresh heads if any; returns the same object."""
+    if not isinstance(model, Guided):
+        model.__class__ = guided_class(type(model))
+        model._add_heads(None)
+    if value_heads is not None:
+        model.config.offline_lmrl = settings(model.config) | {"value_heads": asdict(value_heads)}
+        model.value_heads = ValueHeads(value_heads, *model.get_output_embeddings().weight.shape).to(model.device)
+        model.value_heads.apply(model._initialize_weights)
+        model.update_targets(1.0)
+        model.freeze_targets()
+    return model
+
+
+def build_model(spec: Mapping[str, Any], tokenizer) -> PreTrainedModel:
+    """A guided model from scratch, without value heads, sized by the tokenizer.
+
+    Args:
+      spec: {"model_type": "gpt2", "n_layer": 2, ...}, fields of that type's transformers config.
+    Raises: InputError naming the field.
+    """
+    fields = dict(spec)
+    model_type = fields.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise InputError(f"model.scratch.model_type: found {model_type!r}{_nearest(str(model_type), CONFIG_MAPPING)}")
+    known = CONFIG_MAPPING[model_type]()
+    for name in fields:
+        if not hasattr(known, name):
+            raise InputError(f"model.scratch.{name}: {model_type} has no such field{_nearest(name, known.to_dict())}")
+    sizes = {"vocab_size": len(tokenizer)}
+    sizes |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    try:
+        config = AutoConfig.for_model(model_type, **sizes | fields)
+        return attach(AutoModelForCausalLM.from_config(config, dtype=torch.float32), None)
+    except ValueError as error:
+        raise InputError(f"model.scratch: {str(error).splitlines()[0]}") from error
+
+
+def load_model(
+    path_or_name: str | Path,
+    *,
+    value_heads: ValueHeadsConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A guided model from a folder or hub name of any causal LM, guided or not, or from a LoRA folder.
+
+    Heads on disk are loaded; where there are none, `value_heads` asks for fresh ones. A LoRA folder gives the
+    PeftModel around the guided model (it passes on attributes and methods), with adapter and online heads trainable.
+
+    Raises: InputError where there is no model, where the config names heads whose weights are missing, and where other
+    heads than those on disk are asked for.
+    """
+    name = str(path_or_name)
+    if (Path(name) / "adapter_config.json").exists():
+        return _load_adapter(Path(name), dtype=dtype, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model: {name}: {str(error).splitlines()[0]}") from error
+    stored = settings(config).get("value_heads")
+    if value_heads is not None and stored is not None:
+        _check_same_heads(name, asdict(value_heads), stored)
+    with torch.device("meta"):  # the class that the auto class would choose, remote code included
+        base = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    model, info = guided_class(base).from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+    if stored is None:
+        return attach(model, value_heads)
+    missing = [key for key in info["missing_keys"] if key.startswith("value_heads.") and "target_q" not in key]
+    if missing:
+        raise InputError(f"model: {name}: config.json names value heads, but {missing[0]} is not among the weights")
+    return model
+
+
+def _load_adapter(folder: Path, **options) -> nn.Module:
+    try:
+        import peft  # an extra
+    except ImportError as error:
+        raise InputError(f"model: {folder} is a LoRA folder; it needs `pip install offline_lmrl[peft]`") from error
+    base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if not base:
+        raise InputError(f"model: {folder}/adapter_config.json names no base model; LoRA needs one that is saved")
+    block = settings(AutoConfig.from_pretrained(folder, trust_remote_code=options["trust_remote_code"]))
+    stored = block.get("value_heads")
+    model = load_model(base, value_heads=ValueHeadsConfig(**stored) if stored else None, **options)
+    model.config.offline_lmrl = block
+    model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+    load_heads(model, folder)
+    unfreeze_heads(model)
+    return model
+
+
+def _check_same_heads(name: str, asked: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    for field in ("kind", "heads", "utterance"):
+        if asked[field] != stored[field]:
+            raise InputError(
+                f"value_heads.{field}: found {asked[field]!r}, but {name} has heads with {stored[field]!r}; "
+                "start from its plain policy or ask for the same"
+            )
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; the nearest is {near[0]!r}" if near else ""
