@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import transformers
 from torch import Tensor
@@ -24,8 +25,7 @@ from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.data.windows import WindowRule
-from offline_lmrl.models.guided import attach
-from offline_lmrl.models.loading import load_model, missing_weights, save_heads, unfreeze_heads
+from offline_lmrl.models.guided import attach, load_model
 
 
 @dataclass
@@ -172,10 +172,7 @@ class OfflineTrainer(transformers.Trainer):
             "data": fingerprint(train),
         } | self.stored_blocks(args)  # fmt: skip
         if peft_config is not None:
-            import peft
-
-            model = peft.get_peft_model(model, peft_config)
-            unfreeze_heads(model)
+            model = _with_adapter(model, peft_config)
         super().__init__(
             model,
             args,
@@ -345,14 +342,43 @@ class OfflineTrainer(transformers.Trainer):
     def _save(self, output_dir=None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save and hasattr(self.model, "peft_config"):
+            from offline_lmrl.models.adapters import save_heads  # needs peft, an extra
+
             save_heads(self.model, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """As Trainer's, but a checkpoint that lacks weights is an error, not a warning."""
-        missing = missing_weights(model or self.model, resume_from_checkpoint)
-        if missing:
-            raise InputError(f"{resume_from_checkpoint}: lacks {len(missing)} weights of this model, first {missing[0]}")
+        """As Trainer's, but a checkpoint that lacks weights is an error, not a warning; heads beside an adapter are read."""
+        model = model or self.model
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if hasattr(model, "peft_config"):
+            from offline_lmrl.models.adapters import load_heads  # needs peft, an extra
+
+            load_heads(model, resume_from_checkpoint)
+        else:
+            _check_whole(model, Path(resume_from_checkpoint))
+
+
+def _with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
+    from offline_lmrl.models.adapters import unfreeze_heads  # first: it says what to install where peft is missing
+
+    import peft  # isort: skip
+
+    model = peft.get_peft_model(model, peft_config)
+    unfreeze_heads(model)
+    return model
+
+
+def _check_whole(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Every weight of the model is in the checkpoint, tied ones once; mixture-of-experts files, which Trainer restores in
+    part only, fail here."""
+    stored: set[str] = set()
+    for file in checkpoint.glob("*.safetensors"):
+        with safetensors.safe_open(file, "pt") as weights:
+            stored.update(weights.keys())
+    pointers = {model.state_dict()[name].data_ptr() for name in stored if name in model.state_dict()}
+    missing = [name for name, value in model.state_dict().items() if value.numel() and value.data_ptr() not in pointers]
+    if missing:
+        raise InputError(f"{checkpoint}: lacks {len(missing)} weights of this model, first {missing[0]}")
 
 
 def _read(source: Sequence[Trajectory] | str | Path) -> Sequence[Trajectory]:

@@ -136,6 +136,8 @@ class ILQLTrainer(OfflineTrainer):
         return StepRule(args.discount_per_token, args.discount_per_turn, args.bootstrap_from_turn)
 
     def prepare_model(self, model, args: ILQLConfig, windows: WindowDataset):
+        if getattr(model, "value_heads", None) is not None:  # goes on with the heads that came along
+            return model
         heads = ValueHeadsConfig(
             kind=args.value_heads, initial_value=windows.mean_return, utterance=args.utterance_weight > 0
         )

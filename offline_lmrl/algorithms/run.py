@@ -19,7 +19,7 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import read_trajectories
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory
-from offline_lmrl.models.loading import build_model, load_model
+from offline_lmrl.models.guided import build_model, load_model
 from offline_lmrl.training import OfflineConfig, OfflineTrainer
 
 
@@ -82,9 +82,7 @@ def build_trainer(algorithm: str, model: ModelConfig, data: DataConfig, args: Of
     if model.lora is not None:
         import peft
 
-        from offline_lmrl.models.loading import trunk_linear_names
-
-        peft_config = peft.LoraConfig(**{"target_modules": trunk_linear_names(network), **model.lora})
+        peft_config = peft.LoraConfig(**{"target_modules": "all-linear", **model.lora})
     return trainer_class(network, args, trajectories, validation, tokenizer, peft_config)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
-from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.data.trajectory import Trajectory, with_own_token_ids
 from offline_lmrl.data.windows import Span, WindowRule, cut_windows, first_visible, leading_system_turns
 
 OWN, NEXT, END = 0, 1, 2  # in which row a state is read: the window's, the next window's opening, the end of a cut log
@@ -74,17 +74,10 @@ class EpisodeEncoder:
             yield episode.window(span)
 
 
-def _own_ids_only(turn: Turn, trajectory: Trajectory, renderer: Renderer) -> Turn:
-    """Sampled ids count only under the tokenizer that wrote them; elsewhere the text is encoded again."""
-    if turn.token_ids is None or trajectory.labels.get("tokenizer") == renderer.fingerprint:
-        return turn
-    return replace(turn, token_ids=None, behaviour_log_prob=None)
-
-
 class _Episode:
     def __init__(self, encoder: EpisodeEncoder, trajectory: Trajectory):
         self.renderer, self.rule, self.gammas = encoder.renderer, encoder.window, encoder.steps
-        turns = [_own_ids_only(turn, trajectory, encoder.renderer) for turn in trajectory.turns]
+        turns = with_own_token_ids(trajectory, encoder.renderer.fingerprint).turns
         self.encoded = [encoder.renderer.encode_turn(turn) for turn in turns]
         self.lengths = [len(turn.ids) for turn in self.encoded]
         self.reward = [encoder.scale.apply(turn.reward) for turn in turns]

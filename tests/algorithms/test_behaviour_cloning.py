@@ -1,0 +1,44 @@
+import pytest
+
+from offline_lmrl.algorithms.behaviour_cloning import BCConfig, keep_best
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.trajectory import Trajectory, Turn
+
+
+def episode(reward, group=""):
+    return Trajectory((Turn("user", "q"), Turn("assistant", "a", reward=reward)), group=group)
+
+
+def returns(trajectories):
+    return [t.total_return for t in trajectories]
+
+
+def test_share_keeps_the_best_in_their_order():
+    data = [episode(r) for r in (1.0, 5.0, 3.0, 4.0, 2.0)]
+    assert returns(keep_best(data, share=0.4)) == [5.0, 4.0]
+    assert returns(keep_best(data, share=0.5)) == [5.0, 3.0, 4.0]  # 2.5 episodes round up
+    assert keep_best(data) == data
+
+
+def test_ties_at_the_edge_go_to_the_earlier_ones():
+    data = [episode(1.0, group=str(i)) for i in range(4)]
+    assert [t.group for t in keep_best(data, share=0.5)] == ["0", "1"]
+
+
+def test_share_within_groups_keeps_some_of_each():
+    data = [episode(r, group=g) for r, g in ((1.0, "a"), (9.0, "b"), (2.0, "a"), (8.0, "b"))]
+    assert returns(keep_best(data, share=0.5)) == [9.0, 8.0]
+    assert returns(keep_best(data, share=0.5, per_group=True)) == [9.0, 2.0]
+
+
+def test_threshold_keeps_all_at_or_above_it():
+    assert returns(keep_best([episode(r) for r in (1.0, 2.0, 3.0)], above=2.0)) == [2.0, 3.0]
+    with pytest.raises(InputError, match="keep_above: found 7.*best return in the data, 3"):
+        keep_best([episode(3.0)], above=7.0)
+
+
+def test_settings_out_of_range_are_refused(tmp_path):
+    with pytest.raises(InputError, match="keep_share: found 0.0"):
+        BCConfig(output_dir=str(tmp_path), keep_share=0.0)
+    with pytest.raises(InputError, match="stride: found 3, expected 1 to context"):
+        BCConfig(output_dir=str(tmp_path), context=2, stride=3)

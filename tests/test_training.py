@@ -1,0 +1,227 @@
+"""The base trainer's promises: losses that do not depend on how a batch was split, exact resume, whole checkpoints."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+
+from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
+from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.models.guided import build_model
+from offline_lmrl.training import LengthGroupedSampler
+
+TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3 4 5 6 7 8 9"], 300)
+SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def logs(n=24, change=lambda reward: reward):
+    """Ragged dialogues of one to three agent turns, every third one cut behind an observation."""
+    episodes = []
+    for i in range(n):
+        turns = []
+        for k in range(1 + i % 3):
+            turns += [Turn("user", f"you are at {i % 7}{k}"), Turn("assistant", ("left", "right up")[(i + k) % 2],
+                                                                   reward=change(float((i * 7 + k) % 5)))]
+        cut = i % 3 == 0
+        episodes.append(Trajectory((*turns, Turn("user", "you are at 9")) if cut else tuple(turns), terminated=not cut))
+    return episodes
+
+
+def trainer(folder, *, algorithm="ilql", data=None, dropout=False, spec=SPEC, seed=0, **settings):
+    torch.manual_seed(seed)
+    config, cls = {"ilql": (ILQLConfig, ILQLTrainer), "bc": (BCConfig, BCTrainer)}[algorithm]
+    settings = {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "report_to": "none",
+                "save_strategy": "no", "disable_tqdm": True, "max_length": 64, "context": 2, **settings}  # fmt: skip
+    if algorithm == "ilql":
+        settings = {"monte_carlo": 0.3, "target_rate": 0.1, **settings}
+    model = build_model(spec if dropout else spec | NO_DROPOUT, TOKENIZER)
+    return cls(model, config(output_dir=str(folder), use_cpu=True, **settings), data or logs(), None, TOKENIZER)
+
+
+def parameters(run):
+    return torch.cat([p.detach().flatten() for p in run.model.state_dict().values() if p.is_floating_point()])
+
+
+@pytest.mark.parametrize("algorithm", ["bc", "ilql"])
+def test_micro_batches_give_the_step_of_the_whole_batch(tmp_path, algorithm):
+    whole = trainer(tmp_path / "a", algorithm=algorithm)
+    split = trainer(
+        tmp_path / "b", algorithm=algorithm, per_device_train_batch_size=2, gradient_accumulation_steps=4
+    )
+    whole.train()
+    split.train()
+    torch.testing.assert_close(parameters(split), parameters(whole), atol=1e-5, rtol=0)
+
+
+def test_targets_move_once_per_optimizer_step_under_accumulation(tmp_path):
+    run = trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=4)
+    run.train()
+    assert run.target_updates.count == run.state.global_step == 4
+
+
+def test_resuming_equals_the_uninterrupted_run_to_the_bit(tmp_path):
+    settings = {
+        "dropout": True, "train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2, "max_steps": 14, "save_strategy": "steps", "save_steps": 4,
+    }  # fmt: skip
+    straight = trainer(tmp_path / "run", **settings)
+    straight.train()
+    assert straight.state.epoch > 1  # the interruption below falls into the second epoch
+    resumed = trainer(tmp_path / "run", seed=99, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-8"))
+    assert torch.equal(parameters(resumed), parameters(straight))
+
+
+def test_targets_are_saved_and_resumed_not_copied_from_the_online_heads(tmp_path):
+    run = trainer(tmp_path, save_strategy="steps", save_steps=3)
+    run.train()
+    again = trainer(tmp_path, seed=1, save_strategy="no", max_steps=6)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    heads, saved = again.model.value_heads, run.model.value_heads
+    for (name, value), (_, expected) in zip(heads.named_parameters(), saved.named_parameters(), strict=True):
+        assert torch.equal(value, expected), name
+    assert not any(p.requires_grad for p in heads.target_q.parameters())
+
+
+def test_a_checkpoint_that_lacks_weights_is_an_error(tmp_path):
+    plain = trainer(tmp_path / "bc", algorithm="bc", save_strategy="steps", save_steps=6)
+    plain.train()
+    with pytest.raises(InputError, match="lacks .* weights of this model"):
+        trainer(tmp_path / "x").train(resume_from_checkpoint=str(tmp_path / "bc" / "checkpoint-6"))
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import offline_lmrl.training as training
+from test_training import trainer
+run = trainer({folder!r}, save_strategy="steps", save_steps=2, max_steps=6)
+saved, sync = [], training._sync
+def die_in_the_second_save(path):
+    saved.append(path)
+    if run.state.global_step == 4 and path.name == "optimizer.pt":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(path)
+training._sync = die_in_the_second_save
+run.train()
+"""
+
+
+def test_signal_9_while_saving_leaves_only_whole_checkpoints(tmp_path):
+    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums differ in the last bit otherwise
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=threads)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-500:]
+    assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
+    straight = trainer(tmp_path / "straight")
+    straight.train()
+    resumed = trainer(tmp_path, save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(parameters(resumed), parameters(straight))
+
+
+SHARDED = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from test_training import trainer, parameters
+run = trainer({folder!r}, per_device_train_batch_size=4, logging_steps=1)
+run.train()
+if run.args.process_index == 0:
+    torch.save((parameters(run), [row["loss"] for row in run.state.log_history if "loss" in row]), {out!r})
+"""
+
+
+def test_two_processes_give_the_loss_and_parameters_of_one(tmp_path):
+    script, out = tmp_path / "script.py", tmp_path / "out.pt"
+    script.write_text(SHARDED.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "two"), out=str(out)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29417", str(script)]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    sharded, losses = torch.load(out)
+    one = trainer(tmp_path / "one", per_device_train_batch_size=8, logging_steps=1)
+    one.train()
+    torch.testing.assert_close(sharded, parameters(one), atol=1e-5, rtol=0)
+    assert losses == pytest.approx([row["loss"] for row in one.state.log_history if "loss" in row], abs=1e-5)
+
+
+@pytest.mark.parametrize("change", [lambda r: r - 1, lambda r: 10 * r], ids=["r - 1", "10 r"])
+def test_shifted_and_scaled_rewards_give_the_same_policy(tmp_path, change):
+    two_turns = [t for t in logs(36) if len(t.turns) == 4]  # equally many scored turns, none cut
+    changed = [t for t in logs(36, change) if len(t.turns) == 4]
+    settings = {"max_steps": 10, "discount_per_turn": 1.0}
+    first = trainer(tmp_path / "a", data=two_turns, **settings)
+    second = trainer(tmp_path / "b", data=changed, **settings)
+    first.train()
+    second.train()
+    ids = torch.tensor([first.renderer.encode_turn(two_turns[0].turns[0]).ids])
+    logits = [run.model.eval()(ids, beta=3.0).logits for run in (first, second)]
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-4)
+    moved = trainer(tmp_path / "c", data=two_turns, **settings).model.eval()(ids, beta=3.0).logits
+    assert (moved - logits[0]).abs().max() > 1e-2  # training did change the policy
+
+
+def test_eval_loss_is_token_weighted_whatever_the_batch_size(tmp_path):
+    means = []
+    for size in (1, 5, 24):
+        run = trainer(tmp_path / str(size), per_device_eval_batch_size=size)
+        run.eval_dataset = run.train_dataset
+        means.append(run.evaluate())
+    for metrics in means[1:]:
+        for name in ("eval_loss", "eval_loss/q", "eval_loss/policy"):
+            assert metrics[name] == pytest.approx(means[0][name], rel=1e-5)
+
+
+def test_metrics_are_averages_per_action_token_and_reach_the_file(tmp_path):
+    run = trainer(tmp_path, logging_steps=2)
+    run.train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 6]
+    first = rows[0]
+    parts = first["loss/policy"] + first["loss/q"] + first["loss/v"] + 0.1 * first["loss/conservative"]
+    assert parts == pytest.approx(first["loss"], rel=0.05)  # the printed loss averages two steps of unequal counts
+
+
+def test_saved_run_opens_as_guided_and_as_plain_model(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from offline_lmrl.models.guided import load_model
+
+    run = trainer(tmp_path)
+    run.train()
+    run.save_model(str(tmp_path))
+    ids = torch.tensor([[1, 4, 70, 71, 2, 5]])
+    guided, plain = load_model(str(tmp_path)), AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(guided(ids).logits, plain(ids).logits)
+    block = guided.config.offline_lmrl
+    assert block["algorithm"] == "ilql"
+    assert block["window"] == {"context": 2, "stride": 1, "max_length": 64}
+    assert block["tokenizer"] == run.renderer.fingerprint
+    assert not (tmp_path / ".saving").exists()
+
+
+def test_window_longer_than_the_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match="max_length: found 128, expected at most the model's 64 positions"):
+        trainer(tmp_path, max_length=128)
+
+
+def test_length_grouping_keeps_every_row_and_changes_with_the_epoch():
+    lengths = torch.randint(5, 50, (203,), generator=torch.Generator().manual_seed(0))
+    sampler = LengthGroupedSampler(lengths, batch_size=4, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(203))
+    assert list(sampler) == first
+    spread = [lengths[first[i : i + 4]].float().std().item() for i in range(0, 200, 4)]
+    assert sum(spread) / len(spread) < 3  # ungrouped: about 13
+    sampler.set_epoch(1)
+    assert list(sampler) != first
