@@ -17,10 +17,8 @@ test: $(STAMP) ## set up, then run the default tests
 	@echo "Running the default tests (-m gates, -m slow and -m benchmarks run apart)"
 	$(BIN)/python -m pytest
 
-quickstart: $(STAMP) ## set up, then compare the methods on the maze
-	@echo "Making the logs of the maze"
-	$(BIN)/offline-lmrl prepare maze --output data/maze/full
-	@echo "Training and comparing the methods on the maze (continues where an earlier run stopped)"
+quickstart: $(STAMP) ## set up, then make the logs of the maze and compare the methods on it
+	@echo "Making the logs of the maze, then training and comparing; a second run goes on where the first stopped"
 	$(BIN)/offline-lmrl compare configs/maze/quickstart.yaml
 
 # The stamp is written last, so an interrupted installation is repaired by the next make.

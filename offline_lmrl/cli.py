@@ -1,0 +1,79 @@
+"""The console script: finds the command, runs it, and turns what goes wrong into one line and an exit code.
+
+Exit codes: 0 done, 1 the program failed (with its traceback), 2 an input or a setting cannot be used, 130 interrupted.
+Commands are loaded when they are called, so that this help answers at once.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from offline_lmrl.data.errors import InputError
+
+COMMANDS = {
+    "prepare": ("offline_lmrl.cli_data:prepare", "turn a known source of logs into scored trajectories"),
+    "check": ("offline_lmrl.cli_data:check", "say what is in a data set and what will make learning from it fail"),
+    "train": ("offline_lmrl.cli_run:train", "learn from scored trajectories: bc, ilql"),
+    "evaluate": ("offline_lmrl.cli_play:evaluate", "measure a run in an environment or on held-out logs"),
+    "generate": ("offline_lmrl.cli_play:generate", "reply to prompts with a run, value-guided; --chat to talk to it"),
+    "compare": ("offline_lmrl.cli_run:compare", "train and evaluate several methods over seeds and print one table"),
+    "config": ("offline_lmrl.cli_data:config", "list the shipped configs or print one"),
+}
+
+HELP = "\n".join(
+    [
+        "usage: offline-lmrl COMMAND [FILE.yaml] [--key value ...]",
+        "",
+        "Offline reinforcement learning for language models: logs in, value-guided text out.",
+        "",
+        *(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()),
+        "",
+        "offline-lmrl COMMAND --help says what a command takes. Settings on the command line win over the file.",
+    ]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from offline_lmrl import __version__
+
+        print(f"offline-lmrl {__version__}")
+        return 0
+    try:
+        _command(arguments[0])(arguments[1:])
+    except InputError as error:
+        return _refuse(str(error))
+    except BrokenPipeError:
+        # The reader (head, less) has gone; without this the interpreter complains when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a file of the user's, or a library's word on a model or data set that is not there
+        return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _command(name: str):
+    if name not in COMMANDS:
+        from offline_lmrl.cli_parser import nearest
+
+        raise InputError(f"found command {name!r}, expected one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
+    module, _, function = COMMANDS[name][0].partition(":")
+    return getattr(import_module(module), function)
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Commands about data and files: prepare, check, config."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from offline_lmrl.cli_parser import Parser, call, nearest, split_file
+from offline_lmrl.data.errors import InputError
+
+# what follows `prepare` -> module and function; imported on use
+SOURCES = {
+    "maze": ("data_prep.maze", "prepare"),
+    "deal-or-no-deal": ("data_prep.deal_or_no_deal", "prepare"),
+}
+PREPARE_HELP = f"""usage: offline-lmrl prepare SOURCE --output DIR [--key value ...]
+
+Turn a known source of logs into scored trajectories. Sources: {", ".join(SOURCES)}.
+`offline-lmrl prepare SOURCE --help` says what a source takes."""
+
+
+def prepare(argv: Sequence[str]) -> None:
+    """`prepare SOURCE --output DIR`: its settings are the parameters of that source's function."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(PREPARE_HELP)
+        return
+    usage = f"prepare {argv[0]} --output DIR [--key value ...]"
+    _print_report(call(usage, _source(argv[0]), argv[1:], positional=False))
+
+
+def prepare_from_settings(settings: Mapping[str, Any]) -> None:
+    """The same from the `prepare` block of a comparison: `command` and the settings of that source."""
+    settings = dict(settings)
+    call("prepare", _source(settings.pop("command")), settings=settings, positional=False)
+
+
+def _source(name: str) -> Callable[..., Mapping[str, Any]]:
+    if name not in SOURCES:
+        raise InputError(f"source: found {name!r}, expected one of {', '.join(SOURCES)}{nearest(name, SOURCES)}")
+    module, function = SOURCES[name]
+    return getattr(import_module(module), function)
+
+
+def _print_report(report: Mapping[str, Any], indent: str = "") -> None:
+    for name, value in report.items():
+        if isinstance(value, Mapping):
+            print(f"{indent}{name}:")
+            _print_report(value, indent + "  ")
+        else:
+            print(f"{indent}{name}: {f'{value:.4g}' if isinstance(value, float) else value}")
+
+
+def check(argv: Sequence[str]) -> None:
+    """`check DATA`."""
+    call("check DATA [--key value ...]", _check, argv)
+
+
+def _check(
+    data: str,
+    tokenizer: str | None = None,
+    template: Literal["auto", "plain"] = "auto",
+    max_length: int | None = None,
+    row: int = 1,
+) -> None:
+    """Say what is in a data set and what will make learning from it fail.
+
+    Args:
+      data: a file, folder or hub name of scored trajectories.
+      tokenizer: folder or hub name; adds token counts, a comparison with the chat template, and a row token by token.
+      template: auto (the tokenizer's chat template, else the plain one) or plain.
+      max_length: count rows with more tokens than this; needs a tokenizer.
+      row: the row of the first split that is shown token by token, from 1.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from offline_lmrl.data.checks import check, token_table
+    from offline_lmrl.data.io import read_splits
+
+    if max_length is not None and tokenizer is None:
+        raise InputError("max_length: found a length in tokens without a tokenizer, expected --tokenizer too")
+    counts: Counter[str] = Counter()
+    splits = read_splits(data, counts=counts)
+    name, rows = next(iter(splits.items()))
+    if not 1 <= row <= len(rows):
+        raise InputError(f"row: found {row}, expected 1 to {len(rows)}")
+    renderer = None if tokenizer is None else _renderer(tokenizer, template)
+    console = Console()
+    check(splits, renderer, max_length, counts).print(console)
+    if renderer is not None:
+        table = Table("", "token", "role", "agent's", "reward", title=f"{name}: row {row}", title_justify="left")
+        for token in token_table(rows[row - 1], renderer):
+            reward = "" if token.reward is None else f"{token.reward:g}"
+            table.add_row(str(token.index), escape(repr(token.text)), token.role, "x" if token.action else "", reward)
+        console.print(table)
+
+
+def _renderer(tokenizer: str, template: str):
+    from transformers import AutoTokenizer
+
+    from offline_lmrl.data.rendering import Renderer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise InputError(f"tokenizer: found {tokenizer!r} ({first}), expected a folder or hub name") from error
+    return Renderer(loaded, template)
+
+
+def config(argv: Sequence[str]) -> None:
+    """`config` lists the shipped configs, `config TASK/METHOD` prints one."""
+    name, rest = split_file(argv)
+    Parser("config [TASK/METHOD]", "List the shipped configs, or print one.").parse(rest)
+    folder = config_folder()
+    shipped = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
+    if name is None:
+        print("\n".join(shipped))
+        return
+    if name not in shipped:
+        raise InputError(f"config: found {name!r}, expected one of {', '.join(shipped)}{nearest(name, shipped)}")
+    print(shipped[name].read_text(encoding="utf-8"), end="")
+
+
+def config_folder() -> Path:
+    """Where the shipped configs lie: inside an installed package, beside it in a clone."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"

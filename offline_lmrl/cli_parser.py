@@ -1,0 +1,212 @@
+"""How commands read their settings: typed by the functions and dataclasses they go to, with errors of one line.
+
+jsonargparse does the parsing; this adds the file that comes before the settings, the nearest right key, and help texts
+for dataclasses whose docstrings say `field: what it is`.
+"""
+
+import difflib
+import re
+from argparse import SUPPRESS
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader
+
+from offline_lmrl.data.errors import InputError
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: "; did you mean 'x'?", or nothing where no known name is near."""
+    known = list(known)
+    leaf = name.rpartition(".")[2]
+    # The right name under the wrong group (`learning_rate` for `args.learning_rate`) is nearer than any spelling.
+    namesakes = [other for other in known if other.rpartition(".")[2] == leaf]
+    near = namesakes or difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class Parser(ArgumentParser):
+    """A command's parser: raises InputError instead of printing its usage, and takes no abbreviations."""
+
+    def __init__(self, usage: str, description: str | None = None):
+        usage = f"offline-lmrl {usage}"
+        super().__init__(prog="offline-lmrl", usage=usage, description=description, allow_abbrev=False)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise InputError(self._in_our_words(" ".join(message.split()))) from ex
+
+    def add_dataclass(
+        self, cls: type, key: str | None = None, base: type | None = None, show_base: bool = True
+    ) -> None:
+        """Add a dataclass as `--key.field`; fields that only `base` states come last in the help, or not at all."""
+        self.add_class_arguments(cls, key)
+        prefix = f"{key}." if key else ""
+        texts = field_help(cls, prefix)
+        inherited = set() if base is None else {f"{prefix}{name}" for name in _only_in(base, cls)}
+        for group in self._action_groups:
+            for action in group._group_actions:
+                if action.dest in (self.groups or {}) or action.dest.endswith(".help"):
+                    action.help = SUPPRESS  # a group from a file of its own, help of a nested class: not our commands
+                elif action.dest in inherited and not show_base:
+                    action.help = SUPPRESS
+                else:
+                    action.help = texts.get(action.dest, action.help)
+            group._group_actions.sort(key=lambda action: action.dest in inherited)
+
+    def add_overrides(self, cls: type) -> None:
+        """Add the fields of a dataclass as `--field`; the result has only those that were given."""
+        hints, texts = get_type_hints(cls), field_help(cls)
+        for field in fields(cls):
+            self.add_argument(f"--{field.name}", type=hints[field.name], default=SUPPRESS, help=texts.get(field.name))
+
+    def parse(self, argv: Sequence[str], settings: Mapping[str, Any] | None = None, source: str = "") -> Namespace:
+        """The built values of a file's settings with the command line over them.
+
+        Raises: InputError that names the key, and the file where the value came from there.
+        """
+        start = None
+        if settings:
+            try:
+                start = self._parse_file(settings)
+            except InputError as error:
+                raise InputError(f"{source}: {error}") from error
+        values = self.parse_args(argv, namespace=start)
+        self._refuse_nulls(values)
+        try:
+            return self.instantiate(values)
+        except InputError:
+            raise
+        except ValueError as error:  # what a dataclass says about its own fields
+            self.error(str(error), error)
+
+    def _parse_file(self, settings: Mapping[str, Any]) -> Namespace:
+        # A group in which every line is a comment is null.
+        stated = {key: value for key, value in settings.items() if value is not None}
+        for key in self.groups or {}:
+            if not isinstance(stated.get(key, {}), Mapping):
+                raise InputError(f"{key}: found {stated[key]!r}, expected a mapping of settings")
+        return self.parse_object(stated, _skip_required=True)
+
+    def _refuse_nulls(self, values: Namespace) -> None:
+        """jsonargparse takes null for "not given" whatever the type, and would hand it on."""
+        for action in self._actions:
+            typed = getattr(action, "_typehint", None)
+            if typed is None or action.default is None or action.dest not in values or values[action.dest] is not None:
+                continue
+            if typed is not Any and type(None) not in get_args(typed):
+                self.error(f"{action.dest}: found null, expected a value such as {action.default!r}")
+
+    def _in_our_words(self, message: str) -> str:
+        known = [action.dest for action in self._actions if action.option_strings and action.dest != "help"]
+        if found := re.search(r"(?:Group '(.+)' does not accept option|Option) '(.+?)'", message):
+            key = ".".join(part for part in found.groups() if part)
+            return f"{key}: found a setting that does not exist{nearest(key, known)}"
+        if found := re.match(r"unrecognized arguments: (\S+)", message):
+            if not found[1].startswith("-"):
+                return f"found {found[1]!r} among the settings, expected --key value pairs"
+            key = found[1].lstrip("-").partition("=")[0]
+            return f"--{key}: found a setting that does not exist{nearest(key, known)}"
+        if found := re.match(r"the following arguments are required: (.+)", message):
+            return f"{found[1]}: missing, expected `{self.usage}`"
+        if found := re.match(r'Parser key "([^"]+)": (.*)$', message):
+            key, rest = found.groups()
+            given = re.search(r".*(?:Given value|Got value): (.*)$", rest)
+            expected = re.search(r"Subtypes: \[(.*?)\] Errors|Expected an? (.*?)\. Got value", rest)
+            if given and expected:
+                return f"{key}: found {given[1]}, expected {_plain_type(expected[1] or expected[2])}"
+            return f"{key}: {rest}"
+        return message
+
+
+def call(
+    usage: str,
+    function: Callable[..., Any],
+    argv: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    positional: bool = True,
+    overrides: type | None = None,
+) -> Any:
+    """Call a function with arguments from the command line.
+
+    Args:
+      positional: whether its required parameters are given without a name.
+      settings: arguments by name, from a config; the command line wins.
+      overrides: a dataclass whose fields are settings too; those that are given go into the function's `**` parameter.
+    """
+    parser = Parser(usage)
+    parser.add_function_arguments(function, as_positional=positional)
+    if overrides is not None:
+        parser.add_overrides(overrides)
+    return function(**parser.parse(argv, settings, usage).as_dict())
+
+
+def split_file(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The FILE.yaml before the settings, if there is one, and the settings."""
+    has_file = bool(argv) and not argv[0].startswith("-")
+    return (argv[0], list(argv[1:])) if has_file else (None, list(argv))
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; unlike plain PyYAML, `1e-5` is a number."""
+    try:
+        settings = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: found {error.strerror}, expected a YAML file of settings") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: found text that is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: found {settings!r}, expected a mapping of settings")
+    return settings
+
+
+def overrides_of(argv: Sequence[str]) -> dict[str, Any]:
+    """`--a.b value` or `--a.b=value` pairs as {"a.b": value}, each value read as YAML."""
+    given, rest = {}, list(argv)
+    while rest:
+        key, equals, value = rest.pop(0).partition("=")
+        if not key.startswith("--"):
+            raise InputError(f"found {key!r} among the settings, expected --key value pairs")
+        if not equals:
+            if not rest:
+                raise InputError(f"{key}: found nothing after it, expected a value")
+            value = rest.pop(0)
+        given[key.removeprefix("--")] = get_loader("yaml")(value)
+    return given
+
+
+def field_help(cls: type, prefix: str = "") -> dict[str, str]:
+    """Dotted field -> its text, from the docstrings of a dataclass, its bases, and the dataclasses in its fields.
+
+    A docstring says "field: text", or "one, two: text for both".
+    """
+    texts = {field.name: field.metadata["help"] for field in fields(cls) if "help" in field.metadata}
+    known = "|".join(field.name for field in fields(cls))
+    start = re.compile(rf"(?:^\s*|(?<=[.)\]] ))((?:{known})(?:, (?:{known}))*): ", re.MULTILINE)
+    for parent in reversed(cls.__mro__):
+        _, *parts = start.split(parent.__dict__.get("__doc__") or "")
+        for names, text in zip(parts[::2], parts[1::2], strict=True):
+            texts |= dict.fromkeys(names.split(", "), " ".join(text.split("\n\n")[0].split()))
+    texts = {f"{prefix}{name}": text for name, text in texts.items()}
+    for name, hint in get_type_hints(cls).items():
+        if is_dataclass(hint):
+            texts |= field_help(hint, f"{prefix}{name}.")
+    return texts
+
+
+def _only_in(base: type, cls: type) -> set[str]:
+    """The fields of `base` that no class between it and `cls` states again, with a new default say."""
+    between = cls.__mro__[: cls.__mro__.index(base)]
+    return {field.name for field in fields(base)} - {
+        name for parent in between for name in parent.__dict__.get("__annotations__", ())
+    }
+
+
+def _plain_type(text: str) -> str:
+    """A type as jsonargparse prints it, for people: <class 'int'>, <class 'NoneType'> -> int or null."""
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace("typing.", "").replace("NoneType", "null")
+    if choices := re.fullmatch(r"Literal\[(.*)\]", text):
+        return f"one of {choices[1]}"
+    return re.sub(r", (?![^\[]*\])", " or ", text)

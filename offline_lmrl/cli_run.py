@@ -1,0 +1,75 @@
+"""Commands that learn: train, compare."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Literal
+
+from offline_lmrl.cli_data import prepare_from_settings
+from offline_lmrl.cli_parser import Parser, overrides_of, read_settings, split_file
+from offline_lmrl.data.errors import InputError
+
+TRAIN_HELP = """Learn from scored trajectories. The file says `algorithm`, `model`, `data` and `args`; this help is for
+one algorithm (--algorithm NAME). A run that was stopped goes on from its last complete checkpoint when it is started
+again. --help_all adds the settings of transformers.TrainingArguments (output_dir, max_steps, seed, ...)."""
+
+COMPARE_HELP = """Train and evaluate the methods of a file over seeds, and print one table. A comparison that was
+stopped goes on where it was."""
+
+
+def train(argv: Sequence[str]) -> None:
+    """`train FILE.yaml`: one algorithm on one data set; prints the run directory."""
+    file, rest = split_file(argv)
+    settings = {} if file is None else read_settings(file)
+    asks_help = bool({"-h", "--help", "--help_all"} & set(rest))
+    algorithm = _algorithm(rest, settings, file) or ("ilql" if asks_help else None)
+    if algorithm is None:
+        raise InputError("algorithm: missing, expected it in FILE.yaml or as --algorithm NAME")
+
+    from transformers import TrainingArguments
+
+    from offline_lmrl.algorithms import ALGORITHMS, load_algorithm
+    from offline_lmrl.algorithms.run import DataConfig, ModelConfig, dry_run
+    from offline_lmrl.algorithms.run import train as run
+
+    config_class, _ = load_algorithm(algorithm)
+    parser = Parser("train FILE.yaml [--key value ...]", TRAIN_HELP)
+    parser.add_argument("--help_all", action="help", help="show the inherited settings too and exit")
+    parser.add_argument("--dry_run", action="store_true", help="build everything, print what would run, and stop")
+    parser.add_argument("--algorithm", type=Literal[tuple(ALGORITHMS)], default=algorithm)
+    parser.add_dataclass(ModelConfig, "model")
+    parser.add_dataclass(DataConfig, "data")
+    parser.add_dataclass(config_class, "args", TrainingArguments, show_base="--help_all" in rest)
+    values = parser.parse(rest, settings, str(file))
+    if values.dry_run:
+        for name, value in dry_run(values.algorithm, values.model, values.data, values.args).items():
+            print(f"{name}: {value:,}")
+        return
+    print(run(values.algorithm, values.model, values.data, values.args))
+
+
+def _algorithm(argv: Sequence[str], settings: dict, file: str | None) -> str | None:
+    """The algorithm's name, which decides what the other settings are."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--algorithm", nargs="?")
+    name = early.parse_known_args(argv)[0].algorithm or settings.get("algorithm")
+    if not isinstance(name, str | None):
+        raise InputError(f"{file}: algorithm: found {name!r}, expected a name")
+    return name
+
+
+def compare(argv: Sequence[str]) -> None:
+    """`compare FILE.yaml`: several methods over seeds, one table."""
+    file, rest = split_file(argv)
+
+    from offline_lmrl.evaluation.config import CompareConfig
+
+    if file is None or {"-h", "--help"} & set(rest):
+        parser = Parser("compare FILE.yaml [--key value ...]", COMPARE_HELP)
+        parser.add_dataclass(CompareConfig)
+        parser.parse(rest)
+        raise InputError(f"FILE.yaml: missing, expected `{parser.usage}`")
+    config = CompareConfig.read(file, overrides_of(rest))
+
+    from offline_lmrl.evaluation.compare import run_compare
+
+    print(run_compare(config, prepare=prepare_from_settings))
