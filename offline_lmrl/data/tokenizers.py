@@ -1,0 +1,47 @@
+"""A tokenizer trained on the task's own texts, for models from scratch."""
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.trajectory import ROLES
+
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
+ROLE_TOKENS = tuple(f"<{role}>" for role in ROLES)
+# One token opens a turn and one closes it: short contexts, and nothing of the text is spent on markers.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE (Sennrich et al. 2016, over UTF-8 bytes) with the special tokens <pad>, <bos>, <eos> as ids 0, 1,
+    2, one token per role behind them, and a chat template made of these.
+
+    Lossless for every text: all 256 bytes are tokens, nothing is normalised and no space is added in front. Equal
+    texts give equal tokenizers.
+
+    Args:
+      vocab_size: tokens at most, special ones included; fewer where the texts have no more pairs to merge.
+
+    Raises InputError if the vocabulary cannot hold the bytes and special tokens.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = [*SPECIAL_TOKENS, *ROLE_TOKENS]
+    smallest = len(alphabet) + len(special)
+    if vocab_size < smallest:
+        raise InputError(f"vocab_size: found {vocab_size}, expected at least {smallest}: "
+                         f"{len(alphabet)} bytes and {len(special)} special tokens")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special,
+                                  initial_alphabet=sorted(alphabet), show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    pad, bos, eos = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, bos_token=bos, eos_token=eos,
+                                   additional_special_tokens=list(ROLE_TOKENS), chat_template=CHAT_TEMPLATE,
+                                   clean_up_tokenization_spaces=False)
