@@ -1,0 +1,1 @@
+"""The one sampler: filters on the policy, guidance on the survivors, batches with caches across turns."""

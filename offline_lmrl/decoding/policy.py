@@ -1,0 +1,134 @@
+"""A language model as a player: what it sees of a dialogue, how it decodes, and what it keeps between turns."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.protocols import Policy, Reply
+from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.data.windows import WindowRule, policy_window
+from offline_lmrl.decoding.cache import CacheMemory
+from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler, SamplingConfig
+from offline_lmrl.models.guided import load_model, settings
+
+SAMPLE_STRIDE = 2**32  # between the seeds of one history's samples: more than any range of seeds
+
+
+class LanguagePolicy:
+    """A causal LM with its renderer, window and decoding; implements Policy.
+
+    Args:
+      context, stride, max_length: the window of data/windows.py, as in training; max_length None takes the model's
+        number of positions, or 1024 where it names none. The reply's max_new_tokens are kept free in it.
+
+    Raises InputError where the settings ask for what the model does not have.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        renderer: Renderer,
+        sampling: SamplingConfig | None = None,
+        *,
+        context: int | None = None,
+        stride: int = 1,
+        max_length: int | None = None,
+    ):
+        self.model, self.renderer = model, renderer
+        self.sampling = sampling or SamplingConfig()
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
+        self.window = WindowRule(context, stride, max_length or positions)
+        self.sampler = Sampler(model, renderer, self.sampling)
+
+    @classmethod
+    def load(cls, run: str | Path, *, device: str | torch.device | None = None, **sampling: Any) -> "LanguagePolicy":
+        """The policy of a run directory, or of any causal LM folder or hub name.
+
+        Args:
+          device: None = the first accelerator, else the CPU.
+          sampling: settings that replace those saved with the run.
+
+        Raises InputError where there is no model or tokenizer, or not the tokenizer that the model was trained with.
+        """
+        model = load_model(run)
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        saved = settings(model.config)
+        renderer = Renderer(_load_tokenizer(run), saved.get("template", "auto"))
+        expected = saved.get("tokenizer", renderer.fingerprint)
+        if renderer.fingerprint != expected:
+            raise InputError(
+                f"{run}: tokenizer: found fingerprint {renderer.fingerprint}, expected {expected}: "
+                "the model was trained with another tokenizer or chat template"
+            )
+        form = SamplingConfig.from_dict({**(saved.get("sampling") or {}), **sampling})
+        return cls(model, renderer, form, **(saved.get("window") or {}))
+
+    def start(self, seeds: Sequence[int]) -> "LanguageSession":
+        """A session with one row per seed."""
+        return LanguageSession(self, seeds)
+
+
+class LanguageSession:
+    """Rows of one batch of dialogues; implements Session. Caches live here while the windows of a row grow.
+
+    fingerprint: of the tokenizer and template that the replies' token_ids belong to.
+    """
+
+    def __init__(self, policy: LanguagePolicy, seeds: Sequence[int]):
+        self.policy, self.seeds = policy, list(seeds)
+        self.fingerprint = policy.renderer.fingerprint
+        self.drawn = [0] * len(self.seeds)  # tokens so far: no draw of a row's seed is used twice
+        # A window of one turn never grows, so there is nothing to keep.
+        self.memory = None if policy.window.context == 1 else CacheMemory(CACHE_BYTES)
+
+    def reply(
+        self,
+        rows: Sequence[int],
+        histories: Sequence[Sequence[Turn]],
+        options: Sequence[Sequence[str] | None] | None = None,
+    ) -> list[Reply]:
+        """The next agent turn of each of these rows. Rows that are not asked lose their cache, not their dialogue."""
+        policy = self.policy
+        reserve = policy.sampling.max_new_tokens
+        replies = policy.sampler.sample(
+            [policy_window(history, policy.renderer, policy.window, reserve) for history in histories],
+            [self.seeds[row] for row in rows],
+            [self.drawn[row] for row in rows],
+            options,
+            self.memory,
+            rows,
+        )
+        for row, reply in zip(rows, replies, strict=True):
+            self.drawn[row] += len(reply.log_prob)
+        return replies
+
+
+def generate_texts(
+    policy: Policy, histories: Sequence[Sequence[Turn]], n: int = 1, seeds: Sequence[int] | None = None
+) -> list[list[Reply]]:
+    """n independent replies to each history; sample j does not depend on n.
+
+    Args:
+      seeds: one per history, from 0 to 2³²; None numbers the histories.
+    """
+    if n < 1:
+        raise InputError(f"n: found {n}, expected at least 1")
+    seeds = range(len(histories)) if seeds is None else seeds
+    session = policy.start([seed + j * SAMPLE_STRIDE for seed in seeds for j in range(n)])
+    replies = session.reply(range(len(histories) * n), [history for history in histories for _ in range(n)])
+    return [replies[i * n : (i + 1) * n] for i in range(len(histories))]
+
+
+def _load_tokenizer(run: str | Path) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(run)
+    except (OSError, ValueError) as error:
+        raise InputError(f"tokenizer: {run}: {str(error).splitlines()[0]}") from error
+    if tokenizer.vocab_size == 0:  # what some classes make of a folder without tokenizer files
+        raise InputError(f"tokenizer: {run}: found no tokenizer files, expected those the model was trained with")
+    return tokenizer

@@ -1,0 +1,426 @@
+"""The token loop: log π(a|s) + β·clip(reduce(Q) − V), in batches, with caches that live across turns.
+
+Filters act on π first and guidance on the survivors, because Q is only trained where the data is (Snell et al. 2023,
+ILQL; the official code filters before guidance too). With `candidates` Q is computed only for the policy's best k
+tokens. Every row draws from its own hash of (seed, token count), so its sample does not depend on its batch.
+"""
+
+import bisect
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.protocols import Reply
+from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.decoding.cache import CacheMemory, is_kept_per_token, new_cache
+from offline_lmrl.decoding.constraints import TokenTrie
+from offline_lmrl.ops.decoding import Q_REDUCTIONS, guide, sample_from, uniform, warp_log_probs
+
+FINISHED_SHARE = 0.25  # finished rows leave the batch once they are this share of it
+MOST_TOKENS = 32_768  # rows × (prompt + longest reply) of one batch
+MOST_LOGITS = 2**25  # rows × vocabulary of one batch
+ENOUGH_ROWS = 64  # a batch of so many rows is closed where prompts become half as long
+CACHE_BYTES = 2**31  # what a session keeps between turns
+
+
+def sync_every(device: torch.device) -> int:
+    """Tokens between two looks at what is finished: each look waits for an accelerator, but costs a CPU nothing."""
+    return 1 if device.type == "cpu" else 8
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen.
+
+    temperature: divides log π; 0 is greedy (arg max of the guided scores).
+    top_k, top_p, min_p: filters on π at that temperature; None = off.
+    support: drops tokens with π(a|s) < support · max π(·|s), at temperature 1 (discrete BCQ); 0 = off.
+    beta: weight of the guidance; 0 = plain policy.
+    q_reduce: how Q heads are joined: min, mean or first.
+    candidates: guidance on the policy's best k tokens only, the others are dropped; None = all. Unused at beta 0.
+    clip: cap of the advantage Q − V from above; None = no cap (V then cancels and is not computed).
+    max_new_tokens: longest reply in tokens, closing token included.
+    stop: texts that end a reply; the text is cut before the first of them.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    support: float = 0.0
+    beta: float = 0.0
+    q_reduce: str = "min"
+    candidates: int | None = None
+    clip: float | None = None
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        inf = float("inf")
+        for name, low, high, meaning in (
+            ("temperature", 0.0, inf, "0 (greedy) or more"),
+            ("top_k", 1, inf, "a whole number from 1, or null"),
+            ("top_p", 0.0, 1.0, "a share above 0 and up to 1, or null"),
+            ("min_p", 0.0, 1.0, "a share from 0 to 1, or null"),
+            ("support", 0.0, 1.0, "a share from 0 to 1"),
+            ("beta", -inf, inf, "a finite number"),
+            ("candidates", 1, inf, "a whole number from 1, or null"),
+            ("clip", -inf, inf, "a finite number, or null"),
+            ("max_new_tokens", 1, inf, "a whole number from 1"),
+        ):
+            value = getattr(self, name)
+            whole = name in ("top_k", "candidates", "max_new_tokens")
+            optional = name in ("top_k", "top_p", "min_p", "candidates", "clip")
+            if value is None and optional:
+                continue
+            number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            if not number or not low <= value <= high or abs(value) == inf or (name == "top_p" and value == 0):
+                raise InputError(f"{name}: found {value!r}, expected {meaning}")
+        if self.q_reduce not in Q_REDUCTIONS:
+            raise InputError(f"q_reduce: found {self.q_reduce!r}, expected one of {', '.join(Q_REDUCTIONS)}")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise InputError(f"stop: found {self.stop!r}, expected texts that are not empty")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"stop": list(self.stop)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SamplingConfig":
+        """The inverse of `to_dict`; absent keys take their defaults, unknown ones raise InputError."""
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1, cutoff=0)
+                raise InputError(f"sampling has no setting {name!r}; did you mean {near[0]!r}?")
+        return cls(**values)
+
+
+@dataclass
+class _Batch:
+    """Rows that are decoded together. Tensors are (B, ...), on the model's device.
+
+    index: place among the call's prompts. counter: tokens drawn from this seed before. node: in the trie of options.
+    length: tokens read before the reply, in `width` columns. drawn: tokens of the reply so far.
+    mask: (B, width + max_new_tokens), False at padding. tokens, log_prob, policy_log_prob: (B, max_new_tokens).
+    """
+
+    index: Tensor
+    seed: Tensor
+    counter: Tensor
+    node: Tensor
+    length: Tensor
+    drawn: Tensor
+    finished: Tensor
+    mask: Tensor
+    tokens: Tensor
+    log_prob: Tensor
+    policy_log_prob: Tensor
+    cache: DynamicCache
+    width: int
+    padded: bool
+
+    def select(self, rows: Tensor) -> "_Batch":
+        """Only these rows. The cache changes in place."""
+        self.cache.reorder_cache(rows)  # unlike batch_select_indices, recurrent layers have it too
+        chosen = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **chosen)
+
+
+class Sampler:
+    """Draws replies from a model.
+
+    Args:
+      model: any causal LM of transformers; guidance (beta other than 0) needs `forward_with_hidden` and `q_values`,
+        and with a clip `v_values`, as the guided model has them.
+      renderer: says which token closes a reply and turns ids into text.
+
+    Raises InputError where beta asks for value heads that the model does not have, or the model has no cache of keys
+    and values.
+    """
+
+    def __init__(self, model: PreTrainedModel, renderer: Renderer, config: SamplingConfig):
+        name = type(model).__name__
+        heads = hasattr(model, "q_values") and getattr(model, "value_heads", True) is not None
+        if config.beta != 0.0 and not heads:
+            raise InputError(f"beta: found {config.beta}, expected 0, as {name} has no value heads to guide it")
+        parameters = inspect.signature(model.forward).parameters.values()
+        if not any(p.name == "past_key_values" or p.kind is p.VAR_POSITIONAL for p in parameters):
+            raise InputError(f"model: found {name}, expected one that takes past_key_values")
+        self.model, self.renderer, self.config = model, renderer, config
+        self.most_rows = max(1, MOST_LOGITS // model.config.get_text_config().vocab_size)
+        self.ids_of_option: dict[str, tuple[int, ...]] = {}
+        self.option_of_ids: dict[tuple[int, ...], str] = {}
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        counters: Sequence[int] | None = None,
+        options: Sequence[Sequence[str] | None] | None = None,
+        memory: CacheMemory | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> list[Reply]:
+        """One reply per prompt. The model is in eval mode meanwhile and as it was afterwards.
+
+        A reply that a stop text ended has no token_ids, as they would spell more than its text.
+
+        Args:
+          prompts: ids up to and including the agent's opening; at least one each.
+          seeds: one per prompt. counters: tokens already drawn from that seed; None = 0.
+          options: the only texts allowed for each prompt, None = any.
+          memory: keeps caches for the next turn, under the session's `rows`, one per prompt.
+        """
+        if memory is not None and not is_kept_per_token(new_cache(self.model)):
+            memory = None
+        run = _Run(
+            sampler=self,
+            prompts=[list(prompt) for prompt in prompts],
+            seeds=list(seeds),
+            counters=list(counters or [0] * len(prompts)),
+            options=[self._option_ids(texts) for texts in options or [None] * len(prompts)],
+            memory=memory,
+            rows=list(rows or range(len(prompts))),
+        )
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            return run.replies()
+        finally:
+            for module in training:
+                module.training = True
+
+    def _option_ids(self, texts: Sequence[str] | None) -> list[tuple[int, ...]] | None:
+        """Ids of each allowed text, closing token included."""
+        if texts is None:
+            return None
+        if not texts:
+            raise InputError("options: found an empty list, expected at least one text, or null for any")
+        for text in texts:
+            if text not in self.ids_of_option:
+                turn = self.renderer.encode_turn(Turn("assistant", text))
+                ids = tuple(turn.ids[turn.action_start : turn.action_stop])
+                if len(ids) > self.config.max_new_tokens:
+                    raise InputError(
+                        f"max_new_tokens: found {self.config.max_new_tokens}, expected at least {len(ids)}, "
+                        f"the tokens of the option {text!r}"
+                    )
+                self.ids_of_option[text] = ids
+                self.option_of_ids[ids] = text
+        return [self.ids_of_option[text] for text in texts]
+
+    def forward(
+        self, ids: Tensor, mask: Tensor | None, position: Tensor, cache: DynamicCache
+    ) -> tuple[Tensor, Tensor | None]:
+        """After the last token of ids (B, T): logits (B, V) fp32, and the hidden state (B, d) if guidance needs it."""
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": position,
+            "past_key_values": cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        if self.config.beta == 0.0:
+            return self.model(**inputs).logits[:, -1].float(), None
+        outputs, hidden = self.model.forward_with_hidden(**inputs)
+        return outputs.logits[:, -1].float(), hidden[:, -1]
+
+    def draw(
+        self, logits: Tensor, hidden: Tensor | None, u: Tensor, trie: TokenTrie, node: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The next token (B,), its log-prob under the distribution it is drawn from, and its log π."""
+        config = self.config
+        allowed = trie.mask(logits, node)
+        log_prob = warp_log_probs(
+            allowed, config.temperature, config.top_k, config.top_p, config.min_p, config.support
+        )
+        vocabulary_of = None  # (B, K) the tokens that columns stand for; None = all
+        if config.beta != 0.0:
+            shortlist = min(config.candidates or logits.shape[-1], config.top_k or logits.shape[-1])
+            if shortlist < logits.shape[-1]:
+                log_prob, vocabulary_of = log_prob.topk(shortlist, dim=-1)
+            q = self.model.q_values(hidden, candidates=vocabulary_of)
+            v = None if config.clip is None else self.model.v_values(hidden)
+            log_prob = guide(log_prob, q, v, config.beta, config.q_reduce, config.clip).log_softmax(-1)
+        column = (log_prob.argmax(-1) if config.temperature == 0.0 else sample_from(log_prob, u)).unsqueeze(-1)
+        token = column if vocabulary_of is None else vocabulary_of.gather(-1, column)
+        policy = logits / (config.temperature or 1.0)
+        policy_log_prob = policy.gather(-1, token).squeeze(-1) - policy.logsumexp(-1)
+        return token.squeeze(-1), log_prob.gather(-1, column).squeeze(-1), policy_log_prob
+
+    def stop_at(self, tokens: list[int]) -> tuple[int, str] | None:
+        """Number of tokens until the first stop text is complete, and the text before it; None if there is none."""
+        stop = self.config.stop
+
+        def stopped(count: int) -> bool:
+            text = self.renderer.decode(tokens[:count])
+            return any(mark in text for mark in stop)
+
+        if not stop or not stopped(len(tokens)):
+            return None
+        count = bisect.bisect_left(range(len(tokens)), True, key=stopped)
+        text = self.renderer.decode(tokens[:count])
+        return count, text[: min(text.index(mark) for mark in stop if mark in text)]
+
+
+@dataclass
+class _Run:
+    """One call of `Sampler.sample`. All lists are per prompt."""
+
+    sampler: Sampler
+    prompts: list[list[int]]
+    seeds: list[int]
+    counters: list[int]
+    options: list[list[tuple[int, ...]] | None]
+    memory: CacheMemory | None
+    rows: list[int]
+
+    def replies(self) -> list[Reply]:
+        """All replies, in the order of the prompts."""
+        self.done: list[Reply | None] = [None] * len(self.prompts)
+        self.kept = [0] * len(self.prompts)  # tokens of each prompt that are cached already
+        if self.memory is not None:
+            self.memory.retain(self.rows)
+            self.kept = list(map(self.memory.reusable, self.rows, self.prompts))
+        for chunk in self.chunks():
+            self.decode(chunk)
+        return self.done
+
+    def chunks(self) -> Iterator[list[int]]:
+        """Prompts by the length that is still to be read, equal ones together, in batches that fit in memory."""
+        unread = [len(prompt) - kept for prompt, kept in zip(self.prompts, self.kept, strict=True)]
+        order = sorted(range(len(self.prompts)), key=lambda i: (-unread[i], self.prompts[i]))
+        chunk: list[int] = []
+        columns = 0
+        for i in order:
+            columns = max(columns, len(self.prompts[i]) + self.sampler.config.max_new_tokens)
+            full = len(chunk) == self.sampler.most_rows or (len(chunk) + 1) * columns > MOST_TOKENS
+            if chunk and (full or len(chunk) >= ENOUGH_ROWS and 2 * unread[i] < unread[chunk[0]]):
+                yield chunk
+                chunk, columns = [], len(self.prompts[i]) + self.sampler.config.max_new_tokens
+            chunk.append(i)
+        if chunk:
+            yield chunk
+
+    def prefill(self, chunk: list[int], node: Tensor) -> tuple[_Batch, Tensor, Tensor | None]:
+        """Reads what is new in each prompt; equal prompts are read once."""
+        device = self.sampler.model.device
+        first: dict[tuple[int, ...], int] = {}
+        for i in chunk:
+            first.setdefault(tuple(self.prompts[i]), i)
+        read = list(first.values())
+        kept = [self.kept[i] for i in read]
+        cache = new_cache(self.sampler.model)
+        mask = torch.zeros(len(read), 0, dtype=torch.bool, device=device)
+        if any(kept):
+            mask = self.memory.gather([self.rows[i] for i in read], kept, cache)
+        unread = [torch.tensor(self.prompts[i][self.kept[i] :]) for i in read]
+        ids = pad_sequence(unread, batch_first=True, padding_side="left").to(device)
+        real = pad_sequence([torch.ones_like(new) for new in unread], batch_first=True, padding_side="left").to(device)
+        mask = torch.cat([mask, real.bool()], dim=1)
+        padded = any(len(self.prompts[i]) < mask.shape[1] for i in read)
+        position = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits, hidden = self.sampler.forward(ids, mask if padded else None, position[:, -ids.shape[1] :], cache)
+
+        place = {prompt: n for n, prompt in enumerate(first)}
+        repeat = torch.tensor([place[tuple(self.prompts[i])] for i in chunk], device=device)
+        if len(read) < len(chunk):
+            cache.reorder_cache(repeat)
+        width, most = mask.shape[1], self.sampler.config.max_new_tokens
+        count = torch.zeros(len(chunk), dtype=torch.long, device=device)
+        numbers = torch.zeros(len(chunk), most, device=device)
+        batch = _Batch(
+            index=torch.tensor(chunk, device=device),
+            seed=torch.tensor([self.seeds[i] for i in chunk], device=device),
+            counter=torch.tensor([self.counters[i] for i in chunk], device=device),
+            node=node,
+            length=position[repeat, -1] + 1,
+            drawn=count,
+            finished=torch.zeros_like(count, dtype=torch.bool),
+            mask=torch.nn.functional.pad(mask[repeat], (0, most), value=True),
+            tokens=torch.zeros_like(numbers, dtype=torch.long),
+            log_prob=numbers,
+            policy_log_prob=torch.zeros_like(numbers),
+            cache=cache,
+            width=width,
+            padded=padded,
+        )
+        return batch, logits[repeat], None if hidden is None else hidden[repeat]
+
+    def decode(self, chunk: list[int]) -> None:
+        """The token loop. A finished row draws on, without effect, until the next look at the device."""
+        sampler, most = self.sampler, self.sampler.config.max_new_tokens
+        trie = TokenTrie([self.options[i] for i in chunk], sampler.model.device)
+        batch, logits, hidden = self.prefill(chunk, trie.start)
+        every = sync_every(logits.device)
+        for step in range(most):
+            u = uniform(batch.seed, batch.counter + step)
+            token, log_prob, policy_log_prob = sampler.draw(logits, hidden, u, trie, batch.node)
+            batch.tokens[:, step] = token
+            batch.log_prob[:, step] = log_prob
+            batch.policy_log_prob[:, step] = policy_log_prob
+            batch.node = trie.step(batch.node, token)
+            batch.drawn += ~batch.finished
+            batch.finished |= token == sampler.renderer.close_id
+            if step + 1 == most or (step + 1) % every == 0:
+                batch = self.without_finished(batch, step, everyone=step + 1 == most)
+                if batch is None:
+                    return
+            columns = batch.width + step + 1
+            logits, hidden = sampler.forward(
+                batch.tokens[:, step : step + 1],
+                batch.mask[:, :columns] if batch.padded else None,
+                (batch.length + step).unsqueeze(-1),
+                batch.cache,
+            )
+
+    def without_finished(self, batch: _Batch, step: int, everyone: bool) -> _Batch | None:
+        """The batch less its finished rows, once they are enough; None if nobody is left. step: the last one drawn."""
+        if self.sampler.config.stop:
+            stopped = [self.sampler.stop_at(tokens) is not None for tokens in batch.tokens[:, : step + 1].tolist()]
+            batch.finished |= torch.tensor(stopped, device=batch.finished.device)
+        finished = batch.finished.tolist()
+        leaving = [i for i, row_finished in enumerate(finished) if row_finished or everyone]
+        if len(leaving) < FINISHED_SHARE * len(finished) or not leaving:
+            return batch
+        self.leave(batch, leaving, step)
+        staying = [i for i, row_finished in enumerate(finished) if not (row_finished or everyone)]
+        return batch.select(torch.tensor(staying, device=batch.finished.device)) if staying else None
+
+    def leave(self, batch: _Batch, leaving: list[int], step: int) -> None:
+        """Turns rows into replies and parks their caches, which have read all tokens drawn but the last step's."""
+        rows = torch.tensor(leaving, device=batch.finished.device)
+        places = batch.index[rows].tolist()
+        drawn = batch.drawn[rows].tolist()
+        tokens = [row[:n] for row, n in zip(batch.tokens[rows].tolist(), drawn, strict=True)]
+        log_prob, policy_log_prob = batch.log_prob[rows].tolist(), batch.policy_log_prob[rows].tolist()
+        for place, *reply in zip(places, tokens, log_prob, policy_log_prob, strict=True):
+            self.done[place] = self.reply(place, *reply)
+        if self.memory is not None:
+            mask = batch.mask[rows, : batch.width + step]
+            columns = torch.arange(step, device=rows.device)
+            mask[:, batch.width :] = columns < batch.drawn[rows].unsqueeze(-1)
+            ids = [self.prompts[place] + row[:step] for place, row in zip(places, tokens, strict=True)]
+            self.memory.park([self.rows[place] for place in places], ids, batch.cache, rows, mask)
+
+    def reply(self, place: int, tokens: list[int], log_prob: list[float], policy_log_prob: list[float]) -> Reply:
+        stop = self.sampler.stop_at(tokens)
+        count = len(tokens) if stop is None else stop[0]
+        numbers = tuple(log_prob[:count]), tuple(policy_log_prob[:count])
+        if stop is not None:
+            return Reply(stop[1], None, *numbers)
+        option = None if self.options[place] is None else self.sampler.option_of_ids[tuple(tokens)]
+        text = self.sampler.renderer.decode(tokens) if option is None else option
+        return Reply(text, tuple(tokens), *numbers, closed=tokens[-1] == self.sampler.renderer.close_id)

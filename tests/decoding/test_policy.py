@@ -1,0 +1,175 @@
+"""A saved model as a player: what it sees, what it keeps, and what it refuses."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.decoding.policy import LanguagePolicy, generate_texts
+from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.models.guided import attach, build_model
+from offline_lmrl.models.value_heads import ValueHeadsConfig
+
+TEXTS = ["move left", "move right", "there is a wall above", "you are at 1, 2"]
+FORM = {"temperature": 1.0, "max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, 280)
+
+
+def scramble(model):
+    """Weights far from uniform, so that mistakes show."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    model = build_model({"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}, tokenizer)
+    return scramble(attach(model, ValueHeadsConfig("linear"))).eval()
+
+
+@pytest.fixture(scope="module")
+def renderer(tokenizer):
+    return Renderer(tokenizer)
+
+
+@pytest.fixture
+def run(tmp_path, model, renderer):
+    model.config.offline_lmrl = model.config.offline_lmrl | {
+        "sampling": FORM | {"beta": 2.0, "top_k": 20},
+        "window": {"context": 3, "stride": 1, "max_length": 100},
+        "template": "auto",
+        "tokenizer": renderer.fingerprint,
+    }
+    model.save_pretrained(tmp_path)
+    renderer.tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def dialogue(*texts):
+    return [Turn("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
+
+
+def test_a_run_loads_with_its_form_and_window(run):
+    policy = LanguagePolicy.load(run, device="cpu")
+    assert (policy.sampling.beta, policy.sampling.top_k, policy.window.context) == (2.0, 20, 3)
+    override = LanguagePolicy.load(run, device="cpu", beta=0.0, temperature=0.0)
+    assert (override.sampling.beta, override.sampling.top_k, override.sampling.temperature) == (0.0, 20, 0.0)
+    history = dialogue("you are at 1, 2")
+    assert generate_texts(policy, [history]) == generate_texts(LanguagePolicy.load(run, device="cpu"), [history])
+
+
+def test_a_wrong_override_names_the_setting(run):
+    with pytest.raises(InputError, match="'betta'; did you mean 'beta'"):
+        LanguagePolicy.load(run, betta=3.0)
+
+
+def test_another_tokenizer_is_refused(run):
+    train_tokenizer(["something else"], 270).save_pretrained(run)
+    with pytest.raises(InputError, match="trained with another tokenizer") as error:
+        LanguagePolicy.load(run)
+    assert str(run) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(InputError):
+        LanguagePolicy.load(tmp_path / "nothing")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="^tokenizer: "):
+        LanguagePolicy.load(tmp_path)
+
+
+def test_greedy_guided_play_equals_generate(model, renderer):
+    policy = LanguagePolicy(model, renderer, SamplingConfig(temperature=0.0, beta=3.0, max_new_tokens=8))
+    ((reply,),) = generate_texts(policy, [dialogue("you are at 1, 2")])
+    prompt = [*renderer.preamble, *renderer.encode_turn(Turn("user", "you are at 1, 2")).ids, *renderer.agent_opening]
+    ids = model.generate(torch.tensor([prompt]), beta=3.0, do_sample=False, max_new_tokens=8,
+                         eos_token_id=renderer.close_id, pad_token_id=0)
+    assert list(reply.token_ids) == ids[0, len(prompt) :].tolist()
+    assert reply.text == renderer.decode(reply.token_ids)
+
+
+def play(policy, turns, fresh):
+    """Two rows, each told another text; fresh: every turn gets a new session, so nothing is cached."""
+    histories = [dialogue("you are at 1, 2"), dialogue("there is a wall above you")]
+    session = policy.start([5, 6])
+    everything = []
+    for turn in range(turns):
+        if fresh:
+            drawn, session = session.drawn, policy.start([5, 6])
+            session.drawn = drawn
+        replies = session.reply([0, 1], histories)
+        for history, reply in zip(histories, replies, strict=True):
+            history += [Turn("assistant", reply.text, token_ids=reply.token_ids), Turn("user", "move " * (turn + 1))]
+        everything += replies
+    return everything
+
+
+WINDOWS = [{}, {"context": 1}, {"context": 3}, {"context": 4, "stride": 2}, {"max_length": 40}]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_a_session_with_caches_plays_as_without(model, renderer, window):
+    policy = LanguagePolicy(model, renderer, SamplingConfig(**FORM, beta=1.0), **window)
+    for cached, uncached in zip(play(policy, 4, False), play(policy, 4, True), strict=True):
+        assert cached.token_ids == uncached.token_ids
+        assert_close(torch.tensor(cached.log_prob), torch.tensor(uncached.log_prob), atol=1e-4, rtol=0)
+
+
+def test_a_session_of_one_turn_windows_keeps_no_cache(model, renderer):
+    assert LanguagePolicy(model, renderer, context=1).start([0]).memory is None
+    assert LanguagePolicy(model, renderer).start([0]).memory is not None
+
+
+def test_a_rows_reply_does_not_depend_on_the_other_rows(model, renderer):
+    policy = LanguagePolicy(model, renderer, SamplingConfig(**FORM))
+    histories = [dialogue("you are at 1, 2"), dialogue("a", "b", "c")]
+    session = policy.start([1, 2, 3])
+    later = session.reply([2], histories[1:])
+    assert later[0].token_ids == policy.start([3]).reply([0], histories[1:])[0].token_ids
+
+
+def test_n_samples_differ_and_do_not_depend_on_n(model, renderer):
+    policy = LanguagePolicy(model, renderer, SamplingConfig(**FORM))
+    histories = [dialogue("you are at 1, 2"), dialogue("a", "b", "c")]
+    five = generate_texts(policy, histories, n=5)
+    assert [len(replies) for replies in five] == [5, 5]
+    assert len({reply.token_ids for reply in five[0]}) > 1
+    two = generate_texts(policy, histories, n=2)
+    for more, less in zip(five, two, strict=True):
+        assert [reply.token_ids for reply in more[:2]] == [reply.token_ids for reply in less]
+    (one,) = generate_texts(policy, histories[1:], seeds=[1])
+    assert one[0].token_ids == five[1][0].token_ids
+
+
+def test_options_come_back_as_they_were_given(model, renderer):
+    policy = LanguagePolicy(model, renderer, SamplingConfig(max_new_tokens=32))
+    allowed = ["move left", "move right", " spaced  out "]
+    replies = policy.start(range(30)).reply(range(30), [dialogue("go")] * 30, [allowed] * 30)
+    assert {reply.text for reply in replies} <= set(allowed)
+    assert all(reply.closed and reply.token_ids[-1] == renderer.close_id for reply in replies)
+
+
+def test_a_reply_that_leaves_no_room_for_the_system_turn_is_refused(model, renderer):
+    policy = LanguagePolicy(model, renderer, SamplingConfig(max_new_tokens=60), max_length=64)
+    with pytest.raises(InputError, match="max_length: found 64"):
+        policy.start([0]).reply([0], [[Turn("system", "x" * 30), Turn("user", "hi")]])
+
+
+def test_guidance_without_heads_is_refused(tokenizer, renderer):
+    plain = build_model({"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}, tokenizer)
+    with pytest.raises(InputError, match="has no value heads"):
+        LanguagePolicy(plain, renderer, SamplingConfig(beta=1.0))
+    assert generate_texts(LanguagePolicy(plain, renderer, SamplingConfig(**FORM)), [dialogue("hi")])
