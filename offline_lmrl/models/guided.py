@@ -23,14 +23,9 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.models.adapters import load_heads, unfreeze_heads
+from offline_lmrl.models.adapters import load_heads, read_settings, require_peft, settings, unfreeze_heads
 from offline_lmrl.models.value_heads import Head, ValueHeads, ValueHeadsConfig
 from offline_lmrl.ops.decoding import guide, support_filter
-
-
-def settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """The `offline_lmrl` block of a config, {} where there is none."""
-    return getattr(config, "offline_lmrl", None) or {}
 
 
 def _sampling_form(config: PreTrainedConfig) -> dict[str, Any]:
@@ -290,31 +285,28 @@ def load_model(
         return _load_adapter(Path(name), dtype=dtype, trust_remote_code=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):  # the class that the auto class would choose, remote code included
+            base = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        model, info = guided_class(base).from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise InputError(f"model: {name}: {str(error).splitlines()[0]}") from error
     stored = settings(config).get("value_heads")
-    if value_heads is not None and stored is not None:
-        _check_same_heads(name, asdict(value_heads), stored)
-    with torch.device("meta"):  # the class that the auto class would choose, remote code included
-        base = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-    model, info = guided_class(base).from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
     if stored is None:
         return attach(model, value_heads)
     missing = [key for key in info["missing_keys"] if key.startswith("value_heads.") and "target_q" not in key]
     if missing:
         raise InputError(f"model: {name}: config.json names value heads, but {missing[0]} is not among the weights")
+    if value_heads is not None:
+        _check_same_heads(name, asdict(value_heads), stored)
     return model
 
 
 def _load_adapter(folder: Path, **options) -> nn.Module:
-    try:
-        import peft  # an extra
-    except ImportError as error:
-        raise InputError(f"model: {folder} is a LoRA folder; it needs `pip install offline_lmrl[peft]`") from error
+    peft = require_peft()
     base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
     if not base:
         raise InputError(f"model: {folder}/adapter_config.json names no base model; LoRA needs one that is saved")
-    block = settings(AutoConfig.from_pretrained(folder, trust_remote_code=options["trust_remote_code"]))
+    block = read_settings(folder)
     stored = block.get("value_heads")
     model = load_model(base, value_heads=ValueHeadsConfig(**stored) if stored else None, **options)
     model.config.offline_lmrl = block
