@@ -11,14 +11,48 @@ from transformers.cache_utils import DynamicLayer
 Layer = tuple[Tensor, Tensor]  # keys and values, each (B, heads, L, width)
 
 
-def new_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache of the model's own kinds of layers."""
-    return DynamicCache(config=model.config)
+class RoomyLayer(DynamicLayer):
+    """Keys and values with room for `room` more tokens: one copy per reply, where DynamicLayer copies for every token.
+
+    (Those copies took a third of the time of a rollout with long windows.)
+    """
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
+        self.buffers: list[Tensor] = []  # keys and values are views of the filled part
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> Layer:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        old = self.get_seq_length()
+        new = old + key_states.shape[-2]
+        if not self.buffers or self.buffers[0].shape[-2] < new:
+            held, self.buffers = (self.keys, self.values), []
+            for states, before in zip((key_states, value_states), held, strict=True):
+                self.buffers.append(states.new_empty(*states.shape[:-2], new + self.room, states.shape[-1]))
+                if old:
+                    self.buffers[-1][..., :old, :] = before
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[..., old:new, :] = states
+        self.keys, self.values = (buffer[..., :new, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.buffers = []
+
+
+def new_cache(model: PreTrainedModel, room: int) -> DynamicCache:
+    """An empty cache of the model's own kinds of layers; plain ones keep room for the coming reply."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def is_kept_per_token(cache: DynamicCache) -> bool:
     """Whether every layer holds one entry per token read; sliding windows and recurrent states do not."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
+    return all(isinstance(layer, RoomyLayer) for layer in cache.layers)
 
 
 @dataclass(frozen=True)

@@ -154,8 +154,8 @@ class Sampler:
         heads = hasattr(model, "q_values") and getattr(model, "value_heads", True) is not None
         if config.beta != 0.0 and not heads:
             raise InputError(f"beta: found {config.beta}, expected 0, as {name} has no value heads to guide it")
-        parameters = inspect.signature(model.forward).parameters.values()
-        if not any(p.name == "past_key_values" or p.kind is p.VAR_POSITIONAL for p in parameters):
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # under LoRA
+        if "past_key_values" not in inspect.signature(base.forward).parameters:
             raise InputError(f"model: found {name}, expected one that takes past_key_values")
         self.model, self.renderer, self.config = model, renderer, config
         self.most_rows = max(1, MOST_LOGITS // model.config.get_text_config().vocab_size)
@@ -182,7 +182,7 @@ class Sampler:
           options: the only texts allowed for each prompt, None = any.
           memory: keeps caches for the next turn, under the session's `rows`, one per prompt.
         """
-        if memory is not None and not is_kept_per_token(new_cache(self.model)):
+        if memory is not None and not is_kept_per_token(new_cache(self.model, 0)):
             memory = None
         run = _Run(
             sampler=self,
@@ -322,7 +322,7 @@ class _Run:
             first.setdefault(tuple(self.prompts[i]), i)
         read = list(first.values())
         kept = [self.kept[i] for i in read]
-        cache = new_cache(self.sampler.model)
+        cache = new_cache(self.sampler.model, self.sampler.config.max_new_tokens)
         mask = torch.zeros(len(read), 0, dtype=torch.bool, device=device)
         if any(kept):
             mask = self.memory.gather([self.rows[i] for i in read], kept, cache)

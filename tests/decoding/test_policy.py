@@ -173,3 +173,14 @@ def test_guidance_without_heads_is_refused(tokenizer, renderer):
     with pytest.raises(InputError, match="has no value heads"):
         LanguagePolicy(plain, renderer, SamplingConfig(beta=1.0))
     assert generate_texts(LanguagePolicy(plain, renderer, SamplingConfig(**FORM)), [dialogue("hi")])
+
+
+def test_a_lora_policy_plays_guided(tokenizer, renderer):
+    peft = pytest.importorskip("peft")
+    base = build_model({"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}, tokenizer)
+    guided = scramble(attach(base, ValueHeadsConfig("linear")))
+    form = SamplingConfig(**FORM, beta=1.0)
+    before = generate_texts(LanguagePolicy(guided, renderer, form), [dialogue("hi")])
+    lora = peft.get_peft_model(guided, peft.LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM"))
+    after = generate_texts(LanguagePolicy(lora, renderer, form), [dialogue("hi")])
+    assert after[0][0].token_ids == before[0][0].token_ids  # a fresh adapter changes nothing

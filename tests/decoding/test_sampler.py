@@ -11,6 +11,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -436,6 +438,12 @@ def test_the_model_is_left_in_its_mode():
 def test_beta_without_value_heads_is_refused():
     with pytest.raises(InputError, match="beta: found 2.0, expected 0, as GPT2LMHeadModel has no value heads"):
         Sampler(tiny(), Letters(24), SamplingConfig(beta=2.0))
+
+
+def test_a_model_without_keys_and_values_is_refused():
+    recurrent = MambaForCausalLM(MambaConfig(vocab_size=24, hidden_size=8, num_hidden_layers=1))
+    with pytest.raises(InputError, match="model: found MambaForCausalLM"):
+        Sampler(recurrent, Letters(24), SamplingConfig())
 
 
 @pytest.mark.parametrize(
