@@ -239,17 +239,16 @@ class OfflineTrainer(transformers.Trainer):
         return self.accelerator.gather(count).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            steps=inputs["steps"],
-            **self.forward_options(),
-        )
+        outputs = self._forward(model, inputs)
         per_step, logged = self.loss_terms(outputs, inputs["steps"])
         self._add_up(logged)
         # DDP averages gradients over ranks, the count is global: multiply once by the world size.
         loss = per_step.sum() * self.args.world_size / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
+
+    def _forward(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        inputs = {name: value for name, value in batch.items() if name != "action_mask"}
+        return model(**inputs, **self.forward_options())
 
     def _add_up(self, logged: Mapping[str, Tensor]) -> None:
         for name, values in logged.items():
@@ -282,13 +281,7 @@ class OfflineTrainer(transformers.Trainer):
             start = starts[number % len(starts)]
             batch = self._prepare_inputs(dataset.batch(range(start, min(start + size, len(dataset)))))
             with self.compute_loss_context_manager():
-                outputs = model(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    steps=batch["steps"],
-                    **self.forward_options(),
-                )
-                per_step, logged = self.loss_terms(outputs, batch["steps"])
+                per_step, logged = self.loss_terms(self._forward(model, batch), batch["steps"])
             if number < len(starts):
                 self._add_up({"loss": per_step, **logged})
         metrics = self._averages(f"{metric_key_prefix}_")

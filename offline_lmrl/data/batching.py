@@ -60,6 +60,7 @@ class TokenBatch(TypedDict):
     attention_mask: Tensor  # (B,T) bool
     action_mask: Tensor  # (B,T) bool: the agent wrote token t and is credited for it here
     steps: ActionSteps
+    windows: int  # number of rows that have steps
 
 
 class WindowRef(NamedTuple):
@@ -134,6 +135,7 @@ class WindowDataset(torch.utils.data.Dataset):
             "attention_mask": torch.from_numpy(attention_mask),
             "action_mask": torch.from_numpy(action_mask),
             "steps": {name: _tensor(values) for name, values in steps.items()},
+            "windows": len(index),
         }
 
 

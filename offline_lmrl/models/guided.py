@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.models.adapters import load_heads, read_settings, require_peft, settings, unfreeze_heads
@@ -142,24 +143,40 @@ class Guided:
         return torch.full_like(scores, -torch.inf).scatter(-1, index, guided)
 
     def _packed(
-        self, args: tuple, kwargs: dict, steps: Mapping[str, Tensor], value_grad_scale: float, conservative: bool
+        self, kwargs: dict, steps: Mapping[str, Tensor], windows: int | None, scale: float, conservative: bool
     ) -> dict[str, Tensor]:
         """Per-step outputs; the LM head sees the N states only."""
         row, state = steps["row"], steps["state"]
+        inputs = {name: value for name, value in kwargs.items() if value is not None}  # peft names more than is given
+        extra = self._without_gradient({name: value[windows:] for name, value in inputs.items()}) if windows else None
+        if windows:
+            inputs = {name: value[:windows] for name, value in inputs.items()}
         head = self.get_output_embeddings()
         handle = head.register_forward_pre_hook(lambda module, args: (args[0][row, state].unsqueeze(0),))
         try:
-            outputs, hidden = self.forward_with_hidden(*args, **{"use_cache": False} | kwargs)
+            outputs, hidden = self.forward_with_hidden(use_cache=False, **inputs)
         finally:
             handle.remove()
         log_prob = -F.cross_entropy(outputs.logits[0].float(), steps["action"], reduction="none")
         if self.value_heads is None:
             return {"log_prob": log_prob}
-        return {"log_prob": log_prob} | self._packed_values(hidden, steps, value_grad_scale, conservative)
+        read = hidden.detach() if extra is None else torch.cat([hidden.detach(), extra])
+        return {"log_prob": log_prob} | self._packed_values(hidden, read, steps, scale, conservative)
+
+    @torch.no_grad()
+    def _without_gradient(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """Hidden states of rows that only serve V of a next state; None where there are none."""
+        if len(inputs["input_ids"]) == 0:
+            return None
+        decoder = self.get_decoder()
+        decoder(use_cache=False, **inputs)
+        hidden, decoder.last_hidden = decoder.last_hidden, None
+        return hidden
 
     def _packed_values(
-        self, hidden: Tensor, steps: Mapping[str, Tensor], scale: float, conservative: bool
+        self, hidden: Tensor, read: Tensor, steps: Mapping[str, Tensor], scale: float, conservative: bool
     ) -> dict[str, Tensor]:
+        """hidden: of the windows, (B,T,d). read: of all rows, without gradient, where next states are looked up."""
         heads, matrix = self.value_heads, self.get_output_embeddings().weight
         action = steps["action"].unsqueeze(1)
         states = _scale_gradient(hidden[steps["row"], steps["state"]], scale)  # (N,d)
@@ -168,14 +185,16 @@ class Guided:
             packed["logsumexp_q"] = heads.q.logsumexp(states, matrix)
         with torch.no_grad():
             packed["target_q"] = heads.target_q(states, matrix, action).squeeze(-1).amin(0)
-            packed["next_v"] = heads.v(hidden[steps["next_row"], steps["next_state"]])[0]
-            packed["end_v"] = heads.v(hidden[steps["end_row"], steps["end_state"]])[0]
+            packed["next_v"] = heads.v(read[steps["next_row"], steps["next_state"]])[0]
+            packed["end_v"] = heads.v(read[steps["end_row"], steps["end_state"]])[0]
         if hasattr(heads, "utterance_q"):
             closing = {name: index[steps["closes_turn"]] for name, index in steps.items()}  # the M last actions
-            packed |= self._packed_utterances(hidden, closing, scale)
+            packed |= self._packed_utterances(hidden, read, closing, scale)
         return packed
 
-    def _packed_utterances(self, hidden: Tensor, closing: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    def _packed_utterances(
+        self, hidden: Tensor, read: Tensor, closing: Mapping[str, Tensor], scale: float
+    ) -> dict[str, Tensor]:
         """Q of a whole turn is read behind its closing token, V before its first."""
         heads, row = self.value_heads, closing["row"]
         turns = _scale_gradient(hidden[row, closing["state"] + 1], scale)  # (M,d)
@@ -183,7 +202,7 @@ class Guided:
         packed = {"utterance_q": heads.utterance_q(turns), "utterance_v": heads.utterance_v(opens)[0]}
         with torch.no_grad():
             packed["utterance_target_q"] = heads.utterance_target_q(turns).amin(0)
-            packed["utterance_next_v"] = heads.utterance_v(hidden[closing["next_row"], closing["next_state"]])[0]
+            packed["utterance_next_v"] = heads.utterance_v(read[closing["next_row"], closing["next_state"]])[0]
         return packed
 
 
@@ -193,7 +212,9 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     if issubclass(base, Guided):
         return base
 
-    def forward(self, *args, beta=None, steps=None, value_grad_scale=1.0, conservative=False, **kwargs):
+    def forward(
+        self, *args, beta=None, steps=None, windows=None, value_grad_scale=1.0, conservative=False, **kwargs
+    ):
         """The base's forward with two more uses.
 
         beta: a number or (B,); logits become logits + β · advantage under the stored sampling form; None and 0 leave
@@ -202,10 +223,12 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "q" (H,N), "v" (N,), and without gradient "target_q" (N,) (the minimum), "next_v" (N,), "end_v" (N,). With
         utterance heads also, for the M steps that close a turn, "utterance_q" (H,M), "utterance_v" (M,), and without
         gradient "utterance_target_q" (M,), "utterance_next_v" (M,).
+        Inputs are then input_ids and attention_mask, by name. windows: number of rows that have steps; the rows behind
+        them only serve V of a next state and are read without gradient. None: all rows have steps.
         conservative: also "logsumexp_q" (H,N). value_grad_scale: share of the values' gradient that reaches the trunk.
         """
         if steps is not None:
-            return self._packed(args, kwargs, steps, value_grad_scale, conservative)
+            return self._packed(kwargs, steps, windows, value_grad_scale, conservative)
         outputs, hidden = self.forward_with_hidden(*args, **kwargs)
         if isinstance(beta, Tensor) or beta:
             keep = kwargs.get("logits_to_keep", 0)
@@ -250,9 +273,10 @@ def build_model(spec: Mapping[str, Any], tokenizer) -> PreTrainedModel:
     """
     fields = dict(spec)
     model_type = fields.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
-        raise InputError(f"model.scratch.model_type: found {model_type!r}{_nearest(str(model_type), CONFIG_MAPPING)}")
-    known = CONFIG_MAPPING[model_type]()
+    if model_type not in CAUSAL_LMS:
+        near = _nearest(str(model_type), CAUSAL_LMS)
+        raise InputError(f"model.scratch.model_type: found {model_type!r}, expected a causal LM of transformers{near}")
+    known = AutoConfig.for_model(model_type)
     for name in fields:
         if not hasattr(known, name):
             raise InputError(f"model.scratch.{name}: {model_type} has no such field{_nearest(name, known.to_dict())}")
