@@ -31,7 +31,7 @@ def play(folder, logs, make_environment, config, trainer, steps, seed, episodes,
     transformers.set_seed(seed)
     run = trainer(build_model(SPEC, tokenizer), args, logs, None, tokenizer)
     run.train()
-    policy = LanguagePolicy(run.model, run.renderer, SamplingConfig(max_new_tokens=6, **sampling), window=args.window)
+    policy = LanguagePolicy(run.model, run.renderer, SamplingConfig(max_new_tokens=6, **sampling), context=1)
     played = rollout(policy, make_environment, range(episodes))
     return sum(t.total_return for t in played) / len(played)
 

@@ -1,0 +1,152 @@
+"""What values cost, as ratios of paired repeats in one run: printed and explained, never asserted. `pytest -m benchmarks -s`."""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.data.trajectory import Trajectory, Turn
+
+pytestmark = pytest.mark.benchmarks
+
+REPEATS = 9
+SHAPES = {
+    "maze": {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocabulary": 320, "length": 30, "rows": 128},
+    "gpt2-small": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocabulary": 50257, "length": 128, "rows": 4},
+}
+
+
+def tokenizer_of(vocabulary):
+    """A small tokenizer; the model's vocabulary may be larger."""
+    return train_tokenizer(["a b c d e f g h"], 300)
+
+
+def model_of(shape, heads):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from offline_lmrl.models.guided import attach
+    from offline_lmrl.models.value_heads import ValueHeadsConfig
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=shape["n_layer"], n_embd=shape["n_embd"], n_head=shape["n_head"],
+                        vocab_size=shape["vocabulary"], n_positions=1024, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    return attach(GPT2LMHeadModel(config), heads and ValueHeadsConfig(kind=heads))
+
+
+def step_of(shape_name, kind):
+    """A function that makes one training step: forward, backward, AdamW, target update. kind: "bc", or the Q heads'."""
+    from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
+    from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
+
+    shape = SHAPES[shape_name]
+    words = shape["length"] // 4 - 2  # two turns, half of them the agent's
+    turns = (Turn("user", "a" * words), Turn("assistant", "b" * words, reward=1.0))
+    logs = [Trajectory(turns + turns) for _ in range(shape["rows"])]
+    options = {"output_dir": "unused", "max_length": 1024, "use_cpu": not torch.cuda.is_available(), "report_to": "none"}
+    tokenizer = tokenizer_of(shape["vocabulary"])
+    if kind == "bc":
+        trainer = BCTrainer(model_of(shape, None), BCConfig(**options), logs, None, tokenizer)
+    else:
+        config = ILQLConfig(value_heads=kind, conservative_weight=0.1, **options)
+        trainer = ILQLTrainer(model_of(shape, None), config, logs, None, tokenizer)
+    batch = trainer._prepare_inputs(trainer.train_dataset.batch(range(shape["rows"])))
+    optimizer = torch.optim.AdamW([p for p in trainer.model.parameters() if p.requires_grad], lr=1e-5)
+    count = torch.tensor(len(batch["steps"]["row"]))
+
+    def step():
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if kind != "bc":
+            trainer.model.update_targets(0.005)
+
+    return step
+
+
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def paired(first, second):
+    """(median, least, greatest) of first/second over REPEATS neighbouring pairs, after one warm-up of each."""
+    first(), second()
+    ratios = [seconds(first) / seconds(second) for _ in range(REPEATS)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def report(name, ratio):
+    print(f"\n{name}: median {ratio[0]:.2f}, range {ratio[1]:.2f} to {ratio[2]:.2f} over {REPEATS} pairs, "
+          f"{torch.get_num_threads()} threads")  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["tied", "linear", "mlp"])
+def test_time_of_an_ilql_step_over_a_bc_step(shape, kind):
+    report(f"ILQL step ({kind} heads) over BC step, {shape}", paired(step_of(shape, kind), step_of(shape, "bc")))
+
+
+MEMORY = """
+import json, resource, sys
+sys.path.insert(0, {here!r})
+from test_cost import step_of
+step = step_of({shape!r}, {kind!r})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(2): step()
+print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+"""
+
+
+def peak_memory(shape, kind):
+    code = MEMORY.format(here=str(Path(__file__).parent), shape=shape, kind=kind)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    return json.loads(done.stdout.splitlines()[-1])[1] / 2**20  # KiB on Linux -> GiB
+
+
+def test_peak_memory_of_a_fresh_process():
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
+    for shape in SHAPES:
+        used = {kind: peak_memory(shape, kind) for kind in ("bc", "tied", "linear", "mlp")}
+        print(f"\npeak memory, {shape}: " + ", ".join(f"{k} {v:.2f} GiB ({v / used['bc']:.2f})" for k, v in used.items()))
+
+
+def decoder(shape_name, heads=None, **sampling):
+    from offline_lmrl.data.rendering import Renderer
+    from offline_lmrl.decoding.sampler import Sampler, SamplingConfig
+
+    shape = SHAPES[shape_name]
+    renderer = Renderer(tokenizer_of(shape["vocabulary"]))
+    model = model_of(shape, heads).eval()
+    sampler = Sampler(model, renderer, SamplingConfig(max_new_tokens=64, **sampling))
+    prompts = [[1, 3, *range(20, 34)] for _ in range(8)]
+    return model, prompts, lambda: sampler.sample(prompts, list(range(8)), [0] * 8)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("candidates", [None, 64])
+def test_time_of_guided_over_plain_decoding(shape, candidates):
+    _, _, plain = decoder(shape, top_k=64)
+    for kind in ("tied", "linear", "mlp"):
+        _, _, guided = decoder(shape, kind, top_k=64, beta=2.0, candidates=candidates)
+        report(f"guided ({kind}, candidates {candidates}) over plain decoding, {shape}", paired(guided, plain))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_time_of_our_plain_decoding_over_generate(shape):
+    model, prompts, ours = decoder(shape)
+    ids = torch.tensor(prompts)
+
+    def theirs():
+        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=64,
+                       min_new_tokens=64, pad_token_id=0, beta=0.0)  # fmt: skip
+
+    report(f"our plain decoding over generate, {shape}", paired(ours, theirs))
