@@ -46,6 +46,11 @@ def _parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=torch.float32))
 
 
+def _pick(table: Tensor, candidates: Tensor) -> Tensor:
+    """(H,V,...) at token ids (N,C) -> (H,N,C,...); several times faster in backward than plain indexing."""
+    return table.index_select(1, candidates.flatten()).unflatten(1, candidates.shape)
+
+
 class Head(nn.Module):
     """Stays fp32 in a model that is cast, because Polyak steps of .005 are lost in bf16.
 
@@ -101,8 +106,8 @@ class ScalarHead(TwoLayers):
 class QHead:
     """H heads over the vocabulary, from the parts in the module's table, which the three kinds below supply:
 
-    features(hidden (N,d)) -> (H,N,K); offset(hidden) -> broadcasts against (H,N); rows(matrix) -> (H or 1,V,K);
-    `bias`: (H,V) or None. `matrix` is the LM head's (V,d); only the tied kind reads it.
+    features(hidden (N,d)) -> (H,N,K); offset(hidden) -> broadcasts against (H,N); rows(matrix) -> (H or 1,V,K), and of
+    candidates (N,C) -> (H or 1,N,C,K); `bias`: (H,V) or None. `matrix` is the LM head's (V,d); only tied reads it.
     """
 
     @_in_fp32
@@ -112,8 +117,8 @@ class QHead:
             q = torch.einsum("hnk,hvk->hnv", self.features(hidden), self.rows(matrix))
             bias = None if self.bias is None else self.bias.unsqueeze(1)
         else:
-            q = torch.einsum("hnk,hnck->hnc", self.features(hidden), self.rows(matrix, candidates))
-            bias = None if self.bias is None else self.bias[:, candidates]
+            q = (self.features(hidden).unsqueeze(2) * self.rows(matrix, candidates)).sum(-1)
+            bias = None if self.bias is None else _pick(self.bias, candidates)
         return (q if bias is None else q + bias) + self.offset(hidden).unsqueeze(-1)
 
     @_in_fp32
@@ -151,15 +156,15 @@ class TiedQ(QHead, Head):
         return torch.einsum("nd,hd->hn", hidden, self.state_weight) + self.state_bias.unsqueeze(1)
 
     def rows(self, matrix: Tensor, candidates: Tensor | None = None) -> Tensor:
-        matrix = matrix.detach()
-        return (matrix if candidates is None else matrix[candidates]).float().unsqueeze(0)
+        matrix = matrix.detach().unsqueeze(0)
+        return (matrix if candidates is None else _pick(matrix, candidates)).float()
 
 
 class OwnRows(QHead):
     """Rows that are parameters of the head, hence sized by the vocabulary."""
 
     def rows(self, matrix: Tensor, candidates: Tensor | None = None) -> Tensor:
-        return self.weight if candidates is None else self.weight[:, candidates]
+        return self.weight if candidates is None else _pick(self.weight, candidates)
 
     @torch.no_grad()
     def resize(self, vocabulary: int) -> None:

@@ -27,7 +27,7 @@ def with_lora(model, **options):
 
 def train_one_step(model):
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    packed = model(**tiny_batch(), conservative=True)
+    packed = model(**tiny_batch(), windows=2, conservative=True)
     loss = sum(packed[name].square().sum() for name in ("log_prob", "q", "v", "logsumexp_q"))
     loss.backward()
     optimizer.step()

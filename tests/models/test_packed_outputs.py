@@ -138,6 +138,30 @@ def test_values_are_fp32_under_autocast(kind):
     )
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_behind_the_windows_serve_next_values_only(family):
+    model, batch = guided_model(family, utterance=True), tiny_batch()
+    steps = batch["steps"]
+    for name in ("input_ids", "attention_mask"):  # a third row, which is the second turned round
+        batch[name] = torch.cat([batch[name], batch[name][1:].flip(1)])
+    batch["attention_mask"][2] = True
+    steps["next_row"], steps["end_row"] = steps["row"].clone(), steps["row"].clone()
+    steps["next_row"][3] = steps["end_row"][:4] = 2
+    together, apart = model(**batch, conservative=True), model(**batch, windows=2, conservative=True)
+    for name, values in apart.items():
+        assert_close(values, together[name], atol=1e-5, rtol=1e-4, msg=name)
+    alone = tiny_batch()
+    alone["steps"]["next_row"] = alone["steps"]["end_row"] = alone["steps"]["row"]
+    trained = [name for name, values in apart.items() if values.requires_grad]
+    gradients = []
+    for packed in (apart, model(**alone, windows=2, conservative=True)):  # as many windows as rows
+        model.zero_grad()
+        sum(packed[name].sum() for name in trained).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[1].items():
+        assert_close(gradients[0][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
 def test_no_steps_give_empty_outputs():
     model, batch = guided_model(utterance=True), tiny_batch()
     batch["steps"] = {name: index[:0] for name, index in batch["steps"].items()}
@@ -150,7 +174,8 @@ def test_no_steps_give_empty_outputs():
 def test_the_signature_is_the_bases_with_our_keywords(family):
     base = inspect.signature(type(tiny_model(family)).forward).parameters
     ours = inspect.signature(guided_model(family).forward).parameters
-    assert [name for name in ours if name not in base] == ["beta", "steps", "value_grad_scale", "conservative"]
+    own = ["beta", "steps", "windows", "value_grad_scale", "conservative"]
+    assert [name for name in ours if name not in base] == own
     assert [name for name in base if name not in ours] == ["self"]
 
 
