@@ -233,6 +233,9 @@ class OfflineTrainer(transformers.Trainer):
             return LengthGroupedSampler(dataset.lengths, self.args.train_batch_size * self.args.world_size, seed)
         return super()._get_train_sampler(train_dataset)
 
+    def _get_eval_sampler(self, eval_dataset):
+        return torch.utils.data.SequentialSampler(eval_dataset)  # whatever the training order: evaluation_loop batches itself
+
     def _get_num_items_in_batch(self, batch_samples, device):
         """Action tokens of the optimizer step: all micro-batches, all ranks."""
         count = torch.tensor([sum(len(batch["steps"]["row"]) for batch in batch_samples)], device=device)

@@ -174,7 +174,9 @@ def test_shifted_and_scaled_rewards_give_the_same_policy(tmp_path, change):
 def test_eval_loss_is_token_weighted_whatever_the_batch_size(tmp_path):
     means = []
     for size in (1, 5, 24):
-        run = trainer(tmp_path / str(size), per_device_eval_batch_size=size)
+        run = trainer(
+            tmp_path / str(size), per_device_eval_batch_size=size, train_sampling_strategy="group_by_length"
+        )
         run.eval_dataset = run.train_dataset
         means.append(run.evaluate())
     for metrics in means[1:]:
