@@ -49,6 +49,8 @@ class MethodConfig:
         for key in ("model", "args", "sampling"):
             if not isinstance(entry.get(key) or {}, Mapping):
                 raise InputError(f"methods.{name}.{key}: found {entry[key]!r}, expected a mapping")
+        if "beta" in (entry.get("sampling") or {}):
+            raise InputError(f"methods.{name}.sampling.beta: found a value, expected evaluation.betas alone")
         return cls(start_from=entry.get("from"), **{k: v for k, v in entry.items() if k != "from" and v is not None})
 
 
@@ -122,7 +124,7 @@ class EvaluationConfig:
         if not self.betas or min(self.betas) < 0:
             raise InputError(f"evaluation.betas: found {list(self.betas)}, expected at least one number, none below 0")
         if "beta" in self.sampling:
-            raise InputError("evaluation.sampling.beta: found a value, expected none: evaluation.betas has the candidates")
+            raise InputError("evaluation.sampling.beta: found a value, expected evaluation.betas alone")
 
     @property
     def seeds(self) -> range:
@@ -228,7 +230,7 @@ class CompareConfig:
         for dotted, value in (overrides or {}).items():
             _set(raw, dotted, value)
         try:
-            return _build(cls, raw, "")
+            return build(cls, raw, "")
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 
@@ -242,36 +244,45 @@ def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
     raw[last] = value
 
 
-def _build(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
+def build(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
     """An instance of a dataclass from its mapping; `prefix` is the dotted way to it, for errors.
 
-    Parts that are dataclasses are built one by one, so that an error names its key and not a union of types.
+    Parts that are dataclasses are built one by one, so that an error names its key and not a union of types. Mappings
+    of anything are taken as they are: the parser would read their texts once more ("no" as False).
     """
     import jsonargparse
 
+    required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
     hints = typing.get_type_hints(cls)
-    parts: dict[str, Any] = {}
-    typed = {}
+    hints = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    nested = {}
     for name, hint in hints.items():
-        found = [part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)]
-        if found:
-            typed[name] = found[0]
+        for part in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(part) or part == dict[str, Any]:
+                nested[name] = part
+    parts: dict[str, Any] = {}
     for key, value in raw.items():
         require_known([key], set(hints), prefix.rstrip(".") or "settings")
-        if key in typed and isinstance(value, Mapping):
-            parts[key] = _build(typed[key], value, f"{prefix}{key}.")
-        elif key in typed and value is not None:
+        if key in nested and isinstance(value, Mapping):
+            part = nested[key]
+            parts[key] = build(part, value, f"{prefix}{key}.") if dataclasses.is_dataclass(part) else dict(value)
+        elif key in nested and value is not None:
             raise InputError(f"{prefix}{key}: found {value!r}, expected a mapping of settings")
+    plain_keys = {key for key in raw if key not in nested}
+    # null is "not given" where a field does not take it
+    given = {key: raw[key] for key in plain_keys if raw[key] is not None or type(None) in typing.get_args(hints[key])}
+    for name in sorted(required - set(parts) - set(given)):
+        raise InputError(f"{prefix}{name}: missing, expected {'a mapping' if name in nested else 'a value'}")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, skip=set(typed))
+    parser.add_class_arguments(cls, skip=set(hints) - set(given))  # the whole of TrainingArguments would take a while
     try:
-        plain = parser.parse_object({key: value for key, value in raw.items() if key not in typed})
+        plain = parser.parse_object(given).as_dict()
     except argparse.ArgumentError as error:
         message = " ".join(str(error).split())
         key, quote, problem = message.removeprefix('Parser key "').partition('": ')
         where = f"{prefix}{key}" if quote else prefix.rstrip(".") or "settings"
         raise InputError(f"{where}: {problem or message}") from error
-    return cls(**plain.as_dict(), **parts)
+    return cls(**{key: plain[key] for key in given}, **parts)
 
 
 def require_known(names: Iterable[str], known: set[str], where: str) -> None:

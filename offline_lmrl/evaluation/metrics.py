@@ -3,7 +3,7 @@
 Episodes are crossed with training runs: every run plays the same episodes, and episodes that share a scenario (or a
 start) are not independent. A result therefore is a `Cells` table, training seed × cluster, and the bootstrap draws
 seeds and clusters with replacement, independently of each other; a cell counts as often as both were drawn (Owen 2007,
-"The pigeonhole bootstrap"). Drawing clusters anew within every seed would take a hard scenario that all seeds share for
+"The pigeonhole bootstrap"). Drawing clusters anew within each seed would take a hard scenario that all seeds share for
 bad luck of several. With one seed the interval speaks of that run alone.
 """
 
@@ -104,7 +104,7 @@ def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None =
 
 @dataclass(frozen=True)
 class ScoreScale:
-    """Piecewise-linear scale of LMRL-Gym (Abdulhai et al. 2023): 0 is the worst score, 50 the data's mean, 100 the best."""
+    """Piecewise-linear scale of LMRL-Gym (Abdulhai et al. 2023): 0 the worst, 50 the data's mean, 100 the best."""
 
     min: float
     mean: float

@@ -19,7 +19,7 @@ REPEAT_STRIDE = 1_000_003  # more than any range of episode seeds, so no two (se
 class EvaluationResult:
     """Episodes of one policy.
 
-    episodes: one row each: seed (of the episode), repeat (of the decoding), cluster, score (undiscounted return), turns
+    episodes: one row each: seed (of the episode), repeat (of the decoding), cluster, score (undiscounted), turns
       and tokens (the agent's), invalid (texts that the environment refused), truncated, labels.
     trajectories: the same episodes in full. seconds: wall time of the play.
     """
@@ -42,7 +42,8 @@ class EvaluationResult:
         n = len(self.episodes)
         turns = sum(row["turns"] for row in self.episodes)
         labels = label_means(row["labels"] for row in self.episodes)
-        labels.pop("invalid", None)
+        for known in ("invalid", "score"):  # have columns of their own
+            labels.pop(known, None)
         return {
             "n": n,
             "turns": turns / n,
@@ -72,7 +73,7 @@ def evaluate_policy(
     repeats: int = 1,
     cluster: str | None = None,
     batch_size: int = 1024,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> EvaluationResult:
     """Plays every episode seed `repeats` times.
 
@@ -80,14 +81,16 @@ def evaluate_policy(
       environment: whatever `rollout` takes.
       repeats: decoding seeds per episode seed; the environment's own chance stays that of the episode seed.
       cluster: label that dependent episodes share, for the interval; None = the episode seed.
-      batch_size, progress: as in `rollout`.
+      batch_size: as in `rollout`. progress: called with (episodes done, episodes in all).
     Raises: InputError where an episode has no label `cluster`.
     """
     started = time.monotonic()
     rows, trajectories = [], []
     for repeat in range(repeats):
         player = policy if repeat == 0 else _Redrawn(policy, repeat)
-        played = rollout(player, environment, list(seeds), batch_size=batch_size, progress=progress)
+        before = len(trajectories)
+        told = progress and (lambda done, _, before=before: progress(before + done, repeats * len(seeds)))
+        played = rollout(player, environment, list(seeds), batch_size=batch_size, progress=told)
         rows += [_row(seed, repeat, t, cluster) for seed, t in zip(seeds, played, strict=True)]
         trajectories += played
     return EvaluationResult(rows, trajectories, time.monotonic() - started)

@@ -1,12 +1,12 @@
 """The table of a comparison, drawn from the rows of results.jsonl alone.
 
-Rows, in `kind`: "behaviour" (the training data), "optimum", "published" (quoted, never measured here), and "run": one
-method, training seed and setting. A run keeps its outcome as `cells`, [cluster, sum of scores, episodes]: what means,
-intervals and paired differences over seeds need.
+Rows, in `kind`: "comparison" (what the table shows: baseline and label columns), "behaviour" (the training data),
+"optimum", "published" (quoted, never measured here), and "run": one method, training seed and setting. A run keeps its
+outcome as `cells`, [cluster, sum of scores, episodes]: what means, intervals and paired differences over seeds need.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,11 @@ def table(results: str | Path | Sequence[Row]) -> str:
     for row in rows:
         if row["kind"] == "run":
             groups.setdefault((row["method"], row["decode"], row["beta_chosen"]), []).append(row)
+    shown = next(row for row in rows if row["kind"] == "comparison")
     cells = {key: _cells(runs) for key, runs in groups.items()}
-    lines = [_fixed_line(row) for row in rows if row["kind"] in ("behaviour", "optimum")]
-    lines += [_method_line(key, runs, cells) for key, runs in groups.items()]
-    lines += [_fixed_line(row) for row in rows if row["kind"] == "published"]
+    lines = [_fixed_line(row, shown["labels"]) for row in rows if row["kind"] in ("behaviour", "optimum")]
+    lines += [_method_line(key, runs, cells, shown) for key, runs in groups.items()]
+    lines += [_fixed_line(row, None) for row in rows if row["kind"] == "published"]
     return _markdown(lines)
 
 
@@ -56,7 +57,7 @@ def _cells(runs: Iterable[Row]) -> Cells:
     return Cells.summed((run["seed"], cluster, total, count) for run in runs for cluster, total, count in run["cells"])
 
 
-def _fixed_line(row: Row) -> dict[str, str]:
+def _fixed_line(row: Row, labels: Collection[str] | None) -> dict[str, str]:
     """Behaviour, optimum and published rows: what they have, under the same column names."""
     line = {"method": f"{row['method']} (published)" if row["kind"] == "published" else row["method"]}
     if row.get("score") is not None:
@@ -65,10 +66,14 @@ def _fixed_line(row: Row) -> dict[str, str]:
             line["score [95%]"] += f" [{row['interval'][0]:.2f}, {row['interval'][1]:.2f}]"
     if row.get("normalised") is not None:
         line["normalised"] = f"{row['normalised']:.1f}"
-    return line | {name: f"{value:.3g}" for name, value in row.get("labels", {}).items()}
+    return line | {name: f"{value:.3g}" for name, value in _chosen(row["labels"], labels).items()}
 
 
-def _method_line(key: tuple, runs: Sequence[Row], cells: Mapping[tuple, Cells]) -> dict[str, str]:
+def _chosen(labels: Mapping[str, float], names: Collection[str] | None) -> dict[str, float]:
+    return {name: value for name, value in labels.items() if names is None or name in names}
+
+
+def _method_line(key: tuple, runs: Sequence[Row], cells: Mapping[tuple, Cells], shown: Row) -> dict[str, str]:
     method, decode, chosen = key
     mine = cells[key]
     line = {"method": method, "decoding": decode, "score [95%]": str(mine.estimate())}
@@ -79,16 +84,17 @@ def _method_line(key: tuple, runs: Sequence[Row], cells: Mapping[tuple, Cells]) 
         line["per seed"] = " ".join(f"{mean:.2f}" for mean in mine.per_seed().values())
     if runs[0]["normalised"] is not None:
         line["normalised"] = f"{_mean(run['normalised'] for run in runs):.1f}"
-    baseline = runs[0]["baseline"]
+    baseline = shown["baseline"]
     rivals = [cells[other] for other in ((baseline, decode, chosen), (baseline, decode, None)) if other in cells]
     if method != baseline and rivals and set(mine.seeds) & set(rivals[0].seeds):
         difference = (mine - rivals[0]).estimate()
         sure = "*" if difference.low > 0 or difference.high < 0 else ""
         line[f"minus {baseline}"] = f"{difference}{sure}"
-    for name in dict.fromkeys(name for run in runs for name in run["labels"]):
-        line[name] = f"{_mean(run['labels'][name] for run in runs if name in run['labels']):.3g}"
-    line["turns"] = f"{_mean(run['turns'] for run in runs):.1f}"
-    line["tokens"] = f"{_mean(run['tokens'] for run in runs):.1f}"
+    labels = [_chosen(run["labels"], shown["labels"]) for run in runs]
+    for name in dict.fromkeys(name for means in labels for name in means):
+        line[name] = f"{_mean(means[name] for means in labels if name in means):.3g}"
+    line["agent turns"] = f"{_mean(run['turns'] for run in runs):.1f}"
+    line["agent tokens"] = f"{_mean(run['tokens'] for run in runs):.1f}"
     line["invalid"] = f"{_mean(run['invalid_rate'] for run in runs):.1%}"
     line["episodes"] = str(sum(run["n"] for run in runs))
     line["regime"] = runs[0]["regime"]

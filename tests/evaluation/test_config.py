@@ -15,7 +15,7 @@ evaluation:
   betas: [1, 2e0]
   score: {min: -101, mean: -83, max: -6.84}
   selection: {episodes: 10, first_seed: 100}
-args: {learning_rate: 1e-3}
+args: {learning_rate: 1e-3, save_strategy: "no"}
 methods:
   start: {algorithm: bc, evaluate: false}
   bc: {algorithm: bc}
@@ -38,12 +38,19 @@ def test_a_file_becomes_typed_settings(file):
     assert config.seeds == (0, 1) and config.evaluation.betas == (1.0, 2.0)
     assert config.evaluation.seeds == range(50) and config.evaluation.score.max == -6.84
     assert config.methods["ilql"].start_from == "start" and config.methods["ilql"].regime == "+ reward model"
-    assert config.args == {"learning_rate": 0.001}  # 1e-3 is a number here, unlike in plain YAML 1.1
+    # 1e-3 is a number here, unlike in plain YAML 1.1, and a quoted text stays one
+    assert config.args == {"learning_rate": 0.001, "save_strategy": "no"}
     assert config.partner.seed == 3 and config.reference == {"ILQL": {"normalised": 99.9}}
 
 
 def test_the_baseline_is_the_first_evaluated_method(file):
     assert CompareConfig.read(file).baseline == "bc"
+
+
+def test_null_is_the_default_where_a_setting_does_not_take_it(file):
+    config = CompareConfig.read(file, {"seeds": None, "evaluation.cluster": None, "partner": None, "args": None})
+    assert config.seeds == (0, 1, 2) and config.evaluation.cluster is None and config.partner is None
+    assert config.args == {}
 
 
 def test_overrides_win_over_the_file(file):
@@ -79,7 +86,7 @@ def test_selection_may_share_seeds_when_its_environment_is_another(file):
         ({"evaluation.betas": [-1]}, "evaluation.betas: found"),
         ({"evaluation.kl_budget": float("nan")}, "evaluation.kl_budget: found nan"),
         ({"evaluation.sampling": {"beta": 2}}, "evaluation.sampling.beta: found a value"),
-        ({"evaluation.score": {"min": 1}}, "evaluation.score: the following arguments are required: mean, max"),
+        ({"evaluation.score": {"min": 1}}, "evaluation.score.max: missing, expected a value"),
         ({"evaluation.selection": {"first_seed": 49}}, "evaluation.selection.first_seed: found 1 episode seeds"),
         ({"evaluation": 3}, "evaluation: found 3, expected a mapping"),
         ({"partner.seed": "x"}, "partner.seed: Expected a <class 'int'>"),
@@ -87,6 +94,8 @@ def test_selection_may_share_seeds_when_its_environment_is_another(file):
         ({"data": {"train": None}}, "data.train: missing"),
         ({"data": {"train": "a", "test": "b"}}, "data: found 'test'"),
         ({"prepare": {"output": "x"}}, "prepare.command: missing"),
+        ({"environment": None}, "environment: missing, expected a mapping"),
+        ({"environment": "maze"}, "environment: found 'maze', expected a mapping"),
     ],
 )
 def test_a_wrong_setting_is_one_line_that_names_the_key(file, overrides, message):

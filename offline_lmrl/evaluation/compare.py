@@ -1,0 +1,376 @@
+"""Train and evaluate several methods over seeds: one results file, one table, resumable at every row.
+
+Every method plays the same episodes, sampled and greedy. Value-guided methods are measured at two values of β: the one
+that logs alone suggest (a KL budget) and the one that play on other episodes prefers; never at one chosen on the
+reported episodes. What is already in results.jsonl is not measured again.
+"""
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from offline_lmrl.algorithms import load_algorithm
+from offline_lmrl.algorithms.run import DataConfig, ModelConfig, train
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import fingerprint, read_trajectories
+from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.environments import make_environment
+from offline_lmrl.evaluation.config import ELSEWHERE, CompareConfig, MethodConfig, build
+from offline_lmrl.evaluation.metrics import label_means, mean_interval
+from offline_lmrl.evaluation.offline import choose_beta, guidance_by_beta
+from offline_lmrl.evaluation.play import EvaluationResult, evaluate_policy
+from offline_lmrl.evaluation.report import read_results, table
+
+SAMPLES = 10
+TEMPERATURES = {"sampled": {}, "greedy": {"temperature": 0.0}}
+
+Row = dict[str, Any]
+
+
+def run_compare(
+    config: CompareConfig,
+    *,
+    prepare: Callable[[Mapping[str, Any]], object] | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Runs what is missing of a comparison and prints its table.
+
+    Args:
+      prepare: called with `config.prepare` where data.train is missing, to make the data.
+      console: where progress goes; stderr by default. The table goes to stdout.
+    Returns: `config.output`, which then holds results.jsonl (report.py says what its rows are), table.md, config.json,
+      episodes/ (a row per episode), samples/ (ten dialogues per setting, the same episodes for all) and runs/.
+    Raises: InputError where the settings are wrong, or the folder holds results of other settings.
+    """
+    comparison = _Comparison(config, console or Console(stderr=True))
+    comparison.check_settings()
+    if not Path(config.data["train"]).exists() and config.prepare is not None and prepare is not None:
+        comparison.say(f"preparing {config.data['train']}")
+        prepare(config.prepare)
+    comparison.open_results()
+    for seed in config.seeds:
+        for method in config.evaluated:
+            comparison.measure(method, seed)
+    drawn = table(comparison.rows)
+    _write(comparison.folder / "table.md", drawn + "\n")
+    Console().print(drawn, markup=False, highlight=False, soft_wrap=True)
+    return comparison.folder
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One way of decoding. chosen: None, "offline" or "returns": what chose β."""
+
+    decode: str
+    chosen: str | None
+
+
+class _Comparison:
+    """The state of one `run_compare` call."""
+
+    def __init__(self, config: CompareConfig, console: Console):
+        self.config, self.console = config, console
+        self.folder = Path(config.output)
+        self.rows: list[Row] = []
+        self.runs: dict[tuple[str, int], Path] = {}
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
+
+    # Settings and results that exist.
+
+    def check_settings(self) -> None:
+        """Builds what every run will be given, so that a slip in the last method does not surface after hours."""
+        for name, method in self.config.methods.items():
+            self._entry(f"methods.{name}", method, self.config.seeds[0], Path())
+            if method.evaluate and self._is_guided(method) and not self.config.data.get("validation"):
+                raise InputError(f"data.validation: missing, expected held-out trajectories to choose β of {name} on")
+        if self.config.partner is not None:
+            self._entry("partner", self.config.partner, self.config.partner.seed, Path())
+
+    def open_results(self) -> None:
+        """Reads results.jsonl where there is one, and writes its rows that are not measured anew."""
+        path = self.folder / "results.jsonl"
+        kept = [row for row in read_results(path) if row["kind"] == "run"] if path.exists() else []
+        for row in kept:
+            difference = _first_difference(row["config"], _plain(self.identity(row["method"])))
+            if difference:
+                raise InputError(f"{path}: {row['method']}: {difference}; take another `output`, or remove this file")
+        for name in ("episodes", "samples", "runs"):
+            try:
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"output: cannot write {self.folder / name}: {error.strerror}") from error
+        self.rows = [*self._fixed_rows(), *kept]
+        self._save()
+        _write(self.folder / "config.json", json.dumps(_plain(asdict(self.config)), indent=1) + "\n")
+
+    def _save(self) -> None:
+        """The whole file, renamed into place: a kill leaves the rows of before or after, never half a row."""
+        _write(self.folder / "results.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+
+    def _fixed_rows(self) -> Iterator[Row]:
+        config, scale = self.config, self.config.evaluation.score
+        yield {"kind": "comparison", "baseline": config.baseline, "labels": config.evaluation.labels}
+        returns = [t.total_return for t in self.train_data]
+        behaviour = mean_interval(returns, [t.group or i for i, t in enumerate(self.train_data)])
+        cut = sum(not t.terminated for t in self.train_data) / len(self.train_data)
+        title = f"behaviour ({cut:.0%} of the logs are cut)" if cut else "behaviour"  # then their returns are partial
+        labels = label_means(t.labels for t in self.train_data)
+        yield {
+            "kind": "behaviour", "method": title, "score": behaviour.mean, "interval": behaviour[1:3],
+            "n": behaviour.n, "normalised": scale and scale.normalise(behaviour.mean), "labels": labels,
+        }  # fmt: skip
+        optimum = _optimum(make_environment(**config.environment, **self._partner()))
+        if optimum is not None:
+            normalised = scale and scale.normalise(optimum)
+            yield {"kind": "optimum", "method": "optimum", "score": optimum, "normalised": normalised, "labels": {}}
+        for name, columns in config.reference.items():
+            known = {key: columns[key] for key in ("score", "normalised") if key in columns}
+            labels = {key: value for key, value in columns.items() if key not in known}
+            yield {"kind": "published", "method": name, **known, "labels": labels}
+
+    @cached_property
+    def train_data(self) -> list[Trajectory]:
+        return read_trajectories(self.config.data["train"])
+
+    @cached_property
+    def validation_data(self) -> list[Trajectory]:
+        path = self.config.data.get("validation")
+        return read_trajectories(path) if path else []
+
+    @cached_property
+    def _shared_identity(self) -> dict[str, Any]:
+        evaluation = asdict(self.config.evaluation)
+        for name in ("batch_size", "labels"):  # they change no number
+            del evaluation[name]
+        return {
+            "environment": self.config.environment,
+            "data": {"train": fingerprint(self.train_data), "validation": fingerprint(self.validation_data)},
+            "partner": self.config.partner and asdict(self.config.partner),
+            "evaluation": evaluation,
+        }
+
+    def identity(self, name: str) -> dict[str, Any]:
+        """Everything that decides a row of this method; of a method that is no longer listed, what all rows share."""
+        chain = []
+        while name in self.config.methods:
+            method = self.config.methods[name]
+            chain.append({"algorithm": method.algorithm, **self._merged(method), "sampling": dict(method.sampling)})
+            name = method.start_from
+        return self._shared_identity | ({"method": chain} if chain else {})
+
+    # Training.
+
+    def _merged(self, method: Any) -> dict[str, Any]:
+        model = dict(self.config.model)
+        if getattr(method, "start_from", None) is not None:
+            model = {key: value for key, value in model.items() if key not in ELSEWHERE}
+        return {"model": model | dict(method.model), "args": self.config.args | dict(method.args)}
+
+    def _entry(self, where: str, method: Any, seed: int, folder: Path, start: Path | None = None) -> tuple:
+        """What `train` takes for a method (or the partner)."""
+        merged = self._merged(method)
+        for key in ("output_dir", "seed"):
+            if key in merged["args"]:
+                raise InputError(f"{where}.args.{key}: found a value, expected none: `seeds` and `output` decide it")
+        if getattr(method, "start_from", None) is not None:
+            merged["model"]["path"] = str(start)
+        model = build(ModelConfig, merged["model"], f"{where}.model.")
+        args = {**merged["args"], "output_dir": str(folder), "seed": seed}
+        args = build(load_algorithm(method.algorithm)[0], args, f"{where}.args.")
+        return method.algorithm, model, DataConfig(**self.config.data), args
+
+    def _is_guided(self, method: MethodConfig) -> bool:
+        return any(field.name == "beta" for field in fields(load_algorithm(method.algorithm)[0]))
+
+    def trained(self, name: str, seed: int) -> Path:
+        """The run of a method and seed, trained now or earlier, after the run it starts from."""
+        if (name, seed) not in self.runs:
+            method, folder = self.config.methods[name], self.folder / "runs" / f"{name}-{seed}"
+            start = None if method.start_from is None else self.trained(method.start_from, seed)
+            self.runs[name, seed] = self._train(f"methods.{name}", method, seed, folder, start)
+        return self.runs[name, seed]
+
+    def _train(self, where: str, method: Any, seed: int, folder: Path, start: Path | None = None) -> Path:
+        if not (folder / "complete.json").exists():
+            self.say(f"training {folder.name}")
+        return train(*self._entry(where, method, seed, folder, start))
+
+    @cached_property
+    def _partner_policy(self) -> LanguagePolicy:
+        partner = self.config.partner
+        run = self._train("partner", partner, partner.seed, self.folder / "runs" / f"partner-{partner.seed}")
+        return LanguagePolicy.load(run, **partner.sampling)
+
+    def _partner(self) -> dict[str, LanguagePolicy]:
+        return {} if self.config.partner is None else {self.config.partner.argument: self._partner_policy}
+
+    # Evaluation.
+
+    def measure(self, name: str, seed: int) -> None:
+        """Adds the rows of a method and seed that are missing."""
+        method = self.config.methods[name]
+        choices: list[str | None] = [None]
+        if self._is_guided(method):
+            choices = ["offline", "returns"] if self.config.evaluation.selection else ["offline"]
+        done = {(row["decode"], row["beta_chosen"]) for row in self.rows
+                if row["kind"] == "run" and row["method"] == name and row["seed"] == seed}  # fmt: skip
+        settings = [_Setting(decode, chosen) for decode in TEMPERATURES for chosen in choices]
+        missing = [setting for setting in settings if (setting.decode, setting.chosen) not in done]
+        if missing:
+            run = _Run(self, name, seed, self.trained(name, seed))
+            for setting in missing:
+                row = run.row(setting)
+                self.rows.append(row)
+                self._save()
+                beta = "" if row["beta_chosen"] is None else f" at β {row['beta']:g} ({row['beta_chosen']})"
+                low, high = row["interval"]
+                self.say(f"{name} seed {seed} {row['decode']}{beta}: {row['score']:.2f} [{low:.2f}, {high:.2f}]")
+
+    def play(self, policy: LanguagePolicy, title: str, selecting: bool = False) -> EvaluationResult:
+        """The reported episodes, or those on which settings are chosen."""
+        settings = self.config.evaluation
+        environment, seeds = self.config.environment, settings.seeds
+        if selecting:
+            environment = environment | settings.selection.environment
+            seeds = range(settings.selection.first_seed, settings.selection.first_seed + settings.selection.episodes)
+        # Greedy play is a function of the episode seed: a second decoding seed would repeat it word for word.
+        repeats = 1 if selecting or policy.sampling.temperature == 0 else settings.repeats
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        hidden = not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
+            task = progress.add_task(title, total=len(seeds) * repeats)
+            return evaluate_policy(
+                policy,
+                make_environment(**environment, **self._partner()),
+                seeds,
+                repeats=repeats,
+                cluster=settings.cluster,
+                batch_size=settings.batch_size,
+                progress=lambda done, total: progress.update(task, completed=done),
+            )
+
+
+class _Run:
+    """A trained method and seed, measured setting by setting; what settings share is computed once."""
+
+    def __init__(self, comparison: _Comparison, name: str, seed: int, folder: Path):
+        self.comparison, self.name, self.seed, self.folder = comparison, name, seed, folder
+        self.played: dict[tuple[str, float], EvaluationResult] = {}
+        method, settings = comparison.config.methods[name], comparison.config.evaluation
+        self.loaded = LanguagePolicy.load(folder, **{**settings.sampling, **method.sampling, "beta": 0.0})
+
+    def policy(self, decode: str, beta: float) -> LanguagePolicy:
+        loaded = self.loaded
+        sampling = replace(loaded.sampling, **TEMPERATURES[decode], beta=beta)
+        return LanguagePolicy(loaded.model, loaded.renderer, sampling, **asdict(loaded.window))
+
+    @cached_property
+    def by_kl(self) -> list[dict[str, float]]:
+        """KL and share of changed choices of each β, on a fixed sample of the held-out logs."""
+        settings, logs = self.comparison.config.evaluation, self.comparison.validation_data
+        logs = random.Random(0).sample(logs, min(settings.offline_rows, len(logs)))
+        return guidance_by_beta(self.policy("sampled", 0.0), logs, settings.betas)
+
+    def by_returns(self, decode: str) -> tuple[list[dict[str, float]], int]:
+        """Mean score of each β on the selection episodes, and the tokens generated for that."""
+        tried, tokens = [], 0
+        for beta in self.comparison.config.evaluation.betas:
+            title = f"{self.name} seed {self.seed} {decode}: trying β {beta:g}"
+            result = self.comparison.play(self.policy(decode, beta), title, selecting=True)
+            tried.append({"beta": beta, "score": result.score().mean})
+            tokens += sum(row["tokens"] for row in result.episodes)
+        return tried, tokens
+
+    def row(self, setting: _Setting) -> Row:
+        """Plays one setting, writes its episodes and samples, and returns its row of results.jsonl."""
+        config = self.comparison.config
+        beta, tried, selection_tokens = 0.0, None, 0
+        if setting.chosen == "offline":
+            tried = self.by_kl
+            beta = choose_beta(tried, config.evaluation.kl_budget)
+        elif setting.chosen == "returns":
+            tried, selection_tokens = self.by_returns(setting.decode)
+            beta = max(tried, key=lambda entry: (entry["score"], -entry["beta"]))["beta"]
+        if (setting.decode, beta) not in self.played:
+            title = f"{self.name} seed {self.seed} {setting.decode}"
+            self.played[setting.decode, beta] = self.comparison.play(self.policy(setting.decode, beta), title)
+        result = self.played[setting.decode, beta]
+        stem = f"{self.name}-{self.seed}-{setting.decode}" + (f"-beta{beta:g}" if setting.chosen else "")
+        folder, scale, score = self.comparison.folder, config.evaluation.score, result.score()
+        _write(folder / "episodes" / f"{stem}.jsonl", "".join(json.dumps(row) + "\n" for row in result.episodes))
+        _write(folder / "samples" / f"{stem}.txt", transcripts(result, config.evaluation.seeds))
+        method = config.methods[self.name]
+        return {
+            "kind": "run", "method": self.name, "algorithm": method.algorithm, "seed": self.seed,
+            "decode": setting.decode, "beta": beta, "beta_chosen": setting.chosen, "betas_tried": tried,
+            "score": score.mean, "interval": score[1:3], **result.summary(),
+            "normalised": scale and scale.normalise(score.mean), "regime": method.regime,
+            "cost": {
+                **training_cost(self.folder),
+                "generated_tokens": sum(row["tokens"] for row in result.episodes),
+                "selection_tokens": selection_tokens,
+                "evaluation_seconds": result.seconds,
+            },
+            "run": str(self.folder), "episodes": f"episodes/{stem}.jsonl",
+            "cells": result.cells(), "config": _plain(self.comparison.identity(self.name)),
+        }  # fmt: skip
+
+
+def training_cost(run: Path) -> dict[str, float]:
+    """Agent tokens trained on, counted as often as they were seen, and wall seconds of the last training process."""
+    report = json.loads((run / "complete.json").read_text(encoding="utf-8"))
+    logged = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    seconds = [row["train_runtime"] for row in map(json.loads, logged) if "train_runtime" in row]
+    return {"training_tokens": report["training_tokens"], "training_seconds": seconds[-1] if seconds else 0.0}
+
+
+def transcripts(result: EvaluationResult, seeds: Sequence[int]) -> str:
+    """Ten episodes as text. Which ones depends on the episode seeds alone, so all methods show the same."""
+    chosen = set(random.Random(0).sample(list(seeds), min(SAMPLES, len(seeds))))
+    blocks = []
+    for row, trajectory in zip(result.episodes, result.trajectories, strict=True):
+        if row["seed"] in chosen and row["repeat"] == 0:
+            head = f"episode {row['seed']}, score {row['score']:g}, {json.dumps(row['labels'], ensure_ascii=False)}"
+            turns = [f"{turn.role}: {turn.content}" for turn in trajectory.turns]
+            blocks.append("\n".join([head, *turns, ""]))
+    return "\n".join(blocks)
+
+
+def _optimum(environment: Any) -> float | None:
+    """The best possible mean score, where the environment knows it."""
+    environment = environment() if callable(environment) else environment
+    return environment.optimum() if hasattr(environment, "optimum") else None
+
+
+def _plain(value: Any) -> Any:
+    """As it will be read back from JSON."""
+    return json.loads(json.dumps(value))
+
+
+def _first_difference(found: Any, expected: Any, where: str = "") -> str | None:
+    """The first setting, by dotted name, that two resolved configs disagree on; only what is expected is compared."""
+    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        found, expected = dict(enumerate(found)), dict(enumerate(expected))
+    if not (isinstance(found, Mapping) and isinstance(expected, Mapping)):
+        return None if found == expected else f"{where}: found {found!r}, expected {expected!r}"
+    names = {**expected, **(found if where else {})}
+    below = f"{where}." if where else ""
+    differences = (_first_difference(found.get(name), expected.get(name), f"{below}{name}") for name in names)
+    return next(filter(None, differences), None)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

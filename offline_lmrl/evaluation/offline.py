@@ -1,0 +1,272 @@
+"""What logs alone can say about a policy: no environment, no rewards but the logged ones.
+
+Likelihood of held-out agent tokens, calibration of Q against realised returns, how well Σ(Q − V) ranks the replies of
+a group, and how far guidance moves π for each β, from which β can be chosen without playing.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from offline_lmrl.data.episodes import EpisodeEncoder, Step, StepRule
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.scale import RewardScale
+from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.evaluation.metrics import Cells, Estimate
+from offline_lmrl.models.guided import settings
+from offline_lmrl.ops.decoding import guide, reduce_q, warp_log_probs
+
+CHUNK = 2**24  # entries of one (tokens × vocabulary) table
+
+
+@dataclass(frozen=True)
+class LoggedSteps:
+    """The agent's tokens in logs as the policy sees them; arrays (N,), in the order of the logs.
+
+    trajectory, turn: where the token stands. token: its id. log_prob: log π at temperature 1, in nats.
+    q, v: reduced target Q of the token and V of its state; None without value heads. return_to_go: what the log earned
+      from this token on, discounted as in training; NaN where the log was cut. All three in reward units, less the
+      reward scale's shift per scored turn (0 unless all episodes have equally many of them).
+    kl, changed: (B, N) for B values of β: KL(guided ‖ π) in nats, and whether guidance changes the best token.
+    counts: what was left out, by reason.
+    """
+
+    trajectory: np.ndarray
+    turn: np.ndarray
+    token: np.ndarray
+    log_prob: np.ndarray
+    q: np.ndarray | None
+    v: np.ndarray | None
+    return_to_go: np.ndarray
+    kl: np.ndarray
+    changed: np.ndarray
+    counts: Counter[str]
+
+
+def read_logs(
+    policy: LanguagePolicy, trajectories: Sequence[Trajectory], betas: Sequence[float] = (), batch_size: int = 32
+) -> LoggedSteps:
+    """One pass of the model over the logs, with the windows, reward scale and discounts of its training.
+
+    Args:
+      betas: where to measure guidance; the other decoding settings are the policy's.
+      batch_size: windows per forward pass.
+    Raises: InputError for betas on a policy without value heads, and where no agent turn fits.
+    """
+    if betas and not _has_heads(policy):
+        raise InputError(f"betas: found {list(betas)}, expected none: this policy has no value heads")
+    saved = settings(policy.model.config)
+    scale = RewardScale(**saved.get("reward_scale", {}))
+    encoder = EpisodeEncoder(policy.renderer, policy.window, StepRule(**saved.get("step_rule", {})), scale)
+    counts: Counter[str] = Counter()
+    windows = [(index, window) for index, t in enumerate(trajectories) for window in encoder.encode(t, counts)]
+    if not windows:
+        raise InputError("data: found no agent turn that fits, expected at least one")
+    windows.sort(key=lambda item: -len(item[1].input_ids))  # like lengths together: little padding
+    parts: list[dict[str, np.ndarray]] = []
+    for first in range(0, len(windows), batch_size):
+        batch = windows[first : first + batch_size]
+        steps = [(row, index, step) for row, (index, window) in enumerate(batch) for step in window.steps]
+        ended = [trajectories[index].terminated and step.has_target for _, index, step in steps]
+        realised = np.array([step.return_to_go for _, _, step in steps])
+        parts.append({
+            "trajectory": np.array([index for _, index, _ in steps]),
+            "turn": np.array([step.turn for _, _, step in steps]),
+            "state": np.array([step.state for _, _, step in steps]),
+            "return_to_go": np.where(ended, realised * scale.scale, np.nan),
+            **_measured(policy, [window.input_ids for _, window in batch],
+                        [(row, step) for row, _, step in steps], betas, scale.scale),
+        })  # fmt: skip
+    flat = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
+    order = np.lexsort((flat.pop("state"), flat["turn"], flat["trajectory"]))
+    flat = {name: values[..., order] for name, values in flat.items()}
+    return LoggedSteps(**{"q": None, "v": None, **flat}, counts=+counts)
+
+
+def _has_heads(policy: LanguagePolicy) -> bool:
+    return getattr(policy.model, "value_heads", None) is not None
+
+
+@torch.inference_mode()
+def _measured(
+    policy: LanguagePolicy, rows: Sequence[Sequence[int]], steps: Sequence[tuple[int, Step]], betas: Sequence[float],
+    unit: float,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """What the model says of these steps; `unit` turns Q and V into reward units."""
+    model = policy.model.eval()
+    device = model.device
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    mask = torch.arange(ids.shape[1], device=device) < lengths.unsqueeze(1)
+    outputs, hidden = model.forward_with_hidden(input_ids=ids, attention_mask=mask, use_cache=False)
+    row = torch.tensor([row for row, _ in steps], device=device)
+    state = torch.tensor([step.state for _, step in steps], device=device)
+    token = ids[row, state + 1]
+    parts: dict[str, list[Tensor]] = {"token": [token]}
+    for chunk in torch.arange(len(steps), device=device).split(max(1, CHUNK // outputs.logits.shape[-1])):
+        logits, states = outputs.logits[row[chunk], state[chunk]].float(), hidden[row[chunk], state[chunk]]
+        for name, values in _of_states(policy, logits, states, token[chunk], betas, unit):
+            parts.setdefault(name, []).append(values)
+    return {name: torch.cat(values, dim=-1).cpu().numpy() for name, values in parts.items()}
+
+
+def _of_states(
+    policy: LanguagePolicy, logits: Tensor, hidden: Tensor, token: Tensor, betas: Sequence[float], unit: float
+) -> Iterator[tuple[str, Tensor]]:
+    """Named measurements (n,) or (B, n) of n states: logits (n, V), hidden (n, d), token (n,) taken there."""
+    taken = token.unsqueeze(-1)
+    log_prob = logits.log_softmax(-1)
+    yield "log_prob", log_prob.gather(-1, taken).squeeze(-1)
+    measures = torch.zeros(2, len(betas), len(token), device=logits.device)
+    if _has_heads(policy):
+        q, v = policy.model.q_values(hidden), policy.model.v_values(hidden)  # (H, n, V), (n,)
+        yield "q", unit * reduce_q(q, policy.sampling.q_reduce).gather(-1, taken).squeeze(-1)
+        yield "v", unit * v
+        for i, beta in enumerate(betas):
+            guided = _decoding_log_prob(policy, logits, q, v, beta)
+            # 0 · log 0 = 0: a dropped token adds nothing
+            measures[0, i] = (guided.exp() * (guided - log_prob).masked_fill(guided == -torch.inf, 0.0)).sum(-1)
+            measures[1, i] = (guided.argmax(-1) != log_prob.argmax(-1)).float()
+    yield "kl", measures[0]
+    yield "changed", measures[1]
+
+
+def _decoding_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor, v: Tensor, beta: float) -> Tensor:
+    """The distribution that the sampler draws from at this β, (n, V); see `Sampler.draw`."""
+    form = policy.sampling
+    scores = warp_log_probs(logits, form.temperature, form.top_k, form.top_p, form.min_p, form.support)
+    if beta == 0:
+        return scores
+    if form.candidates is not None:
+        best, index = scores.topk(min(form.candidates, scores.shape[-1]), dim=-1)
+        scores = torch.full_like(scores, -torch.inf).scatter(-1, index, best)
+    return guide(scores, q, None if form.clip is None else v, beta, form.q_reduce, form.clip).log_softmax(-1)
+
+
+def guidance_by_beta(
+    policy: LanguagePolicy, trajectories: Sequence[Trajectory], betas: Sequence[float]
+) -> list[dict[str, float]]:
+    """For each β, over logged agent tokens: `kl`, mean KL(guided ‖ π) in nats per token, and `changed`, the share of
+    tokens where guidance changes the most probable choice. Both exact given the state (no sampling)."""
+    return _by_beta(read_logs(policy, trajectories, betas), betas)
+
+
+def _by_beta(steps: LoggedSteps, betas: Sequence[float]) -> list[dict[str, float]]:
+    means = zip(betas, steps.kl.mean(-1), steps.changed.mean(-1), strict=True)
+    return [{"beta": float(beta), "kl": float(kl), "changed": float(changed)} for beta, kl, changed in means]
+
+
+def choose_beta(by_beta: Sequence[Mapping[str, float]], kl_budget: float) -> float:
+    """The largest β whose `kl` is within the budget ("chosen offline"); 0, no guidance, where none is."""
+    return max((entry["beta"] for entry in by_beta if entry["kl"] <= kl_budget), default=0.0)
+
+
+def calibration(steps: LoggedSteps, bins: int = 10) -> list[dict[str, float]]:
+    """Predicted against realised: tokens in `bins` equally full bins of Q, each with its means `q` and `return_to_go`
+    and its size `n`. Logs that were cut do not count, as their return is not known."""
+    known = np.flatnonzero(~np.isnan(steps.return_to_go))
+    ordered = known[np.argsort(steps.q[known], kind="stable")]
+    return [
+        {"q": float(steps.q[part].mean()), "return_to_go": float(steps.return_to_go[part].mean()), "n": len(part)}
+        for part in np.array_split(ordered, min(bins, len(ordered)) or 1)
+        if len(part)
+    ]
+
+
+def ranking_accuracy(steps: LoggedSteps, trajectories: Sequence[Trajectory]) -> Estimate | None:
+    """Share of pairs that Σ(Q − V) over the agent's tokens puts in the order of their returns; a tie counts half.
+
+    Pairs are finished trajectories of one group with unequal returns; .5 is chance. The interval is clustered by group
+    and n is the number of pairs; None where there is no such pair.
+    """
+    score = np.bincount(steps.trajectory, steps.q - steps.v, minlength=len(trajectories))
+    seen = np.bincount(steps.trajectory, minlength=len(trajectories)) > 0
+    groups: dict[str, list[int]] = {}
+    for index, trajectory in enumerate(trajectories):
+        if trajectory.group and trajectory.terminated and seen[index]:
+            groups.setdefault(trajectory.group, []).append(index)
+    pairs = []
+    for group, members in groups.items():
+        for a, b in combinations(members, 2):
+            difference = trajectories[a].total_return - trajectories[b].total_return
+            if difference:
+                pairs.append((0, group, 0.5 + 0.5 * float(np.sign(difference) * np.sign(score[a] - score[b]))))
+    return Cells.of(pairs).estimate() if pairs else None
+
+
+@dataclass(frozen=True)
+class OfflineReport:
+    """What held-out logs say; `str` prints it. The last four are None without value heads.
+
+    log_prob: log π per agent token, in nats, clustered by group. calibration, ranking: see the functions of that name.
+    by_beta: guidance per β; beta: the one chosen offline within kl_budget.
+    """
+
+    trajectories: int
+    agent_tokens: int
+    counts: dict[str, int]
+    log_prob: Estimate
+    kl_budget: float
+    calibration: list[dict[str, float]] | None = None
+    ranking: Estimate | None = None
+    by_beta: list[dict[str, float]] | None = None
+    beta: float | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{self.trajectories} trajectories, {self.agent_tokens} agent tokens"]
+        lines += [f"  {reason}: {count}" for reason, count in self.counts.items()]
+        lines.append(f"log π per agent token (nats): {self.log_prob}")
+        if self.by_beta is None:
+            return "\n".join(lines)
+        lines.append("predicted Q against realised return to go, by bins of Q:")
+        lines += [f"  {row['q']:10.3f} {row['return_to_go']:10.3f}   n={row['n']}" for row in self.calibration]
+        ranked = "no group with different returns" if self.ranking is None else f"{self.ranking} n={self.ranking.n}"
+        lines.append(f"pairs of a group that Σ(Q − V) orders as their returns do (.5 is chance): {ranked}")
+        lines.append("guidance:   beta   KL(guided ‖ π) per token   choices changed")
+        lines += [f"  {row['beta']:14g} {row['kl']:16.4f} {row['changed']:23.1%}" for row in self.by_beta]
+        lines.append(f"beta chosen offline: {self.beta:g} (the largest within {self.kl_budget:g} nats per token)")
+        return "\n".join(lines)
+
+
+def evaluate_offline(
+    policy: LanguagePolicy, trajectories: Sequence[Trajectory], *, betas: Sequence[float], kl_budget: float
+) -> OfflineReport:
+    """Everything above on held-out logs; without value heads the likelihood alone. Raises as `read_logs`."""
+    guided = _has_heads(policy)
+    steps = read_logs(policy, trajectories, betas if guided else ())
+    clusters = [trajectories[i].group or int(i) for i in steps.trajectory]
+    log_prob = Cells.of((0, *pair) for pair in zip(clusters, steps.log_prob.tolist(), strict=True)).estimate()
+    values: dict[str, Any] = {}
+    if guided:
+        by_beta = _by_beta(steps, betas)
+        values = {
+            "calibration": calibration(steps), "ranking": ranking_accuracy(steps, trajectories), "by_beta": by_beta,
+            "beta": choose_beta(by_beta, kl_budget),
+        }  # fmt: skip
+    return OfflineReport(len(trajectories), len(steps.token), dict(steps.counts), log_prob, kl_budget, **values)
+
+
+def show(policy: LanguagePolicy, trajectory: Trajectory) -> str:
+    """One logged dialogue, the agent's turns token by token: log π, and with value heads Q, V and advantage Q − V in
+    reward units. A turn that does not fit the policy's window is printed without them."""
+    steps = read_logs(policy, [trajectory])
+    lines = [f"return {trajectory.total_return:g}" + ("" if trajectory.terminated else " (the log was cut)")]
+    for number, turn in enumerate(trajectory.turns):
+        lines.append(f"{turn.role}: {turn.content}")
+        if turn.is_trainable and turn.reward is not None:
+            lines[-1] += f"   [reward {turn.reward:g}]"
+        for i in np.flatnonzero(steps.turn == number):
+            text = policy.renderer.tokenizer.decode([int(steps.token[i])])
+            line = f"    {text!r:<20} log π {steps.log_prob[i]:8.3f}"
+            if steps.q is not None:
+                line += f"   Q {steps.q[i]:9.3f}   V {steps.v[i]:9.3f}   Q − V {steps.q[i] - steps.v[i]:+9.3f}"
+            lines.append(line)
+    return "\n".join(lines)

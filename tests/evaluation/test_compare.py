@@ -1,0 +1,293 @@
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import write_trajectories
+from offline_lmrl.data.protocols import Reply
+from offline_lmrl.data.windows import WindowRule
+from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.environments.toys import Gamble
+from offline_lmrl.evaluation import compare
+from offline_lmrl.evaluation.config import CompareConfig
+from offline_lmrl.evaluation.report import read_results, table
+
+KL = {1.0: 0.05, 2.0: 0.1, 4.0: 0.2, 8.0: 0.9}
+
+
+@dataclass
+class Gambler:
+    """A stand-in for a trained policy: the larger β, the safer; too large spoils the text. Greedy is safe."""
+
+    model: SimpleNamespace
+    renderer: None
+    sampling: SamplingConfig
+    context: int | None = None
+    stride: int = 1
+    max_length: int = 16
+
+    window = WindowRule(None, 1, 16)
+    played = []  # (run, temperature, β, seeds) of every batch of episodes
+
+    @classmethod
+    def load(cls, run, **sampling):
+        return cls(SimpleNamespace(run=run.name), None, SamplingConfig(**sampling))
+
+    def start(self, seeds):
+        Gambler.played.append((self.model.run, self.sampling.temperature, self.sampling.beta, list(seeds)))
+        self.seeds = seeds
+        return self
+
+    def reply(self, rows, histories, options=None):
+        def text(seed):
+            if self.sampling.beta > 4:
+                return "sa fe"
+            return "safe" if self.sampling.temperature == 0 or seed % 3 < self.sampling.beta else "gamble"
+
+        return [Reply(text(self.seeds[row]), (5, 2), (-0.1, -0.1), (-0.1, -0.1)) for row in rows]
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A comparison file on the gamble, and stand-ins for training and the model; `trained` lists the calls."""
+    logs = Gamble().logs(60, seed=0)
+    write_trajectories(tmp_path / "train.jsonl", logs[:40])
+    write_trajectories(tmp_path / "validation.jsonl", logs[40:])
+    trained = []
+
+    def train(algorithm, model, data, args):
+        folder = tmp_path / "out" / "runs" / args.output_dir.rpartition("/")[2]
+        if not (folder / "complete.json").exists():
+            trained.append((folder.name, algorithm, model.path, args.seed))
+            folder.mkdir()
+            (folder / "complete.json").write_text(json.dumps({"training_tokens": 1000}))
+            (folder / "metrics.jsonl").write_text('{"loss": 1.0}\n{"train_runtime": 2.5}\n')
+        return folder
+
+    Gambler.played = []
+    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(compare, "LanguagePolicy", Gambler)
+    monkeypatch.setattr(
+        compare, "guidance_by_beta", lambda _, logs, betas: [{"beta": b, "kl": KL[b], "changed": 0.0} for b in betas]
+    )
+    settings = {
+        "environment": {"name": "gamble"},
+        "data": {"train": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "validation.jsonl")},
+        "output": str(tmp_path / "out"),
+        "seeds": [0],
+        "model": {"scratch": {"model_type": "gpt2"}, "vocab_size": 300},
+        "args": {"use_cpu": True},
+        "methods": {
+            "bc": {"algorithm": "bc"},
+            "ilql": {"algorithm": "ilql", "from": "bc", "args": {"expectile": 0.5}},
+        },
+        "evaluation": {
+            "episodes": 30, "betas": [1, 2, 4, 8], "kl_budget": 0.1, "score": {"min": -1, "mean": 3, "max": 6},
+            "selection": {"episodes": 12, "first_seed": 500},
+        },
+        "reference": {"PPO": {"score": 5.0}},
+    }  # fmt: skip
+    return SimpleNamespace(settings=settings, trained=trained, out=tmp_path / "out", path=tmp_path / "compare.yaml")
+
+
+def run(world, prepare=None, **overrides):
+    world.path.write_text(json.dumps(world.settings))  # JSON is YAML
+    config = CompareConfig.read(world.path, {key.replace("__", "."): value for key, value in overrides.items()})
+    return compare.run_compare(config, prepare=prepare, console=Console(quiet=True))
+
+
+def runs(world):
+    return [row for row in read_results(world.out / "results.jsonl") if row["kind"] == "run"]
+
+
+def test_every_method_and_seed_is_trained_once_and_starts_where_it_says(world):
+    run(world, seeds=[0, 1])
+    bc, ilql, bc_1, ilql_1 = world.trained
+    assert bc == ("bc-0", "bc", None, 0) and bc_1[3] == 1
+    assert ilql == ("ilql-0", "ilql", str(world.out / "runs" / "bc-0"), 0) and ilql_1[2].endswith("bc-1")
+
+
+def test_results_hold_a_row_per_method_seed_and_setting(world):
+    run(world, seeds=[0, 1])
+    rows = runs(world)
+    assert len(rows) == 2 * (2 + 4)
+    assert {row["beta_chosen"] for row in rows if row["method"] == "bc"} == {None}
+    greedy = next(row for row in rows if row["method"] == "bc" and row["decode"] == "greedy")
+    assert greedy["score"] == 5.0 and greedy["interval"] == [5.0, 5.0] and greedy["n"] == 30  # always the safe arm
+    assert greedy["normalised"] == pytest.approx(50 + 50 * 2 / 3) and (greedy["turns"], greedy["tokens"]) == (1.0, 2.0)
+    assert greedy["cost"]["training_tokens"] == 1000 and greedy["cost"]["training_seconds"] == 2.5
+    assert greedy["cost"]["generated_tokens"] == 60
+    episodes = [json.loads(line) for line in (world.out / greedy["episodes"]).read_text().splitlines()]
+    assert [row["seed"] for row in episodes] == list(range(30)) and episodes[0]["labels"]["choice"] == "safe"
+
+
+def test_beta_is_chosen_within_the_budget_and_by_returns_on_other_episodes(world):
+    run(world)
+    rows = [row for row in runs(world) if row["method"] == "ilql" and row["decode"] == "sampled" and row["seed"] == 0]
+    offline, returns = rows
+    assert (offline["beta_chosen"], offline["beta"]) == ("offline", 2.0)  # KL .1 is within .1, .2 is not
+    assert (returns["beta_chosen"], returns["beta"]) == ("returns", 4.0)  # 8 spoils the text; 4 is never a gamble
+    assert [entry["beta"] for entry in returns["betas_tried"]] == [1, 2, 4, 8] and returns["cost"]["selection_tokens"]
+    for _, _, beta, seeds in Gambler.played:
+        assert seeds in (list(range(30)), list(range(500, 512)))
+        assert beta != 8.0 or seeds[0] == 500  # what was only tried never saw the reported episodes
+
+
+def test_an_unstated_selection_leaves_the_choice_by_returns_out(world):
+    run(world, evaluation__selection=None)
+    assert {row["beta_chosen"] for row in runs(world)} == {None, "offline"}
+
+
+def test_samples_are_the_same_ten_episodes_for_every_method(world):
+    run(world)
+    heads = []
+    for path in sorted((world.out / "samples").iterdir()):
+        heads.append([line.split(",")[0] for line in path.read_text().splitlines() if line.startswith("episode ")])
+    assert len(heads) == 2 + 4 and len(heads[0]) == 10 and all(head == heads[0] for head in heads)
+
+
+def test_a_finished_comparison_measures_nothing_again(world):
+    run(world)
+    before = (world.out / "results.jsonl").read_bytes()
+    world.trained.clear()
+    Gambler.played.clear()
+    run(world)
+    assert not world.trained and not Gambler.played and (world.out / "results.jsonl").read_bytes() == before
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(world, monkeypatch):
+    run(world)
+    whole = runs(world)
+    shutil.rmtree(world.out)
+    original, calls = compare.evaluate_policy, []
+
+    def stopped(*args, **keywords):
+        calls.append(1)
+        if len(calls) == 8:  # β 8 of the selection for greedy play, say
+            raise KeyboardInterrupt
+        return original(*args, **keywords)
+
+    monkeypatch.setattr(compare, "evaluate_policy", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(world)
+    kept = runs(world)
+    assert 0 < len(kept) < len(whole)
+    monkeypatch.setattr(compare, "evaluate_policy", original)
+    run(world)
+
+    def facts(rows):
+        return [{k: v for k, v in row.items() if k != "cost"} for row in rows]
+
+    assert facts(runs(world)) == facts(whole) and runs(world)[: len(kept)] == kept
+
+
+def test_more_seeds_and_methods_are_added_to_what_is_there(world):
+    run(world, seeds=[0])
+    first = runs(world)
+    world.settings["methods"]["again"] = {"algorithm": "bc", "args": {"keep_share": 0.5}}
+    run(world, seeds=[0, 7])
+    rows = runs(world)
+    assert rows[: len(first)] == first and {row["seed"] for row in rows} == {0, 7}
+    assert {row["method"] for row in rows} == {"bc", "ilql", "again"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("methods__ilql__args__expectile", 0.9, "ilql: method.0.args.expectile: found 0.5, expected 0.9"),
+        ("methods__bc__args", {"keep_share": 0.2}, r"bc: method.0.args.keep_share: found None, expected 0.2"),
+        ("evaluation__episodes", 31, "evaluation.episodes: found 30, expected 31"),
+        ("environment__name", "corridor", "environment.name: found 'gamble', expected 'corridor'"),
+    ],
+)
+def test_results_of_other_settings_are_refused_by_name(world, key, value, message):
+    run(world)
+    before = (world.out / "results.jsonl").read_bytes()
+    with pytest.raises(InputError, match=message):
+        run(world, **{key: value})
+    assert (world.out / "results.jsonl").read_bytes() == before
+
+
+def test_results_on_other_data_are_refused(world):
+    run(world)
+    write_trajectories(world.settings["data"]["train"], Gamble().logs(40, seed=1))
+    with pytest.raises(InputError, match="data.train: found"):
+        run(world)
+
+
+def test_what_only_shows_may_change(world):
+    run(world)
+    run(world, evaluation__labels=["lucky"], evaluation__batch_size=7, baseline="ilql", reference={})
+    assert "PPO" not in (world.out / "table.md").read_text()
+
+
+def test_the_table_is_printed_written_and_redrawn_from_the_results(world, capsys):
+    run(world)
+    printed = capsys.readouterr().out
+    assert printed == (world.out / "table.md").read_text() == table(world.out / "results.jsonl") + "\n"
+    lines = printed.splitlines()
+    assert lines[2].startswith("| behaviour") and lines[3].startswith("| optimum") and "PPO (published)" in lines[-1]
+    assert "minus bc" in lines[0] and "4 (returns)" in printed and "2 (offline)" in printed
+
+
+def test_repeats_are_for_sampled_play_only(world):
+    run(world, evaluation__repeats=2)
+    assert {(row["decode"], row["n"]) for row in runs(world)} == {("sampled", 60), ("greedy", 30)}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("methods__ilql__args", {"expectil": 0.5}, "methods.ilql.args: found 'expectil', .*did you mean 'expectile'"),
+        ("methods__ilql__args", {"expectile": 2.0}, "expectile: found 2.0, expected 0.5 to"),
+        ("methods__ilql__args", {"seed": 3}, "methods.ilql.args.seed: found a value, expected none"),
+        ("methods__ilql__algorithm", "illql", "algorithm: found 'illql'"),
+        ("model__scrach", {}, "methods.bc.model: found 'scrach'"),
+        ("data__validation", None, "data.validation: missing"),
+    ],
+)
+def test_a_slip_anywhere_surfaces_before_anything_is_trained(world, key, value, message):
+    with pytest.raises(InputError, match=message):
+        run(world, **{key: value})
+    assert not world.trained and not world.out.exists()
+
+
+def test_missing_data_are_prepared_first(world):
+    made = []
+
+    def prepare(settings):
+        made.append(settings)
+        write_trajectories(world.settings["data"]["train"], Gamble().logs(20, seed=0))
+
+    world.settings["data"]["train"] += ".new.jsonl"
+    world.settings["prepare"] = {"command": "gamble", "output": "x"}
+    run(world, prepare)
+    run(world, prepare)
+    assert made == [{"command": "gamble", "output": "x"}]
+
+
+class Duel(Gamble):
+    """The gamble beside a partner, who is asked for nothing but has to be there."""
+
+    def __init__(self, partner):
+        assert partner.sampling.temperature == 0.5
+        self.partner = partner
+
+
+def test_a_partner_is_trained_once_and_handed_to_the_environment(world):
+    world.settings["environment"] = {"name": f"{__name__}:Duel"}
+    world.settings["partner"] = {"algorithm": "bc", "seed": 9, "sampling": {"temperature": 0.5}}
+    sys.modules.setdefault(__name__, SimpleNamespace(Duel=Duel, __file__=__file__))
+    run(world)
+    assert [call for call in world.trained if call[0].startswith("partner")] == [("partner-9", "bc", None, 9)]
+
+
+def test_a_folder_that_cannot_be_written_is_an_input_error(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="output: cannot write"):
+        run(world, output=str(tmp_path / "file" / "out"))
