@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"offline-lmrl {__version__}")
         return 0
+    if not sys.stderr.isatty():
+        # In a log file the bars of downloads and weight loading are noise around the one line that matters.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         _command(arguments[0])(arguments[1:])
     except InputError as error:

@@ -56,11 +56,11 @@ class Parser(ArgumentParser):
                     action.help = texts.get(action.dest, action.help)
             group._group_actions.sort(key=lambda action: action.dest in inherited)
 
-    def add_overrides(self, cls: type) -> None:
+    def add_overrides(self, cls: type, title: str) -> None:
         """Add the fields of a dataclass as `--field`; the result has only those that were given."""
-        hints, texts = get_type_hints(cls), field_help(cls)
+        hints, texts, group = get_type_hints(cls), field_help(cls), self.add_argument_group(title)
         for field in fields(cls):
-            self.add_argument(f"--{field.name}", type=hints[field.name], default=SUPPRESS, help=texts.get(field.name))
+            group.add_argument(f"--{field.name}", type=hints[field.name], default=SUPPRESS, help=texts.get(field.name))
 
     def parse(self, argv: Sequence[str], settings: Mapping[str, Any] | None = None, source: str = "") -> Namespace:
         """The built values of a file's settings with the command line over them.
@@ -127,19 +127,15 @@ def call(
     argv: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
     positional: bool = True,
-    overrides: type | None = None,
 ) -> Any:
     """Call a function with arguments from the command line.
 
     Args:
       positional: whether its required parameters are given without a name.
       settings: arguments by name, from a config; the command line wins.
-      overrides: a dataclass whose fields are settings too; those that are given go into the function's `**` parameter.
     """
     parser = Parser(usage)
     parser.add_function_arguments(function, as_positional=positional)
-    if overrides is not None:
-        parser.add_overrides(overrides)
     return function(**parser.parse(argv, settings, usage).as_dict())
 
 

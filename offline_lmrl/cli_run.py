@@ -2,11 +2,14 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from offline_lmrl.cli_data import prepare_from_settings
 from offline_lmrl.cli_parser import Parser, overrides_of, read_settings, split_file
 from offline_lmrl.data.errors import InputError
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
 TRAIN_HELP = """Learn from scored trajectories. The file says `algorithm`, `model`, `data` and `args`; this help is for
 one algorithm (--algorithm NAME). A run that was stopped goes on from its last complete checkpoint when it is started
@@ -18,6 +21,20 @@ stopped goes on where it was."""
 
 def train(argv: Sequence[str]) -> None:
     """`train FILE.yaml`: one algorithm on one data set; prints the run directory."""
+    values = train_settings(argv)
+
+    from offline_lmrl.algorithms import run
+
+    run_settings = (values.algorithm, values.model, values.data, values.args)
+    if values.dry_run:
+        for name, value in run.dry_run(*run_settings).items():
+            print(f"{name}: {value:,}")
+    else:
+        print(run.train(*run_settings))
+
+
+def train_settings(argv: Sequence[str]) -> "Namespace":
+    """The `algorithm, model, data, args` and `dry_run` of a train file and what follows it, built and checked."""
     file, rest = split_file(argv)
     settings = {} if file is None else read_settings(file)
     asks_help = bool({"-h", "--help", "--help_all"} & set(rest))
@@ -28,8 +45,7 @@ def train(argv: Sequence[str]) -> None:
     from transformers import TrainingArguments
 
     from offline_lmrl.algorithms import ALGORITHMS, load_algorithm
-    from offline_lmrl.algorithms.run import DataConfig, ModelConfig, dry_run
-    from offline_lmrl.algorithms.run import train as run
+    from offline_lmrl.algorithms.run import DataConfig, ModelConfig
 
     config_class, _ = load_algorithm(algorithm)
     parser = Parser("train FILE.yaml [--key value ...]", TRAIN_HELP)
@@ -39,12 +55,7 @@ def train(argv: Sequence[str]) -> None:
     parser.add_dataclass(ModelConfig, "model")
     parser.add_dataclass(DataConfig, "data")
     parser.add_dataclass(config_class, "args", TrainingArguments, show_base="--help_all" in rest)
-    values = parser.parse(rest, settings, str(file))
-    if values.dry_run:
-        for name, value in dry_run(values.algorithm, values.model, values.data, values.args).items():
-            print(f"{name}: {value:,}")
-        return
-    print(run(values.algorithm, values.model, values.data, values.args))
+    return parser.parse(rest, settings, str(file))
 
 
 def _algorithm(argv: Sequence[str], settings: dict, file: str | None) -> str | None:

@@ -1,0 +1,268 @@
+"""Commands that use a run: evaluate, generate."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offline_lmrl.cli_parser import Parser
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.trajectory import Trajectory, Turn, shown, to_record, turn_from_record
+
+if TYPE_CHECKING:
+    from offline_lmrl.data.protocols import Reply
+    from offline_lmrl.decoding.policy import LanguagePolicy
+    from offline_lmrl.evaluation.play import EvaluationResult
+
+PROMPTS_AT_ONCE = 256  # what is generated between two movements of the progress bar
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """`evaluate RUN --environment NAME` or `--data HELDOUT`."""
+    _call("evaluate RUN (--environment NAME | --data HELDOUT) [--key value ...]", _evaluate, argv)
+
+
+def generate(argv: Sequence[str]) -> None:
+    """`generate RUN --prompts FILE`, or `--chat`."""
+    flags = {"chat": "talk to the run turn by turn, on stdin and stdout, until the input ends"}
+    _call("generate RUN [--prompts FILE] [--output FILE] [--chat] [--key value ...]", _generate, argv, flags)
+
+
+def _call(
+    usage: str, function: Callable[..., None], argv: Sequence[str], flags: Mapping[str, str] | None = None
+) -> None:
+    """Call a function of a run; the fields of SamplingConfig that are given go into its parameter `sampling`.
+
+    Args:
+      flags: parameters that take no value on the command line, with their help.
+    """
+    from offline_lmrl.decoding.sampler import SamplingConfig
+
+    parser = Parser(usage)
+    for name, text in (flags or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    parser.add_function_arguments(function, as_positional=True, skip={"sampling", *(flags or {})})
+    parser.add_overrides(SamplingConfig, "Decoding; what is not given is as saved with the run")
+    values = parser.parse(argv).as_dict()
+    sampling = {field.name: values.pop(field.name) for field in fields(SamplingConfig) if field.name in values}
+    SamplingConfig(**sampling)  # a number out of range shows before the model is loaded
+    function(**values, sampling=sampling)
+
+
+def _evaluate(
+    run: str,
+    environment: str | None = None,
+    settings: dict[str, Any] | None = None,
+    episodes: int = 100,
+    seed: int = 0,
+    repeats: int = 1,
+    cluster: str | None = None,
+    batch_size: int = 1024,
+    output: Path | None = None,
+    data: str | None = None,
+    betas: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
+    kl_budget: float = 0.3,
+    show: int | None = None,
+    device: str | None = None,
+    *,
+    sampling: Mapping[str, Any],
+) -> None:
+    """Measure a run in an environment, on held-out logs, or both.
+
+    Args:
+      run: a run directory, or a folder or hub name of a causal LM.
+      environment: maze, corridor, gamble, negotiation, or your own as package.module:Class.
+      settings: the environment's own arguments, as --settings.observed partial.
+      episodes: how many are played.
+      seed: the first episode's; the others follow.
+      repeats: decodings of every episode.
+      cluster: label that dependent episodes share, for the interval; null = every episode for itself.
+      batch_size: episodes played side by side.
+      output: file for the played episodes, which can be trained on.
+      data: held-out trajectories; says what logs alone can say.
+      betas: weights of the guidance that are tried on the logs.
+      kl_budget: the largest of them that moves the policy no further than this, in nats per token, is recommended.
+      show: print this row of the data token by token instead, from 1.
+      device: null = the first accelerator, else the CPU.
+    """
+    from offline_lmrl.data.io import read_trajectories, write_trajectories
+    from offline_lmrl.decoding.policy import LanguagePolicy
+    from offline_lmrl.environments import make_environment
+    from offline_lmrl.evaluation import offline
+    from offline_lmrl.evaluation.play import evaluate_policy
+
+    if environment is None and data is None:
+        raise InputError("environment, data: found neither, expected at least one of them")
+    if show is not None and data is None:
+        raise InputError("show: found a row without --data, expected the data it is in")
+    if episodes < 1:
+        raise InputError(f"episodes: found {episodes}, expected at least 1")
+    trajectories = [] if data is None else read_trajectories(data)
+    if show is not None and not 1 <= show <= len(trajectories):
+        raise InputError(f"show: found {show}, expected 1 to {len(trajectories)}")
+    made = None if environment is None else make_environment(environment, **(settings or {}))
+    if output is not None:
+        _require_writable(output)
+    policy = LanguagePolicy.load(run, device=device, **sampling)
+    if made is not None:
+        with _progress("playing", episodes) as progress:
+            result = evaluate_policy(
+                policy,
+                made,
+                range(seed, seed + episodes),
+                repeats=repeats,
+                cluster=cluster,
+                batch_size=batch_size,
+                progress=progress,
+            )
+        if output is not None:
+            write_trajectories(output, result.trajectories)
+        _print_result(result)
+    if show is not None:
+        print(offline.show(policy, trajectories[show - 1]))
+    elif trajectories:
+        print(offline.evaluate_offline(policy, trajectories, betas=betas, kl_budget=kl_budget))
+
+
+def _print_result(result: "EvaluationResult") -> None:
+    summary = result.summary()
+    labels = summary.pop("labels")
+    print(f"score: {result.score()}")
+    for name, value in {**summary, **labels}.items():
+        print(f"{name}: {value:.4g}")
+
+
+def _generate(
+    run: str,
+    prompts: str = "-",
+    output: str = "-",
+    n: int = 1,
+    seed: int = 0,
+    device: str | None = None,
+    chat: bool = False,
+    *,
+    sampling: Mapping[str, Any],
+) -> None:
+    """Reply to prompts, or talk.
+
+    Args:
+      run: a run directory, or a folder or hub name of a causal LM.
+      prompts: file, or - for stdin: one prompt per line, plain text or JSON with `prompt` or `messages`.
+      output: file, or - for stdout: JSON Lines with the messages, the reply's token ids and log-probabilities.
+      n: replies to each prompt.
+      seed: of the first prompt; the others follow.
+      device: null = the first accelerator, else the CPU.
+    """
+    from offline_lmrl.data.io import atomic_output
+    from offline_lmrl.decoding.policy import LanguagePolicy
+
+    if chat:
+        _chat(LanguagePolicy.load(run, device=device, **sampling), seed)
+        return
+    histories = read_prompts(prompts)
+    if output != "-":
+        _require_writable(Path(output))
+    policy = LanguagePolicy.load(run, device=device, **sampling)
+    rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in _replies(policy, histories, n, seed)]
+    if output == "-":
+        sys.stdout.writelines(rows)
+        return
+    with atomic_output(output) as temporary:
+        temporary.write_text("".join(rows), encoding="utf-8")
+
+
+def read_prompts(source: str) -> list[list[Turn]]:
+    """A dialogue per line of a file, or of stdin for "-".
+
+    A line is a user turn as plain text, or JSON with `messages`, or with `prompt` as text or messages.
+    Raises: InputError "source:line: field: ..." for what cannot be read, and where there is no prompt.
+    """
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source}: text: found bytes that are not UTF-8, expected UTF-8") from error
+    name = "stdin" if source == "-" else source
+    lines = enumerate(text.split("\n"), 1)
+    histories = [_prompt(line.strip(), f"{name}:{number}") for number, line in lines if line.strip()]
+    if not histories:
+        raise InputError(f"{name}: found no prompt, expected one per line")
+    return histories
+
+
+def _prompt(line: str, where: str) -> list[Turn]:
+    if not line.startswith("{"):
+        return [turn_from_record({"role": "user", "content": line}, where)]
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: JSON: found a line that does not parse: {error}") from error
+    field = "messages" if "messages" in row else "prompt"
+    messages = row.get(field)
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{where}: {field}: found {shown(messages)}, expected text or a list of messages")
+    return [turn_from_record(turn, f"{where}: {field}[{i}]") for i, turn in enumerate(messages)]
+
+
+def _replies(policy: "LanguagePolicy", histories: Sequence[Sequence[Turn]], n: int, seed: int) -> Iterator[Mapping]:
+    """A record per reply, which `read_trajectories` reads again."""
+    from offline_lmrl.decoding.policy import generate_texts
+
+    with _progress("generating", len(histories)) as progress:
+        for start in range(0, len(histories), PROMPTS_AT_ONCE):
+            part = histories[start : start + PROMPTS_AT_ONCE]
+            seeds = range(seed + start, seed + start + len(part))
+            for history, own_seed, replies in zip(part, seeds, generate_texts(policy, part, n, seeds), strict=True):
+                yield from (to_record(_answered(policy, history, reply, own_seed)) for reply in replies)
+            progress(start + len(part), len(histories))
+
+
+def _answered(policy: "LanguagePolicy", history: Sequence[Turn], reply: "Reply", seed: int) -> Trajectory:
+    turn = Turn("assistant", reply.text, token_ids=reply.token_ids, behaviour_log_prob=reply.log_prob)
+    labels = {"seed": seed, "tokenizer": policy.renderer.fingerprint, "policy_log_prob": [list(reply.policy_log_prob)]}
+    return Trajectory((*history, turn), terminated=reply.closed, labels=labels)
+
+
+def _chat(policy: "LanguagePolicy", seed: int) -> None:
+    session, turns = policy.start([seed]), []
+    while (text := _ask()) is not None:
+        turns.append(Turn("user", text))
+        (reply,) = session.reply([0], [turns])
+        turns.append(Turn("assistant", reply.text, token_ids=reply.token_ids))
+        print(reply.text, flush=True)
+
+
+def _ask() -> str | None:
+    """The next line that says something, None at the end of the input."""
+    try:
+        while not (text := input("> " if sys.stdin.isatty() else "").strip()):
+            continue
+    except EOFError:
+        return None
+    return text
+
+
+@contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """What takes (done, in all) and moves a bar on stderr, which is gone at the end and absent in a log file."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done, in_all: bar.update(task, completed=done, total=in_all)
+
+
+def _require_writable(path: Path) -> None:
+    """Say now what writing would say after the work is done."""
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"output: found {path}, expected a path that can be written")
