@@ -123,3 +123,12 @@ def test_guidance_without_heads_is_an_error_not_silence():
     model = attach(tiny_model(), None)
     with pytest.raises(InputError, match="beta: found 2.0, but this model has no value heads"):
         greedy(model, PROMPTS, beta=2.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "cohere"])
+def test_the_guided_forward_compiles_as_one_graph(family):
+    model, inputs = guided_model(family), {"input_ids": torch.tensor(PROMPTS[:1]), "beta": 2.0, "use_cache": False}
+    with torch.no_grad():
+        compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+        assert_close(compiled(**inputs).logits, model(**inputs).logits)
