@@ -23,8 +23,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     leaf = name.rpartition(".")[2]
     # The right name under the wrong group (`learning_rate` for `args.learning_rate`) is nearer than any spelling.
-    namesakes = [other for other in known if other.rpartition(".")[2] == leaf]
-    near = namesakes or difflib.get_close_matches(name, known, n=1)
+    near = [other for other in known if other.rpartition(".")[2] == leaf]
+    near = near or difflib.get_close_matches(name, known, n=1)
+    near = near or difflib.get_close_matches(name.partition(".")[0], known, n=1)  # the key of a free mapping
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

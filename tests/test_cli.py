@@ -1,0 +1,410 @@
+"""The command line from outside: exit codes, one-line errors that leave nothing behind, and what each command does."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import transformers
+import yaml
+
+from offline_lmrl import cli, read_trajectories
+from offline_lmrl.cli_data import prepare_from_settings
+from offline_lmrl.cli_parser import Parser, field_help, nearest, overrides_of, read_settings
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.decoding.policy import LanguageSession
+
+GOOD = {"prompt": "left or right?", "completion": "left", "reward": 1.0}
+TRAIN_FILE = """
+algorithm: ilql
+model:
+  vocab_size: 280
+  scratch: {model_type: gpt2, n_layer: 1, n_embd: 8, n_head: 1, n_positions: 64}
+data: {train: DATA}
+args: {output_dir: RUN, max_steps: 2, max_length: 64, use_cpu: true, learning_rate: 1e-3}
+"""
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(command):
+    """Runs what must be refused and returns the message of its one line."""
+
+    def run(*arguments, stdin=""):
+        code, out, err = command(*arguments, stdin=stdin)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+        return err.removeprefix("error: ").strip()
+
+    return run
+
+
+def write_rows(path: Path, *rows) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def write_train_file(folder: Path, data: Path, run: Path) -> Path:
+    file = folder / "train.yaml"
+    file.write_text(TRAIN_FILE.replace("DATA", str(data)).replace("RUN", str(run)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with data.jsonl, train.yaml and the run that they give."""
+    transformers.logging.disable_progress_bar()  # as a shell without a terminal has it
+    folder = tmp_path_factory.mktemp("trained")
+    rows = [{**GOOD, "completion": side, "reward": float(side == "left")} for side in ("left", "right") * 4]
+    file = write_train_file(folder, write_rows(folder / "data.jsonl", *rows), folder / "run")
+    assert cli.main(["train", str(file)]) == 0
+    return folder
+
+
+# Bad input.
+
+
+def messages(*turns):
+    return {"messages": [dict(zip(("role", "content", "reward"), turn, strict=False)) for turn in turns]}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"prompt": "left or right?", ', "data.jsonl:2: JSON: "),
+        ({**GOOD, "reward": "high"}, "data.jsonl:2: reward: found 'high'"),
+        ({**GOOD, "reward": float("nan")}, "data.jsonl:2: reward: found nan"),
+        ({**GOOD, "completion": ""}, "data.jsonl:2: "),
+        (messages(("user", "hi", 1.0), ("assistant", "ho")), "data.jsonl:2: messages[0].reward: found 1.0 on a turn"),
+        (messages(("user", "hi"), ("assistant", 3)), "data.jsonl:2: messages[1].content: found 3"),
+        (messages(("user", "hi"), ("assistant", "ho", float("nan"))), "data.jsonl:2: messages[1].reward: found nan"),
+        (messages(("user", "hi"), ("user", "ho")), "data.jsonl:2: messages: found only untrained turns"),
+        (messages(("user", "hi"), ("robot", "ho")), "data.jsonl:2: messages[1].role: found 'robot'"),
+        (messages(("user", "hi"), ("assistant", "")), "data.jsonl:2: messages[1].content: found empty text"),
+        ([1, 2], "data.jsonl:2: "),
+    ],
+)
+def test_bad_row_is_refused_with_file_row_and_field(refused, tmp_path, row, said):
+    data = write_rows(tmp_path / "data.jsonl", GOOD, row)
+    assert said in refused("check", data)
+    file = write_train_file(tmp_path, data, tmp_path / "run")
+    assert said in refused("train", file)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_and_empty_files_are_refused(refused, tmp_path):
+    empty = write_rows(tmp_path / "empty.jsonl")
+    missing = tmp_path / "missing.jsonl"
+    assert refused("check", empty).startswith(f"{empty} ")
+    assert refused("check", missing).startswith(f"{missing}: found no such file")
+    for data in (empty, missing):
+        assert str(data) in refused("train", write_train_file(tmp_path, data, tmp_path / "run"))
+    for name in ("train", "compare"):
+        assert str(tmp_path / "missing.yaml") in refused(name, tmp_path / "missing.yaml")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_longer_than_the_context_are_refused(refused, tmp_path):
+    data = write_rows(tmp_path / "long.jsonl", {**GOOD, "completion": "left " * 200})
+    file = write_train_file(tmp_path, data, tmp_path / "run")
+    assert "longer than max_length" in refused("train", file)
+    short = write_rows(tmp_path / "data.jsonl", GOOD)
+    said = refused("train", file, "--data.train", short, "--args.max_length", 100)
+    assert said == "max_length: found 100, expected at most the model's 64 positions"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "wrong", "said"),
+    [
+        ("args", {"lerning_rate": 1}, "args.lerning_rate: found a setting that does not exist; did you mean 'args."),
+        ("learning_rate", 1, "learning_rate: found a setting that does not exist; did you mean 'args.learning_rate'?"),
+        ("args", {"expectile": 1.5}, "expectile: found 1.5, expected "),
+        ("args", {"expectile": float("nan")}, "expectile: found nan, expected "),
+        ("args", {"context": "two"}, "args.context: found two, expected int or null"),
+        ("args", {"value_heads": "cubic"}, "args.value_heads: found cubic, expected one of 'tied', 'linear', 'mlp'"),
+        ("args", {"learning_rate": None}, "args.learning_rate: found null, expected a value such as "),
+        ("args", 3, "args: found 3, expected a mapping of settings"),
+        ("model", {"path": "here"}, "expected exactly one of them"),
+        ("algorithm", "dqn", "algorithm: found 'dqn', expected one of bc, ilql"),
+        ("algorithm", ["bc"], "algorithm: found ['bc'], expected a name"),
+    ],
+)
+def test_bad_setting_is_refused_with_its_key(refused, tmp_path, section, wrong, said):
+    file = write_train_file(tmp_path, write_rows(tmp_path / "data.jsonl", GOOD), tmp_path / "run")
+    settings = read_settings(file)
+    settings[section] = {**settings[section], **wrong} if isinstance(wrong, dict) else wrong
+    file.write_text(yaml.safe_dump(settings))
+    assert said in refused("train", file)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["- 1", "args: {", "just words", ""])
+def test_file_that_is_no_mapping_is_refused(refused, tmp_path, text):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    for name in ("train", "compare"):
+        assert refused(name, file).startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--args.lerning_rate", "1"], "--args.lerning_rate: found a setting that does not exist; did you mean "),
+        (["--args.learning", "1"], "--args.learning: found a setting that does not exist"),  # no abbreviations
+        (["--args.stride=x"], "args.stride: found x, expected int"),
+        (["--args.stride"], "--args.stride: expected one argument"),
+        (["more.yaml"], "found 'more.yaml' among the settings, expected --key value pairs"),
+    ],
+)
+def test_bad_override_is_refused_with_its_key(refused, trained, arguments, said):
+    assert said in refused("train", trained / "train.yaml", *arguments)
+
+
+def test_unknown_names_are_refused_with_the_nearest(refused, trained):
+    assert refused("trian").endswith("did you mean 'train'?")
+    assert refused("prepare", "maz", "--output", "x").endswith("did you mean 'maze'?")
+    assert refused("config", "maze/ful").endswith("did you mean 'maze/full'?")
+    assert "'maze'" in refused("evaluate", trained / "run", "--environment", "maez")
+    assert "settings" in refused("evaluate", trained / "run", "--environment", "maze", "--setings.observed", "full")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--environment", "gamble", "--episodes", "0"], "episodes: found 0"),
+        (["--environment", "gamble", "--temperature", "-1"], "temperature: found -1.0"),
+        (["--environment", "gamble", "--top_p", "1.5"], "top_p: found 1.5"),
+        (["--data", "DATA", "--show", "9"], "show: found 9, expected 1 to 8"),
+        (["--show", "1", "--environment", "gamble"], "show: "),
+        ([], "environment, data: found neither"),
+    ],
+)
+def test_bad_number_is_refused_before_the_model_is_loaded(refused, trained, monkeypatch, arguments, said):
+    monkeypatch.setattr("offline_lmrl.decoding.policy.LanguagePolicy.load", None)
+    arguments = [str(trained / "data.jsonl") if word == "DATA" else word for word in arguments]
+    assert said in refused("evaluate", trained / "run", *arguments)
+
+
+def test_run_with_another_tokenizer_is_refused(refused, trained, tmp_path):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    train_tokenizer(["something else entirely"] * 9, 270).save_pretrained(tmp_path / "run")
+    assert "tokenizer: found fingerprint" in refused("generate", tmp_path / "run", stdin="hi")
+
+
+def test_path_that_cannot_be_written_is_refused(refused, trained, tmp_path):
+    blocked = write_rows(tmp_path / "file", "a file, not a folder") / "out"
+    assert str(blocked) in refused("prepare", "maze", "--episodes", 4, "--output", blocked)
+    assert str(blocked) in refused("train", trained / "train.yaml", "--args.output_dir", blocked)
+    for arguments in (["generate"], ["evaluate", "--environment", "gamble"]):
+        name, *rest = arguments
+        assert str(blocked) in refused(name, trained / "run", *rest, "--output", blocked, stdin="hi")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ("", "stdin: found no prompt"),
+        ("hi\n{", "stdin:2: JSON: "),
+        ('{"text": "hi"}', "stdin:1: prompt: found None, expected text or a list of messages"),
+        ('{"messages": [{"role": "robot", "content": "hi"}]}', "stdin:1: messages[0].role: found 'robot'"),
+    ],
+)
+def test_bad_prompt_is_refused_with_its_line(refused, trained, prompts, said):
+    assert said in refused("generate", trained / "run", stdin=prompts)
+
+
+def test_bad_input_prints_one_line_from_a_shell_too(tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", GOOD, "{")
+    shell = [sys.executable, "-m", "offline_lmrl.cli", "check", str(data)]
+    run = subprocess.run(shell, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert re.fullmatch(r"error: .*data\.jsonl:2: JSON: .*\n", run.stderr)
+
+
+# Commands.
+
+
+def test_top_level_help_names_every_command(command):
+    code, out, _ = command("--help")
+    assert code == 0
+    assert all(re.search(rf"^  {name} ", out, re.MULTILINE) for name in cli.COMMANDS)
+    assert command()[0] == 2
+
+
+def test_train_help_is_about_the_algorithm(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "--algorithm", "bc", "--help"])
+    out = capsys.readouterr().out
+    assert "--args.keep_share" in out and "--args.expectile" not in out and "--args.output_dir" not in out
+
+
+def test_interrupt_exits_130_without_a_traceback(command, monkeypatch):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_command", lambda name: interrupted)
+    assert command("train") == (130, "", "interrupted\n")
+
+
+def test_settings_on_the_command_line_win_over_the_file(command, trained, tmp_path):
+    arguments = ("train", trained / "train.yaml", "--args.output_dir", tmp_path / "run", "--args.max_steps", 1)
+    code, out, _ = command(*arguments)
+    assert (code, out.splitlines()[-1]) == (0, str(tmp_path / "run"))
+    resolved = read_settings(tmp_path / "run" / "config.yaml")
+    assert (resolved["args"]["max_steps"], resolved["args"]["learning_rate"]) == (1, 1e-3)
+    assert command(*arguments)[:2] == (0, f"{tmp_path / 'run'}\n")  # complete, so there is nothing to do
+
+
+def test_dry_run_says_what_would_run(command, trained, tmp_path):
+    arguments = ("--args.output_dir", tmp_path / "run", "--dry_run")
+    code, out, _ = command("train", trained / "train.yaml", *arguments)
+    assert code == 0
+    assert "optimizer steps: 2\n" in out and "windows: 8\n" in out
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_evaluate_plays_an_environment_and_saves_what_can_be_trained_on(command, trained, tmp_path):
+    settings = ("--environment", "gamble", "--episodes", 3, "--max_new_tokens", 3)
+    code, out, _ = command("evaluate", trained / "run", *settings, "--output", tmp_path / "played.jsonl")
+    assert code == 0 and out.startswith("score: ") and "\nn: 3\n" in out
+    assert len(read_trajectories(tmp_path / "played.jsonl")) == 3
+
+
+def test_evaluate_reads_held_out_logs(command, trained):
+    code, out, _ = command("evaluate", trained / "run", "--data", trained / "data.jsonl", "--betas", "[1, 2]")
+    assert code == 0 and out.startswith("8 trajectories, ")
+    code, out, _ = command("evaluate", trained / "run", "--data", trained / "data.jsonl", "--show", 2)
+    assert code == 0 and "assistant: right   [reward 0]" in out
+
+
+def test_generated_replies_are_records_that_can_be_read_again(command, trained, tmp_path):
+    prompts = 'left or right?\n\n{"prompt": "up?"}\n{"messages": [{"role": "user", "content": "down?"}]}\n'
+    settings = ("--n", 2, "--beta", 2, "--max_new_tokens", 3, "--output", tmp_path / "replies.jsonl")
+    assert command("generate", trained / "run", *settings, stdin=prompts)[:2] == (0, "")
+    replies = read_trajectories(tmp_path / "replies.jsonl")
+    assert [reply.turns[0].content for reply in replies] == ["left or right?"] * 2 + ["up?"] * 2 + ["down?"] * 2
+    for reply in replies:
+        said = reply.turns[-1]
+        assert 1 <= len(said.token_ids) == len(said.behaviour_log_prob) <= 3
+        assert len(reply.labels["policy_log_prob"][0]) == len(said.token_ids)
+    file = tmp_path / "prompts.txt"
+    file.write_text("left or right?\n")
+    _, out, _ = command("generate", trained / "run", "--prompts", file, "--beta", 2, "--max_new_tokens", 3)
+    assert json.loads(out)["messages"][1]["token_ids"] == list(replies[0].turns[1].token_ids)
+
+
+def test_chat_answers_turn_by_turn_until_the_input_ends(command, trained, monkeypatch):
+    asked, reply = [], LanguageSession.reply
+
+    def watched(self, rows, histories):
+        asked.append(list(histories[0]))
+        return reply(self, rows, histories)
+
+    monkeypatch.setattr(LanguageSession, "reply", watched)
+    code, out, _ = command("generate", trained / "run", "--chat", "--max_new_tokens", 2, stdin="hello\n\nagain\n")
+    assert code == 0
+    assert [turn.content for turn in asked[1] if turn.role == "user"] == ["hello", "again"]
+    assert asked[1][1].role == "assistant" and asked[1][1].token_ids
+
+
+def test_check_shows_a_row_token_by_token(command, trained):
+    code, out, _ = command("check", trained / "data.jsonl", "--tokenizer", trained / "run", "--row", 2)
+    assert code == 0
+    assert re.search(r"'<eos>' +│ assistant │ x +│ 0 ", out)
+
+
+def test_prepare_writes_what_check_reads(command, tmp_path):
+    code, out, _ = command("prepare", "maze", "--output", tmp_path / "maze", "--episodes", 12)
+    assert code == 0 and out.startswith("episodes: 12\n")
+    assert command("check", tmp_path / "maze")[0] == 0
+
+
+def test_prepare_block_of_a_comparison_is_typed(tmp_path):
+    prepare_from_settings({"command": "maze", "output": str(tmp_path / "maze"), "episodes": 12})
+    assert (tmp_path / "maze" / "train.jsonl").exists()
+    with pytest.raises(InputError, match="episodes: found many, expected int"):
+        prepare_from_settings({"command": "maze", "output": str(tmp_path / "other"), "episodes": "many"})
+
+
+def test_config_lists_and_prints_the_shipped_files(command):
+    _, out, _ = command("config")
+    assert "maze/full\n" in out
+    text = (Path(__file__).parents[1] / "configs" / "maze" / "full.yaml").read_text()
+    assert command("config", "maze/full")[:2] == (0, text)
+
+
+# The parser.
+
+
+def test_nearest_prefers_the_right_name_in_another_group():
+    assert nearest("seed", ["data.feed", "args.seed"]) == "; did you mean 'args.seed'?"
+    assert nearest("args.sed", ["data.feed", "args.seed"]) == "; did you mean 'args.seed'?"
+    assert nearest("xyz", ["data.feed", "args.seed"]) == ""
+
+
+def test_overrides_are_read_as_yaml():
+    assert overrides_of(["--a.b", "1e-3", "--c=[1, 2]", "--d", "null"]) == {"a.b": 1e-3, "c": [1, 2], "d": None}
+    with pytest.raises(InputError, match="--a: found nothing after it"):
+        overrides_of(["--a"])
+
+
+@dataclass
+class Base:
+    """The base.
+
+    old: a field of the base
+      on two lines. other: another.
+    """
+
+    old: int = 1
+    other: int = 1
+
+
+@dataclass
+class Ours(Base):
+    """Ours.
+
+    new, newer: two fields.
+    """
+
+    new: int = 1
+    newer: float = 1.0
+    other: int = 2
+
+
+def test_field_help_comes_from_docstrings():
+    assert field_help(Ours, "a.") == {
+        "a.old": "a field of the base on two lines.",
+        "a.other": "another.",
+        "a.new": "two fields.",
+        "a.newer": "two fields.",
+    }
+
+
+def test_help_shows_our_fields_first_and_inherited_ones_on_request():
+    short, full = Parser("x"), Parser("x")
+    short.add_dataclass(Ours, "a", Base, show_base=False)
+    full.add_dataclass(Ours, "a", Base)
+    assert re.findall(r"--a\.(\w+)", short.format_help()) == ["other", "new", "newer"]
+    assert re.findall(r"--a\.(\w+)", full.format_help()) == ["other", "new", "newer", "old"]
