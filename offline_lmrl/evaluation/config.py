@@ -268,9 +268,10 @@ def build(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
             parts[key] = build(part, value, f"{prefix}{key}.") if dataclasses.is_dataclass(part) else dict(value)
         elif key in nested and value is not None:
             raise InputError(f"{prefix}{key}: found {value!r}, expected a mapping of settings")
-    plain_keys = {key for key in raw if key not in nested}
-    # null is "not given" where a field does not take it
-    given = {key: raw[key] for key in plain_keys if raw[key] is not None or type(None) in typing.get_args(hints[key])}
+    given = {key: value for key, value in raw.items() if key not in nested}
+    for key in [key for key, value in given.items() if value is None]:
+        if type(None) not in typing.get_args(hints[key]):
+            del given[key]  # null is "not given" where a setting does not take it
     for name in sorted(required - set(parts) - set(given)):
         raise InputError(f"{prefix}{name}: missing, expected {'a mapping' if name in nested else 'a value'}")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)

@@ -291,3 +291,21 @@ def test_a_folder_that_cannot_be_written_is_an_input_error(world, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="output: cannot write"):
         run(world, output=str(tmp_path / "file" / "out"))
+
+
+def test_the_real_trainer_and_policy_fit_together(world, monkeypatch):
+    monkeypatch.undo()
+    tiny = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 32}
+    world.settings |= {
+        "model": {"scratch": tiny, "vocab_size": 270},
+        "args": {"max_steps": 1, "use_cpu": True, "max_length": 32, "save_strategy": "no", "disable_tqdm": True},
+    }
+    selection = {"episodes": 2, "first_seed": 500}
+    run(world, evaluation={"episodes": 3, "betas": [1], "sampling": {"max_new_tokens": 2}, "selection": selection})
+    rows = runs(world)
+    assert [(row["method"], row["beta_chosen"]) for row in rows] == [
+        ("bc", None), ("bc", None), *[("ilql", "offline"), ("ilql", "returns")] * 2,
+    ]  # fmt: skip
+    assert all(row["cost"]["training_tokens"] > 0 and row["cost"]["training_seconds"] > 0 for row in rows)
+    # Value heads start as a constant, so guidance moves nothing yet
+    assert rows[2]["betas_tried"][0]["kl"] == pytest.approx(0.0, abs=1e-3) and rows[2]["beta"] == 1.0
