@@ -114,8 +114,7 @@ def config(argv: Sequence[str]) -> None:
     """`config` lists the shipped configs, `config TASK/METHOD` prints one."""
     name, rest = split_file(argv)
     Parser("config [TASK/METHOD]", "List the shipped configs, or print one.").parse(rest)
-    folder = config_folder()
-    shipped = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
+    shipped = shipped_configs()
     if name is None:
         print("\n".join(shipped))
         return
@@ -124,7 +123,18 @@ def config(argv: Sequence[str]) -> None:
     print(shipped[name].read_text(encoding="utf-8"), end="")
 
 
-def config_folder() -> Path:
-    """Where the shipped configs lie: inside an installed package, beside it in a clone."""
+def shipped_configs() -> dict[str, Path]:
+    """task/method -> file: inside an installed package, beside it in a clone."""
     installed = Path(__file__).parent / "configs"
-    return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
+    folder = installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
+
+
+def config_path(name: str) -> str:
+    """The file of a config, given as a path or as the name of a shipped one."""
+    shipped = shipped_configs()
+    if Path(name).exists() or name.endswith((".yaml", ".yml")):
+        return name
+    if name not in shipped:
+        raise InputError(f"{name}: found neither a file nor a shipped config of that name{nearest(name, shipped)}")
+    return str(shipped[name])

@@ -4,19 +4,20 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from offline_lmrl.cli_data import prepare_from_settings
+from offline_lmrl.cli_data import config_path, prepare_from_settings
 from offline_lmrl.cli_parser import Parser, overrides_of, read_settings, split_file
 from offline_lmrl.data.errors import InputError
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-TRAIN_HELP = """Learn from scored trajectories. The file says `algorithm`, `model`, `data` and `args`; this help is for
-one algorithm (--algorithm NAME). A run that was stopped goes on from its last complete checkpoint when it is started
-again. --help_all adds the settings of transformers.TrainingArguments (output_dir, max_steps, seed, ...)."""
+TRAIN_HELP = """Learn from scored trajectories. FILE.yaml, or the name of a shipped config, says `algorithm`, `model`,
+`data` and `args`; this help is for one algorithm (--algorithm NAME). A run that was stopped goes on from its last
+complete checkpoint when it is started again. --help_all adds the settings of transformers.TrainingArguments
+(output_dir, max_steps, seed, ...)."""
 
-COMPARE_HELP = """Train and evaluate the methods of a file over seeds, and print one table. A comparison that was
-stopped goes on where it was."""
+COMPARE_HELP = """Train and evaluate the methods of FILE.yaml, or of a shipped config, over seeds, and print one
+table. A comparison that was stopped goes on where it was."""
 
 
 def train(argv: Sequence[str]) -> None:
@@ -36,7 +37,7 @@ def train(argv: Sequence[str]) -> None:
 def train_settings(argv: Sequence[str]) -> "Namespace":
     """The `algorithm, model, data, args` and `dry_run` of a train file and what follows it, built and checked."""
     file, rest = split_file(argv)
-    settings = {} if file is None else read_settings(file)
+    settings = {} if file is None else read_settings(config_path(file))
     asks_help = bool({"-h", "--help", "--help_all"} & set(rest))
     algorithm = _algorithm(rest, settings, file) or ("ilql" if asks_help else None)
     if algorithm is None:
@@ -79,7 +80,7 @@ def compare(argv: Sequence[str]) -> None:
         parser.add_dataclass(CompareConfig)
         parser.parse(rest)
         raise InputError(f"FILE.yaml: missing, expected `{parser.usage}`")
-    config = CompareConfig.read(file, overrides_of(rest))
+    config = CompareConfig.read(config_path(file), overrides_of(rest))
 
     from offline_lmrl.evaluation.compare import run_compare
 

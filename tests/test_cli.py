@@ -183,7 +183,8 @@ def test_bad_override_is_refused_with_its_key(refused, trained, arguments, said)
 def test_unknown_names_are_refused_with_the_nearest(refused, trained):
     assert refused("trian").endswith("did you mean 'train'?")
     assert refused("prepare", "maz", "--output", "x").endswith("did you mean 'maze'?")
-    assert refused("config", "maze/ful").endswith("did you mean 'maze/full'?")
+    for name in ("config", "train", "compare"):
+        assert refused(name, "maze/ful").endswith("did you mean 'maze/full'?")
     assert "'maze'" in refused("evaluate", trained / "run", "--environment", "maez")
     assert "settings" in refused("evaluate", trained / "run", "--environment", "maze", "--setings.observed", "full")
 
