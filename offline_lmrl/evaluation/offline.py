@@ -35,7 +35,8 @@ class LoggedSteps:
     q, v: reduced target Q of the token and V of its state; None without value heads. return_to_go: what the log earned
       from this token on, discounted as in training; NaN where the log was cut. All three in reward units, less the
       reward scale's shift per scored turn (0 unless all episodes have equally many of them).
-    kl, changed: (B, N) for B values of β: KL(guided ‖ π) in nats, and whether guidance changes the best token.
+    kl, changed: (B, N) for B values of β: KL(guided ‖ π) in nats, π without filters at the policy's temperature, and
+      whether guidance changes the best token.
     counts: what was left out, by reason.
     """
 
@@ -130,10 +131,11 @@ def _of_states(
         q, v = policy.model.q_values(hidden), policy.model.v_values(hidden)  # (H, n, V), (n,)
         yield "q", unit * reduce_q(q, policy.sampling.q_reduce).gather(-1, taken).squeeze(-1)
         yield "v", unit * v
+        plain = (logits / (policy.sampling.temperature or 1.0)).log_softmax(-1)
         for i, beta in enumerate(betas):
             guided = _decoding_log_prob(policy, logits, q, v, beta)
             # 0 · log 0 = 0: a dropped token adds nothing
-            measures[0, i] = (guided.exp() * (guided - log_prob).masked_fill(guided == -torch.inf, 0.0)).sum(-1)
+            measures[0, i] = (guided.exp() * (guided - plain).masked_fill(guided == -torch.inf, 0.0)).sum(-1)
             measures[1, i] = (guided.argmax(-1) != log_prob.argmax(-1)).float()
     yield "kl", measures[0]
     yield "changed", measures[1]
@@ -154,8 +156,9 @@ def _decoding_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor, v: Ten
 def guidance_by_beta(
     policy: LanguagePolicy, trajectories: Sequence[Trajectory], betas: Sequence[float]
 ) -> list[dict[str, float]]:
-    """For each β, over logged agent tokens: `kl`, mean KL(guided ‖ π) in nats per token, and `changed`, the share of
-    tokens where guidance changes the most probable choice. Both exact given the state (no sampling)."""
+    """For each β, over logged agent tokens: `kl`, mean KL(guided ‖ π) in nats per token (π at the policy's
+    temperature, without filters), and `changed`, the share of tokens where it changes the best choice. Both are exact
+    given the state (no sampling)."""
     return _by_beta(read_logs(policy, trajectories, betas), betas)
 
 

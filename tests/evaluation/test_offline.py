@@ -199,7 +199,10 @@ def test_the_batch_size_changes_nothing(played):
         np.testing.assert_allclose(getattr(whole, name), getattr(single, name), atol=1e-5)
 
 
-@pytest.mark.parametrize("form", [{}, {"support": 0.3}, {"candidates": 7, "clip": 0.01}, {"top_k": 9, "top_p": 0.8}])
+FORMS = [{}, {"support": 0.3, "temperature": 0.5}, {"candidates": 7, "clip": 0.01}, {"top_k": 9}]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_guidance_is_measured_on_the_distribution_that_the_sampler_draws_from(played, form):
     policy, trajectories = played
     guided = LanguagePolicy(policy.model, policy.renderer, SamplingConfig(max_new_tokens=1, beta=5.0, **form))
