@@ -25,6 +25,7 @@ from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.data.windows import WindowRule
+from offline_lmrl.models.adapters import load_heads, require_peft, save_heads, unfreeze_heads
 from offline_lmrl.models.guided import attach, load_model
 
 
@@ -338,8 +339,6 @@ class OfflineTrainer(transformers.Trainer):
     def _save(self, output_dir=None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save and hasattr(self.model, "peft_config"):
-            from offline_lmrl.models.adapters import save_heads  # needs peft, an extra
-
             save_heads(self.model, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
@@ -347,19 +346,13 @@ class OfflineTrainer(transformers.Trainer):
         model = model or self.model
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if hasattr(model, "peft_config"):
-            from offline_lmrl.models.adapters import load_heads  # needs peft, an extra
-
             load_heads(model, resume_from_checkpoint)
         else:
             _check_whole(model, Path(resume_from_checkpoint))
 
 
 def _with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
-    from offline_lmrl.models.adapters import unfreeze_heads  # first: it says what to install where peft is missing
-
-    import peft  # isort: skip
-
-    model = peft.get_peft_model(model, peft_config)
+    model = require_peft().get_peft_model(model, peft_config)
     unfreeze_heads(model)
     return model
 

@@ -146,7 +146,8 @@ def test_two_processes_give_the_loss_and_parameters_of_one(tmp_path):
     script, out = tmp_path / "script.py", tmp_path / "out.pt"
     script.write_text(SHARDED.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "two"), out=str(out)))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29417", str(script)]
-    done = subprocess.run(command, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     sharded, losses = torch.load(out)
     one = trainer(tmp_path / "one", per_device_train_batch_size=8, logging_steps=1)

@@ -19,6 +19,7 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import read_trajectories
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.models.adapters import require_peft
 from offline_lmrl.models.guided import build_model, load_model
 from offline_lmrl.training import OfflineConfig, OfflineTrainer
 
@@ -80,9 +81,7 @@ def build_trainer(algorithm: str, model: ModelConfig, data: DataConfig, args: Of
         network = load_model(model.path, trust_remote_code=model.trust_remote_code)
     peft_config = None
     if model.lora is not None:
-        import peft
-
-        peft_config = peft.LoraConfig(**{"target_modules": "all-linear", **model.lora})
+        peft_config = require_peft().LoraConfig(**{"target_modules": "all-linear", **model.lora})
     return trainer_class(network, args, trajectories, validation, tokenizer, peft_config)
 
 

@@ -143,6 +143,8 @@ class CompareConfig:
     seeds: training seeds of every method.
     model, args: what all methods share. baseline: method of the paired differences; "" = the first evaluated.
     reference: published rows, name -> {column: number}, printed beside ours and marked.
+    workers: seeds that train at the same time, each in a process with its share of the cores; it changes no number but
+      the time (and the last bits that depend on the number of threads).
     """
 
     environment: dict[str, Any]
@@ -157,8 +159,10 @@ class CompareConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     baseline: str = ""
     reference: dict[str, dict[str, float]] = field(default_factory=dict)
+    workers: int = 1
 
     def __post_init__(self) -> None:
+        require_at_least("workers", self.workers, 1)
         object.__setattr__(self, "seeds", tuple(self.seeds))
         object.__setattr__(self, "methods", {name: MethodConfig.of(name, m) for name, m in self.methods.items()})
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
