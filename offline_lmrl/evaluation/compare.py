@@ -227,8 +227,8 @@ class _Comparison:
         return train(*self._entry(where, method, seed, folder, start))
 
     def train_side_by_side(self) -> None:
-        """Trains every seed in a process of its own, `workers` at a time, each with its share of the cores: small models
-        use two cores better as two processes than as one with two threads."""
+        """Trains every seed in a process of its own, `workers` at a time, each with its share of the cores: small
+        models use two cores better as two processes than as one with two threads."""
         waiting = [None] * (self.config.partner is not None) + list(self.config.seeds)
         share = max(1, (os.cpu_count() or 1) // self.config.workers)
         with ProcessPoolExecutor(

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -283,11 +284,21 @@ def build(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
     try:
         plain = parser.parse_object(given).as_dict()
     except argparse.ArgumentError as error:
-        message = " ".join(str(error).split())
-        key, quote, problem = message.removeprefix('Parser key "').partition('": ')
-        where = f"{prefix}{key}" if quote else prefix.rstrip(".") or "settings"
-        raise InputError(f"{where}: {problem or message}") from error
+        raise InputError(_in_our_words(" ".join(str(error).split()), prefix)) from error
     return cls(**{key: plain[key] for key in given}, **parts)
+
+
+def _in_our_words(message: str, prefix: str) -> str:
+    """A type error of jsonargparse as `key: found x, expected y`."""
+    key, quote, problem = message.removeprefix('Parser key "').partition('": ')
+    if not quote:
+        return f"{prefix.rstrip('.') or 'settings'}: {message}"
+    found = re.search(r".*(?:Given value|Got value): (.*)$", problem)
+    expected = re.search(r"Subtypes: \[(.*?)\] Errors|Expected an? (.*?)\. Got value", problem)
+    if found and expected:
+        kinds = re.sub(r"<(?:class|enum) '(?:\w+\.)*(\w+)'>", r"\1", expected[1] or expected[2])
+        problem = f"found {found[1]}, expected {kinds.replace('NoneType', 'null')}"
+    return f"{prefix}{key}: {problem}"
 
 
 def require_known(names: Iterable[str], known: set[str], where: str) -> None:
