@@ -40,6 +40,9 @@ class ILQLConfig(OfflineConfig):
     """Settings of ILQL. Numbers in brackets are the paper's code.
 
     value_heads: tied, linear or mlp [mlp] (models/value_heads.py).
+    initial_value: what Q and V say before training, in logged units; None = the mean return of the training data. The best
+      possible return suits tasks in which every step costs: values then sink to the truth everywhere at once, while from
+      below they would have to rise from the few episodes that reached the goal.
     expectile: τ of V in [0.5, 1) [.7 to .9]; .5 evaluates the behaviour policy (SARSA).
     discount_per_token: γ between two action tokens [.99]. discount_per_turn: γ between two agent turns.
     bootstrap_from_turn: next state of a token is the agent's next turn; false: the next token [false].
@@ -53,6 +56,7 @@ class ILQLConfig(OfflineConfig):
     """
 
     value_heads: Literal["tied", "linear", "mlp"] = "tied"
+    initial_value: float | None = None
     expectile: float = 0.8
     discount_per_token: float = 1.0
     discount_per_turn: float = 0.99
@@ -138,9 +142,8 @@ class ILQLTrainer(OfflineTrainer):
     def prepare_model(self, model, args: ILQLConfig, windows: WindowDataset):
         if getattr(model, "value_heads", None) is not None:  # goes on with the heads that came along
             return model
-        heads = ValueHeadsConfig(
-            kind=args.value_heads, initial_value=windows.mean_return, utterance=args.utterance_weight > 0
-        )
+        start = windows.mean_return if args.initial_value is None else args.initial_value / self.scale.scale
+        heads = ValueHeadsConfig(kind=args.value_heads, initial_value=start, utterance=args.utterance_weight > 0)
         return attach(model, heads)
 
     def stored_blocks(self, args: ILQLConfig) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ class SideBySide:
         return [environment.reset(seed) for environment, seed in zip(self.environments, seeds, strict=True)]
 
     def step(self, rows: Sequence[int], texts: Sequence[str]) -> list[StepResult]:
-        return [self.environments[row].step(text) for row, text in zip(rows, texts, strict=True)]
+        return [StepResult(*self.environments[row].step(text)) for row, text in zip(rows, texts, strict=True)]
 
     def labels(self, row: int) -> dict[str, Any]:
         environment = self.environments[row]
