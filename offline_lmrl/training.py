@@ -169,6 +169,7 @@ class OfflineTrainer(transformers.Trainer):
             "template": args.template,
             "tokenizer": self.renderer.fingerprint,
             "window": asdict(args.window),
+            "step_rule": asdict(self.step_rule(args)),
             "reward_scale": self.scale.to_dict(),
             "data": fingerprint(train),
         } | self.stored_blocks(args)  # fmt: skip

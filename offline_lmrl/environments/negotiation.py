@@ -251,6 +251,7 @@ class Negotiation:
             "score": dialogue.scores[0],
             "partner_score": dialogue.scores[1],
             "agreement": dialogue.agreement,
+            "score_when_agreed": dialogue.scores[0] if dialogue.agreement else None,
             "pareto": dialogue.agreement and is_pareto_optimal(dialogue.scenario, in_order),
             "turns": dialogue.turns,
             "agent_words": dialogue.agent_words,
