@@ -11,8 +11,10 @@ Decoding: log π(a|s) + β · (min Q̄(s,a) − V(s)) on the tokens that π supp
 
 Deviations from the paper, each a number or a default of the config:
 - one trunk serves π, Q and V; targets are averaged heads on that live trunk (the paper's code keeps three trunks);
-- s′ is by default the first state of the agent's next turn, also inside a turn, with the turn's reward brought forward:
-  an n-step target to the end of the utterance, which carries reward over long turns in one update;
+- `bootstrap_from_turn` brings a turn's reward forward to each of its tokens and bootstraps from the agent's next turn: an
+  n-step target that crosses long turns in one update. It is off by default, because the first tokens' Q then averages
+  over how the logged turn went on: where the choice falls behind a common first token ("move left", "move up"), V at the
+  turn's opening would not improve on the behaviour policy;
 - discount 1 inside a turn and γ between turns, so long answers are not penalised (the paper: .99 per token);
 - a Monte-Carlo share mixes the return-to-go into y (the paper's code can replace V's target with it);
 - rewards pass a fitted scale, heads start at the mean return of the training data;
@@ -45,7 +47,7 @@ class ILQLConfig(OfflineConfig):
       below they would have to rise from the few episodes that reached the goal.
     expectile: τ of V in [0.5, 1) [.7 to .9]; .5 evaluates the behaviour policy (SARSA).
     discount_per_token: γ between two action tokens [.99]. discount_per_turn: γ between two agent turns.
-    bootstrap_from_turn: next state of a token is the agent's next turn; false: the next token [false].
+    bootstrap_from_turn: False: the next state of a token is the next token's; True: the agent's next turn [false].
     monte_carlo: share of the return-to-go in Q's target, 0 to 1; 1 = one-step values [0].
     target_rate: Polyak step of the target heads per optimizer step [.005]; larger where rate × steps < 5.
     conservative_weight: weight of L_C [1e-4 to 1]. value_weight: of L_Q and L_V [1]. policy_weight: of L_π [1].
@@ -60,7 +62,7 @@ class ILQLConfig(OfflineConfig):
     expectile: float = 0.8
     discount_per_token: float = 1.0
     discount_per_turn: float = 0.99
-    bootstrap_from_turn: bool = True
+    bootstrap_from_turn: bool = False
     monte_carlo: float = 0.0
     target_rate: float = 0.005
     conservative_weight: float = 0.1

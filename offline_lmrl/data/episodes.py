@@ -24,7 +24,7 @@ class StepRule:
 
     discount_per_token: float = 1.0
     discount_per_turn: float = 1.0
-    bootstrap_from_turn: bool = True
+    bootstrap_from_turn: bool = False
 
 
 class Step(NamedTuple):

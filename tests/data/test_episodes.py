@@ -43,7 +43,7 @@ def agent(text, reward=None, **more):
     return Turn("assistant", text, reward=reward, **more)
 
 
-def batch_of(trajectories, rule=WindowRule(), steps=StepRule(bootstrap_from_turn=False), counts=None, ends=True):
+def batch_of(trajectories, rule=WindowRule(), steps=StepRule(), counts=None, ends=True):
     encoder = EpisodeEncoder(LetterRenderer(), rule, steps, RewardScale())
     columns = encode_trajectories(trajectories, encoder, Counter() if counts is None else counts)
     dataset = WindowDataset(columns, 0, next_rows=True, end_rows=ends)
