@@ -208,7 +208,9 @@ class OfflineTrainer(transformers.Trainer):
     def forward_options(self) -> Mapping[str, Any]:
         return {}
 
-    def loss_terms(self, outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_terms(
+        self, outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss per action token, (N,), and what to log: name -> (N,) or (K,), averaged over what they count."""
         raise TypeError(f"{type(self).__name__} does not say what it minimises")
 
@@ -236,7 +238,9 @@ class OfflineTrainer(transformers.Trainer):
         return super()._get_train_sampler(train_dataset)
 
     def _get_eval_sampler(self, eval_dataset):
-        return torch.utils.data.SequentialSampler(eval_dataset)  # whatever the training order: evaluation_loop batches itself
+        return torch.utils.data.SequentialSampler(
+            eval_dataset
+        )  # whatever the training order: evaluation_loop batches itself
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Action tokens of the optimizer step: all micro-batches, all ranks."""
@@ -343,7 +347,8 @@ class OfflineTrainer(transformers.Trainer):
             save_heads(self.model, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """As Trainer's, but a checkpoint that lacks weights is an error, not a warning; heads beside an adapter are read."""
+        """As Trainer's, but a checkpoint that lacks weights is an error, not a warning; heads beside an adapter are
+        read."""
         model = model or self.model
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if hasattr(model, "peft_config"):
@@ -359,14 +364,16 @@ def _with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
 
 
 def _check_whole(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Every weight of the model is in the checkpoint, tied ones once; mixture-of-experts files, which Trainer restores in
-    part only, fail here."""
+    """Every weight of the model is in the checkpoint, tied ones once; mixture-of-experts files, which Trainer restores
+    in part only, fail here."""
     stored: set[str] = set()
     for file in checkpoint.glob("*.safetensors"):
         with safetensors.safe_open(file, "pt") as weights:
             stored.update(weights.keys())
     pointers = {model.state_dict()[name].data_ptr() for name in stored if name in model.state_dict()}
-    missing = [name for name, value in model.state_dict().items() if value.numel() and value.data_ptr() not in pointers]
+    missing = [
+        name for name, value in model.state_dict().items() if value.numel() and value.data_ptr() not in pointers
+    ]
     if missing:
         raise InputError(f"{checkpoint}: lacks {len(missing)} weights of this model, first {missing[0]}")
 

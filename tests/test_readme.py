@@ -29,7 +29,9 @@ def folder(tmp_path_factory):
     rows = []
     for i in range(12):
         reply = {"role": "assistant", "content": ("No.", "Yes, at eight.")[i % 2], "reward": float(i % 2)}
-        rows.append(row if i == 1 else row | {"messages": [{"role": "user", "content": f"Room {i}?"}, reply], "group": str(i)})
+        rows.append(
+            row if i == 1 else row | {"messages": [{"role": "user", "content": f"Room {i}?"}, reply], "group": str(i)}
+        )
     (folder / "logs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     tokenizer = train_tokenizer([json.dumps(rows)], 320)
     small = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -44,7 +46,12 @@ def folder(tmp_path_factory):
 
 
 def run(command, folder):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
     return done.stdout

@@ -30,10 +30,14 @@ def logs(n=24, change=lambda reward: reward):
     for i in range(n):
         turns = []
         for k in range(1 + i % 3):
-            turns += [Turn("user", f"you are at {i % 7}{k}"), Turn("assistant", ("left", "right up")[(i + k) % 2],
-                                                                   reward=change(float((i * 7 + k) % 5)))]
+            turns += [
+                Turn("user", f"you are at {i % 7}{k}"),
+                Turn("assistant", ("left", "right up")[(i + k) % 2], reward=change(float((i * 7 + k) % 5))),
+            ]
         cut = i % 3 == 0
-        episodes.append(Trajectory((*turns, Turn("user", "you are at 9")) if cut else tuple(turns), terminated=not cut))
+        episodes.append(
+            Trajectory((*turns, Turn("user", "you are at 9")) if cut else tuple(turns), terminated=not cut)
+        )
     return episodes
 
 
@@ -55,9 +59,7 @@ def parameters(run):
 @pytest.mark.parametrize("algorithm", ["bc", "ilql"])
 def test_micro_batches_give_the_step_of_the_whole_batch(tmp_path, algorithm):
     whole = trainer(tmp_path / "a", algorithm=algorithm)
-    split = trainer(
-        tmp_path / "b", algorithm=algorithm, per_device_train_batch_size=2, gradient_accumulation_steps=4
-    )
+    split = trainer(tmp_path / "b", algorithm=algorithm, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     whole.train()
     split.train()
     torch.testing.assert_close(parameters(split), parameters(whole), atol=1e-5, rtol=0)
@@ -145,7 +147,16 @@ if run.args.process_index == 0:
 def test_two_processes_give_the_loss_and_parameters_of_one(tmp_path):
     script, out = tmp_path / "script.py", tmp_path / "out.pt"
     script.write_text(SHARDED.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "two"), out=str(out)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29417", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29417",
+        str(script),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(command, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
@@ -175,9 +186,7 @@ def test_shifted_and_scaled_rewards_give_the_same_policy(tmp_path, change):
 def test_eval_loss_is_token_weighted_whatever_the_batch_size(tmp_path):
     means = []
     for size in (1, 5, 24):
-        run = trainer(
-            tmp_path / str(size), per_device_eval_batch_size=size, train_sampling_strategy="group_by_length"
-        )
+        run = trainer(tmp_path / str(size), per_device_eval_batch_size=size, train_sampling_strategy="group_by_length")
         run.eval_dataset = run.train_dataset
         means.append(run.evaluate())
     for metrics in means[1:]:

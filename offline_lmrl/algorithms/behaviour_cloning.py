@@ -2,9 +2,9 @@
 
     L = −log π(a|s), averaged over the agent's action tokens of the trajectories that are kept.
 
-BC keeps all. Filtered BC (%BC: Chen et al. 2021, Decision Transformer; Snell et al. 2022) keeps the best by total return:
-a share, or all at or above a threshold; over all data or within each group. It is the baseline to beat: start it from a
-BC checkpoint where the best episodes alone do not cover every situation.
+BC keeps all. Filtered BC (%BC: Chen et al. 2021, Decision Transformer; Snell et al. 2022) keeps the best by total
+return: a share, or all at or above a threshold; over all data or within each group. It is the baseline to beat: start
+it from a BC checkpoint where the best episodes alone do not cover every situation.
 """
 
 import math

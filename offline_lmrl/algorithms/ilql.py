@@ -11,10 +11,10 @@ Decoding: log π(a|s) + β · (min Q̄(s,a) − V(s)) on the tokens that π supp
 
 Deviations from the paper, each a number or a default of the config:
 - one trunk serves π, Q and V; targets are averaged heads on that live trunk (the paper's code keeps three trunks);
-- `bootstrap_from_turn` brings a turn's reward forward to each of its tokens and bootstraps from the agent's next turn: an
-  n-step target that crosses long turns in one update. It is off by default, because the first tokens' Q then averages
-  over how the logged turn went on: where the choice falls behind a common first token ("move left", "move up"), V at the
-  turn's opening would not improve on the behaviour policy;
+- `bootstrap_from_turn` brings a turn's reward forward to each of its tokens and bootstraps from the agent's next turn:
+  an n-step target that crosses long turns in one update. It is off by default, because the first tokens' Q then
+  averages over how the logged turn went on: where the choice falls behind a common first token ("move left",
+  "move up"), V at the turn's opening would not improve on the behaviour policy;
 - discount 1 inside a turn and γ between turns, so long answers are not penalised (the paper: .99 per token);
 - a Monte-Carlo share mixes the return-to-go into y (the paper's code can replace V's target with it);
 - rewards pass a fitted scale, heads start at the mean return of the training data;
@@ -42,9 +42,9 @@ class ILQLConfig(OfflineConfig):
     """Settings of ILQL. Numbers in brackets are the paper's code.
 
     value_heads: tied, linear or mlp [mlp] (models/value_heads.py).
-    initial_value: what Q and V say before training, in logged units; None = the mean return of the training data. The best
-      possible return suits tasks in which every step costs: values then sink to the truth everywhere at once, while from
-      below they would have to rise from the few episodes that reached the goal.
+    initial_value: what Q and V say before training, in logged units; None = the mean return of the training data. The
+      best possible return suits tasks in which every step costs: values then sink to the truth everywhere at once,
+      while from below they would have to rise from the few episodes that reached the goal.
     expectile: τ of V in [0.5, 1) [.7 to .9]; .5 evaluates the behaviour policy (SARSA).
     discount_per_token: γ between two action tokens [.99]. discount_per_turn: γ between two agent turns.
     bootstrap_from_turn: False: the next state of a token is the next token's; True: the agent's next turn [false].
@@ -91,8 +91,8 @@ def ilql_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], conf
     """The four terms per action token, each (N,), unweighted; value terms are 0 where a step has no target.
 
     Args:
-      outputs: packed quantities of the guided model's forward (models/guided.py): log_prob, q, target_q, v, next_v, end_v,
-        and logsumexp_q where the conservative term is on.
+      outputs: packed quantities of the guided model's forward (models/guided.py): log_prob, q, target_q, v, next_v,
+        end_v, and logsumexp_q where the conservative term is on.
       steps: `ActionSteps`.
     """
     target = td_target(steps["reward"], outputs["next_v"], steps["bootstrap"], steps["discount"])
@@ -114,8 +114,8 @@ def ilql_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], conf
 
 
 def utterance_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: ILQLConfig) -> Tensor:
-    """Q and V of whole replies, one step per agent turn (M of them): the TD and expectile losses above with the reply as
-    the action (Snell et al. 2022, the per-utterance variant). Returns (M,)."""
+    """Q and V of whole replies, one step per agent turn (M of them): the TD and expectile losses above with the reply
+    as the action (Snell et al. 2022, the per-utterance variant). Returns (M,)."""
     close = steps["closes_turn"]
     bootstrap = steps["bootstrap"][close]
     target = td_target(steps["reward"][close], outputs["utterance_next_v"], bootstrap, config.discount_per_turn)

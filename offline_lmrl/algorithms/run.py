@@ -45,7 +45,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.scratch is None):
-            raise InputError(f"model: found path {self.path!r} and scratch {self.scratch!r}, expected exactly one of them")
+            raise InputError(
+                f"model: found path {self.path!r} and scratch {self.scratch!r}, expected exactly one of them"
+            )
 
 
 @dataclass
@@ -87,8 +89,14 @@ def build_trainer(algorithm: str, model: ModelConfig, data: DataConfig, args: Of
 
 def resolved_config(algorithm: str, model: ModelConfig, data: DataConfig, args: OfflineConfig) -> dict[str, Any]:
     """Everything that decides the run, as plain values."""
-    values = {name: value for name, value in args.to_dict().items() if isinstance(value, str | int | float | dict | list | None)}
-    return json.loads(json.dumps({"algorithm": algorithm, "model": asdict(model), "data": asdict(data), "args": values}))
+    values = {
+        name: value
+        for name, value in args.to_dict().items()
+        if isinstance(value, str | int | float | dict | list | None)
+    }
+    return json.loads(
+        json.dumps({"algorithm": algorithm, "model": asdict(model), "data": asdict(data), "args": values})
+    )
 
 
 def check_same_config(folder: Path, config: dict[str, Any]) -> bool:
@@ -104,7 +112,9 @@ def check_same_config(folder: Path, config: dict[str, Any]) -> bool:
         if isinstance(here, dict) and isinstance(there, dict):
             key = next(key for key in {**there, **here} if there.get(key) != here.get(key))
             section, there, here = f"{section}.{key}", there.get(key), here.get(key)
-        raise InputError(f"{file}: {section}: found {there!r}, expected {here!r}: take another output_dir, or remove this one")
+        raise InputError(
+            f"{file}: {section}: found {there!r}, expected {here!r}: take another output_dir, or remove this one"
+        )
     return True
 
 
@@ -138,7 +148,7 @@ def train(algorithm: str, model: ModelConfig, data: DataConfig, args: OfflineCon
 
 
 def dry_run(algorithm: str, model: ModelConfig, data: DataConfig, args: OfflineConfig) -> dict[str, Any]:
-    """Builds everything and says what would run: windows, tokens, steps, parameters, memory (bytes, fp32 and AdamW)."""
+    """Builds everything and says what would run: windows, tokens, steps, parameters, memory (bytes; fp32, AdamW)."""
     trainer = build_trainer(algorithm, model, data, args)
     windows = trainer.train_dataset
     parameters = sum(p.numel() for p in trainer.model.parameters())

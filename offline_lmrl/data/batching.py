@@ -1,7 +1,7 @@
 """From trajectories to batches of packed action steps.
 
-One index convention: state (row, t) is "tokens 0..t of that row have been read"; its action is token t+1. Rendering and
-index arithmetic happen once, in `encode_trajectories`; a batch is then a few gathers over flat arrays.
+One index convention: state (row, t) is "tokens 0..t of that row have been read"; its action is token t+1. Rendering
+and index arithmetic happen once, in `encode_trajectories`; a batch is then a few gathers over flat arrays.
 """
 
 from array import array
@@ -17,7 +17,6 @@ from offline_lmrl.data.episodes import EpisodeEncoder, Step
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.trajectory import Trajectory
 
-
 ROWS = ("input_ids", "next_ids", "end_ids")
 STEP_CODES = {float: "f", bool: "b", int: "i"}
 FlatLists = tuple[np.ndarray, np.ndarray]  # values of all lists behind one another, and where each list starts
@@ -30,9 +29,10 @@ class ActionSteps(TypedDict):
     reward: scaled, paid before the next state is reached. discount: γ up to the next state.
     next_row, next_state: where V of the next state is read. bootstrap: 1 where it counts, 0 after a terminal action.
     has_target: False only for the last action of a log that was cut right behind a finished agent turn.
-    closes_turn: the action ends its turn. turn: index of the turn in its trajectory. open_state: first state of the turn.
-    return_to_go: discounted scaled rewards to the end of the log; end_row, end_state, end_discount: where and with which
-    factor V closes it (0 where the episode terminated).
+    closes_turn: the action ends its turn. turn: index of the turn in its trajectory.
+    open_state: first state of the turn.
+    return_to_go: discounted scaled rewards to the end of the log; end_row, end_state, end_discount: where and with
+    which factor V closes it (0 where the episode terminated).
     """
 
     row: Tensor

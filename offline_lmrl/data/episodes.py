@@ -18,8 +18,8 @@ class StepRule:
     """How rewards and next states are laid over tokens.
 
     discount_per_token: γ between two action tokens. discount_per_turn: γ on the step that closes a turn.
-    bootstrap_from_turn: False: a token's next state is the next token's; True: the first state of the agent's next turn,
-      with the turn's reward brought forward (an n-step target to the end of the turn).
+    bootstrap_from_turn: False: a token's next state is the next token's; True: the first state of the agent's next
+      turn, with the turn's reward brought forward (an n-step target to the end of the turn).
     """
 
     discount_per_token: float = 1.0
@@ -91,7 +91,8 @@ class _Episode:
         self.after = self._returns_after_turns() if self.spans else {}
 
     def _kind_of_end(self, terminated: bool) -> str:
-        """terminated, or how the log was cut: behind an `observation`, a `finished` or inside an `unfinished` agent turn."""
+        """terminated, or how the log was cut: behind an `observation`, a `finished` or inside an `unfinished` agent
+        turn."""
         if terminated:
             return "terminated"
         last = self.agent_turns[-1] if self.agent_turns else -1

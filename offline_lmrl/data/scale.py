@@ -12,9 +12,10 @@ from offline_lmrl.data.trajectory import Trajectory
 class RewardScale:
     """(reward − shift) / scale, applied to every scored turn; Q and V are learnt in these units.
 
-    The scale is the range of the training returns, so 10·r and r give the same policy. A shift is safe only where every
-    finished episode has the same number of scored turns: elsewhere it would pay for longer or shorter episodes, that is,
-    change the task. There the shift is 0; where it is safe it is the mean reward, so that r − 1 and r give the same policy.
+    The scale is the range of the training returns, so 10·r and r give the same policy. A shift is safe only where
+    every finished episode has the same number of scored turns: elsewhere it would pay for longer or shorter episodes,
+    that is, change the task. There the shift is 0; where it is safe it is the mean reward, so that r − 1 and r give
+    the same policy.
     """
 
     shift: float = 0.0

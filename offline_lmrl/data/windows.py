@@ -1,9 +1,9 @@
 """What the policy sees of an episode: one rule that cuts training windows and shortens a live dialogue alike.
 
-Agent turn i sees the turns from `first_visible(i)` on, and every leading system turn. The start moves in steps of `stride`
-turns, as little as keeps at most `context` turns of history and at most `max_length` tokens. With stride 1 that is exactly
-"the last k turns"; a larger stride lets many agent turns share one window (and one cache) at the price of a history that
-varies between context − stride + 1 and context turns.
+Agent turn i sees the turns from `first_visible(i)` on, and every leading system turn. The start moves in steps of
+`stride` turns, as little as keeps at most `context` turns of history and at most `max_length` tokens. With stride 1
+that is exactly "the last k turns"; a larger stride lets many agent turns share one window (and one cache) at the price
+of a history that varies between context − stride + 1 and context turns.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class WindowRule:
 
 
 class Span(NamedTuple):
-    """One window: the leading system turns, then turns first..stop−1; agent turns from `credited` on are trained here."""
+    """One window: the leading system turns, then turns first..stop−1; agent turns from `credited` on are trained."""
 
     first: int
     credited: int
@@ -56,8 +56,8 @@ def first_visible(rule: WindowRule, lengths: Sequence[int], index: int, head: in
     Args:
       lengths: tokens of each turn up to and including turn `index`.
       head: number of leading system turns; fixed: their tokens and the preamble's.
-    Returns: a turn in head..index, or None where not even the turn alone fits. The rule is monotone in index and does not
-      depend on earlier windows, so training and a live dialogue agree.
+    Returns: a turn in head..index, or None where not even the turn alone fits. The rule is monotone in index and does
+      not depend on earlier windows, so training and a live dialogue agree.
     """
     if fixed + lengths[index] > rule.max_length:
         return None
@@ -96,9 +96,7 @@ def visible_turns(turns: Sequence[Turn], first: int, stop: int) -> list[Turn]:
     return [*turns[: min(head, stop)], *turns[max(first, head) : stop]]
 
 
-def policy_window(
-    turns: Sequence[Turn], renderer: Renderer, rule: WindowRule, reserve: int = 0
-) -> list[int]:
+def policy_window(turns: Sequence[Turn], renderer: Renderer, rule: WindowRule, reserve: int = 0) -> list[int]:
     """Ids the agent sees before its coming turn: preamble, visible turns, its own opening.
 
     Args:
@@ -112,6 +110,8 @@ def policy_window(
     first = first_visible(rule, lengths, len(turns), head, fixed)
     if first is None:
         needed = fixed + lengths[-1]
-        raise InputError(f"max_length: found {rule.max_length}, expected at least {needed} to hold the system turns and a reply")
+        raise InputError(
+            f"max_length: found {rule.max_length}, expected at least {needed} to hold the system turns and a reply"
+        )
     kept = [*encoded[:head], *encoded[max(first, head) :]]
     return [*renderer.preamble, *(token for ids in kept for token in ids), *renderer.agent_opening]

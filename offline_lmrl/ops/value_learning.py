@@ -1,5 +1,6 @@
-"""Losses of Q and V over packed action steps: N steps, H twin heads. Each returns one number per step, (N,); the caller
-sums them and divides by the number of agent tokens in the optimizer step, so that every term has the same normaliser."""
+"""Losses of Q and V over packed action steps: N steps, H twin heads. Each returns one number per step, (N,); the
+caller sums them and divides by the number of agent tokens in the optimizer step, so that every term has the same
+normaliser."""
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def q_loss(q: Tensor, target: Tensor) -> Tensor:
 
 
 def expectile_loss(v: Tensor, target_q: Tensor, expectile: float) -> Tensor:
-    """|τ − 1{u < 0}| · u²  with  u = Q̄(s,a) − V(s). Kostrikov et al. 2021 (IQL), section 4.1, the expectile regression loss.
+    """|τ − 1{u < 0}| · u²  with  u = Q̄(s,a) − V(s). Kostrikov et al. 2021 (IQL), section 4.1, expectile regression.
 
     τ = ½ gives half the squared error (SARSA); τ → 1 approaches the maximum over actions in the data.
 
@@ -50,8 +51,8 @@ def expectile_loss(v: Tensor, target_q: Tensor, expectile: float) -> Tensor:
 
 
 def conservative_loss(logsumexp_q: Tensor, q: Tensor) -> Tensor:
-    """Σ_i [ logsumexp_a Q_i(s,a) − Q_i(s,a_data) ]: cross-entropy of Q on the data's token. Kumar et al. 2020 (CQL), as
-    Snell et al. 2022 use it.
+    """Σ_i [ logsumexp_a Q_i(s,a) − Q_i(s,a_data) ]: cross-entropy of Q on the data's token. Kumar et al. 2020 (CQL),
+    as Snell et al. 2022 use it.
 
     Args:
       logsumexp_q: (H,N) over the vocabulary. q: (H,N) at the taken action.

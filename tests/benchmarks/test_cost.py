@@ -1,4 +1,7 @@
-"""What values cost, as ratios of paired repeats in one run: printed and explained, never asserted. `pytest -m benchmarks -s`."""
+"""What values cost, as ratios of paired repeats in one run: printed and explained, never asserted.
+
+Run with `pytest -m benchmarks -s`.
+"""
 
 import json
 import os
@@ -42,7 +45,7 @@ def model_of(shape, heads):
 
 
 def step_of(shape_name, kind):
-    """A function that makes one training step: forward, backward, AdamW, target update. kind: "bc", or the Q heads'."""
+    """A function that makes one training step: forward, backward, AdamW, target update. kind: "bc" or the Q heads'."""
     from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
     from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
 
@@ -50,7 +53,12 @@ def step_of(shape_name, kind):
     words = shape["length"] // 4 - 2  # two turns, half of them the agent's
     turns = (Turn("user", "a" * words), Turn("assistant", "b" * words, reward=1.0))
     logs = [Trajectory(turns + turns) for _ in range(shape["rows"])]
-    options = {"output_dir": "unused", "max_length": 1024, "use_cpu": not torch.cuda.is_available(), "report_to": "none"}
+    options = {
+        "output_dir": "unused",
+        "max_length": 1024,
+        "use_cpu": not torch.cuda.is_available(),
+        "report_to": "none",
+    }
     tokenizer = tokenizer_of(shape["vocabulary"])
     if kind == "bc":
         trainer = BCTrainer(model_of(shape, None), BCConfig(**options), logs, None, tokenizer)
@@ -116,7 +124,9 @@ def test_peak_memory_of_a_fresh_process():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
     for shape in SHAPES:
         used = {kind: peak_memory(shape, kind) for kind in ("bc", "tied", "linear", "mlp")}
-        print(f"\npeak memory, {shape}: " + ", ".join(f"{k} {v:.2f} GiB ({v / used['bc']:.2f})" for k, v in used.items()))
+        print(
+            f"\npeak memory, {shape}: " + ", ".join(f"{k} {v:.2f} GiB ({v / used['bc']:.2f})" for k, v in used.items())
+        )
 
 
 def decoder(shape_name, heads=None, **sampling):

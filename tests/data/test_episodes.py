@@ -1,5 +1,5 @@
-"""Hand-written tables of steps. One character is one token; ids: 1 preamble, 2/3 open and close a user turn, 4/5 an agent
-turn, 6/7 a system turn; letters are their code points."""
+"""Hand-written tables of steps. One character is one token; ids: 1 preamble, 2/3 open and close a user turn, 4/5 an
+agent turn, 6/7 a system turn; letters are their code points."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.windows import WindowRule, policy_window
+
+DEFAULT_WINDOWS, DEFAULT_STEPS = WindowRule(), StepRule()
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def agent(text, reward=None, **more):
     return Turn("assistant", text, reward=reward, **more)
 
 
-def batch_of(trajectories, rule=WindowRule(), steps=StepRule(), counts=None, ends=True):
+def batch_of(trajectories, rule=DEFAULT_WINDOWS, steps=DEFAULT_STEPS, counts=None, ends=True):
     encoder = EpisodeEncoder(LetterRenderer(), rule, steps, RewardScale())
     columns = encode_trajectories(trajectories, encoder, Counter() if counts is None else counts)
     dataset = WindowDataset(columns, 0, next_rows=True, end_rows=ends)
@@ -126,7 +128,9 @@ def test_log_cut_behind_an_observation_of_a_markov_game_reads_one_more_row():
     assert [row[2].item() for row in batch["input_ids"]] == [ord(c) for c in "abbcc"]
     assert table(batch)[-1] == (1, 5, CLOSE, -1.0, 3, 4, 1.0)
     steps = batch["steps"]
-    assert list(zip(steps["end_row"].tolist(), steps["end_state"].tolist(), strict=True)) == [(4, 4)] * 2 + [(3, 4)] * 2
+    assert (
+        list(zip(steps["end_row"].tolist(), steps["end_state"].tolist(), strict=True)) == [(4, 4)] * 2 + [(3, 4)] * 2
+    )
     assert steps["return_to_go"].tolist() == [-2.0, -2.0, -1.0, -1.0]
 
 
@@ -200,7 +204,9 @@ def test_stride_lets_agent_turns_share_a_window():
     assert firsts == [0, 0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("rule", [WindowRule(), WindowRule(1), WindowRule(4, 2), WindowRule(3), WindowRule(None, 1, 14)])
+@pytest.mark.parametrize(
+    "rule", [WindowRule(), WindowRule(1), WindowRule(4, 2), WindowRule(3), WindowRule(None, 1, 14)]
+)
 def test_training_windows_equal_what_the_policy_sees_live(rule):
     turns = tuple(turn for c in "abcde" for turn in (user(c), agent("x", 1.0)))
     batch = batch_of([Trajectory(turns)], rule)
@@ -239,7 +245,9 @@ def test_data_without_a_turn_that_fits_is_an_error():
 def test_lengths_and_flat_storage_agree():
     dataset = WindowDataset(
         encode_trajectories(
-            [Trajectory(DIALOGUE)], EpisodeEncoder(LetterRenderer(), WindowRule(), StepRule(), RewardScale()), Counter()
+            [Trajectory(DIALOGUE)],
+            EpisodeEncoder(LetterRenderer(), WindowRule(), StepRule(), RewardScale()),
+            Counter(),
         ),
         0,
         next_rows=False,
