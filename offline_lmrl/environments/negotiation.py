@@ -47,8 +47,13 @@ def scenario_turn(counts: Triple, values: Triple) -> Turn:
 
 
 def division_text(division: Triple | None) -> str:
-    """How a side says what it takes, in the order of ITEMS: "take 0 4 1", or "no agreement" for None."""
-    return NO_AGREEMENT if division is None else f"take {' '.join(map(str, division))}"
+    """How a side says what it takes: "take books 0, hats 4, balls 1", or "no agreement" for None.
+
+    Each number stands behind its item, as in the opening turn, so a model can look both up by name.
+    """
+    if division is None:
+        return NO_AGREEMENT
+    return "take " + ", ".join(f"{item} {number}" for item, number in zip(ITEMS, division, strict=True))
 
 
 def divisions(counts: Triple) -> dict[str, Triple | None]:

@@ -21,8 +21,10 @@ def plain(selection="item0=1 item1=0 item2=1", reward="10", flag="agree", talk=N
 
 def tagged(output="item0=1 item1=0 item2=1 item0=0 item1=2 item2=0", talk=None, own=OWN, partner=PARTNER):
     talk = talk or "THEM: hats for me <eos> YOU: sure <eos> THEM: <selection>"
-    return (f"<input> {own} </input> <dialogue> {talk} </dialogue> <output> {output} </output> "
-            f"<partner_input> {partner} </partner_input>")
+    return (
+        f"<input> {own} </input> <dialogue> {talk} </dialogue> <output> {output} </output> "
+        f"<partner_input> {partner} </partner_input>"
+    )
 
 
 def read(tmp_path, *lines):
@@ -38,8 +40,13 @@ def contents(row):
 def test_plain_line_becomes_the_episode_of_this_side(tmp_path):
     (row,), _ = read(tmp_path, plain())
     assert contents(row) == [
-        ("user", "books 1 worth 8, hats 2 worth 0, balls 1 worth 2"), ("assistant", "book and ball please"),
-        ("user", "fine"), ("assistant", "<selection>"), ("environment", "divide"), ("assistant", "take 1 0 1")]
+        ("user", "books 1 worth 8, hats 2 worth 0, balls 1 worth 2"),
+        ("assistant", "book and ball please"),
+        ("user", "fine"),
+        ("assistant", "<selection>"),
+        ("environment", "divide"),
+        ("assistant", "take books 1, hats 0, balls 1"),
+    ]
     assert [turn.reward for turn in row.turns] == [None] * 5 + [10.0]
     assert (row.terminated, row.group, row.task, row.source) == (True, KEY, "deal-or-no-deal", "data.txt")
 
@@ -47,20 +54,33 @@ def test_plain_line_becomes_the_episode_of_this_side(tmp_path):
 def test_tagged_line_becomes_the_episode_of_this_side(tmp_path):
     (row,), _ = read(tmp_path, tagged())
     assert contents(row) == [
-        ("user", "books 1 worth 8, hats 2 worth 0, balls 1 worth 2"), ("user", "hats for me"), ("assistant", "sure"),
-        ("user", "<selection>"), ("environment", "divide"), ("assistant", "take 1 0 1")]
+        ("user", "books 1 worth 8, hats 2 worth 0, balls 1 worth 2"),
+        ("user", "hats for me"),
+        ("assistant", "sure"),
+        ("user", "<selection>"),
+        ("environment", "divide"),
+        ("assistant", "take books 1, hats 0, balls 1"),
+    ]
     assert row.turns[-1].reward == 10.0
 
 
-@pytest.mark.parametrize(("line", "outcome", "text", "reward"), [
-    (plain("item0=1 item1=0 item2=0", "8"), "agreement", "take 1 0 0", 8),
-    (plain(flag="disagree"), "selections do not fit", "take 1 0 1", 0),
-    (plain("item0=2 item1=0 item2=1", "18"), "selections do not fit", "take 2 0 1", 0),
-    (plain("no agreement", "no agreement", "agree"), "no agreement", "no agreement", 0),
-    (plain("no agreement", "no agreement", "disagree"), "no agreement", "no agreement", 0),
-    (tagged("item0=1 item1=0 item2=1 item0=0 item1=1 item2=0"), "selections do not fit", "take 1 0 1", 0),
-    (tagged(" ".join(["<no_agreement>"] * 6)), "no agreement", "no agreement", 0),
-])
+@pytest.mark.parametrize(
+    ("line", "outcome", "text", "reward"),
+    [
+        (plain("item0=1 item1=0 item2=0", "8"), "agreement", "take books 1, hats 0, balls 0", 8),
+        (plain(flag="disagree"), "selections do not fit", "take books 1, hats 0, balls 1", 0),
+        (plain("item0=2 item1=0 item2=1", "18"), "selections do not fit", "take books 2, hats 0, balls 1", 0),
+        (plain("no agreement", "no agreement", "agree"), "no agreement", "no agreement", 0),
+        (plain("no agreement", "no agreement", "disagree"), "no agreement", "no agreement", 0),
+        (
+            tagged("item0=1 item1=0 item2=1 item0=0 item1=1 item2=0"),
+            "selections do not fit",
+            "take books 1, hats 0, balls 1",
+            0,
+        ),
+        (tagged(" ".join(["<no_agreement>"] * 6)), "no agreement", "no agreement", 0),
+    ],
+)
 def test_only_selections_that_fit_earn(tmp_path, line, outcome, text, reward):
     (row,), _ = read(tmp_path, line)
     assert row.labels["outcome"] == outcome
@@ -75,8 +95,10 @@ def test_disconnect_is_cut_before_the_division(tmp_path, line):
     assert row.total_return == 0
 
 
-@pytest.mark.parametrize(("talk", "last"), [
-    ("YOU: the book <eos> THEM: <selection>", "the book"), ("THEM: my hats <eos> YOU: <selection>", "<selection>")])
+@pytest.mark.parametrize(
+    ("talk", "last"),
+    [("YOU: the book <eos> THEM: <selection>", "the book"), ("THEM: my hats <eos> YOU: <selection>", "<selection>")],
+)
 def test_hidden_division_puts_its_zero_on_the_last_turn_of_this_side(tmp_path, talk, last):
     (row,), counts = read(tmp_path, tagged(" ".join(["<disagree>"] * 6), talk=talk))
     rewarded = [turn for turn in row.turns if turn.reward is not None]
@@ -89,8 +111,10 @@ def test_hidden_division_puts_its_zero_on_the_last_turn_of_this_side(tmp_path, t
 def test_partners_values_and_selection_are_labels_and_never_in_a_turn(tmp_path):
     pairs = [
         (plain(), plain(partner="1 10 2 0 1 0")),
-        (tagged("item0=0 item1=0 item2=0 item0=1 item1=2 item2=1"),
-         tagged("item0=0 item1=0 item2=0 item0=0 item1=1 item2=1", partner="1 10 2 0 1 0")),
+        (
+            tagged("item0=0 item1=0 item2=0 item0=1 item1=2 item2=1"),
+            tagged("item0=0 item1=0 item2=0 item0=0 item1=1 item2=1", partner="1 10 2 0 1 0"),
+        ),
     ]
     for lines in pairs:
         (one, other), _ = read(tmp_path, *lines)
@@ -116,8 +140,7 @@ def test_drops_are_counted_by_reason_and_add_up(tmp_path):
         "neither of the two forms": "hello",
         "the two sides have different counts": plain(partner="2 0 1 4 1 6"),
         "a turn without speaker or words": plain(talk="YOU:  <eos> THEM: <selection>"),
-        "the selection is not the last turn": plain(
-            talk="YOU: <selection> <eos> THEM: wait <eos> YOU: <selection>"),
+        "the selection is not the last turn": plain(talk="YOU: <selection> <eos> THEM: wait <eos> YOU: <selection>"),
         "a selection that is neither a division nor a known word": plain("everything"),
         "a selection with the wrong number of items": tagged("item0=1 item1=0 item2=1"),
         "nothing that this side said or took": tagged(" ".join(["<disconnect>"] * 6), talk="THEM: <selection>"),
@@ -135,12 +158,18 @@ def write_folder(folder, scenarios=6):
     pools = [(f"1 {10 - 2 * n} 2 {n} 1 0", f"1 0 2 {n} 1 {10 - 2 * n}") for n in range(5)]
     pools += [(f"2 {n} 1 {10 - 2 * n} 1 0", f"2 {n} 1 0 1 {10 - 2 * n}") for n in range(5)]
     no = {"selection": "no agreement", "reward": "no agreement"}
-    lines = [plain(**no, own=a, partner=b) for own, partner in pools[:scenarios] for a, b in
-             ((own, partner), (partner, own))]
+    lines = [
+        plain(**no, own=a, partner=b)
+        for own, partner in pools[:scenarios]
+        for a, b in ((own, partner), (partner, own))
+    ]
     (folder / "data.txt").write_text("\n".join(lines) + "\n")
     (folder / "train.txt").write_text("must not be read beside data.txt\n")
-    (folder / "val.txt").write_text("\n".join(
-        tagged(" ".join(["<no_agreement>"] * 6), own=own, partner=partner) for own, partner in (pools[9], pools[0])))
+    (folder / "val.txt").write_text(
+        "\n".join(
+            tagged(" ".join(["<no_agreement>"] * 6), own=own, partner=partner) for own, partner in (pools[9], pools[0])
+        )
+    )
 
 
 def test_prepare_keeps_scenarios_of_the_splits_apart(tmp_path):
@@ -173,8 +202,10 @@ def test_held_out_scenarios_belong_to_the_seed_and_not_to_the_order(tmp_path):
 
 
 def test_single_file_is_the_split_of_its_name(tmp_path):
-    for name, expected in (("val.txt", {"validation.jsonl", "scenarios_validation.json", "report.json"}),
-                           ("mine.txt", {"train.jsonl", "report.json"})):
+    for name, expected in (
+        ("val.txt", {"validation.jsonl", "scenarios_validation.json", "report.json"}),
+        ("mine.txt", {"train.jsonl", "report.json"}),
+    ):
         (tmp_path / name).write_text(plain() + "\n" + tagged() + "\n")
         prepare(tmp_path / name, tmp_path / f"out-{name}", held_out_scenarios=0)
         assert {path.name for path in (tmp_path / f"out-{name}").iterdir()} == expected
@@ -186,8 +217,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path):
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "few.txt").write_text(plain())
     (tmp_path / "folder").mkdir()
-    for name, message in (("missing.txt", "No such file"), ("empty.txt", "empty"), ("prose.txt", "neither"),
-                          ("bytes.txt", "UTF-8"), ("few.txt", "held_out_scenarios"), ("folder", "data.txt")):
+    for name, message in (
+        ("missing.txt", "No such file"),
+        ("empty.txt", "empty"),
+        ("prose.txt", "neither"),
+        ("bytes.txt", "UTF-8"),
+        ("few.txt", "held_out_scenarios"),
+        ("folder", "data.txt"),
+    ):
         with pytest.raises(InputError, match=message) as error:
             prepare(tmp_path / name, tmp_path / "out")
         assert "\n" not in str(error.value)
@@ -205,7 +242,7 @@ class Partner:
 
     def reply(self, rows, histories, options=None):
         said = sum(turn.role == "assistant" for turn in histories[0])
-        return [Reply("take 0 2 0" if options[0] else self.lines[said])]
+        return [Reply("take books 0, hats 2, balls 0" if options[0] else self.lines[said])]
 
 
 @pytest.mark.parametrize(("line", "first"), [(plain(), "agent"), (tagged(), "partner")])
@@ -215,7 +252,7 @@ def test_play_gives_the_turns_and_the_reward_that_the_log_gives(tmp_path, line, 
     game = Negotiation([scenario], Partner(row), first=first)
     turns = list(game.reset([0])[0])
     for turn in [turn for turn in row.turns if turn.is_trainable]:
-        result, = game.step([0], [turn.content])
+        (result,) = game.step([0], [turn.content])
         turns += [turn, *result.turns]
     assert tuple(turns) == row.turns
     assert (result.reward, result.terminated) == (row.total_return, row.terminated)

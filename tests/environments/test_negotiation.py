@@ -54,55 +54,78 @@ def contents(turns):
 
 
 def test_whole_dialogue_from_both_views():
-    partner = Script(["deal ", "take 0 2 0"])
+    partner = Script(["deal ", "take books 0, hats 2, balls 0"])
     game = Negotiation([SCENARIO], partner, first="agent")
     (opening,) = game.reset([0])
     assert contents(opening) == [("user", "books 1 worth 8, hats 2 worth 0, balls 1 worth 2")]
     assert game.options(0) is None
-    talk, = game.step([0], ["you get the hats\n"])
+    (talk,) = game.step([0], ["you get the hats\n"])
     assert (contents(talk.turns), talk[1:]) == ([("user", "deal")], (0.0, False, False))
-    selected, = game.step([0], [SELECTION])
+    (selected,) = game.step([0], [SELECTION])
     assert (selected.turns, selected[1:]) == ((DIVIDE,), (0.0, False, False))
     assert len(partner.calls) == 1  # nobody answers the selection
-    assert {"take 1 0 1", "take 1 2 1", "take 0 0 0", "no agreement"} < set(game.options(0))
+    assert {
+        "take books 1, hats 0, balls 1",
+        "take books 1, hats 2, balls 1",
+        "take books 0, hats 0, balls 0",
+        "no agreement",
+    } < set(game.options(0))
     assert len(game.options(0)) == 2 * 3 * 2 + 1
-    end, = game.step([0], ["take 1 0 1"])
+    (end,) = game.step([0], ["take books 1, hats 0, balls 1"])
     assert end == ((), 10.0, True, False)  # 8 for the book, 2 for the ball
     rows, (view,), (options,) = partner.calls[-1]
     assert contents(view) == [
-        ("user", "books 1 worth 0, hats 2 worth 4, balls 1 worth 2"), ("user", "you get the hats"),
-        ("assistant", "deal "), ("user", SELECTION), ("environment", "divide")]
+        ("user", "books 1 worth 0, hats 2 worth 4, balls 1 worth 2"),
+        ("user", "you get the hats"),
+        ("assistant", "deal "),
+        ("user", SELECTION),
+        ("environment", "divide"),
+    ]
     assert options == list(divisions((1, 2, 1)))
-    assert game.labels(0) == {"score": 10, "partner_score": 8, "agreement": True, "pareto": True, "turns": 3,
-                              "agent_words": 4, "scenario": SCENARIO.key, "side": 0, "order": "agent", "invalid": 0}
+    assert game.labels(0) == {
+        "score": 10,
+        "score_when_agreed": 10,
+        "partner_score": 8,
+        "agreement": True,
+        "pareto": True,
+        "turns": 3,
+        "agent_words": 4,
+        "scenario": SCENARIO.key,
+        "side": 0,
+        "order": "agent",
+        "invalid": 0,
+    }
 
 
 def test_partner_may_speak_first_and_select():
-    partner = Script(["the hats are mine", SELECTION, "take 0 2 0"])
+    partner = Script(["the hats are mine", SELECTION, "take books 0, hats 2, balls 0"])
     game = Negotiation([SCENARIO], partner, first="partner")
     (opening,) = game.reset([0])
     assert contents(opening)[1:] == [("user", "the hats are mine")]
-    heard, = game.step([0], ["ok"])
+    (heard,) = game.step([0], ["ok"])
     assert contents(heard.turns) == [("user", SELECTION), ("environment", "divide")]
-    end, = game.step([0], ["take 1 0 1"])
+    (end,) = game.step([0], ["take books 1, hats 0, balls 1"])
     assert (end.reward, end.terminated) == (10.0, True)
     assert contents(partner.calls[-1][1][0])[-2:] == [("assistant", SELECTION), ("environment", "divide")]
 
 
-@pytest.mark.parametrize(("agent", "partner", "scores", "invalid"), [
-    ("take 1 0 0", "take 0 2 1", (8, 10), 0),
-    ("take 1 0 1", "take 0 2 1", (0, 0), 0),  # the ball is taken twice
-    ("take 1 0 0", "take 0 2 0", (0, 0), 0),  # the ball is left
-    ("no agreement", "take 0 2 1", (0, 0), 0),
-    ("no agreement", "no agreement", (0, 0), 0),
-    ("take 2 0 0", "take 0 2 1", (0, 0), 1),  # there is one book
-    ("everything", "no agreement", (0, 0), 1),
-])
+@pytest.mark.parametrize(
+    ("agent", "partner", "scores", "invalid"),
+    [
+        ("take books 1, hats 0, balls 0", "take books 0, hats 2, balls 1", (8, 10), 0),
+        ("take books 1, hats 0, balls 1", "take books 0, hats 2, balls 1", (0, 0), 0),  # the ball is taken twice
+        ("take books 1, hats 0, balls 0", "take books 0, hats 2, balls 0", (0, 0), 0),  # the ball is left
+        ("no agreement", "take books 0, hats 2, balls 1", (0, 0), 0),
+        ("no agreement", "no agreement", (0, 0), 0),
+        ("take books 2, hats 0, balls 0", "take books 0, hats 2, balls 1", (0, 0), 1),  # there is one book
+        ("everything", "no agreement", (0, 0), 1),
+    ],
+)
 def test_only_divisions_that_add_up_to_the_pool_pay(agent, partner, scores, invalid):
     game = Negotiation([SCENARIO], Script([partner]), first="agent")
     game.reset([0])
     game.step([0], [SELECTION])
-    end, = game.step([0], [agent])
+    (end,) = game.step([0], [agent])
     labels = game.labels(0)
     assert (end.reward, end.terminated) == (scores[0], True)
     assert (labels["score"], labels["partner_score"]) == scores
@@ -111,10 +134,10 @@ def test_only_divisions_that_add_up_to_the_pool_pay(agent, partner, scores, inva
 
 
 def test_scores_follow_the_side():
-    game = Negotiation([SCENARIO], Script(["take 1 0 1"]), first="agent")
+    game = Negotiation([SCENARIO], Script(["take books 1, hats 0, balls 1"]), first="agent")
     game.reset([1])
     game.step([0], [SELECTION])
-    end, = game.step([0], ["take 0 2 0"])
+    (end,) = game.step([0], ["take books 0, hats 2, balls 0"])
     labels = game.labels(0)
     assert (end.reward, labels["partner_score"], labels["side"], labels["pareto"]) == (8.0, 10, 1, True)
 
@@ -132,14 +155,14 @@ def test_worth_and_fit_by_hand():
     assert fits((1, 2, 1), (1, 0, 1), (0, 2, 0))
     assert not fits((1, 2, 1), (1, 0, 1), (0, 1, 0))
     assert not fits((1, 2, 1), None, (1, 2, 1))
-    assert (division_text((0, 4, 1)), division_text(None)) == ("take 0 4 1", "no agreement")
+    assert (division_text((0, 4, 1)), division_text(None)) == ("take books 0, hats 4, balls 1", "no agreement")
 
 
 def test_dialogue_without_selection_is_cut_with_its_last_observation():
     game = Negotiation([SCENARIO], Script(["no"] * 9), first="agent", max_turns=4)
     game.reset([0])
-    first, = game.step([0], ["please"])
-    second, = game.step([0], [""])
+    (first,) = game.step([0], ["please"])
+    (second,) = game.step([0], [""])
     assert (first.truncated, second.truncated) == (False, True)
     assert (second.reward, second.terminated, contents(second.turns)) == (0.0, False, [("user", "no")])
     labels = game.labels(0)
@@ -147,11 +170,11 @@ def test_dialogue_without_selection_is_cut_with_its_last_observation():
 
 
 def test_selection_on_the_last_turn_is_still_divided():
-    game = Negotiation([SCENARIO], Script([SELECTION, "take 0 2 1"]), first="agent", max_turns=2)
+    game = Negotiation([SCENARIO], Script([SELECTION, "take books 0, hats 2, balls 1"]), first="agent", max_turns=2)
     game.reset([0])
-    heard, = game.step([0], ["i want the book"])
+    (heard,) = game.step([0], ["i want the book"])
     assert not heard.truncated
-    assert game.step([0], ["take 1 0 0"])[0].reward == 8
+    assert game.step([0], ["take books 1, hats 0, balls 0"])[0].reward == 8
 
 
 def test_seeds_are_every_scenario_side_and_order_once_then_again():
@@ -165,14 +188,14 @@ def test_seeds_are_every_scenario_side_and_order_once_then_again():
 
 
 def test_partner_is_asked_in_one_batch_for_the_rows_that_need_it():
-    partner = Script(["hello", "deal", "take 0 0 0"])
+    partner = Script(["hello", "deal", "take books 0, hats 0, balls 0"])
     game = Negotiation([SCENARIO], partner)
     openings = game.reset([0, 1, 2, 3])
     assert [len(opening) for opening in openings] == [1, 1, 2, 2]
     assert [call[0] for call in partner.calls] == [[2, 3]]
     game.step([0, 1, 2], [SELECTION, "hi", "hi"])
     assert partner.calls[-1][0] == [1, 2]
-    game.step([2, 0], ["ok", "take 1 2 1"])
+    game.step([2, 0], ["ok", "take books 1, hats 2, balls 1"])
     rows, _, options = partner.calls[-1]
     assert rows == [2, 0]
     assert options[0] is None and "no agreement" in options[1]
@@ -205,15 +228,18 @@ def test_scenarios_come_from_a_file_and_a_key_knows_no_sides(tmp_path):
     assert swapped.key == SCENARIO.key != OTHER.key
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("[", "not JSON"),
-    ("[]", "no scenario"),
-    ("{}", "no scenario"),
-    ('[{"counts": [1, 2], "values": [[1, 2, 3], [1, 2, 3]]}]', ":1: found"),
-    ('[{"counts": [1, 2, 1], "values": [[1, 2, 3]]}]', ":1: found"),
-    ('[{"counts": [1, 2, true], "values": [[1, 2, 3], [1, 2, 3]]}]', ":1: found"),
-    ("[3]", ":1: found"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "not JSON"),
+        ("[]", "no scenario"),
+        ("{}", "no scenario"),
+        ('[{"counts": [1, 2], "values": [[1, 2, 3], [1, 2, 3]]}]', ":1: found"),
+        ('[{"counts": [1, 2, 1], "values": [[1, 2, 3]]}]', ":1: found"),
+        ('[{"counts": [1, 2, true], "values": [[1, 2, 3], [1, 2, 3]]}]', ":1: found"),
+        ("[3]", ":1: found"),
+    ],
+)
 def test_broken_scenario_file_is_an_input_error(tmp_path, text, message):
     path = tmp_path / "scenarios.json"
     path.write_text(text)
