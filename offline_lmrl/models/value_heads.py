@@ -8,8 +8,11 @@ computed together. What the three kinds choose:
     linear   h                  (d)     W_i[a]                      none        one stored constant
     mlp      relu(A_i h + a_i)  (2d)    W_i[a]                      learnt      0
 
-tied and linear are linear in h and fold into the LM head (tied as β·c·E·M); mlp is the papers'. All start as a
-constant, `initial_value`: M, W and w are 0.
+tied and linear are linear in h and fold into the LM head (tied as β·c·E·M); mlp is the papers'. All start at
+`initial_value`: w and the rows of mlp are 0; M and the rows of linear are so small (TIE_BREAK) that Q lies within about
+1e-3 of it where h has unit variance. At 0 the twins would be equal and get equal gradients for ever, so that the
+minimum of both would be either. How far twins of a kind that is linear in h drift apart is another matter: what the
+data fix they learn alike; the first layers of mlp differ from the start.
 
 tied reads the live E without gradient: the policy's loss moves it, Q's never does. Its target averages M, w and b
 only, a deviation from a full target copy. The number c = 1 / (root mean square length of E's rows) is there because
@@ -29,6 +32,8 @@ from transformers import initialization as init
 
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.ops.chunked import chunked_logsumexp
+
+TIE_BREAK = 2e-4  # standard deviation of fresh Q values of one head around initial_value, h of unit variance
 
 
 def _in_fp32(method: Callable) -> Callable:
@@ -138,7 +143,7 @@ class TiedQ(QHead, Head):
         self.bias = None
 
     def reset(self) -> None:
-        init.zeros_(self.map)
+        init.normal_(self.map, std=TIE_BREAK * self.map.shape[-1] ** -0.5)
         init.zeros_(self.state_weight)
         init.constant_(self.state_bias, self.initial_value)
         init.ones_(self.row_scale)
@@ -188,7 +193,7 @@ class LinearQ(OwnRows, Head):
         self.bias = None
 
     def reset(self) -> None:
-        init.zeros_(self.weight)
+        init.normal_(self.weight, std=TIE_BREAK * self.weight.shape[-1] ** -0.5)
         init.constant_(self.constant, self.initial_value)
 
     def features(self, hidden: Tensor) -> Tensor:

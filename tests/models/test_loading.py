@@ -78,7 +78,7 @@ def test_targets_start_equal_and_frozen_however_heads_are_made(kind, tmp_path):
         assert_targets_frozen(model, equal=True)
         packed = model(**tiny_batch())
         for name in ("q", "target_q", "v", "next_v", "utterance_q", "utterance_v"):
-            assert_close(packed[name], torch.full_like(packed[name], 0.25))
+            assert_close(packed[name], torch.full_like(packed[name], 0.25), atol=1e-3, rtol=0)
         assert model.config.offline_lmrl["value_heads"]["initial_value"] == 0.25
 
 

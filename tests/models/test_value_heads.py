@@ -54,9 +54,25 @@ def test_fresh_heads_answer_the_initial_value_everywhere(kind):
     for part in heads.children():
         part.reset()
     hidden = torch.randn(N, WIDTH)
-    assert_close(heads.q(hidden, matrix), torch.full((HEADS, N, VOCABULARY), -1.5))
+    heads.follow(matrix)
+    assert_close(heads.q(hidden, matrix), torch.full((HEADS, N, VOCABULARY), -1.5), atol=1e-3, rtol=0)
     for scalar, count in ((heads.v, 1), (heads.utterance_q, HEADS), (heads.utterance_v, 1)):
         assert_close(scalar(hidden), torch.full((count, N), -1.5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fresh_twins_that_are_fitted_to_the_same_targets_do_not_stay_equal(kind):
+    heads, matrix = make(kind)
+    heads.q.reset()
+    heads.follow(matrix)
+    hidden, action, target = torch.randn(N, WIDTH), torch.randint(VOCABULARY, (N, 1)), torch.randn(N)
+    optimizer = torch.optim.Adam(heads.q.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (heads.q(hidden, matrix, action).squeeze(-1) - target).square().sum().backward()
+        optimizer.step()
+    first, second = heads.q(hidden, matrix)
+    assert (first != second).any(1).all()
 
 
 def test_a_scalar_head_by_hand():
