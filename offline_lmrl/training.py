@@ -157,12 +157,12 @@ class OfflineTrainer(transformers.Trainer):
             processing_class = transformers.AutoTokenizer.from_pretrained(name)
         self.renderer = Renderer(processing_class, args.template)
         train = self.select(_read(train_dataset), args)
-        self.scale = RewardScale.fit(train, args.reward_scale)
+        model = load_model(model) if isinstance(model, str) else model
+        self.check_position_limit(model, args)
+        self.scale = self.fit_scale(model, train, args)
         self.encoder = EpisodeEncoder(self.renderer, args.window, self.step_rule(args), self.scale)
         self.counts: Counter[str] = Counter()
         windows = self._windows(train, args, self.counts)
-        model = load_model(model) if isinstance(model, str) else model
-        self.check_position_limit(model, args)
         model = self.prepare_model(model, args, windows)
         model.config.offline_lmrl = (getattr(model.config, "offline_lmrl", None) or {}) | {
             "algorithm": self.algorithm,
@@ -196,6 +196,10 @@ class OfflineTrainer(transformers.Trainer):
 
     def step_rule(self, args: OfflineConfig) -> StepRule:
         return StepRule()
+
+    def fit_scale(self, model: PreTrainedModel, train: Sequence[Trajectory], args: OfflineConfig) -> RewardScale:
+        """The unit of rewards, before anything is encoded."""
+        return RewardScale.fit(train, args.reward_scale, discounted=self.step_rule(args).discounted)
 
     def prepare_model(self, model: PreTrainedModel, args: OfflineConfig, windows: WindowDataset) -> PreTrainedModel:
         """The guided model with the parts that this algorithm needs."""

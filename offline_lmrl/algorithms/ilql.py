@@ -42,11 +42,13 @@ class ILQLConfig(OfflineConfig):
     """Settings of ILQL. Numbers in brackets are the paper's code.
 
     value_heads: tied, linear or mlp [mlp] (models/value_heads.py).
-    initial_value: what Q and V say before training, in logged units; None = the mean return of the training data. The
-      best possible return suits tasks in which every step costs: values then sink to the truth everywhere at once,
-      while from below they would have to rise from the few episodes that reached the goal.
+    initial_value: what Q and V say before training, as a logged return of a whole episode (the heads start at its
+      scaled value); None = the mean scaled return-to-go of the training data. The best possible return suits tasks in
+      which every step costs: values then sink to the truth everywhere at once, while from below they would have to
+      rise from the few episodes that reached the goal.
     expectile: τ of V in [0.5, 1) [.7 to .9]; .5 evaluates the behaviour policy (SARSA).
-    discount_per_token: γ between two action tokens [.99]. discount_per_turn: γ between two agent turns.
+    discount_per_token: γ of every step between action tokens [.99]. discount_per_turn: γ between two agent turns; the
+      step that closes a turn is discounted by the product of both.
     bootstrap_from_turn: False: the next state of a token is the next token's; True: the agent's next turn [false].
     monte_carlo: share of the return-to-go in Q's target, 0 to 1; 1 = one-step values [0].
     target_rate: Polyak step of the target heads per optimizer step [.005]; larger where rate × steps < 5.
@@ -144,7 +146,7 @@ class ILQLTrainer(OfflineTrainer):
     def prepare_model(self, model, args: ILQLConfig, windows: WindowDataset):
         if getattr(model, "value_heads", None) is not None:  # goes on with the heads that came along
             return model
-        start = windows.mean_return if args.initial_value is None else args.initial_value / self.scale.scale
+        start = windows.mean_return if args.initial_value is None else self.scale.apply_to_return(args.initial_value)
         heads = ValueHeadsConfig(kind=args.value_heads, initial_value=start, utterance=args.utterance_weight > 0)
         return attach(model, heads)
 

@@ -17,7 +17,8 @@ OWN, NEXT, END = 0, 1, 2  # in which row a state is read: the window's, the next
 class StepRule:
     """How rewards and next states are laid over tokens.
 
-    discount_per_token: γ between two action tokens. discount_per_turn: γ on the step that closes a turn.
+    discount_per_token: γ of every step, from one action token to the next. discount_per_turn: one more factor on the
+      step that closes a turn, so that step's discount is the product of both.
     bootstrap_from_turn: False: a token's next state is the next token's; True: the first state of the agent's next
       turn, with the turn's reward brought forward (an n-step target to the end of the turn).
     """
@@ -25,6 +26,11 @@ class StepRule:
     discount_per_token: float = 1.0
     discount_per_turn: float = 1.0
     bootstrap_from_turn: bool = False
+
+    @property
+    def discounted(self) -> bool:
+        """Whether a reward counts for less the later it is paid."""
+        return min(self.discount_per_token, self.discount_per_turn) < 1
 
 
 class Step(NamedTuple):
