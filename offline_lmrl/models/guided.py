@@ -12,7 +12,7 @@ from a pre-hook on the LM head that passes only the wanted positions: soft cap a
 import difflib
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,11 @@ def _keep_hidden(module: nn.Module, args: tuple, output: Any) -> None:
 def _scale_gradient(hidden: Tensor, scale: float) -> Tensor:
     """scale · h + (1 − scale) · h.detach(): the values of h, `scale` times its gradient."""
     return hidden.detach() if scale == 0 else hidden.detach().lerp(hidden, scale)
+
+
+def _several_ranks() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 class Guided:
@@ -75,6 +80,13 @@ class Guided:
                 model.update_targets(1.0)
             model.freeze_targets()
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
+        """As the base's; config.json names the base class, which other engines know."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        self.config.architectures = [self.base_name]
+        if is_main_process:
+            self.config.save_pretrained(save_directory)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
         embeddings = super().resize_token_embeddings(*args, **kwargs)
@@ -121,11 +133,6 @@ class Guided:
         for head in self.value_heads.targets():
             head.requires_grad_(False)
 
-    def value_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of the online heads."""
-        for head in self.value_heads.online():
-            yield from head.parameters()
-
     def _guided_logits(self, logits: Tensor, hidden: Tensor, beta: float | Tensor) -> Tensor:
         """logits (B,T,V) + β · advantage on what support and candidates leave, −inf elsewhere; hidden (B,T,d)."""
         if self.value_heads is None:
@@ -148,8 +155,9 @@ class Guided:
         """Per-step outputs; the LM head sees the N states only."""
         row, state = steps["row"], steps["state"]
         inputs = {name: value for name, value in kwargs.items() if value is not None}  # peft names more than is given
-        extra = self._without_gradient({name: value[windows:] for name, value in inputs.items()}) if windows else None
+        extra = None
         if windows:
+            extra = self._rows_behind(inputs, windows)
             inputs = {name: value[:windows] for name, value in inputs.items()}
         head = self.get_output_embeddings()
         handle = head.register_forward_pre_hook(lambda module, args: (args[0][row, state].unsqueeze(0),))
@@ -164,14 +172,22 @@ class Guided:
         return {"log_prob": log_prob} | self._packed_values(hidden, read, steps, scale, conservative)
 
     @torch.no_grad()
-    def _without_gradient(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
-        """Hidden states of rows that only serve V of a next state; None where there are none."""
-        if len(inputs["input_ids"]) == 0:
-            return None
+    def _rows_behind(self, inputs: Mapping[str, Tensor], windows: int) -> Tensor | None:
+        """Hidden states of the rows that only serve V of a next state; None where there are none.
+
+        Ranks of a sharded model must run the decoder equally often, so among several a rank without such rows reads
+        one row for nothing. A plain policy has no such rows on any rank.
+        """
+        extra = {name: value[windows:] for name, value in inputs.items()}
+        wanted = len(extra["input_ids"]) > 0
+        if not wanted:
+            if self.value_heads is None or not _several_ranks():
+                return None
+            extra = {name: value[:1] for name, value in inputs.items()}
         decoder = self.get_decoder()
-        decoder(use_cache=False, **inputs)
+        decoder(use_cache=False, **extra)
         hidden, decoder.last_hidden = decoder.last_hidden, None
-        return hidden
+        return hidden if wanted else None
 
     def _packed_values(
         self, hidden: Tensor, read: Tensor, steps: Mapping[str, Tensor], scale: float, conservative: bool
@@ -243,6 +259,7 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     forward.__signature__ = signature.replace(parameters=parameters)
     parts = {
         "forward": forward,
+        "base_name": base.__name__,
         "__module__": __name__,
         "__doc__": f"{base.__name__} with value heads; see `Guided`.",
         "_keep_in_fp32_modules_strict": {*(base._keep_in_fp32_modules_strict or ()), "value_heads"},
@@ -250,17 +267,35 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(f"Guided{base.__name__}", (Guided, base), parts)
 
 
+def _without_adapter(model: nn.Module) -> PreTrainedModel:
+    """The model itself, or the one inside a PeftModel."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
 def attach(model: PreTrainedModel, value_heads: ValueHeadsConfig | None) -> PreTrainedModel:
-    """Turns a causal LM into a guided one in place, with fresh heads if any; returns the same object."""
-    if not isinstance(model, Guided):
-        model.__class__ = guided_class(type(model))
-        model._add_heads(None)
+    """Turns a causal LM, or the one in a PeftModel, into a guided one in place; returns the same object.
+
+    value_heads: fresh heads instead of those that are there, if any; None leaves them as they are.
+    """
+    inner = _without_adapter(model)
+    if not isinstance(inner, Guided):
+        inner.__class__ = guided_class(type(inner))
+        inner._add_heads(None)
     if value_heads is not None:
-        model.config.offline_lmrl = settings(model.config) | {"value_heads": asdict(value_heads)}
-        model.value_heads = ValueHeads(value_heads, *model.get_output_embeddings().weight.shape).to(model.device)
-        model.value_heads.apply(model._initialize_weights)
-        model.update_targets(1.0)
-        model.freeze_targets()
+        inner.config.offline_lmrl = settings(inner.config) | {"value_heads": asdict(value_heads)}
+        inner.value_heads = ValueHeads(value_heads, *inner.get_output_embeddings().weight.shape).to(inner.device)
+        inner.value_heads.apply(inner._initialize_weights)
+        inner.update_targets(1.0)
+        inner.freeze_targets()
+    return model
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Takes the heads off a guided model in place, and their blocks out of its config; returns the same object."""
+    inner = _without_adapter(model)
+    inner.value_heads = None
+    blocks = {name: block for name, block in settings(inner.config).items() if name not in ("value_heads", "sampling")}
+    inner.config.offline_lmrl = blocks
     return model
 
 
@@ -321,7 +356,7 @@ def load_model(
     if missing:
         raise InputError(f"model: {name}: config.json names value heads, but {missing[0]} is not among the weights")
     if value_heads is not None:
-        _check_same_heads(name, asdict(value_heads), stored)
+        check_same_heads(name, asdict(value_heads), stored)
     return model
 
 
@@ -332,7 +367,8 @@ def _load_adapter(folder: Path, **options) -> nn.Module:
         raise InputError(f"model: {folder}/adapter_config.json names no base model; LoRA needs one that is saved")
     block = read_settings(folder)
     stored = block.get("value_heads")
-    model = load_model(base, value_heads=ValueHeadsConfig(**stored) if stored else None, **options)
+    model = load_model(base, **options)  # its own heads, if any, are not those that lie with the adapter
+    model = attach(model, ValueHeadsConfig(**stored)) if stored else detach(model)
     model.config.offline_lmrl = block
     model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     load_heads(model, folder)
@@ -340,7 +376,8 @@ def _load_adapter(folder: Path, **options) -> nn.Module:
     return model
 
 
-def _check_same_heads(name: str, asked: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+def check_same_heads(name: str, asked: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Raises: InputError where the heads asked for are not of the form of those that are there."""
     for field in ("kind", "heads", "utterance"):
         if asked[field] != stored[field]:
             raise InputError(

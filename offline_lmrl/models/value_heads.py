@@ -9,10 +9,10 @@ computed together. What the three kinds choose:
     mlp      relu(A_i h + a_i)  (2d)    W_i[a]                      learnt      0
 
 tied and linear are linear in h and fold into the LM head (tied as β·c·E·M); mlp is the papers'. All start at
-`initial_value`: w and the rows of mlp are 0; M and the rows of linear are so small (TIE_BREAK) that Q lies within about
-1e-3 of it where h has unit variance. At 0 the twins would be equal and get equal gradients for ever, so that the
-minimum of both would be either. How far twins of a kind that is linear in h drift apart is another matter: what the
-data fix they learn alike; the first layers of mlp differ from the start.
+`initial_value`: w and the rows of mlp are 0; M and the rows of linear are so small (TIE_BREAK) that Q lies within
+about 1e-3 of it where h has unit variance. At 0 the twins would be equal and get equal gradients for ever, so that
+the minimum of both would be either. How far twins of a kind that is linear in h drift apart is another matter: what
+the data fix they learn alike; the first layers of mlp differ from the start.
 
 tied reads the live E without gradient: the policy's loss moves it, Q's never does. Its target averages M, w and b
 only, a deviation from a full target copy. The number c = 1 / (root mean square length of E's rows) is there because

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
-from offline_lmrl.models.guided import attach, load_model
+from offline_lmrl.models.guided import attach, detach, load_model
 from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
 from tests.tiny_models import guided_model, tiny_batch, tiny_model
 
@@ -127,6 +127,30 @@ def test_a_policy_without_heads_needs_no_heads_file(tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if "heads" in path.name) == []
     loaded = load_model(tmp_path / "run")
     assert loaded.value_heads is None and loaded.config.offline_lmrl == {"algorithm": "bc"}
+
+
+def test_heads_go_on_the_model_inside_an_adapter_and_come_back(tmp_path):
+    guided_model(kind="linear").save_pretrained(tmp_path / "base")
+    policy = with_lora(detach(load_model(tmp_path / "base")))
+    policy.save_pretrained(tmp_path / "policy")
+    save_heads(policy, tmp_path / "policy")
+    loaded = load_model(tmp_path / "policy")
+    assert loaded.value_heads is None  # whatever the base model carries
+    model = attach(loaded, ValueHeadsConfig("mlp", initial_value=0.5))
+    assert model is loaded and isinstance(model, peft.PeftModel)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    train_one_step(model)
+    moved = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
+    assert {name.split(".value_heads.")[-1].split(".")[0] for name in moved if "lora_" not in name} == {
+        "q", "target_q", "v"
+    }  # fmt: skip
+    assert any("lora_" in name for name in moved)
+    model.save_pretrained(tmp_path / "run")
+    save_heads(model, tmp_path / "run")
+    again = load_model(tmp_path / "run")
+    expected = model.eval()(**tiny_batch())
+    for name, values in again.eval()(**tiny_batch()).items():
+        assert torch.equal(values, expected[name]), name
 
 
 def test_a_missing_heads_file_and_a_missing_base_are_one_line_errors(tmp_path):

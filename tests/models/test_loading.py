@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.models.guided import attach, build_model, guided_class, load_model
+from offline_lmrl.models.guided import attach, build_model, detach, guided_class, load_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from tests.tiny_models import FAMILIES, VOCABULARY, guided_model, tiny_batch, tiny_model
 
@@ -59,6 +59,7 @@ def test_the_base_class_loads_a_guided_folder_as_the_plain_policy(family, tmp_pa
     guided_model(family).save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(plain) is type(tiny_model(family))
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(plain).__name__]
     assert torch.equal(logits(plain), logits(tiny_model(family)))
 
 
@@ -157,6 +158,16 @@ def test_resizing_the_vocabulary_resizes_the_heads(family, kind, tmp_path):
     assert model.q_values(hidden).shape == (2, 2, 9, VOCABULARY + 3)
     model.save_pretrained(tmp_path)
     assert_close(load_model(tmp_path)(**batch)["q"], after["q"])
+
+
+def test_detached_heads_leave_the_plain_policy_also_on_disk(tmp_path):
+    model = guided_model()
+    model.config.offline_lmrl |= {"sampling": {"beta": 2.0}, "template": "plain"}
+    assert detach(model) is model and set(model(**tiny_batch())) == {"log_prob"}
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.value_heads is None and loaded.config.offline_lmrl == {"template": "plain"}
+    assert torch.equal(logits(loaded), logits(tiny_model()))
 
 
 def test_attach_keeps_the_object_and_its_weights():

@@ -133,7 +133,8 @@ def test_values_are_fp32_under_autocast(kind):
         packed = model(**batch, conservative=True)
     assert {values.dtype for values in packed.values()} == {torch.float32}
     sum(values.sum() for values in packed.values()).backward()
-    assert {parameter.grad.dtype for parameter in model.value_parameters()} == {torch.float32}
+    online = [parameter for head in model.value_heads.online() for parameter in head.parameters()]
+    assert {parameter.grad.dtype for parameter in online} == {torch.float32}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -158,6 +159,23 @@ def test_rows_behind_the_windows_serve_next_values_only(family):
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     for name, gradient in gradients[1].items():
         assert_close(gradients[0][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("ranks, rows", [(None, [2]), (1, [2]), (2, [1, 2])])
+def test_among_several_ranks_the_decoder_runs_twice_even_without_rows_behind_the_windows(monkeypatch, ranks, rows):
+    model, batch = guided_model(), tiny_batch()
+    expected = model(**batch)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: ranks is not None)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+    seen = []
+    model.get_decoder().register_forward_hook(lambda module, args, output: seen.append(len(output[0])))
+    for name, values in model(**batch, windows=2).items():
+        assert torch.equal(values, expected[name]), name
+    assert seen == rows
+    seen.clear()
+    model.value_heads = None
+    model(**batch, windows=2)
+    assert seen == [2]
 
 
 def test_no_steps_give_empty_outputs():
