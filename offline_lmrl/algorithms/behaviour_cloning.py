@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.models.guided import detach
 from offline_lmrl.training import OfflineConfig, OfflineTrainer
 
 
@@ -50,7 +51,8 @@ def keep_best(
     kept = set()
     for members in groups.values():
         best = sorted(members, key=lambda index: -trajectories[index].total_return)
-        kept.update(best[: math.ceil(share * len(members))])
+        # rounded, since .07 · 100 is a hair above 7
+        kept.update(best[: math.ceil(round(share * len(members), 9))])
     chosen = [t for i, t in enumerate(trajectories) if i in kept and (above is None or t.total_return >= above)]
     if not chosen:
         best_return = max(t.total_return for t in trajectories)
@@ -65,6 +67,9 @@ class BCTrainer(OfflineTrainer):
 
     def select(self, trajectories, args: BCConfig):
         return keep_best(trajectories, args.keep_share, args.keep_above, args.per_group)
+
+    def prepare_model(self, model, args: BCConfig, windows):
+        return detach(super().prepare_model(model, args, windows))  # heads of another policy would be stale
 
     def loss_terms(self, outputs, steps):
         loss = -outputs["log_prob"]

@@ -30,7 +30,11 @@ from torch import Tensor
 
 from offline_lmrl.data.batching import WindowDataset
 from offline_lmrl.data.episodes import StepRule
-from offline_lmrl.models.guided import attach
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.scale import RewardScale
+from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.models.adapters import settings
+from offline_lmrl.models.guided import attach, check_same_heads
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.ops.returns import monte_carlo_mixture
 from offline_lmrl.ops.value_learning import awr_weight, conservative_loss, expectile_loss, q_loss, td_target
@@ -41,7 +45,8 @@ from offline_lmrl.training import OfflineConfig, OfflineTrainer, TargetUpdates, 
 class ILQLConfig(OfflineConfig):
     """Settings of ILQL. Numbers in brackets are the paper's code.
 
-    value_heads: tied, linear or mlp [mlp] (models/value_heads.py).
+    value_heads: tied, linear or mlp [mlp] (models/value_heads.py). A model that brings heads goes on with them, in the
+      unit of their rewards; their form must be the one asked for, and initial_value is then unused.
     initial_value: what Q and V say before training, as a logged return of a whole episode (the heads start at its
       scaled value); None = the mean scaled return-to-go of the training data. The best possible return suits tasks in
       which every step costs: values then sink to the truth everywhere at once, while from below they would have to
@@ -83,10 +88,16 @@ class ILQLConfig(OfflineConfig):
         check_range(
             self, expectile=(0.5, 0.999), discount_per_token=(0, 1), discount_per_turn=(0, 1), monte_carlo=(0, 1),
             target_rate=(0, 1), conservative_weight=(0, 1e6), value_weight=(0, 1e6), policy_weight=(0, 1e6),
-            value_grad_scale=(0, 1), utterance_weight=(0, 1e6), inverse_temperature=(0, 1e6), support=(0, 1),
-            beta=(0, 1e9),
+            value_grad_scale=(0, 1), utterance_weight=(0, 1e6), inverse_temperature=(0, 1e6), beta=(0, 1e9),
+            learning_rate=(0, 1e6),
         )  # fmt: skip
+        SamplingConfig(**sampling_form(self))  # checks the ranges
         super().__post_init__()
+
+
+def sampling_form(config: ILQLConfig) -> dict[str, Any]:
+    """The decoding form that is saved with the run."""
+    return {name: getattr(config, name) for name in ("beta", "q_reduce", "support", "candidates", "clip")}
 
 
 def ilql_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: ILQLConfig) -> dict[str, Tensor]:
@@ -143,16 +154,38 @@ class ILQLTrainer(OfflineTrainer):
     def step_rule(self, args: ILQLConfig) -> StepRule:
         return StepRule(args.discount_per_token, args.discount_per_turn, args.bootstrap_from_turn)
 
+    def fit_scale(self, model, train, args: ILQLConfig) -> RewardScale:
+        """That of the heads which came along, if any, because they answer in its unit."""
+        fitted = super().fit_scale(model, train, args)
+        stored = settings(model.config).get("reward_scale")
+        if getattr(model, "value_heads", None) is None or stored is None:
+            return fitted
+        found = RewardScale(**stored)
+        if args.reward_scale not in (None, found.scale):
+            raise InputError(
+                f"reward_scale: found {args.reward_scale}, but the model's value heads answer in units of "
+                f"{found.scale:g}; leave it out, or start from the plain policy"
+            )
+        if found.shift != 0 and found.scored_turns != fitted.scored_turns:
+            raise InputError(
+                f"the model's value heads were trained on rewards shifted by {found.shift:g}, which would change this "
+                f"task (episodes of other than {found.scored_turns} scored turns, or a discount below 1); start from "
+                "the plain policy"
+            )
+        return found
+
     def prepare_model(self, model, args: ILQLConfig, windows: WindowDataset):
+        utterance = args.utterance_weight > 0
         if getattr(model, "value_heads", None) is not None:  # goes on with the heads that came along
+            there = settings(model.config)["value_heads"]
+            check_same_heads("the model", there | {"kind": args.value_heads, "utterance": utterance}, there)
             return model
         start = windows.mean_return if args.initial_value is None else self.scale.apply_to_return(args.initial_value)
-        heads = ValueHeadsConfig(kind=args.value_heads, initial_value=start, utterance=args.utterance_weight > 0)
+        heads = ValueHeadsConfig(kind=args.value_heads, initial_value=start, utterance=utterance)
         return attach(model, heads)
 
     def stored_blocks(self, args: ILQLConfig) -> Mapping[str, Any]:
-        names = ("beta", "q_reduce", "support", "candidates", "clip")
-        return {"sampling": {name: getattr(args, name) for name in names}}
+        return {"sampling": sampling_form(args)}
 
     def forward_options(self) -> Mapping[str, Any]:
         return {

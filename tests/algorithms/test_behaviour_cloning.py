@@ -20,6 +20,12 @@ def test_share_keeps_the_best_in_their_order():
     assert keep_best(data) == data
 
 
+def test_a_share_that_is_a_whole_number_of_episodes_keeps_just_that_many():
+    data = [episode(float(r)) for r in range(100)]
+    assert len(keep_best(data, share=0.07)) == 7  # .07 · 100 = 7.000000000000001 in floating point
+    assert len(keep_best(data, share=0.071)) == 8
+
+
 def test_ties_at_the_edge_go_to_the_earlier_ones():
     data = [episode(1.0, group=str(i)) for i in range(4)]
     assert [t.group for t in keep_best(data, share=0.5)] == ["0", "1"]
