@@ -207,7 +207,7 @@ class _Episode:
             follows, reward, reach, turn_discount = (OWN, opening + n - 1), 0.0, n - 1, 1.0
         for k in range(n):
             has_target = k < reach
-            if self.gammas.bootstrap_from_turn or k == reach - 1:
+            if has_target and (self.gammas.bootstrap_from_turn or k == reach - 1):
                 left = reach - k
                 paid, discount = gamma ** (left - 1) * reward, gamma**left * turn_discount
                 place, counts = follows, bootstrap

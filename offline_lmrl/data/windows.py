@@ -4,6 +4,11 @@ Agent turn i sees the turns from `first_visible(i)` on, and every leading system
 `stride` turns, as little as keeps at most `context` turns of history and at most `max_length` tokens. With stride 1
 that is exactly "the last k turns"; a larger stride lets many agent turns share one window (and one cache) at the price
 of a history that varies between context − stride + 1 and context turns.
+
+Where `context` alone decides, training and live play start at the same turn. Where max_length binds they may not:
+training counts the tokens of the logged turn, live play, which cannot know them, those of the agent's opening and of
+the longest reply (`reserve`, the sampler's max_new_tokens). A logged turn that is shorter may then be trained with
+older turns in view that the agent would not see live, a longer one with fewer.
 """
 
 from collections.abc import Sequence
@@ -57,7 +62,7 @@ def first_visible(rule: WindowRule, lengths: Sequence[int], index: int, head: in
       lengths: tokens of each turn up to and including turn `index`.
       head: number of leading system turns; fixed: their tokens and the preamble's.
     Returns: a turn in head..index, or None where not even the turn alone fits. The rule is monotone in index and does
-      not depend on earlier windows, so training and a live dialogue agree.
+      not depend on earlier windows, so training and a live dialogue that give the same lengths agree.
     """
     if fixed + lengths[index] > rule.max_length:
         return None
@@ -90,17 +95,12 @@ def cut_windows(
     return spans, dropped
 
 
-def visible_turns(turns: Sequence[Turn], first: int, stop: int) -> list[Turn]:
-    """The leading system turns and turns first..stop−1."""
-    head = leading_system_turns(turns)
-    return [*turns[: min(head, stop)], *turns[max(first, head) : stop]]
-
-
 def policy_window(turns: Sequence[Turn], renderer: Renderer, rule: WindowRule, reserve: int = 0) -> list[int]:
     """Ids the agent sees before its coming turn: preamble, visible turns, its own opening.
 
     Args:
-      reserve: tokens kept free for the reply (max_new_tokens).
+      reserve: tokens kept free for the reply (max_new_tokens). Where max_length binds, the window starts where
+        training would start it for a turn of the opening and that many tokens, however long the reply turns out.
     Raises: InputError where the leading system turns alone leave no room.
     """
     encoded = [renderer.encode_turn(turn).ids for turn in turns]

@@ -1,1 +1,1 @@
-"""Pure functions of tensors: returns, value learning, masking, decoding. Nothing here needs more than torch."""
+"""Pure functions of tensors: returns, value learning, chunked sums, decoding. Nothing here needs more than torch."""

@@ -1,6 +1,7 @@
 """Returns of reward sequences. Time is the last axis; a step's discount is what V after that step is multiplied with.
 
-A step's discount is 0 after a terminal action, 1 inside a turn, γ where a turn closes (or γ everywhere, per token).
+A step's discount is 0 after a terminal action; else γ per token, times γ per turn where a turn closes. Training takes
+its returns packed from data/episodes.py, which goes over turns, not tokens; these are the same by plain recursion.
 """
 
 import torch

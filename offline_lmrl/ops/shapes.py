@@ -1,4 +1,4 @@
-"""Shapes, checked at the door of every function of this package."""
+"""Shapes, checked at the door of the losses and returns: there a wrong axis would broadcast in silence."""
 
 from torch import Tensor
 

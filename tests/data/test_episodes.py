@@ -13,6 +13,7 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.windows import WindowRule, policy_window
+from offline_lmrl.ops.returns import return_to_go
 
 DEFAULT_WINDOWS, DEFAULT_STEPS = WindowRule(), StepRule()
 
@@ -146,6 +147,34 @@ def test_log_cut_behind_a_finished_turn_has_no_target_for_its_last_action():
     assert batch["steps"]["end_state"].tolist()[:2] == [6, 6]
 
 
+def test_a_discount_of_zero_per_token_needs_no_target_behind_a_finished_turn():
+    log = Trajectory((user("a"), agent("xy", 3.0)), terminated=False)
+    batch = batch_of([log], steps=StepRule(discount_per_token=0.0, bootstrap_from_turn=True))
+    assert batch["steps"]["has_target"].tolist() == [True, True, False]
+    assert batch["steps"]["discount"].tolist()[:2] == [0.0, 0.0]
+
+
+UNFINISHED = agent("zz", 3.0, token_ids=(ord("z"), ord("z")))
+ENDS = {
+    "terminated": (Trajectory(DIALOGUE), 0.0),
+    "observation": (Trajectory((*DIALOGUE, user("c")), terminated=False), 7.0),
+    "finished": (Trajectory((*DIALOGUE, user("c"), agent("xx", 5.0)), terminated=False), 7.0),
+    "unfinished": (Trajectory((*DIALOGUE, UNFINISHED), terminated=False, labels={"tokenizer": "letters"}), 7.0),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_returns_of_one_window_equal_the_backward_recursion_over_its_steps(end):
+    trajectory, end_value = ENDS[end]
+    batch = batch_of([trajectory], steps=StepRule(discount_per_token=0.9, discount_per_turn=0.5))
+    assert len(batch["input_ids"]) == 1
+    steps = {name: values[batch["steps"]["has_target"]] for name, values in batch["steps"].items()}
+    found = steps["return_to_go"] + steps["end_discount"] * end_value
+    discount = steps["discount"] * steps["bootstrap"]
+    expected = return_to_go(steps["reward"][None], discount[None], torch.tensor([end_value]))
+    torch.testing.assert_close(found, expected[0])
+
+
 def test_log_cut_inside_a_turn_bootstraps_there():
     turns = (user("a"), agent("xy", 3.0, token_ids=(X, Y)))
     batch = batch_of([Trajectory(turns, terminated=False, labels={"tokenizer": "letters"})])
@@ -202,6 +231,14 @@ def test_stride_lets_agent_turns_share_a_window():
     firsts = batch["steps"]["row"].tolist()[::2]
     # turns 1, 3 see from 0; turn 5 (5 turns of history) would, so it starts at 2; each later turn moves by 2
     assert firsts == [0, 0, 1, 2, 3, 4]
+
+
+def test_where_max_length_binds_live_play_keeps_room_for_the_longest_reply():
+    turns, rule = (user("a"), agent("x"), user("b"), agent("y", 1.0)), WindowRule(max_length=14)
+    batch = batch_of([Trajectory(turns)], rule)
+    assert batch["input_ids"].tolist()[0] == [1, 2, ord("a"), 3, 4, X, 5, 2, ord("b"), 3, 4, Y, 5]  # 13 tokens
+    assert policy_window(turns[:3], LetterRenderer(), rule, reserve=2) == batch["input_ids"][0, :11].tolist()
+    assert policy_window(turns[:3], LetterRenderer(), rule, reserve=4) == [1, 4, X, 5, 2, ord("b"), 3, 4]
 
 
 @pytest.mark.parametrize(
