@@ -13,8 +13,10 @@ from offline_lmrl.models.guided import build_model
 
 pytestmark = pytest.mark.gates
 
-SPEC = {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 32,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+SPEC = {
+    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 168, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 32, "tie_word_embeddings": True, "initializer_range": 0.1,
+}  # fmt: skip
 ILQL = {"target_rate": 0.05, "discount_per_turn": 1.0, "conservative_weight": 0.01, "value_weight": 10.0}
 
 
