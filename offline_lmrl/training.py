@@ -7,17 +7,19 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 import transformers
+from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from offline_lmrl.data.batching import WindowDataset, collate_windows, encode_trajectories
+from offline_lmrl.data.batching import TokenBatch, WindowDataset, WindowRef, collate_windows, encode_trajectories
 from offline_lmrl.data.episodes import EpisodeEncoder, StepRule
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import fingerprint, read_trajectories
@@ -101,6 +103,38 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
         return iter(torch.cat([*(full[i] for i in order), *rest]).tolist())
 
 
+class EvenBatches(torch.utils.data.BatchSampler):
+    """Full batches, as many as a multiple of `ranks`; what an epoch lacks at its end is filled up with `surplus`.
+
+    accelerate would repeat the epoch's first rows there, which would then count twice.
+    """
+
+    def __init__(self, sampler: torch.utils.data.Sampler[int], batch_size: int, ranks: int, surplus: int):
+        super().__init__(sampler, batch_size, drop_last=False)
+        self.ranks, self.surplus = ranks, surplus
+
+    def __len__(self) -> int:
+        return -(-super().__len__() // self.ranks) * self.ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in chain(super().__iter__(), repeat([], len(self) - super().__len__())):
+            yield batch + [self.surplus] * (self.batch_size - len(batch))
+
+
+def collate_even(items: Sequence[WindowRef]) -> TokenBatch:
+    """The data collator for `EvenBatches`: leaves out items behind the dataset's end.
+
+    Every rank has to run forward, so of a batch of nothing else one window is left, without steps.
+    """
+    dataset = items[0].dataset
+    real = [item for item in items if item.index < len(dataset)]
+    batch = collate_windows(real or [dataset[0]])
+    if not real:
+        batch["action_mask"] = torch.zeros_like(batch["action_mask"])
+        batch["steps"] = {name: values[:0] for name, values in batch["steps"].items()}
+    return batch
+
+
 class TargetUpdates(TrainerCallback):
     """Polyak step of the target heads, once per real optimizer step (never on micro-steps or skipped steps)."""
 
@@ -178,7 +212,7 @@ class OfflineTrainer(transformers.Trainer):
         super().__init__(
             model,
             args,
-            data_collator=collate_windows,
+            data_collator=collate_even,
             train_dataset=windows,
             eval_dataset=None if eval_dataset is None else self._windows(_read(eval_dataset), args, Counter()),
             processing_class=processing_class,
@@ -234,6 +268,16 @@ class OfflineTrainer(transformers.Trainer):
         if limit is not None and args.max_length > limit:
             raise InputError(f"max_length: found {args.max_length}, expected at most the model's {limit} positions")
 
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """As Trainer's, but each row goes to one rank only, for any number of ranks."""
+        loader = super().get_train_dataloader()
+        shard = loader.batch_sampler
+        if isinstance(shard, BatchSamplerShard) and not shard.drop_last:
+            ranks = 1 if shard.split_batches else shard.num_processes
+            shard.sampler = shard.batch_sampler.sampler  # there a resumed loader looks for the sampler's set_epoch
+            shard.batch_sampler = EvenBatches(shard.sampler, shard.batch_size, ranks, surplus=len(loader.dataset))
+        return loader
+
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy == "group_by_length":
@@ -242,9 +286,8 @@ class OfflineTrainer(transformers.Trainer):
         return super()._get_train_sampler(train_dataset)
 
     def _get_eval_sampler(self, eval_dataset):
-        return torch.utils.data.SequentialSampler(
-            eval_dataset
-        )  # whatever the training order: evaluation_loop batches itself
+        # Whatever the training order: evaluation_loop batches itself.
+        return torch.utils.data.SequentialSampler(eval_dataset)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Action tokens of the optimizer step: all micro-batches, all ranks."""
