@@ -27,7 +27,7 @@ from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.data.windows import WindowRule
-from offline_lmrl.models.adapters import load_heads, require_peft, save_heads, unfreeze_heads
+from offline_lmrl.models.adapters import load_heads, require_peft, save_heads, settings, unfreeze_heads
 from offline_lmrl.models.guided import attach, load_model
 
 
@@ -192,13 +192,13 @@ class OfflineTrainer(transformers.Trainer):
         self.renderer = Renderer(processing_class, args.template)
         train = self.select(_read(train_dataset), args)
         model = load_model(model) if isinstance(model, str) else model
-        self.check_position_limit(model, args)
+        self.check_model(model, args)
         self.scale = self.fit_scale(model, train, args)
         self.encoder = EpisodeEncoder(self.renderer, args.window, self.step_rule(args), self.scale)
         self.counts: Counter[str] = Counter()
         windows = self._windows(train, args, self.counts)
         model = self.prepare_model(model, args, windows)
-        model.config.offline_lmrl = (getattr(model.config, "offline_lmrl", None) or {}) | {
+        model.config.offline_lmrl = settings(model.config) | {
             "algorithm": self.algorithm,
             "template": args.template,
             "tokenizer": self.renderer.fingerprint,
@@ -262,11 +262,20 @@ class OfflineTrainer(transformers.Trainer):
     def rows_for_end_v(self, args: OfflineConfig) -> bool:
         return False
 
-    @staticmethod
-    def check_position_limit(model: PreTrainedModel, args: OfflineConfig) -> None:
+    def check_model(self, model: PreTrainedModel, args: OfflineConfig) -> None:
+        """Whether the model can read what will be rendered for it."""
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and args.max_length > limit:
             raise InputError(f"max_length: found {args.max_length}, expected at most the model's {limit} positions")
+        found, expected = self.renderer.fingerprint, settings(model.config).get("tokenizer")
+        if expected not in (None, found):
+            raise InputError(
+                f"tokenizer: found fingerprint {found}, expected {expected}: "
+                "the model was trained with another tokenizer or chat template"
+            )
+        tokens, rows = len(self.renderer.tokenizer), model.get_input_embeddings().weight.shape[0]
+        if tokens > rows:
+            raise InputError(f"tokenizer: found {tokens} tokens, expected at most the model's {rows} embeddings")
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """As Trainer's, but each row goes to one rank only, for any number of ranks."""

@@ -41,15 +41,17 @@ def logs(n=24, change=lambda reward: reward):
     return episodes
 
 
-def trainer(folder, *, algorithm="ilql", data=None, dropout=False, spec=SPEC, seed=0, **settings):
+def trainer(folder, *, algorithm="ilql", data=None, held_out=None, model=None, tokenizer=TOKENIZER, lora=None,
+            dropout=False, spec=SPEC, seed=0, **settings):  # fmt: skip
     torch.manual_seed(seed)
     config, cls = {"ilql": (ILQLConfig, ILQLTrainer), "bc": (BCConfig, BCTrainer)}[algorithm]
     settings = {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "report_to": "none",
                 "save_strategy": "no", "disable_tqdm": True, "max_length": 64, "context": 2, **settings}  # fmt: skip
     if algorithm == "ilql":
         settings = {"monte_carlo": 0.3, "target_rate": 0.1, **settings}
-    model = build_model(spec if dropout else spec | NO_DROPOUT, TOKENIZER)
-    return cls(model, config(output_dir=str(folder), use_cpu=True, **settings), data or logs(), None, TOKENIZER)
+    model = model or build_model(spec if dropout else spec | NO_DROPOUT, TOKENIZER)
+    args = config(output_dir=str(folder), use_cpu=True, **settings)
+    return cls(model, args, data or logs(), held_out, tokenizer, lora)
 
 
 def parameters(run):
@@ -227,6 +229,17 @@ def test_saved_run_opens_as_guided_and_as_plain_model(tmp_path):
 def test_window_longer_than_the_model_is_refused(tmp_path):
     with pytest.raises(InputError, match="max_length: found 128, expected at most the model's 64 positions"):
         trainer(tmp_path, max_length=128)
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path):
+    model = trainer(tmp_path).model
+    other = train_tokenizer(["something else entirely"] * 9, 280)
+    with pytest.raises(InputError, match="tokenizer: found fingerprint .*, expected .*another tokenizer"):
+        trainer(tmp_path, model=model, tokenizer=other)
+    small = build_model(SPEC | {"vocab_size": 100}, TOKENIZER)
+    expected = f"tokenizer: found {len(TOKENIZER)} tokens, expected at most the model's 100 embeddings"
+    with pytest.raises(InputError, match=expected):
+        trainer(tmp_path, model=small)
 
 
 def test_length_grouping_keeps_every_row_and_changes_with_the_epoch():
