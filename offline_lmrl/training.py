@@ -17,6 +17,7 @@ import transformers
 from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from offline_lmrl.data.batching import TokenBatch, WindowDataset, WindowRef, collate_windows, encode_trajectories
@@ -29,6 +30,8 @@ from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.data.windows import WindowRule
 from offline_lmrl.models.adapters import load_heads, require_peft, save_heads, settings, unfreeze_heads
 from offline_lmrl.models.guided import attach, load_model
+
+CONFIG_FILES = ("config.json", "adapter_config.json")  # a folder without them is no model
 
 
 @dataclass
@@ -361,10 +364,15 @@ class OfflineTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         staging = Path(self._get_output_dir(trial))
+        self._remove_leftover(staging)
         super()._save_checkpoint(model, trial)
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == staging:  # Trainer saw it there; from now on it lies here:
+            self.state.best_model_checkpoint = str(staging.parent / Path(best).name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             written = staging / f"checkpoint-{self.state.global_step}"
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
             for path in written.rglob("*"):
                 if path.is_file():
                     _sync(path)
@@ -383,18 +391,26 @@ class OfflineTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes beside the folder first; config.json, without which nothing loads, moves in last."""
+        """Writes beside the folder first; the model's config, without which nothing loads, moves in last."""
         if _internal_call:  # part of a checkpoint, which is staged as a whole
             return super().save_model(output_dir, _internal_call=True)
         folder = Path(output_dir or self.args.output_dir)
         staging = folder / ".saving"
+        self._remove_leftover(staging)
         super().save_model(str(staging), _internal_call=True)
         if self.args.should_save:
-            (folder / "config.json").unlink(missing_ok=True)
-            for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+            for name in CONFIG_FILES:
+                (folder / name).unlink(missing_ok=True)
+            for path in sorted(staging.iterdir(), key=lambda path: path.name in CONFIG_FILES):
                 _sync(path)
                 os.replace(path, folder / path.name)
             staging.rmdir()
+        self.accelerator.wait_for_everyone()
+
+    def _remove_leftover(self, staging: Path) -> None:
+        """What a kill left half written."""
+        if self.args.should_save and staging.exists():
+            shutil.rmtree(staging)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir=None, state_dict=None) -> None:
@@ -411,6 +427,9 @@ class OfflineTrainer(transformers.Trainer):
             load_heads(model, resume_from_checkpoint)
         else:
             _check_whole(model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)  # Trainer's own way leaves heads behind
 
 
 def _with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:

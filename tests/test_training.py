@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
+import offline_lmrl.training as training
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import build_model
+from offline_lmrl.models.guided import build_model, load_model
 from offline_lmrl.training import LengthGroupedSampler
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3 4 5 6 7 8 9"], 300)
@@ -110,28 +111,92 @@ sys.path.insert(0, {tests!r})
 import offline_lmrl.training as training
 from test_training import trainer
 run = trainer({folder!r}, save_strategy="steps", save_steps=2, max_steps=6)
-saved, sync = [], training._sync
-def die_in_the_second_save(path):
-    saved.append(path)
-    if run.state.global_step == 4 and path.name == "optimizer.pt":
-        os.kill(os.getpid(), signal.SIGKILL)
-    sync(path)
-training._sync = die_in_the_second_save
+def die_in_the_second_save(function, when):
+    def wrapped(*args, **kwargs):
+        if run.state.global_step == 4 and when(*args):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapped
+if {moment!r} == "weights are written":
+    run._save_optimizer_and_scheduler = die_in_the_second_save(run._save_optimizer_and_scheduler, lambda folder: True)
+else:
+    training._sync = die_in_the_second_save(training._sync, lambda path: path.name == "optimizer.pt")
 run.train()
 """
 
 
-def test_signal_9_while_saving_leaves_only_whole_checkpoints(tmp_path):
-    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+@pytest.mark.parametrize("moment", ["weights are written", "all is written"])
+def test_signal_9_while_saving_leaves_only_whole_checkpoints(tmp_path, moment):
+    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path), moment=moment)
     threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums differ in the last bit otherwise
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=threads)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-500:]
+    left = {path.name for path in (tmp_path / ".saving" / "checkpoint-4").iterdir()}
+    assert "model.safetensors" in left and ("optimizer.pt" in left) == (moment == "all is written")
     assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
     straight = trainer(tmp_path / "straight")
     straight.train()
     resumed = trainer(tmp_path, save_strategy="steps", save_steps=2)
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(parameters(resumed), parameters(straight))
+
+
+def test_what_a_kill_left_half_written_is_never_published(tmp_path):
+    half = tmp_path / ".saving" / "checkpoint-4"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    trainer(tmp_path).save_model(str(tmp_path))
+    assert not (tmp_path / "checkpoint-4").exists() and not (tmp_path / ".saving").exists()
+    load_model(tmp_path)
+
+
+@pytest.fixture
+def lora(tmp_path):
+    """The `model` and `lora` of a trainer: a saved base and the settings of an adapter for it."""
+    peft = pytest.importorskip("peft")
+    build_model(SPEC | NO_DROPOUT, TOKENIZER).save_pretrained(tmp_path / "base")
+    adapter = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    return {"model": str(tmp_path / "base"), "lora": adapter}
+
+
+def test_an_adapter_that_is_half_replaced_is_no_model(tmp_path, lora, monkeypatch):
+    run = trainer(tmp_path / "run", **lora)
+    run.save_model(str(tmp_path / "run"))
+    assert (tmp_path / "run" / "adapter_config.json").exists()
+
+    def stop(path):
+        if path.name == "adapter_model.safetensors":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_sync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.save_model(str(tmp_path / "run"))
+    with pytest.raises(InputError):
+        load_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["whole model", "adapter"])
+def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path, adapter, request):
+    start = request.getfixturevalue("lora") if adapter else {}
+    steps = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    run = trainer(
+        tmp_path, held_out=logs(3), load_best_model_at_end=True, metric_for_best_model="eval_loss",
+        save_total_limit=1, **steps, **start,
+    )  # fmt: skip
+    measured, at_best = iter([1.0, 3.0, 2.0]), []
+
+    def evaluation_loop(*args, **kwargs):
+        if run.state.global_step == 2:
+            at_best.append(parameters(run))
+        return EvalLoopOutput(None, None, {"eval_loss": next(measured)}, 3)
+
+    run.evaluation_loop = evaluation_loop
+    run.train()
+    assert torch.equal(parameters(run), at_best[0])
+    best = str(tmp_path / "checkpoint-2")
+    assert run.state.best_model_checkpoint == best and Path(best).is_dir()
+    saved = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert saved["best_model_checkpoint"] == best
 
 
 SHARDED = """
@@ -210,8 +275,6 @@ def test_metrics_are_averages_per_action_token_and_reach_the_file(tmp_path):
 
 def test_saved_run_opens_as_guided_and_as_plain_model(tmp_path):
     from transformers import AutoModelForCausalLM
-
-    from offline_lmrl.models.guided import load_model
 
     run = trainer(tmp_path)
     run.train()
