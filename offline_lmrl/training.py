@@ -139,12 +139,14 @@ def collate_even(items: Sequence[WindowRef]) -> TokenBatch:
 
 
 class TargetUpdates(TrainerCallback):
-    """Polyak step of the target heads, once per real optimizer step (never on micro-steps or skipped steps)."""
+    """Polyak step of the target heads, once per optimizer step; none where the loss scaler skipped the step."""
 
     def __init__(self, rate: float):
         self.rate, self.count = rate, 0
 
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        if getattr(optimizer, "step_was_skipped", False):  # accelerate's; Trainer calls this either way
+            return
         getattr(model, "module", model).update_targets(self.rate)
         self.count += 1
 
@@ -445,12 +447,11 @@ def _check_whole(model: PreTrainedModel, checkpoint: Path) -> None:
     in part only, fail here."""
     stored: set[str] = set()
     for file in checkpoint.glob("*.safetensors"):
-        with safetensors.safe_open(file, "pt") as weights:
-            stored.update(weights.keys())
-    pointers = {model.state_dict()[name].data_ptr() for name in stored if name in model.state_dict()}
-    missing = [
-        name for name, value in model.state_dict().items() if value.numel() and value.data_ptr() not in pointers
-    ]
+        with safetensors.safe_open(file, "pt") as content:
+            stored.update(content.keys())
+    weights = model.state_dict()
+    pointers = {weights[name].data_ptr() for name in stored if name in weights}
+    missing = [name for name, value in weights.items() if value.numel() and value.data_ptr() not in pointers]
     if missing:
         raise InputError(f"{checkpoint}: lacks {len(missing)} weights of this model, first {missing[0]}")
 

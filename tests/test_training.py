@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 import offline_lmrl.training as training
@@ -72,6 +73,13 @@ def test_targets_move_once_per_optimizer_step_under_accumulation(tmp_path):
     run = trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=4)
     run.train()
     assert run.target_updates.count == run.state.global_step == 4
+
+
+def test_targets_stay_where_the_loss_scaler_skips_the_step(tmp_path, monkeypatch):
+    run = trainer(tmp_path, max_steps=2)
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda self: True))
+    run.train()
+    assert run.state.global_step == 2 and run.target_updates.count == 0
 
 
 def test_resuming_equals_the_uninterrupted_run_to_the_bit(tmp_path):
