@@ -437,7 +437,11 @@ class OfflineTrainer(transformers.Trainer):
 def _with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
     if hasattr(model, "peft_config"):
         raise InputError("lora: found a model with an adapter already; leave lora out to train that one, or merge it")
-    model = require_peft().get_peft_model(model, peft_config)
+    peft = require_peft()
+    try:
+        model = peft.get_peft_model(model, peft_config)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"model.lora: {error}") from error
     unfreeze_heads(model)
     return model
 

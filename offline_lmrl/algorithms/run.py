@@ -3,8 +3,11 @@
 The command line and `compare` call `train`; it is the same path as building a trainer in Python.
 """
 
+import copy
+import hashlib
 import json
 import os
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from offline_lmrl.algorithms import load_algorithm
+from offline_lmrl.data.batching import WindowDataset
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import read_trajectories
+from offline_lmrl.data.io import fingerprint, read_trajectories
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.models.adapters import require_peft
@@ -32,7 +36,7 @@ class ModelConfig:
     scratch: a small model with fresh weights: `model_type` and the fields of that family's config.
     tokenizer: folder or hub name; None = the one at `path`, or one trained on the training data (scratch).
     vocab_size: size of a tokenizer trained here.
-    lora: fields of peft.LoraConfig: trains an adapter (and the heads) instead of the trunk.
+    lora: fields of peft.LoraConfig: trains an adapter (and the heads) instead of the trunk of the model at `path`.
     trust_remote_code: whether code that lies with the model may run.
     """
 
@@ -48,6 +52,9 @@ class ModelConfig:
             raise InputError(
                 f"model: found path {self.path!r} and scratch {self.scratch!r}, expected exactly one of them"
             )
+        if self.scratch is not None and self.lora is not None:
+            raise InputError("model.lora: found it beside model.scratch, expected model.path: an adapter is saved "
+                             "without its base, which has to lie somewhere")
 
 
 @dataclass
@@ -69,11 +76,20 @@ def build_tokenizer(config: ModelConfig, trajectories: list[Trajectory]) -> PreT
     return train_tokenizer((turn.content for t in trajectories for turn in t.turns), config.vocab_size)
 
 
-def build_trainer(algorithm: str, model: ModelConfig, data: DataConfig, args: OfflineConfig) -> OfflineTrainer:
-    """Reads data, builds tokenizer and model, and wires the trainer."""
+def read_data(data: DataConfig) -> tuple[list[Trajectory], list[Trajectory] | None]:
+    """The training and the validation trajectories."""
+    return read_trajectories(data.train), read_trajectories(data.validation) if data.validation else None
+
+
+def build_trainer(
+    algorithm: str,
+    model: ModelConfig,
+    trajectories: list[Trajectory],
+    validation: list[Trajectory] | None,
+    args: OfflineConfig,
+) -> OfflineTrainer:
+    """Builds tokenizer and model, and wires the trainer."""
     trainer_class = load_algorithm(algorithm)[1]
-    trajectories = read_trajectories(data.train)
-    validation = read_trajectories(data.validation) if data.validation else None
     transformers.set_seed(args.seed)  # fresh weights and heads follow the run's seed
     tokenizer = build_tokenizer(model, trajectories)
     network: PreTrainedModel
@@ -83,7 +99,11 @@ def build_trainer(algorithm: str, model: ModelConfig, data: DataConfig, args: Of
         network = load_model(model.path, trust_remote_code=model.trust_remote_code)
     peft_config = None
     if model.lora is not None:
-        peft_config = require_peft().LoraConfig(**{"target_modules": "all-linear", **model.lora})
+        peft = require_peft()
+        try:
+            peft_config = peft.LoraConfig(**{"target_modules": "all-linear", **model.lora})
+        except (TypeError, ValueError) as error:
+            raise InputError(f"model.lora: found {model.lora}, expected fields of peft.LoraConfig: {error}") from error
     return trainer_class(network, args, trajectories, validation, tokenizer, peft_config)
 
 
@@ -97,6 +117,21 @@ def resolved_config(algorithm: str, model: ModelConfig, data: DataConfig, args: 
     return json.loads(
         json.dumps({"algorithm": algorithm, "model": asdict(model), "data": asdict(data), "args": values})
     )
+
+
+def contents(
+    model: ModelConfig, trajectories: list[Trajectory], validation: list[Trajectory] | None
+) -> dict[str, str | None]:
+    """sha256 of what lies behind the paths of a run: data, and the start weights of a local folder."""
+    weights = None
+    if files := sorted(Path(model.path).glob("*.safetensors")) if model.path else []:
+        digest = hashlib.sha256()
+        for path in files:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        weights = digest.hexdigest()
+    held_out = None if validation is None else fingerprint(validation)
+    return {"train": fingerprint(trajectories), "validation": held_out, "start_weights": weights}
 
 
 def check_same_config(folder: Path, config: dict[str, Any]) -> bool:
@@ -124,32 +159,59 @@ def train(algorithm: str, model: ModelConfig, data: DataConfig, args: OfflineCon
     Returns: the run directory; it opens with `LanguagePolicy.load` and, as the plain policy, with transformers.
     """
     folder = Path(args.output_dir)
+    trajectories, validation = read_data(data)
     config = resolved_config(algorithm, model, data, args)
+    config["contents"] = contents(model, trajectories, validation)
     if check_same_config(folder, config) and (folder / "complete.json").exists():
         return folder
-    trainer = build_trainer(algorithm, model, data, args)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / "config.yaml.part"
-        temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        os.replace(temporary, folder / "config.yaml")
-    except OSError as error:
-        raise InputError(f"output_dir: cannot write {folder}: {error.strerror}") from error
+    trainer = build_trainer(algorithm, model, trajectories, validation, args)
+    folder.mkdir(parents=True, exist_ok=True)  # on every node, while one process writes
+    if trainer.args.should_save:
+        _write(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
     trainer.save_model(str(folder))
     if trainer.args.should_save:
-        tokens = round(trainer.state.epoch * trainer.train_dataset.lengths.sum())
-        report = {"steps": trainer.state.global_step, "training_tokens": tokens, "counts": dict(trainer.counts)}
-        temporary = folder / "complete.json.part"
-        temporary.write_text(json.dumps(report), encoding="utf-8")
-        os.replace(temporary, folder / "complete.json")
+        report = {
+            "steps": trainer.state.global_step,
+            "training_tokens": round(trainer.state.epoch * tokens_per_epoch(trainer.train_dataset)),
+            "start_tokens": start_tokens(model),
+            "counts": dict(trainer.counts),
+        }
+        _write(folder / "complete.json", json.dumps(report))
     trainer.accelerator.wait_for_everyone()
     return folder
 
 
+def tokens_per_epoch(windows: WindowDataset) -> int:
+    """Tokens of all rows that an epoch reads, those that only serve V of a next state included."""
+    read = {"input_ids": True, "next_ids": windows.next_rows, "end_ids": windows.end_rows}
+    return sum(len(windows.flat[name][0]) for name, used in read.items() if used)
+
+
+def start_tokens(model: ModelConfig) -> int:
+    """Tokens read in training by the run that this one starts from, and by those before it; 0 where it is no run."""
+    report = Path(model.path) / "complete.json" if model.path else None
+    if report is None or not report.exists():
+        return 0
+    before = json.loads(report.read_text(encoding="utf-8"))
+    return before["training_tokens"] + before.get("start_tokens", 0)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"output_dir: cannot write {path}: {error.strerror}") from error
+
+
 def dry_run(algorithm: str, model: ModelConfig, data: DataConfig, args: OfflineConfig) -> dict[str, Any]:
     """Builds everything and says what would run: windows, tokens, steps, parameters, memory (bytes; fp32, AdamW)."""
-    trainer = build_trainer(algorithm, model, data, args)
+    args = copy.copy(args)
+    with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer makes this folder
+        trainer = build_trainer(algorithm, model, *read_data(data), args)
     windows = trainer.train_dataset
     parameters = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -157,7 +219,7 @@ def dry_run(algorithm: str, model: ModelConfig, data: DataConfig, args: OfflineC
     steps = args.max_steps if args.max_steps > 0 else -(-len(windows) // rows_per_step) * args.num_train_epochs
     return {
         "windows": len(windows),
-        "tokens": int(windows.lengths.sum()),
+        "tokens": tokens_per_epoch(windows),
         "action tokens": windows.action_tokens,
         "optimizer steps": int(steps),
         "parameters": parameters,

@@ -123,7 +123,9 @@ class _Comparison:
         for row in kept:
             difference = _first_difference(row["config"], _plain(self.identity(row["method"])))
             if difference:
-                raise InputError(f"{path}: {row['method']}: {difference}; take another `output`, or remove this file")
+                raise InputError(
+                    f"{path}: {row['method']}: {difference}; take another `output`, or remove this file and runs/"
+                )
         for name in ("episodes", "samples", "runs"):
             try:
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -361,11 +363,13 @@ class _Run:
 
 
 def training_cost(run: Path) -> dict[str, float]:
-    """Agent tokens trained on, counted as often as they were seen, and wall seconds of the last training process."""
+    """Tokens read in training, as often as they were read and with those of the runs it started from, and wall seconds
+    of the last training process."""
     report = json.loads((run / "complete.json").read_text(encoding="utf-8"))
     logged = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     seconds = [row["train_runtime"] for row in map(json.loads, logged) if "train_runtime" in row]
-    return {"training_tokens": report["training_tokens"], "training_seconds": seconds[-1] if seconds else 0.0}
+    tokens = report["training_tokens"] + report.get("start_tokens", 0)
+    return {"training_tokens": tokens, "training_seconds": seconds[-1] if seconds else 0.0}
 
 
 def transcripts(result: EvaluationResult, seeds: Sequence[int]) -> str:

@@ -216,7 +216,7 @@ def test_results_of_other_settings_are_refused_by_name(world, key, value, messag
 def test_results_on_other_data_are_refused(world):
     run(world)
     write_trajectories(world.settings["data"]["train"], Gamble().logs(40, seed=1))
-    with pytest.raises(InputError, match="data.train: found"):
+    with pytest.raises(InputError, match="data.train: found .* remove this file and runs/"):
         run(world)
 
 

@@ -1,0 +1,142 @@
+"""A run folder is one run: of these settings, these data and this start, written once and counted in full."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from offline_lmrl.algorithms import run
+from offline_lmrl.algorithms.behaviour_cloning import BCConfig
+from offline_lmrl.algorithms.ilql import ILQLConfig
+from offline_lmrl.algorithms.run import DataConfig, ModelConfig
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import write_trajectories
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.evaluation.compare import training_cost
+from offline_lmrl.training import OfflineConfig, OfflineTrainer
+
+SCRATCH = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, "n_positions": 64}
+
+
+def logs(n, words=("left", "right")):
+    """Cut behind an observation, so that values read rows of their own at the end."""
+    return [
+        Trajectory(
+            (Turn("user", "go"), Turn("assistant", words[i % 2], reward=1.0 - i % 2), Turn("user", "on")),
+            terminated=False,
+        )
+        for i in range(n)
+    ]
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_trajectories(tmp_path / "train.jsonl", logs(4))
+    write_trajectories(tmp_path / "validation.jsonl", logs(2))
+    return DataConfig(str(tmp_path / "train.jsonl"), str(tmp_path / "validation.jsonl"))
+
+
+def settings(folder, config=BCConfig, **values):
+    values = {"num_train_epochs": 1, "per_device_train_batch_size": 2, "max_length": 64, "save_strategy": "no",
+              "report_to": "none", "disable_tqdm": True, "use_cpu": True, **values}  # fmt: skip
+    return config(output_dir=str(folder), **values)
+
+
+def scratch(**values):
+    return ModelConfig(scratch=SCRATCH, vocab_size=280, **values)
+
+
+def cloned(folder, data, **values):
+    return run.train("bc", scratch(), data, settings(folder, **values))
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_other_data_under_the_same_path_are_another_run(tmp_path, data, part):
+    done = cloned(tmp_path / "run", data)
+    before = (done / "complete.json").read_text()
+    assert cloned(tmp_path / "run", data) == done
+    write_trajectories(getattr(data, part), logs(4, ("up", "down")))
+    with pytest.raises(InputError, match=f"config.yaml: contents.{part}: found .*, expected .*another output_dir"):
+        cloned(tmp_path / "run", data)
+    assert (done / "complete.json").read_text() == before
+
+
+def test_other_weights_under_the_same_path_are_another_start(tmp_path, data):
+    start = cloned(tmp_path / "start", data)
+    model = ModelConfig(path=str(start))
+    done = run.train("bc", model, data, settings(tmp_path / "run"))
+    assert run.train("bc", model, data, settings(tmp_path / "run")) == done
+    weights = load_file(start / "model.safetensors")
+    save_file({name: torch.zeros_like(value) for name, value in weights.items()}, start / "model.safetensors")
+    with pytest.raises(InputError, match="contents.start_weights: found "):
+        run.train("bc", model, data, settings(tmp_path / "run"))
+
+
+def test_only_the_main_process_writes(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(OfflineConfig, "should_save", property(lambda self: False))
+    cloned(tmp_path / "run", data)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_every_token_that_is_read_counts_and_those_of_the_runs_before(tmp_path, data, monkeypatch):
+    read = []
+
+    def compute_loss(self, model, inputs, **kwargs):
+        read.append(int(inputs["attention_mask"].sum()))
+        return original(self, model, inputs, **kwargs)
+
+    original = OfflineTrainer.compute_loss
+    monkeypatch.setattr(OfflineTrainer, "compute_loss", compute_loss)
+    totals = []
+    start = scratch()
+    for name in ("first", "second", "third"):
+        if name == "first":
+            done = run.train("bc", start, data, settings(tmp_path / name, context=1))
+        else:
+            done = run.train("ilql", start, data, settings(tmp_path / name, ILQLConfig, context=1, monte_carlo=0.5))
+        report = json.loads((done / "complete.json").read_text())
+        assert report["training_tokens"] == sum(read)
+        assert report["start_tokens"] == sum(totals)
+        totals.append(sum(read))
+        assert training_cost(done)["training_tokens"] == sum(totals)
+        read.clear()
+        start = ModelConfig(path=str(done))
+    assert totals[1] > 1.4 * totals[0]  # the rows that only values read
+
+
+def test_a_resumed_run_counts_all_its_tokens(tmp_path, data):
+    straight = cloned(tmp_path / "straight", data, num_train_epochs=3)
+    stopped = cloned(tmp_path / "run", data, num_train_epochs=3, save_strategy="epoch")
+    (stopped / "complete.json").unlink()
+    resumed = cloned(tmp_path / "run", data, num_train_epochs=3, save_strategy="epoch")
+    assert (resumed / "complete.json").read_text() == (straight / "complete.json").read_text()
+
+
+def test_a_dry_run_leaves_nothing_behind(tmp_path, data):
+    before = sorted(tmp_path.iterdir())
+    args = settings(tmp_path / "runs" / "new")
+    facts = run.dry_run("bc", scratch(), data, args)
+    assert facts["windows"] == 4 and facts["optimizer steps"] == 2
+    assert sorted(tmp_path.iterdir()) == before and args.output_dir == str(tmp_path / "runs" / "new")
+
+
+def test_an_adapter_of_a_model_from_scratch_is_refused_up_front():
+    with pytest.raises(InputError, match="model.lora: found it beside model.scratch"):
+        scratch(lora={"r": 2})
+
+
+@pytest.mark.parametrize("lora", [{"rank": 2}, {"r": 0}, {"r": 2, "target_modules": ["nowhere"]}])
+def test_bad_fields_of_an_adapter_name_model_lora(tmp_path, data, lora):
+    pytest.importorskip("peft")
+    start = cloned(tmp_path / "start", data)
+    with pytest.raises(InputError, match="model.lora: "):
+        run.train("bc", ModelConfig(path=str(start), lora=lora), data, settings(tmp_path / "run"))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_the_resolved_settings_lie_in_the_folder(tmp_path, data):
+    found = yaml.safe_load((cloned(tmp_path / "run", data) / "config.yaml").read_text())
+    assert found["algorithm"] == "bc" and found["data"]["train"] == data.train
+    assert found["contents"]["start_weights"] is None and len(found["contents"]["train"]) == 64
