@@ -18,6 +18,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from offline_lmrl.data.batching import TokenBatch, WindowDataset, WindowRef, collate_windows, encode_trajectories
@@ -151,6 +152,14 @@ class TargetUpdates(TrainerCallback):
         self.count += 1
 
 
+class LossBar(ProgressCallback):
+    """The progress bar with the loss behind it, on stderr: stdout belongs to what a command was asked for."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}")
+
+
 class MetricsFile(TrainerCallback):
     """Appends every logged row to metrics.jsonl in the run directory."""
 
@@ -225,6 +234,9 @@ class OfflineTrainer(transformers.Trainer):
         )
         self.can_return_loss, self.label_names = True, []
         self.add_callback(MetricsFile())
+        self.remove_callback(PrinterCallback)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(LossBar())
         self._sums: dict[str, Tensor] = {}
 
     # What an algorithm says of itself.

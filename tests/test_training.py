@@ -271,6 +271,14 @@ def test_eval_loss_is_token_weighted_whatever_the_batch_size(tmp_path):
             assert metrics[name] == pytest.approx(means[0][name], rel=1e-5)
 
 
+@pytest.mark.parametrize("quiet", [True, False])
+def test_training_leaves_stdout_to_the_command(tmp_path, capsys, quiet):
+    trainer(tmp_path, logging_steps=2, disable_tqdm=quiet).train()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert ("loss=" in printed.err) is not quiet
+
+
 def test_metrics_are_averages_per_action_token_and_reach_the_file(tmp_path):
     run = trainer(tmp_path, logging_steps=2)
     run.train()
