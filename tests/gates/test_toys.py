@@ -69,9 +69,9 @@ class LuckyTrainer(ILQLTrainer):
         return total + self.args.value_weight * (lucky - logged["loss/q"]), logged
 
 
-def share_of_safe(folder, seed, expectile, trainer):
+def share_of_safe(folder, seed, expectile, trainer, steps=300):
     settings = {"expectile": expectile}
-    played = play(folder, Gamble().logs(4000, seed), Gamble, ILQLConfig, trainer, 300, seed, 400,
+    played = play(folder, Gamble().logs(4000, seed), Gamble, ILQLConfig, trainer, steps, seed, 400,
                   settings=settings, temperature=1.0, beta=30.0, support=0.02)  # fmt: skip
     return sum(t.labels["choice"] == "safe" for t in played) / len(played)
 
@@ -85,4 +85,5 @@ def test_gamble_is_not_taken_for_skill(tmp_path, seed, expectile):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_an_expectile_of_returns_takes_the_gamble(tmp_path, seed):
     # Q(gamble) solves .95 · .1 (10 − q) = .05 · .9 q: 6.8, above the safe 5
-    assert share_of_safe(tmp_path, seed, 0.95, LuckyTrainer) <= 0.05
+    # The rare prize pulls Q up slowly, hence the longer run.
+    assert share_of_safe(tmp_path, seed, 0.95, LuckyTrainer, steps=900) <= 0.05
