@@ -13,9 +13,12 @@ What the logs say and what is made of it:
 - The partner's values and selection are labels and never in a turn.
 - Scenario (counts and both sides' values, in either order) is the group, so that both sides of a dialogue and all
   dialogues over one scenario stay together.
+- Books, hats and balls are names only: a dialogue stays one when they change places in values, words and division
+  alike. `permute_items` adds those versions to the training split.
 """
 
 import hashlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,6 +32,7 @@ from offline_lmrl.data.io import write_trajectories
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.environments.negotiation import (
     DIVIDE,
+    ITEMS,
     SELECTION,
     Scenario,
     Triple,
@@ -49,6 +53,7 @@ _TAGGED = re.compile(rf"<input> (?P<own>{_SIX}) </input> <dialogue> (?P<talk>.+ 
                      rf"<output> (?P<selection>.+) </output> <partner_input> (?P<partner>{_SIX}) </partner_input>")
 _TURN = re.compile(r"(YOU|THEM): (\S.*)")
 _ITEM = re.compile(r"item[0-5]=(\d+)")
+_ITEM_NAME = re.compile(r"\b(book|hat|ball)(?=s?\b)")
 # What stands in place of a division, in both forms, and the outcome it means.
 _OUTCOMES = {"no agreement": "no agreement", "<no_agreement>": "no agreement", "disconnect": "disconnect",
              "<disconnect>": "disconnect", "<disagree>": "division not logged"}
@@ -72,7 +77,9 @@ class Side:
     labels: Mapping[str, Any]
 
 
-def prepare(input: str | Path, output: str | Path, *, held_out_scenarios: int = 200, seed: int = 0) -> dict[str, Any]:
+def prepare(
+    input: str | Path, output: str | Path, *, held_out_scenarios: int = 200, permute_items: bool = False, seed: int = 0
+) -> dict[str, Any]:
     """Read the public files and write <split>.jsonl, scenarios_<split>.json for play, and report.json.
 
     data.txt (or train.txt) becomes train and tune, val.txt validation, test.txt test. All dialogues of a scenario
@@ -82,15 +89,18 @@ def prepare(input: str | Path, output: str | Path, *, held_out_scenarios: int = 
       input: folder with any of the public files, or one file; one of another name counts as data.txt.
       output: folder, made if it is missing.
       held_out_scenarios: number of scenarios of data.txt that go to tune, to choose settings on.
+      permute_items: add to train every dialogue with its items in each other order, in the group of the dialogue; a
+        version whose scenario is in tune, validation or test is left out.
       seed: which ones.
     Returns: counts per file (lines = kept + the drops by reason) and per split, as in report.json.
     Raises: InputError if nothing can be read, too few scenarios are there, or the output cannot be written.
     """
     files = _files(Path(input))
     report: dict[str, Any] = {"files": {}}
-    splits = {}
+    sides = {}
     for split, path in files.items():
-        splits[split], report["files"][path.name] = read_log(path)
+        sides[split], report["files"][path.name] = read_log(path)
+    splits = {split: [to_trajectory(side, files[split].name) for side in sides[split]] for split in sides}
     if "train" in splits:
         rows = splits.pop("train")
         elsewhere = {row.group for split in splits.values() for row in split}
@@ -100,6 +110,14 @@ def prepare(input: str | Path, output: str | Path, *, held_out_scenarios: int = 
         splits["train"] = [row for row in unseen if row.group not in tune_groups]
         if tune_groups:
             splits["tune"] = [row for row in unseen if row.group in tune_groups]
+        if permute_items:
+            held_out = elsewhere | tune_groups
+            logged = [side for side in sides["train"] if side.scenario.key not in held_out]
+            versions = [(side, version) for side in logged for version in permutations(side)]
+            new = [(side, version) for side, version in versions if version.scenario.key not in held_out]
+            report["item_permutations"] = {"added": len(new), "left_out": len(versions) - len(new)}
+            splits["train"] += [replace(to_trajectory(version, files["train"].name), group=side.scenario.key)
+                                for side, version in new]
     report["splits"] = {split: _summary(rows) for split, rows in splits.items()}
     for split, rows in splits.items():
         write_trajectories(Path(output) / f"{split}.jsonl", rows)
@@ -110,8 +128,8 @@ def prepare(input: str | Path, output: str | Path, *, held_out_scenarios: int = 
     return report
 
 
-def read_log(path: Path) -> tuple[list[Trajectory], dict[str, Any]]:
-    """The trajectories of one file, and its counts: lines = kept + Σ dropped; repairs and outcomes are of kept rows.
+def read_log(path: Path) -> tuple[list[Side], dict[str, Any]]:
+    """What one file holds, and its counts: lines = kept + Σ dropped; repairs and outcomes are of kept lines.
 
     Raises InputError if the file cannot be read or has no line of either form.
     """
@@ -121,21 +139,21 @@ def read_log(path: Path) -> tuple[list[Trajectory], dict[str, Any]]:
         raise InputError(f"{path}: {error.strerror}, expected a file of negotiations") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: found bytes that are not UTF-8 ({error.reason}), expected text") from error
-    rows, dropped, repaired, outcomes = [], Counter(), Counter(), Counter()
+    sides, dropped, repaired, outcomes = [], Counter(), Counter(), Counter()
     for line in lines:
         repairs: Counter[str] = Counter()
         try:
             side = parse_line(line.strip(), repairs)
-            rows.append(to_trajectory(side, source=path.name))
         except Unreadable as reason:
             dropped[str(reason)] += 1
             continue
+        sides.append(side)
         outcomes[side.outcome] += 1
         repaired += repairs
-    if not rows:
+    if not sides:
         reasons = "; ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "the file is empty"
         raise InputError(f"{path}: found no usable line ({reasons}), expected one of the two public forms")
-    return rows, {"lines": len(lines), "kept": len(rows), "dropped": dict(dropped), "repaired": dict(repaired),
+    return sides, {"lines": len(lines), "kept": len(sides), "dropped": dict(dropped), "repaired": dict(repaired),
                   "outcomes": dict(outcomes)}
 
 
@@ -179,6 +197,28 @@ def to_trajectory(side: Side, source: str) -> Trajectory:
         turns.append(Turn("assistant", division_text(side.division), reward=reward))
     return Trajectory(tuple(turns), terminated=side.outcome != "disconnect", group=side.scenario.key,
                       task="deal-or-no-deal", source=source, labels={**side.labels, "outcome": side.outcome})
+
+
+def permutations(side: Side) -> list[Side]:
+    """The same dialogue with its items in each of the five other orders; what was logged stays as it was.
+
+    Two orders may give the same side (when no word, count or value tells two items apart); it comes once.
+    """
+    versions = {}
+    for order in itertools.permutations(range(len(ITEMS))):
+
+        def moved(triple: Triple, order: tuple[int, ...] = order) -> Triple:
+            return tuple(triple[item] for item in order)
+
+        def renamed(match: re.Match[str], order: tuple[int, ...] = order) -> str:
+            return ITEMS[order.index(ITEMS.index(match[0] + "s"))].removesuffix("s")
+
+        scenario = Scenario(moved(side.scenario.counts), tuple(map(moved, side.scenario.values)))
+        talk = tuple((speaker, _ITEM_NAME.sub(renamed, words)) for speaker, words in side.talk)
+        version = replace(side, scenario=scenario, talk=talk, division=side.division and moved(side.division),
+                          labels={**side.labels, "partner_values": list(scenario.values[1])})
+        versions.setdefault((scenario, talk, version.division), version)
+    return list(versions.values())[1:]
 
 
 def _talk(text: str) -> tuple[tuple[str, str], ...]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_prep.deal_or_no_deal import prepare, read_log
+from data_prep.deal_or_no_deal import permutations, prepare, read_log, to_trajectory
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import read_trajectories
 from offline_lmrl.data.protocols import Reply
@@ -30,7 +30,8 @@ def tagged(output="item0=1 item1=0 item2=1 item0=0 item1=2 item2=0", talk=None, 
 def read(tmp_path, *lines):
     path = tmp_path / "data.txt"
     path.write_text("".join(line + "\n" for line in lines))
-    return read_log(path)
+    sides, counts = read_log(path)
+    return [to_trajectory(side, source=path.name) for side in sides], counts
 
 
 def contents(row):
@@ -188,6 +189,37 @@ def test_prepare_keeps_scenarios_of_the_splits_apart(tmp_path):
         scenarios = read_scenarios(tmp_path / "out" / f"scenarios_{name}.json")
         assert {scenario.key for scenario in scenarios} == groups[name]
         assert len(scenarios) == 2
+
+
+def test_permuted_items_change_places_everywhere_alike(tmp_path):
+    talk = "YOU: a book and 2 balls , that is all <eos> THEM: hats ? <eos> YOU: <selection>"
+    path = tmp_path / "data.txt"
+    path.write_text(plain("item0=1 item1=0 item2=2", "10", talk=talk, own="1 6 3 0 2 2", partner="1 0 3 2 2 2") + "\n")
+    (side,), _ = read_log(path)
+    versions = [to_trajectory(version, "data.txt") for version in permutations(side)]
+    assert len({row.turns for row in versions}) == 5
+    (row,) = [row for row in versions if row.turns[0].content == "books 2 worth 2, hats 1 worth 6, balls 3 worth 0"]
+    words = ["a hat and 2 books , that is all", "balls ?", "<selection>", "divide", "take books 2, hats 1, balls 0"]
+    assert [content for _, content in contents(row)[1:]] == words
+    assert row.labels["partner_values"] == [2, 0, 2]
+    assert {row.total_return for row in versions} == {10}
+
+
+def test_permuted_dialogues_join_the_train_split_and_no_held_out_scenario(tmp_path):
+    write_folder(tmp_path / "in")
+    with open(tmp_path / "in" / "val.txt", "a") as file:  # scenario 1 of data.txt with books and balls exchanged
+        file.write(tagged(own="1 0 2 1 1 8", partner="1 8 2 1 1 0") + "\n")
+    plain_report = prepare(tmp_path / "in", tmp_path / "plain", held_out_scenarios=2)
+    report = prepare(tmp_path / "in", tmp_path / "out", held_out_scenarios=2, permute_items=True)
+    logged, rows = (read_trajectories(tmp_path / name / "train.jsonl") for name in ("plain", "out"))
+    assert rows[: len(logged)] == logged
+    assert len(rows) - len(logged) == report["item_permutations"]["added"] > 0
+    assert {row.group for row in rows} == {row.group for row in logged}
+    held_out = {row.turns[0].content for name in ("tune", "validation")
+                for row in read_trajectories(tmp_path / "out" / f"{name}.jsonl")}  # fmt: skip
+    assert report["item_permutations"]["left_out"] > 0
+    assert not held_out & {row.turns[0].content for row in rows}
+    assert plain_report["splits"]["tune"] == report["splits"]["tune"]
 
 
 def test_held_out_scenarios_belong_to_the_seed_and_not_to_the_order(tmp_path):
