@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, in_our_words
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -112,14 +112,7 @@ class Parser(ArgumentParser):
             return f"--{key}: found a setting that does not exist{nearest(key, known)}"
         if found := re.match(r"the following arguments are required: (.+)", message):
             return f"{found[1]}: missing, expected `{self.usage}`"
-        if found := re.match(r'Parser key "([^"]+)": (.*)$', message):
-            key, rest = found.groups()
-            given = re.search(r".*(?:Given value|Got value): (.*)$", rest)
-            expected = re.search(r"Subtypes: \[(.*?)\] Errors|Expected an? (.*?)\. Got value", rest)
-            if given and expected:
-                return f"{key}: found {given[1]}, expected {_plain_type(expected[1] or expected[2])}"
-            return f"{key}: {rest}"
-        return message
+        return in_our_words(message)
 
 
 def call(
@@ -199,11 +192,3 @@ def _only_in(base: type, cls: type) -> set[str]:
     return {field.name for field in fields(base)} - {
         name for parent in between for name in parent.__dict__.get("__annotations__", ())
     }
-
-
-def _plain_type(text: str) -> str:
-    """A type as jsonargparse prints it, for people: <class 'int'>, <class 'NoneType'> -> int or null."""
-    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace("typing.", "").replace("NoneType", "null")
-    if choices := re.fullmatch(r"Literal\[(.*)\]", text):
-        return f"one of {choices[1]}"
-    return re.sub(r", (?![^\[]*\])", " or ", text)

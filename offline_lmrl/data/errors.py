@@ -1,4 +1,6 @@
-"""The one error for bad input from outside."""
+"""The one error for bad input from outside, and the words for values of the wrong type."""
+
+import re
 
 
 class InputError(ValueError):
@@ -8,3 +10,29 @@ class InputError(ValueError):
     `logs.jsonl:7: messages[2].reward: found nan, expected a finite number`. The command line prints it as it is and
     exits with code 2.
     """
+
+
+def in_our_words(message: str, prefix: str = "") -> str:
+    """jsonargparse's error about a value of the wrong type as `key: found x, expected y`; other messages as they are.
+
+    prefix: what stands before the key, its dot included.
+    """
+    message = " ".join(message.split())
+    problem = re.match(r'Parser key "([^"]+)": (.*)$', message)
+    if not problem:
+        return message
+    key, rest = f"{prefix}{problem[1]}", problem[2]
+    given = re.search(r".*(?:Given value|Got value): (.*)$", rest)
+    expected = re.search(r"Subtypes: \[(.*?)\] Errors|Expected an? (.*?)\. Got value", rest)
+    if not (given and expected):
+        return f"{key}: {rest}"
+    return f"{key}: found {given[1]}, expected {_plain_type(expected[1] or expected[2])}"
+
+
+def _plain_type(text: str) -> str:
+    """A type as jsonargparse prints it, for people: <class 'int'>, <class 'NoneType'> -> int or null."""
+    text = re.sub(r"<(?:class|enum) '(?:\w+\.)*(\w+)'>", r"\1", text)
+    text = text.replace("typing.", "").replace("NoneType", "null")
+    if choices := re.fullmatch(r"Literal\[(.*)\]", text):
+        return f"one of {choices[1]}"
+    return re.sub(r", (?![^\[]*\])", " or ", text)

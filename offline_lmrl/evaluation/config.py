@@ -3,14 +3,13 @@
 import argparse
 import dataclasses
 import difflib
-import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, in_our_words
 from offline_lmrl.evaluation.metrics import ScoreScale
 
 ELSEWHERE = ("path", "scratch", "vocab_size", "tokenizer")  # model settings that a start from another method decides
@@ -284,21 +283,8 @@ def build(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
     try:
         plain = parser.parse_object(given).as_dict()
     except argparse.ArgumentError as error:
-        raise InputError(_in_our_words(" ".join(str(error).split()), prefix)) from error
+        raise InputError(in_our_words(str(error), prefix)) from error
     return cls(**{key: plain[key] for key in given}, **parts)
-
-
-def _in_our_words(message: str, prefix: str) -> str:
-    """A type error of jsonargparse as `key: found x, expected y`."""
-    key, quote, problem = message.removeprefix('Parser key "').partition('": ')
-    if not quote:
-        return f"{prefix.rstrip('.') or 'settings'}: {message}"
-    found = re.search(r".*(?:Given value|Got value): (.*)$", problem)
-    expected = re.search(r"Subtypes: \[(.*?)\] Errors|Expected an? (.*?)\. Got value", problem)
-    if found and expected:
-        kinds = re.sub(r"<(?:class|enum) '(?:\w+\.)*(\w+)'>", r"\1", expected[1] or expected[2])
-        problem = f"found {found[1]}, expected {kinds.replace('NoneType', 'null')}"
-    return f"{prefix}{key}: {problem}"
 
 
 def require_known(names: Iterable[str], known: set[str], where: str) -> None:
