@@ -74,7 +74,8 @@ class WindowDataset(torch.utils.data.Dataset):
     """Windows as flat arrays of values and offsets, so that a batch is a few numpy gathers.
 
     Args:
-      columns: name -> list column; ROWS and the fields of `Step`, one list per window.
+      columns: name -> list column; ROWS and the fields of `Step`, one list per window. Further columns with a value
+        per step come along in a batch's steps under their name.
       pad_id: fills the right of shorter rows; the attention mask, not the id, says what is real.
       next_rows, end_rows: whether rows that only serve V of the next state, or of the end of a cut log, come along.
     """
@@ -114,7 +115,7 @@ class WindowDataset(torch.utils.data.Dataset):
             end_row = _append_rows(rows, _pick(self.flat["end_ids"], index))
         input_ids, attention_mask = _pad(rows, self.pad_id)
 
-        column = {name: _pick(self.flat[name], index) for name in Step._fields}
+        column = {name: _pick(self.flat[name], index) for name in self.flat if name not in ROWS}
         row = np.repeat(np.arange(len(index)), column["state"][1])
         step = {name: values for name, (values, _) in column.items()}
         own = np.zeros_like(row)

@@ -57,6 +57,11 @@ class RewardScale:
         """Scaled return of a whole episode, in which every scored turn was shifted."""
         return (total - self.scored_turns * self.shift) / self.scale
 
+    def invert_return(self, total: float, scored_before: int = 0) -> float:
+        """The return in logged units of a scaled return-to-go from a turn before which `scored_before` turns of the
+        episode were scored; what lies ahead has the other scored turns in it, each shifted."""
+        return total * self.scale + (self.scored_turns - scored_before) * self.shift
+
     def to_dict(self) -> dict[str, float]:
         """Plain values for JSON; `RewardScale(**block)` reads them back."""
         return asdict(self)

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from offline_lmrl.data.episodes import EpisodeEncoder, Step, StepRule
+from offline_lmrl.data.episodes import Step
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.decoding.critic import log_encoder
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.evaluation.metrics import Cells, Estimate
-from offline_lmrl.models.guided import settings
 from offline_lmrl.ops.decoding import guide, reduce_q, warp_log_probs
 
 CHUNK = 2**24  # entries of one (tokens × vocabulary) table
@@ -64,9 +63,8 @@ def read_logs(
     """
     if betas and not _has_heads(policy):
         raise InputError(f"betas: found {list(betas)}, expected none: this policy has no value heads")
-    saved = settings(policy.model.config)
-    scale = RewardScale(**saved.get("reward_scale", {}))
-    encoder = EpisodeEncoder(policy.renderer, policy.window, StepRule(**saved.get("step_rule", {})), scale)
+    encoder = log_encoder(policy)
+    scale = encoder.scale
     counts: Counter[str] = Counter()
     windows = [(index, window) for index, t in enumerate(trajectories) for window in encoder.encode(t, counts)]
     if not windows:

@@ -60,6 +60,14 @@ def test_a_return_is_shifted_once_for_every_scored_turn():
     assert RewardScale.fit(data, discounted=True).apply_to_return(13.0) == pytest.approx(1.3)
 
 
+def test_what_is_ahead_of_a_turn_returns_to_logged_units():
+    scale = RewardScale.fit([episode(1.0, 2.0), episode(5.0, None, 8.0)], discounted=False)
+    ahead = [scale.apply(5.0) + scale.apply(8.0), scale.apply(8.0)]
+    assert scale.invert_return(ahead[0]) == pytest.approx(13.0)
+    assert scale.invert_return(ahead[1], scored_before=1) == pytest.approx(8.0)
+    assert RewardScale(0.0, 20.0).invert_return(0.5, scored_before=3) == 10.0
+
+
 def test_unscored_turns_pay_nothing_and_the_range_of_returns_becomes_one():
     data = [episode(None, 2.0), episode(None, 10.0)]
     assert scaled(data) == [[0.0, -0.5], [0.0, 0.5]]

@@ -1,7 +1,13 @@
 import torch
 from torch.testing import assert_close
 
-from offline_lmrl.ops.returns import discounted_return, lambda_return, monte_carlo_mixture, return_to_go
+from offline_lmrl.ops.returns import (
+    discounted_return,
+    lambda_return,
+    monte_carlo_mixture,
+    qdt_returns_to_go,
+    return_to_go,
+)
 
 
 def test_discounted_return_by_hand():
@@ -38,3 +44,20 @@ def test_lambda_return_interpolates_between_one_step_and_monte_carlo():
 def test_mixture_is_linear_in_the_share():
     td, realised = torch.tensor([0.0, 1.0]), torch.tensor([10.0, 3.0])
     assert_close(monte_carlo_mixture(td, realised, 0.3), torch.tensor([3.0, 1.6]))
+
+
+def test_relabelled_returns_of_three_turns_take_the_better_of_log_and_critic():
+    reward = torch.tensor([[1.0, 2.0, -1.0]] * 3)
+    next_v = torch.tensor([[2.0, 4.0, 0.0], [9.0, -3.0, 0.0], [0.0, 0.0, 5.0]])
+    # terminated, V = 4 before the last turn:  R2 = -1, R1 = 2 + max(-1, 4) = 6, R0 = 1 + max(6, 2) = 7
+    # terminated, V = 9 before the second:     R2 = -1, R1 = 2 + max(-1, -3) = 1, R0 = 1 + max(1, 9) = 10
+    # cut where V = 5:                         R2 = 4, R1 = 2 + max(4, 0) = 6, R0 = 1 + max(6, 0) = 7
+    expected = torch.tensor([[7.0, 6.0, -1.0], [10.0, 1.0, -1.0], [7.0, 6.0, 4.0]])
+    assert_close(qdt_returns_to_go(reward, next_v), expected)
+
+
+def test_relabelling_with_a_critic_that_knows_nothing_better_keeps_the_logged_return():
+    reward = torch.tensor([[0.0, 1.0, 3.0]])  # padded on the left where it is shorter
+    assert_close(qdt_returns_to_go(reward, torch.tensor([[-9.0, -9.0, 0.0]])), torch.tensor([[4.0, 4.0, 3.0]]))
+    alone = qdt_returns_to_go(torch.tensor([[1.0, 3.0]]), torch.tensor([[-9.0, 0.0]]))
+    assert_close(alone, torch.tensor([[4.0, 3.0]]))

@@ -1,0 +1,126 @@
+"""A trained model with value heads as a judge of logs: what Q and V say of every step, and returns relabelled."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from offline_lmrl.data.batching import WindowDataset, encode_trajectories
+from offline_lmrl.data.episodes import EpisodeEncoder, StepRule
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.scale import RewardScale
+from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.models.adapters import settings
+from offline_lmrl.ops.returns import qdt_returns_to_go
+
+READ = ("target_q", "v", "next_v")
+
+
+def load_critic(run: str | Path, *, device: str | torch.device | None = None) -> LanguagePolicy:
+    """A run with value heads, as `LanguagePolicy.load`. Raises: InputError where it has none."""
+    critic = LanguagePolicy.load(run, device=device)
+    if getattr(critic.model, "value_heads", None) is None:
+        raise InputError(f"critic: {run}: found a model without value heads, expected one that has them (an ILQL run)")
+    return critic
+
+
+def log_encoder(policy: LanguagePolicy) -> EpisodeEncoder:
+    """Encodes logs as the policy's training did: its windows, reward scale and discounts."""
+    saved = settings(policy.model.config)
+    scale = RewardScale(**saved.get("reward_scale", {}))
+    return EpisodeEncoder(policy.renderer, policy.window, StepRule(**saved.get("step_rule", {})), scale)
+
+
+@torch.no_grad()
+def read_values(
+    model: nn.Module, windows: WindowDataset, batch_size: int = 32, share: tuple[int, int] = (0, 1)
+) -> dict[str, np.ndarray]:
+    """One pass over logs: for each step `target_q` (minimum over the target heads) of its action, `v`, and `next_v`.
+
+    Args:
+      model: a guided model with value heads; it is left in eval mode.
+      windows: encoded as the model's own training did; `next_v` needs its `next_rows`.
+      share: (i, n): reads only every n-th batch from the i-th on and leaves zeros elsewhere.
+    Returns: arrays (N,) in the order of the windows' steps, in scaled reward units.
+    """
+    model.eval()
+    offsets = windows.flat["state"][1]
+    values = {name: np.zeros(windows.action_tokens, dtype=np.float32) for name in READ}
+    order = np.argsort(-windows.lengths, kind="stable")  # like lengths together: little padding
+    for first in range(share[0] * batch_size, len(order), share[1] * batch_size):
+        index = order[first : first + batch_size]
+        batch = windows.batch(index)
+        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        steps = {name: column.to(model.device) for name, column in batch["steps"].items()}
+        outputs = model(**inputs, steps=steps, windows=batch["windows"])
+        places = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in index])
+        for name in READ:
+            values[name][places] = outputs[name].float().cpu().numpy()
+    return values
+
+
+def relabel(
+    trajectories: Sequence[Trajectory],
+    critic: LanguagePolicy | str | Path,
+    label: Literal["max", "q"] = "max",
+    batch_size: int = 32,
+) -> list[Trajectory]:
+    """The trajectories with `labels["return_to_go"]`, one number per agent turn in reward units; the rest as it was.
+
+    "max": R_t = r_t + max(R_{t+1}, V(s_{t+1})), backwards (`qdt_returns_to_go`). It stitches, and keeps lucky returns.
+    "q": Q(s_t, a_t), the minimum over target heads at the turn's last token. It averages luck out, at the price of
+    trusting Q. Where a log is cut behind a finished agent turn, whose reward has no next state, both are V before the
+    turn's last token. Values come discounted as in the critic's training; labels do not discount any further.
+
+    Args:
+      critic: a run with value heads, trained with an expectile of at least .8: a low V asks for too little.
+      batch_size: windows per forward pass.
+    Raises: InputError for an unknown label, a critic without value heads, and agent turns that do not fit its window.
+    """
+    if label not in ("max", "q"):
+        raise InputError(f"label: found {label!r}, expected 'max' or 'q'")
+    policy = critic if isinstance(critic, LanguagePolicy) else load_critic(critic)
+    encoder = log_encoder(policy)
+    counts: Counter[str] = Counter()
+    columns = encode_trajectories(trajectories, encoder, counts)
+    windows = WindowDataset(columns, policy.renderer.close_id, next_rows=True, end_rows=False)
+    values = read_values(policy.model, windows, batch_size)
+    flat = {name: column for name, (column, _) in columns.items()}
+    last = flat["closes_turn"].astype(bool)
+    last[columns["state"][1][1:] - 1] = True  # a turn that is cut in the middle ends its window
+    known = torch.from_numpy(flat["has_target"][last].astype(bool))
+    target_q, v, next_v = (torch.from_numpy(values[name][last]) for name in READ)
+    # Behind the turn; where nothing was read there, V before the turn's last token stands for its reward too.
+    next_v = torch.where(known, next_v * torch.from_numpy(flat["bootstrap"][last]), v)
+    agent_turns = [sum(turn.is_trainable for turn in t.turns) for t in trajectories]
+    if sum(agent_turns) != len(next_v):
+        raise InputError(
+            f"relabel: found {sum(agent_turns) - len(next_v)} agent turns that do not fit the critic's window of "
+            f"{policy.window.max_length} tokens, expected none; leave their trajectories out"
+        )
+    if label == "q":
+        rows = torch.where(known, target_q, v).split(agent_turns)
+    else:
+        reward = torch.from_numpy(flat["reward"][last])
+        padded = [
+            pad_sequence(column.split(agent_turns), batch_first=True, padding_side="left")
+            for column in (reward, next_v)
+        ]
+        rows = [row[len(row) - n :] for row, n in zip(qdt_returns_to_go(*padded), agent_turns, strict=True)]
+    return [_labelled(t, row.tolist(), encoder.scale) for t, row in zip(trajectories, rows, strict=True)]
+
+
+def _labelled(trajectory: Trajectory, scaled: Sequence[float], scale: RewardScale) -> Trajectory:
+    returns, scored = [], 0
+    agent = [turn for turn in trajectory.turns if turn.is_trainable]
+    for turn, value in zip(agent, scaled, strict=True):
+        returns.append(scale.invert_return(value, scored))
+        scored += turn.reward is not None
+    return replace(trajectory, labels={**trajectory.labels, "return_to_go": returns})
