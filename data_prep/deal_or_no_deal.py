@@ -196,7 +196,8 @@ def to_trajectory(side: Side, source: str) -> Trajectory:
         reward = worth(side.division, side.scenario.values[0]) if side.outcome == "agreement" else 0
         turns.append(Turn("assistant", division_text(side.division), reward=reward))
     return Trajectory(tuple(turns), terminated=side.outcome != "disconnect", group=side.scenario.key,
-                      task="deal-or-no-deal", source=source, labels={**side.labels, "outcome": side.outcome})
+                      task="deal-or-no-deal", source=source,
+                      labels={**side.labels, "outcome": side.outcome, "agreement": side.outcome == "agreement"})
 
 
 def permutations(side: Side) -> list[Side]:

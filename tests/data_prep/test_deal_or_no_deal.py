@@ -84,7 +84,7 @@ def test_tagged_line_becomes_the_episode_of_this_side(tmp_path):
 )
 def test_only_selections_that_fit_earn(tmp_path, line, outcome, text, reward):
     (row,), _ = read(tmp_path, line)
-    assert row.labels["outcome"] == outcome
+    assert (row.labels["outcome"], row.labels["agreement"]) == (outcome, outcome == "agreement")
     assert (row.turns[-1].content, row.turns[-1].reward, row.terminated) == (text, reward, True)
 
 
