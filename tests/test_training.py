@@ -15,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 import offline_lmrl.training as training
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
+from offline_lmrl.algorithms.iql import IQLConfig, IQLTrainer
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
@@ -46,21 +47,33 @@ def logs(n=24, change=lambda reward: reward):
 def trainer(folder, *, algorithm="ilql", data=None, held_out=None, model=None, tokenizer=TOKENIZER, lora=None,
             dropout=False, spec=SPEC, seed=0, **settings):  # fmt: skip
     torch.manual_seed(seed)
-    config, cls = {"ilql": (ILQLConfig, ILQLTrainer), "bc": (BCConfig, BCTrainer)}[algorithm]
+    classes = {"ilql": (ILQLConfig, ILQLTrainer), "bc": (BCConfig, BCTrainer), "iql": (IQLConfig, IQLTrainer)}
+    config, cls = classes[algorithm]
     settings = {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "report_to": "none",
                 "save_strategy": "no", "disable_tqdm": True, "max_length": 64, "context": 2, **settings}  # fmt: skip
     if algorithm == "ilql":
         settings = {"monte_carlo": 0.3, "target_rate": 0.1, **settings}
+    if algorithm == "iql" and "critic" not in settings:
+        settings["critic"] = critic(Path(folder) / "critic")
     model = model or build_model(spec if dropout else spec | NO_DROPOUT, TOKENIZER)
     args = config(output_dir=str(folder), use_cpu=True, **settings)
     return cls(model, args, data or logs(), held_out, tokenizer, lora)
+
+
+def critic(folder):
+    """A saved run with value heads whose advantages are far from constant."""
+    run = trainer(folder)
+    for parameter in run.model.value_heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    run.save_model()
+    return str(folder)
 
 
 def parameters(run):
     return torch.cat([p.detach().flatten() for p in run.model.state_dict().values() if p.is_floating_point()])
 
 
-@pytest.mark.parametrize("algorithm", ["bc", "ilql"])
+@pytest.mark.parametrize("algorithm", ["bc", "ilql", "iql"])
 def test_micro_batches_give_the_step_of_the_whole_batch(tmp_path, algorithm):
     whole = trainer(tmp_path / "a", algorithm=algorithm)
     split = trainer(tmp_path / "b", algorithm=algorithm, per_device_train_batch_size=2, gradient_accumulation_steps=4)
@@ -82,10 +95,12 @@ def test_targets_stay_where_the_loss_scaler_skips_the_step(tmp_path, monkeypatch
     assert run.state.global_step == 2 and run.target_updates.count == 0
 
 
-def test_resuming_equals_the_uninterrupted_run_to_the_bit(tmp_path):
+@pytest.mark.parametrize("algorithm", ["ilql", "iql"])
+def test_resuming_equals_the_uninterrupted_run_to_the_bit(tmp_path, algorithm):
     settings = {
-        "dropout": True, "train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 3,
-        "gradient_accumulation_steps": 2, "max_steps": 14, "save_strategy": "steps", "save_steps": 4,
+        "algorithm": algorithm, "dropout": True, "train_sampling_strategy": "group_by_length",
+        "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 14,
+        "save_strategy": "steps", "save_steps": 4,
     }  # fmt: skip
     straight = trainer(tmp_path / "run", **settings)
     straight.train()
@@ -212,7 +227,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import torch
 from test_training import SPLIT, logs, trainer, parameters
-settings = dict(data=logs({episodes}), train_sampling_strategy={sampling!r}, per_device_train_batch_size=4, **SPLIT)
+settings = dict(data=logs({episodes}), per_device_train_batch_size=4, **{settings!r}, **SPLIT)
 run = trainer({folder!r}, save_strategy="steps", save_steps=1, **settings)
 run.train()
 again = trainer({folder!r}, seed=9, **settings)
@@ -224,15 +239,20 @@ if run.args.process_index == 0:
 SPLIT = {"max_steps": -1, "num_train_epochs": 2, "logging_steps": 1, "learning_rate": 3e-3}
 
 
-@pytest.mark.parametrize(("episodes", "sampling", "rest"), [(23, "random", 5), (22, "group_by_length", 3)])
-def test_two_processes_give_the_loss_and_parameters_of_one(tmp_path, episodes, sampling, rest):
-    settings = {"data": logs(episodes), "train_sampling_strategy": sampling, **SPLIT}
-    one = trainer(tmp_path / "one", per_device_train_batch_size=8, **settings)
+@pytest.mark.parametrize(
+    ("algorithm", "episodes", "sampling", "rest"),
+    [("ilql", 23, "random", 5), ("ilql", 22, "group_by_length", 3), ("iql", 23, "random", 5)],
+)
+def test_two_processes_give_the_loss_and_parameters_of_one(tmp_path, algorithm, episodes, sampling, rest):
+    settings = {"algorithm": algorithm, "train_sampling_strategy": sampling}
+    if algorithm == "iql":
+        settings |= {"critic": critic(tmp_path / "critic"), "per_device_eval_batch_size": 4}  # several per process
+    one = trainer(tmp_path / "one", data=logs(episodes), per_device_train_batch_size=8, **settings, **SPLIT)
     assert len(one.train_dataset) % 8 == rest  # up to 4: the second process is left without a row
     script, out = tmp_path / "script.py", tmp_path / "out.pt"
     tests, folder = str(Path(__file__).parent), str(tmp_path / "two")
     script.write_text(
-        SHARDED.format(tests=tests, folder=folder, out=str(out), episodes=episodes, sampling=sampling)
+        SHARDED.format(tests=tests, folder=folder, out=str(out), episodes=episodes, settings=settings)
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}

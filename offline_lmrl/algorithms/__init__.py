@@ -8,6 +8,8 @@ from offline_lmrl.data.errors import InputError
 ALGORITHMS = {
     "bc": ("behaviour_cloning", "BCConfig", "BCTrainer"),
     "ilql": ("ilql", "ILQLConfig", "ILQLTrainer"),
+    "return_conditioned": ("return_conditioned", "ReturnConditionedConfig", "ReturnConditionedTrainer"),
+    "iql": ("iql", "IQLConfig", "IQLTrainer"),
 }
 
 

@@ -120,18 +120,33 @@ def resolved_config(algorithm: str, model: ModelConfig, data: DataConfig, args: 
 
 
 def contents(
-    model: ModelConfig, trajectories: list[Trajectory], validation: list[Trajectory] | None
+    model: ModelConfig, trajectories: list[Trajectory], validation: list[Trajectory] | None, critic: str | None = None
 ) -> dict[str, str | None]:
-    """sha256 of what lies behind the paths of a run: data, and the start weights of a local folder."""
-    weights = None
-    if files := sorted(Path(model.path).glob("*.safetensors")) if model.path else []:
-        digest = hashlib.sha256()
-        for path in files:
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        weights = digest.hexdigest()
-    held_out = None if validation is None else fingerprint(validation)
-    return {"train": fingerprint(trajectories), "validation": held_out, "start_weights": weights}
+    """sha256 of what lies behind the paths of a run: data, and the weights of local folders that it starts from or
+    learns from."""
+    found = {
+        "train": fingerprint(trajectories),
+        "validation": None if validation is None else fingerprint(validation),
+        "start_weights": _weights(model.path),
+    }
+    return found | ({} if critic is None else {"critic_weights": _weights(critic)})
+
+
+def _weights(folder: str | None) -> str | None:
+    """sha256 of the weights in a local folder, None where there are none."""
+    files = sorted(Path(folder).glob("*.safetensors")) if folder else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def critic_of(args: OfflineConfig) -> str | None:
+    """The run whose values this one learns from; None where the algorithm takes none."""
+    return getattr(args, "critic", None)
 
 
 def check_same_config(folder: Path, config: dict[str, Any]) -> bool:
@@ -161,7 +176,7 @@ def train(algorithm: str, model: ModelConfig, data: DataConfig, args: OfflineCon
     folder = Path(args.output_dir)
     trajectories, validation = read_data(data)
     config = resolved_config(algorithm, model, data, args)
-    config["contents"] = contents(model, trajectories, validation)
+    config["contents"] = contents(model, trajectories, validation, critic_of(args))
     if check_same_config(folder, config) and (folder / "complete.json").exists():
         return folder
     trainer = build_trainer(algorithm, model, trajectories, validation, args)
@@ -172,10 +187,12 @@ def train(algorithm: str, model: ModelConfig, data: DataConfig, args: OfflineCon
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
     trainer.save_model(str(folder))
     if trainer.args.should_save:
+        before = runs_before(model.path, critic_of(args))
         report = {
             "steps": trainer.state.global_step,
             "training_tokens": round(trainer.state.epoch * tokens_per_epoch(trainer.train_dataset)),
-            "start_tokens": start_tokens(model),
+            "start_tokens": sum(before.values()),
+            "before": before,
             "counts": dict(trainer.counts),
         }
         _write(folder / "complete.json", json.dumps(report))
@@ -189,13 +206,16 @@ def tokens_per_epoch(windows: WindowDataset) -> int:
     return sum(len(windows.flat[name][0]) for name, used in read.items() if used)
 
 
-def start_tokens(model: ModelConfig) -> int:
-    """Tokens read in training by the run that this one starts from, and by those before it; 0 where it is no run."""
-    report = Path(model.path) / "complete.json" if model.path else None
-    if report is None or not report.exists():
-        return 0
-    before = json.loads(report.read_text(encoding="utf-8"))
-    return before["training_tokens"] + before.get("start_tokens", 0)
+def runs_before(*folders: str | None) -> dict[str, int]:
+    """Tokens read in training by the runs that lie in these folders and by those before them, by folder: a run that
+    several ways lead to is there once."""
+    found: dict[str, int] = {}
+    for folder in filter(None, folders):
+        file = Path(folder) / "complete.json"
+        if file.exists():
+            report = json.loads(file.read_text(encoding="utf-8"))
+            found |= report.get("before", {}) | {str(Path(folder).resolve()): report["training_tokens"]}
+    return found
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,0 +1,122 @@
+"""Policy extraction of IQL (Kostrikov, Nair, Levine 2021, section 4.3): advantage-weighted regression (Peng et al.
+2019) from a frozen critic into a plain policy, which needs no heads at decoding.
+
+    L = −min(exp(β_w · (min_i Q̄_i(s,a) − V(s))), c) · log π(a|s)            over the agent's N action tokens
+
+β_w is what the paper calls an inverse temperature; c = 100 in the paper's code. Weights carry no gradient. The critic,
+usually an ILQL run, learnt Q and V before; it reads the same windows, so every action token has one fixed weight.
+
+Deviations from the paper:
+- the critic is trained first and frozen, instead of beside the policy (the policy never enters its losses);
+- advantages are in the critic's scaled reward units, as in ILQL's own weighted loss: β_w is per range of the training
+  returns, which the paper's tasks scale each in its own way;
+- an action is a token, not a reply, so weights vary along a reply.
+Weights of 1 (`inverse_temperature: 0`) are behaviour cloning.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor
+
+from offline_lmrl.data.batching import WindowDataset
+from offline_lmrl.data.episodes import StepRule
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.scale import RewardScale
+from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.decoding.critic import load_critic, log_encoder, read_values
+from offline_lmrl.models.guided import detach
+from offline_lmrl.ops.value_learning import awr_weight
+from offline_lmrl.training import OfflineConfig, OfflineTrainer, check_range
+
+
+@dataclass
+class IQLConfig(OfflineConfig):
+    """Settings of the extraction. Numbers in brackets are the paper's.
+
+    critic: folder or hub name of a run with value heads. Its context, stride, max_length, template and tokenizer must
+      be the ones used here; its reward scale and discounts are taken over.
+    inverse_temperature: β_w, per range of the training returns [3; 10 for AntMaze]; larger keeps fewer actions.
+    weight_clip: c, the largest weight of a token [100].
+    """
+
+    critic: str | None = None
+    inverse_temperature: float = 3.0
+    weight_clip: float = 100.0
+
+    def __post_init__(self) -> None:
+        if self.critic is None:
+            raise InputError("critic: missing, expected the folder or hub name of a run with value heads (ILQL)")
+        check_range(self, inverse_temperature=(0, 1e6), weight_clip=(1e-6, 1e6))
+        super().__post_init__()
+
+
+def iql_loss(
+    outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: IQLConfig
+) -> tuple[Tensor, Tensor]:
+    """Loss and weight per action token, each (N,).
+
+    Args:
+      outputs: log_prob (N,) of the policy. steps: `ActionSteps` with the critic's `advantage` (N,), scaled.
+    """
+    weight = awr_weight(steps["advantage"], config.inverse_temperature, config.weight_clip)
+    return -weight * outputs["log_prob"], weight
+
+
+class IQLTrainer(OfflineTrainer):
+    """Trains a plain policy; see `OfflineTrainer` for the arguments.
+
+    The critic reads all windows once, while the trainer is built, the ranks taking turns; then it is let go.
+    """
+
+    algorithm = "iql"
+
+    def __init__(self, model, args: IQLConfig, *positional, **keywords):
+        self.critic = load_critic(args.critic, device=args.device)
+        super().__init__(model, args, *positional, **keywords)
+        del self.critic
+
+    def step_rule(self, args: IQLConfig) -> StepRule:
+        return log_encoder(self.critic).steps
+
+    def fit_scale(self, model, train, args: IQLConfig) -> RewardScale:
+        found = log_encoder(self.critic).scale
+        if args.reward_scale not in (None, found.scale):
+            raise InputError(
+                f"reward_scale: found {args.reward_scale}, but the critic answers in units of {found.scale:g}; "
+                "leave it out"
+            )
+        return found
+
+    def check_model(self, model, args: IQLConfig) -> None:
+        super().check_model(model, args)
+        for name, expected in asdict(self.critic.window).items():
+            if (found := getattr(args, name)) != expected:
+                raise InputError(f"{name}: found {found}, expected the critic's {expected}: it reads the same windows")
+        found, expected = self.renderer.fingerprint, self.critic.renderer.fingerprint
+        if found != expected:
+            raise InputError(
+                f"tokenizer: found fingerprint {found}, expected the critic's {expected}: "
+                "it reads the same tokens, in the same chat template"
+            )
+
+    def prepare_model(self, model, args: IQLConfig, windows: WindowDataset):
+        return detach(super().prepare_model(model, args, windows))
+
+    def _windows(self, trajectories: Sequence[Trajectory], args: IQLConfig, counts: Counter[str]) -> WindowDataset:
+        windows = super()._windows(trajectories, args, counts)
+        share = args.process_index, args.world_size
+        values = read_values(self.critic.model, windows, args.per_device_eval_batch_size, share)
+        # Each rank read its share and has zeros elsewhere.
+        advantage = reduce(torch.from_numpy(values["target_q"] - values["v"]).to(args.device), "sum")
+        windows.flat = {**windows.flat, "advantage": (advantage.cpu().numpy(), windows.flat["state"][1])}
+        return windows
+
+    def loss_terms(self, outputs, steps):
+        loss, weight = iql_loss(outputs, steps, self.args)
+        clipped = (weight == self.args.weight_clip).float()
+        advantage = steps["advantage"]
+        return loss, {"loss/policy": loss, "weight": weight, "weight/clipped": clipped, "value/advantage": advantage}
