@@ -16,6 +16,12 @@ ENVIRONMENTS = {
     "maze": "offline_lmrl.environments.maze:Maze",
     "corridor": "offline_lmrl.environments.toys:Corridor",
     "gamble": "offline_lmrl.environments.toys:Gamble",
+    "count": "offline_lmrl.environments.toys:Count",
+    "count1": "offline_lmrl.environments.toys:Count1",
+    "talk": "offline_lmrl.environments.toys:Talk",
+    "talk_trap": "offline_lmrl.environments.toys:TalkTrap",
+    "hidden_rule": "offline_lmrl.environments.toys:HiddenRule",
+    "walk": "offline_lmrl.environments.toys:Walk",
     "negotiation": "offline_lmrl.environments.negotiation:Negotiation",
 }
 

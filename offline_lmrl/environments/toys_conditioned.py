@@ -1,0 +1,233 @@
+"""Tasks for policies that are told what to do: by the return asked of them, or by a demonstration.
+
+Count, Count1 and Talk have logs of every return, so a policy that learnt from them can be asked for each of them.
+HiddenRule cannot be played without having seen its rule at work.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.protocols import Reply, StepResult
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.environments.scripted import check_episodes, scripted_episode
+
+LETTERS = tuple("abcdefgh")
+PAID = "g"
+UNPAID = tuple(letter for letter in LETTERS if letter != PAID)
+NEXT = Turn("user", "next")
+CUES = tuple("wxyz")
+ORDERS = tuple(itertools.permutations(CUES))
+HELD_OUT = 336  # a fifth of the 1,680 rules
+
+
+class Count:
+    """Eight turns of one letter, a to h: "g" pays 1, the others nothing, and neither does any other text.
+
+    The behaviour draws a share p ~ U(0, 1) for the episode, says "g" with probability p and else one of the other
+    letters, all alike: its returns are uniform on 0..8. As all episodes are equally long, length says nothing about
+    the return. Implements Environment.
+    """
+
+    name, turns, letters = "count", 8, 1
+
+    def reset(self, seed: int) -> Sequence[Turn]:
+        """The first prompt; all seeds are alike."""
+        self.left, self.invalid = self.turns, 0
+        return (NEXT,)
+
+    def step(self, text: str) -> StepResult:
+        """Take the letters of one turn, separated by white space; too few, too many or others pay nothing."""
+        said = text.split()
+        valid = len(said) == self.letters and set(said) <= set(LETTERS)
+        reward = float(said.count(PAID)) if valid else 0.0
+        self.invalid += not valid
+        self.left -= 1
+        return StepResult((NEXT,) if self.left else (), reward, not self.left, False)
+
+    def labels(self) -> dict[str, object]:
+        """The number of turns that paid nothing for their form."""
+        return {"invalid": self.invalid}
+
+    def optimum(self) -> float:
+        """The best return, backwards over the letters: V(n letters left) = max over letters of pay + V(n − 1)."""
+        value = 0.0
+        for _ in range(self.turns * self.letters):
+            value = max((letter == PAID) + value for letter in LETTERS)
+        return value
+
+    def logs(self, episodes: int, seed: int) -> list[Trajectory]:
+        """Episodes of the behaviour."""
+        check_episodes(episodes)
+        rng = np.random.default_rng(seed)
+        trajectories = []
+        for episode in range(episodes):
+            texts = (" ".join(_letter(rng, share) for _ in range(self.letters)) for share in self._shares(rng))
+            trajectories.append(scripted_episode(self, self.reset(0), texts.__next__,
+                                                 group=f"{self.name}-{seed}-{episode}", task=self.name))
+        return trajectories
+
+    def _shares(self, rng: np.random.Generator) -> Iterable[float]:
+        """p of each turn."""
+        return itertools.repeat(rng.random(), self.turns)
+
+
+class Count1(Count):
+    """Count in one turn of eight letters, "a g g b h g c g": it pays their number of g."""
+
+    name, turns, letters = "count1", 1, 8
+
+
+class Talk(Count):
+    """Two turns of Count1; the behaviour draws p for each, so the first says nothing about the second."""
+
+    name, turns, letters = "talk", 2, 8
+
+    def _shares(self, rng: np.random.Generator) -> Iterable[float]:
+        return rng.random(self.turns)
+
+
+class AskPlayer:
+    """Plays Count, Count1 or Talk for a return: "g" with probability r/m, where r is still asked of m letters.
+
+    It earns every whole ask exactly. In Count and Count1 it is the behaviour given its return: under p ~ U(0, 1) all
+    orders of r paid and m − r unpaid letters are equally likely. In Talk, where p is drawn anew, it is so in the last
+    turn only. Implements Policy.
+
+    Args:
+      toy: Count, Count1 or Talk.
+      ask: the return asked for.
+      update: take what earlier turns earned off the ask; False holds it, which shows what the update is worth.
+    """
+
+    def __init__(self, toy: type[Count], ask: float, update: bool = True):
+        self.toy, self.ask, self.update = toy, ask, update
+
+    def start(self, seeds: Sequence[int]) -> "_AskSession":
+        """A session with one row per seed."""
+        return _AskSession(self, seeds)
+
+
+class _AskSession:
+    def __init__(self, player: AskPlayer, seeds: Sequence[int]):
+        self.player, self.rngs = player, [np.random.default_rng(seed) for seed in seeds]
+
+    def reply(self, rows: Sequence[int], histories: Sequence[Sequence[Turn]],
+              options: Sequence[Sequence[str] | None] | None = None) -> list[Reply]:
+        return [Reply(self._text(self.rngs[row], history)) for row, history in zip(rows, histories, strict=True)]
+
+    def _text(self, rng: np.random.Generator, history: Sequence[Turn]) -> str:
+        toy, asked = self.player.toy, self.player.ask
+        past = [turn.reward or 0.0 for turn in history if turn.is_trainable]
+        if self.player.update:
+            asked -= sum(past)
+        left = (toy.turns - len(past)) * toy.letters
+        said = []
+        for m in range(left, left - toy.letters, -1):
+            said.append(_letter(rng, asked / m))
+            asked -= said[-1] == PAID
+        return " ".join(said)
+
+
+class HiddenRule:
+    """Four cues, w to z, each once in random order, and one answer a to h to each; the right one pays 1.
+
+    What is right is the task: a rule gives each cue an answer of its own, 1,680 rules in all. The texts do not tell
+    what an answer earned, so without a demonstration of the same task one answer is as good as another: over all
+    rules one in eight is right. Implements Environment.
+
+    With n rules, seeds 0..24n−1 are every rule with every order of the cues; seeds n apart have the same rule.
+
+    Args:
+      held_out: play the 336 rules that are kept from training, instead of the 1,344 others.
+      split_seed: draws the rules that are kept; training and test must agree on it.
+    """
+
+    def __init__(self, held_out: bool = False, split_seed: int = 0):
+        training, kept = _split_rules(split_seed)
+        self.rules = kept if held_out else training
+
+    def reset(self, seed: int) -> Sequence[Turn]:
+        """The first cue of rule seed % n."""
+        number, again = seed % len(self.rules), seed // len(self.rules)
+        return self._enter(self.rules[number], ORDERS[(number + again) % len(ORDERS)])
+
+    def step(self, text: str) -> StepResult:
+        """Take an answer (white space around it is ignored) and give the next cue."""
+        answer = text.strip()
+        self.invalid += answer not in LETTERS
+        reward = _right(self.rule, self.cues[0], answer)
+        self.cues = self.cues[1:]
+        return StepResult(self._observe(), reward, not self.cues, False)
+
+    def labels(self) -> dict[str, object]:
+        """The task, as in the trajectories of the same rule, and the number of texts that were no answer."""
+        return {"task": task_name(self.rule), "invalid": self.invalid}
+
+    def optimum(self) -> float:
+        """The best return of a player who knows the rule, mean over rules: the best answer to every cue."""
+        best = [max(_right(rule, cue, answer) for answer in LETTERS) for rule in self.rules for cue in CUES]
+        return sum(best) / len(self.rules)
+
+    def task(self, seed: int) -> str:
+        """The task of the episode of this seed: demonstrations for it carry the same."""
+        return task_name(self.rules[seed % len(self.rules)])
+
+    def logs(self, episodes: int, seed: int) -> list[Trajectory]:
+        """Random rules; answers are right with probability .7 and else one of the seven wrong ones."""
+        check_episodes(episodes)
+        rng = np.random.default_rng(seed)
+
+        def answer() -> str:
+            right = self._right_answer()
+            return right if rng.random() < 0.7 else str(rng.choice([a for a in LETTERS if a != right]))
+
+        return [self._episode(self.rules[rng.integers(len(self.rules))], rng, answer, f"{seed}-{episode}")
+                for episode in range(episodes)]
+
+    def demonstrations(self, per_rule: int, seed: int) -> list[Trajectory]:
+        """Episodes with all four answers right, `per_rule` of each rule, rule by rule in the order of the seeds."""
+        if per_rule < 1:
+            raise InputError(f"per_rule: found {per_rule}, expected at least 1")
+        rng = np.random.default_rng(seed)
+        return [self._episode(rule, rng, self._right_answer, f"shown-{seed}-{rule}-{number}")
+                for rule in self.rules for number in range(per_rule)]
+
+    def _episode(self, rule: str, rng: np.random.Generator, choose: Callable[[], str], group: str) -> Trajectory:
+        opening = self._enter(rule, ORDERS[rng.integers(len(ORDERS))])
+        return scripted_episode(self, opening, choose, group=f"hidden_rule-{group}", task=task_name(rule))
+
+    def _enter(self, rule: str, cues: Sequence[str]) -> Sequence[Turn]:
+        self.rule, self.cues, self.invalid = rule, cues, 0
+        return self._observe()
+
+    def _observe(self) -> Sequence[Turn]:
+        return (Turn("user", self.cues[0]),) if self.cues else ()
+
+    def _right_answer(self) -> str:
+        return self.rule[CUES.index(self.cues[0])]
+
+
+def task_name(rule: str) -> str:
+    """The task of a rule, which is written as the answers to w, x, y and z: "hidden_rule-cafe"."""
+    return f"hidden_rule-{rule}"
+
+
+@functools.cache
+def _split_rules(seed: int) -> tuple[list[str], list[str]]:
+    """The rules for training and those held out, each in random order."""
+    rules = ["".join(answers) for answers in itertools.permutations(LETTERS, len(CUES))]
+    shuffled = [rules[i] for i in np.random.default_rng(seed).permutation(len(rules))]
+    return shuffled[HELD_OUT:], shuffled[:HELD_OUT]
+
+
+def _right(rule: str, cue: str, answer: str) -> float:
+    return float(answer == rule[CUES.index(cue)])
+
+
+def _letter(rng: np.random.Generator, share: float) -> str:
+    """The paid letter with this probability, else one of the others."""
+    return PAID if rng.random() < share else UNPAID[rng.integers(len(UNPAID))]
