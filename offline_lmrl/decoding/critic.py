@@ -70,17 +70,19 @@ def relabel(
     trajectories: Sequence[Trajectory],
     critic: LanguagePolicy | str | Path,
     label: Literal["max", "q"] = "max",
+    discount_per_turn: float = 1.0,
     batch_size: int = 32,
 ) -> list[Trajectory]:
     """The trajectories with `labels["return_to_go"]`, one number per agent turn in reward units; the rest as it was.
 
-    "max": R_t = r_t + max(R_{t+1}, V(s_{t+1})), backwards (`qdt_returns_to_go`). It stitches, and keeps lucky returns.
+    "max": R_t = r_t + γ · max(R_{t+1}, V(s_{t+1})), backwards (`qdt_returns_to_go`). It stitches, and keeps luck.
     "q": Q(s_t, a_t), the minimum over target heads at the turn's last token. It averages luck out, at the price of
     trusting Q. Where a log is cut behind a finished agent turn, whose reward has no next state, both are V before the
-    turn's last token. Values come discounted as in the critic's training; labels do not discount any further.
+    turn's last token. Q and V are discounted as in the critic's training.
 
     Args:
       critic: a run with value heads, trained with an expectile of at least .8: a low V asks for too little.
+      discount_per_turn: γ of the returns, as the model that is trained on them has it.
       batch_size: windows per forward pass.
     Raises: InputError for an unknown label, a critic without value heads, and agent turns that do not fit its window.
     """
@@ -113,7 +115,8 @@ def relabel(
             pad_sequence(column.split(agent_turns), batch_first=True, padding_side="left")
             for column in (reward, next_v)
         ]
-        rows = [row[len(row) - n :] for row, n in zip(qdt_returns_to_go(*padded), agent_turns, strict=True)]
+        labels = qdt_returns_to_go(*padded, discount_per_turn)
+        rows = [row[len(row) - n :] for row, n in zip(labels, agent_turns, strict=True)]
     return [_labelled(t, row.tolist(), encoder.scale) for t, row in zip(trajectories, rows, strict=True)]
 
 

@@ -184,12 +184,18 @@ class _Comparison:
 
     def identity(self, name: str) -> dict[str, Any]:
         """Everything that decides a row of this method; of a method that is no longer listed, what all rows share."""
-        chain = []
-        while name in self.config.methods:
-            method = self.config.methods[name]
-            chain.append({"algorithm": method.algorithm, **self._merged(method), "sampling": dict(method.sampling)})
-            name = method.start_from
+        chain = self._chain(name)
         return self._shared_identity | ({"method": chain} if chain else {})
+
+    def _chain(self, name: str | None) -> list[dict[str, Any]]:
+        """The settings of a method and of those it starts from, each with the chain of its critic."""
+        if name not in self.config.methods:
+            return []
+        method = self.config.methods[name]
+        link = {"algorithm": method.algorithm, **self._merged(method), "sampling": dict(method.sampling)}
+        if method.critic is not None:
+            link["critic"] = self._chain(method.critic)
+        return [link, *self._chain(method.start_from)]
 
     # Training.
 
@@ -199,7 +205,9 @@ class _Comparison:
             model = {key: value for key, value in model.items() if key not in ELSEWHERE}
         return {"model": model | dict(method.model), "args": self.config.args | dict(method.args)}
 
-    def _entry(self, where: str, method: Any, seed: int, folder: Path, start: Path | None = None) -> tuple:
+    def _entry(
+        self, where: str, method: Any, seed: int, folder: Path, start: Path | None = None, critic: Path | None = None
+    ) -> tuple:
         """What `train` takes for a method (or the partner)."""
         merged = self._merged(method)
         for key in ("output_dir", "seed"):
@@ -209,24 +217,30 @@ class _Comparison:
             merged["model"]["path"] = str(start)
         model = build(ModelConfig, merged["model"], f"{where}.model.")
         args = {**merged["args"], "output_dir": str(folder), "seed": seed}
+        if getattr(method, "critic", None) is not None:
+            if "critic" not in _fields(method.algorithm):
+                raise InputError(f"{where}.critic: found {method.critic!r}, but {method.algorithm} takes no critic")
+            args["critic"] = str(critic)
         args = build(load_algorithm(method.algorithm)[0], args, f"{where}.args.")
         return method.algorithm, model, DataConfig(**self.config.data), args
 
     def _is_guided(self, method: MethodConfig) -> bool:
-        return any(field.name == "beta" for field in fields(load_algorithm(method.algorithm)[0]))
+        return "beta" in _fields(method.algorithm)
 
     def trained(self, name: str, seed: int) -> Path:
-        """The run of a method and seed, trained now or earlier, after the run it starts from."""
+        """The run of a method and seed, trained now or earlier, after the runs it starts from and learns from."""
         if (name, seed) not in self.runs:
             method, folder = self.config.methods[name], self.folder / "runs" / f"{name}-{seed}"
-            start = None if method.start_from is None else self.trained(method.start_from, seed)
-            self.runs[name, seed] = self._train(f"methods.{name}", method, seed, folder, start)
+            others = [None if other is None else self.trained(other, seed)
+                      for other in (method.start_from, method.critic)]  # fmt: skip
+            self.runs[name, seed] = self._train(f"methods.{name}", method, seed, folder, *others)
         return self.runs[name, seed]
 
-    def _train(self, where: str, method: Any, seed: int, folder: Path, start: Path | None = None) -> Path:
+    def _train(self, where: str, method: Any, seed: int, folder: Path, *others: Path | None) -> Path:
+        """others: the runs it starts from and learns from."""
         if not (folder / "complete.json").exists():
             self.say(f"training {folder.name}")
-        return train(*self._entry(where, method, seed, folder, start))
+        return train(*self._entry(where, method, seed, folder, *others))
 
     def train_side_by_side(self) -> None:
         """Trains every seed in a process of its own, `workers` at a time, each with its share of the cores: small
@@ -362,9 +376,14 @@ class _Run:
         }  # fmt: skip
 
 
+def _fields(algorithm: str) -> set[str]:
+    """The settings of an algorithm."""
+    return {field.name for field in fields(load_algorithm(algorithm)[0])}
+
+
 def training_cost(run: Path) -> dict[str, float]:
-    """Tokens read in training, as often as they were read and with those of the runs it started from, and wall seconds
-    of the last training process."""
+    """Tokens read in training, as often as they were read and with those of the runs it started or learnt from, and
+    wall seconds of the last training process."""
     report = json.loads((run / "complete.json").read_text(encoding="utf-8"))
     logged = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     seconds = [row["train_runtime"] for row in map(json.loads, logged) if "train_runtime" in row]

@@ -22,7 +22,8 @@ class MethodConfig:
     algorithm: a name that `train` knows.
     model, args: merged over the comparison's own `model` and `args`, key by key.
     start_from: written `from` in YAML: the method whose checkpoint of the same seed this one starts from.
-    evaluate: False trains it only as a start for others.
+    critic: the method whose run of the same seed is this one's `args.critic`, for algorithms that learn from one.
+    evaluate: False trains it only for others to start from or learn from.
     sampling: SamplingConfig fields for its play, merged over `evaluation.sampling`.
     regime: what it was allowed to learn from, as the table prints it.
     """
@@ -31,6 +32,7 @@ class MethodConfig:
     model: Mapping[str, Any] = field(default_factory=dict)
     args: Mapping[str, Any] = field(default_factory=dict)
     start_from: str | None = None
+    critic: str | None = None
     evaluate: bool = True
     sampling: Mapping[str, Any] = field(default_factory=dict)
     regime: str = "labels only"
@@ -181,7 +183,7 @@ class CompareConfig:
         else:
             object.__setattr__(self, "baseline", self.evaluated[0])
         for name in self.methods:
-            self._check_start(name)
+            self._check_way(name)
         self._check_selection()
 
     @property
@@ -189,18 +191,22 @@ class CompareConfig:
         """Names of the methods that get rows."""
         return [name for name, method in self.methods.items() if method.evaluate]
 
-    def _check_start(self, name: str) -> None:
-        seen = [name]
-        while (start := self.methods[seen[-1]].start_from) is not None:
-            require_known([start], set(self.methods), f"methods.{seen[-1]}.from")
-            if start in seen:
-                circle = " <- ".join([*seen, start])
-                raise InputError(f"methods.{name}.from: found the circle {circle}, expected a method without `from`")
-            stated = sorted(set(ELSEWHERE) & set(self.methods[seen[-1]].model))
-            if stated:
-                where = f"methods.{seen[-1]}.model.{stated[0]}"
-                raise InputError(f"{where}: found beside `from`, which decides it, expected only one of them")
-            seen.append(start)
+    def _check_way(self, name: str, before: tuple[str, ...] = ()) -> None:
+        """What a method starts from and learns from exists, and none of it comes from the method itself."""
+        if name in before:
+            circle = " <- ".join([*before, name])
+            raise InputError(f"methods.{name}: found the circle {circle}, expected `from` and `critic` to lead out")
+        method = self.methods[name]
+        for key, other in (("from", method.start_from), ("critic", method.critic)):
+            if other is not None:
+                require_known([other], set(self.methods), f"methods.{name}.{key}")
+                self._check_way(other, (*before, name))
+        if method.start_from is not None and (stated := sorted(set(ELSEWHERE) & set(method.model))):
+            where = f"methods.{name}.model.{stated[0]}"
+            raise InputError(f"{where}: found beside `from`, which decides it, expected only one of them")
+        if method.critic is not None and "critic" in method.args:
+            where = f"methods.{name}.args.critic"
+            raise InputError(f"{where}: found beside `critic`, which decides it, expected only one of them")
 
     def _check_selection(self) -> None:
         chosen = self.evaluation.selection

@@ -62,21 +62,22 @@ def monte_carlo_mixture(td_target: Tensor, monte_carlo: Tensor, share: float) ->
     return ((1 - share) * td_target + share * monte_carlo).detach()
 
 
-def qdt_returns_to_go(reward: Tensor, next_v: Tensor) -> Tensor:
-    """Relabelled return-to-go per agent turn:  R_t = r_t + max(R_{t+1}, V(s_{t+1})),  R_{T+1} = V(s_{T+1}).
+def qdt_returns_to_go(reward: Tensor, next_v: Tensor, discount: float = 1.0) -> Tensor:
+    """Relabelled return-to-go per agent turn:  R_t = r_t + γ · max(R_{t+1}, V(s_{t+1})),  R_{T+1} = V(s_{T+1}).
 
-    Yamagata et al. 2023 (Q-learning Decision Transformer), after d3rlpy's reproduction. Undiscounted: the label is
-    what the turn earns if the better of the log and the critic goes on behind it. The maximum keeps lucky rewards.
+    Yamagata et al. 2023 (Q-learning Decision Transformer), after d3rlpy's reproduction: what the turn earns if the
+    better of the log and the critic goes on behind it. The maximum keeps lucky rewards.
 
     Args:
       reward: (B,T) of each agent turn. next_v: (B,T) V where the agent speaks next; last 0 after a terminal turn, V of
         the state in which a cut log ends. Shorter rows are padded on the left.
+      discount: γ per turn.
     Returns: (B,T) detached, in the units of the rewards.
     """
     check_shapes("b t, b t", reward, next_v)
     following = next_v[:, -1]
     columns = []
     for t in reversed(range(reward.shape[1])):  # over turns only; every row at once
-        following = reward[:, t] + torch.maximum(following, next_v[:, t])
+        following = reward[:, t] + discount * torch.maximum(following, next_v[:, t])
         columns.append(following)
     return torch.stack(columns[::-1], dim=1).detach()

@@ -54,16 +54,18 @@ class Gambler:
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """A comparison file on the gamble, and stand-ins for training and the model; `trained` lists the calls."""
+    """A comparison file on the gamble, and stand-ins for training and the model; `trained` and `critics` list the
+    calls."""
     logs = Gamble().logs(60, seed=0)
     write_trajectories(tmp_path / "train.jsonl", logs[:40])
     write_trajectories(tmp_path / "validation.jsonl", logs[40:])
-    trained = []
+    trained, critics = [], []
 
     def train(algorithm, model, data, args):
         folder = tmp_path / "out" / "runs" / args.output_dir.rpartition("/")[2]
         if not (folder / "complete.json").exists():
             trained.append((folder.name, algorithm, model.path, args.seed))
+            critics.append(getattr(args, "critic", None))
             folder.mkdir()
             (folder / "complete.json").write_text(json.dumps({"training_tokens": 1000}))
             (folder / "metrics.jsonl").write_text('{"loss": 1.0}\n{"train_runtime": 2.5}\n')
@@ -92,7 +94,8 @@ def world(tmp_path, monkeypatch):
         },
         "reference": {"PPO": {"score": 5.0}},
     }  # fmt: skip
-    return SimpleNamespace(settings=settings, trained=trained, out=tmp_path / "out", path=tmp_path / "compare.yaml")
+    paths = {"out": tmp_path / "out", "path": tmp_path / "compare.yaml"}
+    return SimpleNamespace(settings=settings, trained=trained, critics=critics, **paths)
 
 
 def run(world, prepare=None, **overrides):
@@ -110,6 +113,32 @@ def test_every_method_and_seed_is_trained_once_and_starts_where_it_says(world):
     bc, ilql, bc_1, ilql_1 = world.trained
     assert bc == ("bc-0", "bc", None, 0) and bc_1[3] == 1
     assert ilql == ("ilql-0", "ilql", str(world.out / "runs" / "bc-0"), 0) and ilql_1[2].endswith("bc-1")
+
+
+IQL = {"algorithm": "iql", "from": "bc", "critic": "ilql"}
+
+
+def test_a_critic_is_another_methods_run_of_the_same_seed(world):
+    world.settings["methods"] = {"iql": IQL, **world.settings["methods"]}
+    run(world, seeds=[0, 1])
+    runs_of = [f"{name}-{seed}" for seed in (0, 1) for name in ("bc", "ilql", "iql")]  # each before what needs it
+    assert [call[0] for call in world.trained] == runs_of
+    folder = world.out / "runs"
+    assert world.critics == [None, None, str(folder / "ilql-0"), None, None, str(folder / "ilql-1")]
+    assert world.trained[2][2] == str(folder / "bc-0")
+
+
+def test_results_behind_another_critic_are_refused_and_those_without_one_stay(world):
+    run(world)
+    first = runs(world)
+    world.settings["methods"]["iql"] = IQL
+    run(world)
+    assert runs(world)[: len(first)] == first
+    with pytest.raises(InputError, match="iql: method.0.critic.0.args.expectile: found 0.5, expected 0.7"):
+        world.settings["methods"]["other"] = {**world.settings["methods"]["ilql"], "args": {"expectile": 0.7}}
+        run(world, methods__iql__critic="other")
+    with pytest.raises(InputError, match="iql: method.0.args.inverse_temperature: found None, expected 5"):
+        run(world, methods__iql__args={"inverse_temperature": 5})
 
 
 def test_results_hold_a_row_per_method_seed_and_setting(world):
@@ -247,6 +276,7 @@ def test_repeats_are_for_sampled_play_only(world):
         ("methods__ilql__args", {"expectile": 2.0}, "expectile: found 2.0, expected 0.5 to"),
         ("methods__ilql__args", {"seed": 3}, "methods.ilql.args.seed: found a value, expected none"),
         ("methods__ilql__algorithm", "illql", "algorithm: found 'illql'"),
+        ("methods__ilql__critic", "bc", "methods.ilql.critic: found 'bc', but ilql takes no critic"),
         ("model__scrach", {}, "methods.bc.model: found 'scrach'"),
         ("data__validation", None, "data.validation: missing"),
     ],
@@ -301,11 +331,14 @@ def test_the_real_trainer_and_policy_fit_together(world, monkeypatch):
         "args": {"max_steps": 1, "use_cpu": True, "max_length": 32, "save_strategy": "no", "disable_tqdm": True},
     }
     selection = {"episodes": 2, "first_seed": 500}
+    world.settings["methods"]["iql"] = IQL
     run(world, evaluation={"episodes": 3, "betas": [1], "sampling": {"max_new_tokens": 2}, "selection": selection})
     rows = runs(world)
     assert [(row["method"], row["beta_chosen"]) for row in rows] == [
-        ("bc", None), ("bc", None), *[("ilql", "offline"), ("ilql", "returns")] * 2,
+        ("bc", None), ("bc", None), *[("ilql", "offline"), ("ilql", "returns")] * 2, ("iql", None), ("iql", None),
     ]  # fmt: skip
+    cost = {row["method"]: row["cost"]["training_tokens"] for row in rows}
+    assert cost["iql"] == pytest.approx(cost["ilql"] + cost["bc"], rel=0.1)  # itself, the critic, and bc once
     assert all(row["cost"]["training_tokens"] > 0 and row["cost"]["training_seconds"] > 0 for row in rows)
     # Value heads start as a constant, so guidance moves nothing yet
     assert rows[2]["betas_tried"][0]["kl"] == pytest.approx(0.0, abs=1e-3) and rows[2]["beta"] == 1.0

@@ -54,6 +54,8 @@ def test_relabelled_returns_of_three_turns_take_the_better_of_log_and_critic():
     # cut where V = 5:                         R2 = 4, R1 = 2 + max(4, 0) = 6, R0 = 1 + max(6, 0) = 7
     expected = torch.tensor([[7.0, 6.0, -1.0], [10.0, 1.0, -1.0], [7.0, 6.0, 4.0]])
     assert_close(qdt_returns_to_go(reward, next_v), expected)
+    # γ = .5, the first row:  R2 = -1, R1 = 2 + .5 · 4 = 4, R0 = 1 + .5 · 4 = 3
+    assert_close(qdt_returns_to_go(reward, next_v, 0.5)[0], torch.tensor([3.0, 4.0, -1.0]))
 
 
 def test_relabelling_with_a_critic_that_knows_nothing_better_keeps_the_logged_return():
