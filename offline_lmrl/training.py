@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from offline_lmrl.data.batching import TokenBatch, WindowDataset, WindowRef, collate_windows, encode_trajectories
-from offline_lmrl.data.episodes import EpisodeEncoder, StepRule
+from offline_lmrl.data.episodes import EpisodeEncoder, SlotsOfLog, StepRule
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import fingerprint, read_trajectories
 from offline_lmrl.data.rendering import Renderer
@@ -208,7 +208,8 @@ class OfflineTrainer(transformers.Trainer):
         model = load_model(model) if isinstance(model, str) else model
         self.check_model(model, args)
         self.scale = self.fit_scale(model, train, args)
-        self.encoder = EpisodeEncoder(self.renderer, args.window, self.step_rule(args), self.scale)
+        slots = self.slots(model, train, args)
+        self.encoder = EpisodeEncoder(self.renderer, args.window, self.step_rule(args), self.scale, slots)
         self.counts: Counter[str] = Counter()
         windows = self._windows(train, args, self.counts)
         model = self.prepare_model(model, args, windows)
@@ -251,6 +252,10 @@ class OfflineTrainer(transformers.Trainer):
     def fit_scale(self, model: PreTrainedModel, train: Sequence[Trajectory], args: OfflineConfig) -> RewardScale:
         """The unit of rewards, before anything is encoded."""
         return RewardScale.fit(train, args.reward_scale, discounted=self.step_rule(args).discounted)
+
+    def slots(self, model: PreTrainedModel, train: Sequence[Trajectory], args: OfflineConfig) -> SlotsOfLog | None:
+        """What stands before the agent's turns (data/conditioning.py); None = nothing."""
+        return None
 
     def prepare_model(self, model: PreTrainedModel, args: OfflineConfig, windows: WindowDataset) -> PreTrainedModel:
         """The guided model with the parts that this algorithm needs."""

@@ -13,9 +13,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 import offline_lmrl.training as training
-from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
-from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
-from offline_lmrl.algorithms.iql import IQLConfig, IQLTrainer
+from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
@@ -47,8 +45,7 @@ def logs(n=24, change=lambda reward: reward):
 def trainer(folder, *, algorithm="ilql", data=None, held_out=None, model=None, tokenizer=TOKENIZER, lora=None,
             dropout=False, spec=SPEC, seed=0, **settings):  # fmt: skip
     torch.manual_seed(seed)
-    classes = {"ilql": (ILQLConfig, ILQLTrainer), "bc": (BCConfig, BCTrainer), "iql": (IQLConfig, IQLTrainer)}
-    config, cls = classes[algorithm]
+    config, cls = load_algorithm(algorithm)
     settings = {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "report_to": "none",
                 "save_strategy": "no", "disable_tqdm": True, "max_length": 64, "context": 2, **settings}  # fmt: skip
     if algorithm == "ilql":
@@ -73,10 +70,13 @@ def parameters(run):
     return torch.cat([p.detach().flatten() for p in run.model.state_dict().values() if p.is_floating_point()])
 
 
-@pytest.mark.parametrize("algorithm", ["bc", "ilql", "iql"])
+@pytest.mark.parametrize("algorithm", ["bc", "ilql", "iql", "return_conditioned"])
 def test_micro_batches_give_the_step_of_the_whole_batch(tmp_path, algorithm):
-    whole = trainer(tmp_path / "a", algorithm=algorithm)
-    split = trainer(tmp_path / "b", algorithm=algorithm, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    settings = {"algorithm": algorithm}
+    if algorithm == "return_conditioned":
+        settings["condition_dropout"] = 0.0  # drawn per micro-batch
+    whole = trainer(tmp_path / "a", **settings)
+    split = trainer(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings)
     whole.train()
     split.train()
     torch.testing.assert_close(parameters(split), parameters(whole), atol=1e-5, rtol=0)
@@ -95,7 +95,7 @@ def test_targets_stay_where_the_loss_scaler_skips_the_step(tmp_path, monkeypatch
     assert run.state.global_step == 2 and run.target_updates.count == 0
 
 
-@pytest.mark.parametrize("algorithm", ["ilql", "iql"])
+@pytest.mark.parametrize("algorithm", ["ilql", "iql", "return_conditioned"])
 def test_resuming_equals_the_uninterrupted_run_to_the_bit(tmp_path, algorithm):
     settings = {
         "algorithm": algorithm, "dropout": True, "train_sampling_strategy": "group_by_length",

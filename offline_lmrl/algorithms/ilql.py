@@ -34,7 +34,7 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.models.adapters import settings
-from offline_lmrl.models.guided import attach, check_same_heads
+from offline_lmrl.models.guided import attach, check_same_heads, slots_of
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.ops.returns import monte_carlo_mixture
 from offline_lmrl.ops.value_learning import awr_weight, conservative_loss, expectile_loss, q_loss, td_target
@@ -173,6 +173,11 @@ class ILQLTrainer(OfflineTrainer):
                 "the plain policy"
             )
         return found
+
+    def slots(self, model, train, args: ILQLConfig):
+        """A model that is conditioned on returns learns values where none is asked for: elsewhere they would leak."""
+        slots = slots_of(model, self.renderer)
+        return slots and slots.nulls
 
     def prepare_model(self, model, args: ILQLConfig, windows: WindowDataset):
         utterance = args.utterance_weight > 0

@@ -1,15 +1,16 @@
 """One trajectory as windows of tokens and steps: the index arithmetic of rewards, next states and cut ends."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.rendering import EncodedTurn, Renderer
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory, with_own_token_ids
 from offline_lmrl.data.windows import Span, WindowRule, cut_windows, first_visible, leading_system_turns
 
+SlotsOfLog = Callable[[Trajectory], Sequence[tuple[int, ...]]]
 OWN, NEXT, END = 0, 1, 2  # in which row a state is read: the window's, the next window's opening, the end of a cut log
 
 
@@ -62,10 +63,22 @@ class Window(NamedTuple):
 
 
 class EpisodeEncoder:
-    """Cuts trajectories into windows. Same renderer, window rule and reward scale as the policy that plays later."""
+    """Cuts trajectories into windows. Same renderer, window rule and reward scale as the policy that plays later.
 
-    def __init__(self, renderer: Renderer, window: WindowRule, steps: StepRule, scale: RewardScale):
-        self.renderer, self.window, self.steps, self.scale = renderer, window, steps, scale
+    Args:
+      slots: gives the ids that stand before the opening of each agent turn, and of the one that would follow the
+        trajectory (`Slots` in data/conditioning.py has two such methods); None = none.
+    """
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        window: WindowRule,
+        steps: StepRule,
+        scale: RewardScale,
+        slots: SlotsOfLog | None = None,
+    ):
+        self.renderer, self.window, self.steps, self.scale, self.slots = renderer, window, steps, scale, slots
 
     def encode(self, trajectory: Trajectory, counts: Counter[str]) -> Iterator[Window]:
         """All windows of a trajectory; `counts` receives what was dropped or has no target, by reason."""
@@ -84,14 +97,18 @@ class _Episode:
     def __init__(self, encoder: EpisodeEncoder, trajectory: Trajectory):
         self.renderer, self.rule, self.gammas = encoder.renderer, encoder.window, encoder.steps
         turns = with_own_token_ids(trajectory, encoder.renderer.fingerprint).turns
-        self.encoded = [encoder.renderer.encode_turn(turn) for turn in turns]
+        agent = [turn.is_trainable for turn in turns]
+        self.agent_turns = [index for index, is_agent in enumerate(agent) if is_agent]
+        slots = encoder.slots(trajectory) if encoder.slots else [()] * (len(self.agent_turns) + 1)
+        self.slots = dict(zip([*self.agent_turns, len(turns)], slots, strict=True))
+        self.encoded = [
+            _behind(self.slots.get(index, ()), encoder.renderer.encode_turn(turn)) for index, turn in enumerate(turns)
+        ]
         self.lengths = [len(turn.ids) for turn in self.encoded]
         self.reward = [encoder.scale.apply(turn.reward) for turn in turns]
         self.head = leading_system_turns(turns)
         self.fixed = len(self.renderer.preamble) + sum(self.lengths[: self.head])
-        agent = [turn.is_trainable for turn in turns]
         self.spans, self.dropped = cut_windows(self.rule, self.lengths, agent, self.head, self.fixed)
-        self.agent_turns = [index for index, is_agent in enumerate(agent) if is_agent]
         self.length = len(turns)
         self.end = self._kind_of_end(trajectory.terminated)
         self.after = self._returns_after_turns() if self.spans else {}
@@ -148,12 +165,16 @@ class _Episode:
         before = sum(self.lengths[max(span.first, self.head) : index])
         return self.fixed + before + self.encoded[index].action_start - 1
 
+    def _opening(self, index: int) -> tuple[int, ...]:
+        """What is read before the agent's turn `index`: of the log, or the one that would follow it."""
+        return (*self.slots[index], *self.renderer.agent_opening)
+
     def _visible_at(self, index: int) -> int:
         """First turn seen when the agent acts at `index`: a turn of the log, or the one that would follow it."""
         if index < self.length and index not in self.dropped:
             lengths = self.lengths
         else:  # only the opening is read there
-            lengths = [*self.lengths[:index], len(self.renderer.agent_opening)]
+            lengths = [*self.lengths[:index], len(self._opening(index))]
         first = first_visible(self.rule, lengths, index, self.head, self.fixed)
         assert first is not None  # a whole agent turn fitted, so an opening does
         return first
@@ -167,7 +188,7 @@ class _Episode:
         follows = (OWN, 0)
         if upcoming < self.length or self.end == "observation":
             first = self._visible_at(upcoming)
-            opened = [*self._tokens(first, upcoming), *self.renderer.agent_opening]
+            opened = [*self._tokens(first, upcoming), *self._opening(upcoming)]
             if first == span.first and opened[: len(input_ids)] == input_ids:
                 input_ids, follows = opened, (OWN, len(opened) - 1)
             else:
@@ -190,7 +211,7 @@ class _Episode:
             return []
         last = self.agent_turns[-1]
         if self.end == "observation":
-            return [*self._tokens(self._visible_at(self.length), self.length), *self.renderer.agent_opening]
+            return [*self._tokens(self._visible_at(self.length), self.length), *self._opening(self.length)]
         read = self.encoded[last].action_stop - (self.end == "finished")
         return [*self._tokens(self._visible_at(last), last), *self.encoded[last].ids[:read]]
 
@@ -220,3 +241,11 @@ class _Episode:
                 closes_turn=k == n - 1 and not (is_last and self.end == "unfinished"), turn=index, open_state=opening,
                 return_to_go=total, end_extra=end[0], end_state=end[1], end_discount=factor,
             )  # fmt: skip
+
+
+def _behind(slot: tuple[int, ...], turn: EncodedTurn) -> EncodedTurn:
+    """The turn with a slot before its opening."""
+    if not slot:
+        return turn
+    n = len(slot)
+    return EncodedTurn((*slot, *turn.ids), n + turn.action_start, n + turn.action_stop, turn.closed)

@@ -76,7 +76,11 @@ class Reply:
 
 
 class Session(Protocol):
-    """One batch of episodes from their first turn to their last; it may keep caches per row."""
+    """One batch of episodes from their first turn to their last; it may keep caches per row.
+
+    Optional: `fingerprint`, of the tokenizer that the replies' token_ids belong to, and `labels(row) -> dict`, facts
+    for the table once the episode is over (the return that was asked for, say).
+    """
 
     def reply(self, rows: Sequence[int], histories: Sequence[Sequence[Turn]],
               options: Sequence[Sequence[str] | None] | None = None) -> list[Reply]:

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from offline_lmrl.data.conditioning import Ids
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.protocols import Policy, Reply
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.trajectory import Turn
 from offline_lmrl.data.windows import WindowRule, policy_window
+from offline_lmrl.decoding.asks import Asks
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler, SamplingConfig
-from offline_lmrl.models.guided import load_model, settings
+from offline_lmrl.models.guided import load_model, settings, slots_of
 
 SAMPLE_STRIDE = 2**32  # between the seeds of one history's samples: more than any range of seeds
 
@@ -25,6 +27,7 @@ class LanguagePolicy:
     Args:
       context, stride, max_length: the window of data/windows.py, as in training; max_length None takes the model's
         number of positions, or 1024 where it names none. The reply's max_new_tokens are kept free in it.
+      task: what is played, for a model that was trained with returns per task.
 
     Raises InputError where the settings ask for what the model does not have.
     """
@@ -38,19 +41,24 @@ class LanguagePolicy:
         context: int | None = None,
         stride: int = 1,
         max_length: int | None = None,
+        task: str = "",
     ):
         self.model, self.renderer = model, renderer
         self.sampling = sampling or SamplingConfig()
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
         self.window = WindowRule(context, stride, max_length or positions)
         self.sampler = Sampler(model, renderer, self.sampling)
+        self.slots, self.task = slots_of(model, renderer), task
+        self.asks([self.sampling.ask])  # what cannot be asked for shows here
 
     @classmethod
-    def load(cls, run: str | Path, *, device: str | torch.device | None = None, **sampling: Any) -> "LanguagePolicy":
+    def load(
+        cls, run: str | Path, *, device: str | torch.device | None = None, task: str = "", **sampling: Any
+    ) -> "LanguagePolicy":
         """The policy of a run directory, or of any causal LM folder or hub name.
 
         Args:
-          device: None = the first accelerator, else the CPU.
+          device: None = the first accelerator, else the CPU. task: as in the class.
           sampling: settings that replace those saved with the run.
 
         Raises InputError where there is no model or tokenizer, or not the tokenizer that the model was trained with.
@@ -66,11 +74,27 @@ class LanguagePolicy:
                 "the model was trained with another tokenizer or chat template"
             )
         form = SamplingConfig.from_dict({**(saved.get("sampling") or {}), **sampling})
-        return cls(model, renderer, form, **(saved.get("window") or {}))
+        return cls(model, renderer, form, **(saved.get("window") or {}), task=task)
 
-    def start(self, seeds: Sequence[int]) -> "LanguageSession":
-        """A session with one row per seed."""
-        return LanguageSession(self, seeds)
+    def start(self, seeds: Sequence[int], asks: Sequence[float | str | None] | None = None) -> "LanguageSession":
+        """A session with one row per seed.
+
+        asks: the return asked of each row; None = that of the sampling form for all.
+        """
+        return LanguageSession(self, seeds, [self.sampling.ask] * len(seeds) if asks is None else asks)
+
+    def asks(self, asks: Sequence[float | str | None]) -> Asks | None:
+        """Keeps account of these asks, one per row; None for a model that knows nothing of returns.
+
+        Raises: InputError where such a model is asked for one, and for asks that this model cannot understand.
+        """
+        if self.slots is not None:
+            return Asks(self.slots, self.task, asks)
+        if any(ask is not None for ask in asks):
+            ask = next(ask for ask in asks if ask is not None)
+            raise InputError(f"ask: found {ask!r}, expected none, as this model was not trained with returns "
+                             "(algorithm: return_conditioned)")
+        return None
 
 
 class LanguageSession:
@@ -79,8 +103,8 @@ class LanguageSession:
     fingerprint: of the tokenizer and template that the replies' token_ids belong to.
     """
 
-    def __init__(self, policy: LanguagePolicy, seeds: Sequence[int]):
-        self.policy, self.seeds = policy, list(seeds)
+    def __init__(self, policy: LanguagePolicy, seeds: Sequence[int], asks: Sequence[float | str | None]):
+        self.policy, self.seeds, self.asks = policy, list(seeds), policy.asks(asks)
         self.fingerprint = policy.renderer.fingerprint
         self.drawn = [0] * len(self.seeds)  # tokens so far: no draw of a row's seed is used twice
         # A window of one turn never grows, so there is nothing to keep.
@@ -93,10 +117,11 @@ class LanguageSession:
         options: Sequence[Sequence[str] | None] | None = None,
     ) -> list[Reply]:
         """The next agent turn of each of these rows. Rows that are not asked lose their cache, not their dialogue."""
-        policy = self.policy
-        reserve = policy.sampling.max_new_tokens
-        replies = policy.sampler.sample(
-            [policy_window(history, policy.renderer, policy.window, reserve) for history in histories],
+        slots: list[list[Ids] | None] = [None] * len(rows)
+        if self.asks is not None:
+            slots = list(map(self.asks.before_reply, rows, histories))
+        replies = self.policy.sampler.sample(
+            self._windows(histories, slots),
             [self.seeds[row] for row in rows],
             [self.drawn[row] for row in rows],
             options,
@@ -106,6 +131,19 @@ class LanguageSession:
         for row, reply in zip(rows, replies, strict=True):
             self.drawn[row] += len(reply.log_prob)
         return replies
+
+    def _windows(self, histories: Sequence[Sequence[Turn]], slots: Sequence[Sequence[Ids] | None]) -> list[list[int]]:
+        policy = self.policy
+        reserve = policy.sampling.max_new_tokens
+        return [
+            policy_window(history, policy.renderer, policy.window, reserve, own)
+            for history, own in zip(histories, slots, strict=True)
+        ]
+
+    def labels(self, row: int) -> dict[str, Any]:
+        """Of a row that a return was asked of: `ask`, the `bin` that stood for it at the first reply, and whether it
+        was `clipped`, that is, outside the training data."""
+        return {} if self.asks is None else dict(self.asks.first.get(row, {}))
 
 
 def generate_texts(

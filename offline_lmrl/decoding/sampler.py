@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
+from offline_lmrl.data.conditioning import check_ask
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.protocols import Reply
 from offline_lmrl.data.rendering import Renderer
@@ -48,6 +49,9 @@ class SamplingConfig:
     q_reduce: how Q heads are joined: min, mean or first.
     candidates: guidance on the policy's best k tokens only, the others are dropped; None = all. Unused at beta 0.
     clip: cap of the advantage Q − V from above; None = no cap (V then cancels and is not computed).
+    ask: the return asked of the agent from its first turn on, for a model that was trained with returns: a number in
+      reward units, "max" or "p90" (of the training returns), or "auto" (V where the agent is); None = none is asked.
+    condition_scale: w ≥ 0 of return guidance, (1 + w)·log π(·|ask) − w·log π(·); 0 = plain conditioning.
     max_new_tokens: longest reply in tokens, closing token included.
     stop: texts that end a reply; the text is cut before the first of them.
     """
@@ -61,6 +65,8 @@ class SamplingConfig:
     q_reduce: str = "min"
     candidates: int | None = None
     clip: float | None = None
+    ask: float | str | None = None
+    condition_scale: float = 0.0
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()
 
@@ -76,6 +82,7 @@ class SamplingConfig:
             ("beta", -inf, inf, "a finite number"),
             ("candidates", 1, inf, "a whole number from 1, or null"),
             ("clip", -inf, inf, "a finite number, or null"),
+            ("condition_scale", 0.0, inf, "0 (no return guidance) or more"),
             ("max_new_tokens", 1, inf, "a whole number from 1"),
         ):
             value = getattr(self, name)
@@ -86,6 +93,7 @@ class SamplingConfig:
             number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
             if not number or not low <= value <= high or abs(value) == inf or (name == "top_p" and value == 0):
                 raise InputError(f"{name}: found {value!r}, expected {meaning}")
+        check_ask(self.ask)
         if self.q_reduce not in Q_REDUCTIONS:
             raise InputError(f"q_reduce: found {self.q_reduce!r}, expected one of {', '.join(Q_REDUCTIONS)}")
         if not all(isinstance(text, str) and text for text in self.stop):

@@ -48,7 +48,8 @@ def rollout(
 
     Agent turns carry their reward and, where the policy has them, token_ids and behaviour_log_prob. `labels` are the
     environment's, with "seed", "tokenizer" (fingerprint of the renderer the ids belong to) and "policy_log_prob" (per
-    agent turn and token, under π without filters and guidance at the same temperature). An episode that was cut, by
+    agent turn and token, under π without filters and guidance at the same temperature), and with the session's own
+    labels, if it has any (what return was asked for, say). An episode that was cut, by
     the environment or by max_turns, is not `terminated` and keeps its last observation.
 
     Args:
@@ -125,6 +126,8 @@ class _Episodes:
         fingerprint = getattr(self.session, "fingerprint", None)  # scripted players have none
         if fingerprint is not None:
             labels |= {"tokenizer": fingerprint, "policy_log_prob": self.policy_log_prob[row]}
+        if hasattr(self.session, "labels"):
+            labels |= self.session.labels(row)
         return labels
 
 

@@ -1,4 +1,4 @@
-"""LoRA around a guided model: peft freezes the heads and saves none of them, so this module does both.
+"""LoRA around a guided model: peft freezes the heads and the table of returns and saves neither, so this module does.
 
 LoRA itself never lands on a head: the heads hold bare parameters, not the linear layers that adapters look for.
 """
@@ -14,9 +14,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.value_heads import ValueHeads
 
-HEADS_FILE = "value_heads.safetensors"
+PARTS = ("value_heads", "return_embedding")  # the submodules that a guided model adds
 # Not config.json: in a folder that has one, transformers would look for the weights of a whole model.
 SETTINGS_FILE = "offline_lmrl.json"
 
@@ -43,38 +44,41 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _heads(model: nn.Module) -> ValueHeads | None:
-    heads = model.value_heads
-    if not isinstance(heads, ValueHeads | None):
-        raise InputError("lora.modules_to_save: found value_heads, which are always trained and saved; leave them out")
-    return heads
+def _parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The submodules of a guided model that peft knows nothing of, by name."""
+    parts = {name: getattr(model, name) for name in PARTS if getattr(model, name) is not None}
+    for name, part in parts.items():
+        if not isinstance(part, ValueHeads | ReturnEmbedding):
+            raise InputError(f"lora.modules_to_save: found {name}, which are always trained and saved; leave them out")
+    return parts
 
 
 def unfreeze_heads(model: nn.Module) -> None:
-    """After `get_peft_model`: online heads train, targets do not."""
-    heads = _heads(model)
-    if heads is not None:
-        heads.requires_grad_(True)
+    """After `get_peft_model`: online heads and the table of returns train, targets do not."""
+    parts = _parts(model)
+    for part in parts.values():
+        part.requires_grad_(True)
+    if "value_heads" in parts:
         model.freeze_targets()
 
 
 def save_heads(model: nn.Module, folder: str | Path) -> None:
-    """Writes the heads, if there are any, and the config's `offline_lmrl` block beside the adapter files."""
-    heads, folder = _heads(model), Path(folder)
+    """Writes the heads and the table of returns, if there are any, and the config's `offline_lmrl` block beside the
+    adapter files."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".writing"
-    if heads is not None:
-        save_file({name: tensor.contiguous() for name, tensor in heads.state_dict().items()}, temporary)
-        os.replace(temporary, folder / HEADS_FILE)
+    for name, part in _parts(model).items():
+        save_file({key: tensor.contiguous() for key, tensor in part.state_dict().items()}, temporary)
+        os.replace(temporary, folder / f"{name}.safetensors")
     temporary.write_text(json.dumps(settings(model.config), indent=2, sort_keys=True) + "\n")
     os.replace(temporary, folder / SETTINGS_FILE)
 
 
 def load_heads(model: nn.Module, folder: str | Path) -> None:
-    """Reads value_heads.safetensors into the model's heads. Raises: InputError if it is not there."""
-    heads, path = _heads(model), Path(folder) / HEADS_FILE
-    if heads is None:
-        return
-    if not path.exists():
-        raise InputError(f"model: {path}: not found, but {SETTINGS_FILE} names value heads")
-    heads.load_state_dict(load_file(path))
+    """Reads what `save_heads` wrote into the model's parts. Raises: InputError where a file is not there."""
+    for name, part in _parts(model).items():
+        path = Path(folder) / f"{name}.safetensors"
+        if not path.exists():
+            raise InputError(f"model: {path}: not found, but {SETTINGS_FILE} names {name.replace('_', ' ')}")
+        part.load_state_dict(load_file(path))

@@ -1,8 +1,9 @@
-"""The guided model: the user's own causal LM class with Q and V heads, guided logits and packed per-step outputs.
+"""The guided model: the user's own causal LM class with Q and V heads, guided logits, rows for returns, and packed
+per-step outputs.
 
 `guided_class(GPT2LMHeadModel)` is a subclass of GPT2LMHeadModel: parameter names stay, so the base class loads the
 same folder as the plain policy, and `generate`, caches, PEFT and sharding keep working. What is added lies in the
-submodule `value_heads` and in the `offline_lmrl` block of config.json.
+submodules `value_heads` and `return_embedding` and in the `offline_lmrl` block of config.json.
 
 Hidden states are kept by a forward hook on the decoder and taken by `forward_with_hidden`. The hook is a plain
 function that stores on the module it is called with, so a deep copy never writes into its original. Packed logits come
@@ -23,10 +24,19 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
+from offline_lmrl.data.conditioning import Slots
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.models.adapters import load_heads, read_settings, require_peft, settings, unfreeze_heads
+from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.models.adapters import PARTS, load_heads, read_settings, require_peft, settings, unfreeze_heads
+from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.value_heads import Head, ValueHeads, ValueHeadsConfig
 from offline_lmrl.ops.decoding import guide, support_filter
+
+
+def _table_rows(config: PreTrainedConfig) -> int | None:
+    """Bins of the return embedding that a config asks for; None = no table (returns as text need none)."""
+    block = settings(config).get("returns") or {}
+    return block["bins"] if block.get("condition") == "embedding" else None
 
 
 def _sampling_form(config: PreTrainedConfig) -> dict[str, Any]:
@@ -53,20 +63,23 @@ class Guided:
     def __init__(self, config: PreTrainedConfig, *inputs, **kwargs):
         super().__init__(config, *inputs, **kwargs)
         stored = settings(config).get("value_heads")
-        self._add_heads(ValueHeadsConfig(**stored) if stored else None)
+        self._add_parts(ValueHeadsConfig(**stored) if stored else None, _table_rows(config))
         self.post_init()
         if self.value_heads is not None:
             self.update_targets(1.0)
             self.freeze_targets()
 
-    def _add_heads(self, value_heads: ValueHeadsConfig | None) -> None:
+    def _add_parts(self, value_heads: ValueHeadsConfig | None, bins: int | None) -> None:
         self.get_decoder().last_hidden = None
         self.get_decoder().register_forward_hook(_keep_hidden)
         # Sized by the LM head's matrix: some decoders end in a projection, so hidden_size is not always its width.
         self.value_heads = value_heads and ValueHeads(value_heads, *self.get_output_embeddings().weight.shape)
+        self.return_embedding = bins and ReturnEmbedding(bins, self.get_input_embeddings().weight.shape[1])
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Head):
+        if isinstance(module, ReturnEmbedding):
+            module.reset(self.get_input_embeddings())
+        elif isinstance(module, Head):
             module.reset()
         else:
             super()._init_weights(module)
@@ -106,10 +119,21 @@ class Guided:
 
     def forward_with_hidden(self, *args, **kwargs) -> tuple[Any, Tensor]:
         """The base's own outputs, and the decoder's last hidden states (B,T,d)."""
+        args, kwargs = self._embedded(args, kwargs)
         outputs = super().forward(*args, **kwargs)
         decoder = self.get_decoder()
         hidden, decoder.last_hidden = decoder.last_hidden, None
         return outputs, hidden
+
+    def _embedded(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Where there is a table of returns, inputs_embeds instead of input_ids; a hook on the model's embedding would
+        see ids that it has no row for."""
+        ids = args[0] if args else kwargs.get("input_ids")
+        if self.return_embedding is None or ids is None:
+            return args, kwargs
+        embeddings = self.return_embedding(ids, self.get_input_embeddings())
+        args, ids = ((None, *args[1:]), {}) if args else ((), {"input_ids": None})
+        return args, kwargs | ids | {"inputs_embeds": embeddings}
 
     def q_values(self, hidden: Tensor, candidates: Tensor | None = None, target: bool = True) -> Tensor:
         """Q in fp32 of every token, (..., d) -> (H, ..., V), or of candidates (..., K), token ids: (H, ..., K)."""
@@ -150,11 +174,14 @@ class Guided:
         return torch.full_like(scores, -torch.inf).scatter(-1, index, guided)
 
     def _packed(
-        self, kwargs: dict, steps: Mapping[str, Tensor], windows: int | None, scale: float, conservative: bool
-    ) -> dict[str, Tensor]:
+        self, kwargs: dict, steps: Mapping[str, Tensor], windows: int | None, scale: float, conservative: bool,
+        condition_dropout: float,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Per-step outputs; the LM head sees the N states only."""
         row, state = steps["row"], steps["state"]
         inputs = {name: value for name, value in kwargs.items() if value is not None}  # peft names more than is given
+        if self.training and condition_dropout > 0:
+            inputs["input_ids"] = self._without_conditions(inputs["input_ids"], condition_dropout)
         extra = None
         if windows:
             extra = self._rows_behind(inputs, windows)
@@ -171,6 +198,12 @@ class Guided:
         read = hidden.detach() if extra is None else torch.cat([hidden.detach(), extra])
         return {"log_prob": log_prob} | self._packed_values(hidden, read, steps, scale, conservative)
 
+    def _without_conditions(self, input_ids: Tensor, share: float) -> Tensor:
+        """Null for every return in a random share of the rows: so the policy without a condition is learnt too."""
+        null = self.get_input_embeddings().weight.shape[0]
+        dropped = torch.rand(len(input_ids), 1, device=input_ids.device) < share
+        return torch.where(dropped, input_ids.clamp(max=null), input_ids)
+
     @torch.no_grad()
     def _rows_behind(self, inputs: Mapping[str, Tensor], windows: int) -> Tensor | None:
         """Hidden states of the rows that only serve V of a next state; None where there are none.
@@ -185,7 +218,7 @@ class Guided:
                 return None
             extra = {name: value[:1] for name, value in inputs.items()}
         decoder = self.get_decoder()
-        decoder(use_cache=False, **extra)
+        decoder(use_cache=False, **self._embedded((), extra)[1])
         hidden, decoder.last_hidden = decoder.last_hidden, None
         return hidden if wanted else None
 
@@ -229,8 +262,9 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         return base
 
     def forward(
-        self, *args, beta=None, steps=None, windows=None, value_grad_scale=1.0, conservative=False, **kwargs
-    ):
+        self, *args, beta=None, steps=None, windows=None, value_grad_scale=1.0, conservative=False,
+        condition_dropout=0.0, **kwargs,
+    ):  # fmt: skip
         """The base's forward with two more uses.
 
         beta: a number or (B,); logits become logits + β · advantage under the stored sampling form; None and 0 leave
@@ -242,9 +276,10 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         Inputs are then input_ids and attention_mask, by name. windows: number of rows that have steps; the rows behind
         them only serve V of a next state and are read without gradient. None: all rows have steps.
         conservative: also "logsumexp_q" (H,N). value_grad_scale: share of the values' gradient that reaches the trunk.
+        condition_dropout: share of rows whose returns become null in training mode, drawn anew each time.
         """
         if steps is not None:
-            return self._packed(kwargs, steps, windows, value_grad_scale, conservative)
+            return self._packed(kwargs, steps, windows, value_grad_scale, conservative, condition_dropout)
         outputs, hidden = self.forward_with_hidden(*args, **kwargs)
         if isinstance(beta, Tensor) or beta:
             keep = kwargs.get("logits_to_keep", 0)
@@ -261,8 +296,8 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "forward": forward,
         "base_name": base.__name__,
         "__module__": __name__,
-        "__doc__": f"{base.__name__} with value heads; see `Guided`.",
-        "_keep_in_fp32_modules_strict": {*(base._keep_in_fp32_modules_strict or ()), "value_heads"},
+        "__doc__": f"{base.__name__} with value heads and rows for returns; see `Guided`.",
+        "_keep_in_fp32_modules_strict": {*(base._keep_in_fp32_modules_strict or ()), *PARTS},
     }
     return type(f"Guided{base.__name__}", (Guided, base), parts)
 
@@ -280,7 +315,7 @@ def attach(model: PreTrainedModel, value_heads: ValueHeadsConfig | None) -> PreT
     inner = _without_adapter(model)
     if not isinstance(inner, Guided):
         inner.__class__ = guided_class(type(inner))
-        inner._add_heads(None)
+        inner._add_parts(None, None)
     if value_heads is not None:
         inner.config.offline_lmrl = settings(inner.config) | {"value_heads": asdict(value_heads)}
         inner.value_heads = ValueHeads(value_heads, *inner.get_output_embeddings().weight.shape).to(inner.device)
@@ -290,12 +325,34 @@ def attach(model: PreTrainedModel, value_heads: ValueHeadsConfig | None) -> PreT
     return model
 
 
-def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Takes the heads off a guided model in place, and their blocks out of its config; returns the same object."""
+def attach_returns(model: PreTrainedModel, block: Mapping[str, Any]) -> PreTrainedModel:
+    """Conditions a guided model on returns in place; returns the same object.
+
+    block: becomes the config's block `returns` (`Slots.from_block`). Where it says `condition: embedding` the model
+    gets a fresh table for its `bins`.
+    """
     inner = _without_adapter(model)
-    inner.value_heads = None
-    blocks = {name: block for name, block in settings(inner.config).items() if name not in ("value_heads", "sampling")}
-    inner.config.offline_lmrl = blocks
+    inner.config.offline_lmrl = settings(inner.config) | {"returns": dict(block)}
+    if bins := _table_rows(inner.config):
+        embedding = inner.get_input_embeddings()
+        inner.return_embedding = ReturnEmbedding(bins, embedding.weight.shape[1]).to(embedding.weight.device)
+        inner.return_embedding.reset(embedding)
+    return model
+
+
+def slots_of(model: PreTrainedModel, renderer: Renderer) -> Slots | None:
+    """How returns are told to a model; None where it was not trained with any."""
+    block = settings(model.config).get("returns")
+    return block and Slots.from_block(block, model.get_input_embeddings().weight.shape[0], renderer)
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Takes heads and table of returns off a guided model in place, and their blocks out of its config; returns the
+    same object."""
+    inner = _without_adapter(model)
+    inner.value_heads = inner.return_embedding = None
+    gone = ("value_heads", "returns", "sampling")
+    inner.config.offline_lmrl = {name: block for name, block in settings(inner.config).items() if name not in gone}
     return model
 
 
@@ -350,11 +407,12 @@ def load_model(
     except (OSError, ValueError) as error:
         raise InputError(f"model: {name}: {str(error).splitlines()[0]}") from error
     stored = settings(config).get("value_heads")
+    missing = [key for key in info["missing_keys"] if key.startswith(PARTS) and "target_q" not in key]
+    if missing:
+        part = missing[0].partition(".")[0].replace("_", " ")
+        raise InputError(f"model: {name}: config.json names {part}, but {missing[0]} is not among the weights")
     if stored is None:
         return attach(model, value_heads)
-    missing = [key for key in info["missing_keys"] if key.startswith("value_heads.") and "target_q" not in key]
-    if missing:
-        raise InputError(f"model: {name}: config.json names value heads, but {missing[0]} is not among the weights")
     if value_heads is not None:
         check_same_heads(name, asdict(value_heads), stored)
     return model
@@ -368,8 +426,12 @@ def _load_adapter(folder: Path, **options) -> nn.Module:
     block = read_settings(folder)
     stored = block.get("value_heads")
     model = load_model(base, **options)  # its own heads, if any, are not those that lie with the adapter
-    model = attach(model, ValueHeadsConfig(**stored)) if stored else detach(model)
+    model = detach(model)
+    if stored:
+        model = attach(model, ValueHeadsConfig(**stored))
     model.config.offline_lmrl = block
+    if "returns" in block:
+        model = attach_returns(model, block["returns"])
     model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     load_heads(model, folder)
     unfreeze_heads(model)

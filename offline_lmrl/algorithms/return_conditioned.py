@@ -1,0 +1,142 @@
+"""Return conditioning: a Decision Transformer for text (Chen et al. 2021), on any causal LM.
+
+    L = −log π(a | s, R̂)          R̂_k = r_k + γ R̂_{k+1}, the return-to-go at the start of the agent's turn k
+
+averaged over the agent's action tokens. R̂ stands before the opening of every agent turn, binned: as one reserved id
+with a row of its own (models/return_embedding.py) or as plain text. In play the asked return takes its place and is
+updated with every reward that comes in, R̂ ← (R̂ − r) / γ (decoding/asks.py). Labels of preference are the case of two
+bins: rewards +1 and −1 give a "good" and a "bad" control token.
+
+Deviations from the paper, all for text and pretrained models:
+- one id per turn instead of an embedded number per step, in ordinal bins; the LM and its vocabulary stay as they are;
+- in a share of the rows the condition is null, so the same weights are the plain policy too, and guidance between both
+  is possible (Ho and Salimans 2022, Classifier-Free Diffusion Guidance);
+- the loss is the LM's own cross-entropy over the agent's tokens.
+
+A model that brings value heads keeps them, frozen. They answer for the trunk they were trained on, and this training
+moves it: fit them again behind it, with `algorithm: ilql` from this run and policy_weight 0, value_grad_scale 0,
+weight_decay 0, which leaves the policy as it is and reads values where no return is asked for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from offline_lmrl.data.batching import WindowDataset
+from offline_lmrl.data.conditioning import ReturnScale, Slots, check_binning
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.scale import RewardScale
+from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.models.adapters import settings
+from offline_lmrl.models.guided import attach_returns
+from offline_lmrl.training import OfflineConfig, OfflineTrainer, check_range
+
+TABLE_RATE = 10.0  # learning rate of the return table, as a multiple of the model's: its rows start from nothing
+
+
+@dataclass
+class ReturnConditionedConfig(OfflineConfig):
+    """Settings of return conditioning.
+
+    bins: most bins of the returns; 2 to 8 suit small data.
+    binning: unique, linear, quantile, or auto: unique where there are at most `bins` distinct returns, else linear
+      (data/conditioning.py). per: one scale for all data (global), or one per task.
+    discount_per_turn: γ of the returns, between two agent turns [1].
+    condition: embedding (reserved ids), or text: `text` in front of the agent's turn, filled with `bin` and `bins`.
+    condition_dropout: share of windows that are trained without a condition; with text there is no null, hence none.
+    ask: the return that is asked for in play: a number, max, p90 (of the training returns), or auto (V where the agent
+      is). condition_scale: w of return guidance in play. beta, q_reduce, support, candidates, clip: of value guidance,
+      for a model with value heads. All are the decoding form saved with the run (decoding/sampler.py).
+
+    A model that was trained with returns before goes on with its bins; bins, binning, per, discount_per_turn,
+    condition and text are then unused.
+    """
+
+    bins: int = 32
+    binning: Literal["auto", "unique", "linear", "quantile"] = "auto"
+    per: Literal["global", "task"] = "global"
+    discount_per_turn: float = 1.0
+    condition: Literal["embedding", "text"] = "embedding"
+    text: str = "quality: {bin}/{bins}\n"
+    condition_dropout: float = 0.15
+    ask: float | str | None = "max"
+    condition_scale: float = 0.0
+    beta: float = 0.0
+    q_reduce: Literal["min", "mean", "first"] = "min"
+    support: float = 0.0
+    candidates: int | None = None
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        check_binning(self.binning, self.bins, self.per)
+        check_range(self, condition_dropout=(0, 1), discount_per_turn=(1e-6, 1))
+        if self.condition not in ("embedding", "text"):
+            raise InputError(f"condition: found {self.condition!r}, expected embedding or text")
+        SamplingConfig(**sampling_form(self))  # checks the ranges
+        super().__post_init__()
+
+
+def sampling_form(config: ReturnConditionedConfig) -> dict[str, Any]:
+    """The decoding form that is saved with the run."""
+    names = ("ask", "condition_scale", "beta", "q_reduce", "support", "candidates", "clip")
+    return {name: getattr(config, name) for name in names}
+
+
+class ReturnConditionedTrainer(OfflineTrainer):
+    """Trains a policy that is told the return to go for; see `OfflineTrainer` for the arguments."""
+
+    algorithm = "return_conditioned"
+
+    def __init__(self, model, args: ReturnConditionedConfig, *positional, **keywords):
+        super().__init__(model, args, *positional, **keywords)
+        if self.model.value_heads is not None:
+            self.model.value_heads.requires_grad_(False)
+
+    def fit_scale(self, model, train, args: ReturnConditionedConfig) -> RewardScale:
+        """That of the heads which came along, if any, because they answer in its unit; returns are in logged units."""
+        stored = settings(model.config).get("reward_scale")
+        if getattr(model, "value_heads", None) is None or stored is None:
+            return super().fit_scale(model, train, args)
+        return RewardScale(**stored)
+
+    def slots(self, model, train: Sequence[Trajectory], args: ReturnConditionedConfig):
+        self.returns = settings(model.config).get("returns")
+        if self.returns is None:
+            scale = ReturnScale.fit(train, args.binning, args.bins, args.per, args.discount_per_turn)
+            self.returns = {
+                "condition": args.condition,
+                "text": args.text,
+                "bins": scale.bins,
+                "discount_per_turn": args.discount_per_turn,
+                "scale": scale.to_dict(),
+            }
+        rows = model.get_input_embeddings().weight.shape[0]
+        return Slots.from_block(self.returns, rows, self.renderer).of_log
+
+    def prepare_model(self, model, args: ReturnConditionedConfig, windows: WindowDataset):
+        model = super().prepare_model(model, args, windows)
+        return model if "returns" in settings(model.config) else attach_returns(model, self.returns)
+
+    def stored_blocks(self, args: ReturnConditionedConfig):
+        return {"sampling": sampling_form(args)}
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """As Trainer's, with a group of its own for the table of returns: TABLE_RATE times the rate, no decay."""
+        if self.optimizer is not None or self.model.return_embedding is None:
+            return super().create_optimizer(*args, **kwargs)
+        optimizer, table = super().create_optimizer(*args, **kwargs), list(self.model.return_embedding.parameters())
+        ours = set(map(id, table))
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in ours]
+        optimizer.add_param_group({"params": table, "lr": TABLE_RATE * self.args.learning_rate, "weight_decay": 0.0})
+        return optimizer
+
+    def forward_options(self):
+        return {"condition_dropout": 0.0 if self.model.return_embedding is None else self.args.condition_dropout}
+
+    def loss_terms(self, outputs, steps):
+        loss = -outputs["log_prob"]
+        return loss, {"loss/policy": loss}

@@ -1,0 +1,265 @@
+"""Returns as a condition: returns-to-go in floats, the scale that bins them, and the slot that tells the model.
+
+A slot stands directly before the opening of every agent turn: `[slot] opening text closing`. It holds the return that
+is still to come, as one reserved id behind the model's vocabulary (models/return_embedding.py) or as plain text. The
+float is what is kept and updated; it is binned only here, at the input, as bins cannot be subtracted.
+"""
+
+import bisect
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.trajectory import Trajectory
+
+KINDS = ("auto", "unique", "linear", "quantile")
+ASK_NAMES = re.compile(r"max|auto|p(\d|[1-9]\d|100)")
+LABEL = "return_to_go"  # relabelled returns, one per agent turn, take the place of the logged ones
+Ids = tuple[int, ...]
+
+
+def returns_to_go(trajectory: Trajectory, discount_per_turn: float = 1.0) -> list[float]:
+    """Per agent turn, in logged units: its reward and those of all later turns, R_k = r_k + γ · R_{k+1}.
+
+    A turn that is not scored pays 0; of a cut log only what was logged counts. `labels["return_to_go"]` is given back
+    as it is, if it is there. Raises: InputError where that is not one finite number per agent turn.
+    """
+    rewards = [turn.reward or 0.0 for turn in trajectory.turns if turn.is_trainable]
+    labelled = trajectory.labels.get(LABEL)
+    if labelled is not None:
+        if len(labelled) != len(rewards) or not all(map(math.isfinite, labelled)):
+            raise InputError(
+                f"labels.{LABEL}: found {labelled}, expected one finite number for each of {len(rewards)} agent turns"
+            )
+        return [float(value) for value in labelled]
+    returns, following = [], 0.0
+    for reward in reversed(rewards):
+        following = reward + discount_per_turn * following
+        returns.append(following)
+    return returns[::-1]
+
+
+def check_ask(ask: float | str | None) -> None:
+    """Raises: InputError for what cannot be asked for: neither None, a finite number, nor a known name."""
+    number = isinstance(ask, int | float) and not isinstance(ask, bool) and math.isfinite(ask)
+    if not (ask is None or number or isinstance(ask, str) and ASK_NAMES.fullmatch(ask)):
+        raise InputError(f"ask: found {ask!r}, expected a finite number, max, p0 to p100, or auto")
+
+
+def check_binning(kind: str, bins: int, per: str) -> None:
+    """Raises: InputError for a setting of `ReturnScale.fit` that it does not know."""
+    for name, value, known in (("binning", kind, KINDS), ("per", per, ("global", "task"))):
+        if value not in known:
+            raise InputError(f"{name}: found {value!r}, expected one of {', '.join(known)}")
+    if bins < 2:
+        raise InputError(f"bins: found {bins}, expected at least 2")
+
+
+@dataclass(frozen=True)
+class ReturnTable:
+    """The bins of one scale. Bin b holds the returns from edges[b − 1] up to, but not with, edges[b].
+
+    edges: between neighbouring bins, rising. least, most: of the returns at turn starts in the training split.
+    quantiles: p0, p1, ..., p100 of the returns of whole trajectories, from which asks are named.
+    counts: training turns per bin.
+    """
+
+    edges: tuple[float, ...]
+    least: float
+    most: float
+    quantiles: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def fit(cls, at_turns: np.ndarray, of_trajectories: np.ndarray, kind: str, bins: int) -> "ReturnTable":
+        """From returns at turn starts, at least two distinct ones, and those of whole trajectories."""
+        least, most = float(at_turns.min()), float(at_turns.max())
+        if kind == "unique":
+            values = distinct(at_turns)
+            if len(values) > bins:
+                raise InputError(f"binning: found unique and {len(values)} distinct returns, expected at most bins "
+                                 f"({bins}); take linear or quantile")
+            edges = (values[:-1] + values[1:]) / 2
+        elif kind == "linear":
+            edges = np.linspace(least, most, bins + 1)[1:-1]
+        else:
+            edges = np.unique(np.quantile(at_turns, np.linspace(0, 1, bins + 1)[1:-1]))
+            edges = edges[edges > least]
+            edges = edges if len(edges) else np.array([most])  # nearly all returns are the least one
+        counts = np.bincount(np.searchsorted(edges, at_turns, side="right"), minlength=len(edges) + 1)
+        quantiles = np.quantile(of_trajectories, np.linspace(0, 1, 101))
+        return cls(tuple(edges.tolist()), least, most, tuple(quantiles.tolist()), tuple(counts.tolist()))
+
+
+def distinct(returns: np.ndarray) -> np.ndarray:
+    """The distinct values, rising; sums of the same rewards in another order count as one."""
+    span = float(np.ptp(returns)) or 1.0
+    _, first = np.unique(np.round(returns / span, 9), return_index=True)
+    return np.sort(returns[first])
+
+
+@dataclass(frozen=True)
+class ReturnScale:
+    """Which bin a return belongs to, fitted on the training split and saved with the weights.
+
+    kind: unique (a bin per distinct return), linear (equal widths from least to most) or quantile (equally full).
+    per: global, or task: bins of each task are fitted on its own returns.
+    tables: task -> its bins; "" where the scale is global.
+    """
+
+    kind: str
+    per: str
+    tables: Mapping[str, ReturnTable]
+
+    @classmethod
+    def fit(
+        cls,
+        trajectories: Sequence[Trajectory],
+        kind: str = "auto",
+        bins: int = 32,
+        per: str = "global",
+        discount_per_turn: float = 1.0,
+    ) -> "ReturnScale":
+        """From the returns-to-go at the starts of all agent turns.
+
+        Args:
+          kind: "auto" is unique where there are at most `bins` distinct returns, else linear.
+          bins: most bins, at least 2.
+        Raises: InputError where nothing is scored, or all returns (of a task) are the same.
+        """
+        check_binning(kind, bins, per)
+        if not any(LABEL in t.labels or any(turn.reward is not None for turn in t.turns) for t in trajectories):
+            raise InputError("training data: found no rewards, expected some to condition on; score the data, "
+                             "or train without a condition (algorithm: bc)")
+        episodes: dict[str, list[list[float]]] = {}
+        for trajectory in trajectories:
+            if returns := returns_to_go(trajectory, discount_per_turn):
+                episodes.setdefault(trajectory.task if per == "task" else "", []).append(returns)
+        at_turns = {task: np.concatenate(rows) for task, rows in episodes.items()}
+        different = {task: len(distinct(returns)) for task, returns in at_turns.items()}
+        for task in [task for task, number in different.items() if number < 2]:
+            whose = f" of task {task!r}" if per == "task" else ""
+            remedy = "take per: global" if len(episodes) > 1 else "train without a condition (algorithm: bc)"
+            raise InputError(f"training data: found one return, {at_turns[task][0]:g}, at every agent turn{whose}, "
+                             f"expected at least two to tell apart; {remedy}")
+        if kind == "auto":
+            kind = "unique" if max(different.values()) <= bins else "linear"
+        tables = {
+            task: ReturnTable.fit(at_turns[task], np.array([returns[0] for returns in rows]), kind, bins)
+            for task, rows in episodes.items()
+        }
+        return cls(kind, per, tables)
+
+    @property
+    def bins(self) -> int:
+        """Rows that the model needs: the bins of the finest table."""
+        return max(len(table.counts) for table in self.tables.values())
+
+    def table(self, task: str = "") -> ReturnTable:
+        """The bins of a task. Raises: InputError for a task that is not in the training data."""
+        name = task if self.per == "task" else ""
+        if name not in self.tables:
+            known = ", ".join(map(repr, sorted(self.tables)[:8]))
+            raise InputError(f"task: found {task!r}, expected one of the training data, as returns are binned per "
+                             f"task: {known}")
+        return self.tables[name]
+
+    def bin_of(self, value: float, task: str = "") -> int:
+        """The bin of a return, from 0; beyond the data the first or the last. Raises: InputError for NaN."""
+        if math.isnan(value):
+            raise InputError("ask: found nan, expected a number")
+        return bisect.bisect_right(self.table(task).edges, value)
+
+    def clipped(self, value: float, task: str = "") -> bool:
+        """Whether a return lies outside those of the training data, where its bin says less than it."""
+        table = self.table(task)
+        slack = 1e-6 * (table.most - table.least)
+        return not table.least - slack <= value <= table.most + slack
+
+    def named_ask(self, name: str, task: str = "") -> float:
+        """A return of whole training trajectories: "max", or "p90" for the 90th percentile.
+
+        Raises: InputError for another name.
+        """
+        if name == "auto" or not ASK_NAMES.fullmatch(name):
+            raise InputError(f"ask: found {name!r}, expected max, or p0 to p100")
+        return self.table(task).quantiles[100 if name == "max" else int(name.removeprefix("p"))]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"kind": self.kind, "per": self.per, "tables": {task: asdict(t) for task, t in self.tables.items()}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ReturnScale":
+        """The inverse of `to_dict`."""
+        tables = {
+            task: ReturnTable(**{name: tuple(x) if isinstance(x, list | tuple) else x for name, x in table.items()})
+            for task, table in values["tables"].items()
+        }
+        return cls(values["kind"], values["per"], tables)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The ids that tell a return to the model, and where a log has which.
+
+    scale: bins returns. null: no return is asked for. bins: ids of each bin. discount_per_turn: γ of the returns.
+    """
+
+    scale: ReturnScale
+    null: Ids
+    bins: tuple[Ids, ...]
+    discount_per_turn: float = 1.0
+
+    @classmethod
+    def from_block(cls, block: Mapping[str, Any], vocabulary: int, renderer: Renderer | None) -> "Slots":
+        """What the `returns` block of a model's settings describes.
+
+        Args:
+          vocabulary: rows of the model's embedding; its reserved ids begin there, null first.
+          renderer: only read for conditions as text, which have nothing where no return is asked for.
+        Raises: InputError where the tokenizer does not tell two of the texts apart.
+        """
+        scale = ReturnScale.from_dict(block["scale"])
+        if block["condition"] == "embedding":
+            null, bins = (vocabulary,), tuple((vocabulary + 1 + b,) for b in range(block["bins"]))
+        else:
+            texts = [block["text"].format(bin=b + 1, bins=block["bins"]) for b in range(block["bins"])]
+            null, bins = (), tuple(tuple(renderer.encode_content(text)) for text in texts)
+            if len({*bins, null}) <= len(bins):
+                raise InputError(f"text: found {texts[0]!r} and others that the tokenizer does not tell apart, "
+                                 "expected a text with {bin} that it can spell")
+        return cls(scale, null, bins, block["discount_per_turn"])
+
+    def ids(self, value: float | None, task: str = "") -> Ids:
+        """The slot of a return; None is null."""
+        return self.null if value is None else self.bins[self.scale.bin_of(value, task)]
+
+    def of_log(self, trajectory: Trajectory) -> list[Ids]:
+        """One slot per agent turn, and null for a turn behind the log's end, of whose return nothing is known."""
+        returns = returns_to_go(trajectory, self.discount_per_turn)
+        return [*(self.ids(value, trajectory.task) for value in returns), self.null]
+
+    def nulls(self, trajectory: Trajectory) -> list[Ids]:
+        """As `of_log`, with null everywhere: how the logs look to a policy that is asked for nothing."""
+        return [self.null] * (1 + sum(turn.is_trainable for turn in trajectory.turns))
+
+    def backwards(self, value: float, rewards: Sequence[float | None]) -> list[float]:
+        """The inverse of `remaining`: what was asked for at each agent turn if `value` is left for the coming one."""
+        returns = [value]
+        for reward in reversed(rewards):
+            returns.append((reward or 0.0) + self.discount_per_turn * returns[-1])
+        return returns[:0:-1]
+
+    def remaining(self, asked: float, rewards: Sequence[float | None]) -> list[float]:
+        """What is still asked for at each agent turn and at the coming one, R ← (R − r) / γ after every reward."""
+        returns = [asked]
+        for reward in rewards:
+            returns.append((returns[-1] - (reward or 0.0)) / self.discount_per_turn)
+        return returns

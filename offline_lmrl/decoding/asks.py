@@ -1,0 +1,73 @@
+"""What return is asked of each row of a session: given once, updated with every reward, told to the model in slots."""
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from offline_lmrl.data.conditioning import Ids, Slots, check_ask
+from offline_lmrl.data.trajectory import Turn
+
+
+class Asks:
+    """The asked returns of a session's rows.
+
+    Slots of turns that were sampled in this session stay as they were, so that caches are only extended; of a history
+    that the session has not seen they follow from the ask and the rewards in it.
+
+    Args:
+      task: of all rows, where the scale has bins per task.
+      asks: one per row: a number, a name of the data's returns, "auto" (the row is then given its value every turn),
+        or None for the null condition.
+    Raises: InputError for an unknown ask, and for a task that is not in the training data.
+    """
+
+    def __init__(self, slots: Slots, task: str, asks: Sequence[float | str | None]):
+        self.slots, self.task = slots, task
+        for ask in asks:
+            check_ask(ask)
+        named = {ask: slots.scale.named_ask(ask, task) for ask in set(asks) if isinstance(ask, str) and ask != "auto"}
+        self.asks = [named.get(ask, ask) for ask in asks]
+        self.used: dict[int, list[float]] = {}  # returns asked for at each agent turn, the latest reply's last
+        self.read: dict[int, list[tuple[str, str]]] = {}  # the history before that reply
+        self.first: dict[int, dict[str, Any]] = {}
+
+    def before_reply(self, row: int, history: Sequence[Turn], value: float | None = None) -> list[Ids]:
+        """Slots of all agent turns of the history and of the coming one, which the session remembers.
+
+        Args:
+          value: what "auto" stands for here.
+        """
+        agent = [turn for turn in history if turn.is_trainable]
+        if self.asks[row] is None:
+            return [self.slots.null] * (len(agent) + 1)
+        rewards = [turn.reward for turn in agent]
+        texts = [(turn.role, turn.content) for turn in history]
+        used, read = self.used.get(row, []), self.read.get(row, [])
+        continues = len(used) == len(agent) > 0 and texts[: len(read)] == read
+        if value is not None:
+            asked = [*(used if continues else self.slots.backwards(value, rewards)), value]
+        elif continues:
+            asked = [*used, *self.slots.remaining(used[-1], rewards[-1:])[1:]]
+        else:
+            asked = self.slots.remaining(self.asks[row], rewards)
+        self.used[row], self.read[row] = asked, texts
+        self._note(row, asked[0], asked[-1])
+        return [self.slots.ids(value, self.task) for value in asked]
+
+    def _note(self, row: int, ask: float, now: float) -> None:
+        """Keeps what the first reply of a row was asked for, and says once where the data do not reach so far."""
+        if row in self.first:
+            return
+        scale = self.slots.scale
+        clipped, used = scale.clipped(now, self.task), scale.bin_of(now, self.task)
+        self.first[row] = {"ask": ask, "bin": used, "clipped": clipped}
+        if clipped:
+            table = scale.table(self.task)
+            _say_once(f"ask: found {now:g}, expected {table.least:g} to {table.most:g}, the returns in the training "
+                      f"data; the nearest bin, {used} of 0 to {len(table.counts) - 1}, is asked for")
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    logging.getLogger(__name__).warning(line)
