@@ -38,7 +38,7 @@ _MESSAGE_FIELDS = {"role", "content", "tool_calls", *OPTIONAL_TURN_FIELDS}
 _ROW_FIELDS = {"terminated", "group", "task", "source", "labels"}
 
 
-class _Drop(Exception):
+class Drop(Exception):
     """The row cannot be used; the message is the reason that is counted."""
 
 
@@ -58,18 +58,24 @@ def read_row(row: Any, where: str, counts: Counter) -> Trajectory | None:
     repairs: Counter = Counter()
     try:
         turns, group, used = _turns(row, present, where, repairs)
-    except _Drop as drop:
+    except Drop as drop:
         counts[f"dropped: {drop}"] += 1
         return None
     trajectory = build_trajectory(turns, {"group": group, **_given(row, _ROW_FIELDS)}, where)
+    extra = extra_columns(row, present - used - _ROW_FIELDS, repairs)
+    counts.update(repairs)
+    return replace(trajectory, labels={**extra, **trajectory.labels}) if extra else trajectory
+
+
+def extra_columns(row: Mapping, names: set[str], repairs: Counter) -> dict[str, Any]:
+    """The columns of a row that go to the labels; what JSON cannot hold is left out and counted."""
     extra = {}
-    for name in sorted(present - used - _ROW_FIELDS):
+    for name in sorted(names):
         try:
             extra[name] = json.loads(json.dumps(row[name]))
         except (TypeError, ValueError):
             repairs[f"repaired: column {name!r} left out, not JSON"] += 1
-    counts.update(repairs)
-    return replace(trajectory, labels={**extra, **trajectory.labels}) if extra else trajectory
+    return extra
 
 
 def _turns(row: Mapping, present: set[str], where: str, repairs: Counter) -> tuple[list[Turn], str, set[str]]:
@@ -82,30 +88,32 @@ def _turns(row: Mapping, present: set[str], where: str, repairs: Counter) -> tup
         if "reward" in present:
             raise InputError(f"{where}: reward: found {shown(row['reward'])} beside messages, "
                              "expected rewards inside the message of the agent turn that earned them")
-        return _messages(row["messages"], where, "messages", repairs), "", {"messages"}
+        return read_messages(row["messages"], where, "messages", repairs), "", {"messages"}
     if {"prompt", "completion"} <= present:
-        prompt = _side(row["prompt"], where, "prompt", repairs)
-        completion = _side(row["completion"], where, "completion", repairs)
+        prompt = read_prompt(row["prompt"], where, repairs)
+        completion = _completion(row["completion"], where, repairs)
         return [*prompt, *_scored(completion, row, where)], _prompt_group(prompt), {"prompt", "completion", "reward"}
     found = ", ".join(sorted(present)) or "none"
     raise InputError(f"{where}: fields: found {found}, expected messages, or prompt, completion and reward or label")
 
 
-def _side(value: Any, where: str, field: str, repairs: Counter) -> list[Turn]:
-    """The turns of a prompt or a completion, text or conversational."""
-    role = "user" if field == "prompt" else "assistant"
+def read_prompt(value: Any, where: str, repairs: Counter) -> list[Turn]:
+    """The turns of a prompt, text or conversational; agent turns in it are context."""
     if isinstance(value, str):
-        if field == "prompt" and not value:
-            return []  # the agent opens
-        if field == "completion" and not value:
-            raise InputError(f"{where}: completion: found empty text, expected the text of the agent's turn")
-        return [Turn(role, _unicode(value))]
-    if isinstance(value, Sequence) and field == "prompt":
-        context = [{**message, "trainable": False}
-                   if isinstance(message, Mapping) and message.get("role") == "assistant" else message
-                   for message in value]
-        return _messages(context, where, field, repairs)
-    return _messages(value, where, field, repairs)
+        return [Turn("user", read_text(value))] if value else []  # without a prompt the agent opens
+    if isinstance(value, Sequence):
+        value = [{**message, "trainable": False}
+                 if isinstance(message, Mapping) and message.get("role") == "assistant" else message
+                 for message in value]
+    return read_messages(value, where, "prompt", repairs)
+
+
+def _completion(value: Any, where: str, repairs: Counter) -> list[Turn]:
+    if not isinstance(value, str):
+        return read_messages(value, where, "completion", repairs)
+    if not value:
+        raise InputError(f"{where}: completion: found empty text, expected the text of the agent's turn")
+    return [Turn("assistant", read_text(value))]
 
 
 def _scored(completion: list[Turn], row: Mapping, where: str) -> list[Turn]:
@@ -131,13 +139,18 @@ def _scored(completion: list[Turn], row: Mapping, where: str) -> list[Turn]:
     return completion
 
 
-def _messages(messages: Any, where: str, field: str, repairs: Counter) -> list[Turn]:
+def read_messages(messages: Any, where: str, field: str, repairs: Counter, allow_empty: bool = False) -> list[Turn]:
+    """The turns of a list of messages.
+
+    Raises Drop for content that is not text, InputError for values of the wrong type and, unless `allow_empty`, for
+    an agent's turn without text.
+    """
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise InputError(f"{where}: {field}: found {shown(messages)}, expected a list of messages")
-    return [_turn(message, f"{where}: {field}[{i}]", repairs) for i, message in enumerate(messages)]
+    return [_turn(message, f"{where}: {field}[{i}]", repairs, allow_empty) for i, message in enumerate(messages)]
 
 
-def _turn(message: Any, where: str, repairs: Counter) -> Turn:
+def _turn(message: Any, where: str, repairs: Counter, allow_empty: bool) -> Turn:
     if not isinstance(message, Mapping):
         raise InputError(f"{where}: found {shown(message)}, expected an object with role and content")
     plain = {**message, "content": _content(message, repairs)}
@@ -147,7 +160,7 @@ def _turn(message: Any, where: str, repairs: Counter) -> Turn:
     for name in message.keys() - _MESSAGE_FIELDS:
         if message[name] is not None:
             repairs[f"repaired: message field {name!r} left out"] += 1
-    return turn_from_record(plain, where)
+    return turn_from_record(plain, where, allow_empty)
 
 
 def _content(message: Mapping, repairs: Counter) -> Any:
@@ -162,10 +175,10 @@ def _content(message: Mapping, repairs: Counter) -> Any:
         content = f"{content}\n{text}" if content else text
         repairs[CALLS_KEPT] += 1
     if content is None:
-        raise _Drop("message without content")
+        raise Drop("message without content")
     if isinstance(content, Mapping):
-        raise _Drop("content that is not text")
-    return _unicode(content) if isinstance(content, str) else content
+        raise Drop("content that is not text")
+    return read_text(content) if isinstance(content, str) else content
 
 
 def _part(part: Any) -> str:
@@ -174,14 +187,15 @@ def _part(part: Any) -> str:
     if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
         return part["text"]
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise _Drop(f"content part of type {kind!r}")
+    raise Drop(f"content part of type {kind!r}")
 
 
-def _unicode(text: str) -> str:
+def read_text(text: str) -> str:
+    """The text itself; raises Drop where UTF-8 cannot hold it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise _Drop("text with half a surrogate pair") from error
+        raise Drop("text with half a surrogate pair") from error
     return text
 
 

@@ -47,7 +47,7 @@ class Turn:
         if not isinstance(self.trainable, bool | None):
             raise InputError(f"trainable: found {shown(self.trainable)}, expected true, false or null")
         if self.reward is not None:
-            reward = _finite("reward", self.reward)
+            reward = finite("reward", self.reward)
             if not self.is_trainable:
                 whose = "a" if self.trainable is None else "an untrained"
                 raise InputError(f"reward: found {reward} on {whose} turn of role {self.role!r}, "
@@ -56,8 +56,8 @@ class Turn:
         if self.token_ids is not None:
             object.__setattr__(self, "token_ids", _token_ids(self.token_ids))
         if self.behaviour_log_prob is not None:
-            values = _sequence("behaviour_log_prob", self.behaviour_log_prob)
-            log_prob = tuple(_finite("behaviour_log_prob", value) for value in values)
+            values = require_list("behaviour_log_prob", self.behaviour_log_prob)
+            log_prob = tuple(finite("behaviour_log_prob", value) for value in values)
             object.__setattr__(self, "behaviour_log_prob", log_prob)
             if self.token_ids is not None and len(log_prob) != len(self.token_ids):
                 raise InputError(f"behaviour_log_prob: found {len(log_prob)} values, "
@@ -115,20 +115,29 @@ def to_record(trajectory: Trajectory) -> dict[str, Any]:
 
     Raises InputError if the labels cannot be written as JSON.
     """
+    return {"messages": messages_of(trajectory.turns), "terminated": trajectory.terminated, "group": trajectory.group,
+            "task": trajectory.task, "source": trajectory.source, "labels": labels_text(trajectory.labels)}
+
+
+def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Turns as plain dicts; fields that are None are left out."""
     messages = []
-    for turn in trajectory.turns:
+    for turn in turns:
         message: dict[str, Any] = {"role": turn.role, "content": turn.content}
         for name in OPTIONAL_TURN_FIELDS:
             value = getattr(turn, name)
             if value is not None:
                 message[name] = list(value) if isinstance(value, tuple) else value
         messages.append(message)
+    return messages
+
+
+def labels_text(labels: Mapping[str, Any]) -> str:
+    """Labels as a JSON string; `read_labels` is the inverse. Raises InputError for values that JSON cannot hold."""
     try:
-        labels = json.dumps(dict(trajectory.labels), sort_keys=True)
+        return json.dumps(dict(labels), sort_keys=True)
     except (TypeError, ValueError) as error:
         raise InputError(f"labels: found {error}, expected values that JSON can hold") from error
-    return {"messages": messages, "terminated": trajectory.terminated, "group": trajectory.group,
-            "task": trajectory.task, "source": trajectory.source, "labels": labels}
 
 
 def from_record(record: Mapping[str, Any], where: str) -> Trajectory:
@@ -147,8 +156,11 @@ def from_record(record: Mapping[str, Any], where: str) -> Trajectory:
     return build_trajectory(turns, record, where)
 
 
-def turn_from_record(message: Any, where: str) -> Turn:
-    """The turn of one message; `where` is "file:row: field" and goes in front of every error."""
+def turn_from_record(message: Any, where: str, allow_empty: bool = False) -> Turn:
+    """The turn of one message; `where` is "file:row: field" and goes in front of every error.
+
+    allow_empty: take an agent's turn without any text too.
+    """
     if not isinstance(message, Mapping):
         raise InputError(f"{where}: found {shown(message)}, expected an object with role and content")
     try:
@@ -156,7 +168,7 @@ def turn_from_record(message: Any, where: str) -> Turn:
     except InputError as error:
         raise InputError(f"{where}.{error}") from error
     # An agent that closes its turn at once was still sampled; a log without a word of it has nothing to learn from.
-    if turn.is_trainable and not turn.content and not turn.token_ids:
+    if turn.is_trainable and not turn.content and not turn.token_ids and not allow_empty:
         raise InputError(f"{where}.content: found empty text, expected the text of the agent's turn")
     return turn
 
@@ -165,7 +177,7 @@ def build_trajectory(turns: Sequence[Turn], record: Mapping[str, Any], where: st
     """A trajectory of these turns with the other fields of a record; errors as in `from_record`."""
     fields = {name: record[name] for name in ("terminated", "group", "task", "source") if record.get(name) is not None}
     try:
-        labels = _labels(record.get("labels"))
+        labels = read_labels(record.get("labels"))
         trajectory = Trajectory(tuple(turns), labels=labels, **fields)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
@@ -202,7 +214,8 @@ def require_text(name: str, value: Any) -> None:
         raise InputError(f"{name}: found half a surrogate pair at character {error.start}, expected text") from error
 
 
-def _finite(name: str, value: Any) -> float:
+def finite(name: str, value: Any) -> float:
+    """The value as a float; raises InputError unless it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InputError(f"{name}: found {shown(value)}, expected a number")
     try:
@@ -214,20 +227,22 @@ def _finite(name: str, value: Any) -> float:
     return number
 
 
-def _sequence(name: str, value: Any) -> Sequence:
+def require_list(name: str, value: Any) -> Sequence:
+    """The value itself; raises InputError unless it is a list or a tuple, say, but no text."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise InputError(f"{name}: found {shown(value)}, expected a list")
     return value
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
-    for token in _sequence("token_ids", value):
+    for token in require_list("token_ids", value):
         if isinstance(token, bool) or not isinstance(token, Integral) or token < 0:
             raise InputError(f"token_ids: found {shown(token)}, expected integers from 0 up")
     return tuple(int(token) for token in value)
 
 
-def _labels(value: Any) -> dict[str, Any]:
+def read_labels(value: Any) -> dict[str, Any]:
+    """Labels from a JSON string, an object or null."""
     if isinstance(value, str) and value:
         try:
             value = json.loads(value)
