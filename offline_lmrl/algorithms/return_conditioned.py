@@ -13,6 +13,10 @@ Deviations from the paper, all for text and pretrained models:
   is possible (Ho and Salimans 2022, Classifier-Free Diffusion Guidance);
 - the loss is the LM's own cross-entropy over the agent's tokens.
 
+With a `critic` it is the Q-learning Decision Transformer (QDT: Yamagata, Khalil, Santos-Rodriguez 2023): before
+training, the critic's V or Q rewrites R̂ where it knows of something better than what was logged (`relabel` in
+decoding/critic.py). That restores stitching.
+
 A model that brings value heads keeps them, frozen. They answer for the trunk they were trained on, and this training
 moves it: fit them again behind it, with `algorithm: ilql` from this run and policy_weight 0, value_grad_scale 0,
 weight_decay 0, which leaves the policy as it is and reads values where no return is asked for.
@@ -29,6 +33,7 @@ from offline_lmrl.data.conditioning import ReturnScale, Slots, check_binning
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.decoding.critic import load_critic, relabel
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import attach_returns
@@ -45,6 +50,8 @@ class ReturnConditionedConfig(OfflineConfig):
     binning: unique, linear, quantile, or auto: unique where there are at most `bins` distinct returns, else linear
       (data/conditioning.py). per: one scale for all data (global), or one per task.
     discount_per_turn: γ of the returns, between two agent turns [1].
+    critic: folder or hub name of a run with value heads that relabels the returns; None = as logged. relabel: max, its
+      V where that is above the logged return, or q, its Q (decoding/critic.py).
     condition: embedding (reserved ids), or text: `text` in front of the agent's turn, filled with `bin` and `bins`.
     condition_dropout: share of windows that are trained without a condition; with text there is no null, hence none.
     ask: the return that is asked for in play: a number, max, p90 (of the training returns), or auto (V where the agent
@@ -59,6 +66,8 @@ class ReturnConditionedConfig(OfflineConfig):
     binning: Literal["auto", "unique", "linear", "quantile"] = "auto"
     per: Literal["global", "task"] = "global"
     discount_per_turn: float = 1.0
+    critic: str | None = None
+    relabel: Literal["max", "q"] = "max"
     condition: Literal["embedding", "text"] = "embedding"
     text: str = "quality: {bin}/{bins}\n"
     condition_dropout: float = 0.15
@@ -75,6 +84,8 @@ class ReturnConditionedConfig(OfflineConfig):
         check_range(self, condition_dropout=(0, 1), discount_per_turn=(1e-6, 1))
         if self.condition not in ("embedding", "text"):
             raise InputError(f"condition: found {self.condition!r}, expected embedding or text")
+        if self.relabel not in ("max", "q"):
+            raise InputError(f"relabel: found {self.relabel!r}, expected max or q")
         SamplingConfig(**sampling_form(self))  # checks the ranges
         super().__post_init__()
 
@@ -90,8 +101,16 @@ class ReturnConditionedTrainer(OfflineTrainer):
 
     algorithm = "return_conditioned"
 
-    def __init__(self, model, args: ReturnConditionedConfig, *positional, **keywords):
-        super().__init__(model, args, *positional, **keywords)
+    def __init__(
+        self, model, args: ReturnConditionedConfig, train_dataset, eval_dataset=None, *positional, **keywords
+    ):
+        if args.critic is not None:
+            critic = load_critic(args.critic, device=args.device)
+            train_dataset, eval_dataset = (
+                logs and relabel(logs, critic, args.relabel, args.discount_per_turn)
+                for logs in (train_dataset, eval_dataset)
+            )
+        super().__init__(model, args, train_dataset, eval_dataset, *positional, **keywords)
         if self.model.value_heads is not None:
             self.model.value_heads.requires_grad_(False)
 

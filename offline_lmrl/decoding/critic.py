@@ -12,12 +12,15 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from offline_lmrl.data.batching import WindowDataset, encode_trajectories
+from offline_lmrl.data.conditioning import LABEL
 from offline_lmrl.data.episodes import EpisodeEncoder, StepRule
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import read_trajectories
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.models.adapters import settings
+from offline_lmrl.models.guided import slots_of
 from offline_lmrl.ops.returns import qdt_returns_to_go
 
 READ = ("target_q", "v", "next_v")
@@ -32,10 +35,11 @@ def load_critic(run: str | Path, *, device: str | torch.device | None = None) ->
 
 
 def log_encoder(policy: LanguagePolicy) -> EpisodeEncoder:
-    """Encodes logs as the policy's training did: its windows, reward scale and discounts."""
-    saved = settings(policy.model.config)
-    scale = RewardScale(**saved.get("reward_scale", {}))
-    return EpisodeEncoder(policy.renderer, policy.window, StepRule(**saved.get("step_rule", {})), scale)
+    """Encodes logs as the policy's training did: its windows, reward scale and discounts. To a model that is
+    conditioned on returns they look as if none was asked for, which is where values are learnt."""
+    saved, slots = settings(policy.model.config), slots_of(policy.model, policy.renderer)
+    scale, rule = RewardScale(**saved.get("reward_scale", {})), StepRule(**saved.get("step_rule", {}))
+    return EpisodeEncoder(policy.renderer, policy.window, rule, scale, slots and slots.nulls)
 
 
 @torch.no_grad()
@@ -67,7 +71,7 @@ def read_values(
 
 
 def relabel(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Trajectory] | str | Path,
     critic: LanguagePolicy | str | Path,
     label: Literal["max", "q"] = "max",
     discount_per_turn: float = 1.0,
@@ -81,6 +85,7 @@ def relabel(
     turn's last token. Q and V are discounted as in the critic's training.
 
     Args:
+      trajectories: themselves, or a path or hub name that `read_trajectories` takes.
       critic: a run with value heads, trained with an expectile of at least .8: a low V asks for too little.
       discount_per_turn: γ of the returns, as the model that is trained on them has it.
       batch_size: windows per forward pass.
@@ -88,6 +93,8 @@ def relabel(
     """
     if label not in ("max", "q"):
         raise InputError(f"label: found {label!r}, expected 'max' or 'q'")
+    if isinstance(trajectories, str | Path):
+        trajectories = read_trajectories(trajectories)
     policy = critic if isinstance(critic, LanguagePolicy) else load_critic(critic)
     encoder = log_encoder(policy)
     counts: Counter[str] = Counter()
@@ -126,4 +133,4 @@ def _labelled(trajectory: Trajectory, scaled: Sequence[float], scale: RewardScal
     for turn, value in zip(agent, scaled, strict=True):
         returns.append(scale.invert_return(value, scored))
         scored += turn.reward is not None
-    return replace(trajectory, labels={**trajectory.labels, "return_to_go": returns})
+    return replace(trajectory, labels={**trajectory.labels, LABEL: returns})

@@ -1,0 +1,79 @@
+"""Return conditioning on a critic's labels: what it says is told to the model, and the bins are fitted on it."""
+
+import pytest
+import torch
+
+from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
+from offline_lmrl.algorithms.iql import IQLConfig, IQLTrainer
+from offline_lmrl.algorithms.return_conditioned import ReturnConditionedConfig, ReturnConditionedTrainer
+from offline_lmrl.data.conditioning import ReturnScale, Slots
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import write_trajectories
+from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.decoding.critic import relabel
+from offline_lmrl.models.guided import build_model, load_model
+
+TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3 4 5 6 7 8 9"], 300)
+SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
+LOGS = [
+    Trajectory((Turn("user", f"at {i}"), Turn("assistant", "left", reward=float(i % 2)), Turn("user", "at 1"),
+                Turn("assistant", "up", reward=float(i % 3))), terminated=i != 4)
+    for i in range(5)
+]  # fmt: skip
+
+
+def settings(folder, **values):
+    return {"output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 4, "max_length": 64,
+            "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, **values}  # fmt: skip
+
+
+def valued(folder, model=None):
+    """Saves a run whose value heads are far from constant."""
+    torch.manual_seed(0)
+    run = ILQLTrainer(model or build_model(SPEC, TOKENIZER), ILQLConfig(**settings(folder)), LOGS, None, TOKENIZER)
+    for parameter in run.model.value_heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    run.save_model()
+    return folder
+
+
+def conditioned(folder, held_out=None, **values):
+    args = ReturnConditionedConfig(**settings(folder, **values))
+    return ReturnConditionedTrainer(build_model(SPEC, TOKENIZER), args, LOGS, held_out, TOKENIZER)
+
+
+@pytest.mark.parametrize("label, discount", [("max", 1.0), ("max", 0.5), ("q", 1.0)])
+def test_the_critics_labels_are_binned_and_told_to_the_model(tmp_path, label, discount):
+    critic = valued(tmp_path / "critic")
+    write_trajectories(tmp_path / "held_out.jsonl", LOGS[:2])
+    run = conditioned(tmp_path / "run", str(tmp_path / "held_out.jsonl"), critic=str(critic), relabel=label,
+                      discount_per_turn=discount, binning="linear", bins=4)  # fmt: skip
+    labelled = relabel(LOGS, critic, label, discount)
+    scale = ReturnScale.fit(labelled, "linear", 4)
+    assert run.returns["scale"] == scale.to_dict()
+    slots = Slots.from_block(run.returns, len(TOKENIZER), run.renderer)
+    told = [ids[0] for t in labelled for ids in slots.of_log(t)[:-1]]
+    ids = run.train_dataset.flat["input_ids"][0]
+    assert ids[ids >= len(TOKENIZER)].tolist() == told and len(set(told)) > 2
+    held_out = run.eval_dataset.flat["input_ids"][0]
+    assert held_out[held_out >= len(TOKENIZER)].tolist() == told[:4]
+    plain = conditioned(tmp_path / "plain", binning="linear", bins=4)
+    assert plain.returns["scale"] != run.returns["scale"]
+    run.train()
+
+
+def test_a_conditioned_model_judges_as_if_nothing_were_asked_for(tmp_path):
+    run = conditioned(tmp_path / "run")
+    run.save_model()
+    critic = valued(tmp_path / "critic", load_model(tmp_path / "run"))
+    told = [Trajectory(t.turns, t.terminated, labels={"return_to_go": [9.0, 9.0]}) for t in LOGS]
+    assert relabel(told, critic) == relabel(LOGS, critic)  # labels of before do not reach it
+    args = IQLConfig(critic=str(critic), **settings(tmp_path / "iql"))
+    with pytest.raises(InputError, match="critic: found a model that is conditioned on returns"):
+        IQLTrainer(build_model(SPEC, TOKENIZER), args, LOGS, None, TOKENIZER)
+
+
+def test_an_unknown_label_is_refused(tmp_path):
+    with pytest.raises(InputError, match="relabel: found 'mean', expected max or q"):
+        ReturnConditionedConfig(**settings(tmp_path, relabel="mean"))
