@@ -106,8 +106,9 @@ def relabel(
     last[columns["state"][1][1:] - 1] = True  # a turn that is cut in the middle ends its window
     known = torch.from_numpy(flat["has_target"][last].astype(bool))
     target_q, v, next_v = (torch.from_numpy(values[name][last]) for name in READ)
-    # Behind the turn; where nothing was read there, V before the turn's last token stands for its reward too.
-    next_v = torch.where(known, next_v * torch.from_numpy(flat["bootstrap"][last]), v)
+    # Where a log is cut behind a finished agent turn, V before its last token stands for all that is still to come.
+    reward = torch.where(known, torch.from_numpy(flat["reward"][last]), v)
+    next_v = torch.where(known, next_v * torch.from_numpy(flat["bootstrap"][last]), 0.0)
     agent_turns = [sum(turn.is_trainable for turn in t.turns) for t in trajectories]
     if sum(agent_turns) != len(next_v):
         raise InputError(
@@ -117,7 +118,6 @@ def relabel(
     if label == "q":
         rows = torch.where(known, target_q, v).split(agent_turns)
     else:
-        reward = torch.from_numpy(flat["reward"][last])
         padded = [
             pad_sequence(column.split(agent_turns), batch_first=True, padding_side="left")
             for column in (reward, next_v)
