@@ -10,6 +10,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from multiprocessing import get_context
@@ -62,9 +63,12 @@ def run_compare(
     comparison.open_results()
     if config.workers > 1:
         comparison.train_side_by_side()
-    for seed in config.seeds:
-        for method in config.evaluated:
-            comparison.measure(method, seed)
+        comparison.measure_side_by_side()
+    else:
+        for seed in config.seeds:
+            for method in config.evaluated:
+                for row in comparison.measure(method, seed, comparison.missing(method, seed)):
+                    comparison.add(row)
     drawn = table(comparison.rows)
     _write(comparison.folder / "table.md", drawn + "\n")
     Console().print(drawn, markup=False, highlight=False, soft_wrap=True)
@@ -77,7 +81,7 @@ def _limit_threads(threads: int) -> None:
 
 def _train_seed(config: CompareConfig, seed: int | None) -> None:
     """In a process of its own: what the comparison needs of one seed; None is the partner."""
-    comparison = _Comparison(config, Console(stderr=True))
+    comparison = _Comparison(config, _quiet())
     if seed is None:
         comparison.train_partner()
     else:
@@ -91,6 +95,16 @@ class _Setting:
 
     decode: str
     chosen: str | None
+
+
+def _measure(config: CompareConfig, name: str, seed: int, settings: Sequence[_Setting]) -> list[Row]:
+    """In a process of its own: the rows of a trained method and seed."""
+    return list(_Comparison(config, _quiet()).measure(name, seed, settings))
+
+
+def _quiet() -> Console:
+    """For processes side by side: lines, but no bars, which would overwrite one another."""
+    return Console(stderr=True, force_terminal=False)
 
 
 class _Comparison:
@@ -242,14 +256,20 @@ class _Comparison:
             self.say(f"training {folder.name}")
         return train(*self._entry(where, method, seed, folder, *others))
 
-    def train_side_by_side(self) -> None:
-        """Trains every seed in a process of its own, `workers` at a time, each with its share of the cores: small
-        models use two cores better as two processes than as one with two threads."""
-        waiting = [None] * (self.config.partner is not None) + list(self.config.seeds)
+    @contextmanager
+    def _workers(self) -> Iterator[ProcessPoolExecutor]:
+        """`workers` processes, each with its share of the cores: small models use two cores better as two processes
+        than as one with two threads."""
         share = max(1, (os.cpu_count() or 1) // self.config.workers)
         with ProcessPoolExecutor(
             self.config.workers, get_context("spawn"), initializer=_limit_threads, initargs=(share,)
         ) as pool:
+            yield pool
+
+    def train_side_by_side(self) -> None:
+        """Trains every seed in a process of its own."""
+        waiting = [None] * (self.config.partner is not None) + list(self.config.seeds)
+        with self._workers() as pool:
             for done in as_completed([pool.submit(_train_seed, self.config, seed) for seed in waiting]):
                 done.result()
 
@@ -266,25 +286,44 @@ class _Comparison:
 
     # Evaluation.
 
-    def measure(self, name: str, seed: int) -> None:
-        """Adds the rows of a method and seed that are missing."""
-        method = self.config.methods[name]
+    def missing(self, name: str, seed: int) -> list[_Setting]:
+        """The settings of a method and seed that have no row."""
         choices: list[str | None] = [None]
-        if self._is_guided(method):
+        if self._is_guided(self.config.methods[name]):
             choices = ["offline", "returns"] if self.config.evaluation.selection else ["offline"]
         done = {(row["decode"], row["beta_chosen"]) for row in self.rows
                 if row["kind"] == "run" and row["method"] == name and row["seed"] == seed}  # fmt: skip
         settings = [_Setting(decode, chosen) for decode in TEMPERATURES for chosen in choices]
-        missing = [setting for setting in settings if (setting.decode, setting.chosen) not in done]
-        if missing:
-            run = _Run(self, name, seed, self.trained(name, seed))
-            for setting in missing:
-                row = run.row(setting)
-                self.rows.append(row)
-                self._save()
-                beta = "" if row["beta_chosen"] is None else f" at β {row['beta']:g} ({row['beta_chosen']})"
-                low, high = row["interval"]
-                self.say(f"{name} seed {seed} {row['decode']}{beta}: {row['score']:.2f} [{low:.2f}, {high:.2f}]")
+        return [setting for setting in settings if (setting.decode, setting.chosen) not in done]
+
+    def measure(self, name: str, seed: int, settings: Sequence[_Setting]) -> Iterator[Row]:
+        """A row per setting, as soon as it is measured."""
+        run = _Run(self, name, seed, self.trained(name, seed)) if settings else None
+        for setting in settings:
+            row = run.row(setting)
+            beta = "" if row["beta_chosen"] is None else f" at β {row['beta']:g} ({row['beta_chosen']})"
+            low, high = row["interval"]
+            self.say(f"{name} seed {seed} {row['decode']}{beta}: {row['score']:.2f} [{low:.2f}, {high:.2f}]")
+            yield row
+
+    def add(self, row: Row) -> None:
+        """Keeps a row in the order of seeds and methods, whichever was measured first."""
+        self.rows.append(row)
+        seeds, methods = self.config.seeds, self.config.evaluated
+        known = [r for r in self.rows if r["kind"] == "run" and r["seed"] in seeds and r["method"] in methods]
+        known.sort(key=lambda row: (seeds.index(row["seed"]), methods.index(row["method"])))
+        self.rows = [r for r in self.rows if r not in known] + known
+        self._save()
+
+    def measure_side_by_side(self) -> None:
+        """Measures methods and seeds in processes of their own; a kill loses what these are at."""
+        with self._workers() as pool:
+            waiting = [pool.submit(_measure, self.config, method, seed, settings)
+                       for seed in self.config.seeds for method in self.config.evaluated
+                       if (settings := self.missing(method, seed))]  # fmt: skip
+            for done in as_completed(waiting):
+                for row in done.result():
+                    self.add(row)
 
     def play(self, policy: LanguagePolicy, title: str, selecting: bool = False) -> EvaluationResult:
         """The reported episodes, or those on which settings are chosen."""

@@ -145,8 +145,8 @@ class CompareConfig:
     seeds: training seeds of every method.
     model, args: what all methods share. baseline: method of the paired differences; "" = the first evaluated.
     reference: published rows, name -> {column: number}, printed beside ours and marked.
-    workers: seeds that train at the same time, each in a process with its share of the cores; it changes no number but
-      the time (and the last bits that depend on the number of threads).
+    workers: seeds that train, and then runs that are measured, at the same time, each in a process with its share of
+      the cores; it changes no number but the time (and the last bits that depend on the number of threads).
     """
 
     environment: dict[str, Any]

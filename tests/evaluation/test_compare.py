@@ -342,3 +342,20 @@ def test_the_real_trainer_and_policy_fit_together(world, monkeypatch):
     assert all(row["cost"]["training_tokens"] > 0 and row["cost"]["training_seconds"] > 0 for row in rows)
     # Value heads start as a constant, so guidance moves nothing yet
     assert rows[2]["betas_tried"][0]["kl"] == pytest.approx(0.0, abs=1e-3) and rows[2]["beta"] == 1.0
+
+
+def test_workers_give_the_rows_that_one_process_gives(world, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    tiny = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 32}
+    world.settings |= {
+        "seeds": [1, 0], "methods": {"bc": {"algorithm": "bc"}}, "model": {"scratch": tiny, "vocab_size": 270},
+        "args": {"max_steps": 1, "use_cpu": True, "max_length": 32, "save_strategy": "no", "disable_tqdm": True},
+        "evaluation": {"episodes": 3, "sampling": {"max_new_tokens": 2}},
+    }  # fmt: skip
+    measured = []
+    for workers in (1, 2):
+        run(world, workers=workers, output=str(tmp_path / f"out{workers}"))
+        rows = [row for row in read_results(tmp_path / f"out{workers}" / "results.jsonl") if row["kind"] == "run"]
+        measured.append([(row["seed"], row["decode"], row["score"], row["cells"]) for row in rows])
+    assert measured[0] == measured[1]
+    assert [row[:2] for row in measured[1]] == [(1, "sampled"), (1, "greedy"), (0, "sampled"), (0, "greedy")]
