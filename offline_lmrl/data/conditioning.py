@@ -193,13 +193,17 @@ class ReturnScale:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"kind": self.kind, "per": self.per, "tables": {task: asdict(t) for task, t in self.tables.items()}}
+        tables = {
+            task: {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(table).items()}
+            for task, table in self.tables.items()
+        }
+        return {"kind": self.kind, "per": self.per, "tables": tables}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ReturnScale":
         """The inverse of `to_dict`."""
         tables = {
-            task: ReturnTable(**{name: tuple(x) if isinstance(x, list | tuple) else x for name, x in table.items()})
+            task: ReturnTable(**{name: tuple(x) if isinstance(x, list) else x for name, x in table.items()})
             for task, table in values["tables"].items()
         }
         return cls(values["kind"], values["per"], tables)

@@ -11,6 +11,7 @@ from offline_lmrl.data.conditioning import Ids
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.protocols import Policy, Reply
 from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Turn
 from offline_lmrl.data.windows import WindowRule, policy_window
 from offline_lmrl.decoding.asks import Asks
@@ -88,6 +89,9 @@ class LanguagePolicy:
 
         Raises: InputError where such a model is asked for one, and for asks that this model cannot understand.
         """
+        if "auto" in asks and getattr(self.model, "value_heads", None) is None:
+            raise InputError("ask: found 'auto', which needs value heads; expected a number, max, or p90, or a model "
+                             "that was trained with algorithm: ilql")
         if self.slots is not None:
             return Asks(self.slots, self.task, asks)
         if any(ask is not None for ask in asks):
@@ -119,7 +123,7 @@ class LanguageSession:
         """The next agent turn of each of these rows. Rows that are not asked lose their cache, not their dialogue."""
         slots: list[list[Ids] | None] = [None] * len(rows)
         if self.asks is not None:
-            slots = list(map(self.asks.before_reply, rows, histories))
+            slots = list(map(self.asks.before_reply, rows, histories, self._values(rows, histories)))
         replies = self.policy.sampler.sample(
             self._windows(histories, slots),
             [self.seeds[row] for row in rows],
@@ -131,6 +135,22 @@ class LanguageSession:
         for row, reply in zip(rows, replies, strict=True):
             self.drawn[row] += len(reply.log_prob)
         return replies
+
+    def _values(self, rows: Sequence[int], histories: Sequence[Sequence[Turn]]) -> list[float | None]:
+        """Of rows whose ask is "auto": V before the coming turn where no return is asked for, in reward units."""
+        auto = [(row, history) for row, history in zip(rows, histories, strict=True) if self.asks.asks[row] == "auto"]
+        if not auto:
+            return [None] * len(rows)
+        past = [[turn for turn in history if turn.is_trainable] for _, history in auto]
+        null = [[self.asks.slots.null] * (len(agent) + 1) for agent in past]
+        keys = [~row for row, _ in auto]  # where the sampler keeps what it read with null returns
+        values = self.policy.sampler.values(self._windows([history for _, history in auto], null), self.memory, keys)
+        scale = RewardScale(**settings(self.policy.model.config).get("reward_scale", {}))
+        asked = {
+            row: scale.invert_return(value, sum(turn.reward is not None for turn in agent))
+            for (row, _), agent, value in zip(auto, past, values, strict=True)
+        }
+        return [asked.get(row) for row in rows]
 
     def _windows(self, histories: Sequence[Sequence[Turn]], slots: Sequence[Sequence[Ids] | None]) -> list[list[int]]:
         policy = self.policy

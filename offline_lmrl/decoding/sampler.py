@@ -1,14 +1,19 @@
-"""The token loop: log π(a|s) + β·clip(reduce(Q) − V), in batches, with caches that live across turns.
+"""The token loop: log π(a|s) + (1+w)·Δ_R + β·clip(reduce(Q) − V), in batches, with caches that live across turns.
 
 Filters act on π first and guidance on the survivors, because Q is only trained where the data is (Snell et al. 2023,
-ILQL; the official code filters before guidance too). With `candidates` Q is computed only for the policy's best k
-tokens. Every row draws from its own hash of (seed, token count), so its sample does not depend on its batch.
+ILQL; the official code filters before guidance too). With `candidates` guidance is computed only for the policy's best
+k tokens. Every row draws from its own hash of (seed, token count), so its sample does not depend on its batch.
+
+Where a return R is asked for, Δ_R = log π(a|s,R) − log π(a|s), and at w = β = 0 the sum is log π(a|s,R): that needs
+the rows with R alone, and filters act on it. Otherwise each row is read twice, in one batch and cache: with its
+returns, and with null in their place, for π(a|s), on which filters then act, and for Q and V, which learnt there.
 """
 
 import bisect
 import difflib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -24,7 +29,7 @@ from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.trajectory import Turn
 from offline_lmrl.decoding.cache import CacheMemory, is_kept_per_token, new_cache
 from offline_lmrl.decoding.constraints import TokenTrie
-from offline_lmrl.ops.decoding import Q_REDUCTIONS, guide, sample_from, uniform, warp_log_probs
+from offline_lmrl.ops.decoding import Q_REDUCTIONS, condition_shift, guide, sample_from, uniform, warp_log_probs
 
 FINISHED_SHARE = 0.25  # finished rows leave the batch once they are this share of it
 MOST_TOKENS = 32_768  # rows × (prompt + longest reply) of one batch
@@ -47,7 +52,8 @@ class SamplingConfig:
     support: drops tokens with π(a|s) < support · max π(·|s), at temperature 1 (discrete BCQ); 0 = off.
     beta: weight of the guidance; 0 = plain policy.
     q_reduce: how Q heads are joined: min, mean or first.
-    candidates: guidance on the policy's best k tokens only, the others are dropped; None = all. Unused at beta 0.
+    candidates: guidance on the policy's best k tokens only, the others are dropped; None = all. Unused without
+      guidance.
     clip: cap of the advantage Q − V from above; None = no cap (V then cancels and is not computed).
     ask: the return asked of the agent from its first turn on, for a model that was trained with returns: a number in
       reward units, "max" or "p90" (of the training returns), or "auto" (V where the agent is); None = none is asked.
@@ -121,6 +127,7 @@ class _Batch:
     index: place among the call's prompts. counter: tokens drawn from this seed before. node: in the trie of options.
     length: tokens read before the reply, in `width` columns. drawn: tokens of the reply so far.
     mask: (B, width + max_new_tokens), False at padding. tokens, log_prob, policy_log_prob: (B, max_new_tokens).
+    streams: 2 where rows are also read with null returns. The cache has streams · B rows then, and so have logits.
     """
 
     index: Tensor
@@ -137,10 +144,15 @@ class _Batch:
     cache: DynamicCache
     width: int
     padded: bool
+    streams: int
+
+    def in_cache(self, rows: Tensor) -> Tensor:
+        """Where the cache has these rows, all of one stream behind all of the other."""
+        return torch.cat([rows + stream * len(self.index) for stream in range(self.streams)])
 
     def select(self, rows: Tensor) -> "_Batch":
         """Only these rows. The cache changes in place."""
-        self.cache.reorder_cache(rows)  # unlike batch_select_indices, recurrent layers have it too
+        self.cache.reorder_cache(self.in_cache(rows))  # unlike batch_select_indices, recurrent layers have it too
         chosen = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **chosen)
 
@@ -153,8 +165,8 @@ class Sampler:
         and with a clip `v_values`, as the guided model has them.
       renderer: says which token closes a reply and turns ids into text.
 
-    Raises InputError where beta asks for value heads that the model does not have, or the model has no cache of keys
-    and values.
+    Raises InputError where beta asks for value heads, or condition_scale for a null condition, that the model does not
+    have, or the model has no cache of keys and values.
     """
 
     def __init__(self, model: PreTrainedModel, renderer: Renderer, config: SamplingConfig):
@@ -162,6 +174,12 @@ class Sampler:
         heads = hasattr(model, "q_values") and getattr(model, "value_heads", True) is not None
         if config.beta != 0.0 and not heads:
             raise InputError(f"beta: found {config.beta}, expected 0, as {name} has no value heads to guide it")
+        conditioned = getattr(model, "return_embedding", None) is not None
+        if config.condition_scale != 0.0 and not conditioned:
+            raise InputError(f"condition_scale: found {config.condition_scale}, expected 0, as {name} has no null "
+                             "condition to guide it away from (algorithm: return_conditioned, condition: embedding)")
+        # Ids above are returns.
+        self.null = model.get_input_embeddings().weight.shape[0] if conditioned else None
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # under LoRA
         if "past_key_values" not in inspect.signature(base.forward).parameters:
             raise InputError(f"model: found {name}, expected one that takes past_key_values")
@@ -190,24 +208,43 @@ class Sampler:
           options: the only texts allowed for each prompt, None = any.
           memory: keeps caches for the next turn, under the session's `rows`, one per prompt.
         """
-        if memory is not None and not is_kept_per_token(new_cache(self.model, 0)):
-            memory = None
+        guided = self.config.beta != 0.0 or self.config.condition_scale != 0.0
+        told = self.null is not None and any(token > self.null for prompt in prompts for token in prompt)
         run = _Run(
             sampler=self,
             prompts=[list(prompt) for prompt in prompts],
             seeds=list(seeds),
             counters=list(counters or [0] * len(prompts)),
             options=[self._option_ids(texts) for texts in options or [None] * len(prompts)],
-            memory=memory,
+            memory=self._usable(memory),
             rows=list(rows or range(len(prompts))),
+            streams=2 if guided and told else 1,
+            with_hidden=self.config.beta != 0.0,
         )
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
+        with _evaluating(self.model):
             return run.replies()
-        finally:
-            for module in training:
-                module.training = True
+
+    @torch.inference_mode()
+    def values(
+        self, prompts: Sequence[Sequence[int]], memory: CacheMemory | None = None, rows: Sequence[int] | None = None
+    ) -> list[float]:
+        """V at the end of each prompt, in scaled reward units; arguments as in `sample`."""
+        run = _Run(
+            sampler=self,
+            prompts=[list(prompt) for prompt in prompts],
+            seeds=[0] * len(prompts),
+            counters=[0] * len(prompts),
+            options=[None] * len(prompts),
+            memory=self._usable(memory),
+            rows=list(rows or range(len(prompts))),
+            streams=1,
+            with_hidden=True,
+        )
+        with _evaluating(self.model):
+            return run.values()
+
+    def _usable(self, memory: CacheMemory | None) -> CacheMemory | None:
+        return memory if memory is not None and is_kept_per_token(new_cache(self.model, 0)) else None
 
     def _option_ids(self, texts: Sequence[str] | None) -> list[tuple[int, ...]] | None:
         """Ids of each allowed text, closing token included."""
@@ -229,9 +266,9 @@ class Sampler:
         return [self.ids_of_option[text] for text in texts]
 
     def forward(
-        self, ids: Tensor, mask: Tensor | None, position: Tensor, cache: DynamicCache
+        self, ids: Tensor, mask: Tensor | None, position: Tensor, cache: DynamicCache, with_hidden: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """After the last token of ids (B, T): logits (B, V) fp32, and the hidden state (B, d) if guidance needs it."""
+        """After the last token of ids (B, T): logits (B, V) fp32, and the hidden state (B, d) if it is asked for."""
         inputs = {
             "input_ids": ids,
             "attention_mask": mask,
@@ -240,7 +277,7 @@ class Sampler:
             "use_cache": True,
             "logits_to_keep": 1,
         }
-        if self.config.beta == 0.0:
+        if not with_hidden:
             return self.model(**inputs).logits[:, -1].float(), None
         outputs, hidden = self.model.forward_with_hidden(**inputs)
         return outputs.logits[:, -1].float(), hidden[:, -1]
@@ -248,20 +285,29 @@ class Sampler:
     def draw(
         self, logits: Tensor, hidden: Tensor | None, u: Tensor, trie: TokenTrie, node: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The next token (B,), its log-prob under the distribution it is drawn from, and its log π."""
-        config = self.config
-        allowed = trie.mask(logits, node)
+        """The next token (B,), its log-prob under the distribution it is drawn from, and its log π (given its return).
+
+        logits (S·B, V), hidden (S·B, d): of S streams, with null returns last.
+        """
+        config, rows, streams = self.config, len(u), len(logits) // len(u)
+        null, logits = logits[-rows:], logits[:rows]
+        allowed = trie.mask(null, node)
         log_prob = warp_log_probs(
             allowed, config.temperature, config.top_k, config.top_p, config.min_p, config.support
         )
         vocabulary_of = None  # (B, K) the tokens that columns stand for; None = all
-        if config.beta != 0.0:
+        if config.beta != 0.0 or config.condition_scale != 0.0:
             shortlist = min(config.candidates or logits.shape[-1], config.top_k or logits.shape[-1])
             if shortlist < logits.shape[-1]:
                 log_prob, vocabulary_of = log_prob.topk(shortlist, dim=-1)
-            q = self.model.q_values(hidden, candidates=vocabulary_of)
-            v = None if config.clip is None else self.model.v_values(hidden)
-            log_prob = guide(log_prob, q, v, config.beta, config.q_reduce, config.clip).log_softmax(-1)
+            if streams == 2:
+                shift = condition_shift(logits, null, config.condition_scale, config.temperature)
+                log_prob = log_prob + (shift if vocabulary_of is None else shift.gather(-1, vocabulary_of))
+            if config.beta != 0.0:
+                q = self.model.q_values(hidden[-rows:], candidates=vocabulary_of)
+                v = None if config.clip is None else self.model.v_values(hidden[-rows:])
+                log_prob = guide(log_prob, q, v, config.beta, config.q_reduce, config.clip)
+            log_prob = log_prob.log_softmax(-1)
         column = (log_prob.argmax(-1) if config.temperature == 0.0 else sample_from(log_prob, u)).unsqueeze(-1)
         token = column if vocabulary_of is None else vocabulary_of.gather(-1, column)
         policy = logits / (config.temperature or 1.0)
@@ -283,9 +329,24 @@ class Sampler:
         return count, text[: min(text.index(mark) for mark in stop if mark in text)]
 
 
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode, and afterwards what it was before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @dataclass
 class _Run:
-    """One call of `Sampler.sample`. All lists are per prompt."""
+    """One call of `Sampler.sample` or `values`. All lists are per prompt.
+
+    A row's cache with null returns is kept under the key ~row.
+    """
 
     sampler: Sampler
     prompts: list[list[int]]
@@ -294,27 +355,53 @@ class _Run:
     options: list[list[tuple[int, ...]] | None]
     memory: CacheMemory | None
     rows: list[int]
+    streams: int
+    with_hidden: bool
 
     def replies(self) -> list[Reply]:
         """All replies, in the order of the prompts."""
         self.done: list[Reply | None] = [None] * len(self.prompts)
-        self.kept = [0] * len(self.prompts)  # tokens of each prompt that are cached already
-        if self.memory is not None:
-            self.memory.retain(self.rows)
-            self.kept = list(map(self.memory.reusable, self.rows, self.prompts))
+        self.kept = self.cached()
         for chunk in self.chunks():
             self.decode(chunk)
         return self.done
 
+    def values(self) -> list[float]:
+        """V behind every prompt."""
+        values = [0.0] * len(self.prompts)
+        self.kept = self.cached()
+        for chunk in self.chunks():
+            batch, _, hidden = self.prefill(chunk, torch.zeros(len(chunk), dtype=torch.long))
+            for i, value in zip(chunk, self.sampler.model.v_values(hidden).tolist(), strict=True):
+                values[i] = value
+            self.park(batch, list(range(len(chunk))), [[]] * len(chunk), 0)
+        return values
+
+    def cached(self) -> list[int]:
+        """Tokens of each prompt that are cached already, in all streams."""
+        if self.memory is None:
+            return [0] * len(self.prompts)
+        self.memory.retain([*self.rows, *(~row for row in self.rows)])
+        kept = list(map(self.memory.reusable, *self.streams_of(self.rows, self.prompts)))
+        return [min(kept[i :: len(self.prompts)]) for i in range(len(self.prompts))]
+
+    def streams_of(self, rows: Sequence[int], prompts: Sequence[list[int]]) -> tuple[list[int], list[list[int]]]:
+        """Keys and prompts of all streams, one behind the other."""
+        if self.streams == 1:
+            return list(rows), list(prompts)
+        null = self.sampler.null
+        return [*rows, *(~row for row in rows)], [*prompts, *([min(t, null) for t in ids] for ids in prompts)]
+
     def chunks(self) -> Iterator[list[int]]:
         """Prompts by the length that is still to be read, equal ones together, in batches that fit in memory."""
+        most_rows, most_tokens = self.sampler.most_rows // self.streams or 1, MOST_TOKENS // self.streams
         unread = [len(prompt) - kept for prompt, kept in zip(self.prompts, self.kept, strict=True)]
         order = sorted(range(len(self.prompts)), key=lambda i: (-unread[i], self.prompts[i]))
         chunk: list[int] = []
         columns = 0
         for i in order:
             columns = max(columns, len(self.prompts[i]) + self.sampler.config.max_new_tokens)
-            full = len(chunk) == self.sampler.most_rows or (len(chunk) + 1) * columns > MOST_TOKENS
+            full = len(chunk) == most_rows or (len(chunk) + 1) * columns > most_tokens
             if chunk and (full or len(chunk) >= ENOUGH_ROWS and 2 * unread[i] < unread[chunk[0]]):
                 yield chunk
                 chunk, columns = [], len(self.prompts[i]) + self.sampler.config.max_new_tokens
@@ -329,23 +416,26 @@ class _Run:
         for i in chunk:
             first.setdefault(tuple(self.prompts[i]), i)
         read = list(first.values())
-        kept = [self.kept[i] for i in read]
+        kept = [self.kept[i] for i in read] * self.streams
+        keys, prompts = self.streams_of([self.rows[i] for i in read], [self.prompts[i] for i in read])
         cache = new_cache(self.sampler.model, self.sampler.config.max_new_tokens)
-        mask = torch.zeros(len(read), 0, dtype=torch.bool, device=device)
+        mask = torch.zeros(len(keys), 0, dtype=torch.bool, device=device)
         if any(kept):
-            mask = self.memory.gather([self.rows[i] for i in read], kept, cache)
-        unread = [torch.tensor(self.prompts[i][self.kept[i] :]) for i in read]
+            mask = self.memory.gather(keys, kept, cache)
+        unread = [torch.tensor(prompt[known:]) for prompt, known in zip(prompts, kept, strict=True)]
         ids = pad_sequence(unread, batch_first=True, padding_side="left").to(device)
         real = pad_sequence([torch.ones_like(new) for new in unread], batch_first=True, padding_side="left").to(device)
         mask = torch.cat([mask, real.bool()], dim=1)
         padded = any(len(self.prompts[i]) < mask.shape[1] for i in read)
         position = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits, hidden = self.sampler.forward(ids, mask if padded else None, position[:, -ids.shape[1] :], cache)
+        position = position[:, -ids.shape[1] :]
+        logits, hidden = self.sampler.forward(ids, mask if padded else None, position, cache, self.with_hidden)
 
         place = {prompt: n for n, prompt in enumerate(first)}
         repeat = torch.tensor([place[tuple(self.prompts[i])] for i in chunk], device=device)
+        all_streams = torch.cat([repeat + stream * len(read) for stream in range(self.streams)])
         if len(read) < len(chunk):
-            cache.reorder_cache(repeat)
+            cache.reorder_cache(all_streams)
         width, most = mask.shape[1], self.sampler.config.max_new_tokens
         count = torch.zeros(len(chunk), dtype=torch.long, device=device)
         numbers = torch.zeros(len(chunk), most, device=device)
@@ -364,8 +454,9 @@ class _Run:
             cache=cache,
             width=width,
             padded=padded,
+            streams=self.streams,
         )
-        return batch, logits[repeat], None if hidden is None else hidden[repeat]
+        return batch, logits[all_streams], None if hidden is None else hidden[all_streams]
 
     def decode(self, chunk: list[int]) -> None:
         """The token loop. A finished row draws on, without effect, until the next look at the device."""
@@ -386,12 +477,13 @@ class _Run:
                 batch = self.without_finished(batch, step, everyone=step + 1 == most)
                 if batch is None:
                     return
-            columns = batch.width + step + 1
+            columns, streams = batch.width + step + 1, batch.streams
             logits, hidden = sampler.forward(
-                batch.tokens[:, step : step + 1],
-                batch.mask[:, :columns] if batch.padded else None,
-                (batch.length + step).unsqueeze(-1),
+                batch.tokens[:, step : step + 1].repeat(streams, 1),
+                batch.mask[:, :columns].repeat(streams, 1) if batch.padded else None,
+                (batch.length + step).unsqueeze(-1).repeat(streams, 1),
                 batch.cache,
+                self.with_hidden,
             )
 
     def without_finished(self, batch: _Batch, step: int, everyone: bool) -> _Batch | None:
@@ -416,12 +508,20 @@ class _Run:
         log_prob, policy_log_prob = batch.log_prob[rows].tolist(), batch.policy_log_prob[rows].tolist()
         for place, *reply in zip(places, tokens, log_prob, policy_log_prob, strict=True):
             self.done[place] = self.reply(place, *reply)
-        if self.memory is not None:
-            mask = batch.mask[rows, : batch.width + step]
-            columns = torch.arange(step, device=rows.device)
-            mask[:, batch.width :] = columns < batch.drawn[rows].unsqueeze(-1)
-            ids = [self.prompts[place] + row[:step] for place, row in zip(places, tokens, strict=True)]
-            self.memory.park([self.rows[place] for place in places], ids, batch.cache, rows, mask)
+        self.park(batch, leaving, tokens, step)
+
+    def park(self, batch: _Batch, leaving: list[int], tokens: list[list[int]], step: int) -> None:
+        """Keeps the caches of rows of which `step` columns behind the prompt were read."""
+        if self.memory is None:
+            return
+        rows = torch.tensor(leaving, device=batch.index.device)
+        places = batch.index[rows].tolist()
+        mask = batch.mask[rows, : batch.width + step]
+        columns = torch.arange(step, device=rows.device)
+        mask[:, batch.width :] = columns < batch.drawn[rows].unsqueeze(-1)
+        ids = [self.prompts[place] + row[:step] for place, row in zip(places, tokens, strict=True)]
+        keys, ids = self.streams_of([self.rows[place] for place in places], ids)
+        self.memory.park(keys, ids, batch.cache, batch.in_cache(rows), mask.repeat(batch.streams, 1))
 
     def reply(self, place: int, tokens: list[int], log_prob: list[float], policy_log_prob: list[float]) -> Reply:
         stop = self.sampler.stop_at(tokens)

@@ -107,6 +107,20 @@ def guide(
     return log_prob + beta * advantage
 
 
+def condition_shift(conditional: Tensor, null: Tensor, scale: float, temperature: float = 1.0) -> Tensor:
+    """What a condition R adds to log π(a|s):  (1 + w) · (log π(a|s,R) − log π(a|s)) / T.
+
+    The sum is classifier-free guidance (Ho and Salimans 2022, on log-probabilities), (1+w)·log π(·|R) − w·log π, at
+    temperature T; 0 counts as 1, as in `warp_log_probs`.
+
+    Args:
+      conditional, null: (..., V) logits with the condition and without. scale: w; 0 leaves log π(·|R).
+    Returns: (..., V) fp32.
+    """
+    difference = conditional.float().log_softmax(-1) - null.float().log_softmax(-1)
+    return (1.0 + scale) / (temperature or 1.0) * difference
+
+
 def _mix(x: Tensor) -> Tensor:
     """The finaliser of SplitMix64 (Steele et al. 2014) on int64 that wraps; shifts are made logical by masks."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47

@@ -1,0 +1,287 @@
+"""Asking a policy for a return: what it is told turn by turn, guidance by hand, caches, and what is refused."""
+
+import logging
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from offline_lmrl.data.conditioning import ReturnScale
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.protocols import StepResult
+from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.decoding import asks
+from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.environments.rollouts import rollout
+from offline_lmrl.models.guided import attach, attach_returns, build_model
+from offline_lmrl.models.value_heads import ValueHeadsConfig
+
+RENDERER = Renderer(train_tokenizer(["move left", "move right", "you are at 1, 2"], 270))
+SPEC = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}
+LOGS = [Trajectory((Turn("user", "at"), Turn("assistant", "go", reward=float(r)))) for r in range(5)]  # bins 0..4
+HISTORIES = [[Turn("user", "you are at 1, 2")], [Turn("user", "move")]]
+
+
+def conditioned(heads=True, logs=LOGS, **block):
+    """Weights far from uniform, so that mistakes show."""
+    model = attach(build_model(SPEC, RENDERER.tokenizer), ValueHeadsConfig("linear") if heads else None)
+    scale = ReturnScale.fit(logs, per=block.pop("per", "global"))
+    block = {"condition": "embedding", "bins": scale.bins, "discount_per_turn": 1.0, "scale": scale.to_dict()} | block
+    attach_returns(model, block)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+MODEL = conditioned()
+NULL = len(RENDERER.tokenizer)
+
+
+def policy(model=MODEL, window=None, **sampling):
+    return LanguagePolicy(model, RENDERER, SamplingConfig(**{"max_new_tokens": 5} | sampling), **window or {})
+
+
+def prompts_of(monkeypatch, player):
+    """The slots that each reply was told, read off what the sampler is given."""
+    told = []
+    sample = player.sampler.sample
+
+    def spy(prompts, *args):
+        told.append([[token - NULL for token in prompt if token >= NULL] for prompt in prompts])
+        return sample(prompts, *args)
+
+    monkeypatch.setattr(player.sampler, "sample", spy)
+    return told
+
+
+def play(player, rewards, fresh=False, asked=None):
+    """Two rows, one turn per reward; fresh: every turn gets a new session, so nothing is cached or remembered."""
+    histories = [list(history) for history in HISTORIES]
+    session = player.start([5, 6], asked)
+    everything = []
+    for reward in rewards:
+        if fresh:
+            drawn, session = session.drawn, player.start([5, 6], asked)
+            session.drawn = drawn
+        replies = session.reply([0, 1], histories)
+        for history, reply in zip(histories, replies, strict=True):
+            history += [Turn("assistant", reply.text, None, reward, reply.token_ids), Turn("user", "left")]
+        everything += replies
+    return everything
+
+
+def test_the_ask_goes_down_with_every_reward_and_past_slots_stay(monkeypatch):
+    player = policy(ask=4.0)
+    told = prompts_of(monkeypatch, player)
+    play(player, [1.0, None, 2.0, 0.0])
+    # bins of 4, 3, 3, 1 are 4, 3, 3, 1; null is 0, so bin b shows as b + 1
+    assert [turn[0] for turn in told] == [[5], [5, 4], [5, 4, 4], [5, 4, 4, 2]]
+    assert [turn[1] for turn in told] == [turn[0] for turn in told]
+
+
+def test_rows_have_asks_of_their_own(monkeypatch):
+    player = policy(ask=4.0)
+    told = prompts_of(monkeypatch, player)
+    play(player, [1.0, 0.0], asked=["p50", None])
+    assert told == [[[3], [0]], [[3, 2], [0, 0]]]
+
+
+def test_a_slot_stays_when_an_old_reward_is_revised_and_follows_the_ask_in_a_new_session(monkeypatch):
+    player = policy(ask=4.0)
+    told = prompts_of(monkeypatch, player)
+    history = [Turn("user", "move")]
+    session = player.start([1])
+    for reward in (1.0, 1.0):
+        session.reply([0], [history])
+        history = [*history, Turn("assistant", "go", reward=reward), Turn("user", "left")]
+    history[1] = Turn("assistant", "go", reward=3.0)
+    session.reply([0], [history])
+    player.start([1]).reply([0], [history])
+    assert [turn[0] for turn in told[2:]] == [[5, 4, 3], [5, 2, 1]]
+
+
+@pytest.mark.parametrize("form", [{}, {"condition_scale": 1.0}, {"beta": 1.0, "ask": "auto"}], ids=str)
+@pytest.mark.parametrize("window", [{}, {"context": 1}, {"context": 2}], ids=str)
+def test_caches_and_memory_change_nothing(form, window):
+    player = policy(window=window, **{"ask": 4.0} | form)
+    fresh = play(player, [1.0, 0.0, 2.0], fresh=True)
+    if form.get("ask") != "auto":  # which a new session would have to guess for past turns
+        for cached, uncached in zip(play(player, [1.0, 0.0, 2.0]), fresh, strict=True):
+            assert cached.token_ids == uncached.token_ids
+            assert_close(torch.tensor(cached.log_prob), torch.tensor(uncached.log_prob), atol=1e-4, rtol=0)
+    session = player.start([5, 6])
+    both = session.reply([1, 0], HISTORIES[::-1])
+    assert [reply.token_ids for reply in both[::-1]] == [reply.token_ids for reply in fresh[:2]]
+
+
+@torch.no_grad()
+def expected_log_probs(prompt, reply, w, beta, temperature, top_k, support):
+    """The formula spelt out for every token of a reply, with uncached forwards of both rows; and log π(·|ask)."""
+    null = [min(token, NULL) for token in prompt]
+    guided, unguided = [], []
+    for n, token in enumerate(reply):
+        ids = torch.tensor([[*row, *reply[:n]] for row in (prompt, null)])
+        outputs, hidden = MODEL.forward_with_hidden(input_ids=ids)
+        told, plain = outputs.logits[:, -1].log_softmax(-1)
+        filtered = plain if w or beta else told
+        keep = filtered.exp() >= support * filtered.exp().max()
+        keep &= filtered >= filtered.sort(descending=True).values[top_k - 1]
+        scores = ((1 + w) * told - w * plain) / temperature + beta * MODEL.q_values(hidden[1, -1]).amin(0)
+        guided.append(scores.masked_fill(~keep, -torch.inf).log_softmax(-1)[token])
+        unguided.append((told / temperature).log_softmax(-1)[token])
+    return torch.stack(guided), torch.stack(unguided)
+
+
+@pytest.mark.parametrize(
+    "w, beta, temperature, top_k, support",
+    [(0.0, 0.0, 0.7, 9, 0.0), (1.5, 0.0, 1.0, NULL, 0.0), (0.5, 1.0, 0.6, NULL, 0.01), (0.0, 2.0, 1.0, 7, 0.0),
+     (2.0, -0.5, 1.3, 12, 0.02)],
+)  # fmt: skip
+def test_guidance_is_the_formula_on_both_rows(monkeypatch, w, beta, temperature, top_k, support):
+    player = policy(ask=4.0, condition_scale=w, beta=beta, temperature=temperature, top_k=top_k, support=support)
+    prompts, sample = [], player.sampler.sample
+    monkeypatch.setattr(player.sampler, "sample", lambda given, *rest: prompts.extend(given) or sample(given, *rest))
+    replies = play(player, [1.0, 1.0])
+    for prompt, reply in zip(prompts, replies, strict=True):
+        expected, policy_log_prob = expected_log_probs(prompt, reply.token_ids, w, beta, temperature, top_k, support)
+        assert_close(torch.tensor(reply.log_prob), expected, atol=1e-4, rtol=0)
+        assert_close(torch.tensor(reply.policy_log_prob), policy_log_prob, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "form, streams",
+    [({"ask": 4.0}, 1), ({"condition_scale": 1.0}, 1), ({"ask": 4.0, "condition_scale": 1.0}, 2),
+     ({"ask": 4.0, "beta": 1.0}, 2), ({"beta": 1.0}, 1)],
+)  # fmt: skip
+def test_rows_are_read_twice_only_where_a_return_is_told_and_something_guides(monkeypatch, form, streams):
+    player, rows = policy(**form), []
+    forward = player.sampler.forward
+    monkeypatch.setattr(player.sampler, "forward", lambda ids, *rest: rows.append(len(ids)) or forward(ids, *rest))
+    play(player, [1.0])
+    assert rows[0] == 2 * streams
+
+
+def test_more_guidance_moves_replies_further_from_the_plain_policy():
+    def distance(w):
+        replies = play(policy(ask=4.0, condition_scale=w, max_new_tokens=12), [0.0, 0.0])
+        return sum(sum(reply.log_prob) - sum(reply.policy_log_prob) for reply in replies)
+
+    assert distance(0.0) == pytest.approx(0.0, abs=1e-4)
+    assert distance(4.0) > 0.1
+
+
+def test_no_reserved_id_is_ever_drawn():
+    player = policy(ask=4.0, temperature=3.0, condition_scale=0.5, max_new_tokens=64)
+    histories = HISTORIES * 100
+    replies = player.start(range(200)).reply(range(200), histories)
+    drawn = [token for reply in replies for token in reply.token_ids]
+    assert len(drawn) > 10_000 and max(drawn) < NULL
+
+
+# The value of the state as the ask
+
+
+@torch.no_grad()
+def value_of(prompt):
+    _, hidden = MODEL.forward_with_hidden(input_ids=torch.tensor([prompt]))
+    return MODEL.v_values(hidden)[0, -1].item()
+
+
+def test_auto_asks_for_the_value_of_the_state_where_no_return_is_told(monkeypatch):
+    scale = {"shift": 0.5, "scale": 10.0, "scored_turns": 2}
+    monkeypatch.setitem(MODEL.config.offline_lmrl, "reward_scale", scale)
+    player = policy(ask="auto")
+    session = player.start([5])
+    history, expected = list(HISTORIES[0]), []
+    opening = [NULL, *RENDERER.agent_opening]
+    read = [*RENDERER.preamble, *RENDERER.encode_turn(history[0]).ids]
+    for left in (2, 1):
+        # of 2 scored turns, each shifted by .5, those ahead
+        expected.append(value_of([*read, *opening]) * 10 + 0.5 * left)
+        (reply,) = session.reply([0], [history])
+        turn = Turn("assistant", reply.text, None, 1.0, reply.token_ids)
+        history += [turn, Turn("user", "left")]
+        read += [NULL, *RENDERER.encode_turn(turn).ids, *RENDERER.encode_turn(history[-1]).ids]
+    assert session.asks.used[0] == pytest.approx(expected, abs=1e-3)
+    assert session.labels(0)["ask"] == pytest.approx(expected[0], abs=1e-3)
+
+
+def test_auto_explains_an_unknown_past_by_its_rewards():
+    session = policy(ask="auto").start([5])
+    history = [Turn("user", "move"), Turn("assistant", "go", reward=2.0), Turn("user", "left")]
+    session.reply([0], [history])
+    then, now = session.asks.used[0]
+    assert then == pytest.approx(now + 2.0)
+
+
+# What the table shows
+
+
+class Paying:
+    """Two turns; whatever is said pays 1."""
+
+    def reset(self, seed):
+        self.left = 2
+        return HISTORIES[0]
+
+    def step(self, text):
+        self.left -= 1
+        return StepResult([Turn("user", "left")] if self.left else [], 1.0, not self.left, False)
+
+
+def test_a_rollout_says_what_was_asked_and_an_ask_beyond_the_data_is_said_once(caplog):
+    asks._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        played = rollout(policy(ask=9.0), Paying, range(3), batch_size=2)
+    assert [{name: t.labels[name] for name in ("ask", "bin", "clipped")} for t in played] == [
+        {"ask": 9.0, "bin": 4, "clipped": True}
+    ] * 3
+    assert [record.message for record in caplog.records] == [
+        "ask: found 9, expected 0 to 4, the returns in the training data; the nearest bin, 4 of 0 to 4, is asked for"
+    ]
+    (inside,) = rollout(policy(ask="max"), Paying, [0])
+    assert (inside.labels["ask"], inside.labels["bin"], inside.labels["clipped"]) == (4.0, 4, False)
+    assert "ask" not in rollout(policy(), Paying, [0])[0].labels
+
+
+# What is refused
+
+
+def test_asks_and_forms_that_the_model_cannot_serve_are_refused():
+    plain, textual = attach(build_model(SPEC, RENDERER.tokenizer), None), conditioned(condition="text", text="{bin}")
+    for model, form, message in (
+        (plain, {"ask": 1.0}, "ask: found 1.0, expected none.*not trained with returns"),
+        (plain, {"condition_scale": 1.0}, "condition_scale: found 1.0, expected 0"),
+        (textual, {"ask": 1.0, "condition_scale": 1.0}, "condition_scale: found 1.0, expected 0"),
+        (conditioned(heads=False), {"ask": "auto"}, "ask: found 'auto', which needs value heads"),
+    ):
+        with pytest.raises(InputError, match=message):
+            policy(model, **form)
+    for wrong in (float("nan"), "p101", True):
+        with pytest.raises(InputError, match="ask: found"):
+            SamplingConfig(ask=wrong)
+    with pytest.raises(InputError, match="ask: found 'most'"):
+        policy().start([1], ["most"])
+
+
+def test_returns_per_task_need_the_task():
+    logs = [Trajectory(t.turns, task=task) for task in ("a", "b") for t in LOGS]
+    model = conditioned(logs=logs, per="task")
+    with pytest.raises(InputError, match="task: found '', expected one of the training data"):
+        policy(model, ask="max")
+    player = LanguagePolicy(model, RENDERER, SamplingConfig(ask="max", max_new_tokens=2), task="b")
+    play(player, [1.0])
+
+
+def test_returns_as_text_are_read_in_the_same_place(monkeypatch):
+    player = policy(conditioned(condition="text", text="{bin} of {bins} "), ask=4.0)
+    prompts, sample = [], player.sampler.sample
+    monkeypatch.setattr(player.sampler, "sample", lambda given, *rest: prompts.extend(given) or sample(given, *rest))
+    play(player, [3.0, 0.0])
+    text = RENDERER.tokenizer.decode(prompts[2])
+    assert text.index("5 of 5 ") < text.index("2 of 5 ") and len(prompts[2]) > len(prompts[0])
