@@ -1,1 +1,4 @@
-"""Pure functions of tensors: returns, value learning, chunked sums, decoding. Nothing here needs more than torch."""
+"""Pure functions of tensors: returns, value learning, policy gradients, preferences, chunked sums, decoding.
+
+Nothing here needs more than torch.
+"""

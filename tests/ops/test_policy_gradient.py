@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.ops.policy_gradient import (
     Moments,
     adaptive_kl_weight,
@@ -24,6 +25,7 @@ from offline_lmrl.ops.policy_gradient import (
     whiten,
 )
 from offline_lmrl.ops.value_learning import td_target
+from tests.data.test_episodes import agent, batch_of, user
 
 
 @pytest.mark.parametrize(
@@ -134,6 +136,26 @@ def test_advantages_equal_the_sum_over_all_pairs_of_steps():
         expected.append(total)
     advantage, _ = generalized_advantage(target, v, discount, episode, 0.9)
     assert_close(advantage, torch.tensor(expected, dtype=torch.float64))
+
+
+def advantages_of_dialogue(replies, terminated):
+    """Of two agent turns, three tokens and two, with V = .3 times the agent tokens read."""
+    turns = (user("a"), agent("xy", 1.0), user(replies[0]), agent("z", 2.0), user(replies[1]))
+    batch = batch_of([Trajectory(turns[: 4 if terminated else 5], terminated=terminated)])
+    steps = batch["steps"]
+    read = 0.3 * batch["action_mask"].cumsum(1)
+    v, next_v = read[steps["row"], steps["state"]], read[steps["next_row"], steps["next_state"]]
+    target = td_target(steps["reward"], next_v, steps["bootstrap"], steps["discount"])
+    return generalized_advantage(target, v, steps["discount"], steps["row"], 0.5)[0]
+
+
+def test_environment_text_of_any_length_leaves_the_advantages_of_a_dialogue():
+    # δ = .3, .3, 1.3, .3, and 2 - 1.2 where the log terminates, 2 + 1.5 - 1.2 where it is cut
+    for replies in (("b", "c"), ("bbbbbb", "cccc")):
+        # A4 = .8, A3 = .3 + .4, A2 = 1.3 + .35, A1 = .3 + .825, A0 = .3 + .5625
+        terminal, cut = advantages_of_dialogue(replies, True), advantages_of_dialogue(replies, False)
+        assert_close(terminal, torch.tensor([0.8625, 1.125, 1.65, 0.7, 0.8]))
+        assert_close(cut[-1] - terminal[-1], torch.tensor(1.5))
 
 
 def test_no_gradient_flows_through_advantages_and_returns():
