@@ -1,4 +1,4 @@
-"""Trajectories on disk: JSON Lines, Parquet, `datasets` folders and hub names; splits by group; fingerprints."""
+"""Data on disk: JSON Lines, Parquet, `datasets` folders and hub names; splits by group; fingerprints."""
 
 import gzip
 import hashlib
@@ -10,21 +10,27 @@ import shutil
 import zlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.comparison import to_record as comparison_record
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.forms import read_row
-from offline_lmrl.data.trajectory import Trajectory, to_record
+from offline_lmrl.data.preference_forms import read_comparison
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.data.trajectory import to_record as trajectory_record
 
-Rows = Iterable[tuple[str, Any]]  # ("file:row", row)
+Row = TypeVar("Row", Trajectory, Comparison)
+Rows = Iterable[tuple[str, Any]]  # ("file:row", row, or the InputError that says why a line is none)
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _SPLIT_NAMES = {"train", "validation", "test"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_LFS_POINTER = b"version https://git-lfs"
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
 
@@ -41,19 +47,26 @@ def read_trajectories(source: str | Path, *, split: str | None = None,
 
     Raises InputError `file:row: field: found X, expected Y`.
     """
-    parts = _parts(source, split)
-    if split is None and len(parts) > 1:
-        raise InputError(f"{source}: split: found none chosen, expected one of {', '.join(parts)}")
-    if split is not None and split not in parts:
-        raise InputError(f"{source}: split: found {split!r}, expected one of {', '.join(parts)}")
-    (rows,) = parts.values() if split is None else (parts[split],)
-    return _read(rows, str(source), Counter() if counts is None else counts)
+    return _read(_part(source, split), str(source), counts, read_row)
+
+
+def read_comparisons(source: str | Path, *, split: str | None = None,
+                     counts: Counter | None = None) -> list[Comparison]:
+    """The comparisons of a source in any form of `offline_lmrl.data.preference_forms`, as `read_trajectories`."""
+    return _read(_part(source, split), str(source), counts, read_comparison)
 
 
 def read_splits(source: str | Path, *, counts: Counter | None = None) -> dict[str, list[Trajectory]]:
     """Every split of a source by its name, as `read_trajectories`; a source without splits has one, named "all"."""
     counts = Counter() if counts is None else counts
-    return {name: _read(rows, f"{source} ({name})", counts) for name, rows in _parts(source, None).items()}
+    return {name: _read(rows, f"{source} ({name})", counts, read_row) for name, rows in raw_splits(source).items()}
+
+
+def read_comparison_splits(source: str | Path, *, counts: Counter | None = None) -> dict[str, list[Comparison]]:
+    """Every split of a source of comparisons by its name, as `read_splits`."""
+    counts = Counter() if counts is None else counts
+    return {name: _read(rows, f"{source} ({name})", counts, read_comparison)
+            for name, rows in raw_splits(source).items()}
 
 
 def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
@@ -62,22 +75,24 @@ def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> 
     The suffix decides: .jsonl, .jsonl.gz, .parquet, else a folder that `datasets.load_from_disk` reads.
     Raises InputError if there is nothing to write or the path cannot be written.
     """
-    path = Path(path)
-    records = [to_record(trajectory) for trajectory in trajectories]
-    if not records:
-        raise InputError(f"{path}: found no trajectories to write, expected at least one")
+    _write(Path(path), [trajectory_record(trajectory) for trajectory in trajectories], "trajectories")
+
+
+def write_comparisons(path: str | Path, comparisons: Iterable[Comparison]) -> None:
+    """Writes comparisons without loss, as `write_trajectories` writes trajectories."""
+    _write(Path(path), [comparison_record(comparison) for comparison in comparisons], "comparisons")
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes plain rows as JSON Lines, gzipped where the suffix says .gz; errors as `write_trajectories`."""
+    path, rows = Path(path), list(rows)
+    if not rows:
+        raise InputError(f"{path}: found no rows to write, expected at least one")
     with atomic_output(path) as temporary:
-        if path.name.endswith((".jsonl", ".jsonl.gz")):
-            with (gzip.open if path.suffix == ".gz" else open)(temporary, "wt", encoding="utf-8") as lines:
-                lines.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        elif path.suffix == ".parquet":
-            _dataset(records).to_parquet(temporary)
-        else:
-            _dataset(records).save_to_disk(temporary)
+        _write_lines(temporary, rows, compressed=path.suffix == ".gz")
 
 
-def split_by_group(trajectories: Iterable[Trajectory], shares: Mapping[str, float],
-                   seed: int) -> dict[str, list[Trajectory]]:
+def split_by_group(rows: Iterable[Row], shares: Mapping[str, float], seed: int) -> dict[str, list[Row]]:
     """Splits so that no group is in two splits, by a hash of seed and group: adding rows moves no other row.
 
     Args:
@@ -87,33 +102,37 @@ def split_by_group(trajectories: Iterable[Trajectory], shares: Mapping[str, floa
     """
     if not all(share >= 0 for share in shares.values()) or not math.isclose(math.fsum(shares.values()), 1.0):
         raise InputError(f"shares: found {dict(shares)}, expected shares from 0 up that sum to 1")
-    splits: dict[str, list[Trajectory]] = {name: [] for name in shares}
+    splits: dict[str, list[Row]] = {name: [] for name in shares}
     names, bounds = list(shares), list(accumulate(shares.values()))
-    for trajectory in trajectories:
-        digest = hashlib.sha256(f"{seed}:{group_key(trajectory)}".encode()).digest()
+    for row in rows:
+        digest = hashlib.sha256(f"{seed}:{group_key(row)}".encode()).digest()
         uniform = int.from_bytes(digest[:8]) / 2**64  # in [0, 1)
         place = min(bisect_right(bounds, uniform), len(names) - 1)  # rounding may leave the last bound under 1
-        splits[names[place]].append(trajectory)
+        splits[names[place]].append(row)
     return splits
 
 
-def group_key(trajectory: Trajectory) -> str:
+def group_key(row: Trajectory | Comparison) -> str:
     """What must stay in one split: the group, or for a row without one its own content."""
-    return trajectory.group or "row:" + content_key(trajectory)
+    return row.group or "row:" + content_key(row)
 
 
-def content_key(trajectory: Trajectory) -> str:
-    """Hash of what was said, earned and how it ended; rows of one key are duplicates."""
-    said = [[turn.role, turn.content, turn.is_trainable, turn.reward] for turn in trajectory.turns]
-    return hashlib.sha256(json.dumps([said, trajectory.terminated]).encode()).hexdigest()
+def content_key(row: Trajectory | Comparison) -> str:
+    """Hash of what was said, earned and how it ended, or of the replies compared in whatever order; rows of one key
+    are duplicates."""
+    if isinstance(row, Comparison):
+        content = [_said(row.context), sorted(map(_said, row.options))]
+    else:
+        content = [_said(row.turns), row.terminated]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def fingerprint(trajectories: Iterable[Trajectory]) -> str:
+def fingerprint(rows: Iterable[Trajectory | Comparison]) -> str:
     """sha256 over the canonical records, in order: equal exactly if the data are."""
     digest = hashlib.sha256()
-    for trajectory in trajectories:
-        record = json.dumps(to_record(trajectory), sort_keys=True, separators=(",", ":"))
-        digest.update(record.encode() + b"\n")
+    for row in rows:
+        record = comparison_record(row) if isinstance(row, Comparison) else trajectory_record(row)
+        digest.update(json.dumps(record, sort_keys=True, separators=(",", ":")).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -145,18 +164,13 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
                 leftover.unlink()
 
 
-def _read(rows: Rows, source: str, counts: Counter) -> list[Trajectory]:
-    mine: Counter = Counter()
-    trajectories = [trajectory for where, row in rows if (trajectory := read_row(row, where, mine)) is not None]
-    counts.update(mine)
-    if not trajectories:
-        why = "; ".join(f"{reason}: {n}" for reason, n in mine.items()) or "no rows"
-        raise InputError(f"{source}: found no row to use ({why}), expected at least one")
-    return trajectories
+def raw_splits(source: str | Path, split: str | None = None) -> dict[str, Rows]:
+    """The splits of a source, each as raw rows that are read when they are iterated over.
 
-
-def _parts(source: str | Path, split: str | None) -> dict[str, Rows]:
-    """The splits of a source, each as rows that are read when they are iterated over."""
+    A line that cannot be parsed stands among them as the InputError that says why.
+    Args:
+      split: the only split needed, where a hub dataset has several.
+    """
     path = Path(source)
     if path.is_file():
         return {"all": _file_rows(path)}
@@ -169,7 +183,45 @@ def _parts(source: str | Path, split: str | None) -> dict[str, Rows]:
                      f"expected a {', '.join(_SUFFIXES)} file, a folder of those or owner/name")
 
 
+def _part(source: str | Path, split: str | None) -> Rows:
+    parts = raw_splits(source, split)
+    if split is None and len(parts) > 1:
+        raise InputError(f"{source}: split: found none chosen, expected one of {', '.join(parts)}")
+    if split is not None and split not in parts:
+        raise InputError(f"{source}: split: found {split!r}, expected one of {', '.join(parts)}")
+    (rows,) = parts.values() if split is None else (parts[split],)
+    return rows
+
+
+def _read(rows: Rows, source: str, counts: Counter | None,
+          read: Callable[[Any, str, Counter], Row | None]) -> list[Row]:
+    mine: Counter = Counter()
+    kept = []
+    for where, row in rows:
+        if isinstance(row, InputError):
+            raise row
+        if (made := read(row, where, mine)) is not None:
+            kept.append(made)
+    if counts is not None:
+        counts.update(mine)
+    if not kept:
+        why = "; ".join(f"{reason}: {n}" for reason, n in mine.items()) or "no rows"
+        raise InputError(f"{source}: found no row to use ({why}), expected at least one")
+    return kept
+
+
+def _said(turns: Iterable[Turn]) -> list[list[Any]]:
+    return [[turn.role, turn.content, turn.is_trainable, turn.reward] for turn in turns]
+
+
 def _file_rows(path: Path) -> Rows:
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise InputError(f"{path}: found {error}, expected a file that can be read") from error
+    if start == _LFS_POINTER:
+        raise InputError(f"{path}: found a git-LFS pointer, expected the file it stands for (git lfs pull)")
     if path.suffix == ".parquet":
         return _parquet_rows(path)
     if path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -181,17 +233,22 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):  # noqa: B007  (the handlers below say where it stopped)
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text:
-                    yield f"{path}:{number}", json.loads(text)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{number}: text: found bytes that are not UTF-8, expected UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}:{number}: JSON: found a line that does not parse ({error}), "
-                         "expected one JSON object per line") from error
+            for number, line in enumerate(lines, 1):
+                if line := line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip():
+                    yield f"{path}:{number}", _parsed(line, f"{path}:{number}")
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}:{number + 1}: found {error}, expected a file that can be read") from error
+
+
+def _parsed(line: bytes, where: str) -> Any:
+    """What the line holds, or the InputError that says why it holds nothing."""
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError:
+        return InputError(f"{where}: text: found bytes that are not UTF-8, expected UTF-8")
+    except (ValueError, RecursionError) as error:
+        return InputError(f"{where}: JSON: found a line that does not parse ({error}), "
+                          "expected one JSON object per line")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -263,15 +320,38 @@ def _numbered(rows: Iterable[Any], source: str) -> Iterator[tuple[str, Any]]:
         yield f"{source}:{number}", row
 
 
+def _write(path: Path, records: list[dict[str, Any]], what: str) -> None:
+    if not records:
+        raise InputError(f"{path}: found no {what} to write, expected at least one")
+    with atomic_output(path) as temporary:
+        if path.name.endswith((".jsonl", ".jsonl.gz")):
+            _write_lines(temporary, records, compressed=path.suffix == ".gz")
+        elif path.suffix == ".parquet":
+            _dataset(records).to_parquet(temporary)
+        else:
+            _dataset(records).save_to_disk(temporary)
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]], compressed: bool) -> None:
+    with (gzip.open if compressed else open)(path, "wt", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def _dataset(records: list[dict[str, Any]]):
     """The records as a `datasets.Dataset`; every field has a declared type, so a column of nulls keeps its own."""
     from datasets import Dataset, Features, List, Value
 
-    text, number = Value("string"), Value("float64")
+    text, number, whole = Value("string"), Value("float64"), Value("int64")
     turn = {"role": text, "content": text, "trainable": Value("bool"), "reward": number,
-            "token_ids": List(Value("int64")), "behaviour_log_prob": List(number)}
-    features = Features({"messages": List(turn), "terminated": Value("bool"), "group": text, "task": text,
-                         "source": text, "labels": text})
-    messages = [[{name: message.get(name) for name in turn} for message in record["messages"]] for record in records]
-    return Dataset.from_list([{**record, "messages": turns} for record, turns in zip(records, messages, strict=True)],
-                             features=features)
+            "token_ids": List(whole), "behaviour_log_prob": List(number)}
+    types = {"messages": List(turn), "terminated": Value("bool"), "group": text, "task": text, "source": text,
+             "labels": text, "context": List(turn), "options": List(List(turn)), "target": List(number),
+             "ranking": List(List(whole)), "weight": number}
+
+    def whole_turns(messages: list) -> list:
+        return [whole_turns(message) if isinstance(message, list) else {name: message.get(name) for name in turn}
+                for message in messages]
+
+    rows = [{name: whole_turns(value) if name in ("messages", "context", "options") else value
+             for name, value in record.items()} for record in records]
+    return Dataset.from_list(rows, features=Features({name: types[name] for name in records[0]}))

@@ -1,0 +1,233 @@
+"""The row forms that preferences come in, read as comparisons. Nothing is repaired or dropped without being counted.
+
+    context, options, target [, ranking, weight]     the project's own form; context and each option are messages
+    prompt, chosen, rejected                         explicit: text or messages on each side
+    chosen, rejected                                 implicit: each side is a whole conversation
+    prompt, responses, ranks                         the lowest rank is best, equal ranks tie, null = unranked
+
+All forms may carry `weight, group, source, labels`; other columns are kept in `labels`, a column `margin` as
+`labels["strength"]`. Without a group, a row's group is a hash of its first user turn, blind to case, punctuation and
+white space, so that no split parts the branches of one conversation.
+
+The context is what all sides have in common, found by turn, never by character. Text with "Human:" and "Assistant:"
+tags is a transcript: its turns are stripped, turns of one speaker that follow one another are merged, and only the
+last reply is compared. Other text without a prompt has no turns to find: the whole of it is the agent's.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from offline_lmrl.data.comparison import Comparison, build_comparison
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.forms import Drop, extra_columns, read_messages, read_prompt, read_text
+from offline_lmrl.data.trajectory import Turn, finite, shown
+
+# What tokenizers put at the end of a reply; as text inside it, it is one more thing to learn that nobody said.
+END_TOKENS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<eos>",
+              "<end_of_turn>")
+
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_TAG = re.compile(r"\n\n(Human|Assistant):")
+_OWN = {"context", "options", "target", "ranking"}
+_ROW_FIELDS = {"weight", "group", "source", "labels"}
+_FORMS = "context, options and target, or prompt, chosen and rejected, or prompt, responses and ranks"
+
+
+def read_comparison(row: Any, where: str, counts: Counter, allow_empty: bool = False) -> Comparison | None:
+    """The comparison of one row in any accepted form, or None if the row is dropped.
+
+    Args:
+      row: one object of a log.
+      where: "file:row", put in front of every error.
+      counts: gets one count per repair of a kept row, or the reason of the drop.
+      allow_empty: keep rows with an empty reply. The project's own form keeps them in any case.
+
+    Raises InputError for unknown forms and values of the wrong type.
+    """
+    if not isinstance(row, Mapping):
+        raise InputError(f"{where}: row: found {shown(row)}, expected an object")
+    present = {name for name, value in row.items() if value is not None}
+    repairs: Counter = Counter()
+    try:
+        context, options, fields, used = _parts(row, present, where, repairs, allow_empty)
+    except Drop as drop:
+        counts[f"dropped: {drop}"] += 1
+        return None
+    fields |= {name: row[name] for name in _ROW_FIELDS & present}
+    fields.setdefault("group", root_group(context))
+    comparison = build_comparison(context, options, fields, where)
+    extra = extra_columns(row, present - used - _ROW_FIELDS, repairs)
+    if "margin" in extra:
+        extra["strength"] = extra.pop("margin")
+    counts.update(repairs)
+    try:
+        return replace(comparison, labels={**extra, **comparison.labels}) if extra else comparison
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def transcript(text: str, repairs: Counter) -> list[Turn]:
+    """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ...", stripped; turns of one speaker in a row are merged.
+
+    A tag anywhere but behind a blank line is text. Raises Drop for text before the first tag.
+    """
+    head, *pieces = _TAG.split("\n\n" + read_text(text).lstrip())
+    if head.strip():
+        raise Drop("text before the first speaker tag")
+    turns: list[Turn] = []
+    for speaker, said in zip(pieces[::2], pieces[1::2], strict=True):
+        role, said = _SPEAKERS[speaker], said.strip()
+        if turns and turns[-1].role == role:
+            repairs[f"repaired: consecutive {speaker} turns merged"] += 1
+            turns[-1] = Turn(role, f"{turns[-1].content}\n\n{said}".strip())
+        else:
+            turns.append(Turn(role, said))
+    return turns
+
+
+def is_transcript(text: Any) -> bool:
+    """Whether text has both speaker tags where a transcript has them."""
+    return isinstance(text, str) and text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
+
+
+def root_group(context: Sequence[Turn]) -> str:
+    """Hash of the first user turn, blind to case, punctuation and white space; "" without one."""
+    first = next((turn.content for turn in context if turn.role == "user"), None)
+    return "" if first is None else hashlib.sha256(normalised(first).encode()).hexdigest()[:16]
+
+
+def normalised(text: str) -> str:
+    """Text blind to case, punctuation and white space; text without a word in it only to white space around it."""
+    return " ".join(re.findall(r"\w+", text.casefold())) or text.strip()
+
+
+def _parts(row: Mapping, present: set[str], where: str, repairs: Counter,
+           allow_empty: bool) -> tuple[list[Turn], list[list[Turn]], dict[str, Any], set[str]]:
+    """Context, options, target and ranking, and the fields used up."""
+    if {"context", "options", "target"} <= present:
+        context = read_messages(row["context"], where, "context", repairs, allow_empty=True)
+        options = [read_messages(option, where, f"options[{i}]", repairs, allow_empty=True)
+                   for i, option in enumerate(_list(row["options"], where, "options"))]
+        return context, options, {name: row[name] for name in _OWN & present}, _OWN
+    if {"chosen", "rejected"} <= present:
+        context, options = _pair(row, where, repairs, allow_empty)
+        return context, options, {"target": (1.0, 0.0), "ranking": ((0,), (1,))}, {"prompt", "chosen", "rejected"}
+    if {"prompt", "responses", "ranks"} <= present:
+        context, options, ranks = _ranked(row, where, repairs, allow_empty)
+        levels = sorted(set(ranks))
+        ranking = [[i for i, rank in enumerate(ranks) if rank == level] for level in levels]
+        target = [(rank == levels[0]) / len(ranking[0]) for rank in ranks]
+        return context, options, {"target": target, "ranking": ranking}, {"prompt", "responses", "ranks"}
+    found = ", ".join(sorted(present)) or "none"
+    raise InputError(f"{where}: fields: found {found}, expected {_FORMS}")
+
+
+def _pair(row: Mapping, where: str, repairs: Counter, allow_empty: bool) -> tuple[list[Turn], list[list[Turn]]]:
+    prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
+    if is_transcript(prompt) and all(isinstance(side, str) for side in sides):
+        # "... Assistant:" and the reply are one transcript that was cut in two.
+        sides = [side if side.startswith(prompt) else prompt + side for side in sides]
+        prompt = None
+    if prompt is None and all(map(is_transcript, sides)):
+        context, options = _split([transcript(side, repairs) for side in sides], allow_empty)
+        if any(len(option) > 1 for option in options):
+            raise Drop("the sides differ before the last reply")
+        return context, options
+    context = [] if prompt is None else read_prompt(prompt, where, repairs)
+    if prompt is None and any(isinstance(side, str) for side in sides):
+        repairs["repaired: text without turns taken as the agent's, without a context"] += 1
+    turns = [_reply(side, context, prompt, where, name, repairs)
+             for name, side in zip(("chosen", "rejected"), sides, strict=True)]
+    common, options = _split(turns, allow_empty)
+    return [*context, *common], options
+
+
+def _ranked(row: Mapping, where: str, repairs: Counter,
+            allow_empty: bool) -> tuple[list[Turn], list[list[Turn]], list[float]]:
+    responses, ranks = _list(row["responses"], where, "responses"), _list(row["ranks"], where, "ranks")
+    if len(responses) != len(ranks):
+        raise InputError(f"{where}: ranks: found {len(ranks)}, expected one for each of {len(responses)} responses")
+    context = read_prompt(row["prompt"], where, repairs)
+    ranked: dict[tuple, tuple[list[Turn], float]] = {}
+    for i, (response, rank) in enumerate(zip(responses, ranks, strict=True)):
+        if rank is None:
+            repairs["repaired: response without a rank left out"] += 1
+            continue
+        try:
+            rank = finite(f"ranks[{i}]", rank)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        reply = _reply(response, context, row["prompt"], where, f"responses[{i}]", repairs)
+        if _is_empty(reply) and not allow_empty:
+            repairs["repaired: empty response left out"] += 1
+            continue
+        if _said(reply) not in ranked:
+            ranked[_said(reply)] = reply, rank
+        elif ranked[_said(reply)][1] == rank:
+            repairs["repaired: response given twice with one rank merged"] += 1
+        else:
+            raise Drop("one text with two ranks")
+    if len(ranked) < 2:
+        raise Drop("fewer than two ranked responses")
+    common, options = _split([reply for reply, _ in ranked.values()], allow_empty)
+    return [*context, *common], options, [rank for _, rank in ranked.values()]
+
+
+def _reply(side: Any, context: list[Turn], prompt: Any, where: str, field: str, repairs: Counter) -> list[Turn]:
+    """The turns of one side behind the context, which it may repeat."""
+    if isinstance(side, str):
+        text = read_text(side)
+        if isinstance(prompt, str) and prompt and text.startswith(prompt):
+            text = text[len(prompt):]
+            repairs["repaired: prompt removed from the start of a reply"] += 1
+        turns = [Turn("assistant", text)]
+    else:
+        turns = read_messages(side, where, field, repairs, allow_empty=True)
+        if context and _said(turns[:len(context)]) == _said(context):
+            turns = turns[len(context):]
+            repairs["repaired: prompt removed from the start of a reply"] += 1
+    if turns:
+        text = turns[-1].content
+        ends = [token for token in END_TOKENS if text.rstrip().endswith(token)]
+        if ends:
+            repairs["repaired: end token removed from a reply"] += 1
+            turns[-1] = replace(turns[-1], content=text.rstrip().removesuffix(ends[0]))
+    return turns
+
+
+def _split(sides: Sequence[list[Turn]], allow_empty: bool) -> tuple[list[Turn], list[list[Turn]]]:
+    """The turns that all sides begin with, and what each goes on with. Raises Drop where that is no comparison."""
+    words = [[(turn.role, turn.content.split()) for turn in side] for side in sides]
+    if any(words.count(side) > 1 for side in words):
+        raise Drop("identical replies")
+    said, common = [_said(side) for side in sides], 0
+    while all(len(side) > common and side[common] == said[0][common] for side in said):
+        common += 1
+    options = [side[common:] for side in sides]
+    if not all(options):
+        raise Drop("one side goes on where the other ends")
+    if not all(option[0].is_trainable for option in options):
+        raise Drop("the sides differ before the agent's reply")
+    if not all(option[-1].is_trainable for option in options):
+        raise Drop("a side that does not end with the agent")
+    if not allow_empty and any(_is_empty(option) for option in options):
+        raise Drop("empty reply")
+    return [replace(turn, trainable=False) if turn.is_trainable else turn for turn in sides[0][:common]], options
+
+
+def _said(turns: Sequence[Turn]) -> tuple[tuple[str, str], ...]:
+    return tuple((turn.role, turn.content) for turn in turns)
+
+
+def _is_empty(reply: Sequence[Turn]) -> bool:
+    return not any(turn.content.strip() for turn in reply)
+
+
+def _list(value: Any, where: str, field: str) -> Sequence:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise InputError(f"{where}: {field}: found {shown(value)}, expected a list")
+    return value
