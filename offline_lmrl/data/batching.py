@@ -107,15 +107,15 @@ class WindowDataset(torch.utils.data.Dataset):
     def batch(self, indices: Sequence[int]) -> TokenBatch:
         """The windows as one padded batch with packed steps; extra rows stand behind the windows."""
         index = np.asarray(indices)
-        rows = [_pick(self.flat["input_ids"], index)]
+        rows = [pick(self.flat["input_ids"], index)]
         next_row = end_row = None
         if self.next_rows:
-            next_row = _append_rows(rows, _pick(self.flat["next_ids"], index))
+            next_row = _append_rows(rows, pick(self.flat["next_ids"], index))
         if self.end_rows:
-            end_row = _append_rows(rows, _pick(self.flat["end_ids"], index))
-        input_ids, attention_mask = _pad(rows, self.pad_id)
+            end_row = _append_rows(rows, pick(self.flat["end_ids"], index))
+        input_ids, attention_mask = pad(rows, self.pad_id)
 
-        column = {name: _pick(self.flat[name], index) for name in self.flat if name not in ROWS}
+        column = {name: pick(self.flat[name], index) for name in self.flat if name not in ROWS}
         row = np.repeat(np.arange(len(index)), column["state"][1])
         step = {name: values for name, (values, _) in column.items()}
         own = np.zeros_like(row)
@@ -145,7 +145,7 @@ def collate_windows(items: Sequence[WindowRef]) -> TokenBatch:
     return items[0].dataset.batch([item.index for item in items])
 
 
-def _pick(flat: FlatLists, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pick(flat: FlatLists, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Values of the chosen lists, concatenated, and their lengths."""
     values, offsets = flat
     lengths = offsets[index + 1] - offsets[index]
@@ -162,7 +162,7 @@ def _append_rows(rows: list, extra: tuple[np.ndarray, np.ndarray]) -> np.ndarray
     return np.where(present, first + present.cumsum() - 1, 0)
 
 
-def _pad(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def pad(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.concatenate([lengths for _, lengths in rows])
     mask = np.arange(lengths.max()) < lengths[:, None]
     ids = np.full(mask.shape, pad_id, dtype=np.int64)

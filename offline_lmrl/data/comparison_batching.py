@@ -1,0 +1,185 @@
+"""From comparisons to batches: one row of tokens per option, rendered once, gathered by comparison."""
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offline_lmrl.data.batching import FlatLists, pad, pick
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.rendering import EncodedTurn, Renderer
+from offline_lmrl.data.trajectory import Trajectory, with_own_token_ids
+from offline_lmrl.data.windows import WindowRule, first_visible, leading_system_turns
+
+_NOT_ACTION, _ACTION, _CLOSING = 0, 1, 2
+
+
+class ComparisonBatch(TypedDict):
+    """C comparisons as B = ΣK rows of T tokens; the rows of a comparison stand together, in the order of its options.
+
+    A row is context + option. The context is the same in all rows of a comparison, truncation included.
+    """
+
+    input_ids: Tensor  # (B,T) long
+    attention_mask: Tensor  # (B,T) bool
+    action_mask: Tensor  # (B,T) bool: the agent wrote token t of the option; where a head per token is read
+    closing_mask: Tensor  # (B,T) bool: token t is the last of its agent turn; where a head per turn is read
+    last: Tensor  # (B,) long: the option's last action token, where a terminal head is read
+    comparison: Tensor  # (B,) long: row -> comparison, 0 to C − 1
+    target: Tensor  # (B,) float: probability that this option is the best of its comparison
+    rank: Tensor  # (B,) long: place of this option's group in the ranking, 0 = best
+    weight: Tensor  # (C,) float
+    strength: Tensor  # (C,) float: `labels["strength"]`, 0 where it is not known
+
+
+class ComparisonRef(NamedTuple):
+    """One item of a `ComparisonDataset`: the collator gathers all items of a batch at once."""
+
+    dataset: "ComparisonDataset"
+    index: int
+
+
+class ComparisonDataset(torch.utils.data.Dataset):
+    """Comparisons as flat arrays; made by `encode_comparisons`. Its length, and so a batch size, counts comparisons.
+
+    Args:
+      input_ids, actions: one list per option: tokens, and for each token whether it is no action, one, or one that
+        closes its turn.
+      sizes: (len,) options per comparison.
+      target, rank: one value per option. weight, strength: one value per comparison.
+      pad_id: fills the right of shorter rows; the attention mask, not the id, says what is real.
+    """
+
+    def __init__(self, input_ids: FlatLists, actions: FlatLists, sizes: np.ndarray, target: np.ndarray,
+                 rank: np.ndarray, weight: np.ndarray, strength: np.ndarray, pad_id: int):
+        self.input_ids, self.actions, self.pad_id = input_ids, actions, pad_id
+        self.target, self.rank, self.weight, self.strength = target, rank, weight, strength
+        self.rows = (np.arange(sizes.sum()), np.concatenate([[0], sizes.cumsum()]))
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def __getitem__(self, index: int) -> ComparisonRef:
+        return ComparisonRef(self, int(index))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(len,) tokens of each comparison's longest row."""
+        return np.maximum.reduceat(np.diff(self.input_ids[1]), self.rows[1][:-1])
+
+    def batch(self, indices: Sequence[int]) -> ComparisonBatch:
+        """These comparisons as one padded batch."""
+        index = np.asarray(indices)
+        rows, sizes = pick(self.rows, index)
+        values, lengths = pick(self.input_ids, rows)
+        input_ids, attention_mask = pad([(values, lengths)], self.pad_id)
+        actions, _ = pad([pick(self.actions, rows)], _NOT_ACTION)
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask),
+            "action_mask": torch.from_numpy(actions != _NOT_ACTION),
+            "closing_mask": torch.from_numpy(actions == _CLOSING),
+            "last": torch.from_numpy(actions.shape[1] - 1 - (actions != _NOT_ACTION)[:, ::-1].argmax(axis=1)),
+            "comparison": torch.from_numpy(np.repeat(np.arange(len(index)), sizes)),
+            "target": torch.from_numpy(self.target[rows]),
+            "rank": torch.from_numpy(self.rank[rows]),
+            "weight": torch.from_numpy(self.weight[index]),
+            "strength": torch.from_numpy(self.strength[index]),
+        }
+
+
+def collate_comparisons(items: Sequence[ComparisonRef]) -> ComparisonBatch:
+    """The data collator: items of one `ComparisonDataset`."""
+    return items[0].dataset.batch([item.index for item in items])
+
+
+def encode_comparisons(
+    comparisons: Iterable[Comparison], renderer: Renderer, window: WindowRule, counts: Counter[str]
+) -> ComparisonDataset:
+    """Renders every comparison once.
+
+    Where a comparison is longer than `window` allows, all its options lose the same oldest turns of the context, and
+    never a token of their own; a comparison with an option that does not fit is dropped as a whole.
+
+    Args:
+      counts: receives what was dropped or lost turns, by reason.
+    Raises: InputError where no comparison is left.
+    """
+    input_ids, actions = array("i"), array("b")
+    lengths, sizes, target, rank, weight, strength = array("q", [0]), array("q"), [], [], [], []
+    for comparison in comparisons:
+        rows = encode_options(comparison, renderer, window, counts)
+        if rows is None:
+            continue
+        for ids, kinds in rows:
+            input_ids.extend(ids)
+            actions.extend(kinds)
+            lengths.append(len(ids))
+        sizes.append(len(rows))
+        target += comparison.target
+        rank += comparison.ranks
+        weight.append(comparison.weight)
+        strength.append(comparison.labels.get("strength") or 0.0)
+    if not sizes:
+        raise InputError(f"comparisons: found none that fits, expected at least one ({dict(counts)})")
+    offsets = np.cumsum(np.asarray(lengths))
+    return ComparisonDataset(
+        (np.asarray(input_ids), offsets), (np.asarray(actions), offsets), np.asarray(sizes),
+        np.asarray(target, np.float32), np.asarray(rank, np.int64), np.asarray(weight, np.float32),
+        np.asarray(strength, np.float32), renderer.close_id,
+    )  # fmt: skip
+
+
+def fitting(
+    comparisons: Iterable[Comparison], renderer: Renderer, window: WindowRule, counts: Counter[str]
+) -> list[Comparison]:
+    """The comparisons whose options all fit: what is left out of one side must not stay in as the other.
+
+    Args: as `encode_comparisons`.
+    """
+    return [row for row in comparisons if encode_options(row, renderer, window, counts) is not None]
+
+
+def encode_options(
+    comparison: Comparison, renderer: Renderer, window: WindowRule, counts: Counter[str]
+) -> list[tuple[list[int], list[int]]] | None:
+    """Per option its tokens and what each token is (no action, an action, an action that closes its turn).
+
+    None where an option does not fit; `counts` is told of that and of lost turns.
+    """
+    turns = [with_own_token_ids(Trajectory((*comparison.context, *option), labels=comparison.labels),
+                                renderer.fingerprint).turns for option in comparison.options]  # fmt: skip
+    start = len(comparison.context)
+    context = [renderer.encode_turn(turn) for turn in turns[0][:start]]
+    options = [[(turn.is_trainable, renderer.encode_turn(turn)) for turn in row[start:]] for row in turns]
+    head = leading_system_turns(comparison.context)
+    fixed = len(renderer.preamble) + sum(len(turn.ids) for turn in context[:head])
+    longest = max(sum(len(turn.ids) for _, turn in option) for option in options)
+    # All options together are one coming turn, as long as the longest of them, so the context stays the same for all.
+    first = first_visible(window, [*(len(turn.ids) for turn in context), longest], start, head, fixed)
+    if first is None:
+        counts["comparisons dropped: an option longer than max_length"] += 1
+        return None
+    if first > head:
+        counts["comparisons that lost old turns of the context"] += 1
+    kept = [*context[:head], *context[max(first, head) :]]
+    before = [*renderer.preamble, *(token for turn in kept for token in turn.ids)]
+    return [_row(before, option) for option in options]
+
+
+def _row(before: list[int], option: Sequence[tuple[bool, EncodedTurn]]) -> tuple[list[int], list[int]]:
+    ids, kinds = list(before), [_NOT_ACTION] * len(before)
+    for is_agent, turn in option:
+        ids += turn.ids
+        kinds += [_NOT_ACTION] * len(turn.ids)
+        if is_agent:
+            stop = len(kinds) - len(turn.ids) + turn.action_stop
+            start = stop - (turn.action_stop - turn.action_start)
+            kinds[start:stop] = [_ACTION] * (stop - start)
+            kinds[stop - 1] = _CLOSING
+    return ids, kinds

@@ -1,0 +1,287 @@
+"""The one place where preference becomes reward, and the way back to preference rows.
+
+`to_trajectories` makes one scored trajectory of every option. A preference says which of two replies to one prompt is
+better and nothing about the prompt, so rewards are centred by group unless told otherwise: else a high return would
+select easy prompts, which is what a return-conditioned model then learns. (ILQL takes that up in V.)
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import group_key
+from offline_lmrl.data.protocols import Scorer
+from offline_lmrl.data.trajectory import Trajectory, Turn, shown
+
+RewardKind = Literal["sign", "prob", "strength", "rank", "bt"]
+Normalise = Literal["none", "global", "group", "rank"]
+
+EMPTY_REPLY = "dropped: empty reply"
+NO_STRENGTH = "dropped: no strength in the labels"
+
+
+def to_trajectories(
+    comparisons: Iterable[Comparison],
+    reward: RewardKind | Scorer = "sign",
+    place: Literal["terminal", "turn"] = "terminal",
+    normalise: Normalise = "group",
+    counts: Counter[str] | None = None,
+) -> list[Trajectory]:
+    """One trajectory per option, its context untrained, with what was preferred as reward.
+
+    Let w be the mean over the other options of P(this one is better) (`Comparison.preference`); of a pair, w is p.
+
+    Args:
+      reward: "prob": 2w − 1, in [−1, 1]; "sign": its sign, so a tie earns 0; "strength": `labels["strength"]` times
+        2w − 1; "rank": how many options are ranked below it less how many above it, over K − 1, so 1 for the best and
+        −1 for the last; "bt": latent scores of a Bradley–Terry model fitted to all comparisons of a group
+        (`fit_scores`); or a scorer.
+      place: "terminal": on the last agent turn of the option; "turn": in equal parts on each of its agent turns.
+        A turn's reward is paid with its closing token. There is no "token": one label on a reply says nothing about
+        its tokens, and an equal part on each has the same return; dense rewards come from a reward model.
+      normalise: "none"; "global": to mean 0 and standard deviation 1 over all options; "group": minus the group's
+        mean; "rank": the share of the group's other options that it beats, ties half, in [0, 1] (alone: 1/2).
+      counts: gets one count per option or comparison that is left out, by reason.
+
+    A row's labels are the comparison's, with this option's entry of `labels["options"]` as `option`, and under
+    `preference` its place among the options, its target and weight, and how its reward was made: kind, place,
+    normalisation, the raw reward, and the constants in reward = (raw − shift) / scale.
+
+    Rewards sit on whole turns, and training drops oldest turns or a whole reply that does not fit, so none is moved or
+    lost; to drop both sides of such a pair, take `fitting` (comparison_batching.py) first.
+
+    Raises InputError for settings that are none of these, scores that are not finite, and if nothing is left.
+    """
+    kinds = RewardKind.__args__
+    if isinstance(reward, str) and reward not in kinds:
+        raise InputError(f"reward: found {shown(reward)}, expected one of {', '.join(kinds)} or a scorer")
+    if place not in ("terminal", "turn"):
+        raise InputError(f"place: found {shown(place)}, expected terminal or turn (a label on a whole reply says "
+                         "nothing about its tokens; a reward model with a token head does)")
+    if normalise not in Normalise.__args__:
+        raise InputError(f"normalise: found {shown(normalise)}, expected one of {', '.join(Normalise.__args__)}")
+    counts = Counter() if counts is None else counts
+    rows = list(comparisons)
+    if reward == "strength":
+        known = [row for row in rows if row.labels.get("strength") is not None]
+        if len(known) < len(rows):
+            counts[NO_STRENGTH] += len(rows) - len(known)
+        rows = known
+    if not rows:
+        raise InputError(f"comparisons: found none to score ({dict(counts)}), expected at least one")
+    raw = _raw_rewards(rows, reward)
+    keys = [group_key(row) for row in rows]
+    made = _normalised(raw, keys, normalise)
+    how = {"reward": reward if isinstance(reward, str) else type(reward).__name__, "place": place,
+           "normalise": normalise}
+    trajectories = []
+    for row, raws, rewards in zip(rows, raw, made, strict=True):
+        for i, (value, constants) in enumerate(rewards):
+            if any(turn.is_trainable and not turn.content and not turn.token_ids for turn in row.options[i]):
+                counts[EMPTY_REPLY] += 1
+                continue
+            trajectories.append(_trajectory(row, i, value, place, {**how, "raw": raws[i], **constants}))
+    if not trajectories:
+        raise InputError(f"comparisons: found only empty replies ({counts[EMPTY_REPLY]}), expected at least one text")
+    return trajectories
+
+
+def fit_scores(comparisons: Sequence[Comparison]) -> dict[tuple, float]:
+    """Bradley–Terry scores s of the replies in one group: maximises Σ weight · P(i ≻ j) · log σ(s_i − s_j) − ½ Σ s².
+
+    All pairs of a comparison count, each 1/(K−1) as much, so that every option of it counts once. The standard normal
+    prior keeps replies that always win finite, and makes the scores of replies that are compared with one another, in
+    one go or over others, sum to 0. Bradley and Terry 1952; the prior is ours.
+
+    Returns: (context, option) -> score.
+    """
+    places: dict[tuple, int] = {}
+    pairs = []
+    for row in comparisons:
+        here = [places.setdefault((row.context, option), len(places)) for option in row.options]
+        share = row.weight / (len(here) - 1)
+        pairs += [(here[i], here[j], share * row.preference(i, j)) for i in range(len(here)) for j in range(len(here))
+                  if here[i] != here[j]]
+    better, worse, wins = (np.array(column) for column in zip(*pairs, strict=True))
+    scores, size = np.zeros(len(places)), len(places)
+    for _ in range(100):  # Newton's method on a strictly concave function, damped to steps of at most 1
+        lost = 1 / (1 + np.exp(scores[better] - scores[worse]))
+        gradient = (np.bincount(better, wins * lost, size) - np.bincount(worse, wins * lost, size)) - scores
+        curvature = np.eye(size)
+        bend = wins * lost * (1 - lost)
+        np.add.at(curvature, (better, better), bend)
+        np.add.at(curvature, (worse, worse), bend)
+        np.add.at(curvature, (better, worse), -bend)
+        np.add.at(curvature, (worse, better), -bend)
+        step = np.linalg.solve(curvature, gradient)
+        scores += step / max(1.0, np.abs(step).max())
+        if np.abs(step).max() < 1e-10:
+            break
+    return dict(zip(places, scores.tolist(), strict=True))
+
+
+def to_comparisons(trajectories: Iterable[Trajectory], counts: Counter[str] | None = None) -> list[Comparison]:
+    """Replies to one context as one comparison, ranked by return; the way back from `to_trajectories`.
+
+    The context of a trajectory is what comes before its first agent turn. Trajectories of one context and the same
+    words are one option, with their mean return. `labels["options"]` keeps the returns.
+
+    Args:
+      counts: gets one count per trajectory that nothing can be compared with.
+    """
+    returns: dict[tuple[Turn, ...], dict[tuple[Turn, ...], list[Trajectory]]] = defaultdict(lambda: defaultdict(list))
+    for trajectory in trajectories:
+        turns = [replace(turn, reward=None, token_ids=None, behaviour_log_prob=None) for turn in trajectory.turns]
+        start = next(i for i, turn in enumerate(turns) if turn.is_trainable)
+        returns[tuple(turns[:start])][tuple(turns[start:])].append(trajectory)
+    made = []
+    for context, options in returns.items():
+        rows = [row for same in options.values() for row in same]
+        if len(options) < 2:
+            if counts is not None:
+                counts["dropped: no other reply to the same context"] += len(rows)
+            continue
+        mean = [math.fsum(row.total_return for row in same) / len(same) for same in options.values()]
+        levels = sorted(set(mean), reverse=True)
+        ranking = tuple(tuple(i for i, value in enumerate(mean) if value == level) for level in levels)
+        target = tuple(float(value == levels[0]) / len(ranking[0]) for value in mean)
+        made.append(Comparison(context, tuple(options), target, ranking, group=rows[0].group, source=rows[0].source,
+                               labels={"options": [{"return": value} for value in mean]}))
+    return made
+
+
+def preference_rows(comparisons: Iterable[Comparison], counts: Counter[str] | None = None) -> Iterator[dict[str, Any]]:
+    """`prompt, chosen, rejected` as messages: what TRL's DPO and reward trainers take. One row per pair of options.
+
+    Args:
+      counts: gets one count per pair that is a tie, or whose replies hold turns of others, which TRL would train on.
+    """
+    counts = Counter() if counts is None else counts
+    for row in comparisons:
+        prompt = _messages(row.context)
+        for i, j in combinations(range(len(row.options)), 2):
+            preference = row.preference(i, j)
+            if preference == 0.5:
+                counts["dropped: tie"] += 1
+            elif not all(turn.is_trainable for k in (i, j) for turn in row.options[k]):
+                counts["dropped: turns of others inside a reply"] += 1
+            else:
+                chosen, rejected = (i, j) if preference > 0.5 else (j, i)
+                yield {"prompt": prompt, "chosen": _messages(row.options[chosen]),
+                       "rejected": _messages(row.options[rejected])}
+
+
+def label_rows(trajectories: Iterable[Trajectory], threshold: float = 0.0,
+               counts: Counter[str] | None = None) -> Iterator[dict[str, Any]]:
+    """`prompt, completion, label` as messages: what TRL's KTO trainer takes.
+
+    Args:
+      threshold: the label is return > threshold.
+      counts: gets one count per row whose return is the threshold, neither good nor bad, or whose completion holds
+        turns of others, which TRL would train on.
+    """
+    counts = Counter() if counts is None else counts
+    for row in trajectories:
+        start = next(i for i, turn in enumerate(row.turns) if turn.is_trainable)
+        if row.total_return == threshold:
+            counts["dropped: return equal to the threshold"] += 1
+        elif not all(turn.is_trainable for turn in row.turns[start:]):
+            counts["dropped: turns of others inside a completion"] += 1
+        else:
+            yield {"prompt": _messages(row.turns[:start]), "completion": _messages(row.turns[start:]),
+                   "label": row.total_return > threshold}
+
+
+def sft_rows(trajectories: Iterable[Trajectory], minimum: float = -math.inf) -> Iterator[dict[str, Any]]:
+    """`prompt, completion` as messages: what TRL's SFT trainer takes. One row per agent turn of the trajectories whose
+    return is at least `minimum`; an agent turn that closed at once has no text to show and no row."""
+    for row in trajectories:
+        if row.total_return >= minimum:
+            for i, turn in enumerate(row.turns):
+                if turn.is_trainable and turn.content:
+                    yield {"prompt": _messages(row.turns[:i]), "completion": _messages([turn])}
+
+
+def _raw_rewards(rows: Sequence[Comparison], reward: RewardKind | Scorer) -> list[list[float]]:
+    if reward == "bt":
+        groups: dict[str, list[Comparison]] = defaultdict(list)
+        for row in rows:
+            groups[group_key(row)].append(row)
+        latent = {key: fit_scores(group) for key, group in groups.items()}
+        return [[latent[group_key(row)][row.context, option] for option in row.options] for row in rows]
+    if isinstance(reward, str):
+        return [_reward_of(row, reward) for row in rows]
+    return [_scores(row, reward) for row in rows]
+
+
+def _reward_of(row: Comparison, kind: str) -> list[float]:
+    size = len(row.options)
+    if kind == "rank":
+        ranks = row.ranks
+        return [(sum(other > rank for other in ranks) - sum(other < rank for other in ranks)) / (size - 1)
+                for rank in ranks]
+    margins = [sum(2 * row.preference(i, j) - 1 for j in range(size) if j != i) / (size - 1) for i in range(size)]
+    if kind == "sign":
+        return [0.0 if math.isclose(margin, 0, abs_tol=1e-9) else math.copysign(1, margin) for margin in margins]
+    return [margin * (float(row.labels["strength"]) if kind == "strength" else 1.0) for margin in margins]
+
+
+def _scores(row: Comparison, scorer: Scorer) -> list[float]:
+    scores = np.asarray(scorer.score(row.context, row.options), dtype=float)
+    if scores.shape != (len(row.options),) or not np.isfinite(scores).all():
+        raise InputError(f"reward: found scores {shown(scores.tolist())}, expected a finite number for each of "
+                         f"{len(row.options)} options")
+    return scores.tolist()
+
+
+def _normalised(raw: Sequence[Sequence[float]], keys: Sequence[str],
+                normalise: Normalise) -> list[list[tuple[float, Mapping[str, float]]]]:
+    """Per comparison and option the reward and the constants that made it."""
+    if normalise == "global":
+        everything = [value for values in raw for value in values]
+        shift, scale = float(np.mean(everything)), float(np.std(everything)) or 1.0
+        return [[((value - shift) / scale, {"shift": shift, "scale": scale}) for value in values] for values in raw]
+    groups: dict[str, list[float]] = defaultdict(list)
+    for key, values in zip(keys, raw, strict=True):
+        groups[key] += values
+    if normalise == "group":
+        means = {key: math.fsum(values) / len(values) for key, values in groups.items()}
+        return [[(value - means[key], {"shift": means[key], "scale": 1.0}) for value in values]
+                for key, values in zip(keys, raw, strict=True)]
+    if normalise == "rank":
+        ordered = {key: np.sort(values) for key, values in groups.items()}
+        return [[(_share_beaten(value, ordered[key]), {}) for value in values]
+                for key, values in zip(keys, raw, strict=True)]
+    return [[(value, {"shift": 0.0, "scale": 1.0}) for value in values] for values in raw]
+
+
+def _share_beaten(value: float, ordered: np.ndarray) -> float:
+    if len(ordered) == 1:
+        return 0.5
+    below, upto = (int(np.searchsorted(ordered, value, side)) for side in ("left", "right"))
+    return (below + (upto - below - 1) / 2) / (len(ordered) - 1)
+
+
+def _trajectory(row: Comparison, i: int, reward: float, place: str, how: Mapping[str, Any]) -> Trajectory:
+    option = list(row.options[i])
+    agent = [k for k, turn in enumerate(option) if turn.is_trainable]
+    paid = agent if place == "turn" else agent[-1:]
+    for k in paid:
+        option[k] = replace(option[k], reward=reward / len(paid))
+    labels = {name: value for name, value in row.labels.items() if name != "options"}
+    if "options" in row.labels:
+        labels["option"] = row.labels["options"][i]
+    labels["preference"] = {"option": i, "target": row.target[i], "weight": row.weight, **how}
+    return Trajectory((*row.context, *option), group=group_key(row), source=row.source, labels=labels)
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    """Turns as chat templates take them; an environment speaks as the user."""
+    return [{"role": "user" if turn.role == "environment" else turn.role, "content": turn.content} for turn in turns]
