@@ -13,10 +13,13 @@ from offline_lmrl.data.errors import InputError
 SOURCES = {
     "maze": ("data_prep.maze", "prepare"),
     "deal-or-no-deal": ("data_prep.deal_or_no_deal", "prepare"),
+    "hh-rlhf": ("data_prep.hh_rlhf", "prepare"),
+    "alpaca-eval": ("data_prep.alpaca_eval", "prepare"),
+    "preferences": ("data_prep.preferences", "prepare"),
 }
 PREPARE_HELP = f"""usage: offline-lmrl prepare SOURCE --output DIR [--key value ...]
 
-Turn a known source of logs into scored trajectories. Sources: {", ".join(SOURCES)}.
+Turn a known source of logs into scored trajectories or comparisons. Sources: {", ".join(SOURCES)}.
 `offline-lmrl prepare SOURCE --help` says what a source takes."""
 
 

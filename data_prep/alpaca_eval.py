@@ -1,0 +1,169 @@
+"""Judge annotations in the form of AlpacaEval (Li et al. 2023; tatsu-lab/alpaca_eval) to comparisons.
+
+A row says how likely a judge prefers `output_2` to `output_1` for one `instruction`: preference − 1, from 1 to 2; 0 is
+a tie, null an annotation that failed. Where all rows of an instruction have one output in common, the reference, they
+become one comparison of all its outputs: with p the preference for an output over the reference, its target is in
+proportion to its odds p / (1 − p), the reference's to 1 (Luce's choice, which gives back every p). Others stay pairs.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_prep.comparisons import import_rows, publish
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.forms import Drop, read_text
+from offline_lmrl.data.preference_forms import root_group
+from offline_lmrl.data.trajectory import Turn, finite, shown
+
+_CERTAIN = 1e-9  # the least probability either way: odds of a judge that is sure are not known
+
+
+class Judged(NamedTuple):
+    """One row: two outputs by name of who wrote them, and P(the second is better)."""
+
+    instruction: str
+    outputs: tuple[str, str]
+    generators: tuple[str, str]
+    preference: float
+    labels: Mapping[str, Any]
+
+
+def prepare(
+    input: str | Path, output: str | Path, *, reference: bool = True, min_gap: float | None = None,
+    validation: float = 0.1, seed: int = 0,
+) -> dict[str, Any]:
+    """Read judge annotations and write train.jsonl, validation.jsonl and report.json.
+
+    Args:
+      input: a .jsonl, .jsonl.gz or .parquet file of annotations, a folder of those or a hub name.
+      output: folder, made if it is missing.
+      reference: whether the output that all others were judged against is an option too.
+      min_gap: write pairs instead, of options whose preferences over the reference differ by at least this.
+      validation: share of the instructions that goes to validation.
+      seed: of the split.
+    Returns: counts and facts, as in report.json.
+    Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
+    """
+    made, report = import_rows(input, read_judged)
+    counts: Counter[str] = Counter()
+    comparisons = {}
+    for split, rows in made.items():
+        together = defaultdict(list)
+        for row in rows:
+            together[row.instruction].append(row)
+        comparisons[split] = [comparison for same in together.values()
+                              for comparison in assemble(same, reference, min_gap, counts)]  # fmt: skip
+    if not any(comparisons.values()):
+        raise InputError(f"{input}: found nothing left to compare ({dict(counts)}), expected two options that differ "
+                         "by min_gap")  # fmt: skip
+    mean = _mean_preferences(row for rows in made.values() for row in rows)
+    report = {**report, "assembled": dict(counts)}
+    return publish(comparisons, output, report, validation, seed, features={
+        "the reply of the author that is preferred more often over the reference":
+            lambda row, i: mean.get(row.labels["options"][i]["generator"], 0.5)})  # fmt: skip
+
+
+def read_judged(row: Any, where: str, counts: Counter[str]) -> Judged | None:
+    """One row, or None where `counts` is told why not. Raises InputError for values of the wrong type."""
+    if not isinstance(row, Mapping):
+        raise InputError(f"{where}: row: found {shown(row)}, expected an object")
+    texts, repairs = {}, Counter()
+    try:
+        for name in ("instruction", "output_1", "output_2", "generator_1", "generator_2"):
+            value = row.get(name, "" if name.startswith("generator") else None)
+            if not isinstance(value, str):
+                raise InputError(f"{where}: {name}: found {shown(value)}, expected text")
+            texts[name] = read_text(value)
+        preference = _preference(row.get("preference"), where, repairs)
+        outputs = texts["output_1"], texts["output_2"]
+        if not texts["instruction"].strip() or not all(text.strip() for text in outputs):
+            raise Drop("empty instruction or output")
+        if outputs[0].split() == outputs[1].split():
+            raise Drop("identical outputs")
+    except Drop as drop:
+        counts[f"dropped: {drop}"] += 1
+        return None
+    counts.update(repairs)
+    labels = {name: row[name] for name in ("annotator", "dataset") if isinstance(row.get(name), str)}
+    return Judged(texts["instruction"], outputs, (texts["generator_1"], texts["generator_2"]), preference, labels)
+
+
+def assemble(
+    rows: Sequence[Judged], reference: bool, min_gap: float | None, counts: Counter[str]
+) -> list[Comparison]:
+    """The comparisons of one instruction."""
+    common = set(rows[0].outputs).intersection(*(row.outputs for row in rows))
+    if not common:
+        counts["instructions without a common reference, kept as pairs"] += 1
+    stars = [rows] if common else [[row] for row in rows]
+    made = []
+    for star in stars:
+        whole = _compare(star, next(text for text in star[0].outputs if not common or text in common), counts)
+        kept = range(len(whole.options)) if reference else range(1, len(whole.options))
+        preferences = [option["preference"] for option in whole.labels["options"]]
+        if min_gap is not None:
+            made += [whole.select((i, j)) for i, j in combinations(kept, 2)
+                     if abs(preferences[i] - preferences[j]) >= min_gap]  # fmt: skip
+        elif len(kept) > 1:
+            made.append(whole.select(kept))
+        else:
+            counts["instructions with one output besides the reference, left out"] += 1
+    return made
+
+
+def _compare(rows: Sequence[Judged], reference: str, counts: Counter[str]) -> Comparison:
+    """One comparison of the reference, first, and all outputs that were judged against it."""
+    preferences: dict[str, list[float]] = defaultdict(list)
+    authors: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        other = row.outputs[0] if row.outputs[1] == reference else row.outputs[1]
+        preferences[other].append(row.preference if row.outputs[1] == other else 1 - row.preference)
+        for text, generator in zip(row.outputs, row.generators, strict=True):
+            if generator not in authors[text]:
+                authors[text].append(generator)
+    repeats = len(rows) - len(preferences)
+    if repeats:
+        counts["rows averaged with another on the same two outputs"] += repeats
+    mean = {text: math.fsum(values) / len(values) for text, values in preferences.items()}
+    odds = [1.0]
+    for preference in mean.values():
+        bounded = min(max(preference, _CERTAIN), 1 - _CERTAIN)
+        if bounded != preference:
+            counts[f"preferences of 0 or 1 taken as {_CERTAIN:g} or 1 less that"] += 1
+        odds.append(bounded / (1 - bounded))
+    total = math.fsum(odds)
+    context = (Turn("user", rows[0].instruction),)
+    texts = [reference, *mean]
+    labels = {**rows[0].labels, "options": [
+        {"generator": ", ".join(authors[text]), "preference": mean.get(text, 0.5)} for text in texts]}  # fmt: skip
+    return Comparison(context, tuple((Turn("assistant", text),) for text in texts),
+                      tuple(value / total for value in odds), group=root_group(context), source="alpaca-eval",
+                      labels=labels)  # fmt: skip
+
+
+def _preference(value: Any, where: str, repairs: Counter[str]) -> float:
+    if value is None:
+        raise Drop("no preference")
+    try:
+        value = finite("preference", value)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    if value == 0:
+        repairs["repaired: preference 0 read as a tie"] += 1
+        return 0.5
+    if not 1 <= value <= 2:
+        raise Drop("preference that is neither 0 nor from 1 to 2")
+    return value - 1
+
+
+def _mean_preferences(rows: Any) -> dict[str, float]:
+    """How often each author of a second output is preferred to the first."""
+    values = defaultdict(list)
+    for row in rows:
+        values[row.generators[1]].append(row.preference)
+    return {name: math.fsum(some) / len(some) for name, some in values.items()}

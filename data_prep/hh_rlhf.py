@@ -1,0 +1,66 @@
+"""hh-rlhf (Bai et al. 2022; anthropics/hh-rlhf) to comparisons.
+
+A row is two transcripts, `chosen` and `rejected`. What is made of them:
+- Turns are split at "\\n\\nHuman:" and "\\n\\nAssistant:" only; a tag elsewhere is something the model wrote, stays
+  text and is counted. Turns are stripped; turns of one speaker in a row are one that was split, and are merged.
+- Only the last reply was judged. All turns before it are context, the same on both sides, or the row is dropped.
+- An empty reply may have been preferred as harmless; it is kept only with `allow_empty`.
+- The group is the first human turn: many rows are branches of one conversation.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep.comparisons import import_rows, publish
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.preference_forms import is_transcript, read_comparison
+from offline_lmrl.data.trajectory import shown
+
+SIDES = ("chosen", "rejected")
+_INNER_TAG = re.compile(r"\b(Human|Assistant):")
+
+
+def prepare(
+    input: str | Path, output: str | Path, *, validation: float = 0.1, allow_empty: bool = False, seed: int = 0
+) -> dict[str, Any]:
+    """Read transcripts and write train.jsonl, validation.jsonl (and test.jsonl of a test file) and report.json.
+
+    Args:
+      input: a file of harmless-base, helpful-base, ..., or the folder with its train and test file.
+      output: folder, made if it is missing.
+      validation: share of the groups (first human turns) of the training rows that goes to validation.
+      allow_empty: keep rows in which a reply is empty.
+      seed: of the split.
+    Returns: counts and facts, as in report.json.
+    Raises: InputError if nothing can be read or the output cannot be written.
+    """
+
+    def read(row: Any, where: str, counts: Counter[str]) -> Comparison | None:
+        return read_transcripts(row, where, counts, allow_empty)
+
+    made, report = import_rows(input, read)
+    return publish(made, output, report, validation, seed)
+
+
+def read_transcripts(row: Any, where: str, counts: Counter[str], allow_empty: bool = False) -> Comparison | None:
+    """The comparison of one row, or None where `counts` is told why not.
+
+    Raises InputError for what is no pair of transcripts.
+    """
+    if not isinstance(row, Mapping):
+        raise InputError(f"{where}: row: found {shown(row)}, expected an object")
+    for side in SIDES:
+        if not is_transcript(row.get(side)):
+            raise InputError(f"{where}: {side}: found {shown(row.get(side))}, expected a transcript of Human and "
+                             "Assistant")  # fmt: skip
+    comparison = read_comparison({side: row[side] for side in SIDES} | {"source": "hh-rlhf"}, where, counts,
+                                 allow_empty)  # fmt: skip
+    if comparison is not None:
+        turns = [*comparison.context, *(turn for option in comparison.options for turn in option)]
+        if any(_INNER_TAG.search(turn.content) for turn in turns):
+            counts["kept: row with a speaker tag inside a turn"] += 1
+    return comparison
