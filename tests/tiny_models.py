@@ -20,6 +20,8 @@ FAMILIES = {
     "qwen3": _GROUPED,
     "gemma2": {**_GROUPED, "final_logit_softcapping": 1.0, "query_pre_attn_scalar": 8},  # a cap that bends tiny logits
     "cohere": {**_SIZES, "logit_scale": 0.25},
+    "opt": {"hidden_size": WIDTH, "word_embed_proj_dim": 8, "ffn_dim": 24, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "max_position_embeddings": 64, "dropout": 0.0},
 }  # fmt: skip
 
 

@@ -129,6 +129,7 @@ class ReturnConditionedTrainer(OfflineTrainer):
                 "condition": args.condition,
                 "text": args.text,
                 "bins": scale.bins,
+                "opening": list(self.renderer.agent_opening),
                 "discount_per_turn": args.discount_per_turn,
                 "scale": scale.to_dict(),
             }

@@ -209,6 +209,23 @@ class ReturnScale:
         return cls(values["kind"], values["per"], tables)
 
 
+def with_slots(prompt: Sequence[int], opening: Sequence[int], slot: Ids) -> list[int]:
+    """A prompt that ends with the agent's opening, with the same slot before that and every earlier one.
+
+    Raises: InputError where it ends otherwise.
+    """
+    n, opening = len(opening), list(opening)
+    if list(prompt[-n:]) != opening:
+        raise InputError(f"prompt: found {list(prompt[-n:])} at its end, expected the agent's opening {opening}: a "
+                         "return is told directly before it")
+    told: list[int] = []
+    for i, token in enumerate(prompt):
+        if list(prompt[i : i + n]) == opening:
+            told += slot
+        told.append(token)
+    return told
+
+
 @dataclass(frozen=True)
 class Slots:
     """The ids that tell a return to the model, and where a log has which.

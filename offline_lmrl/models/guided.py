@@ -13,7 +13,7 @@ from a pre-hook on the LM head that passes only the wanted positions: soft cap a
 import difflib
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
-from offline_lmrl.data.conditioning import Slots
+from offline_lmrl.data.conditioning import Slots, check_ask, with_slots
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.models.adapters import PARTS, load_heads, read_settings, require_peft, settings, unfreeze_heads
@@ -107,15 +107,65 @@ class Guided:
             self.value_heads.follow(self.get_output_embeddings().weight)
         return embeddings
 
-    def generate(self, *args, beta: float | Tensor | None = None, **kwargs):
+    def generate(
+        self,
+        *args,
+        beta: float | Tensor | None = None,
+        ask: float | str | Sequence[float | str] | None = None,
+        **kwargs,
+    ):
         """As the base's, guided. beta: a number, or one per row (B,); None takes the stored sampling form's, else 0.
 
         The stored support, candidates, clip and q_reduce apply; `temperature`, `top_k` and `top_p` of `generate` then
         act on the guided distribution.
+
+        ask: for a model with a table of returns, what is asked of the agent: a number in reward units, or "max" or
+        "p90", or one per row; None takes the stored form's. Prompts then end with the agent's opening, and every agent
+        turn in them is told the same return, as their rewards are not known here: where earlier turns earned
+        something, take it off the ask, or play with LanguagePolicy, which does. Logits processors see new tokens only.
+        Prompts with reserved ids of their own are left as they are.
         """
-        if beta is None:
-            beta = _sampling_form(self.config).get("beta", 0.0)
-        return super().generate(*args, beta=beta, **kwargs)
+        form = _sampling_form(self.config)
+        beta = form.get("beta", 0.0) if beta is None else beta
+        if ask is None and self.return_embedding is not None:
+            ask = form.get("ask")
+        ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        if ask is None or ids is None or (ids >= self.get_input_embeddings().weight.shape[0]).any():
+            return super().generate(*args, beta=beta, **kwargs)
+        if isinstance(beta, Tensor) or beta != 0 or form.get("condition_scale", 0.0) != 0:
+            raise InputError("ask: found it with beta or condition_scale, expected both to be 0 in generate, which "
+                             "reads each prompt once: guidance needs it without returns too; play with LanguagePolicy")
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("input_ids", "inputs")}
+        embeddings, mask = self._asked(ids, kwargs.pop("attention_mask", None), ask)
+        options = kwargs | {"inputs_embeds": embeddings, "attention_mask": mask}
+        output = super().generate(None, *args[1:], beta=0.0, **options)
+        new = output if isinstance(output, Tensor) else output.sequences
+        whole = torch.cat([ids.repeat_interleave(len(new) // len(ids), 0), new], dim=1)
+        if isinstance(output, Tensor):
+            return whole
+        output.sequences = whole
+        return output
+
+    def _asked(
+        self, ids: Tensor, mask: Tensor | None, ask: float | str | Sequence[float | str]
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings (B,T,d) and mask (B,T) of prompts with a slot before every opening of the agent, left-padded."""
+        if self.return_embedding is None:
+            raise InputError(f"ask: found {ask!r}, but this model has no table of returns (algorithm: "
+                             "return_conditioned, condition: embedding)")
+        block = settings(self.config)["returns"]
+        slots = Slots.from_block(block, self.get_input_embeddings().weight.shape[0], None)
+        asks = [ask] * len(ids) if isinstance(ask, int | float | str) else list(ask)
+        real = torch.ones_like(ids) if mask is None else mask
+        rows = []
+        for row, kept, asked in zip(ids, real.bool(), asks, strict=True):
+            check_ask(asked)
+            value = slots.scale.named_ask(asked) if isinstance(asked, str) else asked
+            rows.append(with_slots(row[kept].tolist(), block["opening"], slots.ids(value)))
+        width = max(map(len, rows))
+        padded = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=ids.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=ids.device)
+        return self.return_embedding(padded, self.get_input_embeddings()), mask
 
     def forward_with_hidden(self, *args, **kwargs) -> tuple[Any, Tensor]:
         """The base's own outputs, and the decoder's last hidden states (B,T,d)."""

@@ -29,7 +29,8 @@ def conditioned(heads=True, logs=LOGS, **block):
     """Weights far from uniform, so that mistakes show."""
     model = attach(build_model(SPEC, RENDERER.tokenizer), ValueHeadsConfig("linear") if heads else None)
     scale = ReturnScale.fit(logs, per=block.pop("per", "global"))
-    block = {"condition": "embedding", "bins": scale.bins, "discount_per_turn": 1.0, "scale": scale.to_dict()} | block
+    block = {"condition": "embedding", "bins": scale.bins, "discount_per_turn": 1.0, "scale": scale.to_dict(),
+             "opening": list(RENDERER.agent_opening)} | block
     attach_returns(model, block)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -217,6 +218,51 @@ def test_auto_explains_an_unknown_past_by_its_rewards():
     session.reply([0], [history])
     then, now = session.asks.used[0]
     assert then == pytest.approx(now + 2.0)
+
+
+# generate
+
+
+def plain_prompt(history):
+    ids = [*RENDERER.preamble, *(token for turn in history for token in RENDERER.encode_turn(turn).ids)]
+    return [*ids, *RENDERER.agent_opening]
+
+
+def generate(model, prompts, **options):
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": RENDERER.close_id, "pad_token_id": 0} | options
+    output = model.generate(input_ids=ids, attention_mask=mask, **options)
+    assert torch.equal(output[:, :width], ids.repeat_interleave(len(output) // len(ids), 0))
+    return output[:, width:].tolist()
+
+
+def test_generate_equals_the_sampler(monkeypatch):
+    # Earlier turns that earned nothing are told the same return by both.
+    histories = [[*HISTORIES[0], Turn("assistant", "go", reward=0.0), Turn("user", "left")], HISTORIES[1]]
+    prompts = list(map(plain_prompt, histories))
+    for asked in ([4.0, 1.0], ["max", "p0"]):
+        session = policy(temperature=0.0, max_new_tokens=6).start([0, 1], asked)
+        replies = [list(reply.token_ids) for reply in session.reply([0, 1], histories)]
+        for row, reply in zip(generate(MODEL, prompts, ask=asked), replies, strict=True):
+            assert row[: len(reply)] == reply
+    monkeypatch.setitem(MODEL.config.offline_lmrl, "sampling", {"ask": 4.0})
+    assert generate(MODEL, prompts) == generate(MODEL, prompts, ask=4) == generate(MODEL, prompts, ask=[4.0, 4.0])
+    generate(MODEL, prompts, repetition_penalty=1.1)  # which looks up scores by id
+
+
+def test_generate_refuses_what_it_cannot_tell():
+    prompt = plain_prompt(HISTORIES[0])
+    with pytest.raises(InputError, match="prompt: found .* at its end, expected the agent's opening"):
+        generate(MODEL, [prompt[:-1]], ask=1.0)
+    with pytest.raises(InputError, match="expected both to be 0 in generate"):
+        generate(MODEL, [prompt], ask=1.0, beta=2.0)
+    for wrong in (float("nan"), "auto"):
+        with pytest.raises(InputError, match="ask: found"):
+            generate(MODEL, [prompt], ask=wrong)
+    with pytest.raises(InputError, match="ask: found 1.0, but this model has no table of returns"):
+        generate(attach(build_model(SPEC, RENDERER.tokenizer), None), [prompt], ask=1.0)
 
 
 # What the table shows
