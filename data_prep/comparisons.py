@@ -100,7 +100,7 @@ def _read(row: Any, where: str, read: Callable[[Any, str, Counter], Any], counts
         text = str(error).removeprefix(f"{where}: ")
         match = _FOUND.fullmatch(text)
         reason = f"{match['field']}: expected {match['expected']}" if match else text
-        counts["dropped: " + re.sub(r"\d+", "N", re.sub(r"\[\d+\]", "", reason))] += 1
+        counts["dropped: " + re.sub(r"(?<![\w-])\d+", "N", re.sub(r"\[\d+\]", "", reason))] += 1
         return None
 
 

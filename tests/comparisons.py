@@ -1,0 +1,132 @@
+"""What holds for the comparisons of every importer, and random ones to try it on."""
+
+import copy
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hypothesis import strategies as st
+
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.comparison_batching import encode_comparisons
+from offline_lmrl.data.io import split_by_group
+from offline_lmrl.data.preferences import to_trajectories
+from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.data.windows import WindowRule
+
+RENDERER = Renderer(train_tokenizer(["hello there, how are you? Fine, 1 or 2"] * 3, 290))
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)
+
+
+@st.composite
+def comparisons(draw) -> Comparison:
+    """Any comparison: several turns, soft targets, ties, rankings, per-option labels."""
+    size = draw(st.integers(2, 5))
+    context = draw(st.lists(st.builds(Turn, st.sampled_from(("system", "user", "assistant", "tool")), TEXTS),
+                            max_size=3))
+    turn = st.builds(Turn, st.sampled_from(("user", "assistant", "environment")), TEXTS)
+    options = [(*draw(st.lists(turn, max_size=1)), Turn("assistant", f"{i}{draw(TEXTS)}")) for i in range(size)]
+    votes = draw(st.lists(st.integers(0, 3), min_size=size, max_size=size))
+    votes = votes if any(votes) else [1] * size
+    levels = sorted(set(votes), reverse=True)
+    ranking = [tuple(i for i, vote in enumerate(votes) if vote == level) for level in levels]
+    return Comparison(tuple(context), tuple(options), tuple(vote / sum(votes) for vote in votes),
+                      tuple(ranking) if draw(st.booleans()) else None, draw(st.floats(0.1, 10)),
+                      group=draw(st.sampled_from(("", "g", "h"))), source=draw(TEXTS),
+                      labels={"options": [{"votes": vote} for vote in votes], "note": draw(TEXTS)})
+
+
+def check_invariants(made: Sequence[Comparison], texts: Callable[[Comparison], Sequence[str]],
+                     source_texts: Sequence[str], normalise: Callable[[str], str]) -> None:
+    """The invariants of an importer.
+
+    Args:
+      made: its comparisons.
+      texts: a comparison as the source wrote it: one text per option, context included.
+      source_texts: all texts of the source.
+      normalise: what the importer declares to change.
+    """
+    known = {normalise(text) for text in source_texts}
+    for comparison in made:
+        assert {normalise(text) for text in texts(comparison)} <= known
+        check_one(comparison)
+    splits = split_by_group(made, {"train": 0.5, "validation": 0.5}, seed=0)
+    groups = [{row.group for row in rows} for rows in splits.values()]
+    assert all(groups[0]) and all(groups[1]) and not groups[0] & groups[1]
+
+
+def check_one(comparison: Comparison) -> None:
+    """Only the options' agent turns are actions, all options share the context, and their order does not matter."""
+    counts: Counter[str] = Counter()
+    data = encode_comparisons([comparison], RENDERER, WindowRule(max_length=10**6), counts)
+    assert len(data) == 1 and not counts
+    batch = data.batch([0])
+    before = [*RENDERER.preamble, *(token for turn in comparison.context for token in RENDERER.encode_turn(turn).ids)]
+    assert all(row[: len(before)].tolist() == before for row in batch["input_ids"])
+    for row, option in enumerate(comparison.options):
+        acted = batch["input_ids"][row][batch["action_mask"][row]].tolist()
+        assert acted == [token for turn in option if turn.is_trainable for token in _chosen(turn)]
+    order = list(range(len(comparison.options)))[::-1]
+    turned = comparison.select(order)
+    assert (turned.context, turned.weight, turned.group) == (comparison.context, comparison.weight, comparison.group)
+    assert turned.options == comparison.options[::-1] and turned.target == comparison.target[::-1]
+    assert turned.select(order) == comparison
+    other = encode_comparisons([turned], RENDERER, WindowRule(max_length=10**6), counts).batch([0])
+    assert other["input_ids"].flip(0).equal(batch["input_ids"]) and other["target"].flip(0).equal(batch["target"])
+    for kind in ("sign", "prob", "rank"):
+        rewards, turned_rewards = (_rewards(either, kind) for either in (comparison, turned))
+        assert rewards.keys() == turned_rewards.keys()
+        assert all(math.isclose(rewards[said], turned_rewards[said], abs_tol=1e-12) for said in rewards)
+
+
+def _rewards(comparison: Comparison, kind: str) -> dict[tuple, float]:
+    """What was said -> reward."""
+    return {tuple((turn.role, turn.content) for turn in row.turns): row.total_return
+            for row in to_trajectories([comparison], reward=kind)}
+
+
+def _chosen(turn: Turn) -> tuple[int, ...]:
+    encoded = RENDERER.encode_turn(turn)
+    return encoded.ids[encoded.action_start : encoded.action_stop]
+
+
+def mutated_lines(rows: Sequence[dict[str, Any]], n: int, seed: int) -> list[bytes]:
+    """n valid rows, each with one thing broken: a key dropped, a null, a wrong type, nesting, bytes, half a line."""
+    rng = random.Random(seed)
+    wrong = (None, 3, -1.5, True, "", "x", [], {}, [None], [[]], {"role": 1}, float("nan"), "\ud83d", [{"role": "a"}])
+    lines = []
+    for _ in range(n):
+        row = copy.deepcopy(rng.choice(rows))
+        kind = rng.randrange(6)
+        if kind < 4:
+            places = list(_places(row))
+            parent, key = rng.choice(places)
+            if kind == 0:
+                del parent[key]
+            elif kind == 1:
+                parent[key] = rng.choice(wrong)
+            elif kind == 2:
+                parent[key] = [parent[key]]
+            else:
+                parent[key] = {"text": parent[key]}
+        line = json.dumps(row).encode()
+        if kind == 4:
+            at = rng.randrange(1, len(line))
+            line = line[:at] + b"\xff" + line[at:]
+        elif kind == 5:
+            line = line[: rng.randrange(1, len(line))]
+        lines.append(line)
+    return lines
+
+
+def _places(value: Any):
+    """(container, key) of everything inside a JSON value."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)):
+        yield value, key
+        if isinstance(value[key], dict | list):
+            yield from _places(value[key])

@@ -1,0 +1,108 @@
+"""Batches of comparisons: rows of options, what of them is the agent's, and what is left out where room is short."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.comparison_batching import collate_comparisons, encode_comparisons, fitting
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.data.windows import WindowRule
+from tests.comparisons import RENDERER
+
+PAIR = Comparison((Turn("system", "be brief"), Turn("user", "how are you?"), Turn("assistant", "Fine"),
+                   Turn("user", "1 or 2")), ((Turn("assistant", "1"),), (Turn("assistant", "2, I would say"),)),
+                  (1.0, 0.0), weight=2.0, labels={"strength": 0.5})  # fmt: skip
+TOOL = (Turn("assistant", "call"), Turn("tool", "42"), Turn("assistant", "so 42"))
+RANKED = Comparison((), ((Turn("assistant", "a"),), TOOL, (Turn("assistant", "c"),)), (0.0, 0.5, 0.5),
+                    ((1, 2), (0,)))  # fmt: skip
+
+
+def encode(rows, max_length=1000, counts=None):
+    counts = Counter() if counts is None else counts
+    return encode_comparisons(rows, RENDERER, WindowRule(max_length=max_length), counts)
+
+
+def test_a_batch_holds_every_option_of_its_comparisons_in_order():
+    batch = encode([PAIR, RANKED]).batch([1, 0])
+    assert batch["comparison"].tolist() == [0, 0, 0, 1, 1]
+    assert batch["target"].tolist() == [0.0, 0.5, 0.5, 1.0, 0.0]
+    assert batch["rank"].tolist() == [1, 0, 0, 0, 1]
+    assert (batch["weight"].tolist(), batch["strength"].tolist()) == ([1.0, 2.0], [0.0, 0.5])
+    texts = [RENDERER.tokenizer.decode(row[mask]) for row, mask in zip(batch["input_ids"], batch["action_mask"],
+                                                                       strict=True)]  # fmt: skip
+    end = RENDERER.tokenizer.decode([RENDERER.close_id])
+    assert texts == ["a" + end, "call" + end + "so 42" + end, "c" + end, "1" + end, "2, I would say" + end]
+
+
+def test_heads_are_read_at_the_closing_tokens_and_at_the_last():
+    batch = encode([RANKED]).batch([0])
+    assert batch["closing_mask"].sum(1).tolist() == [1, 2, 1]
+    assert (batch["input_ids"][batch["closing_mask"]] == RENDERER.close_id).all()
+    last = torch.arange(3), batch["last"]
+    assert batch["closing_mask"][last].all() and not (batch["action_mask"].cumsum(1) > 0)[:, 0].any()
+    assert batch["action_mask"].sum(1).equal(batch["action_mask"].cumsum(1)[last])
+
+
+def test_more_padding_and_other_neighbours_change_nothing():
+    data = encode([PAIR, RANKED])
+    alone, together = data.batch([1]), collate_comparisons([data[0], data[1]])
+    width = alone["input_ids"].shape[1]
+    for name in ("input_ids", "action_mask", "closing_mask", "attention_mask"):
+        assert together[name][2:, :width].masked_fill(~alone["attention_mask"], 0).equal(
+            alone[name].masked_fill(~alone["attention_mask"], 0))
+        if name != "input_ids":
+            assert not together[name][2:, width:].any()
+    assert together["last"][2:].equal(alone["last"])
+    assert data.lengths.tolist() == [batch["attention_mask"].sum(1).max() for batch in (data.batch([0]), alone)]
+
+
+def test_old_turns_go_for_all_options_alike_and_no_reply_is_cut():
+    whole = int(encode([PAIR]).lengths[0])
+    counts = Counter()
+    short = encode([PAIR], whole - 1, counts).batch([0])
+    texts = [RENDERER.tokenizer.decode(row[mask]) for row, mask in zip(short["input_ids"], short["attention_mask"],
+                                                                       strict=True)]  # fmt: skip
+    assert all("be brief" in text and "how are you?" not in text and "1 or 2" in text for text in texts)
+    assert texts[1].removesuffix(RENDERER.tokenizer.decode([RENDERER.close_id])).endswith("2, I would say")
+    assert counts == {"comparisons that lost old turns of the context": 1}
+
+
+def test_an_option_that_does_not_fit_takes_its_comparison_along():
+    bare = replace(PAIR, context=())
+    limit = int(encode([bare]).lengths[0]) - 1
+    counts = Counter()
+    short = replace(RANKED, options=((Turn("assistant", "a"),), (Turn("assistant", "b"),), (Turn("assistant", "c"),)))
+    data = encode([bare, short], limit, counts)
+    assert len(data) == 1 and data.batch([0])["comparison"].tolist() == [0, 0, 0]
+    assert counts == {"comparisons dropped: an option longer than max_length": 1}
+    assert fitting([bare, short], RENDERER, WindowRule(max_length=limit), Counter()) == [short]
+    with pytest.raises(InputError, match="found none that fits, expected at least one"):
+        encode([bare], 4)
+
+
+def test_sampled_ids_are_used_where_they_are_this_tokenizers():
+    ids = (*RENDERER.encode_content("hi"), RENDERER.close_id)
+    ids = (ids[0], *ids)  # not what the text encodes to
+    option = (Turn("assistant", "hi", token_ids=ids),)
+    row = Comparison((), (option, (Turn("assistant", "x"),)), (1.0, 0.0), labels={"tokenizer": RENDERER.fingerprint})
+    batch = encode([row]).batch([0])
+    assert tuple(batch["input_ids"][0][batch["action_mask"][0]].tolist()) == ids
+    foreign = encode([replace(row, labels={})]).batch([0])
+    assert tuple(foreign["input_ids"][0][foreign["action_mask"][0]].tolist()) == ids[1:]
+
+
+def test_a_shuffled_data_set_gives_each_comparison_its_own_rows():
+    rows = [Comparison((), tuple((Turn("assistant", f"{i} {j}"),) for j in range(2 + i % 3)),
+                       tuple(np.eye(2 + i % 3)[i % 2])) for i in range(20)]  # fmt: skip
+    data = encode(rows)
+    order = np.random.default_rng(0).permutation(20)
+    batch = data.batch(order)
+    texts = [RENDERER.decode(row[mask].tolist()) for row, mask in zip(batch["input_ids"], batch["action_mask"],
+                                                                      strict=True)]  # fmt: skip
+    assert texts == [option[0].content for i in order for option in rows[i].options]
+    assert batch["target"].tolist() == [value for i in order for value in rows[i].target]

@@ -1,0 +1,100 @@
+"""What all importers of preferences share: totals that add up whatever a file holds, splits that share no group."""
+
+import gzip
+import itertools
+import json
+
+import pytest
+
+from data_prep import alpaca_eval, hh_rlhf, preferences
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import read_comparisons
+from tests.comparisons import check_invariants, mutated_lines
+
+TALK = "\n\nHuman: {}?\n\nAssistant: one\n\nHuman: go on\n\nAssistant:"
+REPLY = [{"role": "assistant", "content": "a"}]
+ROWS = {
+    hh_rlhf: [{"chosen": TALK.format(i) + f" yes {i}", "rejected": TALK.format(i) + " no"} for i in range(9)],
+    alpaca_eval: [
+        {"instruction": f"q{i // 3}", "output_1": "ref", "generator_1": "r", "output_2": f"out {i}",
+         "generator_2": "m", "preference": 1.3, "annotator": "judge"} for i in range(9)],
+    preferences: [
+        {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 1.0},
+        {"prompt": "", "chosen": "a b", "rejected": "a c", "weight": 2.0},
+        {"prompt": [{"role": "user", "content": "q3"}], "chosen": REPLY, "rejected": [{**REPLY[0], "content": "b"}]},
+        {"chosen": [{"role": "user", "content": "q4"}, *REPLY], "rejected": [
+            {"role": "user", "content": "q4"}, {"role": "assistant", "content": [{"type": "text", "text": "b"}]}]},
+        {"chosen": TALK.format("x") + " yes", "rejected": TALK.format("x") + " no"},
+        {"prompt": "q5", "responses": ["a", "b", "c"], "ranks": [1, 0, None], "labeler": "w"},
+        {"context": [{"role": "user", "content": "q6"}], "options": [REPLY, [{"role": "assistant", "content": "c"}]],
+         "target": [0.25, 0.75], "ranking": [[1], [0]], "weight": 1.5, "group": "g", "labels": "{}"}],
+}  # fmt: skip
+IMPORTERS = pytest.mark.parametrize("importer", ROWS, ids=lambda importer: importer.__name__.split(".")[1])
+
+
+def adds_up(report):
+    return (report["rows"] == report["imported"] + sum(report["dropped"].values())
+            and sum(split["comparisons"] for split in report["splits"].values()) == report["comparisons"])  # fmt: skip
+
+
+@IMPORTERS
+def test_a_thousand_broken_rows_are_imported_or_dropped_for_a_reason(tmp_path, importer):
+    lines = [*(json.dumps(row).encode() for row in ROWS[importer]), *mutated_lines(ROWS[importer], 1000, seed=0)]
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    report = importer.prepare(tmp_path / "in.jsonl", tmp_path / "out")
+    assert report["rows"] == len(lines) and adds_up(report)
+    assert sum(report["dropped"].values()) > 300 and len(report["dropped"]) < 60
+    assert report["dropped"]["text: expected UTF-8"] > 50
+    if importer is not alpaca_eval:
+        assert report["imported"] == report["comparisons"] + report["removed, their group is in a later split"] + (
+            report["merged"].get("the same replies compared again", 0))  # fmt: skip
+
+
+@IMPORTERS
+def test_files_of_another_kind_are_one_line_errors(tmp_path, importer):
+    (tmp_path / "pointer.jsonl.gz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROWS[importer][0]).encode() * 99)[:-9])
+    (tmp_path / "other.jsonl").write_text('{"text": "x"}\n' * 3)
+    expected = {"pointer.jsonl.gz": "found a git-LFS pointer", "cut.jsonl.gz": "found Compressed file ended",
+                "other.jsonl": "found no row to use", "none.jsonl": "found no such file"}  # fmt: skip
+    for name, message in expected.items():
+        with pytest.raises(InputError) as error:
+            importer.prepare(tmp_path / name, tmp_path / "out")
+        assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_common_form_keeps_the_invariants(tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[preferences]))
+    preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    made = read_comparisons(tmp_path / "out" / "train.jsonl")
+    assert len(made) == len(ROWS[preferences])
+    words = ["q a", "q b", "a b", "a c", "q3 a", "q3 b", "q4 a", "q4 b", "x? one go on yes", "x? one go on no",
+             "q5 a", "q5 b", "q6 a", "q6 c"]  # fmt: skip
+    check_invariants([row for row in made if row.context], lambda row: [
+        " ".join(turn.content for turn in (*row.context, *option)) for option in row.options], words, str)
+
+
+def test_groups_of_the_test_file_leave_the_training_rows(tmp_path):
+    rows = ROWS[hh_rlhf]
+    (tmp_path / "in").mkdir()
+    for name, some in (("train", rows[:8]), ("test", rows[6:])):
+        (tmp_path / "in" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    report = hh_rlhf.prepare(tmp_path / "in", tmp_path / "out", validation=0.3)
+    groups = {name: {row.group for row in read_comparisons(tmp_path / "out" / f"{name}.jsonl")}
+              for name in report["splits"]}  # fmt: skip
+    assert groups.keys() == {"train", "validation", "test"} and len(groups["test"]) == 3
+    assert not any(groups[a] & groups[b] for a, b in itertools.combinations(groups, 2))
+    assert report["removed, their group is in a later split"] == 2
+
+
+def test_the_same_replies_compared_again_are_merged_and_contradictions_soft(tmp_path):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "who": "x"}
+    against = {"prompt": "q", "chosen": "b", "rejected": "a", "who": "y"}
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (row, row, row, against)))
+    report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    (made,) = read_comparisons(tmp_path / "out" / "train.jsonl")
+    assert made.target == (0.75, 0.25) and made.weight == 4 and made.ranking is None
+    assert [labels["who"] for labels in made.labels["merged"]] == ["x", "x", "y"]
+    assert report["merged"] == {"the same replies compared again": 3, "of those, contradictions": 1}
+    assert report["imported"] == 4 and report["comparisons"] == 1
