@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from offline_lmrl.data.batching import WindowDataset, collate_windows, encode_trajectories
+from offline_lmrl.data.conditioning import returns_to_go
 from offline_lmrl.data.episodes import EpisodeEncoder, StepRule
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.scale import RewardScale
@@ -252,6 +253,64 @@ def test_training_windows_equal_what_the_policy_sees_live(rule):
         chosen = (steps["turn"] == index).nonzero()[0, 0]
         row, opening = steps["row"][chosen], steps["state"][chosen]
         live = policy_window(turns[:index], LetterRenderer(), rule, reserve=2)
+        assert batch["input_ids"][row, : opening + 1].tolist() == live
+
+
+# Slots: one id per return to go, 200 and up; 100 where none is known
+
+
+def slots(trajectory):
+    return [(200 + int(value),) for value in returns_to_go(trajectory)] + [(100,)]
+
+
+def with_slots(trajectories, rule=DEFAULT_WINDOWS, slots=slots):
+    encoder = EpisodeEncoder(LetterRenderer(), rule, DEFAULT_STEPS, RewardScale(), slots)
+    columns = encode_trajectories(trajectories, encoder, Counter())
+    dataset = WindowDataset(columns, 0, next_rows=True, end_rows=True)
+    return dataset.batch(range(len(dataset)))
+
+
+def test_a_slot_stands_before_every_agent_opening_and_shifts_the_steps():
+    batch = with_slots([Trajectory(DIALOGUE)])
+    a, b = ord("a"), ord("b")
+    assert batch["input_ids"].tolist() == [[1, 2, a, 3, 203, 4, X, Y, 5, 2, b, 3, 202, 4, Z, 5]]
+    assert table(batch) == [
+        (0, 5, X, 0.0, 0, 6, 1.0),
+        (0, 6, Y, 0.0, 0, 7, 1.0),
+        (0, 7, CLOSE, 1.0, 0, 13, 1.0),
+        (0, 13, Z, 0.0, 0, 14, 1.0),
+        (0, 14, CLOSE, 2.0, 0, 0, 0.0),
+    ]
+    assert batch["steps"]["open_state"].tolist() == [5, 5, 5, 13, 13]
+
+
+def test_rows_that_serve_v_have_slots_too():
+    cut = Trajectory((*DIALOGUE, user("c")), terminated=False)
+    rows = with_slots([cut], WindowRule(context=1))["input_ids"].tolist()
+    assert [[token for token in row if token >= ord("a")] for row in rows] == [
+        [ord("a"), 203, X, Y],  # first window
+        [ord("b"), 202, Z],
+        [ord("b"), 202],  # the next state of the first window: the opening of the second
+        [ord("c"), 100],
+        [ord("c"), 100],  # where V closes the log
+    ]
+
+
+def test_no_slots_leave_every_array_as_it_was():
+    plain, empty = batch_of([Trajectory(DIALOGUE)]), with_slots([Trajectory(DIALOGUE)], slots=lambda t: [()] * 3)
+    assert torch.equal(plain["input_ids"], empty["input_ids"]) and table(plain) == table(empty)
+
+
+@pytest.mark.parametrize("rule", [WindowRule(), WindowRule(1), WindowRule(4, 2), WindowRule(None, 1, 16)])
+def test_training_windows_with_slots_equal_what_the_policy_sees_live(rule):
+    turns = tuple(turn for c in "abcde" for turn in (user(c), agent("x", 1.0)))
+    batch = with_slots([Trajectory(turns)], rule)
+    steps = batch["steps"]
+    for n, index in enumerate(range(1, len(turns), 2)):
+        chosen = (steps["turn"] == index).nonzero()[0, 0]
+        row, opening = steps["row"][chosen], steps["state"][chosen]
+        told = slots(Trajectory(turns))[: n + 1]
+        live = policy_window(turns[:index], LetterRenderer(), rule, reserve=2, slots=told)
         assert batch["input_ids"][row, : opening + 1].tolist() == live
 
 

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from offline_lmrl.ops.decoding import guide, reduce_q, sample_from, support_filter, uniform, warp_log_probs
+from offline_lmrl.ops.decoding import (
+    condition_shift,
+    guide,
+    reduce_q,
+    sample_from,
+    support_filter,
+    uniform,
+    warp_log_probs,
+)
 
 PROB = torch.tensor([[0.5, 0.25, 0.125, 0.1, 0.025]])
 LOGITS = PROB.log() + 3.0  # unnormalised: the constant must not matter
@@ -106,6 +114,18 @@ def test_beta_may_differ_per_row():
     q = Q.expand(2, 2, 3)
     scores = guide(torch.zeros(2, 3), q, beta=torch.tensor([[0.0], [1.0]]), q_reduce="first")
     assert_close(scores, torch.tensor([[0.0, 0.0, 0.0], [1.0, 4.0, 2.0]]))
+
+
+def test_a_condition_is_amplified_away_from_null():
+    told, null = torch.tensor([0.6, 0.3, 0.1]).log(), torch.tensor([0.2, 0.3, 0.5]).log()
+    # w = 1: .6² / .2, .3² / .3, .1² / .5 are 1.8, .3, .02
+    expected = torch.tensor([1.8, 0.3, 0.02]) / 2.12
+    assert_close((null + condition_shift(told + 5, null - 2, 1.0)).softmax(-1), expected)
+    assert_close(null + condition_shift(told, null, 0.0), told)
+    # at temperature 1/2, w = 0: the square of what the condition gives
+    cold = (2 * null + condition_shift(told, null, 0.0, 0.5)).softmax(-1)
+    assert_close(cold, torch.tensor([0.36, 0.09, 0.01]) / 0.46)
+    assert_close(condition_shift(told, null, 1.0, 0.0), condition_shift(told, null, 1.0))
 
 
 def test_inverse_cdf_draws_the_token_whose_interval_holds_u():
