@@ -11,8 +11,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "Turn": "data.trajectory",
     "Trajectory": "data.trajectory",
+    "Comparison": "data.comparison",
     "read_trajectories": "data.io",
+    "read_comparisons": "data.io",
     "write_trajectories": "data.io",
+    "write_comparisons": "data.io",
+    "to_trajectories": "data.preferences",
     "Renderer": "data.rendering",
     "load_model": "models.guided",
     "SamplingConfig": "decoding.sampler",
