@@ -1,13 +1,18 @@
 """Commands about data and files: prepare, check, config."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from offline_lmrl.cli_parser import Parser, call, nearest, split_file
 from offline_lmrl.data.errors import InputError
+
+if TYPE_CHECKING:
+    from offline_lmrl.data.rendering import Renderer
 
 # what follows `prepare` -> module and function; imported on use
 SOURCES = {
@@ -69,21 +74,24 @@ def _check(
     """Say what is in a data set and what will make learning from it fail.
 
     Args:
-      data: a file, folder or hub name of scored trajectories.
+      data: a file, folder or hub name of scored trajectories or of comparisons.
       tokenizer: folder or hub name; adds token counts, a comparison with the chat template, and a row token by token.
       template: auto (the tokenizer's chat template, else the plain one) or plain.
       max_length: count rows with more tokens than this; needs a tokenizer.
-      row: the row of the first split that is shown token by token, from 1.
+      row: the row of the first split that is shown token by token, from 1; of scored trajectories only.
     """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from offline_lmrl.data.checks import check, token_table
-    from offline_lmrl.data.io import read_splits
+    from offline_lmrl.data.io import holds_comparisons, read_splits
 
     if max_length is not None and tokenizer is None:
         raise InputError("max_length: found a length in tokens without a tokenizer, expected --tokenizer too")
+    if holds_comparisons(data):
+        _check_comparisons(data, None if tokenizer is None else _renderer(tokenizer, template), max_length)
+        return
     counts: Counter[str] = Counter()
     splits = read_splits(data, counts=counts)
     name, rows = next(iter(splits.items()))
@@ -98,6 +106,26 @@ def _check(
             reward = "" if token.reward is None else f"{token.reward:g}"
             table.add_row(str(token.index), escape(repr(token.text)), token.role, "x" if token.action else "", reward)
         console.print(table)
+
+
+def _check_comparisons(data: str, renderer: "Renderer | None", max_length: int | None) -> None:
+    from offline_lmrl.data.comparison_batching import encode_comparisons
+    from offline_lmrl.data.comparison_checks import describe
+    from offline_lmrl.data.io import group_key, read_comparison_splits
+    from offline_lmrl.data.windows import WindowRule
+
+    counts: Counter[str] = Counter()
+    splits = read_comparison_splits(data, counts=counts)
+    for name, rows in splits.items():
+        report = describe(rows)
+        if renderer is not None:
+            fits: Counter[str] = Counter()
+            encoded = encode_comparisons(rows, renderer, WindowRule(max_length=max_length or sys.maxsize), fits)
+            report |= {"tokens of the longest row": int(encoded.lengths.max()), **fits}
+        _print_report({name: report})
+    groups = {name: {group_key(row) for row in rows} for name, rows in splits.items()}
+    shared = {f"{a}, {b}": len(groups[a] & groups[b]) for a, b in combinations(groups, 2) if groups[a] & groups[b]}
+    _print_report({"repairs and drops": counts, "groups in two splits": shared})
 
 
 def _renderer(tokenizer: str, template: str):

@@ -341,6 +341,18 @@ def test_prepare_writes_what_check_reads(command, tmp_path):
     assert command("check", tmp_path / "maze")[0] == 0
 
 
+def test_prepare_makes_comparisons_that_check_describes(command, tmp_path):
+    rows = [{"prompt": f"q{i}", "chosen": "a long reply", "rejected": f"no {i % 2}"} for i in range(20)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{}\n")
+    code, out, _ = command("prepare", "preferences", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out")
+    assert code == 0 and out.startswith("rows: 21\nimported: 20\ndropped:\n  fields: expected context")
+    code, out, _ = command("check", tmp_path / "out")
+    assert code == 0 and out.startswith("train:\n  comparisons: ") and "accuracy: 1\n" in out
+    (tmp_path / "in.jsonl").write_text("version https://git-lfs.github.com/spec/v1\n")
+    code, _, err = command("prepare", "preferences", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "new")
+    assert code == 2 and err.count("\n") == 1 and "found a git-LFS pointer" in err
+
+
 def test_prepare_block_of_a_comparison_is_typed(tmp_path):
     prepare_from_settings({"command": "maze", "output": str(tmp_path / "maze"), "episodes": 12})
     assert (tmp_path / "maze" / "train.jsonl").exists()

@@ -34,6 +34,8 @@ PARTS_JOINED = "repaired: text parts joined"
 CALLS_KEPT = "repaired: tool calls kept as JSON text"
 REWARD_REMOVED = "repaired: reward removed from an untrained turn"
 
+COMPARISON_FIELDS = (("chosen",), ("rejected",), ("responses", "ranks"), ("options", "target"))
+
 _MESSAGE_FIELDS = {"role", "content", "tool_calls", *OPTIONAL_TURN_FIELDS}
 _ROW_FIELDS = {"terminated", "group", "task", "source", "labels"}
 
@@ -80,10 +82,10 @@ def extra_columns(row: Mapping, names: set[str], repairs: Counter) -> dict[str, 
 
 def _turns(row: Mapping, present: set[str], where: str, repairs: Counter) -> tuple[list[Turn], str, set[str]]:
     """The turns, the group where the row gives none, and the fields used up."""
-    for name in ("chosen", "rejected", "responses", "ranks"):
-        if name in present and (name in ("chosen", "rejected") or {"responses", "ranks"} <= present):
-            raise InputError(f"{where}: {name}: found a comparison, expected a scored row (messages, or prompt, "
-                             "completion and reward or label); comparisons have to be scored first")
+    for fields in COMPARISON_FIELDS:
+        if set(fields) <= present:
+            raise InputError(f"{where}: {fields[0]}: found a comparison, expected a scored row (messages, or prompt, "
+                             "completion and reward or label); comparisons have to be scored first (to_trajectories)")
     if "messages" in present:
         if "reward" in present:
             raise InputError(f"{where}: reward: found {shown(row['reward'])} beside messages, "

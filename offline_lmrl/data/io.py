@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.comparison import to_record as comparison_record
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import read_row
+from offline_lmrl.data.forms import COMPARISON_FIELDS, read_row
 from offline_lmrl.data.preference_forms import read_comparison
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.trajectory import to_record as trajectory_record
@@ -181,6 +181,12 @@ def raw_splits(source: str | Path, split: str | None = None) -> dict[str, Rows]:
         return _hub_parts(str(source), split)
     raise InputError(f"{source}: found no such file, folder or hub name, "
                      f"expected a {', '.join(_SUFFIXES)} file, a folder of those or owner/name")
+
+
+def holds_comparisons(source: str | Path) -> bool:
+    """Whether the first row of a source is a comparison. Raises InputError where there is no such source."""
+    _, row = next((first for rows in raw_splits(source).values() for first in rows), ("", None))
+    return isinstance(row, Mapping) and any(row.get(name) is not None for name, *_ in COMPARISON_FIELDS)
 
 
 def _part(source: str | Path, split: str | None) -> Rows:

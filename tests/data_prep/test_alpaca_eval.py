@@ -11,7 +11,8 @@ from offline_lmrl.data.io import read_comparisons
 
 def row(output, preference, reference="Dogs bark.", question="Do dogs bark?", **fields):
     return {"instruction": question, "output_1": reference, "generator_1": "ref", "output_2": output,
-            "generator_2": f"m{len(str(output))}", "preference": preference, "annotator": "judge", **fields}  # fmt: skip
+            "generator_2": f"m{len(str(output))}", "preference": preference, "annotator": "judge",
+            **fields}  # fmt: skip
 
 
 def run(tmp_path, rows, **settings):
