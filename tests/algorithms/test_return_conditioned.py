@@ -1,0 +1,166 @@
+"""Return-conditioned training: what is learnt, what is kept of the model it starts from, and what it refuses."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from offline_lmrl.algorithms import load_algorithm
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.decoding.policy import LanguagePolicy, generate_texts
+from offline_lmrl.models.guided import build_model, load_model
+
+TOKENIZER = train_tokenizer(["good bad fine say it\n", "quality: 1/2 2/2"], 300)
+SPEC = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64, "initializer_range": 0.2,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+ASKED = [Turn("user", "say it")]
+
+
+PAYS = {"good": 1.0, "bad": -1.0}  # labels of preference
+
+
+def episode(*replies, pays=PAYS):
+    turns = (turn for text in replies for turn in (*ASKED, Turn("assistant", text, reward=pays[text])))
+    return Trajectory(tuple(turns))
+
+
+PREFERENCES = [episode("good"), episode("bad")] * 8
+
+
+def trainer(folder, algorithm="return_conditioned", model=None, logs=PREFERENCES, lora=None, **settings):
+    torch.manual_seed(0)
+    config, cls = load_algorithm(algorithm)
+    args = config(**{"output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 8, "max_length": 64,
+                     "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+                     "learning_rate": 1e-2} | settings)  # fmt: skip
+    return cls(model or build_model(SPEC, TOKENIZER), args, logs, None, TOKENIZER, lora)
+
+
+def reply(folder, **sampling):
+    """To ASKED, by the run in a folder."""
+    policy = LanguagePolicy.load(folder, device="cpu", max_new_tokens=6, **sampling)
+    return generate_texts(policy, [ASKED])[0][0].text
+
+
+def saved(run):
+    run.train()
+    run.save_model()
+    return run.args.output_dir
+
+
+@pytest.mark.parametrize("condition", ["embedding", "text"])
+def test_the_labels_of_preferences_are_obeyed(tmp_path, condition):
+    folder = saved(trainer(tmp_path, max_steps=40, condition=condition))
+    texts = {ask: reply(folder, ask=ask, temperature=0.0) for ask in (1.0, -1.0, "max", "p0")}
+    assert texts == {1.0: "good", -1.0: "bad", "max": "good", "p0": "bad"}
+    assert LanguagePolicy.load(folder, device="cpu").sampling.ask == "max"
+
+
+def test_the_run_holds_what_its_returns_mean(tmp_path):
+    folder = saved(trainer(tmp_path, ask="p50", condition_scale=0.5))
+    block = load_model(folder).config.offline_lmrl
+    assert block["algorithm"] == "return_conditioned"
+    assert (block["returns"]["condition"], block["returns"]["bins"]) == ("embedding", 2)
+    assert block["returns"]["scale"]["tables"][""]["counts"] == [8, 8]
+    assert block["sampling"]["ask"] == "p50" and block["sampling"]["condition_scale"] == 0.5
+
+
+def test_windows_carry_a_slot_before_every_agent_turn(tmp_path):
+    run = trainer(tmp_path, logs=[episode("good", "bad"), episode("bad", "bad")])
+    # returns to go 0 −1 and −2 −1, bins of −2 −1 0 behind null
+    rows, null = run.train_dataset.batch([0, 1])["input_ids"].tolist(), len(TOKENIZER)
+    assert [[token - null for token in row if token >= null] for row in rows] == [[3, 2], [1, 2]]
+    opening = run.renderer.agent_opening
+    for row in rows:
+        places = [i for i, token in enumerate(row) if token >= null]
+        assert [tuple(row[i + 1 : i + 1 + len(opening)]) for i in places] == [opening] * 2
+
+
+def test_the_table_learns_at_its_own_rate_without_decay(tmp_path):
+    run = trainer(tmp_path)
+    run.create_optimizer_and_scheduler(2)
+    groups = run.optimizer.param_groups
+    table = set(run.model.return_embedding.parameters())
+    assert set(groups[-1]["params"]) == table and not any(table & set(g["params"]) for g in groups[:-1])
+    assert (groups[-1]["initial_lr"], groups[-1]["weight_decay"]) == (0.1, 0.0)
+    assert sum(len(g["params"]) for g in groups) == len(list(run.model.parameters()))
+
+
+def test_a_run_goes_on_in_its_own_bins(tmp_path):
+    first = saved(trainer(tmp_path / "first"))
+    other = [episode("good"), episode("bad", pays={"bad": -9.0})]
+    again = trainer(tmp_path / "again", model=load_model(first), logs=other)
+    assert again.model.config.offline_lmrl["returns"] == load_model(first).config.offline_lmrl["returns"]
+    assert_close(again.model.return_embedding.rows(), load_model(first).return_embedding.rows())
+
+
+@pytest.mark.parametrize("algorithm", ["bc", "ilql"])
+def test_it_starts_from_another_run_and_keeps_its_values_as_they_are(tmp_path, algorithm):
+    first = load_model(saved(trainer(tmp_path / "first", algorithm)))
+    heads = {name: value.clone() for name, value in first.state_dict().items() if "value_heads" in name}
+    run = trainer(tmp_path / "run", model=first)
+    loaded = load_model(saved(run))
+    assert (loaded.value_heads is not None) == (algorithm == "ilql")
+    for name, value in heads.items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    if algorithm == "ilql":
+        assert run.scale.to_dict() == loaded.config.offline_lmrl["reward_scale"]
+        reply(tmp_path / "run", ask="auto", beta=1.0, condition_scale=0.5)
+
+
+def test_values_learnt_behind_it_leave_the_policy_to_the_bit(tmp_path):
+    folder = saved(trainer(tmp_path / "first"))
+    ids = torch.tensor([[len(TOKENIZER) + 2, 5, 9]])
+    expected = load_model(folder)(input_ids=ids).logits
+    frozen = {"policy_weight": 0.0, "value_grad_scale": 0.0, "weight_decay": 0.0}
+    run = trainer(tmp_path / "values", "ilql", model=load_model(folder), **frozen)
+    batch = run.train_dataset.batch(range(16))
+    assert (batch["input_ids"] == len(TOKENIZER)).sum() == 16 and batch["input_ids"].max() == len(TOKENIZER)
+    loaded = load_model(saved(run))
+    assert torch.equal(loaded(input_ids=ids).logits, expected)
+    assert loaded.config.offline_lmrl["returns"] == load_model(folder).config.offline_lmrl["returns"]
+    reply(tmp_path / "values", ask="auto", beta=1.0, condition_scale=1.0)
+
+
+def test_cloning_behind_it_gives_a_plain_policy(tmp_path):
+    folder = saved(trainer(tmp_path / "first"))
+    run = trainer(tmp_path / "bc", "bc", model=load_model(folder))
+    assert run.model.return_embedding is None and "returns" not in run.model.config.offline_lmrl
+    assert run.train_dataset.batch([0])["input_ids"].max() < len(TOKENIZER)
+
+
+def test_an_adapter_brings_the_table_back(tmp_path):
+    peft = pytest.importorskip("peft")
+    build_model(SPEC, TOKENIZER).save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM")
+    run = trainer(tmp_path / "run", model=load_model(tmp_path / "base"), lora=lora)
+    before = run.model.return_embedding.rows().detach().clone()
+    loaded = load_model(saved(run))
+    assert not torch.equal(run.model.return_embedding.rows(), before)
+    assert torch.equal(loaded.return_embedding.rows(), run.model.return_embedding.rows())
+    reply(tmp_path / "run", ask=1.0, condition_scale=1.0)
+
+
+@pytest.mark.parametrize(
+    "logs, settings, message",
+    [
+        ([Trajectory((Turn("user", "a"), Turn("assistant", "b")))], {}, "found no rewards"),
+        ([episode("good"), episode("good")], {}, "found one return, 1,"),
+        (PREFERENCES, {"text": "reply\n", "condition": "text"}, "text: found"),
+    ],
+)
+def test_data_that_tells_no_returns_apart_is_refused(tmp_path, logs, settings, message):
+    with pytest.raises(InputError, match=message):
+        trainer(tmp_path, logs=logs, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"bins": 1}, {"binning": "log"}, {"per": "row"}, {"condition": "prefix"}, {"condition_dropout": 1.5},
+     {"discount_per_turn": 0.0}, {"ask": "most"}, {"ask": float("nan")}, {"condition_scale": -1.0}],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused_by_name(tmp_path, settings):
+    with pytest.raises(InputError, match=f"{next(iter(settings))}: found"):
+        trainer(tmp_path, **settings)
