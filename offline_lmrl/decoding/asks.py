@@ -53,7 +53,7 @@ class Asks:
             asked = self.slots.remaining(self.asks[row], rewards)
         self.used[row], self.read[row] = asked, texts
         self._note(row, asked[0], asked[-1])
-        return [self.slots.ids(value, self.task) for value in asked]
+        return [self.slots.ids(one, self.task) for one in asked]
 
     def _note(self, row: int, ask: float, now: float) -> None:
         """Keeps what the first reply of a row was asked for, and says once where the data do not reach so far."""

@@ -80,6 +80,16 @@ def test_packed_steps_caches_and_generate_read_the_rows_too(family):
         assert written[n] == int(model(input_ids=torch.tensor([written[:n]])).logits[0, -1].argmax())
 
 
+def test_padding_and_the_order_of_rows_change_no_loss():
+    model, batch = conditioned(), slotted_batch()
+    expected = model(**batch)["log_prob"]
+    padded = tiny_batch(padding=3) | {"steps": batch["steps"]}
+    padded["input_ids"][:, 0] = batch["input_ids"][:, 0]
+    assert_close(model(**padded)["log_prob"], expected)
+    swapped = {name: batch[name].flip(0) for name in ("input_ids", "attention_mask")}
+    assert_close(model(**swapped, steps=batch["steps"] | {"row": 1 - batch["steps"]["row"]})["log_prob"], expected)
+
+
 def test_values_of_extra_rows_read_the_rows_of_returns():
     model, batch = conditioned(heads=ValueHeadsConfig("mlp")), slotted_batch()
     torch.nn.init.normal_(model.value_heads.v.weight)

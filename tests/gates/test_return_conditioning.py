@@ -1,0 +1,123 @@
+"""Acceptance gates of return conditioning: what is asked for is earned, and the ask is updated. `pytest -m gates`."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import transformers
+
+from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
+from offline_lmrl.algorithms.return_conditioned import ReturnConditionedConfig, ReturnConditionedTrainer
+from offline_lmrl.data.conditioning import LABEL, returns_to_go
+from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.environments.rollouts import rollout
+from offline_lmrl.environments.scripted import Forced
+from offline_lmrl.environments.toys_conditioned import Count, Count1, Talk
+from offline_lmrl.models.guided import build_model, slots_of
+
+pytestmark = pytest.mark.gates
+
+SPEC = {
+    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 168,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 96,
+    "tie_word_embeddings": True, "initializer_range": 0.1,
+}  # fmt: skip
+EPISODES = 64  # per ask
+
+
+def fitted(folder, logs, seed, steps, config=ReturnConditionedConfig, trainer=ReturnConditionedTrainer):
+    """A trainer that has trained a model from scratch."""
+    tokenizer = train_tokenizer((turn.content for t in logs for turn in t.turns), 300)
+    args = config(
+        output_dir=str(folder), max_steps=steps, seed=seed, per_device_train_batch_size=64, max_length=96,
+        save_strategy="no", use_cpu=True, disable_tqdm=True, adam_beta2=0.98, learning_rate=2e-3,
+    )  # fmt: skip
+    transformers.set_seed(seed)
+    run = trainer(build_model(SPEC, tokenizer), args, logs, None, tokenizer)
+    run.train()
+    return run
+
+
+def trained(folder, logs, seed, steps):
+    """Plays what is asked: ask -> policy."""
+    run = fitted(folder, logs, seed, steps)
+    return lambda ask: LanguagePolicy(run.model, run.renderer, SamplingConfig(max_new_tokens=20, ask=ask))
+
+
+class Held:
+    """The ablation: the policy never hears of a reward, so its ask stays what it was."""
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def start(self, seeds):
+        self.session = self.policy.start(seeds)
+        return self
+
+    def reply(self, rows, histories, options=None):
+        unpaid = [[replace(turn, reward=None) for turn in history] for history in histories]
+        return self.session.reply(rows, unpaid, options)
+
+
+def achieved(policy, toy):
+    return np.array([t.total_return for t in rollout(policy, toy, range(EPISODES))])
+
+
+def obedience(play, toy, asks):
+    """Correlation and mean distance of what is asked and what is achieved."""
+    earned = np.concatenate([achieved(play(float(ask)), toy) for ask in asks])
+    asked = np.repeat(np.array(asks, dtype=float), EPISODES)
+    return np.corrcoef(asked, earned)[0, 1], np.abs(asked - earned).mean()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_count_earns_what_is_asked_of_it(tmp_path, seed):
+    play = trained(tmp_path, Count().logs(4000, seed), seed, steps=600)
+    correlation, distance = obedience(play, Count, range(9))
+    assert correlation > 0.9 and distance < 0.75
+    assert achieved(play("max"), Count).mean() >= 7.5
+    earned, wasted = ["g"] * 3, ["a"] * 3
+    assert achieved(Forced(play(5.0), earned), Count).mean() == pytest.approx(5, abs=1)
+    assert achieved(Forced(Held(play(5.0)), earned), Count).mean() >= 7
+    assert achieved(Forced(play(5.0), wasted), Count).mean() == pytest.approx(5, abs=1)
+    assert obedience(lambda ask: Held(play(ask)), Count, range(2, 7))[1] > 1.5
+
+
+def held_out_loss(run, logs, slots=None):
+    run.encoder.slots = slots
+    return run.evaluate(run._windows(logs, run.args, Counter()))["eval_loss"]
+
+
+def test_the_null_row_is_the_cloned_policy(tmp_path):
+    logs, held_out = Count().logs(4000, 0), Count().logs(1000, 1)
+    cloned = fitted(tmp_path / "bc", logs, 0, 600, BCConfig, BCTrainer)
+    told = fitted(tmp_path / "rc", logs, 0, 600)
+    null = held_out_loss(told, held_out, slots_of(told.model, told.renderer).nulls)
+    assert null == pytest.approx(held_out_loss(cloned, held_out), abs=0.02)
+
+
+def test_shuffled_returns_are_not_obeyed(tmp_path):
+    logs = Count().logs(4000, 0)
+    order = np.random.default_rng(0).permutation(len(logs))
+    shuffled = [replace(t, labels={LABEL: returns_to_go(logs[i])}) for t, i in zip(logs, order, strict=True)]
+    correlation, _ = obedience(trained(tmp_path, shuffled, 0, steps=600), Count, range(9))
+    assert abs(correlation) < 0.2
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_one_long_turn_earns_what_is_asked_of_it(tmp_path, seed):
+    play = trained(tmp_path, Count1().logs(4000, seed), seed, steps=600)
+    correlation, distance = obedience(play, Count1, range(9))
+    assert correlation > 0.9 and distance < 0.75
+    assert achieved(play("max"), Count1).mean() >= 7.5
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_second_turn_of_a_talk_earns_what_the_first_left_over(tmp_path, seed):
+    play = trained(tmp_path, Talk().logs(4000, seed), seed, steps=900)
+    first = "g a b c d e f h"  # earns 1
+    second = achieved(Forced(play(6.0), [first]), Talk) - 1
+    assert second.mean() == pytest.approx(5, abs=1)
