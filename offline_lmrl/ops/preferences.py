@@ -137,6 +137,7 @@ def fit_bradley_terry(wins: Tensor, prior_std: float = 1.0) -> Tensor:
         ignored. Rows and columns of 0 fill smaller groups and keep strength 0.
       prior_std: spread of strengths to be expected, in nats of log odds.
     Returns: (G,K) fp64.
+    Raises: ValueError where 200 steps do not suffice, as with weights over ten decades and hardly any prior.
     """
     check_shapes("g k k", wins)
     wins = wins.double()

@@ -206,6 +206,14 @@ def test_latent_strengths_of_sure_winners_stay_finite_and_maximise_the_posterior
         assert strength[0, 0] > strength[0, 1] and strength[1, 2] == strength[1, 3] == 0
 
 
+def test_latent_strengths_are_found_where_full_newton_steps_would_run_away():
+    wins = torch.zeros(1, 4, 4)
+    wins[0, 0, 2] = wins[0, 2, 1] = 1e6
+    wins[0, 3, 0], wins[0, 3, 1] = 1e2, 1e5
+    strength = fit_bradley_terry(wins)[0]
+    assert strength.argsort(descending=True).tolist() == [3, 0, 2, 1]
+
+
 def test_scores_are_centred_within_their_group():
     value, group = torch.tensor([1.0, 5.0, 3.0, 10.0]), torch.tensor([0, 1, 0, 1])
     assert_close(centred_per_group(value, group), torch.tensor([-1.0, -2.5, 1.0, 2.5]))
