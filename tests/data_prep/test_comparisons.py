@@ -3,13 +3,19 @@
 import gzip
 import itertools
 import json
+from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep import alpaca_eval, hh_rlhf, preferences
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import read_comparisons
+from offline_lmrl.data.preference_forms import read_comparison
+from offline_lmrl.data.trajectory import messages_of
 from tests.comparisons import check_invariants, mutated_lines
+from tests.data_prep.test_hh_rlhf import normalise, transcripts
 
 TALK = "\n\nHuman: {}?\n\nAssistant: one\n\nHuman: go on\n\nAssistant:"
 REPLY = [{"role": "assistant", "content": "a"}]
@@ -73,6 +79,57 @@ def test_every_common_form_keeps_the_invariants(tmp_path):
              "q5 a", "q5 b", "q6 a", "q6 c"]  # fmt: skip
     check_invariants([row for row in made if row.context], lambda row: [
         " ".join(turn.content for turn in (*row.context, *option)) for option in row.options], words, str)
+
+
+WORDS = st.text(st.characters(codec="utf-8"), max_size=8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(WORDS, min_size=1, max_size=5), WORDS, WORDS)
+def test_any_pair_of_transcripts_keeps_the_invariants_or_is_dropped_once(said, first, second):
+    before = "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {text}" for i, text in enumerate(said))
+    before += "\n\nHuman: x" * (len(said) % 2 == 0) + "\n\nAssistant:"
+    row = {"chosen": before + f" {first}", "rejected": before + f" {second}"}
+    counts = Counter()
+    made = hh_rlhf.read_transcripts(row, "f:1", counts)
+    dropped = [reason for reason in counts if reason.startswith("dropped: ")]
+    assert len(dropped) == (made is None)
+    if made is not None:
+        check_invariants([made], transcripts, list(row.values()), normalise)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(("system", "user", "assistant")), WORDS), max_size=4), WORDS, WORDS,
+       st.booleans())  # fmt: skip
+def test_any_pair_of_messages_keeps_the_invariants_or_is_dropped_once(said, first, second, explicit):
+    before = [{"role": "user", "content": "x"}, *({"role": role, "content": text} for role, text in said)]
+    sides = [[{"role": "assistant", "content": text}] for text in (first, second)]
+    row = {"prompt": before, "chosen": sides[0], "rejected": sides[1]} if explicit else {
+        "chosen": before + sides[0], "rejected": before + sides[1]}  # fmt: skip
+    counts = Counter()
+    made = read_comparison(row, "f:1", counts)
+    assert sum(reason.startswith("dropped: ") for reason in counts) == (made is None)
+    if made is not None:
+
+        def shown(turns):
+            return str([(turn["role"], turn["content"]) for turn in turns])
+
+        check_invariants([made], lambda row: [shown(messages_of((*row.context, *option))) for option in row.options],
+                         [shown(before + side) for side in sides], str)  # fmt: skip
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(WORDS.filter(str.strip), st.floats(1, 2)), min_size=1, max_size=4,
+                unique_by=lambda pair: tuple(pair[0].split())))  # fmt: skip
+def test_any_star_of_judgements_keeps_the_invariants(judged):
+    rows = [alpaca_eval.read_judged({"instruction": "q", "output_1": "the ref", "output_2": f"{i} {text}",
+                                     "preference": preference}, "f:1", Counter())
+            for i, (text, preference) in enumerate(judged)]  # fmt: skip
+    (made,) = alpaca_eval.assemble(rows, True, None, Counter())
+    check_invariants([made], lambda row: [option[0].content for option in row.options],
+                     [text for row in rows for text in row.outputs], str)  # fmt: skip
+    for i, (_, preference) in enumerate(judged, 1):
+        assert made.preference(i, 0) == pytest.approx(preference - 1, abs=2e-9)
 
 
 def test_groups_of_the_test_file_leave_the_training_rows(tmp_path):
