@@ -8,7 +8,7 @@ proportion to its odds p / (1 − p), the reference's to 1 (Luce's choice, which
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from offline_lmrl.data.forms import Drop, read_text
 from offline_lmrl.data.preference_forms import root_group
 from offline_lmrl.data.trajectory import Turn, finite, shown
 
+KEPT = ("annotator", "dataset")  # columns that go to the labels; several values of one comparison are joined
 _CERTAIN = 1e-9  # the least probability either way: odds of a judge that is sure are not known
 
 
@@ -30,7 +31,7 @@ class Judged(NamedTuple):
     outputs: tuple[str, str]
     generators: tuple[str, str]
     preference: float
-    labels: Mapping[str, Any]
+    labels: Mapping[str, str]
 
 
 def prepare(
@@ -89,7 +90,7 @@ def read_judged(row: Any, where: str, counts: Counter[str]) -> Judged | None:
         counts[f"dropped: {drop}"] += 1
         return None
     counts.update(repairs)
-    labels = {name: row[name] for name in ("annotator", "dataset") if isinstance(row.get(name), str)}
+    labels = {name: row[name] for name in KEPT if isinstance(row.get(name), str)}
     return Judged(texts["instruction"], outputs, (texts["generator_1"], texts["generator_2"]), preference, labels)
 
 
@@ -139,8 +140,9 @@ def _compare(rows: Sequence[Judged], reference: str, counts: Counter[str]) -> Co
     total = math.fsum(odds)
     context = (Turn("user", rows[0].instruction),)
     texts = [reference, *mean]
-    labels = {**rows[0].labels, "options": [
-        {"generator": ", ".join(authors[text]), "preference": mean.get(text, 0.5)} for text in texts]}  # fmt: skip
+    said = {name: dict.fromkeys(row.labels[name] for row in rows if name in row.labels) for name in KEPT}
+    labels: dict[str, Any] = {name: ", ".join(values) for name, values in said.items() if values}
+    labels["options"] = [{"generator": ", ".join(authors[text]), "preference": mean.get(text, 0.5)} for text in texts]
     return Comparison(context, tuple((Turn("assistant", text),) for text in texts),
                       tuple(value / total for value in odds), group=root_group(context), source="alpaca-eval",
                       labels=labels)  # fmt: skip
@@ -161,7 +163,7 @@ def _preference(value: Any, where: str, repairs: Counter[str]) -> float:
     return value - 1
 
 
-def _mean_preferences(rows: Any) -> dict[str, float]:
+def _mean_preferences(rows: Iterable[Judged]) -> dict[str, float]:
     """How often each author of a second output is preferred to the first."""
     values = defaultdict(list)
     for row in rows:

@@ -140,6 +140,7 @@ def test_other_columns_are_kept_as_labels_and_other_message_fields_counted(tmp_p
     ({"prompt": "p", "chosen": "a", "rejected": "b"}, "chosen: found a comparison, expected a scored row"),
     ({"chosen": [agent()], "rejected": [agent()]}, "chosen: found a comparison, expected a scored row"),
     ({"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}, "responses: found a comparison, expected a scored"),
+    ({"context": [], "options": [[agent()], [agent()]], "target": [1, 0]}, "options: found a comparison, expected a"),
     ({"text": "hello"}, "fields: found text, expected messages, or prompt, completion and reward or label"),
     ({"prompt": "p", "completion": "a"}, "reward: found neither reward nor label, expected one of them"),
     ({"prompt": "p", "completion": "a", "label": 1}, "label: found 1, expected true, false or null"),
