@@ -208,8 +208,8 @@ class Sampler:
           options: the only texts allowed for each prompt, None = any.
           memory: keeps caches for the next turn, under the session's `rows`, one per prompt.
         """
-        guided = self.config.beta != 0.0 or self.config.condition_scale != 0.0
-        told = self.null is not None and any(token > self.null for prompt in prompts for token in prompt)
+        guided = self.null is not None and (self.config.beta != 0.0 or self.config.condition_scale != 0.0)
+        told = guided and any(token > self.null for prompt in prompts for token in prompt)
         run = _Run(
             sampler=self,
             prompts=[list(prompt) for prompt in prompts],
@@ -218,7 +218,7 @@ class Sampler:
             options=[self._option_ids(texts) for texts in options or [None] * len(prompts)],
             memory=self._usable(memory),
             rows=list(rows or range(len(prompts))),
-            streams=2 if guided and told else 1,
+            streams=2 if told else 1,
             with_hidden=self.config.beta != 0.0,
         )
         with _evaluating(self.model):
