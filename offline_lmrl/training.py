@@ -1,5 +1,5 @@
-"""The one base of every offline trainer: transformers' Trainer with packed action steps, exact token counts, target
-updates, checkpoints that are whole or absent, and losses that do not depend on how a batch was split."""
+"""The one base of every offline trainer: transformers' Trainer with packed batches, exact counts, target updates,
+checkpoints that are whole or absent, and losses that do not depend on how a batch was split."""
 
 import json
 import os
@@ -21,7 +21,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from offline_lmrl.data.batching import TokenBatch, WindowDataset, WindowRef, collate_windows, encode_trajectories
+from offline_lmrl.data.batching import WindowDataset, WindowRef, encode_trajectories
+from offline_lmrl.data.comparison_batching import ComparisonDataset, ComparisonRef
 from offline_lmrl.data.episodes import EpisodeEncoder, SlotsOfLog, StepRule
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import fingerprint, read_trajectories
@@ -30,27 +31,26 @@ from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.data.windows import WindowRule
 from offline_lmrl.models.adapters import load_heads, require_peft, save_heads, settings, unfreeze_heads
-from offline_lmrl.models.guided import attach, load_model
+from offline_lmrl.models.guided import attach, build_model, load_model
 
+Dataset = WindowDataset | ComparisonDataset
 CONFIG_FILES = ("config.json", "adapter_config.json")  # a folder without them is no model
 
 
 @dataclass
-class OfflineConfig(TrainingArguments):
-    """What every offline algorithm takes beside the fields of `transformers.TrainingArguments`.
+class BaseConfig(TrainingArguments):
+    """What every algorithm takes beside the fields of `transformers.TrainingArguments`.
 
     context: most turns that the policy sees before its own; None = all. 1 makes a fully observed game Markov.
     stride: turns by which that window moves at a time (data/windows.py).
     max_length: most tokens of a window; whole oldest turns are dropped, never the reply.
     template: `auto` (the tokenizer's chat template, else the plain one) or `plain`.
-    reward_scale: divisor of rewards; None = the range of the training returns.
     """
 
     context: int | None = None
     stride: int = 1
     max_length: int = 1024
     template: str = "auto"
-    reward_scale: float | None = None
 
     learning_rate: float = 1e-5
     weight_decay: float = 0.01
@@ -67,13 +67,26 @@ class OfflineConfig(TrainingArguments):
         WindowRule(self.context, self.stride, self.max_length)  # checks the ranges
         if self.template not in ("auto", "plain"):
             raise InputError(f"template: found {self.template!r}, expected 'auto' or 'plain'")
-        if self.reward_scale is not None and not self.reward_scale > 0:
-            raise InputError(f"reward_scale: found {self.reward_scale}, expected a number above 0")
         super().__post_init__()
 
     @property
     def window(self) -> WindowRule:
         return WindowRule(self.context, self.stride, self.max_length)
+
+
+@dataclass
+class OfflineConfig(BaseConfig):
+    """What every algorithm takes that learns from scored trajectories.
+
+    reward_scale: divisor of rewards; None = the range of the training returns.
+    """
+
+    reward_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.reward_scale is not None and not self.reward_scale > 0:
+            raise InputError(f"reward_scale: found {self.reward_scale}, expected a number above 0")
+        super().__post_init__()
 
 
 def check_range(config: object, **bounds: tuple[float, float]) -> None:
@@ -125,18 +138,14 @@ class EvenBatches(torch.utils.data.BatchSampler):
             yield batch + [self.surplus] * (self.batch_size - len(batch))
 
 
-def collate_even(items: Sequence[WindowRef]) -> TokenBatch:
+def collate_even(items: Sequence[WindowRef | ComparisonRef]) -> Mapping[str, Any]:
     """The data collator for `EvenBatches`: leaves out items behind the dataset's end.
 
-    Every rank has to run forward, so of a batch of nothing else one window is left, without steps.
+    Every rank has to run forward, so a batch of nothing else becomes one that counts for nothing.
     """
     dataset = items[0].dataset
-    real = [item for item in items if item.index < len(dataset)]
-    batch = collate_windows(real or [dataset[0]])
-    if not real:
-        batch["action_mask"] = torch.zeros_like(batch["action_mask"])
-        batch["steps"] = {name: values[:0] for name, values in batch["steps"].items()}
-    return batch
+    real = [item.index for item in items if item.index < len(dataset)]
+    return dataset.batch(real) if real else dataset.surplus_batch()
 
 
 class TargetUpdates(TrainerCallback):
@@ -170,29 +179,28 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 
 
-class OfflineTrainer(transformers.Trainer):
-    """Trains a guided model on scored trajectories.
+class BaseTrainer(transformers.Trainer):
+    """Trains a model on a packed data set, whose batches are one dict of tensors and give one loss per item.
 
-    A subclass says which terms it minimises (`loss_terms`), what forward must return for them (`forward_options`), how
-    rewards are laid over tokens (`step_rule`) and which parts the model needs (`prepare_model`).
+    A subclass says how data and model are made ready (`prepare`), what it minimises (`losses`) and what is counted
+    (`items_in`); for `run.train` also how it reads its data and makes its model.
 
     Args:
-      model: a causal LM, or a folder or hub name of one.
-      train_dataset, eval_dataset: trajectories, or a path or hub name that `read_trajectories` takes.
+      model: a model, or a folder or hub name of one.
+      train_dataset, eval_dataset: rows of data, or a path or hub name.
       processing_class: the tokenizer; by default the one that lies with the model.
-      peft_config: trains an adapter instead of the trunk; heads are trained and saved in full beside it.
+      peft_config: trains an adapter instead of the trunk.
     """
 
-    loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole optimizer step
+    loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole optimizer step
     algorithm = ""
-    rows_for_next_v = False
 
     def __init__(
         self,
         model: PreTrainedModel | str,
-        args: OfflineConfig,
-        train_dataset: Sequence[Trajectory] | str | Path,
-        eval_dataset: Sequence[Trajectory] | str | Path | None = None,
+        args: BaseConfig,
+        train_dataset: Sequence[Any] | str | Path,
+        eval_dataset: Sequence[Any] | str | Path | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
         **kwargs: Any,
@@ -204,32 +212,14 @@ class OfflineTrainer(transformers.Trainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             processing_class = transformers.AutoTokenizer.from_pretrained(name)
         self.renderer = Renderer(processing_class, args.template)
-        train = self.select(_read(train_dataset), args)
-        model = load_model(model) if isinstance(model, str) else model
-        self.check_model(model, args)
-        self.scale = self.fit_scale(model, train, args)
-        slots = self.slots(model, train, args)
-        self.encoder = EpisodeEncoder(self.renderer, args.window, self.step_rule(args), self.scale, slots)
         self.counts: Counter[str] = Counter()
-        windows = self._windows(train, args, self.counts)
-        model = self.prepare_model(model, args, windows)
-        model.config.offline_lmrl = settings(model.config) | {
-            "algorithm": self.algorithm,
-            "template": args.template,
-            "tokenizer": self.renderer.fingerprint,
-            "window": asdict(args.window),
-            "step_rule": asdict(self.step_rule(args)),
-            "reward_scale": self.scale.to_dict(),
-            "data": fingerprint(train),
-        } | self.stored_blocks(args)  # fmt: skip
-        if peft_config is not None:
-            model = _with_adapter(model, peft_config)
+        model, train, held_out = self.prepare(model, args, train_dataset, eval_dataset, peft_config)
         super().__init__(
             model,
             args,
             data_collator=collate_even,
-            train_dataset=windows,
-            eval_dataset=None if eval_dataset is None else self._windows(_read(eval_dataset), args, Counter()),
+            train_dataset=train,
+            eval_dataset=held_out,
             processing_class=processing_class,
             **kwargs,
         )
@@ -240,51 +230,40 @@ class OfflineTrainer(transformers.Trainer):
             self.add_callback(LossBar())
         self._sums: dict[str, Tensor] = {}
 
-    # What an algorithm says of itself.
+    # What a subclass says of itself.
 
-    def select(self, trajectories: Sequence[Trajectory], args: OfflineConfig) -> Sequence[Trajectory]:
-        """The trajectories that are trained on."""
-        return trajectories
+    @staticmethod
+    def read(source: str | Path) -> list[Any]:
+        """The rows of data at a path or hub name."""
+        raise TypeError("this trainer does not say what it reads")
 
-    def step_rule(self, args: OfflineConfig) -> StepRule:
-        return StepRule()
+    @staticmethod
+    def new_model(args: BaseConfig, spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """A model from scratch; see `build_model` for `spec`."""
+        raise TypeError("this trainer does not say what it trains")
 
-    def fit_scale(self, model: PreTrainedModel, train: Sequence[Trajectory], args: OfflineConfig) -> RewardScale:
-        """The unit of rewards, before anything is encoded."""
-        return RewardScale.fit(train, args.reward_scale, discounted=self.step_rule(args).discounted)
+    @staticmethod
+    def open_model(args: BaseConfig, path: str, trust_remote_code: bool) -> PreTrainedModel:
+        """The model in a folder, or of a hub name."""
+        raise TypeError("this trainer does not say what it trains")
 
-    def slots(self, model: PreTrainedModel, train: Sequence[Trajectory], args: OfflineConfig) -> SlotsOfLog | None:
-        """What stands before the agent's turns (data/conditioning.py); None = nothing."""
-        return None
+    def prepare(
+        self, model: PreTrainedModel | str, args: BaseConfig, train: Any, held_out: Any, peft_config: Any
+    ) -> tuple[torch.nn.Module, Dataset, Dataset | None]:
+        """The model with all its parts, and the encoded data; `counts` gets what was left out of them."""
+        raise TypeError(f"{type(self).__name__} does not say what it trains")
 
-    def prepare_model(self, model: PreTrainedModel, args: OfflineConfig, windows: WindowDataset) -> PreTrainedModel:
-        """The guided model with the parts that this algorithm needs."""
-        return attach(model, None)
-
-    def stored_blocks(self, args: OfflineConfig) -> Mapping[str, Any]:
-        """Further entries of the `offline_lmrl` block of config.json."""
-        return {}
-
-    def forward_options(self) -> Mapping[str, Any]:
-        return {}
-
-    def loss_terms(
-        self, outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss per action token, (N,), and what to log: name -> (N,) or (K,), averaged over what they count."""
+    def losses(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss per item, (N,), and what to log: name -> (N,) or (K,), averaged over what they count."""
         raise TypeError(f"{type(self).__name__} does not say what it minimises")
+
+    def items_in(self, batch: Mapping[str, Any]) -> int:
+        """What the loss is averaged over."""
+        raise TypeError(f"{type(self).__name__} does not say what it counts")
 
     # The shared machinery.
 
-    def _windows(self, trajectories: Sequence[Trajectory], args: OfflineConfig, counts: Counter[str]) -> WindowDataset:
-        columns = encode_trajectories(trajectories, self.encoder, counts)
-        pad_id = self.renderer.close_id  # any id: the attention mask, never the id, says what is padding
-        return WindowDataset(columns, pad_id, next_rows=self.rows_for_next_v, end_rows=self.rows_for_end_v(args))
-
-    def rows_for_end_v(self, args: OfflineConfig) -> bool:
-        return False
-
-    def check_model(self, model: PreTrainedModel, args: OfflineConfig) -> None:
+    def check_model(self, model: PreTrainedModel, args: BaseConfig) -> None:
         """Whether the model can read what will be rendered for it."""
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and args.max_length > limit:
@@ -321,21 +300,16 @@ class OfflineTrainer(transformers.Trainer):
         return torch.utils.data.SequentialSampler(eval_dataset)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """Action tokens of the optimizer step: all micro-batches, all ranks."""
-        count = torch.tensor([sum(len(batch["steps"]["row"]) for batch in batch_samples)], device=device)
+        """Items of the optimizer step: all micro-batches, all ranks."""
+        count = torch.tensor([sum(map(self.items_in, batch_samples))], device=device)
         return self.accelerator.gather(count).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = self._forward(model, inputs)
-        per_step, logged = self.loss_terms(outputs, inputs["steps"])
+        per_item, logged = self.losses(model, inputs)
         self._add_up(logged)
         # DDP averages gradients over ranks, the count is global: multiply once by the world size.
-        loss = per_step.sum() * self.args.world_size / num_items_in_batch
-        return (loss, outputs) if return_outputs else loss
-
-    def _forward(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        inputs = {name: value for name, value in batch.items() if name != "action_mask"}
-        return model(**inputs, **self.forward_options())
+        loss = per_item.sum() * self.args.world_size / num_items_in_batch
+        return (loss, logged) if return_outputs else loss
 
     def _add_up(self, logged: Mapping[str, Tensor]) -> None:
         for name, values in logged.items():
@@ -357,7 +331,7 @@ class OfflineTrainer(transformers.Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        """Token-weighted means over the whole set, the same for any batch size and number of ranks."""
+        """Means over the items of the whole set, the same for any batch size and number of ranks."""
         training_sums, self._sums = self._sums, {}
         dataset, size = dataloader.dataset, self.args.eval_batch_size
         model = self._wrap_model(self.model, training=False).eval()
@@ -368,9 +342,9 @@ class OfflineTrainer(transformers.Trainer):
             start = starts[number % len(starts)]
             batch = self._prepare_inputs(dataset.batch(range(start, min(start + size, len(dataset)))))
             with self.compute_loss_context_manager():
-                per_step, logged = self.loss_terms(self._forward(model, batch), batch["steps"])
+                per_item, logged = self.losses(model, batch)
             if number < len(starts):
-                self._add_up({"loss": per_step, **logged})
+                self._add_up({"loss": per_item, **logged})
         metrics = self._averages(f"{metric_key_prefix}_")
         self._sums = training_sums
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataset))
@@ -449,6 +423,111 @@ class OfflineTrainer(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)  # Trainer's own way leaves heads behind
+
+
+class OfflineTrainer(BaseTrainer):
+    """Trains a guided model on scored trajectories.
+
+    A subclass says which terms it minimises (`loss_terms`), what forward must return for them (`forward_options`), how
+    rewards are laid over tokens (`step_rule`) and which parts the model needs (`prepare_model`).
+
+    Args:
+      model: a causal LM, or a folder or hub name of one.
+      train_dataset, eval_dataset: trajectories, or a path or hub name that `read_trajectories` takes.
+      processing_class: the tokenizer; by default the one that lies with the model.
+      peft_config: trains an adapter instead of the trunk; heads are trained and saved in full beside it.
+    """
+
+    rows_for_next_v = False
+
+    def prepare(self, model, args: OfflineConfig, train, held_out, peft_config):
+        train = self.select(_read(train), args)
+        model = load_model(model) if isinstance(model, str) else model
+        self.check_model(model, args)
+        self.scale = self.fit_scale(model, train, args)
+        slots = self.slots(model, train, args)
+        self.encoder = EpisodeEncoder(self.renderer, args.window, self.step_rule(args), self.scale, slots)
+        windows = self._windows(train, args, self.counts)
+        model = self.prepare_model(model, args, windows)
+        model.config.offline_lmrl = settings(model.config) | {
+            "algorithm": self.algorithm,
+            "template": args.template,
+            "tokenizer": self.renderer.fingerprint,
+            "window": asdict(args.window),
+            "step_rule": asdict(self.step_rule(args)),
+            "reward_scale": self.scale.to_dict(),
+            "data": fingerprint(train),
+        } | self.stored_blocks(args)  # fmt: skip
+        if peft_config is not None:
+            model = _with_adapter(model, peft_config)
+        return model, windows, None if held_out is None else self._windows(_read(held_out), args, Counter())
+
+    @staticmethod
+    def read(source: str | Path) -> list[Trajectory]:
+        return read_trajectories(source)
+
+    @staticmethod
+    def new_model(args: OfflineConfig, spec, tokenizer) -> PreTrainedModel:
+        return build_model(spec, tokenizer)
+
+    @staticmethod
+    def open_model(args: OfflineConfig, path: str, trust_remote_code: bool) -> PreTrainedModel:
+        return load_model(path, trust_remote_code=trust_remote_code)
+
+    # What an algorithm says of itself.
+
+    def select(self, trajectories: Sequence[Trajectory], args: OfflineConfig) -> Sequence[Trajectory]:
+        """The trajectories that are trained on."""
+        return trajectories
+
+    def step_rule(self, args: OfflineConfig) -> StepRule:
+        return StepRule()
+
+    def fit_scale(self, model: PreTrainedModel, train: Sequence[Trajectory], args: OfflineConfig) -> RewardScale:
+        """The unit of rewards, before anything is encoded."""
+        return RewardScale.fit(train, args.reward_scale, discounted=self.step_rule(args).discounted)
+
+    def slots(self, model: PreTrainedModel, train: Sequence[Trajectory], args: OfflineConfig) -> SlotsOfLog | None:
+        """What stands before the agent's turns (data/conditioning.py); None = nothing."""
+        return None
+
+    def prepare_model(self, model: PreTrainedModel, args: OfflineConfig, windows: WindowDataset) -> PreTrainedModel:
+        """The guided model with the parts that this algorithm needs."""
+        return attach(model, None)
+
+    def stored_blocks(self, args: OfflineConfig) -> Mapping[str, Any]:
+        """Further entries of the `offline_lmrl` block of config.json."""
+        return {}
+
+    def forward_options(self) -> Mapping[str, Any]:
+        return {}
+
+    def loss_terms(
+        self, outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss per action token, (N,), and what to log: name -> (N,) or (K,), averaged over what they count."""
+        raise TypeError(f"{type(self).__name__} does not say what it minimises")
+
+    # What all of them share.
+
+    def _windows(self, trajectories: Sequence[Trajectory], args: OfflineConfig, counts: Counter[str]) -> WindowDataset:
+        columns = encode_trajectories(trajectories, self.encoder, counts)
+        pad_id = self.renderer.close_id  # any id: the attention mask, never the id, says what is padding
+        return WindowDataset(columns, pad_id, next_rows=self.rows_for_next_v, end_rows=self.rows_for_end_v(args))
+
+    def rows_for_end_v(self, args: OfflineConfig) -> bool:
+        return False
+
+    def items_in(self, batch: Mapping[str, Any]) -> int:
+        """Action tokens."""
+        return len(batch["steps"]["row"])
+
+    def losses(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss_terms(self._forward(model, batch), batch["steps"])
+
+    def _forward(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        inputs = {name: value for name, value in batch.items() if name != "action_mask"}
+        return model(**inputs, **self.forward_options())
 
 
 def _with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:

@@ -8,7 +8,9 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,23 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from offline_lmrl.algorithms import load_algorithm
-from offline_lmrl.data.batching import WindowDataset
+from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import fingerprint, read_trajectories
+from offline_lmrl.data.io import fingerprint
 from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.models.adapters import require_peft
-from offline_lmrl.models.guided import build_model, load_model
-from offline_lmrl.training import OfflineConfig, OfflineTrainer
+from offline_lmrl.training import BaseConfig, BaseTrainer
+
+Rows = list[Trajectory] | list[Comparison]
 
 
 @dataclass
 class ModelConfig:
     """Where the model comes from: exactly one of `path` and `scratch`.
 
-    path: folder or hub name of a causal LM, or a run of this project (its heads come along).
+    path: folder or hub name of a causal LM, or a run of this project (its heads come along); for a reward model its
+      trunk.
     scratch: a small model with fresh weights: `model_type` and the fields of that family's config.
     tokenizer: folder or hub name; None = the one at `path`, or one trained on the training data (scratch).
     vocab_size: size of a tokenizer trained here.
@@ -59,7 +63,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Scored trajectories: a file, a folder or a hub name.
+    """Scored trajectories, for a reward model comparisons: a file, a folder or a hub name.
 
     train: what is learnt from. validation: what eval_loss is measured on; None = nothing.
     """
@@ -68,35 +72,40 @@ class DataConfig:
     validation: str | None = None
 
 
-def build_tokenizer(config: ModelConfig, trajectories: list[Trajectory]) -> PreTrainedTokenizerBase:
-    """The tokenizer that the model config names, or one trained on the trajectories' text."""
+def build_tokenizer(config: ModelConfig, rows: Rows) -> PreTrainedTokenizerBase:
+    """The tokenizer that the model config names, or one trained on the text of the data."""
     if config.tokenizer is not None or config.path is not None:
         name = config.tokenizer or config.path
         return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    return train_tokenizer((turn.content for t in trajectories for turn in t.turns), config.vocab_size)
+    return train_tokenizer((turn.content for row in rows for turn in _turns(row)), config.vocab_size)
 
 
-def read_data(data: DataConfig) -> tuple[list[Trajectory], list[Trajectory] | None]:
-    """The training and the validation trajectories."""
-    return read_trajectories(data.train), read_trajectories(data.validation) if data.validation else None
+def _turns(row: Trajectory | Comparison) -> Iterator[Turn]:
+    return chain(row.turns) if isinstance(row, Trajectory) else chain(row.context, *row.options)
+
+
+def read_data(algorithm: str, data: DataConfig) -> tuple[Rows, Rows | None]:
+    """The training and the validation data."""
+    read = load_algorithm(algorithm)[1].read
+    return read(data.train), read(data.validation) if data.validation else None
 
 
 def build_trainer(
     algorithm: str,
     model: ModelConfig,
-    trajectories: list[Trajectory],
-    validation: list[Trajectory] | None,
-    args: OfflineConfig,
-) -> OfflineTrainer:
+    rows: Rows,
+    validation: Rows | None,
+    args: BaseConfig,
+) -> BaseTrainer:
     """Builds tokenizer and model, and wires the trainer."""
     trainer_class = load_algorithm(algorithm)[1]
     transformers.set_seed(args.seed)  # fresh weights and heads follow the run's seed
-    tokenizer = build_tokenizer(model, trajectories)
+    tokenizer = build_tokenizer(model, rows)
     network: PreTrainedModel
     if model.scratch is not None:
-        network = build_model(model.scratch, tokenizer)
+        network = trainer_class.new_model(args, model.scratch, tokenizer)
     else:
-        network = load_model(model.path, trust_remote_code=model.trust_remote_code)
+        network = trainer_class.open_model(args, model.path, model.trust_remote_code)
     peft_config = None
     if model.lora is not None:
         peft = require_peft()
@@ -104,10 +113,10 @@ def build_trainer(
             peft_config = peft.LoraConfig(**{"target_modules": "all-linear", **model.lora})
         except (TypeError, ValueError) as error:
             raise InputError(f"model.lora: found {model.lora}, expected fields of peft.LoraConfig: {error}") from error
-    return trainer_class(network, args, trajectories, validation, tokenizer, peft_config)
+    return trainer_class(network, args, rows, validation, tokenizer, peft_config)
 
 
-def resolved_config(algorithm: str, model: ModelConfig, data: DataConfig, args: OfflineConfig) -> dict[str, Any]:
+def resolved_config(algorithm: str, model: ModelConfig, data: DataConfig, args: BaseConfig) -> dict[str, Any]:
     """Everything that decides the run, as plain values."""
     values = {
         name: value
@@ -120,12 +129,12 @@ def resolved_config(algorithm: str, model: ModelConfig, data: DataConfig, args: 
 
 
 def contents(
-    model: ModelConfig, trajectories: list[Trajectory], validation: list[Trajectory] | None, critic: str | None = None
+    model: ModelConfig, rows: Rows, validation: Rows | None, critic: str | None = None
 ) -> dict[str, str | None]:
     """sha256 of what lies behind the paths of a run: data, and the weights of local folders that it starts from or
     learns from."""
     found = {
-        "train": fingerprint(trajectories),
+        "train": fingerprint(rows),
         "validation": None if validation is None else fingerprint(validation),
         "start_weights": _weights(model.path),
     }
@@ -144,7 +153,7 @@ def _weights(folder: str | None) -> str | None:
     return digest.hexdigest()
 
 
-def critic_of(args: OfflineConfig) -> str | None:
+def critic_of(args: BaseConfig) -> str | None:
     """The run whose values this one learns from; None where the algorithm takes none."""
     return getattr(args, "critic", None)
 
@@ -168,18 +177,19 @@ def check_same_config(folder: Path, config: dict[str, Any]) -> bool:
     return True
 
 
-def train(algorithm: str, model: ModelConfig, data: DataConfig, args: OfflineConfig) -> Path:
+def train(algorithm: str, model: ModelConfig, data: DataConfig, args: BaseConfig) -> Path:
     """Runs, resumes from the newest complete checkpoint, or returns at once where the run is complete.
 
-    Returns: the run directory; it opens with `LanguagePolicy.load` and, as the plain policy, with transformers.
+    Returns: the run directory; it opens with `LanguagePolicy.load`, or as a reward model with `load_scorer`, and with
+    transformers.
     """
     folder = Path(args.output_dir)
-    trajectories, validation = read_data(data)
+    rows, validation = read_data(algorithm, data)
     config = resolved_config(algorithm, model, data, args)
-    config["contents"] = contents(model, trajectories, validation, critic_of(args))
+    config["contents"] = contents(model, rows, validation, critic_of(args))
     if check_same_config(folder, config) and (folder / "complete.json").exists():
         return folder
-    trainer = build_trainer(algorithm, model, trajectories, validation, args)
+    trainer = build_trainer(algorithm, model, rows, validation, args)
     folder.mkdir(parents=True, exist_ok=True)  # on every node, while one process writes
     if trainer.args.should_save:
         _write(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
@@ -190,7 +200,7 @@ def train(algorithm: str, model: ModelConfig, data: DataConfig, args: OfflineCon
         before = runs_before(model.path, critic_of(args))
         report = {
             "steps": trainer.state.global_step,
-            "training_tokens": round(trainer.state.epoch * tokens_per_epoch(trainer.train_dataset)),
+            "training_tokens": round(trainer.state.epoch * trainer.train_dataset.tokens),
             "start_tokens": sum(before.values()),
             "before": before,
             "counts": dict(trainer.counts),
@@ -198,12 +208,6 @@ def train(algorithm: str, model: ModelConfig, data: DataConfig, args: OfflineCon
         _write(folder / "complete.json", json.dumps(report))
     trainer.accelerator.wait_for_everyone()
     return folder
-
-
-def tokens_per_epoch(windows: WindowDataset) -> int:
-    """Tokens of all rows that an epoch reads, those that only serve V of a next state included."""
-    read = {"input_ids": True, "next_ids": windows.next_rows, "end_ids": windows.end_rows}
-    return sum(len(windows.flat[name][0]) for name, used in read.items() if used)
 
 
 def runs_before(*folders: str | None) -> dict[str, int]:
@@ -227,20 +231,18 @@ def _write(path: Path, text: str) -> None:
         raise InputError(f"output_dir: cannot write {path}: {error.strerror}") from error
 
 
-def dry_run(algorithm: str, model: ModelConfig, data: DataConfig, args: OfflineConfig) -> dict[str, Any]:
-    """Builds everything and says what would run: windows, tokens, steps, parameters, memory (bytes; fp32, AdamW)."""
+def dry_run(algorithm: str, model: ModelConfig, data: DataConfig, args: BaseConfig) -> dict[str, Any]:
+    """Builds everything and says what would run: rows, tokens, steps, parameters, memory (bytes; fp32, AdamW)."""
     args = copy.copy(args)
     with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer makes this folder
-        trainer = build_trainer(algorithm, model, *read_data(data), args)
-    windows = trainer.train_dataset
+        trainer = build_trainer(algorithm, model, *read_data(algorithm, data), args)
+    encoded = trainer.train_dataset
     parameters = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = args.max_steps if args.max_steps > 0 else -(-len(windows) // rows_per_step) * args.num_train_epochs
+    steps = args.max_steps if args.max_steps > 0 else -(-len(encoded) // rows_per_step) * args.num_train_epochs
     return {
-        "windows": len(windows),
-        "tokens": tokens_per_epoch(windows),
-        "action tokens": windows.action_tokens,
+        **encoded.facts(),
         "optimizer steps": int(steps),
         "parameters": parameters,
         "trained parameters": trained,

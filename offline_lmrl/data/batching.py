@@ -100,6 +100,15 @@ class WindowDataset(torch.utils.data.Dataset):
         return len(self.flat["state"][0])
 
     @property
+    def tokens(self) -> int:
+        """Tokens of all rows that an epoch reads, those that only serve V of a next state included."""
+        read = {"input_ids": True, "next_ids": self.next_rows, "end_ids": self.end_rows}
+        return sum(len(self.flat[name][0]) for name, used in read.items() if used)
+
+    def facts(self) -> dict[str, int]:
+        return {"windows": len(self), "tokens": self.tokens, "action tokens": self.action_tokens}
+
+    @property
     def mean_return(self) -> float:
         """Mean scaled return-to-go over all action tokens: where value heads start."""
         return float(self.flat["return_to_go"][0].mean())
@@ -138,6 +147,13 @@ class WindowDataset(torch.utils.data.Dataset):
             "steps": {name: _tensor(values) for name, values in steps.items()},
             "windows": len(index),
         }
+
+    def surplus_batch(self) -> TokenBatch:
+        """One window without steps, for a rank that has nothing to learn but must run forward."""
+        batch = self.batch([0])
+        batch["action_mask"] = torch.zeros_like(batch["action_mask"])
+        batch["steps"] = {name: values[:0] for name, values in batch["steps"].items()}
+        return batch
 
 
 def collate_windows(items: Sequence[WindowRef]) -> TokenBatch:

@@ -13,7 +13,7 @@ from offline_lmrl.data.batching import FlatLists, pad, pick
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.rendering import EncodedTurn, Renderer
-from offline_lmrl.data.trajectory import Trajectory, with_own_token_ids
+from offline_lmrl.data.trajectory import Trajectory, Turn, with_own_token_ids
 from offline_lmrl.data.windows import WindowRule, first_visible, leading_system_turns
 
 _NOT_ACTION, _ACTION, _CLOSING = 0, 1, 2
@@ -72,6 +72,14 @@ class ComparisonDataset(torch.utils.data.Dataset):
         """(len,) tokens of each comparison's longest row."""
         return np.maximum.reduceat(np.diff(self.input_ids[1]), self.rows[1][:-1])
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows, which an epoch reads."""
+        return len(self.input_ids[0])
+
+    def facts(self) -> dict[str, int]:
+        return {"comparisons": len(self), "options": len(self.target), "tokens": self.tokens}
+
     def batch(self, indices: Sequence[int]) -> ComparisonBatch:
         """These comparisons as one padded batch."""
         index = np.asarray(indices)
@@ -91,6 +99,12 @@ class ComparisonDataset(torch.utils.data.Dataset):
             "weight": torch.from_numpy(self.weight[index]),
             "strength": torch.from_numpy(self.strength[index]),
         }
+
+    def surplus_batch(self) -> ComparisonBatch:
+        """One comparison of weight 0, for a rank that has nothing to learn but must run forward."""
+        batch = self.batch([0])
+        batch["weight"] = torch.zeros_like(batch["weight"])
+        return batch
 
 
 def collate_comparisons(items: Sequence[ComparisonRef]) -> ComparisonBatch:
@@ -113,7 +127,7 @@ def encode_comparisons(
     input_ids, actions = array("i"), array("b")
     lengths, sizes, target, rank, weight, strength = array("q", [0]), array("q"), [], [], [], []
     for comparison in comparisons:
-        rows = encode_options(comparison, renderer, window, counts)
+        rows = _own_rows(comparison, renderer, window, counts)
         if rows is None:
             continue
         for ids, kinds in rows:
@@ -142,34 +156,43 @@ def fitting(
 
     Args: as `encode_comparisons`.
     """
-    return [row for row in comparisons if encode_options(row, renderer, window, counts) is not None]
+    return [row for row in comparisons if _own_rows(row, renderer, window, counts) is not None]
 
 
-def encode_options(
+def _own_rows(
     comparison: Comparison, renderer: Renderer, window: WindowRule, counts: Counter[str]
 ) -> list[tuple[list[int], list[int]]] | None:
-    """Per option its tokens and what each token is (no action, an action, an action that closes its turn).
-
-    None where an option does not fit; `counts` is told of that and of lost turns.
-    """
+    """`encode_options` of a comparison, whose sampled ids are used where they are this renderer's."""
     turns = [with_own_token_ids(Trajectory((*comparison.context, *option), labels=comparison.labels),
                                 renderer.fingerprint).turns for option in comparison.options]  # fmt: skip
     start = len(comparison.context)
-    context = [renderer.encode_turn(turn) for turn in turns[0][:start]]
-    options = [[(turn.is_trainable, renderer.encode_turn(turn)) for turn in row[start:]] for row in turns]
-    head = leading_system_turns(comparison.context)
-    fixed = len(renderer.preamble) + sum(len(turn.ids) for turn in context[:head])
-    longest = max(sum(len(turn.ids) for _, turn in option) for option in options)
+    return encode_options(turns[0][:start], [row[start:] for row in turns], renderer, window, counts)
+
+
+def encode_options(
+    context: Sequence[Turn], options: Sequence[Sequence[Turn]], renderer: Renderer, window: WindowRule,
+    counts: Counter[str],
+) -> list[tuple[list[int], list[int]]] | None:  # fmt: skip
+    """Per option its tokens and what each token is (no action, an action, an action that closes its turn).
+
+    Sampled ids, if there are any, must be this renderer's. None where an option does not fit; `counts` is told of that
+    and of lost turns.
+    """
+    before = [renderer.encode_turn(turn) for turn in context]
+    encoded = [[(turn.is_trainable, renderer.encode_turn(turn)) for turn in option] for option in options]
+    head = leading_system_turns(context)
+    fixed = len(renderer.preamble) + sum(len(turn.ids) for turn in before[:head])
+    longest = max(sum(len(turn.ids) for _, turn in option) for option in encoded)
     # All options together are one coming turn, as long as the longest of them, so the context stays the same for all.
-    first = first_visible(window, [*(len(turn.ids) for turn in context), longest], start, head, fixed)
+    first = first_visible(window, [*(len(turn.ids) for turn in before), longest], len(before), head, fixed)
     if first is None:
         counts["comparisons dropped: an option longer than max_length"] += 1
         return None
     if first > head:
         counts["comparisons that lost old turns of the context"] += 1
-    kept = [*context[:head], *context[max(first, head) :]]
-    before = [*renderer.preamble, *(token for turn in kept for token in turn.ids)]
-    return [_row(before, option) for option in options]
+    kept = [*before[:head], *before[max(first, head) :]]
+    ids = [*renderer.preamble, *(token for turn in kept for token in turn.ids)]
+    return [_row(ids, option) for option in encoded]
 
 
 def _row(before: list[int], option: Sequence[tuple[bool, EncodedTurn]]) -> tuple[list[int], list[int]]:
