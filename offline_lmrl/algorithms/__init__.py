@@ -1,4 +1,4 @@
-"""The offline algorithms. Adding one is a file beside these and a line here."""
+"""The algorithms: offline all but ppo. Adding one is a file beside these and a line here."""
 
 from importlib import import_module
 
@@ -10,6 +10,8 @@ ALGORITHMS = {
     "ilql": ("ilql", "ILQLConfig", "ILQLTrainer"),
     "return_conditioned": ("return_conditioned", "ReturnConditionedConfig", "ReturnConditionedTrainer"),
     "iql": ("iql", "IQLConfig", "IQLTrainer"),
+    "ppo": ("ppo", "PPOConfig", "PPOTrainer"),
+    "reward_model": ("reward_model", "RewardModelConfig", "RewardModelTrainer"),
 }
 
 

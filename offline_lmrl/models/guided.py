@@ -223,6 +223,16 @@ class Guided:
         guided = guide(best, self.q_values(hidden, index), v, **options)
         return torch.full_like(scores, -torch.inf).scatter(-1, index, guided)
 
+    def packed_logits(self, row: Tensor, state: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N,V) behind the states (row, state) alone, each (N,), and the last hidden states (B,T,d) of all."""
+        head = self.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda module, args: (args[0][row, state].unsqueeze(0),))
+        try:
+            outputs, hidden = self.forward_with_hidden(use_cache=False, **inputs)
+        finally:
+            handle.remove()
+        return outputs.logits[0], hidden
+
     def _packed(
         self, kwargs: dict, steps: Mapping[str, Tensor], windows: int | None, scale: float, conservative: bool,
         condition_dropout: float,
@@ -236,13 +246,8 @@ class Guided:
         if windows:
             extra = self._rows_behind(inputs, windows)
             inputs = {name: value[:windows] for name, value in inputs.items()}
-        head = self.get_output_embeddings()
-        handle = head.register_forward_pre_hook(lambda module, args: (args[0][row, state].unsqueeze(0),))
-        try:
-            outputs, hidden = self.forward_with_hidden(use_cache=False, **inputs)
-        finally:
-            handle.remove()
-        log_prob = -F.cross_entropy(outputs.logits[0].float(), steps["action"], reduction="none")
+        logits, hidden = self.packed_logits(row, state, **inputs)
+        log_prob = -F.cross_entropy(logits.float(), steps["action"], reduction="none")
         if self.value_heads is None:
             return {"log_prob": log_prob}
         read = hidden.detach() if extra is None else torch.cat([hidden.detach(), extra])
@@ -406,11 +411,13 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def build_model(spec: Mapping[str, Any], tokenizer) -> PreTrainedModel:
-    """A guided model from scratch, without value heads, sized by the tokenizer.
+def from_scratch(auto_class: type, spec: Mapping[str, Any], tokenizer, **extra: Any) -> PreTrainedModel:
+    """A model of a causal LM's family with fresh weights, sized by the tokenizer.
 
     Args:
+      auto_class: what it is for: one of transformers' auto classes for models.
       spec: {"model_type": "gpt2", "n_layer": 2, ...}, fields of that type's transformers config.
+      extra: further fields, that nobody chose.
     Raises: InputError naming the field.
     """
     fields = dict(spec)
@@ -425,10 +432,15 @@ def build_model(spec: Mapping[str, Any], tokenizer) -> PreTrainedModel:
     sizes = {"vocab_size": len(tokenizer)}
     sizes |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     try:
-        config = AutoConfig.for_model(model_type, **sizes | fields)
-        return attach(AutoModelForCausalLM.from_config(config, dtype=torch.float32), None)
+        config = AutoConfig.for_model(model_type, **sizes | fields | extra)
+        return auto_class.from_config(config, dtype=torch.float32)
     except ValueError as error:
         raise InputError(f"model.scratch: {str(error).splitlines()[0]}") from error
+
+
+def build_model(spec: Mapping[str, Any], tokenizer) -> PreTrainedModel:
+    """A guided model with fresh weights, without value heads; arguments and errors as `from_scratch`."""
+    return attach(from_scratch(AutoModelForCausalLM, spec, tokenizer), None)
 
 
 def load_model(

@@ -55,6 +55,18 @@ def pairs_from_rank(rank: Tensor, comparison: Tensor) -> Pairs:
     return Pairs(first, second, prob, comparison[first], _count(comparison))
 
 
+def known_pairs(target: Tensor, rank: Tensor, comparison: Tensor) -> Pairs:
+    """Every unordered pair of one comparison whose order is known: prob as in `pairs_from_target` where the target has
+    anything on either, else 1 or 0 as the ranks say. Equal ranks without any target make no pair, since options that
+    nobody ordered look like that too. Args: (M,) each."""
+    check_shapes("m, m, m", target, rank, comparison)
+    first, second = _pairs_within(comparison)
+    total, order = target[first] + target[second], (rank[second] - rank[first]).sign()
+    known = (total > 0) | (order != 0)
+    prob = torch.where(total > 0, target[first] / total, 0.5 + 0.5 * order)[known]
+    return Pairs(first[known], second[known], prob, comparison[first[known]], _count(comparison))
+
+
 def bradley_terry_loss(
     difference: Tensor, prob: Tensor, margin: Tensor | float = 0.0, error_rate: float = 0.0
 ) -> Tensor:

@@ -18,6 +18,7 @@ from offline_lmrl.ops.preferences import (
     centring_bias,
     fit_bradley_terry,
     gain_and_bias,
+    known_pairs,
     pairs_from_rank,
     pairs_from_target,
     plackett_luce_loss,
@@ -310,3 +311,13 @@ def test_wrong_shapes_are_refused_at_the_door():
         bradley_terry_loss(torch.zeros(2), torch.zeros(3))
     with pytest.raises(ValueError, match="expected axes"):
         best_of_k_loss(torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.long))
+
+
+def test_known_pairs_take_the_target_first_and_the_ranking_where_it_is_silent():
+    target = torch.tensor([0.75, 0.25, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0])
+    rank = torch.tensor([0, 1, 2, 3, 3, 0, 1, 1])  # the second comparison: the best of three, the rest unknown
+    pairs = known_pairs(target, rank, torch.tensor([0, 0, 0, 0, 0, 1, 1, 1]))
+    found = dict(zip(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True), pairs.prob.tolist(), strict=True))
+    assert found == {(0, 1): 0.75, (0, 2): 1.0, (0, 3): 1.0, (0, 4): 1.0, (1, 2): 1.0, (1, 3): 1.0, (1, 4): 1.0,
+                     (2, 3): 1.0, (2, 4): 1.0, (5, 6): 1.0, (5, 7): 1.0}  # fmt: skip
+    assert pairs.comparison.tolist() == [0] * 9 + [1] * 2 and pairs.comparisons == 2

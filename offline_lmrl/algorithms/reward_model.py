@@ -1,0 +1,196 @@
+"""Reward models from comparisons (Christiano 2017; Ziegler 2019; Stiennon 2020; Ouyang 2022, and others each).
+
+An option's score s is the sum of the head over the tokens it reads (models/reward_model.py). With t the probability
+that an option is the best of its comparison (one-hot, a tie, or soft), one comparison costs
+
+    pairs          mean over its pairs of  −[p log P̃ + (1 − p) log(1 − P̃)],  P̃ = (1 − ε) σ(s_i − s_j − m) + ε/2
+    best_of_k      −Σ_i t_i log softmax_i(s)
+    plackett_luce  −log P(ranking)
+
+(ops/preferences.py); two options are Bradley–Terry in all three. A batch counts comparisons, so all pairs of one
+prompt are one element of it, and the loss is their mean, each times its weight over the mean weight of the data.
+
+After training, scores of the training data's options get mean 0 and standard deviation 1 (`normalise: standard`;
+Ziegler et al. 2019 do it on samples of the reference policy), or mean 0 (`centre`; Stiennon et al. 2020 on reference
+summaries): preferences leave the location free. An ensemble is several runs, each with its own `seed` and `bootstrap`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.comparison_batching import ComparisonDataset, encode_comparisons
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import fingerprint, read_comparisons
+from offline_lmrl.models.reward_model import build_reward_model, fold, load_reward_model, read_mask
+from offline_lmrl.ops.preferences import (
+    all_pairs_loss,
+    best_of_k_loss,
+    centring_bias,
+    gain_and_bias,
+    known_pairs,
+    plackett_luce_loss,
+)
+from offline_lmrl.training import BaseConfig, BaseTrainer, check_range
+
+NORMALISED_ON = 1000  # comparisons
+
+
+@dataclass
+class RewardModelConfig(BaseConfig):
+    """Settings of a reward model.
+
+    head: terminal (the reply's last token), turn (the last token of each of its agent turns) or token (each of them);
+      a score is the sum over what is read.
+    loss: pairs, best_of_k or plackett_luce; the last needs a ranking wherever there are more than two options.
+    error_rate: ε of pairs, the share of labels that were given at random [.1 in Christiano et al.; 0 elsewhere].
+    margin: m of pairs, per unit of `labels.strength` and of the difference of the targets; 0 = none.
+    bootstrap: seed of a sample with replacement, as large as the data; None = the data as they are.
+    normalise: scores after training: none, centre (mean 0) or standard (mean 0 and standard deviation 1).
+    """
+
+    head: Literal["terminal", "turn", "token"] = "terminal"
+    loss: Literal["pairs", "best_of_k", "plackett_luce"] = "pairs"
+    error_rate: float = 0.0
+    margin: float = 0.0
+    bootstrap: int | None = None
+    normalise: Literal["none", "centre", "standard"] = "standard"
+
+    def __post_init__(self) -> None:
+        check_range(self, error_rate=(0, 0.999), margin=(0, 1e6), learning_rate=(0, 1e6))
+        if self.loss != "pairs" and (self.error_rate > 0 or self.margin > 0):
+            raise InputError(f"loss: found {self.loss} with an error_rate or a margin, which only pairs has")
+        super().__post_init__()
+
+
+def pairs_loss(score: Tensor, batch: Mapping[str, Tensor], config: RewardModelConfig) -> Tensor:
+    pairs = known_pairs(batch["target"], batch["rank"], batch["comparison"])
+    margin = config.margin * batch["strength"][batch["comparison"]] * batch["target"] if config.margin > 0 else None
+    return all_pairs_loss(score, pairs, margin, config.error_rate)
+
+
+# score (M,), batch, config -> (C,)
+LOSSES: dict[str, Callable[[Tensor, Mapping[str, Tensor], RewardModelConfig], Tensor]] = {
+    "pairs": pairs_loss,
+    "best_of_k": lambda score, batch, config: best_of_k_loss(score, batch["target"], batch["comparison"]),
+    "plackett_luce": lambda score, batch, config: plackett_luce_loss(score, batch["rank"], batch["comparison"]),
+}
+
+
+def accuracy(score: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Of every pair that is no tie whether the better option scores higher, equal scores half. (P,)."""
+    pairs = known_pairs(batch["target"], batch["rank"], batch["comparison"])
+    counted = (pairs.prob != 0.5) & (batch["weight"] > 0)[pairs.comparison]
+    lead = (score[pairs.first] - score[pairs.second]).sign() * (pairs.prob - 0.5).sign()
+    return (0.5 + 0.5 * lead)[counted]
+
+
+class RewardModelTrainer(BaseTrainer):
+    """Trains a reward model on comparisons; see `BaseTrainer` for the arguments.
+
+    model: a reward model, or a folder or hub name of one or of a causal LM, whose trunk then gets a fresh head.
+    """
+
+    algorithm = "reward_model"
+
+    @staticmethod
+    def read(source: str | Path) -> list[Comparison]:
+        return read_comparisons(source)
+
+    @staticmethod
+    def new_model(args: RewardModelConfig, spec, tokenizer):
+        return build_reward_model(spec, tokenizer, args.head)
+
+    @staticmethod
+    def open_model(args: RewardModelConfig, path: str, trust_remote_code: bool):
+        return load_reward_model(path, args.head, trust_remote_code=trust_remote_code)
+
+    def prepare(self, model, args: RewardModelConfig, train, held_out, peft_config):
+        if peft_config is not None:
+            raise InputError("model.lora: found an adapter, expected none: a reward model is trained whole")
+        model = load_reward_model(model, args.head) if isinstance(model, str) else model
+        self.check_model(model, args)
+        model.config.get_text_config().pad_token_id = self._pad_id()
+        rows = _read(train)
+        encoded = self._encode(rows, args, self.counts, args.bootstrap)
+        model.config.offline_lmrl = {
+            "algorithm": self.algorithm,
+            "template": args.template,
+            "tokenizer": self.renderer.fingerprint,
+            "window": asdict(args.window),
+            "reward": {"head": args.head, "bias": 0.0},
+            "data": fingerprint(rows),
+        }
+        return model, encoded, None if held_out is None else self._encode(_read(held_out), args, Counter())
+
+    def _pad_id(self) -> int:
+        """A token that closes no turn: transformers' classifiers read the last token that is not this one."""
+        tokenizer = self.renderer.tokenizer
+        candidates = (tokenizer.pad_token_id, *tokenizer.all_special_ids, 0, 1)
+        return next(token for token in candidates if token not in (None, self.renderer.close_id))
+
+    def _encode(
+        self, rows: Sequence[Comparison], args: RewardModelConfig, counts: Counter[str], bootstrap: int | None = None
+    ) -> ComparisonDataset:
+        if args.loss == "plackett_luce":
+            for number, row in enumerate(rows, 1):
+                if row.ranking is None and len(row.options) > 2:
+                    raise InputError(f"loss: found plackett_luce, but comparison {number} has {len(row.options)} "
+                                     "options without a ranking; expected rankings, or loss: best_of_k")
+        if bootstrap is not None:
+            drawn = np.random.default_rng(bootstrap).integers(len(rows), size=len(rows))
+            rows = [rows[i] for i in drawn]
+        encoded = encode_comparisons(rows, self.renderer, args.window, counts)
+        encoded.weight = encoded.weight / encoded.weight.mean()
+        return encoded
+
+    def items_in(self, batch: Mapping[str, Any]) -> int:
+        """Comparisons, without those that only keep a rank busy."""
+        return int((batch["weight"] > 0).sum())
+
+    def losses(self, model, batch):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        score = model(**inputs, read=read_mask(batch, self.args.head))
+        loss = LOSSES[self.args.loss](score, batch, self.args)
+        return loss * batch["weight"], {"accuracy": accuracy(score, batch)}
+
+    def train(self, *args, **kwargs):
+        """As Trainer's; scores are normalised at the end, and checkpoints hold them as they were learnt."""
+        result = super().train(*args, **kwargs)
+        self.normalise()
+        return result
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        """Gives the scores of the training data's options, or of a sample of them, the location and spread asked for.
+
+        Raises: InputError where they do not differ, so that no gain gives them a spread.
+        """
+        if self.args.normalise == "none":
+            return
+        model = self.accelerator.unwrap_model(self.model).eval()
+        order = np.random.default_rng(0).permutation(len(self.train_dataset))[:NORMALISED_ON]
+        scores = []
+        for start in range(0, len(order), self.args.eval_batch_size):
+            batch = self._prepare_inputs(self.train_dataset.batch(order[start : start + self.args.eval_batch_size]))
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            scores.append(model(**inputs, read=read_mask(batch, self.args.head)))
+        score = torch.cat(scores)
+        if self.args.normalise == "centre":
+            fold(model, 1.0, centring_bias(score))
+            return
+        try:
+            fold(model, *gain_and_bias(score))
+        except ValueError as error:
+            raise InputError(f"normalise: {error}; take normalise: centre, or train longer") from error
+
+
+def _read(source: Sequence[Comparison] | str | Path) -> Sequence[Comparison]:
+    return read_comparisons(source) if isinstance(source, str | Path) else source

@@ -1,0 +1,148 @@
+"""Reward models: a trunk with one number per token, read at some of the agent's tokens; their sum is a reply's score.
+
+    terminal   the last token of the reply (Ziegler et al. 2019, Stiennon et al. 2020)
+    turn       the last token of each agent turn
+    token      every agent token: per-step rewards from comparisons (Christiano et al. 2017)
+
+A terminal model is a plain ...ForSequenceClassification with one label, the others are ...ForTokenClassification:
+class names, weights and config are those of transformers, which loads them without this project. A classification
+class of its own reads the last token that is not config.pad_token_id, so the pad token must not be what closes a turn.
+What is added is `forward(..., read=mask)` and the config's block `offline_lmrl.reward`: head and bias. The bias is
+added by the scorer (decoding/scorers.py), once per reply, as these heads have none, or one per token.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+
+from offline_lmrl.data.comparison_batching import ComparisonBatch
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.models.adapters import settings
+from offline_lmrl.models.guided import from_scratch
+
+HEADS = {
+    "terminal": AutoModelForSequenceClassification,
+    "turn": AutoModelForTokenClassification,
+    "token": AutoModelForTokenClassification,
+}
+
+
+class Reward:
+    """What `reward_class` puts before a classification class."""
+
+    def forward(self, *args, read: Tensor | None = None, **kwargs):
+        """The base's; with `read` (B,T) instead the scores (B,), fp32, without bias: the sum over the tokens that are
+        read. A dropout before the head, as token classification has it, is left out there."""
+        if read is None:
+            return super().forward(*args, **kwargs)
+        hidden = self.base_model(*args, use_cache=False, **kwargs)[0]
+        with torch.autocast(hidden.device.type, enabled=False):
+            score = head_of(self)(hidden.float()).squeeze(-1)
+        return score.masked_fill(~read, 0.0).sum(1)
+
+
+@functools.cache
+def reward_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A classification class with `read`; it keeps its name, which is what config.json tells other engines."""
+    return type(base.__name__, (Reward, base), {"__module__": __name__, "__doc__": Reward.__doc__})
+
+
+def head_of(model: PreTrainedModel) -> nn.Linear:
+    """The layer that gives one number per token. Raises: InputError where there is none."""
+    for name in ("score", "classifier"):
+        layer = getattr(model, name, None)
+        if isinstance(layer, nn.Linear) and layer.out_features == 1:
+            return layer
+    raise InputError(f"model: found {type(model).__name__}, expected one with a linear head of one output, named "
+                     "score or classifier, as the decoder families have it")
+
+
+def reset_head(model: PreTrainedModel) -> None:
+    """N(0, 1/√(d+1)) and bias 0: scores of about unit variance (Ziegler et al. 2019, their code)."""
+    head = head_of(model)
+    nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+
+
+def read_mask(batch: ComparisonBatch, head: str) -> Tensor:
+    """(B,T) bool: the tokens at which a head is read."""
+    if head == "terminal":
+        positions = torch.arange(batch["input_ids"].shape[1], device=batch["last"].device)
+        return positions == batch["last"].unsqueeze(1)
+    return batch["closing_mask" if head == "turn" else "action_mask"]
+
+
+def build_reward_model(spec: Mapping[str, Any], tokenizer, head: str) -> PreTrainedModel:
+    """A reward model with fresh weights; arguments and errors as `from_scratch`."""
+    model = _with_read(from_scratch(HEADS[head], spec, tokenizer, num_labels=1), head)
+    reset_head(model)
+    return model
+
+
+def load_reward_model(
+    path_or_name: str | Path, head: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A reward model from a folder or hub name: of a reward model, of any classifier of sequences with one label, or,
+    where `head` says which to add, of a causal LM, guided or not. Weights are fp32.
+
+    Raises: InputError where there is no such model, and where it has another head than the one asked for.
+    """
+    name = str(path_or_name)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        stored = _stored_head(config)
+        if (head or stored) is None:
+            raise InputError(f"{name}: found no reward model ({config.architectures}), expected one with a head")
+        if None not in (head, stored) and head != stored:
+            raise InputError(f"head: found {head!r}, but {name} has the head {stored!r}")
+        config.num_labels = 1
+        model, info = HEADS[head or stored].from_pretrained(
+            name, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"model: {str(error).splitlines()[0]}") from error
+    model = _with_read(model, head or stored)
+    own = {key for key, weight in model.state_dict(keep_vars=True).items() if weight is head_of(model).weight}
+    missing = {key for key in info["missing_keys"] if not key.endswith(".bias")}
+    if missing - own or (missing and stored is not None):
+        raise InputError(f"model: {name}: {sorted(missing)[0]} is not among the weights")
+    if missing:
+        reset_head(model)
+    return model
+
+
+def fold(model: PreTrainedModel, gain: float, bias: float) -> None:
+    """score ← gain · score + bias, from raw scores: the gain goes into the head, the bias into the config."""
+    head = head_of(model)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter *= gain
+    block = settings(model.config)
+    model.config.offline_lmrl = block | {"reward": block["reward"] | {"bias": bias}}
+
+
+def _with_read(model: PreTrainedModel, head: str) -> PreTrainedModel:
+    model.__class__ = reward_class(type(model))
+    block = settings(model.config)
+    model.config.offline_lmrl = block | {"reward": {"bias": 0.0, **block.get("reward", {}), "head": head}}
+    return model
+
+
+def _stored_head(config: Any) -> str | None:
+    """The head that the folder of this config has; None = none."""
+    stored = settings(config).get("reward", {}).get("head")
+    if stored is None and any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return "terminal"
+    return stored

@@ -1,0 +1,208 @@
+"""Reward models: what is minimised, what is learnt, how scores are normalised, and that transformers opens the run."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+from offline_lmrl.algorithms import run
+from offline_lmrl.algorithms.reward_model import RewardModelConfig, RewardModelTrainer, accuracy, pairs_loss
+from offline_lmrl.algorithms.run import DataConfig, ModelConfig
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import write_comparisons
+from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.models.guided import build_model
+from offline_lmrl.models.reward_model import build_reward_model, head_of, load_reward_model, read_mask
+
+TOKENIZER = train_tokenizer(["good bad fine", "say it 1 2 3"], 290)
+SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+
+
+def compare(texts, target, ranking=None, **more):
+    return Comparison((Turn("user", "say it"),), tuple((Turn("assistant", text),) for text in texts), target, ranking,
+                      **more)  # fmt: skip
+
+
+# The reply with "good" in it is better, wherever it stands.
+RULE = [compare((f"good {i}", f"bad {i}") if i % 2 else (f"bad {i}", f"good {i}"), (i % 2, 1 - i % 2))
+        for i in range(24)]  # fmt: skip
+RANKED = [compare(("good", "fine", "say", "bad"), (1.0, 0.0, 0.0, 0.0), ((0,), (1, 2), (3,))),
+          compare(("bad", "good"), (0.5, 0.5)), compare(("1", "2", "3"), (0.0, 1.0, 0.0), weight=3.0)]  # fmt: skip
+
+
+def trainer(folder, data=RULE, held_out=None, model=None, **settings):
+    torch.manual_seed(0)
+    settings = {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "report_to": "none",
+                "save_strategy": "no", "disable_tqdm": True, "max_length": 64, **settings}  # fmt: skip
+    args = RewardModelConfig(output_dir=str(folder), use_cpu=True, **settings)
+    model = model or build_reward_model(SPEC, TOKENIZER, args.head)
+    return RewardModelTrainer(model, args, data, held_out, TOKENIZER)
+
+
+def parameters(made):
+    return torch.cat([p.detach().flatten() for p in made.model.parameters()])
+
+
+def batch_of(made):
+    return made.train_dataset.batch(range(len(made.train_dataset)))
+
+
+def scores(made, batch):
+    with torch.no_grad():
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return made.model.eval()(**inputs, read=read_mask(batch, made.args.head))
+
+
+def config(tmp_path, **settings):
+    return RewardModelConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **settings)
+
+
+def test_the_loss_of_a_ranking_with_a_tie_by_hand(tmp_path):
+    batch = {"target": torch.tensor([1.0, 0.0, 0.0, 0.0]), "rank": torch.tensor([0, 1, 1, 2]),
+             "comparison": torch.zeros(4, dtype=torch.long), "strength": torch.tensor([2.0])}  # fmt: skip
+    score = torch.tensor([2.0, 1.0, 3.0, 0.0])
+    # best against the others: Δ = 1, −1, 2; the tied two against the last: Δ = 1, 3; the tie itself says nothing here
+    cost = [math.log1p(math.exp(-lead)) for lead in (1.0, -1.0, 2.0, 1.0, 3.0)]
+    assert_close(pairs_loss(score, batch, config(tmp_path)), torch.tensor([sum(cost) / 5]))
+    # the best should lead by .25 · 2 more
+    cost = [math.log1p(math.exp(-lead)) for lead in (0.5, -1.5, 1.5, 1.0, 3.0)]
+    assert_close(pairs_loss(score, batch, config(tmp_path, margin=0.25)), torch.tensor([sum(cost) / 5]))
+
+
+def test_a_label_that_is_surely_wrong_costs_no_more_than_the_floor(tmp_path):
+    batch = {"target": torch.tensor([1.0, 0.0]), "rank": torch.tensor([0, 1]), "comparison": torch.tensor([0, 0]),
+             "strength": torch.zeros(1)}  # fmt: skip
+    score = torch.tensor([0.0, 6.0], requires_grad=True)  # Δ = −6
+    loss = pairs_loss(score, batch, config(tmp_path, error_rate=0.1))
+    assert_close(loss, torch.tensor([2.95]), atol=0.005, rtol=0)  # −log(.9 σ(−6) + .05); 6.00 without the floor
+    loss.sum().backward()
+    assert score.grad.abs().max() < 0.05  # .998 without
+
+
+def test_accuracy_counts_equal_scores_half_and_ties_not_at_all():
+    batch = {"target": torch.tensor([1.0, 0.0, 0.5, 0.5, 0.2, 0.8]), "rank": torch.tensor([0, 1, 0, 0, 1, 0]),
+             "comparison": torch.tensor([0, 0, 1, 1, 2, 2]), "weight": torch.ones(3)}  # fmt: skip
+    assert accuracy(torch.tensor([1.0, 0.0, 5.0, 0.0, 1.0, 1.0]), batch).tolist() == [1.0, 0.5]
+    assert accuracy(torch.tensor([0.0, 1.0, 5.0, 0.0, 1.0, 0.0]), batch).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("head", ["terminal", "turn", "token"])
+def test_a_planted_rule_is_learnt_and_the_run_opens_as_a_plain_classifier(tmp_path, head):
+    made = trainer(tmp_path, held_out=RULE[:6], head=head, max_steps=25)
+    made.train()
+    metrics = made.evaluate()
+    assert metrics["eval_accuracy"] == 1.0 and metrics["eval_loss"] < 0.5
+    made.save_model(str(tmp_path))
+    batch = batch_of(made)
+    normalised = scores(made, batch) + made.model.config.offline_lmrl["reward"]["bias"]
+    assert_close(normalised.mean(), torch.tensor(0.0), atol=1e-4, rtol=0)
+    assert_close(normalised.std(correction=0), torch.tensor(1.0), atol=1e-4, rtol=0)
+    again = load_reward_model(tmp_path)
+    assert again.config.offline_lmrl["reward"]["head"] == head
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        found = again.eval()(input_ids=ids, attention_mask=mask, read=read_mask(batch, head))
+        assert_close(found, scores(made, batch))
+        if head == "terminal":
+            plain = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+            padded = torch.where(mask, ids, plain.config.pad_token_id)
+            logits = plain(input_ids=padded, attention_mask=mask).logits.squeeze(-1)
+        else:
+            plain = AutoModelForTokenClassification.from_pretrained(tmp_path).eval()
+            per_token = plain(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
+            logits = (per_token * read_mask(batch, head)).sum(1)
+    assert type(plain).__module__.startswith("transformers.") and plain.config.num_labels == 1
+    assert plain.config.architectures == [type(plain).__name__]
+    assert_close(logits, found, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["pairs", "best_of_k", "plackett_luce"])
+def test_micro_batches_give_the_step_of_the_whole_batch(tmp_path, loss):
+    data = [*RULE[:6], *RANKED[:2]]
+    # Adam would blow up the rounding of gradients that are next to nothing.
+    settings = {"loss": loss, "max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "normalise": "none"}
+    whole = trainer(tmp_path / "a", data, **settings)
+    split = trainer(tmp_path / "b", data, **settings, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    start = parameters(whole)
+    whole.train()
+    assert (parameters(whole) - start).abs().max() > 1e-3
+    split.train()
+    assert_close(parameters(split), parameters(whole), atol=1e-5, rtol=0)
+
+
+def test_two_options_cost_the_same_under_every_loss(tmp_path):
+    losses = []
+    for loss in ("pairs", "best_of_k", "plackett_luce"):
+        made = trainer(tmp_path, loss=loss)
+        losses.append(made.losses(made.model.eval(), batch_of(made))[0])
+    assert_close(losses[0], losses[1])
+    assert_close(losses[0], losses[2])
+
+
+def test_weights_count_relative_to_their_mean_and_a_surplus_batch_for_nothing(tmp_path):
+    made = trainer(tmp_path, RANKED)
+    assert made.train_dataset.weight.tolist() == pytest.approx([0.6, 0.6, 1.8])
+    surplus = made.train_dataset.surplus_batch()
+    loss, logged = made.losses(made.model, surplus)
+    assert made.items_in(surplus) == 0 and loss.tolist() == [0.0] and logged["accuracy"].numel() == 0
+    assert made.items_in(batch_of(made)) == 3
+
+
+def test_a_bootstrap_sample_is_as_large_as_the_data_and_follows_its_seed(tmp_path):
+    drawn = [trainer(tmp_path, bootstrap=seed).train_dataset.batch(range(24))["input_ids"] for seed in (1, 1, 2)]
+    assert drawn[0].equal(drawn[1]) and not drawn[0].equal(drawn[2])
+    assert len({tuple(row.tolist()) for row in drawn[0]}) < 48
+    held_out = trainer(tmp_path, held_out=RULE, bootstrap=1).eval_dataset
+    assert len({tuple(row.tolist()) for row in held_out.batch(range(24))["input_ids"]}) == 48
+
+
+def test_resuming_equals_the_uninterrupted_run_to_the_bit(tmp_path):
+    straight = trainer(tmp_path, save_strategy="steps", save_steps=2, per_device_train_batch_size=5)
+    straight.train()
+    resumed = trainer(tmp_path, per_device_train_batch_size=5)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert torch.equal(parameters(resumed), parameters(straight))
+
+
+def test_a_policys_trunk_gets_a_fresh_head_and_a_reward_model_keeps_its_own(tmp_path):
+    policy = build_model(SPEC, TOKENIZER)
+    policy.save_pretrained(tmp_path / "policy")
+    model = load_reward_model(tmp_path / "policy", "terminal")
+    trunk = dict(policy.transformer.named_parameters())
+    assert all(torch.equal(value, trunk[name]) for name, value in model.transformer.named_parameters())
+    assert_close(head_of(model).weight.std().item(), 1 / math.sqrt(17), atol=0.1, rtol=0)
+    model.save_pretrained(tmp_path / "reward")
+    again = load_reward_model(tmp_path / "reward", "terminal")
+    assert torch.equal(head_of(again).weight, head_of(model).weight)
+    with pytest.raises(InputError, match="head: found 'turn', but .* has the head 'terminal'"):
+        load_reward_model(tmp_path / "reward", "turn")
+    with pytest.raises(InputError, match="found no reward model .*GPT2LMHeadModel"):
+        load_reward_model(tmp_path / "policy")
+
+
+def test_a_run_is_trained_from_files_and_is_not_trained_twice(tmp_path):
+    write_comparisons(tmp_path / "train.jsonl", RULE)
+    data = DataConfig(str(tmp_path / "train.jsonl"), str(tmp_path / "train.jsonl"))
+    args = config(tmp_path / "run", max_steps=2, max_length=64, save_strategy="no", disable_tqdm=True)
+    model = ModelConfig(scratch=SPEC, vocab_size=290)
+    facts = run.dry_run("reward_model", model, data, args)
+    assert (facts["comparisons"], facts["options"]) == (24, 48)
+    done = run.train("reward_model", model, data, args)
+    written = (done / "complete.json").stat().st_mtime_ns
+    assert run.train("reward_model", model, data, args) == done
+    assert (done / "complete.json").stat().st_mtime_ns == written
+    load_reward_model(done)
+
+
+def test_settings_and_data_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(InputError, match="error_rate: found 1.0"):
+        config(tmp_path, error_rate=1.0)
+    with pytest.raises(InputError, match="loss: found best_of_k with an error_rate"):
+        config(tmp_path, loss="best_of_k", error_rate=0.1)
+    with pytest.raises(InputError, match="comparison 3 has 3 options without a ranking"):
+        trainer(tmp_path, RANKED, loss="plackett_luce")
