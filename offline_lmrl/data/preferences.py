@@ -22,6 +22,7 @@ from offline_lmrl.data.trajectory import Trajectory, Turn, shown
 
 RewardKind = Literal["sign", "prob", "strength", "rank", "bt"]
 Normalise = Literal["none", "global", "group", "rank"]
+Scored = tuple[Sequence[Turn], Sequence[Sequence[Turn]]]  # a context and the options that follow it
 
 EMPTY_REPLY = "dropped: empty reply"
 NO_STRENGTH = "dropped: no strength in the labels"
@@ -127,6 +128,21 @@ def fit_scores(comparisons: Sequence[Comparison]) -> dict[tuple, float]:
     return dict(zip(places, scores.tolist(), strict=True))
 
 
+def score_rows(rows: Sequence[Scored], scorer: Scorer) -> list[np.ndarray]:
+    """Scores (K,) of the K options of each row, many rows at once where the scorer can.
+
+    Raises: InputError for scores that are not one finite number per option.
+    """
+    together = getattr(scorer, "score_each", None)
+    found = together(rows) if together else [scorer.score(*row) for row in rows]
+    scores = [np.asarray(values, dtype=float) for values in found]
+    for values, (_, options) in zip(scores, rows, strict=True):
+        if values.shape != (len(options),) or not np.isfinite(values).all():
+            raise InputError(f"reward: found scores {shown(values.tolist())}, expected a finite number for each of "
+                             f"{len(options)} options")
+    return scores
+
+
 def to_comparisons(trajectories: Iterable[Trajectory], counts: Counter[str] | None = None) -> list[Comparison]:
     """Replies to one context as one comparison, ranked by return; the way back from `to_trajectories`.
 
@@ -218,7 +234,7 @@ def _raw_rewards(rows: Sequence[Comparison], reward: RewardKind | Scorer) -> lis
         return [[latent[group_key(row)][row.context, option] for option in row.options] for row in rows]
     if isinstance(reward, str):
         return [_reward_of(row, reward) for row in rows]
-    return [_scores(row, reward) for row in rows]
+    return [scores.tolist() for scores in score_rows([(row.context, row.options) for row in rows], reward)]
 
 
 def _reward_of(row: Comparison, kind: str) -> list[float]:
@@ -231,14 +247,6 @@ def _reward_of(row: Comparison, kind: str) -> list[float]:
     if kind == "sign":
         return [0.0 if math.isclose(margin, 0, abs_tol=1e-9) else math.copysign(1, margin) for margin in margins]
     return [margin * (float(row.labels["strength"]) if kind == "strength" else 1.0) for margin in margins]
-
-
-def _scores(row: Comparison, scorer: Scorer) -> list[float]:
-    scores = np.asarray(scorer.score(row.context, row.options), dtype=float)
-    if scores.shape != (len(row.options),) or not np.isfinite(scores).all():
-        raise InputError(f"reward: found scores {shown(scores.tolist())}, expected a finite number for each of "
-                         f"{len(row.options)} options")
-    return scores.tolist()
 
 
 def _normalised(raw: Sequence[Sequence[float]], keys: Sequence[str],

@@ -50,7 +50,11 @@ class VectorEnvironment(Protocol):
 
 
 class Scorer(Protocol):
-    """Rates alternative continuations of one context: reward models, rules, Q heads."""
+    """Rates alternative continuations of one context: reward models, rules, Q heads.
+
+    Optional: `score_each(rows)`, for many pairs of context and options at once; `score_rows` (data/preferences.py)
+    uses it where it is there.
+    """
 
     def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
         """One raw score per option, shape (K,); higher is better."""

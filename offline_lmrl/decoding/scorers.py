@@ -1,0 +1,396 @@
+"""What rates replies: reward models, their ensembles, rules, value heads, likelihood, functions, and combinations.
+
+All implement `Scorer` (data/protocols.py): `score(context, options)` gives one number per option. Those that run a
+model also have `score_each(rows)`, for many contexts at once. `load_scorer` makes one from a name or a small mapping:
+
+    runs/reward                                          a reward model
+    package.module:function                              a function (context, option) -> number
+    {kind: ensemble, scorers: [runs/a, runs/b], k: 1.0}  mean − k · standard deviation
+    {kind: sparrow, preference: runs/reward, rules: [{kind: regex, pattern: "https?://"}]}
+
+Ids that a reply was sampled with are not trusted here, since they may be another tokenizer's: text is encoded anew.
+"""
+
+import importlib
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from offline_lmrl.data.batching import pad
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.comparison_batching import encode_options
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.preferences import Scored, score_rows
+from offline_lmrl.data.protocols import Scorer
+from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.scale import RewardScale
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.data.windows import WindowRule
+from offline_lmrl.decoding.critic import load_critic
+from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.models.adapters import settings
+from offline_lmrl.models.guided import slots_of
+from offline_lmrl.models.reward_model import load_reward_model, read_mask
+from offline_lmrl.ops.preferences import rule_adjusted_score
+
+MOST_TOKENS = 4096  # rows × longest row of one forward pass
+
+
+class RowScorer:
+    """Runs a model over rows of context + option; a subclass says what is read of a batch of them (`read`).
+
+    An option that the window cannot hold raises an InputError; turns of the context that it cannot hold are left out.
+    """
+
+    def __init__(self, model: PreTrainedModel, renderer: Renderer, window: WindowRule):
+        self.model, self.renderer, self.window = model.eval(), renderer, window
+
+    def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
+        return self.score_each([(context, options)])[0]
+
+    @torch.inference_mode()
+    def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
+        """Scores (K,) of each row's options."""
+        encoded = [self._encode(*row) for row in rows]
+        flat = [option for options in encoded for option in options]
+        order = sorted(range(len(flat)), key=lambda i: -len(flat[i][0]))  # like lengths together: little padding
+        scores, start = np.zeros(len(flat)), 0
+        while start < len(order):
+            size = max(1, MOST_TOKENS // len(flat[order[start]][0]))
+            chunk = order[start : start + size]
+            scores[chunk] = self.read(_batch([flat[i] for i in chunk], self.model.device)).float().cpu().numpy()
+            start += size
+        return np.split(scores, np.cumsum([len(options) for options in encoded])[:-1])
+
+    def read(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Scores (B,) of a batch with the fields input_ids to last of `ComparisonBatch`."""
+        raise TypeError(f"{type(self).__name__} does not say what it reads")
+
+    def _encode(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]):
+        bare = [[replace(turn, token_ids=None, behaviour_log_prob=None) for turn in part]
+                for part in (context, *options)]  # fmt: skip
+        rows = encode_options(bare[0], bare[1:], self.renderer, self.window, Counter())
+        if rows is None:
+            raise InputError(f"max_length: found {self.window.max_length}, expected room for each scored reply")
+        return rows
+
+
+def _batch(rows: Sequence[tuple[list[int], list[int]]], device: torch.device) -> dict[str, Tensor]:
+    lengths = np.array([len(ids) for ids, _ in rows])
+    ids, mask = pad([(np.concatenate([ids for ids, _ in rows]), lengths)], 0)
+    kinds, _ = pad([(np.concatenate([kinds for _, kinds in rows]), lengths)], 0)
+    batch = {"input_ids": ids, "attention_mask": mask, "action_mask": kinds > 0, "closing_mask": kinds > 1,
+             "last": kinds.shape[1] - 1 - (kinds > 0)[:, ::-1].argmax(axis=1)}  # fmt: skip
+    return {name: torch.from_numpy(values).to(device) for name, values in batch.items()}
+
+
+class RewardModel(RowScorer):
+    """A run of algorithm reward_model, or any ...ForSequenceClassification with one label: its score plus its bias."""
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str | None = None) -> "RewardModel":
+        """Raises: InputError where there is no reward model, or another tokenizer than it was trained with."""
+        model = load_reward_model(path)
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        saved = settings(model.config)
+        renderer = Renderer(AutoTokenizer.from_pretrained(path), saved.get("template", "auto"))
+        if renderer.fingerprint != saved.get("tokenizer", renderer.fingerprint):
+            raise InputError(f"{path}: tokenizer: found fingerprint {renderer.fingerprint}, expected "
+                             f"{saved['tokenizer']}: the model was trained with another tokenizer or chat template")
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
+        return cls(model, renderer, WindowRule(**saved.get("window", {"max_length": positions})))
+
+    def read(self, batch):
+        block = settings(self.model.config)["reward"]
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return self.model(**inputs, read=read_mask(batch, block["head"])) + block["bias"]
+
+
+class PolicyScorer(RowScorer):
+    """A causal LM as a judge. Raises: InputError for one that is conditioned on returns, as it knows none here."""
+
+    def __init__(self, policy: LanguagePolicy):
+        super().__init__(policy.model, policy.renderer, policy.window)
+        if slots_of(policy.model, policy.renderer) is not None:
+            raise InputError("scorer: found a model that is conditioned on returns, expected one that is not")
+
+    def _states(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, state and token (N,) of the options' agent tokens: the token stands behind its state."""
+        row, place = batch["action_mask"].nonzero(as_tuple=True)
+        return row, place - 1, batch["input_ids"][row, place]
+
+
+class Likelihood(PolicyScorer):
+    """log π(option | context), the sum over its agent tokens, or their mean where `mean` is set."""
+
+    def __init__(self, policy: LanguagePolicy, mean: bool = False):
+        super().__init__(policy)
+        self.mean = mean
+
+    def read(self, batch):
+        row, state, token = self._states(batch)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits = self.model(**inputs, use_cache=False).logits[row, state].float()
+        log_prob = logits.log_softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
+        total = log_prob.new_zeros(len(batch["last"])).index_add(0, row, log_prob)
+        return total / batch["action_mask"].sum(1) if self.mean else total
+
+
+class ValueHeads(PolicyScorer):
+    """Q heads of an ILQL run, in reward units: Σ over agent tokens of min Q̄(s,a) − V(s), or min Q̄ of the whole reply.
+
+    of: advantage, or utterance for the heads that a run with utterance_weight > 0 has. Snell et al. 2022 (ILQL) rerank
+      by these.
+    """
+
+    def __init__(self, policy: LanguagePolicy, of: Literal["advantage", "utterance"] = "advantage"):
+        super().__init__(policy)
+        if of not in ("advantage", "utterance"):
+            raise InputError(f"of: found {of!r}, expected advantage or utterance")
+        self.of, self.heads = of, policy.model.value_heads
+        if of == "utterance" and not hasattr(self.heads, "utterance_q"):
+            raise InputError("of: found utterance, but the run has no heads for whole replies (utterance_weight: 0)")
+        self.unit = RewardScale(**settings(policy.model.config).get("reward_scale", {})).scale
+
+    def read(self, batch):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        _, hidden = self.model.forward_with_hidden(**inputs, use_cache=False)
+        if self.of == "utterance":
+            closing = hidden[torch.arange(len(hidden), device=hidden.device), batch["last"]]
+            return self.unit * self.heads.utterance_target_q(closing).amin(0)
+        row, state, token = self._states(batch)
+        states = hidden[row, state]
+        q = self.model.q_values(states, token.unsqueeze(-1)).amin(0).squeeze(-1)
+        advantage = q - self.model.v_values(states)
+        return self.unit * advantage.new_zeros(len(hidden)).index_add(0, row, advantage)
+
+
+class Function:
+    """A function of (context turns, option turns) that gives a number: gold functions, rules in Python."""
+
+    def __init__(self, function: Callable[[Sequence[Turn], Sequence[Turn]], float]):
+        self.function = function
+
+    def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
+        return np.array([float(self.function(context, option)) for option in options])
+
+
+def regex_rule(pattern: str, must: bool = False) -> Function:
+    """1 where the rule is kept, else 0: no agent turn of the option holds the pattern, or with `must` one does."""
+    try:
+        found = re.compile(pattern).search
+    except re.error as error:
+        raise InputError(f"pattern: found {pattern!r} ({error}), expected a regular expression") from error
+    return Function(lambda context, option: must == any(found(t.content) for t in option if t.is_trainable))
+
+
+class Ensemble:
+    """mean − k · standard deviation over scorers that are each normalised on their own (Christiano et al. 2017).
+
+    k > 0 distrusts what they disagree on, which offline data cannot settle.
+    """
+
+    def __init__(self, scorers: Sequence[Scorer], k: float = 0.0):
+        if len(scorers) < 2:
+            raise InputError(f"scorers: found {len(scorers)}, expected at least 2 for an ensemble")
+        self.scorers, self.k = scorers, k
+
+    def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
+        return self.score_each([(context, options)])[0]
+
+    def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
+        return [member.mean(0) - self.k * member.std(0) for member in self.members(rows)]
+
+    def members(self, rows: Sequence[Scored]) -> list[np.ndarray]:
+        """Per row what each member says, (members, K)."""
+        return [np.stack(found) for found in zip(*(score_rows(rows, one) for one in self.scorers), strict=True)]
+
+
+class Combined:
+    """A preference and what else counts, by `how`, a function of (preference (K,), others (K, R)) -> (K,)."""
+
+    def __init__(
+        self, preference: Scorer, others: Sequence[Scorer], how: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    ):
+        self.preference, self.others, self.how = preference, others, how
+
+    def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
+        return self.score_each([(context, options)])[0]
+
+    def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
+        others = zip(*(score_rows(rows, one) for one in self.others), strict=True)
+        return [self.how(preference, np.stack(rest, axis=1))
+                for preference, rest in zip(score_rows(rows, self.preference), others, strict=True)]  # fmt: skip
+
+
+def weighted_sum(scorers: Sequence[Scorer], weights: Sequence[float] | None = None) -> Combined:
+    """Σ_i w_i · s_i; weights None = all 1."""
+    weights = [1.0] * len(scorers) if weights is None else weights
+    if len(weights) != len(scorers) or len(scorers) < 2:
+        raise InputError(f"weights: found {len(weights)} for {len(scorers)} scorers, expected one for each of several")
+    first, *rest = weights
+    return Combined(scorers[0], scorers[1:], lambda score, others: first * score + others @ np.array(rest))
+
+
+def veto(preference: Scorer, rules: Sequence[Scorer], floor: float, threshold: float = 0.5) -> Combined:
+    """The preference where every rule is kept with at least this probability, else `floor`."""
+    _require_rules(rules)
+    return Combined(preference, rules, lambda score, kept: np.where((kept >= threshold).all(1), score, floor))
+
+
+def sparrow(preference: Scorer, rules: Sequence[Scorer], average: float = 0.0) -> Combined:
+    """Preference against the average times how surely all rules are kept (`rule_adjusted_score`; Glaese et al. 2022).
+
+    average: the mean score of replies; 0 for a reward model that is centred.
+    """
+    _require_rules(rules)
+
+    def how(score: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        if (kept < 0).any() or (kept > 1).any():
+            raise InputError(f"rules: found scores from {kept.min():g} to {kept.max():g}, expected probabilities")
+        return rule_adjusted_score(torch.from_numpy(score), average, torch.from_numpy(kept)).numpy()
+
+    return Combined(preference, rules, how)
+
+
+def _require_rules(rules: Sequence[Scorer]) -> None:
+    if not rules:
+        raise InputError("rules: found none, expected at least one")
+
+
+# kind -> what makes it; parameters named `preference` are scorers, and `scorers` and `rules` lists of them
+KINDS: dict[str, Callable[..., Scorer]] = {
+    "reward_model": lambda run, device=None: RewardModel.load(run, device=device),
+    "likelihood": lambda run, mean=False, device=None: Likelihood(LanguagePolicy.load(run, device=device), mean),
+    "value_heads": lambda run, of="advantage", device=None: ValueHeads(load_critic(run, device=device), of),
+    "python": lambda function: Function(_imported(function)),
+    "regex": regex_rule,
+    "ensemble": Ensemble,
+    "sum": weighted_sum,
+    "veto": veto,
+    "sparrow": sparrow,
+}
+
+
+def load_scorer(spec: str | Path | Mapping[str, Any]) -> Scorer:
+    """A scorer from a mapping with `kind` and what that kind takes, such a mapping as YAML text or file, the folder or
+    hub name of a reward model, or package.module:function. Raises: InputError that names the key."""
+    if isinstance(spec, str | Path):
+        text = str(spec)
+        if text.startswith("{") or text.endswith((".yaml", ".yml")):
+            return load_scorer(_read_yaml(text))
+        kind = "python" if re.fullmatch(r"[\w.]+:\w+", text) else "reward_model"
+        spec = {"kind": kind, "function" if kind == "python" else "run": text}
+    if not isinstance(spec, Mapping) or spec.get("kind") not in KINDS:
+        found = spec.get("kind") if isinstance(spec, Mapping) else spec
+        raise InputError(f"scorer.kind: found {found!r}, expected one of {', '.join(KINDS)}")
+    given = {name: value for name, value in spec.items() if name != "kind"}
+    parameters = inspect.signature(KINDS[spec["kind"]]).parameters
+    for name in given:
+        if name not in parameters:
+            raise InputError(f"scorer: {spec['kind']} has no setting {name!r}, expected {', '.join(parameters)}")
+    for name, parameter in parameters.items():
+        if name not in given and parameter.default is parameter.empty:
+            raise InputError(f"scorer.{name}: missing, {spec['kind']} needs it")
+    for name in ("preference", "scorers", "rules"):
+        if name in given:
+            given[name] = load_scorer(given[name]) if name == "preference" else [load_scorer(s) for s in given[name]]
+    return KINDS[spec["kind"]](**given)
+
+
+def _read_yaml(text: str) -> Mapping[str, Any]:
+    """The mapping in a YAML file, or in YAML that starts with a brace."""
+    try:
+        spec = yaml.safe_load(text if text.startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"scorer: {text}: found {' '.join(str(error).split())}, expected YAML") from error
+    if not isinstance(spec, Mapping):
+        raise InputError(f"scorer: {text}: found {spec!r}, expected a mapping")
+    return spec
+
+
+def _imported(name: str) -> Callable:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"scorer.function: {name}: {error}, expected package.module:function") from error
+
+
+def relabel_comparisons(comparisons: Sequence[Comparison], scorer: Scorer) -> list[Comparison]:
+    """The comparisons with what the scorer says instead of what people said: target softmax(scores), as Bradley and
+    Terry have it, and the ranking by score. `labels["scores"]` keeps the scores, `labels["target"]` the old target."""
+    rows = score_rows([(row.context, row.options) for row in comparisons], scorer)
+    return [_relabelled(row, scores) for row, scores in zip(comparisons, rows, strict=True)]
+
+
+def _relabelled(row: Comparison, scores: np.ndarray) -> Comparison:
+    shares = np.exp(scores - scores.max())
+    levels = sorted(set(scores.tolist()), reverse=True)
+    ranking = tuple(tuple(np.flatnonzero(scores == level).tolist()) for level in levels)
+    labels = {name: value for name, value in row.labels.items() if name != "strength"}
+    labels |= {"scores": scores.tolist(), "target": list(row.target)}
+    return replace(row, target=tuple((shares / shares.sum()).tolist()), ranking=ranking, labels=labels)
+
+
+def relabel_trajectories(
+    trajectories: Sequence[Trajectory], scorer: Scorer, place: Literal["terminal", "turn"] = "terminal"
+) -> list[Trajectory]:
+    """The trajectories with scores as rewards; `labels["rewards"]` keeps what was logged, per agent turn.
+
+    place: terminal: all that follows the first prompt is scored at once, and the last agent turn earns it; turn: each
+      agent turn is scored, and earns it, as a reply to all that came before it.
+    """
+    if place not in ("terminal", "turn"):
+        raise InputError(f"place: found {place!r}, expected terminal or turn")
+    rows, paid = [], []
+    for trajectory in trajectories:
+        agent = [i for i, turn in enumerate(trajectory.turns) if turn.is_trainable]
+        if not agent:
+            raise InputError("relabel: found a trajectory without an agent turn, expected at least one")
+        turns = [replace(turn, reward=None) for turn in trajectory.turns]
+        if place == "terminal":
+            rows.append((_context(turns[: agent[0]]), [turns[agent[0] :]]))
+        else:
+            rows += [(_context(turns[:i]), [[turns[i]]]) for i in agent]
+        paid.append(agent[-1:] if place == "terminal" else agent)
+    scores = iter(np.concatenate(score_rows(rows, scorer)).tolist())
+    return [_rescored(row, {i: next(scores) for i in places}) for row, places in zip(trajectories, paid, strict=True)]
+
+
+def _context(turns: Sequence[Turn]) -> list[Turn]:
+    return [replace(turn, trainable=False) if turn.is_trainable else turn for turn in turns]
+
+
+def _rescored(trajectory: Trajectory, rewards: Mapping[int, float]) -> Trajectory:
+    turns = tuple(replace(turn, reward=rewards.get(i)) for i, turn in enumerate(trajectory.turns))
+    logged = [turn.reward for turn in trajectory.turns if turn.is_trainable]
+    return replace(trajectory, turns=turns, labels={**trajectory.labels, "rewards": logged})
+
+
+def most_disputed(comparisons: Sequence[Comparison], ensemble: Ensemble, n: int) -> list[Comparison]:
+    """The n pairs of options whose predicted preference σ(s_i − s_j) the members of an ensemble disagree on most, by
+    variance, most first; at most one pair of each comparison. Christiano et al. 2017 ask for labels of those.
+
+    `labels["disagreement"]` is the standard deviation. Ties keep the order of the data.
+    """
+    found = []
+    members = ensemble.members([(row.context, row.options) for row in comparisons])
+    for row, scores in zip(comparisons, members, strict=True):  # scores (members, K)
+        prob = np.exp(-np.logaddexp(0, scores[:, None, :] - scores[:, :, None]))  # [:, i, j]: σ(s_i − s_j)
+        spread = np.triu(prob.std(0), 1)
+        i, j = np.unravel_index(spread.argmax(), spread.shape)
+        j = max(int(j), int(i) + 1)  # where all agree
+        pair = row.select([int(i), j])
+        found.append(replace(pair, labels={**pair.labels, "disagreement": float(spread.max())}))
+    return sorted(found, key=lambda pair: -pair.labels["disagreement"])[:n]

@@ -1,0 +1,216 @@
+"""Scorers by hand and against the models they read; relabelling; the pairs an ensemble disputes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.data.windows import WindowRule
+from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.scorers import (
+    Ensemble,
+    Function,
+    Likelihood,
+    RewardModel,
+    ValueHeads,
+    load_scorer,
+    most_disputed,
+    regex_rule,
+    relabel_comparisons,
+    relabel_trajectories,
+    sparrow,
+    veto,
+    weighted_sum,
+)
+from offline_lmrl.evaluation.offline import read_logs
+from offline_lmrl.models.guided import attach, build_model
+from offline_lmrl.models.reward_model import build_reward_model, fold, head_of
+from offline_lmrl.models.value_heads import ValueHeadsConfig
+
+RENDERER = Renderer(train_tokenizer(["say it", "left right up"], 290))
+SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
+ASKED = (Turn("user", "say it"),)
+
+
+def said(*texts):
+    return [(Turn("assistant", text),) for text in texts]
+
+
+def length(context, option):
+    """A scorer in Python."""
+    return len(option[-1].content)
+
+
+def fixed(*values):
+    """A scorer that says these numbers, one after the other, for the options of each row."""
+    return Function(lambda context, option: values[int(option[-1].content)])
+
+
+def reward_model(head="terminal", seed=0):
+    torch.manual_seed(seed)
+    model = build_reward_model(SPEC, RENDERER.tokenizer, head)
+    fold(model, 2.0, 0.5)
+    return model
+
+
+def test_rules_and_functions_give_one_number_per_option():
+    with_user = (Turn("assistant", "so"), Turn("user", "http://y"), Turn("assistant", "ok"))
+    options = [*said("see http://x", "no"), with_user]
+    assert regex_rule("https?://").score(ASKED, options).tolist() == [0.0, 1.0, 1.0]  # what others say breaks no rule
+    assert regex_rule("https?://", must=True).score(ASKED, options).tolist() == [1.0, 0.0, 0.0]
+    assert load_scorer(f"{__name__}:length").score(ASKED, options).tolist() == [12.0, 2.0, 2.0]
+
+
+def test_an_ensemble_is_the_mean_less_k_standard_deviations():
+    members = [fixed(1.0, 4.0), fixed(3.0, 4.0)]
+    assert Ensemble(members).score(ASKED, said("0", "1")).tolist() == [2.0, 4.0]
+    assert Ensemble(members, k=0.5).score(ASKED, said("0", "1")).tolist() == [1.5, 4.0]
+    with pytest.raises(InputError, match="scorers: found 1"):
+        Ensemble(members[:1])
+
+
+def test_sums_vetoes_and_the_sparrow_formula_by_hand():
+    preference, rule, other = fixed(math.log(3), 0.0, 5.0), fixed(1.0, 0.49, 0.0), fixed(0.25, 1.0, 1.0)
+    options = said("0", "1", "2")
+    total = weighted_sum([preference, rule], [2.0, -1.0]).score(ASKED, options)
+    assert total == pytest.approx([2 * math.log(3) - 1, -0.49, 10.0])
+    assert veto(preference, [rule], floor=-9.0).score(ASKED, options) == pytest.approx([math.log(3), -9.0, -9.0])
+    # ¾ · √(1 · ¼), ½ · √(.49 · 1), and a rule that is surely broken
+    assert sparrow(preference, [rule, other]).score(ASKED, options) == pytest.approx([0.375, 0.35, 0.0])
+    shifted = sparrow(weighted_sum([preference, fixed(7.0, 7.0, 7.0)]), [rule, other], average=7.0)
+    assert shifted.score(ASKED, options) == pytest.approx([0.375, 0.35, 0.0])
+    with pytest.raises(InputError, match="rules: found scores from -1 to 1, expected probabilities"):
+        sparrow(preference, [fixed(1.0, -1.0, 0.0)]).score(ASKED, options)
+
+
+@pytest.mark.parametrize("head", ["terminal", "turn", "token"])
+def test_a_reward_model_scores_what_its_head_reads_and_adds_its_bias_once(head):
+    model = reward_model(head)
+    scorer = RewardModel(model, RENDERER, WindowRule(max_length=64))
+    two_turns = (Turn("assistant", "left"), Turn("user", "say it"), Turn("assistant", "up"))
+    found = scorer.score(ASKED, [*said("left"), two_turns])
+
+    def per_token(option):
+        parts = [RENDERER.encode_turn(turn) for turn in (*ASKED, *option)]
+        ids = [*RENDERER.preamble, *(token for part in parts for token in part.ids)]
+        with torch.no_grad():
+            values = head_of(model)(model.base_model(torch.tensor([ids]))[0])[0, :, 0].tolist()
+        ends = np.cumsum([len(RENDERER.preamble), *(len(part.ids) for part in parts)])
+        turns = [values[start + part.action_start : start + part.action_stop] for start, part, turn in
+                 zip(ends, parts, (*ASKED, *option), strict=False) if turn.role == "assistant"]  # fmt: skip
+        return {"terminal": turns[-1][-1], "turn": sum(turn[-1] for turn in turns), "token": sum(map(sum, turns))}
+
+    assert found == pytest.approx([per_token(option)[head] + 0.5 for option in (said("left")[0], two_turns)], abs=1e-5)
+    many = scorer.score_each([(ASKED, said("left right up" * 2, "up")), ((), said("left")), (ASKED, [two_turns])])
+    assert [len(scores) for scores in many] == [2, 1, 1] and many[2][0] == pytest.approx(found[1], abs=1e-5)
+    with pytest.raises(InputError, match="max_length: found 64, expected room for each scored reply"):
+        scorer.score(ASKED, said("x" * 80))
+
+
+def test_a_saved_reward_model_is_opened_by_its_folder(tmp_path):
+    model = reward_model()
+    model.config.offline_lmrl |= {"tokenizer": RENDERER.fingerprint, "window": {"context": None, "max_length": 40}}
+    model.save_pretrained(tmp_path)
+    RENDERER.tokenizer.save_pretrained(tmp_path)
+    scorer = load_scorer({"kind": "reward_model", "run": str(tmp_path), "device": "cpu"})
+    expected = RewardModel(model, RENDERER, WindowRule(max_length=40)).score(ASKED, said("left", "up"))
+    assert scorer.window.max_length == 40 and scorer.score(ASKED, said("left", "up")) == pytest.approx(expected)
+    train_tokenizer(["something else"], 290).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="trained with another tokenizer"):
+        load_scorer(str(tmp_path))
+
+
+def judge(utterance=False):
+    torch.manual_seed(0)
+    model = attach(build_model(SPEC, RENDERER.tokenizer), ValueHeadsConfig("linear", utterance=utterance))
+    for parameter in model.value_heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.config.offline_lmrl |= {"reward_scale": {"shift": 0.0, "scale": 4.0, "scored_turns": 0}}
+    return LanguagePolicy(model.eval(), RENDERER)
+
+
+def test_likelihood_and_advantages_are_those_of_the_logs():
+    policy = judge()
+    options = said("left", "up and right")
+    steps = read_logs(policy, [Trajectory((*ASKED, *option)) for option in options])
+    of = [steps.trajectory == i for i in range(2)]
+    expected = [steps.log_prob[mine].sum() for mine in of]
+    assert Likelihood(policy).score(ASKED, options) == pytest.approx(expected, abs=1e-4)
+    expected = [steps.log_prob[mine].mean() for mine in of]
+    assert Likelihood(policy, mean=True).score(ASKED, options) == pytest.approx(expected, abs=1e-4)
+    expected = [(steps.q - steps.v)[mine].sum() for mine in of]
+    assert abs(expected[0] - expected[1]) > 0.1
+    assert ValueHeads(policy).score(ASKED, options) == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(InputError, match="utterance_weight"):
+        ValueHeads(policy, "utterance")
+
+
+def test_the_utterance_head_is_read_behind_the_closing_token():
+    policy = judge(utterance=True)
+    ids = [*RENDERER.preamble, *(token for turn in (*ASKED, Turn("assistant", "up")) for token in
+                                 RENDERER.encode_turn(turn).ids)]  # fmt: skip
+    assert ids[-1] == RENDERER.close_id
+    with torch.no_grad():
+        _, hidden = policy.model.forward_with_hidden(input_ids=torch.tensor([ids]))
+        q = policy.model.value_heads.utterance_target_q(hidden[:, -1]).min().item()
+    assert ValueHeads(policy, "utterance").score(ASKED, said("up", "left"))[0] == pytest.approx(4.0 * q, abs=1e-4)
+
+
+def test_scorers_are_made_from_nested_mappings_and_from_files(tmp_path):
+    rules = [{"kind": "regex", "pattern": "up"}]
+    spec = {"kind": "veto", "preference": f"{__name__}:length", "rules": rules, "floor": -1.0}
+    (tmp_path / "scorer.yaml").write_text(yaml.safe_dump(spec))
+    assert load_scorer(tmp_path / "scorer.yaml").score(ASKED, said("up", "left")).tolist() == [-1.0, 4.0]
+    both = load_scorer({"kind": "sum", "scorers": [spec, f"{__name__}:length"], "weights": [1.0, 0.5]})
+    assert both.score(ASKED, said("up", "left")).tolist() == [0.0, 6.0]
+
+
+@pytest.mark.parametrize(("spec", "message"), [
+    ({"kind": "regexp", "pattern": "x"}, "scorer.kind: found 'regexp', expected one of reward_model, "),
+    ({"kind": "regex", "pattern": "("}, "pattern: found .*expected a regular expression"),
+    ({"kind": "regex", "pattern": "x", "most": True}, "scorer: regex has no setting 'most', expected pattern, must"),
+    ({"kind": "veto", "rules": []}, "scorer.preference: missing"),
+    ("tests.decoding.test_scorers:nothing", "scorer.function: .*expected package.module:function"),
+    ("nowhere.yaml", "scorer: nowhere.yaml"),
+])  # fmt: skip
+def test_a_scorer_that_cannot_be_made_is_an_error_in_one_line(spec, message):
+    with pytest.raises(InputError, match=message):
+        load_scorer(spec)
+
+
+def test_comparisons_get_the_scorers_target_and_keep_the_old_one():
+    row = Comparison(ASKED, tuple(said("0", "1", "2")), (1.0, 0.0, 0.0), labels={"strength": 2.0, "note": "x"})
+    (made,) = relabel_comparisons([row], fixed(0.0, math.log(2), 0.0))
+    assert made.target == pytest.approx((0.25, 0.5, 0.25)) and made.ranking == ((1,), (0, 2))
+    assert made.labels == {"note": "x", "scores": [0.0, math.log(2), 0.0], "target": [1.0, 0.0, 0.0]}
+    assert (made.options, made.context) == (row.options, row.context)
+
+
+def test_trajectories_get_scores_as_rewards_and_keep_what_was_logged():
+    turns = (*ASKED, Turn("assistant", "left", reward=1.0), Turn("user", "on"), Turn("assistant", "up"))
+    context = Function(lambda context, option: 100 * len(context) + sum(len(turn.content) for turn in option))
+    (whole,) = relabel_trajectories([Trajectory(turns, group="g")], context)
+    assert [turn.reward for turn in whole.turns] == [None, None, None, 108.0]  # "left", "on", "up" behind one turn
+    assert whole.labels["rewards"] == [1.0, None] and whole.group == "g"
+    (dense,) = relabel_trajectories([Trajectory(turns)], context, "turn")
+    assert [turn.reward for turn in dense.turns] == [None, 104.0, None, 302.0]
+    assert [turn.content for turn in dense.turns] == [turn.content for turn in turns]
+
+
+def test_the_pairs_that_an_ensemble_disputes_come_first():
+    agreed = Comparison(ASKED, tuple(said("0", "1")), (1.0, 0.0), group="agreed")
+    disputed = Comparison(ASKED, tuple(said("2", "3", "4")), (1.0, 0.0, 0.0), group="disputed")
+    members = Ensemble([fixed(0.0, 1.0, 0.0, 0.0, 1.0), fixed(0.0, 1.0, 0.0, 3.0, 1.0)])
+    first, second = most_disputed([agreed, disputed], members, 5)
+    # between options 3 and 4 one says σ(−1) = .2689, the other σ(2) = .8808; half the difference
+    assert [turn[0].content for turn in first.options] == ["3", "4"]
+    assert first.labels["disagreement"] == pytest.approx((0.8808 - 0.2689) / 2, abs=1e-4)
+    assert second.group == "agreed" and second.labels["disagreement"] == 0.0
+    assert most_disputed([agreed, disputed], members, 1) == [first]
