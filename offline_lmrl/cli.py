@@ -18,6 +18,8 @@ COMMANDS = {
     "evaluate": ("offline_lmrl.cli_play:evaluate", "measure a run in an environment or on held-out logs"),
     "generate": ("offline_lmrl.cli_play:generate", "reply to prompts with a run, value-guided; --chat to talk to it"),
     "compare": ("offline_lmrl.cli_run:compare", "train and evaluate several methods over seeds and print one table"),
+    "relabel": ("offline_lmrl.cli_score:relabel", "score logs with a reward model, rules, or what combines them"),
+    "select": ("offline_lmrl.cli_score:select", "name the pairs that an ensemble disputes: what to label next"),
     "config": ("offline_lmrl.cli_data:config", "list the shipped configs or print one"),
 }
 

@@ -34,7 +34,7 @@ def prepare(argv: Sequence[str]) -> None:
         print(PREPARE_HELP)
         return
     usage = f"prepare {argv[0]} --output DIR [--key value ...]"
-    _print_report(call(usage, _source(argv[0]), argv[1:], positional=False))
+    print_report(call(usage, _source(argv[0]), argv[1:], positional=False))
 
 
 def prepare_from_settings(settings: Mapping[str, Any]) -> None:
@@ -50,11 +50,12 @@ def _source(name: str) -> Callable[..., Mapping[str, Any]]:
     return getattr(import_module(module), function)
 
 
-def _print_report(report: Mapping[str, Any], indent: str = "") -> None:
+def print_report(report: Mapping[str, Any], indent: str = "") -> None:
+    """`name: value` per line, nested reports further in."""
     for name, value in report.items():
         if isinstance(value, Mapping):
             print(f"{indent}{name}:")
-            _print_report(value, indent + "  ")
+            print_report(value, indent + "  ")
         else:
             print(f"{indent}{name}: {f'{value:.4g}' if isinstance(value, float) else value}")
 
@@ -122,10 +123,10 @@ def _check_comparisons(data: str, renderer: "Renderer | None", max_length: int |
             fits: Counter[str] = Counter()
             encoded = encode_comparisons(rows, renderer, WindowRule(max_length=max_length or sys.maxsize), fits)
             report |= {"tokens of the longest row": int(encoded.lengths.max()), **fits}
-        _print_report({name: report})
+        print_report({name: report})
     groups = {name: {group_key(row) for row in rows} for name, rows in splits.items()}
     shared = {f"{a}, {b}": len(groups[a] & groups[b]) for a, b in combinations(groups, 2) if groups[a] & groups[b]}
-    _print_report({"repairs and drops": counts, "groups in two splits": shared})
+    print_report({"repairs and drops": counts, "groups in two splits": shared})
 
 
 def _renderer(tokenizer: str, template: str):

@@ -9,12 +9,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offline_lmrl.cli_data import print_report
 from offline_lmrl.cli_parser import Parser
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.trajectory import Trajectory, Turn, shown, to_record, turn_from_record
 
 if TYPE_CHECKING:
-    from offline_lmrl.data.protocols import Reply
+    from offline_lmrl.data.protocols import Policy, Reply
     from offline_lmrl.decoding.policy import LanguagePolicy
     from offline_lmrl.evaluation.play import EvaluationResult
 
@@ -71,10 +72,10 @@ def _evaluate(
     *,
     sampling: Mapping[str, Any],
 ) -> None:
-    """Measure a run in an environment, on held-out logs, or both.
+    """Measure a run in an environment, on held-out logs, or both; a reward model on held-out comparisons.
 
     Args:
-      run: a run directory, or a folder or hub name of a causal LM.
+      run: a run directory, or a folder or hub name of a causal LM; for comparisons a scorer, as `relabel` takes it.
       environment: maze, negotiation, corridor, gamble, count, count1, talk, talk_trap, hidden_rule, walk, or your own
         as package.module:Class.
       settings: the environment's own arguments, as --settings.observed partial.
@@ -84,13 +85,13 @@ def _evaluate(
       cluster: label that dependent episodes share, for the interval; null = every episode for itself.
       batch_size: episodes played side by side.
       output: file for the played episodes, which can be trained on.
-      data: held-out trajectories; says what logs alone can say.
+      data: held-out trajectories; says what logs alone can say. Or comparisons: says how often the scorer agrees.
       betas: weights of the guidance that are tried on the logs.
       kl_budget: the largest of them that moves the policy no further than this, in nats per token, is recommended.
       show: print this row of the data token by token instead, from 1.
       device: null = the first accelerator, else the CPU.
     """
-    from offline_lmrl.data.io import read_trajectories, write_trajectories
+    from offline_lmrl.data.io import holds_comparisons, read_trajectories, write_trajectories
     from offline_lmrl.decoding.policy import LanguagePolicy
     from offline_lmrl.environments import make_environment
     from offline_lmrl.evaluation import offline
@@ -102,6 +103,9 @@ def _evaluate(
         raise InputError("show: found a row without --data, expected the data it is in")
     if episodes < 1:
         raise InputError(f"episodes: found {episodes}, expected at least 1")
+    if data is not None and holds_comparisons(data):
+        _judge(run, data)
+        return
     trajectories = [] if data is None else read_trajectories(data)
     if show is not None and not 1 <= show <= len(trajectories):
         raise InputError(f"show: found {show}, expected 1 to {len(trajectories)}")
@@ -129,6 +133,14 @@ def _evaluate(
         print(offline.evaluate_offline(policy, trajectories, betas=betas, kl_budget=kl_budget))
 
 
+def _judge(scorer: str, data: str) -> None:
+    from offline_lmrl.data.io import read_comparisons
+    from offline_lmrl.decoding.scorers import load_scorer
+    from offline_lmrl.evaluation.preferences import judge
+
+    print_report(judge(load_scorer(scorer), read_comparisons(data)))
+
+
 def _print_result(result: "EvaluationResult") -> None:
     summary = result.summary()
     labels = summary.pop("labels")
@@ -143,6 +155,10 @@ def _generate(
     output: str = "-",
     n: int = 1,
     seed: int = 0,
+    scorer: str | None = None,
+    best_of: int = 1,
+    threshold: float | None = None,
+    abstention: str = "I don't know.",
     device: str | None = None,
     chat: bool = False,
     *,
@@ -156,19 +172,29 @@ def _generate(
       output: file, or - for stdout: JSON Lines with the messages, the reply's token ids and log-probabilities.
       n: replies to each prompt.
       seed: of the first prompt; the others follow.
+      scorer: what chooses the best of several replies, as `relabel` takes it.
+      best_of: of how many.
+      threshold: replies that score less are not given.
+      abstention: what is said instead.
       device: null = the first accelerator, else the CPU.
     """
     from offline_lmrl.data.io import atomic_output
     from offline_lmrl.decoding.policy import LanguagePolicy
+    from offline_lmrl.decoding.reranking import BestOfN
+    from offline_lmrl.decoding.scorers import load_scorer
 
     if chat:
         _chat(LanguagePolicy.load(run, device=device, **sampling), seed)
         return
+    if scorer is None and (best_of > 1 or threshold is not None):
+        raise InputError("scorer: missing, expected what is to choose the best of several replies")
     histories = read_prompts(prompts)
     if output != "-":
         _require_writable(Path(output))
     policy = LanguagePolicy.load(run, device=device, **sampling)
-    rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in _replies(policy, histories, n, seed)]
+    player = policy if scorer is None else BestOfN(policy, load_scorer(scorer), best_of, threshold, abstention)
+    replies = _replies(player, policy.renderer.fingerprint, histories, n, seed)
+    rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in replies]
     if output == "-":
         sys.stdout.writelines(rows)
         return
@@ -210,7 +236,9 @@ def _prompt(line: str, where: str) -> list[Turn]:
     return [turn_from_record(turn, f"{where}: {field}[{i}]") for i, turn in enumerate(messages)]
 
 
-def _replies(policy: "LanguagePolicy", histories: Sequence[Sequence[Turn]], n: int, seed: int) -> Iterator[Mapping]:
+def _replies(
+    policy: "Policy", tokenizer: str, histories: Sequence[Sequence[Turn]], n: int, seed: int
+) -> Iterator[Mapping]:
     """A record per reply, which `read_trajectories` reads again."""
     from offline_lmrl.decoding.policy import generate_texts
 
@@ -219,13 +247,13 @@ def _replies(policy: "LanguagePolicy", histories: Sequence[Sequence[Turn]], n: i
             part = histories[start : start + PROMPTS_AT_ONCE]
             seeds = range(seed + start, seed + start + len(part))
             for history, own_seed, replies in zip(part, seeds, generate_texts(policy, part, n, seeds), strict=True):
-                yield from (to_record(_answered(policy, history, reply, own_seed)) for reply in replies)
+                yield from (to_record(_answered(tokenizer, history, reply, own_seed)) for reply in replies)
             progress(start + len(part), len(histories))
 
 
-def _answered(policy: "LanguagePolicy", history: Sequence[Turn], reply: "Reply", seed: int) -> Trajectory:
+def _answered(tokenizer: str, history: Sequence[Turn], reply: "Reply", seed: int) -> Trajectory:
     turn = Turn("assistant", reply.text, token_ids=reply.token_ids, behaviour_log_prob=reply.log_prob)
-    labels = {"seed": seed, "tokenizer": policy.renderer.fingerprint, "policy_log_prob": [list(reply.policy_log_prob)]}
+    labels = {"seed": seed, "tokenizer": tokenizer, "policy_log_prob": [list(reply.policy_log_prob or ())]}
     return Trajectory((*history, turn), terminated=reply.closed, labels=labels)
 
 

@@ -1,0 +1,68 @@
+"""How well a scorer agrees with held-out preferences, with intervals, beside what needs no reading at all: length."""
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import group_key
+from offline_lmrl.data.preferences import score_rows
+from offline_lmrl.data.protocols import Scorer
+from offline_lmrl.evaluation.metrics import Cells, Estimate
+from offline_lmrl.ops.preferences import calibration_error
+
+BASELINES = {
+    "the longer reply": lambda row, i: sum(len(turn.content) for turn in row.options[i]),
+    "the shorter reply": lambda row, i: -sum(len(turn.content) for turn in row.options[i]),
+}
+
+
+def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Facts over all pairs of options of one comparison that are no tie, as plain values.
+
+    "accuracy": how often the better option scores higher, equal scores half, with its 95% interval over groups (pairs
+    of one prompt are not independent). "baselines": the same for length, and "difference": that of the scorer less
+    the better of them, pair by pair. "cross entropy": mean −[p log σ(Δ) + (1 − p) log σ(−Δ)] in nats, .693 where it
+    says nothing; "calibration error" of σ(Δ) against p. The last two ask a scorer in units of log odds.
+
+    Raises: InputError where there is no such pair.
+    """
+    scores = score_rows([(row.context, row.options) for row in comparisons], scorer)
+    pairs = [(place, i, j, row.preference(i, j)) for place, row in enumerate(comparisons)
+             for i, j in combinations(range(len(row.options)), 2) if row.preference(i, j) != 0.5]  # fmt: skip
+    if not pairs:
+        raise InputError("comparisons: found only ties, expected pairs of which one reply is better")
+
+    def right(value) -> Cells:
+        """Of a function (comparison's place, option) -> number: how often the better option has more of it."""
+        return Cells.of((0, group_key(comparisons[place]), 0.5 + 0.5 * _sign(value(place, i) - value(place, j))
+                         * _sign(p - 0.5)) for place, i, j, p in pairs)  # fmt: skip
+
+    found = right(lambda place, i: scores[place][i])
+    others = {name: right(lambda place, i, f=feature: f(comparisons[place], i)) for name, feature in BASELINES.items()}
+    best = max(others.values(), key=lambda cells: cells.estimate(draws=1).mean)
+    lead = torch.tensor([scores[place][i] - scores[place][j] for place, i, j, _ in pairs], dtype=torch.float64)
+    prob = torch.tensor([p for *_, p in pairs], dtype=torch.float64)
+    softplus = torch.nn.functional.softplus
+    return {
+        "comparisons": len(comparisons),
+        "pairs": len(pairs),
+        "groups": len(found.clusters),
+        "accuracy": _share(found.estimate()),
+        "baselines": {name: _share(cells.estimate()) for name, cells in others.items()},
+        "difference": _share((found - best).estimate()),
+        "cross entropy": (prob * softplus(-lead) + (1 - prob) * softplus(lead)).mean().item(),
+        "calibration error": calibration_error(lead.sigmoid(), prob).item(),
+    }
+
+
+def _sign(value: float) -> float:
+    return math.copysign(1.0, value) if value else 0.0
+
+
+def _share(estimate: Estimate) -> str:
+    return f"{estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"

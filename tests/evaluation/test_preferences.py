@@ -1,0 +1,57 @@
+"""How a scorer is measured on held-out preferences: by hand, in groups, beside length."""
+
+import math
+
+import pytest
+
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.decoding.scorers import Function
+from offline_lmrl.evaluation.preferences import judge
+
+
+def compare(texts, target, group):
+    return Comparison((), tuple((Turn("assistant", text),) for text in texts), target, group=group)
+
+
+def numbers(context, option):
+    """What the reply says before its first dot."""
+    return float(option[-1].content.partition(".")[0])
+
+
+# Pairs: 2 against 1 and 5 against 5 in one group, then soft .25 for 0 against 3, a tie, and 1 against 2, 2
+ROWS = [compare(("2....", "1."), (1.0, 0.0), "a"), compare(("5.", "5."), (1.0, 0.0), "a"),
+        compare(("0.", "3.."), (0.25, 0.75), "b"), compare(("1.", "9."), (0.5, 0.5), "b"),
+        compare(("1.", "2.", "2.."), (1.0, 0.0, 0.0), "c")]  # fmt: skip
+
+
+def test_accuracy_and_its_baselines_by_hand():
+    facts = judge(Function(numbers), ROWS)
+    assert (facts["comparisons"], facts["pairs"], facts["groups"]) == (5, 5, 3)
+    # right, half, right, wrong, wrong; longer: right, half, right, half, wrong; shorter is the rest
+    assert facts["accuracy"].startswith("0.500 [0.000, ")
+    assert facts["baselines"]["the longer reply"].startswith("0.600 [")
+    assert facts["baselines"]["the shorter reply"].startswith("0.400 [")
+    assert facts["difference"].startswith("-0.100 [")
+
+
+def test_cross_entropy_and_calibration_take_scores_as_log_odds():
+    facts = judge(Function(numbers), ROWS[:3])
+
+    def cost(lead):
+        return math.log1p(math.exp(-lead))
+
+    # Δ = 1 and 0 where the first is better, Δ = −3 where it is so with probability .25
+    expected = (cost(1) + cost(0) + 0.25 * cost(-3) + 0.75 * cost(3)) / 3
+    assert facts["cross entropy"] == pytest.approx(expected)
+    sigmoid = [1 / (1 + math.exp(-lead)) for lead in (1, 0, -3)]
+    apart = [abs(p - q) for p, q in zip(sigmoid, (1, 1, 0.25), strict=True)]  # three bins
+    assert facts["calibration error"] == pytest.approx(sum(apart) / 3)
+    silent = judge(Function(lambda context, option: 0.0), ROWS[:3])
+    assert silent["cross entropy"] == pytest.approx(math.log(2)) and silent["accuracy"] == "0.500 [0.500, 0.500]"
+
+
+def test_ties_alone_are_refused():
+    with pytest.raises(InputError, match="found only ties"):
+        judge(Function(numbers), [ROWS[3]])

@@ -1,0 +1,103 @@
+"""The commands that score: relabel, select, evaluate on comparisons, generate with best-of-n."""
+
+import json
+
+import pytest
+
+from offline_lmrl import cli
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.io import read_comparisons, read_trajectories, write_comparisons, write_trajectories
+from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.models.guided import build_model
+
+LENGTH, UP = f"{__name__}:length", f"{__name__}:ups"
+ASKED = (Turn("user", "say it"),)
+
+
+def length(context, option):
+    return len(option[-1].content)
+
+
+def ups(context, option):
+    return option[-1].content.count("up")
+
+
+@pytest.fixture
+def command(capsys):
+    def run(*arguments):
+        code = cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    rows = [Comparison(ASKED, ((Turn("assistant", "up"),), (Turn("assistant", "left"),)), (1.0, 0.0), group="a"),
+            Comparison(ASKED, ((Turn("assistant", "u"),), (Turn("assistant", "r"),)), (1.0, 0.0), group="b")]
+    write_comparisons(tmp_path / "pairs.jsonl", rows)
+    return tmp_path / "pairs.jsonl"
+
+
+def test_relabel_scores_trajectories(command, tmp_path):
+    write_trajectories(tmp_path / "logs.jsonl", [Trajectory((*ASKED, Turn("assistant", "left", reward=-1.0)))])
+    code, out, _ = command("relabel", tmp_path / "logs.jsonl", "--scorer", LENGTH, "--output", tmp_path / "new.jsonl")
+    assert (code, out) == (0, "all: rows: 1\n")
+    assert read_trajectories(tmp_path / "new.jsonl")[0].total_return == 4.0
+
+
+def test_relabel_gives_comparisons_new_targets_or_makes_rewards_of_them(command, pairs, tmp_path):
+    settings = ("--scorer", f"{{kind: sum, scorers: [{LENGTH}, {UP}], weights: [-1, 2]}}")
+    assert command("relabel", pairs, *settings, "--output", tmp_path / "new.jsonl")[0] == 0
+    first = read_comparisons(tmp_path / "new.jsonl")[0]
+    assert first.labels["scores"] == [0.0, -4.0] and first.target[0] == pytest.approx(0.982, abs=1e-3)
+    code, _, _ = command("relabel", pairs, *settings, "--make", "rewards", "--output", tmp_path / "scored.jsonl")
+    assert code == 0
+    assert [row.total_return for row in read_trajectories(tmp_path / "scored.jsonl")] == [0.0, -4.0, -1.0, -1.0]
+
+
+def test_several_splits_become_several_files(command, pairs, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_bytes(pairs.read_bytes())
+    code, out, _ = command("relabel", folder, "--scorer", LENGTH, "--output", tmp_path / "new")
+    assert code == 0 and out == "train: rows: 2\nvalidation: rows: 2\n"
+    assert len(read_comparisons(tmp_path / "new" / "validation.jsonl")) == 2
+
+
+def test_select_writes_what_the_ensemble_disputes(command, pairs, tmp_path):
+    ensemble = f"{{kind: ensemble, scorers: [{LENGTH}, {UP}]}}"
+    code, out, _ = command("select", pairs, "--scorer", ensemble, "--n", 1, "--output", tmp_path / "ask.jsonl")
+    assert code == 0 and out.startswith("pairs: 1\nlargest disagreement: 0.30")  # σ(−2) against σ(1): half of .612
+    assert read_comparisons(tmp_path / "ask.jsonl")[0].group == "a"
+    code, _, err = command("select", pairs, "--scorer", LENGTH, "--output", tmp_path / "no.jsonl")
+    assert code == 2 and "expected an ensemble" in err
+
+
+def test_evaluate_says_how_often_a_scorer_agrees(command, pairs):
+    code, out, _ = command("evaluate", UP, "--data", pairs)
+    assert code == 0 and "accuracy: 0.750 [" in out and "  the longer reply: 0.250 [" in out
+
+
+def test_generate_gives_the_best_of_several_replies_or_abstains(command, tmp_path):
+    tokenizer = train_tokenizer(["up left", "say it"], 280)
+    model = build_model({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, "n_positions": 64}, tokenizer)
+    model.save_pretrained(tmp_path / "run")
+    tokenizer.save_pretrained(tmp_path / "run")
+    (tmp_path / "prompts.txt").write_text("say it\nsay it\n")
+    settings = ("--prompts", tmp_path / "prompts.txt", "--max_new_tokens", 5, "--device", "cpu")
+
+    def replies(*more):
+        code, out, err = command("generate", tmp_path / "run", *settings, *more)
+        assert code == 0, err
+        return [json.loads(line)["messages"][-1]["content"] for line in out.splitlines()]
+
+    one, best = replies(), replies("--scorer", LENGTH, "--best_of", 6)
+    assert replies("--scorer", LENGTH, "--best_of", 1) == one
+    assert sum(map(len, best)) > sum(map(len, one))
+    assert replies("--scorer", LENGTH, "--threshold", 1000, "--abstention", "pass") == ["pass", "pass"]
+    code, _, err = command("generate", tmp_path / "run", *settings, "--best_of", 4)
+    assert code == 2 and err.startswith("error: scorer: missing")
