@@ -68,6 +68,7 @@ def _evaluate(
     betas: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
     kl_budget: float = 0.3,
     show: int | None = None,
+    asks: tuple[float | str, ...] | None = None,
     device: str | None = None,
     *,
     sampling: Mapping[str, Any],
@@ -89,8 +90,11 @@ def _evaluate(
       betas: weights of the guidance that are tried on the logs.
       kl_budget: the largest of them that moves the policy no further than this, in nats per token, is recommended.
       show: print this row of the data token by token instead, from 1.
+      asks: returns to ask for one after the other, as [0, p50, max]; prints what each achieves, and draws it into
+        asks.png in the run's folder where the extra `plots` is installed.
       device: null = the first accelerator, else the CPU.
     """
+    from offline_lmrl.data.conditioning import check_ask
     from offline_lmrl.data.io import holds_comparisons, read_trajectories, write_trajectories
     from offline_lmrl.decoding.policy import LanguagePolicy
     from offline_lmrl.environments import make_environment
@@ -101,6 +105,10 @@ def _evaluate(
         raise InputError("environment, data: found neither, expected at least one of them")
     if show is not None and data is None:
         raise InputError("show: found a row without --data, expected the data it is in")
+    if asks is not None and environment is None:
+        raise InputError("asks: found some without --environment, expected what is to be played")
+    for ask in asks or ():
+        check_ask(ask)
     if episodes < 1:
         raise InputError(f"episodes: found {episodes}, expected at least 1")
     if data is not None and holds_comparisons(data):
@@ -113,7 +121,10 @@ def _evaluate(
     if output is not None:
         _require_writable(output)
     policy = LanguagePolicy.load(run, device=device, **sampling)
-    if made is not None:
+    if asks:
+        play = {"repeats": repeats, "cluster": cluster, "batch_size": batch_size}
+        _print_asks(policy, made, asks, range(seed, seed + episodes), Path(run), play)
+    elif made is not None:
         with _progress("playing", episodes) as progress:
             result = evaluate_policy(
                 policy,
@@ -139,6 +150,22 @@ def _judge(scorer: str, data: str) -> None:
     from offline_lmrl.evaluation.preferences import judge
 
     print_report(judge(load_scorer(scorer), read_comparisons(data)))
+
+
+def _print_asks(
+    policy: "LanguagePolicy", environment: Any, asks: Sequence[float | str], seeds: Sequence[int], run: Path,
+    play: Mapping[str, Any],
+) -> None:  # fmt: skip
+    from importlib.util import find_spec
+
+    from offline_lmrl.evaluation.asks import ask_curve, ask_table, draw_asks
+
+    with _progress("playing", len(asks) * len(seeds) * play["repeats"]) as progress:
+        points = ask_curve(policy, environment, asks, seeds, progress=progress, **play)
+    print(ask_table(points))
+    if find_spec("matplotlib") is not None and run.is_dir():
+        draw_asks(points, run / "asks.png")
+        print(f"drawn: {run / 'asks.png'}")
 
 
 def _print_result(result: "EvaluationResult") -> None:

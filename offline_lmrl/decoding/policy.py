@@ -1,6 +1,7 @@
 """A language model as a player: what it sees of a dialogue, how it decodes, and what it keeps between turns."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,11 @@ class LanguagePolicy:
             )
         form = SamplingConfig.from_dict({**(saved.get("sampling") or {}), **sampling})
         return cls(model, renderer, form, **(saved.get("window") or {}), task=task)
+
+    def with_sampling(self, **changes: Any) -> "LanguagePolicy":
+        """The same model with other fields of its sampling form."""
+        sampling = replace(self.sampling, **changes)
+        return LanguagePolicy(self.model, self.renderer, sampling, **asdict(self.window), task=self.task)
 
     def start(self, seeds: Sequence[int], asks: Sequence[float | str | None] | None = None) -> "LanguageSession":
         """A session with one row per seed.

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
@@ -359,9 +359,7 @@ class _Run:
         self.loaded = LanguagePolicy.load(folder, **{**settings.sampling, **method.sampling, "beta": 0.0})
 
     def policy(self, decode: str, beta: float) -> LanguagePolicy:
-        loaded = self.loaded
-        sampling = replace(loaded.sampling, **TEMPERATURES[decode], beta=beta)
-        return LanguagePolicy(loaded.model, loaded.renderer, sampling, **asdict(loaded.window))
+        return self.loaded.with_sampling(**TEMPERATURES[decode], beta=beta)
 
     @cached_property
     def by_kl(self) -> list[dict[str, float]]:

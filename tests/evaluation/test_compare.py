@@ -1,7 +1,7 @@
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +10,6 @@ from rich.console import Console
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import write_trajectories
 from offline_lmrl.data.protocols import Reply
-from offline_lmrl.data.windows import WindowRule
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.toys import Gamble
 from offline_lmrl.evaluation import compare
@@ -27,16 +26,14 @@ class Gambler:
     model: SimpleNamespace
     renderer: None
     sampling: SamplingConfig
-    context: int | None = None
-    stride: int = 1
-    max_length: int = 16
-
-    window = WindowRule(None, 1, 16)
     played = []  # (run, temperature, β, seeds) of every batch of episodes
 
     @classmethod
     def load(cls, run, **sampling):
         return cls(SimpleNamespace(run=run.name), None, SamplingConfig(**sampling))
+
+    def with_sampling(self, **changes):
+        return replace(self, sampling=replace(self.sampling, **changes))
 
     def start(self, seeds):
         Gambler.played.append((self.model.run, self.sampling.temperature, self.sampling.beta, list(seeds)))
