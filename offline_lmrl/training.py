@@ -194,6 +194,8 @@ class BaseTrainer(transformers.Trainer):
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole optimizer step
     algorithm = ""
+    plays = False  # in an environment
+    regime = "labels only"
 
     def __init__(
         self,
@@ -261,22 +263,25 @@ class BaseTrainer(transformers.Trainer):
         """What the loss is averaged over."""
         raise TypeError(f"{type(self).__name__} does not say what it counts")
 
+    def costs(self) -> dict[str, int]:
+        """Optimizer steps, and tokens read as often as they were."""
+        return {
+            "steps": self.state.global_step,
+            "training_tokens": round(self.state.epoch * self.train_dataset.tokens),
+        }
+
+    def plan(self) -> dict[str, int]:
+        """What `train` would read, and its optimizer steps."""
+        args, data = self.args, self.train_dataset
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        steps = args.max_steps if args.max_steps > 0 else -(-len(data) // rows) * args.num_train_epochs
+        return {**data.facts(), "optimizer steps": int(steps)}
+
     # The shared machinery.
 
     def check_model(self, model: PreTrainedModel, args: BaseConfig) -> None:
         """Whether the model can read what will be rendered for it."""
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and args.max_length > limit:
-            raise InputError(f"max_length: found {args.max_length}, expected at most the model's {limit} positions")
-        found, expected = self.renderer.fingerprint, settings(model.config).get("tokenizer")
-        if expected not in (None, found):
-            raise InputError(
-                f"tokenizer: found fingerprint {found}, expected {expected}: "
-                "the model was trained with another tokenizer or chat template"
-            )
-        tokens, rows = len(self.renderer.tokenizer), model.get_input_embeddings().weight.shape[0]
-        if tokens > rows:
-            raise InputError(f"tokenizer: found {tokens} tokens, expected at most the model's {rows} embeddings")
+        check_model(model, self.renderer, args.max_length)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """As Trainer's, but each row goes to one rank only, for any number of ranks."""
@@ -392,12 +397,7 @@ class BaseTrainer(transformers.Trainer):
         self._remove_leftover(staging)
         super().save_model(str(staging), _internal_call=True)
         if self.args.should_save:
-            for name in CONFIG_FILES:
-                (folder / name).unlink(missing_ok=True)
-            for path in sorted(staging.iterdir(), key=lambda path: path.name in CONFIG_FILES):
-                _sync(path)
-                os.replace(path, folder / path.name)
-            staging.rmdir()
+            move_model(staging, folder)
         self.accelerator.wait_for_everyone()
 
     def _remove_leftover(self, staging: Path) -> None:
@@ -459,7 +459,7 @@ class OfflineTrainer(BaseTrainer):
             "data": fingerprint(train),
         } | self.stored_blocks(args)  # fmt: skip
         if peft_config is not None:
-            model = _with_adapter(model, peft_config)
+            model = with_adapter(model, peft_config)
         return model, windows, None if held_out is None else self._windows(_read(held_out), args, Counter())
 
     @staticmethod
@@ -530,7 +530,24 @@ class OfflineTrainer(BaseTrainer):
         return model(**inputs, **self.forward_options())
 
 
-def _with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
+def check_model(model: PreTrainedModel, renderer: Renderer, max_length: int) -> None:
+    """Whether the model can read what will be rendered for it. Raises: InputError where it cannot."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise InputError(f"max_length: found {max_length}, expected at most the model's {limit} positions")
+    found, expected = renderer.fingerprint, settings(model.config).get("tokenizer")
+    if expected not in (None, found):
+        raise InputError(
+            f"tokenizer: found fingerprint {found}, expected {expected}: "
+            "the model was trained with another tokenizer or chat template"
+        )
+    tokens, rows = len(renderer.tokenizer), model.get_input_embeddings().weight.shape[0]
+    if tokens > rows:
+        raise InputError(f"tokenizer: found {tokens} tokens, expected at most the model's {rows} embeddings")
+
+
+def with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
+    """The model inside an adapter that is trained in its place, heads in full beside it. Raises: InputError."""
     if hasattr(model, "peft_config"):
         raise InputError("lora: found a model with an adapter already; leave lora out to train that one, or merge it")
     peft = require_peft()
@@ -558,6 +575,17 @@ def _check_whole(model: PreTrainedModel, checkpoint: Path) -> None:
 
 def _read(source: Sequence[Trajectory] | str | Path) -> Sequence[Trajectory]:
     return read_trajectories(source) if isinstance(source, str | Path) else source
+
+
+def move_model(staging: Path, folder: Path) -> None:
+    """Moves a written model into the folder around it; the config, without which nothing loads, goes first and comes
+    last."""
+    for name in CONFIG_FILES:
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name in CONFIG_FILES):
+        _sync(path)
+        os.replace(path, folder / path.name)
+    staging.rmdir()
 
 
 def _sync(path: Path) -> None:

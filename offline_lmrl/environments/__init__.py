@@ -23,6 +23,7 @@ ENVIRONMENTS = {
     "hidden_rule": "offline_lmrl.environments.toys:HiddenRule",
     "walk": "offline_lmrl.environments.toys:Walk",
     "negotiation": "offline_lmrl.environments.negotiation:Negotiation",
+    "prompts": "offline_lmrl.environments.prompts:PromptEnvironment",
 }
 
 

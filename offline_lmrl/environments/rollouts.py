@@ -48,9 +48,10 @@ def rollout(
 
     Agent turns carry their reward and, where the policy has them, token_ids and behaviour_log_prob. `labels` are the
     environment's, with "seed", "tokenizer" (fingerprint of the renderer the ids belong to) and "policy_log_prob" (per
-    agent turn and token, under π without filters and guidance at the same temperature), and with the session's own
-    labels, if it has any (what return was asked for, say). An episode that was cut, by
-    the environment or by max_turns, is not `terminated` and keeps its last observation.
+    agent turn and token, under π without filters and guidance at the same temperature), "options" where the
+    environment left only some texts to choose from (by index of the turn, as text), and with the session's own labels,
+    if it has any (what return was asked for, say). An episode that was cut, by the environment or by max_turns, is not
+    `terminated` and keeps its last observation.
 
     Args:
       environment: a VectorEnvironment, or a factory of Environments, such as a class; `make_environment` gives these.
@@ -93,6 +94,7 @@ class _Episodes:
         self.turns = [list(turns) for turns in environment.reset(self.seeds)]
         self.terminated = [False] * len(self.seeds)
         self.policy_log_prob: list[list[list[float]]] = [[] for _ in self.seeds]
+        self.options: list[dict[str, list[str]]] = [{} for _ in self.seeds]
         self.live = list(range(len(self.seeds)))
         self.ended: list[int] = []
         self.turns_played = 0
@@ -106,6 +108,9 @@ class _Episodes:
         results = self.environment.step(self.live, [reply.text for reply in replies])
         self.turns_played += 1
         self.ended = []
+        for row, texts in zip(self.live, options or (), strict=options is not None):
+            if texts is not None:
+                self.options[row][str(len(self.turns[row]))] = texts
         for row, reply, result in zip(self.live, replies, results, strict=True):
             self.turns[row] += [_agent_turn(reply, result.reward), *result.turns]
             self.policy_log_prob[row].append(list(reply.policy_log_prob or ()))
@@ -126,6 +131,8 @@ class _Episodes:
         fingerprint = getattr(self.session, "fingerprint", None)  # scripted players have none
         if fingerprint is not None:
             labels |= {"tokenizer": fingerprint, "policy_log_prob": self.policy_log_prob[row]}
+            if self.options[row]:
+                labels["options"] = self.options[row]
         if hasattr(self.session, "labels"):
             labels |= self.session.labels(row)
         return labels

@@ -16,7 +16,7 @@ import numpy as np
 from offline_lmrl.data.errors import InputError
 
 # What rollouts record about an episode that is no outcome of it.
-BOOKKEEPING_LABELS = frozenset({"seed", "tokenizer", "policy_log_prob"})
+BOOKKEEPING_LABELS = frozenset({"seed", "tokenizer", "policy_log_prob", "options"})
 
 
 class Estimate(NamedTuple):

@@ -1,0 +1,836 @@
+"""Proximal policy optimisation (Schulman et al. 2017) for language, as RLHF runs it (Ziegler et al. 2019).
+
+The only algorithm here that makes its own data. One iteration is `PPOTrainer.train`, top to bottom: the sampler plays
+episodes, these become the packed steps of the offline algorithms (token ids as sampled, nothing is tokenised again),
+one pass reads log-probabilities and V of all steps, and K epochs of minibatches follow. Over the agent's N tokens:
+
+    r_t = score on the token that closes a turn − β · (log π − log π_ref)          A: GAE of r and V, beyond env. text
+    L   = max(−A ρ, −A clip(ρ, 1 ± ε)) + c_v · ½ max((V − G)², (V_clipped − G)²) − c_e · H  [+ γ · −log π(log)]
+
+π_ref is the model at the start: a frozen copy, or under a fresh adapter the same model with the adapter off. ρ is
+taken against log-probabilities that the learner itself reads before the first step, at the sampler's temperature and
+under its filters; the sampler's own must agree with them, and π with π_ref, or the run stops before it has learnt.
+
+Deviations from the papers and from OpenAI's code, each a setting: an episode may have many turns, each with its
+reward; what the environment cuts bootstraps V, what it ends does not; advantages are whitened per iteration and
+process; the reward keeps its unit unless `scale_scores`; AdamW's ε is 1e-5, PyTorch's way unless `tensorflow_eps`.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import rotate_checkpoints
+
+from offline_lmrl.data.batching import TokenBatch, WindowDataset, encode_trajectories, pick
+from offline_lmrl.data.episodes import EpisodeEncoder, StepRule, Window
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import atomic_output, write_trajectories
+from offline_lmrl.data.protocols import Environment, VectorEnvironment
+from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.scale import RewardScale
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.environments.rollouts import rollout
+from offline_lmrl.models.adapters import save_heads, settings
+from offline_lmrl.models.guided import attach, detach, load_model
+from offline_lmrl.models.value_heads import ScalarHead
+from offline_lmrl.ops.decoding import warp_log_probs
+from offline_lmrl.ops.policy_gradient import (
+    Moments,
+    adaptive_kl_weight,
+    entropy,
+    generalized_advantage,
+    kl_k1,
+    kl_k3,
+    kl_shaped_reward,
+    penalize_unfinished,
+    policy_loss,
+    policy_statistics,
+    replace_unfinished,
+    scale_scores,
+    tensorflow_adam_eps,
+    value_loss,
+    value_statistics,
+    whiten,
+)
+from offline_lmrl.ops.value_learning import td_target
+from offline_lmrl.training import OfflineConfig, OfflineTrainer, check_model, check_range, move_model, with_adapter
+
+KL_ESTIMATORS = {"k1": kl_k1, "k3": kl_k3}
+OVERSHOOT = 1.5  # an update stops where its approx_kl is beyond so many times `stop_kl`
+SAMPLER_GAP = {False: 1e-3, True: 0.05}  # nats per token between sampler and learner, by bf16
+SUMS = ("episodes", "environment_steps", "reward_queries", "generated_tokens", "training_tokens")
+
+
+@dataclass
+class PPOConfig(OfflineConfig):
+    """Settings of PPO. Numbers in brackets are OpenAI's (Ziegler et al. 2019).
+
+    Of the inherited settings PPO reads those of windows and rewards (context, stride, max_length, template,
+    reward_scale: a plain divisor, 1 where it is not given), output_dir, seed, max_steps, per_device_train_batch_size,
+    learning_rate, lr_scheduler_type, lr_scheduler_kwargs, warmup_steps, weight_decay, adam_beta1, adam_beta2,
+    adam_epsilon, max_grad_norm, save_strategy, save_steps, save_total_limit, bf16, use_cpu and disable_tqdm.
+
+    max_steps: iterations, each a rollout and its update; learning rate, warm-up and saving count in them.
+    episodes: episodes of an iteration, over all processes [512].
+    epochs: passes over an iteration's windows [4]. minibatches: optimizer steps of a pass [1].
+    per_device_train_batch_size: windows that are read at once; it changes no gradient.
+    clip_range: ε of the ratio [.2]. value_clip_range: of V, in scaled reward units; null = no clipping [.2].
+    value_weight: c_v [.1]. entropy_weight: c_e [0].
+    gae_lambda: λ [.95]. discount_per_token: γ of every step [1]. discount_per_turn: γ between two agent turns.
+    whiten_advantages: mean 0 and variance 1 over an iteration. whiten_rewards: variance 1, mean kept, of the rewards
+      with their KL; where lengths differ that pays for length [true].
+    kl_weight: β, the first one where it adapts [.15]. kl_estimator: k1 or k3 [k1].
+    kl_target: nats per episode that β is steered to; null = β is fixed [6]. kl_horizon: in episodes [10,000].
+    stop_kl: an update stops where its approx_kl per token is above 1.5 of this; null = never.
+    max_kl: the run stops where the KL of an iteration's episodes to the reference is above this, in nats per episode:
+      the policy has left the language it started from; null = never.
+    scale_scores: divides scores by their running standard deviation. clip_scores: cap of their size behind that;
+      null = none.
+    unfinished_score: what a turn without its closing token earns instead of its score; null = its score [-1].
+    unfinished_penalty: what such a turn loses.
+    value_model: what V reads: shared (the policy's hidden states), copy (a copy of the policy's trunk, trained for V
+      alone), or the folder of a model whose trunk is trained, a reward model say.
+    value_warmup: first iterations in which only the value head learns.
+    ema: decay per optimizer step of averaged weights, which are then the ones that are saved; 0 = none.
+    ptx_weight: γ of the language model's loss on logged data, PPO-ptx of Ouyang et al. 2022; 0 = none.
+    ptx_examples: logged windows for every window of a minibatch.
+    tensorflow_eps: scales adam_epsilon to what TensorFlow's Adam makes of it.
+    sampling: SamplingConfig fields for the play, saved with the run.
+    max_turns: agent turns after which an episode is cut, whatever its environment thinks.
+    first_seed: episode seeds count on from here; those of evaluation and selection lie below.
+    save_rollouts: keeps every episode in rollouts/, data that `train` reads.
+    """
+
+    max_steps: int = 200
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-5
+    warmup_steps: float = 0
+    lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: dict | str | None = None
+    save_steps: float = 50
+
+    episodes: int = 64
+    epochs: int = 4
+    minibatches: int = 1
+    clip_range: float = 0.2
+    value_clip_range: float | None = 0.2
+    value_weight: float = 0.1
+    entropy_weight: float = 0.0
+    gae_lambda: float = 0.95
+    discount_per_token: float = 1.0
+    discount_per_turn: float = 1.0
+    whiten_advantages: bool = True
+    whiten_rewards: bool = False
+    kl_weight: float = 0.05
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    kl_target: float | None = None
+    kl_horizon: int = 10_000
+    stop_kl: float | None = None
+    max_kl: float | None = None
+    scale_scores: bool = False
+    clip_scores: float | None = None
+    unfinished_score: float | None = None
+    unfinished_penalty: float = 0.0
+    value_model: str = "shared"
+    value_warmup: int = 0
+    ema: float = 0.0
+    ptx_weight: float = 0.0
+    ptx_examples: float = 1.0
+    tensorflow_eps: bool = False
+    sampling: dict[str, Any] = field(default_factory=dict)
+    max_turns: int = 256
+    first_seed: int = 10_000_000
+    save_rollouts: bool = True
+
+    def __post_init__(self) -> None:
+        check_range(
+            self, episodes=(1, 1e9), epochs=(1, 1e6), minibatches=(1, 1e6), clip_range=(0, math.inf),
+            value_weight=(0, 1e6), entropy_weight=(0, 1e6), gae_lambda=(0, 1), discount_per_token=(0, 1),
+            discount_per_turn=(0, 1), kl_weight=(0, 1e6), kl_horizon=(1, 1e12), value_warmup=(0, 1e9),
+            ema=(0, 0.99999), ptx_weight=(0, 1e6), ptx_examples=(0, 1e6), max_turns=(1, 1e9), first_seed=(0, 2**40),
+            max_steps=(1, 1e9), unfinished_penalty=(0, 1e9),
+        )  # fmt: skip
+        optional = ("value_clip_range", "kl_target", "stop_kl", "max_kl", "clip_scores")
+        check_range(self, **{n: (1e-12, math.inf) for n in optional if getattr(self, n) is not None})
+        if self.kl_estimator not in KL_ESTIMATORS:
+            raise InputError(f"kl_estimator: found {self.kl_estimator!r}, expected one of {', '.join(KL_ESTIMATORS)}")
+        form = SamplingConfig.from_dict(self.sampling)
+        for name, expected in (("beta", 0.0), ("condition_scale", 0.0), ("ask", None), ("stop", ())):
+            if getattr(form, name) != expected:
+                raise InputError(f"sampling.{name}: found {getattr(form, name)!r}, expected none: PPO learns from "
+                                 "what the policy itself says, up to its closing token")  # fmt: skip
+        if form.temperature == 0:
+            raise InputError("sampling.temperature: found 0, expected more: greedy play explores nothing")
+        super().__post_init__()
+
+    @property
+    def play(self) -> SamplingConfig:
+        return SamplingConfig.from_dict(self.sampling)
+
+
+def log_distribution(logits: Tensor, temperature: float, kept: Tensor | None) -> Tensor:
+    """log π at the temperature of the rollout, of the tokens that its filters kept. fp32.
+
+    Args:
+      logits: (N,V). kept: (N,V) bool; None = all. Returns: (N,V), −inf where not kept.
+    """
+    scores = logits.float() / temperature
+    return (scores if kept is None else scores.masked_fill(~kept, -torch.inf)).log_softmax(-1)
+
+
+class ActorCritic(nn.Module):
+    """Policy and V in one forward, which is what processes share and the optimizer trains.
+
+    Args:
+      policy: a guided model without value heads, or a PeftModel around one.
+      value_trunk: the guided model whose decoder V reads; None = the policy's.
+    """
+
+    def __init__(self, policy: nn.Module, value_trunk: PreTrainedModel | None):
+        super().__init__()
+        read = value_trunk or policy
+        self.policy = policy
+        self.value_trunk = value_trunk and value_trunk.get_decoder()
+        self.value_head = ScalarHead(1, read.get_output_embeddings().weight.shape[1], 0.0)
+        self.value_head.reset()
+        self.value_head.to(policy.device)
+        self.eval()  # for good: dropout would make the policy another one than the one that played
+
+    def forward(self, batch: TokenBatch, *, next_v: bool = False, value_only: bool = False) -> dict[str, Tensor]:
+        """For the N steps of a batch: "logits" (N,V) of the policy, "v" (N,), and with `next_v` "next_v" (N,).
+
+        value_only: only the value head gets a gradient, and there are no logits unless V reads them along.
+        """
+        steps, ids, mask = batch["steps"], batch["input_ids"], batch["attention_mask"]
+        place, windows = (steps["row"], steps["state"]), batch["windows"]
+        outputs = {}
+        with torch.no_grad() if value_only else contextlib.nullcontext():
+            outputs["logits"], hidden = self.policy.packed_logits(
+                *place, input_ids=ids[:windows], attention_mask=mask[:windows]
+            )
+        if self.value_trunk is not None:
+            with torch.no_grad() if value_only else contextlib.nullcontext():
+                hidden = self.value_trunk(input_ids=ids[:windows], attention_mask=mask[:windows], use_cache=False)[0]
+        outputs["v"] = self.value_head(hidden[place])[0]
+        if next_v:
+            if windows < len(ids):
+                trunk = self.value_trunk or self.policy.get_decoder()
+                behind = trunk(input_ids=ids[windows:], attention_mask=mask[windows:], use_cache=False)[0]
+                hidden = torch.cat([hidden, behind])
+            outputs["next_v"] = self.value_head(hidden[steps["next_row"], steps["next_state"]])[0]
+        return outputs
+
+
+class _Numbering:
+    """An encoder that remembers which trajectory every window came from."""
+
+    def __init__(self, encoder: EpisodeEncoder):
+        self.encoder, self.number, self.of_window = encoder, -1, []
+
+    def encode(self, trajectory: Trajectory, counts: Counter[str]) -> Iterator[Window]:
+        self.number += 1
+        for window in self.encoder.encode(trajectory, counts):
+            self.of_window.append(self.number)
+            yield window
+
+
+@dataclass
+class Experience:
+    """What an iteration learns from: windows whose columns hold what was read and credited, one number per step.
+
+    windows: without rows for next states. episode: (N,) which trajectory each step is from. kept: (N, V/8) bits of the
+    tokens that filters left to the sampler; None = all. n: of the trajectories.
+    """
+
+    windows: WindowDataset
+    episode: np.ndarray
+    kept: np.ndarray | None
+    n: int
+
+    def column(self, name: str) -> Tensor:
+        """(N,)"""
+        return torch.from_numpy(np.asarray(self.windows.flat[name][0]))
+
+    def add(self, **columns: Tensor | np.ndarray) -> None:
+        offsets = self.windows.flat["state"][1]
+        self.windows.flat = {**self.windows.flat, **{n: (np.asarray(c), offsets) for n, c in columns.items()}}
+
+    def tokens(self) -> Iterator[tuple[int, int, int]]:
+        """Per step: trajectory, turn in it, and token of that turn."""
+        turn, state, start = (self.windows.flat[name][0] for name in ("turn", "state", "open_state"))
+        return zip(self.episode.tolist(), turn.tolist(), (state - start).tolist(), strict=True)
+
+    def places(self, index: np.ndarray) -> np.ndarray:
+        """Positions among the N of the steps of these windows."""
+        return pick((np.arange(len(self.episode)), self.windows.flat["state"][1]), index)[0]
+
+
+class PPOTrainer:
+    """Trains a policy by playing.
+
+    Args:
+      model: a causal LM, or a folder or hub name of one. Value heads and a table of returns are taken off.
+      environment: whatever `rollout` takes; a prompt set with a scorer is one (environments/prompts.py).
+      ptx_dataset: logged trajectories for `ptx_weight`.
+      processing_class: the tokenizer; by default the one that lies with the model.
+      peft_config: trains an adapter instead of the trunk; the reference is then the model without it.
+    """
+
+    algorithm = "ppo"
+    plays = True
+    regime = "environment"
+    # Logged data and models are those of the offline algorithms.
+    read = staticmethod(OfflineTrainer.read)
+    new_model = staticmethod(OfflineTrainer.new_model)
+    open_model = staticmethod(OfflineTrainer.open_model)
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: PPOConfig,
+        environment: VectorEnvironment | Callable[[], Environment],
+        ptx_dataset: Sequence[Trajectory] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+    ):
+        self.args, self.environment = args, environment
+        if args.ptx_weight > 0 and ptx_dataset is None:
+            raise InputError(f"ptx_weight: found {args.ptx_weight}, but no logged data (data.train), expected both")
+        # Before the accelerator: the arguments' device resets what accelerate shares between objects.
+        device = args.device
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if args.bf16 else "no",
+            cpu=args.use_cpu,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.value_warmup > 0)],
+        )
+        if processing_class is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            processing_class = transformers.AutoTokenizer.from_pretrained(name)
+        self.renderer = Renderer(processing_class, args.template)
+        policy = load_model(model) if isinstance(model, str) else model
+        check_model(policy, self.renderer, args.max_length)
+        policy = detach(attach(policy, None)).to(device)
+        rule, self.scale = StepRule(args.discount_per_token, args.discount_per_turn), args.reward_scale or 1.0
+        self.encoder = EpisodeEncoder(self.renderer, args.window, rule, RewardScale(scale=self.scale))
+        policy.config.offline_lmrl = settings(policy.config) | {
+            "algorithm": self.algorithm,
+            "template": args.template,
+            "tokenizer": self.renderer.fingerprint,
+            "window": asdict(args.window),
+            "step_rule": asdict(rule),
+            "sampling": dict(args.sampling),
+        }  # fmt: skip
+        value_trunk = None
+        if args.value_model != "shared":
+            value_trunk = copy.deepcopy(policy) if args.value_model == "copy" else load_model(args.value_model)
+            value_trunk = value_trunk.to(device).requires_grad_(True)
+        self.reference = None  # the policy with its adapter off
+        if peft_config is None:
+            self.reference = copy.deepcopy(policy).eval().requires_grad_(False)
+        else:
+            policy = with_adapter(policy, peft_config)
+        transformers.set_seed(args.seed)  # the value head's first layer
+        self.module = ActorCritic(policy, value_trunk)
+        self.policy = policy
+        self.player = LanguagePolicy(policy, self.renderer, args.play, **asdict(args.window))
+        self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.trained.items()} if args.ema > 0 else None
+        optimizer = torch.optim.AdamW(
+            self.trained.values(), args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
+            args.weight_decay,
+        )  # fmt: skip
+        self.scheduler = transformers.get_scheduler(
+            args.lr_scheduler_type, optimizer, args.get_warmup_steps(args.max_steps), args.max_steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )  # fmt: skip
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.module, optimizer)
+        self.counts: Counter[str] = Counter(getattr(environment, "counts", {}))
+        self.ptx = None
+        if args.ptx_weight > 0:
+            columns = encode_trajectories(ptx_dataset, self.encoder, self.counts)
+            self.ptx = WindowDataset(columns, self.renderer.close_id, next_rows=False, end_rows=False)
+        self.iteration, self.updates, self.kl_weight, self.moments = 0, 0, args.kl_weight, Moments()
+        self.totals: Counter[str] = Counter(dict.fromkeys(SUMS, 0))
+        self.tokens_read = 0  # by this process since the last row of metrics
+
+    def train(self, resume_from_checkpoint: str | None = None) -> None:
+        """All iterations, from the checkpoint on if one is given; metrics and checkpoints go to output_dir."""
+        args = self.args
+        if resume_from_checkpoint is not None:
+            self.load(Path(resume_from_checkpoint))
+        self._keep_metrics_before(self.iteration)
+        started = time.monotonic()
+        bar = tqdm(total=args.max_steps, initial=self.iteration, desc="ppo", disable=self._is_quiet, leave=False)
+        while self.iteration < args.max_steps:
+            at = time.monotonic()
+            trajectories = self.play(bar)
+            played = time.monotonic()
+            experience = self.observe(self.scored(trajectories))
+            if self.iteration == 0:
+                self.check_start(experience)
+            metrics = self.credit(experience)
+            metrics |= self.update(experience)
+            self.scheduler.step()
+            self.iteration += 1
+            seconds = {"rollout_seconds": played - at, "update_seconds": time.monotonic() - played}
+            metrics = self.episode_metrics(trajectories) | metrics | dict(self.totals) | seconds
+            self.log(metrics)
+            if args.kl_target is not None:
+                self.kl_weight = adaptive_kl_weight(
+                    self.kl_weight, metrics["kl"], args.kl_target, args.episodes, args.kl_horizon
+                )
+            if args.max_kl is not None and metrics["kl"] > args.max_kl:
+                raise InputError(f"max_kl: found a KL of {metrics['kl']:.3g} nats per episode in iteration "
+                                 f"{self.iteration}, expected at most {args.max_kl:g}: the policy has collapsed; "
+                                 "raise kl_weight, lower learning_rate or set stop_kl")  # fmt: skip
+            if self._saves():
+                self.save_checkpoint()
+            bar.set_postfix(score=f"{metrics['score']:.3g}", kl=f"{metrics['kl']:.3g}")
+            bar.update()
+        bar.close()
+        self.log({"train_runtime": time.monotonic() - started})
+
+    # Acting.
+
+    def play(self, bar: tqdm | None = None) -> list[Trajectory]:
+        """This process's share of the iteration's episodes, as played: each seed once in a run."""
+        args = self.args
+        first = args.first_seed + (args.seed * args.max_steps + self.iteration) * args.episodes
+        seeds = list(range(first, first + args.episodes))[args.process_index :: args.world_size]
+        told = None if bar is None else lambda done, total: bar.set_postfix(played=f"{done}/{total}")
+        with self.accelerator.autocast():
+            trajectories = rollout(self.player, self.environment, seeds, max_turns=args.max_turns, progress=told)
+        if args.save_rollouts:
+            part = f"-{args.process_index}" if args.world_size > 1 else ""
+            file = Path(args.output_dir) / "rollouts" / f"iteration-{self.iteration:05d}{part}.jsonl"
+            write_trajectories(file, trajectories)
+        return trajectories
+
+    def scored(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """The trajectories with scores as they are learnt from: unfinished turns, then scale, then clip."""
+        args, close_id = self.args, self.renderer.close_id
+        turns = [turn for t in trajectories for turn in t.turns if turn.is_trainable]
+        score = torch.tensor([turn.reward or 0.0 for turn in turns], dtype=torch.float64)
+        closed = torch.tensor([turn.token_ids[-1:] == (close_id,) for turn in turns])
+        if args.unfinished_score is not None:
+            score = replace_unfinished(score, closed, args.unfinished_score)
+        score = penalize_unfinished(score, closed, args.unfinished_penalty)
+        std = 1.0
+        if args.scale_scores:
+            self.moments = self.moments.updated(torch.tensor(gather_object(score.tolist()), dtype=torch.float64))
+            std = self.moments.std
+        score = iter(scale_scores(score, std, args.clip_scores or math.inf).tolist())
+
+        def with_score(turn: Turn) -> Turn:
+            return replace(turn, reward=next(score)) if turn.is_trainable else turn
+
+        return [replace(t, turns=tuple(map(with_score, t.turns))) for t in trajectories]
+
+    # Reading.
+
+    @torch.no_grad()
+    def observe(self, trajectories: Sequence[Trajectory]) -> Experience:
+        """Encodes episodes and reads, per step, log-probabilities of policy and reference, V, and V behind it."""
+        args, play, numbering = self.args, self.args.play, _Numbering(self.encoder)
+        columns = encode_trajectories(trajectories, numbering, self.counts)
+        windows = WindowDataset(columns, self.renderer.close_id, next_rows=True, end_rows=False)
+        offsets = columns["state"][1]
+        experience = Experience(windows, np.repeat(numbering.of_window, np.diff(offsets)), None, len(trajectories))
+        allowed = self._allowed(trajectories, experience)
+        vocabulary = self.policy.get_output_embeddings().weight.shape[0]
+        filtered = (play.top_k, play.top_p, play.min_p, play.support) != (None, None, None, 0.0)
+        if filtered or allowed is not None:
+            experience.kept = np.zeros((len(experience.episode), -(-vocabulary // 8)), dtype=np.uint8)
+        found = {name: np.zeros(len(experience.episode), dtype=np.float32)
+                 for name in ("behaviour_log_prob", "ref_log_prob", "behaviour_v", "next_v", "entropy")}  # fmt: skip
+        order = np.argsort(-windows.lengths, kind="stable")  # like lengths together: little padding
+        size = args.per_device_train_batch_size
+        for index in (order[start : start + size] for start in range(0, len(order), size)):
+            batch, places = self._batch(windows, index), experience.places(index)
+            with self.accelerator.autocast():
+                outputs = self.module(batch, next_v=True)
+                reference = self._reference_logits(batch)
+            logits, kept = outputs["logits"].float(), None
+            if experience.kept is not None:
+                if allowed is not None:
+                    logits = logits.masked_fill(~self._mask([allowed[i] for i in places], vocabulary), -torch.inf)
+                kept = warp_log_probs(logits, play.temperature, play.top_k, play.top_p, play.min_p, play.support)
+                kept = kept > -torch.inf
+                experience.kept[places] = np.packbits(kept.cpu().numpy(), axis=1)
+            log_probs = log_distribution(logits, play.temperature, kept)
+            action = batch["steps"]["action"].unsqueeze(-1)
+            values = {
+                "behaviour_log_prob": log_probs.gather(-1, action)[:, 0],
+                "ref_log_prob": log_distribution(reference, play.temperature, kept).gather(-1, action)[:, 0],
+                "behaviour_v": outputs["v"],
+                "next_v": outputs["next_v"],
+                "entropy": entropy(log_probs),
+            }
+            for name, value in values.items():
+                found[name][places] = value.float().cpu().numpy()
+        sampled = [trajectories[episode].turns[turn].behaviour_log_prob[k] for episode, turn, k in experience.tokens()]
+        found["sampled_log_prob"] = np.asarray(sampled, dtype=np.float32)
+        experience.add(**found, place=np.arange(len(experience.episode)))
+        windows.next_rows = False  # what lies behind has been read
+        return experience
+
+    def _reference_logits(self, batch: TokenBatch) -> Tensor:
+        steps, windows = batch["steps"], batch["windows"]
+        inputs = {"input_ids": batch["input_ids"][:windows], "attention_mask": batch["attention_mask"][:windows]}
+        self.tokens_read += int(inputs["attention_mask"].sum())
+        with self.policy.disable_adapter() if self.reference is None else contextlib.nullcontext():
+            return (self.reference or self.policy).packed_logits(steps["row"], steps["state"], **inputs)[0]
+
+    def _allowed(self, trajectories: Sequence[Trajectory], experience: Experience) -> list[set[int] | None] | None:
+        """Per step, the tokens that the environment's options left; None = all, or no options anywhere."""
+        if not any(t.labels.get("options") for t in trajectories):
+            return None
+        ids_of_option = self.player.sampler.ids_of_option
+        found = []
+        for episode, turn, k in experience.tokens():
+            said = trajectories[episode].turns[turn].token_ids
+            options = trajectories[episode].labels.get("options", {}).get(str(turn))
+            ids = options and [ids_of_option[text] for text in options]
+            found.append(ids and {option[k] for option in ids if option[:k] == said[:k] and len(option) > k})
+        return found
+
+    def _mask(self, allowed: Sequence[set[int] | None], vocabulary: int) -> Tensor:
+        mask = torch.zeros(len(allowed), vocabulary, dtype=torch.bool)
+        for row, tokens in zip(mask, allowed, strict=True):
+            row[slice(None) if tokens is None else sorted(tokens)] = True
+        return mask.to(self.args.device)
+
+    def check_start(self, experience: Experience) -> None:
+        """Before anything is learnt the policy is its own reference, and says what the sampler said of it.
+
+        Raises: InputError that names which of the two is not so.
+        """
+        log_prob = experience.column("behaviour_log_prob")
+        kl = (log_prob - experience.column("ref_log_prob")).abs().max().item()
+        if kl > 1e-6:
+            raise InputError(f"KL at step 0: found policy and reference {kl:.3g} nats apart on a token, expected 0: "
+                             "the reference is not the model that the run starts from")  # fmt: skip
+        gap = (log_prob - experience.column("sampled_log_prob")).abs().mean().item()
+        if not gap <= SAMPLER_GAP[self.args.bf16]:
+            raise InputError(f"KL at step 0: found sampler and learner {gap:.3g} nats per token apart, expected 0: "
+                             "they differ in temperature, filters, dropout or in what they see of an episode "
+                             "(max_length must hold whole dialogues, or context must bound them)")  # fmt: skip
+
+    # Crediting.
+
+    def credit(self, experience: Experience) -> dict[str, float]:
+        """Adds advantages and returns; what the iteration was like before its update."""
+        args = self.args
+        column, known = experience.column, experience.column("has_target").bool()
+        log_prob, ref_log_prob = column("behaviour_log_prob"), column("ref_log_prob")
+        kl = KL_ESTIMATORS[args.kl_estimator](log_prob, ref_log_prob)
+        reward = kl_shaped_reward(column("reward"), kl, self.kl_weight)[known]
+        if args.whiten_rewards:
+            reward = whiten(reward, keep_mean=True)
+        v, discount = column("behaviour_v"), column("discount")
+        target = td_target(reward, column("next_v")[known], column("bootstrap")[known], discount[known])
+        episode = torch.from_numpy(experience.episode)[known]
+        advantage, returns = generalized_advantage(target, v[known], discount[known], episode, args.gae_lambda)
+        explained = value_statistics(v[known], v[known], returns, math.inf)["explained_variance"].item()
+        full = torch.zeros(2, len(known))
+        full[:, known] = torch.stack([whiten(advantage) if args.whiten_advantages else advantage, returns])
+        experience.add(advantage=full[0].numpy(), returns=full[1].numpy())
+        gap = (log_prob - column("sampled_log_prob")).abs().max().item()
+        return self._mean({
+            "kl": kl.sum().item() / experience.n, "kl_per_token": kl.mean().item(),
+            "entropy": column("entropy").mean().item(), "explained_variance": explained,
+            "value": v.mean().item(), "sampler_gap": gap,
+        }) | {"kl_weight": self.kl_weight}  # fmt: skip
+
+    # Learning.
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        """K epochs of minibatches over shuffled windows; a window is never taken apart."""
+        args, rows = self.args, []
+        dice = np.random.default_rng([args.seed, self.iteration, args.process_index])
+        if len(experience.windows) < args.minibatches:
+            raise InputError(f"minibatches: found {args.minibatches}, expected at most the {len(experience.windows)} "
+                             "windows that an iteration brought")  # fmt: skip
+        shuffled = (dice.permutation(len(experience.windows)) for _ in range(args.epochs))
+        for index in (index for order in shuffled for index in np.array_split(order, args.minibatches)):
+            statistics = self.minibatch(experience, index, dice)
+            if statistics is None:
+                break
+            rows.append(statistics)
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
+        if rows:
+            means["ratio_max"] = max(row["ratio_max"] for row in rows)
+        return self._mean(means) | {"minibatches": len(rows), "learning_rate": self.scheduler.get_last_lr()[0]}
+
+    def minibatch(
+        self, experience: Experience, index: np.ndarray, dice: np.random.Generator
+    ) -> dict[str, float] | None:
+        """One optimizer step on these windows; None, and no step, where the policy is too far for `stop_kl`."""
+        args, size = self.args, self.args.per_device_train_batch_size
+        warming = self.iteration < args.value_warmup
+        chunks = [(experience, index[start : start + size]) for start in range(0, len(index), size)]
+        known = experience.column("has_target")[experience.places(index)].sum()
+        counts = [known, known.new_zeros(())]
+        if self.ptx is not None and not warming:
+            logged = dice.integers(len(self.ptx), size=max(1, round(args.ptx_examples * len(index))))
+            chunks += [(None, logged[start : start + size]) for start in range(0, len(logged), size)]
+            offsets = self.ptx.flat["state"][1]
+            counts[1] = known.new_tensor((offsets[logged + 1] - offsets[logged]).sum())
+        counts = self.accelerator.reduce(torch.stack(counts).to(args.device), "sum").clamp(min=1)
+        read: list[dict[str, Tensor]] = []
+        losses: Counter[str] = Counter()
+        for number, (source, chunk) in enumerate(chunks):
+            last = number == len(chunks) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                if source is None:
+                    terms = self.ptx_terms(chunk)
+                else:
+                    terms, outputs = self.ppo_terms(experience, chunk, warming)
+                    read.append(outputs)
+                terms = {name: term.sum() / counts[int(source is None)] for name, term in terms.items()}
+                losses.update({name: term.detach() for name, term in terms.items()})
+                # DDP averages gradients over ranks, the counts are global: multiply once by the world size.
+                self.accelerator.backward(sum(terms.values()) * args.world_size)
+        outputs = {name: torch.cat([part[name] for part in read]) for name in read[0]}
+        clip = args.value_clip_range or math.inf
+        statistics = policy_statistics(outputs["log_prob"], outputs["behaviour_log_prob"], args.clip_range)
+        statistics |= value_statistics(outputs["v"], outputs["behaviour_v"], outputs["returns"], clip)
+        del statistics["explained_variance"]  # that of the whole iteration says more
+        if args.stop_kl is not None:
+            approx_kl = self.accelerator.reduce(statistics["approx_kl"], "mean")
+            if approx_kl > OVERSHOOT * args.stop_kl:
+                self.optimizer.zero_grad()
+                return None
+        statistics |= {f"loss/{name}": value for name, value in losses.items()}
+        return {name: float(value) for name, value in statistics.items()} | {"grad_norm": self.step()}
+
+    def ppo_terms(
+        self, experience: Experience, index: np.ndarray, warming: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weighted terms of L per step, each (N,), and what was compared, (N,) of the steps with a target."""
+        args, kept = self.args, None
+        batch = self._batch(experience.windows, index)
+        steps, known = batch["steps"], batch["steps"]["has_target"]
+        if experience.kept is not None:
+            bits = np.unpackbits(experience.kept[steps["place"].cpu().numpy()], axis=1)
+            bits = bits[:, : self.policy.get_output_embeddings().weight.shape[0]]
+            kept = torch.from_numpy(bits).bool().to(args.device)
+        with self.accelerator.autocast():
+            outputs = self.wrapped(batch, value_only=warming)
+        log_probs = log_distribution(outputs["logits"], args.play.temperature, kept)
+        log_prob = log_probs.gather(-1, steps["action"].unsqueeze(-1))[:, 0]
+        behaviour = {name: steps[name] for name in ("behaviour_log_prob", "behaviour_v", "returns")}
+        clip = args.value_clip_range or math.inf
+        terms = {"value": value_loss(outputs["v"], behaviour["behaviour_v"], behaviour["returns"], clip)}
+        terms["value"] = args.value_weight * terms["value"] * known
+        if not warming:
+            loss = policy_loss(log_prob, behaviour["behaviour_log_prob"], steps["advantage"], args.clip_range)
+            terms["policy"] = loss * known
+            if args.entropy_weight > 0:
+                terms["entropy"] = -args.entropy_weight * entropy(log_probs) * known
+        compared = {"log_prob": log_prob, "v": outputs["v"]} | behaviour
+        return terms, {name: value.detach()[known] for name, value in compared.items()}
+
+    def ptx_terms(self, index: np.ndarray) -> dict[str, Tensor]:
+        """γ · −log π of the agent's logged tokens, (N,)."""
+        batch = self._batch(self.ptx, index)
+        with self.accelerator.autocast():
+            logits = self.wrapped(batch)["logits"].float()
+        return {"ptx": self.args.ptx_weight * nn.functional.cross_entropy(logits, batch["steps"]["action"],
+                                                                          reduction="none")}  # fmt: skip
+
+    def step(self) -> float:
+        """One optimizer step on the gradients at hand, and the average behind it; the norm before clipping."""
+        args = self.args
+        norm = self.accelerator.clip_grad_norm_(list(self.trained.values()), args.max_grad_norm or math.inf)
+        if not math.isfinite(norm := float(norm)):
+            raise InputError(f"loss: found a gradient of norm {norm} in iteration {self.iteration + 1}, expected a "
+                             "finite one; lower learning_rate")  # fmt: skip
+        self.updates += 1
+        if args.tensorflow_eps:
+            for group in self.optimizer.param_groups:
+                group["eps"] = tensorflow_adam_eps(args.adam_epsilon, args.adam_beta2, self.updates)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            torch._foreach_lerp_(
+                list(self.average.values()), [p.detach() for p in self.trained.values()], 1 - args.ema
+            )
+        return norm
+
+    def _batch(self, windows: WindowDataset, index: np.ndarray) -> TokenBatch:
+        batch = windows.batch(index)
+        self.tokens_read += int(batch["attention_mask"].sum())
+        device = self.args.device
+        moved = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+        return batch | moved | {"steps": {name: value.to(device) for name, value in batch["steps"].items()}}
+
+    # Accounts.
+
+    def episode_metrics(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Means of the episodes as the environment scored them, and what they add to the totals."""
+        turns = [turn for t in trajectories for turn in t.turns if turn.is_trainable]
+        tokens = sum(len(turn.token_ids) for turn in turns)
+        scored = sum(turn.reward is not None for turn in turns)
+        sums = [len(trajectories), len(turns), scored, tokens, self.tokens_read]
+        self.tokens_read = 0
+        for name, count in zip(SUMS, sums, strict=True):
+            self.totals[name] += int(self.accelerator.reduce(torch.tensor(count, device=self.args.device), "sum"))
+        n = len(trajectories)
+        return self._mean({
+            "score": sum(t.total_return for t in trajectories) / n,
+            "tokens": tokens / n, "turns": len(turns) / n,
+            "terminated": sum(t.terminated for t in trajectories) / n,
+            "closed": sum(turn.token_ids[-1:] == (self.renderer.close_id,) for turn in turns) / len(turns),
+        })  # fmt: skip
+
+    def _mean(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Over the processes."""
+        if self.args.world_size == 1 or not metrics:
+            return dict(metrics)
+        values = torch.tensor(list(metrics.values()), device=self.args.device)
+        return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+
+    def costs(self) -> dict[str, int]:
+        """What the run took, for complete.json."""
+        return {"steps": self.iteration} | dict(self.totals)
+
+    def plan(self) -> dict[str, int]:
+        """What `train` would do."""
+        args = self.args
+        return {
+            "iterations": args.max_steps,
+            "episodes": args.max_steps * args.episodes,
+            "optimizer steps": args.max_steps * args.epochs * args.minibatches,
+        }
+
+    @property
+    def model(self) -> nn.Module:
+        """The policy."""
+        return self.policy
+
+    @property
+    def _is_quiet(self) -> bool:
+        return self.args.disable_tqdm or not self.accelerator.is_main_process
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Appends a row to metrics.jsonl; null where there is no number (variance explained of returns all alike)."""
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+                file.write(json.dumps({"step": self.iteration, **known}) + "\n")
+
+    def _keep_metrics_before(self, iteration: int) -> None:
+        """Drops the rows that the run is about to write again."""
+        path = Path(self.args.output_dir) / "metrics.jsonl"
+        if self.args.should_save and path.exists():
+            rows = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+            kept = [row for row in rows if json.loads(row)["step"] <= iteration and iteration > 0]
+            temporary = path.with_name(".metrics.jsonl.part")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            os.replace(temporary, path)
+
+    # Saving.
+
+    def _saves(self) -> bool:
+        every = int(self.args.save_steps)
+        return self.args.save_strategy == "steps" and (self.iteration % every == 0)
+
+    def save_checkpoint(self) -> None:
+        """Everything that the next iteration depends on, and the policy as `save_model` writes it; whole or absent."""
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.iteration}"
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that went on from an earlier one
+            with atomic_output(folder) as temporary:
+                temporary.mkdir()
+                self._write_policy(temporary)
+                save_file({name: p.detach().contiguous() for name, p in self.trained.items()},
+                          temporary / "trained.safetensors")  # fmt: skip
+                if self.average is not None:
+                    save_file(self.average, temporary / "average.safetensors")
+                state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+                torch.save(state, temporary / "optimizer.pt")
+                (temporary / "ppo.json").write_text(json.dumps({
+                    "iteration": self.iteration, "updates": self.updates, "kl_weight": self.kl_weight,
+                    "moments": list(self.moments), "totals": self.totals, "counts": self.counts,
+                }), encoding="utf-8")  # fmt: skip
+            rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, checkpoint: Path) -> None:
+        """The inverse of `save_checkpoint`. What is random depends on seed and iteration alone."""
+        stored = load_file(checkpoint / "trained.safetensors")
+        if missing := set(self.trained) ^ set(stored):
+            raise InputError(f"{checkpoint}: found other weights than this run trains, first {min(missing)}")
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(stored[name])
+        if self.average is not None:
+            self.average = {name: value.to(self.args.device)
+                            for name, value in load_file(checkpoint / "average.safetensors").items()}  # fmt: skip
+        state = torch.load(checkpoint / "optimizer.pt", map_location=self.args.device, weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        report = json.loads((checkpoint / "ppo.json").read_text(encoding="utf-8"))
+        self.iteration, self.updates, self.kl_weight = (report[n] for n in ("iteration", "updates", "kl_weight"))
+        self.moments, self.totals = Moments(*report["moments"]), Counter(report["totals"])
+        self.counts = Counter(report["counts"])
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """The policy alone, its averaged weights where there are any: a plain model of its base class."""
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            staging = folder / ".saving"
+            shutil.rmtree(staging, ignore_errors=True)  # what a kill left half written
+            staging.mkdir(parents=True)
+            self._write_policy(staging)
+            move_model(staging, folder)
+        self.accelerator.wait_for_everyone()
+
+    def _write_policy(self, folder: Path) -> None:
+        with self._averaged():
+            self.policy.save_pretrained(folder)
+            if hasattr(self.policy, "peft_config"):
+                save_heads(self.policy, folder)
+        self.renderer.tokenizer.save_pretrained(folder)
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in the place of the trained ones."""
+        if self.average is None:
+            yield
+            return
+        trained = {name: p.detach().clone() for name, p in self.trained.items()}
+        with torch.no_grad():
+            for name, p in self.trained.items():
+                p.copy_(self.average[name])
+            try:
+                yield
+            finally:
+                for name, p in self.trained.items():
+                    p.copy_(trained[name])

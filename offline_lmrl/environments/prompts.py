@@ -1,0 +1,164 @@
+"""A prompt set with something that scores replies: a task of one turn, so RLHF and games share every line."""
+
+import importlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import raw_splits
+from offline_lmrl.data.protocols import Scorer, StepResult
+from offline_lmrl.data.trajectory import Turn, finite, shown, turn_from_record
+
+SLOW = 2.0  # seconds of scoring after which its progress is shown
+
+# Of a batch: the turns before each reply, the replies, and what the prompt set knows of each prompt.
+RewardFunction = Callable[[list[tuple[Turn, ...]], list[str], list[Mapping[str, Any]]], Sequence[float]]
+
+
+class PromptEnvironment:
+    """One prompt, one reply, one score; implements VectorEnvironment.
+
+    Seeds 0 to n − 1 see each of the n prompts once in a shuffled order, the next n in another one.
+
+    Args:
+      prompts: a file or folder of rows `prompt` (a text, or messages) with any further columns, or of `messages`, of
+        which those before the agent's last turn are the prompt; or the prompts themselves, as texts or turns.
+      reward: a Scorer; or a function of (contexts, texts, labels), one entry per reply, that gives one number per
+        reply; or the name of such a function or Scorer class as package.module:name, also in the working folder.
+        Labels are the further columns of the prompt's row.
+      batch_size: replies that are scored at once; progress shows where scoring takes long.
+      seed: of the order.
+
+    Attributes:
+      counts: prompts that were left out, by reason.
+
+    Raises: InputError for prompts that cannot be read, and where the reward is not one finite number per reply.
+    """
+
+    def __init__(
+        self,
+        prompts: str | Path | Sequence[str | Sequence[Turn]],
+        reward: Scorer | RewardFunction | str,
+        batch_size: int = 64,
+        seed: int = 0,
+    ):
+        if batch_size < 1:
+            raise InputError(f"batch_size: found {batch_size}, expected at least 1")
+        self.batch_size, self.seed = batch_size, seed
+        self.reward = _find(reward) if isinstance(reward, str) else reward
+        if not (hasattr(self.reward, "score") or callable(self.reward)):
+            raise InputError(f"reward: found {shown(reward)}, expected a function or a Scorer")
+        rows = _read(prompts) if isinstance(prompts, str | Path) else [(_turns(prompt), {}) for prompt in prompts]
+        unique = {context: labels for context, labels in reversed(rows)}  # of equal ones the first
+        self.prompts = list(reversed(unique.items()))
+        self.counts = Counter({"prompts dropped: seen before": len(rows) - len(unique)})
+        if not self.prompts:
+            raise InputError(f"prompts: found none in {shown(prompts)}, expected at least one")
+
+    def reset(self, seeds: Sequence[int]) -> list[Sequence[Turn]]:
+        orders = {
+            epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
+            for epoch in {seed // len(self.prompts) for seed in seeds}
+        }
+        self.chosen = [self.prompts[orders[seed // len(self.prompts)][seed % len(self.prompts)]] for seed in seeds]
+        return [context for context, _ in self.chosen]
+
+    def step(self, rows: Sequence[int], texts: Sequence[str]) -> list[StepResult]:
+        rewards: list[float] = []
+        with tqdm(total=len(rows), desc="scoring", delay=SLOW, leave=False) as bar:
+            for start in range(0, len(rows), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                rewards += self._score([self.chosen[row] for row in rows[part]], list(texts[part]))
+                bar.update(len(rewards) - bar.n)
+        return [StepResult((), reward, True, False) for reward in rewards]
+
+    def labels(self, row: int) -> dict[str, Any]:
+        return dict(self.chosen[row][1])
+
+    def _score(self, prompts: Sequence[tuple[tuple[Turn, ...], Mapping[str, Any]]], texts: list[str]) -> list[float]:
+        contexts, labels = [context for context, _ in prompts], [known for _, known in prompts]
+        try:
+            if hasattr(self.reward, "score"):
+                pairs = zip(contexts, texts, strict=True)
+                found = [np.asarray(self.reward.score(context, [(Turn("assistant", text),)]))[0]
+                         for context, text in pairs]  # fmt: skip
+            else:
+                found = self.reward(contexts, texts, labels)
+        except InputError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"reward: raised {type(error).__name__}: {reason}, expected {len(texts)} numbers; first "
+                             f"reply {shown(texts[0])}") from error  # fmt: skip
+        try:
+            values = list(found)
+        except TypeError as error:
+            raise InputError(f"reward: found {shown(found)}, expected a list of {len(texts)} numbers") from error
+        if len(values) != len(texts):
+            raise InputError(f"reward: found {len(values)} numbers, expected one for each of {len(texts)} replies")
+        return [_number(value, text) for value, text in zip(values, texts, strict=True)]
+
+
+def _number(value: Any, text: str) -> float:
+    try:
+        return finite("reward", value.item() if hasattr(value, "item") else value)
+    except InputError as error:
+        raise InputError(f"{error}, for the reply {shown(text)}") from error
+
+
+def _turns(prompt: Any, where: str = "prompts") -> tuple[Turn, ...]:
+    """The turns before the reply, from a text, turns, or messages."""
+    if isinstance(prompt, str):
+        return (Turn("user", prompt),)
+    if not isinstance(prompt, Sequence):
+        raise InputError(f"{where}: found {shown(prompt)}, expected a text or a list of turns")
+    turns = tuple(
+        turn if isinstance(turn, Turn) else turn_from_record(turn, f"{where}: [{i}]") for i, turn in enumerate(prompt)
+    )
+    if not turns:
+        raise InputError(f"{where}: found no turns, expected at least one")
+    return turns
+
+
+def _read(source: str | Path) -> list[tuple[tuple[Turn, ...], dict[str, Any]]]:
+    """Prompts of a file or folder, each with the further columns of its row."""
+    parts = raw_splits(source)
+    if len(parts) > 1:
+        raise InputError(f"{source}: found the splits {', '.join(parts)}, expected the file of one of them")
+    (rows,) = parts.values()
+    found = []
+    for where, row in rows:
+        if isinstance(row, InputError):
+            raise row
+        if not isinstance(row, Mapping) or not ({"prompt", "messages"} & set(row)):
+            raise InputError(f"{where}: found {shown(row)}, expected a row with `prompt` or `messages`")
+        key = "prompt" if "prompt" in row else "messages"
+        turns = _turns(row[key], f"{where}: {key}")
+        if key == "messages":
+            agent = [i for i, turn in enumerate(turns) if turn.is_trainable]
+            turns = turns[: agent[-1]] if agent else turns
+            if not turns:
+                raise InputError(f"{where}: messages: found no turn before the agent's, expected a prompt")
+        found.append((turns, {name: value for name, value in row.items() if name != key and value is not None}))
+    return found
+
+
+def _find(name: str) -> Any:
+    """A function, or an instance of a class without arguments, from its dotted name."""
+    module_name, _, attribute = name.partition(":")
+    if not attribute:
+        raise InputError(f"reward: found {name!r}, expected package.module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script does not look there, unlike `python -m`
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"reward: found {name!r}, which cannot be imported: {error}") from error
+    return found() if isinstance(found, type) else found
