@@ -7,7 +7,7 @@ and index arithmetic happen once, in `encode_trajectories`; a batch is then a fe
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.trajectory import Trajectory
 
 ROWS = ("input_ids", "next_ids", "end_ids")
+LISTS = (*ROWS, "environment")  # of whole windows; all other columns have a value per step
 STEP_CODES = {float: "f", bool: "b", int: "i"}
 FlatLists = tuple[np.ndarray, np.ndarray]  # values of all lists behind one another, and where each list starts
 
@@ -61,6 +62,7 @@ class TokenBatch(TypedDict):
     action_mask: Tensor  # (B,T) bool: the agent wrote token t and is credited for it here
     steps: ActionSteps
     windows: int  # number of rows that have steps
+    environment: NotRequired[dict[str, Tensor]]  # row, state: (E,), before the tokens of the environment's replies
 
 
 class WindowRef(NamedTuple):
@@ -74,11 +76,15 @@ class WindowDataset(torch.utils.data.Dataset):
     """Windows as flat arrays of values and offsets, so that a batch is a few numpy gathers.
 
     Args:
-      columns: name -> list column; ROWS and the fields of `Step`, one list per window. Further columns with a value
+      columns: name -> list column; LISTS and the fields of `Step`, one list per window. Further columns with a value
         per step come along in a batch's steps under their name.
       pad_id: fills the right of shorter rows; the attention mask, not the id, says what is real.
       next_rows, end_rows: whether rows that only serve V of the next state, or of the end of a cut log, come along.
+
+    replies: whether a batch says where the environment's replies are [False].
     """
+
+    replies = False
 
     def __init__(self, columns: Mapping[str, FlatLists], pad_id: int, *, next_rows: bool, end_rows: bool):
         self.flat = columns
@@ -124,7 +130,7 @@ class WindowDataset(torch.utils.data.Dataset):
             end_row = _append_rows(rows, pick(self.flat["end_ids"], index))
         input_ids, attention_mask = pad(rows, self.pad_id)
 
-        column = {name: pick(self.flat[name], index) for name in self.flat if name not in ROWS}
+        column = {name: pick(self.flat[name], index) for name in self.flat if name not in LISTS}
         row = np.repeat(np.arange(len(index)), column["state"][1])
         step = {name: values for name, (values, _) in column.items()}
         own = np.zeros_like(row)
@@ -140,19 +146,26 @@ class WindowDataset(torch.utils.data.Dataset):
                 steps[f"{name}_state"] = np.where(step[extra] == 0, step[f"{name}_state"], 0)
         action_mask = np.zeros_like(attention_mask)
         action_mask[row, step["state"] + 1] = True
-        return {
+        batch = {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),
             "action_mask": torch.from_numpy(action_mask),
             "steps": {name: _tensor(values) for name, values in steps.items()},
             "windows": len(index),
         }
+        if self.replies:
+            state, lengths = pick(self.flat["environment"], index)
+            row = np.repeat(np.arange(len(index)), lengths)
+            batch["environment"] = {"row": _tensor(row), "state": _tensor(state)}
+        return batch
 
     def surplus_batch(self) -> TokenBatch:
         """One window without steps, for a rank that has nothing to learn but must run forward."""
         batch = self.batch([0])
         batch["action_mask"] = torch.zeros_like(batch["action_mask"])
         batch["steps"] = {name: values[:0] for name, values in batch["steps"].items()}
+        if self.replies:
+            batch["environment"] = {name: values[:0] for name, values in batch["environment"].items()}
         return batch
 
 
@@ -192,21 +205,29 @@ def _tensor(values: np.ndarray) -> Tensor:
 
 
 def encode_trajectories(
-    trajectories: Iterable[Trajectory], encoder: EpisodeEncoder, counts: Counter[str]
+    trajectories: Iterable[Trajectory],
+    encoder: EpisodeEncoder,
+    counts: Counter[str],
+    prompts: Iterable[tuple[int, ...]] | None = None,
 ) -> dict[str, FlatLists]:
     """Renders every trajectory once and returns the columns of a `WindowDataset`.
 
     Args:
       counts: receives what was dropped or has no target, by reason.
+      prompts: per trajectory the ids that all its windows begin with (data/demonstrations.py); None = no prompts.
     Raises: InputError where nothing can be trained on.
     """
-    values = {name: array("i") for name in ROWS} | {
+    values = {name: array("i") for name in LISTS} | {
         name: array(STEP_CODES[kind]) for name, kind in Step.__annotations__.items()
     }
     lengths = {name: array("q", [0]) for name in values}
-    for trajectory in trajectories:
-        for window in encoder.encode(trajectory, counts):
-            for name in ROWS:
+    if prompts is None:
+        episodes = (encoder.encode(trajectory, counts) for trajectory in trajectories)
+    else:
+        episodes = (encoder.encode(t, counts, prompt) for t, prompt in zip(trajectories, prompts, strict=True))
+    for windows in episodes:
+        for window in windows:
+            for name in LISTS:
                 values[name].extend(getattr(window, name))
                 lengths[name].append(len(getattr(window, name)))
             for name, column in zip(Step._fields, zip(*window.steps, strict=True), strict=True):

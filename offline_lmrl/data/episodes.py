@@ -54,11 +54,15 @@ class Step(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A row of tokens, the steps that are trained in it, and up to two rows that only serve V."""
+    """A row of tokens, the steps that are trained in it, and up to two rows that only serve V.
+
+    environment: states in the row whose next token belongs to what the environment replied to a turn that is seen.
+    """
 
     input_ids: list[int]
     next_ids: list[int]
     end_ids: list[int]
+    environment: list[int]
     steps: list[Step]
 
 
@@ -80,9 +84,14 @@ class EpisodeEncoder:
     ):
         self.renderer, self.window, self.steps, self.scale, self.slots = renderer, window, steps, scale, slots
 
-    def encode(self, trajectory: Trajectory, counts: Counter[str]) -> Iterator[Window]:
-        """All windows of a trajectory; `counts` receives what was dropped or has no target, by reason."""
-        episode = _Episode(self, trajectory)
+    def encode(
+        self, trajectory: Trajectory, counts: Counter[str], prompt: tuple[int, ...] = ()
+    ) -> Iterator[Window]:
+        """All windows of a trajectory; `counts` receives what was dropped or has no target, by reason.
+
+        prompt: ids that every window begins with, behind the preamble (data/demonstrations.py).
+        """
+        episode = _Episode(self, trajectory, prompt)
         counts["agent turns dropped: longer than max_length"] += len(episode.dropped)
         if not episode.spans:
             counts["trajectories without an agent turn that fits"] += 1
@@ -94,7 +103,7 @@ class EpisodeEncoder:
 
 
 class _Episode:
-    def __init__(self, encoder: EpisodeEncoder, trajectory: Trajectory):
+    def __init__(self, encoder: EpisodeEncoder, trajectory: Trajectory, prompt: tuple[int, ...]):
         self.renderer, self.rule, self.gammas = encoder.renderer, encoder.window, encoder.steps
         turns = with_own_token_ids(trajectory, encoder.renderer.fingerprint).turns
         agent = [turn.is_trainable for turn in turns]
@@ -106,8 +115,10 @@ class _Episode:
         ]
         self.lengths = [len(turn.ids) for turn in self.encoded]
         self.reward = [encoder.scale.apply(turn.reward) for turn in turns]
+        self.from_environment = [turn.role != "assistant" for turn in turns]
         self.head = leading_system_turns(turns)
-        self.fixed = len(self.renderer.preamble) + sum(self.lengths[: self.head])
+        self.preamble = (*self.renderer.preamble, *prompt)
+        self.fixed = len(self.preamble) + sum(self.lengths[: self.head])
         self.spans, self.dropped = cut_windows(self.rule, self.lengths, agent, self.head, self.fixed)
         self.length = len(turns)
         self.end = self._kind_of_end(trajectory.terminated)
@@ -157,9 +168,9 @@ class _Episode:
         return 1.0 if inside else self.gammas.discount_per_turn
 
     def _tokens(self, first: int, stop: int) -> list[int]:
-        """Ids of the preamble, the leading system turns and turns first..stop−1."""
+        """Ids of the preamble, the prompt, the leading system turns and turns first..stop−1."""
         pieces = [*self.encoded[: self.head], *self.encoded[max(first, self.head) : stop]]
-        return [*self.renderer.preamble, *(token for turn in pieces for token in turn.ids)]
+        return [*self.preamble, *(token for turn in pieces for token in turn.ids)]
 
     def _first_state(self, span: Span, index: int) -> int:
         before = sum(self.lengths[max(span.first, self.head) : index])
@@ -203,7 +214,17 @@ class _Episode:
         for index, after in zip(inside, [*inside[1:], None], strict=True):
             place = follows if after is None else (OWN, self._first_state(span, after))
             steps += self._steps(span, index, place, end)
-        return Window(input_ids, next_ids, end_ids, steps)
+        return Window(input_ids, next_ids, end_ids, self._replies(span), steps)
+
+    def _replies(self, span: Span) -> list[int]:
+        """States before the tokens of the environment's replies, contents and closings; each in one window only."""
+        before = max((index for index in self.agent_turns if index < span.credited), default=span.credited)
+        states = []
+        for index in range(max(before, span.first, self.head) + 1, span.stop):
+            if self.from_environment[index]:
+                first = self._first_state(span, index)
+                states += range(first, first + self._actions(index))
+        return states
 
     def _end_ids(self) -> list[int]:
         """The row in which V closes the log, for windows before the last."""

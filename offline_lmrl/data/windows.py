@@ -101,14 +101,16 @@ def policy_window(
     rule: WindowRule,
     reserve: int = 0,
     slots: Sequence[tuple[int, ...]] | None = None,
+    prompt: Sequence[int] = (),
 ) -> list[int]:
-    """Ids the agent sees before its coming turn: preamble, visible turns, its own opening.
+    """Ids the agent sees before its coming turn: preamble, prompt, visible turns, its own opening.
 
     Args:
+      prompt: ids that stay whatever is dropped behind them (data/demonstrations.py).
       slots: ids before the opening of each agent turn, the coming one's last; None = none.
       reserve: tokens kept free for the reply (max_new_tokens). Where max_length binds, the window starts where
         training would start it for a turn of the opening and that many tokens, however long the reply turns out.
-    Raises: InputError where the leading system turns alone leave no room.
+    Raises: InputError where the prompt and the leading system turns alone leave no room.
     """
     opening = renderer.agent_opening
     encoded = [renderer.encode_turn(turn).ids for turn in turns]
@@ -118,13 +120,14 @@ def policy_window(
         for index, slot in zip((i for i, turn in enumerate(turns) if turn.is_trainable), past, strict=True):
             encoded[index] = (*slot, *encoded[index])
     head = leading_system_turns(turns)
-    fixed = len(renderer.preamble) + sum(map(len, encoded[:head]))
+    preamble = (*renderer.preamble, *prompt)
+    fixed = len(preamble) + sum(map(len, encoded[:head]))
     lengths = [*map(len, encoded), len(opening) + reserve]
     first = first_visible(rule, lengths, len(turns), head, fixed)
     if first is None:
         needed = fixed + lengths[-1]
-        raise InputError(
-            f"max_length: found {rule.max_length}, expected at least {needed} to hold the system turns and a reply"
-        )
+        also = "the prompt, " if prompt else ""
+        raise InputError(f"max_length: found {rule.max_length}, expected at least {needed} to hold {also}the system "
+                         "turns and a reply")
     kept = [*encoded[:head], *encoded[max(first, head) :]]
-    return [*renderer.preamble, *(token for ids in kept for token in ids), *opening]
+    return [*preamble, *(token for ids in kept for token in ids), *opening]
