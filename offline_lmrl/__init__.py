@@ -26,6 +26,10 @@ _HOMES = {
     "BCTrainer": "algorithms.behaviour_cloning",
     "ILQLConfig": "algorithms.ilql",
     "ILQLTrainer": "algorithms.ilql",
+    "RewardModelConfig": "algorithms.reward_model",
+    "RewardModelTrainer": "algorithms.reward_model",
+    "load_scorer": "decoding.scorers",
+    "BestOfN": "decoding.reranking",
 }
 __all__ = [*_HOMES]
 

@@ -194,6 +194,26 @@ def regex_rule(pattern: str, must: bool = False) -> Function:
     return Function(lambda context, option: must == any(found(t.content) for t in option if t.is_trainable))
 
 
+class Rule:
+    """Probability that a rule is kept, by a reward model that reads the rule as a system turn before all others.
+
+    So one model serves every rule, also those that it was not trained on (Glaese et al. 2022, Sparrow): it learns from
+    comparisons of a reply that keeps a rule with one that breaks it, each with the rule's text in front. Deviation:
+    σ of the score, so 0 has to lie between kept and broken (`normalise: centre`).
+    """
+
+    def __init__(self, scorer: Scorer, text: str):
+        self.scorer, self.text = scorer, text
+
+    def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
+        return self.score_each([(context, options)])[0]
+
+    def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
+        rule = Turn("system", self.text)
+        scores = score_rows([((rule, *context), options) for context, options in rows], self.scorer)
+        return [np.exp(-np.logaddexp(0, -values)) for values in scores]
+
+
 class Ensemble:
     """mean − k · standard deviation over scorers that are each normalised on their own (Christiano et al. 2017).
 
@@ -268,13 +288,14 @@ def _require_rules(rules: Sequence[Scorer]) -> None:
         raise InputError("rules: found none, expected at least one")
 
 
-# kind -> what makes it; parameters named `preference` are scorers, and `scorers` and `rules` lists of them
+# kind -> what makes it; parameters named `preference` or `scorer` are scorers, `scorers` and `rules` lists of them
 KINDS: dict[str, Callable[..., Scorer]] = {
     "reward_model": lambda run, device=None: RewardModel.load(run, device=device),
     "likelihood": lambda run, mean=False, device=None: Likelihood(LanguagePolicy.load(run, device=device), mean),
     "value_heads": lambda run, of="advantage", device=None: ValueHeads(load_critic(run, device=device), of),
     "python": lambda function: Function(_imported(function)),
     "regex": regex_rule,
+    "rule": Rule,
     "ensemble": Ensemble,
     "sum": weighted_sum,
     "veto": veto,
@@ -302,9 +323,12 @@ def load_scorer(spec: str | Path | Mapping[str, Any]) -> Scorer:
     for name, parameter in parameters.items():
         if name not in given and parameter.default is parameter.empty:
             raise InputError(f"scorer.{name}: missing, {spec['kind']} needs it")
-    for name in ("preference", "scorers", "rules"):
+    for name in ("preference", "scorer"):
         if name in given:
-            given[name] = load_scorer(given[name]) if name == "preference" else [load_scorer(s) for s in given[name]]
+            given[name] = load_scorer(given[name])
+    for name in ("scorers", "rules"):
+        if name in given:
+            given[name] = [load_scorer(one) for one in given[name]]
     return KINDS[spec["kind"]](**given)
 
 

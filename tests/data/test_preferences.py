@@ -13,9 +13,11 @@ from offline_lmrl.data.episodes import EpisodeEncoder, StepRule
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import read_trajectories, write_rows, write_trajectories
 from offline_lmrl.data.preferences import (
+    binarised,
     fit_scores,
     label_rows,
     preference_rows,
+    score_rows,
     sft_rows,
     to_comparisons,
     to_trajectories,
@@ -206,3 +208,25 @@ def test_sft_rows_hold_one_agent_turn_each_and_labels_none_of_others():
     counts = Counter()
     assert list(label_rows([episode], counts=counts)) == []
     assert counts == {"dropped: turns of others inside a completion": 1}
+
+
+def test_binarising_compares_each_reply_with_itself_and_keeps_the_group():
+    made = binarised([PAIR, TIE, SOFT], "+", "-")
+    assert [[option[0].content + option[1].content for option in row.options] for row in made] == [
+        ["+a", "-a"], ["-b", "+b"], ["+b", "-b"], ["-a", "+a"]]  # fmt: skip
+    assert all(row.target == (1.0, 0.0) and row.group == "g" and row.context == PAIR.context for row in made)
+    assert len(binarised([FOUR])) == 10  # six pairs, one of them a tie
+
+
+def test_many_rows_are_scored_at_once_where_the_scorer_can():
+    class Batched(Lengths):
+        def score_each(self, rows):
+            calls.append(len(rows))
+            return [self.score(*row) for row in rows]
+
+    calls = []
+    rows = [(CONTEXT, (A, B)), (CONTEXT, (C,))]
+    found = [scores.tolist() for scores in score_rows(rows, Batched())]
+    assert found == [scores.tolist() for scores in score_rows(rows, Lengths())] == [[1.0, 1.0], [1.0]]
+    assert calls == [2]
+    assert to_trajectories([PAIR, SOFT], Batched()) and calls == [2, 2]

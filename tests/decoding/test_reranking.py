@@ -11,7 +11,7 @@ from offline_lmrl.decoding.reranking import CANDIDATE_STRIDE, BestOfN, calibrate
 from offline_lmrl.decoding.scorers import Function
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.toys import Gamble
-from offline_lmrl.ops.preferences import best_of_n
+from offline_lmrl.ops.preferences import abstention_threshold, best_of_n
 
 PROB = [0.4, 0.3, 0.2, 0.1]
 VALUE = {"a": 2.0, "b": 0.0, "c": 3.0, "d": 1.0}
@@ -96,7 +96,9 @@ def test_the_threshold_answers_the_share_asked_for_and_the_more_it_drops_the_bet
     assert (scores >= on_its_own).mean() == coverage
     assert [session.labels(row)["abstained"] for row in range(2000)] == (~answered).astype(int).tolist()
     right = quality[2000:] > 0
-    assert right[answered].mean() > right.mean() + 0.1
+    shares = (0.2, 0.4, 0.6, 0.8, 1.0)
+    accuracy = [right[scores >= abstention_threshold(torch.tensor(scores), share)].mean() for share in shares]
+    assert accuracy == sorted(accuracy, reverse=True) and accuracy[0] == 1.0 and accuracy[-1] == right.mean()
 
 
 def test_best_of_n_plays_environments_and_says_what_it_scored():

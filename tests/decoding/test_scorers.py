@@ -19,6 +19,7 @@ from offline_lmrl.decoding.scorers import (
     Function,
     Likelihood,
     RewardModel,
+    Rule,
     ValueHeads,
     load_scorer,
     most_disputed,
@@ -88,6 +89,21 @@ def test_sums_vetoes_and_the_sparrow_formula_by_hand():
     assert shifted.score(ASKED, options) == pytest.approx([0.375, 0.35, 0.0])
     with pytest.raises(InputError, match="rules: found scores from -1 to 1, expected probabilities"):
         sparrow(preference, [fixed(1.0, -1.0, 0.0)]).score(ASKED, options)
+
+
+def test_a_rule_that_is_read_stands_before_the_dialogue():
+    def forbidden(context, option):
+        return -math.log(3) if context[0].content.removeprefix("never say ") in option[-1].content else 1000.0
+
+    rule = Rule(Function(forbidden), "never say up")
+    assert rule.score(ASKED, said("up", "left")) == pytest.approx([0.25, 1.0])
+    spec = {"kind": "sparrow", "preference": f"{__name__}:nought",
+            "rules": [{"kind": "rule", "scorer": f"{__name__}:nought", "text": "be brief"}]}  # fmt: skip
+    assert load_scorer(spec).score(ASKED, said("up")) == pytest.approx([0.25])
+
+
+def nought(context, option):
+    return 0.0
 
 
 @pytest.mark.parametrize("head", ["terminal", "turn", "token"])

@@ -321,3 +321,34 @@ def test_known_pairs_take_the_target_first_and_the_ranking_where_it_is_silent():
     assert found == {(0, 1): 0.75, (0, 2): 1.0, (0, 3): 1.0, (0, 4): 1.0, (1, 2): 1.0, (1, 3): 1.0, (1, 4): 1.0,
                      (2, 3): 1.0, (2, 4): 1.0, (5, 6): 1.0, (5, 7): 1.0}  # fmt: skip
     assert pairs.comparison.tolist() == [0] * 9 + [1] * 2 and pairs.comparisons == 2
+
+
+def fitted(x, prob, error_rate):
+    """Weights of a linear score by maximum likelihood."""
+    weight = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = bradley_terry_loss(x @ weight, prob, error_rate=error_rate).mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach()
+
+
+def test_an_error_floor_beats_none_where_a_tenth_of_the_labels_is_flipped():
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        truth = torch.randn(6, generator=generator, dtype=torch.float64) * 3
+        x = torch.randn(2400, 6, generator=generator, dtype=torch.float64)
+        prob = torch.sigmoid(x @ truth)
+        label = (torch.rand(2400, generator=generator, dtype=torch.float64) < prob).double()
+        flipped = torch.rand(2400, generator=generator) < 0.1
+        noisy = torch.where(flipped, 1 - label, label)
+        plain, floored = (
+            bradley_terry_loss(x[400:] @ fitted(x[:400], noisy[:400], error_rate), prob[400:]).mean()
+            for error_rate in (0.0, 0.1)
+        )
+        assert floored < plain, seed
