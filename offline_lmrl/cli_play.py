@@ -185,6 +185,8 @@ def _generate(
     scorer: str | None = None,
     best_of: int = 1,
     threshold: float | None = None,
+    coverage: float | None = None,
+    held_out: str | None = None,
     abstention: str = "I don't know.",
     device: str | None = None,
     chat: bool = False,
@@ -202,24 +204,33 @@ def _generate(
       scorer: what chooses the best of several replies, as `relabel` takes it.
       best_of: of how many.
       threshold: replies that score less are not given.
+      coverage: sets the threshold at which this share of the prompts in held_out is answered.
+      held_out: file of prompts, as `prompts`.
       abstention: what is said instead.
       device: null = the first accelerator, else the CPU.
     """
     from offline_lmrl.data.io import atomic_output
     from offline_lmrl.decoding.policy import LanguagePolicy
-    from offline_lmrl.decoding.reranking import BestOfN
+    from offline_lmrl.decoding.reranking import BestOfN, calibrated_threshold
     from offline_lmrl.decoding.scorers import load_scorer
 
-    if chat:
-        _chat(LanguagePolicy.load(run, device=device, **sampling), seed)
-        return
-    if scorer is None and (best_of > 1 or threshold is not None):
+    if scorer is None and (best_of > 1 or threshold is not None or coverage is not None):
         raise InputError("scorer: missing, expected what is to choose the best of several replies")
-    histories = read_prompts(prompts)
+    if (coverage is None) != (held_out is None) or (coverage is not None and threshold is not None):
+        raise InputError(f"coverage: found {coverage} with held_out {held_out} and threshold {threshold}, "
+                         "expected coverage and held_out together, or a threshold")
+    histories = [] if chat else read_prompts(prompts)
     if output != "-":
         _require_writable(Path(output))
-    policy = LanguagePolicy.load(run, device=device, **sampling)
-    player = policy if scorer is None else BestOfN(policy, load_scorer(scorer), best_of, threshold, abstention)
+    player = policy = LanguagePolicy.load(run, device=device, **sampling)
+    if scorer is not None:
+        player = BestOfN(policy, load_scorer(scorer), best_of, threshold, abstention)
+        if coverage is not None:
+            player.threshold = calibrated_threshold(player, read_prompts(held_out), coverage)
+            print(f"threshold: {player.threshold:.6g}", file=sys.stderr)
+    if chat:
+        _chat(player, seed)
+        return
     replies = _replies(player, policy.renderer.fingerprint, histories, n, seed)
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in replies]
     if output == "-":
@@ -284,7 +295,7 @@ def _answered(tokenizer: str, history: Sequence[Turn], reply: "Reply", seed: int
     return Trajectory((*history, turn), terminated=reply.closed, labels=labels)
 
 
-def _chat(policy: "LanguagePolicy", seed: int) -> None:
+def _chat(policy: "Policy", seed: int) -> None:
     session, turns = policy.start([seed]), []
     while (text := _ask()) is not None:
         turns.append(Turn("user", text))

@@ -47,23 +47,24 @@ def _relabel(
         write_trajectories,
     )
     from offline_lmrl.data.preferences import to_trajectories
-    from offline_lmrl.decoding.scorers import load_scorer, relabel_comparisons, relabel_trajectories
+    from offline_lmrl.decoding.scorers import fitting, load_scorer, relabel_comparisons, relabel_trajectories
 
     counts: Counter[str] = Counter()
     judge = load_scorer(scorer)
     if not holds_comparisons(data):
         splits = read_splits(data, counts=counts)
-        made = {name: relabel_trajectories(rows, judge, place) for name, rows in splits.items()}
+        made = {name: relabel_trajectories(rows, judge, place, counts) for name, rows in splits.items()}
         _write_splits(output, made, write_trajectories)
-    elif make == "targets":
-        splits = read_comparison_splits(data, counts=counts)
-        _write_splits(output, {name: relabel_comparisons(rows, judge) for name, rows in splits.items()},
-                      write_comparisons)  # fmt: skip
     else:
         splits = read_comparison_splits(data, counts=counts)
-        made = {name: to_trajectories(rows, judge, "terminal", normalise, counts) for name, rows in splits.items()}
-        _write_splits(output, made, write_trajectories)
-    _print_counts({f"{name}: rows": len(rows) for name, rows in splits.items()} | counts)
+        read = {name: fitting(rows, judge, counts) for name, rows in splits.items()}
+        if make == "targets":
+            made = {name: relabel_comparisons(rows, judge) for name, rows in read.items()}
+            _write_splits(output, made, write_comparisons)
+        else:
+            made = {name: to_trajectories(rows, judge, "terminal", normalise, counts) for name, rows in read.items()}
+            _write_splits(output, made, write_trajectories)
+    _print_counts({f"{name}: rows": len(rows) for name, rows in splits.items()} | +counts)
 
 
 def _select(data: str, *, scorer: str, output: Path, n: int = 100) -> None:
@@ -76,16 +77,17 @@ def _select(data: str, *, scorer: str, output: Path, n: int = 100) -> None:
       n: how many pairs, at most one of each comparison.
     """
     from offline_lmrl.data.io import read_comparisons, write_comparisons
-    from offline_lmrl.decoding.scorers import Ensemble, load_scorer, most_disputed
+    from offline_lmrl.decoding.scorers import Ensemble, fitting, load_scorer, most_disputed
 
     if n < 1:
         raise InputError(f"n: found {n}, expected at least 1")
     ensemble = load_scorer(scorer)
     if not isinstance(ensemble, Ensemble):
         raise InputError(f"scorer: found {scorer!r}, expected an ensemble, whose members can disagree")
-    chosen = most_disputed(read_comparisons(data), ensemble, n)
+    counts: Counter[str] = Counter()
+    chosen = most_disputed(fitting(read_comparisons(data, counts=counts), ensemble, counts), ensemble, n)
     write_comparisons(output, chosen)
-    _print_counts({"pairs": len(chosen), "largest disagreement": chosen[0].labels["disagreement"]})
+    _print_counts({"pairs": len(chosen), "largest disagreement": chosen[0].labels["disagreement"]} | +counts)
 
 
 def _write_splits(output: Path, splits: dict[str, list[Any]], write: Callable[[Path, list[Any]], None]) -> None:

@@ -99,5 +99,11 @@ def test_generate_gives_the_best_of_several_replies_or_abstains(command, tmp_pat
     assert replies("--scorer", LENGTH, "--best_of", 1) == one
     assert sum(map(len, best)) > sum(map(len, one))
     assert replies("--scorer", LENGTH, "--threshold", 1000, "--abstention", "pass") == ["pass", "pass"]
+    share = ("--coverage", 0.5, "--held_out", tmp_path / "prompts.txt")
+    half = replies("--scorer", LENGTH, "--best_of", 6, "--abstention", "pass", *share)
+    # the longer of the two is answered, and both where they are equally long
+    assert half == [reply if len(reply) == max(map(len, best)) else "pass" for reply in best]
     code, _, err = command("generate", tmp_path / "run", *settings, "--best_of", 4)
     assert code == 2 and err.startswith("error: scorer: missing")
+    code, _, err = command("generate", tmp_path / "run", *settings, "--scorer", LENGTH, *share[:2])
+    assert code == 2 and err.startswith("error: coverage: found 0.5 with held_out None")

@@ -264,6 +264,16 @@ def test_two_processes_give_the_loss_and_parameters_of_one(tmp_path, algorithm, 
     torch.testing.assert_close(sharded, parameters(one), atol=1e-5, rtol=0)
 
 
+def test_items_behind_the_end_of_the_data_count_for_nothing(tmp_path):
+    run = trainer(tmp_path)
+    data = run.train_dataset
+    surplus = data[len(data)]
+    batch = training.collate_even([surplus, surplus])
+    assert run.items_in(batch) == 0 and not batch["action_mask"].any() and len(batch["input_ids"]) >= 1
+    assert run.losses(run.model, batch)[0].sum() == 0.0
+    assert run.items_in(training.collate_even([data[1], surplus])) == run.items_in(data.batch([1]))
+
+
 @pytest.mark.parametrize("change", [lambda r: r - 1, lambda r: 10 * r], ids=["r - 1", "10 r"])
 def test_shifted_and_scaled_rewards_give_the_same_policy(tmp_path, change):
     two_turns = [t for t in logs(36) if len(t.turns) == 4]  # equally many scored turns, none cut

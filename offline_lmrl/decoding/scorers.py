@@ -43,6 +43,7 @@ from offline_lmrl.models.guided import slots_of
 from offline_lmrl.models.reward_model import load_reward_model, read_mask
 from offline_lmrl.ops.preferences import rule_adjusted_score
 
+TOO_LONG = "dropped: a reply longer than the scorer's window"
 MOST_TOKENS = 4096  # rows × longest row of one forward pass
 
 
@@ -72,14 +73,20 @@ class RowScorer:
             start += size
         return np.split(scores, np.cumsum([len(options) for options in encoded])[:-1])
 
+    def fits(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> bool:
+        return self._rows(context, options) is not None
+
     def read(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Scores (B,) of a batch with the fields input_ids to last of `ComparisonBatch`."""
         raise TypeError(f"{type(self).__name__} does not say what it reads")
 
-    def _encode(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]):
+    def _rows(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]):
         bare = [[replace(turn, token_ids=None, behaviour_log_prob=None) for turn in part]
                 for part in (context, *options)]  # fmt: skip
-        rows = encode_options(bare[0], bare[1:], self.renderer, self.window, Counter())
+        return encode_options(bare[0], bare[1:], self.renderer, self.window, Counter())
+
+    def _encode(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]):
+        rows = self._rows(context, options)
         if rows is None:
             raise InputError(f"max_length: found {self.window.max_length}, expected room for each scored reply")
         return rows
@@ -208,6 +215,9 @@ class Rule:
     def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
         return self.score_each([(context, options)])[0]
 
+    def fits(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> bool:
+        return fits(self.scorer, (Turn("system", self.text), *context), options)
+
     def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
         rule = Turn("system", self.text)
         scores = score_rows([((rule, *context), options) for context, options in rows], self.scorer)
@@ -228,6 +238,9 @@ class Ensemble:
     def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
         return self.score_each([(context, options)])[0]
 
+    def fits(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> bool:
+        return all(fits(one, context, options) for one in self.scorers)
+
     def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
         return [member.mean(0) - self.k * member.std(0) for member in self.members(rows)]
 
@@ -246,6 +259,9 @@ class Combined:
 
     def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
         return self.score_each([(context, options)])[0]
+
+    def fits(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> bool:
+        return all(fits(one, context, options) for one in (self.preference, *self.others))
 
     def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
         others = zip(*(score_rows(rows, one) for one in self.others), strict=True)
@@ -351,6 +367,21 @@ def _imported(name: str) -> Callable:
         raise InputError(f"scorer.function: {name}: {error}, expected package.module:function") from error
 
 
+def fits(scorer: Scorer, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> bool:
+    """Whether these options are not too long for the scorer; one without a window takes all."""
+    own = getattr(scorer, "fits", None)
+    return own is None or own(context, options)
+
+
+def fitting(comparisons: Sequence[Comparison], scorer: Scorer, counts: Counter[str]) -> list[Comparison]:
+    """The comparisons that the scorer can read whole; `counts` gets the others. Raises: InputError if none is left."""
+    kept = [row for row in comparisons if fits(scorer, row.context, row.options)]
+    counts[TOO_LONG] += len(comparisons) - len(kept)
+    if not kept:
+        raise InputError(f"comparisons: found only replies longer than the scorer's window ({counts[TOO_LONG]})")
+    return kept
+
+
 def relabel_comparisons(comparisons: Sequence[Comparison], scorer: Scorer) -> list[Comparison]:
     """The comparisons with what the scorer says instead of what people said: target softmax(scores), as Bradley and
     Terry have it, and the ranking by score. `labels["scores"]` keeps the scores, `labels["target"]` the old target."""
@@ -368,28 +399,40 @@ def _relabelled(row: Comparison, scores: np.ndarray) -> Comparison:
 
 
 def relabel_trajectories(
-    trajectories: Sequence[Trajectory], scorer: Scorer, place: Literal["terminal", "turn"] = "terminal"
+    trajectories: Sequence[Trajectory],
+    scorer: Scorer,
+    place: Literal["terminal", "turn"] = "terminal",
+    counts: Counter[str] | None = None,
 ) -> list[Trajectory]:
     """The trajectories with scores as rewards; `labels["rewards"]` keeps what was logged, per agent turn.
 
     place: terminal: all that follows the first prompt is scored at once, and the last agent turn earns it; turn: each
       agent turn is scored, and earns it, as a reply to all that came before it.
+    counts: gets the trajectories that are left out as a reply is longer than the scorer's window.
     """
     if place not in ("terminal", "turn"):
         raise InputError(f"place: found {place!r}, expected terminal or turn")
-    rows, paid = [], []
+    counts = Counter() if counts is None else counts
+    rows, kept, paid = [], [], []
     for trajectory in trajectories:
         agent = [i for i, turn in enumerate(trajectory.turns) if turn.is_trainable]
         if not agent:
             raise InputError("relabel: found a trajectory without an agent turn, expected at least one")
         turns = [replace(turn, reward=None) for turn in trajectory.turns]
         if place == "terminal":
-            rows.append((_context(turns[: agent[0]]), [turns[agent[0] :]]))
+            own = [(_context(turns[: agent[0]]), [turns[agent[0] :]])]
         else:
-            rows += [(_context(turns[:i]), [[turns[i]]]) for i in agent]
+            own = [(_context(turns[:i]), [[turns[i]]]) for i in agent]
+        if not all(fits(scorer, *row) for row in own):
+            counts[TOO_LONG] += 1
+            continue
+        rows += own
+        kept.append(trajectory)
         paid.append(agent[-1:] if place == "terminal" else agent)
+    if not kept:
+        raise InputError(f"relabel: found no trajectory that the scorer can read ({dict(counts)})")
     scores = iter(np.concatenate(score_rows(rows, scorer)).tolist())
-    return [_rescored(row, {i: next(scores) for i in places}) for row, places in zip(trajectories, paid, strict=True)]
+    return [_rescored(row, {i: next(scores) for i in places}) for row, places in zip(kept, paid, strict=True)]
 
 
 def _context(turns: Sequence[Turn]) -> list[Turn]:

@@ -1,6 +1,7 @@
 """Scorers by hand and against the models they read; relabelling; the pairs an ensemble disputes."""
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,12 +16,15 @@ from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.windows import WindowRule
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.scorers import (
+    TOO_LONG,
     Ensemble,
     Function,
     Likelihood,
     RewardModel,
     Rule,
     ValueHeads,
+    fits,
+    fitting,
     load_scorer,
     most_disputed,
     regex_rule,
@@ -47,6 +51,9 @@ def said(*texts):
 def length(context, option):
     """A scorer in Python."""
     return len(option[-1].content)
+
+
+ASKED_UP = (ASKED, said("up"))
 
 
 def fixed(*values):
@@ -218,6 +225,23 @@ def test_trajectories_get_scores_as_rewards_and_keep_what_was_logged():
     (dense,) = relabel_trajectories([Trajectory(turns)], context, "turn")
     assert [turn.reward for turn in dense.turns] == [None, 104.0, None, 302.0]
     assert [turn.content for turn in dense.turns] == [turn.content for turn in turns]
+
+
+def test_what_is_longer_than_the_window_is_left_out_and_counted():
+    scorer = RewardModel(reward_model(), RENDERER, WindowRule(max_length=16))
+    short, long = (Trajectory((*ASKED, *option)) for option in said("up", "left right up " * 9))
+    counts = Counter()
+    made = relabel_trajectories([long, short], scorer, counts=counts)
+    assert [row.turns[-1].content for row in made] == ["up"] and counts == {TOO_LONG: 1}
+    pair = Comparison(ASKED, tuple(said("up", "left right up " * 9)), (1.0, 0.0))
+    other = Comparison(ASKED, tuple(said("up", "left")), (1.0, 0.0))
+    joint = weighted_sum([Ensemble([scorer, fixed(1.0)]), Rule(scorer, "a")])
+    for judge in (scorer, joint):
+        assert fitting([pair, other], judge, counts) == [other]
+    assert counts == {TOO_LONG: 3} and fits(fixed(1.0), pair.context, pair.options)
+    assert fits(scorer, *ASKED_UP) and not fits(Rule(scorer, "left right up " * 9), *ASKED_UP)
+    with pytest.raises(InputError, match="found only replies longer than the scorer's window"):
+        fitting([pair], scorer, counts)
 
 
 def test_the_pairs_that_an_ensemble_disputes_come_first():
