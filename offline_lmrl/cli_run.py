@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from offline_lmrl.cli_data import config_path, prepare_from_settings
 from offline_lmrl.cli_parser import Parser, overrides_of, read_settings, split_file
@@ -11,10 +11,10 @@ from offline_lmrl.data.errors import InputError
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-TRAIN_HELP = """Learn from scored trajectories. FILE.yaml, or the name of a shipped config, says `algorithm`, `model`,
-`data` and `args`; this help is for one algorithm (--algorithm NAME). A run that was stopped goes on from its last
-complete checkpoint when it is started again. --help_all adds the settings of transformers.TrainingArguments
-(output_dir, max_steps, seed, ...)."""
+TRAIN_HELP = """Learn from scored trajectories, or by playing. FILE.yaml, or the name of a shipped config, says
+`algorithm`, `model`, `data` and `args`, and for ppo `environment`; this help is for one algorithm (--algorithm NAME).
+A run that was stopped goes on from its last complete checkpoint when it is started again. --help_all adds the settings
+of transformers.TrainingArguments (output_dir, max_steps, seed, ...)."""
 
 COMPARE_HELP = """Train and evaluate the methods of FILE.yaml, or of a shipped config, over seeds, and print one
 table. A comparison that was stopped goes on where it was."""
@@ -26,7 +26,7 @@ def train(argv: Sequence[str]) -> None:
 
     from offline_lmrl.algorithms import run
 
-    run_settings = (values.algorithm, values.model, values.data, values.args)
+    run_settings = (values.algorithm, values.model, values.data, values.args, values.environment)
     if values.dry_run:
         for name, value in run.dry_run(*run_settings).items():
             print(f"{name}: {value:,}")
@@ -35,7 +35,8 @@ def train(argv: Sequence[str]) -> None:
 
 
 def train_settings(argv: Sequence[str]) -> "Namespace":
-    """The `algorithm, model, data, args` and `dry_run` of a train file and what follows it, built and checked."""
+    """The `algorithm, model, data, environment, args` and `dry_run` of a train file and what follows it, built and
+    checked."""
     file, rest = split_file(argv)
     settings = {} if file is None else read_settings(config_path(file))
     asks_help = bool({"-h", "--help", "--help_all"} & set(rest))
@@ -55,6 +56,8 @@ def train_settings(argv: Sequence[str]) -> "Namespace":
     parser.add_argument("--algorithm", type=Literal[tuple(ALGORITHMS)], default=algorithm)
     parser.add_dataclass(ModelConfig, "model")
     parser.add_dataclass(DataConfig, "data")
+    parser.add_argument("--environment", type=dict[str, Any] | None, default=None,
+                        help="for ppo: `name` of an environment or package.module:Class, and its settings")
     parser.add_dataclass(config_class, "args", TrainingArguments, show_base="--help_all" in rest)
     return parser.parse(rest, settings, str(file))
 

@@ -791,8 +791,8 @@ class PPOTrainer:
             for name, parameter in self.trained.items():
                 parameter.copy_(stored[name])
         if self.average is not None:
-            self.average = {name: value.to(self.args.device)
-                            for name, value in load_file(checkpoint / "average.safetensors").items()}  # fmt: skip
+            average = load_file(checkpoint / "average.safetensors")
+            self.average = {name: average[name].to(self.args.device) for name in self.trained}  # in their order
         state = torch.load(checkpoint / "optimizer.pt", map_location=self.args.device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

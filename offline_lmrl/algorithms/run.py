@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,6 +25,7 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import fingerprint
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.environments import make_environment
 from offline_lmrl.models.adapters import require_peft
 from offline_lmrl.training import BaseConfig, BaseTrainer
 
@@ -65,10 +66,11 @@ class ModelConfig:
 class DataConfig:
     """Scored trajectories, for a reward model comparisons: a file, a folder or a hub name.
 
-    train: what is learnt from. validation: what eval_loss is measured on; None = nothing.
+    train: what is learnt from; None where an environment is all there is (ppo).
+    validation: what eval_loss is measured on; None = nothing.
     """
 
-    train: str
+    train: str | None = None
     validation: str | None = None
 
 
@@ -85,8 +87,13 @@ def _turns(row: Trajectory | Comparison) -> Iterator[Turn]:
 
 
 def read_data(algorithm: str, data: DataConfig) -> tuple[Rows, Rows | None]:
-    """The training and the validation data."""
-    read = load_algorithm(algorithm)[1].read
+    """The training and the validation data; nothing where an algorithm that plays is given none."""
+    trainer_class = load_algorithm(algorithm)[1]
+    if data.train is None:
+        if not trainer_class.plays:
+            raise InputError("data.train: missing, expected a file, folder or hub name of the data to learn from")
+        return [], None
+    read = trainer_class.read
     return read(data.train), read(data.validation) if data.validation else None
 
 
@@ -96,8 +103,9 @@ def build_trainer(
     rows: Rows,
     validation: Rows | None,
     args: BaseConfig,
+    environment: Any = None,
 ) -> BaseTrainer:
-    """Builds tokenizer and model, and wires the trainer."""
+    """Builds tokenizer and model, and wires the trainer. environment: what `open_environment` returns."""
     trainer_class = load_algorithm(algorithm)[1]
     transformers.set_seed(args.seed)  # fresh weights and heads follow the run's seed
     tokenizer = build_tokenizer(model, rows)
@@ -113,18 +121,33 @@ def build_trainer(
             peft_config = peft.LoraConfig(**{"target_modules": "all-linear", **model.lora})
         except (TypeError, ValueError) as error:
             raise InputError(f"model.lora: found {model.lora}, expected fields of peft.LoraConfig: {error}") from error
-    return trainer_class(network, args, rows, validation, tokenizer, peft_config)
+    sources = (environment, rows or None) if trainer_class.plays else (rows, validation)
+    return trainer_class(network, args, *sources, tokenizer, peft_config)
 
 
-def resolved_config(algorithm: str, model: ModelConfig, data: DataConfig, args: BaseConfig) -> dict[str, Any]:
+def open_environment(algorithm: str, environment: Mapping[str, Any] | None, players: Mapping[str, Any]) -> Any:
+    """What the algorithm plays in; None for one that learns from data. Raises: InputError where that does not fit."""
+    if not load_algorithm(algorithm)[1].plays:
+        if environment is not None:
+            raise InputError(f"environment: found {environment!r}, expected none, as {algorithm} learns from data")
+        return None
+    if "name" not in (environment or {}):
+        raise InputError(f"environment.name: missing, expected the environment that {algorithm} plays in")
+    return make_environment(**environment, **players)
+
+
+def resolved_config(
+    algorithm: str, model: ModelConfig, data: DataConfig, args: BaseConfig, environment: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """Everything that decides the run, as plain values."""
+    played = {} if environment is None else {"environment": dict(environment)}
     values = {
         name: value
         for name, value in args.to_dict().items()
         if isinstance(value, str | int | float | dict | list | None)
     }
     return json.loads(
-        json.dumps({"algorithm": algorithm, "model": asdict(model), "data": asdict(data), "args": values})
+        json.dumps({"algorithm": algorithm, "model": asdict(model), "data": asdict(data), **played, "args": values})
     )
 
 
@@ -177,19 +200,30 @@ def check_same_config(folder: Path, config: dict[str, Any]) -> bool:
     return True
 
 
-def train(algorithm: str, model: ModelConfig, data: DataConfig, args: BaseConfig) -> Path:
+def train(
+    algorithm: str,
+    model: ModelConfig,
+    data: DataConfig,
+    args: BaseConfig,
+    environment: Mapping[str, Any] | None = None,
+    players: Mapping[str, Any] | None = None,
+) -> Path:
     """Runs, resumes from the newest complete checkpoint, or returns at once where the run is complete.
 
+    Args:
+      environment: `name` and settings of `make_environment`, for an algorithm that plays.
+      players: further settings of it that are no plain values, such as a partner's policy.
     Returns: the run directory; it opens with `LanguagePolicy.load`, or as a reward model with `load_scorer`, and with
     transformers.
     """
     folder = Path(args.output_dir)
     rows, validation = read_data(algorithm, data)
-    config = resolved_config(algorithm, model, data, args)
+    config = resolved_config(algorithm, model, data, args, environment)
     config["contents"] = contents(model, rows, validation, critic_of(args))
     if check_same_config(folder, config) and (folder / "complete.json").exists():
         return folder
-    trainer = build_trainer(algorithm, model, rows, validation, args)
+    world = open_environment(algorithm, environment, players or {})
+    trainer = build_trainer(algorithm, model, rows, validation, args, world)
     folder.mkdir(parents=True, exist_ok=True)  # on every node, while one process writes
     if trainer.args.should_save:
         _write(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
@@ -199,8 +233,7 @@ def train(algorithm: str, model: ModelConfig, data: DataConfig, args: BaseConfig
     if trainer.args.should_save:
         before = runs_before(model.path, critic_of(args))
         report = {
-            "steps": trainer.state.global_step,
-            "training_tokens": round(trainer.state.epoch * trainer.train_dataset.tokens),
+            **trainer.costs(),
             "start_tokens": sum(before.values()),
             "before": before,
             "counts": dict(trainer.counts),
@@ -231,19 +264,22 @@ def _write(path: Path, text: str) -> None:
         raise InputError(f"output_dir: cannot write {path}: {error.strerror}") from error
 
 
-def dry_run(algorithm: str, model: ModelConfig, data: DataConfig, args: BaseConfig) -> dict[str, Any]:
+def dry_run(
+    algorithm: str,
+    model: ModelConfig,
+    data: DataConfig,
+    args: BaseConfig,
+    environment: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Builds everything and says what would run: rows, tokens, steps, parameters, memory (bytes; fp32, AdamW)."""
     args = copy.copy(args)
     with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer makes this folder
-        trainer = build_trainer(algorithm, model, *read_data(algorithm, data), args)
-    encoded = trainer.train_dataset
+        world = open_environment(algorithm, environment, {})
+        trainer = build_trainer(algorithm, model, *read_data(algorithm, data), args, world)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = args.max_steps if args.max_steps > 0 else -(-len(encoded) // rows_per_step) * args.num_train_epochs
     return {
-        **encoded.facts(),
-        "optimizer steps": int(steps),
+        **trainer.plan(),
         "parameters": parameters,
         "trained parameters": trained,
         "memory for weights, gradients and optimizer": 4 * (parameters + 3 * trained),

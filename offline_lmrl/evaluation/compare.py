@@ -254,7 +254,10 @@ class _Comparison:
         """others: the runs it starts from and learns from."""
         if not (folder / "complete.json").exists():
             self.say(f"training {folder.name}")
-        return train(*self._entry(where, method, seed, folder, *others))
+        played = {}
+        if _plays(method.algorithm):
+            played = {"environment": self.config.environment, "players": self._partner()}
+        return train(*self._entry(where, method, seed, folder, *others), **played)
 
     @contextmanager
     def _workers(self) -> Iterator[ProcessPoolExecutor]:
@@ -267,8 +270,13 @@ class _Comparison:
             yield pool
 
     def train_side_by_side(self) -> None:
-        """Trains every seed in a process of its own."""
-        waiting = [None] * (self.config.partner is not None) + list(self.config.seeds)
+        """Trains every seed in a process of its own, and the partner before those that play against it."""
+        waiting: list[int | None] = list(self.config.seeds)
+        if self.config.partner is not None:
+            if any(_plays(method.algorithm) for method in self.config.methods.values()):
+                self.train_partner()
+            else:
+                waiting.insert(0, None)
         with self._workers() as pool:
             for done in as_completed([pool.submit(_train_seed, self.config, seed) for seed in waiting]):
                 done.result()
@@ -401,7 +409,8 @@ class _Run:
             "kind": "run", "method": self.name, "algorithm": method.algorithm, "seed": self.seed,
             "decode": setting.decode, "beta": beta, "beta_chosen": setting.chosen, "betas_tried": tried,
             "score": score.mean, "interval": score[1:3], **result.summary(),
-            "normalised": scale and scale.normalise(score.mean), "regime": method.regime,
+            "normalised": scale and scale.normalise(score.mean),
+            "regime": method.regime or load_algorithm(method.algorithm)[1].regime,
             "cost": {
                 **training_cost(self.folder),
                 "generated_tokens": sum(row["tokens"] for row in result.episodes),
@@ -418,14 +427,20 @@ def _fields(algorithm: str) -> set[str]:
     return {field.name for field in fields(load_algorithm(algorithm)[0])}
 
 
+def _plays(algorithm: str) -> bool:
+    """Whether it learns in the environment."""
+    return load_algorithm(algorithm)[1].plays
+
+
 def training_cost(run: Path) -> dict[str, float]:
     """Tokens read in training, as often as they were read and with those of the runs it started or learnt from, and
-    wall seconds of the last training process."""
+    wall seconds of the last training process; for a run that played, also its agent turns and scored replies."""
     report = json.loads((run / "complete.json").read_text(encoding="utf-8"))
     logged = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     seconds = [row["train_runtime"] for row in map(json.loads, logged) if "train_runtime" in row]
     tokens = report["training_tokens"] + report.get("start_tokens", 0)
-    return {"training_tokens": tokens, "training_seconds": seconds[-1] if seconds else 0.0}
+    played = {name: report[name] for name in ("environment_steps", "reward_queries") if name in report}
+    return {"training_tokens": tokens, "training_seconds": seconds[-1] if seconds else 0.0, **played}
 
 
 def transcripts(result: EvaluationResult, seeds: Sequence[int]) -> str:

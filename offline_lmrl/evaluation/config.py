@@ -25,7 +25,7 @@ class MethodConfig:
     critic: the method whose run of the same seed is this one's `args.critic`, for algorithms that learn from one.
     evaluate: False trains it only for others to start from or learn from.
     sampling: SamplingConfig fields for its play, merged over `evaluation.sampling`.
-    regime: what it was allowed to learn from, as the table prints it.
+    regime: what it was allowed to learn from, as the table prints it; None = what its algorithm says of itself.
     """
 
     algorithm: str
@@ -35,7 +35,7 @@ class MethodConfig:
     critic: str | None = None
     evaluate: bool = True
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    regime: str = "labels only"
+    regime: str | None = None
 
     @classmethod
     def of(cls, name: str, entry: Any) -> "MethodConfig":

@@ -100,6 +100,9 @@ def _method_line(key: tuple, runs: Sequence[Row], cells: Mapping[tuple, Cells], 
     line["regime"] = runs[0]["regime"]
     line["training tokens"] = _short(_mean(run["cost"]["training_tokens"] for run in runs))
     line["training s"] = f"{_mean(run['cost']['training_seconds'] for run in runs):.0f}"
+    for name in ("environment_steps", "reward_queries"):
+        if any(name in run["cost"] for run in runs):
+            line[name.replace("_", " ")] = _short(_mean(run["cost"].get(name, 0) for run in runs))
     line["generated"] = _short(_mean(run["cost"]["generated_tokens"] for run in runs))
     return line
 
