@@ -15,9 +15,10 @@ from transformers import PreTrainedConfig
 
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.models.return_embedding import ReturnEmbedding
+from offline_lmrl.models.return_heads import ReturnHeads
 from offline_lmrl.models.value_heads import ValueHeads
 
-PARTS = ("value_heads", "return_embedding")  # the submodules that a guided model adds
+PARTS = ("value_heads", "return_embedding", "return_heads")  # the submodules that a guided model adds
 # Not config.json: in a folder that has one, transformers would look for the weights of a whole model.
 SETTINGS_FILE = "offline_lmrl.json"
 
@@ -48,7 +49,7 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
     """The submodules of a guided model that peft knows nothing of, by name."""
     parts = {name: getattr(model, name) for name in PARTS if getattr(model, name) is not None}
     for name, part in parts.items():
-        if not isinstance(part, ValueHeads | ReturnEmbedding):
+        if not isinstance(part, ValueHeads | ReturnEmbedding | ReturnHeads):
             raise InputError(f"lora.modules_to_save: found {name}, which are always trained and saved; leave them out")
     return parts
 

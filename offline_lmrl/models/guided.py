@@ -29,6 +29,7 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.models.adapters import PARTS, load_heads, read_settings, require_peft, settings, unfreeze_heads
 from offline_lmrl.models.return_embedding import ReturnEmbedding
+from offline_lmrl.models.return_heads import ReturnHeads, outcomes
 from offline_lmrl.models.value_heads import Head, ValueHeads, ValueHeadsConfig
 from offline_lmrl.ops.decoding import guide, support_filter
 
@@ -63,18 +64,22 @@ class Guided:
     def __init__(self, config: PreTrainedConfig, *inputs, **kwargs):
         super().__init__(config, *inputs, **kwargs)
         stored = settings(config).get("value_heads")
-        self._add_parts(ValueHeadsConfig(**stored) if stored else None, _table_rows(config))
+        heads = settings(config).get("return_heads")
+        self._add_parts(ValueHeadsConfig(**stored) if stored else None, _table_rows(config), heads)
         self.post_init()
         if self.value_heads is not None:
             self.update_targets(1.0)
             self.freeze_targets()
 
-    def _add_parts(self, value_heads: ValueHeadsConfig | None, bins: int | None) -> None:
+    def _add_parts(
+        self, value_heads: ValueHeadsConfig | None, bins: int | None, return_heads: Mapping[str, Any] | None
+    ) -> None:
         self.get_decoder().last_hidden = None
         self.get_decoder().register_forward_hook(_keep_hidden)
         # Sized by the LM head's matrix: some decoders end in a projection, so hidden_size is not always its width.
         self.value_heads = value_heads and ValueHeads(value_heads, *self.get_output_embeddings().weight.shape)
         self.return_embedding = bins and ReturnEmbedding(bins, self.get_input_embeddings().weight.shape[1])
+        self.return_heads = return_heads and ReturnHeads(return_heads, self.get_output_embeddings().weight.shape[1])
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ReturnEmbedding):
@@ -235,10 +240,10 @@ class Guided:
 
     def _packed(
         self, kwargs: dict, steps: Mapping[str, Tensor], windows: int | None, scale: float, conservative: bool,
-        condition_dropout: float,
+        condition_dropout: float, environment: Mapping[str, Tensor] | None,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Per-step outputs; the LM head sees the N states only."""
-        row, state = steps["row"], steps["state"]
+        """Per-step outputs; the LM head sees the N states only, and E more of the environment's."""
+        row, state, action = steps["row"], steps["state"], steps["action"]
         inputs = {name: value for name, value in kwargs.items() if value is not None}  # peft names more than is given
         if self.training and condition_dropout > 0:
             inputs["input_ids"] = self._without_conditions(inputs["input_ids"], condition_dropout)
@@ -246,12 +251,30 @@ class Guided:
         if windows:
             extra = self._rows_behind(inputs, windows)
             inputs = {name: value[:windows] for name, value in inputs.items()}
+        if environment is not None:
+            row, state = (torch.cat([steps[name], environment[name]]) for name in ("row", "state"))
+            action = inputs["input_ids"][row, state + 1]
         logits, hidden = self.packed_logits(row, state, **inputs)
-        log_prob = -F.cross_entropy(logits.float(), steps["action"], reduction="none")
+        log_prob = -F.cross_entropy(logits.float(), action, reduction="none")
+        packed = {"log_prob": log_prob[: len(steps["row"])]}
+        if environment is not None:
+            packed["environment_log_prob"] = log_prob[len(steps["row"]) :]
+        if self.return_heads is not None:
+            packed |= self._packed_outcomes(inputs["input_ids"], hidden, steps)
         if self.value_heads is None:
-            return {"log_prob": log_prob}
+            return packed
         read = hidden.detach() if extra is None else torch.cat([hidden.detach(), extra])
-        return {"log_prob": log_prob} | self._packed_values(hidden, read, steps, scale, conservative)
+        return packed | self._packed_values(hidden, read, steps, scale, conservative)
+
+    def _packed_outcomes(self, input_ids: Tensor, hidden: Tensor, steps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The return heads' log-probability of what the M turns earned, and whether no return was asked for there."""
+        turns = {name: column[steps["closes_turn"]] for name, column in steps.items()}
+        row = turns["row"]
+        log_prob = self.return_heads.log_prob(
+            hidden[row, turns["open_state"]], hidden[row, turns["state"] + 1], outcomes(turns)
+        )
+        null = (input_ids <= self.get_input_embeddings().weight.shape[0]).all(1)[row] & turns["has_target"]
+        return {"outcome_log_prob": log_prob, "outcome_counts": null}
 
     def _without_conditions(self, input_ids: Tensor, share: float) -> Tensor:
         """Null for every return in a random share of the rows: so the policy without a condition is learnt too."""
@@ -318,7 +341,7 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def forward(
         self, *args, beta=None, steps=None, windows=None, value_grad_scale=1.0, conservative=False,
-        condition_dropout=0.0, **kwargs,
+        condition_dropout=0.0, environment=None, **kwargs,
     ):  # fmt: skip
         """The base's forward with two more uses.
 
@@ -332,9 +355,14 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         them only serve V of a next state and are read without gradient. None: all rows have steps.
         conservative: also "logsumexp_q" (H,N). value_grad_scale: share of the values' gradient that reaches the trunk.
         condition_dropout: share of rows whose returns become null in training mode, drawn anew each time.
+        environment: row and state (E,) of tokens of the environment's turns; also "environment_log_prob" (E,).
+        With return heads also, for the M steps that close a turn, "outcome_log_prob" (M,) and "outcome_counts" (M,),
+        False where a return is asked for, which tells what the heads are to say.
         """
         if steps is not None:
-            return self._packed(kwargs, steps, windows, value_grad_scale, conservative, condition_dropout)
+            return self._packed(
+                kwargs, steps, windows, value_grad_scale, conservative, condition_dropout, environment
+            )
         outputs, hidden = self.forward_with_hidden(*args, **kwargs)
         if isinstance(beta, Tensor) or beta:
             keep = kwargs.get("logits_to_keep", 0)
@@ -370,7 +398,7 @@ def attach(model: PreTrainedModel, value_heads: ValueHeadsConfig | None) -> PreT
     inner = _without_adapter(model)
     if not isinstance(inner, Guided):
         inner.__class__ = guided_class(type(inner))
-        inner._add_parts(None, None)
+        inner._add_parts(None, None, None)
     if value_heads is not None:
         inner.config.offline_lmrl = settings(inner.config) | {"value_heads": asdict(value_heads)}
         inner.value_heads = ValueHeads(value_heads, *inner.get_output_embeddings().weight.shape).to(inner.device)
@@ -395,6 +423,18 @@ def attach_returns(model: PreTrainedModel, block: Mapping[str, Any]) -> PreTrain
     return model
 
 
+def attach_return_heads(model: PreTrainedModel, block: Mapping[str, Any]) -> PreTrainedModel:
+    """Gives a guided model fresh return heads in place; returns the same object.
+
+    block: becomes the config's block `return_heads` (`ReturnHeads`).
+    """
+    inner = _without_adapter(model)
+    inner.config.offline_lmrl = settings(inner.config) | {"return_heads": dict(block)}
+    inner.return_heads = ReturnHeads(block, inner.get_output_embeddings().weight.shape[1]).to(inner.device)
+    inner.return_heads.apply(inner._initialize_weights)
+    return model
+
+
 def slots_of(model: PreTrainedModel, renderer: Renderer) -> Slots | None:
     """How returns are told to a model; None where it was not trained with any."""
     block = settings(model.config).get("returns")
@@ -405,8 +445,8 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Takes heads and table of returns off a guided model in place, and their blocks out of its config; returns the
     same object."""
     inner = _without_adapter(model)
-    inner.value_heads = inner.return_embedding = None
-    gone = ("value_heads", "returns", "sampling")
+    inner.value_heads = inner.return_embedding = inner.return_heads = None
+    gone = ("value_heads", "returns", "return_heads", "sampling")
     inner.config.offline_lmrl = {name: block for name, block in settings(inner.config).items() if name not in gone}
     return model
 
@@ -494,6 +534,8 @@ def _load_adapter(folder: Path, **options) -> nn.Module:
     model.config.offline_lmrl = block
     if "returns" in block:
         model = attach_returns(model, block["returns"])
+    if "return_heads" in block:
+        model = attach_return_heads(model, block["return_heads"])
     model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     load_heads(model, folder)
     unfreeze_heads(model)

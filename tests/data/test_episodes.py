@@ -352,3 +352,28 @@ def test_lengths_and_flat_storage_agree():
     assert dataset.lengths.tolist() == [14]
     assert dataset.action_tokens == 5
     assert dataset.mean_return == pytest.approx(2.6)  # (3 + 3 + 3 + 2 + 2) / 5, undiscounted
+
+
+def replies_of(trajectory, rule=DEFAULT_WINDOWS):
+    """Per window the characters, closings as ".", that its environment states stand before."""
+    encoder = EpisodeEncoder(LetterRenderer(), rule, DEFAULT_STEPS, RewardScale())
+    columns = encode_trajectories([trajectory], encoder, Counter())
+    dataset = WindowDataset(columns, 0, next_rows=False, end_rows=False)
+    dataset.replies = True
+    batch = dataset.batch(range(len(dataset)))
+    where = batch["environment"]
+    assert all(len(index) == 0 for index in dataset.surplus_batch()["environment"].values())
+    texts = [""] * len(dataset)
+    for row, state in zip(where["row"].tolist(), where["state"].tolist(), strict=True):
+        token = int(batch["input_ids"][row, state + 1])
+        texts[row] += "." if token == 3 else chr(token)
+    return texts
+
+
+def test_replies_of_the_environment_stand_in_one_window_each_and_openings_in_none():
+    dialogue = Trajectory((Turn("system", "rule"), user("greet"), agent("a"), user("one"), agent("b"), user("two"),
+                           agent("c"), user("left")))  # fmt: skip
+    assert replies_of(dialogue) == ["one.two."]
+    assert replies_of(dialogue, WindowRule(context=3)) == ["one.", "two."]
+    # with one turn in view nobody sees what was replied to
+    assert replies_of(dialogue, WindowRule(context=1)) == ["", "", ""]
