@@ -1,6 +1,6 @@
 """Keys and values that outlive a turn: kept per row, so that rows may come, leave and be batched anew at will."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +78,12 @@ class CacheMemory:
     def retain(self, rows: Sequence[int]) -> None:
         """Forgets all other rows: those that are not asked for have usually finished, and would hold their block."""
         self.rows = {row: self.rows[row] for row in rows if row in self.rows}
+
+    def fork(self, sources: Mapping[int, int]) -> "CacheMemory":
+        """A memory of its own in which each row begins with what its source has here; no tensor is copied."""
+        other = CacheMemory(self.max_bytes)
+        other.rows = {row: self.rows[source] for row, source in sources.items() if source in self.rows}
+        return other
 
     def reusable(self, row: int, prompt: Sequence[int]) -> int:
         """How many first tokens of the prompt are cached; at least one token is always left to be read."""

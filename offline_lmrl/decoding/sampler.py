@@ -12,7 +12,7 @@ returns, and with null in their place, for π(a|s), on which filters then act, a
 import bisect
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -164,12 +164,15 @@ class Sampler:
       model: any causal LM of transformers; guidance (beta other than 0) needs `forward_with_hidden` and `q_values`,
         and with a clip `v_values`, as the guided model has them.
       renderer: says which token closes a reply and turns ids into text.
+      close_id: another token than the renderer's that closes a reply, for turns that are not the agent's.
 
     Raises InputError where beta asks for value heads, or condition_scale for a null condition, that the model does not
     have, or the model has no cache of keys and values.
     """
 
-    def __init__(self, model: PreTrainedModel, renderer: Renderer, config: SamplingConfig):
+    def __init__(
+        self, model: PreTrainedModel, renderer: Renderer, config: SamplingConfig, close_id: int | None = None
+    ):
         name = type(model).__name__
         heads = hasattr(model, "q_values") and getattr(model, "value_heads", True) is not None
         if config.beta != 0.0 and not heads:
@@ -184,6 +187,7 @@ class Sampler:
         if "past_key_values" not in inspect.signature(base.forward).parameters:
             raise InputError(f"model: found {name}, expected one that takes past_key_values")
         self.model, self.renderer, self.config = model, renderer, config
+        self.close_id = renderer.close_id if close_id is None else close_id
         self.most_rows = max(1, MOST_LOGITS // model.config.get_text_config().vocab_size)
         self.ids_of_option: dict[str, tuple[int, ...]] = {}
         self.option_of_ids: dict[tuple[int, ...], str] = {}
@@ -224,11 +228,24 @@ class Sampler:
         with _evaluating(self.model):
             return run.replies()
 
-    @torch.inference_mode()
     def values(
         self, prompts: Sequence[Sequence[int]], memory: CacheMemory | None = None, rows: Sequence[int] | None = None
     ) -> list[float]:
         """V at the end of each prompt, in scaled reward units; arguments as in `sample`."""
+        return self.read(self.model.v_values, prompts, memory, rows)
+
+    @torch.inference_mode()
+    def read(
+        self,
+        head: Callable[[Tensor], Tensor],
+        prompts: Sequence[Sequence[int]],
+        memory: CacheMemory | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> list[Any]:
+        """What a head says at the end of each prompt, as plain numbers; further arguments as in `sample`.
+
+        head: of hidden states (N,d), gives (N, ...).
+        """
         run = _Run(
             sampler=self,
             prompts=[list(prompt) for prompt in prompts],
@@ -241,7 +258,7 @@ class Sampler:
             with_hidden=True,
         )
         with _evaluating(self.model):
-            return run.values()
+            return run.read(head)
 
     def _usable(self, memory: CacheMemory | None) -> CacheMemory | None:
         return memory if memory is not None and is_kept_per_token(new_cache(self.model, 0)) else None
@@ -343,7 +360,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @dataclass
 class _Run:
-    """One call of `Sampler.sample` or `values`. All lists are per prompt.
+    """One call of `Sampler.sample` or `read`. All lists are per prompt.
 
     A row's cache with null returns is kept under the key ~row.
     """
@@ -366,16 +383,16 @@ class _Run:
             self.decode(chunk)
         return self.done
 
-    def values(self) -> list[float]:
-        """V behind every prompt."""
-        values = [0.0] * len(self.prompts)
+    def read(self, head: Callable[[Tensor], Tensor]) -> list[Any]:
+        """What the head says behind every prompt."""
+        found: list[Any] = [None] * len(self.prompts)
         self.kept = self.cached()
         for chunk in self.chunks():
             batch, _, hidden = self.prefill(chunk, torch.zeros(len(chunk), dtype=torch.long))
-            for i, value in zip(chunk, self.sampler.model.v_values(hidden).tolist(), strict=True):
-                values[i] = value
+            for i, value in zip(chunk, head(hidden).tolist(), strict=True):
+                found[i] = value
             self.park(batch, list(range(len(chunk))), [[]] * len(chunk), 0)
-        return values
+        return found
 
     def cached(self) -> list[int]:
         """Tokens of each prompt that are cached already, in all streams."""
@@ -472,7 +489,7 @@ class _Run:
             batch.policy_log_prob[:, step] = policy_log_prob
             batch.node = trie.step(batch.node, token)
             batch.drawn += ~batch.finished
-            batch.finished |= token == sampler.renderer.close_id
+            batch.finished |= token == sampler.close_id
             if step + 1 == most or (step + 1) % every == 0:
                 batch = self.without_finished(batch, step, everyone=step + 1 == most)
                 if batch is None:
@@ -531,4 +548,4 @@ class _Run:
             return Reply(stop[1], None, *numbers)
         option = None if self.options[place] is None else self.sampler.option_of_ids[tuple(tokens)]
         text = self.sampler.renderer.decode(tokens) if option is None else option
-        return Reply(text, tuple(tokens), *numbers, closed=tokens[-1] == self.sampler.renderer.close_id)
+        return Reply(text, tuple(tokens), *numbers, closed=tokens[-1] == self.sampler.close_id)

@@ -1,0 +1,269 @@
+"""Looking ahead before every reply: a beam search over dialogues that the model itself imagines (Janner, Li, Levine
+2021, Trajectory Transformer, section 3.2), with utterances in the place of actions.
+
+    score of a beam after its k-th utterance = Σ_{i<k} γ^i r_i + γ^k V
+
+Every beam proposes some replies, drawn from the policy as it decodes (top_p and the like keep them probable: the score
+has no likelihood in it). Each is scored at its last token, as values inside a turn cannot be compared; the best beams
+stay, and what the environment says to them is imagined, greedily, by the same model. After `depth` utterances the
+first one of the best beam is said; the next turn plans anew. The model reads its null condition throughout, which is
+where its heads have learnt: a return in view would tell them what they are to say.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.preferences import Scored, score_rows
+from offline_lmrl.data.protocols import Reply, Scorer
+from offline_lmrl.data.scale import RewardScale
+from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.data.windows import policy_window
+from offline_lmrl.decoding.cache import CacheMemory
+from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy
+from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler, SamplingConfig
+from offline_lmrl.models.adapters import settings
+
+
+class Planner:
+    """A language model that plans its replies; implements Policy.
+
+    With width and expand 1 there is nothing to choose, and it says what the policy says that is asked for nothing.
+
+    Args:
+      policy: proposes, by its own decoding form less the ask, and imagines the environment. To look ahead it needs
+        return heads and training on the environment's replies (return_conditioned, return_weight, environment_weight).
+      scorer: rates a beam's last utterance, (turns before it) -> [(utterance,)]: what it pays and all that follows, in
+        reward units, such as a `Critic`, or a function of the environment (decoding/scorers.py). None = the model's
+        own return heads. What earlier utterances of a beam pay is the heads' to say in any case.
+      width: beams that stay after each utterance. expand: replies that each beam proposes. depth: utterances.
+    """
+
+    def __init__(
+        self, policy: LanguagePolicy, scorer: Scorer | None = None, *, width: int = 16, expand: int = 4, depth: int = 1
+    ):
+        for name, value in (("width", width), ("expand", expand), ("depth", depth)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}: found {value!r}, expected a whole number from 1")
+        self.policy, self.scorer = policy, scorer
+        self.width, self.expand, self.depth = width, expand, depth
+        self.heads = getattr(policy.model, "return_heads", None) if scorer is None or depth > 1 else None
+        if self.heads is None and (scorer is None or depth > 1):
+            raise InputError("planner: found a model without return heads, expected one trained with return_weight "
+                             "above 0, or a scorer and depth 1")
+        saved = settings(policy.model.config)
+        self.discount = saved["return_heads"]["discount_per_turn"] if self.heads is not None else 1.0
+        self.unit = RewardScale(**saved.get("reward_scale", {})).scale
+        self.samplers: dict[str, Sampler] = {}
+
+    def start(self, seeds: Sequence[int]) -> "PlannerSession":
+        """A session with one row per seed."""
+        return PlannerSession(self, seeds)
+
+    def environment(self, role: str) -> Sampler:
+        """Speaks as the environment, greedily."""
+        if role not in self.samplers:
+            policy, closing = self.policy, self.policy.renderer.closing(role)
+            if not closing:
+                raise InputError(f"planner: found a chat template that ends a {role} turn with nothing, expected a "
+                                 "token there to look ahead; take depth 1")
+            config = SamplingConfig(temperature=0.0, max_new_tokens=policy.sampling.max_new_tokens)
+            self.samplers[role] = Sampler(policy.model, policy.renderer, config, close_id=closing[0])
+        return self.samplers[role]
+
+
+@dataclass
+class _Beam:
+    """Turns that were played and, behind them, imagined.
+
+    first: the first utterance imagined, and first_key: where the memory of the first proposals has its cache.
+    key: where the present memory has the beam's. paid: Σ γ^i r_i over its utterances, said of them.
+    """
+
+    row: int
+    turns: list[Turn]
+    key: int
+    first: Reply | None = None
+    first_key: int = 0
+    paid: float = 0.0
+    said: int = 0
+    score: float = 0.0
+    ended: bool = False
+
+
+class PlannerSession:
+    """Rows of one batch of dialogues; implements Session. Between turns it keeps the caches of what was said.
+
+    fingerprint: of the tokenizer and template that the replies' token_ids belong to.
+    """
+
+    def __init__(self, planner: Planner, seeds: Sequence[int]):
+        self.planner, self.policy, self.seeds = planner, planner.policy, list(seeds)
+        self.fingerprint = self.policy.renderer.fingerprint
+        self.drawn = [0] * len(self.seeds)
+        self.memory = CacheMemory(CACHE_BYTES)
+        self.scores: dict[int, list[float]] = {}
+
+    def reply(
+        self,
+        rows: Sequence[int],
+        histories: Sequence[Sequence[Turn]],
+        options: Sequence[Sequence[str] | None] | None = None,
+    ) -> list[Reply]:
+        """The next agent turn of each of these rows; `options` restrict what is said, not what is imagined later."""
+        beams = [_Beam(row, list(history), row) for row, history in zip(rows, histories, strict=True)]
+        beams, memory = self._proposals(beams, self.memory, 0, options)
+        first_memory, beams = memory, self._best(beams)
+        for level in range(1, self.planner.depth):
+            open_beams = [beam for beam in beams if not beam.ended]
+            if not open_beams:
+                break
+            open_beams, memory = self._imagined(open_beams, memory)
+            longer, memory = self._proposals(open_beams, memory, level)
+            beams = self._best([beam for beam in beams if beam.ended] + longer)
+        chosen = {beam.row: beam for beam in reversed(beams)}  # beams of a row stand best first
+        self.memory = first_memory.fork({row: chosen[row].first_key for row in rows})
+        for row in rows:
+            self.drawn[row] += len(chosen[row].first.log_prob)
+            self.scores.setdefault(row, []).append(chosen[row].score)
+        return [chosen[row].first for row in rows]
+
+    def labels(self, row: int) -> dict[str, Any]:
+        """`scores` of the plans that were followed, per turn."""
+        return {"scores": self.scores.get(row, [])}
+
+    def _best(self, beams: Sequence[_Beam]) -> list[_Beam]:
+        """The `width` best of each row, best first."""
+        kept: dict[int, list[_Beam]] = {}
+        for beam in sorted(beams, key=lambda beam: -beam.score):
+            if len(kept.setdefault(beam.row, [])) < self.planner.width:
+                kept[beam.row].append(beam)
+        return [beam for row in kept.values() for beam in row]
+
+    def _proposals(
+        self,
+        beams: Sequence[_Beam],
+        memory: CacheMemory,
+        level: int,
+        options: Sequence[Sequence[str] | None] | None = None,
+    ) -> tuple[list[_Beam], CacheMemory]:
+        """The beams with each of their different next utterances, scored, and the memory that has their caches."""
+        planner, policy, n = self.planner, self.policy, self.planner.expand
+        windows = [null_window(policy, beam.turns) for beam in beams]
+        memory = memory.fork({i * n + j: beam.key for i, beam in enumerate(beams) for j in range(n)})
+        seeds, place = [], dict.fromkeys((beam.row for beam in beams), level * planner.width * n)
+        for beam in beams:
+            seeds += [self.seeds[beam.row] + (place[beam.row] + j) * SAMPLE_STRIDE for j in range(n)]
+            place[beam.row] += n
+        replies = policy.sampler.sample(
+            [window for window in windows for _ in range(n)],
+            seeds,
+            [self.drawn[beam.row] for beam in beams for _ in range(n)],
+            None if options is None else [texts for texts in options for _ in range(n)],
+            memory,
+            range(len(beams) * n),
+        )
+        longer, ends = [], []
+        for i, (beam, window) in enumerate(zip(beams, windows, strict=True)):
+            different: dict[str, int] = {}
+            for key in range(i * n, i * n + n):
+                different.setdefault(replies[key].text, key)
+            for key in different.values():
+                reply = replies[key]
+                said = Turn("assistant", reply.text, token_ids=reply.token_ids)
+                first = (beam.first, beam.first_key) if beam.said else (reply, key)
+                longer.append(replace(beam, turns=[*beam.turns, said], key=key, first=first[0], first_key=first[1]))
+                turn = policy.renderer.encode_turn(said)
+                ends.append([*window, *turn.ids[turn.action_start : turn.action_stop]])
+        self._score(longer, ends, memory)
+        return longer, memory
+
+    def _score(self, beams: Sequence[_Beam], ends: Sequence[list[int]], memory: CacheMemory) -> None:
+        """Of beams whose last utterance is new; ends: what the model reads up to its last token."""
+        planner, gamma = self.planner, self.planner.discount
+        outcomes: Sequence[Sequence[float]] = [(0.0, 0.0, 0.0)] * len(beams)
+        if planner.heads is not None:
+            keys = [beam.key for beam in beams]
+            outcomes = self.policy.sampler.read(planner.heads.outcome, ends, memory, keys)
+        rated = None
+        if planner.scorer is not None:
+            asked: list[Scored] = [(as_context(beam.turns[:-1]), [(beam.turns[-1],)]) for beam in beams]
+            rated = [float(score[0]) for score in score_rows(asked, planner.scorer)]
+        for i, (beam, (reward, after, ended)) in enumerate(zip(beams, outcomes, strict=True)):
+            value = planner.unit * (reward + gamma * after) if rated is None else rated[i]
+            beam.score = beam.paid + gamma**beam.said * value
+            beam.paid += gamma**beam.said * planner.unit * reward
+            beam.said += 1
+            beam.ended = ended >= 0.5
+
+    def _imagined(self, beams: Sequence[_Beam], memory: CacheMemory) -> tuple[list[_Beam], CacheMemory]:
+        """The beams with what the environment says to them, and the memory that has their caches."""
+        memory = memory.fork({i: beam.key for i, beam in enumerate(beams)})
+        # All rows play one game, so their environment has one role.
+        blank, renderer = Turn(_speaker(beams[0].turns), ""), self.policy.renderer
+        turn = renderer.encode_turn(blank)
+        slots = self.policy.slots
+        behind = len(turn.ids) - turn.action_start + len(renderer.agent_opening) + len(slots.null if slots else ())
+        windows = [null_window(self.policy, [*beam.turns, blank])[:-behind] for beam in beams]
+        said = self.planner.environment(blank.role).sample(
+            windows, [0] * len(beams), memory=memory, rows=range(len(beams))
+        )
+        texts = [renderer.decode(reply.token_ids[: len(reply.token_ids) - reply.closed]) for reply in said]
+        return [
+            replace(beam, turns=[*beam.turns, replace(blank, content=text)], key=i)
+            for i, (beam, text) in enumerate(zip(beams, texts, strict=True))
+        ], memory
+
+
+class Critic:
+    """A run with value heads as a scorer of replies: min Q̄ at the closing token, what the reply pays and all that
+    follows, in reward units; of rewards that were shifted, less a constant. Implements Scorer.
+
+    Raises: InputError for a model without value heads.
+    """
+
+    def __init__(self, critic: LanguagePolicy):
+        if getattr(critic.model, "value_heads", None) is None:
+            raise InputError("scorer: found a model without value heads, expected one that has them (an ILQL run)")
+        self.critic = critic
+        self.unit = RewardScale(**settings(critic.model.config).get("reward_scale", {})).scale
+
+    def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
+        return self.score_each([(context, options)])[0]
+
+    def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
+        """Scores (K,) of each row's options, one agent turn each."""
+        critic, prompts = self.critic, []
+        for context, options in rows:
+            window = null_window(critic, [replace(t, trainable=None, token_ids=None) for t in context])
+            for (reply,) in options:
+                turn = critic.renderer.encode_turn(replace(reply, token_ids=None))
+                prompts.append([*window, *turn.ids[turn.action_start : turn.action_stop - 1]])
+
+        def closing(hidden):
+            token = hidden.new_full((len(hidden), 1), critic.renderer.close_id).long()
+            return critic.model.q_values(hidden, candidates=token).amin(0).squeeze(-1)
+
+        scores = self.unit * np.array(critic.sampler.read(closing, prompts))
+        return np.split(scores, np.cumsum([len(options) for _, options in rows])[:-1])
+
+
+def null_window(policy: LanguagePolicy, turns: Sequence[Turn]) -> list[int]:
+    """What the policy sees before its coming turn where no return is asked for."""
+    slots = None
+    if policy.slots is not None:
+        slots = [policy.slots.null] * (1 + sum(turn.is_trainable for turn in turns))
+    return policy_window(turns, policy.renderer, policy.window, policy.sampling.max_new_tokens, slots)
+
+
+def as_context(turns: Sequence[Turn]) -> list[Turn]:
+    """Turns as a scorer takes them: none of them is up for a score."""
+    return [replace(turn, trainable=False, reward=None) if turn.is_trainable else turn for turn in turns]
+
+
+def _speaker(turns: Sequence[Turn]) -> str:
+    """The role of the environment's latest turn."""
+    return next((turn.role for turn in reversed(turns) if turn.role not in ("assistant", "system")), "user")
