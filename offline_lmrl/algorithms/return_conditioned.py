@@ -17,6 +17,11 @@ With a `critic` it is the Q-learning Decision Transformer (QDT: Yamagata, Khalil
 training, the critic's V or Q rewrites R̂ where it knows of something better than what was logged (`relabel` in
 decoding/critic.py). That restores stitching.
 
+With `return_weight` the model also learns what turns earn (models/return_heads.py), and with `environment_weight` what
+the environment replies: the Trajectory Transformer (Janner, Li, Levine 2021) for text, which decoding/planner.py plans
+with. Its heads learn on the rows without a condition alone, as R̂_k and R̂_{k+1} together tell r_k, and always from the
+returns as they were logged.
+
 A model that brings value heads keeps them, frozen. They answer for the trunk they were trained on, and this training
 moves it: fit them again behind it, with `algorithm: ilql` from this run and policy_weight 0, value_grad_scale 0,
 weight_decay 0, which leaves the policy as it is and reads values where no return is asked for.
@@ -30,13 +35,15 @@ import torch
 
 from offline_lmrl.data.batching import WindowDataset
 from offline_lmrl.data.conditioning import ReturnScale, Slots, check_binning
+from offline_lmrl.data.episodes import Step, StepRule
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.decoding.critic import load_critic, relabel
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.models.adapters import settings
-from offline_lmrl.models.guided import attach_returns
+from offline_lmrl.models.guided import attach_return_heads, attach_returns
+from offline_lmrl.models.return_heads import fit_heads
 from offline_lmrl.training import OfflineConfig, OfflineTrainer, check_range
 
 TABLE_RATE = 10.0  # learning rate of the return table, as a multiple of the model's: its rows start from nothing
@@ -54,6 +61,9 @@ class ReturnConditionedConfig(OfflineConfig):
       V where that is above the logged return, or q, its Q (decoding/critic.py).
     condition: embedding (reserved ids), or text: `text` in front of the agent's turn, filled with `bin` and `bins`.
     condition_dropout: share of windows that are trained without a condition; with text there is no null, hence none.
+    return_weight: of the cross-entropies of the return heads, per turn of a window without a condition; 0 leaves the
+      heads out. With condition_dropout 1 it is a plain policy that has them. environment_weight: of the cross-entropy
+      of each token that the environment replied with.
     ask: the return that is asked for in play: a number, max, p90 (of the training returns), or auto (V where the agent
       is). condition_scale: w of return guidance in play. beta, q_reduce, support, candidates, clip: of value guidance,
       for a model with value heads. All are the decoding form saved with the run (decoding/sampler.py).
@@ -71,6 +81,8 @@ class ReturnConditionedConfig(OfflineConfig):
     condition: Literal["embedding", "text"] = "embedding"
     text: str = "quality: {bin}/{bins}\n"
     condition_dropout: float = 0.15
+    return_weight: float = 0.0
+    environment_weight: float = 0.0
     ask: float | str | None = "max"
     condition_scale: float = 0.0
     beta: float = 0.0
@@ -81,11 +93,15 @@ class ReturnConditionedConfig(OfflineConfig):
 
     def __post_init__(self) -> None:
         check_binning(self.binning, self.bins, self.per)
-        check_range(self, condition_dropout=(0, 1), discount_per_turn=(1e-6, 1))
+        check_range(self, condition_dropout=(0, 1), discount_per_turn=(1e-6, 1), return_weight=(0, 1e6),
+                    environment_weight=(0, 1e6))  # fmt: skip
         if self.condition not in ("embedding", "text"):
             raise InputError(f"condition: found {self.condition!r}, expected embedding or text")
         if self.relabel not in ("max", "q"):
             raise InputError(f"relabel: found {self.relabel!r}, expected max or q")
+        if self.return_weight > 0 and (self.condition == "text" or self.condition_dropout == 0):
+            raise InputError(f"return_weight: found {self.return_weight}, expected 0 where no window is without a "
+                             "condition; take condition: embedding and a condition_dropout above 0")
         SamplingConfig(**sampling_form(self))  # checks the ranges
         super().__post_init__()
 
@@ -113,11 +129,17 @@ class ReturnConditionedTrainer(OfflineTrainer):
         super().__init__(model, args, train_dataset, eval_dataset, *positional, **keywords)
         if self.model.value_heads is not None:
             self.model.value_heads.requires_grad_(False)
+        if self.model.return_heads is not None and args.return_weight == 0:
+            self.model.return_heads.requires_grad_(False)
+
+    def step_rule(self, args: ReturnConditionedConfig) -> StepRule:
+        return StepRule(discount_per_turn=args.discount_per_turn)
 
     def fit_scale(self, model, train, args: ReturnConditionedConfig) -> RewardScale:
         """That of the heads which came along, if any, because they answer in its unit; returns are in logged units."""
         stored = settings(model.config).get("reward_scale")
-        if getattr(model, "value_heads", None) is None or stored is None:
+        heads = (getattr(model, name, None) for name in ("value_heads", "return_heads"))
+        if stored is None or all(part is None for part in heads):
             return super().fit_scale(model, train, args)
         return RewardScale(**stored)
 
@@ -138,7 +160,22 @@ class ReturnConditionedTrainer(OfflineTrainer):
 
     def prepare_model(self, model, args: ReturnConditionedConfig, windows: WindowDataset):
         model = super().prepare_model(model, args, windows)
-        return model if "returns" in settings(model.config) else attach_returns(model, self.returns)
+        there = settings(model.config)
+        if "returns" not in there:
+            attach_returns(model, self.returns)
+        block = there.get("return_heads")
+        if block is not None and block["discount_per_turn"] != args.discount_per_turn:
+            raise InputError(f"discount_per_turn: found {args.discount_per_turn:g}, expected that of the model's "
+                             f"return heads, {block['discount_per_turn']:g}")
+        if args.return_weight > 0 and block is None:
+            steps = {name: windows.flat[name][0] for name in Step._fields}
+            attach_return_heads(model, fit_heads(steps, args.bins, args.discount_per_turn))
+        return model
+
+    def _windows(self, trajectories, args: ReturnConditionedConfig, *rest):
+        windows = super()._windows(trajectories, args, *rest)
+        windows.replies = args.environment_weight > 0
+        return windows
 
     def stored_blocks(self, args: ReturnConditionedConfig):
         return {"sampling": sampling_form(args)}
@@ -158,5 +195,14 @@ class ReturnConditionedTrainer(OfflineTrainer):
         return {"condition_dropout": 0.0 if self.model.return_embedding is None else self.args.condition_dropout}
 
     def loss_terms(self, outputs, steps):
-        loss = -outputs["log_prob"]
-        return loss, {"loss/policy": loss}
+        args, loss = self.args, -outputs["log_prob"]
+        logged = {"loss/policy": loss}
+        if args.return_weight > 0:
+            counts = outputs["outcome_counts"]
+            place = steps["closes_turn"].nonzero()[:, 0][counts]
+            logged["loss/returns"] = -outputs["outcome_log_prob"][counts]
+            loss = loss.index_add(0, place, args.return_weight * logged["loss/returns"])
+        if args.environment_weight > 0:
+            logged["loss/environment"] = -outputs["environment_log_prob"]
+            loss = loss + args.environment_weight * logged["loss/environment"].sum() / max(len(loss), 1)
+        return loss, logged

@@ -164,3 +164,42 @@ def test_data_that_tells_no_returns_apart_is_refused(tmp_path, logs, settings, m
 def test_settings_out_of_range_are_refused_by_name(tmp_path, settings):
     with pytest.raises(InputError, match=f"{next(iter(settings))}: found"):
         trainer(tmp_path, **settings)
+
+
+def test_heads_and_replies_of_the_environment_add_to_the_loss_by_their_weights(tmp_path):
+    run = trainer(tmp_path, logs=[episode("good", "bad"), episode("bad", "bad")], return_weight=2.0,
+                  environment_weight=0.5)  # fmt: skip
+    steps = {"closes_turn": torch.tensor([False, True, False, True])}
+    outputs = {
+        "log_prob": torch.tensor([-1.0, -2.0, -3.0, -4.0]),
+        "outcome_log_prob": torch.tensor([-10.0, -20.0]),
+        "outcome_counts": torch.tensor([False, True]),
+        "environment_log_prob": torch.tensor([-4.0, -4.0]),
+    }
+    loss, logged = run.loss_terms(outputs, steps)
+    assert loss.tolist() == [2.0, 3.0, 4.0, 45.0]  # 1 more each for .5 · 8 / 4, and 2 · 20 where the turn counts
+    assert logged["loss/returns"].tolist() == [20.0] and logged["loss/environment"].tolist() == [4.0, 4.0]
+
+
+def test_heads_are_fitted_to_the_turns_trained_on_null_rows_and_saved(tmp_path):
+    logs = [episode("good", "bad"), episode("bad", "bad")]
+    settings = {"return_weight": 1.0, "environment_weight": 1.0, "condition_dropout": 1.0, "logging_steps": 1}
+    run = trainer(tmp_path, logs=logs, **settings)
+    before = run.model.return_heads.reward.bias.detach().clone()
+    folder = saved(run)
+    block = load_model(folder).config.offline_lmrl["return_heads"]
+    # scaled by the range 2 and shifted by the mean −.5: rewards .75 and −.25, returns .5 and −.5, then −.25 after each
+    assert block["reward"]["means"] == pytest.approx([-0.25, 0.75])
+    assert block["returns"]["means"] == pytest.approx([-0.5, -0.25, 0.5])
+    assert block["after"]["means"] == pytest.approx([-0.25, 0.0])
+    assert block["ended"]["means"] == [0.0, 1.0]
+    assert not torch.equal(run.model.return_heads.reward.bias, before)
+    assert {"loss/returns", "loss/environment"} <= {name for row in run.state.log_history for name in row}
+    again = trainer(tmp_path / "again", model=load_model(folder), logs=logs)
+    assert not any(p.requires_grad for p in again.model.return_heads.parameters())
+
+
+@pytest.mark.parametrize("settings", [{"condition": "text"}, {"condition_dropout": 0.0}])
+def test_heads_are_refused_where_every_row_has_a_condition(tmp_path, settings):
+    with pytest.raises(InputError, match="return_weight: found 1.0"):
+        trainer(tmp_path, return_weight=1.0, **settings)
