@@ -32,9 +32,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 class Parser(ArgumentParser):
     """A command's parser: raises InputError instead of printing its usage, and takes no abbreviations."""
 
-    def __init__(self, usage: str, description: str | None = None):
+    def __init__(self, usage: str = "", description: str | None = None, **more: Any):
+        """more: what jsonargparse gives the parsers that it makes of this one, for dataclasses that may be null."""
         usage = f"offline-lmrl {usage}"
-        super().__init__(prog="offline-lmrl", usage=usage, description=description, allow_abbrev=False)
+        super().__init__(prog="offline-lmrl", usage=usage, description=description, allow_abbrev=False, **more)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise InputError(self._in_our_words(" ".join(message.split()))) from ex

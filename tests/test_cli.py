@@ -16,6 +16,7 @@ import yaml
 from offline_lmrl import cli, read_trajectories
 from offline_lmrl.cli_data import prepare_from_settings
 from offline_lmrl.cli_parser import Parser, field_help, nearest, overrides_of, read_settings
+from offline_lmrl.data.demonstrations import PromptSpec
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.decoding.policy import LanguageSession
@@ -421,3 +422,23 @@ def test_help_shows_our_fields_first_and_inherited_ones_on_request():
     full.add_dataclass(Ours, "a", Base)
     assert re.findall(r"--a\.(\w+)", short.format_help()) == ["other", "new", "newer"]
     assert re.findall(r"--a\.(\w+)", full.format_help()) == ["other", "new", "newer", "old"]
+
+
+@dataclass
+class WithPrompt:
+    prompt: PromptSpec | None = None
+
+
+def test_a_group_that_may_be_null_is_read_and_checked():
+    def parsed(*argv, **settings):
+        parser = Parser("x")
+        parser.add_dataclass(WithPrompt, "args")
+        return parser.parse(argv, settings, "f.yaml").args.prompt
+
+    assert parsed() is None
+    assert parsed("--args.prompt.n", "2", "--args.prompt.part", "last") == PromptSpec(n=2, part="last")
+    assert parsed(args={"prompt": {"turns": 3}}) == PromptSpec(turns=3)
+    with pytest.raises(InputError, match="^prompt.n: found 0, expected at least 1$"):
+        parsed("--args.prompt.n", "0")
+    with pytest.raises(InputError, match="partt: found a setting that does not exist; did you mean 'part'"):
+        parsed(args={"prompt": {"partt": "last"}})

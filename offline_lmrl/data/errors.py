@@ -18,6 +18,8 @@ def in_our_words(message: str, prefix: str = "") -> str:
     prefix: what stands before the key, its dot included.
     """
     message = " ".join(message.split())
+    if ours := re.search(r"Errors: - (\S+: found .*) - Expected a <class 'NoneType'>", message):
+        return ours[1]  # from inside a dataclass that may be null
     problem = re.match(r'Parser key "([^"]+)": (.*)$', message)
     if not problem:
         return message
