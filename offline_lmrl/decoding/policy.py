@@ -3,17 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from offline_lmrl.data.conditioning import Ids
+from offline_lmrl.data.demonstrations import PromptSpec, prompt_ids
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.protocols import Policy, Reply
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
-from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.windows import WindowRule, policy_window
 from offline_lmrl.decoding.asks import Asks
 from offline_lmrl.decoding.cache import CacheMemory
@@ -23,6 +25,16 @@ from offline_lmrl.models.guided import load_model, settings, slots_of
 SAMPLE_STRIDE = 2**32  # between the seeds of one history's samples: more than any range of seeds
 
 
+class PromptIds(NamedTuple):
+    """A demonstration prompt as tokens: with the returns of its own episodes, and with none; equal without slots."""
+
+    told: Ids
+    null: Ids
+
+
+NO_PROMPT = PromptIds((), ())
+
+
 class LanguagePolicy:
     """A causal LM with its renderer, window and decoding; implements Policy.
 
@@ -30,6 +42,8 @@ class LanguagePolicy:
       context, stride, max_length: the window of data/windows.py, as in training; max_length None takes the model's
         number of positions, or 1024 where it names none. The reply's max_new_tokens are kept free in it.
       task: what is played, for a model that was trained with returns per task.
+      prompt: demonstrations of what is played, which all rows read before everything else (data/demonstrations.py), in
+        the order given; None = no prompt. Of each the part is shown that the model was trained behind, else all of it.
 
     Raises InputError where the settings ask for what the model does not have.
     """
@@ -44,6 +58,7 @@ class LanguagePolicy:
         stride: int = 1,
         max_length: int | None = None,
         task: str = "",
+        prompt: Sequence[Trajectory] | None = None,
     ):
         self.model, self.renderer = model, renderer
         self.sampling = sampling or SamplingConfig()
@@ -52,15 +67,23 @@ class LanguagePolicy:
         self.sampler = Sampler(model, renderer, self.sampling)
         self.slots, self.task = slots_of(model, renderer), task
         self.asks([self.sampling.ask])  # what cannot be asked for shows here
+        self.spec = PromptSpec(**(settings(model.config).get("prompt") or {}))
+        self.prompt, self.shared_prompt = prompt, self.read_prompt(prompt)
 
     @classmethod
     def load(
-        cls, run: str | Path, *, device: str | torch.device | None = None, task: str = "", **sampling: Any
+        cls,
+        run: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        task: str = "",
+        prompt: Sequence[Trajectory] | None = None,
+        **sampling: Any,
     ) -> "LanguagePolicy":
         """The policy of a run directory, or of any causal LM folder or hub name.
 
         Args:
-          device: None = the first accelerator, else the CPU. task: as in the class.
+          device: None = the first accelerator, else the CPU. task, prompt: as in the class.
           sampling: settings that replace those saved with the run.
 
         Raises InputError where there is no model or tokenizer, or not the tokenizer that the model was trained with.
@@ -76,19 +99,53 @@ class LanguagePolicy:
                 "the model was trained with another tokenizer or chat template"
             )
         form = SamplingConfig.from_dict({**(saved.get("sampling") or {}), **sampling})
-        return cls(model, renderer, form, **(saved.get("window") or {}), task=task)
+        return cls(model, renderer, form, **(saved.get("window") or {}), task=task, prompt=prompt)
 
     def with_sampling(self, **changes: Any) -> "LanguagePolicy":
         """The same model with other fields of its sampling form."""
         sampling = replace(self.sampling, **changes)
-        return LanguagePolicy(self.model, self.renderer, sampling, **asdict(self.window), task=self.task)
+        same = {**asdict(self.window), "task": self.task, "prompt": self.prompt}
+        return LanguagePolicy(self.model, self.renderer, sampling, **same)
 
-    def start(self, seeds: Sequence[int], asks: Sequence[float | str | None] | None = None) -> "LanguageSession":
+    def start(
+        self,
+        seeds: Sequence[int],
+        asks: Sequence[float | str | None] | None = None,
+        prompts: Sequence[Sequence[Trajectory] | None] | None = None,
+    ) -> "LanguageSession":
         """A session with one row per seed.
 
         asks: the return asked of each row; None = that of the sampling form for all.
+        prompts: the demonstrations of each row, None for a row without any; None = the policy's own prompt for all.
+
+        Raises: InputError as `asks` and `read_prompt`.
         """
-        return LanguageSession(self, seeds, [self.sampling.ask] * len(seeds) if asks is None else asks)
+        if prompts is not None and len(prompts) != len(seeds):
+            raise InputError(f"prompts: found {len(prompts)}, expected one for each of {len(seeds)} rows")
+        asks = [self.sampling.ask] * len(seeds) if asks is None else asks
+        read = [self.shared_prompt] * len(seeds) if prompts is None else list(map(self.read_prompt, prompts))
+        return LanguageSession(self, seeds, asks, read)
+
+    def read_prompt(self, demonstrations: Sequence[Trajectory] | None) -> PromptIds:
+        """The prompt of these demonstrations. Random parts of the same demonstrations are always the same.
+
+        Raises: InputError for what is no list of demonstrations, and where no room is left for a reply.
+        """
+        if demonstrations is None:
+            return NO_PROMPT
+        if isinstance(demonstrations, Trajectory) or not demonstrations:
+            found = "one trajectory" if isinstance(demonstrations, Trajectory) else "an empty list"
+            raise InputError(f"prompt: found {found}, expected a list of demonstrations, or None for no prompt")
+        rng = np.random.default_rng(self.spec.seed)
+        shown = [self.spec.cut(demonstration, rng) for demonstration in demonstrations]
+        slots = (None, None) if self.slots is None else (self.slots.of_log, self.slots.nulls)
+        told, null = (prompt_ids(shown, self.renderer, kind) for kind in slots)
+        rule, reply = self.window, self.sampling.max_new_tokens
+        room = rule.max_length - len(self.renderer.preamble) - len(self.renderer.agent_opening) - reply
+        if len(told) > room:
+            raise InputError(f"prompt: found {len(told)} tokens, expected at most {room}, as max_length "
+                             f"({rule.max_length}) also holds a reply of max_new_tokens ({reply})")
+        return PromptIds(told, null)
 
     def asks(self, asks: Sequence[float | str | None]) -> Asks | None:
         """Keeps account of these asks, one per row; None for a model that knows nothing of returns.
@@ -113,8 +170,17 @@ class LanguageSession:
     fingerprint: of the tokenizer and template that the replies' token_ids belong to.
     """
 
-    def __init__(self, policy: LanguagePolicy, seeds: Sequence[int], asks: Sequence[float | str | None]):
+    def __init__(
+        self,
+        policy: LanguagePolicy,
+        seeds: Sequence[int],
+        asks: Sequence[float | str | None],
+        prompts: Sequence[PromptIds],
+    ):
         self.policy, self.seeds, self.asks = policy, list(seeds), policy.asks(asks)
+        # To a row that is asked for nothing no demonstration tells its return either.
+        self.prompts = [p.null if ask is None else p.told for p, ask in zip(prompts, asks, strict=True)]
+        self.null_prompts = [prompt.null for prompt in prompts]
         self.fingerprint = policy.renderer.fingerprint
         self.drawn = [0] * len(self.seeds)  # tokens so far: no draw of a row's seed is used twice
         # A window of one turn never grows, so there is nothing to keep.
@@ -131,7 +197,7 @@ class LanguageSession:
         if self.asks is not None:
             slots = list(map(self.asks.before_reply, rows, histories, self._values(rows, histories)))
         replies = self.policy.sampler.sample(
-            self._windows(histories, slots),
+            self._windows(histories, slots, [self.prompts[row] for row in rows]),
             [self.seeds[row] for row in rows],
             [self.drawn[row] for row in rows],
             options,
@@ -150,7 +216,9 @@ class LanguageSession:
         past = [[turn for turn in history if turn.is_trainable] for _, history in auto]
         null = [[self.asks.slots.null] * (len(agent) + 1) for agent in past]
         keys = [~row for row, _ in auto]  # where the sampler keeps what it read with null returns
-        values = self.policy.sampler.values(self._windows([history for _, history in auto], null), self.memory, keys)
+        prompts = [self.null_prompts[row] for row, _ in auto]
+        windows = self._windows([history for _, history in auto], null, prompts)
+        values = self.policy.sampler.values(windows, self.memory, keys)
         scale = RewardScale(**settings(self.policy.model.config).get("reward_scale", {}))
         asked = {
             row: scale.invert_return(value, sum(turn.reward is not None for turn in agent))
@@ -158,12 +226,17 @@ class LanguageSession:
         }
         return [asked.get(row) for row in rows]
 
-    def _windows(self, histories: Sequence[Sequence[Turn]], slots: Sequence[Sequence[Ids] | None]) -> list[list[int]]:
+    def _windows(
+        self,
+        histories: Sequence[Sequence[Turn]],
+        slots: Sequence[Sequence[Ids] | None],
+        prompts: Sequence[Ids],
+    ) -> list[list[int]]:
         policy = self.policy
         reserve = policy.sampling.max_new_tokens
         return [
-            policy_window(history, policy.renderer, policy.window, reserve, own)
-            for history, own in zip(histories, slots, strict=True)
+            policy_window(history, policy.renderer, policy.window, reserve, own, prompt)
+            for history, own, prompt in zip(histories, slots, prompts, strict=True)
         ]
 
     def labels(self, row: int) -> dict[str, Any]:
