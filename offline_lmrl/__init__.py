@@ -17,6 +17,7 @@ _HOMES = {
     "write_trajectories": "data.io",
     "write_comparisons": "data.io",
     "to_trajectories": "data.preferences",
+    "PromptSpec": "data.demonstrations",
     "Renderer": "data.rendering",
     "load_model": "models.guided",
     "SamplingConfig": "decoding.sampler",

@@ -23,6 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from offline_lmrl.data.batching import WindowDataset, WindowRef, encode_trajectories
 from offline_lmrl.data.comparison_batching import ComparisonDataset, ComparisonRef
+from offline_lmrl.data.demonstrations import PromptSpec, encode_prompts
 from offline_lmrl.data.episodes import EpisodeEncoder, SlotsOfLog, StepRule
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import fingerprint, read_trajectories
@@ -79,14 +80,23 @@ class OfflineConfig(BaseConfig):
     """What every algorithm takes that learns from scored trajectories.
 
     reward_scale: divisor of rewards; None = the range of the training returns.
+    prompt: demonstrations of the same task that stand before every window (data/demonstrations.py); None = no prompts.
     """
 
     reward_scale: float | None = None
+    prompt: PromptSpec | None = None
 
     def __post_init__(self) -> None:
         if self.reward_scale is not None and not self.reward_scale > 0:
             raise InputError(f"reward_scale: found {self.reward_scale}, expected a number above 0")
+        if self.prompt is not None and self.prompt.max_tokens >= self.max_length:
+            raise InputError(f"prompt.max_tokens: found {self.prompt.max_tokens}, expected below max_length "
+                             f"({self.max_length}), which holds the prompt and the window behind it")
         super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As TrainingArguments', with plain values for the prompt too."""
+        return super().to_dict() | {"prompt": self.prompt and asdict(self.prompt)}
 
 
 def check_range(config: object, **bounds: tuple[float, float]) -> None:
@@ -456,6 +466,7 @@ class OfflineTrainer(BaseTrainer):
             "window": asdict(args.window),
             "step_rule": asdict(self.step_rule(args)),
             "reward_scale": self.scale.to_dict(),
+            "prompt": args.prompt and asdict(args.prompt),
             "data": fingerprint(train),
         } | self.stored_blocks(args)  # fmt: skip
         if peft_config is not None:
@@ -511,7 +522,12 @@ class OfflineTrainer(BaseTrainer):
     # What all of them share.
 
     def _windows(self, trajectories: Sequence[Trajectory], args: OfflineConfig, counts: Counter[str]) -> WindowDataset:
-        columns = encode_trajectories(trajectories, self.encoder, counts)
+        prompts = None
+        if args.prompt is not None:
+            source = args.prompt.demonstrations
+            shown = None if source is None else read_trajectories(source)
+            prompts = encode_prompts(args.prompt, trajectories, shown, self.renderer, self.encoder.slots)
+        columns = encode_trajectories(trajectories, self.encoder, counts, prompts)
         pad_id = self.renderer.close_id  # any id: the attention mask, never the id, says what is padding
         return WindowDataset(columns, pad_id, next_rows=self.rows_for_next_v, end_rows=self.rows_for_end_v(args))
 

@@ -28,6 +28,7 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.decoding.critic import load_critic, log_encoder, read_values
+from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import detach
 from offline_lmrl.ops.value_learning import awr_weight
 from offline_lmrl.training import OfflineConfig, OfflineTrainer, check_range
@@ -98,6 +99,9 @@ class IQLTrainer(OfflineTrainer):
         for name, expected in asdict(self.critic.window).items():
             if (found := getattr(args, name)) != expected:
                 raise InputError(f"{name}: found {found}, expected the critic's {expected}: it reads the same windows")
+        found, expected = args.prompt and asdict(args.prompt), settings(self.critic.model.config).get("prompt")
+        if found != expected:
+            raise InputError(f"prompt: found {found}, expected the critic's {expected}: it reads the same windows")
         found, expected = self.renderer.fingerprint, self.critic.renderer.fingerprint
         if found != expected:
             raise InputError(

@@ -89,13 +89,17 @@ def relabel(
       critic: a run with value heads, trained with an expectile of at least .8: a low V asks for too little.
       discount_per_turn: γ of the returns, as the model that is trained on them has it.
       batch_size: windows per forward pass.
-    Raises: InputError for an unknown label, a critic without value heads, and agent turns that do not fit its window.
+    Raises: InputError for an unknown label, a critic without value heads or trained behind demonstrations, and agent
+      turns that do not fit its window.
     """
     if label not in ("max", "q"):
         raise InputError(f"label: found {label!r}, expected 'max' or 'q'")
     if isinstance(trajectories, str | Path):
         trajectories = read_trajectories(trajectories)
     policy = critic if isinstance(critic, LanguagePolicy) else load_critic(critic)
+    if settings(policy.model.config).get("prompt") is not None:
+        raise InputError("critic: found a model trained behind demonstrations, expected one trained without a prompt: "
+                         "it reads the logs alone")
     encoder = log_encoder(policy)
     counts: Counter[str] = Counter()
     columns = encode_trajectories(trajectories, encoder, counts)

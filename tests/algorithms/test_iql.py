@@ -12,6 +12,7 @@ from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
 from offline_lmrl.algorithms.iql import IQLConfig, IQLTrainer, iql_loss
 from offline_lmrl.algorithms.run import DataConfig, ModelConfig
+from offline_lmrl.data.demonstrations import PromptSpec
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import write_trajectories
 from offline_lmrl.data.tokenizers import train_tokenizer
@@ -127,6 +128,7 @@ def test_no_temperature_is_behaviour_cloning(tmp_path, critic):
         ({"context": 1}, "context: found 1, expected the critic's 2: it reads the same windows"),
         ({"stride": 2}, "stride: found 2, expected the critic's 1"),
         ({"max_length": 32}, "max_length: found 32, expected the critic's 64"),
+        ({"prompt": PromptSpec(max_tokens=20)}, "prompt: found .*'max_tokens': 20.*, expected the critic's None"),
         ({"template": "plain", "tokenizer": train_tokenizer(["else"] * 9, 280)},
          "tokenizer: found fingerprint .*, expected the critic's"),
         ({"reward_scale": 2.0}, "reward_scale: found 2.0, but the critic answers in units of 5"),
