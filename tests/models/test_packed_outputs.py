@@ -190,7 +190,7 @@ def test_no_steps_give_empty_outputs():
 def test_the_signature_is_the_bases_with_our_keywords(family):
     base = inspect.signature(type(tiny_model(family)).forward).parameters
     ours = inspect.signature(guided_model(family).forward).parameters
-    own = ["beta", "steps", "windows", "value_grad_scale", "conservative", "condition_dropout"]
+    own = ["beta", "steps", "windows", "value_grad_scale", "conservative", "condition_dropout", "environment"]
     assert [name for name in ours if name not in base] == own
     assert [name for name in base if name not in ours] == ["self"]
 
