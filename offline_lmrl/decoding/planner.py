@@ -252,11 +252,11 @@ class Critic:
 
 
 def null_window(policy: LanguagePolicy, turns: Sequence[Turn]) -> list[int]:
-    """What the policy sees before its coming turn where no return is asked for."""
-    slots = None
+    """What the policy sees before its coming turn where no return is asked for, its own prompt included."""
+    slots, prompt = None, policy.shared_prompt.null
     if policy.slots is not None:
         slots = [policy.slots.null] * (1 + sum(turn.is_trainable for turn in turns))
-    return policy_window(turns, policy.renderer, policy.window, policy.sampling.max_new_tokens, slots)
+    return policy_window(turns, policy.renderer, policy.window, policy.sampling.max_new_tokens, slots, prompt)
 
 
 def as_context(turns: Sequence[Turn]) -> list[Turn]:
