@@ -4,8 +4,8 @@ They stand behind the renderer's preamble, before everything of the window itsel
 the window are dropped. No step lies in them, so they carry no loss. A model that is conditioned on returns reads them
 with their own slots. Nothing but their turns marks where one ends and the next begins.
 
-Deviations from the paper: a demonstration is given whole unless a part is asked for (the paper's code: its last steps);
-prompt and window share one embedding; each row keeps its demonstrations in all epochs.
+Deviations from the paper: a demonstration is given whole unless a part is asked for (the paper's code: its last
+steps); prompt and window share one embedding; each row keeps its demonstrations in all epochs.
 """
 
 from bisect import bisect_left
