@@ -64,9 +64,10 @@ class ReturnConditionedConfig(OfflineConfig):
     return_weight: of the cross-entropies of the return heads, per turn of a window without a condition; 0 leaves the
       heads out. With condition_dropout 1 it is a plain policy that has them. environment_weight: of the cross-entropy
       of each token that the environment replied with.
-    ask: the return that is asked for in play: a number, max, p90 (of the training returns), or auto (V where the agent
-      is). condition_scale: w of return guidance in play. beta, q_reduce, support, candidates, clip: of value guidance,
-      for a model with value heads. All are the decoding form saved with the run (decoding/sampler.py).
+    ask: the return that is asked for in play: a number, max, p90 (of the training returns), auto (V where the agent
+      is), or expert:κ (by the return heads: `ReturnHeads.expert`). condition_scale: w of return guidance in play.
+      beta, q_reduce, support, candidates, clip: of value guidance, for a model with value heads. All are the decoding
+      form saved with the run (decoding/sampler.py).
 
     A model that was trained with returns before goes on with its bins; bins, binning, per, discount_per_turn,
     condition and text are then unused.

@@ -19,7 +19,8 @@ from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.trajectory import Trajectory
 
 KINDS = ("auto", "unique", "linear", "quantile")
-ASK_NAMES = re.compile(r"max|auto|p(\d|[1-9]\d|100)")
+ASK_NAMES = re.compile(r"max|p(\d|[1-9]\d|100)")
+STATE_ASKS = re.compile(r"auto|expert:(\d+(\.\d+)?)")  # what they are depends on where the agent is
 LABEL = "return_to_go"  # relabelled returns, one per agent turn, take the place of the logged ones
 Ids = tuple[int, ...]
 
@@ -48,8 +49,9 @@ def returns_to_go(trajectory: Trajectory, discount_per_turn: float = 1.0) -> lis
 def check_ask(ask: float | str | None) -> None:
     """Raises: InputError for what cannot be asked for: neither None, a finite number, nor a known name."""
     number = isinstance(ask, int | float) and not isinstance(ask, bool) and math.isfinite(ask)
-    if not (ask is None or number or isinstance(ask, str) and ASK_NAMES.fullmatch(ask)):
-        raise InputError(f"ask: found {ask!r}, expected a finite number, max, p0 to p100, or auto")
+    named = isinstance(ask, str) and (ASK_NAMES.fullmatch(ask) or STATE_ASKS.fullmatch(ask))
+    if not (ask is None or number or named):
+        raise InputError(f"ask: found {ask!r}, expected a finite number, max, p0 to p100, auto, or expert:κ")
 
 
 def check_binning(kind: str, bins: int, per: str) -> None:
@@ -187,7 +189,7 @@ class ReturnScale:
 
         Raises: InputError for another name.
         """
-        if name == "auto" or not ASK_NAMES.fullmatch(name):
+        if not ASK_NAMES.fullmatch(name):
             raise InputError(f"ask: found {name!r}, expected max, or p0 to p100")
         return self.table(task).quantiles[100 if name == "max" else int(name.removeprefix("p"))]
 

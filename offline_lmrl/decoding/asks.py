@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from offline_lmrl.data.conditioning import Ids, Slots, check_ask
+from offline_lmrl.data.conditioning import ASK_NAMES, Ids, Slots, check_ask
 from offline_lmrl.data.trajectory import Turn
 
 
@@ -17,8 +17,8 @@ class Asks:
 
     Args:
       task: of all rows, where the scale has bins per task.
-      asks: one per row: a number, a name of the data's returns, "auto" (the row is then given its value every turn),
-        or None for the null condition.
+      asks: one per row: a number, a name of the data's returns, "auto" or "expert:κ" (the row is then given its value
+        every turn), or None for the null condition.
     Raises: InputError for an unknown ask, and for a task that is not in the training data.
     """
 
@@ -26,7 +26,8 @@ class Asks:
         self.slots, self.task = slots, task
         for ask in asks:
             check_ask(ask)
-        named = {ask: slots.scale.named_ask(ask, task) for ask in set(asks) if isinstance(ask, str) and ask != "auto"}
+        names = {ask for ask in asks if isinstance(ask, str) and ASK_NAMES.fullmatch(ask)}
+        named = {ask: slots.scale.named_ask(ask, task) for ask in names}
         self.asks = [named.get(ask, ask) for ask in asks]
         self.used: dict[int, list[float]] = {}  # returns asked for at each agent turn, the latest reply's last
         self.read: dict[int, list[tuple[str, str]]] = {}  # the history before that reply
@@ -36,7 +37,7 @@ class Asks:
         """Slots of all agent turns of the history and of the coming one, which the session remembers.
 
         Args:
-          value: what "auto" stands for here.
+          value: what "auto" or "expert:κ" stands for here.
         """
         agent = [turn for turn in history if turn.is_trainable]
         if self.asks[row] is None:

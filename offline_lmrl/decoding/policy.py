@@ -1,12 +1,14 @@
 """A language model as a player: what it sees of a dialogue, how it decodes, and what it keeps between turns."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from offline_lmrl.data.conditioning import Ids
@@ -147,6 +149,12 @@ class LanguagePolicy:
                              f"({rule.max_length}) also holds a reply of max_new_tokens ({reply})")
         return PromptIds(told, null)
 
+    def head_of(self, ask: str) -> Callable[[Tensor], Tensor]:
+        """What says of hidden states (N,d) how much "auto" or "expert:κ" asks for there: (N,), in scaled units."""
+        if ask == "auto":
+            return self.model.v_values
+        return functools.partial(self.model.return_heads.expert, inverse_temperature=float(ask.partition(":")[2]))
+
     def asks(self, asks: Sequence[float | str | None]) -> Asks | None:
         """Keeps account of these asks, one per row; None for a model that knows nothing of returns.
 
@@ -155,6 +163,10 @@ class LanguagePolicy:
         if "auto" in asks and getattr(self.model, "value_heads", None) is None:
             raise InputError("ask: found 'auto', which needs value heads; expected a number, max, or p90, or a model "
                              "that was trained with algorithm: ilql")
+        expert = next((ask for ask in asks if isinstance(ask, str) and ask.startswith("expert")), None)
+        if expert is not None and getattr(self.model, "return_heads", None) is None:
+            raise InputError(f"ask: found {expert!r}, which needs return heads; expected a number, max, or p90, or a "
+                             "model that was trained with return_weight above 0")
         if self.slots is not None:
             return Asks(self.slots, self.task, asks)
         if any(ask is not None for ask in asks):
@@ -209,22 +221,27 @@ class LanguageSession:
         return replies
 
     def _values(self, rows: Sequence[int], histories: Sequence[Sequence[Turn]]) -> list[float | None]:
-        """Of rows whose ask is "auto": V before the coming turn where no return is asked for, in reward units."""
-        auto = [(row, history) for row, history in zip(rows, histories, strict=True) if self.asks.asks[row] == "auto"]
-        if not auto:
-            return [None] * len(rows)
+        """Of rows whose ask depends on where they are: V ("auto") or the return of an expert ("expert:κ") before the
+        coming turn, read where no return is asked for, in reward units."""
+        kinds = {ask for ask in map(self.asks.asks.__getitem__, rows) if isinstance(ask, str)}
+        found: dict[int, float] = {}
+        for kind in sorted(kinds):
+            found |= self._values_of(kind, rows, histories)
+        return [found.get(row) for row in rows]
+
+    def _values_of(self, kind: str, rows: Sequence[int], histories: Sequence[Sequence[Turn]]) -> dict[int, float]:
+        auto = [(row, history) for row, history in zip(rows, histories, strict=True) if self.asks.asks[row] == kind]
         past = [[turn for turn in history if turn.is_trainable] for _, history in auto]
         null = [[self.asks.slots.null] * (len(agent) + 1) for agent in past]
         keys = [~row for row, _ in auto]  # where the sampler keeps what it read with null returns
         prompts = [self.null_prompts[row] for row, _ in auto]
         windows = self._windows([history for _, history in auto], null, prompts)
-        values = self.policy.sampler.values(windows, self.memory, keys)
+        values = self.policy.sampler.read(self.policy.head_of(kind), windows, self.memory, keys)
         scale = RewardScale(**settings(self.policy.model.config).get("reward_scale", {}))
-        asked = {
+        return {
             row: scale.invert_return(value, sum(turn.reward is not None for turn in agent))
             for (row, _), agent, value in zip(auto, past, values, strict=True)
         }
-        return [asked.get(row) for row in rows]
 
     def _windows(
         self,

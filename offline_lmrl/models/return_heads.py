@@ -97,6 +97,15 @@ class ReturnHeads(nn.Module):
         total = self.returns.log_prob(opening, outcome["returns"])
         return total + sum(getattr(self, name).log_prob(closing, outcome[name]) for name in HEADS[1:])
 
+    def expert(self, opening: Tensor, inverse_temperature: float) -> Tensor:
+        """The mean of R_t under p(R_t|s) · exp(κ · R_t), (N,d) -> (N,): κ = 0 gives what is usual, a large κ the best.
+
+        Multi-Game Decision Transformers (Lee et al. 2022) draw R_t from it instead.
+        """
+        logits = self.returns(opening)
+        means = logits.new_tensor(self.returns.means)
+        return (logits + inverse_temperature * means).softmax(-1) @ means
+
     def outcome(self, closing: Tensor) -> Tensor:
         """Expected reward of the turn, return after it, and probability that it ended the episode: (N,d) -> (N,3)."""
         return torch.stack([getattr(self, name).mean(closing) for name in HEADS[1:]], dim=-1)

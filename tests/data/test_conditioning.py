@@ -90,7 +90,7 @@ def test_asks_are_named_after_the_returns_of_whole_trajectories():
     # later turns have smaller returns, which nobody can ask for at the start: 0..10 in steps of 1
     scale = ReturnScale.fit([episode(float(i), 0.0) for i in range(11)])
     assert (scale.named_ask("max"), scale.named_ask("p90"), scale.named_ask("p0")) == (10.0, 9.0, 0.0)
-    for wrong in ("p101", "best", "auto", "p-1"):
+    for wrong in ("p101", "best", "auto", "expert:2", "p-1"):
         with pytest.raises(InputError, match="ask: found"):
             scale.named_ask(wrong)
 
@@ -102,7 +102,7 @@ def test_what_lies_outside_the_data_is_clipped():
         scale.bin_of(float("nan"))
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), True, "most", "p200"])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), True, "most", "p200", "expert", "expert:-1"])
 def test_an_ask_that_means_nothing_is_refused(wrong):
     with pytest.raises(InputError, match="ask: found .*, expected a finite number, max"):
         check_ask(wrong)

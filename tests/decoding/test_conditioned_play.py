@@ -1,6 +1,7 @@
 """Asking a policy for a return: what it is told turn by turn, guidance by hand, caches, and what is refused."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from offline_lmrl.decoding import asks
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.rollouts import rollout
-from offline_lmrl.models.guided import attach, attach_returns, build_model
+from offline_lmrl.models.guided import attach, attach_return_heads, attach_returns, build_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 
 RENDERER = Renderer(train_tokenizer(["move left", "move right", "you are at 1, 2"], 270))
@@ -220,6 +221,22 @@ def test_auto_explains_an_unknown_past_by_its_rewards():
     assert then == pytest.approx(now + 2.0)
 
 
+def test_an_expert_asks_for_the_return_that_the_heads_expect_where_none_is_told(monkeypatch):
+    bins = {name: {"edges": [0.5], "means": [0.0, 1.0]} for name in ("returns", "reward", "after", "ended")}
+    model = attach_return_heads(conditioned(), bins | {"discount_per_turn": 1.0})
+    torch.nn.init.normal_(model.return_heads.returns.weight)
+    monkeypatch.setitem(model.config.offline_lmrl, "reward_scale", {"shift": 0.0, "scale": 4.0, "scored_turns": 0})
+    _, hidden = model.forward_with_hidden(input_ids=torch.tensor([[
+        *RENDERER.preamble, *RENDERER.encode_turn(HISTORIES[0][0]).ids, NULL, *RENDERER.agent_opening]]))  # fmt: skip
+    high = model.return_heads.returns(hidden[:, -1]).softmax(-1)[0, 1].item()
+    session = policy(model).start([5, 6, 7, 8], ["expert:0", "expert:2.5", "auto", 1.0])
+    session.reply([0, 1, 2, 3], [HISTORIES[0]] * 4)
+    preferred = high * math.exp(2.5)
+    asked = [session.asks.used[row][0] for row in range(4)]
+    assert asked[:2] == pytest.approx([4 * high, 4 * preferred / (1 - high + preferred)], abs=1e-3)
+    assert asked[2] != asked[0] and asked[3] == 1.0
+
+
 # generate
 
 
@@ -305,6 +322,7 @@ def test_asks_and_forms_that_the_model_cannot_serve_are_refused():
         (plain, {"condition_scale": 1.0}, "condition_scale: found 1.0, expected 0"),
         (textual, {"ask": 1.0, "condition_scale": 1.0}, "condition_scale: found 1.0, expected 0"),
         (conditioned(heads=False), {"ask": "auto"}, "ask: found 'auto', which needs value heads"),
+        (conditioned(), {"ask": "expert:3"}, "ask: found 'expert:3', which needs return heads"),
     ):
         with pytest.raises(InputError, match=message):
             policy(model, **form)
