@@ -24,6 +24,8 @@ def train(argv: Sequence[str]) -> None:
     """`train FILE.yaml`: one algorithm on one data set; prints the run directory."""
     values = train_settings(argv)
 
+    from accelerate import PartialState
+
     from offline_lmrl.algorithms import run
 
     run_settings = (values.algorithm, values.model, values.data, values.args, values.environment)
@@ -31,7 +33,12 @@ def train(argv: Sequence[str]) -> None:
         for name, value in run.dry_run(*run_settings).items():
             print(f"{name}: {value:,}")
     else:
-        print(run.train(*run_settings))
+        folder = run.train(*run_settings)
+        ranks = PartialState()
+        if ranks.is_main_process:
+            print(folder)
+        ranks.wait_for_everyone()  # a rank that leaves early takes the others' connections down with it
+        ranks.destroy_process_group()
 
 
 def train_settings(argv: Sequence[str]) -> "Namespace":

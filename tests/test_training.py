@@ -235,6 +235,8 @@ again.train(resume_from_checkpoint={folder!r} + "/checkpoint-" + str(run.state.m
 assert torch.equal(parameters(again), parameters(run))
 if run.args.process_index == 0:
     torch.save((parameters(run), [row["loss"] for row in run.state.log_history if "loss" in row]), {out!r})
+torch.distributed.barrier()  # a rank that leaves early takes the other's connections down with it
+torch.distributed.destroy_process_group()
 """
 SPLIT = {"max_steps": -1, "num_train_epochs": 2, "logging_steps": 1, "learning_rate": 3e-3}
 
