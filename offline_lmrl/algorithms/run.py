@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import fingerprint
+from offline_lmrl.data.io import fingerprint, read_trajectories
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.environments import make_environment
@@ -152,15 +152,21 @@ def resolved_config(
 
 
 def contents(
-    model: ModelConfig, rows: Rows, validation: Rows | None, critic: str | None = None
+    model: ModelConfig,
+    rows: Rows,
+    validation: Rows | None,
+    critic: str | None = None,
+    demonstrations: str | None = None,
 ) -> dict[str, str | None]:
-    """sha256 of what lies behind the paths of a run: data, and the weights of local folders that it starts from or
-    learns from."""
+    """sha256 of what lies behind the paths of a run: data, demonstrations, and the weights of local folders that it
+    starts from or learns from."""
     found = {
         "train": fingerprint(rows),
         "validation": None if validation is None else fingerprint(validation),
         "start_weights": _weights(model.path),
     }
+    if demonstrations is not None:
+        found["demonstrations"] = fingerprint(read_trajectories(demonstrations))
     return found | ({} if critic is None else {"critic_weights": _weights(critic)})
 
 
@@ -181,6 +187,12 @@ def critic_of(args: BaseConfig) -> str | None:
     return getattr(args, "critic", None)
 
 
+def demonstrations_of(args: BaseConfig) -> str | None:
+    """Where the prompts of this run come from; None where there are none, or the data are their own."""
+    prompt = getattr(args, "prompt", None)
+    return prompt and prompt.demonstrations
+
+
 def check_same_config(folder: Path, config: dict[str, Any]) -> bool:
     """Whether the folder already holds this run. Raises: InputError where it holds another one."""
     file = folder / "config.yaml"
@@ -192,7 +204,10 @@ def check_same_config(folder: Path, config: dict[str, Any]) -> bool:
         if there == here:
             continue
         if isinstance(here, dict) and isinstance(there, dict):
-            key = next(key for key in {**there, **here} if there.get(key) != here.get(key))
+            changed = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+            if not changed:
+                continue  # a setting that did not exist when the run was written, and is null
+            key = changed[0]
             section, there, here = f"{section}.{key}", there.get(key), here.get(key)
         raise InputError(
             f"{file}: {section}: found {there!r}, expected {here!r}: take another output_dir, or remove this one"
@@ -219,7 +234,7 @@ def train(
     folder = Path(args.output_dir)
     rows, validation = read_data(algorithm, data)
     config = resolved_config(algorithm, model, data, args, environment)
-    config["contents"] = contents(model, rows, validation, critic_of(args))
+    config["contents"] = contents(model, rows, validation, critic_of(args), demonstrations_of(args))
     if check_same_config(folder, config) and (folder / "complete.json").exists():
         return folder
     world = open_environment(algorithm, environment, players or {})

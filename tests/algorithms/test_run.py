@@ -11,6 +11,7 @@ from offline_lmrl.algorithms import run
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig
 from offline_lmrl.algorithms.ilql import ILQLConfig
 from offline_lmrl.algorithms.run import DataConfig, ModelConfig
+from offline_lmrl.data.demonstrations import PromptSpec
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import write_trajectories
 from offline_lmrl.data.trajectory import Trajectory, Turn
@@ -140,3 +141,21 @@ def test_the_resolved_settings_lie_in_the_folder(tmp_path, data):
     found = yaml.safe_load((cloned(tmp_path / "run", data) / "config.yaml").read_text())
     assert found["algorithm"] == "bc" and found["data"]["train"] == data.train
     assert found["contents"]["start_weights"] is None and len(found["contents"]["train"]) == 64
+
+
+def test_a_null_setting_may_be_absent_from_an_older_run(tmp_path):
+    (tmp_path / "config.yaml").write_text("args: {seed: 1}\n")
+    assert run.check_same_config(tmp_path, {"args": {"seed": 1, "prompt": None}})
+    with pytest.raises(InputError, match="args.prompt: found None, expected {'n': 1}: take another output_dir"):
+        run.check_same_config(tmp_path, {"args": {"seed": 1, "prompt": {"n": 1}}})
+
+
+def test_other_demonstrations_under_the_same_path_are_another_run(tmp_path):
+    path, found = str(tmp_path / "shown.jsonl"), []
+    args = BCConfig(output_dir=str(tmp_path), prompt=PromptSpec(demonstrations=path), use_cpu=True)
+    for n in (1, 2):
+        write_trajectories(path, logs(n))
+        shown = run.demonstrations_of(args)
+        found.append(run.contents(ModelConfig(scratch=SCRATCH), logs(2), None, None, shown))
+    assert found[0].pop("demonstrations") != found[1].pop("demonstrations") and found[0] == found[1]
+    assert run.demonstrations_of(BCConfig(output_dir=str(tmp_path), use_cpu=True)) is None
