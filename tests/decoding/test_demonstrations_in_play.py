@@ -63,12 +63,12 @@ def test_to_a_row_that_is_asked_for_nothing_they_tell_nothing(monkeypatch):
 
 def test_values_are_read_behind_demonstrations_without_returns(monkeypatch):
     player = policy(window={"prompt": [DEMONSTRATION]}, ask="auto")
-    read, values = [], player.sampler.values
-    monkeypatch.setattr(player.sampler, "values", lambda ids, *args: read.extend(ids) or values(ids, *args))
+    prompts, read = [], player.sampler.read
+    monkeypatch.setattr(player.sampler, "read", lambda head, ids, *args: prompts.extend(ids) or read(head, ids, *args))
     play(player, [1.0])
     ids = ids_of(DEMONSTRATION, slots=player.slots.nulls)
     n = len(RENDERER.preamble)
-    assert all(row[n : n + len(ids)] == ids for row in read) and len(read) == 2
+    assert all(row[n : n + len(ids)] == ids for row in prompts) and len(prompts) == 2
 
 
 def test_a_planner_reads_them_without_returns():
