@@ -229,12 +229,6 @@ class Sampler:
         with _evaluating(self.model):
             return run.replies()
 
-    def values(
-        self, prompts: Sequence[Sequence[int]], memory: CacheMemory | None = None, rows: Sequence[int] | None = None
-    ) -> list[float]:
-        """V at the end of each prompt, in scaled reward units; arguments as in `sample`."""
-        return self.read(self.model.v_values, prompts, memory, rows)
-
     @torch.inference_mode()
     def read(
         self,
