@@ -315,12 +315,12 @@ class _Comparison:
             yield row
 
     def add(self, row: Row) -> None:
-        """Keeps a row in the order of seeds and methods, whichever was measured first."""
-        self.rows.append(row)
-        seeds, methods = self.config.seeds, self.config.evaluated
-        known = [r for r in self.rows if r["kind"] == "run" and r["seed"] in seeds and r["method"] in methods]
-        known.sort(key=lambda row: (seeds.index(row["seed"]), methods.index(row["method"])))
-        self.rows = [r for r in self.rows if r not in known] + known
+        """Keeps a row, with what decided it, in the order of seeds and methods, whichever was measured first."""
+        self.rows.append({**row, "config": _plain(self.identity(row["method"]))})
+        runs = ((seed, method) for seed in self.config.seeds for method in self.config.evaluated)
+        order = {run: place for place, run in enumerate(runs)}
+        # Rows of no listed run come first; the sort leaves them, and the settings of each run, in their order.
+        self.rows.sort(key=lambda row: order.get((row["seed"], row["method"]), -1) if row["kind"] == "run" else -1)
         self._save()
 
     def measure_side_by_side(self) -> None:
@@ -387,7 +387,7 @@ class _Run:
         return tried, tokens
 
     def row(self, setting: _Setting) -> Row:
-        """Plays one setting, writes its episodes and samples, and returns its row of results.jsonl."""
+        """Plays one setting, writes its episodes and samples, and returns its row of results.jsonl, less `config`."""
         config = self.comparison.config
         beta, tried, selection_tokens = 0.0, None, 0
         if setting.chosen == "offline":
@@ -418,7 +418,7 @@ class _Run:
                 "evaluation_seconds": result.seconds,
             },
             "run": str(self.folder), "episodes": f"episodes/{stem}.jsonl",
-            "cells": result.cells(), "config": _plain(self.comparison.identity(self.name)),
+            "cells": result.cells(),
         }  # fmt: skip
 
 
