@@ -121,20 +121,12 @@ def _evaluate(
     if output is not None:
         _require_writable(output)
     policy = LanguagePolicy.load(run, device=device, **sampling)
+    seeds, play = range(seed, seed + episodes), {"repeats": repeats, "cluster": cluster, "batch_size": batch_size}
     if asks:
-        play = {"repeats": repeats, "cluster": cluster, "batch_size": batch_size}
-        _print_asks(policy, made, asks, range(seed, seed + episodes), Path(run), play)
+        _print_asks(policy, made, asks, seeds, Path(run), play)
     elif made is not None:
         with _progress("playing", episodes) as progress:
-            result = evaluate_policy(
-                policy,
-                made,
-                range(seed, seed + episodes),
-                repeats=repeats,
-                cluster=cluster,
-                batch_size=batch_size,
-                progress=progress,
-            )
+            result = evaluate_policy(policy, made, seeds, progress=progress, **play)
         if output is not None:
             write_trajectories(output, result.trajectories)
         _print_result(result)
