@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import raw_splits
+from offline_lmrl.data.preferences import score_rows
 from offline_lmrl.data.protocols import Scorer, StepResult
 from offline_lmrl.data.trajectory import Turn, finite, shown, turn_from_record
 
@@ -86,9 +87,8 @@ class PromptEnvironment:
         contexts, labels = [context for context, _ in prompts], [known for _, known in prompts]
         try:
             if hasattr(self.reward, "score"):
-                pairs = zip(contexts, texts, strict=True)
-                found = [np.asarray(self.reward.score(context, [(Turn("assistant", text),)]))[0]
-                         for context, text in pairs]  # fmt: skip
+                options = [[(Turn("assistant", text),)] for text in texts]
+                found = [scores[0] for scores in score_rows(list(zip(contexts, options, strict=True)), self.reward)]
             else:
                 found = self.reward(contexts, texts, labels)
         except InputError:
