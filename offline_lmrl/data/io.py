@@ -27,9 +27,10 @@ from offline_lmrl.data.trajectory import to_record as trajectory_record
 Row = TypeVar("Row", Trajectory, Comparison)
 Rows = Iterable[tuple[str, Any]]  # ("file:row", row, or the InputError that says why a line is none)
 
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 _SPLIT_NAMES = {"train", "validation", "test"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_BOM = b"\xef\xbb\xbf"
 _LFS_POINTER = b"version https://git-lfs"
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
@@ -39,8 +40,8 @@ def read_trajectories(source: str | Path, *, split: str | None = None,
     """The trajectories of a file, a folder or a hub dataset, in any scored form of `offline_lmrl.data.forms`.
 
     Args:
-      source: a .jsonl, .jsonl.gz or .parquet file, a folder of those, a folder written by `datasets`' save_to_disk, or
-        a hub name `owner/name`.
+      source: a file of JSON (a row per line, or one list; .gz too) or Parquet, a folder of those, a folder written by
+        `datasets`' save_to_disk, or a hub name `owner/name`. In a folder, .json beside other data is no data.
       split: which split to read, where the source has several: a folder with a file named train, validation or test
         is a folder of splits, any other is one data set in parts.
       counts: gets {reason: n} for every repair and drop.
@@ -230,7 +231,7 @@ def _file_rows(path: Path) -> Rows:
         raise InputError(f"{path}: found a git-LFS pointer, expected the file it stands for (git lfs pull)")
     if path.suffix == ".parquet":
         return _parquet_rows(path)
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
+    if path.name.endswith(_SUFFIXES):
         return _json_rows(path)
     raise InputError(f"{path}: found suffix {path.suffix!r}, expected one of {', '.join(_SUFFIXES)}")
 
@@ -239,8 +240,15 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+            if lines.peek(4).removeprefix(_BOM).startswith(b"["):
+                # Public files of either suffix are one list, or rows of one list per line.
+                whole = _parsed(lines.read().removeprefix(_BOM), str(path))
+                if not isinstance(whole, InputError):
+                    yield from _numbered(whole, str(path))
+                    return
+                lines.seek(0)
             for number, line in enumerate(lines, 1):
-                if line := line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip():
+                if line := line.removeprefix(_BOM if number == 1 else b"").strip():
                     yield f"{path}:{number}", _parsed(line, f"{path}:{number}")
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}:{number + 1}: found {error}, expected a file that can be read") from error
@@ -272,6 +280,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _folder_parts(folder: Path) -> dict[str, Rows]:
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.endswith(_SUFFIXES)]
+    # Beside data of another suffix it is a report on them.
+    files = [path for path in files if path.suffix != ".json"] or files
     if not files:
         raise InputError(f"{folder}: found no data files, expected {', '.join(_SUFFIXES)} or a datasets folder")
     named: dict[str, list[Path]] = {}

@@ -186,10 +186,28 @@ def test_files_that_are_missing_empty_or_of_another_kind_are_one_line_errors(tmp
              for name in ("none.jsonl", "empty.jsonl", "a.csv", "bad.parquet", "bad.jsonl.gz", "void")}
     assert found["none.jsonl"].startswith("none.jsonl: found no such file, folder or hub name, expected a .jsonl")
     assert found["empty.jsonl"] == "empty.jsonl: found no row to use (no rows), expected at least one"
-    assert found["a.csv"] == "a.csv: found suffix '.csv', expected one of .jsonl, .jsonl.gz, .parquet"
+    assert found["a.csv"] == "a.csv: found suffix '.csv', expected one of .jsonl, .jsonl.gz, .json, .json.gz, .parquet"
     assert found["bad.parquet"].startswith("bad.parquet: found a file that Parquet cannot read")
     assert found["bad.jsonl.gz"].startswith("bad.jsonl.gz:1: found Compressed file ended")
-    assert found["void"].startswith("void: found no data files, expected .jsonl, .jsonl.gz, .parquet or a datasets")
+    assert found["void"].startswith("void: found no data files, expected .jsonl, .jsonl.gz, .json, .json.gz, ")
+
+
+def test_json_files_hold_one_list_or_a_row_per_line_whatever_their_suffix(tmp_path):
+    rows = [scored("é"), scored("b")]
+    expected = [row["messages"][1]["content"] for row in rows]
+    for name in ("a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz"):
+        for text in (json.dumps(rows, indent=1), "\ufeff" + json.dumps(rows), "\n".join(map(json.dumps, rows))):
+            whole = text.encode()
+            (tmp_path / name).write_bytes(gzip.compress(whole) if name.endswith("gz") else whole)
+            assert [row.turns[1].content for row in read_trajectories(tmp_path / name)] == expected
+    lines(tmp_path / "b.jsonl", [1], rows[0])  # no list as a whole, so the first line is a row that is a list
+    assert message_of(read_trajectories, tmp_path / "b.jsonl").startswith(f"{tmp_path}/b.jsonl:1: row: found [1]")
+
+
+def test_a_folder_of_json_files_is_read_where_they_lie_beside_no_other_data(tmp_path):
+    for name in ("train", "validation"):
+        lines(tmp_path / f"{name}.json", scored(name))
+    assert {name: len(rows) for name, rows in read_splits(tmp_path).items()} == {"train": 1, "validation": 1}
 
 
 def test_a_file_where_every_row_is_dropped_says_why(tmp_path):
