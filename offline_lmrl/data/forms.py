@@ -34,7 +34,8 @@ PARTS_JOINED = "repaired: text parts joined"
 CALLS_KEPT = "repaired: tool calls kept as JSON text"
 REWARD_REMOVED = "repaired: reward removed from an untrained turn"
 
-COMPARISON_FIELDS = (("chosen",), ("rejected",), ("responses", "ranks"), ("options", "target"))
+COMPARISON_FIELDS = (("chosen",), ("rejected",), ("responses", "ranks"), ("responses", "rank"),
+                     ("options", "target"))
 
 _MESSAGE_FIELDS = {"role", "content", "tool_calls", *OPTIONAL_TURN_FIELDS}
 _ROW_FIELDS = {"terminated", "group", "task", "source", "labels"}

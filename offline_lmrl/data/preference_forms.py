@@ -3,11 +3,12 @@
     context, options, target [, ranking, weight]     the project's own form; context and each option are messages
     prompt, chosen, rejected                         explicit: text or messages on each side
     chosen, rejected                                 implicit: each side is a whole conversation
-    prompt, responses, ranks                         the lowest rank is best, equal ranks tie, null = unranked
+    prompt, responses, ranks (or rank)               the lowest rank is best, equal ranks tie, null = unranked
 
 All forms may carry `weight, group, source, labels`; other columns are kept in `labels`, a column `margin` as
 `labels["strength"]`. Without a group, a row's group is a hash of its first user turn, blind to case, punctuation and
-white space, so that no split parts the branches of one conversation.
+white space, so that no split parts the branches of one conversation. Where responses are left out, so are their
+entries of `labels["options"]`.
 
 The context is what all sides have in common, found by turn, never by character. Text with "Human:" and "Assistant:"
 tags is a transcript: its turns are stripped, turns of one speaker that follow one another are merged, and only the
@@ -24,7 +25,7 @@ from typing import Any
 from offline_lmrl.data.comparison import Comparison, build_comparison
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.forms import Drop, extra_columns, read_messages, read_prompt, read_text
-from offline_lmrl.data.trajectory import Turn, finite, shown
+from offline_lmrl.data.trajectory import Turn, finite, read_labels, shown
 
 # What tokenizers put at the end of a reply; as text inside it, it is one more thing to learn that nobody said.
 END_TOKENS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<eos>",
@@ -57,7 +58,7 @@ def read_comparison(row: Any, where: str, counts: Counter, allow_empty: bool = F
     except Drop as drop:
         counts[f"dropped: {drop}"] += 1
         return None
-    fields |= {name: row[name] for name in _ROW_FIELDS & present}
+    fields = {name: row[name] for name in _ROW_FIELDS & present} | fields
     fields.setdefault("group", root_group(context))
     comparison = build_comparison(context, options, fields, where)
     extra = extra_columns(row, present - used - _ROW_FIELDS, repairs)
@@ -116,12 +117,14 @@ def _parts(row: Mapping, present: set[str], where: str, repairs: Counter,
     if {"chosen", "rejected"} <= present:
         context, options = _pair(row, where, repairs, allow_empty)
         return context, options, {"target": (1.0, 0.0), "ranking": ((0,), (1,))}, {"prompt", "chosen", "rejected"}
-    if {"prompt", "responses", "ranks"} <= present:
-        context, options, ranks = _ranked(row, where, repairs, allow_empty)
+    column = "ranks" if "ranks" in present else "rank"
+    if {"prompt", "responses", column} <= present:
+        context, options, ranks, labels = _ranked(row, column, where, repairs, allow_empty)
         levels = sorted(set(ranks))
         ranking = [[i for i, rank in enumerate(ranks) if rank == level] for level in levels]
         target = [(rank == levels[0]) / len(ranking[0]) for rank in ranks]
-        return context, options, {"target": target, "ranking": ranking}, {"prompt", "responses", "ranks"}
+        fields = {"target": target, "ranking": ranking, "labels": labels}
+        return context, options, fields, {"prompt", "responses", column}
     found = ", ".join(sorted(present)) or "none"
     raise InputError(f"{where}: fields: found {found}, expected {_FORMS}")
 
@@ -140,51 +143,75 @@ def _pair(row: Mapping, where: str, repairs: Counter, allow_empty: bool) -> tupl
     context = [] if prompt is None else read_prompt(prompt, where, repairs)
     if prompt is None and any(isinstance(side, str) for side in sides):
         repairs["repaired: text without turns taken as the agent's, without a context"] += 1
-    turns = [_reply(side, context, prompt, where, name, repairs)
+    turns = [read_reply(side, context, prompt, where, name, repairs)
              for name, side in zip(("chosen", "rejected"), sides, strict=True)]
     common, options = _split(turns, allow_empty)
     return [*context, *common], options
 
 
-def _ranked(row: Mapping, where: str, repairs: Counter,
-            allow_empty: bool) -> tuple[list[Turn], list[list[Turn]], list[float]]:
-    responses, ranks = _list(row["responses"], where, "responses"), _list(row["ranks"], where, "ranks")
+def _ranked(row: Mapping, column: str, where: str, repairs: Counter,
+            allow_empty: bool) -> tuple[list[Turn], list[list[Turn]], list[float], dict[str, Any]]:
+    """Context, options, their ranks and the row's labels, with `labels["options"]` of these options only."""
+    responses, ranks = _list(row["responses"], where, "responses"), _list(row[column], where, column)
     if len(responses) != len(ranks):
-        raise InputError(f"{where}: ranks: found {len(ranks)}, expected one for each of {len(responses)} responses")
-    context = read_prompt(row["prompt"], where, repairs)
-    ranked: dict[tuple, tuple[list[Turn], float]] = {}
+        raise InputError(f"{where}: {column}: found {len(ranks)}, expected one for each of {len(responses)} responses")
+    context = read_context(row["prompt"], where, repairs)
+    ranked: dict[tuple, tuple[list[Turn], float, int]] = {}
     for i, (response, rank) in enumerate(zip(responses, ranks, strict=True)):
         if rank is None:
             repairs["repaired: response without a rank left out"] += 1
             continue
         try:
-            rank = finite(f"ranks[{i}]", rank)
+            rank = finite(f"{column}[{i}]", rank)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-        reply = _reply(response, context, row["prompt"], where, f"responses[{i}]", repairs)
+        reply = read_reply(response, context, row["prompt"], where, f"responses[{i}]", repairs)
         if _is_empty(reply) and not allow_empty:
             repairs["repaired: empty response left out"] += 1
             continue
         if _said(reply) not in ranked:
-            ranked[_said(reply)] = reply, rank
+            ranked[_said(reply)] = reply, rank, i
         elif ranked[_said(reply)][1] == rank:
             repairs["repaired: response given twice with one rank merged"] += 1
         else:
             raise Drop("one text with two ranks")
     if len(ranked) < 2:
         raise Drop("fewer than two ranked responses")
-    common, options = _split([reply for reply, _ in ranked.values()], allow_empty)
-    return [*context, *common], options, [rank for _, rank in ranked.values()]
+    replies, kept_ranks, places = zip(*ranked.values(), strict=True)
+    common, options = _split(replies, allow_empty)
+    return [*context, *common], options, list(kept_ranks), _labels_of(row, places, len(responses), where)
 
 
-def _reply(side: Any, context: list[Turn], prompt: Any, where: str, field: str, repairs: Counter) -> list[Turn]:
-    """The turns of one side behind the context, which it may repeat."""
+def _labels_of(row: Mapping, places: Sequence[int], size: int, where: str) -> dict[str, Any]:
+    """The row's labels; of `labels["options"]`, if it has an entry for each of `size` responses, those at `places`."""
+    try:
+        labels = read_labels(row.get("labels"))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    options = labels.get("options")
+    if isinstance(options, list) and len(options) == size:
+        labels["options"] = [options[i] for i in places]
+    return labels
+
+
+def read_context(prompt: Any, where: str, repairs: Counter) -> list[Turn]:
+    """The turns of a prompt: text, messages or a transcript that may end with an open "Assistant:"."""
+    if not is_transcript(prompt):
+        return read_prompt(prompt, where, repairs)
+    turns = transcript(prompt, repairs)
+    if turns[-1] == Turn("assistant", ""):
+        turns.pop()
+    return [replace(turn, trainable=False) if turn.is_trainable else turn for turn in turns]
+
+
+def read_reply(side: Any, context: list[Turn], prompt: Any, where: str, field: str, repairs: Counter) -> list[Turn]:
+    """The turns of one side behind the context, which it may repeat; `prompt` is what the context was read from."""
     if isinstance(side, str):
         text = read_text(side)
         if isinstance(prompt, str) and prompt and text.startswith(prompt):
             text = text[len(prompt):]
             repairs["repaired: prompt removed from the start of a reply"] += 1
-        turns = [Turn("assistant", text)]
+        turns = [Turn("assistant", text.strip() if is_transcript(prompt) else text)]
     else:
         turns = read_messages(side, where, field, repairs, allow_empty=True)
         if context and _said(turns[:len(context)]) == _said(context):

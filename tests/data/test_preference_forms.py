@@ -132,6 +132,20 @@ def test_ranks_become_a_ranking_with_ties():
                       "repaired: response given twice with one rank merged": 1}
 
 
+def test_ranked_replies_to_a_transcript_follow_its_turns():
+    row, counts = read({"prompt": TALK, "responses": [" Blue.", TALK + " Black.", " Red.\n"], "rank": [0, 1, 2]})
+    assert said(row.context) == [("user", "Hi"), ("assistant", "Hello."), ("user", "Sky?")]
+    assert [said(option) for option in row.options] == [
+        [("assistant", "Blue.")], [("assistant", "Black.")], [("assistant", "Red.")]]
+    assert counts == {"repaired: prompt removed from the start of a reply": 1}
+
+
+def test_labels_of_responses_that_are_left_out_go_too():
+    labels = {"options": ["m1", "m2", "m3"], "note": "n"}
+    row, _ = read({"prompt": "p", "responses": ["a", "b", "c"], "ranks": [1, None, 0], "labels": labels})
+    assert row.labels == {"options": ["m1", "m3"], "note": "n"}
+
+
 def test_branches_of_one_conversation_share_a_group():
     first, _ = read({"chosen": TALK + " a", "rejected": TALK + " b"})
     second, _ = read({"chosen": "\n\nHuman:  hi!\n\nAssistant: x", "rejected": "\n\nHuman: hi!\n\nAssistant: y"})
