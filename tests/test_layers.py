@@ -58,7 +58,7 @@ def layer(module: str) -> str:
     root, _, rest = module.partition(".")
     part = rest.partition(".")[0]
     if root == "offline_lmrl":
-        return "cli" if part.startswith("cli") else part
+        return part.partition("_")[0] if part.startswith(("cli_", "training_")) else part
     return root
 
 

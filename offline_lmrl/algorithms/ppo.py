@@ -18,13 +18,10 @@ process; the reward keeps its unit unless `scale_scores`; AdamW's ε is 1e-5, Py
 
 import contextlib
 import copy
-import json
 import math
-import os
-import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,28 +29,25 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import rotate_checkpoints
 
-from offline_lmrl.data.batching import TokenBatch, WindowDataset, encode_trajectories, pick
-from offline_lmrl.data.episodes import EpisodeEncoder, StepRule, Window
+from offline_lmrl.data.batching import TokenBatch, WindowDataset, encode_trajectories
+from offline_lmrl.data.episodes import EpisodeEncoder, StepRule
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import atomic_output, write_trajectories
+from offline_lmrl.data.experience import Experience
+from offline_lmrl.data.io import write_trajectories
 from offline_lmrl.data.protocols import Environment, VectorEnvironment
-from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.rollouts import rollout
-from offline_lmrl.models.adapters import save_heads, settings
+from offline_lmrl.models.actor_critic import ActorCritic
+from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import attach, detach, load_model
-from offline_lmrl.models.value_heads import ScalarHead
 from offline_lmrl.ops.decoding import warp_log_probs
 from offline_lmrl.ops.policy_gradient import (
     Moments,
@@ -74,7 +68,8 @@ from offline_lmrl.ops.policy_gradient import (
     whiten,
 )
 from offline_lmrl.ops.value_learning import td_target
-from offline_lmrl.training import OfflineConfig, OfflineTrainer, check_model, check_range, move_model, with_adapter
+from offline_lmrl.training import OfflineConfig, OfflineTrainer, check_model, check_range, with_adapter
+from offline_lmrl.training_loop import LoopTrainer
 
 KL_ESTIMATORS = {"k1": kl_k1, "k3": kl_k3}
 OVERSHOOT = 1.5  # an update stops where its approx_kl is beyond so many times `stop_kl`
@@ -201,94 +196,25 @@ def log_distribution(logits: Tensor, temperature: float, kept: Tensor | None) ->
     return (scores if kept is None else scores.masked_fill(~kept, -torch.inf)).log_softmax(-1)
 
 
-class ActorCritic(nn.Module):
-    """Policy and V in one forward, which is what processes share and the optimizer trains.
+def ppo_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: PPOConfig) -> dict[str, Tensor]:
+    """The terms of L per agent token, each (N,), with their weights; 0 where a step has no target.
 
     Args:
-      policy: a guided model without value heads, or a PeftModel around one.
-      value_trunk: the guided model whose decoder V reads; None = the policy's.
+      outputs: v (N,); log_prob (N,) where the policy learns too, and entropy (N,) where that has a weight.
+      steps: `ActionSteps` with behaviour_log_prob, behaviour_v, advantage and returns, each (N,).
     """
-
-    def __init__(self, policy: nn.Module, value_trunk: PreTrainedModel | None):
-        super().__init__()
-        read = value_trunk or policy
-        self.policy = policy
-        self.value_trunk = value_trunk and value_trunk.get_decoder()
-        self.value_head = ScalarHead(1, read.get_output_embeddings().weight.shape[1], 0.0)
-        self.value_head.reset()
-        self.value_head.to(policy.device)
-        self.eval()  # for good: dropout would make the policy another one than the one that played
-
-    def forward(self, batch: TokenBatch, *, next_v: bool = False, value_only: bool = False) -> dict[str, Tensor]:
-        """For the N steps of a batch: "logits" (N,V) of the policy, "v" (N,), and with `next_v` "next_v" (N,).
-
-        value_only: only the value head gets a gradient, and there are no logits unless V reads them along.
-        """
-        steps, ids, mask = batch["steps"], batch["input_ids"], batch["attention_mask"]
-        place, windows = (steps["row"], steps["state"]), batch["windows"]
-        outputs = {}
-        with torch.no_grad() if value_only else contextlib.nullcontext():
-            outputs["logits"], hidden = self.policy.packed_logits(
-                *place, input_ids=ids[:windows], attention_mask=mask[:windows]
-            )
-        if self.value_trunk is not None:
-            with torch.no_grad() if value_only else contextlib.nullcontext():
-                hidden = self.value_trunk(input_ids=ids[:windows], attention_mask=mask[:windows], use_cache=False)[0]
-        outputs["v"] = self.value_head(hidden[place])[0]
-        if next_v:
-            if windows < len(ids):
-                trunk = self.value_trunk or self.policy.get_decoder()
-                behind = trunk(input_ids=ids[windows:], attention_mask=mask[windows:], use_cache=False)[0]
-                hidden = torch.cat([hidden, behind])
-            outputs["next_v"] = self.value_head(hidden[steps["next_row"], steps["next_state"]])[0]
-        return outputs
+    known, clip = steps["has_target"], config.value_clip_range or math.inf
+    loss = value_loss(outputs["v"], steps["behaviour_v"], steps["returns"], clip)
+    losses = {"value": config.value_weight * loss * known}
+    if "log_prob" in outputs:
+        log_prob, behaviour = outputs["log_prob"], steps["behaviour_log_prob"]
+        losses["policy"] = policy_loss(log_prob, behaviour, steps["advantage"], config.clip_range) * known
+        if "entropy" in outputs:
+            losses["entropy"] = -config.entropy_weight * outputs["entropy"] * known
+    return losses
 
 
-class _Numbering:
-    """An encoder that remembers which trajectory every window came from."""
-
-    def __init__(self, encoder: EpisodeEncoder):
-        self.encoder, self.number, self.of_window = encoder, -1, []
-
-    def encode(self, trajectory: Trajectory, counts: Counter[str]) -> Iterator[Window]:
-        self.number += 1
-        for window in self.encoder.encode(trajectory, counts):
-            self.of_window.append(self.number)
-            yield window
-
-
-@dataclass
-class Experience:
-    """What an iteration learns from: windows whose columns hold what was read and credited, one number per step.
-
-    windows: without rows for next states. episode: (N,) which trajectory each step is from. kept: (N, V/8) bits of the
-    tokens that filters left to the sampler; None = all. n: of the trajectories.
-    """
-
-    windows: WindowDataset
-    episode: np.ndarray
-    kept: np.ndarray | None
-    n: int
-
-    def column(self, name: str) -> Tensor:
-        """(N,)"""
-        return torch.from_numpy(np.asarray(self.windows.flat[name][0]))
-
-    def add(self, **columns: Tensor | np.ndarray) -> None:
-        offsets = self.windows.flat["state"][1]
-        self.windows.flat = {**self.windows.flat, **{n: (np.asarray(c), offsets) for n, c in columns.items()}}
-
-    def tokens(self) -> Iterator[tuple[int, int, int]]:
-        """Per step: trajectory, turn in it, and token of that turn."""
-        turn, state, start = (self.windows.flat[name][0] for name in ("turn", "state", "open_state"))
-        return zip(self.episode.tolist(), turn.tolist(), (state - start).tolist(), strict=True)
-
-    def places(self, index: np.ndarray) -> np.ndarray:
-        """Positions among the N of the steps of these windows."""
-        return pick((np.arange(len(self.episode)), self.windows.flat["state"][1]), index)[0]
-
-
-class PPOTrainer:
+class PPOTrainer(LoopTrainer):
     """Trains a policy by playing.
 
     Args:
@@ -300,8 +226,6 @@ class PPOTrainer:
     """
 
     algorithm = "ppo"
-    plays = True
-    regime = "environment"
     # Logged data and models are those of the offline algorithms.
     read = staticmethod(OfflineTrainer.read)
     new_model = staticmethod(OfflineTrainer.new_model)
@@ -316,23 +240,15 @@ class PPOTrainer:
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
     ):
-        self.args, self.environment = args, environment
         if args.ptx_weight > 0 and ptx_dataset is None:
             raise InputError(f"ptx_weight: found {args.ptx_weight}, but no logged data (data.train), expected both")
-        # Before the accelerator: the arguments' device resets what accelerate shares between objects.
-        device = args.device
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if args.bf16 else "no",
-            cpu=args.use_cpu,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.value_warmup > 0)],
-        )
         if processing_class is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             processing_class = transformers.AutoTokenizer.from_pretrained(name)
-        self.renderer = Renderer(processing_class, args.template)
+        super().__init__(args, processing_class, find_unused_parameters=args.value_warmup > 0)
         policy = load_model(model) if isinstance(model, str) else model
         check_model(policy, self.renderer, args.max_length)
-        policy = detach(attach(policy, None)).to(device)
+        policy = detach(attach(policy, None)).to(self.device)
         rule, self.scale = StepRule(args.discount_per_token, args.discount_per_turn), args.reward_scale or 1.0
         self.encoder = EpisodeEncoder(self.renderer, args.window, rule, RewardScale(scale=self.scale))
         policy.config.offline_lmrl = settings(policy.config) | {
@@ -346,34 +262,24 @@ class PPOTrainer:
         value_trunk = None
         if args.value_model != "shared":
             value_trunk = copy.deepcopy(policy) if args.value_model == "copy" else load_model(args.value_model)
-            value_trunk = value_trunk.to(device).requires_grad_(True)
+            value_trunk = value_trunk.to(self.device).requires_grad_(True)
         self.reference = None  # the policy with its adapter off
         if peft_config is None:
             self.reference = copy.deepcopy(policy).eval().requires_grad_(False)
         else:
             policy = with_adapter(policy, peft_config)
         transformers.set_seed(args.seed)  # the value head's first layer
-        self.module = ActorCritic(policy, value_trunk)
-        self.policy = policy
+        self.set_up(ActorCritic(policy, value_trunk), policy, average=args.ema > 0)
+        self.environment = environment
+        self.counts.update(getattr(environment, "counts", {}))
         self.player = LanguagePolicy(policy, self.renderer, args.play, **asdict(args.window))
-        self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        self.average = {name: p.detach().clone() for name, p in self.trained.items()} if args.ema > 0 else None
-        optimizer = torch.optim.AdamW(
-            self.trained.values(), args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
-            args.weight_decay,
-        )  # fmt: skip
-        self.scheduler = transformers.get_scheduler(
-            args.lr_scheduler_type, optimizer, args.get_warmup_steps(args.max_steps), args.max_steps,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-        )  # fmt: skip
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.module, optimizer)
-        self.counts: Counter[str] = Counter(getattr(environment, "counts", {}))
+        self.vocabulary = policy.get_output_embeddings().weight.shape[0]
         self.ptx = None
         if args.ptx_weight > 0:
             columns = encode_trajectories(ptx_dataset, self.encoder, self.counts)
             self.ptx = WindowDataset(columns, self.renderer.close_id, next_rows=False, end_rows=False)
-        self.iteration, self.updates, self.kl_weight, self.moments = 0, 0, args.kl_weight, Moments()
-        self.totals: Counter[str] = Counter(dict.fromkeys(SUMS, 0))
+        self.kl_weight, self.moments = args.kl_weight, Moments()
+        self.totals.update(dict.fromkeys(SUMS, 0))
         self.tokens_read = 0  # by this process since the last row of metrics
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
@@ -381,9 +287,9 @@ class PPOTrainer:
         args = self.args
         if resume_from_checkpoint is not None:
             self.load(Path(resume_from_checkpoint))
-        self._keep_metrics_before(self.iteration)
+        self.keep_metrics_before(self.iteration)
         started = time.monotonic()
-        bar = tqdm(total=args.max_steps, initial=self.iteration, desc="ppo", disable=self._is_quiet, leave=False)
+        bar = tqdm(total=args.max_steps, initial=self.iteration, desc="ppo", disable=self.is_quiet, leave=False)
         while self.iteration < args.max_steps:
             at = time.monotonic()
             trajectories = self.play(bar)
@@ -406,7 +312,7 @@ class PPOTrainer:
                 raise InputError(f"max_kl: found a KL of {metrics['kl']:.3g} nats per episode in iteration "
                                  f"{self.iteration}, expected at most {args.max_kl:g}: the policy has collapsed; "
                                  "raise kl_weight, lower learning_rate or set stop_kl")  # fmt: skip
-            if self._saves():
+            if self.saves():
                 self.save_checkpoint()
             bar.set_postfix(score=f"{metrics['score']:.3g}", kl=f"{metrics['kl']:.3g}")
             bar.update()
@@ -454,16 +360,10 @@ class PPOTrainer:
     @torch.no_grad()
     def observe(self, trajectories: Sequence[Trajectory]) -> Experience:
         """Encodes episodes and reads, per step, log-probabilities of policy and reference, V, and V behind it."""
-        args, play, numbering = self.args, self.args.play, _Numbering(self.encoder)
-        columns = encode_trajectories(trajectories, numbering, self.counts)
-        windows = WindowDataset(columns, self.renderer.close_id, next_rows=True, end_rows=False)
-        offsets = columns["state"][1]
-        experience = Experience(windows, np.repeat(numbering.of_window, np.diff(offsets)), None, len(trajectories))
-        allowed = self._allowed(trajectories, experience)
-        vocabulary = self.policy.get_output_embeddings().weight.shape[0]
+        args, play = self.args, self.args.play
+        experience = Experience.of(trajectories, self.encoder, self.counts, self.renderer.close_id)
+        windows, allowed = experience.windows, self._allowed(trajectories, experience)
         filtered = (play.top_k, play.top_p, play.min_p, play.support) != (None, None, None, 0.0)
-        if filtered or allowed is not None:
-            experience.kept = np.zeros((len(experience.episode), -(-vocabulary // 8)), dtype=np.uint8)
         found = {name: np.zeros(len(experience.episode), dtype=np.float32)
                  for name in ("behaviour_log_prob", "ref_log_prob", "behaviour_v", "next_v", "entropy")}  # fmt: skip
         order = np.argsort(-windows.lengths, kind="stable")  # like lengths together: little padding
@@ -474,12 +374,12 @@ class PPOTrainer:
                 outputs = self.module(batch, next_v=True)
                 reference = self._reference_logits(batch)
             logits, kept = outputs["logits"].float(), None
-            if experience.kept is not None:
-                if allowed is not None:
-                    logits = logits.masked_fill(~self._mask([allowed[i] for i in places], vocabulary), -torch.inf)
+            if allowed is not None:
+                logits = logits.masked_fill(~self._mask([allowed[i] for i in places]), -torch.inf)
+            if filtered or allowed is not None:
                 kept = warp_log_probs(logits, play.temperature, play.top_k, play.top_p, play.min_p, play.support)
                 kept = kept > -torch.inf
-                experience.kept[places] = np.packbits(kept.cpu().numpy(), axis=1)
+                experience.keep(places, kept)
             log_probs = log_distribution(logits, play.temperature, kept)
             action = batch["steps"]["action"].unsqueeze(-1)
             values = {
@@ -517,8 +417,9 @@ class PPOTrainer:
             found.append(ids and {option[k] for option in ids if option[:k] == said[:k] and len(option) > k})
         return found
 
-    def _mask(self, allowed: Sequence[set[int] | None], vocabulary: int) -> Tensor:
-        mask = torch.zeros(len(allowed), vocabulary, dtype=torch.bool)
+    def _mask(self, allowed: Sequence[set[int] | None]) -> Tensor:
+        """(n, V)"""
+        mask = torch.zeros(len(allowed), self.vocabulary, dtype=torch.bool)
         for row, tokens in zip(mask, allowed, strict=True):
             row[slice(None) if tokens is None else sorted(tokens)] = True
         return mask.to(self.args.device)
@@ -559,7 +460,7 @@ class PPOTrainer:
         full[:, known] = torch.stack([whiten(advantage) if args.whiten_advantages else advantage, returns])
         experience.add(advantage=full[0].numpy(), returns=full[1].numpy())
         gap = (log_prob - column("sampled_log_prob")).abs().max().item()
-        return self._mean({
+        return self.mean({
             "kl": kl.sum().item() / experience.n, "kl_per_token": kl.mean().item(),
             "entropy": column("entropy").mean().item(), "explained_variance": explained,
             "value": v.mean().item(), "sampler_gap": gap,
@@ -583,7 +484,7 @@ class PPOTrainer:
         means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
         if rows:
             means["ratio_max"] = max(row["ratio_max"] for row in rows)
-        return self._mean(means) | {"minibatches": len(rows), "learning_rate": self.scheduler.get_last_lr()[0]}
+        return self.mean(means) | {"minibatches": len(rows), "learning_rate": self.scheduler.get_last_lr()[0]}
 
     def minibatch(
         self, experience: Experience, index: np.ndarray, dice: np.random.Generator
@@ -631,28 +532,20 @@ class PPOTrainer:
         self, experience: Experience, index: np.ndarray, warming: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weighted terms of L per step, each (N,), and what was compared, (N,) of the steps with a target."""
-        args, kept = self.args, None
-        batch = self._batch(experience.windows, index)
+        args, batch = self.args, self._batch(experience.windows, index)
         steps, known = batch["steps"], batch["steps"]["has_target"]
-        if experience.kept is not None:
-            bits = np.unpackbits(experience.kept[steps["place"].cpu().numpy()], axis=1)
-            bits = bits[:, : self.policy.get_output_embeddings().weight.shape[0]]
-            kept = torch.from_numpy(bits).bool().to(args.device)
+        kept = experience.kept_at(steps["place"].cpu().numpy(), self.vocabulary)
+        kept = kept if kept is None else kept.to(args.device)
         with self.accelerator.autocast():
             outputs = self.wrapped(batch, value_only=warming)
         log_probs = log_distribution(outputs["logits"], args.play.temperature, kept)
-        log_prob = log_probs.gather(-1, steps["action"].unsqueeze(-1))[:, 0]
-        behaviour = {name: steps[name] for name in ("behaviour_log_prob", "behaviour_v", "returns")}
-        clip = args.value_clip_range or math.inf
-        terms = {"value": value_loss(outputs["v"], behaviour["behaviour_v"], behaviour["returns"], clip)}
-        terms["value"] = args.value_weight * terms["value"] * known
-        if not warming:
-            loss = policy_loss(log_prob, behaviour["behaviour_log_prob"], steps["advantage"], args.clip_range)
-            terms["policy"] = loss * known
-            if args.entropy_weight > 0:
-                terms["entropy"] = -args.entropy_weight * entropy(log_probs) * known
-        compared = {"log_prob": log_prob, "v": outputs["v"]} | behaviour
-        return terms, {name: value.detach()[known] for name, value in compared.items()}
+        compared = {"log_prob": log_probs.gather(-1, steps["action"].unsqueeze(-1))[:, 0], "v": outputs["v"]}
+        learnt = {"v": compared["v"]} if warming else dict(compared)
+        if args.entropy_weight > 0 and not warming:
+            learnt["entropy"] = entropy(log_probs)
+        compared |= {name: steps[name] for name in ("behaviour_log_prob", "behaviour_v", "returns")}
+        losses = ppo_losses(learnt, steps, args)
+        return losses, {name: value.detach()[known] for name, value in compared.items()}
 
     def ptx_terms(self, index: np.ndarray) -> dict[str, Tensor]:
         """γ · −log π of the agent's logged tokens, (N,)."""
@@ -700,23 +593,12 @@ class PPOTrainer:
         for name, count in zip(SUMS, sums, strict=True):
             self.totals[name] += int(self.accelerator.reduce(torch.tensor(count, device=self.args.device), "sum"))
         n = len(trajectories)
-        return self._mean({
+        return self.mean({
             "score": sum(t.total_return for t in trajectories) / n,
             "tokens": tokens / n, "turns": len(turns) / n,
             "terminated": sum(t.terminated for t in trajectories) / n,
             "closed": sum(turn.token_ids[-1:] == (self.renderer.close_id,) for turn in turns) / len(turns),
         })  # fmt: skip
-
-    def _mean(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Over the processes."""
-        if self.args.world_size == 1 or not metrics:
-            return dict(metrics)
-        values = torch.tensor(list(metrics.values()), device=self.args.device)
-        return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
-
-    def costs(self) -> dict[str, int]:
-        """What the run took, for complete.json."""
-        return {"steps": self.iteration} | dict(self.totals)
 
     def plan(self) -> dict[str, int]:
         """What `train` would do."""
@@ -727,110 +609,8 @@ class PPOTrainer:
             "optimizer steps": args.max_steps * args.epochs * args.minibatches,
         }
 
-    @property
-    def model(self) -> nn.Module:
-        """The policy."""
-        return self.policy
+    def memory(self) -> dict[str, Any]:
+        return {"kl_weight": self.kl_weight, "moments": list(self.moments)}
 
-    @property
-    def _is_quiet(self) -> bool:
-        return self.args.disable_tqdm or not self.accelerator.is_main_process
-
-    def log(self, metrics: Mapping[str, float]) -> None:
-        """Appends a row to metrics.jsonl; null where there is no number (variance explained of returns all alike)."""
-        if self.args.should_save:
-            folder = Path(self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-                file.write(json.dumps({"step": self.iteration, **known}) + "\n")
-
-    def _keep_metrics_before(self, iteration: int) -> None:
-        """Drops the rows that the run is about to write again."""
-        path = Path(self.args.output_dir) / "metrics.jsonl"
-        if self.args.should_save and path.exists():
-            rows = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
-            kept = [row for row in rows if json.loads(row)["step"] <= iteration and iteration > 0]
-            temporary = path.with_name(".metrics.jsonl.part")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            os.replace(temporary, path)
-
-    # Saving.
-
-    def _saves(self) -> bool:
-        every = int(self.args.save_steps)
-        return self.args.save_strategy == "steps" and (self.iteration % every == 0)
-
-    def save_checkpoint(self) -> None:
-        """Everything that the next iteration depends on, and the policy as `save_model` writes it; whole or absent."""
-        if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.iteration}"
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that went on from an earlier one
-            with atomic_output(folder) as temporary:
-                temporary.mkdir()
-                self._write_policy(temporary)
-                save_file({name: p.detach().contiguous() for name, p in self.trained.items()},
-                          temporary / "trained.safetensors")  # fmt: skip
-                if self.average is not None:
-                    save_file(self.average, temporary / "average.safetensors")
-                state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
-                torch.save(state, temporary / "optimizer.pt")
-                (temporary / "ppo.json").write_text(json.dumps({
-                    "iteration": self.iteration, "updates": self.updates, "kl_weight": self.kl_weight,
-                    "moments": list(self.moments), "totals": self.totals, "counts": self.counts,
-                }), encoding="utf-8")  # fmt: skip
-            rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
-
-    def load(self, checkpoint: Path) -> None:
-        """The inverse of `save_checkpoint`. What is random depends on seed and iteration alone."""
-        stored = load_file(checkpoint / "trained.safetensors")
-        if missing := set(self.trained) ^ set(stored):
-            raise InputError(f"{checkpoint}: found other weights than this run trains, first {min(missing)}")
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(stored[name])
-        if self.average is not None:
-            average = load_file(checkpoint / "average.safetensors")
-            self.average = {name: average[name].to(self.args.device) for name in self.trained}  # in their order
-        state = torch.load(checkpoint / "optimizer.pt", map_location=self.args.device, weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        report = json.loads((checkpoint / "ppo.json").read_text(encoding="utf-8"))
-        self.iteration, self.updates, self.kl_weight = (report[n] for n in ("iteration", "updates", "kl_weight"))
-        self.moments, self.totals = Moments(*report["moments"]), Counter(report["totals"])
-        self.counts = Counter(report["counts"])
-
-    def save_model(self, output_dir: str | None = None) -> None:
-        """The policy alone, its averaged weights where there are any: a plain model of its base class."""
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            staging = folder / ".saving"
-            shutil.rmtree(staging, ignore_errors=True)  # what a kill left half written
-            staging.mkdir(parents=True)
-            self._write_policy(staging)
-            move_model(staging, folder)
-        self.accelerator.wait_for_everyone()
-
-    def _write_policy(self, folder: Path) -> None:
-        with self._averaged():
-            self.policy.save_pretrained(folder)
-            if hasattr(self.policy, "peft_config"):
-                save_heads(self.policy, folder)
-        self.renderer.tokenizer.save_pretrained(folder)
-
-    @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The averaged weights in the place of the trained ones."""
-        if self.average is None:
-            yield
-            return
-        trained = {name: p.detach().clone() for name, p in self.trained.items()}
-        with torch.no_grad():
-            for name, p in self.trained.items():
-                p.copy_(self.average[name])
-            try:
-                yield
-            finally:
-                for name, p in self.trained.items():
-                    p.copy_(trained[name])
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        self.kl_weight, self.moments = memory["kl_weight"], Moments(*memory["moments"])

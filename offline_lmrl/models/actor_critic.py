@@ -1,0 +1,53 @@
+"""A policy and V of its states in one module: what an optimizer trains and processes share where a policy plays."""
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from offline_lmrl.data.batching import TokenBatch
+from offline_lmrl.models.value_heads import ScalarHead
+
+
+class ActorCritic(nn.Module):
+    """Policy and V in one forward, which is what processes share and the optimizer trains.
+
+    Args:
+      policy: a guided model without value heads, or a PeftModel around one.
+      value_trunk: the guided model whose decoder V reads; None = the policy's.
+    """
+
+    def __init__(self, policy: nn.Module, value_trunk: PreTrainedModel | None):
+        super().__init__()
+        read = value_trunk or policy
+        self.policy = policy
+        self.value_trunk = value_trunk and value_trunk.get_decoder()
+        self.value_head = ScalarHead(1, read.get_output_embeddings().weight.shape[1], 0.0)
+        self.value_head.reset()
+        self.value_head.to(policy.device)
+        self.eval()  # for good: dropout would make the policy another one than the one that played
+
+    def forward(self, batch: TokenBatch, *, next_v: bool = False, value_only: bool = False) -> dict[str, Tensor]:
+        """For the N steps of a batch: "logits" (N,V) of the policy, "v" (N,), and with `next_v` "next_v" (N,).
+
+        value_only: only the value head gets a gradient, and there are no logits unless V reads them along.
+        """
+        steps, ids, mask = batch["steps"], batch["input_ids"], batch["attention_mask"]
+        place, windows = (steps["row"], steps["state"]), batch["windows"]
+        outputs = {}
+        with torch.no_grad() if value_only else contextlib.nullcontext():
+            outputs["logits"], hidden = self.policy.packed_logits(
+                *place, input_ids=ids[:windows], attention_mask=mask[:windows]
+            )
+        if self.value_trunk is not None:
+            with torch.no_grad() if value_only else contextlib.nullcontext():
+                hidden = self.value_trunk(input_ids=ids[:windows], attention_mask=mask[:windows], use_cache=False)[0]
+        outputs["v"] = self.value_head(hidden[place])[0]
+        if next_v:
+            if windows < len(ids):
+                trunk = self.value_trunk or self.policy.get_decoder()
+                behind = trunk(input_ids=ids[windows:], attention_mask=mask[windows:], use_cache=False)[0]
+                hidden = torch.cat([hidden, behind])
+            outputs["next_v"] = self.value_head(hidden[steps["next_row"], steps["next_state"]])[0]
+        return outputs

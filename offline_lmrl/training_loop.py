@@ -1,0 +1,206 @@
+"""The base of trainers with a loop of their own, on accelerate: the optimizer, averaged weights, and the run's folder.
+
+The folder is that of any other run: metrics.jsonl, checkpoints that are whole or absent and go on to the same bits,
+and the model at its top.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import rotate_checkpoints
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import atomic_output
+from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.models.adapters import save_heads
+from offline_lmrl.training import BaseConfig, move_model
+
+
+class LoopTrainer:
+    """What a trainer is made of that plays in a loop of its own.
+
+    A subclass gives itself a policy and a module around it (`set_up`), loops in `train`, and says what else the next
+    iteration depends on (`memory`, `remember`). What is random depends on seed and iteration alone.
+
+    Args:
+      find_unused_parameters: whether some are not reached by every loss.
+    """
+
+    algorithm = ""
+    plays = True
+    regime = "environment"
+
+    def __init__(self, args: BaseConfig, processing_class: PreTrainedTokenizerBase, find_unused_parameters: bool):
+        self.args = args
+        self.device = args.device  # before the accelerator: it resets what accelerate shares between objects
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if args.bf16 else "no",
+            cpu=args.use_cpu,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
+        )
+        self.renderer = Renderer(processing_class, args.template)
+        self.counts: Counter[str] = Counter()
+        self.totals: Counter[str] = Counter()
+        self.iteration, self.updates = 0, 0
+
+    def set_up(self, module: nn.Module, policy: nn.Module, average: bool) -> None:
+        """Takes what is trained (module) and saved (policy), and prepares optimizer and schedule.
+
+        average: whether averaged weights are kept, which are then the ones that are saved.
+        """
+        args, self.module, self.policy = self.args, module, policy
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.trained.items()} if average else None
+        optimizer = torch.optim.AdamW(
+            self.trained.values(), args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
+            args.weight_decay,
+        )  # fmt: skip
+        self.scheduler = transformers.get_scheduler(
+            args.lr_scheduler_type, optimizer, args.get_warmup_steps(args.max_steps), args.max_steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )  # fmt: skip
+        self.wrapped, self.optimizer = self.accelerator.prepare(module, optimizer)
+
+    # What a subclass says of itself.
+
+    def memory(self) -> dict[str, Any]:
+        """What the next iteration depends on beside weights, optimizer, schedule and counts, as plain values."""
+        return {}
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        """The inverse of `memory`."""
+
+    # Accounts.
+
+    def mean(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Over the processes."""
+        if self.args.world_size == 1 or not metrics:
+            return dict(metrics)
+        values = torch.tensor(list(metrics.values()), device=self.args.device)
+        return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+
+    def costs(self) -> dict[str, int]:
+        """What the run took, for complete.json."""
+        return {"steps": self.iteration} | dict(self.totals)
+
+    @property
+    def model(self) -> nn.Module:
+        """The policy."""
+        return self.policy
+
+    @property
+    def is_quiet(self) -> bool:
+        return self.args.disable_tqdm or not self.accelerator.is_main_process
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Appends a row to metrics.jsonl; null where there is no number (variance explained of returns all alike)."""
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+                file.write(json.dumps({"step": self.iteration, **known}) + "\n")
+
+    def keep_metrics_before(self, iteration: int) -> None:
+        """Drops the rows that the run is about to write again."""
+        path = Path(self.args.output_dir) / "metrics.jsonl"
+        if self.args.should_save and path.exists():
+            rows = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+            kept = [row for row in rows if json.loads(row)["step"] <= iteration and iteration > 0]
+            temporary = path.with_name(".metrics.jsonl.part")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            os.replace(temporary, path)
+
+    # Saving.
+
+    def saves(self) -> bool:
+        """Whether a checkpoint is due."""
+        every = int(self.args.save_steps)
+        return self.args.save_strategy == "steps" and (self.iteration % every == 0)
+
+    def save_checkpoint(self) -> None:
+        """Everything that the next iteration depends on, and the policy as `save_model` writes it; whole or absent."""
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.iteration}"
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that went on from an earlier one
+            with atomic_output(folder) as temporary:
+                temporary.mkdir()
+                self._write_policy(temporary)
+                save_file({name: p.detach().contiguous() for name, p in self.trained.items()},
+                          temporary / "trained.safetensors")  # fmt: skip
+                if self.average is not None:
+                    save_file(self.average, temporary / "average.safetensors")
+                state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+                torch.save(state, temporary / "optimizer.pt")
+                (temporary / "loop.json").write_text(json.dumps({
+                    "iteration": self.iteration, "updates": self.updates, "totals": self.totals,
+                    "counts": self.counts, "memory": self.memory(),
+                }), encoding="utf-8")  # fmt: skip
+            rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, checkpoint: Path) -> None:
+        """The inverse of `save_checkpoint`."""
+        stored = load_file(checkpoint / "trained.safetensors")
+        if missing := set(self.trained) ^ set(stored):
+            raise InputError(f"{checkpoint}: found other weights than this run trains, first {min(missing)}")
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(stored[name])
+        if self.average is not None:
+            average = load_file(checkpoint / "average.safetensors")
+            self.average = {name: average[name].to(self.args.device) for name in self.trained}  # in their order
+        state = torch.load(checkpoint / "optimizer.pt", map_location=self.args.device, weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        found = json.loads((checkpoint / "loop.json").read_text(encoding="utf-8"))
+        self.iteration, self.updates = found["iteration"], found["updates"]
+        self.totals, self.counts = Counter(found["totals"]), Counter(found["counts"])
+        self.remember(found["memory"])
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """The policy alone, its averaged weights where there are any: a plain model of its base class."""
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            staging = folder / ".saving"
+            shutil.rmtree(staging, ignore_errors=True)  # what a kill left half written
+            staging.mkdir(parents=True)
+            self._write_policy(staging)
+            move_model(staging, folder)
+        self.accelerator.wait_for_everyone()
+
+    def _write_policy(self, folder: Path) -> None:
+        with self._averaged():
+            self.policy.save_pretrained(folder)
+            if hasattr(self.policy, "peft_config"):
+                save_heads(self.policy, folder)
+        self.renderer.tokenizer.save_pretrained(folder)
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in the place of the trained ones."""
+        if self.average is None:
+            yield
+            return
+        trained = {name: p.detach().clone() for name, p in self.trained.items()}
+        with torch.no_grad():
+            for name, p in self.trained.items():
+                p.copy_(self.average[name])
+            try:
+                yield
+            finally:
+                for name, p in self.trained.items():
+                    p.copy_(trained[name])
