@@ -5,8 +5,10 @@ from typing import Any
 
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.protocols import Environment, Policy, Reply, StepResult, VectorEnvironment
-from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.data.trajectory import Trajectory, Turn, finite, shown
 from offline_lmrl.environments import is_vector
+
+MAX_TURNS = 1000  # an environment that never ends must not hold up an evaluation for ever
 
 
 class SideBySide:
@@ -41,7 +43,7 @@ def rollout(
     seeds: Sequence[int],
     *,
     batch_size: int = 1024,
-    max_turns: int | None = None,
+    max_turns: int | None = MAX_TURNS,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Trajectory]:
     """One episode per seed, which is the environment's and the policy's; no episode depends on the others.
@@ -58,6 +60,7 @@ def rollout(
       batch_size: episodes that are played at once.
       max_turns: agent turns after which an episode is cut; None = the environment decides.
       progress: called with (episodes done, episodes in all) whenever some have ended.
+    Raises: InputError where the environment pays something else than a finite number.
     """
     if max_turns is not None and max_turns < 1:
         raise InputError(f"max_turns: found {max_turns}, expected at least 1, or null")
@@ -112,12 +115,19 @@ class _Episodes:
             if texts is not None:
                 self.options[row][str(len(self.turns[row]))] = texts
         for row, reply, result in zip(self.live, replies, results, strict=True):
-            self.turns[row] += [_agent_turn(reply, result.reward), *result.turns]
+            self.turns[row] += [_agent_turn(reply, self._paid(row, result.reward)), *result.turns]
             self.policy_log_prob[row].append(list(reply.policy_log_prob or ()))
             self.terminated[row] = bool(result.terminated)
             if result.terminated or result.truncated or self.turns_played == max_turns:
                 self.ended.append(row)
         self.live = [row for row in self.live if row not in set(self.ended)]
+
+    def _paid(self, row: int, reward: Any) -> float:
+        try:
+            return finite("reward", float(reward))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"environment: found the reward {shown(reward)} in the episode of seed "
+                             f"{self.seeds[row]}, expected a finite number") from error  # fmt: skip
 
     def trajectories(self) -> list[Trajectory]:
         return [
@@ -140,4 +150,4 @@ class _Episodes:
 
 def _agent_turn(reply: Reply, reward: float) -> Turn:
     ids = reply.token_ids
-    return Turn("assistant", reply.text, None, float(reward), ids, None if ids is None else reply.log_prob)
+    return Turn("assistant", reply.text, None, reward, ids, None if ids is None else reply.log_prob)

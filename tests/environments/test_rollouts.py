@@ -6,7 +6,7 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.protocols import Reply, StepResult
 from offline_lmrl.data.trajectory import Turn
 from offline_lmrl.environments import ENVIRONMENTS, is_vector, make_environment
-from offline_lmrl.environments.rollouts import rollout
+from offline_lmrl.environments.rollouts import MAX_TURNS, rollout
 
 
 class Countdown:
@@ -82,6 +82,25 @@ def test_max_turns_cuts_an_episode():
     (episode,) = rollout(Script(), Countdown, [5], max_turns=2)
     assert episode.turns[-1].content == "3"
     assert not episode.terminated
+
+
+def test_an_environment_that_never_ends_is_cut_all_the_same():
+    class Endless(Countdown):
+        def step(self, text):
+            return StepResult([Turn("user", "on")], 0.0, False, False)
+
+    (episode,) = rollout(Script(), Endless, [1])
+    assert sum(turn.is_trainable for turn in episode.turns) == MAX_TURNS and not episode.terminated
+
+
+@pytest.mark.parametrize("reward", [None, "much", float("nan"), float("inf"), [1.0, 2.0]])
+def test_an_environment_that_pays_no_number_is_one_line(reward):
+    class Odd(Countdown):
+        def step(self, text):
+            return StepResult([], reward, True, False)
+
+    with pytest.raises(InputError, match="found the reward .* of seed 4, expected a finite number"):
+        rollout(Script(), Odd, [4])
 
 
 def test_batches_give_the_same_episodes_and_report_progress():
