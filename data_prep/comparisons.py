@@ -15,7 +15,9 @@ from data_prep.reports import write_json
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.comparison_checks import Feature, describe, merge_repeats
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import group_key, raw_splits, split_by_group, write_comparisons
+from offline_lmrl.data.forms import Drop
+from offline_lmrl.data.io import Row, group_key, raw_splits, split_by_group, write_comparisons
+from offline_lmrl.data.trajectory import shown
 
 _FOUND = re.compile(r"(?P<field>.*?): found .*, expected (?P<expected>.*)", re.DOTALL)
 
@@ -26,8 +28,9 @@ def import_rows(
     """What `read` makes of each row of a source, by split, and the counts.
 
     Args:
-      read: takes a row, "file:row" and a counter; returns None for a row whose drop it has counted. A row that it
-        refuses with an InputError is dropped too, and counted under the error's field and what was expected there.
+      read: takes an object, "file:row" and a counter of its repairs. It drops a row by raising Drop, or by returning
+        None once it has counted the drop. A row that it refuses with an InputError is dropped too, and counted under
+        the error's field and what was expected there.
     Raises: InputError for a source that cannot be read, or of which no row can be used.
     """
     made: dict[str, list[Any]] = {}
@@ -50,20 +53,16 @@ def import_rows(
                   "kept as it is": _part(counts, "kept: ")}
 
 
-def publish(
-    made: Mapping[str, list[Comparison]], output: str | Path, report: Mapping[str, Any], validation: float, seed: int,
-    features: Mapping[str, Feature] | None = None,
-) -> dict[str, Any]:
-    """Merges repeats, splits by group, writes <split>.jsonl and report.json; returns the report.
+def separate(made: Mapping[str, list[Row]], validation: float, seed: int) -> tuple[dict[str, list[Row]], int]:
+    """The rows of a source in splits that share no group, and how many rows had to leave for that.
+
+    A source without splits, or with a train split but no validation, gets a share `validation` of its groups as one.
+    A group that is in two splits leaves all but the last.
 
     Args:
-      made: comparisons by split of the source. A source without splits, or with a train split but no validation, gets
-        a share `validation` of its groups as one. A group that is in two splits leaves all but the last.
-      report: what comes before in the report.
-      features: further baselines by name.
+      made: rows by split of the source, "all" where it has none.
     """
-    merges: Counter[str] = Counter()
-    splits = {"train" if name == "all" else name: merge_repeats(made[name], merges)
+    splits = {"train" if name == "all" else name: made[name]
               for name in sorted(made, key=lambda name: name not in ("all", "train"))}  # fmt: skip
     if "train" in splits and "validation" not in splits and validation > 0:
         parts = split_by_group(splits.pop("train"), {"train": 1 - validation, "validation": validation}, seed)
@@ -74,7 +73,23 @@ def publish(
         removed += len(splits[name]) - len(own)
         later |= {group_key(row) for row in own}
         splits[name] = own
-    splits = {name: rows for name, rows in splits.items() if rows}
+    return {name: rows for name, rows in splits.items() if rows}, removed
+
+
+def publish(
+    made: Mapping[str, list[Comparison]], output: str | Path, report: Mapping[str, Any], validation: float, seed: int,
+    features: Mapping[str, Feature] | None = None,
+) -> dict[str, Any]:
+    """Merges repeats, splits by group, writes <split>.jsonl and report.json; returns the report.
+
+    Args:
+      made: comparisons by split of the source.
+      report: what comes before in the report.
+      validation, seed: as in `separate`.
+      features: further baselines by name.
+    """
+    merges: Counter[str] = Counter()
+    splits, removed = separate({name: merge_repeats(rows, merges) for name, rows in made.items()}, validation, seed)
     everything = [row for rows in splits.values() for row in rows]
     report = {
         **report,
@@ -91,10 +106,16 @@ def publish(
 
 
 def _read(row: Any, where: str, read: Callable[[Any, str, Counter], Any], counts: Counter[str]) -> Any:
+    mine: Counter[str] = Counter()  # the repairs of a row that is dropped do not count
     try:
         if isinstance(row, InputError):
             raise row
-        return read(row, where, counts)
+        if not isinstance(row, Mapping):
+            raise InputError(f"{where}: row: found {shown(row)}, expected an object")
+        one = read(row, where, mine)
+    except Drop as drop:
+        counts[f"dropped: {drop}"] += 1
+        return None
     except InputError as error:
         # The reason must not hold what is particular to the row, or there are as many reasons as rows.
         text = str(error).removeprefix(f"{where}: ")
@@ -102,6 +123,8 @@ def _read(row: Any, where: str, read: Callable[[Any, str, Counter], Any], counts
         reason = f"{match['field']}: expected {match['expected']}" if match else text
         counts["dropped: " + re.sub(r"(?<![\w-])\d+", "N", re.sub(r"\[\d+\]", "", reason))] += 1
         return None
+    counts.update(mine)
+    return one
 
 
 def _part(counts: Counter[str], prefix: str) -> dict[str, int]:

@@ -3,8 +3,8 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, chain, combinations
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.io import group_key
 from offline_lmrl.data.preference_forms import END_TOKENS, normalised
-from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.data.trajectory import Trajectory, Turn
 
 Feature = Callable[[Comparison, int], float]  # of one option of a comparison
 
@@ -34,44 +34,52 @@ def describe(comparisons: Sequence[Comparison], features: Mapping[str, Feature] 
     Args:
       features: further baselines by name.
     """
-    replies = [_text(option) for row in comparisons for option in row.options]
-    contexts = [_text(row.context) for row in comparisons]
+    replies = [text for row in comparisons for _, text in _replies(row)]
+    contexts = [len(_text(row.context)) for row in comparisons]
     sizes = Counter(len(row.options) for row in comparisons)
-    groups = Counter(group_key(row) for row in comparisons)
     pairs = [(row, i, j) for row in comparisons for i, j in combinations(range(len(row.options)), 2)]
     decided = [(row, i, j) for row, i, j in pairs if row.preference(i, j) != 0.5]
-    annotators = {str(row.labels[name]) for row in comparisons for name in _ANNOTATORS if name in row.labels}
-    checks = {
-        "replies equal up to case and punctuation": sum(
-            normalised(_text(row.options[i])) == normalised(_text(row.options[j])) for row, i, j in pairs),
-        "comparisons that share their first user turn with another": sum(n for n in groups.values() if n > 1),
-        # Each of n siblings is left alone in the test rows only if all others are drawn too.
-        "share of a random 20% of rows with a sibling in the rest": round(
-            sum(n * (1 - 0.2 ** (n - 1)) for n in groups.values()) / max(len(comparisons), 1), 4),
-        "replies of at most one word": sum(len(text.split()) < 2 for text in replies),
-        "replies with a refusal in them": sum(bool(_REFUSAL.search(text)) for text in replies),
-        "texts with a speaker tag or a token of a chat template": sum(
-            bool(_TEMPLATE.search(turn.content)) for row in comparisons for part in (row.context, *row.options)
-            for turn in part),
-        **{f"replies lost if rows were cut on the right at {cut} characters": sum(
-            (len(context) >= cut) * len(row.options) for context, row in zip(contexts, comparisons, strict=True))
-           for cut in _CUTS},
-        "annotators named": len(annotators),
-    }
+    same = sum(normalised(_text(row.options[i])) == normalised(_text(row.options[j])) for row, i, j in pairs)
     return {
         "comparisons": len(comparisons),
         "by number of options": {str(k): n for k, n in sorted(sizes.items())},
-        "groups": len(groups),
+        "groups": len({group_key(row) for row in comparisons}),
         "pairs": len(pairs),
         "ties": len(pairs) - len(decided),
-        "characters of a context": _quantiles([len(text) for text in contexts]),
+        "characters of a context": _quantiles(contexts),
         "characters of a reply": _quantiles([len(text) for text in replies]),
         "share of the characters that is compared": round(
             sum(map(len, replies)) / max(1, sum(map(len, replies)) + sum(
-                len(context) * len(row.options) for context, row in zip(contexts, comparisons, strict=True))), 4),
-        "checks": checks,
-        "baselines": {name: prefer(decided, feature) for name, feature in {**_FEATURES, **(features or {})}.items()},
+                context * len(row.options) for context, row in zip(contexts, comparisons, strict=True))), 4),
+        "checks": {"replies equal up to case and punctuation": same, **pitfalls(comparisons)},
+        "baselines": baselines(decided, features),
     }
+
+
+def pitfalls(rows: Sequence[Comparison | Trajectory]) -> dict[str, Any]:
+    """Counts of what other tools break on; the replies of a trajectory are its trainable turns."""
+    replies = [reply for row in rows for reply in _replies(row)]
+    groups = Counter(group_key(row) for row in rows)
+    annotators = {str(row.labels[name]) for row in rows for name in _ANNOTATORS if name in row.labels}
+    return {
+        "rows that share their first user turn with another": sum(n for n in groups.values() if n > 1),
+        # Each of n siblings is left alone in the test rows only if all others are drawn too.
+        "share of a random 20% of rows with a sibling in the rest": round(
+            sum(n * (1 - 0.2 ** (n - 1)) for n in groups.values()) / max(len(rows), 1), 4),
+        "replies of at most one word": sum(len(text.split()) < 2 for _, text in replies),
+        "replies with a refusal in them": sum(bool(_REFUSAL.search(text)) for _, text in replies),
+        "texts with a speaker tag or a token of a chat template": sum(
+            bool(_TEMPLATE.search(turn.content)) for row in rows for turn in _turns(row)),
+        **{f"replies lost if rows were cut on the right at {cut} characters": sum(start >= cut for start, _ in replies)
+           for cut in _CUTS},
+        "annotators named": len(annotators),
+    }
+
+
+def baselines(pairs: Sequence[tuple[Comparison, int, int]],
+              features: Mapping[str, Feature] | None = None) -> dict[str, Any]:
+    """`prefer` for every feature, `features` included, by name."""
+    return {name: prefer(pairs, feature) for name, feature in {**_FEATURES, **(features or {})}.items()}
 
 
 def prefer(pairs: Iterable[tuple[Comparison, int, int]], feature: Feature) -> dict[str, Any]:
@@ -131,6 +139,19 @@ def _merged(rows: Sequence[Comparison]) -> Comparison:
         labels.pop("strength", None)
     return Comparison(first.context, first.options, target, first.ranking if agreed else None, weight, first.group,
                       first.source, labels)
+
+
+def _replies(row: Comparison | Trajectory) -> list[tuple[int, str]]:
+    """Each reply with the number of characters before it."""
+    if isinstance(row, Comparison):
+        before = len(_text(row.context))
+        return [(before, _text(option)) for option in row.options]
+    starts = accumulate((len(turn.content) for turn in row.turns), initial=0)
+    return [(start, turn.content) for start, turn in zip(starts, row.turns, strict=False) if turn.is_trainable]
+
+
+def _turns(row: Comparison | Trajectory) -> Iterator[Turn]:
+    return chain(row.context, *row.options) if isinstance(row, Comparison) else iter(row.turns)
 
 
 def _text(turns: Sequence[Turn]) -> str:

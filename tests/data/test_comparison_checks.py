@@ -23,7 +23,7 @@ def test_checks_and_facts_by_hand():
     assert facts["by number of options"] == {"2": 3, "3": 1}
     checks = facts["checks"]
     assert checks["replies equal up to case and punctuation"] == 1
-    assert checks["comparisons that share their first user turn with another"] == 2
+    assert checks["rows that share their first user turn with another"] == 2
     assert checks["share of a random 20% of rows with a sibling in the rest"] == pytest.approx(2 * 0.8 / 4)
     assert checks["replies of at most one word"] == 4
     assert checks["replies with a refusal in them"] == 1

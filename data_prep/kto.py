@@ -1,0 +1,81 @@
+"""Single replies with a thumb, in the form of KTO (Ethayarajh et al. 2024) and TRL's unpaired preferences.
+
+A row is `prompt, completion, label`; what is made of it:
+- The reply earns 1 where the label is true and −1 where it is false, on its last agent turn; nothing else is credited.
+- Prompt and completion are text, messages or a transcript; a completion that repeats its prompt loses it.
+- No label is no opinion, and its row is dropped: it is not a bad reply.
+- The report says how the classes are balanced and which weights would even them out: KTO's λ, with n_D λ_D = n_U λ_U.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data_prep import trajectories
+from data_prep.comparisons import import_rows
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.forms import Drop, extra_columns
+from offline_lmrl.data.preference_forms import read_context, read_reply, root_group
+from offline_lmrl.data.trajectory import Trajectory, build_trajectory, shown
+
+_FIELDS = {"prompt", "completion", "label", "group", "source", "labels"}
+_WORDS = {"true": True, "false": False}
+
+
+def prepare(input: str | Path, output: str | Path, *, validation: float = 0.1, seed: int = 0) -> dict[str, Any]:
+    """Read prompt/completion/label and write train.jsonl, validation.jsonl and report.json.
+
+    Args:
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those, a datasets folder or a hub name.
+      output: folder, made if it is missing.
+      validation: share of the groups (first user turns) that goes to validation, where the source has no such split.
+      seed: of the split.
+    Returns: counts and facts, as in report.json.
+    Raises: InputError if nothing can be read or the output cannot be written.
+    """
+    made, report = import_rows(input, read_labelled)
+    counts = Counter(row.total_return > 0 for rows in made.values() for row in rows)
+    report = {**report, "labels": {"true": counts[True], "false": counts[False]}}
+    if counts[True] and counts[False]:
+        most = max(counts.values())
+        report["weights that balance the labels"] = {
+            name: round(most / counts[label], 4) for name, label in _WORDS.items()}  # fmt: skip
+    return trajectories.publish(made, output, report, validation, seed)
+
+
+def read_labelled(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
+    """The trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    for name in ("prompt", "completion"):
+        if row.get(name) is None:
+            raise InputError(f"{where}: {name}: found none, expected text or messages")
+    label = _label(row.get("label"), where, counts)
+    context = read_context(row["prompt"], where, counts)
+    reply = read_reply(row["completion"], context, row["prompt"], where, "completion", counts)
+    agent = [i for i, turn in enumerate(reply) if turn.is_trainable]
+    if not agent:
+        raise Drop("a completion without an agent turn")
+    if not all(reply[i].content.strip() for i in agent):
+        raise Drop("empty reply")
+    if any(turn.reward is not None for turn in reply):
+        raise Drop("a reward beside the label")
+    reply[agent[-1]] = replace(reply[agent[-1]], reward=1.0 if label else -1.0)
+    given = {name: row[name] for name in ("group", "source", "labels") if row.get(name) is not None}
+    made = build_trajectory([*context, *reply], {"group": root_group(context), "source": "kto", **given}, where)
+    extra = extra_columns(row, {name for name in row if row[name] is not None} - _FIELDS, counts)
+    return replace(made, labels={**extra, **made.labels, "label": label})
+
+
+def _label(value: Any, where: str, repairs: Counter[str]) -> bool:
+    if value is None:
+        raise Drop("no label")
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().casefold() in _WORDS:
+        repairs["repaired: label written as a word"] += 1
+        return _WORDS[value.strip().casefold()]
+    if value in (0, 1):
+        repairs["repaired: label 1 or 0 taken as true or false"] += 1
+        return bool(value)
+    raise InputError(f"{where}: label: found {shown(value)}, expected true or false")

@@ -1,0 +1,71 @@
+"""What the importers of scored replies share: trajectories in splits and a report out.
+
+Rows come in by `comparisons.import_rows`, and the counts add up: rows = imported + Σ dropped, and imported = the
+trajectories of all splits + those removed because their group is in a later split.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data_prep.comparisons import separate
+from data_prep.reports import write_json
+from offline_lmrl.data.checks import check
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.comparison_checks import baselines, pitfalls
+from offline_lmrl.data.io import group_key, write_trajectories
+from offline_lmrl.data.trajectory import Trajectory
+
+
+def publish(
+    made: Mapping[str, list[Trajectory]], output: str | Path, report: Mapping[str, Any], validation: float, seed: int
+) -> dict[str, Any]:
+    """Splits by group, writes <split>.jsonl and report.json; returns the report.
+
+    Args:
+      made: trajectories by split of the source.
+      report: what comes before in the report.
+      validation, seed: as in `comparisons.separate`.
+    """
+    splits, removed = separate(made, validation, seed)
+    everything = [row for rows in splits.values() for row in rows]
+    facts = check(splits).to_dict()
+    report = {
+        **report,
+        "removed, their group is in a later split": removed,
+        "splits": {name: {fact: value for fact, value in split.items() if value is not None}
+                   for name, split in facts["splits"].items()},
+        "warnings": facts["warnings"],
+        "checks": {**_disagreements(everything), **pitfalls(everything)},
+        "baselines": baselines(scored_pairs(everything)),
+    }  # fmt: skip
+    for name, rows in splits.items():
+        write_trajectories(Path(output) / f"{name}.jsonl", rows)
+    write_json(Path(output) / "report.json", report)
+    return report
+
+
+def scored_pairs(rows: Sequence[Trajectory]) -> list[tuple[Comparison, int, int]]:
+    """Scored turns, two and two at random (each once, so that pairs are independent), where their rewards differ.
+
+    Nobody compared them: they only say what goes with a higher reward, whatever the prompt.
+    """
+    turns = [turn for row in rows for turn in row.turns if turn.reward is not None]
+    random.Random(0).shuffle(turns)
+    pairs = [sorted(pair, key=lambda turn: -turn.reward) for pair in zip(turns[::2], turns[1::2], strict=False)]
+    return [(Comparison((), tuple((replace(turn, reward=None),) for turn in pair), (1.0, 0.0)), 0, 1)
+            for pair in pairs if pair[0].reward != pair[1].reward]  # fmt: skip
+
+
+def _disagreements(rows: Sequence[Trajectory]) -> dict[str, int]:
+    by_words, by_group = defaultdict(set), defaultdict(set)
+    for row in rows:
+        by_words[tuple((turn.role, turn.content, turn.is_trainable) for turn in row.turns)].add(row.total_return)
+        by_group[group_key(row)].add(row.total_return)
+    return {
+        "texts with different returns": sum(len(returns) > 1 for returns in by_words.values()),
+        "groups with one return only": sum(len(returns) == 1 for returns in by_group.values()),
+    }

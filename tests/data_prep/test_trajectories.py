@@ -1,0 +1,74 @@
+"""What all importers of scored replies share: totals that add up whatever a file holds, splits that share no group."""
+
+import gzip
+import itertools
+import json
+
+import pytest
+
+from data_prep import kto
+from data_prep.trajectories import scored_pairs
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import read_trajectories
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from tests.comparisons import mutated_lines
+
+AGENT = {"role": "assistant", "content": "a"}
+ROWS = {
+    kto: [
+        *({"prompt": f"q{i}", "completion": f"reply {i}", "label": i % 2 == 0} for i in range(7)),
+        {"prompt": [{"role": "user", "content": "q8"}, AGENT, {"role": "user", "content": "go on"}],
+         "completion": [{**AGENT, "content": [{"type": "text", "text": "b"}]}], "label": False, "worker": "w"},
+        {"prompt": "\n\nHuman: q9\n\nAssistant:", "completion": " a", "label": True, "labels": {"note": 1}}],
+}  # fmt: skip
+IMPORTERS = pytest.mark.parametrize("importer", ROWS, ids=lambda importer: importer.__name__.split(".")[1])
+
+
+@IMPORTERS
+def test_a_thousand_broken_rows_are_imported_or_dropped_for_a_reason(tmp_path, importer):
+    lines = [*(json.dumps(row).encode() for row in ROWS[importer]), *mutated_lines(ROWS[importer], 1000, seed=0)]
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    report = importer.prepare(tmp_path / "in.jsonl", tmp_path / "out")
+    assert report["rows"] == len(lines) == report["imported"] + sum(report["dropped"].values())
+    written = sum(split["rows"] for split in report["splits"].values())
+    assert report["imported"] == written + report["removed, their group is in a later split"]
+    assert written == sum(len(read_trajectories(tmp_path / "out" / f"{split}.jsonl")) for split in report["splits"])
+    assert sum(report["dropped"].values()) > 300 and len(report["dropped"]) < 60
+    assert report["dropped"]["text: expected UTF-8"] > 50
+
+
+@IMPORTERS
+def test_every_row_of_its_own_is_imported_with_a_group_and_a_score_on_an_agents_turn(tmp_path, importer):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[importer]))
+    report = importer.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0.3)
+    assert report["imported"] == len(ROWS[importer]) and not report["dropped"]
+    splits = {name: read_trajectories(tmp_path / "out" / f"{name}.jsonl") for name in report["splits"]}
+    groups = [{row.group for row in rows} for rows in splits.values()]
+    assert len(groups) == 2 and all(groups[0]) and all(groups[1]) and not groups[0] & groups[1]
+    for row in itertools.chain(*splits.values()):
+        assert row.source and row.labels
+        assert any(turn.reward is not None and turn.role == "assistant" for turn in row.turns)
+
+
+@IMPORTERS
+def test_files_of_another_kind_are_one_line_errors(tmp_path, importer):
+    (tmp_path / "pointer.jsonl.gz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROWS[importer][0]).encode() * 99)[:-9])
+    (tmp_path / "other.jsonl").write_text('{"text": "x"}\n' * 3)
+    expected = {"pointer.jsonl.gz": "found a git-LFS pointer", "cut.jsonl.gz": "found Compressed file ended",
+                "other.jsonl": "found no row to use", "none.jsonl": "found no such file"}  # fmt: skip
+    for name, message in expected.items():
+        with pytest.raises(InputError) as error:
+            importer.prepare(tmp_path / name, tmp_path / "out")
+        assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pairs_for_the_baselines_hold_every_scored_turn_at_most_once_and_the_better_one_first():
+    rows = [Trajectory((Turn("user", "q"), Turn("assistant", f"{i}", reward=float(i % 2)), Turn("assistant", "free")))
+            for i in range(100)]  # fmt: skip
+    pairs = scored_pairs(rows)
+    said = [[int(option[0].content) for option in row.options] for row, _, _ in pairs]
+    assert 10 < len(pairs) < 40  # half of 50 pairs differ
+    assert all(better % 2 == 1 and worse % 2 == 0 for better, worse in said)
+    assert len({number for pair in said for number in pair}) == 2 * len(pairs)
