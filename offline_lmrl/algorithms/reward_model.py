@@ -1,4 +1,4 @@
-"""Reward models from comparisons (Christiano 2017; Ziegler 2019; Stiennon 2020; Ouyang 2022, and others each).
+"""Reward models from comparisons or ratings (Christiano 2017, Ziegler 2019, Stiennon 2020, Ouyang 2022, and others).
 
 An option's score s is the sum of the head over the tokens it reads (models/reward_model.py). With t the probability
 that an option is the best of its comparison (one-hot, a tie, or soft), one comparison costs
@@ -7,12 +7,17 @@ that an option is the best of its comparison (one-hot, a tie, or soft), one comp
     best_of_k      −Σ_i t_i log softmax_i(s)
     plackett_luce  −log P(ranking)
 
-(ops/preferences.py); two options are Bradley–Terry in all three. A batch counts comparisons, so all pairs of one
-prompt are one element of it, and the loss is their mean, each times its weight over the mean weight of the data.
+(ops/preferences.py); two options are Bradley–Terry in all three. Scored trajectories, a rating of one reply each, cost
+
+    regression     ½ (s − rating)², ratings with mean 0 and standard deviation 1
+
+A batch counts comparisons, so all pairs of one prompt are one element of it, and the loss is their mean, each times
+its weight over the mean weight of the data.
 
 After training, scores of the training data's options get mean 0 and standard deviation 1 (`normalise: standard`;
 Ziegler et al. 2019 do it on samples of the reference policy), or mean 0 (`centre`; Stiennon et al. 2020 on reference
-summaries): preferences leave the location free. An ensemble is several runs, each with its own `seed` and `bootstrap`.
+summaries): preferences leave the location free. With `none`, those learnt from ratings have the ratings' unit. An
+ensemble is several runs, each with its own `seed` and `bootstrap`.
 """
 
 from collections import Counter
@@ -26,9 +31,10 @@ import torch
 from torch import Tensor
 
 from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.comparison_batching import ComparisonDataset, encode_comparisons
+from offline_lmrl.data.comparison_batching import ComparisonDataset, encode_comparisons, encode_scored
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import fingerprint, read_comparisons
+from offline_lmrl.data.io import fingerprint, holds_comparisons, read_comparisons, read_trajectories
+from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.models.reward_model import build_reward_model, fold, load_reward_model, read_mask
 from offline_lmrl.ops.preferences import (
     all_pairs_loss,
@@ -37,10 +43,13 @@ from offline_lmrl.ops.preferences import (
     gain_and_bias,
     known_pairs,
     plackett_luce_loss,
+    regression_loss,
 )
 from offline_lmrl.training import BaseConfig, BaseTrainer, check_range
 
 NORMALISED_ON = 1000  # comparisons
+
+Rows = Sequence[Comparison] | Sequence[Trajectory]
 
 
 @dataclass
@@ -49,7 +58,8 @@ class RewardModelConfig(BaseConfig):
 
     head: terminal (the reply's last token), turn (the last token of each of its agent turns) or token (each of them);
       a score is the sum over what is read.
-    loss: pairs, best_of_k or plackett_luce; the last needs a ranking wherever there are more than two options.
+    loss: pairs, best_of_k or plackett_luce; the last needs a ranking wherever there are more than two options. Or
+      regression, for scored trajectories.
     error_rate: ε of pairs, the share of labels that were given at random [.1 in Christiano et al.; 0 elsewhere].
     margin: m of pairs, per unit of `labels.strength` and of the difference of the targets; 0 = none.
     bootstrap: seed of a sample with replacement, as large as the data; None = the data as they are.
@@ -57,7 +67,7 @@ class RewardModelConfig(BaseConfig):
     """
 
     head: Literal["terminal", "turn", "token"] = "terminal"
-    loss: Literal["pairs", "best_of_k", "plackett_luce"] = "pairs"
+    loss: Literal["pairs", "best_of_k", "plackett_luce", "regression"] = "pairs"
     error_rate: float = 0.0
     margin: float = 0.0
     bootstrap: int | None = None
@@ -81,6 +91,7 @@ LOSSES: dict[str, Callable[[Tensor, Mapping[str, Tensor], RewardModelConfig], Te
     "pairs": pairs_loss,
     "best_of_k": lambda score, batch, config: best_of_k_loss(score, batch["target"], batch["comparison"]),
     "plackett_luce": lambda score, batch, config: plackett_luce_loss(score, batch["rank"], batch["comparison"]),
+    "regression": lambda score, batch, config: regression_loss(score, batch["target"]),
 }
 
 
@@ -93,7 +104,7 @@ def accuracy(score: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 class RewardModelTrainer(BaseTrainer):
-    """Trains a reward model on comparisons; see `BaseTrainer` for the arguments.
+    """Trains a reward model on comparisons, or on scored trajectories; see `BaseTrainer` for the arguments.
 
     model: a reward model, or a folder or hub name of one or of a causal LM, whose trunk then gets a fresh head.
     """
@@ -101,8 +112,8 @@ class RewardModelTrainer(BaseTrainer):
     algorithm = "reward_model"
 
     @staticmethod
-    def read(source: str | Path) -> list[Comparison]:
-        return read_comparisons(source)
+    def read(source: str | Path) -> list[Comparison] | list[Trajectory]:
+        return _read(source)
 
     @staticmethod
     def new_model(args: RewardModelConfig, spec, tokenizer):
@@ -128,7 +139,10 @@ class RewardModelTrainer(BaseTrainer):
             "reward": {"head": args.head, "bias": 0.0},
             "data": fingerprint(rows),
         }
-        return model, encoded, None if held_out is None else self._encode(_read(held_out), args, Counter())
+        held_out = None if held_out is None else self._encode(_read(held_out), args, Counter())
+        if args.loss == "regression":
+            self._standardise(encoded, held_out)
+        return model, encoded, held_out
 
     def _pad_id(self) -> int:
         """A token that closes no turn: transformers' classifiers read the last token that is not this one."""
@@ -137,8 +151,12 @@ class RewardModelTrainer(BaseTrainer):
         return next(token for token in candidates if token not in (None, self.renderer.close_id))
 
     def _encode(
-        self, rows: Sequence[Comparison], args: RewardModelConfig, counts: Counter[str], bootstrap: int | None = None
+        self, rows: Rows, args: RewardModelConfig, counts: Counter[str], bootstrap: int | None = None
     ) -> ComparisonDataset:
+        scored = isinstance(rows[0], Trajectory)
+        if scored != (args.loss == "regression"):
+            kinds = ("comparisons", "scored trajectories")
+            raise InputError(f"loss: found {args.loss} and {kinds[scored]}, expected {kinds[not scored]}")
         if args.loss == "plackett_luce":
             for number, row in enumerate(rows, 1):
                 if row.ranking is None and len(row.options) > 2:
@@ -147,9 +165,18 @@ class RewardModelTrainer(BaseTrainer):
         if bootstrap is not None:
             drawn = np.random.default_rng(bootstrap).integers(len(rows), size=len(rows))
             rows = [rows[i] for i in drawn]
-        encoded = encode_comparisons(rows, self.renderer, args.window, counts)
+        encode = encode_scored if scored else encode_comparisons
+        encoded = encode(rows, self.renderer, args.window, counts)
         encoded.weight = encoded.weight / encoded.weight.mean()
         return encoded
+
+    def _standardise(self, train: ComparisonDataset, held_out: ComparisonDataset | None) -> None:
+        """Puts ratings on the scale of the training ratings, which `rating` keeps as (mean, standard deviation)."""
+        self.rating = float(train.target.mean()), float(train.target.std())
+        if not self.rating[1] > 0:
+            raise InputError(f"loss: found regression on ratings that are all {self.rating[0]:g}, expected several")
+        for data in filter(None, (train, held_out)):
+            data.target = (data.target - self.rating[0]) / self.rating[1]
 
     def items_in(self, batch: Mapping[str, Any]) -> int:
         """Comparisons, without those that only keep a rank busy."""
@@ -159,6 +186,9 @@ class RewardModelTrainer(BaseTrainer):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         score = model(**inputs, read=read_mask(batch, self.args.head))
         loss = LOSSES[self.args.loss](score, batch, self.args)
+        if self.args.loss == "regression":
+            error = self.rating[1] * (score - batch["target"]).abs()
+            return loss * batch["weight"], {"error": error[batch["weight"] > 0]}
         return loss * batch["weight"], {"accuracy": accuracy(score, batch)}
 
     def train(self, *args, **kwargs):
@@ -173,9 +203,12 @@ class RewardModelTrainer(BaseTrainer):
 
         Raises: InputError where they do not differ, so that no gain gives them a spread.
         """
-        if self.args.normalise == "none":
-            return
         model = self.accelerator.unwrap_model(self.model).eval()
+        if self.args.normalise == "none":
+            if self.args.loss == "regression":
+                mean, spread = self.rating
+                fold(model, spread, mean)
+            return
         order = np.random.default_rng(0).permutation(len(self.train_dataset))[:NORMALISED_ON]
         scores = []
         for start in range(0, len(order), self.args.eval_batch_size):
@@ -192,5 +225,7 @@ class RewardModelTrainer(BaseTrainer):
             raise InputError(f"normalise: {error}; take normalise: centre, or train longer") from error
 
 
-def _read(source: Sequence[Comparison] | str | Path) -> Sequence[Comparison]:
-    return read_comparisons(source) if isinstance(source, str | Path) else source
+def _read(source: Rows | str | Path) -> Rows:
+    if not isinstance(source, str | Path):
+        return source
+    return read_comparisons(source) if holds_comparisons(source) else read_trajectories(source)

@@ -1,4 +1,7 @@
-"""From comparisons to batches: one row of tokens per option, rendered once, gathered by comparison."""
+"""From comparisons to batches: one row of tokens per option, rendered once, gathered by comparison.
+
+A scored trajectory is a comparison of one option, whose target is its return.
+"""
 
 from array import array
 from collections import Counter
@@ -31,7 +34,7 @@ class ComparisonBatch(TypedDict):
     closing_mask: Tensor  # (B,T) bool: token t is the last of its agent turn; where a head per turn is read
     last: Tensor  # (B,) long: the option's last action token, where a terminal head is read
     comparison: Tensor  # (B,) long: row -> comparison, 0 to C − 1
-    target: Tensor  # (B,) float: probability that this option is the best of its comparison
+    target: Tensor  # (B,) float: probability that this option is the best of its comparison; its return where alone
     rank: Tensor  # (B,) long: place of this option's group in the ranking, 0 = best
     weight: Tensor  # (C,) float
     strength: Tensor  # (C,) float: `labels["strength"]`, 0 where it is not known
@@ -124,10 +127,35 @@ def encode_comparisons(
       counts: receives what was dropped or lost turns, by reason.
     Raises: InputError where no comparison is left.
     """
+    parts = ((_own_rows(row, renderer, window, counts), row.target, row.ranks, row.weight,
+              row.labels.get("strength") or 0.0) for row in comparisons)  # fmt: skip
+    return _dataset(parts, renderer.close_id, counts)
+
+
+def encode_scored(
+    trajectories: Iterable[Trajectory], renderer: Renderer, window: WindowRule, counts: Counter[str]
+) -> ComparisonDataset:
+    """Scored trajectories as comparisons of one option: all from the first agent turn on, with the return as target.
+
+    Args, Raises: as `encode_comparisons`.
+    """
+
+    def encoded(row: Trajectory) -> list[tuple[list[int], list[int]]] | None:
+        turns = with_own_token_ids(row, renderer.fingerprint).turns
+        start = next((i for i, turn in enumerate(turns) if turn.is_trainable), None)
+        if start is None:
+            raise InputError("trajectories: found one without an agent turn, expected at least one")
+        return encode_options(turns[:start], [turns[start:]], renderer, window, counts)
+
+    parts = ((encoded(row), (row.total_return,), (0,), 1.0, 0.0) for row in trajectories)
+    return _dataset(parts, renderer.close_id, counts)
+
+
+def _dataset(parts: Iterable[tuple], pad_id: int, counts: Counter[str]) -> ComparisonDataset:
+    """From (rows of its options, target, ranks, weight, strength) of each comparison; rows None = it does not fit."""
     input_ids, actions = array("i"), array("b")
-    lengths, sizes, target, rank, weight, strength = array("q", [0]), array("q"), [], [], [], []
-    for comparison in comparisons:
-        rows = _own_rows(comparison, renderer, window, counts)
+    lengths, sizes, targets, places, weights, strengths = array("q", [0]), array("q"), [], [], [], []
+    for rows, target, ranks, weight, strength in parts:
         if rows is None:
             continue
         for ids, kinds in rows:
@@ -135,17 +163,17 @@ def encode_comparisons(
             actions.extend(kinds)
             lengths.append(len(ids))
         sizes.append(len(rows))
-        target += comparison.target
-        rank += comparison.ranks
-        weight.append(comparison.weight)
-        strength.append(comparison.labels.get("strength") or 0.0)
+        targets += target
+        places += ranks
+        weights.append(weight)
+        strengths.append(strength)
     if not sizes:
         raise InputError(f"comparisons: found none that fits, expected at least one ({dict(counts)})")
     offsets = np.cumsum(np.asarray(lengths))
     return ComparisonDataset(
         (np.asarray(input_ids), offsets), (np.asarray(actions), offsets), np.asarray(sizes),
-        np.asarray(target, np.float32), np.asarray(rank, np.int64), np.asarray(weight, np.float32),
-        np.asarray(strength, np.float32), renderer.close_id,
+        np.asarray(targets, np.float32), np.asarray(places, np.int64), np.asarray(weights, np.float32),
+        np.asarray(strengths, np.float32), pad_id,
     )  # fmt: skip
 
 

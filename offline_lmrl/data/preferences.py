@@ -18,14 +18,15 @@ from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import group_key
 from offline_lmrl.data.protocols import Scorer
-from offline_lmrl.data.trajectory import Trajectory, Turn, shown
+from offline_lmrl.data.trajectory import Trajectory, Turn, finite, shown
 
-RewardKind = Literal["sign", "prob", "strength", "rank", "bt"]
+RewardKind = Literal["sign", "prob", "strength", "rank", "bt", "rating"]
 Normalise = Literal["none", "global", "group", "rank"]
 Scored = tuple[Sequence[Turn], Sequence[Sequence[Turn]]]  # a context and the options that follow it
 
 EMPTY_REPLY = "dropped: empty reply"
 NO_STRENGTH = "dropped: no strength in the labels"
+NO_RATING = "dropped: an option without a rating in the labels"
 
 
 def to_trajectories(
@@ -43,7 +44,7 @@ def to_trajectories(
       reward: "prob": 2w − 1, in [−1, 1]; "sign": its sign, so a tie earns 0; "strength": `labels["strength"]` times
         2w − 1; "rank": how many options are ranked below it less how many above it, over K − 1, so 1 for the best and
         −1 for the last; "bt": latent scores of a Bradley–Terry model fitted to all comparisons of a group
-        (`fit_scores`); or a scorer.
+        (`fit_scores`); "rating": the option's own `rating` in `labels["options"]`; or a scorer.
       place: "terminal": on the last agent turn of the option; "turn": in equal parts on each of its agent turns.
         A turn's reward is paid with its closing token. There is no "token": one label on a reply says nothing about
         its tokens, and an equal part on each has the same return; dense rewards come from a reward model.
@@ -71,10 +72,10 @@ def to_trajectories(
     counts = Counter() if counts is None else counts
     rows = list(comparisons)
     if reward == "strength":
-        known = [row for row in rows if row.labels.get("strength") is not None]
-        if len(known) < len(rows):
-            counts[NO_STRENGTH] += len(rows) - len(known)
-        rows = known
+        rows = _known(rows, [row.labels.get("strength") is not None for row in rows], NO_STRENGTH, counts)
+    elif reward == "rating":
+        rated = [all(option.get("rating") is not None for option in row.labels.get("options", [{}])) for row in rows]
+        rows = _known(rows, rated, NO_RATING, counts)
     if not rows:
         raise InputError(f"comparisons: found none to score ({dict(counts)}), expected at least one")
     raw = _raw_rewards(rows, reward)
@@ -245,6 +246,13 @@ def sft_rows(trajectories: Iterable[Trajectory], minimum: float = -math.inf) -> 
                     yield {"prompt": _messages(row.turns[:i]), "completion": _messages([turn])}
 
 
+def _known(rows: Sequence[Comparison], known: Sequence[bool], reason: str, counts: Counter[str]) -> list[Comparison]:
+    """The rows that are known; `counts` gets the others, if there are any."""
+    if not all(known):
+        counts[reason] += len(rows) - sum(known)
+    return [row for row, is_known in zip(rows, known, strict=True) if is_known]
+
+
 def _raw_rewards(rows: Sequence[Comparison], reward: RewardKind | Scorer) -> list[list[float]]:
     if reward == "bt":
         groups: dict[str, list[Comparison]] = defaultdict(list)
@@ -252,6 +260,8 @@ def _raw_rewards(rows: Sequence[Comparison], reward: RewardKind | Scorer) -> lis
             groups[group_key(row)].append(row)
         latent = {key: fit_scores(group) for key, group in groups.items()}
         return [[latent[group_key(row)][row.context, option] for option in row.options] for row in rows]
+    if reward == "rating":
+        return [[finite("rating", option["rating"]) for option in row.labels["options"]] for row in rows]
     if isinstance(reward, str):
         return [_reward_of(row, reward) for row in rows]
     return [scores.tolist() for scores in score_rows([(row.context, row.options) for row in rows], reward)]

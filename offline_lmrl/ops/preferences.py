@@ -115,6 +115,12 @@ def best_of_k_loss(score: Tensor, target: Tensor, comparison: Tensor) -> Tensor:
     return loss.new_zeros(count).index_add(0, comparison, loss)
 
 
+def regression_loss(score: Tensor, rating: Tensor) -> Tensor:
+    """½ (score − rating)². Ziegler et al. 2019, their code, the label type of a scalar rating. Args, result: (M,)."""
+    check_shapes("m, m", score, rating)
+    return 0.5 * (score - rating).square()
+
+
 def plackett_luce_loss(score: Tensor, rank: Tensor, comparison: Tensor) -> Tensor:
     """−log P(ranking) = Σ_i [ log Σ_{j not above i} e^{s_j} − s_i ]: the best is chosen from all, the next from those
     left, and so on. Plackett 1975, Luce 1959; two options: Bradley–Terry.

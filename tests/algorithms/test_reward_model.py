@@ -12,9 +12,9 @@ from offline_lmrl.algorithms.reward_model import RewardModelConfig, RewardModelT
 from offline_lmrl.algorithms.run import DataConfig, ModelConfig
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import write_comparisons
+from offline_lmrl.data.io import write_comparisons, write_trajectories
 from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import build_model
 from offline_lmrl.models.reward_model import build_reward_model, head_of, load_reward_model, read_mask
 
@@ -119,6 +119,34 @@ def test_a_planted_rule_is_learnt_and_the_run_opens_as_a_plain_classifier(tmp_pa
     assert type(plain).__module__.startswith("transformers.") and plain.config.num_labels == 1
     assert plain.config.architectures == [type(plain).__name__]
     assert_close(logits, found, atol=1e-5, rtol=1e-5)
+
+
+RATED = [Trajectory((Turn("user", "say it"), Turn("assistant", text, reward=rating))) for i in range(8)
+         for text, rating in ((f"good {i}", 7.0), (f"fine {i}", 5.0), (f"bad {i}", 1.0))]  # fmt: skip
+
+
+def test_ratings_are_learnt_and_come_back_in_their_unit_or_normalised(tmp_path):
+    settings = {"loss": "regression", "normalise": "none", "eval_strategy": "steps", "eval_steps": 60}
+    made = trainer(tmp_path, RATED, RATED[:3], max_steps=60, **settings)
+    made.train()
+    assert made.state.log_history[-2]["eval_error"] < 0.8  # in the ratings' unit
+    found = scores(made, made.train_dataset.batch(range(3))) + made.model.config.offline_lmrl["reward"]["bias"]
+    assert_close(found, torch.tensor([7.0, 5.0, 1.0]), atol=0.8, rtol=0)
+    standard = trainer(tmp_path, RATED, loss="regression", max_steps=2)
+    standard.train()
+    found = scores(standard, batch_of(standard)) + standard.model.config.offline_lmrl["reward"]["bias"]
+    assert_close(found.std(correction=0), torch.tensor(1.0), atol=1e-4, rtol=0)
+
+
+def test_each_loss_takes_its_own_kind_of_data(tmp_path):
+    write_trajectories(tmp_path / "rated.jsonl", RATED)
+    assert RewardModelTrainer.read(tmp_path / "rated.jsonl") == RATED
+    with pytest.raises(InputError, match="loss: found pairs and scored trajectories, expected comparisons"):
+        trainer(tmp_path, RATED)
+    with pytest.raises(InputError, match="loss: found regression and comparisons, expected scored trajectories"):
+        trainer(tmp_path, RULE, loss="regression")
+    with pytest.raises(InputError, match="regression on ratings that are all 7"):
+        trainer(tmp_path, RATED[::3], loss="regression")
 
 
 @pytest.mark.parametrize("loss", ["pairs", "best_of_k", "plackett_luce"])

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.comparison_batching import collate_comparisons, encode_comparisons, fitting
+from offline_lmrl.data.comparison_batching import collate_comparisons, encode_comparisons, encode_scored, fitting
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.windows import WindowRule
 from tests.comparisons import RENDERER
 
@@ -37,6 +37,24 @@ def test_a_batch_holds_every_option_of_its_comparisons_in_order():
                                                                        strict=True)]  # fmt: skip
     end = RENDERER.tokenizer.decode([RENDERER.close_id])
     assert texts == ["a" + end, "call" + end + "so 42" + end, "c" + end, "1" + end, "2, I would say" + end]
+
+
+def test_a_scored_reply_is_a_comparison_of_one_with_its_return_as_target():
+    scored = Trajectory((*PAIR.context, Turn("assistant", "1", reward=2.5)))
+    several = Trajectory((Turn("assistant", "call", reward=1.0), TOOL[1], Turn("assistant", "so 42", reward=3.0)))
+    counts = Counter()
+    data = encode_scored([scored, several, Trajectory((Turn("assistant", "x" * 99, reward=1.0),))], RENDERER,
+                         WindowRule(max_length=60), counts)  # fmt: skip
+    batch = data.batch([0, 1])
+    assert batch["target"].tolist() == [2.5, 4.0] and batch["comparison"].tolist() == [0, 1]
+    assert counts == {"comparisons dropped: an option longer than max_length": 1} and len(data) == 2
+    pair = encode([PAIR]).batch([0])
+    for name in ("input_ids", "action_mask", "closing_mask"):
+        alone = pair[name][0][pair["attention_mask"][0]]
+        assert batch[name][0][batch["attention_mask"][0]].equal(alone)
+    assert batch["closing_mask"].sum(1).tolist() == [1, 2]
+    with pytest.raises(InputError, match="found one without an agent turn"):
+        encode_scored([Trajectory((Turn("user", "hi"),))], RENDERER, WindowRule(), Counter())
 
 
 def test_heads_are_read_at_the_closing_tokens_and_at_the_last():

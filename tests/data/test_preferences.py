@@ -50,6 +50,18 @@ PAIR, TIE, SOFT = (compare((A, B), target, group="g") for target in ((1.0, 0.0),
 FOUR = compare((A, B, C, D), (0.5, 0.0, 0.5, 0.0), ((0, 2), (1,), (3,)), group="h", labels={"strength": 2})
 
 
+def test_ratings_of_the_options_are_rewards_and_comparisons_without_them_are_counted():
+    rated = compare((A, B), (1.0, 0.0), group="g", labels={"options": [{"rating": 4}, {"rating": 1.5}]})
+    half = compare((A, B), (1.0, 0.0), labels={"options": [{"rating": 4}, {}]})
+    counts = Counter()
+    assert rewards([rated, half, PAIR], reward="rating", normalise="none", counts=counts) == [4.0, 1.5]
+    assert counts == {"dropped: an option without a rating in the labels": 2}
+    assert rewards([rated], reward="rating") == [1.25, -1.25]  # less the group's mean
+    wrong = compare((A, B), (1.0, 0.0), labels={"options": [{"rating": "N/A"}, {"rating": 1}]})
+    with pytest.raises(InputError, match="rating: found 'N/A'"):
+        rewards([wrong], reward="rating")
+
+
 def test_signs_probabilities_and_ranks_by_hand():
     assert rewards([PAIR, TIE, SOFT]) == [1, -1, 0, 0, -1, 1]
     assert rewards([PAIR, TIE, SOFT], reward="prob") == [1, -1, 0, 0, -0.5, 0.5]
@@ -142,7 +154,7 @@ def test_an_empty_reply_is_left_out_and_counted():
 
 
 @pytest.mark.parametrize("settings, expected", [
-    ({"reward": "signs"}, "reward: found 'signs', expected one of sign, prob, strength, rank, bt or a scorer"),
+    ({"reward": "signs"}, "reward: found 'signs', expected one of sign, prob, strength, rank, bt, rating or a scorer"),
     ({"place": "token"}, "place: found 'token', expected terminal or turn (a label on a whole reply says nothing"),
     ({"normalise": "z"}, "normalise: found 'z', expected one of none, global, group, rank"),
 ])

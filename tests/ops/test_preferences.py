@@ -22,6 +22,7 @@ from offline_lmrl.ops.preferences import (
     pairs_from_rank,
     pairs_from_target,
     plackett_luce_loss,
+    regression_loss,
     rule_adjusted_score,
 )
 
@@ -102,6 +103,10 @@ def test_best_of_four_is_a_softmax_over_the_options():
     assert_close(best_of_k_loss(SCORE, torch.tensor([1.0, 0, 0, 0]), ONE), torch.tensor([math.log(8 / 4)]))
     # a tie for the first place: ½ ln 2 + ½ ln 4
     assert_close(best_of_k_loss(SCORE, torch.tensor([0.5, 0.5, 0, 0]), ONE), torch.tensor([1.0397208]))
+
+
+def test_regression_is_half_the_squared_error():
+    assert_close(regression_loss(torch.tensor([1.0, -2.0]), torch.tensor([3.0, -2.0])), torch.tensor([2.0, 0.0]))
 
 
 def test_ranking_of_four_options_with_one_tie_group_by_hand():
