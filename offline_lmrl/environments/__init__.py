@@ -14,6 +14,7 @@ from offline_lmrl.data.protocols import Environment, VectorEnvironment
 
 ENVIRONMENTS = {
     "maze": "offline_lmrl.environments.maze:Maze",
+    "wordle": "offline_lmrl.environments.wordle:Wordle",
     "corridor": "offline_lmrl.environments.toys:Corridor",
     "gamble": "offline_lmrl.environments.toys:Gamble",
     "count": "offline_lmrl.environments.toys:Count",
