@@ -1,0 +1,34 @@
+"""Groups of sources that have an id of their own for the prompt."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from offline_lmrl.data.io import Row
+from offline_lmrl.data.preference_forms import root_group
+from offline_lmrl.data.trajectory import Trajectory
+
+
+def join_groups(made: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
+    """The rows with one group for all that the source's id, now their group, or their first user turn links.
+
+    The id alone misses what was posted twice, the words alone what was edited.
+    """
+    parents: dict[tuple[bool, str], tuple[bool, str]] = {}
+
+    def find(key: tuple[bool, str]) -> tuple[bool, str]:
+        while parents.setdefault(key, key) != key:
+            parents[key] = parents[parents[key]]
+            key = parents[key]
+        return key
+
+    def links(row: Row) -> list[tuple[bool, str]]:
+        said = root_group(row.turns if isinstance(row, Trajectory) else row.context)
+        return [(is_id, name) for is_id, name in ((False, said), (True, row.group)) if name]
+
+    for rows in made.values():
+        for row in rows:
+            roots = [find(key) for key in links(row)]
+            for root in roots:
+                parents[root] = min(roots)  # in any order of the rows the least, and words before ids
+    return {name: [replace(row, group=find(links(row)[0])[1]) if links(row) else row for row in rows]
+            for name, rows in made.items()}  # fmt: skip
