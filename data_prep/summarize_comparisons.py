@@ -1,0 +1,143 @@
+"""Comparisons of two summaries (Stiennon et al. 2020; openai/summarize-from-feedback, folder `comparisons`).
+
+A row is `info`, two `summaries`, and the `choice` of a worker. What is made of it:
+- What is summarised is a post of a forum or an article of a site; the fields that are there tell, not the batch name.
+- White space at the ends of a summary is removed: in some batches it tells who wrote it.
+- The worker's confidence is on one scale of 9 points, from surely the first to surely the second summary. It is kept
+  in the labels; `soft` makes the target of it. Where it says the other side than the choice, the choice holds.
+- valid1 chose models and becomes the validation split, valid2 gave final figures and becomes the test split.
+- The group is the post: all rows of one id or of the same words.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.comparisons import import_rows, publish
+from data_prep.fields import facts, inner, number, objects, text, whole
+from data_prep.groups import join_groups
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.forms import Drop
+from offline_lmrl.data.io import Row
+from offline_lmrl.data.trajectory import Turn, shown
+
+SPLITS = {"train": "train", "valid1": "validation", "valid2": "test", "test": "test"}
+_PARTS = {"subreddit": "SUBREDDIT: r/", "title": "TITLE: ", "post": "POST: ", "article": "ARTICLE: "}
+_SCALE = 9
+
+
+def prepare(
+    input: str | Path, output: str | Path, *, soft: bool = False, validation: float = 0.1, seed: int = 0
+) -> dict[str, Any]:
+    """Read comparisons of summaries and write train.jsonl, validation.jsonl, test.jsonl and report.json.
+
+    Args:
+      input: a batch, a folder of them or a hub name.
+      output: folder, made if it is missing.
+      soft: make the target of the worker's confidence where it is known: (confidence − 1) / 8 for the second summary.
+      validation: share of the posts that goes to validation, where no row is of that split.
+      seed: of the split.
+    Returns: counts and facts, as in report.json.
+    Raises: InputError if nothing can be read or the output cannot be written.
+    """
+
+    def read(row: Mapping, where: str, counts: Counter[str]) -> tuple[str, Comparison]:
+        return read_choice(row, where, counts, soft)
+
+    found, report = import_rows(input, read)
+    made = join_groups(by_own_split(found))
+    wins = win_rates([row for rows in made.values() for row in rows])
+    return publish(made, output, report, validation, seed, features={
+        "the summary that a person wrote": lambda row, i: row.labels["options"][i].get("policy") == "ref",
+        "the summary of the policy that is preferred more often":
+            lambda row, i: wins[row.labels["options"][i].get("policy")]})  # fmt: skip
+
+
+def read_choice(row: Mapping, where: str, counts: Counter[str], soft: bool = False) -> tuple[str, Comparison]:
+    """Split and comparison of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    context, known = read_info(row, where)
+    summaries = objects(row, "summaries", where)
+    if len(summaries) != 2:
+        raise InputError(f"{where}: summaries: found {len(summaries)}, expected 2")
+    texts = [read_summary(summary, f"{where}: summaries[{i}]", counts) for i, summary in enumerate(summaries)]
+    if texts[0].split() == texts[1].split():
+        raise Drop("identical summaries")
+    choice = whole(row, "choice", where)
+    if choice not in (0, 1):
+        raise InputError(f"{where}: choice: found {choice}, expected 0 or 1")
+    labels = {**known, "options": [facts(summary, ("policy", "note")) for summary in summaries]}
+    second = float(choice)
+    confidence = _confidence(row, where)
+    if confidence is not None:
+        labels["confidence"] = confidence
+        given = (confidence - 1) / (_SCALE - 1)
+        if (given > 0.5) != choice and given != 0.5:
+            counts["kept: confidence in the other summary than the chosen one"] += 1
+        elif soft:
+            second = given
+    elif soft:
+        counts["kept: no confidence, so the target is the choice"] += 1
+    return read_split(row, where), Comparison(
+        context, tuple((Turn("assistant", words),) for words in texts), (1 - second, second),
+        group=known["id"], source="summarize-comparisons", labels=labels)  # fmt: skip
+
+
+def read_info(row: Mapping, where: str) -> tuple[tuple[Turn, ...], dict[str, Any]]:
+    """What is to be summarised as a turn, and what is known of the row and its worker."""
+    info, place = inner(row, "info", where), f"{where}: info"
+    kinds = [name for name in ("post", "article") if info.get(name) is not None]
+    if len(kinds) != 1:
+        raise InputError(f"{place}: found {' and '.join(kinds) or 'neither'}, expected a post or an article")
+    if not text(info, kinds[0], place).strip():
+        raise Drop("empty post or article")
+    parts = [start + text(info, name, place) for name, start in _PARTS.items() if info.get(name) is not None]
+    known = {"id": text(info, "id", place), **facts(info, ("site",)), **facts(row, ("worker", "batch", "split"))}
+    return (Turn("user", "\n\n".join([*parts, "TL;DR:"])),), known
+
+
+def read_summary(summary: Mapping, where: str, counts: Counter[str]) -> str:
+    """The text of a summary without white space at its ends."""
+    words = text(summary, "text", where)
+    if not words.strip():
+        raise Drop("empty summary")
+    if words != words.strip():
+        counts["repaired: white space removed at the ends of a summary"] += 1
+    return words.strip()
+
+
+def read_split(row: Mapping, where: str) -> str:
+    """The split of the project that the row's own stands for."""
+    split = text(row, "split", where)
+    if split not in SPLITS:
+        raise InputError(f"{where}: split: found {shown(split)}, expected one of {', '.join(SPLITS)}")
+    return SPLITS[split]
+
+
+def by_own_split(found: Mapping[str, Sequence[tuple[str, Row]]]) -> dict[str, list[Row]]:
+    """Rows by the split that each names, whatever file it was in."""
+    splits: dict[str, list[Row]] = {split: [] for split in SPLITS.values()}
+    for rows in found.values():
+        for split, row in rows:
+            splits[split].append(row)
+    return {split: rows for split, rows in splits.items() if rows}
+
+
+def win_rates(rows: Sequence[Comparison]) -> dict[str | None, float]:
+    """How often the summaries of each policy are preferred."""
+    wins = defaultdict(list)
+    for row in rows:
+        for option, probability in zip(row.labels["options"], row.target, strict=True):
+            wins[option.get("policy")].append(probability)
+    return {policy: math.fsum(some) / len(some) for policy, some in wins.items()}
+
+
+def _confidence(row: Mapping, where: str) -> float | None:
+    if row.get("extra") is None or inner(row, "extra", where).get("confidence") is None:
+        return None
+    value = number(inner(row, "extra", where), "confidence", f"{where}: extra")
+    if not 1 <= value <= _SCALE:
+        raise InputError(f"{where}: extra: confidence: found {value}, expected 1 to {_SCALE}")
+    return value
