@@ -1,0 +1,99 @@
+"""Ratings of summaries on axes (Stiennon et al. 2020; openai/summarize-from-feedback, folder `axis_evals`).
+
+A row is `info` as in the comparisons, and one `summary` with the `axes` on which a worker rated it, each from 1 to 7.
+It becomes one trajectory with a weighted sum of axes as reward. A rating says how good a summary is and also how easy
+its post was, so rewards are centred by post unless told otherwise; axes, raw reward and what was subtracted are in the
+labels. White space, splits and groups are as in `summarize_comparisons`.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data_prep import trajectories
+from data_prep.comparisons import import_rows
+from data_prep.fields import facts, inner, number
+from data_prep.groups import join_groups
+from data_prep.summarize_comparisons import by_own_split, read_info, read_split, read_summary
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.forms import Drop
+from offline_lmrl.data.io import group_key
+from offline_lmrl.data.trajectory import Trajectory, Turn
+
+AXES = ("overall", "accuracy", "coverage", "coherence")
+_HIGHEST = 7
+
+
+def prepare(
+    input: str | Path, output: str | Path, *, overall: float = 1.0, accuracy: float = 0.0, coverage: float = 0.0,
+    coherence: float = 0.0, centre: bool = True, validation: float = 0.1, seed: int = 0,
+) -> dict[str, Any]:
+    """Read rated summaries and write train.jsonl, validation.jsonl, test.jsonl and report.json.
+
+    Args:
+      input: a file of ratings, a folder of them or a hub name.
+      output: folder, made if it is missing.
+      overall: weight of this axis in the reward; a row without a rating on an axis that has a weight is dropped.
+      accuracy: weight of this axis.
+      coverage: weight of this axis.
+      coherence: weight of this axis.
+      centre: subtract the mean reward of the post.
+      validation: share of the posts that goes to validation, where rows are of the train split and none of that one.
+      seed: of the split.
+    Returns: counts and facts, as in report.json.
+    Raises: InputError if all weights are 0, nothing can be read or the output cannot be written.
+    """
+    given = dict(zip(AXES, (overall, accuracy, coverage, coherence), strict=True))
+    weights = {axis: weight for axis, weight in given.items() if weight}
+    if not weights:
+        raise InputError(f"overall: found weights of 0 on {', '.join(AXES)}, expected another on one of them")
+
+    def read(row: Mapping, where: str, counts: Counter[str]) -> tuple[str, Trajectory]:
+        return read_rating(row, where, counts, weights)
+
+    found, report = import_rows(input, read)
+    made = join_groups(by_own_split(found))
+    if centre:
+        made = centred(made)
+    return trajectories.publish(made, output, {**report, "weights": weights}, validation, seed)
+
+
+def read_rating(
+    row: Mapping, where: str, counts: Counter[str], weights: Mapping[str, float]
+) -> tuple[str, Trajectory]:
+    """Split and trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    context, known = read_info(row, where)
+    summary = inner(row, "summary", where)
+    words = read_summary(summary, f"{where}: summary", counts)
+    found = inner(summary, "axes", f"{where}: summary")
+    axes = {axis: number(found, axis, f"{where}: axes") for axis in AXES if found.get(axis) is not None}
+    for axis, rating in axes.items():
+        if not 1 <= rating <= _HIGHEST:
+            raise InputError(f"{where}: axes: {axis}: found {rating}, expected 1 to {_HIGHEST}")
+    for axis in weights:
+        if axis not in axes:
+            raise Drop(f"no rating on the axis {axis}")
+    raw = math.fsum(weight * axes[axis] for axis, weight in weights.items())
+    turns = (*context, Turn("assistant", words, reward=raw))
+    labels = {**known, **facts(summary, ("policy", "note")), "axes": axes, "reward": {"raw": raw, "shift": 0.0}}
+    return read_split(row, where), Trajectory(turns, group=known["id"], task="summarize",
+                                              source="summarize-axes", labels=labels)  # fmt: skip
+
+
+def centred(made: Mapping[str, Sequence[Trajectory]]) -> dict[str, list[Trajectory]]:
+    """The rows with the mean reward of their group subtracted, whatever split its other rows are in."""
+    raws = defaultdict(list)
+    for rows in made.values():
+        for row in rows:
+            raws[group_key(row)].append(row.total_return)
+    means = {group: math.fsum(some) / len(some) for group, some in raws.items()}
+    return {split: [_shifted(row, means[group_key(row)]) for row in rows] for split, rows in made.items()}
+
+
+def _shifted(row: Trajectory, shift: float) -> Trajectory:
+    reply = replace(row.turns[-1], reward=row.total_return - shift)
+    reward = {**row.labels["reward"], "shift": shift}
+    return replace(row, turns=(*row.turns[:-1], reply), labels={**row.labels, "reward": reward})
