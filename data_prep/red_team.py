@@ -1,0 +1,74 @@
+"""Red-team attempts on a model (Ganguli et al. 2022; anthropics/hh-rlhf, red-team-attempts) to scored trajectories.
+
+A row is one transcript and how it went. What is made of it:
+- The public file is one JSON list, whatever its suffix says.
+- The rating, from 0 to 4, is of the whole attempt and high where the model was broken: every reply is credited, and
+  the last one earns −rating. The preference model's score is low where a reply was harmful, and is taken as it is.
+- Turns are split and merged as in hh-rlhf. A last message that nobody answered is removed.
+- The group is the first message; everything else that is known is in the labels, the member as `annotator`.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep import trajectories
+from data_prep.comparisons import import_rows
+from data_prep.fields import number
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.forms import Drop, extra_columns
+from offline_lmrl.data.preference_forms import is_transcript, root_group, transcript
+from offline_lmrl.data.trajectory import Trajectory, shown
+
+HIGHEST = 4
+_MEMBER, _SCORE = "red_team_member_id", "min_harmlessness_score_transcript"
+
+
+def prepare(
+    input: str | Path, output: str | Path, *, reward: Literal["rating", "harmlessness"] = "rating",
+    validation: float = 0.1, seed: int = 0,
+) -> dict[str, Any]:
+    """Read red-team attempts and write train.jsonl, validation.jsonl and report.json.
+
+    Args:
+      input: the public file, a folder with it or a hub name.
+      output: folder, made if it is missing.
+      reward: rating (what the attacker said, 0 to 4, negated) or harmlessness (a preference model's score of the most
+        harmful reply, without bounds).
+      validation: share of the groups (first messages) that goes to validation.
+      seed: of the split.
+    Returns: counts and facts, as in report.json.
+    Raises: InputError if nothing can be read or the output cannot be written.
+    """
+
+    def read(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
+        return read_attempt(row, where, counts, reward)
+
+    made, report = import_rows(input, read)
+    return trajectories.publish(made, output, {**report, "reward": reward}, validation, seed)
+
+
+def read_attempt(row: Mapping, where: str, counts: Counter[str], reward: str = "rating") -> Trajectory:
+    """The trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    if not is_transcript(row.get("transcript")):
+        raise InputError(f"{where}: transcript: found {shown(row.get('transcript'))}, expected a transcript of Human "
+                         "and Assistant")  # fmt: skip
+    turns = transcript(row["transcript"], counts)
+    if turns[-1].role == "user":
+        counts["repaired: last message without a reply removed"] += 1
+        turns.pop()
+    if not all(turn.content for turn in turns if turn.is_trainable):
+        raise Drop("empty reply")
+    field = "rating" if reward == "rating" else _SCORE
+    if row.get(field) is None:
+        raise Drop(f"no {field}")
+    value = number(row, field, where)
+    if reward == "rating" and not 0 <= value <= HIGHEST:
+        raise InputError(f"{where}: rating: found {value}, expected 0 to {HIGHEST}")
+    turns[-1] = replace(turns[-1], reward=-value if reward == "rating" else value)
+    labels = extra_columns(row, {name for name in row if row[name] is not None} - {"transcript"}, counts)
+    if _MEMBER in labels:
+        labels["annotator"] = labels.pop(_MEMBER)
+    return Trajectory(tuple(turns), group=root_group(turns), task="red-team", source="red-team", labels=labels)
