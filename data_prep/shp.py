@@ -1,0 +1,103 @@
+"""Comments on one post and their votes (Ethayarajh et al. 2022; stanfordnlp/SHP and SHP-2) to comparisons.
+
+A row is a post, `history`, with two comments A and B, and `labels`, 1 where A got more votes. What is made of it:
+- Votes speak for a comment only if it did not have more time to collect them: a row whose preferred comment is the
+  older one is dropped, and one whose votes contradict its label.
+- log(score_ratio) is the strength. A ratio near 1 is noise: `min_ratio`.
+- One post may have hundreds of pairs over a few comments; those of the highest ratios are kept, `max_pairs` of a post.
+- The group is the post: all rows of one id or of the same words.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.comparisons import import_rows, publish
+from data_prep.fields import facts, number, text
+from data_prep.groups import join_groups
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.forms import Drop
+from offline_lmrl.data.io import group_key
+from offline_lmrl.data.trajectory import Turn, shown
+
+SIDES = ("A", "B")
+_LOST = ("[deleted]", "[removed]")
+
+
+def prepare(
+    input: str | Path, output: str | Path, *, min_ratio: float = 1.0, max_pairs: int | None = 5,
+    validation: float = 0.1, seed: int = 0,
+) -> dict[str, Any]:
+    """Read pairs of comments and write train.jsonl, validation.jsonl, test.jsonl and report.json.
+
+    Args:
+      input: a file, the folder of a domain with its train, validation and test file, or a hub name.
+      output: folder, made if it is missing.
+      min_ratio: drop pairs whose votes are in a lower ratio.
+      max_pairs: of one post; null for all.
+      validation: share of the posts that goes to validation, where the source has no such split.
+      seed: of the split.
+    Returns: counts and facts, as in report.json.
+    Raises: InputError for settings out of range, if nothing can be read or the output cannot be written.
+    """
+    if min_ratio < 1:
+        raise InputError(f"min_ratio: found {min_ratio}, expected a number from 1 up")
+    if max_pairs is not None and max_pairs < 1:
+        raise InputError(f"max_pairs: found {max_pairs}, expected a number from 1 up, or null")
+
+    def read(row: Mapping, where: str, counts: Counter[str]) -> Comparison:
+        return read_pair(row, where, min_ratio)
+
+    found, report = import_rows(input, read)
+    made = join_groups(found)
+    if max_pairs is not None:
+        made = {split: strongest(rows, max_pairs) for split, rows in made.items()}
+        kept = sum(map(len, made.values()))
+        dropped = {**report["dropped"], "more than max_pairs of one post": report["imported"] - kept}
+        report = {**report, "imported": kept, "dropped": dropped}
+    return publish(made, output, report, validation, seed)
+
+
+def read_pair(row: Mapping, where: str, min_ratio: float = 1.0) -> Comparison:
+    """The comparison of one row. Raises Drop, and InputError for wrong types."""
+    post, *comments = (text(row, name, where) for name in ("history", "human_ref_A", "human_ref_B"))
+    if not post.strip() or not all(comment.strip() for comment in comments):
+        raise Drop("empty post or comment")
+    if any(comment.strip() in _LOST for comment in comments):
+        raise Drop("comment that was deleted")
+    if comments[0].split() == comments[1].split():
+        raise Drop("identical comments")
+    label = number(row, "labels", where)
+    if label not in (0, 1):
+        raise InputError(f"{where}: labels: found {shown(row['labels'])}, expected 1 for A or 0 for B")
+    better, worse = (0, 1) if label else (1, 0)
+    votes = [number(row, f"score_{side}", where) for side in SIDES]
+    if votes[better] <= votes[worse]:
+        raise Drop("votes that contradict the label")
+    written = [number(row, f"created_at_utc_{side}", where) for side in SIDES]
+    if written[better] < written[worse]:
+        raise Drop("the preferred comment is the older one")
+    ratio = number(row, "score_ratio", where)
+    if ratio < 1:
+        raise InputError(f"{where}: score_ratio: found {ratio}, expected a number from 1 up")
+    if ratio < min_ratio:
+        raise Drop("ratio of the votes below min_ratio")
+    options = [facts(row, (f"c_root_id_{side}", f"score_{side}", f"created_at_utc_{side}")) for side in SIDES]
+    options = [{name[:-2]: value for name, value in option.items()} for option in options]
+    return Comparison(
+        (Turn("user", post),), tuple((Turn("assistant", comment),) for comment in comments),
+        (float(better == 0), float(better == 1)), group=text(row, "post_id", where), source="shp",
+        labels={**facts(row, ("domain",)), "strength": math.log(ratio), "options": options})  # fmt: skip
+
+
+def strongest(rows: Sequence[Comparison], most: int) -> list[Comparison]:
+    """Of each post the pairs of the highest ratios, in their order."""
+    by_post = defaultdict(list)
+    for place, row in enumerate(rows):
+        by_post[group_key(row)].append(place)
+    kept = {place for places in by_post.values()
+            for place in sorted(places, key=lambda place: -rows[place].labels["strength"])[:most]}  # fmt: skip
+    return [row for place, row in enumerate(rows) if place in kept]
