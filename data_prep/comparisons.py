@@ -123,7 +123,7 @@ def _read(row: Any, where: str, read: Callable[[Any, str, Counter], Any], counts
         reason = f"{match['field']}: expected {match['expected']}" if match else text
         counts["dropped: " + re.sub(r"(?<![\w-])\d+", "N", re.sub(r"\[\d+\]", "", reason))] += 1
         return None
-    counts.update(mine)
+    counts.update(mine if one is not None else {name: n for name, n in mine.items() if name.startswith("dropped: ")})
     return one
 
 

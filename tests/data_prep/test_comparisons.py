@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import alpaca_eval, hh_rlhf, preferences
+from data_prep import alpaca_eval, hh_rlhf, preferences, stack_exchange, ultrafeedback
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import read_comparisons
 from offline_lmrl.data.preference_forms import read_comparison
@@ -34,6 +34,16 @@ ROWS = {
         {"prompt": "q5", "responses": ["a", "b", "c"], "ranks": [1, 0, None], "labeler": "w"},
         {"context": [{"role": "user", "content": "q6"}], "options": [REPLY, [{"role": "assistant", "content": "c"}]],
          "target": [0.25, 0.75], "ranking": [[1], [0]], "weight": 1.5, "group": "g", "labels": "{}"}],
+    stack_exchange: [
+        {"qid": 1, "question": "<p>q</p>", "metadata": ["m"], "answers": [
+            {"answer_id": 1, "text": "<p>a</p>", "pm_score": 2, "selected": True}, {"text": "b", "pm_score": 0}]},
+        {"question_id": 2, "title": "t", "body": "<p>q</p>", "answers": [
+            {"body": "<p>a</p>", "score": 4, "is_accepted": False}, {"body": "<p>b</p>", "score": -1}]}],
+    ultrafeedback: [
+        {"source": "flan", "instruction": f"q{i}", "models": ["m"], "completions": [
+            {"model": "m", "response": f"reply {j}", "overall_score": 10 - j, "annotations": {
+                aspect: {"Rating": str(5 - j)} for aspect in ultrafeedback.ASPECTS}} for j in range(3)]}
+        for i in range(3)],
 }  # fmt: skip
 IMPORTERS = pytest.mark.parametrize("importer", ROWS, ids=lambda importer: importer.__name__.split(".")[1])
 

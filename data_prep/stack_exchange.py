@@ -1,0 +1,135 @@
+"""Stack Exchange: the answers to a question, ordered by their votes, as one comparison.
+
+Two forms are read: that of the public preference data (`question, answers[{text, pm_score, selected}]`) and what the
+Stack Exchange API returns (`title, body, answers[{body, score, is_accepted}]`). What is made of them:
+- Votes become the score of Askell et al. 2021 (`vote_score`). A `pm_score` is that already, so being accepted is in it
+  and is not counted again. Equal scores tie; an answer without a score is left out.
+- HTML becomes text: paragraphs, lists and line breaks stay, code is fenced or in backticks, links keep their words.
+- Ids, authors and raw votes of the answers are in `labels["options"]`, as the licence asks for attribution.
+"""
+
+import html
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from data_prep import fields
+from data_prep.comparisons import import_rows, publish
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.forms import Drop, extra_columns
+from offline_lmrl.data.preference_forms import read_comparison
+
+_BLOCKS = ("p", "div", "blockquote", "ul", "ol", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "table", "tr")
+_MARKS = {**dict.fromkeys(_BLOCKS, "\n\n"), "li": "\n- ", "br": "\n", "code": "`", "<pre>": "\n\n```\n",
+          "</pre>": "\n```\n\n"}
+_TAG = re.compile(rf"</?({'|'.join(_BLOCKS)}|li|br|code|pre|a|em|strong|img)\b[^<>]*>", re.IGNORECASE)
+
+
+def prepare(input: str | Path, output: str | Path, *, validation: float = 0.1, seed: int = 0) -> dict[str, Any]:
+    """Read questions with answers and votes and write train.jsonl, validation.jsonl and report.json.
+
+    Args:
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those or a hub name.
+      output: folder, made if it is missing.
+      validation: share of the groups (questions) that goes to validation, where the source has no such split.
+      seed: of the split.
+    Returns: counts and facts, as in report.json.
+    Raises: InputError if nothing can be read or the output cannot be written.
+    """
+    made, report = import_rows(input, read_question)
+    return publish(made, output, report, validation, seed)
+
+
+def read_question(row: Mapping, where: str, counts: Counter[str]) -> Comparison | None:
+    """The comparison of one question; `counts` gets repairs, or the reason where it is None."""
+    if row.get("question") is None and row.get("title") is not None:
+        title = html.unescape(fields.text(row, "title", where))  # escaped, but without tags
+        question = f"{title}\n\n{_plain(fields.text(row, 'body', where), counts)}"
+    else:
+        question = _plain(fields.text(row, "question", where), counts)
+    if not question.strip():
+        raise Drop("empty question")
+    responses, ranks, options = [], [], []
+    for i, answer in enumerate(fields.objects(row, "answers", where)):
+        name = "text" if answer.get("text") is not None else "body"
+        responses.append(_plain(fields.text(answer, name, f"{where}: answers[{i}]"), counts))
+        ranks.append(_rank(answer, f"{where}: answers[{i}]"))
+        options.append(extra_columns(answer, set(answer) - {name}, counts))
+    used = {"question", "body", "answers"}
+    labels = extra_columns(row, {name for name in row if row[name] is not None} - used, counts)
+    return read_comparison({"prompt": [{"role": "user", "content": question}], "responses": responses, "ranks": ranks,
+                            "source": "stack-exchange", "labels": {**labels, "options": options}},
+                           where, counts)  # fmt: skip
+
+
+def vote_score(votes: int, accepted: bool) -> int:
+    """log2(1 + votes), rounded, + 1 for the accepted answer; −1 below 0 votes. Askell et al. 2021, section 4.1."""
+    return -1 if votes < 0 else round(math.log2(1 + votes)) + accepted
+
+
+def plain_text(text: str) -> str:
+    """HTML as text; text without a tag of HTML as it is."""
+    if not _TAG.search(text):
+        return text
+    reader = _Reader()
+    try:
+        reader.feed(text)
+        reader.close()
+    except AssertionError as error:  # how html.parser refuses a declaration that it does not know
+        raise Drop("HTML that cannot be read") from error
+    return re.sub(r"\n{3,}", "\n\n", "".join(reader.parts)).strip()
+
+
+class _Reader(HTMLParser):
+    """Gathers the text in `parts`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+        self.in_pre = False
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self._mark("<pre>" if tag == "pre" else tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._mark("</pre>" if tag == "pre" else "" if tag == "li" else tag)
+
+    def handle_data(self, data: str) -> None:
+        if not self.in_pre:
+            data = re.sub(r"\s+", " ", data)
+            data = data.lstrip() if self._last.endswith(("\n", "- ")) else data
+        self.parts += [data] if data else []
+
+    @property
+    def _last(self) -> str:
+        return self.parts[-1] if self.parts else "\n"
+
+    def _mark(self, tag: str) -> None:
+        if self.in_pre != (tag == "</pre>"):  # in code only its end is a mark, and nowhere else
+            return
+        self.in_pre = tag == "<pre>"
+        mark = _MARKS.get(tag, "")
+        if mark == "`":
+            self.parts.append(mark)
+        elif mark and not self._last.endswith("- "):  # many items open with a paragraph
+            self.parts += [self.parts.pop().rstrip() if self.parts else "", mark]
+
+
+def _plain(text: str, counts: Counter[str]) -> str:
+    made = plain_text(text)
+    if made != text:
+        counts["repaired: HTML made text"] += 1
+    return made
+
+
+def _rank(answer: Mapping, where: str) -> int | None:
+    """Minus the score: the lowest is best."""
+    if answer.get("pm_score") is not None:
+        return -fields.whole(answer, "pm_score", where)
+    if answer.get("score") is None:
+        return None
+    return -vote_score(fields.whole(answer, "score", where), answer.get("is_accepted") is True)

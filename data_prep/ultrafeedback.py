@@ -1,0 +1,110 @@
+"""UltraFeedback (Cui et al. 2023; openbmb/UltraFeedback) to comparisons of all completions of an instruction.
+
+What is made of a row:
+- A completion's score is the mean of its ratings for helpfulness, honesty, instruction following and truthfulness, as
+  its authors advise; the completions are ranked by it and equal scores tie. No rejected one is drawn, so no seed
+  decides what is compared.
+- Ratings are text, and some are "N/A". Only aspects that every rated completion has a rating for are averaged; a
+  completion without any rating is left out.
+- `overall_score` is not used. Some published versions have 10 where the critic meant 1; beside ratings of at most 2
+  on average it is kept in the labels as 1.
+- Questions of TruthfulQA, which is a benchmark, are dropped unless they are asked for.
+- The system prompt that a completion was sampled with differs between completions, so it is a label and no context.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep import fields
+from data_prep.comparisons import import_rows, publish
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.forms import Drop, extra_columns
+from offline_lmrl.data.preference_forms import read_comparison
+from offline_lmrl.data.trajectory import shown
+
+ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+_KEPT = {"model", "principle", "custom_system_prompt", "critique", "overall_score"}
+_USED = {"instruction", "completions", "models"}
+
+
+def prepare(
+    input: str | Path, output: str | Path, *, truthful_qa: bool = False, validation: float = 0.1, seed: int = 0
+) -> dict[str, Any]:
+    """Read instructions with rated completions and write train.jsonl, validation.jsonl and report.json.
+
+    Args:
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those or a hub name.
+      output: folder, made if it is missing.
+      truthful_qa: keep the questions of TruthfulQA.
+      validation: share of the groups (instructions) that goes to validation, where the source has no such split.
+      seed: of the split.
+    Returns: counts and facts, as in report.json.
+    Raises: InputError if nothing can be read or the output cannot be written.
+    """
+
+    def read(row: Mapping, where: str, counts: Counter[str]) -> Comparison | None:
+        return read_rated(row, where, counts, truthful_qa)
+
+    made, report = import_rows(input, read)
+    return publish(made, output, report, validation, seed)
+
+
+def read_rated(row: Mapping, where: str, counts: Counter[str], truthful_qa: bool = False) -> Comparison | None:
+    """The comparison of one instruction; `counts` gets repairs, or the reason where it is None."""
+    instruction = fields.text(row, "instruction", where)
+    if not instruction.strip():
+        raise Drop("empty instruction")
+    if row.get("source") == "truthful_qa" and not truthful_qa:
+        raise Drop("a question of TruthfulQA, a benchmark")
+    responses, rated, options = [], [], []
+    for i, completion in enumerate(fields.objects(row, "completions", where)):
+        here = f"{where}: completions[{i}]"
+        responses.append(fields.text(completion, "response", here))
+        rated.append(_ratings(completion, here))
+        options.append({**extra_columns(completion, _KEPT & completion.keys(), counts), "ratings": rated[-1]})
+        if options[-1].get("overall_score") == 10 and rated[-1] and _mean(rated[-1], rated[-1]) <= 2:
+            counts["repaired: overall_score 10 beside ratings of at most 2 taken as 1"] += 1
+            options[-1]["overall_score"] = 1
+    common = set(ASPECTS).intersection(*(ratings for ratings in rated if ratings))
+    if not any(rated) or not common:
+        raise Drop("no aspect that every rated completion is rated for")
+    if any(ratings and len(ratings) > len(common) for ratings in rated):
+        counts["repaired: aspects left out that not every rated completion is rated for"] += 1
+    ranks = [-_mean(ratings, common) if ratings else None for ratings in rated]
+    labels = extra_columns(row, {name for name in row if row[name] is not None} - _USED, counts)
+    return read_comparison({"prompt": [{"role": "user", "content": instruction}], "responses": responses,
+                            "ranks": ranks, "source": "ultrafeedback", "labels": {**labels, "options": options}},
+                           where, counts)  # fmt: skip
+
+
+def _ratings(completion: Mapping, where: str) -> dict[str, float]:
+    """Aspect -> rating from 1 to 5, of the aspects that have one."""
+    found = {}
+    annotations = _object(completion, "annotations", where)
+    for aspect in ASPECTS:
+        value = _object(annotations, aspect, f"{where}: annotations").get("Rating")
+        if value is None or (isinstance(value, str) and value.strip().upper() in ("", "N/A")):
+            continue
+        try:
+            rating = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            rating = math.nan
+        if not 1 <= rating <= 5:
+            raise InputError(f"{where}: annotations: {aspect}: Rating: found {shown(value)}, expected 1 to 5 or N/A")
+        found[aspect] = rating
+    return found
+
+
+def _object(record: Mapping, name: str, where: str) -> Mapping:
+    value = record.get(name)
+    if not isinstance(value, Mapping | None):
+        raise InputError(f"{where}: {name}: found {shown(value)}, expected an object")
+    return value or {}
+
+
+def _mean(ratings: Mapping[str, float], aspects: Collection[str]) -> float:
+    return math.fsum(ratings[aspect] for aspect in aspects) / len(aspects)
