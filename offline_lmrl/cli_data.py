@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # what follows `prepare` -> module and function; imported on use
 SOURCES = {
     "maze": ("data_prep.maze", "prepare"),
+    "wordle": ("data_prep.wordle", "prepare"),
     "deal-or-no-deal": ("data_prep.deal_or_no_deal", "prepare"),
     "hh-rlhf": ("data_prep.hh_rlhf", "prepare"),
     "alpaca-eval": ("data_prep.alpaca_eval", "prepare"),

@@ -77,8 +77,8 @@ def _evaluate(
 
     Args:
       run: a run directory, or a folder or hub name of a causal LM; for comparisons a scorer, as `relabel` takes it.
-      environment: maze, negotiation, corridor, gamble, count, count1, talk, talk_trap, hidden_rule, walk, or your own
-        as package.module:Class.
+      environment: maze, wordle, negotiation, corridor, gamble, count, count1, talk, talk_trap, hidden_rule, walk, or
+        your own as package.module:Class.
       settings: the environment's own arguments, as --settings.observed partial.
       episodes: how many are played.
       seed: the first episode's; the others follow.

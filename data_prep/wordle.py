@@ -1,0 +1,149 @@
+"""Logs of scripted Wordle players, after those of the published systems.
+
+A player's name gives its games. Two sets branch off from games of the expert, the player of greatest information:
+- adversarial (ILQL, section 5): from every expert game of at least 3 turns, 5 games that share its first two words and
+  then repeat them, and 5 games of their own by a player who is consistent half of the time. So the best opening looks
+  bad on average, which misleads values that look one step ahead, and not those that bootstrap.
+- branching: from every state of an expert game, one game that goes on with words that contradict the colours.
+"""
+
+import dataclasses
+import functools
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from data_prep.reports import write_json
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import split_by_group, write_trajectories
+from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.environments.rollouts import rollout
+from offline_lmrl.environments.scripted import Forced, check_episodes
+from offline_lmrl.environments.wordle import Wordle, read_words
+from offline_lmrl.environments.wordle_players import (
+    PLAYERS,
+    Consistent,
+    Mixture,
+    Optimal,
+    Player,
+    Repeat,
+    Scripted,
+    Uniform,
+    User,
+    Wrong,
+)
+
+VALIDATION_SHARE = 0.1
+COPIES = 5  # games of each kind that an expert game has beside it in the adversarial set
+SHARED_TURNS = 2
+BRANCH_SEEDS = 2**32  # branches count their seeds from multiples of this, far from the games'
+
+
+def prepare(
+    output: str | Path,
+    *,
+    logs: str = "random_mixture",
+    words: str = "common",
+    duplicates: Literal["real", "simplified"] = "real",
+    spelling: Literal["letters", "halves"] = "letters",
+    episodes: int = 20_000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Play scripted players and write train.jsonl, validation.jsonl (10% of the games) and report.json.
+
+    Args:
+      output: folder, made if it is missing.
+      logs: optimal, start_word, repeat, random_mixture (the published logs), consistent, uniform, wrong, monte_carlo,
+        user (you, at the keyboard), adversarial or branching.
+      words: common (833 words), forty, or a text file of words.
+      duplicates: real or simplified (the published systems'), the rule for letters that occur more than once.
+      spelling: letters (`c r a n e`) or halves (`cr ane`).
+      episodes: games; of the expert alone where others branch off. The published logs are a million.
+      seed: of the players and of the split.
+    Returns: counts and means of the logs, as in report.json.
+    Raises: InputError for fewer than one episode, unknown logs, words that cannot be read, or an output that cannot be
+    written.
+    """
+    check_episodes(episodes)
+    counts: Counter[str] = Counter()
+    known = read_words(words, counts)
+    game = functools.partial(Wordle, words, duplicates, spelling)
+    seeds = range(seed * episodes, (seed + 1) * episodes)
+    if logs in PLAYERS:
+        trajectories = _games(logs, PLAYERS[logs], game, seeds)
+    elif logs in BRANCHING:
+        experts = _games("optimal", Optimal(), game, seeds)
+        trajectories = [trajectory for expert in experts for trajectory in BRANCHING[logs](expert, game)]
+    else:
+        raise InputError(f"logs: found {logs!r}, expected one of {', '.join([*PLAYERS, *BRANCHING])}")
+    shares = {"train": 1 - VALIDATION_SHARE, "validation": VALIDATION_SHARE}
+    for name, rows in split_by_group(trajectories, shares, seed).items():
+        if rows:  # a handful of games may leave a split without any
+            write_trajectories(Path(output) / f"{name}.jsonl", rows)
+    left_out = {f"words left out, {why}": n for why, n in counts.items()}
+    report = {"words": len(known), **left_out, **_report(trajectories)}
+    write_json(Path(output) / "report.json", report)
+    return report
+
+
+def _games(name: str, player: Player, game: functools.partial, seeds: range) -> list[Trajectory]:
+    at_once = 1 if isinstance(player, User) else 1024  # a person finishes a game before the next
+    played = rollout(Scripted(player, game()), game, seeds, batch_size=at_once)
+    return [_logged(trajectory, name, f"wordle-{seed}") for trajectory, seed in zip(played, seeds, strict=True)]
+
+
+def _logged(trajectory: Trajectory, player: str, group: str) -> Trajectory:
+    labels = {**trajectory.labels, "player": player}
+    return dataclasses.replace(trajectory, group=group, task="wordle", source="scripted", labels=labels)
+
+
+def _adversarial(expert: Trajectory, game: functools.partial) -> Iterator[Trajectory]:
+    said, first = _said(expert), _first_branch_seed(expert)
+    yield expert
+    if len(said) > SHARED_TURNS:
+        failing, others = range(first, first + COPIES), range(first + COPIES, first + 2 * COPIES)
+        yield from _branches("repeat", Repeat(), said[:SHARED_TURNS], expert, game, failing)
+        yield from _branches("mixture", Mixture(0.5, Consistent(), Uniform()), [], expert, game, others)
+
+
+def _branching(expert: Trajectory, game: functools.partial) -> Iterator[Trajectory]:
+    said, first = _said(expert), _first_branch_seed(expert)
+    yield expert
+    for turn in range(len(said)):
+        yield from _branches("wrong", Wrong(), said[:turn], expert, game, [first + turn])
+
+
+BRANCHING = {"adversarial": _adversarial, "branching": _branching}
+
+
+def _branches(
+    name: str, player: Player, said: Sequence[str], expert: Trajectory, game: functools.partial, seeds: Sequence[int]
+) -> Iterator[Trajectory]:
+    """Games with the expert's secret that begin with the texts `said`, in the expert's group."""
+    same = functools.partial(game, secret=expert.labels["secret"])
+    policy = Forced(Scripted(player, same()), said)
+    for trajectory in rollout(policy, same, seeds):
+        yield _logged(trajectory, name, expert.group)
+
+
+def _first_branch_seed(expert: Trajectory) -> int:
+    return (expert.labels["seed"] + 1) * BRANCH_SEEDS
+
+
+def _said(trajectory: Trajectory) -> list[str]:
+    return [turn.content for turn in trajectory.turns if turn.is_trainable]
+
+
+def _report(trajectories: list[Trajectory]) -> dict[str, float]:
+    returns = [trajectory.total_return for trajectory in trajectories]
+    turns = sum(len(_said(trajectory)) for trajectory in trajectories)
+    return {
+        "episodes": len(trajectories),
+        "turns": turns,
+        "won": sum(trajectory.labels["won"] for trajectory in trajectories),
+        "mean_return": statistics.fmean(returns),
+        "sd_return": statistics.pstdev(returns),
+        "mean_length": turns / len(trajectories),
+    }
