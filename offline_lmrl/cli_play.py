@@ -16,6 +16,7 @@ from offline_lmrl.data.trajectory import Trajectory, Turn, shown, to_record, tur
 
 if TYPE_CHECKING:
     from offline_lmrl.data.protocols import Policy, Reply
+    from offline_lmrl.decoding.planner import PlannerConfig
     from offline_lmrl.decoding.policy import LanguagePolicy
     from offline_lmrl.evaluation.play import EvaluationResult
 
@@ -69,6 +70,7 @@ def _evaluate(
     kl_budget: float = 0.3,
     show: int | None = None,
     asks: tuple[float | str, ...] | None = None,
+    planner: "PlannerConfig | None" = None,
     device: str | None = None,
     *,
     sampling: Mapping[str, Any],
@@ -92,6 +94,7 @@ def _evaluate(
       show: print this row of the data token by token instead, from 1.
       asks: returns to ask for one after the other, as [0, p50, max]; prints what each achieves, and draws it into
         asks.png in the run's folder where the extra `plots` is installed.
+      planner: plans every reply ahead, with no return asked for; --planner.help names its settings.
       device: null = the first accelerator, else the CPU.
     """
     from offline_lmrl.data.conditioning import check_ask
@@ -107,6 +110,9 @@ def _evaluate(
         raise InputError("show: found a row without --data, expected the data it is in")
     if asks is not None and environment is None:
         raise InputError("asks: found some without --environment, expected what is to be played")
+    if planner is not None and (environment is None or asks is not None):
+        found = "--asks" if asks is not None else "no --environment"
+        raise InputError(f"planner: found it with {found}, expected --environment alone: a plan asks for no return")
     for ask in asks or ():
         check_ask(ask)
     if episodes < 1:
@@ -126,7 +132,8 @@ def _evaluate(
         _print_asks(policy, made, asks, seeds, Path(run), play)
     elif made is not None:
         with _progress("playing", episodes) as progress:
-            result = evaluate_policy(policy, made, seeds, progress=progress, **play)
+            player = policy if planner is None else planner.planner(policy)
+            result = evaluate_policy(player, made, seeds, progress=progress, **play)
         if output is not None:
             write_trajectories(output, result.trajectories)
         _print_result(result)

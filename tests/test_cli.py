@@ -198,6 +198,9 @@ def test_unknown_names_are_refused_with_the_nearest(refused, trained):
         (["--environment", "gamble", "--top_p", "1.5"], "top_p: found 1.5"),
         (["--data", "DATA", "--show", "9"], "show: found 9, expected 1 to 8"),
         (["--show", "1", "--environment", "gamble"], "show: "),
+        (["--environment", "gamble", "--planner.depth", "0"], "depth: found 0"),
+        (["--environment", "gamble", "--planner.wdth", "2"], "did you mean"),
+        (["--data", "DATA", "--planner.width", "2"], "planner: found it with no --environment"),
         ([], "environment, data: found neither"),
     ],
 )
@@ -291,6 +294,12 @@ def test_evaluate_plays_an_environment_and_saves_what_can_be_trained_on(command,
     code, out, _ = command("evaluate", trained / "run", *settings, "--output", tmp_path / "played.jsonl")
     assert code == 0 and out.startswith("score: ") and "\nn: 3\n" in out
     assert len(read_trajectories(tmp_path / "played.jsonl")) == 3
+
+
+def test_evaluate_plays_what_is_planned(command, trained):
+    settings = ("--environment", "gamble", "--episodes", 2, "--max_new_tokens", 3, "--planner.expand", 2)
+    code, out, _ = command("evaluate", trained / "run", *settings, "--planner.scorer", trained / "run")
+    assert code == 0 and "\nplanned_tokens: " in out
 
 
 def test_evaluate_reads_held_out_logs(command, trained):

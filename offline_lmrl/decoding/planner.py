@@ -23,9 +23,39 @@ from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Turn
 from offline_lmrl.data.windows import policy_window
 from offline_lmrl.decoding.cache import CacheMemory
+from offline_lmrl.decoding.critic import load_critic
 from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy
 from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler, SamplingConfig
 from offline_lmrl.models.adapters import settings
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """How replies are planned.
+
+    width: beams that stay after each utterance. expand: replies that each beam proposes. depth: utterances.
+    scorer: what rates a beam's last utterance: heads (the model's own return heads), or a run with value heads; in a
+      comparison the name of the method whose run of the same seed that is.
+    """
+
+    width: int = 16
+    expand: int = 4
+    depth: int = 1
+    scorer: str = "heads"
+
+    def __post_init__(self) -> None:
+        for name in ("width", "expand", "depth"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}: found {value!r}, expected a whole number from 1")
+
+    def planner(self, policy: LanguagePolicy) -> "Planner":
+        """The policy behind this planning. Raises: InputError as `Planner` and `load_critic`."""
+        scorer = None
+        if self.scorer != "heads":
+            critic = load_critic(self.scorer, device=policy.model.device)
+            scorer = Critic(critic.with_sampling(max_new_tokens=policy.sampling.max_new_tokens))
+        return Planner(policy, scorer, width=self.width, expand=self.expand, depth=self.depth)
 
 
 class Planner:
@@ -39,16 +69,16 @@ class Planner:
       scorer: rates a beam's last utterance, (turns before it) -> [(utterance,)]: what it pays and all that follows, in
         reward units, such as a `Critic`, or a function of the environment (decoding/scorers.py). None = the model's
         own return heads. What earlier utterances of a beam pay is the heads' to say in any case.
-      width: beams that stay after each utterance. expand: replies that each beam proposes. depth: utterances.
+      width, expand, depth: as in `PlannerConfig`.
     """
 
     def __init__(
         self, policy: LanguagePolicy, scorer: Scorer | None = None, *, width: int = 16, expand: int = 4, depth: int = 1
     ):
-        for name, value in (("width", width), ("expand", expand), ("depth", depth)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name}: found {value!r}, expected a whole number from 1")
-        self.policy, self.scorer = policy, scorer
+        PlannerConfig(width, expand, depth)  # checks the ranges
+        if expand > 1 and policy.sampling.temperature == 0:
+            raise InputError(f"temperature: found 0, expected above 0: {expand} greedy proposals are one and the same")
+        self.policy, self.scorer, self.sampling = policy, scorer, policy.sampling
         self.width, self.expand, self.depth = width, expand, depth
         self.heads = getattr(policy.model, "return_heads", None) if scorer is None or depth > 1 else None
         if self.heads is None and (scorer is None or depth > 1):
@@ -106,6 +136,7 @@ class PlannerSession:
         self.drawn = [0] * len(self.seeds)
         self.memory = CacheMemory(CACHE_BYTES)
         self.scores: dict[int, list[float]] = {}
+        self.planned_tokens = dict.fromkeys(range(len(self.seeds)), 0)
 
     def reply(
         self,
@@ -132,8 +163,8 @@ class PlannerSession:
         return [chosen[row].first for row in rows]
 
     def labels(self, row: int) -> dict[str, Any]:
-        """`scores` of the plans that were followed, per turn."""
-        return {"scores": self.scores.get(row, [])}
+        """`scores` of the plans that were followed, per turn, and the `planned_tokens` of all that were drawn."""
+        return {"scores": self.scores.get(row, []), "planned_tokens": self.planned_tokens[row]}
 
     def _best(self, beams: Sequence[_Beam]) -> list[_Beam]:
         """The `width` best of each row, best first."""
@@ -170,6 +201,7 @@ class PlannerSession:
         for i, (beam, window) in enumerate(zip(beams, windows, strict=True)):
             different: dict[str, int] = {}
             for key in range(i * n, i * n + n):
+                self.planned_tokens[beam.row] += len(replies[key].log_prob)
                 different.setdefault(replies[key].text, key)
             for key in different.values():
                 reply = replies[key]
@@ -211,6 +243,8 @@ class PlannerSession:
         said = self.planner.environment(blank.role).sample(
             windows, [0] * len(beams), memory=memory, rows=range(len(beams))
         )
+        for beam, reply in zip(beams, said, strict=True):
+            self.planned_tokens[beam.row] += len(reply.log_prob)
         texts = [renderer.decode(reply.token_ids[: len(reply.token_ids) - reply.closed]) for reply in said]
         return [
             replace(beam, turns=[*beam.turns, replace(blank, content=text)], key=i)

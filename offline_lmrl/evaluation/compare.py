@@ -1,8 +1,8 @@
 """Train and evaluate several methods over seeds: one results file, one table, resumable at every row.
 
-Every method plays the same episodes, sampled and greedy. Value-guided methods are measured at two values of β: the one
-that logs alone suggest (a KL budget) and the one that play on other episodes prefers; never at one chosen on the
-reported episodes. What is already in results.jsonl is not measured again.
+Every method plays the same episodes, sampled and greedy, and planned where it has a `planner`. Value-guided methods
+are measured at two values of β: the one that logs alone suggest (a KL budget) and the one that play on other episodes
+prefers; never at one chosen on the reported episodes. What is already in results.jsonl is not measured again.
 """
 
 import json
@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from offline_lmrl.algorithms import load_algorithm
-from offline_lmrl.algorithms.run import DataConfig, ModelConfig, train
+from offline_lmrl.algorithms.run import DataConfig, ModelConfig, runs_before, train
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import fingerprint, read_trajectories
 from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.decoding.planner import Planner, PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.environments import make_environment
 from offline_lmrl.evaluation.config import ELSEWHERE, CompareConfig, MethodConfig, build
@@ -36,6 +37,7 @@ from offline_lmrl.evaluation.report import read_results, table
 
 SAMPLES = 10
 TEMPERATURES = {"sampled": {}, "greedy": {"temperature": 0.0}}
+PLANNED = "planned"
 
 Row = dict[str, Any]
 
@@ -85,7 +87,7 @@ def _train_seed(config: CompareConfig, seed: int | None) -> None:
     if seed is None:
         comparison.train_partner()
     else:
-        for name in config.evaluated:
+        for name in config.trained:
             comparison.trained(name, seed)
 
 
@@ -125,6 +127,7 @@ class _Comparison:
         """Builds what every run will be given, so that a slip in the last method does not surface after hours."""
         for name, method in self.config.methods.items():
             self._entry(f"methods.{name}", method, self.config.seeds[0], Path())
+            self._planner(name)
             if method.evaluate and self._is_guided(method) and not self.config.data.get("validation"):
                 raise InputError(f"data.validation: missing, expected held-out trajectories to choose β of {name} on")
         if self.config.partner is not None:
@@ -135,7 +138,7 @@ class _Comparison:
         path = self.folder / "results.jsonl"
         kept = [row for row in read_results(path) if row["kind"] == "run"] if path.exists() else []
         for row in kept:
-            difference = _first_difference(row["config"], _plain(self.identity(row["method"])))
+            difference = _first_difference(row["config"], _plain(self.identity(row["method"], row["decode"])))
             if difference:
                 raise InputError(
                     f"{path}: {row['method']}: {difference}; take another `output`, or remove this file and runs/"
@@ -196,10 +199,18 @@ class _Comparison:
             "evaluation": evaluation,
         }
 
-    def identity(self, name: str) -> dict[str, Any]:
+    def identity(self, name: str, decode: str) -> dict[str, Any]:
         """Everything that decides a row of this method; of a method that is no longer listed, what all rows share."""
-        chain = self._chain(name)
+        chain, planner = self._chain(name), self._planner(name) if decode == PLANNED else None
+        if planner is not None:
+            scorer = self._chain(self.config.methods[name].scorer) or planner.scorer
+            return self._shared_identity | {"method": chain, "planner": asdict(planner) | {"scorer": scorer}}
         return self._shared_identity | ({"method": chain} if chain else {})
+
+    def _planner(self, name: str) -> PlannerConfig | None:
+        """How a method plans, its scorer by name; None where it does not."""
+        planner = self.config.methods[name].planner if name in self.config.methods else None
+        return None if planner is None else build(PlannerConfig, planner, f"methods.{name}.planner.")
 
     def _chain(self, name: str | None) -> list[dict[str, Any]]:
         """The settings of a method and of those it starts from, each with the chain of its critic."""
@@ -292,6 +303,16 @@ class _Comparison:
     def _partner(self) -> dict[str, LanguagePolicy]:
         return {} if self.config.partner is None else {self.config.partner.argument: self._partner_policy}
 
+    def scorer(self, name: str, seed: int) -> Path | None:
+        """The run that rates a method's plans, if one does."""
+        other = self.config.methods[name].scorer
+        return None if other is None else self.trained(other, seed)
+
+    def planned(self, name: str, seed: int, policy: LanguagePolicy) -> Planner:
+        """The policy of a method and seed behind the method's planning."""
+        planner, scorer = self._planner(name), self.scorer(name, seed)
+        return (planner if scorer is None else replace(planner, scorer=str(scorer))).planner(policy)
+
     # Evaluation.
 
     def missing(self, name: str, seed: int) -> list[_Setting]:
@@ -302,6 +323,8 @@ class _Comparison:
         done = {(row["decode"], row["beta_chosen"]) for row in self.rows
                 if row["kind"] == "run" and row["method"] == name and row["seed"] == seed}  # fmt: skip
         settings = [_Setting(decode, chosen) for decode in TEMPERATURES for chosen in choices]
+        if self.config.methods[name].planner is not None:
+            settings.append(_Setting(PLANNED, None))
         return [setting for setting in settings if (setting.decode, setting.chosen) not in done]
 
     def measure(self, name: str, seed: int, settings: Sequence[_Setting]) -> Iterator[Row]:
@@ -316,7 +339,7 @@ class _Comparison:
 
     def add(self, row: Row) -> None:
         """Keeps a row, with what decided it, in the order of seeds and methods, whichever was measured first."""
-        self.rows.append({**row, "config": _plain(self.identity(row["method"]))})
+        self.rows.append({**row, "config": _plain(self.identity(row["method"], row["decode"]))})
         runs = ((seed, method) for seed in self.config.seeds for method in self.config.evaluated)
         order = {run: place for place, run in enumerate(runs)}
         # Rows of no listed run come first; the sort leaves them, and the settings of each run, in their order.
@@ -333,7 +356,7 @@ class _Comparison:
                 for row in done.result():
                     self.add(row)
 
-    def play(self, policy: LanguagePolicy, title: str, selecting: bool = False) -> EvaluationResult:
+    def play(self, policy: LanguagePolicy | Planner, title: str, selecting: bool = False) -> EvaluationResult:
         """The reported episodes, or those on which settings are chosen."""
         settings = self.config.evaluation
         environment, seeds = self.config.environment, settings.seeds
@@ -366,7 +389,9 @@ class _Run:
         method, settings = comparison.config.methods[name], comparison.config.evaluation
         self.loaded = LanguagePolicy.load(folder, **{**settings.sampling, **method.sampling, "beta": 0.0})
 
-    def policy(self, decode: str, beta: float) -> LanguagePolicy:
+    def player(self, decode: str, beta: float) -> LanguagePolicy | Planner:
+        if decode == PLANNED:
+            return self.comparison.planned(self.name, self.seed, self.loaded)
         return self.loaded.with_sampling(**TEMPERATURES[decode], beta=beta)
 
     @cached_property
@@ -374,14 +399,14 @@ class _Run:
         """KL and share of changed choices of each β, on a fixed sample of the held-out logs."""
         settings, logs = self.comparison.config.evaluation, self.comparison.validation_data
         logs = random.Random(0).sample(logs, min(settings.offline_rows, len(logs)))
-        return guidance_by_beta(self.policy("sampled", 0.0), logs, settings.betas)
+        return guidance_by_beta(self.player("sampled", 0.0), logs, settings.betas)
 
     def by_returns(self, decode: str) -> tuple[list[dict[str, float]], int]:
         """Mean score of each β on the selection episodes, and the tokens generated for that."""
         tried, tokens = [], 0
         for beta in self.comparison.config.evaluation.betas:
             title = f"{self.name} seed {self.seed} {decode}: trying β {beta:g}"
-            result = self.comparison.play(self.policy(decode, beta), title, selecting=True)
+            result = self.comparison.play(self.player(decode, beta), title, selecting=True)
             tried.append({"beta": beta, "score": result.score().mean})
             tokens += sum(row["tokens"] for row in result.episodes)
         return tried, tokens
@@ -398,13 +423,14 @@ class _Run:
             beta = max(tried, key=lambda entry: (entry["score"], -entry["beta"]))["beta"]
         if (setting.decode, beta) not in self.played:
             title = f"{self.name} seed {self.seed} {setting.decode}"
-            self.played[setting.decode, beta] = self.comparison.play(self.policy(setting.decode, beta), title)
+            self.played[setting.decode, beta] = self.comparison.play(self.player(setting.decode, beta), title)
         result = self.played[setting.decode, beta]
         stem = f"{self.name}-{self.seed}-{setting.decode}" + (f"-beta{beta:g}" if setting.chosen else "")
         folder, scale, score = self.comparison.folder, config.evaluation.score, result.score()
         _write(folder / "episodes" / f"{stem}.jsonl", "".join(json.dumps(row) + "\n" for row in result.episodes))
         _write(folder / "samples" / f"{stem}.txt", transcripts(result, config.evaluation.seeds))
         method = config.methods[self.name]
+        scorer = self.comparison.scorer(self.name, self.seed) if setting.decode == PLANNED else None
         return {
             "kind": "run", "method": self.name, "algorithm": method.algorithm, "seed": self.seed,
             "decode": setting.decode, "beta": beta, "beta_chosen": setting.chosen, "betas_tried": tried,
@@ -412,7 +438,7 @@ class _Run:
             "normalised": scale and scale.normalise(score.mean),
             "regime": method.regime or load_algorithm(method.algorithm)[1].regime,
             "cost": {
-                **training_cost(self.folder),
+                **training_cost(self.folder, scorer),
                 "generated_tokens": sum(row["tokens"] for row in result.episodes),
                 "selection_tokens": selection_tokens,
                 "evaluation_seconds": result.seconds,
@@ -432,14 +458,15 @@ def _plays(algorithm: str) -> bool:
     return load_algorithm(algorithm)[1].plays
 
 
-def training_cost(run: Path) -> dict[str, float]:
-    """Tokens read in training, as often as they were read and with those of the runs it started or learnt from, and
-    wall seconds of the last training process; for a run that played, also its agent turns and scored replies."""
+def training_cost(run: Path, scorer: Path | None = None) -> dict[str, float]:
+    """Tokens read in training, as often as they were read and with those of the runs it started or learnt from and of
+    what rates its plans, and wall seconds of its last training process; for a run that played, also its agent turns
+    and scored replies."""
     report = json.loads((run / "complete.json").read_text(encoding="utf-8"))
     logged = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     seconds = [row["train_runtime"] for row in map(json.loads, logged) if "train_runtime" in row]
-    tokens = report["training_tokens"] + report.get("start_tokens", 0)
     played = {name: report[name] for name in ("environment_steps", "reward_queries") if name in report}
+    tokens = sum(runs_before(str(run), scorer and str(scorer)).values())
     return {"training_tokens": tokens, "training_seconds": seconds[-1] if seconds else 0.0, **played}
 
 

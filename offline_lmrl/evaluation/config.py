@@ -25,6 +25,7 @@ class MethodConfig:
     critic: the method whose run of the same seed is this one's `args.critic`, for algorithms that learn from one.
     evaluate: False trains it only for others to start from or learn from.
     sampling: SamplingConfig fields for its play, merged over `evaluation.sampling`.
+    planner: PlannerConfig fields: adds a row for planned play, with proposals sampled at β 0 and no return asked for.
     regime: what it was allowed to learn from, as the table prints it; None = what its algorithm says of itself.
     """
 
@@ -35,7 +36,14 @@ class MethodConfig:
     critic: str | None = None
     evaluate: bool = True
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    planner: Mapping[str, Any] | None = None
     regime: str | None = None
+
+    @property
+    def scorer(self) -> str | None:
+        """The method whose run rates its plans; None where none does."""
+        scorer = (self.planner or {}).get("scorer", "heads")
+        return None if scorer == "heads" else scorer
 
     @classmethod
     def of(cls, name: str, entry: Any) -> "MethodConfig":
@@ -48,7 +56,7 @@ class MethodConfig:
         require_known(entry, fields, f"methods.{name}")
         if "algorithm" not in entry:
             raise InputError(f"methods.{name}.algorithm: missing, expected the name of an algorithm")
-        for key in ("model", "args", "sampling"):
+        for key in ("model", "args", "sampling", "planner"):
             if not isinstance(entry.get(key) or {}, Mapping):
                 raise InputError(f"methods.{name}.{key}: found {entry[key]!r}, expected a mapping")
         if "beta" in (entry.get("sampling") or {}):
@@ -191,6 +199,12 @@ class CompareConfig:
         """Names of the methods that get rows."""
         return [name for name, method in self.methods.items() if method.evaluate]
 
+    @property
+    def trained(self) -> list[str]:
+        """Names of the methods that play and of those that rate plans."""
+        scorers = [self.methods[name].scorer for name in self.evaluated]
+        return list(dict.fromkeys([*self.evaluated, *filter(None, scorers)]))
+
     def _check_way(self, name: str, before: tuple[str, ...] = ()) -> None:
         """What a method starts from and learns from exists, and none of it comes from the method itself."""
         if name in before:
@@ -204,6 +218,8 @@ class CompareConfig:
         if method.start_from is not None and (stated := sorted(set(ELSEWHERE) & set(method.model))):
             where = f"methods.{name}.model.{stated[0]}"
             raise InputError(f"{where}: found beside `from`, which decides it, expected only one of them")
+        if method.scorer is not None:
+            require_known([method.scorer], set(self.methods), f"methods.{name}.planner.scorer")
         if method.critic is not None and "critic" in method.args:
             where = f"methods.{name}.args.critic"
             raise InputError(f"{where}: found beside `critic`, which decides it, expected only one of them")

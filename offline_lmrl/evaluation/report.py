@@ -37,8 +37,8 @@ def table(results: str | Path | Sequence[Row]) -> str:
       results: path of a results.jsonl, or its rows.
     Returns: behaviour, optimum, each method and setting over its seeds, then published rows. Score: mean over seeds
       and episodes with its 95% interval (see metrics). The difference column is paired by training seed and episodes
-      against the baseline under the same decoding; `*` where its interval excludes 0. A β marked "returns" was chosen
-      by playing.
+      against the baseline under the same decoding, of plans that it does not make its sampled play; `*` where its
+      interval excludes 0. A β marked "returns" was chosen by playing.
     """
     rows = read_results(results) if isinstance(results, str | Path) else results
     groups: dict[tuple, list[Row]] = {}
@@ -85,7 +85,8 @@ def _method_line(key: tuple, runs: Sequence[Row], cells: Mapping[tuple, Cells], 
     if runs[0]["normalised"] is not None:
         line["normalised"] = f"{_mean(run['normalised'] for run in runs):.1f}"
     baseline = shown["baseline"]
-    rivals = [cells[other] for other in ((baseline, decode, chosen), (baseline, decode, None)) if other in cells]
+    alike = ((baseline, decode, chosen), (baseline, decode, None), (baseline, "sampled", None))
+    rivals = [cells[other] for other in alike if other in cells]
     if method != baseline and rivals and set(mine.seeds) & set(rivals[0].seeds):
         difference = (mine - rivals[0]).estimate()
         sure = "*" if difference.low > 0 or difference.high < 0 else ""

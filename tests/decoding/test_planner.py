@@ -11,7 +11,7 @@ from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding import planner as planning
-from offline_lmrl.decoding.planner import Critic, Planner, null_window
+from offline_lmrl.decoding.planner import Critic, Planner, PlannerConfig, null_window
 from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.models.guided import attach, attach_return_heads, attach_returns, build_model
@@ -86,7 +86,7 @@ def test_a_plan_is_worth_what_its_turns_pay_and_what_follows_the_last(depth, sco
     # unit 2, discount 1/2: 2 · (1 + 4/2) = 6, 2 · 1 + 1/2 · 6 = 5, 2 · 1 + 1/2 · 2 · 1 + 1/4 · 6 = 4.5
     planner.heads = Fixed(1.0, 4.0, 0.0)
     _, _, session = play(planner, turns=1)
-    assert session.labels(0) == {"scores": [pytest.approx(score)]}
+    assert session.labels(0)["scores"] == [pytest.approx(score)]
 
 
 def test_nothing_is_imagined_behind_the_end_of_an_episode():
@@ -94,7 +94,7 @@ def test_nothing_is_imagined_behind_the_end_of_an_episode():
     planner.heads = Fixed(1.0, 4.0, 1.0)
     planner.environment = None
     _, _, session = play(planner, turns=1)
-    assert session.labels(1) == {"scores": [pytest.approx(6.0)]}
+    assert session.labels(1)["scores"] == [pytest.approx(6.0)]
 
 
 def test_the_best_of_the_different_proposals_is_said_as_an_uncached_pass_scores_it():
@@ -152,6 +152,26 @@ def test_options_restrict_what_is_said():
     session = Planner(policy(max_new_tokens=8), width=2, expand=4, depth=2).start([5, 6])
     replies = session.reply([0, 1], HISTORIES, options)
     assert replies[0].text in options[0] and replies[1].text == "left"
+
+
+def test_planned_tokens_are_all_that_was_drawn():
+    _, _, session = play(Planner(policy(stop=(), max_new_tokens=1), width=1, expand=3, depth=2), turns=1)
+    assert session.labels(0)["planned_tokens"] == 3 + 1 + 3  # proposals, the environment's reply, proposals
+
+
+def test_settings_name_what_rates_the_plans(monkeypatch):
+    critic, loaded = policy(max_new_tokens=120), []
+    monkeypatch.setattr(planning, "load_critic", lambda run, device: loaded.append((run, device)) or critic)
+    made = PlannerConfig(3, 2, 1, "runs/ilql").planner(policy())
+    assert (made.width, made.expand, made.depth, made.scorer.critic.model) == (3, 2, 1, MODEL)
+    assert made.scorer.critic.sampling.max_new_tokens == 4  # room in its window for what is said, and no more
+    assert PlannerConfig().planner(policy()).scorer is None and loaded == [("runs/ilql", MODEL.device)]
+
+
+def test_greedy_proposals_are_refused_where_there_are_several():
+    with pytest.raises(InputError, match="temperature: found 0, expected above 0"):
+        Planner(policy(temperature=0.0), expand=2)
+    Planner(policy(temperature=0.0), expand=1)
 
 
 def test_a_model_without_return_heads_and_settings_out_of_range_are_refused():

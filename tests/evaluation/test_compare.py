@@ -274,6 +274,8 @@ def test_repeats_are_for_sampled_play_only(world):
         ("methods__ilql__args", {"seed": 3}, "methods.ilql.args.seed: found a value, expected none"),
         ("methods__ilql__algorithm", "illql", "algorithm: found 'illql'"),
         ("methods__ilql__critic", "bc", "methods.ilql.critic: found 'bc', but ilql takes no critic"),
+        ("methods__bc__planner", {"wide": 3}, "methods.bc.planner: found 'wide', .*did you mean 'width'"),
+        ("methods__bc__planner", {"depth": 0}, "depth: found 0, expected a whole number from 1"),
         ("model__scrach", {}, "methods.bc.model: found 'scrach'"),
         ("data__validation", None, "data.validation: missing"),
     ],
@@ -339,6 +341,33 @@ def test_the_real_trainer_and_policy_fit_together(world, monkeypatch):
     assert all(row["cost"]["training_tokens"] > 0 and row["cost"]["training_seconds"] > 0 for row in rows)
     # Value heads start as a constant, so guidance moves nothing yet
     assert rows[2]["betas_tried"][0]["kl"] == pytest.approx(0.0, abs=1e-3) and rows[2]["beta"] == 1.0
+
+
+def test_a_planned_row_stands_beside_the_others_and_its_scorer_is_the_same_seeds_run(world, monkeypatch):
+    monkeypatch.undo()
+    tiny = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 32}
+    planned = {"width": 1, "expand": 2, "scorer": "ilql"}
+    world.settings |= {
+        "model": {"scratch": tiny, "vocab_size": 270},
+        "args": {"max_steps": 1, "use_cpu": True, "max_length": 32, "save_strategy": "no", "disable_tqdm": True},
+        "methods": {"bc": {"algorithm": "bc", "planner": planned},
+                    "ilql": {"algorithm": "ilql", "evaluate": False, "args": {"expectile": 0.5}}},
+        "evaluation": {"episodes": 3, "sampling": {"max_new_tokens": 2}},
+    }  # fmt: skip
+    run(world)
+    rows = runs(world)
+    assert [(row["decode"], row["beta_chosen"]) for row in rows] == [
+        ("sampled", None), ("greedy", None), ("planned", None),
+    ]  # fmt: skip
+    assert rows[2]["labels"]["planned_tokens"] > 0 and rows[2]["config"]["planner"]["expand"] == 2
+    assert rows[2]["cost"]["training_tokens"] == 2 * rows[0]["cost"]["training_tokens"]  # that of its scorer too
+    with pytest.raises(InputError, match="bc: planner.width: found 1, expected 2"):
+        run(world, methods__bc__planner__width=2)
+    with pytest.raises(InputError, match="bc: planner.scorer.0.args.expectile: found 0.5, expected 0.7"):
+        run(world, methods__ilql__args__expectile=0.7)
+    world.settings["methods"]["bc"]["planner"] = None  # other rows do not hang on the plans
+    run(world)
+    assert runs(world) == rows
 
 
 def test_workers_give_the_rows_that_one_process_gives(world, tmp_path, monkeypatch):
