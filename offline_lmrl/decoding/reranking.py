@@ -1,11 +1,12 @@
 """Best-of-n with a scorer over any policy, abstention, and rejection sampling back to training data.
 
 Nakano et al. 2021 (WebGPT): the best of n samples by a reward model. Menick et al. 2022 (GopherCite): no answer where
-even the best scores too low, by one threshold for all questions. What best-of-n does to a policy that can be
+even the best scores too low, by one threshold for all questions; and candidates that read different documents in turn.
+What best-of-n does to a policy that can be
 enumerated is in ops/preferences.py (`best_of_n`, `best_of_n_kl` and its bound log n − (n − 1)/n).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from offline_lmrl.ops.preferences import abstention_threshold
 
 CANDIDATE_STRIDE = 2**48  # between the seeds of one reply's candidates: more than `generate_texts` asks for
 
+
 class BestOfN:
     """Draws n replies from a policy and says the one that scores best, the first of equals; implements Policy.
 
@@ -31,15 +33,31 @@ class BestOfN:
       n: replies per turn, at least 1.
       threshold: a best score below this is not said but `abstention` is; None = always answer.
       abstention: what is said then.
+      contexts: gives, for a history, several that candidates 0, 1, ... are drawn from in turn, such as one for each
+        document to answer from; None = the history itself. The scorer reads the history as it is, and so does who
+        learns from the reply, whose log_prob is that in the context it was drawn from.
     """
 
     def __init__(
-        self, policy: Policy, scorer: Scorer, n: int, threshold: float | None = None, abstention: str = "I don't know."
+        self,
+        policy: Policy,
+        scorer: Scorer,
+        n: int,
+        threshold: float | None = None,
+        abstention: str = "I don't know.",
+        contexts: Callable[[Sequence[Turn]], Sequence[Sequence[Turn]]] | None = None,
     ):
         if n < 1:
             raise InputError(f"n: found {n}, expected at least 1")
         self.policy, self.scorer, self.n = policy, scorer, n
-        self.threshold, self.abstention = threshold, abstention
+        self.threshold, self.abstention, self.contexts = threshold, abstention, contexts
+
+    def read_by(self, history: Sequence[Turn]) -> list[Sequence[Turn]]:
+        """What each of the n candidates reads, in turn (round robin)."""
+        contexts = [history] if self.contexts is None else self.contexts(history)
+        if not 1 <= len(contexts) <= self.n:
+            raise InputError(f"contexts: found {len(contexts)}, expected 1 to n ({self.n}), so that each is read")
+        return [contexts[j % len(contexts)] for j in range(self.n)]
 
     def start(self, seeds: Sequence[int]) -> "BestOfNSession":
         """A session with one row per seed; the first candidate is what the policy would say."""
@@ -76,7 +94,8 @@ class BestOfNSession:
         n = self.reranked.n
         texts = None if options is None else [own for own in options for _ in range(n)]
         replies = self.session.reply([row * n + j for row in rows for j in range(n)],
-                                     [history for history in histories for _ in range(n)], texts)  # fmt: skip
+                                     [read for history in histories for read in self.reranked.read_by(history)],
+                                     texts)  # fmt: skip
         groups = [replies[i * n : (i + 1) * n] for i in range(len(rows))]
         scored = [(_context(history), [(_turn(reply),) for reply in group])
                   for history, group in zip(histories, groups, strict=True)]  # fmt: skip

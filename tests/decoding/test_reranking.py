@@ -78,27 +78,57 @@ def test_equal_scores_leave_the_first_sample():
 @pytest.mark.parametrize("coverage", [0.3, 0.7])
 def test_the_threshold_answers_the_share_asked_for_and_the_more_it_drops_the_better_the_rest(coverage):
     # the score is the hidden quality of the answer, which differs between questions
-    quality = np.random.default_rng(0).normal(size=4000)
+    quality = np.random.default_rng(0).normal(size=10_000)
 
     def score(context, option):
         return quality[int(context[-1].content.split()[1])] + 0.1 * VALUE[option[-1].content]
 
     reranked = BestOfN(Dice(), Function(score), 2)
-    everything = questions(4000)
-    threshold = calibrated_threshold(reranked, everything[:2000], coverage)
+    everything = questions(10_000)
+    threshold = calibrated_threshold(reranked, everything[:5000], coverage)
     careful = BestOfN(Dice(), Function(score), 2, threshold, "pass")
-    session = careful.start(range(2000, 4000))
-    replies = session.reply(range(2000), everything[2000:])
+    session = careful.start(range(5000, 10_000))
+    replies = session.reply(range(5000), everything[5000:])
     answered = np.array([reply.text != "pass" for reply in replies])
-    assert answered.mean() == pytest.approx(coverage, abs=0.04)  # other questions: three standard deviations
-    on_its_own = calibrated_threshold(reranked, everything[2000:], coverage, range(2000, 4000))
-    scores = np.array([session.labels(row)["scores"][0] for row in range(2000)])
+    assert answered.mean() == pytest.approx(coverage, abs=0.02)  # other questions: three standard deviations
+    on_its_own = calibrated_threshold(reranked, everything[5000:], coverage, range(5000, 10_000))
+    scores = np.array([session.labels(row)["scores"][0] for row in range(5000)])
     assert (scores >= on_its_own).mean() == coverage
-    assert [session.labels(row)["abstained"] for row in range(2000)] == (~answered).astype(int).tolist()
-    right = quality[2000:] > 0
+    assert [session.labels(row)["abstained"] for row in range(5000)] == (~answered).astype(int).tolist()
+    right = quality[5000:] > 0
     shares = (0.2, 0.4, 0.6, 0.8, 1.0)
     accuracy = [right[scores >= abstention_threshold(torch.tensor(scores), share)].mean() for share in shares]
     assert accuracy == sorted(accuracy, reverse=True) and accuracy[0] == 1.0 and accuracy[-1] == right.mean()
+
+
+class Reader:
+    """A policy that says the first word of what it reads first."""
+
+    def start(self, seeds):
+        return self
+
+    def reply(self, rows, histories, options=None):
+        return [Reply(history[0].content.split()[0]) for history in histories]
+
+
+def test_candidates_read_the_contexts_in_turn_and_the_scorer_the_history():
+    seen = []
+
+    def score(context, option):
+        seen.append(context[0].content)
+        return VALUE[option[-1].content]
+
+    def documents(history):
+        return [(Turn("system", f"{word} document"), *history) for word in ("b", "c", "d")]
+
+    session = BestOfN(Reader(), Function(score), 5, contexts=documents).start([0, 1])
+    replies, scores = session.candidates([0, 1], questions(2))[1]
+    assert [reply.text for reply in replies] == ["b", "c", "d", "b", "c"]
+    assert set(seen) == {"question 0", "question 1"} and scores.tolist() == [0.0, 3.0, 1.0, 0.0, 3.0]
+    made = rejection_sample(BestOfN(Reader(), GOLD, 5, contexts=documents), questions(1))
+    assert [turn.content for turn in made[0].turns] == ["question 0", "c"]
+    with pytest.raises(InputError, match="contexts: found 3, expected 1 to n"):
+        BestOfN(Reader(), GOLD, 2, contexts=documents).start([0]).reply([0], questions(1))
 
 
 def test_best_of_n_plays_environments_and_says_what_it_scored():
