@@ -34,6 +34,7 @@ from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.comparison_batching import ComparisonDataset, encode_comparisons, encode_scored
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import fingerprint, holds_comparisons, read_comparisons, read_trajectories
+from offline_lmrl.data.preferences import binarised
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.models.reward_model import build_reward_model, fold, load_reward_model, read_mask
 from offline_lmrl.ops.preferences import (
@@ -62,6 +63,8 @@ class RewardModelConfig(BaseConfig):
       regression, for scored trajectories.
     error_rate: ε of pairs, the share of labels that were given at random [.1 in Christiano et al.; 0 elsewhere].
     margin: m of pairs, per unit of `labels.strength` and of the difference of the targets; 0 = none.
+    binarise: learn from every reply marked good and marked bad instead, for pre-training on cheap preferences such as
+      votes (Askell et al. 2021; `binarised`); the run that learns from the target's preferences starts from that one.
     bootstrap: seed of a sample with replacement, as large as the data; None = the data as they are.
     normalise: scores after training: none, centre (mean 0) or standard (mean 0 and standard deviation 1).
     """
@@ -70,6 +73,7 @@ class RewardModelConfig(BaseConfig):
     loss: Literal["pairs", "best_of_k", "plackett_luce", "regression"] = "pairs"
     error_rate: float = 0.0
     margin: float = 0.0
+    binarise: bool = False
     bootstrap: int | None = None
     normalise: Literal["none", "centre", "standard"] = "standard"
 
@@ -77,6 +81,8 @@ class RewardModelConfig(BaseConfig):
         check_range(self, error_rate=(0, 0.999), margin=(0, 1e6), learning_rate=(0, 1e6))
         if self.loss != "pairs" and (self.error_rate > 0 or self.margin > 0):
             raise InputError(f"loss: found {self.loss} with an error_rate or a margin, which only pairs has")
+        if self.loss == "regression" and self.binarise:
+            raise InputError("binarise: found it with regression, expected a loss of comparisons")
         super().__post_init__()
 
 
@@ -157,6 +163,7 @@ class RewardModelTrainer(BaseTrainer):
         if scored != (args.loss == "regression"):
             kinds = ("comparisons", "scored trajectories")
             raise InputError(f"loss: found {args.loss} and {kinds[scored]}, expected {kinds[not scored]}")
+        rows = binarised(rows) if args.binarise else rows
         if args.loss == "plackett_luce":
             for number, row in enumerate(rows, 1):
                 if row.ranking is None and len(row.options) > 2:

@@ -138,6 +138,19 @@ def test_ratings_are_learnt_and_come_back_in_their_unit_or_normalised(tmp_path):
     assert_close(found.std(correction=0), torch.tensor(1.0), atol=1e-4, rtol=0)
 
 
+def test_pre_training_reads_every_reply_marked_good_and_marked_bad_and_hands_its_head_on(tmp_path):
+    votes = trainer(tmp_path, RULE[:6], RULE[:2], binarise=True, normalise="none")
+    assert (len(votes.train_dataset), len(votes.eval_dataset)) == (12, 4)
+    text = [votes.renderer.tokenizer.decode(ids) for ids in votes.train_dataset.batch([0])["input_ids"]]
+    assert "good:" in text[0] and "bad:" in text[1] and text[0].replace("good:", "bad:", 1) == text[1]
+    votes.train()
+    votes.save_model(str(tmp_path / "votes"))
+    after = trainer(tmp_path / "run", model=load_reward_model(tmp_path / "votes"))
+    assert torch.equal(parameters(after), parameters(votes)) and len(after.train_dataset) == 24
+    with pytest.raises(InputError, match="binarise: found it with regression"):
+        config(tmp_path, loss="regression", binarise=True)
+
+
 def test_each_loss_takes_its_own_kind_of_data(tmp_path):
     write_trajectories(tmp_path / "rated.jsonl", RATED)
     assert RewardModelTrainer.read(tmp_path / "rated.jsonl") == RATED
