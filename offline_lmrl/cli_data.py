@@ -22,6 +22,13 @@ SOURCES = {
     "hh-rlhf": ("data_prep.hh_rlhf", "prepare"),
     "alpaca-eval": ("data_prep.alpaca_eval", "prepare"),
     "preferences": ("data_prep.preferences", "prepare"),
+    "kto": ("data_prep.kto", "prepare"),
+    "red-team": ("data_prep.red_team", "prepare"),
+    "summarize-comparisons": ("data_prep.summarize_comparisons", "prepare"),
+    "summarize-axes": ("data_prep.summarize_axes", "prepare"),
+    "best-of-4": ("data_prep.best_of_4", "prepare"),
+    "webgpt": ("data_prep.webgpt", "prepare"),
+    "shp": ("data_prep.shp", "prepare"),
 }
 PREPARE_HELP = f"""usage: offline-lmrl prepare SOURCE --output DIR [--key value ...]
 
@@ -131,16 +138,10 @@ def _check_comparisons(data: str, renderer: "Renderer | None", max_length: int |
 
 
 def _renderer(tokenizer: str, template: str):
-    from transformers import AutoTokenizer
-
     from offline_lmrl.data.rendering import Renderer
+    from offline_lmrl.data.tokenizers import load_tokenizer
 
-    try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError) as error:
-        first = str(error).partition("\n")[0]
-        raise InputError(f"tokenizer: found {tokenizer!r} ({first}), expected a folder or hub name") from error
-    return Renderer(loaded, template)
+    return Renderer(load_tokenizer(tokenizer), template)
 
 
 def config(argv: Sequence[str]) -> None:

@@ -9,12 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import alpaca_eval, hh_rlhf, preferences, stack_exchange, ultrafeedback
+from data_prep import (
+    alpaca_eval,
+    best_of_4,
+    hh_rlhf,
+    preferences,
+    shp,
+    stack_exchange,
+    summarize_comparisons,
+    ultrafeedback,
+    webgpt,
+)
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import read_comparisons
 from offline_lmrl.data.preference_forms import read_comparison
 from offline_lmrl.data.trajectory import messages_of
-from tests.comparisons import check_invariants, mutated_lines
+from tests.comparisons import RENDERER, check_invariants, mutated_lines
+from tests.data_prep import test_best_of_4, test_shp, test_summarize_comparisons, test_webgpt
 from tests.data_prep.test_hh_rlhf import normalise, transcripts
 
 TALK = "\n\nHuman: {}?\n\nAssistant: one\n\nHuman: go on\n\nAssistant:"
@@ -44,8 +55,20 @@ ROWS = {
             {"model": "m", "response": f"reply {j}", "overall_score": 10 - j, "annotations": {
                 aspect: {"Rating": str(5 - j)} for aspect in ultrafeedback.ASPECTS}} for j in range(3)]}
         for i in range(3)],
+    summarize_comparisons: test_summarize_comparisons.KEPT,
+    best_of_4: test_best_of_4.KEPT,
+    webgpt: test_webgpt.KEPT,
+    shp: test_shp.KEPT,
 }  # fmt: skip
 IMPORTERS = pytest.mark.parametrize("importer", ROWS, ids=lambda importer: importer.__name__.split(".")[1])
+
+
+def prepare(importer, tmp_path, name):
+    settings = {}
+    if importer is best_of_4:
+        RENDERER.tokenizer.save_pretrained(tmp_path / "tokenizer")
+        settings = {"tokenizer": str(tmp_path / "tokenizer")}
+    return importer.prepare(tmp_path / name, tmp_path / "out", **settings)
 
 
 def adds_up(report):
@@ -57,7 +80,7 @@ def adds_up(report):
 def test_a_thousand_broken_rows_are_imported_or_dropped_for_a_reason(tmp_path, importer):
     lines = [*(json.dumps(row).encode() for row in ROWS[importer]), *mutated_lines(ROWS[importer], 1000, seed=0)]
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
-    report = importer.prepare(tmp_path / "in.jsonl", tmp_path / "out")
+    report = prepare(importer, tmp_path, "in.jsonl")
     assert report["rows"] == len(lines) and adds_up(report)
     assert sum(report["dropped"].values()) > 300 and len(report["dropped"]) < 60
     assert report["dropped"]["text: expected UTF-8"] > 50
@@ -75,7 +98,7 @@ def test_files_of_another_kind_are_one_line_errors(tmp_path, importer):
                 "other.jsonl": "found no row to use", "none.jsonl": "found no such file"}  # fmt: skip
     for name, message in expected.items():
         with pytest.raises(InputError) as error:
-            importer.prepare(tmp_path / name, tmp_path / "out")
+            prepare(importer, tmp_path, name)
         assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 

@@ -6,12 +6,13 @@ import json
 
 import pytest
 
-from data_prep import kto
+from data_prep import kto, red_team, summarize_axes
 from data_prep.trajectories import scored_pairs
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import read_trajectories
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from tests.comparisons import mutated_lines
+from tests.data_prep import test_red_team, test_summarize_axes
 
 AGENT = {"role": "assistant", "content": "a"}
 ROWS = {
@@ -20,6 +21,8 @@ ROWS = {
         {"prompt": [{"role": "user", "content": "q8"}, AGENT, {"role": "user", "content": "go on"}],
          "completion": [{**AGENT, "content": [{"type": "text", "text": "b"}]}], "label": False, "worker": "w"},
         {"prompt": "\n\nHuman: q9\n\nAssistant:", "completion": " a", "label": True, "labels": {"note": 1}}],
+    red_team: [test_red_team.row(f"\n\nHuman: q{i}\n\nAssistant: a", tags=["x"]) for i in range(9)],
+    summarize_axes: [test_summarize_axes.row(info={"id": f"t3_{i}", "post": f"p{i}"}) for i in range(9)],
 }  # fmt: skip
 IMPORTERS = pytest.mark.parametrize("importer", ROWS, ids=lambda importer: importer.__name__.split(".")[1])
 
