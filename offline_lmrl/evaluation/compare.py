@@ -29,7 +29,7 @@ from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.decoding.planner import Planner, PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.environments import make_environment
-from offline_lmrl.evaluation.config import ELSEWHERE, CompareConfig, MethodConfig, build
+from offline_lmrl.evaluation.config import ELSEWHERE, CompareConfig, build
 from offline_lmrl.evaluation.metrics import label_means, mean_interval
 from offline_lmrl.evaluation.offline import choose_beta, guidance_by_beta
 from offline_lmrl.evaluation.play import EvaluationResult, evaluate_policy
@@ -128,7 +128,7 @@ class _Comparison:
         for name, method in self.config.methods.items():
             self._entry(f"methods.{name}", method, self.config.seeds[0], Path())
             self._planner(name)
-            if method.evaluate and self._is_guided(method) and not self.config.data.get("validation"):
+            if method.evaluate and self.betas(name) and not self.config.data.get("validation"):
                 raise InputError(f"data.validation: missing, expected held-out trajectories to choose β of {name} on")
         if self.config.partner is not None:
             self._entry("partner", self.config.partner, self.config.partner.seed, Path())
@@ -218,6 +218,8 @@ class _Comparison:
             return []
         method = self.config.methods[name]
         link = {"algorithm": method.algorithm, **self._merged(method), "sampling": dict(method.sampling)}
+        if method.betas is not None:
+            link["betas"] = list(method.betas)
         if method.critic is not None:
             link["critic"] = self._chain(method.critic)
         return [link, *self._chain(method.start_from)]
@@ -249,13 +251,19 @@ class _Comparison:
         args = build(load_algorithm(method.algorithm)[0], args, f"{where}.args.")
         return method.algorithm, model, DataConfig(**self.config.data), args
 
-    def _is_guided(self, method: MethodConfig) -> bool:
-        return "beta" in _fields(method.algorithm)
+    def betas(self, name: str) -> tuple[float, ...]:
+        """The values of β that a method is tried with; none where its training makes no value heads."""
+        method = self.config.methods[name]
+        if "value_heads" not in _fields(method.algorithm):
+            return ()
+        return self.config.evaluation.betas if method.betas is None else method.betas
 
     def trained(self, name: str, seed: int) -> Path:
         """The run of a method and seed, trained now or earlier, after the runs it starts from and learns from."""
         if (name, seed) not in self.runs:
             method, folder = self.config.methods[name], self.folder / "runs" / f"{name}-{seed}"
+            if method.run_of is not None:
+                return self.trained(method.run_of, seed)
             others = [None if other is None else self.trained(other, seed)
                       for other in (method.start_from, method.critic)]  # fmt: skip
             self.runs[name, seed] = self._train(f"methods.{name}", method, seed, folder, *others)
@@ -318,7 +326,7 @@ class _Comparison:
     def missing(self, name: str, seed: int) -> list[_Setting]:
         """The settings of a method and seed that have no row."""
         choices: list[str | None] = [None]
-        if self._is_guided(self.config.methods[name]):
+        if self.betas(name):
             choices = ["offline", "returns"] if self.config.evaluation.selection else ["offline"]
         done = {(row["decode"], row["beta_chosen"]) for row in self.rows
                 if row["kind"] == "run" and row["method"] == name and row["seed"] == seed}  # fmt: skip
@@ -399,12 +407,12 @@ class _Run:
         """KL and share of changed choices of each β, on a fixed sample of the held-out logs."""
         settings, logs = self.comparison.config.evaluation, self.comparison.validation_data
         logs = random.Random(0).sample(logs, min(settings.offline_rows, len(logs)))
-        return guidance_by_beta(self.player("sampled", 0.0), logs, settings.betas)
+        return guidance_by_beta(self.player("sampled", 0.0), logs, self.comparison.betas(self.name))
 
     def by_returns(self, decode: str) -> tuple[list[dict[str, float]], int]:
         """Mean score of each β on the selection episodes, and the tokens generated for that."""
         tried, tokens = [], 0
-        for beta in self.comparison.config.evaluation.betas:
+        for beta in self.comparison.betas(self.name):
             title = f"{self.name} seed {self.seed} {decode}: trying β {beta:g}"
             result = self.comparison.play(self.player(decode, beta), title, selecting=True)
             tried.append({"beta": beta, "score": result.score().mean})

@@ -4,14 +4,15 @@ import argparse
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from offline_lmrl.data.errors import InputError, in_our_words
 from offline_lmrl.evaluation.metrics import ScoreScale
 
+TRAINING = {"model", "args", "from", "critic"}  # what decides a method's run beside its algorithm
 ELSEWHERE = ("path", "scratch", "vocab_size", "tokenizer")  # model settings that a start from another method decides
 
 
@@ -26,10 +27,13 @@ class MethodConfig:
     evaluate: False trains it only for others to start from or learn from.
     sampling: SamplingConfig fields for its play, merged over `evaluation.sampling`.
     planner: PlannerConfig fields: adds a row for planned play, with proposals sampled at β 0 and no return asked for.
+    betas: its own candidates instead of `evaluation.betas`; an empty list plays without value guidance.
+    run_of: another method, whose runs this one plays with other `sampling`, `planner` or `betas`; it has no algorithm
+      and training settings of its own.
     regime: what it was allowed to learn from, as the table prints it; None = what its algorithm says of itself.
     """
 
-    algorithm: str
+    algorithm: str = ""
     model: Mapping[str, Any] = field(default_factory=dict)
     args: Mapping[str, Any] = field(default_factory=dict)
     start_from: str | None = None
@@ -37,7 +41,13 @@ class MethodConfig:
     evaluate: bool = True
     sampling: Mapping[str, Any] = field(default_factory=dict)
     planner: Mapping[str, Any] | None = None
+    betas: tuple[float, ...] | None = None
+    run_of: str | None = None
     regime: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.betas is not None:
+            object.__setattr__(self, "betas", tuple(self.betas))
 
     @property
     def scorer(self) -> str | None:
@@ -54,8 +64,15 @@ class MethodConfig:
             raise InputError(f"methods.{name}: found {entry!r}, expected a mapping with `algorithm`")
         fields = {f.name for f in dataclasses.fields(cls)} - {"start_from"} | {"from"}
         require_known(entry, fields, f"methods.{name}")
-        if "algorithm" not in entry:
-            raise InputError(f"methods.{name}.algorithm: missing, expected the name of an algorithm")
+        if ("algorithm" in entry) == ("run_of" in entry):
+            found = "both" if "algorithm" in entry else "neither"
+            raise InputError(f"methods.{name}: found {found}, expected `algorithm`, or `run_of` another method")
+        if "run_of" in entry and (other := sorted(set(entry) & TRAINING)):
+            where = f"methods.{name}.{other[0]}"
+            raise InputError(f"{where}: found beside `run_of`, which decides it, expected only one of them")
+        betas = entry.get("betas")
+        if betas is not None and not (isinstance(betas, Sequence) and all(_is_number(b) and b >= 0 for b in betas)):
+            raise InputError(f"methods.{name}.betas: found {betas!r}, expected a list of numbers, none below 0")
         for key in ("model", "args", "sampling", "planner"):
             if not isinstance(entry.get(key) or {}, Mapping):
                 raise InputError(f"methods.{name}.{key}: found {entry[key]!r}, expected a mapping")
@@ -175,6 +192,7 @@ class CompareConfig:
         require_at_least("workers", self.workers, 1)
         object.__setattr__(self, "seeds", tuple(self.seeds))
         object.__setattr__(self, "methods", {name: MethodConfig.of(name, m) for name, m in self.methods.items()})
+        object.__setattr__(self, "methods", {name: self._resolved(name) for name in self.methods})
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds: found {list(self.seeds)}, expected at least one, each once")
         if "name" not in self.environment:
@@ -204,6 +222,18 @@ class CompareConfig:
         """Names of the methods that play and of those that rate plans."""
         scorers = [self.methods[name].scorer for name in self.evaluated]
         return list(dict.fromkeys([*self.evaluated, *filter(None, scorers)]))
+
+    def _resolved(self, name: str) -> MethodConfig:
+        """A method with what it takes over from the one whose runs it plays."""
+        method = self.methods[name]
+        if method.run_of is None:
+            return method
+        runs = {other for other, there in self.methods.items() if there.run_of is None}
+        require_known([method.run_of], runs, f"methods.{name}.run_of")
+        other = self.methods[method.run_of]
+        own = {key: getattr(method, key) for key in ("evaluate", "planner", "run_of")}
+        given = {key: getattr(method, key) for key in ("betas", "regime") if getattr(method, key) is not None}
+        return replace(other, **own, **given, sampling={**other.sampling, **method.sampling})
 
     def _check_way(self, name: str, before: tuple[str, ...] = ()) -> None:
         """What a method starts from and learns from exists, and none of it comes from the method itself."""
@@ -307,6 +337,10 @@ def build(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
     except argparse.ArgumentError as error:
         raise InputError(in_our_words(str(error), prefix)) from error
     return cls(**{key: plain[key] for key in given}, **parts)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def require_known(names: Iterable[str], known: set[str], where: str) -> None:

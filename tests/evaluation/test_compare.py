@@ -343,6 +343,19 @@ def test_the_real_trainer_and_policy_fit_together(world, monkeypatch):
     assert rows[2]["betas_tried"][0]["kl"] == pytest.approx(0.0, abs=1e-3) and rows[2]["beta"] == 1.0
 
 
+def test_a_method_may_play_anothers_run_in_its_own_way(world):
+    world.settings["methods"]["cold"] = {"run_of": "ilql", "sampling": {"temperature": 0.5}, "betas": []}
+    run(world)
+    assert [call[0] for call in world.trained] == ["bc-0", "ilql-0"]
+    cold = [row for row in runs(world) if row["method"] == "cold"]
+    assert [(row["decode"], row["beta"], row["beta_chosen"]) for row in cold] == [("sampled", 0, None),
+                                                                                 ("greedy", 0, None)]  # fmt: skip
+    assert all(row["run"].endswith("ilql-0") and row["algorithm"] == "ilql" for row in cold)
+    assert ("ilql-0", 0.5, 0.0) in [played[:3] for played in Gambler.played]
+    with pytest.raises(InputError, match="cold: method.0.sampling.temperature: found 0.5, expected 0.7"):
+        run(world, methods__cold__sampling={"temperature": 0.7})
+
+
 def test_a_planned_row_stands_beside_the_others_and_its_scorer_is_the_same_seeds_run(world, monkeypatch):
     monkeypatch.undo()
     tiny = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 32}
