@@ -71,6 +71,7 @@ def _evaluate(
     show: int | None = None,
     asks: tuple[float | str, ...] | None = None,
     planner: "PlannerConfig | None" = None,
+    demonstrations: str | None = None,
     device: str | None = None,
     *,
     sampling: Mapping[str, Any],
@@ -95,12 +96,15 @@ def _evaluate(
       asks: returns to ask for one after the other, as [0, p50, max]; prints what each achieves, and draws it into
         asks.png in the run's folder where the extra `plots` is installed.
       planner: plans every reply ahead, with no return asked for; --planner.help names its settings.
+      demonstrations: trajectories; every episode is played, and every log read, behind some of its task, as many as
+        the run was trained behind. Without them nothing is shown in play, and logs are read as in training.
       device: null = the first accelerator, else the CPU.
     """
     from offline_lmrl.data.conditioning import check_ask
+    from offline_lmrl.data.demonstrations import task_prompts
     from offline_lmrl.data.io import holds_comparisons, read_trajectories, write_trajectories
     from offline_lmrl.decoding.policy import LanguagePolicy
-    from offline_lmrl.environments import make_environment
+    from offline_lmrl.environments import make_environment, task_of
     from offline_lmrl.evaluation import offline
     from offline_lmrl.evaluation.play import evaluate_policy
 
@@ -113,6 +117,8 @@ def _evaluate(
     if planner is not None and (environment is None or asks is not None):
         found = "--asks" if asks is not None else "no --environment"
         raise InputError(f"planner: found it with {found}, expected --environment alone: a plan asks for no return")
+    if planner is not None and demonstrations is not None:
+        raise InputError("planner: found it with --demonstrations, expected only one of them")
     for ask in asks or ():
         check_ask(ask)
     if episodes < 1:
@@ -121,13 +127,17 @@ def _evaluate(
         _judge(run, data)
         return
     trajectories = [] if data is None else read_trajectories(data)
+    shown_first = None if demonstrations is None else read_trajectories(demonstrations)
     if show is not None and not 1 <= show <= len(trajectories):
         raise InputError(f"show: found {show}, expected 1 to {len(trajectories)}")
     made = None if environment is None else make_environment(environment, **(settings or {}))
+    task = None if made is None or shown_first is None else task_of(made)
     if output is not None:
         _require_writable(output)
     policy = LanguagePolicy.load(run, device=device, **sampling)
     seeds, play = range(seed, seed + episodes), {"repeats": repeats, "cluster": cluster, "batch_size": batch_size}
+    if task is not None:
+        play["prompts"] = task_prompts(policy.spec, shown_first, task)
     if asks:
         _print_asks(policy, made, asks, seeds, Path(run), play)
     elif made is not None:
@@ -138,9 +148,10 @@ def _evaluate(
             write_trajectories(output, result.trajectories)
         _print_result(result)
     if show is not None:
-        print(offline.show(policy, trajectories[show - 1]))
+        print(offline.show(policy, trajectories[show - 1], shown_first))
     elif trajectories:
-        print(offline.evaluate_offline(policy, trajectories, betas=betas, kl_budget=kl_budget))
+        logs = {"betas": betas, "kl_budget": kl_budget, "demonstrations": shown_first}
+        print(offline.evaluate_offline(policy, trajectories, **logs))
 
 
 def _judge(scorer: str, data: str) -> None:

@@ -18,8 +18,10 @@ from offline_lmrl.cli_data import prepare_from_settings
 from offline_lmrl.cli_parser import Parser, field_help, nearest, overrides_of, read_settings
 from offline_lmrl.data.demonstrations import PromptSpec
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import write_trajectories
 from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.decoding.policy import LanguageSession
+from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession
+from offline_lmrl.environments.toys import HiddenRule
 
 GOOD = {"prompt": "left or right?", "completion": "left", "reward": 1.0}
 TRAIN_FILE = """
@@ -201,6 +203,7 @@ def test_unknown_names_are_refused_with_the_nearest(refused, trained):
         (["--environment", "gamble", "--planner.depth", "0"], "depth: found 0"),
         (["--environment", "gamble", "--planner.wdth", "2"], "did you mean"),
         (["--data", "DATA", "--planner.width", "2"], "planner: found it with no --environment"),
+        (["--environment", "gamble", "--demonstrations", "DATA"], "environment: found Gamble, which names no task"),
         ([], "environment, data: found neither"),
     ],
 )
@@ -300,6 +303,20 @@ def test_evaluate_plays_what_is_planned(command, trained):
     settings = ("--environment", "gamble", "--episodes", 2, "--max_new_tokens", 3, "--planner.expand", 2)
     code, out, _ = command("evaluate", trained / "run", *settings, "--planner.scorer", trained / "run")
     assert code == 0 and "\nplanned_tokens: " in out
+
+
+def test_evaluate_plays_every_episode_behind_a_demonstration_of_its_task(command, trained, tmp_path, monkeypatch):
+    shown, read, start = tmp_path / "shown.jsonl", [], LanguagePolicy.start
+    write_trajectories(shown, HiddenRule().demonstrations(1, seed=0))
+
+    def watched(self, seeds, asks=None, prompts=None):
+        read.extend(demonstration.task for (demonstration,) in prompts)
+        return start(self, seeds, asks)
+
+    monkeypatch.setattr(LanguagePolicy, "start", watched)
+    play = ("--environment", "hidden_rule", "--episodes", 3, "--max_new_tokens", 3)
+    code, out, _ = command("evaluate", trained / "run", *play, "--demonstrations", shown)
+    assert code == 0 and "\nn: 3\n" in out and read == [HiddenRule().task(seed) for seed in range(3)]
 
 
 def test_evaluate_reads_held_out_logs(command, trained):

@@ -115,6 +115,29 @@ def draw_prompts(
         yield tuple(spec.cut(pool[known[place]], rng) for place in drawn)
 
 
+def task_prompts(
+    spec: PromptSpec, demonstrations: Sequence[Trajectory], task: Callable[[int], str]
+) -> Callable[[int], list[Trajectory]]:
+    """What an episode is played behind, as a function of its seed: `spec.n` demonstrations of its task, all different.
+
+    Args:
+      spec: `n` and `seed` are read; a part is shown where the policy does so. task: of the episode of a seed.
+    Raises: InputError, when called, for a task with too few demonstrations.
+    """
+    of_task: dict[str, list[Trajectory]] = defaultdict(list)
+    for demonstration in demonstrations:
+        of_task[demonstration.task].append(demonstration)
+
+    def prompt(seed: int) -> list[Trajectory]:
+        known = of_task.get(task(seed), [])
+        if len(known) < spec.n:
+            raise InputError(f"demonstrations: found {len(known)} of task {task(seed)!r}, expected at least {spec.n}")
+        chosen = np.random.default_rng((spec.seed, seed)).choice(len(known), spec.n, replace=False)
+        return [known[place] for place in chosen]
+
+    return prompt
+
+
 def prompt_ids(
     shown: Sequence[Shown], renderer: Renderer, slots: Callable[[Trajectory], Sequence[Ids]] | None = None
 ) -> Ids:

@@ -25,8 +25,9 @@ class StepResult(NamedTuple):
 class Environment(Protocol):
     """One episode at a time.
 
-    Two methods are optional: `labels() -> dict`, facts for the table once the episode is over (invalid actions, say),
-    and `options() -> list[str] | None`, the only texts allowed for the coming agent turn.
+    Three methods are optional: `labels() -> dict`, facts for the table once the episode is over (invalid actions,
+    say), `options() -> list[str] | None`, the only texts allowed for the coming agent turn, and `task(seed) -> str`,
+    the task of the episode of a seed, whose demonstrations are of use in it.
     """
 
     def reset(self, seed: int) -> Sequence[Turn]:
@@ -39,7 +40,7 @@ class Environment(Protocol):
 class VectorEnvironment(Protocol):
     """Many episodes at once; `rows` index into the seeds of the last reset, and a finished row is not stepped again.
 
-    `labels(row)` and `options(row)` are optional, as in `Environment`.
+    `labels(row)`, `options(row)` and `task(seed)` are optional, as in `Environment`.
     """
 
     def reset(self, seeds: Sequence[int]) -> list[Sequence[Turn]]:
@@ -92,7 +93,10 @@ class Session(Protocol):
 
 
 class Policy(Protocol):
-    """A player: a language model with its decoding, or a script."""
+    """A player: a language model with its decoding, or a script.
+
+    `start` of one that reads demonstrations first also takes `prompts`, a list of them or None for each row.
+    """
 
     def start(self, seeds: Sequence[int]) -> Session:
         """A session with one row per seed."""

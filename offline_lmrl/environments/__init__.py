@@ -46,6 +46,18 @@ def make_environment(name: str, **settings: Any) -> VectorEnvironment | Callable
     return environment if is_vector(environment) else factory
 
 
+def task_of(environment: VectorEnvironment | Callable[[], Environment]) -> Callable[[int], str]:
+    """What names the task of an episode by its seed; `environment` is whatever `rollout` takes.
+
+    Raises: InputError where nothing does.
+    """
+    made = environment() if callable(environment) else environment
+    if not hasattr(made, "task"):
+        raise InputError(f"environment: found {type(made).__name__}, which names no task of an episode, expected one "
+                         "with task(seed), by which demonstrations are chosen")
+    return made.task
+
+
 def is_vector(environment: Any) -> bool:
     """Whether this is a VectorEnvironment: its `step` takes rows and texts, that of an Environment one text."""
     parameters = inspect.signature(environment.step).parameters.values()

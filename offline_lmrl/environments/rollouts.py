@@ -44,6 +44,7 @@ def rollout(
     *,
     batch_size: int = 1024,
     max_turns: int | None = MAX_TURNS,
+    prompts: Callable[[int], Sequence[Trajectory] | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Trajectory]:
     """One episode per seed, which is the environment's and the policy's; no episode depends on the others.
@@ -59,6 +60,8 @@ def rollout(
       environment: a VectorEnvironment, or a factory of Environments, such as a class; `make_environment` gives these.
       batch_size: episodes that are played at once.
       max_turns: agent turns after which an episode is cut; None = the environment decides.
+      prompts: the demonstrations that the episode of a seed is played behind, None for none, for a policy that reads
+        some (`task_prompts` in data/demonstrations.py); None = the policy's own prompt in all episodes.
       progress: called with (episodes done, episodes in all) whenever some have ended.
     Raises: InputError where the environment pays something else than a finite number.
     """
@@ -69,7 +72,7 @@ def rollout(
     vector = _as_vector(environment)
     trajectories: list[Trajectory] = []
     for start in range(0, len(seeds), batch_size):
-        batch = _Episodes(policy, vector, seeds[start : start + batch_size])
+        batch = _Episodes(policy, vector, seeds[start : start + batch_size], prompts)
         while batch.live:
             batch.play_turn(max_turns)
             if progress is not None and batch.ended:
@@ -91,9 +94,16 @@ def _as_vector(environment: Any) -> VectorEnvironment:
 class _Episodes:
     """A batch of episodes from reset to end. `live`: rows that still play; `ended`: rows that the last turn ended."""
 
-    def __init__(self, policy: Policy, environment: VectorEnvironment, seeds: Sequence[int]):
+    def __init__(
+        self,
+        policy: Policy,
+        environment: VectorEnvironment,
+        seeds: Sequence[int],
+        prompts: Callable[[int], Sequence[Trajectory] | None] | None,
+    ):
         self.environment, self.seeds = environment, list(seeds)
-        self.session = policy.start(self.seeds)
+        read = {} if prompts is None else {"prompts": [prompts(seed) for seed in self.seeds]}
+        self.session = policy.start(self.seeds, **read)
         self.turns = [list(turns) for turns in environment.reset(self.seeds)]
         self.terminated = [False] * len(self.seeds)
         self.policy_log_prob: list[list[list[float]]] = [[] for _ in self.seeds]

@@ -6,7 +6,7 @@ a group, and how far guidance moves π for each β, from which β can be chosen 
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from offline_lmrl.data.episodes import Step
+from offline_lmrl.data.demonstrations import Ids, encode_prompts
+from offline_lmrl.data.episodes import SlotsOfLog, Step
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import read_trajectories
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.decoding.critic import log_encoder
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.evaluation.metrics import Cells, Estimate
+from offline_lmrl.models.adapters import settings
 from offline_lmrl.ops.decoding import guide, reduce_q, warp_log_probs
 
 CHUNK = 2**24  # entries of one (tokens × vocabulary) table
@@ -52,21 +55,29 @@ class LoggedSteps:
 
 
 def read_logs(
-    policy: LanguagePolicy, trajectories: Sequence[Trajectory], betas: Sequence[float] = (), batch_size: int = 32
+    policy: LanguagePolicy,
+    trajectories: Sequence[Trajectory],
+    betas: Sequence[float] = (),
+    batch_size: int = 32,
+    demonstrations: Sequence[Trajectory] | None = None,
 ) -> LoggedSteps:
     """One pass of the model over the logs, with the windows, reward scale and discounts of its training.
 
     Args:
       betas: where to measure guidance; the other decoding settings are the policy's.
       batch_size: windows per forward pass.
-    Raises: InputError for betas on a policy without value heads, and where no agent turn fits.
+      demonstrations: every log is read behind some of its task; None = behind the policy's own prompt, else as in its
+        training, with none left without a prompt.
+    Raises: InputError for betas on a policy without value heads, where no agent turn fits, and for a log whose task
+      has too few demonstrations.
     """
     if betas and not _has_heads(policy):
         raise InputError(f"betas: found {list(betas)}, expected none: this policy has no value heads")
     encoder = log_encoder(policy)
     scale = encoder.scale
     counts: Counter[str] = Counter()
-    windows = [(index, window) for index, t in enumerate(trajectories) for window in encoder.encode(t, counts)]
+    prompts = enumerate(_prompts(policy, trajectories, demonstrations, encoder.slots))
+    windows = [(i, window) for i, prompt in prompts for window in encoder.encode(trajectories[i], counts, prompt)]
     if not windows:
         raise InputError("data: found no agent turn that fits, expected at least one")
     windows.sort(key=lambda item: -len(item[1].input_ids))  # like lengths together: little padding
@@ -88,6 +99,20 @@ def read_logs(
     order = np.lexsort((flat.pop("state"), flat["turn"], flat["trajectory"]))
     flat = {name: values[..., order] for name, values in flat.items()}
     return LoggedSteps(**{"q": None, "v": None, **flat}, counts=+counts)
+
+
+def _prompts(
+    policy: LanguagePolicy,
+    trajectories: Sequence[Trajectory],
+    demonstrations: Sequence[Trajectory] | None,
+    slots: SlotsOfLog | None,
+) -> Iterator[Ids]:
+    if demonstrations is None and (policy.prompt is not None or settings(policy.model.config).get("prompt") is None):
+        return iter([policy.shared_prompt.null] * len(trajectories))
+    spec = replace(policy.spec, drop=0.0)
+    if demonstrations is None and spec.demonstrations is not None:
+        demonstrations = read_trajectories(spec.demonstrations)
+    return encode_prompts(spec, trajectories, demonstrations, policy.renderer, slots)
 
 
 def _has_heads(policy: LanguagePolicy) -> bool:
@@ -238,11 +263,17 @@ class OfflineReport:
 
 
 def evaluate_offline(
-    policy: LanguagePolicy, trajectories: Sequence[Trajectory], *, betas: Sequence[float], kl_budget: float
+    policy: LanguagePolicy,
+    trajectories: Sequence[Trajectory],
+    *,
+    betas: Sequence[float],
+    kl_budget: float,
+    demonstrations: Sequence[Trajectory] | None = None,
 ) -> OfflineReport:
-    """Everything above on held-out logs; without value heads the likelihood alone. Raises as `read_logs`."""
+    """Everything above on held-out logs; without value heads the likelihood alone. demonstrations: as in `read_logs`,
+    and raises as it does."""
     guided = _has_heads(policy)
-    steps = read_logs(policy, trajectories, betas if guided else ())
+    steps = read_logs(policy, trajectories, betas if guided else (), demonstrations=demonstrations)
     clusters = [trajectories[i].group or int(i) for i in steps.trajectory]
     log_prob = Cells.of((0, *pair) for pair in zip(clusters, steps.log_prob.tolist(), strict=True)).estimate()
     values: dict[str, Any] = {}
@@ -255,10 +286,10 @@ def evaluate_offline(
     return OfflineReport(len(trajectories), len(steps.token), dict(steps.counts), log_prob, kl_budget, **values)
 
 
-def show(policy: LanguagePolicy, trajectory: Trajectory) -> str:
+def show(policy: LanguagePolicy, trajectory: Trajectory, demonstrations: Sequence[Trajectory] | None = None) -> str:
     """One logged dialogue, the agent's turns token by token: log π, and with value heads Q, V and advantage Q − V in
     reward units. A turn that does not fit the policy's window is printed without them."""
-    steps = read_logs(policy, [trajectory])
+    steps = read_logs(policy, [trajectory], demonstrations=demonstrations)
     lines = [f"return {trajectory.total_return:g}" + ("" if trajectory.terminated else " (the log was cut)")]
     for number, turn in enumerate(trajectory.turns):
         lines.append(f"{turn.role}: {turn.content}")

@@ -61,8 +61,8 @@ class _Redrawn:
     policy: Policy
     repeat: int
 
-    def start(self, seeds: Sequence[int]) -> Session:
-        return self.policy.start([seed + self.repeat * REPEAT_STRIDE for seed in seeds])
+    def start(self, seeds: Sequence[int], **prompts: Any) -> Session:
+        return self.policy.start([seed + self.repeat * REPEAT_STRIDE for seed in seeds], **prompts)
 
 
 def evaluate_policy(
@@ -73,6 +73,7 @@ def evaluate_policy(
     repeats: int = 1,
     cluster: str | None = None,
     batch_size: int = 1024,
+    prompts: Callable[[int], Sequence[Trajectory] | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvaluationResult:
     """Plays every episode seed `repeats` times.
@@ -81,7 +82,7 @@ def evaluate_policy(
       environment: whatever `rollout` takes.
       repeats: decoding seeds per episode seed; the environment's own chance stays that of the episode seed.
       cluster: label that dependent episodes share, for the interval; None = the episode seed.
-      batch_size: as in `rollout`. progress: called with (episodes done, episodes in all).
+      batch_size, prompts: as in `rollout`. progress: called with (episodes done, episodes in all).
     Raises: InputError where an episode has no label `cluster`.
     """
     started = time.monotonic()
@@ -90,7 +91,7 @@ def evaluate_policy(
         player = policy if repeat == 0 else _Redrawn(policy, repeat)
         before = len(trajectories)
         told = progress and (lambda done, _, before=before: progress(before + done, repeats * len(seeds)))
-        played = rollout(player, environment, list(seeds), batch_size=batch_size, progress=told)
+        played = rollout(player, environment, list(seeds), batch_size=batch_size, prompts=prompts, progress=told)
         rows += [_row(seed, repeat, t, cluster) for seed, t in zip(seeds, played, strict=True)]
         trajectories += played
     return EvaluationResult(rows, trajectories, time.monotonic() - started)

@@ -10,7 +10,7 @@ import torch
 
 from offline_lmrl.data.batching import WindowDataset, encode_trajectories
 from offline_lmrl.data.conditioning import returns_to_go
-from offline_lmrl.data.demonstrations import PromptSpec, draw_prompts, encode_prompts, prompt_ids
+from offline_lmrl.data.demonstrations import PromptSpec, draw_prompts, encode_prompts, prompt_ids, task_prompts
 from offline_lmrl.data.episodes import EpisodeEncoder, StepRule
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.scale import RewardScale
@@ -102,6 +102,18 @@ def test_demonstrations_from_elsewhere_are_drawn_for_rows_of_their_task():
     assert drawn(PromptSpec(), [Trajectory((agent("x"),), task="u"), Trajectory((agent("x"),), task="t")], pool) == [
         ["0"], ["p"]
     ]  # fmt: skip
+
+
+def test_an_episode_is_played_behind_demonstrations_of_its_task_by_its_seed_alone():
+    pool = [row for pair in zip(numbered("a", 4), numbered("b", 4), strict=True) for row in pair]
+    prompt = task_prompts(PromptSpec(n=2), pool, lambda seed: "ab"[seed % 2])
+    for seed in range(10):
+        one, other = prompt(seed)
+        assert one is not other and one.task == other.task == "ab"[seed % 2]
+        assert prompt(seed) == [one, other]
+    assert len({prompt(seed)[0].turns[0].content for seed in range(0, 40, 2)}) == 4
+    with pytest.raises(InputError, match="demonstrations: found 4 of task 'b', expected at least 5"):
+        task_prompts(PromptSpec(n=5), pool, lambda seed: "b")(0)
 
 
 def test_steps_stand_behind_the_prompt_and_none_in_it():

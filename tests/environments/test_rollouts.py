@@ -68,6 +68,17 @@ def test_agent_turns_keep_what_was_sampled():
     assert episode.labels["policy_log_prob"] == [[-1.0, -2.0], [-1.0, -2.0]]
 
 
+def test_every_episode_has_the_prompt_of_its_seed():
+    class Prompted(Script):
+        def start(self, seeds, prompts):
+            self.given = [*getattr(self, "given", []), *prompts]
+            return super().start(seeds)
+
+    policy = Prompted()
+    rollout(policy, Countdown, [4, 1, 2], batch_size=2, prompts=lambda seed: None if seed == 1 else [seed])
+    assert policy.given == [[4], None, [2]]
+
+
 def test_only_live_rows_are_asked():
     policy = Script()
     rollout(policy, Countdown, [2, 1, 5])

@@ -1,16 +1,19 @@
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from offline_lmrl.data.demonstrations import PromptSpec, prompt_ids
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import write_trajectories
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.windows import WindowRule
-from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.policy import NO_PROMPT, LanguagePolicy, PromptIds
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.toys import Corridor
@@ -67,7 +70,8 @@ class Table:
 
 
 def table_policy(heads=True, scale=1.0, **sampling):
-    return SimpleNamespace(model=Table(heads, scale), renderer=RENDERER, window=WindowRule(),
+    return SimpleNamespace(model=Table(heads, scale), renderer=RENDERER, window=WindowRule(), prompt=None,
+                           spec=PromptSpec(), shared_prompt=NO_PROMPT,
                            sampling=SamplingConfig(**sampling))  # fmt: skip
 
 
@@ -82,6 +86,31 @@ def test_steps_carry_likelihood_values_and_what_the_log_earned():
     np.testing.assert_allclose(steps.q, [30.0, 20.0, 10.0, 20.0])  # the model's 3, 2, 1, 2 in reward units
     np.testing.assert_allclose(steps.v, 15.0)
     np.testing.assert_allclose(steps.return_to_go, [4.0, 4.0, 1.0, 1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("source", ["given", "own", "file", "held out"])
+def test_logs_are_read_behind_demonstrations(monkeypatch, tmp_path, source):
+    policy, read, forward = table_policy(), [], Table.forward_with_hidden
+    logs = [replace(said("b", 4.0), task="t"), replace(said("a", 1.0), task="t")]
+    shown = logs[::-1] if source == "held out" else [replace(said("a a b", 1.0), task="t")] * 2
+    ids = [prompt_ids([policy.spec.cut(one, None)], RENDERER) for one in shown]
+    if source == "own":
+        policy.prompt, policy.shared_prompt = shown[:1], PromptIds((), ids[0])
+    elif source != "given":  # as the run was trained, but for the rows that it left without a prompt
+        write_trajectories(tmp_path / "shown.jsonl", shown[:1])
+        policy.spec = PromptSpec(drop=1.0, demonstrations=str(tmp_path / "shown.jsonl") if source == "file" else None)
+        policy.model.config.offline_lmrl["prompt"] = {}
+
+    def watched(self, input_ids, attention_mask, use_cache):
+        read.extend(row[mask].tolist() for row, mask in zip(input_ids, attention_mask, strict=True))
+        return forward(self, input_ids, attention_mask, use_cache)
+
+    monkeypatch.setattr(Table, "forward_with_hidden", watched)
+    steps = read_logs(policy, logs, demonstrations=shown[:1] if source == "given" else None)
+    assert steps.token.tolist() == [B, CLOSE, A, CLOSE]
+    n = len(RENDERER.preamble)
+    assert [tuple(row[n : n + len(own)]) for row, own in zip(read, ids, strict=True)] == ids
+    assert all(len(row) > n + len(own) for row, own in zip(read, ids, strict=True))
 
 
 def test_what_a_cut_log_would_have_earned_is_not_known():

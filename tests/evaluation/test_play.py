@@ -63,6 +63,17 @@ def test_repeats_keep_the_episode_and_change_the_dice_only():
     assert result.cells() == [(1, 12.0, 3), (2, 18.0, 3)]  # 3 · 4 and 3 · 6
 
 
+def test_repeats_keep_the_prompt_of_the_episode():
+    class Prompted(Speaker):
+        def start(self, seeds, prompts):
+            self.given = [*getattr(self, "given", []), *prompts]
+            return super().start(seeds)
+
+    speaker = Prompted()
+    evaluate_policy(speaker, Counting, [1, 2], repeats=2, prompts=lambda seed: [seed])
+    assert speaker.given == [[1], [2], [1], [2]] and len(set(speaker.started)) == 4
+
+
 def test_a_cluster_is_the_label_that_episodes_share():
     result = evaluate_policy(Speaker(), Counting, [0, 1, 2], cluster="start")
     assert result.cells() == [("[0, 7]", 8.0, 2), ("[1, 7]", 4.0, 1)]
