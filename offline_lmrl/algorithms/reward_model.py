@@ -36,7 +36,13 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import fingerprint, holds_comparisons, read_comparisons, read_trajectories
 from offline_lmrl.data.preferences import binarised
 from offline_lmrl.data.trajectory import Trajectory
-from offline_lmrl.models.reward_model import build_reward_model, fold, load_reward_model, read_mask
+from offline_lmrl.models.reward_model import (
+    build_reward_model,
+    fold,
+    load_reward_model,
+    read_mask,
+    with_head_beside,
+)
 from offline_lmrl.ops.preferences import (
     all_pairs_loss,
     best_of_k_loss,
@@ -46,7 +52,7 @@ from offline_lmrl.ops.preferences import (
     plackett_luce_loss,
     regression_loss,
 )
-from offline_lmrl.training import BaseConfig, BaseTrainer, check_range
+from offline_lmrl.training import BaseConfig, BaseTrainer, check_range, with_adapter
 
 NORMALISED_ON = 1000  # comparisons
 
@@ -130,8 +136,6 @@ class RewardModelTrainer(BaseTrainer):
         return load_reward_model(path, args.head, trust_remote_code=trust_remote_code)
 
     def prepare(self, model, args: RewardModelConfig, train, held_out, peft_config):
-        if peft_config is not None:
-            raise InputError("model.lora: found an adapter, expected none: a reward model is trained whole")
         model = load_reward_model(model, args.head) if isinstance(model, str) else model
         self.check_model(model, args)
         model.config.get_text_config().pad_token_id = self._pad_id()
@@ -145,6 +149,8 @@ class RewardModelTrainer(BaseTrainer):
             "reward": {"head": args.head, "bias": 0.0},
             "data": fingerprint(rows),
         }
+        if peft_config is not None:
+            model = with_adapter(model, with_head_beside(peft_config, model))
         held_out = None if held_out is None else self._encode(_read(held_out), args, Counter())
         if args.loss == "regression":
             self._standardise(encoded, held_out)

@@ -1,6 +1,7 @@
 """LoRA around a guided model: peft freezes the heads and the table of returns and saves neither, so this module does.
 
-LoRA itself never lands on a head: the heads hold bare parameters, not the linear layers that adapters look for.
+LoRA itself never lands on a head: the heads hold bare parameters, not the linear layers that adapters look for. The
+head of a reward model is such a layer; there peft trains and saves it in full (`modules_to_save`).
 """
 
 import json
@@ -47,7 +48,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 def _parts(model: nn.Module) -> dict[str, nn.Module]:
     """The submodules of a guided model that peft knows nothing of, by name."""
-    parts = {name: getattr(model, name) for name in PARTS if getattr(model, name) is not None}
+    parts = {name: getattr(model, name) for name in PARTS if getattr(model, name, None) is not None}
     for name, part in parts.items():
         if not isinstance(part, ValueHeads | ReturnEmbedding | ReturnHeads):
             raise InputError(f"lora.modules_to_save: found {name}, which are always trained and saved; leave them out")

@@ -5,8 +5,9 @@
     token      every agent token: per-step rewards from comparisons (Christiano et al. 2017)
 
 A terminal model is a plain ...ForSequenceClassification with one label, the others are ...ForTokenClassification:
-class names, weights and config are those of transformers, which loads them without this project. A classification
-class of its own reads the last token that is not config.pad_token_id, so the pad token must not be what closes a turn.
+class names, weights and config are those of transformers, which loads them without this project. With LoRA the folder
+holds the adapter and the head in peft's own form, and our block beside it (models/adapters.py). A classification class
+of its own reads the last token that is not config.pad_token_id, so the pad token must not be what closes a turn.
 What is added is `forward(..., read=mask)` and the config's block `offline_lmrl.reward`: head and bias. The bias is
 added by the scorer (decoding/scorers.py), once per reply, as these heads have none, or one per token.
 """
@@ -14,6 +15,7 @@ added by the scorer (decoding/scorers.py), once per reply, as these heads have n
 import functools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,10 @@ from transformers import (
 
 from offline_lmrl.data.comparison_batching import ComparisonBatch
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.models.adapters import settings
+from offline_lmrl.models.adapters import read_settings, require_peft, settings
 from offline_lmrl.models.guided import from_scratch
 
+HEAD_NAMES = ("score", "classifier")
 HEADS = {
     "terminal": AutoModelForSequenceClassification,
     "turn": AutoModelForTokenClassification,
@@ -60,8 +63,10 @@ def reward_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def head_of(model: PreTrainedModel) -> nn.Linear:
     """The layer that gives one number per token. Raises: InputError where there is none."""
-    for name in ("score", "classifier"):
+    for name in HEAD_NAMES:
         layer = getattr(model, name, None)
+        if hasattr(layer, "modules_to_save"):  # peft's wrapper around the copy that is trained
+            layer = layer.modules_to_save["default"]
         if isinstance(layer, nn.Linear) and layer.out_features == 1:
             return layer
     raise InputError(f"model: found {type(model).__name__}, expected one with a linear head of one output, named "
@@ -84,6 +89,13 @@ def read_mask(batch: ComparisonBatch, head: str) -> Tensor:
     return batch["closing_mask" if head == "turn" else "action_mask"]
 
 
+def with_head_beside(peft_config: Any, model: PreTrainedModel) -> Any:
+    """The peft config with the head trained and saved in full, and no adapter on it."""
+    name = next(name for name in HEAD_NAMES if getattr(model, name, None) is head_of(model))
+    saved = {*(peft_config.modules_to_save or ()), name}
+    return replace(peft_config, modules_to_save=sorted(saved), exclude_modules=[name])
+
+
 def build_reward_model(spec: Mapping[str, Any], tokenizer, head: str) -> PreTrainedModel:
     """A reward model with fresh weights; arguments and errors as `from_scratch`."""
     model = _with_read(from_scratch(HEADS[head], spec, tokenizer, num_labels=1), head)
@@ -95,11 +107,14 @@ def load_reward_model(
     path_or_name: str | Path, head: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A reward model from a folder or hub name: of a reward model, of any classifier of sequences with one label, or,
-    where `head` says which to add, of a causal LM, guided or not. Weights are fp32.
+    where `head` says which to add, of a causal LM, guided or not. Weights are fp32. A LoRA folder gives the PeftModel
+    around the model, with adapter and head trainable.
 
     Raises: InputError where there is no such model, and where it has another head than the one asked for.
     """
     name = str(path_or_name)
+    if (Path(name) / "adapter_config.json").exists():
+        return _load_adapter(Path(name), head, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         stored = _stored_head(config)
@@ -121,6 +136,18 @@ def load_reward_model(
     if missing:
         reset_head(model)
     return model
+
+
+def _load_adapter(folder: Path, head: str | None, trust_remote_code: bool) -> nn.Module:
+    peft = require_peft()
+    block = read_settings(folder)
+    stored = block.get("reward", {}).get("head")
+    if stored is None or head not in (None, stored):
+        raise InputError(f"head: found {head!r}, but {folder} has the head {stored!r}")
+    base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
+    model = load_reward_model(base, stored, trust_remote_code=trust_remote_code)
+    model.config.offline_lmrl = block
+    return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
 def fold(model: PreTrainedModel, gain: float, bias: float) -> None:

@@ -15,6 +15,7 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import write_comparisons, write_trajectories
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.decoding.scorers import RewardModel
 from offline_lmrl.models.guided import build_model
 from offline_lmrl.models.reward_model import build_reward_model, head_of, load_reward_model, read_mask
 
@@ -35,13 +36,13 @@ RANKED = [compare(("good", "fine", "say", "bad"), (1.0, 0.0, 0.0, 0.0), ((0,), (
           compare(("bad", "good"), (0.5, 0.5)), compare(("1", "2", "3"), (0.0, 1.0, 0.0), weight=3.0)]  # fmt: skip
 
 
-def trainer(folder, data=RULE, held_out=None, model=None, **settings):
+def trainer(folder, data=RULE, held_out=None, model=None, peft_config=None, **settings):
     torch.manual_seed(0)
     settings = {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "report_to": "none",
                 "save_strategy": "no", "disable_tqdm": True, "max_length": 64, **settings}  # fmt: skip
     args = RewardModelConfig(output_dir=str(folder), use_cpu=True, **settings)
     model = model or build_reward_model(SPEC, TOKENIZER, args.head)
-    return RewardModelTrainer(model, args, data, held_out, TOKENIZER)
+    return RewardModelTrainer(model, args, data, held_out, TOKENIZER, peft_config)
 
 
 def parameters(made):
@@ -53,9 +54,13 @@ def batch_of(made):
 
 
 def scores(made, batch):
+    return scores_of(made.model, batch, made.args.head)
+
+
+def scores_of(model, batch, head):
     with torch.no_grad():
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        return made.model.eval()(**inputs, read=read_mask(batch, made.args.head))
+        return model.eval()(**inputs, read=read_mask(batch, head))
 
 
 def config(tmp_path, **settings):
@@ -224,6 +229,41 @@ def test_a_policys_trunk_gets_a_fresh_head_and_a_reward_model_keeps_its_own(tmp_
         load_reward_model(tmp_path / "reward", "turn")
     with pytest.raises(InputError, match="found no reward model .*GPT2LMHeadModel"):
         load_reward_model(tmp_path / "policy")
+
+
+@pytest.mark.parametrize(("head", "plain"), [("terminal", AutoModelForSequenceClassification),
+                                             ("token", AutoModelForTokenClassification)])  # fmt: skip
+def test_an_adapter_trains_with_its_head_in_full_and_comes_back(tmp_path, head, plain):
+    peft = pytest.importorskip("peft")
+    build_model(SPEC, TOKENIZER).save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    write_comparisons(tmp_path / "train.jsonl", RULE)
+    data = DataConfig(str(tmp_path / "train.jsonl"))
+    settings = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_length": 64}
+    args = config(tmp_path / "run", head=head, save_strategy="steps", save_steps=6, disable_tqdm=True, **settings)
+    model = ModelConfig(path=str(tmp_path / "base"), lora={"r": 4})
+    run.train("reward_model", model, data, args)
+    scorer = RewardModel.load(tmp_path / "run", device="cpu")
+    good, bad = ((Turn("assistant", text),) for text in ("good 2", "bad 2"))
+    high, low = scorer.score(RULE[0].context, [good, bad])
+    assert high > low + 0.5
+    trained = {name for name, weight in scorer.model.named_parameters() if weight.requires_grad}
+    assert trained and all("lora_" in name or "modules_to_save" in name for name in trained)
+    frozen = load_reward_model(tmp_path / "base", head)
+    assert not torch.equal(head_of(scorer.model).weight, head_of(frozen).weight)
+    # peft puts it on a plain classifier, which has to be told that there is one label
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    alone = plain.from_pretrained(tmp_path / "base", num_labels=1)
+    alone = peft.PeftModel.from_pretrained(alone, tmp_path / "run").eval()
+    alone.config.pad_token_id = scorer.model.config.pad_token_id
+    with torch.no_grad():
+        assert_close(alone(**batch).logits, scorer.model(**batch).logits)
+    resumed = trainer(tmp_path / "again", model=load_reward_model(tmp_path / "base", head), head=head, max_steps=12,
+                      peft_config=peft.LoraConfig(target_modules="all-linear", r=4))  # fmt: skip
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+    assert_close(scores(resumed, batch_of(resumed)), scores_of(scorer.model, batch_of(resumed), head))
+    with pytest.raises(InputError, match="head: found 'turn', but .* has the head"):
+        load_reward_model(tmp_path / "run", "turn")
 
 
 def test_a_run_is_trained_from_files_and_is_not_trained_twice(tmp_path):
