@@ -1,6 +1,7 @@
 """How well a scorer agrees with held-out preferences, with intervals, beside what needs no reading at all: length."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -25,8 +26,9 @@ def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """Facts over all pairs of options of one comparison that are no tie, as plain values.
 
     "accuracy": how often the better option scores higher, equal scores half, with its 95% interval over groups (pairs
-    of one prompt are not independent). "baselines": the same for length, and "difference": that of the scorer less
-    the better of them, pair by pair. "cross entropy": mean −[p log σ(Δ) + (1 − p) log σ(−Δ)] in nats, .693 where it
+    of one prompt are not independent). "baselines": the same for length, and, where `labels["options"]` name the
+    `generator` of all, for who wins more often among these very pairs; "difference": that of the scorer less the best
+    of them, pair by pair. "cross entropy": mean −[p log σ(Δ) + (1 − p) log σ(−Δ)] in nats, .693 where it
     says nothing; "calibration error" of σ(Δ) against p. The last two ask a scorer in units of log odds.
 
     Raises: InputError where there is no such pair.
@@ -43,7 +45,8 @@ def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
                          * _sign(p - 0.5)) for place, i, j, p in pairs)  # fmt: skip
 
     found = right(lambda place, i: scores[place][i])
-    others = {name: right(lambda place, i, f=feature: f(comparisons[place], i)) for name, feature in BASELINES.items()}
+    features = BASELINES | _authors(pairs, comparisons)
+    others = {name: right(lambda place, i, f=feature: f(comparisons[place], i)) for name, feature in features.items()}
     best = max(others.values(), key=lambda cells: cells.estimate(draws=1).mean)
     lead = torch.tensor([scores[place][i] - scores[place][j] for place, i, j, _ in pairs], dtype=torch.float64)
     prob = torch.tensor([p for *_, p in pairs], dtype=torch.float64)
@@ -58,6 +61,22 @@ def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
         "cross entropy": (prob * softplus(-lead) + (1 - prob) * softplus(lead)).mean().item(),
         "calibration error": calibration_error(lead.sigmoid(), prob).item(),
     }
+
+
+def _authors(pairs: Sequence[tuple], comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """A feature: the share of its pairs that the author of an option wins; none where authors are not known."""
+
+    def author(row: Comparison, i: int) -> str | None:
+        return (row.labels.get("options") or [{}] * len(row.options))[i].get("generator")
+
+    won: dict[str | None, list[float]] = defaultdict(list)
+    for place, i, j, p in pairs:
+        won[author(comparisons[place], i)].append(p)
+        won[author(comparisons[place], j)].append(1 - p)
+    if None in won:
+        return {}
+    mean = {name: math.fsum(values) / len(values) for name, values in won.items()}
+    return {"the reply of the author that wins more often here": lambda row, i: mean[author(row, i)]}
 
 
 def _sign(value: float) -> float:

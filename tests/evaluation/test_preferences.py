@@ -1,6 +1,7 @@
 """How a scorer is measured on held-out preferences: by hand, in groups, beside length."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -34,6 +35,17 @@ def test_accuracy_and_its_baselines_by_hand():
     assert facts["baselines"]["the longer reply"].startswith("0.600 [")
     assert facts["baselines"]["the shorter reply"].startswith("0.400 [")
     assert facts["difference"].startswith("-0.100 [")
+
+
+def test_who_wrote_a_reply_is_a_baseline_where_it_is_known():
+    def by(first, second, target, group):
+        labels = {"options": [{"generator": first}, {"generator": second}]}
+        return replace(compare(("1.", "2."), target, group), labels=labels)
+
+    rows = [by("x", "y", (1.0, 0.0), "a"), by("y", "x", (0.2, 0.8), "b"), by("x", "y", (0.0, 1.0), "c")]
+    facts = judge(Function(numbers), rows)  # x wins 1.8 of 3
+    assert facts["baselines"]["the reply of the author that wins more often here"].startswith("0.667 [")
+    assert "the reply of the author that wins more often here" not in judge(Function(numbers), ROWS)["baselines"]
 
 
 def test_cross_entropy_and_calibration_take_scores_as_log_odds():
