@@ -27,8 +27,12 @@ _MEMBER, _SCORE = "red_team_member_id", "min_harmlessness_score_transcript"
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, reward: Literal["rating", "harmlessness"] = "rating",
-    validation: float = 0.1, seed: int = 0,
+    input: str | Path,
+    output: str | Path,
+    *,
+    reward: Literal["rating", "harmlessness"] = "rating",
+    validation: float = 0.1,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Read red-team attempts and write train.jsonl, validation.jsonl and report.json.
 

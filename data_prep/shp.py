@@ -28,8 +28,13 @@ _LOST = ("[deleted]", "[removed]")
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, min_ratio: float = 1.0, max_pairs: int | None = 5,
-    validation: float = 0.1, seed: int = 0,
+    input: str | Path,
+    output: str | Path,
+    *,
+    min_ratio: float = 1.0,
+    max_pairs: int | None = 5,
+    validation: float = 0.1,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Read pairs of comments and write train.jsonl, validation.jsonl, test.jsonl and report.json.
 
@@ -56,8 +61,9 @@ def prepare(
     if max_pairs is not None:
         made = {split: strongest(rows, max_pairs) for split, rows in made.items()}
         kept = sum(map(len, made.values()))
-        dropped = {**report["dropped"], "more than max_pairs of one post": report["imported"] - kept}
-        report = {**report, "imported": kept, "dropped": dropped}
+        if kept < report["imported"]:
+            dropped = {**report["dropped"], "more than max_pairs of one post": report["imported"] - kept}
+            report = {**report, "imported": kept, "dropped": dropped}
     return publish(made, output, report, validation, seed)
 
 

@@ -28,8 +28,16 @@ _HIGHEST = 7
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, overall: float = 1.0, accuracy: float = 0.0, coverage: float = 0.0,
-    coherence: float = 0.0, centre: bool = True, validation: float = 0.1, seed: int = 0,
+    input: str | Path,
+    output: str | Path,
+    *,
+    overall: float = 1.0,
+    accuracy: float = 0.0,
+    coverage: float = 0.0,
+    coherence: float = 0.0,
+    centre: bool = True,
+    validation: float = 0.1,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Read rated summaries and write train.jsonl, validation.jsonl, test.jsonl and report.json.
 
@@ -78,7 +86,12 @@ def read_rating(
             raise Drop(f"no rating on the axis {axis}")
     raw = math.fsum(weight * axes[axis] for axis, weight in weights.items())
     turns = (*context, Turn("assistant", words, reward=raw))
-    labels = {**known, **facts(summary, ("policy", "note")), "axes": axes, "reward": {"raw": raw, "shift": 0.0}}
+    labels = {
+        **known,
+        **facts(summary, ("policy", "note")),
+        "axes": {**facts(found, found), **axes},
+        "reward": {"raw": raw, "shift": 0.0},
+    }
     return read_split(row, where), Trajectory(turns, group=known["id"], task="summarize",
                                               source="summarize-axes", labels=labels)  # fmt: skip
 

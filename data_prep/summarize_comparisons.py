@@ -3,8 +3,9 @@
 A row is `info`, two `summaries`, and the `choice` of a worker. What is made of it:
 - What is summarised is a post of a forum or an article of a site; the fields that are there tell, not the batch name.
 - White space at the ends of a summary is removed: in some batches it tells who wrote it.
-- The worker's confidence is on one scale of 9 points, from surely the first to surely the second summary. It is kept
-  in the labels; `soft` makes the target of it. Where it says the other side than the choice, the choice holds.
+- The worker's confidence is a point on one scale of 9 for both sides (the paper's appendix C), here from 1, surely the
+  first summary, to 9, surely the second (read off the repository's example). It is kept in the labels; `soft` makes
+  the target of it. Where it is on the other side than the choice, the choice holds, and the row is counted.
 - valid1 chose models and becomes the validation split, valid2 gave final figures and becomes the test split.
 - The group is the post: all rows of one id or of the same words.
 """

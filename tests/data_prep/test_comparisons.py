@@ -21,6 +21,7 @@ from data_prep import (
     webgpt,
 )
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.forms import Drop
 from offline_lmrl.data.io import read_comparisons
 from offline_lmrl.data.preference_forms import read_comparison
 from offline_lmrl.data.trajectory import messages_of
@@ -163,6 +164,43 @@ def test_any_star_of_judgements_keeps_the_invariants(judged):
                      [text for row in rows for text in row.outputs], str)  # fmt: skip
     for i, (_, preference) in enumerate(judged, 1):
         assert made.preference(i, 0) == pytest.approx(preference - 1, abs=2e-9)
+
+
+PAIRS = {  # the row of two replies, and what reads it
+    summarize_comparisons: (
+        test_summarize_comparisons.row, lambda row: summarize_comparisons.read_choice(row, "f:1", Counter())[1]),
+    webgpt: (test_webgpt.row, lambda row: webgpt.read_answers(row, "f:1", Counter(), quotes=True)),
+    shp: (test_shp.row, lambda row: shp.read_pair(row, "f:1")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("importer", PAIRS, ids=lambda importer: importer.__name__.split(".")[1])
+@settings(max_examples=20, deadline=None)
+@given(WORDS, WORDS)
+def test_any_two_replies_keep_the_invariants_or_are_dropped_for_what_they_say(importer, first, second):
+    build, read = PAIRS[importer]
+    if not first.strip() or not second.strip() or first.split() == second.split():
+        with pytest.raises(Drop):
+            read(build(first, second))
+    else:
+        check_invariants([read(build(first, second))], lambda row: [option[-1].content for option in row.options],
+                         [first, second], str.strip)  # fmt: skip
+
+
+SAMPLE = st.text(st.characters(codec="utf-8", exclude_characters="\N{REPLACEMENT CHARACTER}"), max_size=4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(SAMPLE, min_size=4, max_size=4), st.integers(0, 3))
+def test_any_four_samples_keep_the_invariants_or_are_dropped_for_what_they_say(samples, best):
+    row = test_best_of_4.row(samples=samples, best=best)
+    if not samples[best].strip() or len({tuple(text.split()) for text in samples if text.strip()}) < 2:
+        with pytest.raises(Drop):
+            best_of_4.read_samples(row, "f:1", Counter(), RENDERER.tokenizer)
+    else:
+        made = best_of_4.read_samples(row, "f:1", Counter(), RENDERER.tokenizer)
+        check_invariants([made], lambda row: [option[0].content for option in row.options], samples, str)
+        assert made.options[made.ranks.index(0)][0].content.split() == samples[best].split()
 
 
 def test_groups_of_the_test_file_leave_the_training_rows(tmp_path):

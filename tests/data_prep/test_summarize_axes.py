@@ -17,9 +17,13 @@ def row(words=" Cat sleeps.", info=POST, axes=AXES, **fields):
     return {"info": info, "split": "train", "summary": summary, "worker": "w", "batch": "cnndm1"} | fields
 
 
-KEPT = [row(), row("Asleep", axes=AXES | {"overall": 6}), row("Shut", ARTICLE, split="test"),
-        row("Closed", ARTICLE, axes={"overall": 7.0, "accuracy": None}, split="valid2"),
-        row("Cat", POST | {"id": "again"}, axes={"overall": 3})]  # fmt: skip
+KEPT = [
+    row(axes=AXES | {"compatible": True}),
+    row("Asleep", axes=AXES | {"overall": 6}),
+    row("Shut", ARTICLE, split="test"),
+    row("Closed", ARTICLE, axes={"overall": 7.0, "accuracy": None}, split="valid2"),
+    row("Cat", POST | {"id": "again"}, axes={"overall": 3}),
+]
 DROPPED = {
     "no rating on the axis overall": [row(axes={"accuracy": 3}), row(axes={"overall": None})],
     "axes: overall: expected N to N": [row(axes={"overall": 8})],
@@ -49,7 +53,7 @@ def test_every_row_is_imported_or_dropped_for_a_reason_and_centred_by_post(tmp_p
     assert [one.total_return for one in made["test"]] == [-2, 2]  # valid2 is test too
     first = made["train"][0]
     assert [(turn.role, turn.content) for turn in first.turns[1:]] == [("assistant", "Cat sleeps.")]
-    assert first.labels["axes"] == AXES and first.labels["reward"] == {"raw": 3, "shift": 4}
+    assert first.labels["axes"] == AXES | {"compatible": True} and first.labels["reward"] == {"raw": 3, "shift": 4}
     assert (first.labels["policy"], first.labels["worker"], first.labels["id"]) == ("ref", "w", "t3_a")
 
 

@@ -78,7 +78,8 @@ def test_the_fields_that_are_there_tell_what_is_summarised(tmp_path):
     (article,), first = read(tmp_path, "test"), read(tmp_path, "train")[0]
     assert [turn.content for turn in article.context] == ["ARTICLE: A bridge was closed.\n\nTL;DR:"]
     assert first.context[0].content == (
-        "SUBREDDIT: r/pets\n\nTITLE: Is it well?\n\nPOST: My cat sleeps all day.\n\nTL;DR:")
+        "SUBREDDIT: r/pets\n\nTITLE: Is it well?\n\nPOST: My cat sleeps all day.\n\nTL;DR:"
+    )
     assert [option[0].content for option in first.options] == ["Cat sleeps.", "A cat is asleep."]
     assert article.labels["site"] == "herald" and "confidence" not in article.labels
     assert first.labels["options"] == [{"policy": "sup1"}, {"policy": "ref", "note": "ok"}]

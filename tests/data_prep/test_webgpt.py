@@ -68,7 +68,11 @@ def test_scores_are_probabilities_and_strengths_and_a_tie_stays(tmp_path):
 def test_marks_go_without_the_quotes_and_stay_behind_them(tmp_path):
     _, made = run(tmp_path, KEPT)
     assert [one.options[0][0].content for one in made] == [
-        "The moon pulls. It is far.", "Tides.\n\nSea.", "The moon pulls. It is far.", "See a."]
+        "The moon pulls. It is far.",
+        "Tides.\n\nSea.",
+        "The moon pulls. It is far.",
+        "See a.",
+    ]
     _, made = run(tmp_path, KEPT, quotes=True)
     (tool, answer), (plain,) = made[0].options
     assert tool.content == "[1] Tides (sea.org)\nThe moon pulls.\n\n[2] Moon\nIt is far."
