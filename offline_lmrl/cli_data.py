@@ -19,6 +19,7 @@ SOURCES = {
     "maze": ("data_prep.maze", "prepare"),
     "wordle": ("data_prep.wordle", "prepare"),
     "deal-or-no-deal": ("data_prep.deal_or_no_deal", "prepare"),
+    "pref-gold": ("data_prep.pref_gold", "prepare"),
     "hh-rlhf": ("data_prep.hh_rlhf", "prepare"),
     "alpaca-eval": ("data_prep.alpaca_eval", "prepare"),
     "preferences": ("data_prep.preferences", "prepare"),

@@ -23,6 +23,7 @@ ENVIRONMENTS = {
     "talk_trap": "offline_lmrl.environments.toys:TalkTrap",
     "hidden_rule": "offline_lmrl.environments.toys:HiddenRule",
     "walk": "offline_lmrl.environments.toys:Walk",
+    "pref_gold": "offline_lmrl.environments.pref_gold:PrefGold",
     "negotiation": "offline_lmrl.environments.negotiation:Negotiation",
     "prompts": "offline_lmrl.environments.prompts:PromptEnvironment",
 }

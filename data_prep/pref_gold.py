@@ -1,0 +1,30 @@
+"""Preferences with a known, hidden worth behind them: comparisons of the toy pref_gold, as people might label it."""
+
+from pathlib import Path
+from typing import Any
+
+from data_prep.comparisons import publish
+from offline_lmrl.environments.pref_gold import PrefGold
+
+
+def prepare(
+    output: str | Path, *, pairs: int = 2000, temperature: float = 0.5, flips: float = 0.1, tie: float = 0.1,
+    gold_seed: int = 0, validation: float = 0.1, seed: int = 0,
+) -> dict[str, Any]:
+    """Draw labelled pairs and write train.jsonl, validation.jsonl and report.json.
+
+    Args:
+      output: folder, made if it is missing.
+      pairs: how many.
+      temperature: of the labels, in standard deviations of gold: P(first is better) = σ(difference / temperature).
+      flips: share of the labels that are turned round.
+      tie: pairs no further apart in gold are ties.
+      gold_seed: of the toy.
+      validation: share of the pairs that goes to validation.
+      seed: of the pairs and of the split.
+    Returns: counts and facts, as in report.json.
+    Raises: InputError for settings out of range or an output that cannot be written.
+    """
+    rows = PrefGold(gold_seed).comparisons(pairs, seed, temperature=temperature, flips=flips, tie=tie)
+    return publish({"all": rows}, output, {"rows": pairs}, validation, seed, features={
+        "the reply with more gold": lambda row, i: row.labels["options"][i]["gold"]})  # fmt: skip
