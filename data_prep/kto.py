@@ -13,15 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_prep import trajectories
+from data_prep import fields, trajectories
 from data_prep.comparisons import import_rows
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.forms import Drop, extra_columns
 from offline_lmrl.data.preference_forms import read_context, read_reply, root_group
-from offline_lmrl.data.trajectory import Trajectory, build_trajectory, shown
+from offline_lmrl.data.trajectory import Trajectory, build_trajectory
 
 _FIELDS = {"prompt", "completion", "label", "group", "source", "labels"}
-_WORDS = {"true": True, "false": False}
 
 
 def prepare(input: str | Path, output: str | Path, *, validation: float = 0.1, seed: int = 0) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def prepare(input: str | Path, output: str | Path, *, validation: float = 0.1, s
     if counts[True] and counts[False]:
         most = max(counts.values())
         report["weights that balance the labels"] = {
-            name: round(most / counts[label], 4) for name, label in _WORDS.items()}  # fmt: skip
+            name: round(most / counts[label], 4) for name, label in (("true", True), ("false", False))}  # fmt: skip
     return trajectories.publish(made, output, report, validation, seed)
 
 
@@ -50,7 +49,9 @@ def read_labelled(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
     for name in ("prompt", "completion"):
         if row.get(name) is None:
             raise InputError(f"{where}: {name}: found none, expected text or messages")
-    label = _label(row.get("label"), where, counts)
+    label = fields.thumb(row.get("label"), "label", where, counts)
+    if label is None:
+        raise Drop("no label")
     context = read_context(row["prompt"], where, counts)
     reply = read_reply(row["completion"], context, row["prompt"], where, "completion", counts)
     agent = [i for i, turn in enumerate(reply) if turn.is_trainable]
@@ -65,17 +66,3 @@ def read_labelled(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
     made = build_trajectory([*context, *reply], {"group": root_group(context), "source": "kto", **given}, where)
     extra = extra_columns(row, {name for name in row if row[name] is not None} - _FIELDS, counts)
     return replace(made, labels={**extra, **made.labels, "label": label})
-
-
-def _label(value: Any, where: str, repairs: Counter[str]) -> bool:
-    if value is None:
-        raise Drop("no label")
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.strip().casefold() in _WORDS:
-        repairs["repaired: label written as a word"] += 1
-        return _WORDS[value.strip().casefold()]
-    if value in (0, 1):
-        repairs["repaired: label 1 or 0 taken as true or false"] += 1
-        return bool(value)
-    raise InputError(f"{where}: label: found {shown(value)}, expected true or false")

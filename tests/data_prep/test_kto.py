@@ -23,7 +23,7 @@ KEPT = [
 DROPPED = {
     "no label": [{"prompt": "p", "completion": "c", "label": None}, {"prompt": "p", "completion": "c"}],
     "empty reply": [{"prompt": "p", "completion": " ", "label": True}, {"prompt": "p", "completion": "p", "label": 0}],
-    "label: expected true or false": [{"prompt": "p", "completion": "c", "label": label} for label in (-1, "y", [])],
+    "label: expected true, false or null": [{"prompt": "p", "completion": "c", "label": label} for label in (-1, "y")],
     "prompt: expected text or messages": [{"completion": "c", "label": True}],
     "completion: expected text or messages": [{"prompt": "p", "completion": None, "label": True}],
     "completion: expected a list of messages": [{"prompt": "p", "completion": 3, "label": True}],

@@ -1,0 +1,132 @@
+"""Chats in which people gave some replies a thumb, to dialogues in which only those replies are scored.
+
+Two forms are read: `messages` with `reaction` or `reactions` (`turn, value`, 1 or −1, and whatever else), and the
+reactions of ComparIA (`conversation_a, conversation_b, model_pos, msg_index, response_content, liked, disliked`). What
+is made of a row:
+- The reply that got the thumb earns 1 or −1. All other turns are context: no thumb is no neutral one.
+- `turn` counts messages from 0. Where it does not point at a reply of the agent, the log may have counted without the
+  system message; where the text of the reply was logged too, it decides.
+- A reaction that is neither up nor down, on no reply of the agent or contradicted by another is left out. A row
+  without any other is dropped.
+- What follows the last reply with a thumb is cut off; nobody is credited for it.
+
+People react to what stands out, so shares of thumbs are not shares of good replies. The report says how many replies
+got one.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data_prep import fields, trajectories
+from data_prep.comparisons import import_rows
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.forms import Drop, extra_columns, read_messages
+from offline_lmrl.data.preference_forms import root_group
+from offline_lmrl.data.trajectory import Trajectory, Turn, build_trajectory, shown
+
+_TAGS = ("useful", "complete", "creative", "clear_formatting", "incorrect", "superficial", "instructions_not_followed")
+_COMPARIA = {"conversation_a", "conversation_b", "model_pos", "msg_index", "question_content", "response_content",
+             "liked", "disliked", "comment", *_TAGS}  # fmt: skip
+_FIELDS = {"messages", "reaction", "reactions", "group", "source"}
+
+
+def prepare(input: str | Path, output: str | Path, *, validation: float = 0.1, seed: int = 0) -> dict[str, Any]:
+    """Read chats with reactions and write train.jsonl, validation.jsonl and report.json.
+
+    Args:
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those or a hub name.
+      output: folder, made if it is missing.
+      validation: share of the groups (first user turns) that goes to validation, where the source has no such split.
+      seed: of the split.
+    Returns: counts and facts, as in report.json.
+    Raises: InputError if nothing can be read or the output cannot be written.
+    """
+    made, report = import_rows(input, read_chat)
+    rows = [row for some in made.values() for row in some]
+    rewards = Counter(turn.reward for row in rows for turn in row.turns)
+    report["replies"] = {"by the agent": sum(row.labels["agent_turns"] for row in rows), "thumbs up": rewards[1.0],
+                         "thumbs down": rewards[-1.0]}  # fmt: skip
+    return trajectories.publish(made, output, report, validation, seed)
+
+
+def read_chat(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
+    """The trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    if row.get("messages") is None and row.get("model_pos") is not None:
+        row = _from_comparia(row, where)
+    turns = read_messages(row.get("messages"), where, "messages", counts, allow_empty=True)
+    if row.get("reactions") is None:
+        found = [fields.inner(row, "reaction", where)]
+    else:
+        found = fields.objects(row, "reactions", where)
+    if any(turn.reward is not None for turn in turns):
+        raise Drop("rewards beside reactions")
+    thumbs: dict[int, float | None] = {}
+    reasons: list[str] = []
+    for reaction in found:
+        try:
+            value = _value(reaction, where, counts)
+            turn = _turn(reaction, turns, where, counts)
+        except Drop as drop:
+            reasons.append(str(drop))
+            continue
+        thumbs[turn] = value if thumbs.get(turn, value) == value else None
+    reasons += ["contradictory reactions to one reply"] * sum(value is None for value in thumbs.values())
+    scored = {turn: value for turn, value in thumbs.items() if value is not None}
+    if not scored:
+        raise Drop(reasons[0] if reasons else "no reaction")
+    counts.update(f"repaired: reaction left out: {reason}" for reason in reasons)
+    if turns[-1].role != "assistant":
+        counts["kept: a chat that does not end with the agent"] += 1
+    credited = [replace(turn, trainable=None, reward=scored[i]) if i in scored else
+                replace(turn, trainable=False) if turn.is_trainable else turn
+                for i, turn in enumerate(turns[: max(scored) + 1])]  # fmt: skip
+    given = {name: row[name] for name in ("group", "source") if row.get(name) is not None}
+    made = build_trajectory(credited, {"group": root_group(turns), "source": "chat-thumbs", **given}, where)
+    labels = extra_columns(row, {name for name in row if row[name] is not None} - _FIELDS, counts)
+    return replace(made, labels={
+        **labels, "reactions": [extra_columns(reaction, set(reaction), counts) for reaction in found],
+        "agent_turns": sum(turn.role == "assistant" for turn in turns)})  # fmt: skip
+
+
+def _from_comparia(row: Mapping, where: str) -> dict[str, Any]:
+    """The row in the other form, with the text of the reply in its reaction."""
+    side = row["model_pos"]
+    if side not in ("a", "b"):
+        raise InputError(f"{where}: model_pos: found {shown(side)}, expected a or b")
+    reaction = {"turn": row.get("msg_index"), "text": row.get("response_content"), "liked": row.get("liked"),
+                "disliked": row.get("disliked"), "tags": [name for name in _TAGS if row.get(name) is True],
+                "comment": row.get("comment")}  # fmt: skip
+    return {"messages": row.get(f"conversation_{side}"), "reaction": reaction,
+            **{name: value for name, value in row.items() if name not in _COMPARIA}}  # fmt: skip
+
+
+def _value(reaction: Mapping, where: str, counts: Counter[str]) -> float:
+    """1 or −1."""
+    if reaction.get("value") is not None:
+        value = fields.number(reaction, "value", where)
+    else:
+        liked, disliked = (fields.thumb(reaction.get(name), name, where, counts) for name in ("liked", "disliked"))
+        value = float(bool(liked) - bool(disliked))
+    if value not in (1, -1):
+        raise Drop("neither up nor down")
+    return value
+
+
+def _turn(reaction: Mapping, turns: Sequence[Turn], where: str, counts: Counter[str]) -> int:
+    """Which turn the reaction is on."""
+    place = fields.whole(reaction, "turn", where)
+    said = None if reaction.get("text") is None else fields.text(reaction, "text", where).strip()
+    replies = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.content.strip()
+               and said in (None, turn.content.strip())]  # fmt: skip
+    if place in replies:
+        return place
+    if turns and turns[0].role == "system" and place + 1 in replies:
+        counts["repaired: turn counted without the system message"] += 1
+        return place + 1
+    if said is not None and len(replies) == 1:
+        counts["repaired: reply found by its text"] += 1
+        return replies[0]
+    raise Drop("on no reply of the agent")

@@ -1,0 +1,181 @@
+"""OpenAssistant conversation trees (Köpf et al. 2023) to comparisons of the replies to one message.
+
+The three export forms are read, in any order of the rows: messages with `message_id` and `parent_id` (also as Parquet
+from the hub), threads, and whole trees. What is made of them:
+- Replies of the assistant to one message that people ranked are one comparison; 0 is best. What was said from the root
+  to that message is its context.
+- Deleted messages, those that failed their review, of trees that are not ready, in other languages than asked for and
+  without text are left out, and so is all that was said in reply to them: its context is not known.
+- A tree is one group, and so are trees that open with the same words.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_prep import fields
+from data_prep.comparisons import import_rows, publish
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.forms import extra_columns
+from offline_lmrl.data.preference_forms import read_comparison
+from offline_lmrl.data.trajectory import Turn, messages_of, shown
+
+_ROLES = {"prompter": "user", "assistant": "assistant"}
+_KEPT = {"message_id", "user_id", "created_date", "lang", "rank", "review_count", "synthetic", "model_name",
+         "detoxify"}  # fmt: skip
+
+
+class Message(NamedTuple):
+    """One message; `unusable` says why it is left out, or is empty."""
+
+    id: str
+    parent: str | None
+    turn: Turn
+    rank: float | None
+    labels: Mapping[str, Any]  # what is known of it; among it `labels`: quality, toxicity, ..., and `emojis`, by name
+    unusable: str
+
+
+Reply = tuple[tuple[Turn, ...], Message]  # what was said before it
+
+
+def prepare(
+    input: str | Path, output: str | Path, *, languages: list[str] | None = None, validation: float = 0.1,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Read messages, threads or trees and write train.jsonl, validation.jsonl and report.json.
+
+    Args:
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those or a hub name.
+      output: folder, made if it is missing.
+      languages: keep messages in these only, by their tags (en, pt-BR, ...).
+      validation: share of the groups (first messages) that goes to validation, where the source has no such split.
+      seed: of the split.
+    Returns: counts and facts, as in report.json; in `assembled` every message is counted once.
+    Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
+    """
+    replies, report = import_replies(input, languages)
+    counts = Counter(report["assembled"])
+    made = {split: list(compare(some, counts)) for split, some in replies.items()}
+    if not any(made.values()):
+        raise InputError(f"{input}: found no ranked replies to one message ({dict(counts)}), expected two or more")
+    return publish(made, output, {**report, "assembled": dict(+counts)}, validation, seed)
+
+
+def import_replies(
+    source: str | Path, languages: Collection[str] | None
+) -> tuple[dict[str, list[Reply]], dict[str, Any]]:
+    """The assistant's replies by split, and the report so far; `assembled` counts all other messages."""
+
+    def read(row: Mapping, where: str, counts: Counter[str]) -> list[Message]:
+        return [_message(record, parent, row.get("tree_state"), here, languages, counts)
+                for here, record, parent in _records(row, where)]  # fmt: skip
+
+    made, report = import_rows(source, read)
+    counts: Counter[str] = Counter()
+    replies = {split: list(connect(chain.from_iterable(rows), counts)) for split, rows in made.items()}
+    return replies, {**report, "assembled": dict(+counts)}
+
+
+def connect(messages: Iterable[Message], counts: Counter[str]) -> Iterator[Reply]:
+    """The assistant's replies whose context is known, parents first; `counts` gets all other messages."""
+    known: dict[str, Message] = {}
+    for message in messages:
+        if known.setdefault(message.id, message) is not message:
+            counts["messages left out: given again"] += 1
+    children: dict[str | None, list[Message]] = defaultdict(list)
+    for message in known.values():
+        if message.unusable:
+            counts[f"messages left out: {message.unusable}"] += 1
+        else:
+            children[message.parent].append(message)
+    reached = [((), root) for root in children[None]]
+    for before, message in reached:  # grows as it goes
+        context = (*before, message.turn)
+        reached += [(context, reply) for reply in children.get(message.id, ())]
+        if message.turn.role == "user":
+            counts["messages of prompters"] += 1
+        else:
+            yield before, message
+    counts["messages left out: what they reply to is not there"] += sum(map(len, children.values())) - len(reached)
+
+
+def compare(replies: Iterable[Reply], counts: Counter[str]) -> Iterator[Comparison]:
+    """One comparison of all ranked replies to each message; `counts` gets all replies, and why sets are left out."""
+    siblings: dict[str, list[Reply]] = defaultdict(list)
+    for context, reply in replies:
+        siblings[reply.parent or f"root {reply.id}"].append((context, reply))
+    for together in siblings.values():
+        context, messages = together[0][0], [message for _, message in together]
+        mine: Counter[str] = Counter()
+        made = read_comparison(
+            {"prompt": messages_of(context), "responses": [message.turn.content for message in messages],
+             "ranks": [message.rank for message in messages], "source": "oasst",
+             "labels": {"options": [message.labels for message in messages]}}, messages[0].id, mine)  # fmt: skip
+        counts["replies compared"] += len(made.options) if made else 0
+        counts["replies not compared"] += len(messages) - (len(made.options) if made else 0)
+        counts.update({f"sets of replies {name}": n for name, n in mine.items()})
+        if made:
+            yield made
+
+
+def _records(row: Mapping, where: str) -> Iterator[tuple[str, Mapping, Any]]:
+    """Each message of a row with where it is and the id of the message before it."""
+    if row.get("message_id") is not None:
+        yield where, row, row.get("parent_id")
+    elif row.get("thread") is not None:
+        parent = None
+        for i, record in enumerate(fields.objects(row, "thread", where)):
+            yield f"{where}: thread[{i}]", record, parent
+            parent = record.get("message_id")
+    elif row.get("prompt") is not None:
+        found = [(f"{where}: prompt", fields.inner(row, "prompt", where), None)]
+        for here, record, parent in found:  # grows as it goes
+            yield here, record, parent
+            replies = fields.objects(record, "replies", here) if record.get("replies") is not None else ()
+            found += [(f"{where}: replies[{i}]", reply, record.get("message_id")) for i, reply in enumerate(replies)]
+    else:
+        raise InputError(f"{where}: fields: found {shown(list(row))}, expected message_id, thread or prompt")
+
+
+def _message(
+    record: Mapping, parent: Any, state: Any, where: str, languages: Collection[str] | None, counts: Counter[str]
+) -> Message:
+    role, rank = record.get("role"), record.get("rank")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise InputError(f"{where}: role: found {shown(role)}, expected prompter or assistant")
+    if not isinstance(parent, str | None):
+        raise InputError(f"{where}: parent_id: found {shown(parent)}, expected text or null")
+    for name in ("deleted", "review_result"):
+        if not isinstance(record.get(name), bool | None):
+            raise InputError(f"{where}: {name}: found {shown(record[name])}, expected true, false or null")
+    words = fields.text(record, "text", where)
+    labels = extra_columns(record, {name for name in _KEPT if record.get(name) is not None}, counts)
+    labels["labels"] = _by_name(record, "labels", "value", where)
+    labels["emojis"] = _by_name(record, "emojis", "count", where)
+    reasons = {"deleted": record.get("deleted"), "failed its review": record.get("review_result") is False,
+               "its tree is not ready": state not in (None, "ready_for_export"),
+               "in another language": languages is not None and record.get("lang") not in languages,
+               "no text": not words.strip()}  # fmt: skip
+    return Message(fields.text(record, "message_id", where), parent, Turn(_ROLES[role], words),
+                   None if rank is None else fields.number(record, "rank", where), labels,
+                   next((reason for reason, holds in reasons.items() if holds), ""))  # fmt: skip
+
+
+def _by_name(record: Mapping, field: str, key: str, where: str) -> dict[str, float]:
+    """name -> number, nulls left out: of the exports, {name: {value, count}} or {name: count}, and of the hub,
+    {name: [...], value: [...], count: [...]}."""
+    if record.get(field) is None:
+        return {}
+    found = fields.inner(record, field, where)
+    here = f"{where}: {field}"
+    if isinstance(found.get("name"), Sequence):
+        names, values = fields.items(found, "name", here), fields.items(found, key, here)
+        if len(names) != len(values):
+            raise InputError(f"{here}: {key}: found {len(values)}, expected one for each of {len(names)} names")
+        found = dict(zip(map(str, names), values, strict=True))
+    plain = {name: one.get(key) if isinstance(one, Mapping) else one for name, one in found.items()}
+    return {name: fields.number(plain, name, here) for name, value in plain.items() if value is not None}

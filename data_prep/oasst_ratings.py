@@ -1,0 +1,66 @@
+"""OpenAssistant conversation trees (Köpf et al. 2023) to scored replies: how good people found each one by itself.
+
+Messages are read and left out as in `data_prep.oasst`. Every reply of the assistant that was rated becomes a
+trajectory: what was said from the root to it is context that nobody is credited for, and the reply earns
+- "quality": the mean quality its reviewers gave it, in [0, 1], or
+- "thumbs": (up − down) / (up + down) of its thumbs, in [−1, 1].
+A reply that nobody rated is no bad reply; it is left out and counted.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep import trajectories
+from data_prep.oasst import Message, Reply, import_replies
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.preference_forms import root_group
+from offline_lmrl.data.trajectory import Trajectory
+
+
+def prepare(
+    input: str | Path, output: str | Path, *, reward: Literal["quality", "thumbs"] = "quality",
+    languages: list[str] | None = None, validation: float = 0.1, seed: int = 0,
+) -> dict[str, Any]:
+    """Read messages, threads or trees and write train.jsonl, validation.jsonl and report.json.
+
+    Args:
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those or a hub name.
+      output: folder, made if it is missing.
+      reward: what a reply earns.
+      languages: keep messages in these only, by their tags (en, pt-BR, ...).
+      validation: share of the groups (first messages) that goes to validation, where the source has no such split.
+      seed: of the split.
+    Returns: counts and facts, as in report.json; in `assembled` every message is counted once.
+    Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
+    """
+    replies, report = import_replies(input, languages)
+    counts = Counter(report["assembled"])
+    made = {split: list(rate(some, reward, counts)) for split, some in replies.items()}
+    if not any(made.values()):
+        raise InputError(f"{input}: found no reply with {reward} ({dict(counts)}), expected one or more")
+    return trajectories.publish(made, output, {**report, "assembled": dict(+counts)}, validation, seed)
+
+
+def rate(replies: Iterable[Reply], reward: Literal["quality", "thumbs"], counts: Counter[str]) -> Iterator[Trajectory]:
+    """A trajectory of each reply that was rated; `counts` gets all replies."""
+    for context, reply in replies:
+        score = _quality(reply) if reward == "quality" else _thumbs(reply)
+        if score is None:
+            counts[f"replies without {reward}"] += 1
+            continue
+        counts["replies scored"] += 1
+        before = [replace(turn, trainable=False) if turn.is_trainable else turn for turn in context]
+        yield Trajectory((*before, replace(reply.turn, reward=score)), group=root_group(context) or reply.id,
+                         source="oasst", labels=reply.labels)  # fmt: skip
+
+
+def _quality(reply: Message) -> float | None:
+    return reply.labels["labels"].get("quality")
+
+
+def _thumbs(reply: Message) -> float | None:
+    up, down = (reply.labels["emojis"].get(name, 0) for name in ("+1", "-1"))
+    return (up - down) / (up + down) if up + down else None

@@ -1,0 +1,84 @@
+"""Solutions in steps with a label each (Lightman et al. 2023), in the form of TRL's stepwise supervision.
+
+A row is `prompt, completions, labels`; what is made of it:
+- Every step is a turn of the agent and earns 1 where its label is true and −1 where it is false. A longer solution of
+  right steps then earns more; with `right` 0, only mistakes count.
+- A step without a label is context: nobody said whether it is right.
+- White space around a step, which separates it from the next, goes; a turn ends by itself.
+- Some sources stop at the first mistake, others go on: right steps behind a wrong one are kept, and such rows counted.
+- Whether the last answer is right is another fact. A column for it stays in the labels and earns nothing.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data_prep import fields, trajectories
+from data_prep.comparisons import import_rows
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.forms import Drop, extra_columns
+from offline_lmrl.data.preference_forms import read_context, root_group
+from offline_lmrl.data.trajectory import Trajectory, Turn, build_trajectory
+
+_FIELDS = {"prompt", "completions", "group", "source"}
+
+
+def prepare(
+    input: str | Path, output: str | Path, *, right: float = 1.0, wrong: float = -1.0, validation: float = 0.1,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Read prompt/completions/labels and write train.jsonl, validation.jsonl and report.json.
+
+    Args:
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those, a datasets folder or a hub name.
+      output: folder, made if it is missing.
+      right: what a right step earns.
+      wrong: what a wrong step earns, less than a right one.
+      validation: share of the groups (prompts) that goes to validation, where the source has no such split.
+      seed: of the split.
+    Returns: counts and facts, as in report.json.
+    Raises: InputError if nothing can be read or the output cannot be written.
+    """
+    if not wrong < right:
+        raise InputError(f"wrong: found {wrong}, expected less than right ({right})")
+
+    def read(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
+        return read_steps(row, where, counts, right, wrong)
+
+    made, report = import_rows(input, read)
+    return trajectories.publish(made, output, report, validation, seed)
+
+
+def read_steps(
+    row: Mapping, where: str, counts: Counter[str], right: float = 1.0, wrong: float = -1.0
+) -> Trajectory:
+    """The trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    if row.get("prompt") is None:
+        raise InputError(f"{where}: prompt: found none, expected text or messages")
+    steps, values = fields.items(row, "completions", where), fields.items(row, "labels", where)
+    if len(steps) != len(values):
+        raise InputError(f"{where}: labels: found {len(values)}, expected one for each of {len(steps)} completions")
+    context = read_context(row["prompt"], where, counts)
+    turns, labels = [], []
+    for i, value in enumerate(values):
+        step = fields.text({f"completions[{i}]": steps[i]}, f"completions[{i}]", where)
+        label = fields.thumb(value, f"labels[{i}]", where, counts)
+        if not step.strip():
+            counts["repaired: empty step left out"] += 1
+            continue
+        if step != step.strip():
+            counts["repaired: white space around a step removed"] += 1
+        labels.append(label)
+        turns.append(Turn("assistant", step.strip(), label is not None,
+                          None if label is None else right if label else wrong))  # fmt: skip
+    judged = [label for label in labels if label is not None]
+    if not judged:
+        raise Drop("no step with a label")
+    if judged != sorted(judged, reverse=True):
+        counts["kept: a right step behind a wrong one"] += 1
+    given = {name: row[name] for name in ("group", "source") if row.get(name) is not None}
+    made = build_trajectory([*context, *turns], {"group": root_group(context), "source": "stepwise", **given}, where)
+    extra = extra_columns(row, {name for name in row if row[name] is not None} - _FIELDS, counts)
+    return replace(made, labels={**extra, "labels": labels})
