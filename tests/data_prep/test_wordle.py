@@ -3,12 +3,15 @@
 import json
 import statistics
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import pytest
+import yaml
 
 from data_prep.wordle import prepare
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import read_trajectories
+from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.environments.wordle import CODES, Wordle, lexicon
 
 
@@ -112,6 +115,15 @@ def test_words_of_a_file_are_played_and_left_out_ones_counted(tmp_path):
     assert report["words"] == 3
     assert report["words left out, not five letters a-z"] == report["words left out, said before"] == 1
     assert Counter(game.labels["secret"] for game in games) == {"crane": 3, "slate": 3, "cargo": 3}
+
+
+def test_every_guess_of_two_pieces_is_two_tokens_and_so_are_its_colours(tmp_path):
+    config = yaml.safe_load((Path(__file__).parents[2] / "configs" / "wordle" / "two_piece.yaml").read_text())
+    settings = {key: value for key, value in config["prepare"].items() if key not in ("command", "output")}
+    _, games = made(tmp_path, **settings | {"episodes": 1000})
+    texts = [turn.content for game in games for turn in game.turns]
+    tokenizer = train_tokenizer(texts, config["model"]["vocab_size"])
+    assert {len(tokenizer(text).input_ids) for text in set(texts) - {"Wordle:"}} == {2}
 
 
 @pytest.mark.parametrize("settings", [{"episodes": 0}, {"logs": "oracle"}, {"words": "none.txt"}])

@@ -2,9 +2,11 @@
 
 import functools
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.environments.rollouts import rollout
@@ -20,12 +22,16 @@ from offline_lmrl.environments.wordle_players import (
     Uniform,
     User,
 )
+from offline_lmrl.evaluation.metrics import ScoreScale
 
-# Mean returns over 4,096 games on the list "common", as measured; forty games of each word, more or less.
+CONFIGS = Path(__file__).parents[2] / "configs" / "wordle"
+
+# Mean returns over 4,096 games by words and rule, as measured: about five games of each word, or a hundred of forty.
 MEANS = {
-    "real": {"optimal": -2.109, "start_word": -2.394, "repeat": -5.231, "random_mixture": -4.343,
-             "consistent": -2.613, "uniform": -5.983, "wrong": -5.993},
-    "simplified": {"optimal": -2.110, "random_mixture": -4.363},
+    ("common", "real"): {"optimal": -2.109, "start_word": -2.394, "repeat": -5.231, "random_mixture": -4.343,
+                         "consistent": -2.613, "uniform": -5.983, "wrong": -5.993},
+    ("common", "simplified"): {"optimal": -2.110, "random_mixture": -4.363},
+    ("forty", "real"): {"optimal": -1.376, "random_mixture": -3.386},
 }  # fmt: skip
 # The chance is numpy's, whose streams may change between versions: two independent means of 4,096 games differ by four
 # standard errors of √2 · s.d. / 64 at most, and the largest s.d. is 1.8.
@@ -52,14 +58,29 @@ def knowledge(trajectory, words):
     return before
 
 
-@pytest.mark.parametrize("duplicates, name", [(rule, name) for rule, means in MEANS.items() for name in means])
-def test_mean_return_over_4096_games_is_the_pinned_one(duplicates, name):
-    mean = statistics.fmean(t.total_return for t in played(name, 4096, duplicates=duplicates))
-    assert mean == pytest.approx(MEANS[duplicates][name], abs=TOLERANCE.get(name, WIDEST))
+@pytest.mark.parametrize("words, duplicates, name", [(*game, name) for game in MEANS for name in MEANS[game]])
+def test_mean_return_over_4096_games_is_the_pinned_one(words, duplicates, name):
+    mean = statistics.fmean(t.total_return for t in played(name, 4096, words, duplicates))
+    assert mean == pytest.approx(MEANS[words, duplicates][name], abs=TOLERANCE.get(name, WIDEST))
 
 
-def test_every_player_but_the_person_is_pinned_or_too_slow_to_be():
-    assert set(PLAYERS) - set(MEANS["real"]) == {"user", "monte_carlo"}
+def test_every_player_is_pinned_but_the_person_and_the_slow_one():
+    assert set(PLAYERS) - set(MEANS["common", "real"]) == {"user", "monte_carlo"}
+
+
+@pytest.mark.parametrize("name", ["compare", "two_piece"])
+def test_scale_of_a_shipped_comparison_runs_from_the_logs_player_to_the_optimal_one(name):
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    means = MEANS[config["environment"].get("words", "common"), "real"]
+    assert config["evaluation"]["score"] == {"min": -6, "mean": means["random_mixture"], "max": means["optimal"]}
+
+
+def test_published_scores_are_those_of_the_published_returns():
+    raw = {"BC": -2.814, "30% BC": -2.850, "MC": -2.160, "ILQL": -2.0354, "PPO": -2.626}
+    scale = ScoreScale(-6, -4.121715, -1.935)
+    shown = yaml.safe_load((CONFIGS / "compare.yaml").read_text())["reference"]
+    assert {name: columns["normalised"] for name, columns in shown.items()} == {
+        name: pytest.approx(scale.normalise(value), abs=0.06) for name, value in raw.items()}  # fmt: skip
 
 
 def test_mean_over_all_secrets_is_that_of_a_secret_drawn_anew_at_every_guess():
