@@ -13,6 +13,7 @@ from data_prep import (
     alpaca_eval,
     best_of_4,
     hh_rlhf,
+    oasst,
     preferences,
     shp,
     stack_exchange,
@@ -24,9 +25,16 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.forms import Drop
 from offline_lmrl.data.io import read_comparisons
 from offline_lmrl.data.preference_forms import read_comparison
-from offline_lmrl.data.trajectory import messages_of
+from offline_lmrl.data.trajectory import Turn, messages_of
 from tests.comparisons import RENDERER, check_invariants, mutated_lines
-from tests.data_prep import test_best_of_4, test_shp, test_summarize_comparisons, test_webgpt
+from tests.data_prep import (
+    test_best_of_4,
+    test_oasst,
+    test_shp,
+    test_summarize_comparisons,
+    test_ultrafeedback,
+    test_webgpt,
+)
 from tests.data_prep.test_hh_rlhf import normalise, transcripts
 
 TALK = "\n\nHuman: {}?\n\nAssistant: one\n\nHuman: go on\n\nAssistant:"
@@ -56,6 +64,7 @@ ROWS = {
             {"model": "m", "response": f"reply {j}", "overall_score": 10 - j, "annotations": {
                 aspect: {"Rating": str(5 - j)} for aspect in ultrafeedback.ASPECTS}} for j in range(3)]}
         for i in range(3)],
+    oasst: [*test_oasst.MESSAGES, test_oasst.tree(test_oasst.MESSAGES, "q9")],
     summarize_comparisons: test_summarize_comparisons.KEPT,
     best_of_4: test_best_of_4.KEPT,
     webgpt: test_webgpt.KEPT,
@@ -85,7 +94,7 @@ def test_a_thousand_broken_rows_are_imported_or_dropped_for_a_reason(tmp_path, i
     assert report["rows"] == len(lines) and adds_up(report)
     assert sum(report["dropped"].values()) > 300 and len(report["dropped"]) < 60
     assert report["dropped"]["text: expected UTF-8"] > 50
-    if importer is not alpaca_eval:
+    if importer not in (alpaca_eval, oasst):  # of which several rows make one comparison
         assert report["imported"] == report["comparisons"] + report["removed, their group is in a later split"] + (
             report["merged"].get("the same replies compared again", 0))  # fmt: skip
 
@@ -185,6 +194,34 @@ def test_any_two_replies_keep_the_invariants_or_are_dropped_for_what_they_say(im
     else:
         check_invariants([read(build(first, second))], lambda row: [option[-1].content for option in row.options],
                          [first, second], str.strip)  # fmt: skip
+
+
+RANKINGS = {  # the comparison of replies with scores from 1 to 5
+    stack_exchange: lambda scored, counts: stack_exchange.read_question(
+        {"question": "q", "answers": [{"text": text, "pm_score": score} for text, score in scored]}, "f:1", counts),
+    ultrafeedback: lambda scored, counts: ultrafeedback.read_rated(test_ultrafeedback.row(*(
+        test_ultrafeedback.completion(text, *[str(score)] * 4) for text, score in scored)), "f:1", counts),
+    oasst: lambda scored, counts: next(oasst.compare(
+        [((Turn("user", "q"),), oasst.Message(f"{i}", "q", Turn("assistant", text), -score, {}, ""))
+         for i, (text, score) in enumerate(scored)], counts), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("importer", RANKINGS, ids=lambda importer: importer.__name__.split(".")[1])
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(WORDS, st.integers(1, 5)), min_size=1, max_size=5))
+def test_any_ranked_replies_keep_the_invariants_or_are_dropped_once(importer, scored):
+    counts = Counter()
+    made = RANKINGS[importer](scored, counts)
+    assert sum("dropped: " in reason for reason in counts) == (made is None)
+    if made is not None:
+        check_invariants([made], lambda row: [option[0].content for option in row.options],
+                         [text for text, _ in scored], str)  # fmt: skip
+        scores = [dict(scored)[option[0].content] for option in made.options]
+        assert made.ranks == tuple(sorted(set(scores), reverse=True).index(score) for score in scores)
+    else:
+        texts = [text for text, _ in scored if text.strip()]
+        assert len(texts) < 2 or len({tuple(text.split()) for text in texts}) < len(texts)
 
 
 SAMPLE = st.text(st.characters(codec="utf-8", exclude_characters="\N{REPLACEMENT CHARACTER}"), max_size=4)
