@@ -88,13 +88,13 @@ def _evaluate(
       repeats: decodings of every episode.
       cluster: label that dependent episodes share, for the interval; null = every episode for itself.
       batch_size: episodes played side by side.
-      output: file for the played episodes, which can be trained on.
+      output: file for the played episodes, which can be trained on; with asks for what they achieve, as JSON Lines.
       data: held-out trajectories; says what logs alone can say. Or comparisons: says how often the scorer agrees.
       betas: weights of the guidance that are tried on the logs.
       kl_budget: the largest of them that moves the policy no further than this, in nats per token, is recommended.
       show: print this row of the data token by token instead, from 1.
-      asks: returns to ask for one after the other, as [0, p50, max]; prints what each achieves, and draws it into
-        asks.png in the run's folder where the extra `plots` is installed.
+      asks: returns to ask for one after the other, as [0, p50, max]; prints what each achieves, and where the extra
+        `plots` is installed draws it, beside the output or into asks.png in the run's folder.
       planner: plans every reply ahead, with no return asked for; --planner.help names its settings.
       demonstrations: trajectories; every episode is played, and every log read, behind some of its task, as many as
         the run was trained behind. Without them nothing is shown in play, and logs are read as in training.
@@ -139,7 +139,7 @@ def _evaluate(
     if task is not None:
         play["prompts"] = task_prompts(policy.spec, shown_first, task)
     if asks:
-        _print_asks(policy, made, asks, seeds, Path(run), play)
+        _print_asks(policy, made, asks, seeds, Path(run), output, play)
     elif made is not None:
         with _progress("playing", episodes) as progress:
             player = policy if planner is None else planner.planner(policy)
@@ -164,18 +164,23 @@ def _judge(scorer: str, data: str) -> None:
 
 def _print_asks(
     policy: "LanguagePolicy", environment: Any, asks: Sequence[float | str], seeds: Sequence[int], run: Path,
-    play: Mapping[str, Any],
+    output: Path | None, play: Mapping[str, Any],
 ) -> None:  # fmt: skip
     from importlib.util import find_spec
 
-    from offline_lmrl.evaluation.asks import ask_curve, ask_table, draw_asks
+    from offline_lmrl.data.io import atomic_output
+    from offline_lmrl.evaluation.asks import ask_curve, ask_rows, ask_table, draw_asks
 
     with _progress("playing", len(asks) * len(seeds) * play["repeats"]) as progress:
         points = ask_curve(policy, environment, asks, seeds, progress=progress, **play)
     print(ask_table(points))
-    if find_spec("matplotlib") is not None and run.is_dir():
-        draw_asks(points, run / "asks.png")
-        print(f"drawn: {run / 'asks.png'}")
+    if output is not None:
+        with atomic_output(output) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in ask_rows(points)), encoding="utf-8")
+    picture = run / "asks.png" if output is None else output.with_suffix(".png")
+    if find_spec("matplotlib") is not None and picture.parent.is_dir():
+        draw_asks(points, picture)
+        print(f"drawn: {picture}")
 
 
 def _print_result(result: "EvaluationResult") -> None:

@@ -5,7 +5,7 @@ The asks are stated before the play; a curve shows how a policy answers and is n
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,25 @@ def ask_table(points: Sequence[AskPoint]) -> str:
         few = "  (hardly learnt)" if point.training_turns < FEW_TURNS else ""
         lines.append(f"{point.ask!s:>8} {point.asked:9.3f} {point.bin:5d} {point.training_turns:15d} "
                      f"{point.clipped:8.0%}   {point.achieved} n={point.achieved.n}{few}")
-    asked, achieved = _axes(points)
-    if len(points) > 2 and asked.std() > 0 and achieved.std() > 0:
-        lines.append(f"correlation {np.corrcoef(asked, achieved)[0, 1]:.3f}, "
-                     f"mean distance {np.abs(asked - achieved).mean():.3f}")
+    for found in _obedience(points):
+        lines.append(f"correlation {found['correlation']:.3f}, mean distance {found['mean_distance']:.3f}")
     return "\n".join(lines)
+
+
+def ask_rows(points: Sequence[AskPoint]) -> list[dict[str, Any]]:
+    """What `ask_table` says, as plain values: a row per ask, its `achieved` as mean, low, high and n, and a last one
+    with `correlation` and `mean_distance`."""
+    rows = [asdict(point) | {"achieved": point.achieved._asdict()} for point in points]
+    return rows + _obedience(points)
+
+
+def _obedience(points: Sequence[AskPoint]) -> list[dict[str, float]]:
+    """How closely what was achieved follows what was asked; nothing for fewer than three points, or equal ones."""
+    asked, achieved = _axes(points)
+    if len(points) < 3 or asked.std() == 0 or achieved.std() == 0:
+        return []
+    correlation = float(np.corrcoef(asked, achieved)[0, 1])
+    return [{"correlation": correlation, "mean_distance": float(np.abs(asked - achieved).mean())}]
 
 
 def draw_asks(points: Sequence[AskPoint], path: Path) -> None:

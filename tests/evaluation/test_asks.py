@@ -1,3 +1,4 @@
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -5,7 +6,7 @@ import pytest
 from offline_lmrl.cli import main
 from offline_lmrl.data.io import write_trajectories
 from offline_lmrl.environments.toys import Count
-from offline_lmrl.evaluation.asks import AskPoint, ask_point, ask_table, draw_asks
+from offline_lmrl.evaluation.asks import AskPoint, ask_point, ask_rows, ask_table, draw_asks
 from offline_lmrl.evaluation.metrics import Estimate
 from offline_lmrl.evaluation.play import EvaluationResult
 
@@ -36,6 +37,13 @@ def test_the_table_shows_obedience_and_bins_that_are_hardly_learnt():
     assert "correlation" not in ask_table([point(0, 1.0), point(2, 2.0)])
 
 
+def test_rows_say_what_the_table_says():
+    rows = ask_rows([point(0, 1.0), point(2, 2.0), point(4, 3.0)])
+    assert rows[1] == {"ask": 2, "asked": 2.0, "bin": 2, "training_turns": 100, "clipped": 0.0,
+                       "achieved": {"mean": 2.0, "low": 1.0, "high": 3.0, "n": 8}}  # fmt: skip
+    assert rows[3] == {"correlation": pytest.approx(1.0), "mean_distance": pytest.approx(2 / 3)} and len(rows) == 4
+
+
 def test_the_curve_is_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     draw_asks([point(4, 3.0), point(0, 1.0)], tmp_path / "asks.png")
@@ -55,7 +63,10 @@ def test_the_command_asks_for_one_return_after_the_other(tmp_path, capsys):
     assert main(["train", *settings]) in (0, None)
     capsys.readouterr()
     play = ["evaluate", str(run), "--environment", "count", "--episodes", "4", "--max_new_tokens", "2"]
-    assert main([*play, "--asks", "[2, p50, max]"]) in (0, None)
+    output = tmp_path / "asks.jsonl"
+    assert main([*play, "--asks", "[2, p50, max]", "--output", str(output)]) in (0, None)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["ask"] for row in rows[:3]] == [2, "p50", "max"] and rows[0]["achieved"]["n"] == 4
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["2.0", "p50", "max"]
     assert main([*play, "--asks", "[best]"]) == 2
