@@ -27,7 +27,8 @@ from offline_lmrl.data.episodes import StepRule
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory
-from offline_lmrl.decoding.critic import load_critic, log_encoder, read_values
+from offline_lmrl.decoding.critic import log_encoder, read_values
+from offline_lmrl.decoding.policy import load_critic
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import detach
 from offline_lmrl.ops.value_learning import awr_weight

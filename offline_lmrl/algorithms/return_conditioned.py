@@ -39,7 +39,8 @@ from offline_lmrl.data.episodes import Step, StepRule
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory
-from offline_lmrl.decoding.critic import load_critic, relabel
+from offline_lmrl.decoding.critic import relabel
+from offline_lmrl.decoding.policy import load_critic
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import attach_return_heads, attach_returns

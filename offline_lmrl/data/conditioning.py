@@ -20,7 +20,7 @@ from offline_lmrl.data.trajectory import Trajectory
 
 KINDS = ("auto", "unique", "linear", "quantile")
 ASK_NAMES = re.compile(r"max|p(\d|[1-9]\d|100)")
-STATE_ASKS = re.compile(r"auto|expert:(\d+(\.\d+)?)")  # what they are depends on where the agent is
+STATE_ASKS = re.compile(r"auto(:.+)?|expert:(\d+(\.\d+)?)")  # what they are depends on where the agent is
 LABEL = "return_to_go"  # relabelled returns, one per agent turn, take the place of the logged ones
 Ids = tuple[int, ...]
 
@@ -51,7 +51,8 @@ def check_ask(ask: float | str | None) -> None:
     number = isinstance(ask, int | float) and not isinstance(ask, bool) and math.isfinite(ask)
     named = isinstance(ask, str) and (ASK_NAMES.fullmatch(ask) or STATE_ASKS.fullmatch(ask))
     if not (ask is None or number or named):
-        raise InputError(f"ask: found {ask!r}, expected a finite number, max, p0 to p100, auto, or expert:κ")
+        raise InputError(f"ask: found {ask!r}, expected a finite number, max, p0 to p100, auto, auto:RUN, or "
+                         "expert:κ")
 
 
 def check_binning(kind: str, bins: int, per: str) -> None:

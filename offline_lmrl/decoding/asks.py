@@ -17,8 +17,8 @@ class Asks:
 
     Args:
       task: of all rows, where the scale has bins per task.
-      asks: one per row: a number, a name of the data's returns, "auto" or "expert:κ" (the row is then given its value
-        every turn), or None for the null condition.
+      asks: one per row: a number, a name of the data's returns, "auto", "auto:RUN" or "expert:κ" (the row is
+        then given its value every turn), or None for the null condition.
     Raises: InputError for an unknown ask, and for a task that is not in the training data.
     """
 
@@ -37,7 +37,7 @@ class Asks:
         """Slots of all agent turns of the history and of the coming one, which the session remembers.
 
         Args:
-          value: what "auto" or "expert:κ" stands for here.
+          value: what an ask that depends on the state stands for here.
         """
         agent = [turn for turn in history if turn.is_trainable]
         if self.asks[row] is None:

@@ -18,20 +18,12 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import read_trajectories
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory
-from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.policy import LanguagePolicy, load_critic
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import slots_of
 from offline_lmrl.ops.returns import qdt_returns_to_go
 
 READ = ("target_q", "v", "next_v")
-
-
-def load_critic(run: str | Path, *, device: str | torch.device | None = None) -> LanguagePolicy:
-    """A run with value heads, as `LanguagePolicy.load`. Raises: InputError where it has none."""
-    critic = LanguagePolicy.load(run, device=device)
-    if getattr(critic.model, "value_heads", None) is None:
-        raise InputError(f"critic: {run}: found a model without value heads, expected one that has them (an ILQL run)")
-    return critic
 
 
 def log_encoder(policy: LanguagePolicy) -> EpisodeEncoder:

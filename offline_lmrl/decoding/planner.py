@@ -21,10 +21,8 @@ from offline_lmrl.data.preferences import Scored, score_rows
 from offline_lmrl.data.protocols import Reply, Scorer
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Turn
-from offline_lmrl.data.windows import policy_window
 from offline_lmrl.decoding.cache import CacheMemory
-from offline_lmrl.decoding.critic import load_critic
-from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy
+from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy, load_critic
 from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler, SamplingConfig
 from offline_lmrl.models.adapters import settings
 
@@ -183,7 +181,7 @@ class PlannerSession:
     ) -> tuple[list[_Beam], CacheMemory]:
         """The beams with each of their different next utterances, scored, and the memory that has their caches."""
         planner, policy, n = self.planner, self.policy, self.planner.expand
-        windows = [null_window(policy, beam.turns) for beam in beams]
+        windows = [policy.null_window(beam.turns) for beam in beams]
         memory = memory.fork({i * n + j: beam.key for i, beam in enumerate(beams) for j in range(n)})
         seeds, place = [], dict.fromkeys((beam.row for beam in beams), level * planner.width * n)
         for beam in beams:
@@ -239,7 +237,7 @@ class PlannerSession:
         turn = renderer.encode_turn(blank)
         slots = self.policy.slots
         behind = len(turn.ids) - turn.action_start + len(renderer.agent_opening) + len(slots.null if slots else ())
-        windows = [null_window(self.policy, [*beam.turns, blank])[:-behind] for beam in beams]
+        windows = [self.policy.null_window([*beam.turns, blank])[:-behind] for beam in beams]
         said = self.planner.environment(blank.role).sample(
             windows, [0] * len(beams), memory=memory, rows=range(len(beams))
         )
@@ -272,7 +270,7 @@ class Critic:
         """Scores (K,) of each row's options, one agent turn each."""
         critic, prompts = self.critic, []
         for context, options in rows:
-            window = null_window(critic, [replace(t, trainable=None, token_ids=None) for t in context])
+            window = critic.null_window([replace(t, trainable=None, token_ids=None) for t in context])
             for (reply,) in options:
                 turn = critic.renderer.encode_turn(replace(reply, token_ids=None))
                 prompts.append([*window, *turn.ids[turn.action_start : turn.action_stop - 1]])
@@ -283,14 +281,6 @@ class Critic:
 
         scores = self.unit * np.array(critic.sampler.read(closing, prompts))
         return np.split(scores, np.cumsum([len(options) for _, options in rows])[:-1])
-
-
-def null_window(policy: LanguagePolicy, turns: Sequence[Turn]) -> list[int]:
-    """What the policy sees before its coming turn where no return is asked for, its own prompt included."""
-    slots, prompt = None, policy.shared_prompt.null
-    if policy.slots is not None:
-        slots = [policy.slots.null] * (1 + sum(turn.is_trainable for turn in turns))
-    return policy_window(turns, policy.renderer, policy.window, policy.sampling.max_new_tokens, slots, prompt)
 
 
 def as_context(turns: Sequence[Turn]) -> list[Turn]:

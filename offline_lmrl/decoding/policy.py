@@ -68,6 +68,7 @@ class LanguagePolicy:
         self.window = WindowRule(context, stride, max_length or positions)
         self.sampler = Sampler(model, renderer, self.sampling)
         self.slots, self.task = slots_of(model, renderer), task
+        self.critics: dict[str, LanguagePolicy] = {}  # whose V is asked for, by run
         self.asks([self.sampling.ask])  # what cannot be asked for shows here
         self.spec = PromptSpec(**(settings(model.config).get("prompt") or {}))
         self.prompt, self.shared_prompt = prompt, self.read_prompt(prompt)
@@ -107,7 +108,9 @@ class LanguagePolicy:
         """The same model with other fields of its sampling form."""
         sampling = replace(self.sampling, **changes)
         same = {**asdict(self.window), "task": self.task, "prompt": self.prompt}
-        return LanguagePolicy(self.model, self.renderer, sampling, **same)
+        policy = LanguagePolicy(self.model, self.renderer, sampling, **same)
+        policy.critics = self.critics
+        return policy
 
     def start(
         self,
@@ -149,9 +152,23 @@ class LanguagePolicy:
                              f"({rule.max_length}) also holds a reply of max_new_tokens ({reply})")
         return PromptIds(told, null)
 
+    def null_window(self, turns: Sequence[Turn]) -> list[int]:
+        """What it sees before its coming turn where no return is asked for, its own prompt included."""
+        slots = None
+        if self.slots is not None:
+            slots = [self.slots.null] * (1 + sum(turn.is_trainable for turn in turns))
+        reserve, prompt = self.sampling.max_new_tokens, self.shared_prompt.null
+        return policy_window(turns, self.renderer, self.window, reserve, slots, prompt)
+
+    def critic(self, run: str) -> "LanguagePolicy":
+        """A run with value heads, on this model's device; loaded once."""
+        if run not in self.critics:
+            self.critics[run] = load_critic(run, device=self.model.device)
+        return self.critics[run]
+
     def head_of(self, ask: str) -> Callable[[Tensor], Tensor]:
         """What says of hidden states (N,d) how much "auto" or "expert:κ" asks for there: (N,), in scaled units."""
-        if ask == "auto":
+        if ask.startswith("auto"):
             return self.model.v_values
         return functools.partial(self.model.return_heads.expert, inverse_temperature=float(ask.partition(":")[2]))
 
@@ -161,19 +178,29 @@ class LanguagePolicy:
         Raises: InputError where such a model is asked for one, and for asks that this model cannot understand.
         """
         if "auto" in asks and getattr(self.model, "value_heads", None) is None:
-            raise InputError("ask: found 'auto', which needs value heads; expected a number, max, or p90, or a model "
-                             "that was trained with algorithm: ilql")
+            raise InputError("ask: found 'auto', which needs value heads; expected a number, max, p90, or auto:RUN "
+                             "with a run of algorithm: ilql")
         expert = next((ask for ask in asks if isinstance(ask, str) and ask.startswith("expert")), None)
         if expert is not None and getattr(self.model, "return_heads", None) is None:
             raise InputError(f"ask: found {expert!r}, which needs return heads; expected a number, max, or p90, or a "
                              "model that was trained with return_weight above 0")
         if self.slots is not None:
+            for run in sorted(run for ask in asks if (run := critic_of(ask))):
+                self.critic(run)
             return Asks(self.slots, self.task, asks)
         if any(ask is not None for ask in asks):
             ask = next(ask for ask in asks if ask is not None)
             raise InputError(f"ask: found {ask!r}, expected none, as this model was not trained with returns "
                              "(algorithm: return_conditioned)")
         return None
+
+
+def load_critic(run: str | Path, *, device: str | torch.device | None = None) -> LanguagePolicy:
+    """A run with value heads, as `LanguagePolicy.load`. Raises: InputError where it has none."""
+    critic = LanguagePolicy.load(run, device=device)
+    if getattr(critic.model, "value_heads", None) is None:
+        raise InputError(f"critic: {run}: found a model without value heads, expected one that has them (an ILQL run)")
+    return critic
 
 
 class LanguageSession:
@@ -195,8 +222,8 @@ class LanguageSession:
         self.null_prompts = [prompt.null for prompt in prompts]
         self.fingerprint = policy.renderer.fingerprint
         self.drawn = [0] * len(self.seeds)  # tokens so far: no draw of a row's seed is used twice
-        # A window of one turn never grows, so there is nothing to keep.
-        self.memory = None if policy.window.context == 1 else CacheMemory(CACHE_BYTES)
+        self.memory = _memory(policy)
+        self.critic_memory: dict[str, CacheMemory | None] = {}
 
     def reply(
         self,
@@ -221,8 +248,8 @@ class LanguageSession:
         return replies
 
     def _values(self, rows: Sequence[int], histories: Sequence[Sequence[Turn]]) -> list[float | None]:
-        """Of rows whose ask depends on where they are: V ("auto") or the return of an expert ("expert:κ") before the
-        coming turn, read where no return is asked for, in reward units."""
+        """Of rows whose ask depends on where they are: V ("auto", "auto:RUN") or the return of an expert ("expert:κ")
+        before the coming turn, read where no return is asked for, in reward units."""
         kinds = {ask for ask in map(self.asks.asks.__getitem__, rows) if isinstance(ask, str)}
         found: dict[int, float] = {}
         for kind in sorted(kinds):
@@ -232,12 +259,20 @@ class LanguageSession:
     def _values_of(self, kind: str, rows: Sequence[int], histories: Sequence[Sequence[Turn]]) -> dict[int, float]:
         auto = [(row, history) for row, history in zip(rows, histories, strict=True) if self.asks.asks[row] == kind]
         past = [[turn for turn in history if turn.is_trainable] for _, history in auto]
-        null = [[self.asks.slots.null] * (len(agent) + 1) for agent in past]
         keys = [~row for row, _ in auto]  # where the sampler keeps what it read with null returns
-        prompts = [self.null_prompts[row] for row, _ in auto]
-        windows = self._windows([history for _, history in auto], null, prompts)
-        values = self.policy.sampler.read(self.policy.head_of(kind), windows, self.memory, keys)
-        scale = RewardScale(**settings(self.policy.model.config).get("reward_scale", {}))
+        if run := critic_of(kind):
+            reader = self.policy.critic(run)
+            memory = self.critic_memory.setdefault(run, _memory(reader))
+            other = reader.renderer.fingerprint != self.fingerprint  # then ids that were sampled mean nothing to it
+            windows = [reader.null_window([replace(t, token_ids=None) for t in history] if other else history)
+                       for _, history in auto]  # fmt: skip
+        else:
+            reader, memory = self.policy, self.memory
+            null = [[self.asks.slots.null] * (len(agent) + 1) for agent in past]
+            prompts = [self.null_prompts[row] for row, _ in auto]
+            windows = self._windows([history for _, history in auto], null, prompts)
+        values = reader.sampler.read(reader.head_of(kind), windows, memory, keys)
+        scale = RewardScale(**settings(reader.model.config).get("reward_scale", {}))
         return {
             row: scale.invert_return(value, sum(turn.reward is not None for turn in agent))
             for (row, _), agent, value in zip(auto, past, values, strict=True)
@@ -260,6 +295,16 @@ class LanguageSession:
         """Of a row that a return was asked of: `ask`, the `bin` that stood for it at the first reply, and whether it
         was `clipped`, that is, outside the training data."""
         return {} if self.asks is None else dict(self.asks.first.get(row, {}))
+
+
+def critic_of(ask: float | str | None) -> str | None:
+    """The run whose V is asked for, if one is named: auto:RUN."""
+    return ask.removeprefix("auto:") if isinstance(ask, str) and ask.startswith("auto:") else None
+
+
+def _memory(policy: LanguagePolicy) -> CacheMemory | None:
+    """Where a session keeps caches; None for windows of one turn, which never grow."""
+    return None if policy.window.context == 1 else CacheMemory(CACHE_BYTES)
 
 
 def generate_texts(

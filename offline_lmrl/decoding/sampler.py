@@ -56,8 +56,9 @@ class SamplingConfig:
       guidance.
     clip: cap of the advantage Q − V from above; None = no cap (V then cancels and is not computed).
     ask: the return asked of the agent from its first turn on, for a model that was trained with returns: a number in
-      reward units, "max" or "p90" (of the training returns), "auto" (V where the agent is), or "expert:3" (what
-      comes of a state, good returns preferred e^3 to 1: `ReturnHeads.expert`); None = none is asked.
+      reward units, "max" or "p90" (of the training returns), "auto" (V where the agent is), "auto:RUN" (V of another
+      run there), or "expert:3" (what comes of a state, good returns preferred e^3 to 1: `ReturnHeads.expert`); None =
+      none is asked.
     condition_scale: w ≥ 0 of return guidance, (1 + w)·log π(·|ask) − w·log π(·); 0 = plain conditioning.
     max_new_tokens: longest reply in tokens, closing token included.
     stop: texts that end a reply; the text is cut before the first of them.

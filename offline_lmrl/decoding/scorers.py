@@ -36,8 +36,7 @@ from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.windows import WindowRule
-from offline_lmrl.decoding.critic import load_critic
-from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.policy import LanguagePolicy, load_critic
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import slots_of
 from offline_lmrl.models.reward_model import load_reward_model, read_mask

@@ -222,6 +222,8 @@ class _Comparison:
             link["betas"] = list(method.betas)
         if method.critic is not None:
             link["critic"] = self._chain(method.critic)
+        if method.asks is not None:
+            link["asks"] = self._chain(method.asks)
         return [link, *self._chain(method.start_from)]
 
     # Training.
@@ -395,7 +397,9 @@ class _Run:
         self.comparison, self.name, self.seed, self.folder = comparison, name, seed, folder
         self.played: dict[tuple[str, float], EvaluationResult] = {}
         method, settings = comparison.config.methods[name], comparison.config.evaluation
-        self.loaded = LanguagePolicy.load(folder, **{**settings.sampling, **method.sampling, "beta": 0.0})
+        self.asks = None if method.asks is None else comparison.trained(method.asks, seed)
+        ask = {} if self.asks is None else {"ask": f"auto:{self.asks}"}
+        self.loaded = LanguagePolicy.load(folder, **{**settings.sampling, **method.sampling, **ask, "beta": 0.0})
 
     def player(self, decode: str, beta: float) -> LanguagePolicy | Planner:
         if decode == PLANNED:
@@ -446,7 +450,7 @@ class _Run:
             "normalised": scale and scale.normalise(score.mean),
             "regime": method.regime or load_algorithm(method.algorithm)[1].regime,
             "cost": {
-                **training_cost(self.folder, scorer),
+                **training_cost(self.folder, scorer, self.asks),
                 "generated_tokens": sum(row["tokens"] for row in result.episodes),
                 "selection_tokens": selection_tokens,
                 "evaluation_seconds": result.seconds,
@@ -466,15 +470,15 @@ def _plays(algorithm: str) -> bool:
     return load_algorithm(algorithm)[1].plays
 
 
-def training_cost(run: Path, scorer: Path | None = None) -> dict[str, float]:
+def training_cost(run: Path, *judges: Path | None) -> dict[str, float]:
     """Tokens read in training, as often as they were read and with those of the runs it started or learnt from and of
-    what rates its plans, and wall seconds of its last training process; for a run that played, also its agent turns
-    and scored replies."""
+    what rates its plans or says what it is asked for, and wall seconds of its last training process; for a run that
+    played, also its agent turns and scored replies."""
     report = json.loads((run / "complete.json").read_text(encoding="utf-8"))
     logged = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     seconds = [row["train_runtime"] for row in map(json.loads, logged) if "train_runtime" in row]
     played = {name: report[name] for name in ("environment_steps", "reward_queries") if name in report}
-    tokens = sum(runs_before(str(run), scorer and str(scorer)).values())
+    tokens = sum(runs_before(str(run), *(judge and str(judge) for judge in judges)).values())
     return {"training_tokens": tokens, "training_seconds": seconds[-1] if seconds else 0.0, **played}
 
 

@@ -25,7 +25,8 @@ class MethodConfig:
     start_from: written `from` in YAML: the method whose checkpoint of the same seed this one starts from.
     critic: the method whose run of the same seed is this one's `args.critic`, for algorithms that learn from one.
     evaluate: False trains it only for others to start from or learn from.
-    sampling: SamplingConfig fields for its play, merged over `evaluation.sampling`.
+    sampling: SamplingConfig fields for its play, merged over `evaluation.sampling`; in `ask: auto:NAME` NAME is the
+      method whose run of the same seed says what to ask for.
     planner: PlannerConfig fields: adds a row for planned play, with proposals sampled at β 0 and no return asked for.
     betas: its own candidates instead of `evaluation.betas`; an empty list plays without value guidance.
     run_of: another method, whose runs this one plays with other `sampling`, `planner` or `betas`; it has no algorithm
@@ -48,6 +49,12 @@ class MethodConfig:
     def __post_init__(self) -> None:
         if self.betas is not None:
             object.__setattr__(self, "betas", tuple(self.betas))
+
+    @property
+    def asks(self) -> str | None:
+        """The method whose V says what to ask for; None where none does."""
+        ask = str(self.sampling.get("ask"))
+        return ask.removeprefix("auto:") if ask.startswith("auto:") else None
 
     @property
     def scorer(self) -> str | None:
@@ -219,9 +226,9 @@ class CompareConfig:
 
     @property
     def trained(self) -> list[str]:
-        """Names of the methods that play and of those that rate plans."""
-        scorers = [self.methods[name].scorer for name in self.evaluated]
-        return list(dict.fromkeys([*self.evaluated, *filter(None, scorers)]))
+        """Names of the methods that play, and of those that rate plans or say what to ask for."""
+        judges = [judge for name in self.evaluated for judge in (self.methods[name].scorer, self.methods[name].asks)]
+        return list(dict.fromkeys([*self.evaluated, *filter(None, judges)]))
 
     def _resolved(self, name: str) -> MethodConfig:
         """A method with what it takes over from the one whose runs it plays."""
@@ -250,6 +257,8 @@ class CompareConfig:
             raise InputError(f"{where}: found beside `from`, which decides it, expected only one of them")
         if method.scorer is not None:
             require_known([method.scorer], set(self.methods), f"methods.{name}.planner.scorer")
+        if method.asks is not None:
+            require_known([method.asks], set(self.methods), f"methods.{name}.sampling.ask")
         if method.critic is not None and "critic" in method.args:
             where = f"methods.{name}.args.critic"
             raise InputError(f"{where}: found beside `critic`, which decides it, expected only one of them")

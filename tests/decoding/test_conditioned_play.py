@@ -213,6 +213,33 @@ def test_auto_asks_for_the_value_of_the_state_where_no_return_is_told(monkeypatc
     assert session.labels(0)["ask"] == pytest.approx(expected[0], abs=1e-3)
 
 
+def test_auto_with_a_run_asks_for_the_value_that_this_run_sees(tmp_path, monkeypatch):
+    torch.manual_seed(7)
+    critic = attach(build_model({**SPEC, "n_embd": 8}, RENDERER.tokenizer), ValueHeadsConfig(kind="mlp"))
+    for parameter in critic.value_heads.parameters():
+        torch.nn.init.normal_(parameter)
+    critic.config.offline_lmrl |= {"reward_scale": {"shift": 0.0, "scale": 3.0, "scored_turns": 0},
+                                   "window": {"context": 1, "stride": 1, "max_length": 128}}  # fmt: skip
+    critic.eval().save_pretrained(tmp_path / "critic")
+    RENDERER.tokenizer.save_pretrained(tmp_path / "critic")
+    player = policy(conditioned(heads=False), ask=f"auto:{tmp_path / 'critic'}")
+    session = player.start([5])
+    history = list(HISTORIES[0])
+    for _ in range(2):
+        window = [*RENDERER.preamble, *RENDERER.encode_turn(history[-1]).ids, *RENDERER.agent_opening]  # context 1
+        with torch.no_grad():
+            _, hidden = critic.forward_with_hidden(input_ids=torch.tensor([window]))
+            expected = 3 * critic.v_values(hidden)[0, -1].item()
+        (reply,) = session.reply([0], [history])
+        assert session.asks.used[0][-1] == pytest.approx(expected, abs=1e-3)
+        history += [Turn("assistant", reply.text, None, 1.0, reply.token_ids), Turn("user", "left")]
+    assert player.with_sampling(temperature=0.0).critics is player.critics  # loaded once
+    conditioned(heads=False).save_pretrained(tmp_path / "plain")
+    RENDERER.tokenizer.save_pretrained(tmp_path / "plain")
+    with pytest.raises(InputError, match="plain: found a model without value heads, expected one that has them"):
+        policy(conditioned(heads=False), ask=f"auto:{tmp_path / 'plain'}")
+
+
 def test_auto_explains_an_unknown_past_by_its_rewards():
     session = policy(ask="auto").start([5])
     history = [Turn("user", "move"), Turn("assistant", "go", reward=2.0), Turn("user", "left")]

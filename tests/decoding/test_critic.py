@@ -11,8 +11,8 @@ from offline_lmrl.data.batching import WindowDataset, encode_trajectories
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
-from offline_lmrl.decoding.critic import load_critic, log_encoder, read_values, relabel
-from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.critic import log_encoder, read_values, relabel
+from offline_lmrl.decoding.policy import LanguagePolicy, load_critic
 from offline_lmrl.evaluation.offline import read_logs
 from offline_lmrl.models.guided import build_model
 

@@ -7,7 +7,6 @@ from torch.testing import assert_close
 from offline_lmrl.data.demonstrations import PromptSpec, prompt_ids
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.trajectory import Trajectory, Turn
-from offline_lmrl.decoding.planner import null_window
 from tests.decoding.test_conditioned_play import HISTORIES, MODEL, RENDERER, conditioned, play, policy, prompts_of
 
 DEMONSTRATION = Trajectory(  # returns to go 3 and 2, whose slots show as 4 and 3
@@ -72,9 +71,9 @@ def test_values_are_read_behind_demonstrations_without_returns(monkeypatch):
 
 
 def test_a_planner_reads_them_without_returns():
-    plain, player = null_window(policy(), HISTORIES[0]), policy(window={"prompt": [DEMONSTRATION]}, ask=4.0)
+    plain, player = policy().null_window(HISTORIES[0]), policy(window={"prompt": [DEMONSTRATION]}, ask=4.0)
     ids, n = ids_of(DEMONSTRATION, slots=player.slots.nulls), len(RENDERER.preamble)
-    assert null_window(player, HISTORIES[0]) == [*plain[:n], *ids, *plain[n:]]
+    assert player.null_window(HISTORIES[0]) == [*plain[:n], *ids, *plain[n:]]
 
 
 @pytest.mark.parametrize("form", [{}, {"condition_scale": 1.0}], ids=str)

@@ -26,6 +26,7 @@ class Gambler:
     model: SimpleNamespace
     renderer: None
     sampling: SamplingConfig
+    asked = set()
     played = []  # (run, temperature, β, seeds) of every batch of episodes
 
     @classmethod
@@ -36,6 +37,7 @@ class Gambler:
         return replace(self, sampling=replace(self.sampling, **changes))
 
     def start(self, seeds):
+        Gambler.asked.add(self.sampling.ask)
         Gambler.played.append((self.model.run, self.sampling.temperature, self.sampling.beta, list(seeds)))
         self.seeds = seeds
         return self
@@ -68,7 +70,7 @@ def world(tmp_path, monkeypatch):
             (folder / "metrics.jsonl").write_text('{"loss": 1.0}\n{"train_runtime": 2.5}\n')
         return folder
 
-    Gambler.played = []
+    Gambler.played, Gambler.asked = [], set()
     monkeypatch.setattr(compare, "train", train)
     monkeypatch.setattr(compare, "LanguagePolicy", Gambler)
     monkeypatch.setattr(
@@ -354,6 +356,20 @@ def test_a_method_may_play_anothers_run_in_its_own_way(world):
     assert ("ilql-0", 0.5, 0.0) in [played[:3] for played in Gambler.played]
     with pytest.raises(InputError, match="cold: method.0.sampling.temperature: found 0.5, expected 0.7"):
         run(world, methods__cold__sampling={"temperature": 0.7})
+
+
+def test_what_is_asked_for_may_be_anothers_v(world):
+    methods = world.settings["methods"]
+    told = {"algorithm": "return_conditioned", "sampling": {"ask": "auto:ilql"}}
+    world.settings["methods"] = {"told": told} | methods
+    run(world)
+    assert sorted(call[0] for call in world.trained) == ["bc-0", "ilql-0", "told-0"]
+    told = next(row for row in runs(world) if row["method"] == "told")
+    assert told["cost"]["training_tokens"] == 2000 and told["beta_chosen"] is None
+    assert Gambler.asked == {None, f"auto:{world.out / 'runs' / 'ilql-0'}"}
+    with pytest.raises(InputError, match="told: method.0.*: found"):
+        world.settings["methods"]["other"] = {**methods["ilql"], "args": {"expectile": 0.7}}
+        run(world, methods__told__sampling={"ask": "auto:other"})
 
 
 def test_a_planned_row_stands_beside_the_others_and_its_scorer_is_the_same_seeds_run(world, monkeypatch):

@@ -86,6 +86,7 @@ def test_selection_may_share_seeds_when_its_environment_is_another(file):
         ({"methods.bc": {"algorithm": "iql", "critic": "ilql", "args": {"critic": "x"}}},
          "methods.bc.args.critic: found beside `critic`"),
         ({"methods.bc.planner": {"scorer": "ilq"}}, "methods.bc.planner.scorer: found 'ilq', .*did you mean 'ilql'?"),
+        ({"methods.bc.sampling": {"ask": "auto:ilq"}}, "methods.bc.sampling.ask: found 'ilq', .*did you mean 'ilql'?"),
         ({"methods.bc.planner": 4}, "methods.bc.planner: found 4, expected a mapping"),
         ({"methods.ilql.model": {"path": "gpt2"}}, "methods.ilql.model.path: found beside `from`"),
         ({"baseline": "start"}, "baseline: found 'start', expected one of bc, ilql"),
