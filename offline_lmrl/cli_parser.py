@@ -5,6 +5,7 @@ for dataclasses whose docstrings say `field: what it is`.
 """
 
 import difflib
+import json
 import re
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -75,7 +76,7 @@ class Parser(ArgumentParser):
                 start = self._parse_file(settings)
             except InputError as error:
                 raise InputError(f"{source}: {error}") from error
-        values = self.parse_args(argv, namespace=start)
+        values = self.parse_args([*self._restated(argv, start), *argv], namespace=start)
         self._refuse_nulls(values)
         try:
             return self.instantiate(values)
@@ -83,6 +84,17 @@ class Parser(ArgumentParser):
             raise
         except ValueError as error:  # what a dataclass says about its own fields
             self.error(str(error), error)
+
+    def _restated(self, argv: Sequence[str], start: Namespace | None) -> list[str]:
+        """A file's groups that may be null, as arguments, where more follow: jsonargparse does not merge the two."""
+        arguments = []
+        for action in self._actions if start is not None else ():
+            optional = type(None) in get_args(getattr(action, "_typehint", None))
+            stated = start.get(action.dest) if optional else None
+            if isinstance(stated, Namespace) and any(re.match(rf"--{action.dest}([.=]|$)", word) for word in argv):
+                start[action.dest] = None
+                arguments += [f"--{action.dest}", json.dumps(stated.as_dict())]
+        return arguments
 
     def _parse_file(self, settings: Mapping[str, Any]) -> Namespace:
         # A group in which every line is a comment is null.

@@ -464,6 +464,12 @@ def test_a_group_that_may_be_null_is_read_and_checked():
     assert parsed() is None
     assert parsed("--args.prompt.n", "2", "--args.prompt.part", "last") == PromptSpec(n=2, part="last")
     assert parsed(args={"prompt": {"turns": 3}}) == PromptSpec(turns=3)
+    file = {"prompt": {"turns": 3, "n": 4, "demonstrations": "no"}}
+    assert parsed("--args.prompt.n", "2", args=file) == PromptSpec(n=2, turns=3, demonstrations="no")
+    assert parsed("--args.prompt", "{n: 2}", args=file) == PromptSpec(n=2, turns=3, demonstrations="no")
+    assert parsed("--args.prompt", "null", args=file) is None
+    with pytest.raises(InputError, match="^prompt.n: found 0, expected at least 1$"):
+        parsed("--args.prompt.n", "0", args=file)
     with pytest.raises(InputError, match="^prompt.n: found 0, expected at least 1$"):
         parsed("--args.prompt.n", "0")
     with pytest.raises(InputError, match="partt: found a setting that does not exist; did you mean 'part'"):
