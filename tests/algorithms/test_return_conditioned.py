@@ -197,6 +197,13 @@ def test_heads_are_fitted_to_the_turns_trained_on_null_rows_and_saved(tmp_path):
     assert {"loss/returns", "loss/environment"} <= {name for row in run.state.log_history for name in row}
     again = trainer(tmp_path / "again", model=load_model(folder), logs=logs)
     assert not any(p.requires_grad for p in again.model.return_heads.parameters())
+    valued = trainer(tmp_path / "valued", "ilql", model=load_model(folder), logs=logs)
+    heads = [p.detach().clone() for p in valued.model.return_heads.parameters()]
+    valued.train()
+    valued.compute_loss(valued.model, valued.train_dataset.batch([0, 1]), num_items_in_batch=4).backward()
+    # what trains has a gradient, or several ranks would wait for it in vain
+    assert all(p.grad is not None for p in valued.model.parameters() if p.requires_grad)
+    assert all(torch.equal(p, q) for p, q in zip(valued.model.return_heads.parameters(), heads, strict=True))
 
 
 @pytest.mark.parametrize("settings", [{"condition": "text"}, {"condition_dropout": 0.0}])
