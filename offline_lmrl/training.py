@@ -524,12 +524,15 @@ class OfflineTrainer(BaseTrainer):
     def _windows(self, trajectories: Sequence[Trajectory], args: OfflineConfig, counts: Counter[str]) -> WindowDataset:
         prompts = None
         if args.prompt is not None:
-            source = args.prompt.demonstrations
-            shown = None if source is None else read_trajectories(source)
+            shown = self.demonstrations(args.prompt.demonstrations)
             prompts = encode_prompts(args.prompt, trajectories, shown, self.renderer, self.encoder.slots)
         columns = encode_trajectories(trajectories, self.encoder, counts, prompts)
         pad_id = self.renderer.close_id  # any id: the attention mask, never the id, says what is padding
         return WindowDataset(columns, pad_id, next_rows=self.rows_for_next_v, end_rows=self.rows_for_end_v(args))
+
+    def demonstrations(self, source: str | None) -> Sequence[Trajectory] | None:
+        """What prompts are drawn from; None = the rows themselves."""
+        return None if source is None else read_trajectories(source)
 
     def rows_for_end_v(self, args: OfflineConfig) -> bool:
         return False

@@ -58,8 +58,9 @@ class ReturnConditionedConfig(OfflineConfig):
     binning: unique, linear, quantile, or auto: unique where there are at most `bins` distinct returns, else linear
       (data/conditioning.py). per: one scale for all data (global), or one per task.
     discount_per_turn: γ of the returns, between two agent turns [1].
-    critic: folder or hub name of a run with value heads that relabels the returns; None = as logged. relabel: max, its
-      V where that is above the logged return, or q, its Q (decoding/critic.py).
+    critic: folder or hub name of a run with value heads that relabels the returns, those of a prompt's demonstrations
+      too; None = as logged. relabel: max, its V where that is above the logged return, or q, its Q
+      (decoding/critic.py).
     condition: embedding (reserved ids), or text: `text` in front of the agent's turn, filled with `bin` and `bins`.
     condition_dropout: share of windows that are trained without a condition; with text there is no null, hence none.
     return_weight: of the cross-entropies of the return heads, per turn of a window without a condition; 0 leaves the
@@ -122,17 +123,21 @@ class ReturnConditionedTrainer(OfflineTrainer):
     def __init__(
         self, model, args: ReturnConditionedConfig, train_dataset, eval_dataset=None, *positional, **keywords
     ):
+        self.shown: Sequence[Trajectory] | None = None  # demonstrations with the critic's labels
         if args.critic is not None:
             critic = load_critic(args.critic, device=args.device)
-            train_dataset, eval_dataset = (
+            train_dataset, eval_dataset, self.shown = (
                 logs and relabel(logs, critic, args.relabel, args.discount_per_turn)
-                for logs in (train_dataset, eval_dataset)
+                for logs in (train_dataset, eval_dataset, args.prompt and args.prompt.demonstrations)
             )
         super().__init__(model, args, train_dataset, eval_dataset, *positional, **keywords)
         if self.model.value_heads is not None:
             self.model.value_heads.requires_grad_(False)
         if self.model.return_heads is not None and args.return_weight == 0:
             self.model.return_heads.requires_grad_(False)
+
+    def demonstrations(self, source):
+        return super().demonstrations(source) if self.shown is None else self.shown
 
     def step_rule(self, args: ReturnConditionedConfig) -> StepRule:
         return StepRule(discount_per_turn=args.discount_per_turn)

@@ -1,5 +1,7 @@
 """Return conditioning on a critic's labels: what it says is told to the model, and the bins are fitted on it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
 from offline_lmrl.algorithms.iql import IQLConfig, IQLTrainer
 from offline_lmrl.algorithms.return_conditioned import ReturnConditionedConfig, ReturnConditionedTrainer
 from offline_lmrl.data.conditioning import ReturnScale, Slots
+from offline_lmrl.data.demonstrations import PromptSpec, draw_prompts, prompt_ids
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import write_trajectories
 from offline_lmrl.data.tokenizers import train_tokenizer
@@ -38,9 +41,9 @@ def valued(folder, model=None):
     return folder
 
 
-def conditioned(folder, held_out=None, **values):
+def conditioned(folder, held_out=None, logs=LOGS, **values):
     args = ReturnConditionedConfig(**settings(folder, **values))
-    return ReturnConditionedTrainer(build_model(SPEC, TOKENIZER), args, LOGS, held_out, TOKENIZER)
+    return ReturnConditionedTrainer(build_model(SPEC, TOKENIZER), args, logs, held_out, TOKENIZER)
 
 
 @pytest.mark.parametrize("label, discount", [("max", 1.0), ("max", 0.5), ("q", 1.0)])
@@ -61,6 +64,19 @@ def test_the_critics_labels_are_binned_and_told_to_the_model(tmp_path, label, di
     plain = conditioned(tmp_path / "plain", binning="linear", bins=4)
     assert plain.returns["scale"] != run.returns["scale"]
     run.train()
+
+
+def test_demonstrations_from_a_file_have_the_critics_labels_too(tmp_path):
+    critic, logs = valued(tmp_path / "critic"), [replace(log, task="walk") for log in LOGS]
+    write_trajectories(tmp_path / "shown.jsonl", logs)
+    prompt = PromptSpec(max_tokens=40, demonstrations=str(tmp_path / "shown.jsonl"))
+    run = conditioned(tmp_path / "run", logs=logs, critic=str(critic), binning="linear", prompt=prompt)
+    slots, labelled = Slots.from_block(run.returns, len(TOKENIZER), run.renderer), relabel(logs, critic)
+    assert [slots.of_log(log) for log in labelled] != [slots.of_log(log) for log in logs]
+    behind = len(run.renderer.preamble)
+    for row, shown in enumerate(draw_prompts(prompt, logs, labelled)):
+        ids = list(prompt_ids(shown, run.renderer, slots.of_log))
+        assert run.train_dataset.batch([row])["input_ids"][0].tolist()[behind : behind + len(ids)] == ids
 
 
 def test_a_conditioned_model_judges_as_if_nothing_were_asked_for(tmp_path):
