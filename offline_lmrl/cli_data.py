@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # what follows `prepare` -> module and function; imported on use
 SOURCES = {
     "maze": ("data_prep.maze", "prepare"),
+    "toys": ("data_prep.toys", "prepare"),
     "wordle": ("data_prep.wordle", "prepare"),
     "deal-or-no-deal": ("data_prep.deal_or_no_deal", "prepare"),
     "pref-gold": ("data_prep.pref_gold", "prepare"),

@@ -1,0 +1,31 @@
+"""Logs of a toy's own behaviour, for configs that start from a clone of it."""
+
+from pathlib import Path
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import write_trajectories
+from offline_lmrl.environments import make_environment
+
+VALIDATION_SHARE = 0.1
+
+
+def prepare(output: str | Path, *, task: str, episodes: int = 500, seed: int = 0) -> dict[str, float]:
+    """Write train.jsonl and validation.jsonl, a tenth as many episodes more.
+
+    Args:
+      output: folder, made if it is missing.
+      task: corridor, gamble, count, count1, talk, talk_trap, hidden_rule or walk.
+      episodes: number of training episodes.
+      seed: of the behaviour; validation has the next one.
+    Returns: the number of episodes and their mean return.
+    Raises: InputError for a task without logs, fewer than one episode, or an output that cannot be written.
+    """
+    made = make_environment(task)
+    environment = made() if callable(made) else made
+    if not hasattr(environment, "logs"):
+        raise InputError(f"task: found {task!r}, expected one that has logs, such as count")
+    rows = environment.logs(episodes, seed)
+    write_trajectories(Path(output) / "train.jsonl", rows)
+    held_out = environment.logs(max(1, round(VALIDATION_SHARE * episodes)), seed + 1)
+    write_trajectories(Path(output) / "validation.jsonl", held_out)
+    return {"episodes": len(rows), "mean_return": sum(row.total_return for row in rows) / len(rows)}
