@@ -42,7 +42,8 @@ def logit_scale(model: PreTrainedModel) -> tuple[float, bool]:
     outputs = torch.stack([torch.zeros_like(step), step, LARGE / SMALL * step]).unsqueeze(0)  # (1,3,V)
     handle = head.register_forward_hook(lambda *_: outputs)
     try:
-        logits = model(input_ids=torch.arange(3, device=step.device).unsqueeze(0), use_cache=False).logits[0].float()
+        ids = torch.ones(1, 3, dtype=torch.long, device=step.device)
+        logits = model(input_ids=ids, attention_mask=ids, use_cache=False).logits[0].float()
     finally:
         handle.remove()
     small, large = logits[1] - logits[0], logits[2] - logits[0]
