@@ -1,4 +1,5 @@
-"""How well a scorer agrees with held-out preferences, with intervals, beside what needs no reading at all: length."""
+"""How well a scorer agrees with held-out preferences, with intervals, beside what needs no reading at all: length; and
+what choosing by it does to a policy that can be listed."""
 
 import math
 from collections import defaultdict
@@ -14,7 +15,7 @@ from offline_lmrl.data.io import group_key
 from offline_lmrl.data.preferences import score_rows
 from offline_lmrl.data.protocols import Scorer
 from offline_lmrl.evaluation.metrics import Cells, Estimate
-from offline_lmrl.ops.preferences import calibration_error
+from offline_lmrl.ops.preferences import best_of_n, best_of_n_kl, best_of_n_kl_bound, calibration_error
 
 BASELINES = {
     "the longer reply": lambda row, i: sum(len(turn.content) for turn in row.options[i]),
@@ -61,6 +62,24 @@ def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
         "cross entropy": (prob * softplus(-lead) + (1 - prob) * softplus(lead)).mean().item(),
         "calibration error": calibration_error(lead.sigmoid(), prob).item(),
     }
+
+
+def best_of_n_curve(
+    prob: torch.Tensor, score: torch.Tensor, gold: torch.Tensor, ns: Sequence[int]
+) -> list[dict[str, float]]:
+    """What best-of-n by a score makes of a policy whose answers can be listed, exactly: a row per n.
+
+    "kl": of the best of n to the policy, in nats; "bound": log n − (n − 1)/n, which it does not exceed; "score" and
+    "gold": their means. Where gold falls while the score rises, the score is over-optimised (Gao et al. 2023).
+
+    Args: prob (V,) of each answer, score (V,) that chooses, gold (V,) that is meant.
+    """
+    rows = []
+    for n in ns:
+        best = best_of_n(prob, score, n)
+        rows.append({"n": n, "kl": best_of_n_kl(prob, score, n).item(), "bound": best_of_n_kl_bound(n),
+                     "score": (best @ score.double()).item(), "gold": (best @ gold.double()).item()})  # fmt: skip
+    return rows
 
 
 def _authors(pairs: Sequence[tuple], comparisons: Sequence[Comparison]) -> dict[str, Any]:

@@ -4,12 +4,13 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.trajectory import Turn
 from offline_lmrl.decoding.scorers import Function
-from offline_lmrl.evaluation.preferences import judge
+from offline_lmrl.evaluation.preferences import best_of_n_curve, judge
 
 
 def compare(texts, target, group):
@@ -62,6 +63,19 @@ def test_cross_entropy_and_calibration_take_scores_as_log_odds():
     assert facts["calibration error"] == pytest.approx(sum(apart) / 3)
     silent = judge(Function(lambda context, option: 0.0), ROWS[:3])
     assert silent["cross entropy"] == pytest.approx(math.log(2)) and silent["accuracy"] == "0.500 [0.500, 0.500]"
+
+
+def test_the_curve_of_best_of_n_by_hand():
+    prob, score = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.0, 1.0, 2.0])
+    gold = torch.tensor([0.0, 4.0, 1.0])  # the score takes the last for the best
+    one, two, many = best_of_n_curve(prob, score, gold, (1, 2, 64))
+    # n = 2: .25, .8² − .5² = .39, 1 − .64 = .36
+    assert (one["score"], one["gold"], one["kl"], one["bound"]) == pytest.approx((0.7, 1.4, 0, 0), abs=1e-6)
+    assert (two["score"], two["gold"]) == pytest.approx((1.11, 1.92))
+    kl = 0.25 * math.log(0.5) + 0.39 * math.log(1.3) + 0.36 * math.log(1.8)
+    assert two["kl"] == pytest.approx(kl) and two["bound"] == pytest.approx(math.log(2) - 0.5)
+    assert many["gold"] == pytest.approx(1.0, abs=1e-4) and many["score"] == pytest.approx(2.0, abs=1e-4)
+    assert many["kl"] == pytest.approx(math.log(5), abs=1e-4) and many["bound"] > 3
 
 
 def test_ties_alone_are_refused():
