@@ -8,11 +8,12 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import transformers
 import yaml
@@ -22,14 +23,17 @@ from transformers.trainer_utils import get_last_checkpoint
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import fingerprint, read_trajectories
+from offline_lmrl.data.io import fingerprint, read_comparisons, read_trajectories
+from offline_lmrl.data.preferences import RewardKind, to_trajectories
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.decoding.scorers import fitting, load_scorer
 from offline_lmrl.environments import make_environment
 from offline_lmrl.models.adapters import require_peft
 from offline_lmrl.training import BaseConfig, BaseTrainer
 
 Rows = list[Trajectory] | list[Comparison]
+PREFERENCE = ("reward", "place", "normalise")  # settings of `to_trajectories`
 
 
 @dataclass
@@ -68,10 +72,18 @@ class DataConfig:
 
     train: what is learnt from; None where an environment is all there is (ppo).
     validation: what eval_loss is measured on; None = nothing.
+    preference: makes scored trajectories of comparisons: `reward` (sign, prob, strength, rank, bt, rating, or a scorer
+      as `relabel` takes it), `place` and `normalise` of `to_trajectories`; None = the data are what is learnt from.
     """
 
     train: str | None = None
     validation: str | None = None
+    preference: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.preference or {}:
+            if name not in PREFERENCE:
+                raise InputError(f"data.preference: found {name!r}, expected {', '.join(PREFERENCE)}")
 
 
 def build_tokenizer(config: ModelConfig, rows: Rows) -> PreTrainedTokenizerBase:
@@ -86,15 +98,43 @@ def _turns(row: Trajectory | Comparison) -> Iterator[Turn]:
     return chain(row.turns) if isinstance(row, Trajectory) else chain(row.context, *row.options)
 
 
-def read_data(algorithm: str, data: DataConfig) -> tuple[Rows, Rows | None]:
-    """The training and the validation data; nothing where an algorithm that plays is given none."""
+def read_data(algorithm: str, data: DataConfig, counts: Counter[str]) -> tuple[Rows, Rows | None]:
+    """The training and the validation data; nothing where an algorithm that plays is given none.
+
+    counts: gets the training rows that are left out where preferences become rewards.
+    """
     trainer_class = load_algorithm(algorithm)[1]
     if data.train is None:
         if not trainer_class.plays:
             raise InputError("data.train: missing, expected a file, folder or hub name of the data to learn from")
         return [], None
-    read = trainer_class.read
-    return read(data.train), read(data.validation) if data.validation else None
+    if data.preference is None:
+        train, *held_out = map(trainer_class.read, filter(None, (data.train, data.validation)))
+    else:
+        train = scored(data.train, data.preference, counts)
+        held_out = [scored(data.validation, data.preference, Counter())] if data.validation else []
+    return train, held_out[0] if held_out else None
+
+
+def scored(source: str, preference: Mapping[str, Any], counts: Counter[str]) -> list[Trajectory]:
+    """The comparisons of a source as scored trajectories; see `DataConfig.preference`."""
+    rows, settings = read_comparisons(source, counts=counts), dict(preference)
+    if settings.get("reward", "sign") not in get_args(RewardKind):
+        settings["reward"] = load_scorer(settings["reward"])
+        rows = fitting(rows, settings["reward"], counts)
+    return to_trajectories(rows, **settings, counts=counts)
+
+
+def scorer_runs(preference: Mapping[str, Any] | None) -> list[str]:
+    """What may be folders of runs in the scorer that makes rewards."""
+
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping | list):
+            yield from chain.from_iterable(map(texts, value.values() if isinstance(value, Mapping) else value))
+
+    return list(texts((preference or {}).get("reward")))
 
 
 def build_trainer(
@@ -232,7 +272,8 @@ def train(
     transformers.
     """
     folder = Path(args.output_dir)
-    rows, validation = read_data(algorithm, data)
+    counts: Counter[str] = Counter()
+    rows, validation = read_data(algorithm, data, counts)
     config = resolved_config(algorithm, model, data, args, environment)
     config["contents"] = contents(model, rows, validation, critic_of(args), demonstrations_of(args))
     if check_same_config(folder, config) and (folder / "complete.json").exists():
@@ -246,12 +287,12 @@ def train(
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
     trainer.save_model(str(folder))
     if trainer.args.should_save:
-        before = runs_before(model.path, critic_of(args))
+        before = runs_before(model.path, critic_of(args), *scorer_runs(data.preference))
         report = {
             **trainer.costs(),
             "start_tokens": sum(before.values()),
             "before": before,
-            "counts": dict(trainer.counts),
+            "counts": dict(+counts + trainer.counts),
         }
         _write(folder / "complete.json", json.dumps(report))
     trainer.accelerator.wait_for_everyone()
@@ -287,10 +328,10 @@ def dry_run(
     environment: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Builds everything and says what would run: rows, tokens, steps, parameters, memory (bytes; fp32, AdamW)."""
-    args = copy.copy(args)
+    args, counts = copy.copy(args), Counter()
     with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer makes this folder
         world = open_environment(algorithm, environment, {})
-        trainer = build_trainer(algorithm, model, *read_data(algorithm, data), args, world)
+        trainer = build_trainer(algorithm, model, *read_data(algorithm, data, counts), args, world)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return {
@@ -298,5 +339,5 @@ def dry_run(
         "parameters": parameters,
         "trained parameters": trained,
         "memory for weights, gradients and optimizer": 4 * (parameters + 3 * trained),
-        **trainer.counts,
+        **(+counts + trainer.counts),
     }

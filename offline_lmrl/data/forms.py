@@ -86,7 +86,8 @@ def _turns(row: Mapping, present: set[str], where: str, repairs: Counter) -> tup
     for fields in COMPARISON_FIELDS:
         if set(fields) <= present:
             raise InputError(f"{where}: {fields[0]}: found a comparison, expected a scored row (messages, or prompt, "
-                             "completion and reward or label); comparisons have to be scored first (to_trajectories)")
+                             "completion and reward or label); comparisons are scored by to_trajectories, or "
+                             "data.preference")
     if "messages" in present:
         if "reward" in present:
             raise InputError(f"{where}: reward: found {shown(row['reward'])} beside messages, "

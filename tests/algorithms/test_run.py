@@ -1,6 +1,8 @@
 """A run folder is one run: of these settings, these data and this start, written once and counted in full."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +12,14 @@ from safetensors.torch import load_file, save_file
 from offline_lmrl.algorithms import run
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig
 from offline_lmrl.algorithms.ilql import ILQLConfig
+from offline_lmrl.algorithms.reward_model import RewardModelConfig
 from offline_lmrl.algorithms.run import DataConfig, ModelConfig
+from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.demonstrations import PromptSpec
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import write_trajectories
+from offline_lmrl.data.io import write_comparisons, write_trajectories
 from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.decoding.scorers import TOO_LONG
 from offline_lmrl.evaluation.compare import training_cost
 from offline_lmrl.training import OfflineConfig, OfflineTrainer
 
@@ -159,3 +164,35 @@ def test_other_demonstrations_under_the_same_path_are_another_run(tmp_path):
         found.append(run.contents(ModelConfig(scratch=SCRATCH), logs(2), None, None, shown))
     assert found[0].pop("demonstrations") != found[1].pop("demonstrations") and found[0] == found[1]
     assert run.demonstrations_of(BCConfig(output_dir=str(tmp_path), use_cpu=True)) is None
+
+
+PAIRS = [Comparison((Turn("user", "go"),), ((Turn("assistant", "left"),), (Turn("assistant", right),)), (1.0, 0.0),
+                    group=right) for right in ("right", "up", "".join(map(chr, range(33, 120))))]  # fmt: skip
+
+
+def lefts(context, option):
+    return 4.0 * (option[-1].content == "left")
+
+
+def test_comparisons_are_scored_as_the_config_says(tmp_path):
+    write_comparisons(tmp_path / "pairs.jsonl", PAIRS)
+    data = DataConfig(str(tmp_path / "pairs.jsonl"), str(tmp_path / "pairs.jsonl"), {"reward": "sign"})
+    train, validation = run.read_data("ilql", data, Counter())
+    assert [row.total_return for row in train] == [1.0, -1.0] * 3 and validation == train
+    data = replace(data, preference={"reward": f"{__name__}:lefts", "normalise": "none"})
+    assert [row.total_return for row in run.read_data("ilql", data, Counter())[0]] == [4.0, 0.0] * 3
+    with pytest.raises(InputError, match="data.preference: found 'rewards', expected reward, place, normalise"):
+        DataConfig("x", preference={"rewards": "sign"})
+    with pytest.raises(InputError, match="comparisons are scored by to_trajectories, or data.preference"):
+        run.read_data("bc", DataConfig(data.train), Counter())
+
+
+def test_what_a_reward_model_read_and_left_out_is_counted_in_the_run_that_learns_from_it(tmp_path):
+    write_comparisons(tmp_path / "pairs.jsonl", PAIRS)
+    data = DataConfig(str(tmp_path / "pairs.jsonl"))
+    judge = run.train("reward_model", scratch(), data, settings(tmp_path / "judge", RewardModelConfig))
+    cost = json.loads((judge / "complete.json").read_text())["training_tokens"]
+    done = run.train("bc", scratch(), replace(data, preference={"reward": str(judge)}), settings(tmp_path / "run"))
+    report = json.loads((done / "complete.json").read_text())
+    assert report["start_tokens"] == cost and report["before"] == {str(judge.resolve()): cost}
+    assert report["counts"][TOO_LONG] == 1
