@@ -262,19 +262,27 @@ def train(
     args: BaseConfig,
     environment: Mapping[str, Any] | None = None,
     players: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    costs: Mapping[str, int] | None = None,
 ) -> Path:
     """Runs, resumes from the newest complete checkpoint, or returns at once where the run is complete.
 
     Args:
       environment: `name` and settings of `make_environment`, for an algorithm that plays.
       players: further settings of it that are no plain values, such as a partner's policy.
+      settings, costs: what led to its data, for its config, and what that took, for its costs.
     Returns: the run directory; it opens with `LanguagePolicy.load`, or as a reward model with `load_scorer`, and with
     transformers.
     """
     folder = Path(args.output_dir)
+<<<<<<< Updated upstream
     counts: Counter[str] = Counter()
     rows, validation = read_data(algorithm, data, counts)
     config = resolved_config(algorithm, model, data, args, environment)
+=======
+    rows, validation = read_data(algorithm, data)
+    config = resolved_config(algorithm, model, data, args, environment) | dict(settings or {})
+>>>>>>> Stashed changes
     config["contents"] = contents(model, rows, validation, critic_of(args), demonstrations_of(args))
     if check_same_config(folder, config) and (folder / "complete.json").exists():
         return folder
@@ -290,6 +298,7 @@ def train(
         before = runs_before(model.path, critic_of(args), *scorer_runs(data.preference))
         report = {
             **trainer.costs(),
+            **(costs or {}),
             "start_tokens": sum(before.values()),
             "before": before,
             "counts": dict(+counts + trainer.counts),

@@ -1,0 +1,92 @@
+"""Offline learning in rounds: what was learnt plays, its scored episodes join the logs, and it learns again.
+
+The bridge between offline and online: every round costs environment steps and reward queries, which are counted.
+"""
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from offline_lmrl.algorithms import load_algorithm
+from offline_lmrl.algorithms.run import DataConfig, ModelConfig, train
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import atomic_output, read_trajectories, write_trajectories
+from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.environments import make_environment
+from offline_lmrl.environments.rollouts import rollout
+from offline_lmrl.training import BaseConfig, check_range
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Rounds of play between rounds of offline training.
+
+    rounds: how often the policy plays; it is trained once before, and again behind each, from where it was.
+    episodes: that it plays in a round; all of them stay in the logs.
+    sampling: SamplingConfig fields for that play, over those saved with the run.
+    first_seed: episode seeds count on from here; those of evaluation and selection lie below.
+    """
+
+    rounds: int = 1
+    episodes: int = 100
+    sampling: dict[str, Any] = field(default_factory=dict)
+    first_seed: int = 10_000_000
+
+    def __post_init__(self) -> None:
+        check_range(self, rounds=(1, 1e6), episodes=(1, 1e9), first_seed=(0, 2**40))
+        SamplingConfig.from_dict(self.sampling)  # checks names and ranges
+
+
+def train_in_rounds(
+    algorithm: str,
+    model: ModelConfig,
+    data: DataConfig,
+    args: BaseConfig,
+    environment: Mapping[str, Any],
+    collect: CollectConfig,
+    players: Mapping[str, Any] | None = None,
+) -> Path:
+    """As `train`, for an algorithm that learns from data, `collect.rounds` times more, each time on all logs so far.
+
+    Returns: the run directory of the last training. Those before it are the folders round-0, round-1, ... in it, each
+    with the logs.jsonl that the next learnt from; complete.json counts what was played in all of them.
+    """
+    if load_algorithm(algorithm)[1].plays or data.train is None:
+        raise InputError(f"collect: found it for {algorithm} with data.train {data.train!r}, expected an algorithm "
+                         "that learns from data, and data")  # fmt: skip
+    world, played = make_environment(**environment, **(players or {})), Counter()
+    for number in range(collect.rounds):
+        before = copy.copy(args)
+        before.output_dir = str(Path(args.output_dir) / f"round-{number}")
+        run = train(algorithm, model, data, before)
+        logs, costs = _collected(run, world, data, args, collect, number)
+        played += costs
+        model, data = replace(model, path=str(run), scratch=None, tokenizer=None), replace(data, train=str(logs))
+    settings = {"environment": dict(environment), "collect": asdict(collect)}
+    return train(algorithm, model, data, args, settings=settings, costs=played)
+
+
+def _collected(
+    run: Path, world: Any, data: DataConfig, args: BaseConfig, collect: CollectConfig, number: int
+) -> tuple[Path, Counter[str]]:
+    """The logs behind a round, its episodes at their end, and what these cost; played where they are not there."""
+    logs, report = run / "logs.jsonl", run / "collected.json"
+    if not report.exists():
+        first = collect.first_seed + (args.seed * collect.rounds + number) * collect.episodes
+        policy = LanguagePolicy.load(run, device=args.device, **collect.sampling)
+        episodes = rollout(policy, world, range(first, first + collect.episodes))
+        turns = [turn for t in episodes for turn in t.turns if turn.is_trainable]
+        write_trajectories(logs, [*read_trajectories(data.train), *episodes])
+        costs = {
+            "episodes": len(episodes), "environment_steps": len(turns),
+            "reward_queries": sum(turn.reward is not None for turn in turns),
+            "generated_tokens": sum(len(turn.token_ids) for turn in turns),
+        }  # fmt: skip
+        with atomic_output(report) as temporary:
+            temporary.write_text(json.dumps(costs) + "\n", encoding="utf-8")
+    return logs, Counter(json.loads(report.read_text(encoding="utf-8")))
