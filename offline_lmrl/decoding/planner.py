@@ -181,7 +181,7 @@ class PlannerSession:
     ) -> tuple[list[_Beam], CacheMemory]:
         """The beams with each of their different next utterances, scored, and the memory that has their caches."""
         planner, policy, n = self.planner, self.policy, self.planner.expand
-        windows = [policy.null_window(beam.turns) for beam in beams]
+        windows = [policy.null_window(beam.turns, policy.sampling.max_new_tokens) for beam in beams]
         memory = memory.fork({i * n + j: beam.key for i, beam in enumerate(beams) for j in range(n)})
         seeds, place = [], dict.fromkeys((beam.row for beam in beams), level * planner.width * n)
         for beam in beams:
@@ -237,7 +237,8 @@ class PlannerSession:
         turn = renderer.encode_turn(blank)
         slots = self.policy.slots
         behind = len(turn.ids) - turn.action_start + len(renderer.agent_opening) + len(slots.null if slots else ())
-        windows = [self.policy.null_window([*beam.turns, blank])[:-behind] for beam in beams]
+        reserve = self.policy.sampling.max_new_tokens
+        windows = [self.policy.null_window([*beam.turns, blank], reserve)[:-behind] for beam in beams]
         said = self.planner.environment(blank.role).sample(
             windows, [0] * len(beams), memory=memory, rows=range(len(beams))
         )
@@ -270,10 +271,11 @@ class Critic:
         """Scores (K,) of each row's options, one agent turn each."""
         critic, prompts = self.critic, []
         for context, options in rows:
-            window = critic.null_window([replace(t, trainable=None, token_ids=None) for t in context])
-            for (reply,) in options:
-                turn = critic.renderer.encode_turn(replace(reply, token_ids=None))
-                prompts.append([*window, *turn.ids[turn.action_start : turn.action_stop - 1]])
+            turns = [critic.renderer.encode_turn(replace(reply, token_ids=None)) for (reply,) in options]
+            replies = [turn.ids[turn.action_start : turn.action_stop] for turn in turns]
+            past = [replace(t, trainable=None, token_ids=None) for t in context]
+            window = critic.null_window(past, max(map(len, replies)))
+            prompts += [[*window, *reply[:-1]] for reply in replies]
 
         def closing(hidden):
             token = hidden.new_full((len(hidden), 1), critic.renderer.close_id).long()

@@ -152,13 +152,13 @@ class LanguagePolicy:
                              f"({rule.max_length}) also holds a reply of max_new_tokens ({reply})")
         return PromptIds(told, null)
 
-    def null_window(self, turns: Sequence[Turn]) -> list[int]:
-        """What it sees before its coming turn where no return is asked for, its own prompt included."""
+    def null_window(self, turns: Sequence[Turn], reserve: int) -> list[int]:
+        """What it sees before its coming turn where no return is asked for, its own prompt included; `reserve` tokens
+        are kept free for that turn."""
         slots = None
         if self.slots is not None:
             slots = [self.slots.null] * (1 + sum(turn.is_trainable for turn in turns))
-        reserve, prompt = self.sampling.max_new_tokens, self.shared_prompt.null
-        return policy_window(turns, self.renderer, self.window, reserve, slots, prompt)
+        return policy_window(turns, self.renderer, self.window, reserve, slots, self.shared_prompt.null)
 
     def critic(self, run: str) -> "LanguagePolicy":
         """A run with value heads, on this model's device; loaded once."""
@@ -264,8 +264,8 @@ class LanguageSession:
             reader = self.policy.critic(run)
             memory = self.critic_memory.setdefault(run, _memory(reader))
             other = reader.renderer.fingerprint != self.fingerprint  # then ids that were sampled mean nothing to it
-            windows = [reader.null_window([replace(t, token_ids=None) for t in history] if other else history)
-                       for _, history in auto]  # fmt: skip
+            told = [[replace(t, token_ids=None) for t in history] if other else history for _, history in auto]
+            windows = [reader.null_window(history, self.policy.sampling.max_new_tokens) for history in told]
         else:
             reader, memory = self.policy, self.memory
             null = [[self.asks.slots.null] * (len(agent) + 1) for agent in past]

@@ -219,7 +219,7 @@ def test_auto_with_a_run_asks_for_the_value_that_this_run_sees(tmp_path, monkeyp
     for parameter in critic.value_heads.parameters():
         torch.nn.init.normal_(parameter)
     critic.config.offline_lmrl |= {"reward_scale": {"shift": 0.0, "scale": 3.0, "scored_turns": 0},
-                                   "window": {"context": 1, "stride": 1, "max_length": 128}}  # fmt: skip
+                                   "window": {"context": 1, "stride": 1, "max_length": 32}}  # fmt: skip
     critic.eval().save_pretrained(tmp_path / "critic")
     RENDERER.tokenizer.save_pretrained(tmp_path / "critic")
     player = policy(conditioned(heads=False), ask=f"auto:{tmp_path / 'critic'}")

@@ -71,9 +71,9 @@ def test_values_are_read_behind_demonstrations_without_returns(monkeypatch):
 
 
 def test_a_planner_reads_them_without_returns():
-    plain, player = policy().null_window(HISTORIES[0]), policy(window={"prompt": [DEMONSTRATION]}, ask=4.0)
+    plain, player = policy().null_window(HISTORIES[0], 5), policy(window={"prompt": [DEMONSTRATION]}, ask=4.0)
     ids, n = ids_of(DEMONSTRATION, slots=player.slots.nulls), len(RENDERER.preamble)
-    assert player.null_window(HISTORIES[0]) == [*plain[:n], *ids, *plain[n:]]
+    assert player.null_window(HISTORIES[0], 5) == [*plain[:n], *ids, *plain[n:]]
 
 
 @pytest.mark.parametrize("form", [{}, {"condition_scale": 1.0}], ids=str)

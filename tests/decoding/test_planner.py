@@ -103,7 +103,7 @@ def test_the_best_of_the_different_proposals_is_said_as_an_uncached_pass_scores_
     drawn = [player.start([5 + number * SAMPLE_STRIDE]).reply([0], HISTORIES[:1])[0] for number in range(8)]
     rated = {}
     for one in drawn:
-        ids = [*player.null_window(HISTORIES[0]), *one.token_ids]
+        ids = [*player.null_window(HISTORIES[0], 5), *one.token_ids]
         _, hidden = MODEL.forward_with_hidden(input_ids=torch.tensor([ids]))
         reward, after, _ = MODEL.return_heads.outcome(hidden[:, -1])[0].tolist()
         rated.setdefault(one.text, 2 * (reward + 0.5 * after))
@@ -141,7 +141,7 @@ def test_a_critic_rates_a_reply_by_the_smaller_q_of_its_closing_token():
     scores = Critic(critic).score(context, [[Turn("assistant", "move")], [Turn("assistant", "1")]])
     trained = [*HISTORIES[0], Turn("assistant", "go"), Turn("user", "left")]
     for score, text in zip(scores, ("move", "1"), strict=True):
-        ids = [*critic.null_window(trained), *RENDERER.encode_content(text)]
+        ids = [*critic.null_window(trained, 5), *RENDERER.encode_content(text)]
         _, hidden = MODEL.forward_with_hidden(input_ids=torch.tensor([ids]))
         q = MODEL.q_values(hidden[:, -1])[:, 0, RENDERER.close_id]
         assert score == pytest.approx(2 * q.min().item(), abs=1e-4)
