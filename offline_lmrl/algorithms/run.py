@@ -275,14 +275,9 @@ def train(
     transformers.
     """
     folder = Path(args.output_dir)
-<<<<<<< Updated upstream
     counts: Counter[str] = Counter()
     rows, validation = read_data(algorithm, data, counts)
-    config = resolved_config(algorithm, model, data, args, environment)
-=======
-    rows, validation = read_data(algorithm, data)
     config = resolved_config(algorithm, model, data, args, environment) | dict(settings or {})
->>>>>>> Stashed changes
     config["contents"] = contents(model, rows, validation, critic_of(args), demonstrations_of(args))
     if check_same_config(folder, config) and (folder / "complete.json").exists():
         return folder
