@@ -34,6 +34,7 @@ class LoggedSteps:
     """The agent's tokens in logs as the policy sees them; arrays (N,), in the order of the logs.
 
     trajectory, turn: where the token stands. token: its id. log_prob: log π at temperature 1, in nats.
+    acting_log_prob: of the token under the distribution that the policy's play draws from, in nats.
     q, v: reduced target Q of the token and V of its state; None without value heads. return_to_go: what the log earned
       from this token on, discounted as in training; NaN where the log was cut. All three in reward units, less the
       reward scale's shift per scored turn (0 unless all episodes have equally many of them).
@@ -46,6 +47,7 @@ class LoggedSteps:
     turn: np.ndarray
     token: np.ndarray
     log_prob: np.ndarray
+    acting_log_prob: np.ndarray
     q: np.ndarray | None
     v: np.ndarray | None
     return_to_go: np.ndarray
@@ -142,6 +144,25 @@ def _measured(
     return {name: torch.cat(values, dim=-1).cpu().numpy() for name, values in parts.items()}
 
 
+def acting_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor | None, v: Tensor | None) -> Tensor:
+    """log of the distribution that the policy's play draws from, (n, V); greedy play is sure of its best token.
+
+    Args: logits (n, V), q (H, n, V) and v (n,) of its model at n states; see `values_at`.
+    """
+    log_prob = _decoding_log_prob(policy, logits, q, v, policy.sampling.beta)
+    if policy.sampling.temperature > 0:
+        return log_prob
+    best = log_prob.argmax(-1, keepdim=True)
+    return torch.full_like(log_prob, -torch.inf).scatter(-1, best, 0.0)
+
+
+def values_at(policy: LanguagePolicy, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Q (H, n, V) and V (n,) of hidden states (n, d), scaled; None without value heads."""
+    if not _has_heads(policy):
+        return None, None
+    return policy.model.q_values(hidden), policy.model.v_values(hidden)
+
+
 def _of_states(
     policy: LanguagePolicy, logits: Tensor, hidden: Tensor, token: Tensor, betas: Sequence[float], unit: float
 ) -> Iterator[tuple[str, Tensor]]:
@@ -149,9 +170,10 @@ def _of_states(
     taken = token.unsqueeze(-1)
     log_prob = logits.log_softmax(-1)
     yield "log_prob", log_prob.gather(-1, taken).squeeze(-1)
+    q, v = values_at(policy, hidden)
+    yield "acting_log_prob", acting_log_prob(policy, logits, q, v).gather(-1, taken).squeeze(-1)
     measures = torch.zeros(2, len(betas), len(token), device=logits.device)
-    if _has_heads(policy):
-        q, v = policy.model.q_values(hidden), policy.model.v_values(hidden)  # (H, n, V), (n,)
+    if q is not None:
         yield "q", unit * reduce_q(q, policy.sampling.q_reduce).gather(-1, taken).squeeze(-1)
         yield "v", unit * v
         plain = (logits / (policy.sampling.temperature or 1.0)).log_softmax(-1)

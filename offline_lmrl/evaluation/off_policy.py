@@ -1,0 +1,247 @@
+"""What a policy would earn, estimated from logs of other policies: beside other evidence, never a headline.
+
+    weighted importance sampling    Σ_i w_i G_i / Σ_i w_i,    w_i = Π_t π(a_t|s_t) / b(a_t|s_t)
+    fitted Q evaluation             Q(s,a) ← r + γ · b · V(s′),    V(s) ← Σ_a π(a|s) · Q̄(s,a)
+
+π is the distribution that the policy's play draws from, guidance and filters included; b that of the logs, as they
+recorded it. The first (Precup, Sutton, Singh 2000) is consistent, but few long episodes carry all the weight: its
+effective sample size says how few. The second (Le, Voloshin, Yue 2019) has less variance and an error nobody sees,
+where the fit or the logs do not cover what π would do.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offline_lmrl.data.batching import TokenBatch
+from offline_lmrl.data.episodes import StepRule
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.experience import Experience
+from offline_lmrl.data.scale import RewardScale
+from offline_lmrl.data.trajectory import Trajectory, with_own_token_ids
+from offline_lmrl.decoding.critic import log_encoder
+from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.evaluation.metrics import Cells, Estimate
+from offline_lmrl.evaluation.offline import acting_log_prob, read_logs, values_at
+from offline_lmrl.models.adapters import settings
+from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
+from offline_lmrl.ops.value_learning import q_loss, td_target
+
+WINDOWS = 32  # that are read at once
+ACTIONS = 64  # of a state's tokens the most probable ones enter the expectation over π, renormalised
+
+
+@dataclass(frozen=True)
+class WeightedReturn:
+    """Weighted importance sampling of the undiscounted score; `str` prints it.
+
+    score: with its interval over groups. effective: (Σw)² / Σw², in episodes of `episodes`. cut: episodes that were
+    cut, which count with what was logged.
+    """
+
+    score: Estimate
+    effective: float
+    episodes: int
+    cut: int
+
+    def __str__(self) -> str:
+        text = f"{self.score}, effective sample size {self.effective:.1f} of {self.episodes} episodes"
+        return text + (f" ({self.cut} cut ones count as logged)" if self.cut else "")
+
+
+@dataclass(frozen=True)
+class FittedValue:
+    """Fitted Q evaluation of the return from the logs' starts, discounted by `discount`; `str` prints it.
+
+    value: with its interval over fits (each on its own draw of groups) and groups. td_error: root mean square of
+    Q − (r + γ · b · V(s′)) on the logs, in reward units: 0 where the fit obeys its equation.
+    """
+
+    value: Estimate
+    td_error: float
+    fits: int
+    discount: StepRule
+
+    def __str__(self) -> str:
+        rule = self.discount
+        by = f"γ {rule.discount_per_token:g} per token and {rule.discount_per_turn:g} per turn"
+        return f"{self.value} over {self.fits} fits, {by}, TD error {self.td_error:.3g}"
+
+
+def importance_sampling(policy: LanguagePolicy, trajectories: Sequence[Trajectory]) -> WeightedReturn:
+    """Weighted importance sampling with one weight per episode.
+
+    Raises: InputError where an agent turn has no behaviour_log_prob of the policy's own tokens or does not fit its
+      window, where a return is asked for, and where π never says what any of the logs say.
+    """
+    _require_no_ask(policy)
+    steps = read_logs(policy, trajectories)
+    tokens = Counter(zip(steps.trajectory.tolist(), steps.turn.tolist(), strict=True))
+    behaviour = np.zeros(len(trajectories))
+    unknown = 0
+    for index, trajectory in enumerate(trajectories):
+        own = with_own_token_ids(trajectory, policy.renderer.fingerprint).turns
+        said = {turn: known.behaviour_log_prob or () for turn, known in enumerate(own) if known.is_trainable}
+        known = not trajectory.labels.get("options")  # π over all tokens is not what played there
+        unknown += not (known and said and all(len(of) == tokens[index, turn] for turn, of in said.items()))
+        behaviour[index] = sum(map(sum, said.values()))
+    if unknown:
+        raise InputError(f"found {unknown} of {len(trajectories)} trajectories without behaviour_log_prob for each of "
+                         "this policy's tokens (or with a choice of texts), expected none")  # fmt: skip
+    log_weight = np.bincount(steps.trajectory, steps.acting_log_prob, minlength=len(trajectories)) - behaviour
+    if not np.isfinite(log_weight.max()):
+        raise InputError("found no trajectory that this policy could have played, expected at least one")
+    weight = np.exp(log_weight - log_weight.max())
+    groups = [t.group or index for index, t in enumerate(trajectories)]
+    returns = [t.total_return for t in trajectories]
+    score = Cells.summed((0, *row) for row in zip(groups, weight * returns, weight, strict=True)).estimate()
+    effective = weight.sum() ** 2 / np.square(weight).sum()
+    cut = sum(not t.terminated for t in trajectories)
+    return WeightedReturn(score._replace(n=len(trajectories)), float(effective), len(trajectories), cut)
+
+
+def fitted_q_evaluation(
+    policy: LanguagePolicy,
+    trajectories: Sequence[Trajectory],
+    steps: int = 2000,
+    *,
+    fits: int = 3,
+    batch_size: int = 256,
+    learning_rate: float = 2e-3,
+    target_rate: float = 0.05,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> FittedValue:
+    """Fits fresh Q and V heads to the value of the policy; the trunk below them stays as it is.
+
+    They read its hidden states beside the mean of the embeddings so far, each dimension standardised, because a policy
+    that acts alike in two states need not tell them apart. What both leave alike Q cannot tell either. Windows and
+    discounts are those of the policy's run.
+
+    Args:
+      steps: optimizer steps of a fit. fits: each on groups drawn anew with replacement. batch_size: agent tokens.
+      target_rate: Polyak step of Q̄ per optimizer step. progress: called with (steps done, in all).
+    Raises: InputError where a return is asked for, for a policy behind demonstrations, and where no agent turn fits.
+    """
+    _require_no_ask(policy)
+    if steps < 1:
+        raise InputError(f"steps: found {steps}, expected at least 1")
+    if settings(policy.model.config).get("prompt") is not None:
+        raise InputError("found a policy trained behind demonstrations, expected one trained without a prompt")
+    logs = _Logs(policy, trajectories)
+    vocabulary, device = policy.model.get_output_embeddings().weight.shape[0], policy.model.device
+    groups = [t.group or index for index, t in enumerate(trajectories)]
+    values, errors = [], []
+    for fit in range(fits):
+        rng = np.random.default_rng([seed, fit])
+        torch.manual_seed(int(rng.integers(2**31)))  # the heads' first layers
+        config = ValueHeadsConfig("mlp", heads=1, initial_value=logs.mean_return)
+        heads = ValueHeads(config, vocabulary, logs.columns["features"].shape[1]).to(device)
+        for head in heads.children():
+            head.reset()
+        heads.update_targets(1.0)
+        optimizer = torch.optim.Adam([*heads.q.parameters(), *heads.v.parameters()], learning_rate)
+        drawn = logs.drawn(groups, rng)
+        for step in range(steps):
+            loss = logs.losses(heads, rng.choice(drawn, batch_size))[0].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            heads.update_targets(target_rate)
+            if progress is not None:
+                progress(fit * steps + step + 1, fits * steps)
+        value, error = logs.read(heads, batch_size)
+        values += [(fit, groups[episode], v) for episode, v in value.items()]
+        errors.append(error)
+    return FittedValue(Cells.of(values).estimate(), float(np.mean(errors)), fits, logs.encoder.steps)
+
+
+def _require_no_ask(policy: LanguagePolicy) -> None:
+    if policy.slots is not None:
+        raise InputError("found a policy that is conditioned on returns, expected one that is not: what it is asked "
+                         "for is no part of the logs")  # fmt: skip
+
+
+class _Logs:
+    """Logs as steps, read once.
+
+    columns: of `ActionSteps`, and features and next_features (N,d), actions that π would take (N,K), token ids, and
+    their probability (N,K).
+    """
+
+    def __init__(self, policy: LanguagePolicy, trajectories: Sequence[Trajectory]):
+        self.encoder = log_encoder(policy)
+        self.encoder.scale = RewardScale.fit(trajectories, discounted=True)  # Q's unit, whatever the run's was
+        experience = Experience.of(trajectories, self.encoder, Counter(), policy.renderer.close_id)
+        if not len(experience.windows):
+            raise InputError("data: found no agent turn that fits, expected at least one")
+        self.episode, self.mean_return = experience.episode, experience.windows.mean_return
+        parts: dict[str, list[Tensor]] = {}
+        for start in range(0, len(experience.windows), WINDOWS):
+            index = np.arange(start, min(start + WINDOWS, len(experience.windows)))
+            for name, values in _read(policy, experience.windows.batch(index)).items():
+                parts.setdefault(name, []).append(values)
+        self.columns = {name: torch.cat(values) for name, values in parts.items()}
+        spread, mean = torch.std_mean(self.columns["features"], dim=0, correction=0)
+        for name in ("features", "next_features"):
+            self.columns[name] = (self.columns[name] - mean) / spread.clamp(min=1e-6)
+
+    def drawn(self, groups: Sequence[Hashable], rng: np.random.Generator) -> np.ndarray:
+        """Steps of as many groups as there are, drawn with replacement."""
+        members: dict[Hashable, list[int]] = {}
+        for step, episode in enumerate(self.episode.tolist()):
+            members.setdefault(groups[episode], []).append(step)
+        lists = list(members.values())
+        return np.concatenate([lists[i] for i in rng.integers(len(lists), size=len(lists))])
+
+    def losses(self, heads: ValueHeads, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, V under π, and TD error of these steps, each (n,), scaled."""
+        steps = {name: column[index] for name, column in self.columns.items()}
+        features = steps["features"]
+        q = heads.q(features, None, steps["action"].unsqueeze(-1)).squeeze(-1)  # (1,n)
+        with torch.no_grad():
+            target_q = heads.target_q(features, None, steps["actions"])[0]
+            expected = (steps["probability"] * target_q).sum(-1)
+            next_v = heads.v(steps["next_features"])[0]
+        target = td_target(steps["reward"], next_v, steps["bootstrap"], steps["discount"])
+        known = steps["has_target"]
+        loss = q_loss(q, target) * known + (heads.v(features)[0] - expected).square()
+        return loss, expected, (q[0] - target).detach() * known
+
+    @torch.no_grad()
+    def read(self, heads: ValueHeads, batch_size: int) -> tuple[dict[int, float], float]:
+        """Value of each episode's first state, by episode, and the TD error, in reward units."""
+        chunks = np.array_split(np.arange(len(self.episode)), -(-len(self.episode) // batch_size))
+        v, error = (torch.cat(part).cpu().numpy() for part in
+                    zip(*(self.losses(heads, chunk)[1:] for chunk in chunks), strict=True))  # fmt: skip
+        unit = self.encoder.scale.scale
+        episodes, first = np.unique(self.episode, return_index=True)
+        value = dict(zip(episodes.tolist(), (unit * v[first]).tolist(), strict=True))
+        return value, unit * float(np.sqrt(np.square(error).mean()))
+
+
+@torch.no_grad()
+def _read(policy: LanguagePolicy, batch: TokenBatch) -> dict[str, Tensor]:
+    """The columns of `_Logs` for the steps of a batch."""
+    model, windows = policy.model.eval(), batch["windows"]
+    ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
+    steps = {name: value.to(model.device) for name, value in batch["steps"].items()}
+    place = steps["row"], steps["state"]
+    logits, hidden = model.packed_logits(*place, input_ids=ids[:windows], attention_mask=mask[:windows])
+    read, embedded = hidden, model.get_input_embeddings()(ids).float()
+    if windows < len(ids):
+        behind = model.get_decoder()(input_ids=ids[windows:], attention_mask=mask[windows:], use_cache=False)[0]
+        read = torch.cat([hidden, behind])
+    log_prob = acting_log_prob(policy, logits.float(), *values_at(policy, hidden[place]))
+    best, actions = log_prob.topk(min(ACTIONS, log_prob.shape[-1]))
+    so_far = embedded.cumsum(1) / torch.arange(1, ids.shape[1] + 1, device=ids.device).unsqueeze(-1)
+    features = torch.cat([read.float(), so_far], dim=-1)  # (B,T,2d)
+    columns = {
+        "features": features[place], "next_features": features[steps["next_row"], steps["next_state"]],
+        "actions": actions, "probability": best.softmax(-1),
+    }  # fmt: skip
+    return columns | {name: steps[name] for name in ("action", "reward", "discount", "bootstrap", "has_target")}
