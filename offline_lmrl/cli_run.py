@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from offline_lmrl.cli_data import config_path, prepare_from_settings
@@ -12,9 +13,9 @@ if TYPE_CHECKING:
     from jsonargparse import Namespace
 
 TRAIN_HELP = """Learn from scored trajectories, or by playing. FILE.yaml, or the name of a shipped config, says
-`algorithm`, `model`, `data` and `args`, and for ppo `environment`; this help is for one algorithm (--algorithm NAME).
-A run that was stopped goes on from its last complete checkpoint when it is started again. --help_all adds the settings
-of transformers.TrainingArguments (output_dir, max_steps, seed, ...)."""
+`algorithm`, `model`, `data` and `args`, for ppo `environment`, and `prepare` where the data are made first; this help
+is for one algorithm (--algorithm NAME). A run that was stopped goes on from its last complete checkpoint when it is
+started again. --help_all adds the settings of transformers.TrainingArguments (output_dir, max_steps, seed, ...)."""
 
 COMPARE_HELP = """Train and evaluate the methods of FILE.yaml, or of a shipped config, over seeds, and print one
 table. A comparison that was stopped goes on where it was."""
@@ -28,6 +29,10 @@ def train(argv: Sequence[str]) -> None:
 
     from offline_lmrl.algorithms import run
 
+    if values.prepare is not None and values.data.train is not None:
+        with values.args.main_process_first(local=False, desc="preparing the data"):
+            if not Path(values.data.train).exists():
+                prepare_from_settings(values.prepare)
     run_settings = (values.algorithm, values.model, values.data, values.args, values.environment)
     if values.dry_run:
         for name, value in run.dry_run(*run_settings).items():
@@ -42,8 +47,8 @@ def train(argv: Sequence[str]) -> None:
 
 
 def train_settings(argv: Sequence[str]) -> "Namespace":
-    """The `algorithm, model, data, environment, args` and `dry_run` of a train file and what follows it, built and
-    checked."""
+    """The `algorithm, model, data, prepare, environment, args` and `dry_run` of a train file and what follows it,
+    built and checked."""
     file, rest = split_file(argv)
     settings = {} if file is None else read_settings(config_path(file))
     asks_help = bool({"-h", "--help", "--help_all"} & set(rest))
@@ -63,6 +68,8 @@ def train_settings(argv: Sequence[str]) -> "Namespace":
     parser.add_argument("--algorithm", type=Literal[tuple(ALGORITHMS)], default=algorithm)
     parser.add_dataclass(ModelConfig, "model")
     parser.add_dataclass(DataConfig, "data")
+    parser.add_argument("--prepare", type=dict[str, Any] | None, default=None,
+                        help="where data.train is missing: `command`, what follows `prepare`, and its settings")
     parser.add_argument("--environment", type=dict[str, Any] | None, default=None,
                         help="for ppo: `name` of an environment or package.module:Class, and its settings")
     parser.add_dataclass(config_class, "args", TrainingArguments, show_base="--help_all" in rest)

@@ -1,5 +1,6 @@
 """The commands that score: relabel, select, evaluate on comparisons, generate with best-of-n."""
 
+import gzip
 import json
 
 import pytest
@@ -107,3 +108,28 @@ def test_generate_gives_the_best_of_several_replies_or_abstains(command, tmp_pat
     assert code == 2 and err.startswith("error: scorer: missing")
     code, _, err = command("generate", tmp_path / "run", *settings, "--scorer", LENGTH, *share[:2])
     assert code == 2 and err.startswith("error: coverage: found 0.5 with held_out None")
+
+
+def test_one_command_goes_from_a_folder_of_pairs_to_a_run(command, tmp_path):
+    turns = "\n\nHuman: say it {}\n\nAssistant: {}"
+    rows = [{"chosen": turns.format(i, "up"), "rejected": turns.format(i, "left")} for i in range(30)]
+    source = tmp_path / "harmless-base"
+    source.mkdir()
+    with gzip.open(source / "train.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    scratch = "{model_type: gpt2, n_layer: 1, n_embd: 8, n_head: 1, n_positions: 96}"
+    small = ("--model.path", "null", "--model.lora", "null", "--model.scratch", scratch, "--args.max_length", 96,
+             "--args.max_steps", 1, "--args.use_cpu", "true", "--args.save_strategy", "no")  # fmt: skip
+    made = tmp_path / "hh"
+    data = ("--prepare.input", source, "--prepare.output", made, "--data.train", made / "train.jsonl",
+            "--data.validation", made / "validation.jsonl")  # fmt: skip
+    for name in ("reward_model", "ilql", "return_conditioned"):
+        code, out, err = command("train", f"preferences/{name}", *data, *small, "--args.output_dir", tmp_path / name)
+        assert code == 0, err
+        assert out.splitlines()[-1] == str(tmp_path / name)
+    (tmp_path / "prompts.txt").write_text("say it\n")
+    for name in ("ilql", "return_conditioned"):
+        best = ("--scorer", tmp_path / "reward_model", "--best_of", 2, "--max_new_tokens", 3, "--device", "cpu")
+        code, out, err = command("generate", tmp_path / name, "--prompts", tmp_path / "prompts.txt", *best)
+        assert code == 0, err
+        assert len(out.splitlines()) == 1
