@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("offline_lmrl.cli_run:train", "learn from scored trajectories: bc, ilql"),
     "evaluate": ("offline_lmrl.cli_play:evaluate", "measure a run in an environment or on held-out logs"),
     "generate": ("offline_lmrl.cli_play:generate", "reply to prompts with a run, value-guided; --chat to talk to it"),
+    "export": ("offline_lmrl.cli_play:export", "write a run as a plain checkpoint, which any engine serves"),
     "compare": ("offline_lmrl.cli_run:compare", "train and evaluate several methods over seeds and print one table"),
     "relabel": ("offline_lmrl.cli_score:relabel", "score logs with a reward model, rules, or what combines them"),
     "select": ("offline_lmrl.cli_score:select", "name the pairs that an ensemble disputes: what to label next"),

@@ -8,7 +8,7 @@ import difflib
 import json
 import re
 from argparse import SUPPRESS
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -59,10 +59,10 @@ class Parser(ArgumentParser):
                     action.help = texts.get(action.dest, action.help)
             group._group_actions.sort(key=lambda action: action.dest in inherited)
 
-    def add_overrides(self, cls: type, title: str) -> None:
+    def add_overrides(self, cls: type, title: str, skip: Collection[str] = ()) -> None:
         """Add the fields of a dataclass as `--field`; the result has only those that were given."""
         hints, texts, group = get_type_hints(cls), field_help(cls), self.add_argument_group(title)
-        for field in fields(cls):
+        for field in (field for field in fields(cls) if field.name not in skip):
             group.add_argument(f"--{field.name}", type=hints[field.name], default=SUPPRESS, help=texts.get(field.name))
 
     def parse(self, argv: Sequence[str], settings: Mapping[str, Any] | None = None, source: str = "") -> Namespace:

@@ -1,9 +1,9 @@
-"""Commands that use a run: evaluate, generate."""
+"""Commands that use a run: evaluate, generate, export."""
 
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -34,13 +34,24 @@ def generate(argv: Sequence[str]) -> None:
     _call("generate RUN [--prompts FILE] [--output FILE] [--chat] [--key value ...]", _generate, argv, flags)
 
 
+def export(argv: Sequence[str]) -> None:
+    """`export RUN --output DIR`."""
+    usage = "export RUN --output DIR [--data LOGS] [--key value ...]"
+    _call(usage, _export, argv, without=("ask", "max_new_tokens", "stop"))
+
+
 def _call(
-    usage: str, function: Callable[..., None], argv: Sequence[str], flags: Mapping[str, str] | None = None
+    usage: str,
+    function: Callable[..., None],
+    argv: Sequence[str],
+    flags: Mapping[str, str] | None = None,
+    without: Collection[str] = (),
 ) -> None:
     """Call a function of a run; the fields of SamplingConfig that are given go into its parameter `sampling`.
 
     Args:
       flags: parameters that take no value on the command line, with their help.
+      without: fields of SamplingConfig that are not offered.
     """
     from offline_lmrl.decoding.sampler import SamplingConfig
 
@@ -48,7 +59,7 @@ def _call(
     for name, text in (flags or {}).items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_function_arguments(function, as_positional=True, skip={"sampling", *(flags or {})})
-    parser.add_overrides(SamplingConfig, "Decoding; what is not given is as saved with the run")
+    parser.add_overrides(SamplingConfig, "Decoding; what is not given is as saved with the run", without)
     values = parser.parse(argv).as_dict()
     sampling = {field.name: values.pop(field.name) for field in fields(SamplingConfig) if field.name in values}
     SamplingConfig(**sampling)  # a number out of range shows before the model is loaded
@@ -253,6 +264,24 @@ def _generate(
         return
     with atomic_output(output) as temporary:
         temporary.write_text("".join(rows), encoding="utf-8")
+
+
+def _export(
+    run: str, *, output: Path, data: str | None = None, device: str | None = None, sampling: Mapping[str, Any]
+) -> None:
+    """Write a run as a plain checkpoint of its base model, which other engines serve, and a README.md about it.
+
+    Args:
+      run: a run directory.
+      output: a folder that is not there yet.
+      data: held-out trajectories, on which the run's decoding is compared with the checkpoint's: needed where it
+        cannot be kept as it is, as with q_reduce min, support, candidates, or a clip.
+      device: null = the first accelerator, else the CPU.
+    """
+    from offline_lmrl.evaluation.export import export as export_run
+
+    print(export_run(run, output, data, device=device, **sampling))
+    print(output)
 
 
 def read_prompts(source: str) -> list[list[Turn]]:

@@ -212,6 +212,11 @@ class ReturnScale:
         return cls(values["kind"], values["per"], tables)
 
 
+def texts_of(block: Mapping[str, Any]) -> list[str]:
+    """What stands for each bin in a model's `returns` block with conditions as text."""
+    return [block["text"].format(bin=b + 1, bins=block["bins"]) for b in range(block["bins"])]
+
+
 def with_slots(prompt: Sequence[int], opening: Sequence[int], slot: Ids) -> list[int]:
     """A prompt that ends with the agent's opening, with the same slot before that and every earlier one.
 
@@ -254,7 +259,7 @@ class Slots:
         if block["condition"] == "embedding":
             null, bins = (vocabulary,), tuple((vocabulary + 1 + b,) for b in range(block["bins"]))
         else:
-            texts = [block["text"].format(bin=b + 1, bins=block["bins"]) for b in range(block["bins"])]
+            texts = texts_of(block)
             null, bins = (), tuple(tuple(renderer.encode_content(text)) for text in texts)
             if len({*bins, null}) <= len(bins):
                 raise InputError(f"text: found {texts[0]!r} and others that the tokenizer does not tell apart, "

@@ -161,6 +161,13 @@ class Renderer:
         text = text.removesuffix(self._before_close) if closed else text
         return text.removeprefix(self._text.lead["assistant"])
 
+    def printed(self, turns: Sequence[Turn], prompt: bool = False, slot: str = "") -> str:
+        """The assembly as text; `prompt` adds the opening of the agent's next turn, with `slot` before it."""
+        text, closing = self._text, self._text.closing | {"assistant": self._agent_closing}
+        ours = text.preamble + "".join(text.opening[turn.role] + text.lead[turn.role] + turn.content
+                                       + closing[turn.role] for turn in turns)
+        return ours + slot + text.opening["assistant"] if prompt else ours
+
     def differences(self, turns: Sequence[Turn]) -> str | None:
         """One line on the first difference between this assembly and what the stock template prints; None if none.
 
@@ -169,15 +176,12 @@ class Renderer:
         """
         if self._stock is None:
             return None
-        text, prompt = self._text, turns[-1].role != "assistant"
+        prompt = turns[-1].role != "assistant"
         try:
             stock = print_chat(self.tokenizer, [(turn.role, turn.content) for turn in turns], prompt)
         except InputError as error:
             return f"the template refuses this dialogue: {error.__cause__}"
-        closing = text.closing | {"assistant": self._agent_closing}
-        ours = text.preamble + "".join(text.opening[turn.role] + text.lead[turn.role] + turn.content
-                                       + closing[turn.role] for turn in turns)
-        ours += text.opening["assistant"] if prompt else ""
+        ours = self.printed(turns, prompt)
         if stock != ours:
             i = _first_difference(stock, ours)
             return f"character {i}: the template prints {_shown(stock, i)}, the assembly has {_shown(ours, i)}"
