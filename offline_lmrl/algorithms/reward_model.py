@@ -14,10 +14,10 @@ that an option is the best of its comparison (one-hot, a tie, or soft), one comp
 A batch counts comparisons, so all pairs of one prompt are one element of it, and the loss is their mean, each times
 its weight over the mean weight of the data.
 
-After training, scores of the training data's options get mean 0 and standard deviation 1 (`normalise: standard`;
-Ziegler et al. 2019 do it on samples of the reference policy), or mean 0 (`centre`; Stiennon et al. 2020 on reference
-summaries): preferences leave the location free. With `none`, those learnt from ratings have the ratings' unit. An
-ensemble is several runs, each with its own `seed` and `bootstrap`.
+After training, the scores of `reference` replies get mean 0 and standard deviation 1 (`normalise: standard`; Ziegler
+et al. 2019 take samples of the reference policy), or mean 0 (`centre`; Stiennon et al. 2020 take human summaries), as
+preferences leave the location free; without such replies it is the training data's options. With `none`, those learnt
+from ratings have the ratings' unit. An ensemble is several runs, each with its own `seed` and `bootstrap`.
 """
 
 from collections import Counter
@@ -73,6 +73,7 @@ class RewardModelConfig(BaseConfig):
       votes (Askell et al. 2021; `binarised`); the run that learns from the target's preferences starts from that one.
     bootstrap: seed of a sample with replacement, as large as the data; None = the data as they are.
     normalise: scores after training: none, centre (mean 0) or standard (mean 0 and standard deviation 1).
+    reference: trajectories whose replies get these scores, such as what `generate` writes; None = the training data.
     """
 
     head: Literal["terminal", "turn", "token"] = "terminal"
@@ -82,11 +83,14 @@ class RewardModelConfig(BaseConfig):
     binarise: bool = False
     bootstrap: int | None = None
     normalise: Literal["none", "centre", "standard"] = "standard"
+    reference: str | None = None
 
     def __post_init__(self) -> None:
         check_range(self, error_rate=(0, 0.999), margin=(0, 1e6), learning_rate=(0, 1e6))
         if self.loss != "pairs" and (self.error_rate > 0 or self.margin > 0):
             raise InputError(f"loss: found {self.loss} with an error_rate or a margin, which only pairs has")
+        if self.reference is not None and self.normalise == "none":
+            raise InputError("reference: found it with normalise: none, expected centre or standard")
         if self.loss == "regression" and self.binarise:
             raise InputError("binarise: found it with regression, expected a loss of comparisons")
         super().__post_init__()
@@ -154,6 +158,10 @@ class RewardModelTrainer(BaseTrainer):
         held_out = None if held_out is None else self._encode(_read(held_out), args, Counter())
         if args.loss == "regression":
             self._standardise(encoded, held_out)
+        self.reference = encoded
+        if args.reference is not None:
+            replies = read_trajectories(args.reference)
+            self.reference = encode_scored(replies, self.renderer, args.window, Counter())
         return model, encoded, held_out
 
     def _pad_id(self) -> int:
@@ -212,7 +220,7 @@ class RewardModelTrainer(BaseTrainer):
 
     @torch.no_grad()
     def normalise(self) -> None:
-        """Gives the scores of the training data's options, or of a sample of them, the location and spread asked for.
+        """Gives the scores of the reference replies, or of a sample of them, the location and spread asked for.
 
         Raises: InputError where they do not differ, so that no gain gives them a spread.
         """
@@ -222,10 +230,10 @@ class RewardModelTrainer(BaseTrainer):
                 mean, spread = self.rating
                 fold(model, spread, mean)
             return
-        order = np.random.default_rng(0).permutation(len(self.train_dataset))[:NORMALISED_ON]
+        order = np.random.default_rng(0).permutation(len(self.reference))[:NORMALISED_ON]
         scores = []
         for start in range(0, len(order), self.args.eval_batch_size):
-            batch = self._prepare_inputs(self.train_dataset.batch(order[start : start + self.args.eval_batch_size]))
+            batch = self._prepare_inputs(self.reference.batch(order[start : start + self.args.eval_batch_size]))
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             scores.append(model(**inputs, read=read_mask(batch, self.args.head)))
         score = torch.cat(scores)

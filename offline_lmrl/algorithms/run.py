@@ -197,16 +197,18 @@ def contents(
     validation: Rows | None,
     critic: str | None = None,
     demonstrations: str | None = None,
+    reference: str | None = None,
 ) -> dict[str, str | None]:
-    """sha256 of what lies behind the paths of a run: data, demonstrations, and the weights of local folders that it
-    starts from or learns from."""
+    """sha256 of what lies behind the paths of a run: data, demonstrations, replies of reference, and the weights of
+    local folders that it starts from or learns from."""
     found = {
         "train": fingerprint(rows),
         "validation": None if validation is None else fingerprint(validation),
         "start_weights": _weights(model.path),
     }
-    if demonstrations is not None:
-        found["demonstrations"] = fingerprint(read_trajectories(demonstrations))
+    for name, source in (("demonstrations", demonstrations), ("reference", reference)):
+        if source is not None:
+            found[name] = fingerprint(read_trajectories(source))
     return found | ({} if critic is None else {"critic_weights": _weights(critic)})
 
 
@@ -278,7 +280,9 @@ def train(
     counts: Counter[str] = Counter()
     rows, validation = read_data(algorithm, data, counts)
     config = resolved_config(algorithm, model, data, args, environment) | dict(settings or {})
-    config["contents"] = contents(model, rows, validation, critic_of(args), demonstrations_of(args))
+    config["contents"] = contents(
+        model, rows, validation, critic_of(args), demonstrations_of(args), getattr(args, "reference", None)
+    )
     if check_same_config(folder, config) and (folder / "complete.json").exists():
         return folder
     world = open_environment(algorithm, environment, players or {})

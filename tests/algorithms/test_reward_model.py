@@ -156,6 +156,23 @@ def test_pre_training_reads_every_reply_marked_good_and_marked_bad_and_hands_its
         config(tmp_path, loss="regression", binarise=True)
 
 
+@pytest.mark.parametrize("normalise", ["centre", "standard"])
+def test_scores_of_the_replies_of_reference_are_normalised(tmp_path, normalise):
+    write_trajectories(tmp_path / "said.jsonl", [Trajectory((Turn("user", "say it"), Turn("assistant", text)))
+                                                 for text in ("good", "fine 1", "fine 2")])  # fmt: skip
+    made = trainer(tmp_path, normalise=normalise, reference=str(tmp_path / "said.jsonl"))
+    made.train()
+    bias = made.model.config.offline_lmrl["reward"]["bias"]
+    found = scores(made, made.reference.batch(range(3))) + bias
+    assert_close(found.mean(), torch.tensor(0.0), atol=1e-4, rtol=0)
+    assert (abs(found.std(correction=0) - 1) < 1e-4) == (normalise == "standard")
+    assert abs((scores(made, batch_of(made)) + bias).mean()) > 1e-3
+    found = run.contents(ModelConfig(path="x"), RULE, None, reference=str(tmp_path / "said.jsonl"))
+    assert found["reference"] == run.fingerprint(made.read(tmp_path / "said.jsonl"))
+    with pytest.raises(InputError, match="reference: found it with normalise: none"):
+        config(tmp_path, reference="x", normalise="none")
+
+
 def test_each_loss_takes_its_own_kind_of_data(tmp_path):
     write_trajectories(tmp_path / "rated.jsonl", RATED)
     assert RewardModelTrainer.read(tmp_path / "rated.jsonl") == RATED
