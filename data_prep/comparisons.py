@@ -3,23 +3,58 @@
 Every row becomes a comparison or is dropped for a named reason, and the counts add up: rows = imported + Σ dropped,
 and imported = the comparisons of all splits + those merged into others + those removed because their group is in a
 later split.
+
+Comparisons wait on disk, in buckets by group, until all are read: what is merged, split and counted needs its own
+group only, so memory holds a bucket and not the data. A bucket holds its groups whole.
 """
 
+import heapq
+import json
+import multiprocessing
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping
+import tempfile
+import zlib
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data_prep.reports import write_json
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.comparison_checks import Feature, describe, merge_repeats
+from offline_lmrl.data.comparison import Comparison, to_record
+from offline_lmrl.data.comparison_checks import Feature, facts, merge_repeats, tally
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.forms import Drop
-from offline_lmrl.data.io import Row, group_key, raw_splits, split_by_group, write_comparisons
+from offline_lmrl.data.io import Row, atomic_output, group_key, raw_splits, split_by_group
+from offline_lmrl.data.preference_forms import read_comparison
 from offline_lmrl.data.trajectory import shown
 
+_BUCKETS = 512  # by group: of a million comparisons each holds some thousand
+_CHUNK = 500  # rows that a process reads at once
 _FOUND = re.compile(r"(?P<field>.*?): found .*, expected (?P<expected>.*)", re.DOTALL)
+
+
+def convert(
+    source: str | Path, read: Callable[[Any, str, Counter], Comparison | None], output: str | Path, validation: float,
+    seed: int, processes: int = 1,
+) -> dict[str, Any]:
+    """`import_rows` and `publish` where each row makes one comparison: in a memory that does not grow with the rows.
+
+    Args:
+      read: as in `import_rows`, and picklable: a function of a module, or a `functools.partial` of one.
+      processes: how many read rows at once.
+    """
+    parts = raw_splits(source)
+    counts: Counter[str] = Counter()
+    with _scratch(output) as folder:
+        chunks = _chunks((name, place, where, row) for name, rows in parts.items()
+                         for place, (where, row) in enumerate(rows))  # fmt: skip
+        for lines, mine in _map(partial(_convert, read), chunks, processes):
+            counts.update(mine)
+            _spill(lines, folder)
+        return _finish(folder, list(parts), output, _counted(source, counts), validation, seed, processes, {})
 
 
 def import_rows(
@@ -35,22 +70,10 @@ def import_rows(
     """
     made: dict[str, list[Any]] = {}
     counts: Counter[str] = Counter()
-    total = 0
     for name, rows in raw_splits(source).items():
-        made[name] = []
-        for where, row in rows:
-            total += 1
-            one = _read(row, where, read, counts)
-            if one is not None:
-                made[name].append(one)
-    dropped = _part(counts, "dropped: ")
-    if not any(made.values()):
-        why = "; ".join(f"{reason}: {n}" for reason, n in Counter(dropped).most_common(3)) or "no rows"
-        raise InputError(f"{source}: found no row to use ({why}), expected at least one")
-    imported = sum(map(len, made.values()))
-    assert imported + sum(dropped.values()) == total
-    return made, {"rows": total, "imported": imported, "dropped": dropped, "repaired": _part(counts, "repaired: "),
-                  "kept as it is": _part(counts, "kept: ")}
+        found = (_read(row, where, read, counts) for where, row in rows)
+        made[name] = [one for one in found if one is not None]
+    return made, _counted(source, counts)
 
 
 def separate(made: Mapping[str, list[Row]], validation: float, seed: int) -> tuple[dict[str, list[Row]], int]:
@@ -73,7 +96,7 @@ def separate(made: Mapping[str, list[Row]], validation: float, seed: int) -> tup
         removed += len(splits[name]) - len(own)
         later |= {group_key(row) for row in own}
         splits[name] = own
-    return {name: rows for name, rows in splits.items() if rows}, removed
+    return splits, removed
 
 
 def publish(
@@ -88,24 +111,141 @@ def publish(
       validation, seed: as in `separate`.
       features: further baselines by name.
     """
-    merges: Counter[str] = Counter()
-    splits, removed = separate({name: merge_repeats(rows, merges) for name, rows in made.items()}, validation, seed)
-    everything = [row for rows in splits.values() for row in rows]
+    with _scratch(output) as folder:
+        _spill((_line(name, place, row) for name, rows in made.items() for place, row in enumerate(rows)), folder)
+        return _finish(folder, list(made), output, report, validation, seed, 1, features or {})
+
+
+def _finish(
+    folder: Path, names: Sequence[str], output: str | Path, report: Mapping[str, Any], validation: float, seed: int,
+    processes: int, features: Mapping[str, Feature],
+) -> dict[str, Any]:
+    """From the buckets in `folder` to files and report. A group is in one bucket, so each can be done by itself."""
+    settle = partial(_settle, names=names, validation=validation, seed=seed, features=features)
+    counts: Counter = Counter()
+    for mine in _map(settle, sorted(folder.glob("bucket-*")), processes):
+        counts.update(mine)
+    splits = {key[1]: {"comparisons": n, "groups": counts["split groups", key[1]]}
+              for key, n in counts.items() if key[0] == "split rows" and n}  # fmt: skip
     report = {
         **report,
-        "merged": _part(merges, "merged: "),
-        "removed, their group is in a later split": removed,
-        "splits": {name: {"comparisons": len(rows), "groups": len({group_key(row) for row in rows})}
-                   for name, rows in splits.items()},
-        **describe(everything, features),
-    }  # fmt: skip
-    for name, rows in splits.items():
-        write_comparisons(Path(output) / f"{name}.jsonl", rows)
+        "merged": _part(counts, "merged: "),
+        "removed, their group is in a later split": counts["removed"],
+        "splits": splits,
+        **facts(counts),
+    }
+    for name in splits:
+        with ExitStack() as opened, atomic_output(Path(output) / f"{name}.jsonl") as temporary:
+            parts = [opened.enter_context(path.open(encoding="utf-8")) for path in folder.glob(f"{name}.bucket-*")]
+            file = opened.enter_context(temporary.open("w", encoding="utf-8"))
+            file.writelines(line.partition(" ")[2]
+                            for line in heapq.merge(*parts, key=lambda line: int(line.partition(" ")[0])))  # fmt: skip
     write_json(Path(output) / "report.json", report)
     return report
 
 
+def _settle(
+    bucket: Path, names: Sequence[str], validation: float, seed: int, features: Mapping[str, Feature]
+) -> Counter:
+    """Merges and splits the comparisons of one bucket, and writes them beside it, in the order of the source."""
+    made: dict[str, list[Comparison]] = {name: [] for name in names}
+    places: dict[tuple, int] = {}
+    with bucket.open(encoding="utf-8") as lines:
+        for line in lines:
+            name, place, record = json.loads(line)
+            row = read_comparison(record, str(bucket), Counter(), allow_empty=True)
+            made[name].append(row)
+            places.setdefault(_words(row), place)
+    counts: Counter = Counter()
+    splits, counts["removed"] = separate(
+        {name: merge_repeats(rows, counts) for name, rows in made.items()}, validation, seed)  # fmt: skip
+    for name, rows in splits.items():
+        counts["split rows", name] += len(rows)
+        counts["split groups", name] += len({group_key(row) for row in rows})
+        with bucket.with_name(f"{name}.{bucket.name}").open("w", encoding="utf-8") as file:
+            file.writelines(f"{places[_words(row)]} {json.dumps(to_record(row), ensure_ascii=False)}\n"
+                            for row in sorted(rows, key=lambda row: places[_words(row)]))  # fmt: skip
+    counts.update(tally([row for rows in splits.values() for row in rows], features))
+    return counts
+
+
+def _convert(
+    read: Callable[[Any, str, Counter], Comparison | None], chunk: Sequence[tuple[str, int, str, Any]]
+) -> tuple[list[tuple[int, str]], Counter[str]]:
+    counts: Counter[str] = Counter()
+    lines = []
+    for name, place, where, row in chunk:
+        made = _read(row, where, read, counts)
+        if made is not None:
+            lines.append(_line(name, place, made))
+    return lines, counts
+
+
+def _line(name: str, place: int, row: Comparison) -> tuple[int, str]:
+    """A line of a bucket, and the number of the bucket."""
+    return zlib.crc32(group_key(row).encode()) % _BUCKETS, json.dumps([name, place, to_record(row)])
+
+
+def _spill(lines: Iterable[tuple[int, str]], folder: Path) -> None:
+    by_bucket: dict[int, list[str]] = defaultdict(list)
+    for number, line in lines:
+        by_bucket[number].append(line + "\n")
+    for number, some in by_bucket.items():
+        with (folder / f"bucket-{number:03}").open("a", encoding="utf-8") as file:
+            file.writelines(some)
+
+
+def _words(row: Comparison) -> tuple:
+    return row.context, frozenset(row.options)
+
+
+@contextmanager
+def _scratch(output: str | Path) -> Iterator[Path]:
+    """A folder beside the output that is gone afterwards."""
+    output = Path(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
+    except OSError as error:
+        raise InputError(f"{output}: found {error.strerror}, expected a path that can be written") from error
+    with scratch as folder:
+        yield Path(folder)
+
+
+def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
+    items = iter(items)
+    while chunk := list(islice(items, _CHUNK)):
+        yield chunk
+
+
+def _map(function: Callable[[Any], Any], items: Iterable[Any], processes: int) -> Iterator[Any]:
+    """In order; unlike `Pool.imap` it takes items only as they are needed, so memory holds a few."""
+    if processes == 1:
+        yield from map(function, items)
+        return
+    with multiprocessing.Pool(processes) as pool:
+        running: deque = deque()
+        for item in items:
+            running.append(pool.apply_async(function, (item,)))
+            if len(running) > 2 * processes:
+                yield running.popleft().get()
+        while running:
+            yield running.popleft().get()
+
+
+def _counted(source: str | Path, counts: Counter[str]) -> dict[str, Any]:
+    """The head of a report. Raises InputError where no row was imported."""
+    dropped = _part(counts, "dropped: ")
+    if not counts["imported"]:
+        why = "; ".join(f"{reason}: {n}" for reason, n in Counter(dropped).most_common(3)) or "no rows"
+        raise InputError(f"{source}: found no row to use ({why}), expected at least one")
+    assert counts["imported"] + sum(dropped.values()) == counts["rows"]
+    return {"rows": counts["rows"], "imported": counts["imported"], "dropped": dropped,
+            "repaired": _part(counts, "repaired: "), "kept as it is": _part(counts, "kept: ")}  # fmt: skip
+
+
 def _read(row: Any, where: str, read: Callable[[Any, str, Counter], Any], counts: Counter[str]) -> Any:
+    counts["rows"] += 1
     mine: Counter[str] = Counter()  # the repairs of a row that is dropped do not count
     try:
         if isinstance(row, InputError):
@@ -123,9 +263,11 @@ def _read(row: Any, where: str, read: Callable[[Any, str, Counter], Any], counts
         reason = f"{match['field']}: expected {match['expected']}" if match else text
         counts["dropped: " + re.sub(r"(?<![\w-])\d+", "N", re.sub(r"\[\d+\]", "", reason))] += 1
         return None
+    counts["imported"] += one is not None
     counts.update(mine if one is not None else {name: n for name, n in mine.items() if name.startswith("dropped: ")})
     return one
 
 
-def _part(counts: Counter[str], prefix: str) -> dict[str, int]:
-    return {name.removeprefix(prefix): n for name, n in counts.most_common() if name.startswith(prefix)}
+def _part(counts: Counter, prefix: str) -> dict[str, int]:
+    return {name.removeprefix(prefix): n for name, n in counts.most_common()
+            if isinstance(name, str) and name.startswith(prefix)}  # fmt: skip

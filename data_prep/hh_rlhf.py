@@ -11,10 +11,11 @@ A row is two transcripts, `chosen` and `rejected`. What is made of them:
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.comparisons import import_rows, publish
+from data_prep.comparisons import convert
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.preference_forms import is_transcript, read_comparison
@@ -25,7 +26,8 @@ _INNER_TAG = re.compile(r"\b(Human|Assistant):")
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, validation: float = 0.1, allow_empty: bool = False, seed: int = 0
+    input: str | Path, output: str | Path, *, validation: float = 0.1, allow_empty: bool = False, seed: int = 0,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Read transcripts and write train.jsonl, validation.jsonl (and test.jsonl of a test file) and report.json.
 
@@ -35,15 +37,11 @@ def prepare(
       validation: share of the groups (first human turns) of the training rows that goes to validation.
       allow_empty: keep rows in which a reply is empty.
       seed: of the split.
+      processes: how many read rows at once.
     Returns: counts and facts, as in report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
-
-    def read(row: Any, where: str, counts: Counter[str]) -> Comparison | None:
-        return read_transcripts(row, where, counts, allow_empty)
-
-    made, report = import_rows(input, read)
-    return publish(made, output, report, validation, seed)
+    return convert(input, partial(read_transcripts, allow_empty=allow_empty), output, validation, seed, processes)
 
 
 def read_transcripts(row: Any, where: str, counts: Counter[str], allow_empty: bool = False) -> Comparison | None:

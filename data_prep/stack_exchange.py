@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import fields
-from data_prep.comparisons import import_rows, publish
+from data_prep.comparisons import convert
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.forms import Drop, extra_columns
 from offline_lmrl.data.preference_forms import read_comparison
@@ -29,7 +29,9 @@ _MARKS = {**dict.fromkeys(_BLOCKS, "\n\n"), "li": "\n- ", "br": "\n", "code": "`
 _TAG = re.compile(rf"</?({'|'.join(_BLOCKS)}|li|br|code|pre|a|em|strong|img)\b[^<>]*>", re.IGNORECASE)
 
 
-def prepare(input: str | Path, output: str | Path, *, validation: float = 0.1, seed: int = 0) -> dict[str, Any]:
+def prepare(
+    input: str | Path, output: str | Path, *, validation: float = 0.1, seed: int = 0, processes: int = 1
+) -> dict[str, Any]:
     """Read questions with answers and votes and write train.jsonl, validation.jsonl and report.json.
 
     Args:
@@ -37,11 +39,11 @@ def prepare(input: str | Path, output: str | Path, *, validation: float = 0.1, s
       output: folder, made if it is missing.
       validation: share of the groups (questions) that goes to validation, where the source has no such split.
       seed: of the split.
+      processes: how many read rows at once.
     Returns: counts and facts, as in report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
-    made, report = import_rows(input, read_question)
-    return publish(made, output, report, validation, seed)
+    return convert(input, read_question, output, validation, seed, processes)
 
 
 def read_question(row: Mapping, where: str, counts: Counter[str]) -> Comparison | None:

@@ -31,6 +31,7 @@ def publish(
       validation, seed: as in `comparisons.separate`.
     """
     splits, removed = separate(made, validation, seed)
+    splits = {name: rows for name, rows in splits.items() if rows}
     everything = [row for rows in splits.values() for row in rows]
     facts = check(splits).to_dict()
     report = {

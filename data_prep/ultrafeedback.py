@@ -15,11 +15,12 @@ What is made of a row:
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_prep import fields
-from data_prep.comparisons import import_rows, publish
+from data_prep.comparisons import convert
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.forms import Drop, extra_columns
@@ -32,7 +33,8 @@ _USED = {"instruction", "completions", "models"}
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, truthful_qa: bool = False, validation: float = 0.1, seed: int = 0
+    input: str | Path, output: str | Path, *, truthful_qa: bool = False, validation: float = 0.1, seed: int = 0,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Read instructions with rated completions and write train.jsonl, validation.jsonl and report.json.
 
@@ -42,15 +44,11 @@ def prepare(
       truthful_qa: keep the questions of TruthfulQA.
       validation: share of the groups (instructions) that goes to validation, where the source has no such split.
       seed: of the split.
+      processes: how many read rows at once.
     Returns: counts and facts, as in report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
-
-    def read(row: Mapping, where: str, counts: Counter[str]) -> Comparison | None:
-        return read_rated(row, where, counts, truthful_qa)
-
-    made, report = import_rows(input, read)
-    return publish(made, output, report, validation, seed)
+    return convert(input, partial(read_rated, truthful_qa=truthful_qa), output, validation, seed, processes)
 
 
 def read_rated(row: Mapping, where: str, counts: Counter[str], truthful_qa: bool = False) -> Comparison | None:

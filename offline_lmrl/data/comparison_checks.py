@@ -19,7 +19,8 @@ Feature = Callable[[Comparison, int], float]  # of one option of a comparison
 _REFUSAL = re.compile(r"\b(i can ?(no|['’])t|i(['’]m| am) (sorry|afraid|unable|not (able|sure|comfortable))|"
                       r"i (won['’]t|will not)|i (do not|don['’]t) (think|want|feel)|as an ai)\b", re.IGNORECASE)
 _TEMPLATE = re.compile(r"<\|[^|<>]*\|>|</?s>|\[/?INST\]|<(start|end)_of_turn>|\b(Human|Assistant|User):")
-_ANNOTATORS = ("annotator", "worker", "labeler")
+_ANNOTATORS = {"annotator", "worker", "labeler"}
+_OUTCOMES = ("wins", "losses", "ties")
 _CUTS = (512, 1024, 2048)
 _Z = 1.959963984540054
 
@@ -34,57 +35,68 @@ def describe(comparisons: Sequence[Comparison], features: Mapping[str, Feature] 
     Args:
       features: further baselines by name.
     """
-    replies = [text for row in comparisons for _, text in _replies(row)]
-    contexts = [len(_text(row.context)) for row in comparisons]
-    sizes = Counter(len(row.options) for row in comparisons)
+    return facts(tally(comparisons, features))
+
+
+def tally(comparisons: Sequence[Comparison], features: Mapping[str, Feature] | None = None) -> Counter:
+    """The counts that `facts` are made of; those of two sets that share no group add up to those of both."""
     pairs = [(row, i, j) for row in comparisons for i, j in combinations(range(len(row.options)), 2)]
     decided = [(row, i, j) for row, i, j in pairs if row.preference(i, j) != 0.5]
-    same = sum(normalised(_text(row.options[i])) == normalised(_text(row.options[j])) for row, i, j in pairs)
+    counts = _count_pitfalls(comparisons)
+    for row in comparisons:
+        counts["size", len(row.options)] += 1
+        counts["context", len(_text(row.context))] += 1
+        for before, text in _replies(row):
+            counts["reply", len(text)] += 1
+            counts["characters of contexts"] += before
+    counts["pairs"] += len(pairs)
+    counts["decided"] += len(decided)
+    counts["same"] += sum(
+        normalised(_text(row.options[i])) == normalised(_text(row.options[j])) for row, i, j in pairs)
+    for name, feature in {**_FEATURES, **(features or {})}.items():
+        for outcome, n in zip(_OUTCOMES, _compete(decided, feature), strict=True):
+            counts["baseline", name, outcome] += n
+    return counts
+
+
+def facts(counts: Counter) -> dict[str, Any]:
+    """What `describe` says, from the counts of `tally`."""
+    sizes = sorted(key for key in counts if key[0] == "size")
+    compared = sum(key[1] * n for key, n in counts.items() if key[0] == "reply")
     return {
-        "comparisons": len(comparisons),
-        "by number of options": {str(k): n for k, n in sorted(sizes.items())},
-        "groups": len({group_key(row) for row in comparisons}),
-        "pairs": len(pairs),
-        "ties": len(pairs) - len(decided),
-        "characters of a context": _quantiles(contexts),
-        "characters of a reply": _quantiles([len(text) for text in replies]),
+        "comparisons": counts["rows"],
+        "by number of options": {str(key[1]): counts[key] for key in sizes},
+        "groups": counts["groups"],
+        "pairs": counts["pairs"],
+        "ties": counts["pairs"] - counts["decided"],
+        "characters of a context": _quantiles(counts, "context"),
+        "characters of a reply": _quantiles(counts, "reply"),
         "share of the characters that is compared": round(
-            sum(map(len, replies)) / max(1, sum(map(len, replies)) + sum(
-                context * len(row.options) for context, row in zip(contexts, comparisons, strict=True))), 4),
-        "checks": {"replies equal up to case and punctuation": same, **pitfalls(comparisons)},
-        "baselines": baselines(decided, features),
+            compared / max(1, compared + counts["characters of contexts"]), 4),
+        "checks": {"replies equal up to case and punctuation": counts["same"], **_check_facts(counts)},
+        "baselines": {key[1]: _accuracy(*(counts["baseline", key[1], outcome] for outcome in _OUTCOMES))
+                      for key in counts if key[0] == "baseline" and key[2] == _OUTCOMES[0]},
     }
 
 
 def pitfalls(rows: Sequence[Comparison | Trajectory]) -> dict[str, Any]:
     """Counts of what other tools break on; the replies of a trajectory are its trainable turns."""
-    replies = [reply for row in rows for reply in _replies(row)]
-    groups = Counter(group_key(row) for row in rows)
-    annotators = {str(row.labels[name]) for row in rows for name in _ANNOTATORS if name in row.labels}
-    return {
-        "rows that share their first user turn with another": sum(n for n in groups.values() if n > 1),
-        # Each of n siblings is left alone in the test rows only if all others are drawn too.
-        "share of a random 20% of rows with a sibling in the rest": round(
-            sum(n * (1 - 0.2 ** (n - 1)) for n in groups.values()) / max(len(rows), 1), 4),
-        "replies of at most one word": sum(len(text.split()) < 2 for _, text in replies),
-        "replies with a refusal in them": sum(bool(_REFUSAL.search(text)) for _, text in replies),
-        "texts with a speaker tag or a token of a chat template": sum(
-            bool(_TEMPLATE.search(turn.content)) for row in rows for turn in _turns(row)),
-        **{f"replies lost if rows were cut on the right at {cut} characters": sum(start >= cut for start, _ in replies)
-           for cut in _CUTS},
-        "annotators named": len(annotators),
-    }
+    return _check_facts(_count_pitfalls(rows))
 
 
-def baselines(pairs: Sequence[tuple[Comparison, int, int]],
-              features: Mapping[str, Feature] | None = None) -> dict[str, Any]:
-    """`prefer` for every feature, `features` included, by name."""
-    return {name: prefer(pairs, feature) for name, feature in {**_FEATURES, **(features or {})}.items()}
+def baselines(pairs: Sequence[tuple[Comparison, int, int]]) -> dict[str, Any]:
+    """`prefer` for every feature by name."""
+    return {name: prefer(pairs, feature) for name, feature in _FEATURES.items()}
 
 
 def prefer(pairs: Iterable[tuple[Comparison, int, int]], feature: Feature) -> dict[str, Any]:
     """How often the option with more of a feature is preferred: wins, losses, ties of the feature; the accuracy that
     counts such ties half, and its 95% interval (Wilson 1927), which takes pairs as independent."""
+    return _accuracy(*_compete(pairs, feature))
+
+
+def _compete(pairs: Iterable[tuple[Comparison, int, int]], feature: Feature) -> tuple[int, int, int]:
+    """Wins, losses and ties."""
     wins = losses = ties = 0
     for row, i, j in pairs:
         difference = feature(row, i) - feature(row, j)
@@ -94,6 +106,10 @@ def prefer(pairs: Iterable[tuple[Comparison, int, int]], feature: Feature) -> di
             wins += 1
         else:
             losses += 1
+    return wins, losses, ties
+
+
+def _accuracy(wins: int, losses: int, ties: int) -> dict[str, Any]:
     n = wins + losses + ties
     if not n:
         return {"wins": 0, "losses": 0, "ties": 0}
@@ -102,6 +118,40 @@ def prefer(pairs: Iterable[tuple[Comparison, int, int]], feature: Feature) -> di
     half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n)) / (1 + _Z**2 / n)
     return {"wins": wins, "losses": losses, "ties": ties, "accuracy": round(share, 4),
             "interval": [round(middle - half, 4), round(middle + half, 4)]}
+
+
+def _count_pitfalls(rows: Sequence[Comparison | Trajectory]) -> Counter:
+    counts: Counter = Counter()
+    groups = Counter(group_key(row) for row in rows)
+    for n in groups.values():
+        counts["groups"] += 1
+        counts["rows"] += n
+        counts["siblings"] += n if n > 1 else 0
+        # Each of n siblings is left alone in the test rows only if all others are drawn too.
+        counts["expected siblings"] += n * (1 - 0.2 ** (n - 1))
+    for row in rows:
+        for before, text in _replies(row):
+            counts["short"] += len(text.split()) < 2
+            counts["refusals"] += bool(_REFUSAL.search(text))
+            for cut in _CUTS:
+                counts["lost", cut] += before >= cut
+        counts["templates"] += sum(bool(_TEMPLATE.search(turn.content)) for turn in _turns(row))
+        for name in _ANNOTATORS & row.labels.keys():
+            counts["annotator", str(row.labels[name])] += 1
+    return counts
+
+
+def _check_facts(counts: Counter) -> dict[str, Any]:
+    return {
+        "rows that share their first user turn with another": counts["siblings"],
+        "share of a random 20% of rows with a sibling in the rest": round(
+            counts["expected siblings"] / max(counts["rows"], 1), 4),
+        "replies of at most one word": counts["short"],
+        "replies with a refusal in them": counts["refusals"],
+        "texts with a speaker tag or a token of a chat template": counts["templates"],
+        **{f"replies lost if rows were cut on the right at {cut} characters": counts["lost", cut] for cut in _CUTS},
+        "annotators named": sum(key[0] == "annotator" for key in counts),
+    }
 
 
 def merge_repeats(comparisons: Sequence[Comparison], counts: Counter[str]) -> list[Comparison]:
@@ -172,7 +222,16 @@ _FEATURES: dict[str, Feature] = {
 }
 
 
-def _quantiles(values: Sequence[int]) -> dict[str, float]:
-    if not values:
+def _quantiles(counts: Counter, kind: str) -> dict[str, float]:
+    """Of the lengths that are counted under (kind, length), as np.quantile has them."""
+    lengths = sorted(key[1] for key in counts if key[0] == kind)
+    ends = np.cumsum([counts[kind, length] for length in lengths])
+    if not lengths:
         return {}
-    return {name: float(np.quantile(values, level)) for name, level in (("median", 0.5), ("95%", 0.95), ("max", 1.0))}
+
+    def quantile(level: float) -> float:
+        place = level * (ends[-1] - 1)
+        low, high = (lengths[rank] for rank in np.searchsorted(ends, (math.floor(place), math.ceil(place)), "right"))
+        return float(low + (high - low) * (place % 1))
+
+    return {name: quantile(level) for name, level in (("median", 0.5), ("95%", 0.95), ("max", 1.0))}

@@ -3,7 +3,7 @@
 import pytest
 
 from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.comparison_checks import describe, prefer
+from offline_lmrl.data.comparison_checks import describe, facts, prefer, tally
 from offline_lmrl.data.trajectory import Turn
 
 
@@ -30,6 +30,15 @@ def test_checks_and_facts_by_hand():
     assert checks["texts with a speaker tag or a token of a chat template"] == 2
     assert checks["replies lost if rows were cut on the right at 512 characters"] == 3
     assert checks["annotators named"] == 1
+
+
+def test_counts_of_parts_that_share_no_group_add_up_to_those_of_the_whole():
+    counts = tally(ROWS[:2])
+    counts.update(tally(ROWS[2:]))
+    assert facts(counts) == describe(ROWS)
+    # contexts of 1, 1, 1 and 607 characters: 95% of the way is at place 2.85 of 0 to 3
+    assert describe(ROWS)["characters of a context"] == pytest.approx({"median": 1, "95%": 1 + 0.85 * 606, "max": 607})
+    assert describe([])["characters of a reply"] == {}
 
 
 def test_baselines_count_wins_losses_and_ties_of_decided_pairs():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from data_prep import (
     alpaca_eval,
     best_of_4,
+    comparisons,
     hh_rlhf,
     oasst,
     preferences,
@@ -251,6 +252,23 @@ def test_groups_of_the_test_file_leave_the_training_rows(tmp_path):
     assert groups.keys() == {"train", "validation", "test"} and len(groups["test"]) == 3
     assert not any(groups[a] & groups[b] for a, b in itertools.combinations(groups, 2))
     assert report["removed, their group is in a later split"] == 2
+
+
+def test_two_processes_write_the_same_files_in_the_order_of_the_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparisons, "_CHUNK", 4)
+    rows = [*ROWS[hh_rlhf][::-1], {"chosen": "neither", "rejected": "nor"}, *ROWS[hh_rlhf]]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for processes in (1, 2):
+        report = hh_rlhf.prepare(tmp_path / "in.jsonl", tmp_path / f"{processes}", validation=0.5, processes=processes)
+    names = {path.name for path in (tmp_path / "1").iterdir()}
+    assert names == {"train.jsonl", "validation.jsonl", "report.json"} == {
+        path.name for path in (tmp_path / "2").iterdir()}  # fmt: skip
+    assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes() for name in names)
+    for split in ("train", "validation"):
+        asked = [row.context[0].content for row in read_comparisons(tmp_path / "2" / f"{split}.jsonl")]
+        assert len(asked) > 1 and asked == sorted(asked, reverse=True)
+    assert (report["rows"], report["imported"], report["comparisons"]) == (19, 18, 9)
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "1", "2"}  # nothing else is left behind
 
 
 def test_the_same_replies_compared_again_are_merged_and_contradictions_soft(tmp_path):
