@@ -158,3 +158,66 @@ def test_time_of_our_plain_decoding_over_generate(shape):
                        min_new_tokens=64, pad_token_id=0, beta=0.0)  # fmt: skip
 
     report(f"our plain decoding over generate, {shape}", paired(ours, theirs))
+
+
+BINS, NEVER = {"edges": [0.5], "means": [0.0, 1.0]}, {"edges": [], "means": [0.0]}
+HEADS = {"returns": BINS, "reward": BINS, "after": BINS, "ended": NEVER, "discount_per_turn": 1.0}
+
+
+def player(shape_name, returns=True, **sampling):
+    """A policy of 16 tokens a turn, that knows returns and what turns earn or neither."""
+    from offline_lmrl.data.conditioning import ReturnScale
+    from offline_lmrl.data.rendering import Renderer
+    from offline_lmrl.decoding.policy import LanguagePolicy
+    from offline_lmrl.decoding.sampler import SamplingConfig
+    from offline_lmrl.models.guided import attach_return_heads, attach_returns
+
+    shape = SHAPES[shape_name]
+    renderer, model = Renderer(tokenizer_of(shape["vocabulary"])), model_of(shape, None).eval()
+    if returns:
+        rewards = (Turn("assistant", "b", reward=float(reward)) for reward in range(5))
+        scale = ReturnScale.fit([Trajectory((turn,)) for turn in rewards])
+        attach_returns(model, {"condition": "embedding", "bins": scale.bins, "discount_per_turn": 1.0,
+                               "scale": scale.to_dict(), "opening": list(renderer.agent_opening)})  # fmt: skip
+        attach_return_heads(model, HEADS)
+    return LanguagePolicy(model, renderer, SamplingConfig(max_new_tokens=16, top_k=64, **sampling))
+
+
+def play_of(policy, turns=1):
+    """A function that plays eight dialogues."""
+
+    def play():
+        session, histories = policy.start(range(8)), [[Turn("user", "a b c d e f g h")] for _ in range(8)]
+        for _ in range(turns):
+            replies = session.reply(range(8), histories)
+            for history, reply in zip(histories, replies, strict=True):
+                history += [Turn("assistant", reply.text, None, 0.0, reply.token_ids), Turn("user", "a")]
+
+    return play
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_time_of_conditioned_over_plain_turns(shape):
+    plain, null = play_of(player(shape, returns=False)), play_of(player(shape))
+    told = play_of(player(shape, ask=3.0))
+    guided = play_of(player(shape, ask=3.0, condition_scale=0.5))
+    report(f"conditioned over plain turn, {shape}", paired(told, plain))
+    report(f"conditioned with guidance over plain turn, {shape}", paired(guided, plain))
+    report(f"both conditions in one batch and cache over one after the other, {shape}",
+           paired(guided, lambda: (told(), null())))  # fmt: skip
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_time_of_planned_over_plain_turns(monkeypatch, depth):
+    from offline_lmrl.decoding import planner as planning
+
+    plain, planner = player("maze", returns=False), planning.Planner(player("maze"), width=4, expand=4, depth=depth)
+    report(f"planned (4 x 4, depth {depth}) over plain turn, maze", paired(play_of(planner), play_of(plain)))
+
+    def anew():
+        with monkeypatch.context() as patch:
+            patch.setattr(planning, "CACHE_BYTES", 0)
+            play_of(planner, turns=3)()
+
+    report(f"three planned turns (depth {depth}) from one cache over reading anew, maze",
+           paired(play_of(planner, turns=3), anew))  # fmt: skip
