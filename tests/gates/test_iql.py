@@ -4,46 +4,26 @@ The ablation, weights of 1, is behaviour cloning to the bit (tests/algorithms/te
 """
 
 import pytest
-import transformers
 
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
 from offline_lmrl.algorithms.iql import IQLConfig, IQLTrainer
-from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.toys import Corridor, Gamble
-from offline_lmrl.models.guided import build_model
+from tests.gates.small import fitted
 
 pytestmark = pytest.mark.gates
 
-SPEC = {
-    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 168,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 32,
-    "tie_word_embeddings": True, "initializer_range": 0.1,
-}  # fmt: skip
 ILQL = {"target_rate": 0.05, "discount_per_turn": 1.0, "conservative_weight": 0.01, "value_weight": 10.0}
-
-
-def trained(folder, logs, config, trainer, steps, seed, **settings):
-    """The folder of a run from scratch on these logs."""
-    tokenizer = train_tokenizer((turn.content for t in logs for turn in t.turns), 320)
-    args = config(
-        output_dir=str(folder), max_steps=steps, seed=seed, per_device_train_batch_size=128, context=1, max_length=32,
-        per_device_eval_batch_size=512, learning_rate=2e-3, adam_beta2=0.98, save_strategy="no", use_cpu=True,
-        disable_tqdm=True, report_to="none", **settings,
-    )  # fmt: skip
-    transformers.set_seed(seed)
-    run = trainer(build_model(SPEC, tokenizer), args, logs, None, tokenizer)
-    run.train()
-    run.save_model()
-    return folder
+WINDOW = {"context": 1, "max_length": 32, "per_device_train_batch_size": 128}
 
 
 def extracted(folder, logs, seed, critic_steps, steps, inverse_temperature, expectile=0.8):
     """A plain policy behind an ILQL critic of the same logs."""
-    critic = trained(folder / "ilql", logs, ILQLConfig, ILQLTrainer, critic_steps, seed, expectile=expectile, **ILQL)
-    settings = {"critic": str(critic), "inverse_temperature": inverse_temperature}
-    return trained(folder / "iql", logs, IQLConfig, IQLTrainer, steps, seed, **settings)
+    fitted(ILQLConfig, ILQLTrainer, folder / "ilql", logs, seed, critic_steps, expectile=expectile, **WINDOW, **ILQL)
+    fitted(IQLConfig, IQLTrainer, folder / "iql", logs, seed, steps, critic=str(folder / "ilql"),
+           inverse_temperature=inverse_temperature, **WINDOW)  # fmt: skip
+    return folder / "iql"
 
 
 def play(run, make_environment, episodes, temperature):

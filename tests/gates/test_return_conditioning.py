@@ -5,45 +5,26 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import transformers
 
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.algorithms.return_conditioned import ReturnConditionedConfig, ReturnConditionedTrainer
 from offline_lmrl.data.conditioning import LABEL, returns_to_go
-from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.scripted import Forced
 from offline_lmrl.environments.toys_conditioned import Count, Count1, Talk
-from offline_lmrl.models.guided import build_model, slots_of
+from offline_lmrl.models.guided import slots_of
+from tests.gates.small import fitted
 
 pytestmark = pytest.mark.gates
 
-SPEC = {
-    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 168,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 96,
-    "tie_word_embeddings": True, "initializer_range": 0.1,
-}  # fmt: skip
 EPISODES = 64  # per ask
-
-
-def fitted(folder, logs, seed, steps, config=ReturnConditionedConfig, trainer=ReturnConditionedTrainer):
-    """A trainer that has trained a model from scratch."""
-    tokenizer = train_tokenizer((turn.content for t in logs for turn in t.turns), 300)
-    args = config(
-        output_dir=str(folder), max_steps=steps, seed=seed, per_device_train_batch_size=64, max_length=96,
-        save_strategy="no", use_cpu=True, disable_tqdm=True, adam_beta2=0.98, learning_rate=2e-3,
-    )  # fmt: skip
-    transformers.set_seed(seed)
-    run = trainer(build_model(SPEC, tokenizer), args, logs, None, tokenizer)
-    run.train()
-    return run
 
 
 def trained(folder, logs, seed, steps):
     """Plays what is asked: ask -> policy."""
-    run = fitted(folder, logs, seed, steps)
+    run = fitted(ReturnConditionedConfig, ReturnConditionedTrainer, folder, logs, seed, steps)
     return lambda ask: LanguagePolicy(run.model, run.renderer, SamplingConfig(max_new_tokens=20, ask=ask))
 
 
@@ -93,8 +74,8 @@ def held_out_loss(run, logs, slots=None):
 
 def test_the_null_row_is_the_cloned_policy(tmp_path):
     logs, held_out = Count().logs(4000, 0), Count().logs(1000, 1)
-    cloned = fitted(tmp_path / "bc", logs, 0, 600, BCConfig, BCTrainer)
-    told = fitted(tmp_path / "rc", logs, 0, 600)
+    cloned = fitted(BCConfig, BCTrainer, tmp_path / "bc", logs, 0, 600)
+    told = fitted(ReturnConditionedConfig, ReturnConditionedTrainer, tmp_path / "rc", logs, 0, 600)
     null = held_out_loss(told, held_out, slots_of(told.model, told.renderer).nulls)
     assert null == pytest.approx(held_out_loss(cloned, held_out), abs=0.02)
 

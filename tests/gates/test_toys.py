@@ -1,39 +1,26 @@
 """Acceptance gates on tasks with a known optimum: the method passes, its ablation fails. `pytest -m gates`."""
 
 import pytest
-import transformers
 
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
-from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.toys import Corridor, Gamble
-from offline_lmrl.models.guided import build_model
 from offline_lmrl.ops.value_learning import expectile_loss
+from tests.gates.small import fitted
 
 pytestmark = pytest.mark.gates
 
-SPEC = {
-    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 168,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 32,
-    "tie_word_embeddings": True, "initializer_range": 0.1,
-}  # fmt: skip
 ILQL = {"target_rate": 0.05, "discount_per_turn": 1.0, "conservative_weight": 0.01, "value_weight": 10.0}
 
 
 def play(folder, logs, make_environment, config, trainer, steps, seed, episodes, **sampling):
     """The episodes played after training on the logs with one seed."""
-    tokenizer = train_tokenizer((turn.content for t in logs for turn in t.turns), 320)
-    args = config(
-        output_dir=str(folder), max_steps=steps, seed=seed, per_device_train_batch_size=128, context=1, max_length=32,
-        save_strategy="no", use_cpu=True, disable_tqdm=True, adam_beta2=0.98,
-        **({"learning_rate": 2e-3} | (ILQL | sampling.pop("settings") if config is ILQLConfig else {})),
-    )  # fmt: skip
-    transformers.set_seed(seed)
-    run = trainer(build_model(SPEC, tokenizer), args, logs, None, tokenizer)
-    run.train()
+    settings = ILQL | sampling.pop("settings") if config is ILQLConfig else {}
+    run = fitted(config, trainer, folder, logs, seed, steps, context=1, max_length=32, per_device_train_batch_size=128,
+                 **settings)  # fmt: skip
     policy = LanguagePolicy(run.model, run.renderer, SamplingConfig(max_new_tokens=6, **sampling), context=1)
     return rollout(policy, make_environment, range(episodes))
 
