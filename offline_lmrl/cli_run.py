@@ -17,8 +17,9 @@ TRAIN_HELP = """Learn from scored trajectories, or by playing. FILE.yaml, or the
 is for one algorithm (--algorithm NAME). A run that was stopped goes on from its last complete checkpoint when it is
 started again. --help_all adds the settings of transformers.TrainingArguments (output_dir, max_steps, seed, ...)."""
 
-COMPARE_HELP = """Train and evaluate the methods of FILE.yaml, or of a shipped config, over seeds, and print one
-table. A comparison that was stopped goes on where it was."""
+COMPARE_HELP = """Train and evaluate the methods of FILE.yaml, or of a shipped config, over seeds, print one table and
+write report/ (report.html, figures and what they were made of). A comparison that was stopped goes on where it was.
+`compare FOLDER` draws the report of a finished one again from the results.jsonl in that folder, and trains nothing."""
 
 
 def train(argv: Sequence[str]) -> None:
@@ -87,8 +88,16 @@ def _algorithm(argv: Sequence[str], settings: dict, file: str | None) -> str | N
 
 
 def compare(argv: Sequence[str]) -> None:
-    """`compare FILE.yaml`: several methods over seeds, one table."""
+    """`compare FILE.yaml`: several methods over seeds, one table and a report; `compare FOLDER`: the report alone."""
     file, rest = split_file(argv)
+    if file is not None and Path(file).is_dir():
+        if rest:
+            raise InputError(f"{rest[0]}: found a setting, expected none: {file} is a folder of results to draw again")
+
+        from offline_lmrl.evaluation.page import write_report
+
+        print(write_report(file) / "report.html")
+        return
 
     from offline_lmrl.evaluation.config import CompareConfig
 

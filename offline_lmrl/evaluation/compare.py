@@ -29,13 +29,17 @@ from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.decoding.planner import Planner, PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.environments import make_environment
-from offline_lmrl.evaluation.config import ELSEWHERE, CompareConfig, build
+from offline_lmrl.evaluation.config import ELSEWHERE, CompareConfig, build, first_difference
 from offline_lmrl.evaluation.metrics import label_means, mean_interval
-from offline_lmrl.evaluation.offline import choose_beta, guidance_by_beta
+from offline_lmrl.evaluation.offline import OfflineReport, evaluate_offline
+from offline_lmrl.evaluation.page import write_report
 from offline_lmrl.evaluation.play import EvaluationResult, evaluate_policy
+from offline_lmrl.evaluation.provenance import provenance
 from offline_lmrl.evaluation.report import read_results, table
 
 SAMPLES = 10
+CURVE = ("environment_steps", "reward_queries", "score", "kl")  # kept of the metrics of a run that played
+CURVE_POINTS = 50
 TEMPERATURES = {"sampled": {}, "greedy": {"temperature": 0.0}}
 PLANNED = "planned"
 
@@ -53,8 +57,9 @@ def run_compare(
     Args:
       prepare: called with `config.prepare` where data.train is missing, to make the data.
       console: where progress goes; stderr by default. The table goes to stdout.
-    Returns: `config.output`, which then holds results.jsonl (report.py says what its rows are), table.md, config.json,
-      episodes/ (a row per episode), samples/ (ten dialogues per setting, the same episodes for all) and runs/.
+    Returns: the page in report/ (page.py says what else lies there), in `config.output`, which then also holds
+      results.jsonl (report.py says what its rows are), table.md, config.json, episodes/ (a row per episode), samples/
+      (ten dialogues per setting, the same episodes for all) and runs/.
     Raises: InputError where the settings are wrong, or the folder holds results of other settings.
     """
     comparison = _Comparison(config, console or Console(stderr=True))
@@ -74,7 +79,7 @@ def run_compare(
     drawn = table(comparison.rows)
     _write(comparison.folder / "table.md", drawn + "\n")
     Console().print(drawn, markup=False, highlight=False, soft_wrap=True)
-    return comparison.folder
+    return write_report(comparison.folder) / "report.html"
 
 
 def _limit_threads(threads: int) -> None:
@@ -135,14 +140,8 @@ class _Comparison:
 
     def open_results(self) -> None:
         """Reads results.jsonl where there is one, and writes its rows that are not measured anew."""
-        path = self.folder / "results.jsonl"
-        kept = [row for row in read_results(path) if row["kind"] == "run"] if path.exists() else []
-        for row in kept:
-            difference = _first_difference(row["config"], _plain(self.identity(row["method"], row["decode"])))
-            if difference:
-                raise InputError(
-                    f"{path}: {row['method']}: {difference}; take another `output`, or remove this file and runs/"
-                )
+        self._runs_in(self.folder / "report" / "results.jsonl")  # which the new report would replace
+        kept = self._runs_in(self.folder / "results.jsonl")
         for name in ("episodes", "samples", "runs"):
             try:
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -152,13 +151,24 @@ class _Comparison:
         self._save()
         _write(self.folder / "config.json", json.dumps(_plain(asdict(self.config)), indent=1) + "\n")
 
+    def _runs_in(self, path: Path) -> list[Row]:
+        """The runs of a results file, none where there is no such file; all of them of these settings."""
+        runs = [row for row in read_results(path) if row["kind"] == "run"] if path.exists() else []
+        for row in runs:
+            difference = first_difference(row["config"], _plain(self.identity(row["method"], row["decode"])))
+            if difference:
+                raise InputError(f"{path}: {row['method']}: {difference}; take another `output`, or remove "
+                                 "results.jsonl, report/ and runs/ there")  # fmt: skip
+        return runs
+
     def _save(self) -> None:
         """The whole file, renamed into place: a kill leaves the rows of before or after, never half a row."""
         _write(self.folder / "results.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
 
     def _fixed_rows(self) -> Iterator[Row]:
         config, scale = self.config, self.config.evaluation.score
-        yield {"kind": "comparison", "baseline": config.baseline, "labels": config.evaluation.labels}
+        shown = {"baseline": config.baseline, "labels": config.evaluation.labels}
+        yield {"kind": "comparison", **shown, "config": _plain(asdict(config))}
         returns = [t.total_return for t in self.train_data]
         behaviour = mean_interval(returns, [t.group or i for i, t in enumerate(self.train_data)])
         cut = sum(not t.terminated for t in self.train_data) / len(self.train_data)
@@ -349,7 +359,7 @@ class _Comparison:
 
     def add(self, row: Row) -> None:
         """Keeps a row, with what decided it, in the order of seeds and methods, whichever was measured first."""
-        self.rows.append({**row, "config": _plain(self.identity(row["method"], row["decode"]))})
+        self.rows.append({**row, "made": provenance(), "config": _plain(self.identity(row["method"], row["decode"]))})
         runs = ((seed, method) for seed in self.config.seeds for method in self.config.evaluated)
         order = {run: place for place, run in enumerate(runs)}
         # Rows of no listed run come first; the sort leaves them, and the settings of each run, in their order.
@@ -407,29 +417,34 @@ class _Run:
         return self.loaded.with_sampling(**TEMPERATURES[decode], beta=beta)
 
     @cached_property
-    def by_kl(self) -> list[dict[str, float]]:
-        """KL and share of changed choices of each β, on a fixed sample of the held-out logs."""
+    def logged(self) -> OfflineReport:
+        """What a fixed sample of the held-out logs says of every β, and of Q."""
         settings, logs = self.comparison.config.evaluation, self.comparison.validation_data
         logs = random.Random(0).sample(logs, min(settings.offline_rows, len(logs)))
-        return guidance_by_beta(self.player("sampled", 0.0), logs, self.comparison.betas(self.name))
+        policy = self.player("sampled", 0.0)
+        return evaluate_offline(policy, logs, betas=self.comparison.betas(self.name), kl_budget=settings.kl_budget)
 
-    def by_returns(self, decode: str) -> tuple[list[dict[str, float]], int]:
-        """Mean score of each β on the selection episodes, and the tokens generated for that."""
+    def by_returns(self, decode: str) -> tuple[list[dict[str, Any]], int]:
+        """Score and KL of each β on the selection episodes, and the tokens generated for that."""
         tried, tokens = [], 0
         for beta in self.comparison.betas(self.name):
             title = f"{self.name} seed {self.seed} {decode}: trying β {beta:g}"
             result = self.comparison.play(self.player(decode, beta), title, selecting=True)
-            tried.append({"beta": beta, "score": result.score().mean})
+            score = result.score()
+            tried.append({"beta": beta, "score": score.mean, "interval": score[1:3], "kl": self.kl(decode, result)})
             tokens += sum(row["tokens"] for row in result.episodes)
         return tried, tokens
+
+    def kl(self, decode: str, result: EvaluationResult) -> float | None:
+        """KL of sampled play; other play does not draw from the distribution it notes."""
+        return result.kl() if decode == "sampled" and self.loaded.sampling.temperature > 0 else None
 
     def row(self, setting: _Setting) -> Row:
         """Plays one setting, writes its episodes and samples, and returns its row of results.jsonl, less `config`."""
         config = self.comparison.config
         beta, tried, selection_tokens = 0.0, None, 0
         if setting.chosen == "offline":
-            tried = self.by_kl
-            beta = choose_beta(tried, config.evaluation.kl_budget)
+            tried, beta = self.logged.by_beta, self.logged.beta
         elif setting.chosen == "returns":
             tried, selection_tokens = self.by_returns(setting.decode)
             beta = max(tried, key=lambda entry: (entry["score"], -entry["beta"]))["beta"]
@@ -447,7 +462,8 @@ class _Run:
             "kind": "run", "method": self.name, "algorithm": method.algorithm, "seed": self.seed,
             "decode": setting.decode, "beta": beta, "beta_chosen": setting.chosen, "betas_tried": tried,
             "score": score.mean, "interval": score[1:3], **result.summary(),
-            "normalised": scale and scale.normalise(score.mean),
+            "normalised": scale and scale.normalise(score.mean), "kl": self.kl(setting.decode, result),
+            "calibration": self.logged.calibration if setting.chosen == "offline" else None,
             "regime": method.regime or load_algorithm(method.algorithm)[1].regime,
             "cost": {
                 **training_cost(self.folder, scorer, self.asks),
@@ -456,7 +472,10 @@ class _Run:
                 "evaluation_seconds": result.seconds,
             },
             "run": str(self.folder), "episodes": f"episodes/{stem}.jsonl",
-            "cells": result.cells(),
+            "cells": result.cells(), "scores": result.scores(),
+            "curve": learning_curve(self.folder) if setting.decode == "sampled" else [],
+            # The texts of one seed show what a method says; the files in samples/ have all.
+            "samples": dialogues(result, config.evaluation.seeds) if self.seed == config.seeds[0] else [],
         }  # fmt: skip
 
 
@@ -473,25 +492,49 @@ def _plays(algorithm: str) -> bool:
 def training_cost(run: Path, *judges: Path | None) -> dict[str, float]:
     """Tokens read in training, as often as they were read and with those of the runs it started or learnt from and of
     what rates its plans or says what it is asked for, and wall seconds of its last training process; for a run that
-    played, also its agent turns and scored replies."""
+    played, also its agent turns, scored replies and sampled tokens."""
     report = json.loads((run / "complete.json").read_text(encoding="utf-8"))
     logged = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     seconds = [row["train_runtime"] for row in map(json.loads, logged) if "train_runtime" in row]
     played = {name: report[name] for name in ("environment_steps", "reward_queries") if name in report}
+    if "generated_tokens" in report:
+        played["played_tokens"] = report["generated_tokens"]
     tokens = sum(runs_before(str(run), *(judge and str(judge) for judge in judges)).values())
     return {"training_tokens": tokens, "training_seconds": seconds[-1] if seconds else 0.0, **played}
 
 
-def transcripts(result: EvaluationResult, seeds: Sequence[int]) -> str:
-    """Ten episodes as text. Which ones depends on the episode seeds alone, so all methods show the same."""
+def learning_curve(run: Path) -> list[Row]:
+    """Of a run that played, a row per iteration (every k-th of many): its accounts so far, the mean score of its
+    episodes and their KL from the start in nats per episode; nothing for one that learnt from logs."""
+    logged = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    rows = [{name: row[name] for name in CURVE} for row in logged if "environment_steps" in row]
+    return rows[:: -(-len(rows) // CURVE_POINTS) or 1]
+
+
+def _fixed_episodes(result: EvaluationResult, seeds: Sequence[int]) -> Iterator[tuple[Row, Trajectory]]:
+    """Ten episodes. Which ones depends on the episode seeds alone, so all methods show the same."""
     chosen = set(random.Random(0).sample(list(seeds), min(SAMPLES, len(seeds))))
-    blocks = []
     for row, trajectory in zip(result.episodes, result.trajectories, strict=True):
         if row["seed"] in chosen and row["repeat"] == 0:
-            head = f"episode {row['seed']}, score {row['score']:g}, {json.dumps(row['labels'], ensure_ascii=False)}"
-            turns = [f"{turn.role}: {turn.content}" for turn in trajectory.turns]
-            blocks.append("\n".join([head, *turns, ""]))
+            yield row, trajectory
+
+
+def transcripts(result: EvaluationResult, seeds: Sequence[int]) -> str:
+    """Ten episodes as text."""
+    blocks = []
+    for row, trajectory in _fixed_episodes(result, seeds):
+        head = f"episode {row['seed']}, score {row['score']:g}, {json.dumps(row['labels'], ensure_ascii=False)}"
+        turns = [f"{turn.role}: {turn.content}" for turn in trajectory.turns]
+        blocks.append("\n".join([head, *turns, ""]))
     return "\n".join(blocks)
+
+
+def dialogues(result: EvaluationResult, seeds: Sequence[int]) -> list[Row]:
+    """The same ten episodes as results.jsonl keeps them; `turns` are (role, text)."""
+    return [
+        {"seed": row["seed"], "score": row["score"], "turns": [(turn.role, turn.content) for turn in trajectory.turns]}
+        for row, trajectory in _fixed_episodes(result, seeds)
+    ]
 
 
 def _optimum(environment: Any) -> float | None:
@@ -503,18 +546,6 @@ def _optimum(environment: Any) -> float | None:
 def _plain(value: Any) -> Any:
     """As it will be read back from JSON."""
     return json.loads(json.dumps(value))
-
-
-def _first_difference(found: Any, expected: Any, where: str = "") -> str | None:
-    """The first setting, by dotted name, that two resolved configs disagree on; only what is expected is compared."""
-    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
-        found, expected = dict(enumerate(found)), dict(enumerate(expected))
-    if not (isinstance(found, Mapping) and isinstance(expected, Mapping)):
-        return None if found == expected else f"{where}: found {found!r}, expected {expected!r}"
-    names = {**expected, **(found if where else {})}
-    below = f"{where}." if where else ""
-    differences = (_first_difference(found.get(name), expected.get(name), f"{below}{name}") for name in names)
-    return next(filter(None, differences), None)
 
 
 def _write(path: Path, text: str) -> None:

@@ -365,3 +365,15 @@ def require_at_least(name: str, value: float, least: float) -> None:
     """Raises InputError unless value >= least; NaN is refused too."""
     if not value >= least:
         raise InputError(f"{name}: found {value}, expected at least {least}")
+
+
+def first_difference(found: Any, expected: Any, where: str = "") -> str | None:
+    """The first setting, by dotted name, that two resolved configs disagree on; only what is expected is compared."""
+    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        found, expected = dict(enumerate(found)), dict(enumerate(expected))
+    if not (isinstance(found, Mapping) and isinstance(expected, Mapping)):
+        return None if found == expected else f"{where}: found {found!r}, expected {expected!r}"
+    names = {**expected, **(found if where else {})}
+    below = f"{where}." if where else ""
+    differences = (first_difference(found.get(name), expected.get(name), f"{below}{name}") for name in names)
+    return next(filter(None, differences), None)

@@ -9,6 +9,7 @@ bad luck of several. With one seed the interval speaks of that run alone.
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,15 +86,20 @@ class Cells:
         """Mean over all episodes with its percentile bootstrap interval."""
         if not self.count.sum():
             raise ValueError("estimate: no episodes")
-        generator = np.random.default_rng(random_seed)
-        n_seeds, n_clusters = self.count.shape
-        seed_weight = generator.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=draws)  # (draws, S)
-        cluster_weight = generator.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=draws)
+        seed_weight, cluster_weight = _weights(*self.count.shape, draws, random_seed)
         total = ((seed_weight @ self.total) * cluster_weight).sum(1)
         count = ((seed_weight @ self.count) * cluster_weight).sum(1)
         drawn = count > 0  # a draw may miss every filled cell of a ragged table
         low, high = np.quantile(total[drawn] / count[drawn], [(1 - level) / 2, (1 + level) / 2])
         return Estimate(float(self.total.sum() / self.count.sum()), float(low), float(high), int(self.count.sum()))
+
+
+@lru_cache(maxsize=4)  # a report asks for hundreds of intervals of tables of one shape
+def _weights(n_seeds: int, n_clusters: int, draws: int, random_seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each seed (draws, S) and each cluster (draws, C) is drawn."""
+    generator = np.random.default_rng(random_seed)
+    seed_weight = generator.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=draws)
+    return seed_weight, generator.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=draws)
 
 
 def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:

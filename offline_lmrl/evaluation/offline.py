@@ -198,16 +198,10 @@ def _decoding_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor, v: Ten
     return guide(scores, q, None if form.clip is None else v, beta, form.q_reduce, form.clip).log_softmax(-1)
 
 
-def guidance_by_beta(
-    policy: LanguagePolicy, trajectories: Sequence[Trajectory], betas: Sequence[float]
-) -> list[dict[str, float]]:
-    """For each β, over logged agent tokens: `kl`, mean KL(guided ‖ π) in nats per token (π at the policy's
-    temperature, without filters), and `changed`, the share of tokens where it changes the best choice. Both are exact
-    given the state (no sampling)."""
-    return _by_beta(read_logs(policy, trajectories, betas), betas)
-
-
-def _by_beta(steps: LoggedSteps, betas: Sequence[float]) -> list[dict[str, float]]:
+def guidance_by_beta(steps: LoggedSteps, betas: Sequence[float]) -> list[dict[str, float]]:
+    """For each β of `read_logs`, over logged agent tokens: `kl`, mean KL(guided ‖ π) in nats per token (π at the
+    policy's temperature, without filters), and `changed`, the share of tokens where it changes the best choice. Both
+    are exact given the state (no sampling)."""
     means = zip(betas, steps.kl.mean(-1), steps.changed.mean(-1), strict=True)
     return [{"beta": float(beta), "kl": float(kl), "changed": float(changed)} for beta, kl, changed in means]
 
@@ -300,7 +294,7 @@ def evaluate_offline(
     log_prob = Cells.of((0, *pair) for pair in zip(clusters, steps.log_prob.tolist(), strict=True)).estimate()
     values: dict[str, Any] = {}
     if guided:
-        by_beta = _by_beta(steps, betas)
+        by_beta = guidance_by_beta(steps, betas)
         values = {
             "calibration": calibration(steps), "ranking": ranking_accuracy(steps, trajectories), "by_beta": by_beta,
             "beta": choose_beta(by_beta, kl_budget),

@@ -33,9 +33,30 @@ class EvaluationResult:
         cells = Cells.of((0, row["cluster"], row["score"]) for row in self.episodes)
         return list(zip(cells.clusters, cells.total[0].tolist(), cells.count[0].astype(int).tolist(), strict=True))
 
+    def scores(self) -> list[list[float]]:
+        """Of every cell, in the order of `cells`, its episodes' scores: what pairs two methods game by game."""
+        by_cluster: dict[Hashable, list[float]] = {}
+        for row in self.episodes:
+            by_cluster.setdefault(row["cluster"], []).append(row["score"])
+        return list(by_cluster.values())
+
     def score(self) -> Estimate:
         """Mean score with its interval over clusters of episodes."""
         return Cells.of((0, row["cluster"], row["score"]) for row in self.episodes).estimate()
+
+    def kl(self) -> float | None:
+        """KL(what was sampled from ‖ π without filters and guidance at that temperature), in nats per episode.
+
+        Mean of Σ log_prob − policy_log_prob over the agent's tokens (k1: unbiased, and may be below 0); None for a
+        player that gives no log-probs. It means nothing for greedy play, whose log_prob is not 0.
+        """
+        sums = []
+        for trajectory in self.trajectories:
+            sampled = [turn.behaviour_log_prob for turn in trajectory.turns if turn.is_trainable]
+            if "policy_log_prob" not in trajectory.labels or None in sampled:
+                return None
+            sums.append(sum(map(sum, sampled)) - sum(map(sum, trajectory.labels["policy_log_prob"])))
+        return sum(sums) / len(sums)
 
     def summary(self) -> dict[str, Any]:
         """Means over the episodes; rates are per agent turn (invalid) and per episode (truncated)."""

@@ -1,22 +1,26 @@
-"""The table of a comparison, drawn from the rows of results.jsonl alone.
+"""The tables of a comparison, drawn from the rows of results.jsonl alone.
 
-Rows, in `kind`: "comparison" (what the table shows: baseline and label columns), "behaviour" (the training data),
-"optimum", "published" (quoted, never measured here), and "run": one method, training seed and setting. A run keeps its
-outcome as `cells`, [cluster, sum of scores, episodes]: what means, intervals and paired differences over seeds need.
+Rows, in `kind`: "comparison" (its `config`, and what tables show: baseline and label columns), "behaviour" (the
+training data), "optimum", "published" (quoted, never measured here), and "run": one method, training seed and setting.
+A run keeps its outcome as `cells`, [cluster, sum of scores, episodes], what means, intervals and paired differences
+over seeds need; `scores` are those of a cell one by one, in the same order for every method.
 """
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.evaluation.metrics import Cells
+from offline_lmrl.evaluation.metrics import Cells, Estimate
 
 FEW_SEEDS = 5  # below this an interval over seeds says little, and every seed's value is printed
-COLUMNS = ("method", "decoding", "beta", "score [95%]", "per seed", "normalised")
+COLUMNS = ("method", "decoding", "score [95%]", "beta", "per seed", "normalised")
 
 Row = Mapping[str, Any]
+Line = dict[str, str]  # column -> cell
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
@@ -41,16 +45,86 @@ def table(results: str | Path | Sequence[Row]) -> str:
       interval excludes 0. A β marked "returns" was chosen by playing.
     """
     rows = read_results(results) if isinstance(results, str | Path) else results
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        if row["kind"] == "run":
-            groups.setdefault((row["method"], row["decode"], row["beta_chosen"]), []).append(row)
-    shown = next(row for row in rows if row["kind"] == "comparison")
-    cells = {key: _cells(runs) for key, runs in groups.items()}
-    lines = [_fixed_line(row, shown["labels"]) for row in rows if row["kind"] in ("behaviour", "optimum")]
-    lines += [_method_line(key, runs, cells, shown) for key, runs in groups.items()]
-    lines += [_fixed_line(row, None) for row in rows if row["kind"] == "published"]
-    return _markdown(lines)
+    return markdown(table_lines(Results(rows)))
+
+
+class Key(NamedTuple):
+    """A method in one setting. chosen: what chose β, "offline" or "returns"; None without guidance."""
+
+    method: str
+    decode: str
+    chosen: str | None
+
+    def __str__(self) -> str:
+        how = {None: "", "offline": ", β offline", "returns": ", β by returns"}[self.chosen]
+        return f"{self.method}, {self.decode}{how}"
+
+
+class Results:
+    """Rows by what they are.
+
+    shown: the row "comparison". groups: the runs of every setting, in the order of the rows. cells: their outcome.
+    """
+
+    def __init__(self, rows: Sequence[Row]):
+        self.rows = rows
+        self.shown = next((row for row in rows if row["kind"] == "comparison"), None)
+        if self.shown is None:
+            raise InputError("results: found no row of kind comparison, expected one")
+        self.groups: dict[Key, list[Row]] = {}
+        for row in self.of("run"):
+            self.groups.setdefault(Key(row["method"], row["decode"], row["beta_chosen"]), []).append(row)
+        self.cells = {key: _cells(runs) for key, runs in self.groups.items()}
+
+    def of(self, *kinds: str) -> list[Row]:
+        return [row for row in self.rows if row["kind"] in kinds]
+
+    @cached_property
+    def estimates(self) -> dict[Key, Estimate]:
+        return {key: cells.estimate() for key, cells in self.cells.items()}
+
+    def difference(self, key: Key, other: Key) -> Estimate | None:
+        """Paired, key − other; None where they have no training seed in common, or other episodes."""
+        mine, theirs = self.cells[key], self.cells[other]
+        if not set(mine.seeds) & set(theirs.seeds) or mine.count.sum(1)[0] != theirs.count.sum(1)[0]:
+            return None
+        return (mine - theirs).estimate()
+
+    @cached_property
+    def wins(self) -> dict[str, dict[tuple[Key, Key], Estimate]]:
+        """For greedy play, and for everything else ("sampled"): (a, b) -> how often a scores more than b in the same
+        episode of the same training seed, a tie half."""
+        found: dict[str, dict[tuple[Key, Key], Estimate]] = {"sampled": {}, "greedy": {}}
+        keys = [key for key, runs in self.groups.items() if all("scores" in run for run in runs)]
+        for a, b in combinations(keys, 2):
+            if (a.decode == "greedy") != (b.decode == "greedy"):
+                continue
+            if pairs := list(_wins(self.groups[a], self.groups[b])):
+                won = Cells.summed(pairs).estimate()
+                lost = Estimate(1 - won.mean, 1 - won.high, 1 - won.low, won.n)
+                found["greedy" if a.decode == "greedy" else "sampled"] |= {(a, b): won, (b, a): lost}
+        return found
+
+
+def _wins(mine: Sequence[Row], theirs: Sequence[Row]) -> Iterator[tuple[Any, Any, float, int]]:
+    """(training seed, cluster, wins of `mine`, episodes)."""
+    rivals = {run["seed"]: run for run in theirs}
+    for run in mine:
+        if run["seed"] not in rivals:
+            continue
+        other = rivals[run["seed"]]
+        scores = {cell[0]: values for cell, values in zip(other["cells"], other["scores"], strict=True)}
+        for cell, values in zip(run["cells"], run["scores"], strict=True):
+            pairs = list(zip(values, scores[cell[0]], strict=True))
+            yield run["seed"], cell[0], sum((a > b) + 0.5 * (a == b) for a, b in pairs), len(pairs)
+
+
+def table_lines(results: Results) -> list[Line]:
+    """A line per fixed row and setting, column -> text."""
+    shown, labels = results.shown, results.shown["labels"]
+    lines = [_fixed_line(row, labels) for row in results.of("behaviour", "optimum")]
+    lines += [_method_line(key, runs, results.cells, shown) for key, runs in results.groups.items()]
+    return lines + [_fixed_line(row, None) for row in results.of("published")]
 
 
 def _cells(runs: Iterable[Row]) -> Cells:
@@ -98,13 +172,14 @@ def _method_line(key: tuple, runs: Sequence[Row], cells: Mapping[tuple, Cells], 
     line["agent tokens"] = f"{_mean(run['tokens'] for run in runs):.1f}"
     line["invalid"] = f"{_mean(run['invalid_rate'] for run in runs):.1%}"
     line["episodes"] = str(sum(run["n"] for run in runs))
+    line["seeds"] = " ".join(str(run["seed"]) for run in runs)
     line["regime"] = runs[0]["regime"]
-    line["training tokens"] = _short(_mean(run["cost"]["training_tokens"] for run in runs))
+    line["training tokens"] = short(_mean(run["cost"]["training_tokens"] for run in runs))
     line["training s"] = f"{_mean(run['cost']['training_seconds'] for run in runs):.0f}"
-    for name in ("environment_steps", "reward_queries"):
-        if any(name in run["cost"] for run in runs):
-            line[name.replace("_", " ")] = _short(_mean(run["cost"].get(name, 0) for run in runs))
-    line["generated"] = _short(_mean(run["cost"]["generated_tokens"] for run in runs))
+    for name in ("environment_steps", "reward_queries", "played_tokens", "selection_tokens"):
+        if any(run["cost"].get(name) for run in runs):
+            line[name.replace("_", " ")] = short(_mean(run["cost"].get(name, 0) for run in runs))
+    line["generated"] = short(_mean(run["cost"]["generated_tokens"] for run in runs))
     return line
 
 
@@ -113,19 +188,24 @@ def _mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
-def _short(count: float) -> str:
+def short(count: float) -> str:
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return f"{count:.0f}"
 
 
-def _markdown(lines: Sequence[Mapping[str, str]]) -> str:
-    """Aligned columns: the known ones first, then in order of appearance; one that nobody fills is left out."""
+def columns_of(lines: Sequence[Line]) -> list[str]:
+    """The known columns first, then in order of appearance; one that nobody fills is left out."""
     present = dict.fromkeys(name for line in lines for name in line)
     # Lines that come late may know columns the first ones do not: the longest line decides the order of the rest.
     rest = max(lines, key=len, default={})
-    names = [name for name in dict.fromkeys([*COLUMNS, *rest, *present]) if name in present]
+    return [name for name in dict.fromkeys([*COLUMNS, *rest, *present]) if name in present]
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """A Markdown table with aligned columns."""
+    names = columns_of(lines)
     widths = {name: max(len(name), *(len(line.get(name, "")) for line in lines)) for name in names}
 
     def shown(cells: Mapping[str, str]) -> str:

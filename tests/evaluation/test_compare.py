@@ -14,6 +14,7 @@ from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.toys import Gamble
 from offline_lmrl.evaluation import compare
 from offline_lmrl.evaluation.config import CompareConfig
+from offline_lmrl.evaluation.offline import OfflineReport, choose_beta
 from offline_lmrl.evaluation.report import read_results, table
 
 KL = {1.0: 0.05, 2.0: 0.1, 4.0: 0.2, 8.0: 0.9}
@@ -51,6 +52,12 @@ class Gambler:
         return [Reply(text(self.seeds[row]), (5, 2), (-0.1, -0.1), (-0.1, -0.1)) for row in rows]
 
 
+def evaluate_offline(_, logs, betas, kl_budget):
+    by_beta = [{"beta": beta, "kl": KL[beta], "changed": 0.0} for beta in betas]
+    return OfflineReport(len(logs), 0, {}, None, kl_budget, calibration=[], by_beta=by_beta,
+                         beta=choose_beta(by_beta, kl_budget))  # fmt: skip
+
+
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     """A comparison file on the gamble, and stand-ins for training and the model; `trained` and `critics` list the
@@ -73,9 +80,8 @@ def world(tmp_path, monkeypatch):
     Gambler.played, Gambler.asked = [], set()
     monkeypatch.setattr(compare, "train", train)
     monkeypatch.setattr(compare, "LanguagePolicy", Gambler)
-    monkeypatch.setattr(
-        compare, "guidance_by_beta", lambda _, logs, betas: [{"beta": b, "kl": KL[b], "changed": 0.0} for b in betas]
-    )
+    monkeypatch.setattr(compare, "evaluate_offline", evaluate_offline)
+    monkeypatch.setattr(compare, "write_report", lambda folder: folder / "report")  # figures would take a second each
     settings = {
         "environment": {"name": "gamble"},
         "data": {"train": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "validation.jsonl")},
@@ -171,6 +177,40 @@ def test_an_unstated_selection_leaves_the_choice_by_returns_out(world):
     assert {row["beta_chosen"] for row in runs(world)} == {None, "offline"}
 
 
+def test_rows_hold_what_the_report_shows(world):
+    run(world, seeds=[3, 1])
+    rows = runs(world)
+    first = rows[0]
+    assert [len(scores) for scores in first["scores"]] == [n for *_, n in first["cells"]]
+    assert sum(map(sum, first["scores"])) == pytest.approx(first["score"] * first["n"])
+    assert {row["seed"] for row in rows if row["samples"]} == {3}  # texts of the first seed alone
+    seeds = [sample["seed"] for sample in first["samples"]]
+    assert len(seeds) == 10 and all([s["seed"] for s in row["samples"]] == seeds for row in rows if row["samples"])
+    assert first["samples"][0]["turns"][1] == ["assistant", "gamble"]
+    assert first["made"]["versions"]["offline_lmrl"] and first["curve"] == []
+    assert [row["calibration"] for row in rows if row["beta_chosen"] != "offline"] == [None] * 8
+    shown = read_results(world.out / "results.jsonl")[0]
+    assert shown["config"]["methods"]["ilql"]["args"] == {"expectile": 0.5} and shown["config"]["seeds"] == [3, 1]
+
+
+def test_the_curve_of_a_run_that_played_is_kept_thinned(tmp_path):
+    rows = [{"step": i, "environment_steps": 10 * i, "reward_queries": i, "score": 0.5, "kl": None, "loss": 1.0}
+            for i in range(120)]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"train_runtime": 1}]))
+    curve = compare.learning_curve(tmp_path)
+    assert [row["environment_steps"] for row in curve] == list(range(0, 1200, 30))
+    assert curve[1] == {"environment_steps": 30, "reward_queries": 3, "score": 0.5, "kl": None}
+
+
+def test_a_report_of_another_comparison_is_refused_by_name(world):
+    run(world)
+    (world.out / "report").mkdir()
+    shutil.move(world.out / "results.jsonl", world.out / "report")
+    with pytest.raises(InputError, match="report/results.jsonl: bc: evaluation.episodes: found 30, expected 31"):
+        run(world, evaluation__episodes=31)
+    assert not (world.out / "results.jsonl").exists()
+
+
 def test_samples_are_the_same_ten_episodes_for_every_method(world):
     run(world)
     heads = []
@@ -244,7 +284,7 @@ def test_results_of_other_settings_are_refused_by_name(world, key, value, messag
 def test_results_on_other_data_are_refused(world):
     run(world)
     write_trajectories(world.settings["data"]["train"], Gamble().logs(40, seed=1))
-    with pytest.raises(InputError, match="data.train: found .* remove this file and runs/"):
+    with pytest.raises(InputError, match="data.train: found .* remove results.jsonl, report/ and runs/"):
         run(world)
 
 
@@ -326,6 +366,7 @@ def test_a_folder_that_cannot_be_written_is_an_input_error(world, tmp_path):
 
 def test_the_real_trainer_and_policy_fit_together(world, monkeypatch):
     monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # a report of tables
     tiny = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 32}
     world.settings |= {
         "model": {"scratch": tiny, "vocab_size": 270},
@@ -343,6 +384,9 @@ def test_the_real_trainer_and_policy_fit_together(world, monkeypatch):
     assert all(row["cost"]["training_tokens"] > 0 and row["cost"]["training_seconds"] > 0 for row in rows)
     # Value heads start as a constant, so guidance moves nothing yet
     assert rows[2]["betas_tried"][0]["kl"] == pytest.approx(0.0, abs=1e-3) and rows[2]["beta"] == 1.0
+    assert rows[3]["betas_tried"][0]["kl"] == pytest.approx(0.0, abs=1e-3)  # the same, sampled
+    assert rows[2]["calibration"] and {row["decode"] for row in rows if row["kl"] is not None} == {"sampled"}
+    assert "ilql, sampled, β offline" in (world.out / "report" / "report.md").read_text()
 
 
 def test_a_method_may_play_anothers_run_in_its_own_way(world):
@@ -401,6 +445,7 @@ def test_a_planned_row_stands_beside_the_others_and_its_scorer_is_the_same_seeds
 
 def test_workers_give_the_rows_that_one_process_gives(world, tmp_path, monkeypatch):
     monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     tiny = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 32}
     world.settings |= {
         "seeds": [1, 0], "methods": {"bc": {"algorithm": "bc"}}, "model": {"scratch": tiny, "vocab_size": 270},

@@ -135,7 +135,7 @@ def test_what_a_cut_log_would_have_earned_is_not_known():
     ids=["even", "turned", "clip", "support", "candidates", "unguided"],
 )
 def test_divergence_of_guidance_is_exact(beta, sampling, kl, changed):
-    (entry,) = guidance_by_beta(table_policy(**sampling), [said("a", 1.0)], [beta])
+    (entry,) = guidance_by_beta(read_logs(table_policy(**sampling), [said("a", 1.0)], [beta]), [beta])
     assert entry["kl"] == pytest.approx(kl / 2, abs=1e-5)  # the closing token, which is certain, adds 0
     if changed is not None:  # an even choice may fall either way
         assert entry["changed"] == changed / 2
@@ -183,7 +183,7 @@ def test_a_policy_without_heads_has_its_likelihood_only():
     report = evaluate_offline(table_policy(heads=False), [said("a", 0.0)], betas=[1.0], kl_budget=0.1)
     assert report.by_beta is None and "beta" not in str(report)
     with pytest.raises(InputError, match="betas: found"):
-        guidance_by_beta(table_policy(heads=False), [said("a", 0.0)], [1.0])
+        read_logs(table_policy(heads=False), [said("a", 0.0)], [1.0])
 
 
 def test_logs_without_a_turn_that_fits_are_an_input_error():

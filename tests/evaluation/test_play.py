@@ -55,6 +55,27 @@ def test_the_summary_is_the_mean_over_episodes_with_rates_per_turn():
                        "labels": {"odd": 1 / 3}}  # fmt: skip
 
 
+class Noting(Speaker):
+    """A speaker with a tokenizer, whose words were guided away from its policy by a quarter nat each."""
+
+    fingerprint = "f"
+
+    def reply(self, rows, histories, options=None):
+        return [Reply(self.text, (1, 2), (-0.5, -0.5), (-0.75, -0.75)) for _ in rows]
+
+
+def test_kl_is_the_sum_over_an_episodes_tokens():
+    result = evaluate_policy(Noting(), Counting, [0, 1, 2])
+    assert result.kl() == pytest.approx(0.5 * 2)  # half a nat a turn, two turns in the mean
+    assert evaluate_policy(Speaker(), Counting, [0]).kl() is None
+
+
+def test_scores_stand_beside_their_cells():
+    result = evaluate_policy(Speaker(), Counting, [3, 4, 5], repeats=2, cluster="odd")
+    assert result.cells() == [(True, 16.0, 4), (False, 8.0, 2)]  # seeds 3 and 5 pay 2 and 6, seed 4 pays 4
+    assert result.scores() == [[2.0, 6.0, 2.0, 6.0], [4.0, 4.0]]
+
+
 def test_repeats_keep_the_episode_and_change_the_dice_only():
     speaker = Speaker()
     result = evaluate_policy(speaker, Counting, [1, 2], repeats=3)

@@ -1,0 +1,51 @@
+"""What made a row of results: code, libraries, machine and command."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from offline_lmrl import __version__
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
+
+
+@cache
+def provenance() -> dict[str, Any]:
+    """Plain values, the same for the whole process: `command` as it was typed, `commit` (None outside a checkout;
+    "-dirty" behind it where files differ), `versions` by package, and `machine`, without its name."""
+    import torch
+
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "versions": {"offline_lmrl": __version__, "python": platform.python_version()}
+        | {name: metadata.version(name) for name in PACKAGES},
+        "machine": {
+            "system": platform.platform(),
+            "cores": os.cpu_count(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def _commit() -> str | None:
+    """Of the checkout that this code is a tracked part of; not of one that merely lies around its installation."""
+    here = Path(__file__)
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return None
+    return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(folder: Path, *command: str) -> str | None:
+    """What git says; None where it refuses or is not installed."""
+    try:
+        said = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
+    except OSError:
+        return None
+    return said.stdout.strip() if said.returncode == 0 else None
