@@ -24,7 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.algorithms.run import DataConfig, ModelConfig, runs_before, train
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import fingerprint, read_trajectories
+from offline_lmrl.data.io import fingerprint, holds_comparisons, read_comparisons, read_trajectories
+from offline_lmrl.data.preferences import to_trajectories
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.decoding.planner import Planner, PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
@@ -169,15 +170,8 @@ class _Comparison:
         config, scale = self.config, self.config.evaluation.score
         shown = {"baseline": config.baseline, "labels": config.evaluation.labels}
         yield {"kind": "comparison", **shown, "config": _plain(asdict(config))}
-        returns = [t.total_return for t in self.train_data]
-        behaviour = mean_interval(returns, [t.group or i for i, t in enumerate(self.train_data)])
-        cut = sum(not t.terminated for t in self.train_data) / len(self.train_data)
-        title = f"behaviour ({cut:.0%} of the logs are cut)" if cut else "behaviour"  # then their returns are partial
-        labels = label_means(t.labels for t in self.train_data)
-        yield {
-            "kind": "behaviour", "method": title, "score": behaviour.mean, "interval": behaviour[1:3],
-            "n": behaviour.n, "normalised": scale and scale.normalise(behaviour.mean), "labels": labels,
-        }  # fmt: skip
+        if not holds_comparisons(config.data["train"]):  # what people prefer is no return
+            yield self._behaviour()
         # A partner is trained later; play against one has no known optimum.
         optimum = None if config.partner else _optimum(make_environment(**config.environment))
         if optimum is not None:
@@ -188,14 +182,27 @@ class _Comparison:
             labels = {key: value for key, value in columns.items() if key not in known}
             yield {"kind": "published", "method": name, **known, "labels": labels}
 
+    def _behaviour(self) -> Row:
+        """What the logs earned."""
+        scale = self.config.evaluation.score
+        returns = [t.total_return for t in self.train_data]
+        behaviour = mean_interval(returns, [t.group or i for i, t in enumerate(self.train_data)])
+        cut = sum(not t.terminated for t in self.train_data) / len(self.train_data)
+        title = f"behaviour ({cut:.0%} of the logs are cut)" if cut else "behaviour"  # then their returns are partial
+        labels = label_means(t.labels for t in self.train_data)
+        return {
+            "kind": "behaviour", "method": title, "score": behaviour.mean, "interval": behaviour[1:3],
+            "n": behaviour.n, "normalised": scale and scale.normalise(behaviour.mean), "labels": labels,
+        }  # fmt: skip
+
     @cached_property
     def train_data(self) -> list[Trajectory]:
-        return read_trajectories(self.config.data["train"])
+        return _logs(self.config.data["train"])
 
     @cached_property
     def validation_data(self) -> list[Trajectory]:
         path = self.config.data.get("validation")
-        return read_trajectories(path) if path else []
+        return _logs(path) if path else []
 
     @cached_property
     def _shared_identity(self) -> dict[str, Any]:
@@ -232,6 +239,8 @@ class _Comparison:
             link["betas"] = list(method.betas)
         if method.critic is not None:
             link["critic"] = self._chain(method.critic)
+        if method.preference is not None or method.judge is not None:
+            link |= {"preference": method.preference, "judge": self._chain(method.judge)}
         if method.asks is not None:
             link["asks"] = self._chain(method.asks)
         return [link, *self._chain(method.start_from)]
@@ -245,7 +254,14 @@ class _Comparison:
         return {"model": model | dict(method.model), "args": self.config.args | dict(method.args)}
 
     def _entry(
-        self, where: str, method: Any, seed: int, folder: Path, start: Path | None = None, critic: Path | None = None
+        self,
+        where: str,
+        method: Any,
+        seed: int,
+        folder: Path,
+        start: Path | None = None,
+        critic: Path | None = None,
+        judge: Path | None = None,
     ) -> tuple:
         """What `train` takes for a method (or the partner)."""
         merged = self._merged(method)
@@ -261,7 +277,10 @@ class _Comparison:
                 raise InputError(f"{where}.critic: found {method.critic!r}, but {method.algorithm} takes no critic")
             args["critic"] = str(critic)
         args = build(load_algorithm(method.algorithm)[0], args, f"{where}.args.")
-        return method.algorithm, model, DataConfig(**self.config.data), args
+        preference = getattr(method, "preference", None)
+        if getattr(method, "judge", None) is not None:
+            preference = {**(preference or {}), "reward": str(judge)}
+        return method.algorithm, model, DataConfig(**self.config.data, preference=preference), args
 
     def betas(self, name: str) -> tuple[float, ...]:
         """The values of β that a method is tried with; none where its training makes no value heads."""
@@ -277,7 +296,7 @@ class _Comparison:
             if method.run_of is not None:
                 return self.trained(method.run_of, seed)
             others = [None if other is None else self.trained(other, seed)
-                      for other in (method.start_from, method.critic)]  # fmt: skip
+                      for other in (method.start_from, method.critic, method.judge)]  # fmt: skip
             self.runs[name, seed] = self._train(f"methods.{name}", method, seed, folder, *others)
         return self.runs[name, seed]
 
@@ -477,6 +496,11 @@ class _Run:
             # The texts of one seed show what a method says; the files in samples/ have all.
             "samples": dialogues(result, config.evaluation.seeds) if self.seed == config.seeds[0] else [],
         }  # fmt: skip
+
+
+def _logs(source: str) -> list[Trajectory]:
+    """The logged replies; of comparisons with the labels as rewards, whatever a method makes of them."""
+    return to_trajectories(read_comparisons(source)) if holds_comparisons(source) else read_trajectories(source)
 
 
 def _fields(algorithm: str) -> set[str]:

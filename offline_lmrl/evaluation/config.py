@@ -24,6 +24,8 @@ class MethodConfig:
     model, args: merged over the comparison's own `model` and `args`, key by key.
     start_from: written `from` in YAML: the method whose checkpoint of the same seed this one starts from.
     critic: the method whose run of the same seed is this one's `args.critic`, for algorithms that learn from one.
+    preference: where the data are preferences, how this method's rewards are made of them: `reward`, `place` and
+      `normalise` (run.py). judge: the method whose run of the same seed is that reward: a reward model.
     evaluate: False trains it only for others to start from or learn from.
     sampling: SamplingConfig fields for its play, merged over `evaluation.sampling`; in `ask: auto:NAME` NAME is the
       method whose run of the same seed says what to ask for.
@@ -39,6 +41,8 @@ class MethodConfig:
     args: Mapping[str, Any] = field(default_factory=dict)
     start_from: str | None = None
     critic: str | None = None
+    preference: Mapping[str, Any] | None = None
+    judge: str | None = None
     evaluate: bool = True
     sampling: Mapping[str, Any] = field(default_factory=dict)
     planner: Mapping[str, Any] | None = None
@@ -80,7 +84,7 @@ class MethodConfig:
         betas = entry.get("betas")
         if betas is not None and not (isinstance(betas, Sequence) and all(_is_number(b) and b >= 0 for b in betas)):
             raise InputError(f"methods.{name}.betas: found {betas!r}, expected a list of numbers, none below 0")
-        for key in ("model", "args", "sampling", "planner"):
+        for key in ("model", "args", "sampling", "planner", "preference"):
             if not isinstance(entry.get(key) or {}, Mapping):
                 raise InputError(f"methods.{name}.{key}: found {entry[key]!r}, expected a mapping")
         if "beta" in (entry.get("sampling") or {}):
@@ -246,9 +250,9 @@ class CompareConfig:
         """What a method starts from and learns from exists, and none of it comes from the method itself."""
         if name in before:
             circle = " <- ".join([*before, name])
-            raise InputError(f"methods.{name}: found the circle {circle}, expected `from` and `critic` to lead out")
+            raise InputError(f"methods.{name}: found the circle {circle}, expected `from` and the like to lead out")
         method = self.methods[name]
-        for key, other in (("from", method.start_from), ("critic", method.critic)):
+        for key, other in (("from", method.start_from), ("critic", method.critic), ("judge", method.judge)):
             if other is not None:
                 require_known([other], set(self.methods), f"methods.{name}.{key}")
                 self._check_way(other, (*before, name))
@@ -259,6 +263,9 @@ class CompareConfig:
             require_known([method.scorer], set(self.methods), f"methods.{name}.planner.scorer")
         if method.asks is not None:
             require_known([method.asks], set(self.methods), f"methods.{name}.sampling.ask")
+        if method.judge is not None and "reward" in (method.preference or {}):
+            where = f"methods.{name}.preference.reward"
+            raise InputError(f"{where}: found beside `judge`, which decides it, expected only one of them")
         if method.critic is not None and "critic" in method.args:
             where = f"methods.{name}.args.critic"
             raise InputError(f"{where}: found beside `critic`, which decides it, expected only one of them")

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import write_trajectories
+from offline_lmrl.data.io import write_comparisons, write_trajectories
 from offline_lmrl.data.protocols import Reply
+from offline_lmrl.data.trajectory import Turn
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.toys import Gamble
 from offline_lmrl.evaluation import compare
@@ -400,6 +402,34 @@ def test_a_method_may_play_anothers_run_in_its_own_way(world):
     assert ("ilql-0", 0.5, 0.0) in [played[:3] for played in Gambler.played]
     with pytest.raises(InputError, match="cold: method.0.sampling.temperature: found 0.5, expected 0.7"):
         run(world, methods__cold__sampling={"temperature": 0.7})
+
+
+def test_rewards_are_the_labels_or_another_methods_run_of_the_same_seed(world, tmp_path, monkeypatch):
+    asked, said = (Turn("user", "safe or gamble?"),), [(Turn("assistant", text),) for text in ("safe", "gamble")]
+    for name in ("train", "validation"):
+        write_comparisons(tmp_path / f"{name}.jsonl", [Comparison(asked, said, (1.0, 0.0), group=name)])
+    preferences, train = [], compare.train
+
+    def noted(algorithm, model, data, args):
+        preferences.append((args.output_dir.rpartition("/")[2], data.preference))
+        return train(algorithm, model, data, args)
+
+    monkeypatch.setattr(compare, "train", noted)
+    world.settings["methods"] = {
+        "bc": {"algorithm": "bc", "preference": {"reward": "sign"}},
+        "ilql": {"algorithm": "ilql", "judge": "reward_model", "preference": {"normalise": "none"}},
+        "reward_model": {"algorithm": "reward_model", "evaluate": False},
+    }  # fmt: skip
+    run(world, seeds=[0, 1])
+    judges = [str(world.out / "runs" / f"reward_model-{seed}") for seed in (0, 1)]
+    assert preferences == [(f"{name}-{seed}", made) for seed in (0, 1) for name, made in (
+        ("bc", {"reward": "sign"}), ("reward_model", None), ("ilql", {"normalise": "none", "reward": judges[seed]}))]
+    assert {row["kind"] for row in read_results(world.out / "results.jsonl")} == {"comparison", "optimum", "published",
+                                                                                 "run"}  # fmt: skip
+    with pytest.raises(InputError, match="ilql: method.0.preference.normalise: found 'none', expected 'group'"):
+        run(world, methods__ilql__preference={"normalise": "group"})
+    with pytest.raises(InputError, match="methods.ilql.preference.reward: found beside `judge`"):
+        run(world, methods__ilql__preference={"reward": "sign"})
 
 
 def test_what_is_asked_for_may_be_anothers_v(world):
