@@ -37,6 +37,7 @@ from offline_lmrl.evaluation.page import write_report
 from offline_lmrl.evaluation.play import EvaluationResult, evaluate_policy
 from offline_lmrl.evaluation.provenance import provenance
 from offline_lmrl.evaluation.report import read_results, table
+from offline_lmrl.evaluation.rounds import train_in_rounds
 
 SAMPLES = 10
 CURVE = ("environment_steps", "reward_queries", "score", "kl")  # kept of the metrics of a run that played
@@ -237,6 +238,8 @@ class _Comparison:
         link = {"algorithm": method.algorithm, **self._merged(method), "sampling": dict(method.sampling)}
         if method.betas is not None:
             link["betas"] = list(method.betas)
+        if method.collect is not None:
+            link["collect"] = asdict(method.collect)
         if method.critic is not None:
             link["critic"] = self._chain(method.critic)
         if method.preference is not None or method.judge is not None:
@@ -304,10 +307,12 @@ class _Comparison:
         """others: the runs it starts from and learns from."""
         if not (folder / "complete.json").exists():
             self.say(f"training {folder.name}")
-        played = {}
-        if _plays(method.algorithm):
-            played = {"environment": self.config.environment, "players": self._partner()}
-        return train(*self._entry(where, method, seed, folder, *others), **played)
+        entry = self._entry(where, method, seed, folder, *others)
+        if not _plays(method):
+            return train(*entry)
+        if _collects(method):
+            return train_in_rounds(*entry, self.config.environment, method.collect, self._partner())
+        return train(*entry, environment=self.config.environment, players=self._partner())
 
     @contextmanager
     def _workers(self) -> Iterator[ProcessPoolExecutor]:
@@ -323,7 +328,7 @@ class _Comparison:
         """Trains every seed in a process of its own, and the partner before those that play against it."""
         waiting: list[int | None] = list(self.config.seeds)
         if self.config.partner is not None:
-            if any(_plays(method.algorithm) for method in self.config.methods.values()):
+            if any(_plays(method) for method in self.config.methods.values()):
                 self.train_partner()
             else:
                 waiting.insert(0, None)
@@ -490,6 +495,7 @@ class _Run:
                 "selection_tokens": selection_tokens,
                 "evaluation_seconds": result.seconds,
             },
+            **divergence(self.folder),
             "run": str(self.folder), "episodes": f"episodes/{stem}.jsonl",
             "cells": result.cells(), "scores": result.scores(),
             "curve": learning_curve(self.folder) if setting.decode == "sampled" else [],
@@ -508,9 +514,21 @@ def _fields(algorithm: str) -> set[str]:
     return {field.name for field in fields(load_algorithm(algorithm)[0])}
 
 
-def _plays(algorithm: str) -> bool:
-    """Whether it learns in the environment."""
-    return load_algorithm(algorithm)[1].plays
+def _collects(method: Any) -> bool:
+    return getattr(method, "collect", None) is not None
+
+
+def _plays(method: Any) -> bool:
+    """Whether a method (or the partner) learns in the environment."""
+    return _collects(method) or load_algorithm(method.algorithm)[1].plays
+
+
+def divergence(run: Path) -> dict[str, float]:
+    """Of a run of PPO: `training_kl`, nats per episode between its last episodes' policy and the start, and
+    `ratio_max`, the largest ratio of any update."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    rows = [row for row in rows if "ratio_max" in row]
+    return {"training_kl": rows[-1]["kl"], "ratio_max": max(row["ratio_max"] for row in rows)} if rows else {}
 
 
 def training_cost(run: Path, *judges: Path | None) -> dict[str, float]:

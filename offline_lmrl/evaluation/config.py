@@ -12,8 +12,29 @@ from typing import Any
 from offline_lmrl.data.errors import InputError, in_our_words
 from offline_lmrl.evaluation.metrics import ScoreScale
 
-TRAINING = {"model", "args", "from", "critic"}  # what decides a method's run beside its algorithm
+TRAINING = {"model", "args", "from", "critic", "collect"}  # what decides a method's run beside its algorithm
 ELSEWHERE = ("path", "scratch", "vocab_size", "tokenizer")  # model settings that a start from another method decides
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Rounds of play between rounds of offline training (rounds.py).
+
+    rounds: how often the policy plays; it is trained once before, and again behind each, from where it was.
+    episodes: that it plays in a round; all of them stay in the logs.
+    sampling: SamplingConfig fields for that play, over those saved with the run.
+    first_seed: episode seeds count on from here; those of evaluation and selection lie below.
+    """
+
+    rounds: int = 1
+    episodes: int = 100
+    sampling: dict[str, Any] = field(default_factory=dict)
+    first_seed: int = 10_000_000
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "episodes"):
+            require_at_least(f"collect.{name}", getattr(self, name), 1)
+        require_at_least("collect.first_seed", self.first_seed, 0)
 
 
 @dataclass(frozen=True)
@@ -33,6 +54,7 @@ class MethodConfig:
     betas: its own candidates instead of `evaluation.betas`; an empty list plays without value guidance.
     run_of: another method, whose runs this one plays with other `sampling`, `planner` or `betas`; it has no algorithm
       and training settings of its own.
+    collect: CollectConfig fields: trains an algorithm that learns from data in rounds of play in the environment.
     regime: what it was allowed to learn from, as the table prints it; None = what its algorithm says of itself.
     """
 
@@ -48,6 +70,7 @@ class MethodConfig:
     planner: Mapping[str, Any] | None = None
     betas: tuple[float, ...] | None = None
     run_of: str | None = None
+    collect: CollectConfig | None = None
     regime: str | None = None
 
     def __post_init__(self) -> None:
@@ -84,12 +107,16 @@ class MethodConfig:
         betas = entry.get("betas")
         if betas is not None and not (isinstance(betas, Sequence) and all(_is_number(b) and b >= 0 for b in betas)):
             raise InputError(f"methods.{name}.betas: found {betas!r}, expected a list of numbers, none below 0")
-        for key in ("model", "args", "sampling", "planner", "preference"):
+        for key in ("model", "args", "sampling", "planner", "preference", "collect"):
             if not isinstance(entry.get(key) or {}, Mapping):
                 raise InputError(f"methods.{name}.{key}: found {entry[key]!r}, expected a mapping")
         if "beta" in (entry.get("sampling") or {}):
             raise InputError(f"methods.{name}.sampling.beta: found a value, expected evaluation.betas alone")
-        return cls(start_from=entry.get("from"), **{k: v for k, v in entry.items() if k != "from" and v is not None})
+        given = {key: value for key, value in entry.items() if key != "from" and value is not None}
+        if "collect" in given:
+            given["collect"] = build(CollectConfig, given["collect"], f"methods.{name}.collect.")
+            given.setdefault("regime", "environment")
+        return cls(start_from=entry.get("from"), **given)
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,9 @@ def _method_line(key: tuple, runs: Sequence[Row], cells: Mapping[tuple, Cells], 
     line["agent turns"] = f"{_mean(run['turns'] for run in runs):.1f}"
     line["agent tokens"] = f"{_mean(run['tokens'] for run in runs):.1f}"
     line["invalid"] = f"{_mean(run['invalid_rate'] for run in runs):.1%}"
+    if any("ratio_max" in run for run in runs):
+        line["training KL"] = f"{_mean(run['training_kl'] for run in runs if 'training_kl' in run):.2f}"
+        line["largest ratio"] = f"{max(run.get('ratio_max', 0.0) for run in runs):.3g}"
     line["episodes"] = str(sum(run["n"] for run in runs))
     line["seeds"] = " ".join(str(run["seed"]) for run in runs)
     line["regime"] = runs[0]["regime"]

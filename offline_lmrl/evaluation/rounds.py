@@ -7,7 +7,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +19,8 @@ from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments import make_environment
 from offline_lmrl.environments.rollouts import rollout
-from offline_lmrl.training import BaseConfig, check_range
-
-
-@dataclass(frozen=True)
-class CollectConfig:
-    """Rounds of play between rounds of offline training.
-
-    rounds: how often the policy plays; it is trained once before, and again behind each, from where it was.
-    episodes: that it plays in a round; all of them stay in the logs.
-    sampling: SamplingConfig fields for that play, over those saved with the run.
-    first_seed: episode seeds count on from here; those of evaluation and selection lie below.
-    """
-
-    rounds: int = 1
-    episodes: int = 100
-    sampling: dict[str, Any] = field(default_factory=dict)
-    first_seed: int = 10_000_000
-
-    def __post_init__(self) -> None:
-        check_range(self, rounds=(1, 1e6), episodes=(1, 1e9), first_seed=(0, 2**40))
-        SamplingConfig.from_dict(self.sampling)  # checks names and ranges
+from offline_lmrl.evaluation.config import CollectConfig
+from offline_lmrl.training import BaseConfig
 
 
 def train_in_rounds(
@@ -59,6 +40,10 @@ def train_in_rounds(
     if load_algorithm(algorithm)[1].plays or data.train is None:
         raise InputError(f"collect: found it for {algorithm} with data.train {data.train!r}, expected an algorithm "
                          "that learns from data, and data")  # fmt: skip
+    if data.preference is not None:
+        raise InputError("collect: found it beside data.preference, expected scored trajectories: what is played "
+                         "brings its own rewards")  # fmt: skip
+    SamplingConfig.from_dict(collect.sampling)  # a slip shows before anything is trained
     world, played = make_environment(**environment, **(players or {})), Counter()
     for number in range(collect.rounds):
         before = copy.copy(args)
@@ -66,7 +51,8 @@ def train_in_rounds(
         run = train(algorithm, model, data, before)
         logs, costs = _collected(run, world, data, args, collect, number)
         played += costs
-        model, data = replace(model, path=str(run), scratch=None, tokenizer=None), replace(data, train=str(logs))
+        model = replace(model, path=str(run), scratch=None, tokenizer=None, lora=None)
+        data = replace(data, train=str(logs))
     settings = {"environment": dict(environment), "collect": asdict(collect)}
     return train(algorithm, model, data, args, settings=settings, costs=played)
 

@@ -584,4 +584,8 @@ def test_a_comparison_trains_it_in_the_environment_and_counts_its_steps(tmp_path
     rows = [row for row in read_results(tmp_path / "out" / "results.jsonl") if row["kind"] == "run"]
     assert {row["regime"] for row in rows} == {"environment"} and len(rows) == 2
     assert {row["cost"]["environment_steps"] for row in rows} == {8}
-    assert "environment steps" in (tmp_path / "out" / "table.md").read_text()
+    logged = metrics(tmp_path / "out" / "runs" / "ppo-3")[:-1]
+    assert {row["training_kl"] for row in rows} == {logged[-1]["kl"]}
+    assert {row["ratio_max"] for row in rows} == {max(row["ratio_max"] for row in logged)}
+    drawn = (tmp_path / "out" / "table.md").read_text()
+    assert all(name in drawn for name in ("environment steps", "training KL", "largest ratio"))

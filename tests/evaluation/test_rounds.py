@@ -12,7 +12,10 @@ from offline_lmrl.data.io import read_trajectories, write_trajectories
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.toys import Gamble
-from offline_lmrl.evaluation.rounds import CollectConfig, train_in_rounds
+from offline_lmrl.evaluation.compare import run_compare
+from offline_lmrl.evaluation.config import CollectConfig, CompareConfig, EvaluationConfig, MethodConfig
+from offline_lmrl.evaluation.report import read_results
+from offline_lmrl.evaluation.rounds import train_in_rounds
 
 SCRATCH = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 32}
 WORLD = {"name": "gamble"}
@@ -91,3 +94,28 @@ def test_rounds_that_cannot_be_say_why(tmp_path, logs, settings, message):
     with pytest.raises(InputError, match=message):
         learn(tmp_path / "run", settings.pop("data", logs), **settings)
     assert not (tmp_path / "run" / "round-0" / "complete.json").exists()
+
+
+def test_a_comparison_trains_in_rounds_and_counts_what_was_played(tmp_path, logs):
+    plain = {"algorithm": "bc", "args": {"max_steps": 1}}
+    settings = {
+        "environment": WORLD, "data": {"train": logs.train}, "output": str(tmp_path / "out"), "seeds": (0,),
+        "model": {"scratch": SCRATCH, "vocab_size": 270},
+        "args": {"max_length": 32, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True},
+        "evaluation": EvaluationConfig(episodes=2, sampling={"max_new_tokens": 3}),
+    }  # fmt: skip
+    collect = {"rounds": 1, "episodes": 5, "sampling": {"max_new_tokens": 3}}
+    config = CompareConfig(methods={"bc": plain, "iterated": {**plain, "collect": collect}}, **settings)
+    run_compare(config)
+    rows = {row["method"]: row for row in read_results(tmp_path / "out" / "results.jsonl") if row["kind"] == "run"}
+    assert rows["iterated"]["cost"]["environment_steps"] == rows["iterated"]["cost"]["reward_queries"] == 5
+    assert (rows["iterated"]["regime"], rows["bc"]["regime"]) == ("environment", "labels only")
+    assert rows["iterated"]["cost"]["training_tokens"] > rows["bc"]["cost"]["training_tokens"]
+    assert "environment_steps" not in rows["bc"]["cost"]
+    with pytest.raises(InputError, match="iterated: method.0.collect.episodes: found 5, expected 6"):
+        run_compare(CompareConfig(methods={"iterated": {**plain, "collect": {**collect, "episodes": 6}}}, **settings))
+
+
+def test_a_slip_in_rounds_names_its_key():
+    with pytest.raises(InputError, match="methods.x.collect: found 'round', expected one of .*did you mean 'rounds'"):
+        MethodConfig.of("x", {"algorithm": "bc", "collect": {"round": 1}})
