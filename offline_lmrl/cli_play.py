@@ -79,6 +79,7 @@ def _evaluate(
     data: str | None = None,
     betas: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
     kl_budget: float = 0.3,
+    fqe: int = 0,
     show: int | None = None,
     asks: tuple[float | str, ...] | None = None,
     planner: "PlannerConfig | None" = None,
@@ -103,6 +104,7 @@ def _evaluate(
       data: held-out trajectories; says what logs alone can say. Or comparisons: says how often the scorer agrees.
       betas: weights of the guidance that are tried on the logs.
       kl_budget: the largest of them that moves the policy no further than this, in nats per token, is recommended.
+      fqe: optimizer steps of fitted Q evaluation on the logs, an estimate of the run's score; 0 = none.
       show: print this row of the data token by token instead, from 1.
       asks: returns to ask for one after the other, as [0, p50, max]; prints what each achieves, and where the extra
         `plots` is installed draws it, beside the output or into asks.png in the run's folder.
@@ -163,6 +165,7 @@ def _evaluate(
     elif trajectories:
         logs = {"betas": betas, "kl_budget": kl_budget, "demonstrations": shown_first}
         print(offline.evaluate_offline(policy, trajectories, **logs))
+        _print_off_policy(policy, trajectories, fqe)
 
 
 def _judge(scorer: str, data: str) -> None:
@@ -192,6 +195,20 @@ def _print_asks(
     if find_spec("matplotlib") is not None and picture.parent.is_dir():
         draw_asks(points, picture)
         print(f"drawn: {picture}")
+
+
+def _print_off_policy(policy: "LanguagePolicy", trajectories: Sequence[Trajectory], fqe: int) -> None:
+    from offline_lmrl.evaluation.off_policy import fitted_q_evaluation, importance_sampling
+
+    print("its score, estimated from these logs alone (secondary: no substitute for play):")
+    try:
+        print(f"  weighted importance sampling: {importance_sampling(policy, trajectories)}")
+    except InputError as error:
+        print(f"  weighted importance sampling: left out, {error}")
+    if fqe != 0:
+        with _progress("fitting", fqe) as progress:
+            found = fitted_q_evaluation(policy, trajectories, fqe, progress=progress)
+        print(f"  fitted Q evaluation: {found}")
 
 
 def _print_result(result: "EvaluationResult") -> None:

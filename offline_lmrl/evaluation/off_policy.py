@@ -10,7 +10,7 @@ where the fit or the logs do not cover what π would do.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,22 +76,19 @@ def importance_sampling(policy: LanguagePolicy, trajectories: Sequence[Trajector
     """Weighted importance sampling with one weight per episode.
 
     Raises: InputError where an agent turn has no behaviour_log_prob of the policy's own tokens or does not fit its
-      window, where a return is asked for, and where π never says what any of the logs say.
+      window, where a return is asked for, for a policy behind demonstrations, and where π never says what any of the
+      logs say.
     """
-    _require_no_ask(policy)
+    _require_plain(policy)
+    own = [with_own_token_ids(t, policy.renderer.fingerprint).turns for t in trajectories]
+    said = [{i: turn.behaviour_log_prob or () for i, turn in enumerate(turns) if turn.is_trainable} for turns in own]
+    # Where the environment left a choice of texts, π over all tokens is not what played.
+    whole = [bool(of) and not t.labels.get("options") for of, t in zip(said, trajectories, strict=True)]
+    _require_all(ok and all(of.values()) for ok, of in zip(whole, said, strict=True))  # before anything is read
     steps = read_logs(policy, trajectories)
     tokens = Counter(zip(steps.trajectory.tolist(), steps.turn.tolist(), strict=True))
-    behaviour = np.zeros(len(trajectories))
-    unknown = 0
-    for index, trajectory in enumerate(trajectories):
-        own = with_own_token_ids(trajectory, policy.renderer.fingerprint).turns
-        said = {turn: known.behaviour_log_prob or () for turn, known in enumerate(own) if known.is_trainable}
-        known = not trajectory.labels.get("options")  # π over all tokens is not what played there
-        unknown += not (known and said and all(len(of) == tokens[index, turn] for turn, of in said.items()))
-        behaviour[index] = sum(map(sum, said.values()))
-    if unknown:
-        raise InputError(f"found {unknown} of {len(trajectories)} trajectories without behaviour_log_prob for each of "
-                         "this policy's tokens (or with a choice of texts), expected none")  # fmt: skip
+    _require_all(all(len(known) == tokens[i, turn] for turn, known in of.items()) for i, of in enumerate(said))
+    behaviour = [sum(map(sum, of.values())) for of in said]
     log_weight = np.bincount(steps.trajectory, steps.acting_log_prob, minlength=len(trajectories)) - behaviour
     if not np.isfinite(log_weight.max()):
         raise InputError("found no trajectory that this policy could have played, expected at least one")
@@ -127,11 +124,9 @@ def fitted_q_evaluation(
       target_rate: Polyak step of Q̄ per optimizer step. progress: called with (steps done, in all).
     Raises: InputError where a return is asked for, for a policy behind demonstrations, and where no agent turn fits.
     """
-    _require_no_ask(policy)
+    _require_plain(policy)
     if steps < 1:
         raise InputError(f"steps: found {steps}, expected at least 1")
-    if settings(policy.model.config).get("prompt") is not None:
-        raise InputError("found a policy trained behind demonstrations, expected one trained without a prompt")
     logs = _Logs(policy, trajectories)
     vocabulary, device = policy.model.get_output_embeddings().weight.shape[0], policy.model.device
     groups = [t.group or index for index, t in enumerate(trajectories)]
@@ -160,10 +155,19 @@ def fitted_q_evaluation(
     return FittedValue(Cells.of(values).estimate(), float(np.mean(errors)), fits, logs.encoder.steps)
 
 
-def _require_no_ask(policy: LanguagePolicy) -> None:
+def _require_all(known: Iterable[bool]) -> None:
+    known = list(known)
+    if unknown := known.count(False):
+        raise InputError(f"found {unknown} of {len(known)} trajectories without behaviour_log_prob for each of this "
+                         "policy's tokens (or with a choice of texts), expected none")  # fmt: skip
+
+
+def _require_plain(policy: LanguagePolicy) -> None:
     if policy.slots is not None:
         raise InputError("found a policy that is conditioned on returns, expected one that is not: what it is asked "
                          "for is no part of the logs")  # fmt: skip
+    if settings(policy.model.config).get("prompt") is not None:
+        raise InputError("found a policy trained behind demonstrations, expected one trained without a prompt")
 
 
 class _Logs:

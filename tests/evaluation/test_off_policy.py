@@ -10,7 +10,9 @@ import torch
 import transformers
 
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
+from offline_lmrl.cli import main
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import write_trajectories
 from offline_lmrl.data.protocols import StepResult
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.tokenizers import train_tokenizer
@@ -40,7 +42,7 @@ def numbered(trajectories):
 
 
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory):
+def clone(tmp_path_factory):
     """A clone that says b more often than the logs below; only a, b and the closing are left to it."""
     folder = tmp_path_factory.mktemp("clone")
     transformers.set_seed(0)
@@ -51,7 +53,12 @@ def policy(tmp_path_factory):
     run = BCTrainer(build_model(SPEC, TOKENIZER), args, logs, None, TOKENIZER)
     run.train()
     run.save_model(str(folder))
-    return LanguagePolicy.load(folder, device="cpu", support=0.05, max_new_tokens=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy(clone):
+    return LanguagePolicy.load(clone, device="cpu", support=0.05, max_new_tokens=3)
 
 
 def chance_of_b(policy, state):
@@ -96,7 +103,8 @@ def stand_in(monkeypatch, log_prob, n):
     """What reading logs of one token per turn says."""
     steps = SimpleNamespace(trajectory=np.arange(n), turn=np.ones(n, dtype=int), acting_log_prob=np.array(log_prob))
     monkeypatch.setattr(off_policy, "read_logs", lambda *_: steps)
-    return SimpleNamespace(slots=None, renderer=SimpleNamespace(fingerprint="me"))
+    model = SimpleNamespace(config=SimpleNamespace(offline_lmrl={}))
+    return SimpleNamespace(slots=None, model=model, renderer=SimpleNamespace(fingerprint="me"))
 
 
 HALF = (math.log(0.5),)
@@ -166,3 +174,34 @@ def test_a_policy_that_is_asked_for_returns_is_refused():
         importance_sampling(SimpleNamespace(slots=object()), [])
     with pytest.raises(InputError, match="conditioned on returns"):
         fitted_q_evaluation(SimpleNamespace(slots=object()), [])
+
+
+class Chain:
+    """The chain above as an environment."""
+
+    def reset(self, seed):
+        self.state = 0
+        return S0
+
+    def step(self, text):
+        if text != "b" or self.state:
+            return StepResult((), float(text == "b"), True, False)
+        self.state = 1
+        return StepResult((Turn("user", "1"),), 0.0, False, False)
+
+
+def test_evaluate_prints_them_below_what_logs_say(clone, policy, tmp_path, capsys):
+    played = rollout(policy, Chain, range(40))
+    write_trajectories(tmp_path / "played.jsonl", played)
+    write_trajectories(tmp_path / "plain.jsonl", ENDS)
+    form = ["--support", "0.05", "--max_new_tokens", "3", "--device", "cpu"]
+    assert main(["evaluate", str(clone), "--data", str(tmp_path / "played.jsonl"), "--fqe", "2", *form]) == 0
+    printed = capsys.readouterr().out
+    mean = sum(t.total_return for t in played) / 40  # what the policy played itself has the same weight throughout
+    found = float(printed.partition("weighted importance sampling: ")[2].partition(" [")[0])
+    assert found == pytest.approx(mean, abs=0.006) and "sample size 40.0 of 40" in printed
+    assert printed.index("log π per agent token") < printed.index("secondary") < printed.index("fitted Q evaluation")
+    assert main(["evaluate", str(clone), "--data", str(tmp_path / "plain.jsonl"), *form]) == 0
+    printed = capsys.readouterr().out
+    assert "weighted importance sampling: left out, found 3 of 3 trajectories without" in printed
+    assert "fitted Q" not in printed
