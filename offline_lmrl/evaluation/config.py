@@ -12,7 +12,7 @@ from typing import Any
 from offline_lmrl.data.errors import InputError, in_our_words
 from offline_lmrl.evaluation.metrics import ScoreScale
 
-TRAINING = {"model", "args", "from", "critic", "collect"}  # what decides a method's run beside its algorithm
+TRAINING = {"model", "args", "from", "critic", "preference", "judge", "collect"}  # of a run, beside its algorithm
 ELSEWHERE = ("path", "scratch", "vocab_size", "tokenizer")  # model settings that a start from another method decides
 
 

@@ -74,6 +74,8 @@ def test_selection_may_share_seeds_when_its_environment_is_another(file):
         ({"methods.bc.run_of": "ilql"}, "methods.bc: found both, expected `algorithm`, or `run_of`"),
         ({"methods.bc": {"run_of": "ilq"}}, "methods.bc.run_of: found 'ilq', .*; did you mean 'ilql'?"),
         ({"methods.bc": {"run_of": "ilql", "args": {}}}, "methods.bc.args: found beside `run_of`"),
+        ({"methods.bc": {"run_of": "ilql", "judge": "start"}}, "methods.bc.judge: found beside `run_of`"),
+        ({"methods.bc": {"run_of": "ilql", "preference": {}}}, "methods.bc.preference: found beside `run_of`"),
         ({"methods.ilql.betas": [-1]}, r"methods.ilql.betas: found \[-1\], expected a list of numbers"),
         ({"methods.bc": "bc"}, "methods.bc: found 'bc', expected a mapping"),
         ({"methods.bc.args": 3}, "methods.bc.args: found 3, expected a mapping"),
