@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain, combinations
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,8 @@ def tally(comparisons: Sequence[Comparison], features: Mapping[str, Feature] | N
     counts["decided"] += len(decided)
     counts["same"] += sum(
         normalised(_text(row.options[i])) == normalised(_text(row.options[j])) for row, i, j in pairs)
+    for row, i, j in pairs:
+        counts.update(_shared_start(_text(row.options[i]), _text(row.options[j])))
     for name, feature in {**_FEATURES, **(features or {})}.items():
         for outcome, n in zip(_OUTCOMES, _compete(decided, feature), strict=True):
             counts["baseline", name, outcome] += n
@@ -73,7 +76,9 @@ def facts(counts: Counter) -> dict[str, Any]:
         "characters of a reply": _quantiles(counts, "reply"),
         "share of the characters that is compared": round(
             compared / max(1, compared + counts["characters of contexts"]), 4),
-        "checks": {"replies equal up to case and punctuation": counts["same"], **_check_facts(counts)},
+        "checks": {"replies equal up to case and punctuation": counts["same"],
+                   "pairs that a split by characters, as in TRL, would cut inside a reply": counts["inside a reply"],
+                   "of those, inside a word": counts["inside a word"], **_check_facts(counts)},
         "baselines": {key[1]: _accuracy(*(counts["baseline", key[1], outcome] for outcome in _OUTCOMES))
                       for key in counts if key[0] == "baseline" and key[2] == _OUTCOMES[0]},
     }
@@ -118,6 +123,15 @@ def _accuracy(wins: int, losses: int, ties: int) -> dict[str, Any]:
     half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n)) / (1 + _Z**2 / n)
     return {"wins": wins, "losses": losses, "ties": ties, "accuracy": round(share, 4),
             "interval": [round(middle - half, 4), round(middle + half, 4)]}
+
+
+def _shared_start(first: str, second: str) -> list[str]:
+    """What is cut where the context is taken to end with the last character that both sides share."""
+    shared = commonprefix([first, second])
+    if not shared.strip():
+        return []
+    behind = first[len(shared) :][:1], second[len(shared) :][:1]
+    return ["inside a reply"] + ["inside a word"] * (shared[-1].isalnum() and any(map(str.isalnum, behind)))
 
 
 def _count_pitfalls(rows: Sequence[Comparison | Trajectory]) -> Counter:

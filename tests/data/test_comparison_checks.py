@@ -32,6 +32,15 @@ def test_checks_and_facts_by_hand():
     assert checks["annotators named"] == 1
 
 
+def test_a_boundary_by_characters_would_cut_replies_that_start_alike():
+    rows = [compare(texts, (1.0, *[0.0] * (len(texts) - 1))) for texts in (
+        ("Yes", "No"), (" one", " two"), ("A cat", "A dog"), ("It's cold", "It's cold outside"), ("Cutting", "Cut"),
+        ("Apple", "Ant", "Axe"))]  # fmt: skip
+    checks = describe(rows)["checks"]
+    assert checks["pairs that a split by characters, as in TRL, would cut inside a reply"] == 6
+    assert checks["of those, inside a word"] == 4
+
+
 def test_counts_of_parts_that_share_no_group_add_up_to_those_of_the_whole():
     counts = tally(ROWS[:2])
     counts.update(tally(ROWS[2:]))
