@@ -143,6 +143,7 @@ def _pair(row: Mapping, where: str, repairs: Counter, allow_empty: bool) -> tupl
     context = [] if prompt is None else read_prompt(prompt, where, repairs)
     if prompt is None and any(isinstance(side, str) for side in sides):
         repairs["repaired: text without turns taken as the agent's, without a context"] += 1
+    prompt = _repeated(prompt, sides)
     turns = [read_reply(side, context, prompt, where, name, repairs)
              for name, side in zip(("chosen", "rejected"), sides, strict=True)]
     common, options = _split(turns, allow_empty)
@@ -156,6 +157,7 @@ def _ranked(row: Mapping, column: str, where: str, repairs: Counter,
     if len(responses) != len(ranks):
         raise InputError(f"{where}: {column}: found {len(ranks)}, expected one for each of {len(responses)} responses")
     context = read_context(row["prompt"], where, repairs)
+    prompt = _repeated(row["prompt"], responses)
     ranked: dict[tuple, tuple[list[Turn], float, int]] = {}
     for i, (response, rank) in enumerate(zip(responses, ranks, strict=True)):
         if rank is None:
@@ -165,7 +167,7 @@ def _ranked(row: Mapping, column: str, where: str, repairs: Counter,
             rank = finite(f"{column}[{i}]", rank)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-        reply = read_reply(response, context, row["prompt"], where, f"responses[{i}]", repairs)
+        reply = read_reply(response, context, prompt, where, f"responses[{i}]", repairs)
         if _is_empty(reply) and not allow_empty:
             repairs["repaired: empty response left out"] += 1
             continue
@@ -180,6 +182,14 @@ def _ranked(row: Mapping, column: str, where: str, repairs: Counter,
     replies, kept_ranks, places = zip(*ranked.values(), strict=True)
     common, options = _split(replies, allow_empty)
     return [*context, *common], options, list(kept_ranks), _labels_of(row, places, len(responses), where)
+
+
+def _repeated(prompt: Any, sides: Sequence) -> Any:
+    """The prompt, if it can be what replies start with. To "Hello", one reply of "Hello there" among others is a reply
+    that is whole; a transcript is no reply in any case."""
+    texts = [side for side in sides if isinstance(side, str) and side]
+    is_told = is_transcript(prompt) or not isinstance(prompt, str) or all(text.startswith(prompt) for text in texts)
+    return prompt if is_told else None
 
 
 def _labels_of(row: Mapping, places: Sequence[int], size: int, where: str) -> dict[str, Any]:

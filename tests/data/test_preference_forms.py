@@ -68,6 +68,16 @@ def test_a_prompt_that_the_replies_repeat_is_removed_and_counted(prompt, chosen,
     assert counts == {"repaired: prompt removed from the start of a reply": 2}
 
 
+@pytest.mark.parametrize("row", [
+    {"chosen": "Hello there", "rejected": "Hi"},
+    {"responses": ["Hello there", "Hi", ""], "ranks": [0, 1, 2]},
+])
+def test_one_reply_that_starts_with_the_words_of_the_prompt_is_whole(row):
+    row, counts = read({"prompt": "Hello", **row})
+    assert [said(option) for option in row.options] == [[("assistant", "Hello there")], [("assistant", "Hi")]]
+    assert "repaired: prompt removed from the start of a reply" not in counts
+
+
 def test_end_tokens_are_removed_and_counted():
     row, counts = read({"prompt": "Sky?", "chosen": "Blue</s>", "rejected": "Red"})
     assert said(row.options[0]) == [("assistant", "Blue")]
