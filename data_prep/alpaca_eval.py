@@ -13,12 +13,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_prep import fields
 from data_prep.comparisons import import_rows, publish
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import Drop, read_text
+from offline_lmrl.data.forms import Drop
 from offline_lmrl.data.preference_forms import root_group
-from offline_lmrl.data.trajectory import Turn, finite, shown
+from offline_lmrl.data.trajectory import Turn
 
 KEPT = ("annotator", "dataset")  # columns that go to the labels; several values of one comparison are joined
 _CERTAIN = 1e-9  # the least probability either way: odds of a judge that is sure are not known
@@ -69,29 +70,17 @@ def prepare(
             lambda row, i: mean.get(row.labels["options"][i]["generator"], 0.5)})  # fmt: skip
 
 
-def read_judged(row: Any, where: str, counts: Counter[str]) -> Judged | None:
-    """One row, or None where `counts` is told why not. Raises InputError for values of the wrong type."""
-    if not isinstance(row, Mapping):
-        raise InputError(f"{where}: row: found {shown(row)}, expected an object")
-    texts, repairs = {}, Counter()
-    try:
-        for name in ("instruction", "output_1", "output_2", "generator_1", "generator_2"):
-            value = row.get(name, "" if name.startswith("generator") else None)
-            if not isinstance(value, str):
-                raise InputError(f"{where}: {name}: found {shown(value)}, expected text")
-            texts[name] = read_text(value)
-        preference = _preference(row.get("preference"), where, repairs)
-        outputs = texts["output_1"], texts["output_2"]
-        if not texts["instruction"].strip() or not all(text.strip() for text in outputs):
-            raise Drop("empty instruction or output")
-        if outputs[0].split() == outputs[1].split():
-            raise Drop("identical outputs")
-    except Drop as drop:
-        counts[f"dropped: {drop}"] += 1
-        return None
-    counts.update(repairs)
+def read_judged(row: Mapping, where: str, counts: Counter[str]) -> Judged:
+    """One row; `counts` gets its repairs. Raises Drop, and InputError for values of the wrong type."""
+    instruction, *outputs = (fields.text(row, name, where) for name in ("instruction", "output_1", "output_2"))
+    generators = (fields.text(row, name, where) if name in row else "" for name in ("generator_1", "generator_2"))
+    preference = _preference(row, where, counts)
+    if not instruction.strip() or not all(output.strip() for output in outputs):
+        raise Drop("empty instruction or output")
+    if outputs[0].split() == outputs[1].split():
+        raise Drop("identical outputs")
     labels = {name: row[name] for name in KEPT if isinstance(row.get(name), str)}
-    return Judged(texts["instruction"], outputs, (texts["generator_1"], texts["generator_2"]), preference, labels)
+    return Judged(instruction, tuple(outputs), tuple(generators), preference, labels)
 
 
 def assemble(
@@ -148,15 +137,12 @@ def _compare(rows: Sequence[Judged], reference: str, counts: Counter[str]) -> Co
                       labels=labels)  # fmt: skip
 
 
-def _preference(value: Any, where: str, repairs: Counter[str]) -> float:
-    if value is None:
+def _preference(row: Mapping, where: str, counts: Counter[str]) -> float:
+    if row.get("preference") is None:
         raise Drop("no preference")
-    try:
-        value = finite("preference", value)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+    value = fields.number(row, "preference", where)
     if value == 0:
-        repairs["repaired: preference 0 read as a tie"] += 1
+        counts["repaired: preference 0 read as a tie"] += 1
         return 0.5
     if not 1 <= value <= 2:
         raise Drop("preference that is neither 0 nor from 1 to 2")
