@@ -12,16 +12,16 @@ SPEC = {
 }  # fmt: skip
 
 
-def fitted(config, trainer, folder, logs, seed, steps, *, model=None, tokenizer=None, **settings):
-    """A trainer that has trained, from scratch where no model is given, and saved its run into the folder."""
-    tokenizer = tokenizer or train_tokenizer((turn.content for t in logs for turn in t.turns), 320)
+def fitted(config, trainer, folder, logs, seed, steps, *, spec=SPEC, **settings):
+    """A trainer that has trained a model from scratch and saved its run into the folder."""
+    tokenizer = train_tokenizer((turn.content for t in logs for turn in t.turns), 320)
     common = {
         "max_length": 96, "per_device_train_batch_size": 64, "per_device_eval_batch_size": 512, "learning_rate": 2e-3,
         "adam_beta2": 0.98, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "report_to": "none",
     }  # fmt: skip
     transformers.set_seed(seed)
     args = config(output_dir=str(folder), max_steps=steps, seed=seed, **common | settings)
-    run = trainer(model or build_model(SPEC, tokenizer), args, logs, None, tokenizer)
+    run = trainer(build_model(spec, tokenizer), args, logs, None, tokenizer)
     run.train()
     run.save_model()
     return run

@@ -48,17 +48,19 @@ def achieved(policy, toy):
 
 
 def obedience(play, toy, asks):
-    """Correlation and mean distance of what is asked and what is achieved."""
-    earned = np.concatenate([achieved(play(float(ask)), toy) for ask in asks])
-    asked = np.repeat(np.array(asks, dtype=float), EPISODES)
-    return np.corrcoef(asked, earned)[0, 1], np.abs(asked - earned).mean()
+    """Correlation, mean distance and rank correlation (Spearman's, of ask and mean) of what is asked and achieved."""
+    earned = np.array([achieved(play(float(ask)), toy) for ask in asks])
+    asked = np.array(asks, dtype=float)
+    order = np.corrcoef(asked.argsort(), earned.mean(1).argsort().argsort())[0, 1]
+    distance = np.abs(asked[:, None] - earned).mean()
+    return np.corrcoef(np.repeat(asked, EPISODES), earned.ravel())[0, 1], distance, order
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_count_earns_what_is_asked_of_it(tmp_path, seed):
     play = trained(tmp_path, Count().logs(4000, seed), seed, steps=600)
-    correlation, distance = obedience(play, Count, range(9))
-    assert correlation > 0.9 and distance < 0.75
+    correlation, distance, order = obedience(play, Count, range(9))
+    assert correlation > 0.9 and distance < 0.75 and order > 0.9
     assert achieved(play("max"), Count).mean() >= 7.5
     earned, wasted = ["g"] * 3, ["a"] * 3
     assert achieved(Forced(play(5.0), earned), Count).mean() == pytest.approx(5, abs=1)
@@ -84,15 +86,15 @@ def test_shuffled_returns_are_not_obeyed(tmp_path):
     logs = Count().logs(4000, 0)
     order = np.random.default_rng(0).permutation(len(logs))
     shuffled = [replace(t, labels={LABEL: returns_to_go(logs[i])}) for t, i in zip(logs, order, strict=True)]
-    correlation, _ = obedience(trained(tmp_path, shuffled, 0, steps=600), Count, range(9))
+    correlation, *_ = obedience(trained(tmp_path, shuffled, 0, steps=600), Count, range(9))
     assert abs(correlation) < 0.2
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_one_long_turn_earns_what_is_asked_of_it(tmp_path, seed):
     play = trained(tmp_path, Count1().logs(4000, seed), seed, steps=600)
-    correlation, distance = obedience(play, Count1, range(9))
-    assert correlation > 0.9 and distance < 0.75
+    correlation, distance, order = obedience(play, Count1, range(9))
+    assert correlation > 0.9 and distance < 0.75 and order > 0.9
     assert achieved(play("max"), Count1).mean() >= 7.5
 
 
