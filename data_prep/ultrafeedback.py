@@ -3,7 +3,7 @@
 What is made of a row:
 - A completion's score is the mean of its ratings for helpfulness, honesty, instruction following and truthfulness, as
   its authors advise; the completions are ranked by it and equal scores tie. No rejected one is drawn, so no seed
-  decides what is compared.
+  decides what is compared. The labels keep it as the option's `rating`, for rewards that say how good each one is.
 - Ratings are text, and some are "N/A". Only aspects that every rated completion has a rating for are averaged; a
   completion without any rating is left out.
 - `overall_score` is not used. Some published versions have 10 where the critic meant 1; beside ratings of at most 2
@@ -72,7 +72,9 @@ def read_rated(row: Mapping, where: str, counts: Counter[str], truthful_qa: bool
         raise Drop("no aspect that every rated completion is rated for")
     if any(ratings and len(ratings) > len(common) for ratings in rated):
         counts["repaired: aspects left out that not every rated completion is rated for"] += 1
-    ranks = [-_mean(ratings, common) if ratings else None for ratings in rated]
+    for option, ratings in zip(options, rated, strict=True):
+        option["rating"] = _mean(ratings, common) if ratings else None
+    ranks = [None if option["rating"] is None else -option["rating"] for option in options]
     labels = extra_columns(row, {name for name in row if row[name] is not None} - _USED, counts)
     return read_comparison({"prompt": [{"role": "user", "content": instruction}], "responses": responses,
                             "ranks": ranks, "source": "ultrafeedback", "labels": {**labels, "options": options}},

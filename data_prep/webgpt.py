@@ -2,7 +2,8 @@
 
 A row is a `question` and two answers, each with the quotes it was written from and its score: by how much it is
 preferred, from −1 to 1. What is made of it:
-- P(the first is better) = (1 + score_0) / 2, so a score of 0 is a tie and stays; |score_0| is the strength.
+- P(the first is better) = (1 + score_0) / 2, so a score of 0 is a tie and stays. As the target holds the strength
+  of the preference, the labels do not have it again; the scores as they are stand in `labels["options"]`.
 - An answer cites its quotes as [1], [2]. Without the quotes these marks say nothing, and are removed; with `quotes`,
   they stay, and each answer comes behind a tool's turn with its quotes, for which nobody is credited.
 - The group is the question: all rows of one id or of the same words. The token ids repeat the texts and are not read.
@@ -67,7 +68,7 @@ def read_answers(row: Mapping, where: str, counts: Counter[str], quotes: bool = 
     first = (1 + scores[0]) / 2
     group = text(question, "id", f"{where}: question")
     return Comparison((Turn("user", asked),), tuple(answers), (first, 1 - first), group=group, source="webgpt",
-                      labels={**facts(question, ("id", "dataset")), "strength": abs(scores[0])})  # fmt: skip
+                      labels={**facts(question, ("id", "dataset")), "options": [{"score": score} for score in scores]})
 
 
 def _answer(row: Mapping, i: int, where: str, quotes: bool, counts: Counter[str]) -> tuple[Turn, ...]:

@@ -4,8 +4,11 @@ import copy
 import json
 from collections import Counter
 
+import pytest
+
 from data_prep.ultrafeedback import ASPECTS, prepare, read_rated
 from offline_lmrl.data.io import read_comparisons
+from offline_lmrl.data.preferences import to_trajectories
 from tests.comparisons import check_invariants
 
 
@@ -80,7 +83,10 @@ def test_completions_are_ranked_by_the_mean_of_the_aspects_all_are_rated_for():
     assert made.labels["options"][2] == {
         "model": "m3", "principle": "honesty", "custom_system_prompt": "Be honest.", "critique": "ok",
         "overall_score": 1, "ratings": {"helpfulness": 1.0, "honesty": 2.0, "instruction_following": 2.0,
-                                        "truthfulness": 1.0}}  # fmt: skip
+                                        "truthfulness": 1.0},
+        "rating": 1.5}  # fmt: skip
+    scored = to_trajectories([made, unrated], reward="rating", normalise="none")
+    assert [row.total_return for row in scored] == pytest.approx([4.75, 4.75, 1.5, 3.75, 14 / 3, 14 / 3, 1])
     assert (made.labels["source"], made.labels["correct_answers"], made.source) == ("flan", ["Wren"], "ultrafeedback")
 
 

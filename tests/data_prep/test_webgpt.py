@@ -6,6 +6,7 @@ import pytest
 
 from data_prep.webgpt import prepare
 from offline_lmrl.data.io import read_comparisons
+from offline_lmrl.data.preferences import to_trajectories
 from tests.comparisons import check_invariants
 
 QUOTES = {"title": ["Tides (sea.org)", "Moon"], "extract": ["The moon pulls.", "It is far."]}
@@ -58,10 +59,13 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
     assert report["kept as it is"] == {"tie": 1} and report["ties"] == 1
 
 
-def test_scores_are_probabilities_and_strengths_and_a_tie_stays(tmp_path):
+def test_scores_are_probabilities_and_rewards_and_a_tie_stays(tmp_path):
     _, made = run(tmp_path, KEPT)
     assert [one.target for one in made] == [(0.75, 0.25), (0.5, 0.5), (0, 1), (0.75, 0.25)]
-    assert [one.labels["strength"] for one in made] == [0.5, 0, 1, 0.5]
+    assert [[option["score"] for option in one.labels["options"]] for one in made] == [
+        [0.5, -0.5], [0, 0], [-1, 1], [0.5, -0.5]]
+    rewards = [one.total_return for one in to_trajectories(made, reward="prob", normalise="none")]
+    assert rewards == [0.5, -0.5, 0, 0, -1, 1, 0.5, -0.5]  # the scores
     assert made[0].group == made[1].group == made[3].group != made[2].group  # q1 and q3 ask the same
 
 
