@@ -44,13 +44,11 @@ def prepare(
     return convert(input, partial(read_transcripts, allow_empty=allow_empty), output, validation, seed, processes)
 
 
-def read_transcripts(row: Any, where: str, counts: Counter[str], allow_empty: bool = False) -> Comparison | None:
+def read_transcripts(row: Mapping, where: str, counts: Counter[str], allow_empty: bool = False) -> Comparison | None:
     """The comparison of one row, or None where `counts` is told why not.
 
     Raises InputError for what is no pair of transcripts.
     """
-    if not isinstance(row, Mapping):
-        raise InputError(f"{where}: row: found {shown(row)}, expected an object")
     for side in SIDES:
         if not is_transcript(row.get(side)):
             raise InputError(f"{where}: {side}: found {shown(row.get(side))}, expected a transcript of Human and "
