@@ -1,12 +1,13 @@
 """What return is asked of each row of a session: given once, updated with every reward, told to the model in slots."""
 
-import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
 
-from offline_lmrl.data.conditioning import ASK_NAMES, Ids, Slots, check_ask
+from offline_lmrl.data.conditioning import ASK_NAMES, Ids, ReturnTable, Slots, check_ask
 from offline_lmrl.data.trajectory import Turn
+
+SAID: set[tuple[float | str | None, ReturnTable]] = set()  # asks outside the data, of which each is told once
 
 
 class Asks:
@@ -60,15 +61,13 @@ class Asks:
         """Keeps what the first reply of a row was asked for, and says once where the data do not reach so far."""
         if row in self.first:
             return
-        scale = self.slots.scale
+        scale, table, given = self.slots.scale, self.slots.scale.table(self.task), self.asks[row]
         clipped, used = scale.clipped(now, self.task), scale.bin_of(now, self.task)
         self.first[row] = {"ask": ask, "bin": used, "clipped": clipped}
-        if clipped:
-            table = scale.table(self.task)
-            _say_once(f"ask: found {now:g}, expected {table.least:g} to {table.most:g}, the returns in the training "
-                      f"data; the nearest bin, {used} of 0 to {len(table.counts) - 1}, is asked for")
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    logging.getLogger(__name__).warning(line)
+        if clipped and (given, table) not in SAID:
+            SAID.add((given, table))
+            found = f"{now:g} for {given}" if isinstance(given, str) else f"{now:g}"
+            logging.getLogger(__name__).warning(
+                f"ask: found {found}, expected {table.least:g} to {table.most:g}, the returns in the training data; "
+                f"the nearest bin, {used} of 0 to {len(table.counts) - 1}, is asked for"
+            )

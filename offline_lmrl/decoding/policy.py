@@ -46,6 +46,7 @@ class LanguagePolicy:
       task: what is played, for a model that was trained with returns per task.
       prompt: demonstrations of what is played, which all rows read before everything else (data/demonstrations.py), in
         the order given; None = no prompt. Of each the part is shown that the model was trained behind, else all of it.
+      critics: where runs are kept whose V is asked for, by their names; None = nowhere yet.
 
     Raises InputError where the settings ask for what the model does not have.
     """
@@ -61,6 +62,7 @@ class LanguagePolicy:
         max_length: int | None = None,
         task: str = "",
         prompt: Sequence[Trajectory] | None = None,
+        critics: "dict[str, LanguagePolicy] | None" = None,
     ):
         self.model, self.renderer = model, renderer
         self.sampling = sampling or SamplingConfig()
@@ -68,7 +70,7 @@ class LanguagePolicy:
         self.window = WindowRule(context, stride, max_length or positions)
         self.sampler = Sampler(model, renderer, self.sampling)
         self.slots, self.task = slots_of(model, renderer), task
-        self.critics: dict[str, LanguagePolicy] = {}  # whose V is asked for, by run
+        self.critics = {} if critics is None else critics
         self.asks([self.sampling.ask])  # what cannot be asked for shows here
         self.spec = PromptSpec(**(settings(model.config).get("prompt") or {}))
         self.prompt, self.shared_prompt = prompt, self.read_prompt(prompt)
@@ -107,10 +109,8 @@ class LanguagePolicy:
     def with_sampling(self, **changes: Any) -> "LanguagePolicy":
         """The same model with other fields of its sampling form."""
         sampling = replace(self.sampling, **changes)
-        same = {**asdict(self.window), "task": self.task, "prompt": self.prompt}
-        policy = LanguagePolicy(self.model, self.renderer, sampling, **same)
-        policy.critics = self.critics
-        return policy
+        same = {**asdict(self.window), "task": self.task, "prompt": self.prompt, "critics": self.critics}
+        return LanguagePolicy(self.model, self.renderer, sampling, **same)
 
     def start(
         self,
@@ -196,8 +196,8 @@ class LanguagePolicy:
 
 
 def load_critic(run: str | Path, *, device: str | torch.device | None = None) -> LanguagePolicy:
-    """A run with value heads, as `LanguagePolicy.load`. Raises: InputError where it has none."""
-    critic = LanguagePolicy.load(run, device=device)
+    """A run with value heads, as `LanguagePolicy.load`, asked for nothing. Raises: InputError where it has none."""
+    critic = LanguagePolicy.load(run, device=device, ask=None)
     if getattr(critic.model, "value_heads", None) is None:
         raise InputError(f"critic: {run}: found a model without value heads, expected one that has them (an ILQL run)")
     return critic

@@ -14,7 +14,8 @@ from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding import asks
-from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding import policy as policies
+from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession, load_critic
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.models.guided import attach, attach_return_heads, attach_returns, build_model
@@ -233,11 +234,12 @@ def test_auto_with_a_run_asks_for_the_value_that_this_run_sees(tmp_path, monkeyp
         (reply,) = session.reply([0], [history])
         assert session.asks.used[0][-1] == pytest.approx(expected, abs=1e-3)
         history += [Turn("assistant", reply.text, None, 1.0, reply.token_ids), Turn("user", "left")]
-    assert player.with_sampling(temperature=0.0).critics is player.critics  # loaded once
     conditioned(heads=False).save_pretrained(tmp_path / "plain")
     RENDERER.tokenizer.save_pretrained(tmp_path / "plain")
     with pytest.raises(InputError, match="plain: found a model without value heads, expected one that has them"):
         policy(conditioned(heads=False), ask=f"auto:{tmp_path / 'plain'}")
+    monkeypatch.setattr(policies, "load_critic", None)
+    player.with_sampling(temperature=0.0).start([5]).reply([0], HISTORIES[:1])  # it is loaded once
 
 
 def test_auto_explains_an_unknown_past_by_its_rewards():
@@ -324,8 +326,8 @@ class Paying:
         return StepResult([Turn("user", "left")] if self.left else [], 1.0, not self.left, False)
 
 
-def test_a_rollout_says_what_was_asked_and_an_ask_beyond_the_data_is_said_once(caplog):
-    asks._say_once.cache_clear()
+def test_a_rollout_says_what_was_asked_and_an_ask_beyond_the_data_is_said_once(caplog, monkeypatch):
+    asks.SAID.clear()
     with caplog.at_level(logging.WARNING):
         played = rollout(policy(ask=9.0), Paying, range(3), batch_size=2)
     assert [{name: t.labels[name] for name in ("ask", "bin", "clipped")} for t in played] == [
@@ -334,6 +336,13 @@ def test_a_rollout_says_what_was_asked_and_an_ask_beyond_the_data_is_said_once(c
     assert [record.message for record in caplog.records] == [
         "ask: found 9, expected 0 to 4, the returns in the training data; the nearest bin, 4 of 0 to 4, is asked for"
     ]
+    caplog.clear()
+    values = iter([7.0, 8.0, 9.0])
+    monkeypatch.setattr(LanguageSession, "_values", lambda session, rows, histories: [next(values) for _ in rows])
+    policy(ask="auto").start([1, 2, 3]).reply([0, 1, 2], HISTORIES[:1] * 3)
+    (said,) = caplog.records  # a value per state, but one line
+    assert said.message.startswith("ask: found 7 for auto, expected 0 to 4")
+    monkeypatch.undo()
     (inside,) = rollout(policy(ask="max"), Paying, [0])
     assert (inside.labels["ask"], inside.labels["bin"], inside.labels["clipped"]) == (4.0, 4, False)
     assert "ask" not in rollout(policy(), Paying, [0])[0].labels
@@ -360,13 +369,17 @@ def test_asks_and_forms_that_the_model_cannot_serve_are_refused():
         policy().start([1], ["most"])
 
 
-def test_returns_per_task_need_the_task():
+def test_returns_per_task_need_the_task(tmp_path):
     logs = [Trajectory(t.turns, task=task) for task in ("a", "b") for t in LOGS]
     model = conditioned(logs=logs, per="task")
     with pytest.raises(InputError, match="task: found '', expected one of the training data"):
         policy(model, ask="max")
     player = LanguagePolicy(model, RENDERER, SamplingConfig(ask="max", max_new_tokens=2), task="b")
     play(player, [1.0])
+    model.config.offline_lmrl |= {"sampling": {"ask": "max"}}
+    model.save_pretrained(tmp_path)
+    RENDERER.tokenizer.save_pretrained(tmp_path)
+    assert load_critic(tmp_path).sampling.ask is None  # values are read where nothing is asked for, of whatever task
 
 
 def test_returns_as_text_are_read_in_the_same_place(monkeypatch):
