@@ -51,8 +51,7 @@ class PlannerConfig:
         """The policy behind this planning. Raises: InputError as `Planner` and `load_critic`."""
         scorer = None
         if self.scorer != "heads":
-            critic = load_critic(self.scorer, device=policy.model.device)
-            scorer = Critic(critic.with_sampling(max_new_tokens=policy.sampling.max_new_tokens))
+            scorer = Critic(load_critic(self.scorer, device=policy.model.device))
         return Planner(policy, scorer, width=self.width, expand=self.expand, depth=self.depth)
 
 
