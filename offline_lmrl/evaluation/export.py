@@ -25,7 +25,7 @@ from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding.critic import log_encoder
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
-from offline_lmrl.evaluation.offline import CHUNK, _decoding_log_prob, _prompts
+from offline_lmrl.evaluation.offline import CHUNK, decoding_log_prob, log_prompts
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import load_model
 from offline_lmrl.models.plain import fold, logit_scale, plain, q_matrix, spell_returns
@@ -258,7 +258,7 @@ def _divergence(
     model, rows = policy.model, policy.model.get_input_embeddings().weight.shape[0]
     tokens = min([rows, *ids])  # without those of returns, which are suppressed
     encoder = log_encoder(policy)
-    columns = encode_trajectories(logs, encoder, Counter(), _prompts(policy, logs, None, encoder.slots))
+    columns = encode_trajectories(logs, encoder, Counter(), log_prompts(policy, logs, None, encoder.slots))
     windows = WindowDataset(columns, policy.renderer.close_id, next_rows=False, end_rows=False)
     sums, size = torch.zeros(3, dtype=torch.float64), max(1, CHUNK // (rows * int(windows.lengths.max())))
     for index in torch.arange(len(windows)).split(size):
@@ -269,7 +269,7 @@ def _divergence(
         q = v = None
         if form.beta != 0:
             q, v = model.q_values(hidden[row, state]), model.v_values(hidden[row, state])
-        before = _decoding_log_prob(policy, logits, q, v, policy.sampling.beta)[:, :tokens]
+        before = decoding_log_prob(policy, logits, q, v, policy.sampling.beta)[:, :tokens]
         found, _ = exported.packed_logits(row, state, input_ids=_spelt(read, rows, ids), attention_mask=mask)
         after = warp_log_probs(found[:, :tokens], form.temperature, form.top_k, form.top_p, form.min_p)
         base = warp_log_probs(logits[:, :tokens], form.temperature)

@@ -78,7 +78,7 @@ def read_logs(
     encoder = log_encoder(policy)
     scale = encoder.scale
     counts: Counter[str] = Counter()
-    prompts = enumerate(_prompts(policy, trajectories, demonstrations, encoder.slots))
+    prompts = enumerate(log_prompts(policy, trajectories, demonstrations, encoder.slots))
     windows = [(i, window) for i, prompt in prompts for window in encoder.encode(trajectories[i], counts, prompt)]
     if not windows:
         raise InputError("data: found no agent turn that fits, expected at least one")
@@ -103,12 +103,13 @@ def read_logs(
     return LoggedSteps(**{"q": None, "v": None, **flat}, counts=+counts)
 
 
-def _prompts(
+def log_prompts(
     policy: LanguagePolicy,
     trajectories: Sequence[Trajectory],
     demonstrations: Sequence[Trajectory] | None,
     slots: SlotsOfLog | None,
 ) -> Iterator[Ids]:
+    """What every log is read behind; demonstrations: as in `read_logs`, slots: as in `encode_prompts`."""
     if demonstrations is None and (policy.prompt is not None or settings(policy.model.config).get("prompt") is None):
         return iter([policy.shared_prompt.null] * len(trajectories))
     spec = replace(policy.spec, drop=0.0)
@@ -149,7 +150,7 @@ def acting_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor | None, v:
 
     Args: logits (n, V), q (H, n, V) and v (n,) of its model at n states; see `values_at`.
     """
-    log_prob = _decoding_log_prob(policy, logits, q, v, policy.sampling.beta)
+    log_prob = decoding_log_prob(policy, logits, q, v, policy.sampling.beta)
     if policy.sampling.temperature > 0:
         return log_prob
     best = log_prob.argmax(-1, keepdim=True)
@@ -178,7 +179,7 @@ def _of_states(
         yield "v", unit * v
         plain = (logits / (policy.sampling.temperature or 1.0)).log_softmax(-1)
         for i, beta in enumerate(betas):
-            guided = _decoding_log_prob(policy, logits, q, v, beta)
+            guided = decoding_log_prob(policy, logits, q, v, beta)
             # 0 · log 0 = 0: a dropped token adds nothing
             measures[0, i] = (guided.exp() * (guided - plain).masked_fill(guided == -torch.inf, 0.0)).sum(-1)
             measures[1, i] = (guided.argmax(-1) != log_prob.argmax(-1)).float()
@@ -186,7 +187,7 @@ def _of_states(
     yield "changed", measures[1]
 
 
-def _decoding_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor, v: Tensor, beta: float) -> Tensor:
+def decoding_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor, v: Tensor, beta: float) -> Tensor:
     """The distribution that the sampler draws from at this β, (n, V); see `Sampler.draw`."""
     form = policy.sampling
     scores = warp_log_probs(logits, form.temperature, form.top_k, form.top_p, form.min_p, form.support)
