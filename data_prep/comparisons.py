@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_prep.reports import write_json
+from data_prep.reports import require_no_other_splits, write_json
 from offline_lmrl.data.comparison import Comparison, to_record
 from offline_lmrl.data.comparison_checks import Feature, facts, merge_repeats, tally
 from offline_lmrl.data.errors import InputError
@@ -127,6 +127,7 @@ def _finish(
         counts.update(mine)
     splits = {key[1]: {"comparisons": n, "groups": counts["split groups", key[1]]}
               for key, n in counts.items() if key[0] == "split rows" and n}  # fmt: skip
+    require_no_other_splits(output, splits)
     report = {
         **report,
         "merged": _part(counts, "merged: "),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.comparisons import separate
-from data_prep.reports import write_json
+from data_prep.reports import require_no_other_splits, write_json
 from offline_lmrl.data.checks import check
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.comparison_checks import baselines, pitfalls
@@ -32,6 +32,7 @@ def publish(
     """
     splits, removed = separate(made, validation, seed)
     splits = {name: rows for name, rows in splits.items() if rows}
+    require_no_other_splits(output, splits)
     everything = [row for rows in splits.values() for row in rows]
     facts = check(splits).to_dict()
     report = {

@@ -14,6 +14,7 @@ from data_prep import (
     best_of_4,
     comparisons,
     hh_rlhf,
+    kto,
     oasst,
     preferences,
     shp,
@@ -112,6 +113,19 @@ def test_files_of_another_kind_are_one_line_errors(tmp_path, importer):
             prepare(importer, tmp_path, name)
         assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("importer", [preferences, kto])
+def test_a_folder_with_a_split_of_another_run_is_refused(tmp_path, importer):
+    rows = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} if importer is preferences else
+            {"prompt": f"q{i}", "completion": "a", "label": i % 2 == 0} for i in range(20)]  # fmt: skip
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):  # the same splits again are fine
+        importer.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0.3)
+    before = (tmp_path / "out" / "train.jsonl").read_bytes()
+    with pytest.raises(InputError, match="found validation.jsonl of another run, expected .* no splits but train"):
+        importer.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    assert (tmp_path / "out" / "train.jsonl").read_bytes() == before
 
 
 def test_every_common_form_keeps_the_invariants(tmp_path):
