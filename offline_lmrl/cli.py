@@ -9,16 +9,17 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from offline_lmrl.algorithms import ALGORITHMS
 from offline_lmrl.data.errors import InputError
 
 COMMANDS = {
-    "prepare": ("offline_lmrl.cli_data:prepare", "turn a known source of logs into scored trajectories"),
+    "prepare": ("offline_lmrl.cli_data:prepare", "turn a known source of logs into trajectories or comparisons"),
     "check": ("offline_lmrl.cli_data:check", "say what is in a data set and what will make learning from it fail"),
-    "train": ("offline_lmrl.cli_run:train", "learn from scored trajectories: bc, ilql"),
+    "train": ("offline_lmrl.cli_run:train", f"learn from logs or by playing: {', '.join(ALGORITHMS)}"),
     "evaluate": ("offline_lmrl.cli_play:evaluate", "measure a run in an environment or on held-out logs"),
     "generate": ("offline_lmrl.cli_play:generate", "reply to prompts with a run, value-guided; --chat to talk to it"),
     "export": ("offline_lmrl.cli_play:export", "write a run as a plain checkpoint, which any engine serves"),
-    "compare": ("offline_lmrl.cli_run:compare", "train and evaluate several methods over seeds and print one table"),
+    "compare": ("offline_lmrl.cli_run:compare", "train and evaluate methods over seeds: a table and a report"),
     "relabel": ("offline_lmrl.cli_score:relabel", "score logs with a reward model, rules, or what combines them"),
     "select": ("offline_lmrl.cli_score:select", "name the pairs that an ensemble disputes: what to label next"),
     "config": ("offline_lmrl.cli_data:config", "list the shipped configs or print one"),

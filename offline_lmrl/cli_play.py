@@ -84,6 +84,7 @@ def _evaluate(
     asks: tuple[float | str, ...] | None = None,
     planner: "PlannerConfig | None" = None,
     demonstrations: str | None = None,
+    task: str = "",
     device: str | None = None,
     *,
     sampling: Mapping[str, Any],
@@ -111,6 +112,7 @@ def _evaluate(
       planner: plans every reply ahead, with no return asked for; --planner.help names its settings.
       demonstrations: trajectories; every episode is played, and every log read, behind some of its task, as many as
         the run was trained behind. Without them nothing is shown in play, and logs are read as in training.
+      task: what is played, for a run that was trained with returns per task.
       device: null = the first accelerator, else the CPU.
     """
     from offline_lmrl.data.conditioning import check_ask
@@ -125,8 +127,12 @@ def _evaluate(
         raise InputError("environment, data: found neither, expected at least one of them")
     if show is not None and data is None:
         raise InputError("show: found a row without --data, expected the data it is in")
-    if asks is not None and environment is None:
-        raise InputError("asks: found some without --environment, expected what is to be played")
+    if asks is not None and (environment is None or not asks):
+        found = "none" if not asks else "some without --environment"
+        raise InputError(f"asks: found {found}, expected returns to ask for in an environment")
+    if sampling.get("ask") is not None and (asks is not None or planner is not None):
+        other = "--planner" if asks is None else "--asks"
+        raise InputError(f"ask: found {sampling['ask']!r} with {other}, expected only one of them")
     if planner is not None and (environment is None or asks is not None):
         found = "--asks" if asks is not None else "no --environment"
         raise InputError(f"planner: found it with {found}, expected --environment alone: a plan asks for no return")
@@ -144,13 +150,13 @@ def _evaluate(
     if show is not None and not 1 <= show <= len(trajectories):
         raise InputError(f"show: found {show}, expected 1 to {len(trajectories)}")
     made = None if environment is None else make_environment(environment, **(settings or {}))
-    task = None if made is None or shown_first is None else task_of(made)
+    task_of_seed = None if made is None or shown_first is None else task_of(made)
     if output is not None:
         _require_writable(output)
-    policy = LanguagePolicy.load(run, device=device, **sampling)
+    policy = LanguagePolicy.load(run, device=device, task=task, **sampling)
     seeds, play = range(seed, seed + episodes), {"repeats": repeats, "cluster": cluster, "batch_size": batch_size}
-    if task is not None:
-        play["prompts"] = task_prompts(policy.spec, shown_first, task)
+    if task_of_seed is not None:
+        play["prompts"] = task_prompts(policy.spec, shown_first, task_of_seed)
     if asks:
         _print_asks(policy, made, asks, seeds, Path(run), output, play)
     elif made is not None:
@@ -231,6 +237,7 @@ def _generate(
     coverage: float | None = None,
     held_out: str | None = None,
     abstention: str = "I don't know.",
+    task: str = "",
     device: str | None = None,
     chat: bool = False,
     *,
@@ -250,6 +257,7 @@ def _generate(
       coverage: sets the threshold at which this share of the prompts in held_out is answered.
       held_out: file of prompts, as `prompts`.
       abstention: what is said instead.
+      task: what is talked about, for a run that was trained with returns per task.
       device: null = the first accelerator, else the CPU.
     """
     from offline_lmrl.data.io import atomic_output
@@ -265,7 +273,7 @@ def _generate(
     histories = [] if chat else read_prompts(prompts)
     if output != "-":
         _require_writable(Path(output))
-    player = policy = LanguagePolicy.load(run, device=device, **sampling)
+    player = policy = LanguagePolicy.load(run, device=device, task=task, **sampling)
     if scorer is not None:
         player = BestOfN(policy, load_scorer(scorer), best_of, threshold, abstention)
         if coverage is not None:

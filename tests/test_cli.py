@@ -203,6 +203,10 @@ def test_unknown_names_are_refused_with_the_nearest(refused, trained):
         (["--environment", "gamble", "--planner.depth", "0"], "depth: found 0"),
         (["--environment", "gamble", "--planner.wdth", "2"], "did you mean"),
         (["--data", "DATA", "--planner.width", "2"], "planner: found it with no --environment"),
+        (["--environment", "gamble", "--planner.width", "2", "--ask", "max"], "ask: found 'max' with --planner"),
+        (["--environment", "gamble", "--asks", "[0, 1]", "--ask", "2"], "ask: found 2.0 with --asks"),
+        (["--environment", "gamble", "--asks", "[]"], "asks: found none, expected returns"),
+        (["--data", "DATA", "--asks", "[0]"], "asks: found some without --environment"),
         (["--environment", "gamble", "--demonstrations", "DATA"], "environment: found Gamble, which names no task"),
         ([], "environment, data: found neither"),
     ],
@@ -211,6 +215,15 @@ def test_bad_number_is_refused_before_the_model_is_loaded(refused, trained, monk
     monkeypatch.setattr("offline_lmrl.decoding.policy.LanguagePolicy.load", None)
     arguments = [str(trained / "data.jsonl") if word == "DATA" else word for word in arguments]
     assert said in refused("evaluate", trained / "run", *arguments)
+
+
+@pytest.mark.parametrize(("name", "how"), [("evaluate", ["--environment", "gamble"]), ("generate", ["--chat"])])
+def test_the_task_decides_which_returns_can_be_asked_for(refused, trained, monkeypatch, name, how):
+    def load(run, task, **_):
+        raise InputError(f"played: {task}")
+
+    monkeypatch.setattr("offline_lmrl.decoding.policy.LanguagePolicy.load", load)
+    assert "played: maze" in refused(name, trained / "run", *how, "--task", "maze")
 
 
 def test_run_with_another_tokenizer_is_refused(refused, trained, tmp_path):
@@ -257,6 +270,7 @@ def test_top_level_help_names_every_command(command):
     code, out, _ = command("--help")
     assert code == 0
     assert all(re.search(rf"^  {name} ", out, re.MULTILINE) for name in cli.COMMANDS)
+    assert re.search("^  train .*: bc, .*reward_model$", out, re.MULTILINE)
     assert command()[0] == 2
 
 
