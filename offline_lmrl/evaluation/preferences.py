@@ -2,7 +2,7 @@
 what choosing by it does to a policy that can be listed."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -14,6 +14,7 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import group_key
 from offline_lmrl.data.preferences import score_rows
 from offline_lmrl.data.protocols import Scorer
+from offline_lmrl.decoding.scorers import fitting
 from offline_lmrl.evaluation.metrics import Cells, Estimate
 from offline_lmrl.ops.preferences import best_of_n, best_of_n_kl, best_of_n_kl_bound, calibration_error
 
@@ -30,10 +31,13 @@ def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     of one prompt are not independent). "baselines": the same for length, and, where `labels["options"]` name the
     `generator` of all, for who wins more often among these very pairs; "difference": that of the scorer less the best
     of them, pair by pair. "cross entropy": mean −[p log σ(Δ) + (1 − p) log σ(−Δ)] in nats, .693 where it
-    says nothing; "calibration error" of σ(Δ) against p. The last two ask a scorer in units of log odds.
+    says nothing; "calibration error" of σ(Δ) against p. The last two ask a scorer in units of log odds. Comparisons of
+    which an option is too long for the scorer are left out of all of it, and counted.
 
-    Raises: InputError where there is no such pair.
+    Raises: InputError where no comparison fits, or none has such a pair.
     """
+    counts: Counter[str] = Counter()
+    comparisons = fitting(comparisons, scorer, counts)
     scores = score_rows([(row.context, row.options) for row in comparisons], scorer)
     pairs = [(place, i, j, row.preference(i, j)) for place, row in enumerate(comparisons)
              for i, j in combinations(range(len(row.options)), 2) if row.preference(i, j) != 0.5]  # fmt: skip
@@ -54,6 +58,7 @@ def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     softplus = torch.nn.functional.softplus
     return {
         "comparisons": len(comparisons),
+        **counts,
         "pairs": len(pairs),
         "groups": len(found.clusters),
         "accuracy": _share(found.estimate()),

@@ -9,7 +9,7 @@ import torch
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.trajectory import Turn
-from offline_lmrl.decoding.scorers import Function
+from offline_lmrl.decoding.scorers import TOO_LONG, Function
 from offline_lmrl.evaluation.preferences import best_of_n_curve, judge
 
 
@@ -36,6 +36,17 @@ def test_accuracy_and_its_baselines_by_hand():
     assert facts["baselines"]["the longer reply"].startswith("0.600 [")
     assert facts["baselines"]["the shorter reply"].startswith("0.400 [")
     assert facts["difference"].startswith("-0.100 [")
+
+
+def test_what_a_scorer_cannot_read_whole_is_left_out_and_counted():
+    class Short(Function):
+        def fits(self, context, options):
+            return all(len(option[-1].content) < 4 for option in options)
+
+    facts, known = judge(Short(numbers), ROWS), judge(Function(numbers), ROWS[1:])
+    assert facts == known | {TOO_LONG: 1} and known[TOO_LONG] == 0
+    with pytest.raises(InputError, match=r"found only replies longer than the scorer's window \(1\)"):
+        judge(Short(numbers), ROWS[:1])
 
 
 def test_who_wrote_a_reply_is_a_baseline_where_it_is_known():
