@@ -29,6 +29,7 @@ from offline_lmrl.data.preferences import to_trajectories
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.decoding.planner import Planner, PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments import make_environment
 from offline_lmrl.evaluation.config import ELSEWHERE, CompareConfig, build, first_difference
 from offline_lmrl.evaluation.metrics import label_means, mean_interval
@@ -135,10 +136,12 @@ class _Comparison:
         for name, method in self.config.methods.items():
             self._entry(f"methods.{name}", method, self.config.seeds[0], Path())
             self._planner(name)
+            SamplingConfig.from_dict({**self.config.evaluation.sampling, **method.sampling})
             if method.evaluate and self.betas(name) and not self.config.data.get("validation"):
                 raise InputError(f"data.validation: missing, expected held-out trajectories to choose β of {name} on")
         if self.config.partner is not None:
             self._entry("partner", self.config.partner, self.config.partner.seed, Path())
+            SamplingConfig.from_dict(self.config.partner.sampling)
 
     def open_results(self) -> None:
         """Reads results.jsonl where there is one, and writes its rows that are not measured anew."""
@@ -491,7 +494,7 @@ class _Run:
             "regime": method.regime or load_algorithm(method.algorithm)[1].regime,
             "cost": {
                 **training_cost(self.folder, scorer, self.asks),
-                "generated_tokens": sum(row["tokens"] for row in result.episodes),
+                "generated_tokens": sum(row["labels"].get("planned_tokens", row["tokens"]) for row in result.episodes),
                 "selection_tokens": selection_tokens,
                 "evaluation_seconds": result.seconds,
             },

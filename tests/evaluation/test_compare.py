@@ -320,6 +320,10 @@ def test_repeats_are_for_sampled_play_only(world):
         ("methods__ilql__critic", "bc", "methods.ilql.critic: found 'bc', but ilql takes no critic"),
         ("methods__bc__planner", {"wide": 3}, "methods.bc.planner: found 'wide', .*did you mean 'width'"),
         ("methods__bc__planner", {"depth": 0}, "depth: found 0, expected a whole number from 1"),
+        ("methods__bc__sampling", {"temprature": 1}, "'temprature'; did you mean 'temperature'"),
+        ("methods__bc__sampling", {"ask": "best"}, "ask: found 'best', expected a finite number"),
+        ("evaluation__sampling", {"top_p": 2}, "top_p: found 2"),
+        ("partner", {"algorithm": "bc", "sampling": {"topp": 1}}, "sampling has no setting 'topp'"),
         ("model__scrach", {}, "methods.bc.model: found 'scrach'"),
         ("data__validation", None, "data.validation: missing"),
     ],
@@ -463,6 +467,7 @@ def test_a_planned_row_stands_beside_the_others_and_its_scorer_is_the_same_seeds
         ("sampled", None), ("greedy", None), ("planned", None),
     ]  # fmt: skip
     assert rows[2]["labels"]["planned_tokens"] > 0 and rows[2]["config"]["planner"]["expand"] == 2
+    assert rows[2]["cost"]["generated_tokens"] == pytest.approx(3 * rows[2]["labels"]["planned_tokens"])  # 3 episodes
     assert rows[2]["cost"]["training_tokens"] == 2 * rows[0]["cost"]["training_tokens"]  # that of its scorer too
     with pytest.raises(InputError, match="bc: planner.width: found 1, expected 2"):
         run(world, methods__bc__planner__width=2)
