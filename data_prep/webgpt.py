@@ -68,7 +68,8 @@ def read_answers(row: Mapping, where: str, counts: Counter[str], quotes: bool = 
     first = (1 + scores[0]) / 2
     group = text(question, "id", f"{where}: question")
     return Comparison((Turn("user", asked),), tuple(answers), (first, 1 - first), group=group, source="webgpt",
-                      labels={**facts(question, ("id", "dataset")), "options": [{"score": score} for score in scores]})
+                      labels={**facts(question, ("id", "dataset")),
+                              "options": [{"score": score} for score in scores]})  # fmt: skip
 
 
 def _answer(row: Mapping, i: int, where: str, quotes: bool, counts: Counter[str]) -> tuple[Turn, ...]:

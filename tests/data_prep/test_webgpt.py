@@ -63,7 +63,7 @@ def test_scores_are_probabilities_and_rewards_and_a_tie_stays(tmp_path):
     _, made = run(tmp_path, KEPT)
     assert [one.target for one in made] == [(0.75, 0.25), (0.5, 0.5), (0, 1), (0.75, 0.25)]
     assert [[option["score"] for option in one.labels["options"]] for one in made] == [
-        [0.5, -0.5], [0, 0], [-1, 1], [0.5, -0.5]]
+        [0.5, -0.5], [0, 0], [-1, 1], [0.5, -0.5]]  # fmt: skip
     rewards = [one.total_return for one in to_trajectories(made, reward="prob", normalise="none")]
     assert rewards == [0.5, -0.5, 0, 0, -1, 1, 0.5, -0.5]  # the scores
     assert made[0].group == made[1].group == made[3].group != made[2].group  # q1 and q3 ask the same
