@@ -17,8 +17,9 @@ test: $(STAMP) ## set up, then run the default tests
 	@echo "Running the default tests (-m gates, -m slow and -m benchmarks run apart)"
 	$(BIN)/python -m pytest
 
-quickstart: $(STAMP) ## set up, then make the logs of the maze and compare the methods on it
-	@echo "Making the logs of the maze, then training and comparing; a second run goes on where the first stopped"
+quickstart: $(STAMP) ## set up, then make the logs of the maze, compare five methods on it and name the report
+	@echo "Making the logs of the maze, then training and comparing BC, filtered BC, ILQL, return conditioning and PPO;" \
+		"a second run goes on where the first stopped; the last line names the report"
 	$(BIN)/offline-lmrl compare configs/maze/quickstart.yaml
 
 # The stamp is written last, so an interrupted installation is repaired by the next make.
