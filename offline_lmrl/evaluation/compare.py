@@ -136,12 +136,25 @@ class _Comparison:
         for name, method in self.config.methods.items():
             self._entry(f"methods.{name}", method, self.config.seeds[0], Path())
             self._planner(name)
+            self._check_judges(name)
             SamplingConfig.from_dict({**self.config.evaluation.sampling, **method.sampling})
             if method.evaluate and self.betas(name) and not self.config.data.get("validation"):
                 raise InputError(f"data.validation: missing, expected held-out trajectories to choose β of {name} on")
         if self.config.partner is not None:
             self._entry("partner", self.config.partner, self.config.partner.seed, Path())
             SamplingConfig.from_dict(self.config.partner.sampling)
+
+    def _check_judges(self, name: str) -> None:
+        """What a method takes V or Q from has them: it trains them, or starts from what does."""
+        method = self.config.methods[name]
+        judges = {"critic": method.critic, "planner.scorer": method.scorer, "sampling.ask": method.asks}
+        for key, judge in judges.items():
+            start = judge
+            while start is not None and "value_heads" not in _fields(self.config.methods[start].algorithm):
+                start = self.config.methods[start].start_from
+            if judge is not None and start is None:
+                where = f"methods.{name}.{key}"
+                raise InputError(f"{where}: found {judge!r}, which has no value heads, expected a method that has them")
 
     def open_results(self) -> None:
         """Reads results.jsonl where there is one, and writes its rows that are not measured anew."""
