@@ -154,7 +154,7 @@ class _Comparison:
                 start = self.config.methods[start].start_from
             if judge is not None and start is None:
                 where = f"methods.{name}.{key}"
-                raise InputError(f"{where}: found {judge!r}, which has no value heads, expected a method that has them")
+                raise InputError(f"{where}: found {judge!r}, without value heads, expected a method that has them")
 
     def open_results(self) -> None:
         """Reads results.jsonl where there is one, and writes its rows that are not measured anew."""
