@@ -5,11 +5,14 @@ Run with `pytest -m benchmarks -s tests/benchmarks/test_rollouts.py`.
 
 import pytest
 
+from offline_lmrl.algorithms.ppo import PPOConfig, PPOTrainer
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.data.trajectory import Turn
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.maze import Maze
+from offline_lmrl.environments.prompts import PromptEnvironment
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.models.guided import build_model
 from tests.benchmarks.test_cost import paired, report
@@ -32,3 +35,20 @@ def test_steps_per_second_of_a_batch_of_games_over_one_at_a_time():
     # An untrained model never arrives, so every game has TURNS steps.
     ratio = paired(play(ALONE, 1), play(BATCH, BATCH))
     report(f"steps per second of {BATCH} games at once over one at a time", [r * BATCH / ALONE for r in ratio])
+
+
+def test_tokens_per_second_of_ppo_rollouts_over_the_sampler_alone(tmp_path):
+    prompts = ["tell me of the way " * n for n in (1, 2, 3, 4)]
+    tokenizer = train_tokenizer(prompts, 300)
+    environment = PromptEnvironment(prompts, lambda contexts, texts, labels: [float(len(text)) for text in texts])
+    args = PPOConfig(output_dir=str(tmp_path), max_steps=1, episodes=64, save_strategy="no", disable_tqdm=True,
+                     save_rollouts=False, max_length=128, use_cpu=True, sampling={"max_new_tokens": 32})  # fmt: skip
+    run = PPOTrainer(build_model(SPEC, tokenizer), args, environment, None, tokenizer)
+    seeds = list(range(64))
+    histories = [[Turn("user", prompts[seed % len(prompts)])] for seed in seeds]
+
+    def alone():
+        run.player.start(seeds).reply(seeds, histories)
+
+    # Untrained, it hardly ever ends a reply: both draw 64 times 32 tokens.
+    report("tokens per second of PPO's rollout phase over the sampler alone", paired(alone, run.play))
