@@ -152,13 +152,14 @@ class LanguagePolicy:
                              f"({rule.max_length}) also holds a reply of max_new_tokens ({reply})")
         return PromptIds(told, null)
 
-    def null_window(self, turns: Sequence[Turn], reserve: int) -> list[int]:
-        """What it sees before its coming turn where no return is asked for, its own prompt included; `reserve` tokens
-        are kept free for that turn."""
+    def null_window(self, turns: Sequence[Turn], reserve: int, prompt: Ids | None = None) -> list[int]:
+        """What it sees before its coming turn where no return is asked for, behind this prompt, or its own; `reserve`
+        tokens are kept free for that turn."""
         slots = None
         if self.slots is not None:
             slots = [self.slots.null] * (1 + sum(turn.is_trainable for turn in turns))
-        return policy_window(turns, self.renderer, self.window, reserve, slots, self.shared_prompt.null)
+        prompt = self.shared_prompt.null if prompt is None else prompt
+        return policy_window(turns, self.renderer, self.window, reserve, slots, prompt)
 
     def critic(self, run: str) -> "LanguagePolicy":
         """A run with value heads, on this model's device; loaded once."""
@@ -235,8 +236,10 @@ class LanguageSession:
         slots: list[list[Ids] | None] = [None] * len(rows)
         if self.asks is not None:
             slots = list(map(self.asks.before_reply, rows, histories, self._values(rows, histories)))
-        replies = self.policy.sampler.sample(
-            self._windows(histories, slots, [self.prompts[row] for row in rows]),
+        policy, prompts = self.policy, [self.prompts[row] for row in rows]
+        replies = policy.sampler.sample(
+            [policy_window(history, policy.renderer, policy.window, policy.sampling.max_new_tokens, own, prompt)
+             for history, own, prompt in zip(histories, slots, prompts, strict=True)],
             [self.seeds[row] for row in rows],
             [self.drawn[row] for row in rows],
             options,
@@ -260,36 +263,22 @@ class LanguageSession:
         auto = [(row, history) for row, history in zip(rows, histories, strict=True) if self.asks.asks[row] == kind]
         past = [[turn for turn in history if turn.is_trainable] for _, history in auto]
         keys = [~row for row, _ in auto]  # where the sampler keeps what it read with null returns
+        reserve = self.policy.sampling.max_new_tokens
         if run := critic_of(kind):
             reader = self.policy.critic(run)
             memory = self.critic_memory.setdefault(run, _memory(reader))
             other = reader.renderer.fingerprint != self.fingerprint  # then ids that were sampled mean nothing to it
             told = [[replace(t, token_ids=None) for t in history] if other else history for _, history in auto]
-            windows = [reader.null_window(history, self.policy.sampling.max_new_tokens) for history in told]
+            windows = [reader.null_window(history, reserve) for history in told]
         else:
             reader, memory = self.policy, self.memory
-            null = [[self.asks.slots.null] * (len(agent) + 1) for agent in past]
-            prompts = [self.null_prompts[row] for row, _ in auto]
-            windows = self._windows([history for _, history in auto], null, prompts)
+            windows = [reader.null_window(history, reserve, self.null_prompts[row]) for row, history in auto]
         values = reader.sampler.read(reader.head_of(kind), windows, memory, keys)
         scale = RewardScale(**settings(reader.model.config).get("reward_scale", {}))
         return {
             row: scale.invert_return(value, sum(turn.reward is not None for turn in agent))
             for (row, _), agent, value in zip(auto, past, values, strict=True)
         }
-
-    def _windows(
-        self,
-        histories: Sequence[Sequence[Turn]],
-        slots: Sequence[Sequence[Ids] | None],
-        prompts: Sequence[Ids],
-    ) -> list[list[int]]:
-        policy = self.policy
-        reserve = policy.sampling.max_new_tokens
-        return [
-            policy_window(history, policy.renderer, policy.window, reserve, own, prompt)
-            for history, own, prompt in zip(histories, slots, prompts, strict=True)
-        ]
 
     def labels(self, row: int) -> dict[str, Any]:
         """Of a row that a return was asked of: `ask`, the `bin` that stood for it at the first reply, and whether it
