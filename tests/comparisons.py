@@ -1,17 +1,21 @@
 """What holds for the comparisons of every importer, and random ones to try it on."""
 
 import copy
+import gzip
 import json
 import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import strategies as st
 
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.comparison_batching import encode_comparisons
+from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import split_by_group
 from offline_lmrl.data.preferences import to_trajectories
 from offline_lmrl.data.rendering import Renderer
@@ -93,6 +97,21 @@ def _rewards(comparison: Comparison, kind: str) -> dict[tuple, float]:
 def _chosen(turn: Turn) -> tuple[int, ...]:
     encoded = RENDERER.encode_turn(turn)
     return encoded.ids[encoded.action_start : encoded.action_stop]
+
+
+def check_other_files_are_refused(tmp_path: Path, row: Any, prepare: Callable[[str], object]) -> None:
+    """`prepare` of a name in the folder: a pointer, a cut file, other rows and no file are one line each, and nothing
+    is written."""
+    (tmp_path / "pointer.jsonl.gz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode() * 99)[:-9])
+    (tmp_path / "other.jsonl").write_text('{"text": "x"}\n' * 3)
+    expected = {"pointer.jsonl.gz": "found a git-LFS pointer", "cut.jsonl.gz": "found Compressed file ended",
+                "other.jsonl": "found no row to use", "none.jsonl": "found no such file"}  # fmt: skip
+    for name, message in expected.items():
+        with pytest.raises(InputError) as error:
+            prepare(name)
+        assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def mutated_lines(rows: Sequence[dict[str, Any]], n: int, seed: int) -> list[bytes]:

@@ -1,6 +1,5 @@
 """What all importers of preferences share: totals that add up whatever a file holds, splits that share no group."""
 
-import gzip
 import itertools
 import json
 from collections import Counter
@@ -28,7 +27,7 @@ from offline_lmrl.data.forms import Drop
 from offline_lmrl.data.io import read_comparisons
 from offline_lmrl.data.preference_forms import read_comparison
 from offline_lmrl.data.trajectory import Turn, messages_of
-from tests.comparisons import RENDERER, check_invariants, mutated_lines
+from tests.comparisons import RENDERER, check_invariants, check_other_files_are_refused, mutated_lines
 from tests.data_prep import (
     test_best_of_4,
     test_oasst,
@@ -103,16 +102,7 @@ def test_a_thousand_broken_rows_are_imported_or_dropped_for_a_reason(tmp_path, i
 
 @IMPORTERS
 def test_files_of_another_kind_are_one_line_errors(tmp_path, importer):
-    (tmp_path / "pointer.jsonl.gz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROWS[importer][0]).encode() * 99)[:-9])
-    (tmp_path / "other.jsonl").write_text('{"text": "x"}\n' * 3)
-    expected = {"pointer.jsonl.gz": "found a git-LFS pointer", "cut.jsonl.gz": "found Compressed file ended",
-                "other.jsonl": "found no row to use", "none.jsonl": "found no such file"}  # fmt: skip
-    for name, message in expected.items():
-        with pytest.raises(InputError) as error:
-            prepare(importer, tmp_path, name)
-        assert message in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
+    check_other_files_are_refused(tmp_path, ROWS[importer][0], lambda name: prepare(importer, tmp_path, name))
 
 
 @pytest.mark.parametrize("importer", [preferences, kto])

@@ -1,6 +1,5 @@
 """What all importers of scored replies share: totals that add up whatever a file holds, splits that share no group."""
 
-import gzip
 import itertools
 import json
 
@@ -8,10 +7,9 @@ import pytest
 
 from data_prep import chat_thumbs, kto, oasst_ratings, red_team, stepwise, summarize_axes
 from data_prep.trajectories import scored_pairs
-from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import read_trajectories
 from offline_lmrl.data.trajectory import Trajectory, Turn
-from tests.comparisons import mutated_lines
+from tests.comparisons import check_other_files_are_refused, mutated_lines
 from tests.data_prep import test_chat_thumbs, test_oasst, test_red_team, test_summarize_axes
 
 AGENT = {"role": "assistant", "content": "a"}
@@ -65,16 +63,10 @@ def test_every_row_of_its_own_is_imported_with_a_group_and_a_score_on_an_agents_
 
 @IMPORTERS
 def test_files_of_another_kind_are_one_line_errors(tmp_path, importer):
-    (tmp_path / "pointer.jsonl.gz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROWS[importer][0]).encode() * 99)[:-9])
-    (tmp_path / "other.jsonl").write_text('{"text": "x"}\n' * 3)
-    expected = {"pointer.jsonl.gz": "found a git-LFS pointer", "cut.jsonl.gz": "found Compressed file ended",
-                "other.jsonl": "found no row to use", "none.jsonl": "found no such file"}  # fmt: skip
-    for name, message in expected.items():
-        with pytest.raises(InputError) as error:
-            importer.prepare(tmp_path / name, tmp_path / "out")
-        assert message in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
+    def prepare(name):
+        importer.prepare(tmp_path / name, tmp_path / "out")
+
+    check_other_files_are_refused(tmp_path, ROWS[importer][0], prepare)
 
 
 def test_pairs_for_the_baselines_hold_every_scored_turn_at_most_once_and_the_better_one_first():
