@@ -539,11 +539,14 @@ def _plays(method: Any) -> bool:
     return _collects(method) or load_algorithm(method.algorithm)[1].plays
 
 
+def _metrics(run: Path) -> list[Row]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def divergence(run: Path) -> dict[str, float]:
     """Of a run of PPO: `training_kl`, nats per episode between its last episodes' policy and the start, and
     `ratio_max`, the largest ratio of any update."""
-    rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    rows = [row for row in rows if "ratio_max" in row]
+    rows = [row for row in _metrics(run) if "ratio_max" in row]
     return {"training_kl": rows[-1]["kl"], "ratio_max": max(row["ratio_max"] for row in rows)} if rows else {}
 
 
@@ -552,8 +555,7 @@ def training_cost(run: Path, *judges: Path | None) -> dict[str, float]:
     what rates its plans or says what it is asked for, and wall seconds of its last training process; for a run that
     played, also its agent turns, scored replies and sampled tokens."""
     report = json.loads((run / "complete.json").read_text(encoding="utf-8"))
-    logged = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    seconds = [row["train_runtime"] for row in map(json.loads, logged) if "train_runtime" in row]
+    seconds = [row["train_runtime"] for row in _metrics(run) if "train_runtime" in row]
     played = {name: report[name] for name in ("environment_steps", "reward_queries") if name in report}
     if "generated_tokens" in report:
         played["played_tokens"] = report["generated_tokens"]
@@ -564,8 +566,7 @@ def training_cost(run: Path, *judges: Path | None) -> dict[str, float]:
 def learning_curve(run: Path) -> list[Row]:
     """Of a run that played, a row per iteration (every k-th of many): its accounts so far, the mean score of its
     episodes and their KL from the start in nats per episode; nothing for one that learnt from logs."""
-    logged = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    rows = [{name: row[name] for name in CURVE} for row in logged if "environment_steps" in row]
+    rows = [{name: row[name] for name in CURVE} for row in _metrics(run) if "environment_steps" in row]
     return rows[:: -(-len(rows) // CURVE_POINTS) or 1]
 
 
