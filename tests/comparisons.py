@@ -89,7 +89,11 @@ def check_one(comparison: Comparison) -> None:
 
 
 def _rewards(comparison: Comparison, kind: str) -> dict[tuple, float]:
-    """What was said -> reward."""
+    """What was said -> reward; empty replies are left out, and refused where nothing else is there."""
+    if all(any(turn.is_trainable and not turn.content for turn in option) for option in comparison.options):
+        with pytest.raises(InputError, match="found only empty replies"):
+            to_trajectories([comparison], reward=kind)
+        return {}
     return {tuple((turn.role, turn.content) for turn in row.turns): row.total_return
             for row in to_trajectories([comparison], reward=kind)}
 
