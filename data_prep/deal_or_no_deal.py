@@ -121,9 +121,8 @@ def prepare(
     report["splits"] = {split: _summary(rows) for split, rows in splits.items()}
     for split, rows in splits.items():
         write_trajectories(Path(output) / f"{split}.jsonl", rows)
-        if split != "train":
-            scenarios = sorted({_scenario_of(row) for row in rows}, key=lambda scenario: scenario.key)
-            write_json(Path(output) / f"scenarios_{split}.json", [scenario_entry(scenario) for scenario in scenarios])
+        scenarios = sorted({_scenario_of(row) for row in rows}, key=lambda scenario: scenario.key)
+        write_json(Path(output) / f"scenarios_{split}.json", [scenario_entry(scenario) for scenario in scenarios])
     write_json(Path(output) / "report.json", report)
     return report
 

@@ -256,6 +256,8 @@ class _Comparison:
             link["betas"] = list(method.betas)
         if method.collect is not None:
             link["collect"] = asdict(method.collect)
+        if self.config.training_environment and _plays(method):
+            link["training_environment"] = self.config.training_environment
         if method.critic is not None:
             link["critic"] = self._chain(method.critic)
         if method.preference is not None or method.judge is not None:
@@ -326,9 +328,10 @@ class _Comparison:
         entry = self._entry(where, method, seed, folder, *others)
         if not _plays(method):
             return train(*entry)
+        environment = self.config.environment | self.config.training_environment
         if _collects(method):
-            return train_in_rounds(*entry, self.config.environment, method.collect, self._partner())
-        return train(*entry, environment=self.config.environment, players=self._partner())
+            return train_in_rounds(*entry, environment, method.collect, self._partner())
+        return train(*entry, environment=environment, players=self._partner())
 
     @contextmanager
     def _workers(self) -> Iterator[ProcessPoolExecutor]:

@@ -201,6 +201,8 @@ class CompareConfig:
     """A comparison of methods on one environment.
 
     environment: `name` of a known environment or `package.module:Class`, and its keywords.
+    training_environment: keywords that differ where methods play in order to learn (scenarios that nothing is reported
+      on, say).
     data: `train` and `validation`, files or folders of trajectories.
     methods: name -> MethodConfig or its mapping, in the table's order.
     output: folder of results.jsonl, table.md, episodes/, samples/ and runs/.
@@ -225,6 +227,7 @@ class CompareConfig:
     baseline: str = ""
     reference: dict[str, dict[str, float]] = field(default_factory=dict)
     workers: int = 1
+    training_environment: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_at_least("workers", self.workers, 1)

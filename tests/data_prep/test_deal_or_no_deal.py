@@ -185,10 +185,10 @@ def test_prepare_keeps_scenarios_of_the_splits_apart(tmp_path):
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 6, "tune": 4, "validation": 2}
     assert report["files"]["data.txt"]["lines"] == 12 == 6 + 4 + 2
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
-    for name in ("tune", "validation"):
+    for name, keys in groups.items():
         scenarios = read_scenarios(tmp_path / "out" / f"scenarios_{name}.json")
-        assert {scenario.key for scenario in scenarios} == groups[name]
-        assert len(scenarios) == 2
+        assert {scenario.key for scenario in scenarios} == keys
+        assert len(scenarios) == len(keys)
 
 
 def test_permuted_items_change_places_everywhere_alike(tmp_path):
@@ -236,7 +236,7 @@ def test_held_out_scenarios_belong_to_the_seed_and_not_to_the_order(tmp_path):
 def test_single_file_is_the_split_of_its_name(tmp_path):
     for name, expected in (
         ("val.txt", {"validation.jsonl", "scenarios_validation.json", "report.json"}),
-        ("mine.txt", {"train.jsonl", "report.json"}),
+        ("mine.txt", {"train.jsonl", "scenarios_train.json", "report.json"}),
     ):
         (tmp_path / name).write_text(plain() + "\n" + tagged() + "\n")
         prepare(tmp_path / name, tmp_path / f"out-{name}", held_out_scenarios=0)

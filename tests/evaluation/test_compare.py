@@ -367,6 +367,29 @@ def test_a_partner_is_trained_once_and_handed_to_the_environment(world):
     assert [call for call in world.trained if call[0].startswith("partner")] == [("partner-9", "bc", None, 9)]
 
 
+def test_what_learns_by_playing_may_play_elsewhere_than_is_reported(world, monkeypatch):
+    learnt, played, stand_in = [], [], compare.train
+
+    def train(*entry, environment=None, players=None):
+        learnt.append(environment)
+        return stand_in(*entry)
+
+    def make(**settings):
+        played.append(settings)
+        return Gamble
+
+    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(compare, "make_environment", make)
+    world.settings["environment"] = {"name": "gamble", "strip": "last"}
+    world.settings["methods"] = {"bc": {"algorithm": "bc"}, "ppo": {"algorithm": "ppo", "from": "bc"}}
+    run(world, training_environment={"strip": "first"})
+    assert learnt == [None, {"name": "gamble", "strip": "first"}]
+    assert {settings["strip"] for settings in played} == {"last"}
+    run(world, training_environment={"strip": "first"})
+    with pytest.raises(InputError, match="ppo: method.0.training_environment.strip: found 'first', expected 'second'"):
+        run(world, training_environment={"strip": "second"})
+
+
 def test_a_folder_that_cannot_be_written_is_an_input_error(world, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="output: cannot write"):
