@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from offline_lmrl.cli_data import print_report
 from offline_lmrl.cli_parser import Parser
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.trajectory import Trajectory, Turn, shown, to_record, turn_from_record
+from offline_lmrl.data.trajectory import Trajectory, Turn, parse_json, shown, to_record, turn_from_record
 
 if TYPE_CHECKING:
     from offline_lmrl.data.protocols import Policy, Reply
@@ -331,7 +331,7 @@ def _prompt(line: str, where: str) -> list[Turn]:
     if not line.startswith("{"):
         return [turn_from_record({"role": "user", "content": line}, where)]
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise InputError(f"{where}: JSON: found a line that does not parse: {error}") from error
     field = "messages" if "messages" in row else "prompt"

@@ -247,6 +247,7 @@ def test_path_that_cannot_be_written_is_refused(refused, trained, tmp_path):
     [
         ("", "stdin: found no prompt"),
         ("hi\n{", "stdin:2: JSON: "),
+        ('{"messages": ' + "[" * 9999, "stdin:1: JSON: found a line that does not parse: nested too deep"),
         ('{"text": "hi"}', "stdin:1: prompt: found None, expected text or a list of messages"),
         ('{"messages": [{"role": "robot", "content": "hi"}]}', "stdin:1: messages[0].role: found 'robot'"),
     ],

@@ -21,7 +21,7 @@ from offline_lmrl.data.comparison import to_record as comparison_record
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.forms import COMPARISON_FIELDS, read_row
 from offline_lmrl.data.preference_forms import read_comparison
-from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.data.trajectory import MAX_NESTING, Trajectory, Turn, nests_too_deep
 from offline_lmrl.data.trajectory import to_record as trajectory_record
 
 Row = TypeVar("Row", Trajectory, Comparison)
@@ -244,12 +244,12 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 # Public files of either suffix are one list, or rows of one list per line.
                 whole = _parsed(lines.read().removeprefix(_BOM), str(path))
                 if not isinstance(whole, InputError):
-                    yield from _numbered(whole, str(path))
+                    yield from ((where, _usable(row, where)) for where, row in _numbered(whole, str(path)))
                     return
                 lines.seek(0)
             for number, line in enumerate(lines, 1):
                 if line := line.removeprefix(_BOM if number == 1 else b"").strip():
-                    yield f"{path}:{number}", _parsed(line, f"{path}:{number}")
+                    yield (where := f"{path}:{number}"), _usable(_parsed(line, where), where)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}:{number + 1}: found {error}, expected a file that can be read") from error
 
@@ -260,9 +260,20 @@ def _parsed(line: bytes, where: str) -> Any:
         return json.loads(line.decode())
     except UnicodeDecodeError:
         return InputError(f"{where}: text: found bytes that are not UTF-8, expected UTF-8")
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        return _too_deep(where)
+    except ValueError as error:
         return InputError(f"{where}: JSON: found a line that does not parse ({error}), "
                           "expected one JSON object per line")
+
+
+def _usable(row: Any, where: str) -> Any:
+    """The row itself, or the InputError that says that nothing of ours could walk through it."""
+    return _too_deep(where) if nests_too_deep(row) else row
+
+
+def _too_deep(where: str) -> InputError:
+    return InputError(f"{where}: JSON: found nesting deeper than {MAX_NESTING} levels, expected less nesting")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

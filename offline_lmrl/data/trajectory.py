@@ -16,6 +16,7 @@ from offline_lmrl.data.errors import InputError
 
 ROLES = ("system", "user", "assistant", "tool", "environment")
 OPTIONAL_TURN_FIELDS = ("trainable", "reward", "token_ids", "behaviour_log_prob")
+MAX_NESTING = 200  # trees of replies nest two levels per turn; what JSON, pickle and repr can walk ends near 900
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,27 @@ def with_own_token_ids(trajectory: Trajectory, fingerprint: str) -> Trajectory:
                                            for turn in trajectory.turns))
 
 
+def parse_json(text: str) -> Any:
+    """What JSON text holds. Raises ValueError, saying why in a few words, for text that does not parse or nests deeper
+    than MAX_NESTING."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    if nests_too_deep(value):
+        raise ValueError(f"nested deeper than {MAX_NESTING} levels")
+    return value
+
+
+def nests_too_deep(value: Any) -> bool:
+    """Whether lists and objects lie in one another more than MAX_NESTING deep."""
+    level = [value] if isinstance(value, list | dict) else []
+    for _ in range(MAX_NESTING):
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)
+                 if isinstance(inner, list | dict)]
+    return bool(level)
+
+
 def shown(value: Any) -> str:
     """A value as an error prints it: one short line."""
     text = repr(value)
@@ -245,8 +267,8 @@ def read_labels(value: Any) -> dict[str, Any]:
     """Labels from a JSON string, an object or null."""
     if isinstance(value, str) and value:
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
+            value = parse_json(value)
+        except ValueError as error:
             raise InputError(f"labels: found text that is not JSON ({error}), expected a JSON object") from error
     if not isinstance(value or {}, Mapping):
         raise InputError(f"labels: found {shown(value)}, expected an object")

@@ -6,7 +6,6 @@ it took; otherwise both earn 0. The turn functions here make the views of logs, 
 """
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.protocols import Policy, Reply, StepResult
-from offline_lmrl.data.trajectory import Turn, shown
+from offline_lmrl.data.trajectory import Turn, parse_json, shown
 
 ITEMS = ("books", "hats", "balls")
 SELECTION = "<selection>"
@@ -87,7 +86,7 @@ def is_pareto_optimal(scenario: Scenario, scores: tuple[int, int]) -> bool:
 def read_scenarios(path: str | Path) -> list[Scenario]:
     """Read `[{"counts": [1, 4, 1], "values": [[0, 2, 2], [4, 1, 2]]}, ...]`. Raises InputError naming the entry."""
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}, expected a JSON file of scenarios") from error
     except ValueError as error:

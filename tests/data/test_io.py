@@ -204,6 +204,28 @@ def test_json_files_hold_one_list_or_a_row_per_line_whatever_their_suffix(tmp_pa
     assert message_of(read_trajectories, tmp_path / "b.jsonl").startswith(f"{tmp_path}/b.jsonl:1: row: found [1]")
 
 
+@pytest.mark.parametrize("levels", [201, 900, 981, 990, 100_000])  # at 981 it parses, and nothing else works
+def test_nesting_that_nothing_can_walk_through_is_named_by_its_line(tmp_path, levels):
+    path, deep = tmp_path / "logs.jsonl", "[" * levels + "]" * levels
+    row = json.dumps(scored(reward=1.0))
+    field = ', "labels": {"a": ' + deep + "}}"
+    too_deep = f"{path}:2: JSON: found nesting deeper than 200 levels, expected less nesting"
+    for line in (deep, row[:-1] + field, row.replace('"a"', deep)):
+        path.write_text(f"{row}\n{line}\n")
+        assert message_of(read_trajectories, path) == too_deep
+    if levels < 980:  # as a whole the list can be parsed
+        path.write_text(f"[{row}, {deep}]")
+        assert message_of(read_trajectories, path) == too_deep
+    assert "labels: found text that is not JSON (nested " in message_of(read, tmp_path, {**scored(), "labels": deep})
+
+
+def test_nesting_up_to_the_limit_is_kept(tmp_path):
+    deep = json.loads("[" * 198 + "]" * 198)  # in the row and its labels
+    (row,) = read(tmp_path, {**scored(reward=1.0), "labels": {"a": deep}})
+    write_trajectories(tmp_path / "new.jsonl", [row])
+    assert read_trajectories(tmp_path / "new.jsonl") == [row] and row.labels == {"a": deep}
+
+
 def test_a_folder_of_json_files_is_read_where_they_lie_beside_no_other_data(tmp_path):
     for name in ("train", "validation"):
         lines(tmp_path / f"{name}.json", scored(name))

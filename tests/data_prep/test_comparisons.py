@@ -100,6 +100,18 @@ def test_a_thousand_broken_rows_are_imported_or_dropped_for_a_reason(tmp_path, i
             report["merged"].get("the same replies compared again", 0))  # fmt: skip
 
 
+@pytest.mark.parametrize("levels", [201, 981, 984, 100_000])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_rows_that_nest_too_deep_are_dropped_for_that(tmp_path, levels, processes):
+    deep = "[" * levels + "]" * levels
+    lines = ['{"prompt": "q", "chosen": "a", "rejected": "b"}', deep,
+             f'{{"prompt": "q", "chosen": {deep}, "rejected": "b"}}',
+             f'{{"prompt": "q", "chosen": "a", "rejected": "b", "extra": {deep}}}']  # fmt: skip
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", processes=processes)
+    assert report["imported"] == 1 and report["dropped"] == {"JSON: expected less nesting": 3}
+
+
 @IMPORTERS
 def test_files_of_another_kind_are_one_line_errors(tmp_path, importer):
     check_other_files_are_refused(tmp_path, ROWS[importer][0], lambda name: prepare(importer, tmp_path, name))

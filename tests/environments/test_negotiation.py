@@ -232,6 +232,7 @@ def test_scenarios_come_from_a_file_and_a_key_knows_no_sides(tmp_path):
     ("text", "message"),
     [
         ("[", "not JSON"),
+        ("[" * 9999, "nested too deep"),
         ("[]", "no scenario"),
         ("{}", "no scenario"),
         ('[{"counts": [1, 2], "values": [[1, 2, 3], [1, 2, 3]]}]', ":1: found"),
