@@ -140,6 +140,9 @@ def _evaluate(
         raise InputError("planner: found it with --demonstrations, expected only one of them")
     for ask in asks or ():
         check_ask(ask)
+    if asks is not None and output is not None and output.suffix == ".png":
+        raise InputError(f"output: found {output} with --asks, expected a file for rows of JSON, as "
+                         f"{output.with_suffix('.jsonl')}: the picture is drawn beside it")
     if episodes < 1:
         raise InputError(f"episodes: found {episodes}, expected at least 1")
     if data is not None and holds_comparisons(data):

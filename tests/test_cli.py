@@ -207,6 +207,7 @@ def test_unknown_names_are_refused_with_the_nearest(refused, trained):
         (["--environment", "gamble", "--asks", "[0, 1]", "--ask", "2"], "ask: found 2.0 with --asks"),
         (["--environment", "gamble", "--asks", "[]"], "asks: found none, expected returns"),
         (["--data", "DATA", "--asks", "[0]"], "asks: found some without --environment"),
+        (["--environment", "gamble", "--asks", "[0]", "--output", "x.png"], "output: found x.png with --asks"),
         (["--environment", "gamble", "--demonstrations", "DATA"], "environment: found Gamble, which names no task"),
         ([], "environment, data: found neither"),
     ],
