@@ -107,11 +107,13 @@ def export(
     if output.exists():
         raise InputError(f"output: found {output}, which is there already, expected a new folder")
     logs = None if data is None else read_trajectories(data)
-    policy = LanguagePolicy.load(run, device=device, **sampling)
+    # Whoever serves it asks for a return; here there may be no task to look a name up in, and no critic.
+    policy = LanguagePolicy.load(run, device=device, **{**sampling, "ask": None})
     policy.model.eval()
     _check_exportable(run, policy)
     model = load_model(run).eval()
-    form, converted = _nearest_form(policy.sampling)
+    saved = settings(policy.model.config).get("sampling") or {}
+    form, converted = _nearest_form(SamplingConfig.from_dict({**saved, **sampling}))
     rows = None
     if form.beta != 0:
         rows = q_matrix(model.value_heads.target_q, model.get_output_embeddings().weight, form.q_reduce)
@@ -317,15 +319,15 @@ def _card(policy: LanguagePolicy, report: Export, example: str) -> str:
         "",
         f"and the reply ends with {policy.renderer.tokenizer.convert_ids_to_tokens(policy.renderer.close_id)!r}.",
         *([] if stock is None else ["", f"The stock chat template prints something else: {stock}."]),
-        *_returns_card(policy, saved.get("returns"), report.returns),
+        *_returns_card(policy, saved.get("returns"), report),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _returns_card(policy: LanguagePolicy, block: Mapping[str, Any] | None, tokens: Sequence[str]) -> list[str]:
+def _returns_card(policy: LanguagePolicy, block: Mapping[str, Any] | None, report: Export) -> list[str]:
     if block is None:
         return []
-    slots, ask = policy.slots, policy.sampling.ask
+    slots, ask, tokens = policy.slots, report.form.ask, report.returns
     texts = tokens[1:] or list(map(repr, texts_of(block)))
     none = f"`{tokens[0]}`" if tokens else "nothing"
     lines = [

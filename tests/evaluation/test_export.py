@@ -2,6 +2,7 @@
 refused."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,10 +63,10 @@ def valued_run(folder, kind="tied", spec=SPEC, **form):
     return save_run(folder, model, sampling=EXACT | form)
 
 
-def told_run(folder, tokenizer=TOKENIZER, heads=None, template="auto", text=None, **form):
+def told_run(folder, tokenizer=TOKENIZER, heads=None, template="auto", text=None, logs=LOGS, per="global", **form):
     """A run that is told returns 0..4, one bin each."""
     model = shaken(attach(build_model(SPEC, tokenizer), heads))
-    scale, renderer = ReturnScale.fit(LOGS), Renderer(tokenizer, template)
+    scale, renderer = ReturnScale.fit(logs, per=per), Renderer(tokenizer, template)
     block = {"condition": "text" if text else "embedding", "text": text or "", "bins": scale.bins,
              "discount_per_turn": 1.0, "scale": scale.to_dict(), "opening": list(renderer.agent_opening)}  # fmt: skip
     sampling = {"ask": 3.0} | form
@@ -245,6 +246,24 @@ def test_ten_thousand_sampled_tokens_hold_no_reserved_id(tmp_path):
     assert written.shape == (2_000, 5) and int(written.max()) < rows
     assert model(input_ids=prompt[:1]).logits[0, -1].argmax() >= rows  # they would have been
     assert len(set(written[:, 0].tolist())) > 20  # drawn, not the best
+
+
+def test_returns_per_task_are_all_there_whatever_the_run_asks_for(tmp_path):
+    tasks = [replace(log, task="long" if i < 3 else "short") for i, log in enumerate(LOGS)]  # 0, 1, 2 and 3, 4
+    run = told_run(tmp_path / "run", logs=tasks, per="task", ask="max")
+    report = export(run, tmp_path / "plain")
+    policy, (model, _) = LanguagePolicy.load(run, task="short"), plain(tmp_path / "plain")
+    assert policy.slots.ids(4.0, "short") == (len(TOKENIZER) + 2,) and report.returns[2] == "<return_2>"
+    told = [*prompt_of()[: -len(RENDERER.agent_opening)], len(TOKENIZER) + 2, *RENDERER.agent_opening]
+    found = next_log_prob(model, told)[: len(TOKENIZER)].log_softmax(-1)
+    assert_close(found, next_log_prob(policy.model.eval(), told), atol=1e-4, rtol=0)
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert "asks for max of the task." in card and "| short | `<return_2>` | 3.5 | 4 | 1 |" in card
+
+
+def test_a_run_that_asks_a_critic_is_exported_without_it(tmp_path):
+    export(told_run(tmp_path / "run", ask=f"auto:{tmp_path}/gone"), tmp_path / "plain")
+    assert "gone, which is read from heads" in (tmp_path / "plain" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["chatml", "brackets", "stripping", "labels"])
