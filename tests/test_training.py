@@ -243,12 +243,15 @@ SPLIT = {"max_steps": -1, "num_train_epochs": 2, "logging_steps": 1, "learning_r
 
 @pytest.mark.parametrize(
     ("algorithm", "episodes", "sampling", "rest"),
-    [("ilql", 23, "random", 5), ("ilql", 22, "group_by_length", 3), ("iql", 23, "random", 5)],
+    [("ilql", 23, "random", 5), ("ilql", 22, "group_by_length", 3), ("iql", 23, "random", 5),
+     ("return_conditioned", 23, "random", 5)],
 )
 def test_two_processes_give_the_loss_and_parameters_of_one(tmp_path, algorithm, episodes, sampling, rest):
     settings = {"algorithm": algorithm, "train_sampling_strategy": sampling}
     if algorithm == "iql":
         settings |= {"critic": critic(tmp_path / "critic"), "per_device_eval_batch_size": 4}  # several per process
+    if algorithm == "return_conditioned":  # all rows without a condition: which are is drawn in each process
+        settings |= {"condition_dropout": 1.0, "return_weight": 1.0, "environment_weight": 0.5}
     one = trainer(tmp_path / "one", data=logs(episodes), per_device_train_batch_size=8, **settings, **SPLIT)
     assert len(one.train_dataset) % 8 == rest  # up to 4: the second process is left without a row
     script, out = tmp_path / "script.py", tmp_path / "out.pt"
