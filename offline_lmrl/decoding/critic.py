@@ -18,7 +18,7 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import read_trajectories
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory
-from offline_lmrl.decoding.policy import LanguagePolicy, load_critic
+from offline_lmrl.decoding.policy import LanguagePolicy, load_critic, require_no_prompt
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import slots_of
 from offline_lmrl.ops.returns import qdt_returns_to_go
@@ -88,10 +88,7 @@ def relabel(
         raise InputError(f"label: found {label!r}, expected 'max' or 'q'")
     if isinstance(trajectories, str | Path):
         trajectories = read_trajectories(trajectories)
-    policy = critic if isinstance(critic, LanguagePolicy) else load_critic(critic)
-    if settings(policy.model.config).get("prompt") is not None:
-        raise InputError("critic: found a model trained behind demonstrations, expected one trained without a prompt: "
-                         "it reads the logs alone")
+    policy = require_no_prompt(critic if isinstance(critic, LanguagePolicy) else load_critic(critic))
     encoder = log_encoder(policy)
     counts: Counter[str] = Counter()
     columns = encode_trajectories(trajectories, encoder, counts)

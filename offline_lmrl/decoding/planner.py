@@ -22,7 +22,7 @@ from offline_lmrl.data.protocols import Reply, Scorer
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Turn
 from offline_lmrl.decoding.cache import CacheMemory
-from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy, load_critic
+from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy, load_critic, require_no_prompt
 from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler, SamplingConfig
 from offline_lmrl.models.adapters import settings
 
@@ -48,10 +48,11 @@ class PlannerConfig:
                 raise InputError(f"{name}: found {value!r}, expected a whole number from 1")
 
     def planner(self, policy: LanguagePolicy) -> "Planner":
-        """The policy behind this planning. Raises: InputError as `Planner` and `load_critic`."""
+        """The policy behind this planning. Raises: InputError as `Planner`, `load_critic` and
+        `require_no_prompt`."""
         scorer = None
         if self.scorer != "heads":
-            scorer = Critic(load_critic(self.scorer, device=policy.model.device))
+            scorer = Critic(require_no_prompt(load_critic(self.scorer, device=policy.model.device)))
         return Planner(policy, scorer, width=self.width, expand=self.expand, depth=self.depth)
 
 

@@ -1,6 +1,7 @@
 """A language model as a player: what it sees of a dialogue, how it decodes, and what it keeps between turns."""
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from offline_lmrl.data.conditioning import Ids
 from offline_lmrl.data.demonstrations import PromptSpec, prompt_ids
+from offline_lmrl.data.episodes import StepRule
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.protocols import Policy, Reply
 from offline_lmrl.data.rendering import Renderer
@@ -162,9 +164,16 @@ class LanguagePolicy:
         return policy_window(turns, self.renderer, self.window, reserve, slots, prompt)
 
     def critic(self, run: str) -> "LanguagePolicy":
-        """A run with value heads, on this model's device; loaded once."""
+        """A run with value heads that reads without a prompt, on this model's device; loaded once. Where its V counts
+        later turns otherwise than this model's returns do, that is said then."""
         if run not in self.critics:
-            self.critics[run] = load_critic(run, device=self.model.device)
+            critic = self.critics[run] = require_no_prompt(load_critic(run, device=self.model.device))
+            found = StepRule(**settings(critic.model.config).get("step_rule", {})).discount_per_turn
+            if found != self.slots.discount_per_turn:
+                logging.getLogger(__name__).warning(
+                    f"ask: found discount_per_turn {found:g} in the critic {run}, expected the model's "
+                    f"{self.slots.discount_per_turn:g}: its V is another sum than the returns this model was told"
+                )
         return self.critics[run]
 
     def head_of(self, ask: str) -> Callable[[Tensor], Tensor]:
@@ -201,6 +210,14 @@ def load_critic(run: str | Path, *, device: str | torch.device | None = None) ->
     critic = LanguagePolicy.load(run, device=device, ask=None)
     if getattr(critic.model, "value_heads", None) is None:
         raise InputError(f"critic: {run}: found a model without value heads, expected one that has them (an ILQL run)")
+    return critic
+
+
+def require_no_prompt(critic: LanguagePolicy) -> LanguagePolicy:
+    """The critic itself. Raises: InputError for one trained behind demonstrations, where it is to read without any."""
+    if settings(critic.model.config).get("prompt") is not None:
+        raise InputError("critic: found a model trained behind demonstrations, expected one trained without a prompt: "
+                         "it reads the dialogue alone")
     return critic
 
 

@@ -36,7 +36,7 @@ from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.windows import WindowRule
-from offline_lmrl.decoding.policy import LanguagePolicy, load_critic
+from offline_lmrl.decoding.policy import LanguagePolicy, load_critic, require_no_prompt
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import slots_of
 from offline_lmrl.models.reward_model import load_reward_model, read_mask
@@ -303,11 +303,15 @@ def _require_rules(rules: Sequence[Scorer]) -> None:
         raise InputError("rules: found none, expected at least one")
 
 
+def _value_heads(run: str, of: str = "advantage", device: str | None = None) -> ValueHeads:
+    return ValueHeads(require_no_prompt(load_critic(run, device=device)), of)
+
+
 # kind -> what makes it; parameters named `preference` or `scorer` are scorers, `scorers` and `rules` lists of them
 KINDS: dict[str, Callable[..., Scorer]] = {
     "reward_model": lambda run, device=None: RewardModel.load(run, device=device),
     "likelihood": lambda run, mean=False, device=None: Likelihood(LanguagePolicy.load(run, device=device), mean),
-    "value_heads": lambda run, of="advantage", device=None: ValueHeads(load_critic(run, device=device), of),
+    "value_heads": _value_heads,
     "python": lambda function: Function(_imported(function)),
     "regex": regex_rule,
     "rule": Rule,

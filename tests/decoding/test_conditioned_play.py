@@ -15,8 +15,10 @@ from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding import asks
 from offline_lmrl.decoding import policy as policies
+from offline_lmrl.decoding.planner import PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession, load_critic
 from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.scorers import load_scorer
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.models.guided import attach, attach_return_heads, attach_returns, build_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
@@ -240,6 +242,28 @@ def test_auto_with_a_run_asks_for_the_value_that_this_run_sees(tmp_path, monkeyp
         policy(conditioned(heads=False), ask=f"auto:{tmp_path / 'plain'}")
     monkeypatch.setattr(policies, "load_critic", None)
     player.with_sampling(temperature=0.0).start([5]).reply([0], HISTORIES[:1])  # it is loaded once
+
+
+def test_a_critic_that_counts_turns_otherwise_is_named_once_and_one_behind_demonstrations_refused(tmp_path, caplog):
+    critic = attach(build_model({**SPEC, "n_embd": 8}, RENDERER.tokenizer), ValueHeadsConfig())
+    critic.config.offline_lmrl |= {"step_rule": {"discount_per_turn": 0.9}}
+    critic.save_pretrained(tmp_path / "critic")
+    RENDERER.tokenizer.save_pretrained(tmp_path / "critic")
+    player = policy(ask=f"auto:{tmp_path / 'critic'}")
+    player.with_sampling(temperature=0.0).start([5]).reply([0], HISTORIES[:1])
+    (said,) = [record.message for record in caplog.records if "discount_per_turn" in record.message]
+    assert said.startswith("ask: found discount_per_turn 0.9 in the critic ") and "expected the model's 1: " in said
+    caplog.clear()
+    policy(conditioned(discount_per_turn=0.9), ask=f"auto:{tmp_path / 'critic'}")
+    assert not caplog.records
+    critic.config.offline_lmrl |= {"prompt": {"n": 1}}
+    critic.save_pretrained(tmp_path / "critic")
+    with pytest.raises(InputError, match="critic: found a model trained behind demonstrations, expected one trained "):
+        policy(ask=f"auto:{tmp_path / 'critic'}")
+    with pytest.raises(InputError, match="critic: found a model trained behind demonstrations"):
+        load_scorer({"kind": "value_heads", "run": str(tmp_path / "critic"), "device": "cpu"})
+    with pytest.raises(InputError, match="critic: found a model trained behind demonstrations"):
+        PlannerConfig(scorer=str(tmp_path / "critic")).planner(policy())
 
 
 def test_auto_explains_an_unknown_past_by_its_rewards():
