@@ -240,6 +240,7 @@ def _generate(
     coverage: float | None = None,
     held_out: str | None = None,
     abstention: str = "I don't know.",
+    contexts: str | None = None,
     task: str = "",
     device: str | None = None,
     chat: bool = False,
@@ -260,15 +261,18 @@ def _generate(
       coverage: sets the threshold at which this share of the prompts in held_out is answered.
       held_out: file of prompts, as `prompts`.
       abstention: what is said instead.
+      contexts: package.module:function that gives, for the turns so far, several dialogues (lists of turns) which the
+        replies are drawn from in turn, such as one for each document to answer from; the scorer reads the turns.
       task: what is talked about, for a run that was trained with returns per task.
       device: null = the first accelerator, else the CPU.
     """
     from offline_lmrl.data.io import atomic_output
+    from offline_lmrl.data.protocols import imported
     from offline_lmrl.decoding.policy import LanguagePolicy
     from offline_lmrl.decoding.reranking import BestOfN, calibrated_threshold
     from offline_lmrl.decoding.scorers import load_scorer
 
-    if scorer is None and (best_of > 1 or threshold is not None or coverage is not None):
+    if scorer is None and (best_of > 1 or any(x is not None for x in (threshold, coverage, contexts))):
         raise InputError("scorer: missing, expected what is to choose the best of several replies")
     if (coverage is None) != (held_out is None) or (coverage is not None and threshold is not None):
         raise InputError(f"coverage: found {coverage} with held_out {held_out} and threshold {threshold}, "
@@ -278,7 +282,8 @@ def _generate(
         _require_writable(Path(output))
     player = policy = LanguagePolicy.load(run, device=device, task=task, **sampling)
     if scorer is not None:
-        player = BestOfN(policy, load_scorer(scorer), best_of, threshold, abstention)
+        reads = None if contexts is None else imported(contexts, "contexts")
+        player = BestOfN(policy, load_scorer(scorer), best_of, threshold, abstention, reads)
         if coverage is not None:
             player.threshold = calibrated_threshold(player, read_prompts(held_out), coverage)
             print(f"threshold: {player.threshold:.6g}", file=sys.stderr)

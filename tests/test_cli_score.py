@@ -10,6 +10,7 @@ from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.io import read_comparisons, read_trajectories, write_comparisons, write_trajectories
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.decoding.policy import LanguageSession
 from offline_lmrl.models.guided import build_model
 
 LENGTH, UP = f"{__name__}:length", f"{__name__}:ups"
@@ -18,6 +19,11 @@ ASKED = (Turn("user", "say it"),)
 
 def length(context, option):
     return len(option[-1].content)
+
+
+def documents(history):
+    """Each candidate reads a document of its own."""
+    return [[Turn("system", "up up"), *history], [Turn("system", "left"), *history], list(history)]
 
 
 def ups(context, option):
@@ -104,10 +110,35 @@ def test_generate_gives_the_best_of_several_replies_or_abstains(command, tmp_pat
     half = replies("--scorer", LENGTH, "--best_of", 6, "--abstention", "pass", *share)
     # the longer of the two is answered, and both where they are equally long
     assert half == [reply if len(reply) == max(map(len, best)) else "pass" for reply in best]
-    code, _, err = command("generate", tmp_path / "run", *settings, "--best_of", 4)
-    assert code == 2 and err.startswith("error: scorer: missing")
+    for alone in (("--best_of", 4), ("--contexts", f"{__name__}:documents")):
+        code, _, err = command("generate", tmp_path / "run", *settings, *alone)
+        assert code == 2 and err.startswith("error: scorer: missing")
     code, _, err = command("generate", tmp_path / "run", *settings, "--scorer", LENGTH, *share[:2])
     assert code == 2 and err.startswith("error: coverage: found 0.5 with held_out None")
+
+
+def test_candidates_read_the_contexts_in_turn_and_the_prompt_stays_as_it_is(command, tmp_path, monkeypatch):
+    tokenizer = train_tokenizer(["up left", "say it"], 280)
+    model = build_model({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, "n_positions": 64}, tokenizer)
+    model.save_pretrained(tmp_path / "run")
+    tokenizer.save_pretrained(tmp_path / "run")
+    (tmp_path / "prompts.txt").write_text("say it\n")
+    settings = ("--prompts", tmp_path / "prompts.txt", "--max_new_tokens", 3, "--device", "cpu", "--scorer", LENGTH)
+    read, reply = [], LanguageSession.reply
+
+    def watched(self, rows, histories, options=None):
+        read.extend(" ".join(turn.content for turn in history) for history in histories)
+        return reply(self, rows, histories, options)
+
+    monkeypatch.setattr(LanguageSession, "reply", watched)
+    contexts = ("--contexts", f"{__name__}:documents")
+    code, out, _ = command("generate", tmp_path / "run", *settings, "--best_of", 4, *contexts)
+    assert code == 0 and read == ["up up say it", "left say it", "say it", "up up say it"]
+    assert [turn["content"] for turn in json.loads(out)["messages"][:-1]] == ["say it"]
+    code, _, err = command("generate", tmp_path / "run", *settings, "--best_of", 2, *contexts)
+    assert code == 2 and "error: contexts: found 3, expected 1 to n (2)" in err
+    code, _, err = command("generate", tmp_path / "run", *settings, "--contexts", f"{__name__}:nothing")
+    assert code == 2 and "error: contexts: found " in err and "expected package.module:function" in err
 
 
 def test_one_command_goes_from_a_folder_of_pairs_to_a_run(command, tmp_path):

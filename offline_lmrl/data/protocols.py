@@ -4,12 +4,16 @@ An episode alternates: the environment gives turns, the agent replies with one t
 comes in batches over rows, and each row has its own seed, so an episode does not depend on its neighbours.
 """
 
+import importlib
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.trajectory import Turn
 
 
@@ -100,3 +104,15 @@ class Policy(Protocol):
 
     def start(self, seeds: Sequence[int]) -> Session:
         """A session with one row per seed."""
+
+
+def imported(name: str, field: str) -> Any:
+    """What is called package.module:name, also in the working folder. Raises: InputError that names the field."""
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script does not look there, unlike `python -m`
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{field}: found {name!r}, which cannot be imported ({error}), "
+                         "expected package.module:function") from error

@@ -11,7 +11,6 @@ model also have `score_each(rows)`, for many contexts at once. `load_scorer` mak
 Ids that a reply was sampled with are not trusted here, since they may be another tokenizer's: text is encoded anew.
 """
 
-import importlib
 import inspect
 import re
 from collections import Counter
@@ -31,7 +30,7 @@ from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.comparison_batching import encode_options
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.preferences import Scored, score_rows
-from offline_lmrl.data.protocols import Scorer
+from offline_lmrl.data.protocols import Scorer, imported
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory, Turn
@@ -312,7 +311,7 @@ KINDS: dict[str, Callable[..., Scorer]] = {
     "reward_model": lambda run, device=None: RewardModel.load(run, device=device),
     "likelihood": lambda run, mean=False, device=None: Likelihood(LanguagePolicy.load(run, device=device), mean),
     "value_heads": _value_heads,
-    "python": lambda function: Function(_imported(function)),
+    "python": lambda function: Function(imported(function, "scorer.function")),
     "regex": regex_rule,
     "rule": Rule,
     "ensemble": Ensemble,
@@ -360,14 +359,6 @@ def _read_yaml(text: str) -> Mapping[str, Any]:
     if not isinstance(spec, Mapping):
         raise InputError(f"scorer: {text}: found {spec!r}, expected a mapping")
     return spec
-
-
-def _imported(name: str) -> Callable:
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"scorer.function: {name}: {error}, expected package.module:function") from error
 
 
 def fits(scorer: Scorer, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> bool:

@@ -1,8 +1,5 @@
 """A prompt set with something that scores replies: a task of one turn, so RLHF and games share every line."""
 
-import importlib
-import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +11,7 @@ from tqdm import tqdm
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import raw_splits
 from offline_lmrl.data.preferences import score_rows
-from offline_lmrl.data.protocols import Scorer, StepResult
+from offline_lmrl.data.protocols import Scorer, StepResult, imported
 from offline_lmrl.data.trajectory import Turn, finite, shown, turn_from_record
 
 SLOW = 2.0  # seconds of scoring after which its progress is shown
@@ -152,13 +149,5 @@ def _read(source: str | Path) -> list[tuple[tuple[Turn, ...], dict[str, Any]]]:
 
 def _find(name: str) -> Any:
     """A function, or an instance of a class without arguments, from its dotted name."""
-    module_name, _, attribute = name.partition(":")
-    if not attribute:
-        raise InputError(f"reward: found {name!r}, expected package.module:function")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a console script does not look there, unlike `python -m`
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"reward: found {name!r}, which cannot be imported: {error}") from error
+    found = imported(name, "reward")
     return found() if isinstance(found, type) else found
