@@ -10,11 +10,10 @@ group only, so memory holds a bucket and not the data. A bucket holds its groups
 
 import heapq
 import json
-import multiprocessing
 import re
 import tempfile
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -28,6 +27,7 @@ from offline_lmrl.data.comparison_checks import Feature, facts, merge_repeats, t
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.forms import Drop
 from offline_lmrl.data.io import Row, atomic_output, group_key, raw_splits, split_by_group
+from offline_lmrl.data.parallel import map_in_order
 from offline_lmrl.data.preference_forms import read_comparison
 from offline_lmrl.data.trajectory import shown
 
@@ -43,7 +43,7 @@ def convert(
     """`import_rows` and `publish` where each row makes one comparison: in a memory that does not grow with the rows.
 
     Args:
-      read: as in `import_rows`, and picklable: a function of a module, or a `functools.partial` of one.
+      read: as in `import_rows`.
       processes: how many read rows at once.
     """
     parts = raw_splits(source)
@@ -51,7 +51,7 @@ def convert(
     with _scratch(output) as folder:
         chunks = _chunks((name, place, where, row) for name, rows in parts.items()
                          for place, (where, row) in enumerate(rows))  # fmt: skip
-        for lines, mine in _map(partial(_convert, read), chunks, processes):
+        for lines, mine in map_in_order(partial(_convert, read), chunks, processes):
             counts.update(mine)
             _spill(lines, folder)
         return _finish(folder, list(parts), output, _counted(source, counts), validation, seed, processes, {})
@@ -123,7 +123,7 @@ def _finish(
     """From the buckets in `folder` to files and report. A group is in one bucket, so each can be done by itself."""
     settle = partial(_settle, names=names, validation=validation, seed=seed, features=features)
     counts: Counter = Counter()
-    for mine in _map(settle, sorted(folder.glob("bucket-*")), processes):
+    for mine in map_in_order(settle, sorted(folder.glob("bucket-*")), processes):
         counts.update(mine)
     splits = {key[1]: {"comparisons": n, "groups": counts["split groups", key[1]]}
               for key, n in counts.items() if key[0] == "split rows" and n}  # fmt: skip
@@ -217,21 +217,6 @@ def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
     items = iter(items)
     while chunk := list(islice(items, _CHUNK)):
         yield chunk
-
-
-def _map(function: Callable[[Any], Any], items: Iterable[Any], processes: int) -> Iterator[Any]:
-    """In order; unlike `Pool.imap` it takes items only as they are needed, so memory holds a few."""
-    if processes == 1:
-        yield from map(function, items)
-        return
-    with multiprocessing.Pool(processes) as pool:
-        running: deque = deque()
-        for item in items:
-            running.append(pool.apply_async(function, (item,)))
-            if len(running) > 2 * processes:
-                yield running.popleft().get()
-        while running:
-            yield running.popleft().get()
 
 
 def _counted(source: str | Path, counts: Counter[str]) -> dict[str, Any]:

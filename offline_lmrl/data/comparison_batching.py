@@ -3,10 +3,12 @@
 A scored trajectory is a comparison of one option, whose target is its return.
 """
 
+import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypedDict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -15,11 +17,13 @@ from torch import Tensor
 from offline_lmrl.data.batching import FlatLists, pad, pick
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.parallel import map_in_order
 from offline_lmrl.data.rendering import EncodedTurn, Renderer
 from offline_lmrl.data.trajectory import Trajectory, Turn, with_own_token_ids
 from offline_lmrl.data.windows import WindowRule, first_visible, leading_system_turns
 
 _NOT_ACTION, _ACTION, _CLOSING = 0, 1, 2
+_CHUNK = 500  # comparisons that a process renders at once
 
 
 class ComparisonBatch(TypedDict):
@@ -62,7 +66,7 @@ class ComparisonDataset(torch.utils.data.Dataset):
                  rank: np.ndarray, weight: np.ndarray, strength: np.ndarray, pad_id: int):
         self.input_ids, self.actions, self.pad_id = input_ids, actions, pad_id
         self.target, self.rank, self.weight, self.strength = target, rank, weight, strength
-        self.rows = (np.arange(sizes.sum()), np.concatenate([[0], sizes.cumsum()]))
+        self.rows = (np.arange(len(target), dtype=np.int32), np.concatenate([[0], sizes.cumsum()]))
 
     def __len__(self) -> int:
         return len(self.weight)
@@ -98,7 +102,7 @@ class ComparisonDataset(torch.utils.data.Dataset):
             "last": torch.from_numpy(actions.shape[1] - 1 - (actions != _NOT_ACTION)[:, ::-1].argmax(axis=1)),
             "comparison": torch.from_numpy(np.repeat(np.arange(len(index)), sizes)),
             "target": torch.from_numpy(self.target[rows]),
-            "rank": torch.from_numpy(self.rank[rows]),
+            "rank": torch.from_numpy(self.rank[rows].astype(np.int64)),
             "weight": torch.from_numpy(self.weight[index]),
             "strength": torch.from_numpy(self.strength[index]),
         }
@@ -116,65 +120,109 @@ def collate_comparisons(items: Sequence[ComparisonRef]) -> ComparisonBatch:
 
 
 def encode_comparisons(
-    comparisons: Iterable[Comparison], renderer: Renderer, window: WindowRule, counts: Counter[str]
-) -> ComparisonDataset:
-    """Renders every comparison once.
+    comparisons: Sequence[Comparison], renderer: Renderer, window: WindowRule, counts: Counter[str],
+    processes: int = 1,
+) -> ComparisonDataset:  # fmt: skip
+    """Renders every comparison once; the tokens lie in files without a name in the temporary folder.
 
     Where a comparison is longer than `window` allows, all its options lose the same oldest turns of the context, and
     never a token of their own; a comparison with an option that does not fit is dropped as a whole.
 
     Args:
       counts: receives what was dropped or lost turns, by reason.
+      processes: how many render at once.
     Raises: InputError where no comparison is left.
     """
-    parts = ((_own_rows(row, renderer, window, counts), row.target, row.ranks, row.weight,
-              row.labels.get("strength") or 0.0) for row in comparisons)  # fmt: skip
-    return _dataset(parts, renderer.close_id, counts)
+    return _dataset(comparisons, partial(_compared, renderer, window), renderer.close_id, counts, processes)
 
 
 def encode_scored(
-    trajectories: Iterable[Trajectory], renderer: Renderer, window: WindowRule, counts: Counter[str]
-) -> ComparisonDataset:
+    trajectories: Sequence[Trajectory], renderer: Renderer, window: WindowRule, counts: Counter[str],
+    processes: int = 1,
+) -> ComparisonDataset:  # fmt: skip
     """Scored trajectories as comparisons of one option: all from the first agent turn on, with the return as target.
 
     Args, Raises: as `encode_comparisons`.
     """
-
-    def encoded(row: Trajectory) -> list[tuple[list[int], list[int]]] | None:
-        turns = with_own_token_ids(row, renderer.fingerprint).turns
-        start = next((i for i, turn in enumerate(turns) if turn.is_trainable), None)
-        if start is None:
-            raise InputError("trajectories: found one without an agent turn, expected at least one")
-        return encode_options(turns[:start], [turns[start:]], renderer, window, counts)
-
-    parts = ((encoded(row), (row.total_return,), (0,), 1.0, 0.0) for row in trajectories)
-    return _dataset(parts, renderer.close_id, counts)
+    return _dataset(trajectories, partial(_rated, renderer, window), renderer.close_id, counts, processes)
 
 
-def _dataset(parts: Iterable[tuple], pad_id: int, counts: Counter[str]) -> ComparisonDataset:
-    """From (rows of its options, target, ranks, weight, strength) of each comparison; rows None = it does not fit."""
-    input_ids, actions = array("i"), array("b")
-    lengths, sizes, targets, places, weights, strengths = array("q", [0]), array("q"), [], [], [], []
-    for rows, target, ranks, weight, strength in parts:
-        if rows is None:
+class _Rendered(NamedTuple):
+    """Some comparisons: values per token, per option and per comparison, of the kinds in _CODES."""
+
+    input_ids: array
+    actions: array
+    lengths: array
+    target: array
+    rank: array
+    sizes: array
+    weight: array
+    strength: array
+
+
+_CODES = "ibifiiff"
+
+
+# A comparison with the rows of its options; None: it does not fit. (rows, target, ranks, weight, strength)
+_Encoded = tuple[list[tuple[list[int], list[int]]], Sequence[float], Sequence[int], float, float] | None
+
+
+def _compared(renderer: Renderer, window: WindowRule, row: Comparison, counts: Counter[str]) -> _Encoded:
+    rows = _own_rows(row, renderer, window, counts)
+    return rows and (rows, row.target, row.ranks, row.weight, row.labels.get("strength") or 0.0)
+
+
+def _rated(renderer: Renderer, window: WindowRule, row: Trajectory, counts: Counter[str]) -> _Encoded:
+    turns = with_own_token_ids(row, renderer.fingerprint).turns
+    start = next((i for i, turn in enumerate(turns) if turn.is_trainable), None)
+    if start is None:
+        raise InputError("trajectories: found one without an agent turn, expected at least one")
+    rows = encode_options(turns[:start], [turns[start:]], renderer, window, counts)
+    return rows and (rows, (row.total_return,), (0,), 1.0, 0.0)
+
+
+def _rendered(
+    rows: Sequence, encode: Callable[[Any, Counter[str]], _Encoded], span: range
+) -> tuple[_Rendered, Counter[str]]:
+    counts: Counter[str] = Counter()
+    made = _Rendered(*map(array, _CODES))
+    for i in span:
+        encoded = encode(rows[i], counts)
+        if encoded is None:
             continue
-        for ids, kinds in rows:
-            input_ids.extend(ids)
-            actions.extend(kinds)
-            lengths.append(len(ids))
-        sizes.append(len(rows))
-        targets += target
-        places += ranks
-        weights.append(weight)
-        strengths.append(strength)
-    if not sizes:
-        raise InputError(f"comparisons: found none that fits, expected at least one ({dict(counts)})")
-    offsets = np.cumsum(np.asarray(lengths))
-    return ComparisonDataset(
-        (np.asarray(input_ids), offsets), (np.asarray(actions), offsets), np.asarray(sizes),
-        np.asarray(targets, np.float32), np.asarray(places, np.int64), np.asarray(weights, np.float32),
-        np.asarray(strengths, np.float32), pad_id,
-    )  # fmt: skip
+        options, target, ranks, weight, strength = encoded
+        for ids, kinds in options:
+            made.input_ids.extend(ids)
+            made.actions.extend(kinds)
+            made.lengths.append(len(ids))
+        made.target.extend(target)
+        made.rank.extend(ranks)
+        made.sizes.append(len(options))
+        made.weight.append(weight)
+        made.strength.append(strength)
+    return made, counts
+
+
+def _dataset(
+    rows: Sequence, encode: Callable[[Any, Counter[str]], _Encoded], pad_id: int, counts: Counter[str], processes: int
+) -> ComparisonDataset:
+    spans = [range(len(rows))[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
+    columns = _Rendered(*map(array, _CODES))
+    with tempfile.TemporaryFile() as input_ids, tempfile.TemporaryFile() as actions:
+        for part, mine in map_in_order(partial(_rendered, rows, encode), spans, processes):
+            counts.update(mine)
+            input_ids.write(part.input_ids)
+            actions.write(part.actions)
+            for column, values in zip(columns[2:], part[2:], strict=True):
+                column.extend(values)
+        if not columns.sizes:
+            raise InputError(f"comparisons: found none that fits, expected at least one ({dict(counts)})")
+        lengths, target, rank, sizes, weight, strength = map(np.asarray, columns[2:])
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        lengths.cumsum(out=offsets[1:])
+        files = ((input_ids, np.int32), (actions, np.int8))
+        flat = [(np.asarray(np.memmap(file, dtype, "r")), offsets) for file, dtype in files]
+    return ComparisonDataset(*flat, sizes, target, rank, weight, strength, pad_id)
 
 
 def fitting(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from offline_lmrl.data import comparison_batching
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.comparison_batching import collate_comparisons, encode_comparisons, encode_scored, fitting
 from offline_lmrl.data.errors import InputError
@@ -112,6 +113,31 @@ def test_sampled_ids_are_used_where_they_are_this_tokenizers():
     assert tuple(batch["input_ids"][0][batch["action_mask"][0]].tolist()) == ids
     foreign = encode([replace(row, labels={})]).batch([0])
     assert tuple(foreign["input_ids"][0][foreign["action_mask"][0]].tolist()) == ids[1:]
+
+
+@pytest.mark.parametrize("encode_rows", [encode_comparisons, encode_scored])
+def test_two_processes_render_what_one_renders(monkeypatch, encode_rows):
+    monkeypatch.setattr(comparison_batching, "_CHUNK", 7)
+    if encode_rows is encode_comparisons:
+        rows = [replace((PAIR, RANKED)[i % 2], weight=(i + 1) / 3, labels={"strength": i / 7}) for i in range(60)]
+    else:
+        rows = [Trajectory((*PAIR.context, Turn("assistant", "x" * i, reward=i / 7))) for i in range(1, 60)]
+    counts, short = (Counter(), Counter()), WindowRule(max_length=int(encode([PAIR]).lengths[0]) - 1)
+    one, two = (encode_rows(rows, RENDERER, short, mine, processes)
+                for processes, mine in zip((1, 2), counts, strict=True))  # fmt: skip
+    assert counts[0] == counts[1] and sum(counts[0].values()) > 20  # some lose turns or are dropped
+    for name in ("target", "rank", "weight", "strength"):
+        np.testing.assert_array_equal(getattr(two, name), getattr(one, name), strict=True)
+    for name in ("input_ids", "actions", "rows"):
+        for found, expected in zip(getattr(two, name), getattr(one, name), strict=True):
+            np.testing.assert_array_equal(found, expected, strict=True)
+
+
+def test_what_goes_wrong_in_another_process_is_the_same_error():
+    with pytest.raises(InputError, match="found one without an agent turn"):
+        encode_scored([Trajectory((Turn("user", "hi"),))], RENDERER, WindowRule(), Counter(), 2)
+    with pytest.raises(InputError, match="found none that fits"):
+        encode_comparisons([], RENDERER, WindowRule(), Counter(), 2)
 
 
 def test_a_shuffled_data_set_gives_each_comparison_its_own_rows():
