@@ -33,7 +33,7 @@ from torch import Tensor
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.comparison_batching import ComparisonDataset, encode_comparisons, encode_scored
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import fingerprint, holds_comparisons, read_comparisons, read_trajectories
+from offline_lmrl.data.io import Stored, fingerprint, holds_comparisons, read_trajectories, store_comparisons
 from offline_lmrl.data.preferences import binarised
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.models.reward_model import (
@@ -74,6 +74,7 @@ class RewardModelConfig(BaseConfig):
     bootstrap: seed of a sample with replacement, as large as the data; None = the data as they are.
     normalise: scores after training: none, centre (mean 0) or standard (mean 0 and standard deviation 1).
     reference: trajectories whose replies get these scores, such as what `generate` writes; None = the training data.
+    processes: how many render the data at once; None = one.
     """
 
     head: Literal["terminal", "turn", "token"] = "terminal"
@@ -84,6 +85,7 @@ class RewardModelConfig(BaseConfig):
     bootstrap: int | None = None
     normalise: Literal["none", "centre", "standard"] = "standard"
     reference: str | None = None
+    processes: int | None = None
 
     def __post_init__(self) -> None:
         check_range(self, error_rate=(0, 0.999), margin=(0, 1e6), learning_rate=(0, 1e6))
@@ -91,6 +93,8 @@ class RewardModelConfig(BaseConfig):
             raise InputError(f"loss: found {self.loss} with an error_rate or a margin, which only pairs has")
         if self.reference is not None and self.normalise == "none":
             raise InputError("reference: found it with normalise: none, expected centre or standard")
+        if self.processes is not None and self.processes < 1:
+            raise InputError(f"processes: found {self.processes}, expected at least 1")
         if self.loss == "regression" and self.binarise:
             raise InputError("binarise: found it with regression, expected a loss of comparisons")
         super().__post_init__()
@@ -128,7 +132,7 @@ class RewardModelTrainer(BaseTrainer):
     algorithm = "reward_model"
 
     @staticmethod
-    def read(source: str | Path) -> list[Comparison] | list[Trajectory]:
+    def read(source: str | Path) -> Rows:
         return _read(source)
 
     @staticmethod
@@ -185,9 +189,9 @@ class RewardModelTrainer(BaseTrainer):
                                      "options without a ranking; expected rankings, or loss: best_of_k")
         if bootstrap is not None:
             drawn = np.random.default_rng(bootstrap).integers(len(rows), size=len(rows))
-            rows = [rows[i] for i in drawn]
+            rows = Stored(rows[i] for i in drawn)
         encode = encode_scored if scored else encode_comparisons
-        encoded = encode(rows, self.renderer, args.window, counts)
+        encoded = encode(rows, self.renderer, args.window, counts, args.processes or 1)
         encoded.weight = encoded.weight / encoded.weight.mean()
         return encoded
 
@@ -249,4 +253,4 @@ class RewardModelTrainer(BaseTrainer):
 def _read(source: Rows | str | Path) -> Rows:
     if not isinstance(source, str | Path):
         return source
-    return read_comparisons(source) if holds_comparisons(source) else read_trajectories(source)
+    return store_comparisons(source) if holds_comparisons(source) else read_trajectories(source)

@@ -5,9 +5,12 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import shutil
+import tempfile
 import zlib
+from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -55,6 +58,34 @@ def read_comparisons(source: str | Path, *, split: str | None = None,
                      counts: Counter | None = None) -> list[Comparison]:
     """The comparisons of a source in any form of `offline_lmrl.data.preference_forms`, as `read_trajectories`."""
     return _read(_part(source, split), str(source), counts, read_comparison)
+
+
+class Stored(Sequence[Row]):
+    """Rows that lie in a file without a name in the temporary folder and are read when they are looked at, so that
+    memory holds eight bytes of each. Processes that are forked read them too."""
+
+    def __init__(self, rows: Iterable[Row]):
+        self._file, self._ends = tempfile.TemporaryFile(), array("q", [0])
+        for row in rows:
+            self._ends.append(self._ends[-1] + self._file.write(pickle.dumps(row)))
+        self._file.flush()
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index):
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return [self[i] for i in places]
+        start = self._ends[places]
+        # At a place of its own, whoever else reads: processes share where the file stands.
+        return pickle.loads(os.pread(self._file.fileno(), self._ends[places + 1] - start, start))
+
+
+def store_comparisons(source: str | Path, *, split: str | None = None,
+                      counts: Counter | None = None) -> Stored[Comparison]:
+    """What `read_comparisons` reads, for data that memory does not hold."""
+    return _read(_part(source, split), str(source), counts, read_comparison, Stored)
 
 
 def read_splits(source: str | Path, *, counts: Counter | None = None) -> dict[str, list[Trajectory]]:
@@ -200,15 +231,18 @@ def _part(source: str | Path, split: str | None) -> Rows:
     return rows
 
 
-def _read(rows: Rows, source: str, counts: Counter | None,
-          read: Callable[[Any, str, Counter], Row | None]) -> list[Row]:
+def _read(rows: Rows, source: str, counts: Counter | None, read: Callable[[Any, str, Counter], Row | None],
+          keep: Callable[[Iterable[Row]], Sequence[Row]] = list) -> Sequence[Row]:
     mine: Counter = Counter()
-    kept = []
-    for where, row in rows:
-        if isinstance(row, InputError):
-            raise row
-        if (made := read(row, where, mine)) is not None:
-            kept.append(made)
+
+    def made() -> Iterator[Row]:
+        for where, row in rows:
+            if isinstance(row, InputError):
+                raise row
+            if (one := read(row, where, mine)) is not None:
+                yield one
+
+    kept = keep(made())
     if counts is not None:
         counts.update(mine)
     if not kept:

@@ -89,6 +89,19 @@ def test_a_label_that_is_surely_wrong_costs_no_more_than_the_floor(tmp_path):
     assert score.grad.abs().max() < 0.05  # .998 without
 
 
+@pytest.mark.parametrize("bootstrap", [None, 3])
+def test_a_file_that_two_processes_render_teaches_what_its_rows_teach(tmp_path, bootstrap):
+    write_comparisons(tmp_path / "pairs.jsonl", RULE)
+    one = trainer(tmp_path / "one", bootstrap=bootstrap)
+    two = trainer(tmp_path / "two", str(tmp_path / "pairs.jsonl"), bootstrap=bootstrap, processes=2)
+    one.train()
+    two.train()
+    assert torch.equal(parameters(two), parameters(one))
+    assert two.model.config.offline_lmrl == one.model.config.offline_lmrl
+    with pytest.raises(InputError, match="processes: found 0, expected at least 1"):
+        config(tmp_path, processes=0)
+
+
 def test_accuracy_counts_equal_scores_half_and_ties_not_at_all():
     batch = {"target": torch.tensor([1.0, 0.0, 0.5, 0.5, 0.2, 0.8]), "rank": torch.tensor([0, 1, 0, 0, 1, 0]),
              "comparison": torch.tensor([0, 0, 1, 1, 2, 2]), "weight": torch.ones(3)}  # fmt: skip

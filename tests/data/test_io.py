@@ -1,6 +1,8 @@
 import gzip
 import json
+import multiprocessing
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 
 import datasets
 import pytest
@@ -10,9 +12,11 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import (
     atomic_output,
     fingerprint,
+    read_comparisons,
     read_splits,
     read_trajectories,
     split_by_group,
+    store_comparisons,
     write_trajectories,
 )
 from offline_lmrl.data.trajectory import Trajectory, Turn
@@ -224,6 +228,29 @@ def test_nesting_up_to_the_limit_is_kept(tmp_path):
     (row,) = read(tmp_path, {**scored(reward=1.0), "labels": {"a": deep}})
     write_trajectories(tmp_path / "new.jsonl", [row])
     assert read_trajectories(tmp_path / "new.jsonl") == [row] and row.labels == {"a": deep}
+
+
+def test_stored_comparisons_are_those_that_are_read(tmp_path):
+    rows = [{"prompt": f"q{i}", "chosen": "é" * i + "a", "rejected": "b"} for i in range(9)] + [
+        {"prompt": "x", "chosen": [{"role": "assistant", "content": None}], "rejected": "b"}]  # fmt: skip
+    path, counts = lines(tmp_path / "pairs.jsonl", *rows), (Counter(), Counter())
+    expected, stored = read_comparisons(path, counts=counts[0]), store_comparisons(path, counts=counts[1])
+    assert list(stored) == expected and len(stored) == 9 and counts[0] == counts[1] != Counter()
+    assert stored[-1] == expected[-1] and stored[2:7:2] == expected[2:7:2]
+    assert fingerprint(stored) == fingerprint(expected)
+    with pytest.raises(IndexError):
+        stored[9]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), hold.append, (stored,)) as pool:
+        assert pool.submit(last_held).result() == expected[-1]  # and its reading moves nobody's place
+        assert stored[0] == expected[0]
+    assert "found no row to use" in message_of(store_comparisons, lines(path, rows[-1]))
+
+
+hold = []
+
+
+def last_held():
+    return hold[-1][-1]
 
 
 def test_a_folder_of_json_files_is_read_where_they_lie_beside_no_other_data(tmp_path):
