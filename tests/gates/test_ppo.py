@@ -1,4 +1,7 @@
-"""Acceptance gates of PPO: the closed form of its objective, and a task whose optimum is known. `pytest -m gates`."""
+"""Acceptance gates of PPO: the closed form of its objective, and a task whose optimum is known.
+
+`pytest -m gates -s` prints what each seed reached.
+"""
 
 import math
 
@@ -61,8 +64,9 @@ def probabilities(run, texts):
 def distance_to_closed_form(folder, texts, seed, kl_weight=0.5):
     """Total variation between the trained policy and ref · exp(R/β) / Z."""
     transformers.set_seed(seed)
+    # At twice this learning rate one seed of eight collapsed in its first ten iterations and did not quite come back.
     args = PPOConfig(
-        output_dir=str(folder), seed=seed, max_steps=48, episodes=256, epochs=2, minibatches=2, learning_rate=1e-2,
+        output_dir=str(folder), seed=seed, max_steps=48, episodes=256, epochs=2, minibatches=2, learning_rate=5e-3,
         per_device_train_batch_size=256, max_length=32, kl_weight=kl_weight, whiten_advantages=False,
         value_weight=0.5, value_clip_range=None, sampling={"max_new_tokens": 8}, save_rollouts=False, **COMMON,
     )  # fmt: skip
@@ -72,7 +76,9 @@ def distance_to_closed_form(folder, texts, seed, kl_weight=0.5):
     policy, ref = probabilities(run, texts)
     assert policy.sum().item() == pytest.approx(1, abs=1e-4)
     best = ref * (torch.tensor([environment.reward[text] for text in texts]) / kl_weight).exp()
-    return (policy - best / best.sum()).abs().sum().item() / 2
+    distance = (policy - best / best.sum()).abs().sum().item() / 2
+    print(f"\nseed {seed}, {len(texts)} texts: total variation {distance:.4f} to the closed form")
+    return distance
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -88,10 +94,13 @@ def test_with_the_sign_of_the_divergence_flipped_it_does_not(tmp_path, monkeypat
 
 
 def cloned(folder, seed):
-    """Behaviour cloning on the logs of Count, which say "g" half of the time."""
+    """Behaviour cloning on the logs of Count, which say "g" half of the time.
+
+    Long enough that hardly a token is left that no log holds: there nothing but the divergence keeps turns short.
+    """
     logs = Count().logs(500, seed)
     transformers.set_seed(seed)
-    args = BCConfig(output_dir=str(folder), seed=seed, max_steps=60, per_device_train_batch_size=64, context=1,
+    args = BCConfig(output_dir=str(folder), seed=seed, max_steps=300, per_device_train_batch_size=64, context=1,
                     max_length=32, learning_rate=5e-3, **COMMON)  # fmt: skip
     run = BCTrainer(build_model(SPEC, TOKENIZER), args, logs, None, TOKENIZER)
     run.train()
@@ -108,7 +117,7 @@ def test_count_is_learnt_within_8192_environment_steps(tmp_path, seed):
     start = cloned(tmp_path / "bc", seed)
     args = PPOConfig(
         output_dir=str(tmp_path / "ppo"), seed=seed, max_steps=32, episodes=32, epochs=4, minibatches=2,
-        per_device_train_batch_size=128, context=1, max_length=32, learning_rate=2e-3, kl_weight=0.02,
+        per_device_train_batch_size=128, context=1, max_length=32, learning_rate=4e-3, kl_weight=0.05,
         sampling={"max_new_tokens": 4}, **COMMON,
     )  # fmt: skip
     run = PPOTrainer(str(start), args, Count)
@@ -116,8 +125,10 @@ def test_count_is_learnt_within_8192_environment_steps(tmp_path, seed):
     run.save_model(str(tmp_path / "ppo"))
     assert run.totals["environment_steps"] <= 8192
     before, after = play(start), play(tmp_path / "ppo")
-    score = sum(t.total_return for t in after) / len(after)
-    assert sum(t.total_return for t in before) / len(before) < 6 and score >= 0.95 * Count().optimum()
+    cloned_score, score = (sum(t.total_return for t in played) / len(played) for played in (before, after))
+    print(f"\nseed {seed}: {score:.2f} of {Count().optimum():g} after {run.totals['environment_steps']} environment "
+          f"steps, {cloned_score:.2f} before")  # fmt: skip
+    assert cloned_score < 6 and score >= 0.95 * Count().optimum()
     # No trick with lengths: eight turns of a letter, each closed by its token.
     lengths = {len(turn.token_ids) for t in after for turn in t.turns if turn.is_trainable}
     assert max(lengths) <= 3 and not math.isnan(score)
