@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from offline_lmrl.algorithms import load_algorithm
-from offline_lmrl.algorithms.ppo import PPOConfig, PPOTrainer
+from offline_lmrl.algorithms.ppo import PPOConfig, PPOTrainer, ppo_losses
 from offline_lmrl.algorithms.run import DataConfig, ModelConfig, train
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import read_trajectories, write_trajectories
@@ -103,11 +103,23 @@ def test_before_a_step_sampler_learner_and_reference_agree(tmp_path, environment
     torch.testing.assert_close(log_prob, experience.column("sampled_log_prob"), atol=1e-5, rtol=0)
     assert torch.equal(log_prob, experience.column("ref_log_prob"))
     run.check_start(experience)
+    assert (ratios(run, experience) - 1).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def ratios(run, experience):
+    """Of the first minibatch, were it all windows in the order in which they were read."""
     run.credit(experience)
-    with torch.no_grad():
-        _, compared = run.ppo_terms(experience, np.arange(len(experience.windows)), warming=False)
-    ratio = (compared["log_prob"] - compared["behaviour_log_prob"]).exp()
-    assert (ratio - 1).abs().max() < 1e-5
+    order = np.argsort(-experience.windows.lengths, kind="stable")
+    _, compared = run.ppo_terms(experience, order, warming=False)
+    return (compared["log_prob"] - compared["behaviour_log_prob"]).exp()
+
+
+def test_a_network_in_bf16_gives_log_probs_in_fp32(tmp_path):
+    """Item 8: a log-softmax in bf16 is off by more than .01."""
+    run = trainer(tmp_path, bf16=True, per_device_train_batch_size=64)
+    _, experience = read(run)
+    assert (ratios(run, experience) - 1).abs().max() < 1e-3
 
 
 def test_sampled_ids_that_text_would_not_give_again_keep_ratio_1(tmp_path):
@@ -120,6 +132,7 @@ def test_sampled_ids_that_text_would_not_give_again_keep_ratio_1(tmp_path):
     steps = experience.windows.batch(np.arange(len(experience.windows)))["steps"]
     assert steps["action"].tolist() == [i for turn in turns for i in turn.token_ids]
     run.check_start(experience)
+    assert (ratios(run, experience) - 1).abs().max() < 1e-5
 
 
 def test_log_probs_are_those_of_the_tokens_that_were_said(tmp_path):
@@ -156,6 +169,64 @@ def test_values_start_at_0_and_scores_lie_on_the_tokens_that_close_turns(tmp_pat
     run.credit(experience)
     assert not experience.column("behaviour_v").any() and not experience.column("next_v").any()
     torch.testing.assert_close(experience.column("advantage"), experience.column("return_to_go"))
+
+
+@pytest.mark.parametrize("context", [None, 1])
+def test_v_is_that_of_what_was_read_and_goes_on_where_the_agent_speaks_next(tmp_path, context):
+    """Items 1 and 11: also where that lies in another window."""
+    run = trainer(tmp_path, episodes=3, context=context)
+    torch.nn.init.normal_(run.module.value_head.weight)
+    _, experience = read(run)
+    v, next_v = experience.column("behaviour_v"), experience.column("next_v")
+    batch = experience.windows.batch(np.arange(len(experience.windows)))
+    steps = batch["steps"]
+    with torch.no_grad():
+        for row, state, found in zip(steps["row"], steps["state"], v, strict=True):
+            hidden = run.policy.get_decoder()(input_ids=batch["input_ids"][row, : state + 1].unsqueeze(0))[0][0, -1:]
+            assert run.module.value_head(hidden).item() == pytest.approx(found.item(), abs=1e-4)
+    same = torch.from_numpy(experience.episode[1:] == experience.episode[:-1])
+    torch.testing.assert_close(next_v[:-1][same], v[1:][same], atol=1e-4, rtol=0)
+    assert v.std() > 0.1 and len(v) > same.sum() + 1
+
+
+def test_whitened_rewards_keep_their_mean(tmp_path):
+    """Item 15; V and the divergence are 0, so that the advantages of λ = 0 are the rewards."""
+    run = trainer(tmp_path, lambda: Ragged(gain=3.0), whiten_rewards=True, whiten_advantages=False, gae_lambda=0.0)
+    _, experience = read(run)
+    run.credit(experience)
+    reward, white = experience.column("reward"), experience.column("advantage")
+    assert white.mean().item() == pytest.approx(reward.mean().item(), rel=1e-4)
+    assert white.var(correction=0).item() == pytest.approx(1, abs=1e-4) and reward.var() > 2
+
+
+def test_the_terms_of_the_loss_have_their_signs_and_weights_and_need_a_target(tmp_path):
+    """Items 19, 20 and 27."""
+    args = PPOConfig(output_dir=str(tmp_path), use_cpu=True, entropy_weight=0.01)
+    two = torch.ones(2)
+    outputs = {"log_prob": math.log(1.3) * two, "v": 0.9 * two, "entropy": 0.7 * two}
+    steps = {"behaviour_log_prob": 0 * two, "behaviour_v": 0 * two, "advantage": 2 * two, "returns": two,
+             "has_target": torch.tensor([True, False])}  # fmt: skip
+    found = {name: term.tolist() for name, term in ppo_losses(outputs, steps, args).items()}
+    # −2 · 1.2; .1 · ½ (.2 − 1)²; −.01 · .7
+    assert found["policy"] == pytest.approx([-2.4, 0]) and found["value"] == pytest.approx([0.032, 0])
+    assert found["entropy"] == pytest.approx([-0.007, 0])
+
+
+def test_a_turn_that_was_cut_before_anybody_replied_has_no_target(tmp_path):
+    class Silent(Ragged):
+        def step(self, text):
+            last = self.left == 1
+            return super().step(text)._replace(turns=() if last else (Turn("user", "on"),))
+
+    run = trainer(tmp_path, lambda: Silent(options=OPTIONS), sampling={"max_new_tokens": 16}, first_seed=3, episodes=1,
+                  whiten_advantages=False, max_steps=1, minibatches=1)  # fmt: skip
+    played, experience = read(with_v(run, 0.5))
+    assert not played[0].terminated and played[0].turns[-1].is_trainable
+    assert experience.column("has_target").tolist() == [True] * (len(experience.episode) - 1) + [False]
+    run.credit(experience)
+    assert experience.column("advantage")[-1] == experience.column("returns")[-1] == 0
+    run.train()
+    assert math.isfinite(metrics(tmp_path)[0]["grad_norm"])
 
 
 def test_the_divergence_is_taken_off_every_token(tmp_path):
@@ -357,7 +428,7 @@ def test_logged_data_add_their_gradient_gamma_times(tmp_path):
         run.minibatch(experience, np.arange(len(experience.windows)), np.random.default_rng(0))
         return torch.cat([p.grad.flatten() for n, p in run.trained.items() if n.startswith("policy")]), run
 
-    both, _ = gradient(model(), ptx_weight=2.5)
+    both, _ = gradient(model(), ptx_weight=0.5)
     ppo, run = gradient(model())
     run.optimizer.zero_grad()
     ids = [i for turn in logs[0].turns for i in run.renderer.encode_turn(turn).ids]
@@ -367,7 +438,17 @@ def test_logged_data_add_their_gradient_gamma_times(tmp_path):
     labels[0, -said:] = ids[0, -said:]
     run.policy(input_ids=ids, labels=labels).loss.backward()
     lm = torch.cat([p.grad.flatten() for n, p in run.trained.items() if n.startswith("policy")])
-    torch.testing.assert_close(both, ppo + 2.5 * lm, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(both, ppo + 0.5 * lm, atol=1e-6, rtol=0)
+    assert (both - ppo).abs().max() > 0.1
+
+
+def test_logged_windows_come_in_the_share_that_is_asked_for(tmp_path, monkeypatch):
+    logs = [Trajectory((Turn("user", "q"), Turn("assistant", "left up")))] * 4
+    seen, terms = [], PPOTrainer.ptx_terms
+    monkeypatch.setattr(PPOTrainer, "ptx_terms", lambda self, index: seen.append(len(index)) or terms(self, index))
+    run = trainer(tmp_path, max_steps=1, epochs=1, minibatches=1, ptx=logs, ptx_weight=0.1, ptx_examples=1.5)
+    run.train()
+    assert sum(seen) == 9 and max(seen) == 4  # for six episodes, four windows at once
 
 
 def test_warm_up_moves_the_value_head_alone(tmp_path):
@@ -426,6 +507,9 @@ SETTINGS_THAT_BIND = {
     "tensorflow_eps": {"tensorflow_eps": True}, "lr_scheduler_type": {"lr_scheduler_type": "constant"},
     "max_grad_norm": {"max_grad_norm": 0.05}, "reward_scale": {"reward_scale": 10.0},
     "discount_per_turn": {"discount_per_turn": 0.5}, "minibatches": {"minibatches": 3},
+    "discount_per_token": {"discount_per_token": 0.9}, "epochs": {"epochs": 1}, "kl_weight": {"kl_weight": 0.0},
+    "value_weight": {"value_weight": 1.0}, "stop_kl": {"stop_kl": 1e-4}, "adam_epsilon": {"adam_epsilon": 1e-5},
+    "warmup_steps": {"warmup_steps": 2}, "value_warmup": {"value_warmup": 1}, "max_turns": {"max_turns": 1},
 }  # fmt: skip
 
 

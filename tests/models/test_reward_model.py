@@ -29,6 +29,13 @@ def test_a_terminal_head_equals_the_plain_class_on_padded_rows(family):
         assert_close(more, found, atol=1e-5, rtol=1e-5)
 
 
+def test_a_fresh_head_is_as_wide_as_one_over_the_root_of_its_inputs():
+    spec = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 1023, "n_positions": 8, "vocab_size": 280}
+    head = head_of(build_reward_model(spec, TOKENIZER, "token"))
+    # 1 / √1024, with the error of a spread from 1,023 draws
+    assert head.weight.std().item() == pytest.approx(1 / 32, rel=0.1) and not head.bias.any()
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "qwen3"])
 def test_a_token_head_sums_what_is_read_and_folding_scales_it(family):
     torch.manual_seed(0)
