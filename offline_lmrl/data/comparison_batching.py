@@ -161,9 +161,7 @@ class _Rendered(NamedTuple):
 
 
 _CODES = "ibifiiff"
-
-
-# A comparison with the rows of its options; None: it does not fit. (rows, target, ranks, weight, strength)
+# (rows of the options, target, ranks, weight, strength) of a comparison; None: it does not fit.
 _Encoded = tuple[list[tuple[list[int], list[int]]], Sequence[float], Sequence[int], float, float] | None
 
 
