@@ -4,6 +4,7 @@ Settings were chosen on seeds from 10 on, these gates judge seeds from 0 on. Bet
 bootstrap interval over five seeds excludes 0.
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -12,11 +13,13 @@ import torch
 import transformers
 
 from offline_lmrl.algorithms.reward_model import RewardModelConfig, RewardModelTrainer
+from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.preferences import score_rows
 from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.decoding.scorers import RewardModel
+from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.decoding.scorers import RewardModel, Rule
 from offline_lmrl.environments.pref_gold import REPLIES, PrefGold
-from offline_lmrl.environments.toys_conditioned import CUES
+from offline_lmrl.environments.toys_conditioned import CUES, LETTERS
 from offline_lmrl.evaluation.metrics import mean_interval
 from offline_lmrl.models.reward_model import build_reward_model
 from offline_lmrl.ops.preferences import bradley_terry_loss
@@ -54,7 +57,8 @@ def loss(scorer, pairs, error_rate=0.0):
 def test_all_pairs_of_a_prompt_together_beat_shuffled_pairs(tmp_path):
     # Ouyang et al. 2022 (InstructGPT), on reward modelling: shuffled pairs overfit. As many epochs over the same 960
     # pairs, as many rows per step (8 prompts of 6, 24 pairs of 2) and one learning rate, so that an epoch of shuffled
-    # pairs reads each reply five times, in five times as many steps.
+    # pairs reads each reply five times, in five times as many steps. It is that which overfits: stopped after one
+    # epoch, shuffled pairs are as good as grouped ones after two (.676 and .669 on seeds 10 to 12).
     gains = []
     for seed in SEEDS:
         rows, fresh = TOY.comparisons(64, seed, options=6, tie=0.0), TOY.comparisons(1000, 1000 + seed, tie=0.0)
@@ -66,3 +70,42 @@ def test_all_pairs_of_a_prompt_together_beat_shuffled_pairs(tmp_path):
         print(f"seed {seed}: grouped {grouped:.3f}, shuffled {shuffled:.3f}")
         gains.append(shuffled - grouped)
     assert mean_interval(gains).low > 0
+
+
+def worded(rule):
+    return f"neither {rule[0]} nor {rule[1]}"
+
+
+def rule_pairs(rules, n, seed):
+    """A rule, and a reply that keeps it before one that breaks it."""
+    rng, made = np.random.default_rng(seed), []
+    while len(made) < n:
+        rule, texts = rules[rng.integers(len(rules))], rng.choice(REPLIES, 2)
+        breaks = [not set(rule).isdisjoint(text.split()) for text in texts]
+        if breaks == [False, True]:
+            said = tuple((Turn("assistant", str(text)),) for text in texts)
+            made.append((rule, Comparison((Turn("user", CUES[rng.integers(len(CUES))]),), said, (1.0, 0.0))))
+    return made
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_rule_that_was_never_seen_is_judged_by_its_text(tmp_path, seed):
+    # A rule forbids two letters. Of 28 rules 6 are held out; each of their letters is in rules that are trained on.
+    rules = list(itertools.combinations(LETTERS, 2))
+    order = np.random.default_rng(seed).permutation(len(rules))
+    new, known = [rules[i] for i in order[:6]], [rules[i] for i in order[6:]]
+    pairs = rule_pairs(known, 2000, seed)
+    behind = [dataclasses.replace(row, context=(Turn("system", worded(rule)), *row.context)) for rule, row in pairs]
+    reads = fitted(tmp_path / "reads", behind, seed, 300, **DEEP, normalise="centre")
+    blind = fitted(tmp_path / "blind", [row for _, row in pairs], seed, 300, **DEEP)
+
+    def right(scorer_of):
+        """The share of pairs in which the reply that keeps its rule scores higher."""
+        scores = [scorer_of(rule).score(row.context, row.options) for rule, row in rule_pairs(new, 400, seed + 1000)]
+        return np.mean([kept > broken for kept, broken in scores])
+
+    found = right(lambda rule: Rule(reads, worded(rule)))
+    misled = right(lambda rule: Rule(reads, worded(new[new.index(rule) - 1])))
+    unread = right(lambda rule: blind)
+    print(f"reads {found:.3f}, reads another rule {misled:.3f}, does not read {unread:.3f}")
+    assert found > max(misled, unread) + 0.3
