@@ -66,7 +66,7 @@ class ComparisonDataset(torch.utils.data.Dataset):
                  rank: np.ndarray, weight: np.ndarray, strength: np.ndarray, pad_id: int):
         self.input_ids, self.actions, self.pad_id = input_ids, actions, pad_id
         self.target, self.rank, self.weight, self.strength = target, rank, weight, strength
-        self.rows = (np.arange(len(target), dtype=np.int32), np.concatenate([[0], sizes.cumsum()]))
+        self.rows = (np.arange(len(target), dtype=np.int32), _offsets(sizes))
 
     def __len__(self) -> int:
         return len(self.weight)
@@ -216,11 +216,17 @@ def _dataset(
         if not columns.sizes:
             raise InputError(f"comparisons: found none that fits, expected at least one ({dict(counts)})")
         lengths, target, rank, sizes, weight, strength = map(np.asarray, columns[2:])
-        offsets = np.zeros(len(lengths) + 1, np.int64)
-        lengths.cumsum(out=offsets[1:])
+        offsets = _offsets(lengths)
         files = ((input_ids, np.int32), (actions, np.int8))
         flat = [(np.asarray(np.memmap(file, dtype, "r")), offsets) for file, dtype in files]
     return ComparisonDataset(*flat, sizes, target, rank, weight, strength, pad_id)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    """Where lists of these lengths start behind one another, and where the last one ends; nothing is held twice."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    lengths.cumsum(out=offsets[1:])
+    return offsets
 
 
 def fitting(
