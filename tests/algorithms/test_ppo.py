@@ -117,7 +117,7 @@ def ratios(run, experience):
 
 def test_a_network_in_bf16_gives_log_probs_in_fp32(tmp_path):
     """Item 8: a log-softmax in bf16 is off by more than .01."""
-    run = trainer(tmp_path, bf16=True, per_device_train_batch_size=64)
+    run = trainer(tmp_path, network=model().bfloat16(), per_device_train_batch_size=64)
     _, experience = read(run)
     assert (ratios(run, experience) - 1).abs().max() < 1e-3
 
