@@ -1,7 +1,7 @@
 """Acceptance gates of reward models, on comparisons whose true worth is known (pref_gold). `pytest -m gates`.
 
 Settings were chosen on seeds from 10 on, these gates judge seeds from 0 on. Better is a paired difference whose
-bootstrap interval over five seeds excludes 0.
+bootstrap interval over seeds excludes 0.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from offline_lmrl.decoding.scorers import RewardModel, Rule
 from offline_lmrl.environments.pref_gold import REPLIES, PrefGold
 from offline_lmrl.environments.toys_conditioned import CUES, LETTERS
 from offline_lmrl.evaluation.metrics import mean_interval
+from offline_lmrl.evaluation.preferences import best_of_n_curve
 from offline_lmrl.models.reward_model import build_reward_model
 from offline_lmrl.ops.preferences import bradley_terry_loss
 
@@ -85,6 +86,55 @@ def test_an_error_floor_beats_none_where_a_tenth_of_the_labels_is_flipped(tmp_pa
         print(f"seed {seed}: none {without:.3f}, floor {with_floor:.3f}, none judged with the floor {mixed:.3f}")
         gains.append(without - with_floor)
     assert mean_interval(gains).low > 0
+
+
+def test_votes_before_a_hundred_pairs_beat_a_hundred_pairs(tmp_path):
+    # Votes are many, and less sure than people who are asked. Ten steps are where pairs alone are at their best. Votes
+    # made good or bad (`binarise`) helped on a tuning seed and on no more than two of these five: .685 for .658.
+    gains = []
+    for seed in SEEDS:
+        votes = TOY.comparisons(4000, 500 + seed, temperature=1.0, flips=0.2)
+        rows = TOY.comparisons(100, seed, tie=0.0)
+        fresh = TOY.comparisons(1000, 1000 + seed, tie=0.0, flips=0.0)
+        alone = loss(fitted(tmp_path, rows, seed, 10), fresh)
+        voted = fitted(tmp_path, votes, seed, 600)
+        before = loss(voted, fresh)
+        after = loss(fitted(tmp_path, rows, seed, 10, model=voted.model), fresh)
+        print(f"seed {seed}: pairs {alone:.3f}, votes {before:.3f}, votes and pairs {after:.3f}")
+        gains.append(alone - after)
+    assert mean_interval(gains).low > 0
+
+
+class Gold:
+    def score(self, context, options):
+        return TOY.table[CUES.index(context[0].content)]
+
+
+def best_of(scorer, ns):
+    """Mean score and gold of the best of n replies of the behaviour, over prompts; every reply is listed."""
+    policy, options = torch.from_numpy(TOY.behaviour()), [(Turn("assistant", text),) for text in REPLIES]
+    found = []
+    for gold, prompt in zip(TOY.table, CUES, strict=True):
+        score = torch.from_numpy(np.asarray(scorer.score((Turn("user", prompt),), options), dtype=float))
+        rows = best_of_n_curve(policy, score, torch.from_numpy(gold), ns)
+        assert all(row["kl"] <= row["bound"] + 1e-9 for row in rows)
+        found.append([[row["score"], row["gold"]] for row in rows])
+    return np.mean(found, axis=0).T
+
+
+def test_the_best_by_a_reward_model_of_few_pairs_are_worse_than_the_good_by_it(tmp_path):
+    # Over-optimisation: from the best of 4,096 to the best of a million by it the score rises and the worth falls. One
+    # model in three or so does not fall, so it takes forty. On seeds 100 to 119: .27 to .10, .17 [.04, .31].
+    ns = [4**k for k in range(11)]
+    few = np.array([best_of(fitted(tmp_path, TOY.comparisons(40, seed), seed, 300), ns) for seed in range(40)])
+    many, gold = best_of(fitted(tmp_path, TOY.comparisons(4000, 0), 0, 400), ns), best_of(Gold(), ns)
+    fall = mean_interval(few[:, 1, 6] - few[:, 1, -1])
+    for name, (score, worth) in {"40 pairs, mean": few.mean(axis=0), "4,000 pairs": many, "gold": gold}.items():
+        print(name, "gold", np.round(worth, 2), "score", np.round(score, 1))
+        assert (np.diff(score) > -1e-9).all()
+    print("fall with 40 pairs", fall)
+    assert fall.low > 0
+    assert (np.diff(many[1]) > -0.02).all() and (np.diff(gold[1]) > 0).all()
 
 
 def worded(rule):
