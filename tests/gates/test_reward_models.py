@@ -90,7 +90,7 @@ def test_an_error_floor_beats_none_where_a_tenth_of_the_labels_is_flipped(tmp_pa
 
 def test_votes_before_a_hundred_pairs_beat_a_hundred_pairs(tmp_path):
     # Votes are many, and less sure than people who are asked. Ten steps are where pairs alone are at their best. Votes
-    # made good or bad (`binarise`) helped on a tuning seed and on no more than two of these five: .685 for .658.
+    # made good or bad (`binarise`) helped on two tuning seeds and on one of these five: .685 for .658.
     gains = []
     for seed in SEEDS:
         votes = TOY.comparisons(4000, 500 + seed, temperature=1.0, flips=0.2)
