@@ -74,7 +74,7 @@ class RewardModelConfig(BaseConfig):
     bootstrap: seed of a sample with replacement, as large as the data; None = the data as they are.
     normalise: scores after training: none, centre (mean 0) or standard (mean 0 and standard deviation 1).
     reference: trajectories whose replies get these scores, such as what `generate` writes; None = the training data.
-    processes: how many render the data at once; None = one.
+    processes: how many render the data at once; it changes no number.
     """
 
     head: Literal["terminal", "turn", "token"] = "terminal"
@@ -85,16 +85,14 @@ class RewardModelConfig(BaseConfig):
     bootstrap: int | None = None
     normalise: Literal["none", "centre", "standard"] = "standard"
     reference: str | None = None
-    processes: int | None = None
+    processes: int = 1
 
     def __post_init__(self) -> None:
-        check_range(self, error_rate=(0, 0.999), margin=(0, 1e6), learning_rate=(0, 1e6))
+        check_range(self, error_rate=(0, 0.999), margin=(0, 1e6), learning_rate=(0, 1e6), processes=(1, 1e6))
         if self.loss != "pairs" and (self.error_rate > 0 or self.margin > 0):
             raise InputError(f"loss: found {self.loss} with an error_rate or a margin, which only pairs has")
         if self.reference is not None and self.normalise == "none":
             raise InputError("reference: found it with normalise: none, expected centre or standard")
-        if self.processes is not None and self.processes < 1:
-            raise InputError(f"processes: found {self.processes}, expected at least 1")
         if self.loss == "regression" and self.binarise:
             raise InputError("binarise: found it with regression, expected a loss of comparisons")
         super().__post_init__()
@@ -191,7 +189,7 @@ class RewardModelTrainer(BaseTrainer):
             drawn = np.random.default_rng(bootstrap).integers(len(rows), size=len(rows))
             rows = Stored(rows[i] for i in drawn)
         encode = encode_scored if scored else encode_comparisons
-        encoded = encode(rows, self.renderer, args.window, counts, args.processes or 1)
+        encoded = encode(rows, self.renderer, args.window, counts, args.processes)
         encoded.weight = encoded.weight / encoded.weight.mean()
         return encoded
 

@@ -184,7 +184,7 @@ def resolved_config(
     values = {
         name: value
         for name, value in args.to_dict().items()
-        if isinstance(value, str | int | float | dict | list | None)
+        if isinstance(value, str | int | float | dict | list | None) and name != "processes"
     }
     return json.loads(
         json.dumps({"algorithm": algorithm, "model": asdict(model), "data": asdict(data), **played, "args": values})

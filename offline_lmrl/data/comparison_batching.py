@@ -167,7 +167,7 @@ _Encoded = tuple[list[tuple[list[int], list[int]]], Sequence[float], Sequence[in
 
 def _compared(renderer: Renderer, window: WindowRule, row: Comparison, counts: Counter[str]) -> _Encoded:
     rows = _own_rows(row, renderer, window, counts)
-    return rows and (rows, row.target, row.ranks, row.weight, row.labels.get("strength") or 0.0)
+    return rows and (rows, row.target, row.ranks, row.weight, float(row.labels.get("strength") or 0.0))
 
 
 def _rated(renderer: Renderer, window: WindowRule, row: Trajectory, counts: Counter[str]) -> _Encoded:

@@ -3,6 +3,7 @@
 import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 _held: list[Callable[[Any], Any]] = []  # in a child: what it applies
@@ -12,19 +13,23 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], processes
     """`map(function, items)` by so many processes; 1 is this one.
 
     Items are taken only as they are needed, unlike by `Pool.imap`, so memory holds a few. They and the results travel
-    by pickle; the children inherit the function with all that it holds, rows and tokenizers, which is never copied.
+    by pickle; the children inherit the function with all that it holds, rows and tokenizers, which is never
+    pickled; so it takes a system that forks. A child that dies ends it all with BrokenProcessPool.
     """
     if processes == 1:
         yield from map(function, items)
         return
-    with multiprocessing.get_context("fork").Pool(processes, _held.append, (function,)) as pool:
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _held.append, (function,))
+    try:
         running: deque = deque()
         for item in items:
-            running.append(pool.apply_async(_apply, (item,)))
+            running.append(pool.submit(_apply, item))
             if len(running) > 2 * processes:
-                yield running.popleft().get()
+                yield running.popleft().result()
         while running:
-            yield running.popleft().get()
+            yield running.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _apply(item: Any) -> Any:

@@ -113,6 +113,6 @@ def imported(name: str, field: str) -> Any:
         sys.path.append(os.getcwd())  # a console script does not look there, unlike `python -m`
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{field}: found {name!r}, which cannot be imported ({error}), "
                          "expected package.module:function") from error

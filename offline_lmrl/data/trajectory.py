@@ -215,6 +215,8 @@ def nests_too_deep(value: Any) -> bool:
     """Whether lists and objects lie in one another more than MAX_NESTING deep."""
     level = [value] if isinstance(value, list | dict) else []
     for _ in range(MAX_NESTING):
+        if not level:
+            return False
         level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)
                  if isinstance(inner, list | dict)]
     return bool(level)

@@ -54,7 +54,7 @@ class BestOfN:
 
     def read_by(self, history: Sequence[Turn]) -> list[Sequence[Turn]]:
         """What each of the n candidates reads, in turn (round robin)."""
-        contexts = [history] if self.contexts is None else self.contexts(history)
+        contexts = [history] if self.contexts is None else list(self.contexts(history))
         if not 1 <= len(contexts) <= self.n:
             raise InputError(f"contexts: found {len(contexts)}, expected 1 to n ({self.n}), so that each is read")
         return [contexts[j % len(contexts)] for j in range(self.n)]

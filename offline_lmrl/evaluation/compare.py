@@ -143,6 +143,12 @@ class _Comparison:
         if self.config.partner is not None:
             self._entry("partner", self.config.partner, self.config.partner.seed, Path())
             SamplingConfig.from_dict(self.config.partner.sampling)
+        if elsewhere := self.config.training_environment:
+            if not any(_plays(method) for method in self.config.methods.values()):
+                raise InputError(f"training_environment: found {sorted(elsewhere)}, expected a method that learns by "
+                                 "playing, or none")  # fmt: skip
+            if self.config.partner is None:  # who is trained later
+                make_environment(**self.config.environment | elsewhere)
 
     def _check_judges(self, name: str) -> None:
         """What a method takes V or Q from has them: it trains them, or starts from what does."""

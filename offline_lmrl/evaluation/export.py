@@ -110,7 +110,7 @@ def export(
     # Whoever serves it asks for a return; here there may be no task to look a name up in, and no critic.
     policy = LanguagePolicy.load(run, device=device, **{**sampling, "ask": None})
     policy.model.eval()
-    _check_exportable(run, policy)
+    _check_exportable(run, policy, sampling.get("ask"))
     model = load_model(run).eval()
     saved = settings(policy.model.config).get("sampling") or {}
     form, converted = _nearest_form(SamplingConfig.from_dict({**saved, **sampling}))
@@ -146,8 +146,10 @@ def export(
     return report
 
 
-def _check_exportable(run: str | Path, policy: LanguagePolicy) -> None:
+def _check_exportable(run: str | Path, policy: LanguagePolicy, ask: float | str | None) -> None:
     saved, form = settings(policy.model.config), policy.sampling
+    if ask is not None and policy.slots is None:
+        raise InputError(f"ask: found {ask!r}, expected none, as this model was not trained with returns")
     algorithm = saved.get("algorithm")
     if algorithm in (None, "reward_model"):
         found = "a model that no run of this project wrote" if algorithm is None else "a reward model"

@@ -98,7 +98,7 @@ def test_a_file_that_two_processes_render_teaches_what_its_rows_teach(tmp_path, 
     two.train()
     assert torch.equal(parameters(two), parameters(one))
     assert two.model.config.offline_lmrl == one.model.config.offline_lmrl
-    with pytest.raises(InputError, match="processes: found 0, expected at least 1"):
+    with pytest.raises(InputError, match="processes: found 0, expected 1 to"):
         config(tmp_path, processes=0)
 
 

@@ -1,6 +1,7 @@
 """Work spread over processes: its order, what it holds, and how far ahead it reads."""
 
 import os
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
@@ -27,3 +28,8 @@ def test_results_come_in_order_and_items_are_taken_as_they_are_needed(processes)
 def test_an_error_in_a_child_comes_out():
     with pytest.raises(ZeroDivisionError):
         list(map_in_order(lambda i: 1 / i, [1, 0], 2))
+
+
+def test_a_child_that_dies_ends_it_all():
+    with pytest.raises(BrokenProcessPool):
+        list(map_in_order(lambda i: os._exit(1) if i == 3 else i, range(8), 2))
