@@ -207,6 +207,8 @@ def test_heads_that_do_not_fold_are_refused_and_go_without_guidance(tmp_path):
     report = export(run, tmp_path / "plain", beta=0.0)
     assert str(report).startswith("plays: the policy as it is\nexact")
     assert_close(next_log_prob(plain(report.folder)[0], prompt_of()), guided(run, prompt_of(), 0.0))
+    with pytest.raises(InputError, match="^ask: found 3, expected none"):
+        export(run, tmp_path / "asked", beta=0.0, ask=3)
 
 
 # Returns
