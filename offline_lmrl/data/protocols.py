@@ -108,11 +108,14 @@ class Policy(Protocol):
 
 def imported(name: str, field: str) -> Any:
     """What is called package.module:name, also in the working folder. Raises: InputError that names the field."""
-    module, _, attribute = name.partition(":")
+    module_name, _, attribute = name.partition(":")
+    wanted = "expected package.module:function or package.module:Class"
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a console script does not look there, unlike `python -m`
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"{field}: found {name!r}, which cannot be imported ({error}), "
-                         "expected package.module:function") from error
+        module = importlib.import_module(module_name)
+    except (ImportError, TypeError, ValueError) as error:
+        raise InputError(f"{field}: found {name!r}, which cannot be imported ({error}), {wanted}") from error
+    if not hasattr(module, attribute):
+        raise InputError(f"{field}: found {name!r}, but {module} has no {attribute}, {wanted}")
+    return getattr(module, attribute)

@@ -2,15 +2,12 @@
 
 import difflib
 import functools
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.protocols import Environment, VectorEnvironment
+from offline_lmrl.data.protocols import Environment, VectorEnvironment, imported
 
 ENVIRONMENTS = {
     "maze": "offline_lmrl.environments.maze:Maze",
@@ -66,16 +63,8 @@ def is_vector(environment: Any) -> bool:
 
 
 def _find(name: str) -> Callable[..., Any]:
-    module_name, _, attribute = ENVIRONMENTS.get(name, name).partition(":")
-    if not attribute:
+    path = ENVIRONMENTS.get(name, name)
+    if not path.partition(":")[2]:
         near = difflib.get_close_matches(name, ENVIRONMENTS, n=1, cutoff=0)[0]
         raise InputError(f"environment: found {name!r}, expected {near!r}, say, or your own as package.module:Class")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a console script does not look there, unlike `python -m`
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(f"environment: found {name!r}, which cannot be imported: {error}") from error
-    if not hasattr(module, attribute):
-        raise InputError(f"environment: found {name!r}, but {module.__file__} has no {attribute}")
-    return getattr(module, attribute)
+    return imported(path, "environment")

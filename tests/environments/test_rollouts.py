@@ -180,6 +180,7 @@ def test_your_own_environment_is_found_by_its_dotted_name(tmp_path, monkeypatch)
         ("mase", {}, "found 'mase', expected 'maze'"),
         ("no.such.module:Class", {}, "cannot be imported"),
         ("offline_lmrl.environments.toys:Corridr", {}, "has no Corridr"),
+        ("math:Corridor", {}, "has no Corridor"),
         ("maze", {"colour": "red"}, "colour"),
         ("maze", {"observed": "half"}, "half"),
     ],
