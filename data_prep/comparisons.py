@@ -17,7 +17,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from offline_lmrl.data.comparison_checks import Feature, facts, merge_repeats, t
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.forms import Drop
 from offline_lmrl.data.io import Row, atomic_output, group_key, raw_splits, split_by_group
-from offline_lmrl.data.parallel import map_in_order
+from offline_lmrl.data.parallel import chunks, map_in_order
 from offline_lmrl.data.preference_forms import read_comparison
 from offline_lmrl.data.trajectory import shown
 
@@ -49,9 +48,8 @@ def convert(
     parts = raw_splits(source)
     counts: Counter[str] = Counter()
     with _scratch(output) as folder:
-        chunks = _chunks((name, place, where, row) for name, rows in parts.items()
-                         for place, (where, row) in enumerate(rows))  # fmt: skip
-        for lines, mine in map_in_order(partial(_convert, read), chunks, processes):
+        found = ((name, place, where, row) for name, rows in parts.items() for place, (where, row) in enumerate(rows))
+        for lines, mine in map_in_order(partial(_convert, read), chunks(found, _CHUNK), processes):
             counts.update(mine)
             _spill(lines, folder)
         return _finish(folder, list(parts), output, _counted(source, counts), validation, seed, processes, {})
@@ -211,12 +209,6 @@ def _scratch(output: str | Path) -> Iterator[Path]:
         raise InputError(f"{output}: found {error.strerror}, expected a path that can be written") from error
     with scratch as folder:
         yield Path(folder)
-
-
-def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
-    items = iter(items)
-    while chunk := list(islice(items, _CHUNK)):
-        yield chunk
 
 
 def _counted(source: str | Path, counts: Counter[str]) -> dict[str, Any]:

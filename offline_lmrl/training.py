@@ -245,8 +245,8 @@ class BaseTrainer(transformers.Trainer):
     # What a subclass says of itself.
 
     @staticmethod
-    def read(source: str | Path) -> list[Any]:
-        """The rows of data at a path or hub name."""
+    def read(args: BaseConfig, source: Sequence[Any] | str | Path) -> Sequence[Any]:
+        """The rows of data at a path or hub name; rows are returned as they are."""
         raise TypeError("this trainer does not say what it reads")
 
     @staticmethod
@@ -451,7 +451,7 @@ class OfflineTrainer(BaseTrainer):
     rows_for_next_v = False
 
     def prepare(self, model, args: OfflineConfig, train, held_out, peft_config):
-        train = self.select(_read(train), args)
+        train = self.select(self.read(args, train), args)
         model = load_model(model) if isinstance(model, str) else model
         self.check_model(model, args)
         self.scale = self.fit_scale(model, train, args)
@@ -471,11 +471,13 @@ class OfflineTrainer(BaseTrainer):
         } | self.stored_blocks(args)  # fmt: skip
         if peft_config is not None:
             model = with_adapter(model, peft_config)
-        return model, windows, None if held_out is None else self._windows(_read(held_out), args, Counter())
+        if held_out is not None:
+            held_out = self._windows(self.read(args, held_out), args, Counter())
+        return model, windows, held_out
 
     @staticmethod
-    def read(source: str | Path) -> list[Trajectory]:
-        return read_trajectories(source)
+    def read(args: OfflineConfig, source: Sequence[Trajectory] | str | Path) -> Sequence[Trajectory]:
+        return read_trajectories(source) if isinstance(source, str | Path) else source
 
     @staticmethod
     def new_model(args: OfflineConfig, spec, tokenizer) -> PreTrainedModel:
@@ -590,10 +592,6 @@ def _check_whole(model: PreTrainedModel, checkpoint: Path) -> None:
     missing = [name for name, value in weights.items() if value.numel() and value.data_ptr() not in pointers]
     if missing:
         raise InputError(f"{checkpoint}: lacks {len(missing)} weights of this model, first {missing[0]}")
-
-
-def _read(source: Sequence[Trajectory] | str | Path) -> Sequence[Trajectory]:
-    return read_trajectories(source) if isinstance(source, str | Path) else source
 
 
 def move_model(staging: Path, folder: Path) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.comparison_batching import ComparisonDataset, encode_comparisons, encode_scored
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import Stored, fingerprint, holds_comparisons, read_trajectories, store_comparisons
+from offline_lmrl.data.io import fingerprint, holds_comparisons, read_trajectories, store, store_comparisons
 from offline_lmrl.data.preferences import binarised
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.models.reward_model import (
@@ -74,7 +74,7 @@ class RewardModelConfig(BaseConfig):
     bootstrap: seed of a sample with replacement, as large as the data; None = the data as they are.
     normalise: scores after training: none, centre (mean 0) or standard (mean 0 and standard deviation 1).
     reference: trajectories whose replies get these scores, such as what `generate` writes; None = the training data.
-    processes: how many render the data at once; it changes no number.
+    processes: how many read and render the data at once; it changes no number.
     """
 
     head: Literal["terminal", "turn", "token"] = "terminal"
@@ -130,8 +130,12 @@ class RewardModelTrainer(BaseTrainer):
     algorithm = "reward_model"
 
     @staticmethod
-    def read(source: str | Path) -> Rows:
-        return _read(source)
+    def read(args: RewardModelConfig, source: Rows | str | Path) -> Rows:
+        if not isinstance(source, str | Path):
+            return source
+        if holds_comparisons(source):
+            return store_comparisons(source, processes=args.processes)
+        return read_trajectories(source)
 
     @staticmethod
     def new_model(args: RewardModelConfig, spec, tokenizer):
@@ -145,7 +149,7 @@ class RewardModelTrainer(BaseTrainer):
         model = load_reward_model(model, args.head) if isinstance(model, str) else model
         self.check_model(model, args)
         model.config.get_text_config().pad_token_id = self._pad_id()
-        rows = _read(train)
+        rows = self.read(args, train)
         encoded = self._encode(rows, args, self.counts, args.bootstrap)
         model.config.offline_lmrl = {
             "algorithm": self.algorithm,
@@ -157,7 +161,8 @@ class RewardModelTrainer(BaseTrainer):
         }
         if peft_config is not None:
             model = with_adapter(model, with_head_beside(peft_config, model))
-        held_out = None if held_out is None else self._encode(_read(held_out), args, Counter())
+        if held_out is not None:
+            held_out = self._encode(self.read(args, held_out), args, Counter())
         if args.loss == "regression":
             self._standardise(encoded, held_out)
         self.reference = encoded
@@ -179,7 +184,7 @@ class RewardModelTrainer(BaseTrainer):
         if scored != (args.loss == "regression"):
             kinds = ("comparisons", "scored trajectories")
             raise InputError(f"loss: found {args.loss} and {kinds[scored]}, expected {kinds[not scored]}")
-        rows = binarised(rows) if args.binarise else rows
+        rows = store(binarised(rows)) if args.binarise else rows
         if args.loss == "plackett_luce":
             for number, row in enumerate(rows, 1):
                 if row.ranking is None and len(row.options) > 2:
@@ -187,7 +192,7 @@ class RewardModelTrainer(BaseTrainer):
                                      "options without a ranking; expected rankings, or loss: best_of_k")
         if bootstrap is not None:
             drawn = np.random.default_rng(bootstrap).integers(len(rows), size=len(rows))
-            rows = Stored(rows[i] for i in drawn)
+            rows = store(rows[i] for i in drawn)
         encode = encode_scored if scored else encode_comparisons
         encoded = encode(rows, self.renderer, args.window, counts, args.processes)
         encoded.weight = encoded.weight / encoded.weight.mean()
@@ -246,9 +251,3 @@ class RewardModelTrainer(BaseTrainer):
             fold(model, *gain_and_bias(score))
         except ValueError as error:
             raise InputError(f"normalise: {error}; take normalise: centre, or train longer") from error
-
-
-def _read(source: Rows | str | Path) -> Rows:
-    if not isinstance(source, str | Path):
-        return source
-    return store_comparisons(source) if holds_comparisons(source) else read_trajectories(source)

@@ -98,7 +98,9 @@ def _turns(row: Trajectory | Comparison) -> Iterator[Turn]:
     return chain(row.turns) if isinstance(row, Trajectory) else chain(row.context, *row.options)
 
 
-def read_data(algorithm: str, data: DataConfig, counts: Counter[str]) -> tuple[Rows, Rows | None]:
+def read_data(
+    algorithm: str, data: DataConfig, args: BaseConfig, counts: Counter[str]
+) -> tuple[Rows, Rows | None]:
     """The training and the validation data; nothing where an algorithm that plays is given none.
 
     counts: gets the training rows that are left out where preferences become rewards.
@@ -109,7 +111,7 @@ def read_data(algorithm: str, data: DataConfig, counts: Counter[str]) -> tuple[R
             raise InputError("data.train: missing, expected a file, folder or hub name of the data to learn from")
         return [], None
     if data.preference is None:
-        train, *held_out = map(trainer_class.read, filter(None, (data.train, data.validation)))
+        train, *held_out = (trainer_class.read(args, source) for source in (data.train, data.validation) if source)
     else:
         train = scored(data.train, data.preference, counts)
         held_out = [scored(data.validation, data.preference, Counter())] if data.validation else []
@@ -278,7 +280,7 @@ def train(
     """
     folder = Path(args.output_dir)
     counts: Counter[str] = Counter()
-    rows, validation = read_data(algorithm, data, counts)
+    rows, validation = read_data(algorithm, data, args, counts)
     config = resolved_config(algorithm, model, data, args, environment) | dict(settings or {})
     config["contents"] = contents(
         model, rows, validation, critic_of(args), demonstrations_of(args), getattr(args, "reference", None)
@@ -339,7 +341,7 @@ def dry_run(
     args, counts = copy.copy(args), Counter()
     with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer makes this folder
         world = open_environment(algorithm, environment, {})
-        trainer = build_trainer(algorithm, model, *read_data(algorithm, data, counts), args, world)
+        trainer = build_trainer(algorithm, model, *read_data(algorithm, data, args, counts), args, world)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return {

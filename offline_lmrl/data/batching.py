@@ -177,9 +177,15 @@ def collate_windows(items: Sequence[WindowRef]) -> TokenBatch:
 def pick(flat: FlatLists, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Values of the chosen lists, concatenated, and their lengths."""
     values, offsets = flat
+    places, lengths = places_of(offsets, index)
+    return values[places], lengths
+
+
+def places_of(offsets: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the values of the chosen lists stand, concatenated, and their lengths."""
     lengths = offsets[index + 1] - offsets[index]
     starts = np.repeat(offsets[index] - np.concatenate([[0], lengths.cumsum()[:-1]]), lengths)
-    return values[starts + np.arange(lengths.sum())], lengths
+    return starts + np.arange(lengths.sum()), lengths
 
 
 def _append_rows(rows: list, extra: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

@@ -7,6 +7,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple, TypedDict
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offline_lmrl.data.batching import FlatLists, pad, pick
+from offline_lmrl.data.batching import FlatLists, pad, pick, places_of
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.parallel import map_in_order
@@ -57,16 +58,15 @@ class ComparisonDataset(torch.utils.data.Dataset):
     Args:
       input_ids, actions: one list per option: tokens, and for each token whether it is no action, one, or one that
         closes its turn.
-      sizes: (len,) options per comparison.
+      starts: (len + 1,) the first option of each comparison, and behind the last one's end.
       target, rank: one value per option. weight, strength: one value per comparison.
       pad_id: fills the right of shorter rows; the attention mask, not the id, says what is real.
     """
 
-    def __init__(self, input_ids: FlatLists, actions: FlatLists, sizes: np.ndarray, target: np.ndarray,
+    def __init__(self, input_ids: FlatLists, actions: FlatLists, starts: np.ndarray, target: np.ndarray,
                  rank: np.ndarray, weight: np.ndarray, strength: np.ndarray, pad_id: int):
-        self.input_ids, self.actions, self.pad_id = input_ids, actions, pad_id
+        self.input_ids, self.actions, self.starts, self.pad_id = input_ids, actions, starts, pad_id
         self.target, self.rank, self.weight, self.strength = target, rank, weight, strength
-        self.rows = (np.arange(len(target), dtype=np.int32), _offsets(sizes))
 
     def __len__(self) -> int:
         return len(self.weight)
@@ -77,7 +77,7 @@ class ComparisonDataset(torch.utils.data.Dataset):
     @property
     def lengths(self) -> np.ndarray:
         """(len,) tokens of each comparison's longest row."""
-        return np.maximum.reduceat(np.diff(self.input_ids[1]), self.rows[1][:-1])
+        return np.maximum.reduceat(np.diff(self.input_ids[1]), self.starts[:-1])
 
     @property
     def tokens(self) -> int:
@@ -90,7 +90,7 @@ class ComparisonDataset(torch.utils.data.Dataset):
     def batch(self, indices: Sequence[int]) -> ComparisonBatch:
         """These comparisons as one padded batch."""
         index = np.asarray(indices)
-        rows, sizes = pick(self.rows, index)
+        rows, sizes = places_of(self.starts, index)
         values, lengths = pick(self.input_ids, rows)
         input_ids, attention_mask = pad([(values, lengths)], self.pad_id)
         actions, _ = pad([pick(self.actions, rows)], _NOT_ACTION)
@@ -123,7 +123,7 @@ def encode_comparisons(
     comparisons: Sequence[Comparison], renderer: Renderer, window: WindowRule, counts: Counter[str],
     processes: int = 1,
 ) -> ComparisonDataset:  # fmt: skip
-    """Renders every comparison once; the tokens lie in files without a name in the temporary folder.
+    """Renders every comparison once; all that a batch needs lies in files without a name in the temporary folder.
 
     Where a comparison is longer than `window` allows, all its options lose the same oldest turns of the context, and
     never a token of their own; a comparison with an option that does not fit is dropped as a whole.
@@ -148,19 +148,23 @@ def encode_scored(
 
 
 class _Rendered(NamedTuple):
-    """Some comparisons: values per token, per option and per comparison, of the kinds in _CODES."""
+    """Some comparisons: values per token, per option and per comparison, of the kinds in _CODES.
 
-    input_ids: array
-    actions: array
-    lengths: array
-    target: array
-    rank: array
-    sizes: array
-    weight: array
-    strength: array
+    token_ends, option_ends: tokens up to the end of each option, and options up to the end of each comparison.
+    All are arrays where they are made, files where they are gathered, and read from those in the end.
+    """
+
+    input_ids: Any
+    actions: Any
+    token_ends: Any
+    target: Any
+    rank: Any
+    option_ends: Any
+    weight: Any
+    strength: Any
 
 
-_CODES = "ibifiiff"
+_CODES = "ibqfiqff"
 # (rows of the options, target, ranks, weight, strength) of a comparison; None: it does not fit.
 _Encoded = tuple[list[tuple[list[int], list[int]]], Sequence[float], Sequence[int], float, float] | None
 
@@ -192,10 +196,10 @@ def _rendered(
         for ids, kinds in options:
             made.input_ids.extend(ids)
             made.actions.extend(kinds)
-            made.lengths.append(len(ids))
+            made.token_ends.append(len(made.input_ids))
         made.target.extend(target)
         made.rank.extend(ranks)
-        made.sizes.append(len(options))
+        made.option_ends.append(len(made.target))
         made.weight.append(weight)
         made.strength.append(strength)
     return made, counts
@@ -205,28 +209,23 @@ def _dataset(
     rows: Sequence, encode: Callable[[Any, Counter[str]], _Encoded], pad_id: int, counts: Counter[str], processes: int
 ) -> ComparisonDataset:
     spans = [range(len(rows))[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
-    columns = _Rendered(*map(array, _CODES))
-    with tempfile.TemporaryFile() as input_ids, tempfile.TemporaryFile() as actions:
+    tokens = options = 0
+    with ExitStack() as opened:
+        files = _Rendered(*(opened.enter_context(tempfile.TemporaryFile()) for _ in _CODES))
+        for file in (files.token_ends, files.option_ends):
+            file.write(bytes(8))  # the first list starts at 0
         for part, mine in map_in_order(partial(_rendered, rows, encode), spans, processes):
             counts.update(mine)
-            input_ids.write(part.input_ids)
-            actions.write(part.actions)
-            for column, values in zip(columns[2:], part[2:], strict=True):
-                column.extend(values)
-        if not columns.sizes:
+            ends = {"token_ends": tokens + np.asarray(part.token_ends),
+                    "option_ends": options + np.asarray(part.option_ends)}  # fmt: skip
+            tokens, options = tokens + len(part.input_ids), options + len(part.target)
+            for file, values in zip(files, part._replace(**ends), strict=True):
+                file.write(values)
+        if not options:
             raise InputError(f"comparisons: found none that fits, expected at least one ({dict(counts)})")
-        lengths, target, rank, sizes, weight, strength = map(np.asarray, columns[2:])
-        offsets = _offsets(lengths)
-        files = ((input_ids, np.int32), (actions, np.int8))
-        flat = [(np.asarray(np.memmap(file, dtype, "r")), offsets) for file, dtype in files]
-    return ComparisonDataset(*flat, sizes, target, rank, weight, strength, pad_id)
-
-
-def _offsets(lengths: np.ndarray) -> np.ndarray:
-    """Where lists of these lengths start behind one another, and where the last one ends; nothing is held twice."""
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    lengths.cumsum(out=offsets[1:])
-    return offsets
+        read = _Rendered(*(np.asarray(np.memmap(file, code, "r")) for file, code in zip(files, _CODES, strict=True)))
+    flat = (read.input_ids, read.token_ends), (read.actions, read.token_ends)
+    return ComparisonDataset(*flat, read.option_ends, read.target, read.rank, read.weight, read.strength, pad_id)
 
 
 def fitting(

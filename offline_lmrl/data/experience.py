@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offline_lmrl.data.batching import WindowDataset, encode_trajectories, pick
+from offline_lmrl.data.batching import WindowDataset, encode_trajectories, places_of
 from offline_lmrl.data.episodes import EpisodeEncoder, Window
 from offline_lmrl.data.trajectory import Trajectory
 
@@ -65,7 +65,7 @@ class Experience:
 
     def places(self, index: np.ndarray) -> np.ndarray:
         """Positions among the N of the steps of these windows."""
-        return pick((np.arange(len(self.episode)), self.windows.flat["state"][1]), index)[0]
+        return places_of(self.windows.flat["state"][1], index)[0]
 
     def keep(self, places: np.ndarray, kept: Tensor) -> None:
         """Notes which tokens filters left at these places, (n, V) bool."""

@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.comparison import to_record as comparison_record
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.forms import COMPARISON_FIELDS, read_row
+from offline_lmrl.data.parallel import chunks, map_in_order
 from offline_lmrl.data.preference_forms import read_comparison
 from offline_lmrl.data.trajectory import MAX_NESTING, Trajectory, Turn, nests_too_deep
 from offline_lmrl.data.trajectory import to_record as trajectory_record
@@ -36,6 +38,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _BOM = b"\xef\xbb\xbf"
 _LFS_POINTER = b"version https://git-lfs"
 _SHARD = re.compile(r"-\d+-of-\d+$")
+_CHUNK = 500  # rows that a process reads at once
 
 
 def read_trajectories(source: str | Path, *, split: str | None = None,
@@ -62,12 +65,16 @@ def read_comparisons(source: str | Path, *, split: str | None = None,
 
 class Stored(Sequence[Row]):
     """Rows that lie in a file without a name in the temporary folder and are read when they are looked at, so that
-    memory holds eight bytes of each. Processes that are forked read them too."""
+    memory holds eight bytes of each. Processes that are forked read them too.
 
-    def __init__(self, rows: Iterable[Row]):
+    Args:
+      pickled: the rows, each pickled; `store` takes them as they are.
+    """
+
+    def __init__(self, pickled: Iterable[bytes]):
         self._file, self._ends = tempfile.TemporaryFile(), array("q", [0])
-        for row in rows:
-            self._ends.append(self._ends[-1] + self._file.write(pickle.dumps(row)))
+        for row in pickled:
+            self._ends.append(self._ends[-1] + self._file.write(row))
         self._file.flush()
 
     def __len__(self) -> int:
@@ -82,10 +89,23 @@ class Stored(Sequence[Row]):
         return pickle.loads(os.pread(self._file.fileno(), self._ends[places + 1] - start, start))
 
 
-def store_comparisons(source: str | Path, *, split: str | None = None,
-                      counts: Counter | None = None) -> Stored[Comparison]:
-    """What `read_comparisons` reads, for data that memory does not hold."""
-    return _read(_part(source, split), str(source), counts, read_comparison, Stored)
+def store(rows: Iterable[Row]) -> Stored[Row]:
+    """Rows as they come, for more of them than memory holds."""
+    return Stored(map(pickle.dumps, rows))
+
+
+def store_comparisons(source: str | Path, *, split: str | None = None, counts: Counter | None = None,
+                      processes: int = 1) -> Stored[Comparison]:
+    """What `read_comparisons` reads, by so many processes, for data that memory does not hold."""
+    mine: Counter = Counter()
+
+    def pickled() -> Iterator[bytes]:
+        found = chunks(_part(source, split), _CHUNK)
+        for rows, some in map_in_order(partial(_pickled, read_comparison), found, processes):
+            mine.update(some)
+            yield from rows
+
+    return _kept(Stored(pickled()), str(source), counts, mine)
 
 
 def read_splits(source: str | Path, *, counts: Counter | None = None) -> dict[str, list[Trajectory]]:
@@ -231,18 +251,26 @@ def _part(source: str | Path, split: str | None) -> Rows:
     return rows
 
 
-def _read(rows: Rows, source: str, counts: Counter | None, read: Callable[[Any, str, Counter], Row | None],
-          keep: Callable[[Iterable[Row]], Sequence[Row]] = list) -> Sequence[Row]:
+def _read(rows: Rows, source: str, counts: Counter | None, read: Callable[[Any, str, Counter], Row | None]
+          ) -> list[Row]:
     mine: Counter = Counter()
+    return _kept(list(_made(rows, read, mine)), source, counts, mine)
 
-    def made() -> Iterator[Row]:
-        for where, row in rows:
-            if isinstance(row, InputError):
-                raise row
-            if (one := read(row, where, mine)) is not None:
-                yield one
 
-    kept = keep(made())
+def _made(rows: Rows, read: Callable[[Any, str, Counter], Row | None], counts: Counter) -> Iterator[Row]:
+    for where, row in rows:
+        if isinstance(row, InputError):
+            raise row
+        if (one := read(row, where, counts)) is not None:
+            yield one
+
+
+def _pickled(read: Callable[[Any, str, Counter], Row | None], rows: Rows) -> tuple[list[bytes], Counter]:
+    counts: Counter = Counter()
+    return [pickle.dumps(row) for row in _made(rows, read, counts)], counts
+
+
+def _kept(kept: Any, source: str, counts: Counter | None, mine: Counter) -> Any:
     if counts is not None:
         counts.update(mine)
     if not kept:

@@ -4,6 +4,7 @@ import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from typing import Any
 
 _held: list[Callable[[Any], Any]] = []  # in a child: what it applies
@@ -30,6 +31,13 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], processes
             yield running.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """The items in lists of `size`, the last one shorter, taken as they are needed."""
+    items = iter(items)
+    while chunk := list(islice(items, size)):
+        yield chunk
 
 
 def _apply(item: Any) -> Any:

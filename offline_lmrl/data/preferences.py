@@ -174,14 +174,13 @@ def to_comparisons(trajectories: Iterable[Trajectory], counts: Counter[str] | No
     return made
 
 
-def binarised(comparisons: Iterable[Comparison], good: str = "good:", bad: str = "bad:") -> list[Comparison]:
+def binarised(comparisons: Iterable[Comparison], good: str = "good:", bad: str = "bad:") -> Iterator[Comparison]:
     """Every pair A ≻ B as two comparisons of one reply with itself: good A ≻ bad A, and bad B ≻ good B. A system turn
     in front of the reply says which it is. Pairs that are ties are left out.
 
     Askell et al. 2021, on binarising ranked data: a reward model that is first trained on these, from votes say, and
     then on ranked pairs learns the latter from fewer.
     """
-    made = []
     for row in comparisons:
         for i, j in combinations(range(len(row.options)), 2):
             if row.preference(i, j) == 0.5:
@@ -189,9 +188,8 @@ def binarised(comparisons: Iterable[Comparison], good: str = "good:", bad: str =
             better, worse = (i, j) if row.preference(i, j) > 0.5 else (j, i)
             for option, right, wrong in ((row.options[better], good, bad), (row.options[worse], bad, good)):
                 marked = tuple((Turn("system", mark), *option) for mark in (right, wrong))
-                made.append(Comparison(row.context, marked, (1.0, 0.0), weight=row.weight, group=row.group,
-                                       source=row.source))
-    return made
+                yield Comparison(row.context, marked, (1.0, 0.0), weight=row.weight, group=row.group,
+                                 source=row.source)
 
 
 def preference_rows(comparisons: Iterable[Comparison], counts: Counter[str] | None = None) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ from offline_lmrl.algorithms.reward_model import RewardModelConfig, RewardModelT
 from offline_lmrl.algorithms.run import DataConfig, ModelConfig
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import write_comparisons, write_trajectories
+from offline_lmrl.data.io import read_trajectories, write_comparisons, write_trajectories
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding.scorers import RewardModel
@@ -181,14 +181,14 @@ def test_scores_of_the_replies_of_reference_are_normalised(tmp_path, normalise):
     assert (abs(found.std(correction=0) - 1) < 1e-4) == (normalise == "standard")
     assert abs((scores(made, batch_of(made)) + bias).mean()) > 1e-3
     found = run.contents(ModelConfig(path="x"), RULE, None, reference=str(tmp_path / "said.jsonl"))
-    assert found["reference"] == run.fingerprint(made.read(tmp_path / "said.jsonl"))
+    assert found["reference"] == run.fingerprint(read_trajectories(tmp_path / "said.jsonl"))
     with pytest.raises(InputError, match="reference: found it with normalise: none"):
         config(tmp_path, reference="x", normalise="none")
 
 
 def test_each_loss_takes_its_own_kind_of_data(tmp_path):
     write_trajectories(tmp_path / "rated.jsonl", RATED)
-    assert RewardModelTrainer.read(tmp_path / "rated.jsonl") == RATED
+    assert RewardModelTrainer.read(config(tmp_path, processes=2), tmp_path / "rated.jsonl") == RATED
     with pytest.raises(InputError, match="loss: found pairs and scored trajectories, expected comparisons"):
         trainer(tmp_path, RATED)
     with pytest.raises(InputError, match="loss: found regression and comparisons, expected scored trajectories"):

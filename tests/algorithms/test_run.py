@@ -177,14 +177,15 @@ def lefts(context, option):
 def test_comparisons_are_scored_as_the_config_says(tmp_path):
     write_comparisons(tmp_path / "pairs.jsonl", PAIRS)
     data = DataConfig(str(tmp_path / "pairs.jsonl"), str(tmp_path / "pairs.jsonl"), {"reward": "sign"})
-    train, validation = run.read_data("ilql", data, Counter())
+    args = ILQLConfig(output_dir=str(tmp_path), use_cpu=True)
+    train, validation = run.read_data("ilql", data, args, Counter())
     assert [row.total_return for row in train] == [1.0, -1.0] * 3 and validation == train
     data = replace(data, preference={"reward": f"{__name__}:lefts", "normalise": "none"})
-    assert [row.total_return for row in run.read_data("ilql", data, Counter())[0]] == [4.0, 0.0] * 3
+    assert [row.total_return for row in run.read_data("ilql", data, args, Counter())[0]] == [4.0, 0.0] * 3
     with pytest.raises(InputError, match="data.preference: found 'rewards', expected reward, place, normalise"):
         DataConfig("x", preference={"rewards": "sign"})
     with pytest.raises(InputError, match="comparisons are scored by to_trajectories, or data.preference"):
-        run.read_data("bc", DataConfig(data.train), Counter())
+        run.read_data("bc", DataConfig(data.train), args, Counter())
 
 
 def test_what_a_reward_model_read_and_left_out_is_counted_in_the_run_that_learns_from_it(tmp_path):

@@ -126,9 +126,9 @@ def test_two_processes_render_what_one_renders(monkeypatch, encode_rows):
     one, two = (encode_rows(rows, RENDERER, short, mine, processes)
                 for processes, mine in zip((1, 2), counts, strict=True))  # fmt: skip
     assert counts[0] == counts[1] and sum(counts[0].values()) > 20  # some lose turns or are dropped
-    for name in ("target", "rank", "weight", "strength"):
+    for name in ("target", "rank", "weight", "strength", "starts"):
         np.testing.assert_array_equal(getattr(two, name), getattr(one, name), strict=True)
-    for name in ("input_ids", "actions", "rows"):
+    for name in ("input_ids", "actions"):
         for found, expected in zip(getattr(two, name), getattr(one, name), strict=True):
             np.testing.assert_array_equal(found, expected, strict=True)
 

@@ -230,11 +230,14 @@ def test_nesting_up_to_the_limit_is_kept(tmp_path):
     assert read_trajectories(tmp_path / "new.jsonl") == [row] and row.labels == {"a": deep}
 
 
-def test_stored_comparisons_are_those_that_are_read(tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stored_comparisons_are_those_that_are_read(tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(io, "_CHUNK", 3)
     rows = [{"prompt": f"q{i}", "chosen": "é" * i + "a", "rejected": "b"} for i in range(9)] + [
         {"prompt": "x", "chosen": [{"role": "assistant", "content": None}], "rejected": "b"}]  # fmt: skip
     path, counts = lines(tmp_path / "pairs.jsonl", *rows), (Counter(), Counter())
-    expected, stored = read_comparisons(path, counts=counts[0]), store_comparisons(path, counts=counts[1])
+    expected, stored = read_comparisons(path, counts=counts[0]), store_comparisons(
+        path, counts=counts[1], processes=processes)
     assert list(stored) == expected and len(stored) == 9 and counts[0] == counts[1] != Counter()
     assert stored[-1] == expected[-1] and stored[2:7:2] == expected[2:7:2]
     assert fingerprint(stored) == fingerprint(expected)
@@ -243,7 +246,11 @@ def test_stored_comparisons_are_those_that_are_read(tmp_path):
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), hold.append, (stored,)) as pool:
         assert pool.submit(last_held).result() == expected[-1]  # and its reading moves nobody's place
         assert stored[0] == expected[0]
-    assert "found no row to use" in message_of(store_comparisons, lines(path, rows[-1]))
+    assert message_of(store_comparisons, lines(path, rows[-1]), processes=processes).endswith(
+        "found no row to use (dropped: message without content: 1), expected at least one")
+    path.write_text(path.read_text() + json.dumps(rows[0]) + '\n{"prompt": 1, "chosen": 2, "rejected": 3}\n[\n')
+    error = message_of(store_comparisons, path, processes=processes)
+    assert error == message_of(read_comparisons, path) and error.startswith(f"{path}:3: ")
 
 
 hold = []

@@ -223,11 +223,11 @@ def test_sft_rows_hold_one_agent_turn_each_and_labels_none_of_others():
 
 
 def test_binarising_compares_each_reply_with_itself_and_keeps_the_group():
-    made = binarised([PAIR, TIE, SOFT], "+", "-")
+    made = list(binarised([PAIR, TIE, SOFT], "+", "-"))
     assert [[option[0].content + option[1].content for option in row.options] for row in made] == [
         ["+a", "-a"], ["-b", "+b"], ["+b", "-b"], ["-a", "+a"]]  # fmt: skip
     assert all(row.target == (1.0, 0.0) and row.group == "g" and row.context == PAIR.context for row in made)
-    assert len(binarised([FOUR])) == 10  # six pairs, one of them a tie
+    assert len(list(binarised([FOUR]))) == 10  # six pairs, one of them a tie
 
 
 def test_many_rows_are_scored_at_once_where_the_scorer_can():
