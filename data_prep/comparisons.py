@@ -25,7 +25,7 @@ from offline_lmrl.data.comparison import Comparison, to_record
 from offline_lmrl.data.comparison_checks import Feature, facts, merge_repeats, tally
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.forms import Drop
-from offline_lmrl.data.io import Row, atomic_output, group_key, raw_splits, split_by_group
+from offline_lmrl.data.io import Row, atomic_output, group_key, parsed, raw_splits, split_by_group
 from offline_lmrl.data.parallel import chunks, map_in_order
 from offline_lmrl.data.preference_forms import read_comparison
 from offline_lmrl.data.trajectory import shown
@@ -226,8 +226,7 @@ def _read(row: Any, where: str, read: Callable[[Any, str, Counter], Any], counts
     counts["rows"] += 1
     mine: Counter[str] = Counter()  # the repairs of a row that is dropped do not count
     try:
-        if isinstance(row, InputError):
-            raise row
+        row = parsed(row, where)
         if not isinstance(row, Mapping):
             raise InputError(f"{where}: row: found {shown(row)}, expected an object")
         one = read(row, where, mine)

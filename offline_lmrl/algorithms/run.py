@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -32,7 +32,8 @@ from offline_lmrl.environments import make_environment
 from offline_lmrl.models.adapters import require_peft
 from offline_lmrl.training import BaseConfig, BaseTrainer
 
-Rows = list[Trajectory] | list[Comparison]
+Rows = Sequence[Trajectory] | Sequence[Comparison]
+SPEED = ("processes",)  # settings that change no result
 PREFERENCE = ("reward", "place", "normalise")  # settings of `to_trajectories`
 
 
@@ -186,7 +187,7 @@ def resolved_config(
     values = {
         name: value
         for name, value in args.to_dict().items()
-        if isinstance(value, str | int | float | dict | list | None) and name != "processes"
+        if isinstance(value, str | int | float | dict | list | None) and name not in SPEED
     }
     return json.loads(
         json.dumps({"algorithm": algorithm, "model": asdict(model), "data": asdict(data), **played, "args": values})

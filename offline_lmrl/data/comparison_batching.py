@@ -18,6 +18,7 @@ from torch import Tensor
 from offline_lmrl.data.batching import FlatLists, pad, pick, places_of
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.io import in_temporary_folder
 from offline_lmrl.data.parallel import map_in_order
 from offline_lmrl.data.rendering import EncodedTurn, Renderer
 from offline_lmrl.data.trajectory import Trajectory, Turn, with_own_token_ids
@@ -210,7 +211,7 @@ def _dataset(
 ) -> ComparisonDataset:
     spans = [range(len(rows))[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
     tokens = options = 0
-    with ExitStack() as opened:
+    with in_temporary_folder(), ExitStack() as opened:
         files = _Rendered(*(opened.enter_context(tempfile.TemporaryFile()) for _ in _CODES))
         for file in (files.token_ends, files.option_ends):
             file.write(bytes(8))  # the first list starts at 0

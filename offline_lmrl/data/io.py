@@ -30,7 +30,7 @@ from offline_lmrl.data.trajectory import MAX_NESTING, Trajectory, Turn, nests_to
 from offline_lmrl.data.trajectory import to_record as trajectory_record
 
 Row = TypeVar("Row", Trajectory, Comparison)
-Rows = Iterable[tuple[str, Any]]  # ("file:row", row, or the InputError that says why a line is none)
+Rows = Iterable[tuple[str, Any]]  # ("file:row", what `parsed` takes)
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 _SPLIT_NAMES = {"train", "validation", "test"}
@@ -72,10 +72,12 @@ class Stored(Sequence[Row]):
     """
 
     def __init__(self, pickled: Iterable[bytes]):
-        self._file, self._ends = tempfile.TemporaryFile(), array("q", [0])
-        for row in pickled:
-            self._ends.append(self._ends[-1] + self._file.write(row))
-        self._file.flush()
+        self._ends = array("q", [0])
+        with in_temporary_folder():
+            self._file = tempfile.TemporaryFile()
+            for row in pickled:
+                self._ends.append(self._ends[-1] + self._file.write(row))
+            self._file.flush()
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -87,6 +89,16 @@ class Stored(Sequence[Row]):
         start = self._ends[places]
         # At a place of its own, whoever else reads: processes share where the file stands.
         return pickle.loads(os.pread(self._file.fileno(), self._ends[places + 1] - start, start))
+
+
+@contextmanager
+def in_temporary_folder() -> Iterator[None]:
+    """Around what writes files there. Raises InputError where it has no room for them."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{tempfile.gettempdir()}: found {error.strerror or error}, expected room for the data "
+                         "in the temporary folder (TMPDIR names another one)") from error
 
 
 def store(rows: Iterable[Row]) -> Stored[Row]:
@@ -217,9 +229,8 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
 
 
 def raw_splits(source: str | Path, split: str | None = None) -> dict[str, Rows]:
-    """The splits of a source, each as raw rows that are read when they are iterated over.
+    """The splits of a source, each as raw rows for `parsed`, read when they are iterated over.
 
-    A line that cannot be parsed stands among them as the InputError that says why.
     Args:
       split: the only split needed, where a hub dataset has several.
     """
@@ -237,7 +248,8 @@ def raw_splits(source: str | Path, split: str | None = None) -> dict[str, Rows]:
 
 def holds_comparisons(source: str | Path) -> bool:
     """Whether the first row of a source is a comparison. Raises InputError where there is no such source."""
-    _, row = next((first for rows in raw_splits(source).values() for first in rows), ("", None))
+    where, row = next((first for rows in raw_splits(source).values() for first in rows), ("", None))
+    row = row and parsed(row, where)
     return isinstance(row, Mapping) and any(row.get(name) is not None for name, *_ in COMPARISON_FIELDS)
 
 
@@ -259,9 +271,7 @@ def _read(rows: Rows, source: str, counts: Counter | None, read: Callable[[Any, 
 
 def _made(rows: Rows, read: Callable[[Any, str, Counter], Row | None], counts: Counter) -> Iterator[Row]:
     for where, row in rows:
-        if isinstance(row, InputError):
-            raise row
-        if (one := read(row, where, counts)) is not None:
+        if (one := read(parsed(row, where), where, counts)) is not None:
             yield one
 
 
@@ -304,34 +314,38 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
             if lines.peek(4).removeprefix(_BOM).startswith(b"["):
                 # Public files of either suffix are one list, or rows of one list per line.
-                whole = _parsed(lines.read().removeprefix(_BOM), str(path))
-                if not isinstance(whole, InputError):
-                    yield from ((where, _usable(row, where)) for where, row in _numbered(whole, str(path)))
+                try:
+                    whole = _loaded(lines.read().removeprefix(_BOM), str(path))
+                except InputError:
+                    lines.seek(0)
+                else:
+                    yield from _numbered(whole, str(path))
                     return
-                lines.seek(0)
             for number, line in enumerate(lines, 1):
                 if line := line.removeprefix(_BOM if number == 1 else b"").strip():
-                    yield (where := f"{path}:{number}"), _usable(_parsed(line, where), where)
+                    yield f"{path}:{number}", line
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}:{number + 1}: found {error}, expected a file that can be read") from error
 
 
-def _parsed(line: bytes, where: str) -> Any:
-    """What the line holds, or the InputError that says why it holds nothing."""
+def parsed(row: Any, where: str) -> Any:
+    """A raw row, read from JSON where it is a line of that. Raises InputError where it cannot be used."""
+    row = _loaded(row, where) if isinstance(row, bytes) else row
+    if nests_too_deep(row):
+        raise _too_deep(where)
+    return row
+
+
+def _loaded(text: bytes, where: str) -> Any:
     try:
-        return json.loads(line.decode())
-    except UnicodeDecodeError:
-        return InputError(f"{where}: text: found bytes that are not UTF-8, expected UTF-8")
-    except RecursionError:
-        return _too_deep(where)
+        return json.loads(text.decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: text: found bytes that are not UTF-8, expected UTF-8") from error
+    except RecursionError as error:
+        raise _too_deep(where) from error
     except ValueError as error:
-        return InputError(f"{where}: JSON: found a line that does not parse ({error}), "
-                          "expected one JSON object per line")
-
-
-def _usable(row: Any, where: str) -> Any:
-    """The row itself, or the InputError that says that nothing of ours could walk through it."""
-    return _too_deep(where) if nests_too_deep(row) else row
+        raise InputError(f"{where}: JSON: found a line that does not parse ({error}), "
+                         "expected one JSON object per line") from error
 
 
 def _too_deep(where: str) -> InputError:

@@ -7,6 +7,8 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from typing import Any
 
+from offline_lmrl.data.errors import InputError
+
 _held: list[Callable[[Any], Any]] = []  # in a child: what it applies
 
 
@@ -15,11 +17,15 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], processes
 
     Items are taken only as they are needed, unlike by `Pool.imap`, so memory holds a few. They and the results travel
     by pickle; the children inherit the function with all that it holds, rows and tokenizers, which is never
-    pickled; so it takes a system that forks. A child that dies ends it all with BrokenProcessPool.
+    pickled. A child that dies ends it all with BrokenProcessPool.
+
+    Raises: InputError for several processes on a system that does not fork.
     """
     if processes == 1:
         yield from map(function, items)
         return
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise InputError(f"processes: found {processes}, expected 1 on a system that does not fork")
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _held.append, (function,))
     try:
         running: deque = deque()

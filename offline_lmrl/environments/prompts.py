@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import raw_splits
+from offline_lmrl.data.io import parsed, raw_splits
 from offline_lmrl.data.preferences import score_rows
 from offline_lmrl.data.protocols import Scorer, StepResult, imported
 from offline_lmrl.data.trajectory import Turn, finite, shown, turn_from_record
@@ -132,8 +132,7 @@ def _read(source: str | Path) -> list[tuple[tuple[Turn, ...], dict[str, Any]]]:
     (rows,) = parts.values()
     found = []
     for where, row in rows:
-        if isinstance(row, InputError):
-            raise row
+        row = parsed(row, where)
         if not isinstance(row, Mapping) or not ({"prompt", "messages"} & set(row)):
             raise InputError(f"{where}: found {shown(row)}, expected a row with `prompt` or `messages`")
         key = "prompt" if "prompt" in row else "messages"

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from offline_lmrl.algorithms import load_algorithm
-from offline_lmrl.algorithms.run import DataConfig, ModelConfig, runs_before, train
+from offline_lmrl.algorithms.run import SPEED, DataConfig, ModelConfig, runs_before, train
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import fingerprint, holds_comparisons, read_comparisons, read_trajectories
 from offline_lmrl.data.preferences import to_trajectories
@@ -257,7 +257,9 @@ class _Comparison:
         if name not in self.config.methods:
             return []
         method = self.config.methods[name]
-        link = {"algorithm": method.algorithm, **self._merged(method), "sampling": dict(method.sampling)}
+        merged = self._merged(method)
+        args = {key: value for key, value in merged["args"].items() if key not in SPEED}
+        link = {"algorithm": method.algorithm, **merged, "args": args, "sampling": dict(method.sampling)}
         if method.betas is not None:
             link["betas"] = list(method.betas)
         if method.collect is not None:

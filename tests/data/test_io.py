@@ -1,6 +1,7 @@
 import gzip
 import json
 import multiprocessing
+import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
@@ -251,6 +252,12 @@ def test_stored_comparisons_are_those_that_are_read(tmp_path, monkeypatch, proce
     path.write_text(path.read_text() + json.dumps(rows[0]) + '\n{"prompt": 1, "chosen": 2, "rejected": 3}\n[\n')
     error = message_of(store_comparisons, path, processes=processes)
     assert error == message_of(read_comparisons, path) and error.startswith(f"{path}:3: ")
+
+
+def test_a_full_temporary_folder_is_one_line(tmp_path, monkeypatch):
+    path = lines(tmp_path / "pairs.jsonl", {"prompt": "q", "chosen": "a", "rejected": "b"})
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "r+b"))
+    assert message_of(store_comparisons, path).startswith(f"{tempfile.gettempdir()}: found No space left on device, ")
 
 
 hold = []

@@ -1,10 +1,12 @@
 """Work spread over processes: its order, what it holds, and how far ahead it reads."""
 
+import multiprocessing
 import os
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
+from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.parallel import map_in_order
 
 
@@ -33,3 +35,10 @@ def test_an_error_in_a_child_comes_out():
 def test_a_child_that_dies_ends_it_all():
     with pytest.raises(BrokenProcessPool):
         list(map_in_order(lambda i: os._exit(1) if i == 3 else i, range(8), 2))
+
+
+def test_a_system_that_does_not_fork_has_one_process(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    assert list(map_in_order(abs, [-1], 1)) == [1]
+    with pytest.raises(InputError, match="processes: found 2, expected 1"):
+        list(map_in_order(abs, [-1], 2))

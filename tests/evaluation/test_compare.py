@@ -459,6 +459,7 @@ def test_rewards_are_the_labels_or_another_methods_run_of_the_same_seed(world, t
         ("bc", {"reward": "sign"}), ("reward_model", None), ("ilql", {"normalise": "none", "reward": judges[seed]}))]
     assert {row["kind"] for row in read_results(world.out / "results.jsonl")} == {"comparison", "optimum", "published",
                                                                                  "run"}  # fmt: skip
+    run(world, seeds=[0, 1], methods__reward_model__args={"processes": 2})  # what only makes it faster may change
     with pytest.raises(InputError, match="ilql: method.0.preference.normalise: found 'none', expected 'group'"):
         run(world, methods__ilql__preference={"normalise": "group"})
     with pytest.raises(InputError, match="methods.ilql.preference.reward: found beside `judge`"):
