@@ -19,13 +19,15 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], processes
     by pickle; the children inherit the function with all that it holds, rows and tokenizers, which is never
     pickled. A child that dies ends it all with BrokenProcessPool.
 
-    Raises: InputError for several processes on a system that does not fork.
+    Raises: InputError for fewer than one, and for several on a system that does not fork.
     """
+    if processes < 1:
+        raise InputError(f"processes: found {processes}, expected at least 1")
+    if processes > 1 and "fork" not in multiprocessing.get_all_start_methods():
+        raise InputError(f"processes: found {processes}, expected 1 on a system that does not fork")
     if processes == 1:
         yield from map(function, items)
         return
-    if "fork" not in multiprocessing.get_all_start_methods():
-        raise InputError(f"processes: found {processes}, expected 1 on a system that does not fork")
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _held.append, (function,))
     try:
         running: deque = deque()

@@ -37,6 +37,12 @@ def test_a_child_that_dies_ends_it_all():
         list(map_in_order(lambda i: os._exit(1) if i == 3 else i, range(8), 2))
 
 
+@pytest.mark.parametrize("processes", [0, -1])
+def test_there_is_at_least_one_process(processes):
+    with pytest.raises(InputError, match=f"processes: found {processes}, expected at least 1"):
+        list(map_in_order(abs, [-1], processes))
+
+
 def test_a_system_that_does_not_fork_has_one_process(monkeypatch):
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
     assert list(map_in_order(abs, [-1], 1)) == [1]
