@@ -246,7 +246,7 @@ class BaseTrainer(transformers.Trainer):
 
     @staticmethod
     def read(args: BaseConfig, source: Sequence[Any] | str | Path) -> Sequence[Any]:
-        """The rows of data at a path or hub name; rows are returned as they are."""
+        """The rows of data at a path or hub name, read as `args` say; rows are returned as they are."""
         raise TypeError("this trainer does not say what it reads")
 
     @staticmethod

@@ -74,7 +74,7 @@ class RewardModelConfig(BaseConfig):
     bootstrap: seed of a sample with replacement, as large as the data; None = the data as they are.
     normalise: scores after training: none, centre (mean 0) or standard (mean 0 and standard deviation 1).
     reference: trajectories whose replies get these scores, such as what `generate` writes; None = the training data.
-    processes: how many read and render the data at once; it changes no number.
+    processes: how many render the data at once, and read comparisons; it changes no number.
     """
 
     head: Literal["terminal", "turn", "token"] = "terminal"
@@ -88,7 +88,7 @@ class RewardModelConfig(BaseConfig):
     processes: int = 1
 
     def __post_init__(self) -> None:
-        check_range(self, error_rate=(0, 0.999), margin=(0, 1e6), learning_rate=(0, 1e6), processes=(1, 1e6))
+        check_range(self, error_rate=(0, 0.999), margin=(0, 1e6), learning_rate=(0, 1e6), processes=(1, 10**6))
         if self.loss != "pairs" and (self.error_rate > 0 or self.margin > 0):
             raise InputError(f"loss: found {self.loss} with an error_rate or a margin, which only pairs has")
         if self.reference is not None and self.normalise == "none":

@@ -33,7 +33,7 @@ from offline_lmrl.models.adapters import require_peft
 from offline_lmrl.training import BaseConfig, BaseTrainer
 
 Rows = Sequence[Trajectory] | Sequence[Comparison]
-SPEED = ("processes",)  # settings that change no result
+SPEED = ("processes",)  # changes no result, and is no part of what a run is
 PREFERENCE = ("reward", "place", "normalise")  # settings of `to_trajectories`
 
 
@@ -99,11 +99,10 @@ def _turns(row: Trajectory | Comparison) -> Iterator[Turn]:
     return chain(row.turns) if isinstance(row, Trajectory) else chain(row.context, *row.options)
 
 
-def read_data(
-    algorithm: str, data: DataConfig, args: BaseConfig, counts: Counter[str]
-) -> tuple[Rows, Rows | None]:
+def read_data(algorithm: str, data: DataConfig, args: BaseConfig, counts: Counter[str]) -> tuple[Rows, Rows | None]:
     """The training and the validation data; nothing where an algorithm that plays is given none.
 
+    args: says by how many processes, where an algorithm has such a setting.
     counts: gets the training rows that are left out where preferences become rewards.
     """
     trainer_class = load_algorithm(algorithm)[1]

@@ -59,14 +59,14 @@ class ComparisonDataset(torch.utils.data.Dataset):
     Args:
       input_ids, actions: one list per option: tokens, and for each token whether it is no action, one, or one that
         closes its turn.
-      starts: (len + 1,) the first option of each comparison, and behind the last one's end.
+      offsets: (len + 1,) where the options of each comparison start, and where the last one's end.
       target, rank: one value per option. weight, strength: one value per comparison.
       pad_id: fills the right of shorter rows; the attention mask, not the id, says what is real.
     """
 
-    def __init__(self, input_ids: FlatLists, actions: FlatLists, starts: np.ndarray, target: np.ndarray,
+    def __init__(self, input_ids: FlatLists, actions: FlatLists, offsets: np.ndarray, target: np.ndarray,
                  rank: np.ndarray, weight: np.ndarray, strength: np.ndarray, pad_id: int):
-        self.input_ids, self.actions, self.starts, self.pad_id = input_ids, actions, starts, pad_id
+        self.input_ids, self.actions, self.offsets, self.pad_id = input_ids, actions, offsets, pad_id
         self.target, self.rank, self.weight, self.strength = target, rank, weight, strength
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ class ComparisonDataset(torch.utils.data.Dataset):
     @property
     def lengths(self) -> np.ndarray:
         """(len,) tokens of each comparison's longest row."""
-        return np.maximum.reduceat(np.diff(self.input_ids[1]), self.starts[:-1])
+        return np.maximum.reduceat(np.diff(self.input_ids[1]), self.offsets[:-1])
 
     @property
     def tokens(self) -> int:
@@ -91,7 +91,7 @@ class ComparisonDataset(torch.utils.data.Dataset):
     def batch(self, indices: Sequence[int]) -> ComparisonBatch:
         """These comparisons as one padded batch."""
         index = np.asarray(indices)
-        rows, sizes = places_of(self.starts, index)
+        rows, sizes = places_of(self.offsets, index)
         values, lengths = pick(self.input_ids, rows)
         input_ids, attention_mask = pad([(values, lengths)], self.pad_id)
         actions, _ = pad([pick(self.actions, rows)], _NOT_ACTION)
@@ -152,7 +152,8 @@ class _Rendered(NamedTuple):
     """Some comparisons: values per token, per option and per comparison, of the kinds in _CODES.
 
     token_ends, option_ends: tokens up to the end of each option, and options up to the end of each comparison.
-    All are arrays where they are made, files where they are gathered, and read from those in the end.
+    All are arrays where they are made, then files, where ends count from the very first comparison on and have a 0 in
+    front, and at last what is read from those.
     """
 
     input_ids: Any

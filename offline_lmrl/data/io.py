@@ -1,5 +1,6 @@
 """Data on disk: JSON Lines, Parquet, `datasets` folders and hub names; splits by group; fingerprints."""
 
+import errno
 import gzip
 import hashlib
 import json
@@ -30,7 +31,8 @@ from offline_lmrl.data.trajectory import MAX_NESTING, Trajectory, Turn, nests_to
 from offline_lmrl.data.trajectory import to_record as trajectory_record
 
 Row = TypeVar("Row", Trajectory, Comparison)
-Rows = Iterable[tuple[str, Any]]  # ("file:row", what `parsed` takes)
+Kept = TypeVar("Kept", bound=Sequence)
+RawRows = Iterable[tuple[str, Any]]  # ("file:row", what `parsed` takes)
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 _SPLIT_NAMES = {"train", "validation", "test"}
@@ -38,6 +40,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _BOM = b"\xef\xbb\xbf"
 _LFS_POINTER = b"version https://git-lfs"
 _SHARD = re.compile(r"-\d+-of-\d+$")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK = 500  # rows that a process reads at once
 
 
@@ -64,7 +67,7 @@ def read_comparisons(source: str | Path, *, split: str | None = None,
 
 
 class Stored(Sequence[Row]):
-    """Rows that lie in a file without a name in the temporary folder and are read when they are looked at, so that
+    """RawRows that lie in a file without a name in the temporary folder and are read when they are looked at, so that
     memory holds eight bytes of each. Processes that are forked read them too.
 
     Args:
@@ -97,12 +100,14 @@ def in_temporary_folder() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"{tempfile.gettempdir()}: found {error.strerror or error}, expected room for the data "
+        if error.errno not in _NO_ROOM:
+            raise
+        raise InputError(f"{tempfile.gettempdir()}: found {error.strerror}, expected room for the data "
                          "in the temporary folder (TMPDIR names another one)") from error
 
 
 def store(rows: Iterable[Row]) -> Stored[Row]:
-    """Rows as they come, for more of them than memory holds."""
+    """RawRows as they come, for more of them than memory holds."""
     return Stored(map(pickle.dumps, rows))
 
 
@@ -162,7 +167,7 @@ def split_by_group(rows: Iterable[Row], shares: Mapping[str, float], seed: int) 
     Args:
       shares: name -> share of the groups, summing to 1; every name is in the result, in this order.
 
-    Rows without a group go by their own content. Raises InputError for shares that are not a distribution.
+    RawRows without a group go by their own content. Raises InputError for shares that are not a distribution.
     """
     if not all(share >= 0 for share in shares.values()) or not math.isclose(math.fsum(shares.values()), 1.0):
         raise InputError(f"shares: found {dict(shares)}, expected shares from 0 up that sum to 1")
@@ -228,7 +233,7 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
                 leftover.unlink()
 
 
-def raw_splits(source: str | Path, split: str | None = None) -> dict[str, Rows]:
+def raw_splits(source: str | Path, split: str | None = None) -> dict[str, RawRows]:
     """The splits of a source, each as raw rows for `parsed`, read when they are iterated over.
 
     Args:
@@ -247,13 +252,13 @@ def raw_splits(source: str | Path, split: str | None = None) -> dict[str, Rows]:
 
 
 def holds_comparisons(source: str | Path) -> bool:
-    """Whether the first row of a source is a comparison. Raises InputError where there is no such source."""
+    """Whether the first row of a source is a comparison. Raises InputError where there is none that can be read."""
     where, row = next((first for rows in raw_splits(source).values() for first in rows), ("", None))
     row = row and parsed(row, where)
     return isinstance(row, Mapping) and any(row.get(name) is not None for name, *_ in COMPARISON_FIELDS)
 
 
-def _part(source: str | Path, split: str | None) -> Rows:
+def _part(source: str | Path, split: str | None) -> RawRows:
     parts = raw_splits(source, split)
     if split is None and len(parts) > 1:
         raise InputError(f"{source}: split: found none chosen, expected one of {', '.join(parts)}")
@@ -263,24 +268,24 @@ def _part(source: str | Path, split: str | None) -> Rows:
     return rows
 
 
-def _read(rows: Rows, source: str, counts: Counter | None, read: Callable[[Any, str, Counter], Row | None]
+def _read(rows: RawRows, source: str, counts: Counter | None, read: Callable[[Any, str, Counter], Row | None]
           ) -> list[Row]:
     mine: Counter = Counter()
     return _kept(list(_made(rows, read, mine)), source, counts, mine)
 
 
-def _made(rows: Rows, read: Callable[[Any, str, Counter], Row | None], counts: Counter) -> Iterator[Row]:
+def _made(rows: RawRows, read: Callable[[Any, str, Counter], Row | None], counts: Counter) -> Iterator[Row]:
     for where, row in rows:
         if (one := read(parsed(row, where), where, counts)) is not None:
             yield one
 
 
-def _pickled(read: Callable[[Any, str, Counter], Row | None], rows: Rows) -> tuple[list[bytes], Counter]:
+def _pickled(read: Callable[[Any, str, Counter], Row | None], rows: RawRows) -> tuple[list[bytes], Counter]:
     counts: Counter = Counter()
     return [pickle.dumps(row) for row in _made(rows, read, counts)], counts
 
 
-def _kept(kept: Any, source: str, counts: Counter | None, mine: Counter) -> Any:
+def _kept(kept: Kept, source: str, counts: Counter | None, mine: Counter) -> Kept:
     if counts is not None:
         counts.update(mine)
     if not kept:
@@ -293,7 +298,7 @@ def _said(turns: Iterable[Turn]) -> list[list[Any]]:
     return [[turn.role, turn.content, turn.is_trainable, turn.reward] for turn in turns]
 
 
-def _file_rows(path: Path) -> Rows:
+def _file_rows(path: Path) -> RawRows:
     try:
         with path.open("rb") as file:
             start = file.read(len(_LFS_POINTER))
@@ -365,7 +370,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     yield from _numbered(datasets.Dataset(table), str(path))
 
 
-def _folder_parts(folder: Path) -> dict[str, Rows]:
+def _folder_parts(folder: Path) -> dict[str, RawRows]:
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.endswith(_SUFFIXES)]
     # Beside data of another suffix it is a report on them.
     files = [path for path in files if path.suffix != ".json"] or files
@@ -389,18 +394,18 @@ def _is_dataset(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def _dataset_parts(folder: Path) -> dict[str, Rows]:
+def _dataset_parts(folder: Path) -> dict[str, RawRows]:
     import datasets
 
     try:
         loaded = datasets.load_from_disk(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError) as error:
         raise InputError(f"{folder}: found a datasets folder that cannot be read ({error}), "
                          "expected one written by save_to_disk") from error
     return _named_parts(loaded, str(folder))
 
 
-def _hub_parts(name: str, split: str | None) -> dict[str, Rows]:
+def _hub_parts(name: str, split: str | None) -> dict[str, RawRows]:
     import datasets
 
     try:
@@ -412,7 +417,7 @@ def _hub_parts(name: str, split: str | None) -> dict[str, Rows]:
     return _named_parts(loaded if split is None else {split: loaded}, name)
 
 
-def _named_parts(loaded: Any, source: str) -> dict[str, Rows]:
+def _named_parts(loaded: Any, source: str) -> dict[str, RawRows]:
     if isinstance(loaded, Mapping):
         return {str(name): _numbered(rows, f"{source}/{name}") for name, rows in loaded.items()}
     return {"all": _numbered(loaded, source)}

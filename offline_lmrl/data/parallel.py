@@ -3,7 +3,7 @@
 import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
 from typing import Any
 
@@ -17,9 +17,9 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], processes
 
     Items are taken only as they are needed, unlike by `Pool.imap`, so memory holds a few. They and the results travel
     by pickle; the children inherit the function with all that it holds, rows and tokenizers, which is never
-    pickled. A child that dies ends it all with BrokenProcessPool.
+    pickled. A child that dies ends it all with BrokenProcessPool. Errors come as from `map`: after all results before.
 
-    Raises: InputError for fewer than one, and for several on a system that does not fork.
+    Raises: InputError for fewer than one, for several on a system that does not fork, and for more than it can.
     """
     if processes < 1:
         raise InputError(f"processes: found {processes}, expected at least 1")
@@ -29,16 +29,24 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], processes
         yield from map(function, items)
         return
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _held.append, (function,))
+    running: deque = deque()
+    source, failure = iter(items), None
     try:
-        running: deque = deque()
-        for item in items:
-            running.append(pool.submit(_apply, item))
-            if len(running) > 2 * processes:
-                yield running.popleft().result()
+        while failure is None:
+            try:
+                item = next(source)
+            except Exception as error:
+                failure = error
+            else:
+                running.append(_submit(pool, item))
+                if len(running) > 2 * processes:
+                    yield running.popleft().result()
         while running:
             yield running.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+    if not isinstance(failure, StopIteration):
+        raise failure
 
 
 def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -46,6 +54,16 @@ def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     items = iter(items)
     while chunk := list(islice(items, size)):
         yield chunk
+
+
+def _submit(pool: ProcessPoolExecutor, item: Any) -> Future:
+    before = set(multiprocessing.active_children())
+    try:
+        return pool.submit(_apply, item)
+    except OSError as error:  # the first call forks; where one fork fails, nobody would stop those before it
+        for child in set(multiprocessing.active_children()) - before:
+            child.terminate()
+        raise InputError(f"processes: found {error.strerror}, expected fewer of them") from error
 
 
 def _apply(item: Any) -> Any:

@@ -10,9 +10,11 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from offline_lmrl.algorithms import run
 from offline_lmrl.algorithms.reward_model import RewardModelConfig, RewardModelTrainer, accuracy, pairs_loss
 from offline_lmrl.algorithms.run import DataConfig, ModelConfig
+from offline_lmrl.data import comparison_batching, io
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import read_trajectories, write_comparisons, write_trajectories
+from offline_lmrl.data.parallel import map_in_order
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding.scorers import RewardModel
@@ -90,16 +92,34 @@ def test_a_label_that_is_surely_wrong_costs_no_more_than_the_floor(tmp_path):
 
 
 @pytest.mark.parametrize("bootstrap", [None, 3])
-def test_a_file_that_two_processes_render_teaches_what_its_rows_teach(tmp_path, bootstrap):
+def test_a_file_that_two_processes_render_teaches_what_its_rows_teach(tmp_path, bootstrap, monkeypatch):
     write_comparisons(tmp_path / "pairs.jsonl", RULE)
-    one = trainer(tmp_path / "one", bootstrap=bootstrap)
+    one, used = trainer(tmp_path / "one", bootstrap=bootstrap), []
+
+    def noted(function, items, processes):
+        used.append(processes)
+        return map_in_order(function, items, processes)
+
+    for module in (io, comparison_batching):
+        monkeypatch.setattr(module, "map_in_order", noted)
     two = trainer(tmp_path / "two", str(tmp_path / "pairs.jsonl"), bootstrap=bootstrap, processes=2)
+    assert used == [2, 2]  # to read and to render
     one.train()
     two.train()
     assert torch.equal(parameters(two), parameters(one))
     assert two.model.config.offline_lmrl == one.model.config.offline_lmrl
-    with pytest.raises(InputError, match="processes: found 0, expected 1 to"):
+    with pytest.raises(InputError, match="processes: found 0, expected 1 to 1000000"):
         config(tmp_path, processes=0)
+
+
+def test_a_run_goes_on_with_other_processes(tmp_path):
+    write_comparisons(tmp_path / "pairs.jsonl", RULE)
+    data = DataConfig(str(tmp_path / "pairs.jsonl"))
+    settings = {"max_steps": 1, "save_strategy": "no", "disable_tqdm": True, "max_length": 64}
+    for processes in (1, 2):
+        args = config(tmp_path / "run", processes=processes, **settings)
+        run.train("reward_model", ModelConfig(scratch=SPEC, vocab_size=280), data, args)
+    assert "processes" not in (tmp_path / "run" / "config.yaml").read_text()
 
 
 def test_accuracy_counts_equal_scores_half_and_ties_not_at_all():

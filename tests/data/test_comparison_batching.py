@@ -1,5 +1,6 @@
 """Batches of comparisons: rows of options, what of them is the agent's, and what is left out where room is short."""
 
+import tempfile
 from collections import Counter
 from dataclasses import replace
 
@@ -117,20 +118,26 @@ def test_sampled_ids_are_used_where_they_are_this_tokenizers():
 
 @pytest.mark.parametrize("encode_rows", [encode_comparisons, encode_scored])
 def test_two_processes_render_what_one_renders(monkeypatch, encode_rows):
-    monkeypatch.setattr(comparison_batching, "_CHUNK", 7)
     if encode_rows is encode_comparisons:
         rows = [replace((PAIR, RANKED)[i % 2], weight=(i + 1) / 3, labels={"strength": i / 7}) for i in range(60)]
     else:
         rows = [Trajectory((*PAIR.context, Turn("assistant", "x" * i, reward=i / 7))) for i in range(1, 60)]
     counts, short = (Counter(), Counter()), WindowRule(max_length=int(encode([PAIR]).lengths[0]) - 1)
-    one, two = (encode_rows(rows, RENDERER, short, mine, processes)
-                for processes, mine in zip((1, 2), counts, strict=True))  # fmt: skip
+    one = encode_rows(rows, RENDERER, short, counts[0])  # as one chunk
+    monkeypatch.setattr(comparison_batching, "_CHUNK", 7)
+    two = encode_rows(rows, RENDERER, short, counts[1], 2)
     assert counts[0] == counts[1] and sum(counts[0].values()) > 20  # some lose turns or are dropped
-    for name in ("target", "rank", "weight", "strength", "starts"):
+    for name in ("target", "rank", "weight", "strength", "offsets"):
         np.testing.assert_array_equal(getattr(two, name), getattr(one, name), strict=True)
     for name in ("input_ids", "actions"):
         for found, expected in zip(getattr(two, name), getattr(one, name), strict=True):
             np.testing.assert_array_equal(found, expected, strict=True)
+
+
+def test_a_full_temporary_folder_is_one_line(monkeypatch):
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "r+b"))
+    with pytest.raises(InputError, match="found No space left on device, expected room for the data"):
+        encode([PAIR])
 
 
 def test_what_goes_wrong_in_another_process_is_the_same_error():

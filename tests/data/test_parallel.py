@@ -1,5 +1,6 @@
 """Work spread over processes: its order, what it holds, and how far ahead it reads."""
 
+import errno
 import multiprocessing
 import os
 from concurrent.futures.process import BrokenProcessPool
@@ -30,6 +31,37 @@ def test_results_come_in_order_and_items_are_taken_as_they_are_needed(processes)
 def test_an_error_in_a_child_comes_out():
     with pytest.raises(ZeroDivisionError):
         list(map_in_order(lambda i: 1 / i, [1, 0], 2))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_of_the_source_comes_after_the_results_before_it(processes):
+    def items():
+        yield from [1, 2, 0, 3]
+        raise KeyError("the source")
+
+    results = map_in_order(lambda i: i or 1 / i, items(), processes)
+    assert [next(results), next(results)] == [1, 2]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    with pytest.raises(KeyError, match="the source"):
+        list(map_in_order(abs, (1 / 0 if i else {}["the source"] for i in [0]), processes))
+
+
+def test_a_fork_that_fails_is_one_line_and_leaves_no_child(monkeypatch):
+    fork, calls = os.fork, []
+
+    def second_fails():
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", second_fails)
+    with pytest.raises(InputError, match="processes: found Cannot allocate memory, expected fewer"):
+        list(map_in_order(abs, [1], 2))
+    for child in multiprocessing.active_children():
+        child.join(10)
+    assert len(calls) == 2 and not multiprocessing.active_children()
 
 
 def test_a_child_that_dies_ends_it_all():

@@ -72,6 +72,9 @@ def test_logged_dialogues_give_the_turns_before_the_last_reply(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     (turns,) = PromptEnvironment(tmp_path / "log.jsonl", lengths).reset([0])
     assert [turn.content for turn in turns] == ["q", "a", "again"]
+    (tmp_path / "log.jsonl").write_text('{"prompt": "q"}\n{"prompt": \n')
+    with pytest.raises(InputError, match=r"log.jsonl:2: JSON: found a line that does not parse"):
+        PromptEnvironment(tmp_path / "log.jsonl", lengths)
 
 
 def test_duplicates_are_dropped_and_counted():
