@@ -401,3 +401,8 @@ def test_fingerprint_survives_a_round_trip_and_sees_every_change(tmp_path):
     assert fingerprint(EPISODES) != fingerprint(EPISODES[::-1])
     unscored, zero = ([Trajectory((Turn("assistant", "a", reward=reward),))] for reward in (None, 0.0))
     assert fingerprint(unscored) != fingerprint(zero)
+
+
+def test_an_empty_datasets_folder_is_one_line(tmp_path):
+    datasets.Dataset.from_list([]).save_to_disk(tmp_path / "rows")
+    assert "found a datasets folder that cannot be read" in message_of(read_trajectories, tmp_path / "rows")
