@@ -30,9 +30,10 @@ def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     "accuracy": how often the better option scores higher, equal scores half, with its 95% interval over groups (pairs
     of one prompt are not independent). "baselines": the same for length, and, where `labels["options"]` name the
     `generator` of all, for who wins more often among these very pairs; "difference": that of the scorer less the best
-    of them, pair by pair. "cross entropy": mean −[p log σ(Δ) + (1 − p) log σ(−Δ)] in nats, .693 where it
-    says nothing; "calibration error" of σ(Δ) against p. The last two ask a scorer in units of log odds. Comparisons of
-    which an option is too long for the scorer are left out of all of it, and counted.
+    of them, pair by pair. "cross entropy": mean −[p log σ(Δ) + (1 − p) log σ(−Δ)] in nats, .693 where it says nothing;
+    "calibration error" of σ(Δ) against p, each pair in both orders, as many logs put the better reply first. The last
+    two ask a scorer in units of log odds. Comparisons of which an option is too long for the scorer are left out of
+    all of it, and counted.
 
     Raises: InputError where no comparison fits, or none has such a pair.
     """
@@ -65,7 +66,7 @@ def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
         "baselines": {name: _share(cells.estimate()) for name, cells in others.items()},
         "difference": _share((found - best).estimate()),
         "cross entropy": (prob * softplus(-lead) + (1 - prob) * softplus(lead)).mean().item(),
-        "calibration error": calibration_error(lead.sigmoid(), prob).item(),
+        "calibration error": calibration_error(torch.cat([lead, -lead]).sigmoid(), torch.cat([prob, 1 - prob])).item(),
     }
 
 

@@ -69,11 +69,18 @@ def test_cross_entropy_and_calibration_take_scores_as_log_odds():
     # Δ = 1 and 0 where the first is better, Δ = −3 where it is so with probability .25
     expected = (cost(1) + cost(0) + 0.25 * cost(-3) + 0.75 * cost(3)) / 3
     assert facts["cross entropy"] == pytest.approx(expected)
-    sigmoid = [1 / (1 + math.exp(-lead)) for lead in (1, 0, -3)]
-    apart = [abs(p - q) for p, q in zip(sigmoid, (1, 1, 0.25), strict=True)]  # three bins
-    assert facts["calibration error"] == pytest.approx(sum(apart) / 3)
+    sigmoid = [1 / (1 + math.exp(-lead)) for lead in (1, -3)]
+    apart = [abs(p - q) for p, q in zip(sigmoid, (1, 0.25), strict=True)]
+    # Either order of these has a bin of its own; of the pair with σ = .5 both are in one, where 1 and 0 come.
+    assert facts["calibration error"] == pytest.approx(2 * sum(apart) / 6)
     silent = judge(Function(lambda context, option: 0.0), ROWS[:3])
     assert silent["cross entropy"] == pytest.approx(math.log(2)) and silent["accuracy"] == "0.500 [0.500, 0.500]"
+
+
+def test_which_option_stands_first_changes_nothing():
+    turned = [replace(row, options=row.options[::-1], target=row.target[::-1], ranking=None) for row in ROWS]
+    facts, expected = judge(Function(numbers), turned), judge(Function(numbers), ROWS)
+    assert facts.pop("baselines") == expected.pop("baselines") and facts == pytest.approx(expected)
 
 
 def test_the_curve_of_best_of_n_by_hand():
