@@ -1,18 +1,24 @@
-"""Preference rows in any common form (offline_lmrl/data/preference_forms.py) to comparisons."""
+"""Preference rows in any common form (offline_lmrl/data/preference_forms.py) to comparisons.
 
+Rows of the project's own form keep their context and options; where two replies are identical or one is empty they are
+dropped, like all others.
+"""
+
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_prep.comparisons import convert
-from offline_lmrl.data.preference_forms import read_comparison
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.preference_forms import read_comparison, require_replies
 
 
 def prepare(
     input: str | Path, output: str | Path, *, validation: float = 0.1, allow_empty: bool = False, seed: int = 0,
     processes: int = 1,
 ) -> dict[str, Any]:
-    """Read prompt/chosen/rejected or prompt/responses/ranks and write train.jsonl, validation.jsonl and report.json.
+    """Read pairs, ranked responses or comparisons and write train.jsonl, validation.jsonl and report.json.
 
     Args:
       input: a .jsonl, .jsonl.gz or .parquet file, a folder of those, a datasets folder or a hub name.
@@ -24,4 +30,12 @@ def prepare(
     Returns: counts and facts, as in report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
-    return convert(input, partial(read_comparison, allow_empty=allow_empty), output, validation, seed, processes)
+    return convert(input, partial(read_preference, allow_empty=allow_empty), output, validation, seed, processes)
+
+
+def read_preference(row: Any, where: str, counts: Counter[str], allow_empty: bool = False) -> Comparison | None:
+    """`read_comparison`, with the same checks on the replies of every form. Raises Drop."""
+    comparison = read_comparison(row, where, counts, allow_empty)
+    if comparison is not None:
+        require_replies(comparison.options, allow_empty)
+    return comparison

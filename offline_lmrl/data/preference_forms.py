@@ -45,7 +45,8 @@ def read_comparison(row: Any, where: str, counts: Counter, allow_empty: bool = F
       row: one object of a log.
       where: "file:row", put in front of every error.
       counts: gets one count per repair of a kept row, or the reason of the drop.
-      allow_empty: keep rows with an empty reply. The project's own form keeps them in any case.
+      allow_empty: keep rows with an empty reply. Rows of the project's own form are read as they are, as what was
+        written is; an importer asks `require_replies` of them too.
 
     Raises InputError for unknown forms and values of the wrong type.
     """
@@ -238,22 +239,27 @@ def read_reply(side: Any, context: list[Turn], prompt: Any, where: str, field: s
 
 def _split(sides: Sequence[list[Turn]], allow_empty: bool) -> tuple[list[Turn], list[list[Turn]]]:
     """The turns that all sides begin with, and what each goes on with. Raises Drop where that is no comparison."""
-    words = [[(turn.role, turn.content.split()) for turn in side] for side in sides]
-    if any(words.count(side) > 1 for side in words):
-        raise Drop("identical replies")
     said, common = [_said(side) for side in sides], 0
     while all(len(side) > common and side[common] == said[0][common] for side in said):
         common += 1
     options = [side[common:] for side in sides]
-    if not all(options):
+    if any(options) and not all(options):
         raise Drop("one side goes on where the other ends")
+    require_replies(options, allow_empty)
     if not all(option[0].is_trainable for option in options):
         raise Drop("the sides differ before the agent's reply")
     if not all(option[-1].is_trainable for option in options):
         raise Drop("a side that does not end with the agent")
-    if not allow_empty and any(_is_empty(option) for option in options):
-        raise Drop("empty reply")
     return [replace(turn, trainable=False) if turn.is_trainable else turn for turn in sides[0][:common]], options
+
+
+def require_replies(options: Sequence[Sequence[Turn]], allow_empty: bool) -> None:
+    """Raises Drop where two options say the same but for white space or, unless `allow_empty`, one says nothing."""
+    words = [[(turn.role, turn.content.split()) for turn in option] for option in options]
+    if any(words.count(option) > 1 for option in words):
+        raise Drop("identical replies")
+    if not allow_empty and any(map(_is_empty, options)):
+        raise Drop("empty reply")
 
 
 def _said(turns: Sequence[Turn]) -> tuple[tuple[str, str], ...]:

@@ -297,3 +297,17 @@ def test_the_same_replies_compared_again_are_merged_and_contradictions_soft(tmp_
     assert [labels["who"] for labels in made.labels["merged"]] == ["x", "x", "y"]
     assert report["merged"] == {"the same replies compared again": 3, "of those, contradictions": 1}
     assert report["imported"] == 4 and report["comparisons"] == 1
+
+
+def test_native_rows_go_through_the_checks_of_replies_that_other_forms_do(tmp_path):
+    def native(first, second):
+        options = [[{"role": "assistant", "content": text}] for text in (first, second)]
+        return {"context": [{"role": "user", "content": "q"}], "options": options, "target": [1, 0]}
+
+    rows = [native("a", "b"), native("a", " a"), native("a", " "), native(" ", "")]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    assert (report["imported"], report["dropped"]) == (1, {"identical replies": 2, "empty reply": 1})
+    report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0, allow_empty=True)
+    assert (report["imported"], report["dropped"]) == (2, {"identical replies": 2})
+    assert len(read_comparisons(tmp_path / "out" / "train.jsonl")) == 2  # what was kept is read as it was written
