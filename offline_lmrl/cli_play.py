@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,7 @@ def _evaluate(
     demonstrations: str | None = None,
     task: str = "",
     device: str | None = None,
+    split: str | None = None,
     *,
     sampling: Mapping[str, Any],
 ) -> None:
@@ -101,7 +103,8 @@ def _evaluate(
       repeats: decodings of every episode.
       cluster: label that dependent episodes share, for the interval; null = every episode for itself.
       batch_size: episodes played side by side.
-      output: file for the played episodes, which can be trained on; with asks for what they achieve, as JSON Lines.
+      output: file for the played episodes, which can be trained on; with asks for what they achieve, as JSON Lines;
+        for comparisons what is printed, as JSON.
       data: held-out trajectories; says what logs alone can say. Or comparisons: says how often the scorer agrees.
       betas: weights of the guidance that are tried on the logs.
       kl_budget: the largest of them that moves the policy no further than this, in nats per token, is recommended.
@@ -114,7 +117,9 @@ def _evaluate(
         the run was trained behind. Without them nothing is shown in play, and logs are read as in training.
       task: what is played, for a run that was trained with returns per task.
       device: null = the first accelerator, else the CPU.
+      split: of data with several, which.
     """
+    given = dict(locals())
     from offline_lmrl.data.conditioning import check_ask
     from offline_lmrl.data.demonstrations import task_prompts
     from offline_lmrl.data.io import holds_comparisons, read_trajectories, write_trajectories
@@ -146,9 +151,9 @@ def _evaluate(
     if episodes < 1:
         raise InputError(f"episodes: found {episodes}, expected at least 1")
     if data is not None and holds_comparisons(data):
-        _judge(run, data)
+        _judge(**given)
         return
-    trajectories = [] if data is None else read_trajectories(data)
+    trajectories = [] if data is None else read_trajectories(data, split=split)
     shown_first = None if demonstrations is None else read_trajectories(demonstrations)
     if show is not None and not 1 <= show <= len(trajectories):
         raise InputError(f"show: found {show}, expected 1 to {len(trajectories)}")
@@ -177,12 +182,24 @@ def _evaluate(
         _print_off_policy(policy, trajectories, fqe)
 
 
-def _judge(scorer: str, data: str) -> None:
-    from offline_lmrl.data.io import read_comparisons
+def _judge(
+    run: str, data: str, split: str | None, output: Path | None, sampling: Mapping[str, Any], **rest: Any
+) -> None:
+    from offline_lmrl.data.io import atomic_output, read_comparisons
     from offline_lmrl.decoding.scorers import load_scorer
     from offline_lmrl.evaluation.preferences import judge
 
-    print_report(judge(load_scorer(scorer), read_comparisons(data)))
+    defaults = signature(_evaluate).parameters
+    for name, value in {**rest, **sampling}.items():
+        if name in sampling or value != defaults[name].default:
+            raise InputError(f"{name}: found {value!r}, expected none where a scorer is judged on comparisons")
+    if output is not None:
+        _require_writable(output)
+    facts = judge(load_scorer(run), read_comparisons(data, split=split))
+    print_report(facts)
+    if output is not None:
+        with atomic_output(output) as temporary:
+            temporary.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _print_asks(

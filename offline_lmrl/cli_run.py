@@ -1,6 +1,7 @@
 """Commands that learn: train, compare."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +35,8 @@ def train(argv: Sequence[str]) -> None:
         with values.args.main_process_first(local=False, desc="preparing the data"):
             if not Path(values.data.train).exists():
                 prepare_from_settings(values.prepare)
+            elif PartialState().is_main_process:
+                print(f"{values.data.train} is there and is not prepared again", file=sys.stderr)
     run_settings = (values.algorithm, values.model, values.data, values.args, values.environment)
     if values.dry_run:
         for name, value in run.dry_run(*run_settings).items():

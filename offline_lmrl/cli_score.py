@@ -24,9 +24,9 @@ def _relabel(
     *,
     scorer: str,
     output: Path,
-    place: Literal["terminal", "turn"] = "terminal",
-    make: Literal["targets", "rewards"] = "targets",
-    normalise: Literal["none", "global", "group", "rank"] = "none",
+    place: Literal["terminal", "turn"] | None = None,
+    make: Literal["targets", "rewards"] | None = None,
+    normalise: Literal["none", "global", "group", "rank"] | None = None,
 ) -> None:
     """Score logs: trajectories get rewards, comparisons get targets or become trajectories with rewards.
 
@@ -35,9 +35,9 @@ def _relabel(
       scorer: folder or hub name of a reward model, package.module:function, a YAML file, or a mapping such as
         "{kind: ensemble, scorers: [runs/a, runs/b], k: 1}".
       output: file (.jsonl, .jsonl.gz, .parquet) or datasets folder; for data with several splits a folder.
-      place: of trajectories' rewards: on the last agent turn, or each agent turn scored by itself.
-      make: what comparisons become.
-      normalise: rewards of comparisons: as scored, or put on one scale over all, per group, or as a rank in the group.
+      place: of trajectories' rewards: on the last agent turn [default], or each agent turn scored by itself.
+      make: what comparisons become: targets [default] or rewards.
+      normalise: those rewards: as scored [default], put on one scale over all or per group, or a rank in the group.
     """
     from offline_lmrl.data.io import (
         holds_comparisons,
@@ -49,25 +49,35 @@ def _relabel(
     from offline_lmrl.data.preferences import to_trajectories
     from offline_lmrl.decoding.scorers import fitting, load_scorer, relabel_comparisons, relabel_trajectories
 
+    _require_another(output, data)
+    of_comparisons = holds_comparisons(data)
+    unused = {"place": place} if of_comparisons else {"make": make}
+    for name, value in (unused | ({} if of_comparisons and make == "rewards" else {"normalise": normalise})).items():
+        if value is not None:
+            kind = "comparisons" if of_comparisons else "trajectories"
+            raise InputError(f"{name}: found {value}, expected none for {kind}" + (
+                " without --make rewards" if of_comparisons and name == "normalise" else ""))
     counts: Counter[str] = Counter()
     judge = load_scorer(scorer)
-    if not holds_comparisons(data):
+    if not of_comparisons:
         splits = read_splits(data, counts=counts)
-        made = {name: relabel_trajectories(rows, judge, place, counts) for name, rows in splits.items()}
+        made = {name: relabel_trajectories(rows, judge, place or "terminal", counts) for name, rows in splits.items()}
         _write_splits(output, made, write_trajectories)
     else:
         splits = read_comparison_splits(data, counts=counts)
         read = {name: fitting(rows, judge, counts) for name, rows in splits.items()}
-        if make == "targets":
+        if make != "rewards":
             made = {name: relabel_comparisons(rows, judge) for name, rows in read.items()}
             _write_splits(output, made, write_comparisons)
         else:
-            made = {name: to_trajectories(rows, judge, "terminal", normalise, counts) for name, rows in read.items()}
+            made = {name: to_trajectories(rows, judge, "terminal", normalise or "none", counts)
+                    for name, rows in read.items()}  # fmt: skip
             _write_splits(output, made, write_trajectories)
-    _print_counts({f"{name}: rows": len(rows) for name, rows in splits.items()} | +counts)
+    rows = {f"{name}: rows written, of {len(splits[name])}": len(kept) for name, kept in made.items()}
+    _print_counts(rows | +counts)
 
 
-def _select(data: str, *, scorer: str, output: Path, n: int = 100) -> None:
+def _select(data: str, *, scorer: str, output: Path, n: int = 100, split: str | None = None) -> None:
     """Write the pairs of replies that an ensemble of reward models disagrees on most: what to label next.
 
     Args:
@@ -75,25 +85,34 @@ def _select(data: str, *, scorer: str, output: Path, n: int = 100) -> None:
       scorer: an ensemble, as a YAML file or a mapping: "{kind: ensemble, scorers: [runs/a, runs/b]}".
       output: file or datasets folder.
       n: how many pairs, at most one of each comparison.
+      split: of data with several, which.
     """
     from offline_lmrl.data.io import read_comparisons, write_comparisons
     from offline_lmrl.decoding.scorers import Ensemble, fitting, load_scorer, most_disputed
 
     if n < 1:
         raise InputError(f"n: found {n}, expected at least 1")
+    _require_another(output, data)
     ensemble = load_scorer(scorer)
     if not isinstance(ensemble, Ensemble):
         raise InputError(f"scorer: found {scorer!r}, expected an ensemble, whose members can disagree")
     counts: Counter[str] = Counter()
-    chosen = most_disputed(fitting(read_comparisons(data, counts=counts), ensemble, counts), ensemble, n)
+    chosen = most_disputed(fitting(read_comparisons(data, split=split, counts=counts), ensemble, counts), ensemble, n)
     write_comparisons(output, chosen)
     _print_counts({"pairs": len(chosen), "largest disagreement": chosen[0].labels["disagreement"]} | +counts)
+
+
+def _require_another(output: Path, data: str) -> None:
+    if output.resolve() == Path(data).resolve():
+        raise InputError(f"output: found the data itself ({output}), expected another path")
 
 
 def _write_splits(output: Path, splits: dict[str, list[Any]], write: Callable[[Path, list[Any]], None]) -> None:
     if len(splits) == 1:
         write(output, *splits.values())
         return
+    if output.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        raise InputError(f"output: found {output} for the splits {', '.join(splits)}, expected a folder")
     for name, rows in splits.items():
         write(output / f"{name}.jsonl", rows)
 

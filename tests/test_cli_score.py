@@ -51,7 +51,7 @@ def pairs(tmp_path):
 def test_relabel_scores_trajectories(command, tmp_path):
     write_trajectories(tmp_path / "logs.jsonl", [Trajectory((*ASKED, Turn("assistant", "left", reward=-1.0)))])
     code, out, _ = command("relabel", tmp_path / "logs.jsonl", "--scorer", LENGTH, "--output", tmp_path / "new.jsonl")
-    assert (code, out) == (0, "all: rows: 1\n")
+    assert (code, out) == (0, "all: rows written, of 1: 1\n")
     assert read_trajectories(tmp_path / "new.jsonl")[0].total_return == 4.0
 
 
@@ -65,14 +65,41 @@ def test_relabel_gives_comparisons_new_targets_or_makes_rewards_of_them(command,
     assert [row.total_return for row in read_trajectories(tmp_path / "scored.jsonl")] == [0.0, -4.0, -1.0, -1.0]
 
 
+@pytest.mark.parametrize(("data", "more", "message"), [
+    ("pairs", ("--place", "turn"), "place: found turn, expected none for comparisons"),
+    ("pairs", ("--normalise", "rank"), "normalise: found rank, expected none for comparisons without --make rewards"),
+    ("logs", ("--make", "rewards"), "make: found rewards, expected none for trajectories"),
+    ("logs", ("--normalise", "none"), "normalise: found none, expected none for trajectories"),
+])  # fmt: skip
+def test_relabel_refuses_what_the_data_have_no_use_for(command, pairs, tmp_path, data, more, message):
+    write_trajectories(tmp_path / "logs.jsonl", [Trajectory((*ASKED, Turn("assistant", "left", reward=-1.0)))])
+    settings = ("--scorer", LENGTH, "--output", tmp_path / "new.jsonl")
+    code, _, err = command("relabel", tmp_path / f"{data}.jsonl", *settings, *more)
+    assert (code, err) == (2, f"error: {message}\n") and not (tmp_path / "new.jsonl").exists()
+
+
+def test_the_data_are_not_written_over(command, pairs, tmp_path):
+    before = pairs.read_bytes()
+    ensemble = f"{{kind: ensemble, scorers: [{LENGTH}, {UP}]}}"
+    for name, scorer in (("relabel", LENGTH), ("select", ensemble)):
+        code, _, err = command(name, pairs, "--scorer", scorer, "--output", tmp_path / "x" / ".." / pairs.name)
+        assert code == 2 and "error: output: found the data itself" in err and pairs.read_bytes() == before
+
+
 def test_several_splits_become_several_files(command, pairs, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     for split in ("train", "validation"):
         (folder / f"{split}.jsonl").write_bytes(pairs.read_bytes())
     code, out, _ = command("relabel", folder, "--scorer", LENGTH, "--output", tmp_path / "new")
-    assert code == 0 and out == "train: rows: 2\nvalidation: rows: 2\n"
+    assert code == 0 and out == "train: rows written, of 2: 2\nvalidation: rows written, of 2: 2\n"
     assert len(read_comparisons(tmp_path / "new" / "validation.jsonl")) == 2
+    code, _, err = command("relabel", folder, "--scorer", LENGTH, "--output", tmp_path / "new.jsonl")
+    assert code == 2 and err.endswith("new.jsonl for the splits train, validation, expected a folder\n")
+    ensemble = ("--scorer", f"{{kind: ensemble, scorers: [{LENGTH}, {UP}]}}", "--output", tmp_path / "ask.jsonl")
+    assert command("select", folder, *ensemble, "--split", "train")[1].startswith("pairs: 2\n")
+    assert command("evaluate", UP, "--data", folder, "--split", "validation")[1].startswith("comparisons: 2\n")
+    assert "split: found none chosen, expected one of train, validation" in command("select", folder, *ensemble)[2]
 
 
 def test_select_writes_what_the_ensemble_disputes(command, pairs, tmp_path):
@@ -84,9 +111,15 @@ def test_select_writes_what_the_ensemble_disputes(command, pairs, tmp_path):
     assert code == 2 and "expected an ensemble" in err
 
 
-def test_evaluate_says_how_often_a_scorer_agrees(command, pairs):
+def test_evaluate_says_how_often_a_scorer_agrees(command, pairs, tmp_path):
     code, out, _ = command("evaluate", UP, "--data", pairs)
     assert code == 0 and "accuracy: 0.750 [" in out and "  the longer reply: 0.250 [" in out
+    assert command("evaluate", UP, "--data", pairs, "--output", tmp_path / "facts.json")[1] == out
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["pairs"] == 2 and f"accuracy: {facts['accuracy']}" in out
+    for more in (("--beta", 4), ("--fqe", 5), ("--environment", "maze")):
+        code, _, err = command("evaluate", UP, "--data", pairs, *more)
+        assert code == 2 and err.startswith(f"error: {more[0][2:]}: found ") and "expected none where a scorer" in err
 
 
 def test_generate_gives_the_best_of_several_replies_or_abstains(command, tmp_path):
@@ -158,6 +191,8 @@ def test_one_command_goes_from_a_folder_of_pairs_to_a_run(command, tmp_path):
         code, out, err = command("train", f"preferences/{name}", *data, *small, "--args.output_dir", tmp_path / name)
         assert code == 0, err
         assert out.splitlines()[-1] == str(tmp_path / name)
+        again = f"{made / 'train.jsonl'} is there and is not prepared again\n"
+        assert (again in err) == (name != "reward_model")
     (tmp_path / "prompts.txt").write_text("say it\n")
     for name in ("ilql", "return_conditioned"):
         best = ("--scorer", tmp_path / "reward_model", "--best_of", 2, "--max_new_tokens", 3, "--device", "cpu")

@@ -6,6 +6,7 @@ The command line and `compare` call `train`; it is the same path as building a t
 import copy
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections import Counter
@@ -271,6 +272,8 @@ def train(
 ) -> Path:
     """Runs, resumes from the newest complete checkpoint, or returns at once where the run is complete.
 
+    What is left out of the data is logged before anything is learnt, and kept in `complete.json`.
+
     Args:
       environment: `name` and settings of `make_environment`, for an algorithm that plays.
       players: further settings of it that are no plain values, such as a partner's policy.
@@ -292,6 +295,8 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)  # on every node, while one process writes
     if trainer.args.should_save:
         _write(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        for reason, n in (+counts + trainer.counts).items():
+            logging.getLogger(__name__).warning("%s: %s: %d", folder, reason, n)
     trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
     trainer.save_model(str(folder))

@@ -495,17 +495,20 @@ def load_model(
     Heads on disk are loaded; where there are none, `value_heads` asks for fresh ones. A LoRA folder gives the
     PeftModel around the guided model (it passes on attributes and methods), with adapter and online heads trainable.
 
-    Raises: InputError where there is no model, where the config names heads whose weights are missing, and where other
-    heads than those on disk are asked for.
+    Raises: InputError where there is no model or a reward model, where the config names heads whose weights are
+    missing, and where other heads than those on disk are asked for.
     """
     name = str(path_or_name)
     if (Path(name) / "adapter_config.json").exists():
         return _load_adapter(Path(name), dtype=dtype, trust_remote_code=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        _require_no_reward_model(name, settings(config))
         with torch.device("meta"):  # the class that the auto class would choose, remote code included
             base = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
         model, info = guided_class(base).from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"model: {name}: {str(error).splitlines()[0]}") from error
     stored = settings(config).get("value_heads")
@@ -520,12 +523,18 @@ def load_model(
     return model
 
 
+def _require_no_reward_model(name: str | Path, block: Mapping[str, Any]) -> None:
+    if "reward" in block:
+        raise InputError(f"model: {name}: found a reward model, expected a causal LM")
+
+
 def _load_adapter(folder: Path, **options) -> nn.Module:
     peft = require_peft()
     base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
     if not base:
         raise InputError(f"model: {folder}/adapter_config.json names no base model; LoRA needs one that is saved")
     block = read_settings(folder)
+    _require_no_reward_model(folder, block)
     stored = block.get("value_heads")
     model = load_model(base, **options)  # its own heads, if any, are not those that lie with the adapter
     model = detach(model)

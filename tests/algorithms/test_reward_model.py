@@ -18,7 +18,7 @@ from offline_lmrl.data.parallel import map_in_order
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding.scorers import RewardModel
-from offline_lmrl.models.guided import build_model
+from offline_lmrl.models.guided import build_model, load_model
 from offline_lmrl.models.reward_model import build_reward_model, head_of, load_reward_model, read_mask
 
 TOKENIZER = train_tokenizer(["good bad fine", "say it 1 2 3"], 290)
@@ -279,6 +279,8 @@ def test_a_policys_trunk_gets_a_fresh_head_and_a_reward_model_keeps_its_own(tmp_
         load_reward_model(tmp_path / "reward", "turn")
     with pytest.raises(InputError, match="found no reward model .*GPT2LMHeadModel"):
         load_reward_model(tmp_path / "policy")
+    with pytest.raises(InputError, match="^model: .*reward: found a reward model, expected a causal LM"):
+        load_model(tmp_path / "reward")
 
 
 @pytest.mark.parametrize(("head", "plain"), [("terminal", AutoModelForSequenceClassification),
@@ -293,6 +295,8 @@ def test_an_adapter_trains_with_its_head_in_full_and_comes_back(tmp_path, head, 
     args = config(tmp_path / "run", head=head, save_strategy="steps", save_steps=6, disable_tqdm=True, **settings)
     model = ModelConfig(path=str(tmp_path / "base"), lora={"r": 4})
     run.train("reward_model", model, data, args)
+    with pytest.raises(InputError, match="^model: .*run: found a reward model, expected a causal LM"):
+        load_model(tmp_path / "run")
     scorer = RewardModel.load(tmp_path / "run", device="cpu")
     good, bad = ((Turn("assistant", text),) for text in ("good 2", "bad 2"))
     high, low = scorer.score(RULE[0].context, [good, bad])

@@ -188,7 +188,7 @@ def test_comparisons_are_scored_as_the_config_says(tmp_path):
         run.read_data("bc", DataConfig(data.train), args, Counter())
 
 
-def test_what_a_reward_model_read_and_left_out_is_counted_in_the_run_that_learns_from_it(tmp_path):
+def test_what_a_reward_model_read_and_left_out_is_counted_in_the_run_that_learns_from_it(tmp_path, caplog):
     write_comparisons(tmp_path / "pairs.jsonl", PAIRS)
     data = DataConfig(str(tmp_path / "pairs.jsonl"))
     judge = run.train("reward_model", scratch(), data, settings(tmp_path / "judge", RewardModelConfig))
@@ -197,3 +197,4 @@ def test_what_a_reward_model_read_and_left_out_is_counted_in_the_run_that_learns
     report = json.loads((done / "complete.json").read_text())
     assert report["start_tokens"] == cost and report["before"] == {str(judge.resolve()): cost}
     assert report["counts"][TOO_LONG] == 1
+    assert f"{tmp_path / 'run'}: {TOO_LONG}: 1" in caplog.messages
