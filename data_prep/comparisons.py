@@ -234,11 +234,12 @@ def _read(row: Any, where: str, read: Callable[[Any, str, Counter], Any], counts
         counts[f"dropped: {drop}"] += 1
         return None
     except InputError as error:
-        # The reason must not hold what is particular to the row, or there are as many reasons as rows.
+        # The reason must not hold what is particular to the row, or there are as many reasons as rows: that is in
+        # what was found, and in the places of lists.
         text = str(error).removeprefix(f"{where}: ")
         match = _FOUND.fullmatch(text)
         reason = f"{match['field']}: expected {match['expected']}" if match else text
-        counts["dropped: " + re.sub(r"(?<![\w-])\d+", "N", re.sub(r"\[\d+\]", "", reason))] += 1
+        counts["dropped: " + re.sub(r"\[\d+\]", "", reason)] += 1
         return None
     counts["imported"] += one is not None
     counts.update(mine if one is not None else {name: n for name, n in mine.items() if name.startswith("dropped: ")})

@@ -175,7 +175,7 @@ def _by_name(record: Mapping, field: str, key: str, where: str) -> dict[str, flo
     if isinstance(found.get("name"), Sequence):
         names, values = fields.items(found, "name", here), fields.items(found, key, here)
         if len(names) != len(values):
-            raise InputError(f"{here}: {key}: found {len(values)}, expected one for each of {len(names)} names")
+            raise InputError(f"{here}: {key}: found {len(values)} for {len(names)} names, expected one for each name")
         found = dict(zip(map(str, names), values, strict=True))
     plain = {name: one.get(key) if isinstance(one, Mapping) else one for name, one in found.items()}
     return {name: fields.number(plain, name, here) for name, value in plain.items() if value is not None}

@@ -59,7 +59,8 @@ def read_steps(
         raise InputError(f"{where}: prompt: found none, expected text or messages")
     steps, values = fields.items(row, "completions", where), fields.items(row, "labels", where)
     if len(steps) != len(values):
-        raise InputError(f"{where}: labels: found {len(values)}, expected one for each of {len(steps)} completions")
+        raise InputError(f"{where}: labels: found {len(values)} for {len(steps)} completions, expected one for each "
+                         "completion")
     context = read_context(row["prompt"], where, counts)
     turns, labels = [], []
     for i, value in enumerate(values):

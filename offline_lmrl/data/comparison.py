@@ -158,7 +158,8 @@ def _check_option(option: tuple[Turn, ...], name: str) -> None:
 def _target(target: Any, size: int) -> tuple[float, ...]:
     values = tuple(finite("target", value) for value in require_list("target", target))
     if len(values) != size or min(values) < 0 or not math.isclose(math.fsum(values), 1.0, abs_tol=1e-6):
-        raise InputError(f"target: found {shown(list(values))}, expected {size} probabilities that sum to 1")
+        raise InputError(f"target: found {shown(list(values))} for {size} options, expected one probability for each "
+                         "option, which sum to 1")
     return values
 
 
@@ -167,12 +168,12 @@ def _ranking(ranking: Any, target: tuple[float, ...]) -> tuple[tuple[int, ...], 
     places = [place for tied in groups for place in tied]
     whole = all(isinstance(place, Integral) and not isinstance(place, bool) for place in places)
     if not whole or not all(groups) or sorted(places) != list(range(len(target))):
-        raise InputError(f"ranking: found {shown(ranking)}, expected groups that hold each of the options 0 to "
-                         f"{len(target) - 1} once")
+        raise InputError(f"ranking: found {shown(ranking)} for {len(target)} options, expected groups that hold the "
+                         "place of each option, from 0, once")
     for better, worse in zip(groups, groups[1:], strict=False):
         if min(target[i] for i in better) < max(target[i] for i in worse):
-            raise InputError(f"target: found {shown(list(target))}, expected no more on options that are "
-                             f"ranked lower (ranking {shown(ranking)}, best first)")
+            raise InputError(f"target: found {shown(list(target))} beside the ranking {shown(ranking)}, best first, "
+                             "expected no more on options that are ranked lower")
     return tuple(tuple(int(place) for place in tied) for tied in groups)
 
 
@@ -180,6 +181,7 @@ def _check_labels(labels: Any, size: int) -> None:
     if not isinstance(labels, Mapping):
         raise InputError(f"labels: found {shown(labels)}, expected an object")
     if "options" in labels and (not isinstance(labels["options"], list) or len(labels["options"]) != size):
-        raise InputError(f"labels.options: found {shown(labels['options'])}, expected a list of {size} entries")
+        raise InputError(f"labels.options: found {shown(labels['options'])} for {size} options, expected a list with "
+                         "an entry for each option")
     if labels.get("strength") is not None and finite("labels.strength", labels["strength"]) < 0:
         raise InputError(f"labels.strength: found {labels['strength']}, expected a number from 0 up")

@@ -156,7 +156,8 @@ def _ranked(row: Mapping, column: str, where: str, repairs: Counter,
     """Context, options, their ranks and the row's labels, with `labels["options"]` of these options only."""
     responses, ranks = _list(row["responses"], where, "responses"), _list(row[column], where, column)
     if len(responses) != len(ranks):
-        raise InputError(f"{where}: {column}: found {len(ranks)}, expected one for each of {len(responses)} responses")
+        raise InputError(f"{where}: {column}: found {len(ranks)} for {len(responses)} responses, "
+                         "expected one for each response")
     context = read_context(row["prompt"], where, repairs)
     prompt = _repeated(row["prompt"], responses)
     ranked: dict[tuple, tuple[list[Turn], float, int]] = {}

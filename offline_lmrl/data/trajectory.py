@@ -61,8 +61,8 @@ class Turn:
             log_prob = tuple(finite("behaviour_log_prob", value) for value in values)
             object.__setattr__(self, "behaviour_log_prob", log_prob)
             if self.token_ids is not None and len(log_prob) != len(self.token_ids):
-                raise InputError(f"behaviour_log_prob: found {len(log_prob)} values, "
-                                 f"expected one for each of {len(self.token_ids)} token_ids")
+                raise InputError(f"behaviour_log_prob: found {len(log_prob)} for {len(self.token_ids)} token_ids, "
+                                 "expected one for each token id")
 
     @property
     def is_trainable(self) -> bool:

@@ -77,7 +77,7 @@ def test_nulls_and_absent_fields_take_the_defaults():
     ([{"role": "assistant", "content": "a", "token_ids": [1, -2]}],
      "f:3: messages[0].token_ids: found -2, expected integers from 0 up"),
     ([{"role": "assistant", "content": "a", "token_ids": [1, 2], "behaviour_log_prob": [-1.0]}],
-     "f:3: messages[0].behaviour_log_prob: found 1 values, expected one for each of 2 token_ids"),
+     "f:3: messages[0].behaviour_log_prob: found 1 for 2 token_ids, expected one for each token id"),
     ([{"role": "assistant", "content": "a", "trainable": "yes"}],
      "f:3: messages[0].trainable: found 'yes', expected true, false or null"),
 ])

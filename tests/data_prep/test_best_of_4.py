@@ -40,7 +40,7 @@ DROPPED = {
         row(sample0=[PAD - 1]), row(sample0=[1, PAD, 1]), row(sample0=["a"]), row(sample0=[True]), row(sample0=[-1])],
     "sample3: expected a list": [row(sample3=None)],
     "query: expected a list": [row(query="hello")],
-    "best: expected N to N": [row(best=4), row(best=-1)],
+    "best: expected 0 to 3": [row(best=4), row(best=-1)],
     "best: expected a whole number": [row(best=0.5)],
     "best: expected a number": [row(best=None)],
 }  # fmt: skip

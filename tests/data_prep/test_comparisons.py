@@ -287,6 +287,28 @@ def test_two_processes_write_the_same_files_in_the_order_of_the_source(tmp_path,
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "1", "2"}  # nothing else is left behind
 
 
+def test_reasons_keep_the_numbers_of_a_rule_and_none_of_a_row(tmp_path):
+    def native(size, **fields):
+        options = [[{"role": "assistant", "content": f"{i}"}] for i in range(size)]
+        return {"context": [], "options": options, "target": [1.0, *[0.0] * (size - 1)], **fields}
+
+    wrong = {
+        "options: expected at least 2": lambda n: native(1),
+        "weight: expected a number above 0": lambda n: native(n, weight=-n),
+        "target: expected one probability for each option, which sum to 1": lambda n: native(n, target=[n] * n),
+        "target: expected no more on options that are ranked lower": lambda n: native(
+            n, ranking=[[i] for i in reversed(range(n))]),
+        "ranking: expected groups that hold the place of each option, from 0, once": lambda n: native(
+            n, ranking=[[n]]),
+        "labels.options: expected a list with an entry for each option": lambda n: native(n, labels={"options": []}),
+        "ranks: expected one for each response": lambda n: {"prompt": "q", "responses": ["a"] * n, "ranks": []},
+    }  # fmt: skip
+    rows = [native(2), *(make(n) for make in wrong.values() for n in range(2, 7))]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    assert report["dropped"] == dict.fromkeys(wrong, 5)
+
+
 def test_the_same_replies_compared_again_are_merged_and_contradictions_soft(tmp_path):
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "who": "x"}
     against = {"prompt": "q", "chosen": "b", "rejected": "a", "who": "y"}

@@ -92,7 +92,7 @@ def test_rows_that_are_no_messages_are_dropped(tmp_path):
         "deleted: expected true, false or null": [message("x", deleted="no")],
         "text: expected text": [message("x", text=None)],
         "rank: expected a number": [message("x", rank="0")],
-        "labels: value: expected one for each of N names": [message("x", labels={"name": ["quality"], "value": []})],
+        "labels: value: expected one for each name": [message("x", labels={"name": ["quality"], "value": []})],
         "labels: quality: expected a number": [message("x", labels={"quality": {"value": "good"}})],
         "emojis: expected an object": [message("x", emojis=["+1"])],
         "prompt: replies: expected a list": [tree([message("q1")], "q1") | {"prompt": message("q1", replies="none")}],

@@ -27,7 +27,7 @@ KEPT = [
 DROPPED = {
     "empty reply": [row("\n\nHuman: a\n\nAssistant: \n\nHuman: b\n\nAssistant: c"), row("\n\nHuman: a\n\nAssistant:")],
     "no rating": [row(rating=None)],
-    "rating: expected N to N": [row(rating=5.0)],
+    "rating: expected 0 to 4": [row(rating=5.0)],
     "rating: expected a number": [row(rating="3")],
     "transcript: expected a transcript of Human and Assistant": [
         row("Hello"), row("\n\nHuman: alone"), row("\n\nAssistant: first\n\nHuman: b"), row(None)],

@@ -19,7 +19,7 @@ DROPPED = {
     "no step with a label": [{"prompt": "p", "completions": ["a"], "labels": [None]},
                              {"prompt": "p", "completions": [], "labels": []},
                              {"prompt": "p", "completions": [" "], "labels": [True]}],
-    "labels: expected one for each of N completions": [{"prompt": "p", "completions": ["a", "b"], "labels": [True]}],
+    "labels: expected one for each completion": [{"prompt": "p", "completions": ["a", "b"], "labels": [True]}],
     "labels: expected true, false or null": [{"prompt": "p", "completions": ["a"], "labels": [-1]}],
     "labels: expected a list": [{"prompt": "p", "completions": ["a"], "labels": True}],
     "completions: expected a list": [{"prompt": "p", "completions": "a", "labels": [True]}],

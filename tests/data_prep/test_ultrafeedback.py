@@ -46,7 +46,7 @@ DROPPED = {
     "completions: annotations: expected an object": [row(FOUR[0], {**FOUR[1], "annotations": ["4"]})],
     "completions: annotations: honesty: expected an object": [
         row(FOUR[0], {**FOUR[1], "annotations": {"honesty": "4"}})],
-    "completions: annotations: helpfulness: Rating: expected N to N or N/A": [
+    "completions: annotations: helpfulness: Rating: expected 1 to 5 or N/A": [
         row(FOUR[0], completion("b", rating, "1", "1", "1")) for rating in ("7", "good", True, [4], 10**400)],
 }  # fmt: skip
 

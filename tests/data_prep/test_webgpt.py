@@ -35,7 +35,7 @@ DROPPED = {
     "identical answers": [row("a [1]", "a")],
     "empty question": [row(question=asked(" ", "q"))],
     "scores that do not sum to 0": [row(score_1=0.5)],
-    "score_0: expected −N to N": [row(score=2)],
+    "score_0: expected −1 to 1": [row(score=2)],
     "score_1: expected a number": [row(score_1=None)],
     "question: expected an object": [row() | {"question": "Why?"}],
     "question: full_text: expected text": [row(question={"id": "q"})],
