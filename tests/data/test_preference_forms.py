@@ -171,7 +171,7 @@ def test_branches_of_one_conversation_share_a_group():
     ({"chosen": 3, "rejected": "a"}, "chosen: found 3, expected a list of messages"),
     ({"prompt": 3, "chosen": "b", "rejected": "a"}, "prompt: found 3, expected a list of messages"),
     ({"prompt": "p", "responses": "ab", "ranks": [0, 1]}, "responses: found 'ab', expected a list"),
-    ({"prompt": "p", "responses": ["a"], "ranks": [0, 1]}
+    ({"prompt": "p", "responses": ["a"], "ranks": [0, 1]},
      "ranks: found 2 for 1 responses, expected one for each response"),
     ({"prompt": "p", "responses": ["a", "b"], "ranks": [0, "1"]}, "ranks[1]: found '1', expected a number"),
     ({"prompt": "p", "chosen": [agent("a", reward=1)], "rejected": [agent("b")]}, "options[0]: found a reward of 1.0"),
