@@ -58,8 +58,8 @@ def scored_pairs(rows: Sequence[Trajectory]) -> list[tuple[Comparison, int, int]
     turns = [turn for row in rows for turn in row.turns if turn.reward is not None]
     random.Random(0).shuffle(turns)
     pairs = [sorted(pair, key=lambda turn: -turn.reward) for pair in zip(turns[::2], turns[1::2], strict=False)]
-    return [(Comparison((), tuple((replace(turn, reward=None),) for turn in pair), (1.0, 0.0)), 0, 1)
-            for pair in pairs if pair[0].reward != pair[1].reward]  # fmt: skip
+    return [(Comparison((), tuple((replace(turn, reward=None),) for turn in pair), (1.0, 0.0), group=f"{place}"), 0, 1)
+            for place, pair in enumerate(pairs) if pair[0].reward != pair[1].reward]  # fmt: skip
 
 
 def _disagreements(rows: Sequence[Trajectory]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain, combinations
 from os.path import commonprefix
@@ -16,12 +16,14 @@ from offline_lmrl.data.preference_forms import END_TOKENS, normalised
 from offline_lmrl.data.trajectory import Trajectory, Turn
 
 Feature = Callable[[Comparison, int], float]  # of one option of a comparison
+Pair = tuple[Comparison, int, int]  # two options of a comparison
 
 _REFUSAL = re.compile(r"\b(i can ?(no|['’])t|i(['’]m| am) (sorry|afraid|unable|not (able|sure|comfortable))|"
                       r"i (won['’]t|will not)|i (do not|don['’]t) (think|want|feel)|as an ai)\b", re.IGNORECASE)
 _TEMPLATE = re.compile(r"<\|[^|<>]*\|>|</?s>|\[/?INST\]|<(start|end)_of_turn>|\b(Human|Assistant|User):")
 _ANNOTATORS = {"annotator", "worker", "labeler"}
 _OUTCOMES = ("wins", "losses", "ties")
+_SUMS = (*_OUTCOMES, "groups", "points²", "points × pairs", "pairs²")  # what `_accuracy` needs; they add up
 _CUTS = (512, 1024, 2048)
 _Z = 1.959963984540054
 
@@ -40,7 +42,8 @@ def describe(comparisons: Sequence[Comparison], features: Mapping[str, Feature] 
 
 
 def tally(comparisons: Sequence[Comparison], features: Mapping[str, Feature] | None = None) -> Counter:
-    """The counts that `facts` are made of; those of two sets that share no group add up to those of both."""
+    """The counts that `facts` are made of; those of two sets that share no group add up to those of both, intervals by
+    group included: they come from sums over whole groups."""
     pairs = [(row, i, j) for row in comparisons for i, j in combinations(range(len(row.options)), 2)]
     decided = [(row, i, j) for row, i, j in pairs if row.preference(i, j) != 0.5]
     counts = _count_pitfalls(comparisons)
@@ -56,9 +59,11 @@ def tally(comparisons: Sequence[Comparison], features: Mapping[str, Feature] | N
         normalised(_text(row.options[i])) == normalised(_text(row.options[j])) for row, i, j in pairs)
     for row, i, j in pairs:
         counts.update(_shared_start(_text(row.options[i]), _text(row.options[j])))
+    groups = _by_group(decided)
     for name, feature in {**_FEATURES, **(features or {})}.items():
-        for outcome, n in zip(_OUTCOMES, _compete(decided, feature), strict=True):
-            counts["baseline", name, outcome] += n
+        sums = _compete(groups, feature)
+        for which in _SUMS:
+            counts["baseline", name, which] += sums[which]
     return counts
 
 
@@ -79,7 +84,7 @@ def facts(counts: Counter) -> dict[str, Any]:
         "checks": {"replies equal up to case and punctuation": counts["same"],
                    "pairs that a split by characters, as in TRL, would cut inside a reply": counts["inside a reply"],
                    "of those, inside a word": counts["inside a word"], **_check_facts(counts)},
-        "baselines": {key[1]: _accuracy(*(counts["baseline", key[1], outcome] for outcome in _OUTCOMES))
+        "baselines": {key[1]: _accuracy({which: counts["baseline", key[1], which] for which in _SUMS})
                       for key in counts if key[0] == "baseline" and key[2] == _OUTCOMES[0]},
     }
 
@@ -89,40 +94,71 @@ def pitfalls(rows: Sequence[Comparison | Trajectory]) -> dict[str, Any]:
     return _check_facts(_count_pitfalls(rows))
 
 
-def baselines(pairs: Sequence[tuple[Comparison, int, int]]) -> dict[str, Any]:
+def baselines(pairs: Iterable[Pair]) -> dict[str, Any]:
     """`prefer` for every feature by name."""
-    return {name: prefer(pairs, feature) for name, feature in _FEATURES.items()}
+    groups = _by_group(pairs)
+    return {name: _accuracy(_compete(groups, feature)) for name, feature in _FEATURES.items()}
 
 
-def prefer(pairs: Iterable[tuple[Comparison, int, int]], feature: Feature) -> dict[str, Any]:
+def prefer(pairs: Iterable[Pair], feature: Feature) -> dict[str, Any]:
     """How often the option with more of a feature is preferred: wins, losses, ties of the feature; the accuracy that
-    counts such ties half, and its 95% interval (Wilson 1927), which takes pairs as independent."""
-    return _accuracy(*_compete(pairs, feature))
+    counts such ties half, and its 95% interval: Wilson's (1927) for the `_effective` number of pairs, since those of a
+    group are not independent."""
+    return _accuracy(_compete(_by_group(pairs), feature))
 
 
-def _compete(pairs: Iterable[tuple[Comparison, int, int]], feature: Feature) -> tuple[int, int, int]:
-    """Wins, losses and ties."""
-    wins = losses = ties = 0
-    for row, i, j in pairs:
-        difference = feature(row, i) - feature(row, j)
-        if difference == 0:
-            ties += 1
-        elif (difference > 0) == (row.preference(i, j) > 0.5):
-            wins += 1
-        else:
-            losses += 1
-    return wins, losses, ties
+def _by_group(pairs: Iterable[Pair]) -> list[list[Pair]]:
+    groups: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        groups[group_key(pair[0])].append(pair)
+    return list(groups.values())
 
 
-def _accuracy(wins: int, losses: int, ties: int) -> dict[str, Any]:
-    n = wins + losses + ties
-    if not n:
-        return {"wins": 0, "losses": 0, "ties": 0}
-    share = (wins + ties / 2) / n
+def _compete(groups: Iterable[Sequence[Pair]], feature: Feature) -> Counter[str]:
+    """_SUMS over groups. A win is 2 points and a tie 1; squared it counts as the coin that it stands for, whose points
+    are 0 or 2."""
+    sums: Counter[str] = Counter()
+    for pairs in groups:
+        found = Counter(_outcome(pair, feature) for pair in pairs)
+        points, n = 2 * found["wins"] + found["ties"], len(pairs)
+        sums.update(found)
+        sums.update({"groups": 1, "points²": points**2 + found["ties"], "points × pairs": points * n, "pairs²": n**2})
+    return sums
+
+
+def _outcome(pair: Pair, feature: Feature) -> str:
+    row, i, j = pair
+    difference = feature(row, i) - feature(row, j)
+    if difference == 0:
+        return "ties"
+    return "wins" if (difference > 0) == (row.preference(i, j) > 0.5) else "losses"
+
+
+def _accuracy(sums: Mapping[str, int]) -> dict[str, Any]:
+    outcomes = {outcome: sums[outcome] for outcome in _OUTCOMES}
+    pairs = sum(outcomes.values())
+    if not pairs:
+        return outcomes
+    share, n = (sums["wins"] + sums["ties"] / 2) / pairs, _effective(sums)
     middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n)) / (1 + _Z**2 / n)
-    return {"wins": wins, "losses": losses, "ties": ties, "accuracy": round(share, 4),
-            "interval": [round(middle - half, 4), round(middle + half, 4)]}
+    return {**outcomes, "accuracy": round(share, 4), "interval": [round(middle - half, 4), round(middle + half, 4)]}
+
+
+def _effective(sums: Mapping[str, int]) -> float:
+    """How many independent pairs would say as much: p(1 − p) / variance, at most as many as there are.
+
+    The variance of p = Σw / Σn, of w wins among n pairs in each of G groups, is that of a ratio of sums:
+    (Σw² − 2pΣwn + p²Σn²) / (Σn)² · G / (G − 1). Where every pair has the same outcome, or one group holds them all,
+    nothing says how alike the pairs of a group are; then they count as wholly alike, which makes (Σn)² / Σn².
+    """
+    n, groups = sum(sums[outcome] for outcome in _OUTCOMES), sums["groups"]
+    points = 2 * sums["wins"] + sums["ties"]
+    if points in (0, 2 * n) or groups == 1:
+        return n**2 / sums["pairs²"]
+    spread = n**2 * sums["points²"] - 2 * points * n * sums["points × pairs"] + points**2 * sums["pairs²"]
+    between = points * (2 * n - points) * n**2 * (groups - 1)  # whole numbers, as the spread, so that 0 is 0
+    return between / (spread * groups) if between < n * spread * groups else n
 
 
 def _shared_start(first: str, second: str) -> list[str]:

@@ -60,8 +60,31 @@ def test_baselines_count_wins_losses_and_ties_of_decided_pairs():
     assert baselines["the reply that starts with white space"]["losses"] == 2
 
 
-def test_the_interval_is_wilsons():
-    rows = [compare(("aa", "b"), (1.0, 0.0))] * 8 + [compare(("aa", "b"), (0.0, 1.0))] * 2
-    longer = prefer([(row, 0, 1) for row in rows], lambda row, i: len(row.options[i][0].content))
-    # (0.8 + 1.92/10 +- 1.96 sqrt(0.016 + 0.0096)) / 1.384
-    assert longer["interval"] == [0.4902, 0.9433]
+def longer(*groups):
+    """`prefer` the longer reply, in groups of outcomes: w wins, l loses, t is a tie."""
+    texts = {"w": (("aa", "b"), (1.0, 0.0)), "l": (("aa", "b"), (0.0, 1.0)), "t": (("a", "b"), (1.0, 0.0))}
+    pairs = [(compare(*texts[outcome], group=f"{i}"), 0, 1) for i, group in enumerate(groups) for outcome in group]
+    return prefer(pairs, lambda row, i: len(row.options[i][0].content))["interval"]
+
+
+def test_the_interval_is_wilsons_for_all_pairs_but_one_where_each_is_a_group():
+    # 10 · 9/10 = 9 pairs: (0.8 + 3.8415/18 ± 1.96 sqrt(0.16/9 + 3.8415/324)) / (1 + 3.8415/9)
+    assert longer(*"wwwwwwwwll") == [0.4738, 0.9467]
+    assert longer(*"wwwwwwwttt") == [0.5237, 0.9669]  # ties count half: 0.85
+
+
+def test_pairs_of_one_group_that_agree_count_as_few():
+    # Σw² = 16, Σwn = 16, Σn² = 20: (16 − 1.6 · 16 + 0.64 · 20) / 100 · 5/4 = 0.04, and 0.16 / 0.04 = 4 pairs
+    assert longer("ww", "ww", "ww", "ww", "ll") == [0.3368, 0.9692]
+    # groups of 3 and 1: p = 3/4, Σw² = 9, Σwn = 9, Σn² = 10: (9 − 13.5 + 5.625) / 16 · 2 = 0.140625: 4/3 pairs
+    assert longer("www", "l") == [0.1477, 0.9811]
+    # never more than there are, however evenly the groups are split: 6 pairs
+    assert longer("wl", "wl", "wl") == [0.1876, 0.8124]
+
+
+def test_outcomes_without_variance_between_groups_count_a_group_once():
+    # 36 / 12 = 3 groups: from 3 / (3 + 3.8415); 16 / 10 where they are of 3 and 1
+    assert longer("ww", "ww", "ww") == [0.4385, 1.0] and longer("ll", "ll", "ll") == [0.0, 0.5615]
+    assert longer("www", "w") == [0.294, 1.0]
+    # one group says as much as one pair: (0.5 ± ...) with n = 1
+    assert longer("wwll") == [0.0546, 0.9454]
