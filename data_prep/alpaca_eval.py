@@ -48,9 +48,12 @@ def prepare(
       min_gap: write pairs instead, of options whose preferences over the reference differ by at least this.
       validation: share of the instructions that goes to validation.
       seed: of the split.
-    Returns: counts and facts, as in report.json.
-    Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
+    Returns: counts and facts, as in report.json; in `assembled` every instruction and every output is counted once,
+      so that imported rows = outputs that are no reference + rows averaged with another.
+    Raises: InputError for a min_gap below 0, if nothing can be read, nothing is left or the output cannot be written.
     """
+    if min_gap is not None and not min_gap >= 0:
+        raise InputError(f"min_gap: found {min_gap}, expected a number from 0 up, or null")
     made, report = import_rows(input, read_judged)
     counts: Counter[str] = Counter()
     comparisons = {}
@@ -61,10 +64,10 @@ def prepare(
         comparisons[split] = [comparison for same in together.values()
                               for comparison in assemble(same, reference, min_gap, counts)]  # fmt: skip
     if not any(comparisons.values()):
-        raise InputError(f"{input}: found nothing left to compare ({dict(counts)}), expected two options that differ "
+        raise InputError(f"{input}: found nothing left to compare ({dict(+counts)}), expected two options that differ "
                          "by min_gap")  # fmt: skip
     mean = _mean_preferences(row for rows in made.values() for row in rows)
-    report = {**report, "assembled": dict(counts)}
+    report = {**report, "assembled": dict(+counts)}
     return publish(comparisons, output, report, validation, seed, features={
         "the reply of the author that is preferred more often over the reference":
             lambda row, i: mean.get(row.labels["options"][i]["generator"], 0.5)})  # fmt: skip
@@ -88,21 +91,24 @@ def assemble(
 ) -> list[Comparison]:
     """The comparisons of one instruction."""
     common = set(rows[0].outputs).intersection(*(row.outputs for row in rows))
-    if not common:
-        counts["instructions without a common reference, kept as pairs"] += 1
+    counts["instructions"] += 1
+    counts["instructions without a common reference, kept as pairs"] += not common
     stars = [rows] if common else [[row] for row in rows]
     made = []
     for star in stars:
         whole = _compare(star, next(text for text in star[0].outputs if not common or text in common), counts)
         kept = range(len(whole.options)) if reference else range(1, len(whole.options))
-        preferences = [option["preference"] for option in whole.labels["options"]]
-        if min_gap is not None:
-            made += [whole.select((i, j)) for i, j in combinations(kept, 2)
-                     if abs(preferences[i] - preferences[j]) >= min_gap]  # fmt: skip
-        elif len(kept) > 1:
-            made.append(whole.select(kept))
+        if min_gap is None:
+            compared = [tuple(kept)] if len(kept) > 1 else []
         else:
-            counts["instructions with one output besides the reference, left out"] += 1
+            preferences = [option["preference"] for option in whole.labels["options"]]
+            compared = [(i, j) for i, j in combinations(kept, 2) if abs(preferences[i] - preferences[j]) >= min_gap]
+        made += [whole.select(places) for places in compared]
+        counts["outputs"] += len(whole.options)
+        counts["outputs left out: references"] += len(whole.options) - len(kept)
+        counts["outputs left out: no other to compare with" + " that differs by min_gap" * (min_gap is not None)] += (
+            len(kept) - len({place for places in compared for place in places}))  # fmt: skip
+    counts["instructions left out: no two outputs to compare"] += not made
     return made
 
 

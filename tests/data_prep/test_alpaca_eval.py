@@ -70,7 +70,8 @@ def test_rows_that_are_no_annotation_are_dropped_and_repairs_are_counted(tmp_pat
                                  "row: expected an object": 1}  # fmt: skip
     assert (report["rows"], report["imported"]) == (len(rows), 6)
     assert report["repaired"] == {"preference 0 read as a tie": 1}
-    assert report["assembled"] == {"rows averaged with another on the same two outputs": 1,
+    assert report["assembled"] == {"instructions": 1, "outputs": 6,
+                                   "rows averaged with another on the same two outputs": 1,
                                    "preferences of 0 or 1 taken as 1e-09 or 1 less that": 1}  # fmt: skip
     assert made.preference(1, 0) == pytest.approx(0.5)  # 0.25 and 0.75
     assert made.ranks[-1] == 0 and made.target[-1] > 0.999
@@ -79,4 +80,26 @@ def test_rows_that_are_no_annotation_are_dropped_and_repairs_are_counted(tmp_pat
 def test_rows_without_a_common_reference_stay_pairs(tmp_path):
     made, report = run(tmp_path, [row("a", 1.25), row("b", 1.5, reference="c")])
     assert [len(one.options) for one in made] == [2, 2] and made[0].group == made[1].group
-    assert report["assembled"] == {"instructions without a common reference, kept as pairs": 1}
+    assert report["assembled"] == {"instructions": 1, "outputs": 4,
+                                   "instructions without a common reference, kept as pairs": 1}  # fmt: skip
+
+
+def test_what_reference_and_min_gap_leave_out_is_counted(tmp_path):
+    rows = [*STAR, row("a", 1.2, question="close?"), row("b", 1.3, question="close?"), row("a", 1.2, question="one?")]
+    made, report = run(tmp_path, rows, reference=False)
+    assert [len(one.options) for one in made] == [3, 2]
+    assert report["assembled"] == {
+        "instructions": 3, "instructions left out: no two outputs to compare": 1, "outputs": 9,
+        "outputs left out: references": 3, "outputs left out: no other to compare with": 1}  # fmt: skip
+    made, report = run(tmp_path, [*rows, row("far", 1.95, question="one?")], reference=False, min_gap=0.26)
+    assert [[option[0].content for option in one.options] for one in made] == [["No, cats do.", "Often"], ["a", "far"]]
+    assert report["assembled"] == {
+        "instructions": 3, "instructions left out: no two outputs to compare": 1, "outputs": 10,
+        "outputs left out: references": 3,
+        "outputs left out: no other to compare with that differs by min_gap": 3}  # fmt: skip
+    assert report["imported"] == 7
+
+
+def test_a_gap_below_0_is_refused(tmp_path):
+    with pytest.raises(InputError, match="^min_gap: found -0.2, expected a number from 0 up, or null$"):
+        run(tmp_path, STAR, min_gap=-0.2)
