@@ -74,6 +74,12 @@ def import_rows(
     return made, _counted(source, counts)
 
 
+def check_share(validation: float) -> None:
+    """Raises InputError unless a share of the groups can go to validation, so that some are left to train on."""
+    if not 0 <= validation < 1:
+        raise InputError(f"validation: found {validation}, expected 0 to below 1")
+
+
 def separate(made: Mapping[str, list[Row]], validation: float, seed: int) -> tuple[dict[str, list[Row]], int]:
     """The rows of a source in splits that share no group, and how many rows had to leave for that.
 
@@ -82,7 +88,9 @@ def separate(made: Mapping[str, list[Row]], validation: float, seed: int) -> tup
 
     Args:
       made: rows by split of the source, "all" where it has none.
+    Raises: InputError for a share that is not from 0 to below 1.
     """
+    check_share(validation)
     splits = {"train" if name == "all" else name: made[name]
               for name in sorted(made, key=lambda name: name not in ("all", "train"))}  # fmt: skip
     if "train" in splits and "validation" not in splits and validation > 0:

@@ -3,7 +3,9 @@
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from importlib import import_module
+from inspect import signature
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,21 +51,43 @@ def prepare(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(PREPARE_HELP)
         return
-    usage = f"prepare {argv[0]} --output DIR [--key value ...]"
-    print_report(call(usage, _source(argv[0]), argv[1:], positional=False))
+    source = _source(argv[0])
+    needed = " ".join(f"--{name} {name.upper()}" for name in _required(source))
+    print_report(call(f"prepare {argv[0]} {needed} [--key value ...]", source, argv[1:], positional=False))
 
 
 def prepare_from_settings(settings: Mapping[str, Any]) -> None:
     """The same from the `prepare` block of a comparison: `command` and the settings of that source."""
     settings = dict(settings)
-    call("prepare", _source(settings.pop("command")), settings=settings, positional=False)
+    source = _source(settings.pop("command"))
+    missing = [f"prepare.{name}" for name in _required(source) if settings.get(name) is None]
+    if missing:
+        raise InputError(f"{', '.join(missing)}: missing, expected a value")
+    call("prepare", source, settings=settings, positional=False)
 
 
 def _source(name: str) -> Callable[..., Mapping[str, Any]]:
+    """The function of a source. It refuses at once what no source can use: some of them read for long first."""
     if name not in SOURCES:
         raise InputError(f"source: found {name!r}, expected one of {', '.join(SOURCES)}{nearest(name, SOURCES)}")
+    from data_prep.comparisons import check_share
+
     module, function = SOURCES[name]
-    return getattr(import_module(module), function)
+    source = getattr(import_module(module), function)
+
+    @wraps(source)
+    def checked(**settings: Any) -> Mapping[str, Any]:
+        for path in ("input", "output"):
+            if settings.get(path) == "":
+                raise InputError(f"{path}: found empty text, expected a path")
+        check_share(settings.get("validation", 0))
+        return source(**settings)
+
+    return checked
+
+
+def _required(source: Callable[..., Any]) -> list[str]:
+    return [name for name, parameter in signature(source).parameters.items() if parameter.default is parameter.empty]
 
 
 def print_report(report: Mapping[str, Any], indent: str = "") -> None:

@@ -14,7 +14,7 @@ import transformers
 import yaml
 
 from offline_lmrl import cli, read_trajectories
-from offline_lmrl.cli_data import prepare_from_settings
+from offline_lmrl.cli_data import SOURCES, prepare_from_settings
 from offline_lmrl.cli_parser import Parser, field_help, nearest, overrides_of, read_settings
 from offline_lmrl.data.demonstrations import PromptSpec
 from offline_lmrl.data.errors import InputError
@@ -401,6 +401,31 @@ def test_prepare_block_of_a_comparison_is_typed(tmp_path):
     assert (tmp_path / "maze" / "train.jsonl").exists()
     with pytest.raises(InputError, match="episodes: found many, expected int"):
         prepare_from_settings({"command": "maze", "output": str(tmp_path / "other"), "episodes": "many"})
+    with pytest.raises(InputError, match="^prepare.input: missing, expected a value$"):
+        prepare_from_settings({"command": "kto", "output": str(tmp_path / "other")})
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_names_what_it_needs_and_refuses_what_none_can_use(refused, capsys, tmp_path, source):
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", source, "--help"])
+    text = capsys.readouterr().out
+    needed = re.findall(r"--(\w+) [A-Z]", text.splitlines()[0])
+    assert "output" in needed
+    assert refused("prepare", source).startswith(f"{', '.join(needed)}: missing, expected `offline-lmrl prepare")
+    given = {"input": tmp_path / "none.jsonl", "output": tmp_path / "out", "task": "count", "tokenizer": "none"}
+
+    def said(**settings):
+        values = {**{name: given[name] for name in needed}, **settings}
+        return refused("prepare", source, *(word for name, value in values.items() for word in (f"--{name}", value)))
+
+    for name in {"input", "output"} & set(needed):
+        assert said(**{name: ""}) == f"{name}: found empty text, expected a path"
+    if "--validation" in text:
+        for share in ("1.5", "-0.1", "1.0"):
+            assert said(validation=share) == f"validation: found {share}, expected 0 to below 1"
+        assert said(validation=".nan") == "validation: found nan, expected 0 to below 1"
+        assert said(validation="inf") == "validation: found inf, expected a finite number"
 
 
 def test_config_lists_and_prints_the_shipped_files(command):

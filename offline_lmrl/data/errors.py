@@ -28,7 +28,10 @@ def in_our_words(message: str, prefix: str = "") -> str:
     expected = re.search(r"Subtypes: \[(.*?)\] Errors|Expected an? (.*?)\. Got value", rest)
     if not (given and expected):
         return f"{key}: {rest}"
-    return f"{key}: found {given[1]}, expected {_plain_type(expected[1] or expected[2])}"
+    plain = _plain_type(expected[1] or expected[2])
+    if re.fullmatch(r"[+-]?(nan|inf(inity)?)", given[1], re.IGNORECASE):  # which Python counts among the floats
+        plain = re.sub(r"\bfloat\b", "a finite number", plain)
+    return f"{key}: found {given[1]}, expected {plain}"
 
 
 def _plain_type(text: str) -> str:
