@@ -15,7 +15,7 @@ import tempfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -208,15 +208,21 @@ def _words(row: Comparison) -> tuple:
 
 @contextmanager
 def _scratch(output: str | Path) -> Iterator[Path]:
-    """A folder beside the output that is gone afterwards."""
-    output = Path(output)
+    """A folder beside the output that is gone afterwards, with the folders above it that nothing was written to."""
+    output, made = Path(output), []
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
-    except OSError as error:
-        raise InputError(f"{output}: found {error.strerror}, expected a path that can be written") from error
-    with scratch as folder:
-        yield Path(folder)
+        try:
+            made += [folder for folder in output.parents if not folder.exists()]
+            output.parent.mkdir(parents=True, exist_ok=True)
+            scratch = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
+        except OSError as error:
+            raise InputError(f"{output}: found {error.strerror}, expected a path that can be written") from error
+        with scratch as folder:
+            yield Path(folder)
+    finally:
+        for folder in made:
+            with suppress(OSError):  # which says that there is something in it now
+                folder.rmdir()
 
 
 def _counted(source: str | Path, counts: Counter[str]) -> dict[str, Any]:

@@ -130,6 +130,14 @@ def test_a_folder_with_a_split_of_another_run_is_refused(tmp_path, importer):
     assert (tmp_path / "out" / "train.jsonl").read_bytes() == before
 
 
+def test_a_failure_leaves_no_folder_behind(tmp_path):
+    (tmp_path / "in.jsonl").write_text("{}\n")
+    for output in (tmp_path / "new" / "er" / "out", tmp_path / "in.jsonl" / "new" / "out"):
+        with pytest.raises(InputError):
+            preferences.prepare(tmp_path / "in.jsonl", output)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
 def test_every_common_form_keeps_the_invariants(tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[preferences]))
     preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
