@@ -37,7 +37,8 @@ def prepare(input: str | Path, output: str | Path, *, validation: float = 0.1, s
     """Read chats with reactions and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those or a hub name.
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those or a hub name. A row has `messages` and `reaction:
+        {turn, value}`, value 1 or -1, or `reactions`, a list of those; or it is a reaction of ComparIA.
       output: folder, made if it is missing.
       validation: share of the groups (first user turns) that goes to validation, where the source has no such split.
       seed: of the split.
@@ -56,6 +57,9 @@ def read_chat(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
     """The trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
     if row.get("messages") is None and row.get("model_pos") is not None:
         row = _from_comparia(row, where)
+    if row.get("messages") is None or row.get("reaction", row.get("reactions")) is None:
+        raise InputError(f"{where}: fields: found {shown(list(row))}, expected messages and reaction {{turn, value}}, "
+                         "or messages and reactions, a list of those")  # fmt: skip
     turns = read_messages(row.get("messages"), where, "messages", counts, allow_empty=True)
     if row.get("reactions") is None:
         found = [fields.inner(row, "reaction", where)]

@@ -43,8 +43,10 @@ DROPPED = {
                                  chat({"turn": 0, "value": 1}, messages=[{"role": "assistant", "content": " "}])],
     "contradictory reactions to one reply": [chat(UP, {"turn": 1, "value": -1})],
     "rewards beside reactions": [chat(UP, messages=[CHAT[0], {**CHAT[1], "reward": 2}])],
-    "messages: expected a list of messages": [{"reaction": UP}, chat(UP, messages="Rain?")],
-    "reaction: expected an object": [{"messages": CHAT}, {"messages": CHAT, "reaction": "up"}],
+    "fields: expected messages and reaction {turn, value}, or messages and reactions, a list of those": [
+        {"reaction": UP}, {"messages": CHAT}, {"messages": CHAT, "reaction": None, "thumb": 1}],
+    "messages: expected a list of messages": [chat(UP, messages="Rain?")],
+    "reaction: expected an object": [{"messages": CHAT, "reaction": "up"}],
     "reactions: expected a list": [{"messages": CHAT, "reactions": UP}],
     "turn: expected a number": [chat({"turn": None, "value": 1})],
     "turn: expected a whole number": [chat({"turn": 0.5, "value": 1})],
