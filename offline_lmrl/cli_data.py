@@ -53,7 +53,11 @@ def prepare(argv: Sequence[str]) -> None:
         return
     source = _source(argv[0])
     needed = " ".join(f"--{name} {name.upper()}" for name in _required(source))
-    print_report(call(f"prepare {argv[0]} {needed} [--key value ...]", source, argv[1:], positional=False))
+    report = call(f"prepare {argv[0]} {needed} [--key value ...]", source, argv[1:], positional=False)
+    # What is in the data first, then in its splits, so that where the rows went does not scroll away.
+    names = list(report)
+    splits = names.index("splits") if "splits" in names else len(names)
+    print_report({name: report[name] for name in names[splits + 1:] + names[splits:splits + 1] + names[:splits]})
 
 
 def prepare_from_settings(settings: Mapping[str, Any]) -> None:
@@ -91,13 +95,23 @@ def _required(source: Callable[..., Any]) -> list[str]:
 
 
 def print_report(report: Mapping[str, Any], indent: str = "") -> None:
-    """`name: value` per line, nested reports further in."""
+    """`name: value` per line, a nested report further in, and what is nested in that on one line if it is flat."""
     for name, value in report.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             print(f"{indent}{name}:")
-            print_report(value, indent + "  ")
+            print_report({inner: _flat(one) for inner, one in value.items()}, indent + "  ")
         else:
-            print(f"{indent}{name}: {f'{value:.4g}' if isinstance(value, float) else value}")
+            print(f"{indent}{name}: {_plain(value)}")
+
+
+def _flat(value: Any) -> Any:
+    if not isinstance(value, Mapping) or any(isinstance(one, Mapping) for one in value.values()):
+        return value
+    return ", ".join(f"{name}: {_plain(one)}" for name, one in value.items()) or "none"
+
+
+def _plain(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value if value != {} else "none"
 
 
 def check(argv: Sequence[str]) -> None:
@@ -163,7 +177,8 @@ def _check_comparisons(data: str, renderer: "Renderer | None", max_length: int |
             fits: Counter[str] = Counter()
             encoded = encode_comparisons(rows, renderer, WindowRule(max_length=max_length or sys.maxsize), fits)
             report |= {"tokens of the longest row": int(encoded.lengths.max()), **fits}
-        print_report({name: report})
+        print(f"{name}:")
+        print_report(report, "  ")
     groups = {name: {group_key(row) for row in rows} for name, rows in splits.items()}
     shared = {f"{a}, {b}": len(groups[a] & groups[b]) for a, b in combinations(groups, 2) if groups[a] & groups[b]}
     print_report({"repairs and drops": counts, "groups in two splits": shared})

@@ -388,9 +388,13 @@ def test_prepare_makes_comparisons_that_check_describes(command, tmp_path):
     rows = [{"prompt": f"q{i}", "chosen": "a long reply", "rejected": f"no {i % 2}"} for i in range(20)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{}\n")
     code, out, _ = command("prepare", "preferences", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out")
-    assert code == 0 and out.startswith("rows: 21\nimported: 20\ndropped:\n  fields: expected context")
+    assert code == 0 and "\n  the longer reply: wins: 20, losses: 0, ties: 0, accuracy: 1, interval: [0.8389, 1" in out
+    counts = out[out.index("\nsplits:"):]  # last, where they are seen
+    assert counts.startswith("\nsplits:\n  train: comparisons: 20, groups: 20\nrows: 21\nimported: 20\ndropped:\n")
+    assert "\n  fields: expected context, options and target, or" in counts and "\nrepaired: none\n" in counts
     code, out, _ = command("check", tmp_path / "out")
-    assert code == 0 and out.startswith("train:\n  comparisons: ") and "accuracy: 1\n" in out
+    assert code == 0 and out.startswith("train:\n  comparisons: ") and "    replies of at most one word: 0\n" in out
+    assert out.endswith("repairs and drops: none\ngroups in two splits: none\n")
     (tmp_path / "in.jsonl").write_text("version https://git-lfs.github.com/spec/v1\n")
     code, _, err = command("prepare", "preferences", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "new")
     assert code == 2 and err.count("\n") == 1 and "found a git-LFS pointer" in err
