@@ -85,9 +85,17 @@ def _source(name: str) -> Callable[..., Mapping[str, Any]]:
             if settings.get(path) == "":
                 raise InputError(f"{path}: found empty text, expected a path")
         check_share(settings.get("validation", 0))
+        if settings.get("input") is not None:
+            _require_apart(Path(settings["input"]), Path(settings["output"]))
         return source(**settings)
 
     return checked
+
+
+def _require_apart(source: Path, output: Path) -> None:
+    """Raises InputError where what is written could take the place of what is read."""
+    if output.resolve() in (source.resolve(), source.resolve().parent if source.is_file() else None):
+        raise InputError(f"output: found {output}, where the input lies, expected another folder")
 
 
 def _required(source: Callable[..., Any]) -> list[str]:

@@ -519,3 +519,13 @@ def test_a_group_that_may_be_null_is_read_and_checked():
         parsed("--args.prompt.n", "0")
     with pytest.raises(InputError, match="partt: found a setting that does not exist; did you mean 'part'"):
         parsed(args={"prompt": {"partt": "last"}})
+
+
+@pytest.mark.parametrize("given", ["logs", "logs/train.jsonl"])
+def test_prepare_does_not_write_over_what_it_reads(refused, tmp_path, given):
+    (tmp_path / "logs").mkdir()
+    rows = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n"
+    (tmp_path / "logs" / "train.jsonl").write_text(rows)
+    message = refused("prepare", "preferences", "--input", tmp_path / given, "--output", tmp_path / "logs")
+    assert message == f"output: found {tmp_path / 'logs'}, where the input lies, expected another folder"
+    assert [path.read_text() for path in (tmp_path / "logs").iterdir()] == [rows]
