@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 import transformers
 import yaml
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from offline_lmrl.algorithms import load_algorithm
@@ -26,7 +26,7 @@ from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import fingerprint, read_comparisons, read_trajectories
 from offline_lmrl.data.preferences import RewardKind, to_trajectories
-from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.data.tokenizers import load_tokenizer, train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding.scorers import fitting, load_scorer
 from offline_lmrl.environments import make_environment
@@ -92,7 +92,7 @@ def build_tokenizer(config: ModelConfig, rows: Rows) -> PreTrainedTokenizerBase:
     """The tokenizer that the model config names, or one trained on the text of the data."""
     if config.tokenizer is not None or config.path is not None:
         name = config.tokenizer or config.path
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        return load_tokenizer(name, trust_remote_code=config.trust_remote_code)
     return train_tokenizer((turn.content for row in rows for turn in _turns(row)), config.vocab_size)
 
 

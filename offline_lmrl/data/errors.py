@@ -1,6 +1,9 @@
 """The one error for bad input from outside, and the words for values of the wrong type."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -10,6 +13,27 @@ class InputError(ValueError):
     `logs.jsonl:7: messages[2].reward: found nan, expected a finite number`. The command line prints it as it is and
     exits with code 2.
     """
+
+
+@contextmanager
+def opening(name: str | Path, what: str) -> Iterator[None]:
+    """Around what opens the model or the tokenizer (`what`) of a folder or hub name.
+
+    Raises: InputError that shows the name and the first line of what transformers says about it.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        if Path(name).is_dir():
+            raise InputError(f"{name}: found a folder whose {what} cannot be read ({first}), "
+                             f"expected a {what} that transformers opens") from error
+        raise InputError(f"{name}: found no such folder, and no {what} of that name on the hub ({first}), "
+                         "expected one of them") from error
 
 
 def in_our_words(message: str, prefix: str = "") -> str:

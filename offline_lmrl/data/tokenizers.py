@@ -1,11 +1,12 @@
 """A tokenizer trained on the task's own texts, for models from scratch."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, opening
 from offline_lmrl.data.trajectory import ROLES
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
@@ -17,13 +18,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name. Raises InputError where there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        first = str(error).partition("\n")[0]
-        raise InputError(f"tokenizer: found {name!r} ({first}), expected a folder or hub name") from error
+    with opening(name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if tokenizer.vocab_size == 0:  # what some classes make of a folder without tokenizer files
+        raise InputError(f"{name}: found no tokenizer files, expected those that the model was trained with")
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from offline_lmrl.data.conditioning import Ids
 from offline_lmrl.data.demonstrations import PromptSpec, prompt_ids
@@ -19,6 +19,7 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.protocols import Policy, Reply
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
+from offline_lmrl.data.tokenizers import load_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.windows import WindowRule, policy_window
 from offline_lmrl.decoding.asks import Asks
@@ -98,7 +99,7 @@ class LanguagePolicy:
         model = load_model(run)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         saved = settings(model.config)
-        renderer = Renderer(_load_tokenizer(run), saved.get("template", "auto"))
+        renderer = Renderer(load_tokenizer(run), saved.get("template", "auto"))
         expected = saved.get("tokenizer", renderer.fingerprint)
         if renderer.fingerprint != expected:
             raise InputError(
@@ -327,13 +328,3 @@ def generate_texts(
     session = policy.start([seed + j * SAMPLE_STRIDE for seed in seeds for j in range(n)])
     replies = session.reply(range(len(histories) * n), [history for history in histories for _ in range(n)])
     return [replies[i * n : (i + 1) * n] for i in range(len(histories))]
-
-
-def _load_tokenizer(run: str | Path) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(run)
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer: {run}: {str(error).splitlines()[0]}") from error
-    if tokenizer.vocab_size == 0:  # what some classes make of a folder without tokenizer files
-        raise InputError(f"tokenizer: {run}: found no tokenizer files, expected those the model was trained with")
-    return tokenizer

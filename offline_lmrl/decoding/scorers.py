@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from offline_lmrl.data.batching import pad
 from offline_lmrl.data.comparison import Comparison
@@ -33,6 +33,7 @@ from offline_lmrl.data.preferences import Scored, score_rows
 from offline_lmrl.data.protocols import Scorer, imported
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
+from offline_lmrl.data.tokenizers import load_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.windows import WindowRule
 from offline_lmrl.decoding.policy import LanguagePolicy, load_critic, require_no_prompt
@@ -108,7 +109,7 @@ class RewardModel(RowScorer):
         model = load_reward_model(path)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         saved = settings(model.config)
-        renderer = Renderer(AutoTokenizer.from_pretrained(path), saved.get("template", "auto"))
+        renderer = Renderer(load_tokenizer(path), saved.get("template", "auto"))
         if renderer.fingerprint != saved.get("tokenizer", renderer.fingerprint):
             raise InputError(f"{path}: tokenizer: found fingerprint {renderer.fingerprint}, expected "
                              f"{saved['tokenizer']}: the model was trained with another tokenizer or chat template")

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 from offline_lmrl.data.conditioning import Slots, check_ask, with_slots
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, opening
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.models.adapters import PARTS, load_heads, read_settings, require_peft, settings, unfreeze_heads
 from offline_lmrl.models.return_embedding import ReturnEmbedding
@@ -499,18 +499,14 @@ def load_model(
     missing, and where other heads than those on disk are asked for.
     """
     name = str(path_or_name)
-    if (Path(name) / "adapter_config.json").exists():
-        return _load_adapter(Path(name), dtype=dtype, trust_remote_code=trust_remote_code)
-    try:
+    with opening(name, "model"):
+        if (Path(name) / "adapter_config.json").exists():
+            return _load_adapter(Path(name), dtype=dtype, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         _require_no_reward_model(name, settings(config))
         with torch.device("meta"):  # the class that the auto class would choose, remote code included
             base = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
         model, info = guided_class(base).from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(f"model: {name}: {str(error).splitlines()[0]}") from error
     stored = settings(config).get("value_heads")
     missing = [key for key in info["missing_keys"] if key.startswith(PARTS) and "target_q" not in key]
     if missing:

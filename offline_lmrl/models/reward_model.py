@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from offline_lmrl.data.comparison_batching import ComparisonBatch
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, opening
 from offline_lmrl.models.adapters import read_settings, require_peft, settings
 from offline_lmrl.models.guided import from_scratch
 
@@ -113,21 +113,24 @@ def load_reward_model(
     Raises: InputError where there is no such model, and where it has another head than the one asked for.
     """
     name = str(path_or_name)
-    if (Path(name) / "adapter_config.json").exists():
-        return _load_adapter(Path(name), head, trust_remote_code)
-    try:
+    with opening(name, "model"):
+        if (Path(name) / "adapter_config.json").exists():
+            return _load_adapter(Path(name), head, trust_remote_code)
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         stored = _stored_head(config)
         if (head or stored) is None:
-            raise InputError(f"{name}: found no reward model ({config.architectures}), expected one with a head")
+            found = ", ".join(config.architectures or ["no architecture"])
+            judge = f"{{kind: value_heads, run: {name}}}"
+            raise InputError(f"{name}: found no reward model ({found}), expected one; an ILQL run judges pairs as "
+                             f"'{judge}', and any policy is judged on what relabel --make rewards makes of them")
         if None not in (head, stored) and head != stored:
             raise InputError(f"head: found {head!r}, but {name} has the head {stored!r}")
+        if stored is not None and config.num_labels != 1:
+            raise InputError(f"{name}: found a classifier with {config.num_labels} labels, expected one")
         config.num_labels = 1
         model, info = HEADS[head or stored].from_pretrained(
             name, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"model: {str(error).splitlines()[0]}") from error
     model = _with_read(model, head or stored)
     own = {key for key, weight in model.state_dict(keep_vars=True).items() if weight is head_of(model).weight}
     missing = {key for key in info["missing_keys"] if not key.endswith(".bias")}

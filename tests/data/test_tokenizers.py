@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.data.tokenizers import load_tokenizer, train_tokenizer
 
 TEXTS = ["Your position is 5, 12.\nmove up\n", "book=1 hat=2 ball=0", "<eos> typed by someone <eos>"] * 3
 TOKENIZER = train_tokenizer(TEXTS, 300)
@@ -51,3 +51,20 @@ def test_saved_tokenizer_is_the_same(tmp_path):
 def test_vocabulary_too_small_for_the_bytes_is_an_error():
     with pytest.raises(InputError, match="vocab_size: found 200, expected at least"):
         train_tokenizer(TEXTS, 200)
+
+
+def test_a_folder_without_a_whole_tokenizer_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="none: found no such folder, and no tokenizer of that name on the hub "):
+        load_tokenizer(tmp_path / "none")
+    TOKENIZER.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    for text in (file.read_text()[:500], "{}"):
+        file.write_text(text)
+        with pytest.raises(InputError, match=f"{tmp_path}: found a folder whose tokenizer cannot be read ") as caught:
+            load_tokenizer(tmp_path)
+        assert "\n" not in str(caught.value)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(InputError, match=f"{tmp_path}: found no tokenizer files, expected those"):
+        load_tokenizer(tmp_path)

@@ -148,6 +148,10 @@ def test_a_saved_reward_model_is_opened_by_its_folder(tmp_path):
     train_tokenizer(["something else"], 290).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="trained with another tokenizer"):
         load_scorer(str(tmp_path))
+    for file in tmp_path.glob("*tok*"):
+        file.unlink()
+    with pytest.raises(InputError, match=f"{tmp_path}: found no tokenizer files"):
+        load_scorer(str(tmp_path))
 
 
 def judge(utterance=False):

@@ -330,7 +330,7 @@ def test_what_is_no_run_is_refused(tmp_path):
     run = save_run(tmp_path / "judge", model, algorithm="reward_model")
     with pytest.raises(InputError, match="^run: found a reward model"):
         export(run, tmp_path / "plain")
-    with pytest.raises(InputError, match="^model: .*nothing"):
+    with pytest.raises(InputError, match="nothing: found no such folder"):
         export(tmp_path / "nothing", tmp_path / "plain")
     (tmp_path / "plain").mkdir()
     with pytest.raises(InputError, match="^output: found .*plain, which is there already, expected a new folder"):
@@ -378,7 +378,7 @@ def test_the_command_prints_the_report_and_the_folder_or_one_line_about_what_is_
     assert refused(run, "--output", output).startswith("q_reduce: found 'min', expected 'mean'")
     assert refused(run, "--output", output, "--stop", "x").startswith("--stop: found a setting that does not exist")
     assert refused(run, "--output", output, "--data", tmp_path / "none.jsonl").startswith(str(tmp_path / "none.jsonl"))
-    assert refused(tmp_path / "none", "--output", output).startswith("model: ")
+    assert refused(tmp_path / "none", "--output", output).startswith(f"{tmp_path / 'none'}: found no such folder")
     assert refused(run, "--output", run).startswith("output: found ")
     blocked = logs / "plain"
     assert str(blocked) in refused(run, "--output", blocked, "--q_reduce", "mean")

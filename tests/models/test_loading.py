@@ -207,11 +207,20 @@ def test_other_heads_than_those_on_disk_are_refused(tmp_path):
 def test_a_model_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(InputError) as caught:
         load_model(tmp_path / "nothing")
-    assert "nothing" in str(caught.value) and "\n" not in str(caught.value)
+    assert f"{tmp_path / 'nothing'}: found no such folder, and no model of that name on the hub (" in str(caught.value)
+    assert "\n" not in str(caught.value)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 16, "n_head": 2}))
     with pytest.raises(InputError) as caught:
         load_model(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_was_cut_is_one_line(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match=f"{tmp_path}: found a folder whose model cannot be read .*not fully covered"):
+        load_model(tmp_path)
 
 
 def test_a_model_from_scratch_takes_its_sizes_from_the_tokenizer():

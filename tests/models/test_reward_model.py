@@ -63,10 +63,14 @@ def test_a_plain_classifier_is_a_terminal_reward_model_and_other_folders_are_non
     assert found.config.offline_lmrl["reward"] == {"bias": 0.0, "head": "terminal"}
     config.num_labels = 2
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "two")
-    with pytest.raises(InputError, match="model: "):
+    with pytest.raises(InputError, match="two: found a classifier with 2 labels, expected one"):
         load_reward_model(tmp_path / "two")
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "policy")
-    with pytest.raises(InputError, match="found no reward model"):
+    with pytest.raises(InputError, match="policy: found no reward model .GPT2LM.*: value_heads, run: .*policy}'"):
         load_reward_model(tmp_path / "policy")
-    with pytest.raises(InputError, match="model: "):
+    with pytest.raises(InputError, match="nothing: found no such folder, and no model of that name on the hub "):
         load_reward_model(tmp_path / "nothing")
+    weights = tmp_path / "plain" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match="plain: found a folder whose model cannot be read .*not fully covered"):
+        load_reward_model(tmp_path / "plain")
