@@ -34,7 +34,7 @@ from offline_lmrl.data.protocols import Scorer, imported
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.tokenizers import load_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.data.trajectory import Trajectory, Turn, finite, require_list, require_text, shown
 from offline_lmrl.data.windows import WindowRule
 from offline_lmrl.decoding.policy import LanguagePolicy, load_critic, require_no_prompt
 from offline_lmrl.models.adapters import settings
@@ -182,13 +182,28 @@ class ValueHeads(PolicyScorer):
 
 
 class Function:
-    """A function of (context turns, option turns) that gives a number: gold functions, rules in Python."""
+    """A function of (context turns, option turns) that gives a number: gold functions, rules in Python.
 
-    def __init__(self, function: Callable[[Sequence[Turn], Sequence[Turn]], float]):
-        self.function = function
+    name: what errors call it. Raises: InputError for what is no function; `score` does for what is no finite number.
+    """
+
+    def __init__(self, function: Callable[[Sequence[Turn], Sequence[Turn]], float], name: str = "scorer"):
+        if not callable(function):
+            raise InputError(f"{name}: found {shown(function)}, expected a function of (context, option)")
+        self.function, self.name = function, name
 
     def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
-        return np.array([float(self.function(context, option)) for option in options])
+        return np.array([self._number(context, option) for option in options])
+
+    def _number(self, context: Sequence[Turn], option: Sequence[Turn]) -> float:
+        try:
+            found = self.function(context, option)
+            found = found.item() if hasattr(found, "item") else found  # of numpy or torch
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{self.name}: raised {type(error).__name__}: {reason}, expected a number for (context, "
+                             f"option), here {shown(option[-1].content)}") from error  # fmt: skip
+        return float(found) if isinstance(found, bool) else finite(self.name, found)
 
 
 def regex_rule(pattern: str, must: bool = False) -> Function:
@@ -307,12 +322,12 @@ def _value_heads(run: str, of: str = "advantage", device: str | None = None) -> 
     return ValueHeads(require_no_prompt(load_critic(run, device=device)), of)
 
 
-# kind -> what makes it; parameters named `preference` or `scorer` are scorers, `scorers` and `rules` lists of them
+# kind -> what makes it; `_setting` says of what type a parameter is by its name
 KINDS: dict[str, Callable[..., Scorer]] = {
     "reward_model": lambda run, device=None: RewardModel.load(run, device=device),
     "likelihood": lambda run, mean=False, device=None: Likelihood(LanguagePolicy.load(run, device=device), mean),
     "value_heads": _value_heads,
-    "python": lambda function: Function(imported(function, "scorer.function")),
+    "python": lambda function: Function(imported(function, "scorer.function"), function),
     "regex": regex_rule,
     "rule": Rule,
     "ensemble": Ensemble,
@@ -331,8 +346,8 @@ def load_scorer(spec: str | Path | Mapping[str, Any]) -> Scorer:
             return load_scorer(_read_yaml(text))
         kind = "python" if re.fullmatch(r"[\w.]+:\w+", text) else "reward_model"
         spec = {"kind": kind, "function" if kind == "python" else "run": text}
-    if not isinstance(spec, Mapping) or spec.get("kind") not in KINDS:
-        found = spec.get("kind") if isinstance(spec, Mapping) else spec
+    found = spec.get("kind") if isinstance(spec, Mapping) else spec
+    if not isinstance(found, str) or found not in KINDS:
         raise InputError(f"scorer.kind: found {found!r}, expected one of {', '.join(KINDS)}")
     given = {name: value for name, value in spec.items() if name != "kind"}
     parameters = inspect.signature(KINDS[spec["kind"]]).parameters
@@ -342,20 +357,37 @@ def load_scorer(spec: str | Path | Mapping[str, Any]) -> Scorer:
     for name, parameter in parameters.items():
         if name not in given and parameter.default is parameter.empty:
             raise InputError(f"scorer.{name}: missing, {spec['kind']} needs it")
-    for name in ("preference", "scorer"):
-        if name in given:
-            given[name] = load_scorer(given[name])
-    for name in ("scorers", "rules"):
-        if name in given:
-            given[name] = [load_scorer(one) for one in given[name]]
-    return KINDS[spec["kind"]](**given)
+    return KINDS[spec["kind"]](**{name: _setting(name, value, parameters[name]) for name, value in given.items()})
+
+
+def _setting(name: str, value: Any, parameter: inspect.Parameter) -> Any:
+    """What a kind takes for a value of the specification; one name means the same to all kinds."""
+    where = f"scorer.{name}"
+    if value is None and parameter.default is None:
+        return None
+    if name in ("preference", "scorer"):
+        return load_scorer(value)
+    if name in ("scorers", "rules"):
+        return [load_scorer(one) for one in require_list(where, value)]
+    if name == "weights":
+        return [finite(where, one) for one in require_list(where, value)]
+    if name in ("k", "average", "floor", "threshold"):
+        return finite(where, value)
+    if name in ("mean", "must"):
+        if not isinstance(value, bool):
+            raise InputError(f"{where}: found {shown(value)}, expected true or false")
+        return value
+    require_text(where, value)
+    return value
 
 
 def _read_yaml(text: str) -> Mapping[str, Any]:
     """The mapping in a YAML file, or in YAML that starts with a brace."""
     try:
         spec = yaml.safe_load(text if text.startswith("{") else Path(text).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise InputError(f"scorer: {text}: found {error.strerror}, expected a file with a scorer in YAML") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"scorer: {text}: found {' '.join(str(error).split())}, expected YAML") from error
     if not isinstance(spec, Mapping):
         raise InputError(f"scorer: {text}: found {spec!r}, expected a mapping")

@@ -54,6 +54,7 @@ def length(context, option):
 
 
 ASKED_UP = (ASKED, said("up"))
+TWO = {"scorers": [f"{__name__}:length"] * 2}
 
 
 def fixed(*values):
@@ -205,11 +206,46 @@ def test_scorers_are_made_from_nested_mappings_and_from_files(tmp_path):
     ({"kind": "regex", "pattern": "x", "most": True}, "scorer: regex has no setting 'most', expected pattern, must"),
     ({"kind": "veto", "rules": []}, "scorer.preference: missing"),
     ("tests.decoding.test_scorers:nothing", "scorer.function: .*expected package.module:function"),
-    ("nowhere.yaml", "scorer: nowhere.yaml"),
+    ("nowhere.yaml", "^scorer: nowhere.yaml: found No such file or directory, expected a file with a scorer in YAML"),
+    ("{kind: [regex]}", "scorer.kind: found .'regex'., expected one of reward_model, "),
+    ("{kind: regex, pattern: 5}", "scorer.pattern: found 5, expected text"),
+    ("{kind: regex, pattern: x, must: maybe}", "scorer.must: found 'maybe', expected true or false"),
+    ("{kind: python, function: 3}", "scorer.function: found 3, expected text"),
+    ("{kind: reward_model, run: null}", "scorer.run: found None, expected text"),
+    ("{kind: ensemble, scorers: runs/a}", "scorer.scorers: found 'runs/a', expected a list"),
+    ({**TWO, "kind": "ensemble", "k": "nan"}, "scorer.k: found 'nan', expected a number"),
+    ({**TWO, "kind": "ensemble", "k": math.nan}, "scorer.k: found nan, expected a finite number"),
+    ({**TWO, "kind": "sum", "weights": ["a", "b"]}, "scorer.weights: found 'a', expected a number"),
+    ({**TWO, "kind": "sum", "weights": [1]}, "weights: found 1 for 2 scorers"),
+    ({**TWO, "kind": "sum", "weights": 3}, "scorer.weights: found 3, expected a list"),
+    ("os:environ", "os:environ: found environ.* expected a function of "),
 ])  # fmt: skip
 def test_a_scorer_that_cannot_be_made_is_an_error_in_one_line(spec, message):
     with pytest.raises(InputError, match=message):
         load_scorer(spec)
+
+
+@pytest.mark.parametrize(("function", "message"), [
+    ("math:sqrt", "math:sqrt: raised TypeError: .*2 given.*, expected a number for .context, option., here 'up'"),
+    (f"{__name__}:nothing_said", "nothing_said: found None, expected a number"),
+    (f"{__name__}:praise", "praise: found '3.5', expected a number"),
+])  # fmt: skip
+def test_a_function_that_gives_no_number_is_an_error_in_one_line(function, message):
+    with pytest.raises(InputError, match=message):
+        load_scorer(function).score(ASKED, said("up"))
+
+
+def nothing_said(context, option):
+    pass
+
+
+def praise(context, option):
+    return "3.5"
+
+
+def test_numbers_of_other_libraries_and_truth_values_are_scores():
+    for value in (torch.tensor(1.0), np.float32(1), np.bool_(True), True, 1):
+        assert Function(lambda context, option, value=value: value).score(ASKED, said("up")).tolist() == [1.0]
 
 
 def test_comparisons_get_the_scorers_target_and_keep_the_old_one():
