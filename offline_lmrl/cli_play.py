@@ -289,6 +289,8 @@ def _generate(
     from offline_lmrl.decoding.reranking import BestOfN, calibrated_threshold
     from offline_lmrl.decoding.scorers import load_scorer
 
+    if best_of < 1:
+        raise InputError(f"best_of: found {best_of}, expected at least 1")
     if scorer is None and (best_of > 1 or any(x is not None for x in (threshold, coverage, contexts))):
         raise InputError("scorer: missing, expected what is to choose the best of several replies")
     if (coverage is None) != (held_out is None) or (coverage is not None and threshold is not None):
@@ -297,6 +299,8 @@ def _generate(
     histories = [] if chat else read_prompts(prompts)
     if output != "-":
         _require_writable(Path(output))
+        if Path(output).is_dir():
+            raise InputError(f"output: found the folder {output}, expected a file")
     player = policy = LanguagePolicy.load(run, device=device, task=task, **sampling)
     if scorer is not None:
         reads = None if contexts is None else imported(contexts, "contexts")
@@ -425,5 +429,5 @@ def _require_writable(path: Path) -> None:
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
+    if not path.name or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(f"output: found {path}, expected a path that can be written")

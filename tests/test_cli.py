@@ -240,6 +240,9 @@ def test_path_that_cannot_be_written_is_refused(refused, trained, tmp_path):
     for arguments in (["generate"], ["evaluate", "--environment", "gamble"]):
         name, *rest = arguments
         assert str(blocked) in refused(name, trained / "run", *rest, "--output", blocked, stdin="hi")
+        assert refused(name, trained / "run", *rest, "--output", ".", stdin="hi").startswith("output: found .")
+    said = refused("generate", trained / "run", "--output", tmp_path, stdin="hi")
+    assert said == f"output: found the folder {tmp_path}, expected a file"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -213,6 +213,8 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
     written.
     """
     path = Path(path)
+    if not path.name:
+        raise InputError(f"{path}: found a path without a name, expected one that can be written")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:

@@ -348,6 +348,13 @@ def test_a_path_that_cannot_be_written_is_a_one_line_error(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.jsonl", "full"]
 
 
+@pytest.mark.parametrize("path", [".", "", "/"])
+def test_a_path_without_a_name_is_a_one_line_error(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert ": found a path without a name, expected one that" in message_of(write_trajectories, path, EPISODES)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path):
     target = tmp_path / "a.jsonl"
     target.write_text("old")
