@@ -146,6 +146,9 @@ def test_generate_gives_the_best_of_several_replies_or_abstains(command, tmp_pat
     for alone in (("--best_of", 4), ("--contexts", f"{__name__}:documents")):
         code, _, err = command("generate", tmp_path / "run", *settings, *alone)
         assert code == 2 and err.startswith("error: scorer: missing")
+    for more in ((), ("--scorer", LENGTH)):
+        code, _, err = command("generate", tmp_path / "run", *settings, "--best_of", 0, *more)
+        assert (code, err) == (2, "error: best_of: found 0, expected at least 1\n")
     code, _, err = command("generate", tmp_path / "run", *settings, "--scorer", LENGTH, *share[:2])
     assert code == 2 and err.startswith("error: coverage: found 0.5 with held_out None")
 

@@ -89,8 +89,10 @@ class RewardModelConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         check_range(self, error_rate=(0, 0.999), margin=(0, 1e6), learning_rate=(0, 1e6), processes=(1, 10**6))
-        if self.loss != "pairs" and (self.error_rate > 0 or self.margin > 0):
-            raise InputError(f"loss: found {self.loss} with an error_rate or a margin, which only pairs has")
+        for name in ("error_rate", "margin"):
+            if self.loss != "pairs" and getattr(self, name) > 0:
+                raise InputError(f"{name}: found {getattr(self, name):g} with loss: {self.loss}, expected 0, as only "
+                                 "loss: pairs has one")
         if self.reference is not None and self.normalise == "none":
             raise InputError("reference: found it with normalise: none, expected centre or standard")
         if self.loss == "regression" and self.binarise:
