@@ -337,7 +337,7 @@ def test_a_run_is_trained_from_files_and_is_not_trained_twice(tmp_path):
 def test_settings_and_data_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(InputError, match="error_rate: found 1.0"):
         config(tmp_path, error_rate=1.0)
-    with pytest.raises(InputError, match="error_rate: found 0.1 with loss: best_of_k, expected 0, as only loss: pairs "):
+    with pytest.raises(InputError, match="error_rate: found 0.1 with loss: best_of_k, expected 0, as only "):
         config(tmp_path, loss="best_of_k", error_rate=0.1)
     with pytest.raises(InputError, match="margin: found 2 with loss: regression, expected 0"):
         config(tmp_path, loss="regression", margin=2.0)
