@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -269,7 +269,8 @@ def _generate(
     Args:
       run: a run directory, or a folder or hub name of a causal LM.
       prompts: file, or - for stdin: one prompt per line, plain text or JSON with `prompt` or `messages`.
-      output: file, or - for stdout: JSON Lines with the messages, the reply's token ids and log-probabilities.
+      output: file, or - for stdout: JSON Lines with the messages, the reply's token ids and log-probabilities, and
+        where a scorer chose it, in the labels, its score, of how many it is the best, and whether it abstained.
       n: replies to each prompt.
       seed: of the first prompt; the others follow.
       scorer: what chooses the best of several replies, as `relabel` takes it.
@@ -277,7 +278,7 @@ def _generate(
       threshold: replies that score less are not given.
       coverage: sets the threshold at which this share of the prompts in held_out is answered.
       held_out: file of prompts, as `prompts`.
-      abstention: what is said instead.
+      abstention: what is said instead; such a row is no reply, so it is not trained and reading drops it, counted.
       contexts: package.module:function that gives, for the turns so far, several dialogues (lists of turns) which the
         replies are drawn from in turn, such as one for each document to answer from; the scorer reads the turns.
       task: what is talked about, for a run that was trained with returns per task.
@@ -311,13 +312,16 @@ def _generate(
     if chat:
         _chat(player, seed)
         return
-    replies = _replies(player, policy.renderer.fingerprint, histories, n, seed)
-    rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in replies]
+    replies = list(_replies(player, policy.renderer.fingerprint, histories, n, seed))
+    rows = [json.dumps(to_record(row), ensure_ascii=False) + "\n" for row in replies]
     if output == "-":
         sys.stdout.writelines(rows)
-        return
-    with atomic_output(output) as temporary:
-        temporary.write_text("".join(rows), encoding="utf-8")
+    else:
+        with atomic_output(output) as temporary:
+            temporary.write_text("".join(rows), encoding="utf-8")
+    if threshold is not None or coverage is not None:
+        answered = sum(not row.labels["abstained"] for row in replies)
+        print(f"answered {answered} of {len(replies)}", file=sys.stderr)
 
 
 def _export(
@@ -374,8 +378,8 @@ def _prompt(line: str, where: str) -> list[Turn]:
 
 def _replies(
     policy: "Policy", tokenizer: str, histories: Sequence[Sequence[Turn]], n: int, seed: int
-) -> Iterator[Mapping]:
-    """A record per reply, which `read_trajectories` reads again."""
+) -> Iterator[Trajectory]:
+    """A trajectory per reply, which alone is trained; where the policy abstained, nothing is."""
     from offline_lmrl.decoding.policy import generate_texts
 
     with _progress("generating", len(histories)) as progress:
@@ -383,14 +387,16 @@ def _replies(
             part = histories[start : start + PROMPTS_AT_ONCE]
             seeds = range(seed + start, seed + start + len(part))
             for history, own_seed, replies in zip(part, seeds, generate_texts(policy, part, n, seeds), strict=True):
-                yield from (to_record(_answered(tokenizer, history, reply, own_seed)) for reply in replies)
+                yield from (_answered(tokenizer, history, reply, own_seed) for reply in replies)
             progress(start + len(part), len(histories))
 
 
 def _answered(tokenizer: str, history: Sequence[Turn], reply: "Reply", seed: int) -> Trajectory:
-    turn = Turn("assistant", reply.text, token_ids=reply.token_ids, behaviour_log_prob=reply.log_prob)
+    trainable = False if reply.labels.get("abstained") else None
+    turn = Turn("assistant", reply.text, trainable, token_ids=reply.token_ids, behaviour_log_prob=reply.log_prob)
     labels = {"seed": seed, "tokenizer": tokenizer, "policy_log_prob": [list(reply.policy_log_prob or ())]}
-    return Trajectory((*history, turn), terminated=reply.closed, labels=labels)
+    context = [replace(turn, trainable=False, reward=None) if turn.is_trainable else turn for turn in history]
+    return Trajectory((*context, turn), terminated=reply.closed, labels=labels | reply.labels)
 
 
 def _chat(policy: "Policy", seed: int) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 
 import pytest
 
@@ -13,6 +14,7 @@ from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding.policy import LanguageSession
 from offline_lmrl.models.guided import build_model
 
+ABSTAINED = "dropped: abstained, no reply"
 LENGTH, UP = f"{__name__}:length", f"{__name__}:ups"
 ASKED = (Turn("user", "say it"),)
 
@@ -46,6 +48,15 @@ def pairs(tmp_path):
             Comparison(ASKED, ((Turn("assistant", "u"),), (Turn("assistant", "r"),)), (1.0, 0.0), group="b")]
     write_comparisons(tmp_path / "pairs.jsonl", rows)
     return tmp_path / "pairs.jsonl"
+
+
+@pytest.fixture
+def run(tmp_path):
+    tokenizer = train_tokenizer(["up left", "say it"], 280)
+    model = build_model({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, "n_positions": 64}, tokenizer)
+    model.save_pretrained(tmp_path / "run")
+    tokenizer.save_pretrained(tmp_path / "run")
+    return tmp_path / "run"
 
 
 def test_relabel_scores_trajectories(command, tmp_path):
@@ -122,16 +133,12 @@ def test_evaluate_says_how_often_a_scorer_agrees(command, pairs, tmp_path):
         assert code == 2 and err.startswith(f"error: {more[0][2:]}: found ") and "expected none where a scorer" in err
 
 
-def test_generate_gives_the_best_of_several_replies_or_abstains(command, tmp_path):
-    tokenizer = train_tokenizer(["up left", "say it"], 280)
-    model = build_model({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, "n_positions": 64}, tokenizer)
-    model.save_pretrained(tmp_path / "run")
-    tokenizer.save_pretrained(tmp_path / "run")
+def test_generate_gives_the_best_of_several_replies_or_abstains(command, run, tmp_path):
     (tmp_path / "prompts.txt").write_text("say it\nsay it\n")
     settings = ("--prompts", tmp_path / "prompts.txt", "--max_new_tokens", 5, "--device", "cpu")
 
     def replies(*more):
-        code, out, err = command("generate", tmp_path / "run", *settings, *more)
+        code, out, err = command("generate", run, *settings, *more)
         assert code == 0, err
         return [json.loads(line)["messages"][-1]["content"] for line in out.splitlines()]
 
@@ -144,20 +151,41 @@ def test_generate_gives_the_best_of_several_replies_or_abstains(command, tmp_pat
     # the longer of the two is answered, and both where they are equally long
     assert half == [reply if len(reply) == max(map(len, best)) else "pass" for reply in best]
     for alone in (("--best_of", 4), ("--contexts", f"{__name__}:documents")):
-        code, _, err = command("generate", tmp_path / "run", *settings, *alone)
+        code, _, err = command("generate", run, *settings, *alone)
         assert code == 2 and err.startswith("error: scorer: missing")
     for more in ((), ("--scorer", LENGTH)):
-        code, _, err = command("generate", tmp_path / "run", *settings, "--best_of", 0, *more)
+        code, _, err = command("generate", run, *settings, "--best_of", 0, *more)
         assert (code, err) == (2, "error: best_of: found 0, expected at least 1\n")
-    code, _, err = command("generate", tmp_path / "run", *settings, "--scorer", LENGTH, *share[:2])
+    code, _, err = command("generate", run, *settings, "--scorer", LENGTH, *share[:2])
     assert code == 2 and err.startswith("error: coverage: found 0.5 with held_out None")
 
 
-def test_candidates_read_the_contexts_in_turn_and_the_prompt_stays_as_it_is(command, tmp_path, monkeypatch):
-    tokenizer = train_tokenizer(["up left", "say it"], 280)
-    model = build_model({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, "n_positions": 64}, tokenizer)
-    model.save_pretrained(tmp_path / "run")
-    tokenizer.save_pretrained(tmp_path / "run")
+def test_generate_says_what_was_answered_and_a_reply_that_was_held_back_is_not_read(command, run, tmp_path):
+    earlier = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "it"}]
+    messages = json.dumps({"messages": [*earlier, {"role": "user", "content": "say it"}]})
+    (tmp_path / "prompts.txt").write_text(f"say it\n{messages}\n")
+    settings = ("--prompts", tmp_path / "prompts.txt", "--max_new_tokens", 5, "--device", "cpu", "--scorer", LENGTH,
+                "--best_of", 3, "--output", tmp_path / "replies.jsonl")  # fmt: skip
+    assert "answered" not in command("generate", run, *settings)[2]
+    rows = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
+    scores = [len(row["messages"][-1]["content"]) for row in rows]
+    labels = [json.loads(row["labels"]) for row in rows]
+    known = [{name: label[name] for name in ("score", "n", "abstained")} for label in labels]
+    assert known == [{"score": score, "n": 3, "abstained": False} for score in scores]
+    assert [[turn.is_trainable for turn in row.turns] for row in read_trajectories(tmp_path / "replies.jsonl")] == [
+        [False, True], [False, False, False, True]]  # fmt: skip
+    code, out, err = command("generate", run, *settings, "--threshold", max(scores))
+    answered = scores.count(max(scores))
+    assert (code, out) == (0, "") and err.splitlines()[-1] == f"answered {answered} of 2"
+    counts = Counter()
+    assert len(read_trajectories(tmp_path / "replies.jsonl", counts=counts)) == answered
+    assert counts == Counter({ABSTAINED: 2 - answered})
+    assert command("generate", run, *settings, "--threshold", 1000)[2].endswith("answered 0 of 2\n")
+    code, _, err = command("check", tmp_path / "replies.jsonl")
+    assert code == 2 and err.endswith(f"found no row to use ({ABSTAINED}: 2), expected at least one\n")
+
+
+def test_candidates_read_the_contexts_in_turn_and_the_prompt_stays_as_it_is(command, run, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("say it\n")
     settings = ("--prompts", tmp_path / "prompts.txt", "--max_new_tokens", 3, "--device", "cpu", "--scorer", LENGTH)
     read, reply = [], LanguageSession.reply
@@ -168,12 +196,12 @@ def test_candidates_read_the_contexts_in_turn_and_the_prompt_stays_as_it_is(comm
 
     monkeypatch.setattr(LanguageSession, "reply", watched)
     contexts = ("--contexts", f"{__name__}:documents")
-    code, out, _ = command("generate", tmp_path / "run", *settings, "--best_of", 4, *contexts)
+    code, out, _ = command("generate", run, *settings, "--best_of", 4, *contexts)
     assert code == 0 and read == ["up up say it", "left say it", "say it", "up up say it"]
     assert [turn["content"] for turn in json.loads(out)["messages"][:-1]] == ["say it"]
-    code, _, err = command("generate", tmp_path / "run", *settings, "--best_of", 2, *contexts)
+    code, _, err = command("generate", run, *settings, "--best_of", 2, *contexts)
     assert code == 2 and "error: contexts: found 3, expected 1 to n (2)" in err
-    code, _, err = command("generate", tmp_path / "run", *settings, "--contexts", f"{__name__}:nothing")
+    code, _, err = command("generate", run, *settings, "--contexts", f"{__name__}:nothing")
     assert code == 2 and "error: contexts: found " in err and "expected package.module:function" in err
 
 

@@ -7,7 +7,8 @@
 `prompt` and `completion` are text (a user turn, an agent turn) or lists of messages; the score goes to the last agent
 turn of the completion, and agent turns in the prompt are context: nobody scored them. All forms may carry `terminated,
 group, task, source, labels`; without a group, a prompt form's group is a hash of its prompt. Other columns are kept in
-`labels`, where a column of that name is not there already.
+`labels`, where a column of that name is not there already. A row in which the agent abstained (`generate --threshold`)
+is dropped.
 
 Content that is a list of text parts is joined, and tool calls are appended to the content as canonical JSON. A message
 whose content is anything else that is not text drops its row; a value of the wrong type is an error.
@@ -26,6 +27,7 @@ from offline_lmrl.data.trajectory import (
     Trajectory,
     Turn,
     build_trajectory,
+    read_labels,
     shown,
     turn_from_record,
 )
@@ -33,6 +35,7 @@ from offline_lmrl.data.trajectory import (
 PARTS_JOINED = "repaired: text parts joined"
 CALLS_KEPT = "repaired: tool calls kept as JSON text"
 REWARD_REMOVED = "repaired: reward removed from an untrained turn"
+ABSTAINED = "abstained, no reply"
 
 COMPARISON_FIELDS = (("chosen",), ("rejected",), ("responses", "ranks"), ("responses", "rank"),
                      ("options", "target"))
@@ -61,6 +64,8 @@ def read_row(row: Any, where: str, counts: Counter) -> Trajectory | None:
     repairs: Counter = Counter()
     try:
         turns, group, used = _turns(row, present, where, repairs)
+        if not any(turn.is_trainable for turn in turns) and _abstained(row, where):
+            raise Drop(ABSTAINED)
     except Drop as drop:
         counts[f"dropped: {drop}"] += 1
         return None
@@ -68,6 +73,14 @@ def read_row(row: Any, where: str, counts: Counter) -> Trajectory | None:
     extra = extra_columns(row, present - used - _ROW_FIELDS, repairs)
     counts.update(repairs)
     return replace(trajectory, labels={**extra, **trajectory.labels}) if extra else trajectory
+
+
+def _abstained(row: Mapping, where: str) -> bool:
+    """Whether `generate` wrote the row for a reply that its scorer held back."""
+    try:
+        return read_labels(row.get("labels")).get("abstained") is True
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def extra_columns(row: Mapping, names: set[str], repairs: Counter) -> dict[str, Any]:

@@ -7,8 +7,8 @@ comes in batches over rows, and each row has its own seed, so an episode does no
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -75,6 +75,7 @@ class Reply:
       log_prob: per id, under the distribution it was sampled from, in nats.
       policy_log_prob: per id, under the unguided policy at the same temperature, in nats.
       closed: the closing token was sampled; False = the length limit ended the turn.
+      labels: facts about how it was chosen, such as its score, that JSON can hold.
     """
 
     text: str
@@ -82,6 +83,7 @@ class Reply:
     log_prob: tuple[float, ...] | None = None
     policy_log_prob: tuple[float, ...] | None = None
     closed: bool = True
+    labels: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 class Session(Protocol):

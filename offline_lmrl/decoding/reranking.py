@@ -25,6 +25,8 @@ CANDIDATE_STRIDE = 2**48  # between the seeds of one reply's candidates: more th
 class BestOfN:
     """Draws n replies from a policy and says the one that scores best, the first of equals; implements Policy.
 
+    A reply's labels hold `score`, that of the best candidate in the scorer's unit, `n`, and `abstained`.
+
     Works over any policy: cloned, guided, conditioned on returns. It costs n times its tokens and n scores per turn. A
     reply's log_prob stays that of the policy it was drawn from, which is not that of being chosen.
 
@@ -105,10 +107,10 @@ class BestOfNSession:
         best = int(scores.argmax())
         self.scores.setdefault(row, []).append(float(scores[best]))
         threshold = self.reranked.threshold
-        if threshold is None or scores[best] >= threshold:
-            return replies[best]
-        self.abstained[row] = self.abstained.get(row, 0) + 1
-        return Reply(self.reranked.abstention)
+        abstained = threshold is not None and bool(scores[best] < threshold)
+        self.abstained[row] = self.abstained.get(row, 0) + abstained
+        said = Reply(self.reranked.abstention) if abstained else replies[best]
+        return replace(said, labels={"score": float(scores[best]), "n": len(replies), "abstained": abstained})
 
     def labels(self, row: int) -> dict[str, Any]:
         """The policy's own of the row's first sample, with `scores` of what scored best and `abstained`, in turns."""

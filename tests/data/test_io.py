@@ -158,6 +158,8 @@ def test_other_columns_are_kept_as_labels_and_other_message_fields_counted(tmp_p
     ({**scored(), "reward": 1.0}, "reward: found 1.0 beside messages, expected rewards inside the message"),
     ({"messages": "hello"}, "messages: found 'hello', expected a list of messages"),
     ({"messages": [{"role": "user", "content": "q"}]}, "messages: found only untrained turns (user)"),
+    ({"messages": [{"role": "user", "content": "q"}], "labels": {"abstained": 0}}, "messages: found only untrained"),
+    ({"messages": [{"role": "user", "content": "q"}], "labels": "{"}, "labels: found text that is not JSON"),
     (scored(5), "messages[1].content: found 5, expected text"),
     (scored(reward=float("nan")), "messages[1].reward: found nan, expected a finite number"),
     ({"messages": [{"role": "user", "content": "q", "reward": 1}, agent()]}, "messages[0].reward: found 1.0 on a"),

@@ -62,6 +62,14 @@ def test_one_sample_is_the_policys_own_and_more_are_its_further_ones():
     assert drawn[0][1].tolist() == [VALUE[reply.text] for reply in drawn[0][0]]
 
 
+def test_a_reply_says_what_it_scored_among_how_many_and_whether_it_was_held_back():
+    drawn = BestOfN(Dice(), GOLD, 3).start([5]).candidates([0], questions(1))[0][1]
+    (best,) = BestOfN(Dice(), GOLD, 3, threshold=max(drawn)).start([5]).reply([0], questions(1))
+    assert best.labels == {"score": max(drawn), "n": 3, "abstained": False} and best.text in VALUE
+    (none,) = BestOfN(Dice(), GOLD, 3, threshold=max(drawn) + 1).start([5]).reply([0], questions(1))
+    assert none.labels == {"score": max(drawn), "n": 3, "abstained": True} and none.text == "I don't know."
+
+
 def test_rows_keep_their_seed_when_others_have_ended_and_options_bind_all_samples():
     session = BestOfN(Dice(), GOLD, 4).start(range(3))
     alone = BestOfN(Dice(), GOLD, 4).start([2]).reply([0], questions(1))
