@@ -73,7 +73,10 @@ def test_relabel_gives_comparisons_new_targets_or_makes_rewards_of_them(command,
     assert first.labels["scores"] == [0.0, -4.0] and first.target[0] == pytest.approx(0.982, abs=1e-3)
     code, _, _ = command("relabel", pairs, *settings, "--make", "rewards", "--output", tmp_path / "scored.jsonl")
     assert code == 0
-    assert [row.total_return for row in read_trajectories(tmp_path / "scored.jsonl")] == [0.0, -4.0, -1.0, -1.0]
+    scored = read_trajectories(tmp_path / "scored.jsonl")
+    assert [row.total_return for row in scored] == [0.0, -4.0, -1.0, -1.0]
+    origin = {"kind": "sum", "scorers": [LENGTH, UP], "weights": [-1, 2]}
+    assert first.labels["scorer"] == scored[0].labels["preference"]["reward"] == origin
 
 
 @pytest.mark.parametrize(("data", "more", "message"), [

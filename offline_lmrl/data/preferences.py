@@ -53,8 +53,8 @@ def to_trajectories(
       counts: gets one count per option or comparison that is left out, by reason.
 
     A row's labels are the comparison's, with this option's entry of `labels["options"]` as `option`, and under
-    `preference` its place among the options, its target and weight, and how its reward was made: kind, place,
-    normalisation, the raw reward, and the constants in reward = (raw − shift) / scale.
+    `preference` its place among the options, its target and weight, and how its reward was made: kind or scorer
+    (`origin_of`), place, normalisation, the raw reward, and the constants in reward = (raw − shift) / scale.
 
     Rewards sit on whole turns, and training drops oldest turns or a whole reply that does not fit, so none is moved or
     lost; to drop both sides of such a pair, take `fitting` (comparison_batching.py) first.
@@ -81,7 +81,7 @@ def to_trajectories(
     raw = _raw_rewards(rows, reward)
     keys = [group_key(row) for row in rows]
     made = _normalised(raw, keys, normalise)
-    how = {"reward": reward if isinstance(reward, str) else type(reward).__name__, "place": place,
+    how = {"reward": reward if isinstance(reward, str) else origin_of(reward), "place": place,
            "normalise": normalise}
     trajectories = []
     for row, raws, rewards in zip(rows, raw, made, strict=True):
@@ -127,6 +127,11 @@ def fit_scores(comparisons: Sequence[Comparison]) -> dict[tuple, float]:
         if np.abs(step).max() < 1e-10:
             break
     return dict(zip(places, scores.tolist(), strict=True))
+
+
+def origin_of(scorer: Scorer) -> Any:
+    """What a scorer was made from, as its user gave it; its class where it does not know."""
+    return getattr(scorer, "origin", type(scorer).__name__)
 
 
 def score_rows(rows: Sequence[Scored], scorer: Scorer) -> list[np.ndarray]:

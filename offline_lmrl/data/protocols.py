@@ -57,8 +57,9 @@ class VectorEnvironment(Protocol):
 class Scorer(Protocol):
     """Rates alternative continuations of one context: reward models, rules, Q heads.
 
-    Optional: `score_each(rows)`, for many pairs of context and options at once; `score_rows` (data/preferences.py)
-    uses it where it is there.
+    Optional: `score_each(rows)`, for many pairs of context and options at once, which `score_rows`
+    (data/preferences.py) uses where it is there; and `origin`, what it was made from (the name of a run, a
+    specification), values that JSON can hold, which is kept beside the rewards that it gives.
     """
 
     def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:

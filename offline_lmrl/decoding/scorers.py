@@ -29,7 +29,7 @@ from offline_lmrl.data.batching import pad
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.comparison_batching import encode_options
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.preferences import Scored, score_rows
+from offline_lmrl.data.preferences import Scored, origin_of, score_rows
 from offline_lmrl.data.protocols import Scorer, imported
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
@@ -339,11 +339,16 @@ KINDS: dict[str, Callable[..., Scorer]] = {
 
 def load_scorer(spec: str | Path | Mapping[str, Any]) -> Scorer:
     """A scorer from a mapping with `kind` and what that kind takes, such a mapping as YAML text or file, the folder or
-    hub name of a reward model, or package.module:function. Raises: InputError that names the key."""
+    hub name of a reward model, or package.module:function. Its `origin` is that mapping or name.
+
+    Raises: InputError that names the key.
+    """
+    origin = spec
     if isinstance(spec, str | Path):
         text = str(spec)
         if text.startswith("{") or text.endswith((".yaml", ".yml")):
             return load_scorer(_read_yaml(text))
+        origin = text
         kind = "python" if re.fullmatch(r"[\w.]+:\w+", text) else "reward_model"
         spec = {"kind": kind, "function" if kind == "python" else "run": text}
     found = spec.get("kind") if isinstance(spec, Mapping) else spec
@@ -357,7 +362,9 @@ def load_scorer(spec: str | Path | Mapping[str, Any]) -> Scorer:
     for name, parameter in parameters.items():
         if name not in given and parameter.default is parameter.empty:
             raise InputError(f"scorer.{name}: missing, {spec['kind']} needs it")
-    return KINDS[spec["kind"]](**{name: _setting(name, value, parameters[name]) for name, value in given.items()})
+    made = KINDS[spec["kind"]](**{name: _setting(name, value, parameters[name]) for name, value in given.items()})
+    made.origin = origin
+    return made
 
 
 def _setting(name: str, value: Any, parameter: inspect.Parameter) -> Any:
@@ -411,17 +418,18 @@ def fitting(comparisons: Sequence[Comparison], scorer: Scorer, counts: Counter[s
 
 def relabel_comparisons(comparisons: Sequence[Comparison], scorer: Scorer) -> list[Comparison]:
     """The comparisons with what the scorer says instead of what people said: target softmax(scores), as Bradley and
-    Terry have it, and the ranking by score. `labels["scores"]` keeps the scores, `labels["target"]` the old target."""
+    Terry have it, and the ranking by score. `labels["scores"]` keeps the scores, `labels["scorer"]` their `origin_of`,
+    `labels["target"]` the old target."""
     rows = score_rows([(row.context, row.options) for row in comparisons], scorer)
-    return [_relabelled(row, scores) for row, scores in zip(comparisons, rows, strict=True)]
+    return [_relabelled(row, scores, origin_of(scorer)) for row, scores in zip(comparisons, rows, strict=True)]
 
 
-def _relabelled(row: Comparison, scores: np.ndarray) -> Comparison:
+def _relabelled(row: Comparison, scores: np.ndarray, origin: Any) -> Comparison:
     shares = np.exp(scores - scores.max())
     levels = sorted(set(scores.tolist()), reverse=True)
     ranking = tuple(tuple(np.flatnonzero(scores == level).tolist()) for level in levels)
     labels = {name: value for name, value in row.labels.items() if name != "strength"}
-    labels |= {"scores": scores.tolist(), "target": list(row.target)}
+    labels |= {"scores": scores.tolist(), "scorer": origin, "target": list(row.target)}
     return replace(row, target=tuple((shares / shares.sum()).tolist()), ranking=ranking, labels=labels)
 
 
@@ -431,7 +439,8 @@ def relabel_trajectories(
     place: Literal["terminal", "turn"] = "terminal",
     counts: Counter[str] | None = None,
 ) -> list[Trajectory]:
-    """The trajectories with scores as rewards; `labels["rewards"]` keeps what was logged, per agent turn.
+    """The trajectories with scores as rewards; `labels["scorer"]` keeps whose (`origin_of`), `labels["rewards"]` what
+    was logged, per agent turn.
 
     place: terminal: all that follows the first prompt is scored at once, and the last agent turn earns it; turn: each
       agent turn is scored, and earns it, as a reply to all that came before it.
@@ -459,17 +468,18 @@ def relabel_trajectories(
     if not kept:
         raise InputError(f"relabel: found no trajectory that the scorer can read ({dict(counts)})")
     scores = iter(np.concatenate(score_rows(rows, scorer)).tolist())
-    return [_rescored(row, {i: next(scores) for i in places}) for row, places in zip(kept, paid, strict=True)]
+    origin = origin_of(scorer)
+    return [_rescored(row, {i: next(scores) for i in places}, origin) for row, places in zip(kept, paid, strict=True)]
 
 
 def _context(turns: Sequence[Turn]) -> list[Turn]:
     return [replace(turn, trainable=False) if turn.is_trainable else turn for turn in turns]
 
 
-def _rescored(trajectory: Trajectory, rewards: Mapping[int, float]) -> Trajectory:
+def _rescored(trajectory: Trajectory, rewards: Mapping[int, float], origin: Any) -> Trajectory:
     turns = tuple(replace(turn, reward=rewards.get(i)) for i, turn in enumerate(trajectory.turns))
     logged = [turn.reward for turn in trajectory.turns if turn.is_trainable]
-    return replace(trajectory, turns=turns, labels={**trajectory.labels, "rewards": logged})
+    return replace(trajectory, turns=turns, labels={**trajectory.labels, "scorer": origin, "rewards": logged})
 
 
 def most_disputed(comparisons: Sequence[Comparison], ensemble: Ensemble, n: int) -> list[Comparison]:

@@ -1,5 +1,6 @@
 """Scorers by hand and against the models they read; relabelling; the pairs an ensemble disputes."""
 
+import json
 import math
 from collections import Counter
 
@@ -10,6 +11,7 @@ import yaml
 
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.preferences import to_trajectories
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
@@ -252,7 +254,8 @@ def test_comparisons_get_the_scorers_target_and_keep_the_old_one():
     row = Comparison(ASKED, tuple(said("0", "1", "2")), (1.0, 0.0, 0.0), labels={"strength": 2.0, "note": "x"})
     (made,) = relabel_comparisons([row], fixed(0.0, math.log(2), 0.0))
     assert made.target == pytest.approx((0.25, 0.5, 0.25)) and made.ranking == ((1,), (0, 2))
-    assert made.labels == {"note": "x", "scores": [0.0, math.log(2), 0.0], "target": [1.0, 0.0, 0.0]}
+    scores = [0.0, math.log(2), 0.0]
+    assert made.labels == {"note": "x", "scores": scores, "scorer": "Function", "target": [1.0, 0.0, 0.0]}
     assert (made.options, made.context) == (row.options, row.context)
 
 
@@ -265,6 +268,20 @@ def test_trajectories_get_scores_as_rewards_and_keep_what_was_logged():
     (dense,) = relabel_trajectories([Trajectory(turns)], context, "turn")
     assert [turn.reward for turn in dense.turns] == [None, 104.0, None, 302.0]
     assert [turn.content for turn in dense.turns] == [turn.content for turn in turns]
+
+
+def test_rows_keep_what_their_scorer_was_made_from(tmp_path):
+    one = {"kind": "sum", "scorers": [f"{__name__}:length"] * 2, "weights": [1.0, 0.5]}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(one))
+    row = Comparison(ASKED, tuple(said("up", "left")), (1.0, 0.0))
+    for given, origin in ((f"{__name__}:length",) * 2, (one, one), (yaml.safe_dump(one, default_flow_style=True), one),
+                          (tmp_path / "one.yaml", one)):  # fmt: skip
+        scorer = load_scorer(given)
+        rows = [*relabel_comparisons([row], scorer), *relabel_trajectories([Trajectory(row.context + row.options[0])],
+                                                                           scorer)]  # fmt: skip
+        assert [made.labels["scorer"] for made in rows] == [origin] * 2
+        assert {json.dumps(made.labels["preference"]["reward"]) for made in to_trajectories([row], scorer)} == {
+            json.dumps(origin)}  # fmt: skip
 
 
 def test_what_is_longer_than_the_window_is_left_out_and_counted():
