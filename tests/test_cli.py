@@ -227,6 +227,12 @@ def test_the_task_decides_which_returns_can_be_asked_for(refused, trained, monke
     assert "played: maze" in refused(name, trained / "run", *how, "--task", "maze")
 
 
+def test_a_device_that_is_not_there_is_refused(refused, trained):
+    for device in ("gpu", "cuda:99"):
+        said = refused("generate", trained / "run", "--device", device, stdin="hi")
+        assert said.startswith(f"device: found '{device}' (")
+
+
 def test_run_with_another_tokenizer_is_refused(refused, trained, tmp_path):
     shutil.copytree(trained / "run", tmp_path / "run")
     train_tokenizer(["something else entirely"] * 9, 270).save_pretrained(tmp_path / "run")

@@ -25,7 +25,7 @@ from offline_lmrl.data.windows import WindowRule, policy_window
 from offline_lmrl.decoding.asks import Asks
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler, SamplingConfig
-from offline_lmrl.models.guided import load_model, settings, slots_of
+from offline_lmrl.models.guided import find_device, load_model, settings, slots_of
 
 SAMPLE_STRIDE = 2**32  # between the seeds of one history's samples: more than any range of seeds
 
@@ -96,8 +96,8 @@ class LanguagePolicy:
 
         Raises InputError where there is no model or tokenizer, or not the tokenizer that the model was trained with.
         """
-        model = load_model(run)
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = find_device(device)
+        model = load_model(run).to(device)
         saved = settings(model.config)
         renderer = Renderer(load_tokenizer(run), saved.get("template", "auto"))
         expected = saved.get("tokenizer", renderer.fingerprint)

@@ -38,7 +38,7 @@ from offline_lmrl.data.trajectory import Trajectory, Turn, finite, require_list,
 from offline_lmrl.data.windows import WindowRule
 from offline_lmrl.decoding.policy import LanguagePolicy, load_critic, require_no_prompt
 from offline_lmrl.models.adapters import settings
-from offline_lmrl.models.guided import slots_of
+from offline_lmrl.models.guided import find_device, slots_of
 from offline_lmrl.models.reward_model import load_reward_model, read_mask
 from offline_lmrl.ops.preferences import rule_adjusted_score
 
@@ -106,8 +106,8 @@ class RewardModel(RowScorer):
     @classmethod
     def load(cls, path: str | Path, *, device: str | None = None) -> "RewardModel":
         """Raises: InputError where there is no reward model, or another tokenizer than it was trained with."""
-        model = load_reward_model(path)
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = find_device(device)
+        model = load_reward_model(path).to(device)
         saved = settings(model.config)
         renderer = Renderer(load_tokenizer(path), saved.get("template", "auto"))
         if renderer.fingerprint != saved.get("tokenizer", renderer.fingerprint):
@@ -189,7 +189,7 @@ class Function:
 
     def __init__(self, function: Callable[[Sequence[Turn], Sequence[Turn]], float], name: str = "scorer"):
         if not callable(function):
-            raise InputError(f"{name}: found {shown(function)}, expected a function of (context, option)")
+            raise InputError(f"{name}: found {type(function).__name__}, expected a function of (context, option)")
         self.function, self.name = function, name
 
     def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:

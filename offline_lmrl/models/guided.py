@@ -483,6 +483,15 @@ def build_model(spec: Mapping[str, Any], tokenizer) -> PreTrainedModel:
     return attach(from_scratch(AutoModelForCausalLM, spec, tokenizer), None)
 
 
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The device of this name; None = the first accelerator, else the CPU. Raises: InputError where there is none."""
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).partition("\n")[0]
+        raise InputError(f"device: found {name!r} ({first}), expected one that torch has, such as cpu") from error
+
+
 def load_model(
     path_or_name: str | Path,
     *,

@@ -220,7 +220,8 @@ def test_scorers_are_made_from_nested_mappings_and_from_files(tmp_path):
     ({**TWO, "kind": "sum", "weights": ["a", "b"]}, "scorer.weights: found 'a', expected a number"),
     ({**TWO, "kind": "sum", "weights": [1]}, "weights: found 1 for 2 scorers"),
     ({**TWO, "kind": "sum", "weights": 3}, "scorer.weights: found 3, expected a list"),
-    ("os:environ", "os:environ: found environ.* expected a function of "),
+    ("os:environ", "os:environ: found _Environ, expected a function of .context, option"),
+    ("{kind: reward_model, run: runs/a, device: gpu}", "device: found 'gpu' .*, expected one that torch has, such as"),
 ])  # fmt: skip
 def test_a_scorer_that_cannot_be_made_is_an_error_in_one_line(spec, message):
     with pytest.raises(InputError, match=message):
