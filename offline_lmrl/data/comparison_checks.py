@@ -23,7 +23,6 @@ _REFUSAL = re.compile(r"\b(i can ?(no|['’])t|i(['’]m| am) (sorry|afraid|unab
 _TEMPLATE = re.compile(r"<\|[^|<>]*\|>|</?s>|\[/?INST\]|<(start|end)_of_turn>|\b(Human|Assistant|User):")
 _ANNOTATORS = {"annotator", "worker", "labeler"}
 _OUTCOMES = ("wins", "losses", "ties")
-_SUMS = (*_OUTCOMES, "groups", "points²", "points × pairs", "pairs²")  # what `_accuracy` needs; they add up
 _CUTS = (512, 1024, 2048)
 _Z = 1.959963984540054
 
@@ -42,8 +41,7 @@ def describe(comparisons: Sequence[Comparison], features: Mapping[str, Feature] 
 
 
 def tally(comparisons: Sequence[Comparison], features: Mapping[str, Feature] | None = None) -> Counter:
-    """The counts that `facts` are made of; those of two sets that share no group add up to those of both, intervals by
-    group included: they come from sums over whole groups."""
+    """The counts that `facts` are made of; those of two sets that share no group add up to those of both."""
     pairs = [(row, i, j) for row in comparisons for i, j in combinations(range(len(row.options)), 2)]
     decided = [(row, i, j) for row, i, j in pairs if row.preference(i, j) != 0.5]
     counts = _count_pitfalls(comparisons)
@@ -61,9 +59,8 @@ def tally(comparisons: Sequence[Comparison], features: Mapping[str, Feature] | N
         counts.update(_shared_start(_text(row.options[i]), _text(row.options[j])))
     groups = _by_group(decided)
     for name, feature in {**_FEATURES, **(features or {})}.items():
-        sums = _compete(groups, feature)
-        for which in _SUMS:
-            counts["baseline", name, which] += sums[which]
+        for outcomes, n in _compete(groups, feature).items():
+            counts["baseline", name, outcomes] += n
     return counts
 
 
@@ -71,6 +68,10 @@ def facts(counts: Counter) -> dict[str, Any]:
     """What `describe` says, from the counts of `tally`."""
     sizes = sorted(key for key in counts if key[0] == "size")
     compared = sum(key[1] * n for key, n in counts.items() if key[0] == "reply")
+    competed: dict[str, Counter] = defaultdict(Counter)
+    for key, n in counts.items():
+        if key[0] == "baseline":
+            competed[key[1]][key[2]] = n
     return {
         "comparisons": counts["rows"],
         "by number of options": {str(key[1]): counts[key] for key in sizes},
@@ -84,8 +85,7 @@ def facts(counts: Counter) -> dict[str, Any]:
         "checks": {"replies equal up to case and punctuation": counts["same"],
                    "pairs that a split by characters, as in TRL, would cut inside a reply": counts["inside a reply"],
                    "of those, inside a word": counts["inside a word"], **_check_facts(counts)},
-        "baselines": {key[1]: _accuracy({which: counts["baseline", key[1], which] for which in _SUMS})
-                      for key in counts if key[0] == "baseline" and key[2] == _OUTCOMES[0]},
+        "baselines": {name: _accuracy(groups) for name, groups in competed.items()},
     }
 
 
@@ -114,16 +114,13 @@ def _by_group(pairs: Iterable[Pair]) -> list[list[Pair]]:
     return list(groups.values())
 
 
-def _compete(groups: Iterable[Sequence[Pair]], feature: Feature) -> Counter[str]:
-    """_SUMS over groups. A win is 2 points and a tie 1; squared it counts as the coin that it stands for, whose points
-    are 0 or 2."""
-    sums: Counter[str] = Counter()
+def _compete(groups: Iterable[Sequence[Pair]], feature: Feature) -> Counter[tuple[int, int, int]]:
+    """How many groups have so many wins, losses and ties; of none there are none."""
+    counts = Counter({(0, 0, 0): 0})
     for pairs in groups:
         found = Counter(_outcome(pair, feature) for pair in pairs)
-        points, n = 2 * found["wins"] + found["ties"], len(pairs)
-        sums.update(found)
-        sums.update({"groups": 1, "points²": points**2 + found["ties"], "points × pairs": points * n, "pairs²": n**2})
-    return sums
+        counts[tuple(found[outcome] for outcome in _OUTCOMES)] += 1
+    return counts
 
 
 def _outcome(pair: Pair, feature: Feature) -> str:
@@ -134,31 +131,35 @@ def _outcome(pair: Pair, feature: Feature) -> str:
     return "wins" if (difference > 0) == (row.preference(i, j) > 0.5) else "losses"
 
 
-def _accuracy(sums: Mapping[str, int]) -> dict[str, Any]:
-    outcomes = {outcome: sums[outcome] for outcome in _OUTCOMES}
+def _accuracy(groups: Mapping[tuple[int, int, int], int]) -> dict[str, Any]:
+    outcomes = {name: sum(group[i] * n for group, n in groups.items()) for i, name in enumerate(_OUTCOMES)}
     pairs = sum(outcomes.values())
     if not pairs:
         return outcomes
-    share, n = (sums["wins"] + sums["ties"] / 2) / pairs, _effective(sums)
+    share = (outcomes["wins"] + outcomes["ties"] / 2) / pairs
+    n = _effective(groups, share, pairs)
     middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n)) / (1 + _Z**2 / n)
     return {**outcomes, "accuracy": round(share, 4), "interval": [round(middle - half, 4), round(middle + half, 4)]}
 
 
-def _effective(sums: Mapping[str, int]) -> float:
+def _effective(groups: Mapping[tuple[int, int, int], int], share: float, pairs: int) -> float:
     """How many independent pairs would say as much: p(1 − p) / variance, at most as many as there are.
 
-    The variance of p = Σw / Σn, of w wins among n pairs in each of G groups, is that of a ratio of sums:
-    (Σw² − 2pΣwn + p²Σn²) / (Σn)² · G / (G − 1). Where every pair has the same outcome, or one group holds them all,
-    nothing says how alike the pairs of a group are; then they count as wholly alike, which makes (Σn)² / Σn².
+    The variance is the jackknife's over the G groups, (G − 1)/G · Σ_g ((w_g − p n_g) / (1 − n_g/n))² / n² of w_g wins
+    among n_g of n pairs, where a tie is a coin: half a win, with a variance of 1/4. Of few groups it says too little.
+    Where every pair has the same outcome, or one group holds them all, nothing says how alike the pairs of a group
+    are; then they count as wholly alike, which makes n² / Σ n_g².
     """
-    n, groups = sum(sums[outcome] for outcome in _OUTCOMES), sums["groups"]
-    points = 2 * sums["wins"] + sums["ties"]
-    if points in (0, 2 * n) or groups == 1:
-        return n**2 / sums["pairs²"]
-    spread = n**2 * sums["points²"] - 2 * points * n * sums["points × pairs"] + points**2 * sums["pairs²"]
-    between = points * (2 * n - points) * n**2 * (groups - 1)  # whole numbers, as the spread, so that 0 is 0
-    return between / (spread * groups) if between < n * spread * groups else n
+    many = sum(groups.values())
+    if share in (0, 1) or many == 1:
+        return pairs**2 / sum(sum(group) ** 2 * n for group, n in groups.items())
+    variance = 0.0
+    for (wins, losses, ties), n in groups.items():
+        size = wins + losses + ties
+        apart = (wins + ties / 2 - share * size) ** 2 + ties / 4
+        variance += n * apart / (1 - size / pairs) ** 2 * (many - 1) / many / pairs**2
+    return min(pairs, share * (1 - share) / variance) if variance > 0 else pairs
 
 
 def _shared_start(first: str, second: str) -> list[str]:

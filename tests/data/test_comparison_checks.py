@@ -76,8 +76,10 @@ def test_the_interval_is_wilsons_for_all_pairs_but_one_where_each_is_a_group():
 def test_pairs_of_one_group_that_agree_count_as_few():
     # Σw² = 16, Σwn = 16, Σn² = 20: (16 − 1.6 · 16 + 0.64 · 20) / 100 · 5/4 = 0.04, and 0.16 / 0.04 = 4 pairs
     assert longer("ww", "ww", "ww", "ww", "ll") == [0.3368, 0.9692]
-    # groups of 3 and 1: p = 3/4, Σw² = 9, Σwn = 9, Σn² = 10: (9 − 13.5 + 5.625) / 16 · 2 = 0.140625: 4/3 pairs
-    assert longer("www", "l") == [0.1477, 0.9811]
+    # groups of 3 and 1: w − p n = ±3/4, over 1/4 and 3/4: (9 + 1) / 16 / 2 = 0.3125, and 0.1875 / 0.3125 = 0.6 pairs
+    assert longer("www", "l") == [0.0767, 0.9909]
+    # what is known of one large group is hardly more than what one pair says, whatever stands beside it
+    assert longer("w" * 90 + "l" * 10, "l")[0] < 0.2
     # never more than there are, however evenly the groups are split: 6 pairs
     assert longer("wl", "wl", "wl") == [0.1876, 0.8124]
 
