@@ -57,7 +57,7 @@ def read_chat(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
     """The trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
     if row.get("messages") is None and row.get("model_pos") is not None:
         row = _from_comparia(row, where)
-    if row.get("messages") is None or row.get("reaction", row.get("reactions")) is None:
+    if row.get("messages") is None or (row.get("reaction") is None and row.get("reactions") is None):
         raise InputError(f"{where}: fields: found {shown(list(row))}, expected messages and reaction {{turn, value}}, "
                          "or messages and reactions, a list of those")  # fmt: skip
     turns = read_messages(row.get("messages"), where, "messages", counts, allow_empty=True)

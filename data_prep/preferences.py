@@ -1,7 +1,7 @@
 """Preference rows in any common form (offline_lmrl/data/preference_forms.py) to comparisons.
 
 Rows of the project's own form keep their context and options; where two replies are identical or one is empty they are
-dropped, like all others.
+dropped. (Of ranked responses such a one is left out.)
 """
 
 from collections import Counter

@@ -1,5 +1,6 @@
 """Commands about data and files: prepare, check, config."""
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -96,6 +97,26 @@ def _require_apart(source: Path, output: Path) -> None:
     """Raises InputError where what is written could take the place of what is read."""
     if output.resolve() in (source.resolve(), source.resolve().parent if source.is_file() else None):
         raise InputError(f"output: found {output}, where the input lies, expected another folder")
+
+
+def check_output(output: Path, *read: str | None) -> None:
+    """Says before the work what writing would say after it, and that the output is, or lies in, what is read."""
+    folder = output.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not output.name or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"output: found {output}, expected a path that can be written")
+    for source in filter(None, read):
+        inside = output.resolve().parent if Path(source).is_dir() else None
+        if Path(source).resolve() in (output.resolve(), inside):
+            raise InputError(f"output: found {output}, where {source} is read, expected another path")
+
+
+def check_output_file(output: Path, *read: str | None) -> None:
+    """`check_output` for what is one file."""
+    check_output(output, *read)
+    if output.is_dir():
+        raise InputError(f"output: found the folder {output}, expected a file")
 
 
 def _required(source: Callable[..., Any]) -> list[str]:

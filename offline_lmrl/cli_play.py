@@ -1,7 +1,6 @@
 """Commands that use a run: evaluate, generate, export."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offline_lmrl.cli_data import print_report
+from offline_lmrl.cli_data import check_output, check_output_file, print_report
 from offline_lmrl.cli_parser import Parser
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.trajectory import Trajectory, Turn, parse_json, shown, to_record, turn_from_record
@@ -160,7 +159,7 @@ def _evaluate(
     made = None if environment is None else make_environment(environment, **(settings or {}))
     task_of_seed = None if made is None or shown_first is None else task_of(made)
     if output is not None:
-        _require_writable(output)
+        (check_output_file if asks else check_output)(output, data, demonstrations)
     policy = LanguagePolicy.load(run, device=device, task=task, **sampling)
     seeds, play = range(seed, seed + episodes), {"repeats": repeats, "cluster": cluster, "batch_size": batch_size}
     if task_of_seed is not None:
@@ -194,7 +193,7 @@ def _judge(
         if name in sampling or value != defaults[name].default:
             raise InputError(f"{name}: found {value!r}, expected none where a scorer is judged on comparisons")
     if output is not None:
-        _require_writable(output)
+        check_output_file(output, data)
     facts = judge(load_scorer(run), read_comparisons(data, split=split))
     print_report(facts)
     if output is not None:
@@ -297,11 +296,9 @@ def _generate(
     if (coverage is None) != (held_out is None) or (coverage is not None and threshold is not None):
         raise InputError(f"coverage: found {coverage} with held_out {held_out} and threshold {threshold}, "
                          "expected coverage and held_out together, or a threshold")
-    histories = [] if chat else read_prompts(prompts)
     if output != "-":
-        _require_writable(Path(output))
-        if Path(output).is_dir():
-            raise InputError(f"output: found the folder {output}, expected a file")
+        check_output_file(Path(output), prompts, held_out)
+    histories = [] if chat else read_prompts(prompts)
     player = policy = LanguagePolicy.load(run, device=device, task=task, **sampling)
     if scorer is not None:
         reads = None if contexts is None else imported(contexts, "contexts")
@@ -428,12 +425,3 @@ def _progress(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)
         yield lambda done, in_all: bar.update(task, completed=done, total=in_all)
-
-
-def _require_writable(path: Path) -> None:
-    """Say now what writing would say after the work is done."""
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not path.name or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"output: found {path}, expected a path that can be written")

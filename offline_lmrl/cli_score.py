@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from offline_lmrl.cli_data import check_output
 from offline_lmrl.cli_parser import call
 from offline_lmrl.data.errors import InputError
 
@@ -49,7 +50,7 @@ def _relabel(
     from offline_lmrl.data.preferences import to_trajectories
     from offline_lmrl.decoding.scorers import fitting, load_scorer, relabel_comparisons, relabel_trajectories
 
-    _require_another(output, data)
+    check_output(output, data)
     of_comparisons = holds_comparisons(data)
     unused = {"place": place} if of_comparisons else {"make": make}
     for name, value in (unused | ({} if of_comparisons and make == "rewards" else {"normalise": normalise})).items():
@@ -58,13 +59,14 @@ def _relabel(
             raise InputError(f"{name}: found {value}, expected none for {kind}" + (
                 " without --make rewards" if of_comparisons and name == "normalise" else ""))
     counts: Counter[str] = Counter()
+    splits = (read_comparison_splits if of_comparisons else read_splits)(data, counts=counts)
+    if len(splits) > 1 and output.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        raise InputError(f"output: found {output} for the splits {', '.join(splits)}, expected a folder")
     judge = load_scorer(scorer)
     if not of_comparisons:
-        splits = read_splits(data, counts=counts)
         made = {name: relabel_trajectories(rows, judge, place or "terminal", counts) for name, rows in splits.items()}
         _write_splits(output, made, write_trajectories)
     else:
-        splits = read_comparison_splits(data, counts=counts)
         read = {name: fitting(rows, judge, counts) for name, rows in splits.items()}
         if make != "rewards":
             made = {name: relabel_comparisons(rows, judge) for name, rows in read.items()}
@@ -92,7 +94,7 @@ def _select(data: str, *, scorer: str, output: Path, n: int = 100, split: str | 
 
     if n < 1:
         raise InputError(f"n: found {n}, expected at least 1")
-    _require_another(output, data)
+    check_output(output, data)
     ensemble = load_scorer(scorer)
     if not isinstance(ensemble, Ensemble):
         raise InputError(f"scorer: found {scorer!r}, expected an ensemble, whose members can disagree")
@@ -102,17 +104,10 @@ def _select(data: str, *, scorer: str, output: Path, n: int = 100, split: str | 
     _print_counts({"pairs": len(chosen), "largest disagreement": chosen[0].labels["disagreement"]} | +counts)
 
 
-def _require_another(output: Path, data: str) -> None:
-    if output.resolve() == Path(data).resolve():
-        raise InputError(f"output: found the data itself ({output}), expected another path")
-
-
 def _write_splits(output: Path, splits: dict[str, list[Any]], write: Callable[[Path, list[Any]], None]) -> None:
     if len(splits) == 1:
         write(output, *splits.values())
         return
-    if output.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        raise InputError(f"output: found {output} for the splits {', '.join(splits)}, expected a folder")
     for name, rows in splits.items():
         write(output / f"{name}.jsonl", rows)
 

@@ -95,9 +95,14 @@ def test_relabel_refuses_what_the_data_have_no_use_for(command, pairs, tmp_path,
 def test_the_data_are_not_written_over(command, pairs, tmp_path):
     before = pairs.read_bytes()
     ensemble = f"{{kind: ensemble, scorers: [{LENGTH}, {UP}]}}"
-    for name, scorer in (("relabel", LENGTH), ("select", ensemble)):
-        code, _, err = command(name, pairs, "--scorer", scorer, "--output", tmp_path / "x" / ".." / pairs.name)
-        assert code == 2 and "error: output: found the data itself" in err and pairs.read_bytes() == before
+    for name, more in (("relabel", (pairs, "--scorer", LENGTH)), ("select", (pairs, "--scorer", ensemble)),
+                       ("relabel", (tmp_path, "--scorer", LENGTH)), ("evaluate", (LENGTH, "--data", pairs)),
+                       ("generate", ("run", "--prompts", pairs))):  # fmt: skip
+        code, _, err = command(name, *more, "--output", tmp_path / "x" / ".." / pairs.name)
+        assert code == 2 and "is read, expected another path" in err and pairs.read_bytes() == before
+    (tmp_path / "there").mkdir()
+    code, _, err = command("evaluate", LENGTH, "--data", pairs, "--output", tmp_path / "there")
+    assert code == 2 and err.startswith("error: output: found the folder ")
 
 
 def test_several_splits_become_several_files(command, pairs, tmp_path):

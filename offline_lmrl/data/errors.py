@@ -17,22 +17,19 @@ class InputError(ValueError):
 
 @contextmanager
 def opening(name: str | Path, what: str) -> Iterator[None]:
-    """Around what opens the model or the tokenizer (`what`) of a folder or hub name.
+    """Around a library's call that opens the model or the tokenizer (`what`) of a folder or hub name. Whatever the
+    library raises is about what it read.
 
-    Raises: InputError that shows the name and the first line of what transformers says about it.
+    Raises: InputError that shows the name and the first line of what the library says about it.
     """
-    from safetensors import SafetensorError
-
     try:
         yield
-    except InputError:
-        raise
-    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         if Path(name).is_dir():
             raise InputError(f"{name}: found a folder whose {what} cannot be read ({first}), "
                              f"expected a {what} that transformers opens") from error
-        raise InputError(f"{name}: found no such folder, and no {what} of that name on the hub ({first}), "
+        raise InputError(f"{name}: found no such folder, and the hub gave no {what} of that name ({first}), "
                          "expected one of them") from error
 
 

@@ -343,14 +343,12 @@ def load_scorer(spec: str | Path | Mapping[str, Any]) -> Scorer:
 
     Raises: InputError that names the key.
     """
-    origin = spec
-    if isinstance(spec, str | Path):
-        text = str(spec)
-        if text.startswith("{") or text.endswith((".yaml", ".yml")):
-            return load_scorer(_read_yaml(text))
-        origin = text
-        kind = "python" if re.fullmatch(r"[\w.]+:\w+", text) else "reward_model"
-        spec = {"kind": kind, "function" if kind == "python" else "run": text}
+    origin = spec = _without_paths(spec)
+    if isinstance(spec, str):
+        if spec.startswith("{") or spec.endswith((".yaml", ".yml")):
+            return load_scorer(_read_yaml(spec))
+        kind = "python" if re.fullmatch(r"[\w.]+:\w+", spec) else "reward_model"
+        spec = {"kind": kind, "function" if kind == "python" else "run": spec}
     found = spec.get("kind") if isinstance(spec, Mapping) else spec
     if not isinstance(found, str) or found not in KINDS:
         raise InputError(f"scorer.kind: found {found!r}, expected one of {', '.join(KINDS)}")
@@ -365,6 +363,15 @@ def load_scorer(spec: str | Path | Mapping[str, Any]) -> Scorer:
     made = KINDS[spec["kind"]](**{name: _setting(name, value, parameters[name]) for name, value in given.items()})
     made.origin = origin
     return made
+
+
+def _without_paths(spec: Any) -> Any:
+    """The same with text for paths, as labels keep it."""
+    if isinstance(spec, Mapping):
+        return {name: _without_paths(value) for name, value in spec.items()}
+    if isinstance(spec, list | tuple):
+        return [_without_paths(value) for value in spec]
+    return str(spec) if isinstance(spec, Path) else spec
 
 
 def _setting(name: str, value: Any, parameter: inspect.Parameter) -> Any:

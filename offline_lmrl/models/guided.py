@@ -487,7 +487,7 @@ def find_device(name: str | torch.device | None) -> torch.device:
     """The device of this name; None = the first accelerator, else the CPU. Raises: InputError where there is none."""
     try:
         return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         first = str(error).partition("\n")[0]
         raise InputError(f"device: found {name!r} ({first}), expected one that torch has, such as cpu") from error
 
@@ -508,14 +508,16 @@ def load_model(
     missing, and where other heads than those on disk are asked for.
     """
     name = str(path_or_name)
+    if (Path(name) / "adapter_config.json").exists():
+        return _load_adapter(Path(name), dtype=dtype, trust_remote_code=trust_remote_code)
     with opening(name, "model"):
-        if (Path(name) / "adapter_config.json").exists():
-            return _load_adapter(Path(name), dtype=dtype, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        _require_no_reward_model(name, settings(config))
-        with torch.device("meta"):  # the class that the auto class would choose, remote code included
-            base = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-        model, info = guided_class(base).from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+    _require_no_reward_model(name, settings(config))
+    with opening(name, "model"), torch.device("meta"):  # the class that the auto class would choose, remote code too
+        base = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    guided = guided_class(base)
+    with opening(name, "model"):
+        model, info = guided.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
     stored = settings(config).get("value_heads")
     missing = [key for key in info["missing_keys"] if key.startswith(PARTS) and "target_q" not in key]
     if missing:
@@ -535,7 +537,8 @@ def _require_no_reward_model(name: str | Path, block: Mapping[str, Any]) -> None
 
 def _load_adapter(folder: Path, **options) -> nn.Module:
     peft = require_peft()
-    base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
+    with opening(folder, "model"):
+        base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
     if not base:
         raise InputError(f"model: {folder}/adapter_config.json names no base model; LoRA needs one that is saved")
     block = read_settings(folder)
@@ -550,7 +553,8 @@ def _load_adapter(folder: Path, **options) -> nn.Module:
         model = attach_returns(model, block["returns"])
     if "return_heads" in block:
         model = attach_return_heads(model, block["return_heads"])
-    model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+    with opening(folder, "model"):
+        model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     load_heads(model, folder)
     unfreeze_heads(model)
     return model

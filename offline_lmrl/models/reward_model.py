@@ -113,21 +113,22 @@ def load_reward_model(
     Raises: InputError where there is no such model, and where it has another head than the one asked for.
     """
     name = str(path_or_name)
+    if (Path(name) / "adapter_config.json").exists():
+        return _load_adapter(Path(name), head, trust_remote_code)
     with opening(name, "model"):
-        if (Path(name) / "adapter_config.json").exists():
-            return _load_adapter(Path(name), head, trust_remote_code)
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        stored = _stored_head(config)
-        if (head or stored) is None:
-            found = ", ".join(config.architectures or ["no architecture"])
-            judge = f"{{kind: value_heads, run: {name}}}"
-            raise InputError(f"{name}: found no reward model ({found}), expected one; an ILQL run judges pairs as "
-                             f"'{judge}', and any policy is judged on what relabel --make rewards makes of them")
-        if None not in (head, stored) and head != stored:
-            raise InputError(f"head: found {head!r}, but {name} has the head {stored!r}")
-        if stored is not None and config.num_labels != 1:
-            raise InputError(f"{name}: found a classifier with {config.num_labels} labels, expected one")
-        config.num_labels = 1
+    stored = _stored_head(config)
+    if (head or stored) is None:
+        found = ", ".join(config.architectures or ["no architecture"])
+        judge = f"{{kind: value_heads, run: {name}}}"
+        raise InputError(f"{name}: found no reward model ({found}), expected one; an ILQL run judges pairs as "
+                         f"'{judge}', and any policy is judged on what relabel --make rewards makes of them")
+    if None not in (head, stored) and head != stored:
+        raise InputError(f"head: found {head!r}, but {name} has the head {stored!r}")
+    if stored is not None and config.num_labels != 1:
+        raise InputError(f"{name}: found a classifier with {config.num_labels} labels, expected one")
+    config.num_labels = 1
+    with opening(name, "model"):
         model, info = HEADS[head or stored].from_pretrained(
             name, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
         )
@@ -147,10 +148,12 @@ def _load_adapter(folder: Path, head: str | None, trust_remote_code: bool) -> nn
     stored = block.get("reward", {}).get("head")
     if stored is None or head not in (None, stored):
         raise InputError(f"head: found {head!r}, but {folder} has the head {stored!r}")
-    base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
+    with opening(folder, "model"):
+        base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
     model = load_reward_model(base, stored, trust_remote_code=trust_remote_code)
     model.config.offline_lmrl = block
-    return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+    with opening(folder, "model"):
+        return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
 def fold(model: PreTrainedModel, gain: float, bias: float) -> None:

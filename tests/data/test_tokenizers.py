@@ -54,7 +54,7 @@ def test_vocabulary_too_small_for_the_bytes_is_an_error():
 
 
 def test_a_folder_without_a_whole_tokenizer_is_one_line(tmp_path):
-    with pytest.raises(InputError, match="none: found no such folder, and no tokenizer of that name on the hub "):
+    with pytest.raises(InputError, match="none: found no such folder, and the hub gave no tokenizer of that name "):
         load_tokenizer(tmp_path / "none")
     TOKENIZER.save_pretrained(tmp_path)
     file = tmp_path / "tokenizer.json"

@@ -25,6 +25,7 @@ UP, DOWN = ({"turn": turn, "value": value} for turn, value in ((1, 1), (3, -1)))
 KEPT = {  # row -> rewards of its turns
     "one": ({"messages": CHAT, "reaction": {**UP, "tags": ["useful"]}, "user": 7}, [None, 1.0]),
     "two": (chat(UP, DOWN), [None, 1.0, None, -1.0]),
+    "as a table with both columns has it": (chat(UP, reaction=None), [None, 1.0]),
     "the later one only": (chat(DOWN, messages=CHAT[:4]), [None, None, None, -1.0]),
     "twice the same": (chat(UP, UP), [None, 1.0]),
     "counted without the system message": (chat(DOWN, messages=[SYSTEM, *CHAT]), [None, None, None, None, -1.0]),
@@ -72,8 +73,8 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
         "turn counted without the system message": 2, "reply found by its text": 1,
         "reaction left out: on no reply of the agent": 1, "reaction left out: neither up nor down": 1,
         "reaction left out: contradictory reactions to one reply": 1}  # fmt: skip
-    assert report["kept as it is"] == {"a chat that does not end with the agent": 9}
-    assert report["replies"] == {"by the agent": 22, "thumbs up": 6, "thumbs down": 6}
+    assert report["kept as it is"] == {"a chat that does not end with the agent": 10}
+    assert report["replies"] == {"by the agent": 24, "thumbs up": 7, "thumbs down": 6}
 
 
 def test_only_replies_with_a_thumb_are_credited(tmp_path):
