@@ -277,8 +277,8 @@ def test_rows_keep_what_their_scorer_was_made_from(tmp_path):
     row = Comparison(ASKED, tuple(said("up", "left")), (1.0, 0.0))
     for given, origin in ((f"{__name__}:length",) * 2, (one, one), (yaml.safe_dump(one, default_flow_style=True), one),
                           (tmp_path / "one.yaml", one),
-                          ({"kind": "sum", "scorers": [tmp_path / "one.yaml"]},
-                           {"kind": "sum", "scorers": [str(tmp_path / "one.yaml")]})):  # fmt: skip
+                          ({"kind": "sum", "scorers": [tmp_path / "one.yaml"] * 2},
+                           {"kind": "sum", "scorers": [str(tmp_path / "one.yaml")] * 2})):  # fmt: skip
         scorer = load_scorer(given)
         rows = [*relabel_comparisons([row], scorer), *relabel_trajectories([Trajectory(row.context + row.options[0])],
                                                                            scorer)]  # fmt: skip
