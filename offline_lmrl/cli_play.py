@@ -255,7 +255,7 @@ def _generate(
     threshold: float | None = None,
     coverage: float | None = None,
     held_out: str | None = None,
-    abstention: str = "I don't know.",
+    abstention: str | None = None,
     contexts: str | None = None,
     task: str = "",
     device: str | None = None,
@@ -277,7 +277,8 @@ def _generate(
       threshold: replies that score less are not given.
       coverage: sets the threshold at which this share of the prompts in held_out is answered.
       held_out: file of prompts, as `prompts`.
-      abstention: what is said instead; such a row is no reply, so it is not trained and reading drops it, counted.
+      abstention: what is said instead [I don't know.]; such a row is no reply, so it is not trained and reading drops
+        it, counted.
       contexts: package.module:function that gives, for the turns so far, several dialogues (lists of turns) which the
         replies are drawn from in turn, such as one for each document to answer from; the scorer reads the turns.
       task: what is talked about, for a run that was trained with returns per task.
@@ -296,13 +297,16 @@ def _generate(
     if (coverage is None) != (held_out is None) or (coverage is not None and threshold is not None):
         raise InputError(f"coverage: found {coverage} with held_out {held_out} and threshold {threshold}, "
                          "expected coverage and held_out together, or a threshold")
+    if abstention is not None and threshold is None and coverage is None:
+        raise InputError(f"abstention: found {abstention!r} alone, expected --threshold or --coverage too")
     if output != "-":
         check_output_file(Path(output), prompts, held_out)
     histories = [] if chat else read_prompts(prompts)
     player = policy = LanguagePolicy.load(run, device=device, task=task, **sampling)
     if scorer is not None:
         reads = None if contexts is None else imported(contexts, "contexts")
-        player = BestOfN(policy, load_scorer(scorer), best_of, threshold, abstention, reads)
+        instead = {} if abstention is None else {"abstention": abstention}
+        player = BestOfN(policy, load_scorer(scorer), best_of, threshold, contexts=reads, **instead)
         if coverage is not None:
             player.threshold = calibrated_threshold(player, read_prompts(held_out), coverage)
             print(f"threshold: {player.threshold:.6g}", file=sys.stderr)

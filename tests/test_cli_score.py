@@ -155,6 +155,8 @@ def test_generate_gives_the_best_of_several_replies_or_abstains(command, run, tm
     assert sum(map(len, best)) > sum(map(len, one))
     assert replies("--scorer", LENGTH, "--threshold", 1000, "--abstention", "pass") == ["pass", "pass"]
     share = ("--coverage", 0.5, "--held_out", tmp_path / "prompts.txt")
+    code, _, err = command("generate", run, *settings, "--scorer", LENGTH, "--abstention", "pass")
+    assert code == 2 and err == "error: abstention: found 'pass' alone, expected --threshold or --coverage too\n"
     half = replies("--scorer", LENGTH, "--best_of", 6, "--abstention", "pass", *share)
     # the longer of the two is answered, and both where they are equally long
     assert half == [reply if len(reply) == max(map(len, best)) else "pass" for reply in best]
