@@ -244,12 +244,12 @@ def raw_splits(source: str | Path, split: str | None = None) -> dict[str, RawRow
     path = Path(source)
     if path.is_file():
         return {"all": _file_rows(path)}
-    if path.is_dir():
+    if path.is_dir() and str(source):  # no text would be the current folder
         return _dataset_parts(path) if _is_dataset(path) else _folder_parts(path)
     # A relative path whose folder is here was meant as a path; so were names with a suffix of ours.
     if _HUB_NAME.fullmatch(str(source)) and not path.parent.exists() and not path.name.endswith(_SUFFIXES):
         return _hub_parts(str(source), split)
-    raise InputError(f"{source}: found no such file, folder or hub name, "
+    raise InputError(f"{str(source) or repr('')}: found no such file, folder or hub name, "
                      f"expected a {', '.join(_SUFFIXES)} file, a folder of those or owner/name")
 
 

@@ -412,6 +412,13 @@ def test_fingerprint_survives_a_round_trip_and_sees_every_change(tmp_path):
     assert fingerprint(unscored) != fingerprint(zero)
 
 
+def test_no_name_is_no_folder(tmp_path, monkeypatch):
+    lines(tmp_path / "a.jsonl", scored())
+    monkeypatch.chdir(tmp_path)
+    assert message_of(read_trajectories, "").startswith("'': found no such file, folder or hub name, expected ")
+    assert len(read_trajectories(".")) == 1
+
+
 def test_an_empty_datasets_folder_is_one_line(tmp_path):
     datasets.Dataset.from_list([]).save_to_disk(tmp_path / "rows")
     assert "found a datasets folder that cannot be read" in message_of(read_trajectories, tmp_path / "rows")
