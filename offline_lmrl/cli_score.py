@@ -75,7 +75,7 @@ def _relabel(
             made = {name: to_trajectories(rows, judge, "terminal", normalise or "none", counts)
                     for name, rows in read.items()}  # fmt: skip
             _write_splits(output, made, write_trajectories)
-    rows = {f"{name}: rows written, of {len(splits[name])}": len(kept) for name, kept in made.items()}
+    rows = {f"{name}: {done}": len(part[name]) for name in made for done, part in (("read", splits), ("written", made))}
     _print_counts(rows | +counts)
 
 

@@ -62,7 +62,7 @@ def run(tmp_path):
 def test_relabel_scores_trajectories(command, tmp_path):
     write_trajectories(tmp_path / "logs.jsonl", [Trajectory((*ASKED, Turn("assistant", "left", reward=-1.0)))])
     code, out, _ = command("relabel", tmp_path / "logs.jsonl", "--scorer", LENGTH, "--output", tmp_path / "new.jsonl")
-    assert (code, out) == (0, "all: rows written, of 1: 1\n")
+    assert (code, out) == (0, "all: read: 1\nall: written: 1\n")
     assert read_trajectories(tmp_path / "new.jsonl")[0].total_return == 4.0
 
 
@@ -111,7 +111,7 @@ def test_several_splits_become_several_files(command, pairs, tmp_path):
     for split in ("train", "validation"):
         (folder / f"{split}.jsonl").write_bytes(pairs.read_bytes())
     code, out, _ = command("relabel", folder, "--scorer", LENGTH, "--output", tmp_path / "new")
-    assert code == 0 and out == "train: rows written, of 2: 2\nvalidation: rows written, of 2: 2\n"
+    assert code == 0 and out == "".join(f"{name}: read: 2\n{name}: written: 2\n" for name in ("train", "validation"))
     assert len(read_comparisons(tmp_path / "new" / "validation.jsonl")) == 2
     code, _, err = command("relabel", folder, "--scorer", LENGTH, "--output", tmp_path / "new.jsonl")
     assert code == 2 and err.endswith("new.jsonl for the splits train, validation, expected a folder\n")
