@@ -75,8 +75,8 @@ def _relabel(
             made = {name: to_trajectories(rows, judge, "terminal", normalise or "none", counts)
                     for name, rows in read.items()}  # fmt: skip
             _write_splits(output, made, write_trajectories)
-    rows = {f"{name}: {done}": len(part[name]) for name in made for done, part in (("read", splits), ("written", made))}
-    _print_counts(rows | +counts)
+    parts = (("read", splits), ("written", made))
+    _print_counts({f"{name}: {done}": len(part[name]) for name in made for done, part in parts} | +counts)
 
 
 def _select(data: str, *, scorer: str, output: Path, n: int = 100, split: str | None = None) -> None:
