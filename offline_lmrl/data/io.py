@@ -67,7 +67,7 @@ def read_comparisons(source: str | Path, *, split: str | None = None,
 
 
 class Stored(Sequence[Row]):
-    """RawRows that lie in a file without a name in the temporary folder and are read when they are looked at, so that
+    """Rows that lie in a file without a name in the temporary folder and are read when they are looked at, so that
     memory holds eight bytes of each. Processes that are forked read them too.
 
     Args:
@@ -107,7 +107,7 @@ def in_temporary_folder() -> Iterator[None]:
 
 
 def store(rows: Iterable[Row]) -> Stored[Row]:
-    """RawRows as they come, for more of them than memory holds."""
+    """Rows as they come, for more of them than memory holds."""
     return Stored(map(pickle.dumps, rows))
 
 
@@ -167,7 +167,7 @@ def split_by_group(rows: Iterable[Row], shares: Mapping[str, float], seed: int) 
     Args:
       shares: name -> share of the groups, summing to 1; every name is in the result, in this order.
 
-    RawRows without a group go by their own content. Raises InputError for shares that are not a distribution.
+    Rows without a group go by their own content. Raises InputError for shares that are not a distribution.
     """
     if not all(share >= 0 for share in shares.values()) or not math.isclose(math.fsum(shares.values()), 1.0):
         raise InputError(f"shares: found {dict(shares)}, expected shares from 0 up that sum to 1")
