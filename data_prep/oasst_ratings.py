@@ -17,7 +17,7 @@ from data_prep import trajectories
 from data_prep.oasst import Message, Reply, import_replies
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.preference_forms import root_group
-from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.data.trajectory import Trajectory, as_context
 
 
 def prepare(
@@ -52,9 +52,8 @@ def rate(replies: Iterable[Reply], reward: Literal["quality", "thumbs"], counts:
             counts[f"replies without {reward}"] += 1
             continue
         counts["replies scored"] += 1
-        before = [replace(turn, trainable=False) if turn.is_trainable else turn for turn in context]
-        yield Trajectory((*before, replace(reply.turn, reward=score)), group=root_group(context) or reply.id,
-                         source="oasst", labels=reply.labels)  # fmt: skip
+        turns = (*as_context(context), replace(reply.turn, reward=score))
+        yield Trajectory(turns, group=root_group(context) or reply.id, source="oasst", labels=reply.labels)
 
 
 def _quality(reply: Message) -> float | None:

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from offline_lmrl.cli_data import check_output, check_output_file, print_report
 from offline_lmrl.cli_parser import Parser
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.trajectory import Trajectory, Turn, parse_json, shown, to_record, turn_from_record
+from offline_lmrl.data.trajectory import (
+    Trajectory,
+    Turn,
+    as_context,
+    parse_json,
+    shown,
+    to_record,
+    turn_from_record,
+)
 
 if TYPE_CHECKING:
     from offline_lmrl.data.protocols import Policy, Reply
@@ -396,8 +404,7 @@ def _answered(tokenizer: str, history: Sequence[Turn], reply: "Reply", seed: int
     trainable = False if reply.labels.get("abstained") else None
     turn = Turn("assistant", reply.text, trainable, token_ids=reply.token_ids, behaviour_log_prob=reply.log_prob)
     labels = {"seed": seed, "tokenizer": tokenizer, "policy_log_prob": [list(reply.policy_log_prob or ())]}
-    context = [replace(turn, trainable=False, reward=None) if turn.is_trainable else turn for turn in history]
-    return Trajectory((*context, turn), terminated=reply.closed, labels=labels | reply.labels)
+    return Trajectory((*as_context(history), turn), terminated=reply.closed, labels=labels | reply.labels)
 
 
 def _chat(policy: "Policy", seed: int) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 from offline_lmrl.data.comparison import Comparison, build_comparison
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.forms import Drop, extra_columns, read_messages, read_prompt, read_text
-from offline_lmrl.data.trajectory import Turn, finite, read_labels, shown
+from offline_lmrl.data.trajectory import Turn, as_context, finite, read_labels, shown
 
 # What tokenizers put at the end of a reply; as text inside it, it is one more thing to learn that nobody said.
 END_TOKENS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<eos>",
@@ -213,7 +213,7 @@ def read_context(prompt: Any, where: str, repairs: Counter) -> list[Turn]:
     turns = transcript(prompt, repairs)
     if turns[-1] == Turn("assistant", ""):
         turns.pop()
-    return [replace(turn, trainable=False) if turn.is_trainable else turn for turn in turns]
+    return as_context(turns)
 
 
 def read_reply(side: Any, context: list[Turn], prompt: Any, where: str, field: str, repairs: Counter) -> list[Turn]:

@@ -7,7 +7,7 @@ line of JSON Lines and a row of Parquet hold.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
@@ -186,6 +186,11 @@ def build_trajectory(turns: Sequence[Turn], record: Mapping[str, Any], where: st
         roles = ", ".join(dict.fromkeys(turn.role for turn in turns))
         raise InputError(f"{where}: messages: found only untrained turns ({roles}), expected at least one agent turn")
     return trajectory
+
+
+def as_context(turns: Iterable[Turn]) -> list[Turn]:
+    """The turns as what is only read: nobody is credited for any of them."""
+    return [replace(turn, trainable=False, reward=None) if turn.is_trainable else turn for turn in turns]
 
 
 def with_own_token_ids(trajectory: Trajectory, fingerprint: str) -> Trajectory:

@@ -20,7 +20,7 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.preferences import Scored, score_rows
 from offline_lmrl.data.protocols import Reply, Scorer
 from offline_lmrl.data.scale import RewardScale
-from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.data.trajectory import Turn, as_context
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy, load_critic, require_no_prompt
 from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler, SamplingConfig
@@ -283,11 +283,6 @@ class Critic:
 
         scores = self.unit * np.array(critic.sampler.read(closing, prompts))
         return np.split(scores, np.cumsum([len(options) for _, options in rows])[:-1])
-
-
-def as_context(turns: Sequence[Turn]) -> list[Turn]:
-    """Turns as a scorer takes them: none of them is up for a score."""
-    return [replace(turn, trainable=False, reward=None) if turn.is_trainable else turn for turn in turns]
 
 
 def _speaker(turns: Sequence[Turn]) -> str:

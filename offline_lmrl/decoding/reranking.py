@@ -16,7 +16,7 @@ import torch
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.preferences import score_rows
 from offline_lmrl.data.protocols import Policy, Reply, Scorer, Session
-from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.data.trajectory import Trajectory, Turn, as_context
 from offline_lmrl.ops.preferences import abstention_threshold
 
 CANDIDATE_STRIDE = 2**48  # between the seeds of one reply's candidates: more than `generate_texts` asks for
@@ -99,7 +99,7 @@ class BestOfNSession:
                                      [read for history in histories for read in self.reranked.read_by(history)],
                                      texts)  # fmt: skip
         groups = [replies[i * n : (i + 1) * n] for i in range(len(rows))]
-        scored = [(_context(history), [(_turn(reply),) for reply in group])
+        scored = [(as_context(history), [(_turn(reply),) for reply in group])
                   for history, group in zip(histories, groups, strict=True)]  # fmt: skip
         return list(zip(groups, score_rows(scored, self.reranked.scorer), strict=True))
 
@@ -159,14 +159,10 @@ def rejection_sample(
                 if session.fingerprint is not None:
                     labels["tokenizer"] = session.fingerprint
                 turn = replace(_turn(replies[i]), reward=float(scores[i]))
-                made.append(Trajectory((*_context(history), turn), terminated=replies[i].closed, labels=labels))
+                made.append(Trajectory((*as_context(history), turn), terminated=replies[i].closed, labels=labels))
     return made
 
 
 def _turn(reply: Reply) -> Turn:
     ids = reply.token_ids
     return Turn("assistant", reply.text, token_ids=ids, behaviour_log_prob=None if ids is None else reply.log_prob)
-
-
-def _context(history: Sequence[Turn]) -> list[Turn]:
-    return [replace(turn, trainable=False, reward=None) if turn.is_trainable else turn for turn in history]

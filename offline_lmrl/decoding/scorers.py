@@ -34,7 +34,7 @@ from offline_lmrl.data.protocols import Scorer, imported
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.tokenizers import load_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn, finite, require_list, require_text, shown
+from offline_lmrl.data.trajectory import Trajectory, Turn, as_context, finite, require_list, require_text, shown
 from offline_lmrl.data.windows import WindowRule
 from offline_lmrl.decoding.policy import LanguagePolicy, load_critic, require_no_prompt
 from offline_lmrl.models.adapters import settings
@@ -463,9 +463,9 @@ def relabel_trajectories(
             raise InputError("relabel: found a trajectory without an agent turn, expected at least one")
         turns = [replace(turn, reward=None) for turn in trajectory.turns]
         if place == "terminal":
-            own = [(_context(turns[: agent[0]]), [turns[agent[0] :]])]
+            own = [(as_context(turns[: agent[0]]), [turns[agent[0] :]])]
         else:
-            own = [(_context(turns[:i]), [[turns[i]]]) for i in agent]
+            own = [(as_context(turns[:i]), [[turns[i]]]) for i in agent]
         if not all(fits(scorer, *row) for row in own):
             counts[TOO_LONG] += 1
             continue
@@ -477,10 +477,6 @@ def relabel_trajectories(
     scores = iter(np.concatenate(score_rows(rows, scorer)).tolist())
     origin = origin_of(scorer)
     return [_rescored(row, {i: next(scores) for i in places}, origin) for row, places in zip(kept, paid, strict=True)]
-
-
-def _context(turns: Sequence[Turn]) -> list[Turn]:
-    return [replace(turn, trainable=False) if turn.is_trainable else turn for turn in turns]
 
 
 def _rescored(trajectory: Trajectory, rewards: Mapping[int, float], origin: Any) -> Trajectory:
