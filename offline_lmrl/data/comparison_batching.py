@@ -19,7 +19,7 @@ from offline_lmrl.data.batching import FlatLists, pad, pick, places_of
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import in_temporary_folder
-from offline_lmrl.data.parallel import map_in_order
+from offline_lmrl.data.parallel import chunks, map_in_order
 from offline_lmrl.data.rendering import EncodedTurn, Renderer
 from offline_lmrl.data.trajectory import Trajectory, Turn, with_own_token_ids
 from offline_lmrl.data.windows import WindowRule, first_visible, leading_system_turns
@@ -186,11 +186,11 @@ def _rated(renderer: Renderer, window: WindowRule, row: Trajectory, counts: Coun
 
 
 def _rendered(
-    rows: Sequence, encode: Callable[[Any, Counter[str]], _Encoded], span: range
+    rows: Sequence, encode: Callable[[Any, Counter[str]], _Encoded], places: Iterable[int]
 ) -> tuple[_Rendered, Counter[str]]:
     counts: Counter[str] = Counter()
     made = _Rendered(*map(array, _CODES))
-    for i in span:
+    for i in places:
         encoded = encode(rows[i], counts)
         if encoded is None:
             continue
@@ -210,13 +210,12 @@ def _rendered(
 def _dataset(
     rows: Sequence, encode: Callable[[Any, Counter[str]], _Encoded], pad_id: int, counts: Counter[str], processes: int
 ) -> ComparisonDataset:
-    spans = [range(len(rows))[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
-    tokens = options = 0
+    places, tokens, options = chunks(range(len(rows)), _CHUNK), 0, 0
     with in_temporary_folder(), ExitStack() as opened:
         files = _Rendered(*(opened.enter_context(tempfile.TemporaryFile()) for _ in _CODES))
         for file in (files.token_ends, files.option_ends):
             file.write(bytes(8))  # the first list starts at 0
-        for part, mine in map_in_order(partial(_rendered, rows, encode), spans, processes):
+        for part, mine in map_in_order(partial(_rendered, rows, encode), places, processes):
             counts.update(mine)
             ends = {"token_ends": tokens + np.asarray(part.token_ends),
                     "option_ends": options + np.asarray(part.option_ends)}  # fmt: skip

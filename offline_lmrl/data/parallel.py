@@ -3,7 +3,7 @@
 import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from typing import Any
 
@@ -28,7 +28,7 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], processes
     if processes == 1:
         yield from map(function, items)
         return
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _held.append, (function,))
+    pool = _forked(function, processes)
     running: deque = deque()
     source, failure = iter(items), None
     try:
@@ -38,7 +38,7 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], processes
             except Exception as error:
                 failure = error
             else:
-                running.append(_submit(pool, item))
+                running.append(pool.submit(_apply, item))
                 if len(running) > 2 * processes:
                     yield running.popleft().result()
         while running:
@@ -56,14 +56,16 @@ def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _submit(pool: ProcessPoolExecutor, item: Any) -> Future:
+def _forked(function: Callable[[Any], Any], processes: int) -> ProcessPoolExecutor:
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _held.append, (function,))
     before = set(multiprocessing.active_children())
     try:
-        return pool.submit(_apply, item)
-    except OSError as error:  # the first call forks; where one fork fails, nobody would stop those before it
+        pool.submit(len, ())  # the first call forks all
+    except OSError as error:  # nobody else would stop those that were forked before it
         for child in set(multiprocessing.active_children()) - before:
             child.terminate()
         raise InputError(f"processes: found {error.strerror}, expected fewer of them") from error
+    return pool
 
 
 def _apply(item: Any) -> Any:
