@@ -94,10 +94,9 @@ def pitfalls(rows: Sequence[Comparison | Trajectory]) -> dict[str, Any]:
     return _check_facts(_count_pitfalls(rows))
 
 
-def baselines(pairs: Iterable[Pair]) -> dict[str, Any]:
+def baselines(pairs: Sequence[Pair]) -> dict[str, Any]:
     """`prefer` for every feature by name."""
-    groups = _by_group(pairs)
-    return {name: _accuracy(_compete(groups, feature)) for name, feature in _FEATURES.items()}
+    return {name: prefer(pairs, feature) for name, feature in _FEATURES.items()}
 
 
 def prefer(pairs: Iterable[Pair], feature: Feature) -> dict[str, Any]:
