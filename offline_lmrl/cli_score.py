@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from offline_lmrl.cli_data import check_output
+from offline_lmrl.cli_data import check_output, print_report
 from offline_lmrl.cli_parser import call
 from offline_lmrl.data.errors import InputError
 
@@ -52,31 +52,29 @@ def _relabel(
 
     check_output(output, data)
     of_comparisons = holds_comparisons(data)
-    unused = {"place": place} if of_comparisons else {"make": make}
-    for name, value in (unused | ({} if of_comparisons and make == "rewards" else {"normalise": normalise})).items():
-        if value is not None:
-            kind = "comparisons" if of_comparisons else "trajectories"
-            raise InputError(f"{name}: found {value}, expected none for {kind}" + (
-                " without --make rewards" if of_comparisons and name == "normalise" else ""))
+    if not of_comparisons:
+        _require_none("trajectories", make=make, normalise=normalise)
+    else:
+        _require_none("comparisons", place=place)
+        if make != "rewards":
+            _require_none("comparisons without --make rewards", normalise=normalise)
     counts: Counter[str] = Counter()
     splits = (read_comparison_splits if of_comparisons else read_splits)(data, counts=counts)
     if len(splits) > 1 and output.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
         raise InputError(f"output: found {output} for the splits {', '.join(splits)}, expected a folder")
     judge = load_scorer(scorer)
-    if not of_comparisons:
-        made = {name: relabel_trajectories(rows, judge, place or "terminal", counts) for name, rows in splits.items()}
-        _write_splits(output, made, write_trajectories)
-    else:
-        read = {name: fitting(rows, judge, counts) for name, rows in splits.items()}
-        if make != "rewards":
-            made = {name: relabel_comparisons(rows, judge) for name, rows in read.items()}
-            _write_splits(output, made, write_comparisons)
+    fit = {name: fitting(rows, judge, counts) for name, rows in splits.items()} if of_comparisons else splits
+    made, write = {}, write_trajectories
+    for name, rows in fit.items():
+        if not of_comparisons:
+            made[name] = relabel_trajectories(rows, judge, place or "terminal", counts)
+        elif make == "rewards":
+            made[name] = to_trajectories(rows, judge, "terminal", normalise or "none", counts)
         else:
-            made = {name: to_trajectories(rows, judge, "terminal", normalise or "none", counts)
-                    for name, rows in read.items()}  # fmt: skip
-            _write_splits(output, made, write_trajectories)
+            made[name], write = relabel_comparisons(rows, judge), write_comparisons
+    _write_splits(output, made, write)
     parts = (("read", splits), ("written", made))
-    _print_counts({f"{name}: {done}": len(part[name]) for name in made for done, part in parts} | +counts)
+    print_report({f"{name}: {done}": len(part[name]) for name in made for done, part in parts} | +counts)
 
 
 def _select(data: str, *, scorer: str, output: Path, n: int = 100, split: str | None = None) -> None:
@@ -101,7 +99,13 @@ def _select(data: str, *, scorer: str, output: Path, n: int = 100, split: str | 
     counts: Counter[str] = Counter()
     chosen = most_disputed(fitting(read_comparisons(data, split=split, counts=counts), ensemble, counts), ensemble, n)
     write_comparisons(output, chosen)
-    _print_counts({"pairs": len(chosen), "largest disagreement": chosen[0].labels["disagreement"]} | +counts)
+    print_report({"pairs": len(chosen), "largest disagreement": chosen[0].labels["disagreement"]} | +counts)
+
+
+def _require_none(kind: str, **settings: str | None) -> None:
+    for name, value in settings.items():
+        if value is not None:
+            raise InputError(f"{name}: found {value}, expected none for {kind}")
 
 
 def _write_splits(output: Path, splits: dict[str, list[Any]], write: Callable[[Path, list[Any]], None]) -> None:
@@ -110,8 +114,3 @@ def _write_splits(output: Path, splits: dict[str, list[Any]], write: Callable[[P
         return
     for name, rows in splits.items():
         write(output / f"{name}.jsonl", rows)
-
-
-def _print_counts(counts: dict[str, float]) -> None:
-    for name, value in counts.items():
-        print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
