@@ -127,7 +127,6 @@ def _evaluate(
       split: of data with several, which.
     """
     given = dict(locals())
-    from offline_lmrl.data.conditioning import check_ask
     from offline_lmrl.data.demonstrations import task_prompts
     from offline_lmrl.data.io import holds_comparisons, read_trajectories, write_trajectories
     from offline_lmrl.decoding.policy import LanguagePolicy
@@ -135,28 +134,7 @@ def _evaluate(
     from offline_lmrl.evaluation import offline
     from offline_lmrl.evaluation.play import evaluate_policy
 
-    if environment is None and data is None:
-        raise InputError("environment, data: found neither, expected at least one of them")
-    if show is not None and data is None:
-        raise InputError("show: found a row without --data, expected the data it is in")
-    if asks is not None and (environment is None or not asks):
-        found = "none" if not asks else "some without --environment"
-        raise InputError(f"asks: found {found}, expected returns to ask for in an environment")
-    if sampling.get("ask") is not None and (asks is not None or planner is not None):
-        other = "--planner" if asks is None else "--asks"
-        raise InputError(f"ask: found {sampling['ask']!r} with {other}, expected only one of them")
-    if planner is not None and (environment is None or asks is not None):
-        found = "--asks" if asks is not None else "no --environment"
-        raise InputError(f"planner: found it with {found}, expected --environment alone: a plan asks for no return")
-    if planner is not None and demonstrations is not None:
-        raise InputError("planner: found it with --demonstrations, expected only one of them")
-    for ask in asks or ():
-        check_ask(ask)
-    if asks is not None and output is not None and output.suffix == ".png":
-        raise InputError(f"output: found {output} with --asks, expected a file for rows of JSON, as "
-                         f"{output.with_suffix('.jsonl')}: the picture is drawn beside it")
-    if episodes < 1:
-        raise InputError(f"episodes: found {episodes}, expected at least 1")
+    _check_measures(**given)
     if data is not None and holds_comparisons(data):
         _judge(**given)
         return
@@ -189,10 +167,43 @@ def _evaluate(
         _print_off_policy(policy, trajectories, fqe)
 
 
+def _check_measures(
+    environment: str | None, data: str | None, show: int | None, asks: tuple[float | str, ...] | None,
+    planner: "PlannerConfig | None", demonstrations: str | None, output: Path | None, episodes: int,
+    sampling: Mapping[str, Any], **_: Any,
+) -> None:  # fmt: skip
+    """Raises: InputError where settings of `_evaluate` do not go together."""
+    from offline_lmrl.data.conditioning import check_ask
+
+    if environment is None and data is None:
+        raise InputError("environment, data: found neither, expected at least one of them")
+    if show is not None and data is None:
+        raise InputError("show: found a row without --data, expected the data it is in")
+    if asks is not None and (environment is None or not asks):
+        found = "none" if not asks else "some without --environment"
+        raise InputError(f"asks: found {found}, expected returns to ask for in an environment")
+    if sampling.get("ask") is not None and (asks is not None or planner is not None):
+        other = "--planner" if asks is None else "--asks"
+        raise InputError(f"ask: found {sampling['ask']!r} with {other}, expected only one of them")
+    if planner is not None and (environment is None or asks is not None):
+        found = "--asks" if asks is not None else "no --environment"
+        raise InputError(f"planner: found it with {found}, expected --environment alone: a plan asks for no return")
+    if planner is not None and demonstrations is not None:
+        raise InputError("planner: found it with --demonstrations, expected only one of them")
+    for ask in asks or ():
+        check_ask(ask)
+    if asks is not None and output is not None and output.suffix == ".png":
+        raise InputError(f"output: found {output} with --asks, expected a file for rows of JSON, as "
+                         f"{output.with_suffix('.jsonl')}: the picture is drawn beside it")
+    if episodes < 1:
+        raise InputError(f"episodes: found {episodes}, expected at least 1")
+
+
 def _judge(
     run: str, data: str, split: str | None, output: Path | None, sampling: Mapping[str, Any], **rest: Any
 ) -> None:
-    from offline_lmrl.data.io import atomic_output, read_comparisons
+    from data_prep.reports import write_json
+    from offline_lmrl.data.io import read_comparisons
     from offline_lmrl.decoding.scorers import load_scorer
     from offline_lmrl.evaluation.preferences import judge
 
@@ -205,8 +216,7 @@ def _judge(
     facts = judge(load_scorer(run), read_comparisons(data, split=split))
     print_report(facts)
     if output is not None:
-        with atomic_output(output) as temporary:
-            temporary.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(output, facts)
 
 
 def _print_asks(
