@@ -29,6 +29,7 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import fingerprint, read_trajectories
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
+from offline_lmrl.data.tokenizers import load_tokenizer
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.data.windows import WindowRule
 from offline_lmrl.models.adapters import load_heads, require_peft, save_heads, settings, unfreeze_heads
@@ -221,8 +222,7 @@ class BaseTrainer(transformers.Trainer):
             command = f"torchrun --nproc_per_node {args.n_gpu} --no-python offline-lmrl train FILE.yaml"
             raise InputError(f"found {args.n_gpu} GPUs in one process, expected one process per GPU: run `{command}`")
         if processing_class is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            processing_class = transformers.AutoTokenizer.from_pretrained(name)
+            processing_class = tokenizer_beside(model)
         self.renderer = Renderer(processing_class, args.template)
         self.counts: Counter[str] = Counter()
         model, train, held_out = self.prepare(model, args, train_dataset, eval_dataset, peft_config)
@@ -592,6 +592,11 @@ def _check_whole(model: PreTrainedModel, checkpoint: Path) -> None:
     missing = [name for name, value in weights.items() if value.numel() and value.data_ptr() not in pointers]
     if missing:
         raise InputError(f"{checkpoint}: lacks {len(missing)} weights of this model, first {missing[0]}")
+
+
+def tokenizer_beside(model: PreTrainedModel | str) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with a model. Raises: InputError where there is none."""
+    return load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
 
 
 def move_model(staging: Path, folder: Path) -> None:

@@ -68,7 +68,14 @@ from offline_lmrl.ops.policy_gradient import (
     whiten,
 )
 from offline_lmrl.ops.value_learning import td_target
-from offline_lmrl.training import OfflineConfig, OfflineTrainer, check_model, check_range, with_adapter
+from offline_lmrl.training import (
+    OfflineConfig,
+    OfflineTrainer,
+    check_model,
+    check_range,
+    tokenizer_beside,
+    with_adapter,
+)
 from offline_lmrl.training_loop import LoopTrainer
 
 KL_ESTIMATORS = {"k1": kl_k1, "k3": kl_k3}
@@ -243,8 +250,7 @@ class PPOTrainer(LoopTrainer):
         if args.ptx_weight > 0 and ptx_dataset is None:
             raise InputError(f"ptx_weight: found {args.ptx_weight}, but no logged data (data.train), expected both")
         if processing_class is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            processing_class = transformers.AutoTokenizer.from_pretrained(name)
+            processing_class = tokenizer_beside(model)
         super().__init__(args, processing_class, find_unused_parameters=args.value_warmup > 0)
         policy = load_model(model) if isinstance(model, str) else model
         check_model(policy, self.renderer, args.max_length)
