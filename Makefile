@@ -5,22 +5,25 @@ BIN := .venv/bin
 STAMP := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test quickstart
+.PHONY: help setup test quickstart smollm2
 
 help: ## list what can be made
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
+	@sed -n 's/^\([a-z0-9]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
 
 setup: $(STAMP) ## make .venv and install the tested versions into it
 	@echo "Ready: $(BIN)/offline-lmrl --help"
 
 test: $(STAMP) ## set up, then run the default tests
-	@echo "Running the default tests (-m gates, -m slow and -m benchmarks run apart)"
+	@echo "Running the default tests (-m gates, -m slow, -m real and -m benchmarks run apart)"
 	$(BIN)/python -m pytest
 
 quickstart: $(STAMP) ## set up, then make the logs of the maze, compare five methods on it and name the report
 	@echo "Making the logs of the maze, then training and comparing BC, filtered BC, ILQL, return conditioning and PPO;" \
 		"a second run goes on where the first stopped; the last line names the report"
 	$(BIN)/offline-lmrl compare configs/maze/quickstart.yaml
+
+smollm2: $(STAMP) ## fetch SmolLM2-135M-Instruct (93 MB) and write it to models/smollm2-135m
+	$(BIN)/python tests/smollm2.py
 
 # The stamp is written last, so an interrupted installation is repaired by the next make.
 $(STAMP): setup.cfg pyproject.toml requirements.lock
