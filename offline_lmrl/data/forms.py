@@ -10,8 +10,9 @@ group, task, source, labels`; without a group, a prompt form's group is a hash o
 `labels`, where a column of that name is not there already. A row in which the agent abstained (`generate --threshold`)
 is dropped.
 
-Content that is a list of text parts is joined, and tool calls are appended to the content as canonical JSON. A message
-whose content is anything else that is not text drops its row; a value of the wrong type is an error.
+Content that is a list of text parts is joined. Tool calls, a thought (`reasoning_content` or `thinking`), and a column
+`tools` are kept apart for the chat template; the column goes to the leading system turn. A message whose content is
+anything else that is not text drops its row; a value of the wrong type is an error.
 """
 
 import hashlib
@@ -33,14 +34,13 @@ from offline_lmrl.data.trajectory import (
 )
 
 PARTS_JOINED = "repaired: text parts joined"
-CALLS_KEPT = "repaired: tool calls kept as JSON text"
 REWARD_REMOVED = "repaired: reward removed from an untrained turn"
 ABSTAINED = "abstained, no reply"
 
 COMPARISON_FIELDS = (("chosen",), ("rejected",), ("responses", "ranks"), ("responses", "rank"),
                      ("options", "target"))
 
-_MESSAGE_FIELDS = {"role", "content", "tool_calls", *OPTIONAL_TURN_FIELDS}
+_MESSAGE_FIELDS = {"role", "content", "reasoning_content", *OPTIONAL_TURN_FIELDS}
 _ROW_FIELDS = {"terminated", "group", "task", "source", "labels"}
 
 
@@ -64,6 +64,8 @@ def read_row(row: Any, where: str, counts: Counter) -> Trajectory | None:
     repairs: Counter = Counter()
     try:
         turns, group, used = _turns(row, present, where, repairs)
+        if "tools" in present:
+            turns, used = with_tools(turns, row["tools"], where), used | {"tools"}
         if not any(turn.is_trainable for turn in turns) and _abstained(row, where):
             raise Drop(ABSTAINED)
     except Drop as drop:
@@ -73,6 +75,16 @@ def read_row(row: Any, where: str, counts: Counter) -> Trajectory | None:
     extra = extra_columns(row, present - used - _ROW_FIELDS, repairs)
     counts.update(repairs)
     return replace(trajectory, labels={**extra, **trajectory.labels}) if extra else trajectory
+
+
+def with_tools(turns: Sequence[Turn], tools: Any, where: str) -> list[Turn]:
+    """The turns with a row's list of tools on the leading system turn, which is made where there is none."""
+    has_system = bool(turns) and turns[0].role == "system"
+    try:
+        leading = replace(turns[0] if has_system else Turn("system", ""), tools=tools)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return list(turns) if leading.tools is None else [leading, *turns[has_system:]]
 
 
 def _abstained(row: Mapping, where: str) -> bool:
@@ -170,11 +182,20 @@ def read_messages(messages: Any, where: str, field: str, repairs: Counter, allow
 def _turn(message: Any, where: str, repairs: Counter, allow_empty: bool) -> Turn:
     if not isinstance(message, Mapping):
         raise InputError(f"{where}: found {shown(message)}, expected an object with role and content")
-    plain = {**message, "content": _content(message, repairs)}
+    plain = {**message, "content": _content(message, repairs), "thinking": _thought(message, where)}
+    if plain.get("tool_calls") and not isinstance(plain["tool_calls"], str):
+        # Arrow fills every field that some other row has with null, so a null in a call says nothing.
+        plain["tool_calls"] = _without_nulls(plain["tool_calls"])
+    elif not plain.get("tool_calls"):
+        plain.pop("tool_calls", None)
     if plain.get("role") == "assistant" and plain.get("trainable") is False and plain.get("reward") is not None:
         repairs[REWARD_REMOVED] += 1
         del plain["reward"]
-    for name in message.keys() - _MESSAGE_FIELDS:
+    left_out = message.keys() - _MESSAGE_FIELDS
+    if message.get("role") != "tool":  # whoever else has a name: templates do not print it
+        left_out |= message.keys() & {"name", "tool_call_id"}
+    for name in left_out:
+        plain.pop(name)
         if message[name] is not None:
             repairs[f"repaired: message field {name!r} left out"] += 1
     return turn_from_record(plain, where, allow_empty)
@@ -182,20 +203,26 @@ def _turn(message: Any, where: str, repairs: Counter, allow_empty: bool) -> Turn
 
 def _content(message: Mapping, repairs: Counter) -> Any:
     """The content as one text; values that are no kind of content at all are returned as they are, to be refused."""
-    content, calls = message.get("content"), message.get("tool_calls")
+    content = message.get("content")
     if isinstance(content, list | tuple):
         content = "".join(_part(part) for part in content)
         repairs[PARTS_JOINED] += 1
-    if calls:
-        # Arrow fills every field that some other row has with null, so a null in a call says nothing.
-        text = json.dumps(_without_nulls(calls), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        content = f"{content}\n{text}" if content else text
-        repairs[CALLS_KEPT] += 1
+    if content is None and message.get("tool_calls"):
+        content = ""
     if content is None:
         raise Drop("message without content")
     if isinstance(content, Mapping):
         raise Drop("content that is not text")
     return read_text(content) if isinstance(content, str) else content
+
+
+def _thought(message: Mapping, where: str) -> str | None:
+    """An agent's thought, under either of the names in use; an empty one says nothing."""
+    thoughts = {message[name] for name in ("thinking", "reasoning_content") if isinstance(message.get(name), str)}
+    thoughts = {thought for thought in map(read_text, thoughts) if thought}
+    if len(thoughts) > 1:
+        raise InputError(f"{where}.thinking: found another text than in reasoning_content, expected one of them")
+    return thoughts.pop() if thoughts else None
 
 
 def _part(part: Any) -> str:

@@ -453,7 +453,8 @@ def _dataset(records: list[dict[str, Any]]):
 
     text, number, whole = Value("string"), Value("float64"), Value("int64")
     turn = {"role": text, "content": text, "trainable": Value("bool"), "reward": number,
-            "token_ids": List(whole), "behaviour_log_prob": List(number)}
+            "token_ids": List(whole), "behaviour_log_prob": List(number),
+            **dict.fromkeys(("thinking", "tool_calls", "tools", "name", "tool_call_id"), text)}
     types = {"messages": List(turn), "terminated": Value("bool"), "group": text, "task": text, "source": text,
              "labels": text, "context": List(turn), "options": List(List(turn)), "target": List(number),
              "ranking": List(List(whole)), "weight": number}

@@ -15,7 +15,8 @@ from typing import Any
 from offline_lmrl.data.errors import InputError
 
 ROLES = ("system", "user", "assistant", "tool", "environment")
-OPTIONAL_TURN_FIELDS = ("trainable", "reward", "token_ids", "behaviour_log_prob")
+OPTIONAL_TURN_FIELDS = ("trainable", "reward", "token_ids", "behaviour_log_prob", "thinking", "tool_calls", "tools",
+                        "name", "tool_call_id")  # fmt: skip
 MAX_NESTING = 200  # trees of replies nest two levels per turn; what JSON, pickle and repr can walk ends near 900
 
 
@@ -30,6 +31,12 @@ class Turn:
       reward: what the turn earned, finite, on trainable turns only; None = not scored, counts as 0.
       token_ids: the ids as sampled, closing token included, when known; the text need not encode to them again.
       behaviour_log_prob: log-probability of each of `token_ids` under the policy that acted, in nats.
+      thinking: the agent's thought before its words, where the log keeps it apart (`reasoning_content`, `thinking`).
+      tool_calls: the agent's calls as JSON text, a list of {"function": {"name", "arguments"}, "id"?}; a
+        list is taken too. The chat template prints them.
+      tools: on a leading system turn, the schemas of the tools that the dialogue has, as JSON text or a list. With
+        empty content it is no system text, only the place where the tools are kept.
+      name, tool_call_id: on a tool's turn, which tool answers and which call.
 
     Raises InputError that names the field.
     """
@@ -40,6 +47,11 @@ class Turn:
     reward: float | None = None
     token_ids: tuple[int, ...] | None = None
     behaviour_log_prob: tuple[float, ...] | None = None
+    thinking: str | None = None
+    tool_calls: str | None = None
+    tools: str | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -63,6 +75,17 @@ class Turn:
             if self.token_ids is not None and len(log_prob) != len(self.token_ids):
                 raise InputError(f"behaviour_log_prob: found {len(log_prob)} for {len(self.token_ids)} token_ids, "
                                  "expected one for each token id")
+        for name, role in (("thinking", "assistant"), ("tool_calls", "assistant"), ("tools", "system"),
+                           ("name", None), ("tool_call_id", None)):  # fmt: skip
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if role not in (None, self.role):
+                raise InputError(f"{name}: found some on a turn of role {self.role!r}, expected them on role {role!r}")
+            if name in ("tool_calls", "tools"):
+                object.__setattr__(self, name, _objects_text(name, value))
+            else:
+                require_text(name, value)
 
     @property
     def is_trainable(self) -> bool:
@@ -169,7 +192,8 @@ def turn_from_record(message: Any, where: str, allow_empty: bool = False) -> Tur
     except InputError as error:
         raise InputError(f"{where}.{error}") from error
     # An agent that closes its turn at once was still sampled; a log without a word of it has nothing to learn from.
-    if turn.is_trainable and not turn.content and not turn.token_ids and not allow_empty:
+    spoke = turn.content or turn.token_ids or turn.tool_calls
+    if turn.is_trainable and not spoke and not allow_empty:
         raise InputError(f"{where}.content: found empty text, expected the text of the agent's turn")
     return turn
 
@@ -186,6 +210,11 @@ def build_trajectory(turns: Sequence[Turn], record: Mapping[str, Any], where: st
         roles = ", ".join(dict.fromkeys(turn.role for turn in turns))
         raise InputError(f"{where}: messages: found only untrained turns ({roles}), expected at least one agent turn")
     return trajectory
+
+
+def leading_system_turns(turns: Sequence[Turn]) -> int:
+    """How many turns at the start are system turns: they stay in every window."""
+    return next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
 
 
 def as_context(turns: Iterable[Turn]) -> list[Turn]:
@@ -268,6 +297,26 @@ def _token_ids(value: Any) -> tuple[int, ...]:
         if isinstance(token, bool) or not isinstance(token, Integral) or token < 0:
             raise InputError(f"token_ids: found {shown(token)}, expected integers from 0 up")
     return tuple(int(token) for token in value)
+
+
+def _objects_text(name: str, value: Any) -> str | None:
+    """A list of objects, or the JSON text of one, as JSON text, keys in their order; None for an empty list."""
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except ValueError as error:
+            raise InputError(f"{name}: found text that is not JSON ({error}), expected a list of objects") from error
+    if not isinstance(value, list | tuple) or not all(isinstance(item, Mapping) for item in value):
+        raise InputError(f"{name}: found {shown(value)}, expected a list of objects")
+    if name == "tool_calls":
+        for call in value:
+            function = call.get("function", call)
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                raise InputError(f"{name}: found {shown(call)}, expected an object with function.name")
+    try:
+        return json.dumps(list(value), ensure_ascii=False) if value else None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: found {error}, expected values that JSON can hold") from error
 
 
 def read_labels(value: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 
 from offline_lmrl.data import io
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.forms import read_row
 from offline_lmrl.data.io import (
     atomic_output,
     fingerprint,
@@ -105,15 +106,40 @@ def test_conversational_sides_score_the_last_agent_turn_and_the_prompt_is_contex
                          Turn("assistant", "call"), Turn("tool", "42"), Turn("assistant", "it is 42", reward=-0.5))
 
 
-def test_text_parts_are_joined_and_tool_calls_kept_as_canonical_json(tmp_path):
-    call = {"function": {"name": "add", "arguments": {"y": 2, "x": 1, "absent": None}}, "type": "function"}
-    text = '[{"function":{"arguments":{"x":1,"y":2},"name":"add"},"type":"function"}]'
+def test_text_parts_are_joined():
     counts = Counter()
-    row = {"messages": [{"role": "user", "content": [{"type": "text", "text": "1+"}, "2"]},
-                        agent(None, tool_calls=[call]), agent("so", tool_calls=[call])]}
-    rows = read(tmp_path, row, counts=counts)
-    assert [turn.content for turn in rows[0].turns] == ["1+2", text, "so\n" + text]
-    assert counts == {"repaired: text parts joined": 1, "repaired: tool calls kept as JSON text": 2}
+    row = {"messages": [{"role": "user", "content": [{"type": "text", "text": "1+"}, "2"]}, agent("3")]}
+    assert read_row(row, "logs:1", counts).turns[0] == Turn("user", "1+2")
+    assert counts == {"repaired: text parts joined": 1}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_tool_calls_thoughts_and_tools_are_kept_apart_and_come_back(name, tmp_path):
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"y": 2, "x": 1, "absent": None}}}
+    text = '[{"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"y": 2, "x": 1}}}]'
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    counts = Counter()
+    row = {"messages": [{"role": "user", "content": "1+2"},
+                        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "a sum"},
+                        {"role": "tool", "content": "3", "name": "add", "tool_call_id": "c1"}, agent("3", reward=1.0)],
+           "tools": tools}  # fmt: skip
+    trajectory = read_row(row, "logs:1", counts)
+    assert trajectory.turns == (
+        Turn("system", "", tools=json.dumps(tools)), Turn("user", "1+2"),
+        Turn("assistant", "", thinking="a sum", tool_calls=text),
+        Turn("tool", "3", name="add", tool_call_id="c1"), Turn("assistant", "3", reward=1.0))  # fmt: skip
+    assert not counts and "absent" not in trajectory.turns[2].tool_calls
+    write_trajectories(tmp_path / name, [trajectory])
+    assert list(read_trajectories(tmp_path / name)) == [trajectory]
+
+
+def test_faulty_tool_calls_and_thoughts_are_one_line():
+    faults = [({"tool_calls": [{"function": {}}]}, r"logs:1: messages\[0\].tool_calls: found .* an object with"),
+              ({"tool_calls": "["}, "tool_calls: found text that is not JSON"),
+              ({"thinking": "a", "reasoning_content": "b"}, "thinking: found another text than in reasoning_content")]
+    for fields, message in faults:
+        with pytest.raises(InputError, match=message):
+            read_row({"messages": [{"role": "assistant", "content": "x", **fields}]}, "logs:1", Counter())
 
 
 def test_rows_with_content_that_is_not_text_are_dropped_and_counted(tmp_path):
@@ -136,9 +162,9 @@ def test_a_reward_on_an_untrained_agent_turn_is_removed_and_counted(tmp_path):
 
 def test_other_columns_are_kept_as_labels_and_other_message_fields_counted(tmp_path):
     counts = Counter()
-    row = {"messages": [agent("a", name="Ann")], "rating": 4, "user": "u1", "labels": {"user": "u2"}}
+    row = {"messages": [agent("a", mood="glad", name="Ann")], "rating": 4, "user": "u1", "labels": {"user": "u2"}}
     assert read(tmp_path, row, counts=counts)[0].labels == {"rating": 4, "user": "u2"}
-    assert counts == {"repaired: message field 'name' left out": 1}
+    assert counts == {"repaired: message field 'mood' left out": 1, "repaired: message field 'name' left out": 1}
 
 
 @pytest.mark.parametrize("row, expected", [
