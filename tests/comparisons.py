@@ -70,7 +70,8 @@ def check_one(comparison: Comparison) -> None:
     data = encode_comparisons([comparison], RENDERER, WindowRule(max_length=10**6), counts)
     assert len(data) == 1 and not counts
     batch = data.batch([0])
-    before = [*RENDERER.preamble, *(token for turn in comparison.context for token in RENDERER.encode_turn(turn).ids)]
+    context = [RENDERER.encode_turn(turn).ids for turn in comparison.context]
+    before = [*RENDERER.preamble_of(()), *(token for ids in context for token in ids)]
     assert all(row[: len(before)].tolist() == before for row in batch["input_ids"])
     for row, option in enumerate(comparison.options):
         acted = batch["input_ids"][row][batch["action_mask"][row]].tolist()
@@ -100,7 +101,7 @@ def _rewards(comparison: Comparison, kind: str) -> dict[tuple, float]:
 
 def _chosen(turn: Turn) -> tuple[int, ...]:
     encoded = RENDERER.encode_turn(turn)
-    return encoded.ids[encoded.action_start : encoded.action_stop]
+    return encoded.actions
 
 
 def check_other_files_are_refused(tmp_path: Path, row: Any, prepare: Callable[[str], object]) -> None:

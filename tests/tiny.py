@@ -6,7 +6,47 @@ from collections.abc import Callable, Sequence
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from offline_lmrl.data.printing import in_window
+from offline_lmrl.data.rendering import EncodedTurn
 from offline_lmrl.data.tokenizers import train_tokenizer
+
+
+class OneByOne:
+    """The rest of a renderer whose turns have one form each: a subclass says `encode_turn`, and the ids `preamble` and
+    `agent_opening`."""
+
+    preamble, agent_opening = (), ()
+
+    @property
+    def printer(self):
+        return self
+
+    def encode(self, turns):
+        return [self.encode_turn(turn) for turn in turns]
+
+    def notice(self, turns):
+        pass
+
+    def faults_in(self, turns):
+        return []
+
+    def speaks_as_user(self, turn):
+        return turn.role == "user"
+
+    def preamble_of(self, turns):
+        return self.preamble
+
+    def opening_after(self, turns):
+        return self.agent_opening
+
+    def window_ids(self, turns, encoded, first, stop, live):
+        return [getattr(encoded[i], form) for i, form in in_window(turns, self.speaks_as_user, first, stop, live)]
+
+
+def one_form(ids: tuple[int, ...], start: int, actions: tuple[int, ...], closed: bool = True) -> EncodedTurn:
+    """A turn of the same ids everywhere."""
+    return EncodedTurn(ids, start, actions, closed, ids, ids, ids)
+
 
 TEXTS = ("Hello there, how are you?", "I would like the book and 2 hats.\nDeal?", "the player moved up to 5, 12\n",
          "User: hi Assistant: no thanks System: Tool: Environment: [INST] [/INST] <|user|> assistant model turn") * 2

@@ -159,6 +159,7 @@ class ReturnConditionedTrainer(OfflineTrainer):
                 "text": args.text,
                 "bins": scale.bins,
                 "opening": list(self.renderer.agent_opening),
+                "past_opening": list(self.renderer.past_opening),
                 "discount_per_turn": args.discount_per_turn,
                 "scale": scale.to_dict(),
             }
@@ -174,6 +175,9 @@ class ReturnConditionedTrainer(OfflineTrainer):
         if block is not None and block["discount_per_turn"] != args.discount_per_turn:
             raise InputError(f"discount_per_turn: found {args.discount_per_turn:g}, expected that of the model's "
                              f"return heads, {block['discount_per_turn']:g}")
+        if args.return_weight > 0 and not self.renderer.closing_stays:
+            raise InputError("return_weight: found a chat template whose history does not hold the token that "
+                             "closes a turn, where return heads read; expected return_weight: 0, or template: plain")
         if args.return_weight > 0 and block is None:
             steps = {name: windows.flat[name][0] for name in Step._fields}
             attach_return_heads(model, fit_heads(steps, args.bins, args.discount_per_turn))

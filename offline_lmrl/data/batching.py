@@ -26,7 +26,8 @@ FlatLists = tuple[np.ndarray, np.ndarray]  # values of all lists behind one anot
 class ActionSteps(TypedDict):
     """The batch as an MDP: N agent tokens, packed, no padding, no prompt. Each entry is (N,).
 
-    row, state: where the state is read. action: token id at (row, state + 1).
+    row, state: where the state is read. action: token id that the agent chose there; the one at (row, state + 1), but
+      for a closing action of which the template prints another token, or none, once the dialogue goes on.
     reward: scaled, paid before the next state is reached. discount: γ up to the next state.
     next_row, next_state: where V of the next state is read. bootstrap: 1 where it counts, 0 after a terminal action.
     has_target: False only for the last action of a log that was cut right behind a finished agent turn.
@@ -59,7 +60,7 @@ class TokenBatch(TypedDict):
 
     input_ids: Tensor  # (B,T) long
     attention_mask: Tensor  # (B,T) bool
-    action_mask: Tensor  # (B,T) bool: the agent wrote token t and is credited for it here
+    action_mask: Tensor  # (B,T) bool: the agent wrote token t, and is credited for it here
     steps: ActionSteps
     windows: int  # number of rows that have steps
     environment: NotRequired[dict[str, Tensor]]  # row, state: (E,), before the tokens of the environment's replies
@@ -137,15 +138,17 @@ class WindowDataset(torch.utils.data.Dataset):
         places = [row, own if next_row is None else next_row[row], own if end_row is None else end_row[row]]
         steps = {name: step[name] for name in step if not name.endswith("_extra")}
         steps["row"] = row
-        steps["action"] = input_ids[row, step["state"] + 1]
         steps["next_row"] = np.choose(step["next_extra"], places)
         steps["end_row"] = np.choose(step["end_extra"], places)
         # Without the extra rows nobody reads V there; the index still has to exist.
         for name, extra, present in (("next", "next_extra", self.next_rows), ("end", "end_extra", self.end_rows)):
             if not present:
                 steps[f"{name}_state"] = np.where(step[extra] == 0, step[f"{name}_state"], 0)
+        # A closing action may lie in no row, or another token in its place.
+        inside = step["state"] + 1 < input_ids.shape[1]
+        place = row[inside], step["state"][inside] + 1
         action_mask = np.zeros_like(attention_mask)
-        action_mask[row, step["state"] + 1] = True
+        action_mask[place] = input_ids[place] == step["action"][inside]
         batch = {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
 _BINS = 10
 _LONGEST = 5
-_TEMPLATE_ROWS = 100  # the stock template is slow, and where it differs it does so in most rows
+TEMPLATE_ROWS = 100  # that are compared with the stock template, which is slow
 
 
 class LongRow(NamedTuple):
@@ -126,12 +126,13 @@ def check(trajectories_by_split: Mapping[str, Sequence[Trajectory]], renderer: "
 
 def token_table(trajectory: Trajectory, renderer: "Renderer") -> list[TokenRow]:
     """One row per token of the whole trajectory as training renders it, preamble (role "") included."""
-    rows = [(token, "", False, None) for token in renderer.preamble]
-    for turn in with_own_token_ids(trajectory, renderer.fingerprint).turns:
-        encoded = renderer.encode_turn(turn)
-        for place, token in enumerate(encoded.ids):
-            action = turn.is_trainable and encoded.action_start <= place < encoded.action_stop
-            reward = turn.reward if action and place == encoded.action_stop - 1 else None
+    turns = with_own_token_ids(trajectory, renderer.fingerprint).turns
+    encoded = renderer.encode(turns)
+    rows = [(token, "", False, None) for token in renderer.preamble_of(turns)]
+    for turn, own, ids in zip(turns, encoded, renderer.window_ids(turns, encoded, 0, len(turns), True), strict=True):
+        for place, token in enumerate(ids):
+            action = turn.is_trainable and own.action_start <= place < own.action_stop
+            reward = turn.reward if action and place == own.action_stop - 1 else None
             rows.append((token, turn.role, action, reward))
     return [TokenRow(index, renderer.tokenizer.decode([token]), *rest) for index, (token, *rest) in enumerate(rows)]
 
@@ -168,12 +169,11 @@ def _describe(trajectories: Sequence[Trajectory], renderer: "Renderer | None", m
 
 def _token_counts(trajectory: Trajectory, renderer: "Renderer") -> tuple[int, int]:
     """All tokens and the agent's, of the whole row."""
-    total, agent = len(renderer.preamble), 0
-    for turn in with_own_token_ids(trajectory, renderer.fingerprint).turns:
-        encoded = renderer.encode_turn(turn)
-        total += len(encoded.ids)
-        agent += (encoded.action_stop - encoded.action_start) * turn.is_trainable
-    return total, agent
+    turns = with_own_token_ids(trajectory, renderer.fingerprint).turns
+    encoded = renderer.encode(turns)
+    ids = renderer.window_ids(turns, encoded, 0, len(turns), True)
+    agent = sum(len(own.actions) for turn, own in zip(turns, encoded, strict=True) if turn.is_trainable)
+    return len(renderer.preamble_of(turns)) + sum(map(len, ids)), agent
 
 
 def _histogram(returns: np.ndarray) -> list[tuple[float, float, int]]:
@@ -196,11 +196,24 @@ def _warnings(report: SplitReport, trajectories: Sequence[Trajectory], renderer:
     if report.truncated is not None and report.truncated > report.rows / 2:
         yield f"{report.truncated} of {report.rows} rows are longer than {max_length} tokens and lose oldest turns"
     if renderer is not None:
-        for number, trajectory in enumerate(trajectories[:_TEMPLATE_ROWS], 1):
-            difference = renderer.differences(trajectory.turns)
-            if difference is not None:
-                yield f"row {number}: the stock chat template prints this row differently: {difference}"
-                break
+        faults = Counter(line for trajectory in trajectories for line in renderer.printer.faults_in(trajectory.turns))
+        yield from (f"{n} rows: {line}" for line, n in faults.items())
+        if (difference := first_difference(renderer, [row.turns for row in trajectories])) is not None:
+            yield difference
+
+
+def first_difference(renderer: "Renderer", dialogues: Sequence[Sequence[Turn]]) -> str | None:
+    """One line on the dialogues among the first that the stock chat template prints otherwise; None if there are none.
+
+    The stock template is slow, so only the first TEMPLATE_ROWS are compared.
+    """
+    found = {number: text for number, turns in enumerate(dialogues[:TEMPLATE_ROWS], 1)
+             if (text := renderer.differences(turns)) is not None}  # fmt: skip
+    if not found:
+        return None
+    number, text = next(iter(found.items()))
+    return (f"{len(found)} of the first {min(TEMPLATE_ROWS, len(dialogues))} rows: the stock chat template prints "
+            f"them differently; row {number}: {text}")
 
 
 def _can_stitch(trajectories: Sequence[Trajectory]) -> bool:

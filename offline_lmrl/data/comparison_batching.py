@@ -21,8 +21,8 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import in_temporary_folder
 from offline_lmrl.data.parallel import chunks, map_in_order
 from offline_lmrl.data.rendering import EncodedTurn, Renderer
-from offline_lmrl.data.trajectory import Trajectory, Turn, with_own_token_ids
-from offline_lmrl.data.windows import WindowRule, first_visible, leading_system_turns
+from offline_lmrl.data.trajectory import Trajectory, Turn, leading_system_turns, with_own_token_ids
+from offline_lmrl.data.windows import WindowRule, first_visible
 
 _NOT_ACTION, _ACTION, _CLOSING = 0, 1, 2
 _CHUNK = 500  # comparisons that a process renders at once
@@ -258,31 +258,42 @@ def encode_options(
     Sampled ids, if there are any, must be this renderer's. None where an option does not fit; `counts` is told of that
     and of lost turns.
     """
-    before = [renderer.encode_turn(turn) for turn in context]
-    encoded = [[(turn.is_trainable, renderer.encode_turn(turn)) for turn in option] for option in options]
-    head = leading_system_turns(context)
-    fixed = len(renderer.preamble) + sum(len(turn.ids) for turn in before[:head])
-    longest = max(sum(len(turn.ids) for _, turn in option) for option in encoded)
+    head, start = leading_system_turns(context), len(context)
+    rows = [[*context, *option] for option in options]
+    counts.update({line for row in rows for line in renderer.printer.faults_in(row)})
+    encoded = [renderer.encode(row) for row in rows]
+    before = [turn.longest for turn in encoded[0][:start]]
+    fixed = len(renderer.preamble_of(rows[0])) + sum(before[:head])
+    longest = max(sum(turn.longest for turn in row[start:]) for row in encoded)
     # All options together are one coming turn, as long as the longest of them, so the context stays the same for all.
-    first = first_visible(window, [*(len(turn.ids) for turn in before), longest], len(before), head, fixed)
+    first = first_visible(window, [*before, longest], start, head, fixed)
     if first is None:
         counts["comparisons dropped: an option longer than max_length"] += 1
         return None
     if first > head:
         counts["comparisons that lost old turns of the context"] += 1
-    kept = [*before[:head], *before[max(first, head) :]]
-    ids = [*renderer.preamble, *(token for turn in kept for token in turn.ids)]
-    return [_row(ids, option) for option in encoded]
+    return [_row(row, turns, start, first, renderer) for row, turns in zip(rows, encoded, strict=True)]
 
 
-def _row(before: list[int], option: Sequence[tuple[bool, EncodedTurn]]) -> tuple[list[int], list[int]]:
-    ids, kinds = list(before), [_NOT_ACTION] * len(before)
-    for is_agent, turn in option:
-        ids += turn.ids
-        kinds += [_NOT_ACTION] * len(turn.ids)
-        if is_agent:
-            stop = len(kinds) - len(turn.ids) + turn.action_stop
-            start = stop - (turn.action_stop - turn.action_start)
-            kinds[start:stop] = [_ACTION] * (stop - start)
-            kinds[stop - 1] = _CLOSING
+def _row(
+    turns: Sequence[Turn], encoded: Sequence[EncodedTurn], start: int, first: int, renderer: Renderer
+) -> tuple[list[int], list[int]]:
+    """A context and, from turn `start` on, an option: tokens, and what each token is.
+
+    Where the template prints no closing, the agent's closing token ends the row: scores are read there.
+    """
+    pieces = renderer.window_ids(turns, encoded, first, len(turns), live=True)
+    if turns[-1].role == "assistant":
+        last = encoded[-1]
+        pieces[-1] = (*pieces[-1], *last.actions[len(pieces[-1]) - last.action_start :])
+    ids = [*renderer.preamble_of(turns), *(token for piece in pieces for token in piece)]
+    kinds, place = [_NOT_ACTION] * len(ids), len(ids)
+    for index in range(len(turns) - 1, start - 1, -1):
+        turn, piece = encoded[index], pieces[index - len(turns)]
+        place -= len(piece)
+        if turns[index].is_trainable:
+            actions = min(len(turn.actions), len(piece) - turn.action_start)
+            begin = place + turn.action_start
+            kinds[begin : begin + actions] = [_ACTION] * actions
+            kinds[begin + actions - 1] = _CLOSING
     return ids, kinds

@@ -217,18 +217,22 @@ def texts_of(block: Mapping[str, Any]) -> list[str]:
     return [block["text"].format(bin=b + 1, bins=block["bins"]) for b in range(block["bins"])]
 
 
-def with_slots(prompt: Sequence[int], opening: Sequence[int], slot: Ids) -> list[int]:
+def with_slots(
+    prompt: Sequence[int], opening: Sequence[int], slot: Ids, past_opening: Sequence[int] | None = None
+) -> list[int]:
     """A prompt that ends with the agent's opening, with the same slot before that and every earlier one.
 
+    past_opening: ids before the agent's earlier turns; None = the opening.
     Raises: InputError where it ends otherwise.
     """
     n, opening = len(opening), list(opening)
+    past = opening if past_opening is None else list(past_opening)
     if list(prompt[-n:]) != opening:
         raise InputError(f"prompt: found {list(prompt[-n:])} at its end, expected the agent's opening {opening}: a "
                          "return is told directly before it")
     told: list[int] = []
     for i, token in enumerate(prompt):
-        if list(prompt[i : i + n]) == opening:
+        if i == len(prompt) - n or list(prompt[i : i + len(past)]) == past and i < len(prompt) - n:
             told += slot
         told.append(token)
     return told

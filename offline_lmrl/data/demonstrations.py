@@ -151,8 +151,10 @@ def prompt_ids(
         turns = with_own_token_ids(trajectory, renderer.fingerprint).turns
         agent = [index for index, turn in enumerate(turns) if turn.is_trainable]
         slot = dict(zip(agent, slots(trajectory)[: len(agent)], strict=True)) if slots else {}
-        for index in range(first, stop):
-            ids += [*slot.get(index, ()), *renderer.encode_turn(turns[index]).ids]
+        encoded = [turn.behind(slot.get(index, ())) for index, turn in enumerate(renderer.encode(turns))]
+        part = turns[first:stop]
+        pieces = renderer.window_ids(part, encoded[first:stop], 0, len(part), live=False)
+        ids += [token for piece in pieces for token in piece]
     return tuple(ids)
 
 

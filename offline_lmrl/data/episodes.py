@@ -1,16 +1,18 @@
 """One trajectory as windows of tokens and steps: the index arithmetic of rewards, next states and cut ends."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
-from offline_lmrl.data.rendering import EncodedTurn, Renderer
+from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
-from offline_lmrl.data.trajectory import Trajectory, with_own_token_ids
-from offline_lmrl.data.windows import Span, WindowRule, cut_windows, first_visible, leading_system_turns
+from offline_lmrl.data.trajectory import Trajectory, leading_system_turns, with_own_token_ids
+from offline_lmrl.data.windows import Span, WindowRule, cut_windows, first_visible
 
 SlotsOfLog = Callable[[Trajectory], Sequence[tuple[int, ...]]]
+RE_ENCODED = "trajectories encoded anew: their sampled ids are of another tokenizer, template or rendering scheme"
 OWN, NEXT, END = 0, 1, 2  # in which row a state is read: the window's, the next window's opening, the end of a cut log
 
 
@@ -38,6 +40,7 @@ class Step(NamedTuple):
     """One action token; `ActionSteps` (batching.py) says what each entry means. *_extra: OWN, NEXT or END."""
 
     state: int
+    action: int
     reward: float
     discount: float
     next_extra: int
@@ -92,6 +95,10 @@ class EpisodeEncoder:
         prompt: ids that every window begins with, behind the preamble (data/demonstrations.py).
         """
         episode = _Episode(self, trajectory, prompt)
+        counts.update(self.renderer.printer.faults_in(trajectory.turns))
+        counts[RE_ENCODED] += trajectory.labels.get("tokenizer") != self.renderer.fingerprint and any(
+            turn.token_ids is not None for turn in trajectory.turns
+        )
         counts["agent turns dropped: longer than max_length"] += len(episode.dropped)
         if not episode.spans:
             counts["trajectories without an agent turn that fits"] += 1
@@ -110,16 +117,18 @@ class _Episode:
         self.agent_turns = [index for index, is_agent in enumerate(agent) if is_agent]
         slots = encoder.slots(trajectory) if encoder.slots else [()] * (len(self.agent_turns) + 1)
         self.slots = dict(zip([*self.agent_turns, len(turns)], slots, strict=True))
+        self.turns = turns
         self.encoded = [
-            _behind(self.slots.get(index, ()), encoder.renderer.encode_turn(turn)) for index, turn in enumerate(turns)
+            turn.behind(self.slots.get(index, ())) for index, turn in enumerate(encoder.renderer.encode(turns))
         ]
-        self.lengths = [len(turn.ids) for turn in self.encoded]
+        self.lengths = [turn.longest for turn in self.encoded]
         self.reward = [encoder.scale.apply(turn.reward) for turn in turns]
         self.from_environment = [turn.role != "assistant" for turn in turns]
         self.head = leading_system_turns(turns)
-        self.preamble = (*self.renderer.preamble, *prompt)
+        self.preamble = (*self.renderer.preamble_of(turns), *prompt)
         self.fixed = len(self.preamble) + sum(self.lengths[: self.head])
-        self.spans, self.dropped = cut_windows(self.rule, self.lengths, agent, self.head, self.fixed)
+        stays = [turn.stays for turn in self.encoded]
+        self.spans, self.dropped = cut_windows(self.rule, self.lengths, agent, stays, self.head, self.fixed)
         self.length = len(turns)
         self.end = self._kind_of_end(trajectory.terminated)
         self.after = self._returns_after_turns() if self.spans else {}
@@ -144,7 +153,7 @@ class _Episode:
         return span.first != roomy
 
     def _actions(self, index: int) -> int:
-        return self.encoded[index].action_stop - self.encoded[index].action_start
+        return len(self.encoded[index].actions)
 
     def _returns_after_turns(self) -> dict[int, tuple[float, float]]:
         """For every agent turn: discounted return behind it, and the factor of the V that closes a cut log."""
@@ -168,17 +177,26 @@ class _Episode:
         return 1.0 if inside else self.gammas.discount_per_turn
 
     def _tokens(self, first: int, stop: int) -> list[int]:
-        """Ids of the preamble, the prompt, the leading system turns and turns first..stop−1."""
-        pieces = [*self.encoded[: self.head], *self.encoded[max(first, self.head) : stop]]
-        return [*self.preamble, *(token for turn in pieces for token in turn.ids)]
+        """Ids of the preamble, the prompt, the leading system turns and turns first..stop−1, as history."""
+        pieces = self.renderer.window_ids(self.turns, self.encoded, first, stop, live=False)
+        return [*self.preamble, *(token for ids in pieces for token in ids)]
 
-    def _first_state(self, span: Span, index: int) -> int:
-        before = sum(self.lengths[max(span.first, self.head) : index])
-        return self.fixed + before + self.encoded[index].action_start - 1
+    def _row(self, span: Span) -> tuple[list[int], dict[int, int]]:
+        """Ids of a window, and per turn the state before the first token that its speaker chose."""
+        pieces = self.renderer.window_ids(self.turns, self.encoded, span.first, span.stop, live=True)
+        ids = [*self.preamble, *(token for piece in pieces for token in piece)]
+        places = [*range(self.head), *range(max(span.first, self.head), span.stop)]
+        ends = accumulate(map(len, pieces), initial=len(self.preamble))
+        # The place of a turn's first action is the same in all its forms but for the opening after system turns.
+        starts = (end + len(piece) - len(self.encoded[i].ids) if self.from_environment[i] else end
+                  for i, piece, end in zip(places, pieces, ends, strict=False))  # fmt: skip
+        return ids, {i: start + self.encoded[i].action_start - 1 for i, start in zip(places, starts, strict=True)}
 
     def _opening(self, index: int) -> tuple[int, ...]:
-        """What is read before the agent's turn `index`: of the log, or the one that would follow it."""
-        return (*self.slots[index], *self.renderer.agent_opening)
+        """Ids read before the agent's turn `index`: of the log, or the one that would follow it."""
+        if index < self.length and index not in self.dropped:
+            return self.encoded[index].ids[: self.encoded[index].action_start]
+        return (*self.slots[index], *self.renderer.opening_after(self.turns[:index]))
 
     def _visible_at(self, index: int) -> int:
         """First turn seen when the agent acts at `index`: a turn of the log, or the one that would follow it."""
@@ -191,7 +209,7 @@ class _Episode:
         return first
 
     def window(self, span: Span) -> Window:
-        input_ids = self._tokens(span.first, span.stop)
+        input_ids, state = self._row(span)
         inside = [index for index in self.agent_turns if span.credited <= index < span.stop]
         next_ids, end_ids = [], []
         last = inside[-1]
@@ -200,7 +218,8 @@ class _Episode:
         if upcoming < self.length or self.end == "observation":
             first = self._visible_at(upcoming)
             opened = [*self._tokens(first, upcoming), *self._opening(upcoming)]
-            if first == span.first and opened[: len(input_ids)] == input_ids:
+            kept = state[last] + self._actions(last)  # all that is read before the closing action
+            if first == span.first and opened[:kept] == input_ids[:kept]:
                 input_ids, follows = opened, (OWN, len(opened) - 1)
             else:
                 next_ids, follows = opened, (NEXT, len(opened) - 1)
@@ -209,21 +228,20 @@ class _Episode:
             end_ids = self._end_ids()
             end = (END, len(end_ids) - 1) if end_ids else (OWN, 0)
         elif self.end in ("finished", "unfinished"):
-            end = (OWN, self._first_state(span, last) + self._actions(last) - (self.end == "finished"))
+            end = (OWN, state[last] + self._actions(last) - (self.end == "finished"))
         steps = []
         for index, after in zip(inside, [*inside[1:], None], strict=True):
-            place = follows if after is None else (OWN, self._first_state(span, after))
-            steps += self._steps(span, index, place, end)
-        return Window(input_ids, next_ids, end_ids, self._replies(span), steps)
+            place = follows if after is None else (OWN, state[after])
+            steps += self._steps(state[index], index, place, end)
+        return Window(input_ids, next_ids, end_ids, self._replies(span, state), steps)
 
-    def _replies(self, span: Span) -> list[int]:
+    def _replies(self, span: Span, state: Mapping[int, int]) -> list[int]:
         """States before the tokens of the environment's replies, contents and closings; each in one window only."""
         before = max((index for index in self.agent_turns if index < span.credited), default=span.credited)
         states = []
         for index in range(max(before, span.first, self.head) + 1, span.stop):
             if self.from_environment[index]:
-                first = self._first_state(span, index)
-                states += range(first, first + self._actions(index))
+                states += range(state[index], state[index] + self._actions(index))
         return states
 
     def _end_ids(self) -> list[int]:
@@ -236,8 +254,9 @@ class _Episode:
         read = self.encoded[last].action_stop - (self.end == "finished")
         return [*self._tokens(self._visible_at(last), last), *self.encoded[last].ids[:read]]
 
-    def _steps(self, span: Span, index: int, follows: tuple[int, int], end: tuple[int, int]) -> Iterator[Step]:
-        n, opening, gamma = self._actions(index), self._first_state(span, index), self.gammas.discount_per_token
+    def _steps(self, opening: int, index: int, follows: tuple[int, int], end: tuple[int, int]) -> Iterator[Step]:
+        actions, gamma = self.encoded[index].actions, self.gammas.discount_per_token
+        n = len(actions)
         is_last = index == self.agent_turns[-1]
         bootstrap, turn_discount = 1.0, self._turn_discount(index)
         reward, reach = self.reward[index], n  # V of the place that follows is `reach` actions behind the opening
@@ -257,16 +276,8 @@ class _Episode:
                 paid, discount, place, counts = 0.0, gamma, (OWN, opening + k + 1), 1.0
             total, factor = self._return_from(index, k, *self.after[index]) if has_target else (0.0, 0.0)
             yield Step(
-                state=opening + k, reward=paid if has_target else 0.0, discount=discount, next_extra=place[0],
-                next_state=place[1], bootstrap=counts, has_target=has_target,
+                state=opening + k, action=actions[k], reward=paid if has_target else 0.0, discount=discount,
+                next_extra=place[0], next_state=place[1], bootstrap=counts, has_target=has_target,
                 closes_turn=k == n - 1 and not (is_last and self.end == "unfinished"), turn=index, open_state=opening,
                 return_to_go=total, end_extra=end[0], end_state=end[1], end_discount=factor,
             )  # fmt: skip
-
-
-def _behind(slot: tuple[int, ...], turn: EncodedTurn) -> EncodedTurn:
-    """The turn with a slot before its opening."""
-    if not slot:
-        return turn
-    n = len(slot)
-    return EncodedTurn((*slot, *turn.ids), n + turn.action_start, n + turn.action_stop, turn.closed)

@@ -1,44 +1,81 @@
 """The one place where text becomes tokens, in training and in generation alike.
 
-Every turn is tokenised on its own, as opening + content + closing, and appended, so tokens already read never change.
-Openings and closings are the template's text with its special tokens active; in content, special tokens stay text, so
-nobody can close a turn or open another one by typing. Where this assembly differs from what the stock chat template
-prints (templates that rewrite history, strip white space or refuse a dialogue), assembly holds and
-`Renderer.differences` tells.
+Every turn is tokenised on its own, as opening + content + closing, and appended. Openings and closings are the
+template's text with its special tokens active; in content, special tokens stay text, so nobody can close a turn or
+open another one by typing.
+
+A dialogue is printed as the stock chat template prints it (`template: auto`). Templates may print an agent's turn
+otherwise once the dialogue goes on: without its thought, or with another closing. Then the turn has several forms
+(templates.py); where they differ in more than the closing, a row of training data ends with the turn, and the next
+agent turn gets a row of its own, whose history is in the past form. `template: assembled` only ever appends.
+`Printer.mismatches` (printing.py) and `Renderer.differences` say where the result differs from the stock template.
 """
 
 import functools
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.templates import derive_template, plain_template, print_chat
-from offline_lmrl.data.trajectory import ROLES, Turn
+from offline_lmrl.data.printing import THINK, Form, Printer, TurnText, first_difference, in_window, unsampled
+from offline_lmrl.data.templates import ChatTemplate, TemplateText, appended_only, derive_template, plain_template
+from offline_lmrl.data.trajectory import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+TEMPLATES = ("auto", "assembled", "plain")
+SCHEME = 2  # of rendering; 1 printed a default system text always, knew one form of a turn and no tool calls
+
 
 class EncodedTurn(NamedTuple):
-    """The tokens of one turn.
+    """The tokens of one turn, in every form that a window may hold.
 
     Attributes:
-      ids: opening, content and closing.
-      action_start, action_stop: ids[action_start:action_stop] are what the speaker chose, content and closing token;
-        what the template prints after the closing token is not chosen.
+      ids: opening, content and closing as the last turn of a dialogue, which is what an agent is trained to write.
+      action_start: ids[action_start:] begin with what the speaker chose.
+      actions: the tokens that the speaker chose, the closing token last. Other forms may have another token in its
+        place; where the template prints no closing, it lies behind `ids`.
       closed: False for a sampled agent turn that was cut before its closing token.
+      loop, past: ids once other turns follow, and once a user's turn does; of a system turn, directly before one.
+      after_system: ids directly after the leading system turns.
     """
 
     ids: tuple[int, ...]
     action_start: int
-    action_stop: int
+    actions: tuple[int, ...]
     closed: bool
+    loop: tuple[int, ...]
+    past: tuple[int, ...]
+    after_system: tuple[int, ...]
+
+    @property
+    def action_stop(self) -> int:
+        """Place behind the last action, counted in `ids`; one beyond them where the template prints no closing."""
+        return self.action_start + len(self.actions)
+
+    @property
+    def stays(self) -> bool:
+        """Whether all later windows hold the same tokens, but for the closing action and what follows it."""
+        kept = self.action_stop - self.closed
+        return self.ids[:kept] == self.loop[:kept] and self.loop == self.past
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest form, which is what a window rule counts."""
+        return max(map(len, (self.ids, self.loop, self.past)))
+
+    def behind(self, prefix: tuple[int, ...]) -> "EncodedTurn":
+        """The turn with ids before its opening."""
+        if not prefix:
+            return self
+        forms = {name: (*prefix, *getattr(self, name)) for name in ("ids", "loop", "past", "after_system")}
+        return self._replace(action_start=len(prefix) + self.action_start, **forms)
 
 
 class Renderer:
@@ -46,160 +83,261 @@ class Renderer:
 
     Args:
       tokenizer: a fast tokenizer.
-      template: "auto": the tokenizer's chat template if it has one, else "plain"; "plain": a line per turn with the
-        speaker's name, the agent's turn ended by EOS.
+      template: "auto": as the tokenizer's chat template prints a dialogue, or "plain" where it has none; "assembled":
+        the same texts around turns, but what was read never changes; "plain": a line per turn with the speaker's name,
+        the agent's turn ended by EOS.
+      text: what was derived from the template before and saved with a run; None = derive it now.
+      ends: further ids that end a reply (the model's `generation_config.eos_token_id`).
 
     Attributes:
-      preamble: ids before the first turn; may be empty.
-      agent_opening: ids of opening("assistant"): the prompt of an agent turn, never empty.
-      close_id: the token that ends an agent turn.
-      strips: for user and assistant, the sides ("left", "right") where the stock template would strip white space;
-        assembly keeps the text as it is.
-      fingerprint: equal for equal tokenizer and template, also after saving and loading.
+      text: the text around turns. printer: prints dialogues, and says where the stock template prints something else.
+      agent_opening: ids of the generation prompt, read before an agent turn; never empty.
+      close_id: the token that ends an agent turn. close_ids: all that do.
+      fingerprint: equal for equal tokenizer and printed text, also after saving and loading; begins with the scheme.
 
     Roles that the template lacks are rendered as the user's. Raises InputError for a tokenizer or template that cannot
     be used.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", template: str = "auto"):
-        if template not in ("auto", "plain"):
-            raise InputError(f"template: found {template!r}, expected 'auto' or 'plain'")
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", template: str = "auto",
+                 text: TemplateText | None = None, ends: Sequence[int] = ()):
+        if template not in TEMPLATES:
+            raise InputError(f"template: found {template!r}, expected one of {', '.join(TEMPLATES)}")
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(f"tokenizer: found {type(tokenizer).__name__}, expected a fast one (tokenizer.json)")
-        self.tokenizer, self.template = tokenizer, template
-        stock = tokenizer.chat_template if template == "auto" else None
+        self.tokenizer, self.template, self.ends = tokenizer, template, tuple(ends)
         description = json.loads(tokenizer.backend_tokenizer.to_str())
         added = {token["content"]: token for token in description["added_tokens"]}
-        if stock is None:
+        stock = None
+        if template != "plain" and tokenizer.chat_template is not None:
+            date, parts = ("", False) if text is None else (text.date, text.parts)
+            stock = ChatTemplate(tokenizer, list(added), date, parts)
+        if text is None and stock is None:
             text = plain_template(tokenizer.bos_token or "", tokenizer.eos_token or "")
-        else:
-            text = derive_template(tokenizer, list(added))
-        self._stock, self._text, self.strips = stock, text, text.strips
-        self.fingerprint = _fingerprint(description, stock, tokenizer)
+        elif text is None:
+            text = derive_template(stock)
+            text = appended_only(text) if template == "assembled" else text
+        self.text = text
 
         # Added tokens that structure the dialogue: all special ones, and the others that the template prints.
-        printed = "\0".join([text.preamble, *text.opening.values(), *text.closing.values()])
+        printed = "\0".join([*text.preamble.values(), *text.opening.values(), *text.closing.values(), text.prompt,
+                             *text.live, *text.past])  # fmt: skip
         controls = {name for name, token in added.items()
                     if token["special"] or (name in printed and not name.isspace())}
         self._controls = {added[name]["id"] for name in controls}
         if tokenizer.unk_token != tokenizer.eos_token:
             self._controls.discard(tokenizer.unk_token_id)  # what the tokenizer cannot spell, not something typed
+        self._kept_controls = self._controls - {added[name]["id"] for name in THINK if name in added}
         self._inside_control = _inside(controls)
+        self.printer = Printer(text, stock, template == "assembled", controls, list(added))
         self._backend = _content_backend(description, controls)
         self._content_ids = functools.lru_cache(maxsize=1 << 16)(self._encode_content)
+        self._template_ids = functools.lru_cache(maxsize=1 << 12)(self._encode_template)
+        self._noticed: set[str] = set()
         self._derive_ids()
+        self.fingerprint = _fingerprint(description, text, self.printer.probes)
 
     def _derive_ids(self) -> None:
-        text, tokenizer = self._text, self.tokenizer
-        closing = text.closing["assistant"]
-        ids = self._template_ids("x", closing)
-        if self._controls.isdisjoint(ids) and tokenizer.eos_token:
-            closing = tokenizer.eos_token + closing
-            ids = self._template_ids("x", closing)
-        closes = [i for i, token in enumerate(ids) if token in self._controls]
-        if not closes and len(ids) != 1:
-            raise InputError(f"tokenizer: found no token that ends an agent turn ({closing!r} is {len(ids)} tokens), "
-                             "expected a tokenizer with an eos_token")
-        stop = closes[0] if closes else 0
-        self.close_id = ids[stop]
-        self._chosen_closing, self._printed_closing = ids[:stop + 1], ids[stop + 1:]
-        self._before_close = self._backend.decode(ids[:stop], skip_special_tokens=False)
-        self._agent_closing = closing
-
-        self.preamble = self._template_ids("", text.preamble)
-        self._closing = {role: self._template_ids("x", text.closing[role]) for role in ROLES} | {"assistant": ids}
-        self._opening = {role: self._template_ids(closing, text.opening[role]) for role in ROLES}
-        self.agent_opening = self._template_ids(text.closing["user"] or "x", text.opening["assistant"])
-        self._opening["assistant"] = self.agent_opening
+        text, tokenizer = self.text, self.tokenizer
+        chosen, _ = self._closing_ids(text.live[1])
+        if not chosen and tokenizer.eos_token_id is None:
+            raise InputError(f"tokenizer: found no token that ends an agent turn ({text.live[1]!r} is "
+                             f"{len(self._template_ids('x', text.live[1]))} tokens), expected a tokenizer with an "
+                             "eos_token")  # fmt: skip
+        # Where the template prints no closing token, the agent closes its turn with EOS, which no history holds.
+        self.close_id = chosen[-1] if chosen else tokenizer.eos_token_id
+        self.close_ids = frozenset({self.close_id, *self.ends})
+        self._before_close = self._backend.decode(list(chosen[:-1]), skip_special_tokens=False)
+        self._live_lead = "".join(self.printer.before_content(text.live[0]))
+        self.agent_opening = self._template_ids(text.closing["user"] or "x", text.prompt)
         if not self.agent_opening:
             raise InputError("chat template: found nothing printed before the agent's text, expected at least "
                              "one token there, or the setting template: plain")
 
+    @property
+    def past_opening(self) -> tuple[int, ...]:
+        """Ids before the agent's words in history."""
+        before = self.text.past[0]
+        if before.startswith(self.text.prompt):
+            return self.agent_opening
+        return self._template_ids(self.text.closing["user"] or "x", before)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        # Copies and other processes derive everything again; the cache does not travel.
-        return Renderer, (self.tokenizer, self.template)
+        # Copies and other processes derive the ids again; the caches do not travel.
+        return Renderer, (self.tokenizer, self.template, self.text, self.ends)
+
+    def preamble_of(self, turns: Sequence[Turn]) -> tuple[int, ...]:
+        """Ids before the first of these turns: with the template's own system text where they bring none."""
+        return self._template_ids("", self.printer.preamble(turns))
 
     def opening(self, role: str) -> tuple[int, ...]:
-        """Ids that the template prints before a turn of this role."""
-        return self._opening[role]
+        """Ids printed before a turn of this role."""
+        if role == "assistant":
+            return self.agent_opening
+        return self._template_ids(self.text.past[1] or "x", self.text.opening[role])
 
     def closing(self, role: str) -> tuple[int, ...]:
-        """Ids that the template prints after a turn of this role."""
-        return self._closing[role]
+        """Ids printed after a turn of this role; of the agent, as its last turn, with the closing action."""
+        if role != "assistant":
+            return self._template_ids("x", self.text.closing[role])
+        chosen, rest = self._closing_ids(self.text.live[1])
+        return (*(chosen or (self.close_id,)), *rest)
 
     def encode_content(self, text: str) -> list[int]:
-        """Ids of an agent's text as `encode_turn` writes them between opening and closing; `decode` is the inverse.
+        """Ids of an agent's text as `encode` writes them between opening and closing; `decode` is the inverse.
 
         Special tokens typed in the text stay text. Raises InputError if the tokenizer cannot keep them apart.
         """
-        return list(self._content_ids(self._text.lead["assistant"] + text))
+        fixed, lead = self.printer.before_content(self.text.live[0])
+        return [*self._template_ids(self.text.prompt, fixed), *self._content_ids(lead + text)]
 
     def encode_turn(self, turn: Turn) -> EncodedTurn:
-        """A turn as tokens: opening + content + closing.
+        """A turn alone as tokens."""
+        return self.encode([turn])[0]
 
-        An agent turn's `token_ids` (sampled content and closing token) are used as they are; without the closing token
+    def encode(self, turns: Sequence[Turn]) -> list[EncodedTurn]:
+        """The turns of a dialogue, or of a part of one, as tokens; `in_window` says which form a window holds.
+
+        An agent turn's `token_ids` (sampled content and closing token) are used as they are; without a closing token
         the turn is unfinished, and nothing is appended. The caller removes ids of another tokenizer first.
         """
-        opening = self._opening[turn.role]
-        start = len(opening)
-        if turn.role == "assistant" and turn.token_ids is not None:
-            closed = turn.token_ids[-1:] == (self.close_id,)
-            ids = opening + turn.token_ids + (self._printed_closing if closed else ())
-            return EncodedTurn(ids, start, start + len(turn.token_ids), closed)
-        content = self._content_ids(self._text.lead[turn.role] + turn.content)
-        closing = self._closing[turn.role]
-        chosen = len(self._chosen_closing) if turn.role == "assistant" else len(closing)
-        return EncodedTurn(opening + content + closing, start, start + len(content) + chosen, True)
+        return [self._encoded(turn, text) for turn, text in zip(turns, self.printer.texts(turns), strict=True)]
+
+    def window_ids(
+        self, turns: Sequence[Turn], encoded: Sequence[EncodedTurn], first: int, stop: int, live: bool
+    ) -> list[tuple[int, ...]]:
+        """Ids of every turn of a window: the leading system turns and turns first..stop−1 of a dialogue.
+
+        Args:
+          encoded: the dialogue's turns. live: a last turn of the agent's is in the form that it is trained in.
+        """
+        window = in_window(turns, self.printer.speaks_as_user, first, stop, live)
+        return [getattr(encoded[i], form) for i, form in window]
+
+    def _encoded(self, turn: Turn, text: TurnText) -> EncodedTurn:
+        ids = self._form_ids(text.ids, turn.role)
+        if turn.role != "assistant":
+            start = len(self._form_ids(text.ids[:1], turn.role))
+            past, joined = (ids if form is text.ids else self._form_ids(form, turn.role) for form in
+                            (text.past, text.after_system))  # fmt: skip
+            return EncodedTurn(ids, start, ids[start:], True, ids, past, joined)
+        chosen, rest = self._closing_ids(text.ids[-1][1])
+        opening = self._opening_ids(text.prompt)
+        start = first_difference(opening, ids)
+        if turn.token_ids is None:
+            loop = self._form_ids(text.loop, turn.role)
+            past = loop if text.past is text.loop else self._form_ids(text.past, turn.role)
+            body = ids[start : len(ids) - len(rest)]
+            return EncodedTurn(ids, start, body if chosen else (*body, self.close_id), True, loop, past, past)
+        # Sampled ids stand in for the text that they spell, also in history where that shows the same text.
+        start, sampled = len(opening), (*opening, *turn.token_ids)
+        if not (turn.token_ids and turn.token_ids[-1] in self.close_ids):
+            return EncodedTurn(sampled, start, turn.token_ids, False, sampled, sampled, sampled)
+        ids = (*(sampled if chosen else sampled[:-1]), *rest)
+        loop, past = (self._history_ids(turn, form, text) for form in (text.loop, text.past))
+        return EncodedTurn(ids, start, turn.token_ids, True, loop, past, past)
+
+    def _history_ids(self, turn: Turn, form: Form, text: TurnText) -> tuple[int, ...]:
+        """A sampled turn in history: as sampled, closed as the template closes it, unless that prints other text."""
+        kept = turn.token_ids[:-1]
+        # Control tokens that were sampled are no text that could be printed again.
+        same = (text.as_is and self.text.live[0] == self.text.past[0]) or not self._kept_controls.isdisjoint(kept)
+        if not same:
+            spelt = self._backend.decode(list(kept), skip_special_tokens=False).removesuffix(self._before_close)
+            same = (text.prompt or "") + spelt == "".join(piece for _, piece in form[:-1])
+        if not same:
+            return self._form_ids(form, turn.role)
+        before = self._closing_ids(form[-1][1])[0][:-1]
+        kept = kept[: -len(before)] if before and kept[-len(before) :] == before else kept
+        return (*self._opening_ids(text.prompt), *kept, *self._template_ids("x", form[-1][1]))
+
+    def opening_after(self, turns: Sequence[Turn]) -> tuple[int, ...]:
+        """Ids read before an agent's turn that follows these: the generation prompt. After the result of a tool some
+        templates print none."""
+        return self._opening_ids(self.printer.texts([*turns, Turn("assistant", "x")])[-1].prompt)
+
+    def _opening_ids(self, prompt: str | None) -> tuple[int, ...]:
+        return self.agent_opening if prompt is None else self._template_ids("x", prompt)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an agent turn's sampled ids, without its closing token and what follows that."""
         ids = list(ids)
-        closed = self.close_id in ids
-        if closed:
-            ids = ids[:ids.index(self.close_id)]
-        text = self._backend.decode(ids, skip_special_tokens=False)
-        text = text.removesuffix(self._before_close) if closed else text
-        return text.removeprefix(self._text.lead["assistant"])
+        end = next((i for i, token in enumerate(ids) if token in self.close_ids), None)
+        text = self._backend.decode(ids[:end], skip_special_tokens=False)
+        text = text if end is None else text.removesuffix(self._before_close)
+        return text.removeprefix(self._live_lead)
 
-    def printed(self, turns: Sequence[Turn], prompt: bool = False, slot: str = "") -> str:
-        """The assembly as text; `prompt` adds the opening of the agent's next turn, with `slot` before it."""
-        text, closing = self._text, self._text.closing | {"assistant": self._agent_closing}
-        ours = text.preamble + "".join(text.opening[turn.role] + text.lead[turn.role] + turn.content
-                                       + closing[turn.role] for turn in turns)
-        return ours + slot + text.opening["assistant"] if prompt else ours
+    def tokens(self, turns: Sequence[Turn], prompt: bool = False) -> list[int]:
+        """The dialogue as ids, without sampled ones; `prompt` adds the opening of the agent's next turn."""
+        ids = list(self.preamble_of(turns))
+        for role, form in self.printer.dialogue([unsampled(turn) for turn in turns], prompt):
+            ids += self._form_ids(form, role)
+        return [*ids, *self.opening_after(turns)] if prompt else ids
 
-    def differences(self, turns: Sequence[Turn]) -> str | None:
-        """One line on the first difference between this assembly and what the stock template prints; None if none.
+    # Where the stock template prints something else.
 
-        A dialogue that does not end with the agent is compared together with the prompt of the agent's next turn.
+    @property
+    def closing_stays(self) -> bool:
+        """Whether history holds the token that closes an agent's turn."""
+        chosen = self._closing_ids(self.text.live[1])[0]
+        return bool(chosen) and self._closing_ids(self.text.past[1])[0] == chosen
+
+    def notice(self, turns: Sequence[Turn]) -> None:
+        """Log what the printer finds fault with in a dialogue, each line once."""
+        for line in self.printer.faults_in(turns):
+            if line not in self._noticed:
+                self._noticed.add(line)
+                logging.getLogger(__name__).warning(line)
+
+    def differences(self, turns: Sequence[Turn], prompt: bool | None = None) -> str | None:
+        """One line on the first difference between this rendering and what the stock template prints; None if none.
+
         The plain template has no stock to differ from.
+
+        Args:
+          prompt: compare with the prompt of the agent's next turn; None = where the dialogue does not end with the
+            agent.
         """
-        if self._stock is None:
-            return None
-        prompt = turns[-1].role != "assistant"
-        try:
-            stock = print_chat(self.tokenizer, [(turn.role, turn.content) for turn in turns], prompt)
-        except InputError as error:
-            return f"the template refuses this dialogue: {error.__cause__}"
-        ours = self.printed(turns, prompt)
-        if stock != ours:
-            i = _first_difference(stock, ours)
-            return f"character {i}: the template prints {_shown(stock, i)}, the assembly has {_shown(ours, i)}"
-        ids = [*self.preamble, *(token for turn in turns for token in self.encode_turn(replace(
-            turn, token_ids=None, behaviour_log_prob=None)).ids), *(self.agent_opening if prompt else ())]
-        stock_ids = self._stock_ids(stock)
+        prompt = turns[-1].role != "assistant" if prompt is None else prompt
+        difference = self.printer.differences(turns, prompt)
+        if difference is not None or self.printer.probes is None:
+            return difference
+        ids, stock_ids = self.tokens(turns, prompt), self._stock_ids(self.printer.stock(turns, prompt))
         if stock_ids == ids:
             return None
-        i = _first_difference(stock_ids, ids)
+        i = first_difference(stock_ids, ids)
         shown = [self.tokenizer.convert_ids_to_tokens(some[i:i + 4]) for some in (stock_ids, ids)]
         return f"token {i}: same text, the template's tokens are {shown[0]}, the assembly's {shown[1]}"
+
+    # Text as tokens.
+
+    def _form_ids(self, form: Form, role: str) -> tuple[int, ...]:
+        before = (self.text.closing["user"] if role == "assistant" else self.text.past[1]) or "x"
+        ids: tuple[int, ...] = ()
+        for is_content, text in form:
+            if text:
+                ids += self._content_ids(text) if is_content else self._template_ids(before, text)
+                before = "x" if is_content else text
+            elif is_content:
+                before = "x"
+        return ids
+
+    def _closing_ids(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids of an agent's closing: up to the token that the agent chooses, () where there is none, and after it."""
+        ids = self._template_ids("x", text)
+        stop = next((i for i, token in enumerate(ids) if token in self._controls), None)
+        if stop is None and self.tokenizer.eos_token_id is None and len(ids) == 1:
+            stop = 0  # without EOS the end of the line closes the turn
+        return (ids[: stop + 1], ids[stop + 1 :]) if stop is not None else ((), ids)
 
     def _stock_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
 
-    def _template_ids(self, before: str, text: str) -> tuple[int, ...]:
+    def _encode_template(self, before: str, text: str) -> tuple[int, ...]:
         """Ids of template text as they come out where it follows `before`: some tokenizers mark the start of a text,
         or of what follows a special token, with a space."""
+        if not text:
+            return ()
         head, whole = self._stock_ids(before), self._stock_ids(before + text)
         if whole[:len(head)] == head:
             return tuple(whole[len(head):])
@@ -269,18 +407,9 @@ def _inside(controls: set[str]) -> re.Pattern:
     return re.compile("|".join(places) or "(?!)")
 
 
-def _fingerprint(description: dict[str, Any], stock: Any, tokenizer: "PreTrainedTokenizerFast") -> str:
+def _fingerprint(description: dict[str, Any], text: TemplateText, stock: list[str] | None) -> str:
     # Truncation and padding change with every call; the post-processor is not used here.
     unused = ("truncation", "padding", "post_processor")
     fixed = {key: value for key, value in description.items() if key not in unused}
-    parts = json.dumps([fixed, stock, tokenizer.bos_token, tokenizer.eos_token], sort_keys=True)
-    return hashlib.sha256(parts.encode()).hexdigest()[:16]
-
-
-def _first_difference(first: Sequence, second: Sequence) -> int:
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
-
-
-def _shown(text: str, i: int) -> str:
-    return repr(text[max(i - 10, 0):i + 30])
+    parts = json.dumps([fixed, text.to_dict(), stock], sort_keys=True)
+    return f"{SCHEME}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"

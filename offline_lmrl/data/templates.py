@@ -1,196 +1,341 @@
-"""What a template prints around the text of turns, derived once by rendering probe dialogues.
+"""The text that a chat template prints around turns.
 
-A chat template is a program from messages to text. Here it is run on dialogues of unique probe words; the text between
-the probes is what the template adds. Nothing is assumed about the program but that it prints a plain dialogue of user
-and assistant in order, each text once.
+A chat template is a program from messages to text. It is run on dialogues of unique probe words; the text between the
+probes is what the template adds. From a plain dialogue of user and assistant this gives, once, the text around every
+kind of turn (`TemplateText`), which is saved with a run and used from there. Turns whose text the template itself
+rewrites (thoughts, tool calls, white space at the edges) are printed by the template one at a time, between probes.
+
+An agent's turn has two forms. The *live* one is the last turn of a finished dialogue: what the agent is trained to
+write. The *past* one is what the template prints once the dialogue has gone on: it may lack a thought, or close
+otherwise.
 """
 
+import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import cached_property
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.trajectory import ROLES
+from offline_lmrl.data.trajectory import ROLES, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PLAIN_DIALOGUE = ("user", "assistant", "user", "assistant")
+WHITE_SPACE = " \t\n\r\v\f"
 
 
 @dataclass(frozen=True)
 class TemplateText:
-    """A turn is printed as `opening[role] + lead[role] + content + closing[role]`; a dialogue starts with `preamble`.
+    """The text around turns.
 
     Attributes:
-      preamble: text before the first turn: BOS and a system text that the template puts in by itself.
-      opening, lead, closing: of every role. `lead` is white space that belongs to the text's own tokens ("Assistant:"
-        is followed by the one token " Hi"); the agent writes it itself.
-      strips: the sides ("left", "right") of a user's and an assistant's text where the template removes white space.
+      preamble: text before the first turn. "system": where that is a system turn; "default": elsewhere, with the
+        system text that the template puts in by itself.
+      opening, lead, closing: of the roles that are not the agent's. `lead` is white space that belongs to the text's
+        own tokens ("User:" is followed by the one token " Hi").
+      user_after_system: opening of a user turn directly after the system turns.
+      user_last: closing of a user turn that ends a dialogue without a generation prompt.
+      prompt: the generation prompt, read before the agent's turn.
+      live, past: the text before and after an agent's words, in both forms.
+      strips: per role, the white space that the template removes on the left and on the right.
+      user_roles: the roles printed as the user's, as the template lacks them.
+      parts: whether the template takes content as a list of parts only.
+      date: the day, YYYY-MM-DD, that a template with a clock was derived on; "" for one without.
     """
 
-    preamble: str
+    preamble: dict[str, str]
     opening: dict[str, str]
     lead: dict[str, str]
     closing: dict[str, str]
-    strips: dict[str, tuple[str, ...]]
+    user_after_system: str
+    user_last: str
+    prompt: str
+    live: tuple[str, str]
+    past: tuple[str, str]
+    strips: dict[str, tuple[str, str]]
+    user_roles: tuple[str, ...] = ()
+    parts: bool = False
+    date: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TemplateText":
+        """The inverse of `to_dict`."""
+        pairs = {name: tuple(values[name]) for name in ("live", "past", "user_roles")}
+        strips = {role: tuple(sides) for role, sides in values["strips"].items()}
+        return cls(**{**values, **pairs, "strips": strips})
 
 
 def plain_template(bos: str, eos: str) -> TemplateText:
     """A line per turn with the speaker's name; the agent's turn ends with `eos`, or with its line where that is ""."""
-    closing = dict.fromkeys(ROLES, "\n") | {"assistant": eos or "\n"}
-    return TemplateText(bos, {role: f"{role.capitalize()}:" for role in ROLES}, dict.fromkeys(ROLES, " "), closing,
-                        dict.fromkeys(("user", "assistant"), ()))
+    others = [role for role in ROLES if role != "assistant"]
+    opening = {role: f"{role.capitalize()}:" for role in others}
+    around = "Assistant: ", eos or "\n"
+    return TemplateText(
+        {"system": bos, "default": bos}, opening, dict.fromkeys(others, " "), dict.fromkeys(others, "\n"),
+        "User: ", "\n", "Assistant:", around, around, {role: ("", "") for role in ROLES},
+    )  # fmt: skip
 
 
-def print_chat(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[tuple[str, str]], prompt: bool = False) -> str:
-    """The stock template's text for (role, content) pairs; `prompt` adds the generation prompt.
+def appended_only(text: TemplateText) -> TemplateText:
+    """The same text with one form of the agent's turn, the past one, so that nothing that was read ever changes.
 
-    Raises InputError with the template's own words where it refuses the dialogue.
+    A generation prompt that past turns do not begin with (it opens a thought, say) is replaced by their opening.
     """
-    chat = [{"role": role, "content": content} for role, content in messages]
-    try:
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise InputError(f"chat template: {error}") from error
+    before, after = text.past
+    prompt = text.prompt if before.startswith(text.prompt) else before.rstrip(" ")
+    values = text.to_dict() | {"prompt": prompt, "live": [before, text.live[1]], "past": [before, after]}
+    return TemplateText.from_dict(values)
 
 
-def derive_template(tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[str]) -> TemplateText:
-    """What the tokenizer's chat template prints around turns.
-
-    The agent's opening is what the generation prompt prints; a template that prints none (it would be empty) lends the
-    agent the user's closing as its opening, so that a state before the agent's first token always exists. A role that
-    the template refuses, leaves out or prints inside another's turn is printed as a user's.
+class ChatTemplate:
+    """A tokenizer's chat template as a program.
 
     Args:
-      tokens: the tokenizer's added tokens: never cut in the middle.
-
-    Raises InputError if the template does not print a plain dialogue.
+      tokenizer: has the template. tokens: the tokenizer's added tokens, never cut in the middle.
+      date: the day that a template with a clock prints; "" = today.
+      parts: give it content as a list of parts.
     """
-    plain = _around_probes(tokenizer, PLAIN_DIALOGUE)
-    bare = _around_probes(tokenizer, PLAIN_DIALOGUE[:3])
-    prompted = _around_probes(tokenizer, PLAIN_DIALOGUE[:3], prompt=True)
-    if plain is None or bare is None or prompted is None:
-        raise InputError("chat template: found no way to print user, assistant, user, assistant in this order, each "
-                         "text once; expected one, or the setting template: plain")
-    head, before_agent, before_user, _, tail = plain
-    user_closing, agent_opening, agent_lead = _agent_marks(before_agent, bare[-1], prompted[-1], tokens)
 
-    # The end of a dialogue shows where the agent's closing stops at the earliest: a default system text closes like a
-    # turn, and so would share more than the user's opening with what is printed between agent and user.
-    between = before_user.removeprefix(tail)
-    shared = _shared_prefix(_units(head, tokens)[::-1], _units(between, tokens)[::-1])
-    user_opening = "".join(reversed(shared))
-    agent_closing = before_user.removesuffix(user_opening)
-    preamble = head.removesuffix(user_opening)
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[str], date: str = "",
+                 parts: bool = False):
+        self.tokenizer, self.date, self.parts = tokenizer, date, parts
+        longest_first = sorted(tokens, key=len, reverse=True)
+        self._unit = re.compile("|".join([*map(re.escape, longest_first), "."]), flags=re.DOTALL)
 
-    opening, closing = dict.fromkeys(ROLES, user_opening), dict.fromkeys(ROLES, user_closing)
-    marks = _Marks(preamble, user_opening, before_agent.removeprefix(user_closing), agent_closing)
-    for role in ("system", "tool", "environment"):
-        own = _system_marks(tokenizer, marks) if role == "system" else _reply_marks(tokenizer, role, marks)
-        if own is not None:
-            opening[role], closing[role] = own
-    lead = {role: " " if text.endswith(" ") else "" for role, text in opening.items()}
-    opening = {role: text.removesuffix(lead[role]) for role, text in opening.items()}
-    return TemplateText(preamble, opening | {"assistant": agent_opening}, lead | {"assistant": agent_lead},
-                        closing | {"assistant": agent_closing}, _stripped_sides(tokenizer))
+    def messages(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False, tools: Any = None) -> str:
+        """The text printed for messages; `prompt` adds the generation prompt, `tools` a list of tool schemas.
 
+        Raises InputError with the template's own words where it refuses the dialogue.
+        """
+        chat = [dict(message) for message in messages]
+        if self.parts:
+            for message in chat:
+                message["content"] = [{"type": "text", "text": message["content"]}]
+        try:
+            source = self.tokenizer.get_chat_template(tools=tools)
+            if self.date:
+                source = _CLOCK.sub(lambda match: repr(self._day.strftime(match.group(2))), source)
+            return self.tokenizer.apply_chat_template(
+                chat, tools=tools, chat_template=source, tokenize=False, add_generation_prompt=prompt
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise InputError(f"chat template: {error}") from error
 
-@dataclass(frozen=True)
-class _Marks:
-    preamble: str
-    user_opening: str
-    agent_opening: str     # as printed in a dialogue that goes on, white space included
-    agent_closing: str
+    def turns(self, turns: Sequence[Turn], prompt: bool = False) -> str:
+        """The text printed for turns, with their tool calls, thoughts and tools; errors as `messages`.
 
+        Arguments of tool calls are given as an object, or, where the template asks for that, as JSON text.
+        """
+        tools = next((json.loads(turn.tools) for turn in turns if turn.tools), None)
+        messages = [message_of(turn) for turn in turns if turn.content or not turn.tools]
+        try:
+            return self.messages(messages, prompt, tools)
+        except InputError:
+            if not any(turn.tool_calls for turn in turns):
+                raise
+        for message in messages:
+            for call in message.get("tool_calls", ()):
+                function = call["function"]
+                function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        return self.messages(messages, prompt, tools)
 
-def _agent_marks(before_agent: str, bare: str, prompted: str, tokens: Sequence[str]) -> tuple[str, str, str]:
-    """The user's closing, the agent's opening and its lead.
+    def around(self, turns: Sequence[Turn], prompt: bool = False) -> list[str] | None:
+        """The text before, between and after the contents that are probes; None where the template refuses the
+        dialogue, or loses, doubles or reorders a probe."""
+        try:
+            text = self.turns(turns, prompt)
+        except InputError:
+            return None
+        probes = [turn.content for turn in turns if _PROBE.fullmatch(turn.content)]
+        pieces = _PROBE.split(text)
+        return pieces if _PROBE.findall(text) == probes else None
 
-    Args:
-      before_agent: printed between user and agent; bare, prompted: printed after a last user turn, without and with
-        the generation prompt.
-    """
-    has_prompt = prompted != bare
-    following = prompted if has_prompt else before_agent
-    user_closing = "".join(_shared_prefix(_units(bare, tokens), _units(following, tokens)))
-    opening = following.removeprefix(user_closing)
-    if not opening.strip():
-        user_closing, opening = "", following
-    if has_prompt:
-        rest = before_agent.removeprefix(prompted) if before_agent.startswith(prompted) else ""
-        return user_closing, opening, rest if rest.isspace() else ""
-    lead = " " if opening.endswith(" ") else ""
-    return user_closing, opening.removesuffix(lead), lead
+    def around_roles(self, roles: Sequence[str], prompt: bool = False) -> list[str] | None:
+        """`around` for a dialogue of probes by these roles."""
+        return self.around([Turn(role, probe(i)) for i, role in enumerate(roles)], prompt)
 
+    def shared_prefix(self, first: str, *others: str) -> str:
+        """The longest common start; added tokens are not cut."""
+        units = [self._unit.findall(text) for text in (first, *others)]
+        return "".join(row[0] for row in takewhile(lambda row: len(set(row)) == 1, zip(*units, strict=False)))
 
-def _system_marks(tokenizer: "PreTrainedTokenizerFast", marks: _Marks) -> tuple[str, str] | None:
-    """Opening and closing of a system turn; None if it has none of its own. The template may print it bare."""
-    pieces = _around_probes(tokenizer, ("system", *PLAIN_DIALOGUE))
-    if pieces is None or not pieces[1].endswith(marks.user_opening):
-        return None
-    head, bos = pieces[0], tokenizer.bos_token or ""
-    preamble = marks.preamble if head.startswith(marks.preamble) else bos if marks.preamble.startswith(bos) else ""
-    return head.removeprefix(preamble), pieces[1].removesuffix(marks.user_opening)
+    def shared_suffix(self, first: str, second: str) -> str:
+        """The longest common end; added tokens are not cut."""
+        units = [self._unit.findall(text)[::-1] for text in (first, second)]
+        return "".join([row[0] for row in takewhile(lambda row: row[0] == row[1], zip(*units, strict=False))][::-1])
 
+    @cached_property
+    def has_clock(self) -> bool:
+        """Whether the template prints today's date."""
+        return "strftime_now" in json.dumps(self.tokenizer.chat_template)
 
-def _reply_marks(tokenizer: "PreTrainedTokenizerFast", role: str, marks: _Marks) -> tuple[str, str] | None:
-    """Opening and closing of a role that answers the agent; None if it has none of its own, or is taken for the agent
-    by a template that only asks whether the user speaks."""
-    # The agent's turn after it is not the last one: templates print more there, for example an empty thought.
-    pieces = _around_probes(tokenizer, ("user", "assistant", role, "assistant", "user", "assistant"))
-    if pieces is None or not (pieces[2].startswith(marks.agent_closing) and pieces[3].endswith(marks.agent_opening)):
-        return None
-    opening = pieces[2].removeprefix(marks.agent_closing)
-    if not opening.strip() or opening == marks.agent_opening:
-        return None
-    return opening, pieces[3].removesuffix(marks.agent_opening)
-
-
-def _stripped_sides(tokenizer: "PreTrainedTokenizerFast") -> dict[str, tuple[str, ...]]:
-    """The sides of the text where white space gets lost, for the user and the assistant."""
-    edges: dict[str, Callable[[str, str], str]] = {"left": lambda probe, space: space + probe,
-                                                   "right": lambda probe, space: probe + space}
-    messages = [(role, _probe(i)) for i, role in enumerate(PLAIN_DIALOGUE)]
-    printed = print_chat(tokenizer, messages)
-    strips = {}
-    for i, role in enumerate(PLAIN_DIALOGUE[:2]):
-        lost = []
-        for side, edged in edges.items():
-            texts = [edged(_probe(i), space) for space in " \n"]
-            if any(print_chat(tokenizer, [*messages[:i], (role, text), *messages[i + 1:]])
-                   != printed.replace(_probe(i), text) for text in texts):
-                lost.append(side)
-        strips[role] = tuple(lost)
-    return strips
+    @property
+    def _day(self) -> date:
+        return date.fromisoformat(self.date)
 
 
-def _probe(i: int) -> str:
+_CLOCK = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
+_PROBE = re.compile(r"Probe\d+Word")
+
+
+def probe(i: int) -> str:
+    """A word that stands for a content."""
     return f"Probe{i}Word"
 
 
-def _around_probes(
-    tokenizer: "PreTrainedTokenizerFast", roles: Sequence[str], prompt: bool = False
-) -> list[str] | None:
-    """The template's text before, between and after the probes; None if it refuses, loses or reorders a turn."""
-    try:
-        text = print_chat(tokenizer, [(role, _probe(i)) for i, role in enumerate(roles)], prompt)
-    except InputError:
+def message_of(turn: Turn) -> dict[str, Any]:
+    """A turn as chat templates take it. A thought has two names in use."""
+    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    if turn.thinking is not None:
+        message |= {"reasoning_content": turn.thinking, "thinking": turn.thinking}
+    if turn.tool_calls is not None:
+        message["tool_calls"] = [_call(call) for call in json.loads(turn.tool_calls)]
+    return message | {name: getattr(turn, name) for name in ("name", "tool_call_id") if getattr(turn, name)}
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call as {"type", "function": {"name", "arguments"}}, arguments an object where they are JSON of one."""
+    function = dict(call.get("function") or call)
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except ValueError:
+            parsed = arguments
+        arguments = parsed if isinstance(parsed, dict) else arguments
+    outer = {name: call[name] for name in ("id",) if call.get(name) is not None}
+    return {"type": "function", **outer, "function": function | {"arguments": arguments}}
+
+
+def derive_template(template: ChatTemplate) -> TemplateText:
+    """The text that a chat template prints around turns.
+
+    A template that prints no generation prompt (it would be empty) lends the agent what it prints before the agent's
+    words, so that a state before the agent's first token always exists. A role that the template refuses, leaves out
+    or prints inside another's turn is printed as a user's.
+
+    Raises InputError if the template does not print a plain dialogue.
+    """
+    if template.has_clock and not template.date:
+        template.date = date.today().isoformat()
+    for template.parts in (False, True):
+        plain = template.around_roles(PLAIN_DIALOGUE)
+        if plain is not None:
+            break
+    bare = template.around_roles(PLAIN_DIALOGUE[:3])
+    prompted = template.around_roles(PLAIN_DIALOGUE[:3], prompt=True)
+    if plain is None or bare is None or prompted is None:
+        raise InputError("chat template: found no way to print user, assistant, user, assistant in this order, each "
+                         "text once; expected one, or the setting template: plain")
+    head, before_past, before_user, before_live, tail = plain
+    user_closing, prompt = _user_closing(template, before_past, before_live, bare[-1], prompted[-1])
+    live_before = before_live.removeprefix(user_closing)
+    past_before = before_past.removeprefix(user_closing)
+    if not prompt:
+        prompt = live_before.removesuffix(" ")
+
+    # The end of a dialogue, or of a user turn, shows where the agent's closing stops at the earliest: a default system
+    # text closes like a turn, and so would share more than the user's opening with the text between agent and user.
+    closing = next((text for text in (tail, user_closing) if text and before_user.startswith(text)), "")
+    user_opening = template.shared_suffix(head, before_user.removeprefix(closing))
+    past_after = before_user.removesuffix(user_opening)
+
+    opening, closings = {"user": user_opening}, {"user": user_closing}
+    preamble = {"default": head.removesuffix(user_opening)}
+    user_roles, user_after_system = [], user_opening
+    for role in ("system", "tool", "environment"):
+        own = _system_text(template, user_opening) if role == "system" else _reply_text(
+            template, role, past_before, past_after)  # fmt: skip
+        if own is None:
+            user_roles.append(role)
+            own = (user_opening, user_closing, preamble["default"], user_opening)[: 4 if role == "system" else 2]
+        opening[role], closings[role], *rest = own
+        if rest:
+            preamble["system"], user_after_system = rest
+    lead = {role: " " if text.endswith(" ") else "" for role, text in opening.items()}
+    return TemplateText(
+        preamble, {role: text.removesuffix(lead[role]) for role, text in opening.items()}, lead, closings,
+        user_after_system, bare[-1], prompt, (live_before, tail), (past_before, past_after),
+        _stripped(template, user_roles), tuple(user_roles), template.parts, template.date,
+    )  # fmt: skip
+
+
+def _user_closing(
+    template: ChatTemplate, before_past: str, before_live: str, bare: str, prompted: str
+) -> tuple[str, str]:
+    """The user's closing and the generation prompt, "" where the template has none.
+
+    Args:
+      before_past, before_live: printed between user and agent; bare, prompted: printed after a last user turn,
+        without and with the generation prompt.
+    """
+    has_prompt = prompted != bare
+    following = prompted if has_prompt else before_live
+    closing = template.shared_prefix(bare, following, before_past, before_live)
+    if not following.removeprefix(closing).strip():
+        closing = ""
+    return closing, following.removeprefix(closing) if has_prompt else ""
+
+
+def _system_text(template: ChatTemplate, user_opening: str) -> tuple[str, str, str, str] | None:
+    """Opening and closing of a system turn, the preamble before it, and the opening of the user turn after it; None
+    if the template has no system turn. The template may print the turn bare, or inside the user's."""
+    pieces = template.around_roles(("system", *PLAIN_DIALOGUE))
+    if pieces is None:
         return None
-    pieces = re.split("|".join(map(_probe, range(len(roles)))), text)
-    rebuilt = pieces[0] + "".join(_probe(i) + piece for i, piece in enumerate(pieces[1:]))
-    return pieces if len(pieces) == len(roles) + 1 and rebuilt == text else None
+    head, join, bos = pieces[0], pieces[1], template.tokenizer.bos_token or ""
+    closing = join.removesuffix(user_opening)
+    after = user_opening if join.endswith(user_opening) else ""
+    twice = template.around_roles(("system", "system", *PLAIN_DIALOGUE))
+    opening = "" if twice is None else twice[1].removeprefix(closing)
+    if not opening or not head.endswith(opening):
+        # BOS may be the token that opens turns; then it belongs to the system turn's opening.
+        opening = head.removeprefix("" if bos and user_opening.startswith(bos) else bos)
+    return opening, closing, head.removesuffix(opening) if opening else head, after
 
 
-def _units(text: str, tokens: Sequence[str]) -> list[str]:
-    """The text as added tokens and single characters."""
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.findall("|".join([*map(re.escape, longest_first), "."]), text, flags=re.DOTALL)
+def _reply_text(template: ChatTemplate, role: str, past_before: str, past_after: str) -> tuple[str, str] | None:
+    """Opening and closing of a role that answers the agent; None if it has none of its own, or is taken for the agent
+    by a template that only asks whether the user speaks."""
+    # The agent's turn after it is not the last one: templates print more there, for example an empty thought.
+    pieces = template.around_roles(("user", "assistant", role, "assistant", "user", "assistant"))
+    if pieces is None or not (pieces[2].startswith(past_after) and pieces[3].endswith(past_before)):
+        return None
+    opening = pieces[2].removeprefix(past_after)
+    if not opening.strip() or opening == past_before:
+        return None
+    return opening, pieces[3].removesuffix(past_before)
 
 
-def _shared_prefix(first: Sequence[str], second: Sequence[str]) -> list[str]:
-    return [unit for unit, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))]
+def _stripped(template: ChatTemplate, user_roles: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Per role, the white space that gets lost on the left and on the right of a text."""
+    strips = {}
+    for role, roles in (("user", PLAIN_DIALOGUE), ("assistant", ("user", "assistant")),
+                        ("system", ("system", *PLAIN_DIALOGUE)),
+                        ("tool", ("user", "assistant", "tool", "assistant", "user", "assistant")),
+                        ("environment", ("user", "assistant", "environment", "assistant", "user", "assistant"))):
+        if role in user_roles:
+            continue
+        place = roles.index(role)
+        turns = [Turn(speaker, probe(i)) for i, speaker in enumerate(roles)]
+        printed = template.turns(turns)
+
+        def lost(text: str, turns=turns, place=place, printed=printed) -> bool:
+            edged = [*turns[:place], Turn(turns[place].role, text), *turns[place + 1 :]]
+            return template.turns(edged) != printed.replace(probe(place), text)
+
+        word = probe(place)
+        strips[role] = ("".join(space for space in WHITE_SPACE if lost(space + word)),
+                        "".join(space for space in WHITE_SPACE if lost(word + space)))  # fmt: skip
+    return strips | {role: strips["user"] for role in user_roles}

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.rendering import Renderer
-from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.data.trajectory import Turn, leading_system_turns
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,6 @@ class Span(NamedTuple):
     stop: int
 
 
-def leading_system_turns(turns: Sequence[Turn]) -> int:
-    """How many turns at the start are system turns: they stay in every window."""
-    return next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
-
-
 def first_visible(rule: WindowRule, lengths: Sequence[int], index: int, head: int, fixed: int) -> int | None:
     """First turn that agent turn `index` sees.
 
@@ -75,12 +70,13 @@ def first_visible(rule: WindowRule, lengths: Sequence[int], index: int, head: in
 
 
 def cut_windows(
-    rule: WindowRule, lengths: Sequence[int], agent: Sequence[bool], head: int, fixed: int
+    rule: WindowRule, lengths: Sequence[int], agent: Sequence[bool], stays: Sequence[bool], head: int, fixed: int
 ) -> tuple[list[Span], list[int]]:
     """All windows of an episode, and the agent turns that cannot fit (dropped, to be counted).
 
     Args:
-      lengths: tokens of each turn. agent: whether the turn is the agent's (trainable).
+      lengths: tokens of each turn. agent: whether the turn is the agent's (trainable). stays: whether later windows
+        hold a turn as it was trained; where not, its window ends with it.
     """
     spans: list[Span] = []
     dropped = []
@@ -88,7 +84,7 @@ def cut_windows(
         first = first_visible(rule, lengths, index, head, fixed)
         if first is None:
             dropped.append(index)
-        elif spans and spans[-1].first == first:
+        elif spans and spans[-1].first == first and stays[spans[-1].stop - 1]:
             spans[-1] = spans[-1]._replace(stop=index + 1)
         else:
             spans.append(Span(first, index, index + 1))
@@ -112,22 +108,23 @@ def policy_window(
         training would start it for a turn of the opening and that many tokens, however long the reply turns out.
     Raises: InputError where the prompt and the leading system turns alone leave no room.
     """
-    opening = renderer.agent_opening
-    encoded = [renderer.encode_turn(turn).ids for turn in turns]
+    renderer.notice(turns)
+    opening = renderer.opening_after(turns)
+    encoded = renderer.encode(turns)
     if slots is not None:
         *past, coming = slots
         opening = (*coming, *opening)
         for index, slot in zip((i for i, turn in enumerate(turns) if turn.is_trainable), past, strict=True):
-            encoded[index] = (*slot, *encoded[index])
+            encoded[index] = encoded[index].behind(slot)
     head = leading_system_turns(turns)
-    preamble = (*renderer.preamble, *prompt)
-    fixed = len(preamble) + sum(map(len, encoded[:head]))
-    lengths = [*map(len, encoded), len(opening) + reserve]
+    preamble = (*renderer.preamble_of(turns), *prompt)
+    fixed = len(preamble) + sum(turn.longest for turn in encoded[:head])
+    lengths = [*(turn.longest for turn in encoded), len(opening) + reserve]
     first = first_visible(rule, lengths, len(turns), head, fixed)
     if first is None:
         needed = fixed + lengths[-1]
         also = "the prompt, " if prompt else ""
         raise InputError(f"max_length: found {rule.max_length}, expected at least {needed} to hold {also}the system "
                          "turns and a reply")
-    kept = [*encoded[:head], *encoded[max(first, head) :]]
+    kept = renderer.window_ids(turns, encoded, first, len(turns), live=False)
     return [*preamble, *(token for ids in kept for token in ids), *opening]

@@ -94,6 +94,9 @@ class Planner:
     def environment(self, role: str) -> Sampler:
         """Speaks as the environment, greedily."""
         if role not in self.samplers:
+            if role == "tool":
+                raise InputError("planner: found a dialogue with a tool, expected one whose environment speaks as the "
+                                 "user: what a tool replies is not imagined; take depth 1")
             policy, closing = self.policy, self.policy.renderer.closing(role)
             if not closing:
                 raise InputError(f"planner: found a chat template that ends a {role} turn with nothing, expected a "
@@ -207,7 +210,7 @@ class PlannerSession:
                 first = (beam.first, beam.first_key) if beam.said else (reply, key)
                 longer.append(replace(beam, turns=[*beam.turns, said], key=key, first=first[0], first_key=first[1]))
                 turn = policy.renderer.encode_turn(said)
-                ends.append([*window, *turn.ids[turn.action_start : turn.action_stop]])
+                ends.append([*window, *turn.actions])
         self._score(longer, ends, memory)
         return longer, memory
 
@@ -272,7 +275,7 @@ class Critic:
         critic, prompts = self.critic, []
         for context, options in rows:
             turns = [critic.renderer.encode_turn(replace(reply, token_ids=None)) for (reply,) in options]
-            replies = [turn.ids[turn.action_start : turn.action_stop] for turn in turns]
+            replies = [turn.actions for turn in turns]
             past = [replace(t, trainable=None, token_ids=None) for t in context]
             window = critic.null_window(past, max(map(len, replies)))
             prompts += [[*window, *reply[:-1]] for reply in replies]

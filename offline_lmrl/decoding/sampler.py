@@ -165,8 +165,8 @@ class Sampler:
     Args:
       model: any causal LM of transformers; guidance (beta other than 0) needs `forward_with_hidden` and `q_values`,
         and with a clip `v_values`, as the guided model has them.
-      renderer: says which token closes a reply and turns ids into text.
-      close_id: another token than the renderer's that closes a reply, for turns that are not the agent's.
+      renderer: names the tokens that close a reply, and turns ids into text.
+      close_id: the one token that closes a turn that is not the agent's; None for the agent's.
 
     Raises InputError where beta asks for value heads, or condition_scale for a null condition, that the model does not
     have, or the model has no cache of keys and values.
@@ -189,7 +189,8 @@ class Sampler:
         if "past_key_values" not in inspect.signature(base.forward).parameters:
             raise InputError(f"model: found {name}, expected one that takes past_key_values")
         self.model, self.renderer, self.config = model, renderer, config
-        self.close_id = renderer.close_id if close_id is None else close_id
+        self.close_ids = renderer.close_ids if close_id is None else frozenset({close_id})
+        self.ends = torch.tensor(sorted(self.close_ids), device=model.device)
         self.most_rows = max(1, MOST_LOGITS // model.config.get_text_config().vocab_size)
         self.ids_of_option: dict[str, tuple[int, ...]] = {}
         self.option_of_ids: dict[tuple[int, ...], str] = {}
@@ -268,7 +269,7 @@ class Sampler:
         for text in texts:
             if text not in self.ids_of_option:
                 turn = self.renderer.encode_turn(Turn("assistant", text))
-                ids = tuple(turn.ids[turn.action_start : turn.action_stop])
+                ids = turn.actions
                 if len(ids) > self.config.max_new_tokens:
                     raise InputError(
                         f"max_new_tokens: found {self.config.max_new_tokens}, expected at least {len(ids)}, "
@@ -485,7 +486,7 @@ class _Run:
             batch.policy_log_prob[:, step] = policy_log_prob
             batch.node = trie.step(batch.node, token)
             batch.drawn += ~batch.finished
-            batch.finished |= token == sampler.close_id
+            batch.finished |= torch.isin(token, sampler.ends)
             if step + 1 == most or (step + 1) % every == 0:
                 batch = self.without_finished(batch, step, everyone=step + 1 == most)
                 if batch is None:
@@ -544,4 +545,4 @@ class _Run:
             return Reply(stop[1], None, *numbers)
         option = None if self.options[place] is None else self.sampler.option_of_ids[tuple(tokens)]
         text = self.sampler.renderer.decode(tokens) if option is None else option
-        return Reply(text, tuple(tokens), *numbers, closed=tokens[-1] == self.sampler.close_id)
+        return Reply(text, tuple(tokens), *numbers, closed=tokens[-1] in self.sampler.close_ids)

@@ -293,9 +293,10 @@ def _example(policy: LanguagePolicy, tokenizer: PreTrainedTokenizerBase, ids: Se
     if block is not None:  # the highest return
         text = tokenizer.convert_ids_to_tokens(ids[-1]) if ids else texts_of(block)[-1]
         slot = ids[-1:] if ids else policy.slots.bins[-1]
-    said = [token for turn in EXAMPLE for token in renderer.encode_turn(turn).ids]
-    text = renderer.printed(EXAMPLE, prompt=True, slot=text)
-    expected = [*renderer.preamble, *said, *slot, *renderer.agent_opening]
+    encoded = renderer.encode(EXAMPLE)
+    said = [token for ids in renderer.window_ids(EXAMPLE, encoded, 0, len(EXAMPLE), live=False) for token in ids]
+    text = renderer.printer.printed(EXAMPLE, prompt=True, slot=text)
+    expected = [*renderer.preamble_of(EXAMPLE), *said, *slot, *renderer.agent_opening]
     return text, tokenizer(text, add_special_tokens=False)["input_ids"] == expected
 
 

@@ -136,7 +136,7 @@ def _measured(
     outputs, hidden = model.forward_with_hidden(input_ids=ids, attention_mask=mask, use_cache=False)
     row = torch.tensor([row for row, _ in steps], device=device)
     state = torch.tensor([step.state for _, step in steps], device=device)
-    token = ids[row, state + 1]
+    token = torch.tensor([step.action for _, step in steps], device=device)
     parts: dict[str, list[Tensor]] = {"token": [token]}
     for chunk in torch.arange(len(steps), device=device).split(max(1, CHUNK // outputs.logits.shape[-1])):
         logits, states = outputs.logits[row[chunk], state[chunk]].float(), hidden[row[chunk], state[chunk]]

@@ -166,7 +166,7 @@ class Guided:
         for row, kept, asked in zip(ids, real.bool(), asks, strict=True):
             check_ask(asked)
             value = slots.scale.named_ask(asked) if isinstance(asked, str) else asked
-            rows.append(with_slots(row[kept].tolist(), block["opening"], slots.ids(value)))
+            rows.append(with_slots(row[kept].tolist(), block["opening"], slots.ids(value), block.get("past_opening")))
         width = max(map(len, rows))
         padded = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=ids.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=ids.device)
@@ -253,7 +253,7 @@ class Guided:
             inputs = {name: value[:windows] for name, value in inputs.items()}
         if environment is not None:
             row, state = (torch.cat([steps[name], environment[name]]) for name in ("row", "state"))
-            action = inputs["input_ids"][row, state + 1]
+            action = torch.cat([action, inputs["input_ids"][environment["row"], environment["state"] + 1]])
         logits, hidden = self.packed_logits(row, state, **inputs)
         log_prob = -F.cross_entropy(logits.float(), action, reduction="none")
         packed = {"log_prob": log_prob[: len(steps["row"])]}

@@ -1,20 +1,13 @@
 import io
 import json
 from collections import Counter
-from typing import NamedTuple
 
 import pytest
 from rich.console import Console
 
 from offline_lmrl.data.checks import check, token_table
 from offline_lmrl.data.trajectory import Trajectory, Turn
-
-
-class Encoded(NamedTuple):
-    ids: tuple[int, ...]
-    action_start: int
-    action_stop: int
-    closed: bool
+from tests.tiny import OneByOne, one_form
 
 
 class LetterTokenizer:
@@ -22,7 +15,7 @@ class LetterTokenizer:
         return "".join(chr(token) for token in ids)
 
 
-class LetterRenderer:
+class LetterRenderer(OneByOne):
     """One id per letter: preamble "^", a turn opens with its role's first letter and closes with "." and a space."""
 
     preamble = (ord("^"),)
@@ -34,7 +27,7 @@ class LetterRenderer:
 
     def encode_turn(self, turn):
         content = turn.token_ids or tuple(ord(letter) for letter in turn.content + ".")
-        return Encoded((ord(turn.role[0]), *content, ord(" ")), 1, 1 + len(content), True)
+        return one_form((ord(turn.role[0]), *content, ord(" ")), 1, content)
 
     def differences(self, turns):
         return self.difference
@@ -113,7 +106,8 @@ def test_stitching_needs_an_observation_with_two_replies_in_two_rows(rows, possi
 def test_mostly_truncated_rows_and_another_template_are_warned_of():
     found = warnings(HEALTHY, renderer=LetterRenderer("at token 3: 'x', not 'y'"), max_length=4)
     assert found == ["train: 2 of 2 rows are longer than 4 tokens and lose oldest turns",
-                     "train: row 1: the stock chat template prints this row differently: at token 3: 'x', not 'y'"]
+                     "train: 2 of the first 2 rows: the stock chat template prints them differently; row 1: at token "
+                     "3: 'x', not 'y'"]
 
 
 def test_groups_in_two_splits_are_counted_and_rows_without_a_group_by_content():

@@ -2,7 +2,6 @@
 agent turn, 6/7 a system turn; letters are their code points."""
 
 from collections import Counter
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,32 +10,26 @@ from offline_lmrl.data.batching import WindowDataset, collate_windows, encode_tr
 from offline_lmrl.data.conditioning import returns_to_go
 from offline_lmrl.data.episodes import EpisodeEncoder, StepRule
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.windows import WindowRule, policy_window
 from offline_lmrl.ops.returns import return_to_go
+from tests.tiny import TOKENIZERS, OneByOne, byte_level, one_form
 
 DEFAULT_WINDOWS, DEFAULT_STEPS = WindowRule(), StepRule()
 
 
-@dataclass(frozen=True)
-class Encoded:
-    ids: tuple[int, ...]
-    action_start: int
-    action_stop: int
-    closed: bool
-
-
-class LetterRenderer:
+class LetterRenderer(OneByOne):
     preamble, agent_opening, close_id, fingerprint = (1,), (4,), 5, "letters"
 
     def encode_turn(self, turn):
         start, stop = {"user": (2, 3), "assistant": (4, 5), "system": (6, 7)}[turn.role]
         if turn.token_ids is not None:
             closed = turn.token_ids[-1] == self.close_id
-            return Encoded((start, *turn.token_ids), 1, 1 + len(turn.token_ids), closed)
+            return one_form((start, *turn.token_ids), 1, turn.token_ids, closed)
         ids = (start, *map(ord, turn.content), stop)
-        return Encoded(ids, 1, len(ids), True)
+        return one_form(ids, 1, ids[1:])
 
 
 def user(text):
@@ -377,3 +370,63 @@ def test_replies_of_the_environment_stand_in_one_window_each_and_openings_in_non
     assert replies_of(dialogue, WindowRule(context=3)) == ["one.", "two."]
     # with one turn in view nobody sees what was replied to
     assert replies_of(dialogue, WindowRule(context=1)) == ["", "", ""]
+
+
+def windows_of(view, trajectory, rule=DEFAULT_WINDOWS):
+    encoder = EpisodeEncoder(view, rule, DEFAULT_STEPS, RewardScale())
+    columns = encode_trajectories([trajectory], encoder, Counter())
+    dataset = WindowDataset(columns, 0, next_rows=True, end_rows=True)
+    return dataset.batch(range(len(dataset)))
+
+
+def test_history_that_the_template_rewrites_gives_every_agent_turn_a_row_of_its_own():
+    view = Renderer(TOKENIZERS["thinking"]())
+    turns = (user("a"), agent("<think>\nhm\n</think>\n\nxy", 1.0), user("b"), agent("z", 2.0))
+    batch = windows_of(view, Trajectory(turns))
+    steps, ids = batch["steps"], batch["input_ids"]
+    assert batch["windows"] == 2 and len(ids) == 3
+    for row, seen in enumerate((turns[:2], turns)):
+        rendered = view.tokens(seen)
+        assert ids[row, : len(rendered)].tolist() == rendered  # as the stock template prints it
+        mine = steps["row"] == row
+        assert view.tokenizer.decode(steps["action"][mine]) == (
+            "<think>\nhm\n</think>\n\nxy<|im_end|>" if row == 0 else "<think>\n\n</think>\n\nz<|im_end|>")  # fmt: skip
+        assert torch.equal(steps["action"][mine], ids[row, steps["state"][mine] + 1])
+    # After the first turn V is read where play reads it: behind the rewritten history, at the agent's opening.
+    closing = int((steps["closes_turn"] & (steps["row"] == 0)).nonzero())
+    asked = policy_window(turns[:3], view, DEFAULT_WINDOWS)
+    assert steps["next_row"][closing] == 2 and steps["next_state"][closing] == len(asked) - 1
+    assert ids[2, : len(asked)].tolist() == asked == view.tokens(turns[:3], prompt=True)
+    assert steps["reward"][closing] == 1.0 and steps["return_to_go"][0] == 3.0
+    # Where nothing is rewritten, the turns share a row.
+    assert windows_of(Renderer(view.tokenizer, "assembled"), Trajectory(turns))["windows"] == 1
+
+
+def test_closing_that_history_holds_otherwise_is_an_action_all_the_same():
+    template = ("{%- for m in messages -%}{{ '<' + m['role'] + '>' + m['content'] }}"
+                "{{- '<return>' if loop.last and m['role'] == 'assistant' else '<end>' }}{%- endfor -%}"
+                "{%- if add_generation_prompt -%}{{ '<assistant>' }}{%- endif -%}")
+    view = Renderer(byte_level(template, ["<end>", "<return>"]))
+    end, last = view.tokenizer.convert_tokens_to_ids(["<end>", "<return>"])
+    batch = windows_of(view, Trajectory(DIALOGUE))
+    steps, ids = batch["steps"], batch["input_ids"]
+    assert batch["windows"] == len(ids) == 1 and ids[0].tolist() == view.tokens(DIALOGUE)
+    held = ids[0, steps["state"] + 1]
+    assert steps["action"][steps["closes_turn"]].tolist() == [last, last]
+    assert held[steps["closes_turn"]].tolist() == [end, last]
+    assert torch.equal(steps["action"][~steps["closes_turn"]], held[~steps["closes_turn"]])
+    first = int(steps["closes_turn"].nonzero()[0])
+    assert steps["next_state"][first] == len(view.tokens(DIALOGUE[:3], prompt=True)) - 1
+
+
+def test_closing_that_no_history_holds_is_an_action_behind_the_text():
+    template = ("{%- for m in messages -%}{{ '<' + m['role'] + '>' + m['content'] }}{%- endfor -%}"
+                "{%- if add_generation_prompt -%}{{ '<assistant>' }}{%- endif -%}")
+    view = Renderer(byte_level(template))
+    batch = windows_of(view, Trajectory(DIALOGUE))
+    steps, ids = batch["steps"], batch["input_ids"]
+    assert batch["windows"] == len(ids) == 1 and ids[0].tolist() == view.tokens(DIALOGUE)
+    assert steps["action"].tolist()[-1] == view.close_id not in ids and int(steps["state"].max()) == ids.shape[1] - 1
+    assert batch["action_mask"].sum() == len(steps["action"]) - 2
+    prompt, columns = policy_window(DIALOGUE[:1], view, DEFAULT_WINDOWS), steps["state"]
+    assert prompt == ids[0, : len(prompt)].tolist() and columns[0] == len(prompt) - 1

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.rendering import SCHEME, Renderer
 from offline_lmrl.data.trajectory import ROLES, Turn
 from tests.tiny import LABELS, TOKENIZERS, byte_level, metaspace
 
@@ -33,18 +33,25 @@ def renderer(name):
     return Renderer(TOKENIZERS[name]())
 
 
-def assemble(view, dialogue):
-    return [*view.preamble, *(token for turn in dialogue for token in view.encode_turn(turn).ids)]
+def assemble(view, dialogue, live=True):
+    pieces = view.window_ids(dialogue, view.encode(dialogue), 0, len(dialogue), live)
+    return [*view.preamble_of(dialogue), *(token for ids in pieces for token in ids)]
+
+
+@functools.cache
+def appending(name):
+    return Renderer(renderer(name).tokenizer, "assembled")
 
 
 @small
-@given(families, st.lists(turns, min_size=1, max_size=4), turns)
+@given(families, st.lists(st.builds(Turn, st.sampled_from(["user", "assistant"]), texts), min_size=1, max_size=4),
+       turns.filter(lambda turn: turn.role != "tool"))
 def test_appending_a_turn_never_changes_earlier_tokens(name, dialogue, turn):
-    before = assemble(renderer(name), dialogue)
-    # A renderer of its own, asked in another order: an encoding depends on its turn alone.
-    fresh = Renderer(renderer(name).tokenizer)
+    before = assemble(appending(name), dialogue, live=False)
+    # A renderer of its own, asked in another order: an encoding does not depend on what was encoded before.
+    fresh = Renderer(renderer(name).tokenizer, "assembled")
     fresh.encode_turn(turn)
-    assert assemble(fresh, [*dialogue, turn])[:len(before)] == before
+    assert assemble(fresh, [*dialogue, turn], live=False)[:len(before)] == before
 
 
 @small
@@ -59,14 +66,15 @@ def test_text_comes_back(name, text):
 @given(families, texts)
 def test_action_is_the_agents_text_and_its_closing_token(name, text):
     view = renderer(name)
+    text = f"a{text}b"  # templates strip white space at the edges
     turn = view.encode_turn(Turn("assistant", text))
-    chosen = turn.ids[turn.action_start:turn.action_stop]
-    content = view.encode_content(text)
     assert turn.closed
     assert turn.ids[:turn.action_start] == view.agent_opening == view.opening("assistant")
-    assert turn.ids[turn.action_start:] == (*content, *view.closing("assistant"))
-    assert chosen[-1] == view.close_id and chosen.count(view.close_id) == 1
-    assert view.decode(chosen) == view.decode(content)
+    assert turn.ids[turn.action_start : turn.action_stop] == turn.actions
+    assert turn.actions[-1] == view.close_id and turn.actions.count(view.close_id) == 1
+    if name == "thinking":  # cuts what looks like a thought out of the text
+        text = text.split("</think>")[-1].lstrip("\n")
+    assert view.decode(turn.actions).endswith(view.decode(view.encode_content(text)))
 
 
 @small
@@ -113,10 +121,12 @@ def test_masks_equal_the_templates_own(name, dialogue):
     view = renderer(name)
     oracle = view.tokenizer.apply_chat_template([{"role": turn.role, "content": turn.content} for turn in dialogue],
                                                 return_assistant_tokens_mask=True, return_dict=True)
-    mask = [0] * len(view.preamble)
-    for turn in dialogue:
-        ids, start, stop, _ = view.encode_turn(turn)
-        mask += [int(turn.role == "assistant" and start <= i < stop) for i in range(len(ids))]
+    mask = [0] * len(view.preamble_of(dialogue))
+    encoded = view.encode(dialogue)
+    pieces = view.window_ids(dialogue, encoded, 0, len(dialogue), live=True)
+    for turn, own, ids in zip(dialogue, encoded, pieces, strict=True):
+        agent = turn.role == "assistant"
+        mask += [int(agent and own.action_start <= i < own.action_stop) for i in range(len(ids))]
     assert oracle["input_ids"] == assemble(view, dialogue)
     assert oracle["assistant_masks"] == mask
 
@@ -125,7 +135,8 @@ def test_masks_equal_the_templates_own(name, dialogue):
     ("chatml", "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\nI am 5, 12<|im_end|>\n"),
     ("default system", "<|im_start|>system\nYou are a helpful player.<|im_end|>\n<|im_start|>user\nHello there"
                        "<|im_end|>\n<|im_start|>assistant\nI am 5, 12<|im_end|>\n"),
-    ("thinking", "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\nI am 5, 12<|im_end|>\n"),
+    ("thinking", "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+                 "I am 5, 12<|im_end|>\n"),
     ("headers", "<bos><|start_header_id|>user<|end_header_id|>\n\nHello there<|eot_id|>"
                 "<|start_header_id|>assistant<|end_header_id|>\n\nI am 5, 12<|eot_id|>"),
     ("brackets", "<s>[INST] Hello there [/INST] I am 5, 12 </s>"),
@@ -164,34 +175,59 @@ def test_added_tokens_outside_the_template_stay_tokens():
     assert marked.opening("user")[0] == user and user not in marked.encode_content("<|user|>")
 
 
-def test_declared_stripping():
-    both = ("left", "right")
-    assert renderer("stripping").strips == renderer("headers").strips == {"user": both, "assistant": both}
-    assert renderer("thinking").strips == {"user": (), "assistant": ("left",)}
-    assert renderer("chatml").strips == {"user": (), "assistant": ()}
-
-
-def test_stripping_is_a_difference_and_assembly_keeps_the_text():
+def test_white_space_is_stripped_where_the_template_strips_it():
     view = renderer("stripping")
-    dialogue = [Turn("user", " Hello"), HI]
-    assert view.differences(dialogue).startswith("character 25: the template prints 'turn>user\\nHello")
-    assert view.decode(view.encode_content(" I am ")) == " I am "
+    dialogue = [Turn("user", " \tHello\n"), Turn("assistant", " I am\n"), Turn("user", "\u3000well "), NO]
+    assert view.differences(dialogue) is None
+    assert "user\nHello<end_of_turn>\n<start_of_turn>model\nI am<end_of_turn>" in view.printer.printed(dialogue)
+    assert renderer("chatml").printer.printed([Turn("user", " Hello\n")]) == "<|im_start|>user\n Hello\n<|im_end|>\n"
+    # What was sampled stays in the agent's own turn, and is stripped in history.
+    sampled = (*view.encode_content(" I am "), view.close_id)
+    turn = view.encode([HELLO, Turn("assistant", " I am ", token_ids=sampled), DEAL])[1]
+    assert turn.actions == sampled and not turn.stays
+    assert view.tokenizer.decode(turn.past) == "<start_of_turn>model\nI am<end_of_turn>\n"
 
 
-def test_rewritten_history_is_a_difference():
-    thought = Turn("assistant", "<think>\nhm\n</think>\n\nno thanks")
+THOUGHT = Turn("assistant", "<think>\nhm\n</think>\n\nno thanks")
+
+
+def test_rewritten_history_is_followed_and_ends_the_row():
     view = renderer("thinking")
-    difference = view.differences([HELLO, thought, DEAL, NO])
+    for dialogue in ([HELLO, THOUGHT], [HELLO, THOUGHT, DEAL], [HELLO, THOUGHT, DEAL, NO]):
+        assert view.differences(dialogue) is None
+    encoded = view.encode([HELLO, THOUGHT, DEAL, NO])
+    assert "<think>\nhm\n</think>" in view.tokenizer.decode(encoded[1].ids)
+    assert view.tokenizer.decode(encoded[1].past) == "<|im_start|>assistant\nno thanks<|im_end|>\n"
+    assert not encoded[1].stays and not encoded[3].stays  # the last turn shows an empty thought
+    assert view.tokenizer.decode(encoded[3].actions) == "<think>\n\n</think>\n\nno thanks<|im_end|>"
+
+
+def test_assembled_template_keeps_what_was_read():
+    view = appending("thinking")
+    turn = view.encode([HELLO, THOUGHT, DEAL, NO])[1]
+    assert turn.stays
+    difference = view.differences([HELLO, THOUGHT, DEAL, NO])
     assert "the template prints 'assistant\\nno thanks" in difference
     assert "the assembly has 'assistant\\n<think>\\nhm" in difference
 
 
-def test_injected_system_text_is_in_the_preamble_only():
+def test_injected_system_text_is_printed_only_where_the_dialogue_brings_none():
     view = renderer("default system")
-    assert view.tokenizer.decode(view.preamble) == "<|im_start|>system\nYou are a helpful player.<|im_end|>\n"
+    default = "<|im_start|>system\nYou are a helpful player.<|im_end|>\n"
+    assert view.tokenizer.decode(view.preamble_of([HELLO])) == view.tokenizer.decode(view.preamble_of([])) == default
+    system = [Turn("system", "Be nice"), HELLO, HI]
+    assert view.preamble_of(system) == () and view.differences(system) is None
     assert view.opening("system") == renderer("chatml").opening("system")
-    difference = view.differences([Turn("system", "Be nice"), HELLO, HI])
-    assert "the template prints 't|>system\\nBe nice" in difference and "You are a helpful" in difference
+
+
+def test_system_turn_keeps_its_opening_where_bos_opens_turns():
+    tokenizer = byte_level(TOKENIZERS["default system"]().chat_template, ["<|im_start|>", "<|im_end|>"],
+                           bos_token="<|im_start|>", eos_token="<|im_end|>")
+    view = Renderer(tokenizer)
+    system = [Turn("system", "Be nice"), HELLO]
+    assert view.printer.printed(system, prompt=True) == (
+        "<|im_start|>system\nBe nice<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n")
+    assert view.differences(system) is None
 
 
 @pytest.mark.parametrize("name", ["stripping", "brackets"])
@@ -199,14 +235,14 @@ def test_refused_dialogues_are_assembled_all_the_same(name):
     view = renderer(name)
     for dialogue in ([HI, HELLO], [HELLO, HI, NO], [Turn("environment", "you lost"), HELLO, HI]):
         assert view.differences(dialogue) == "the template refuses this dialogue: roles must alternate"
-        assert len(assemble(view, dialogue)) == len(view.preamble) + sum(
-            len(view.encode_turn(turn).ids) for turn in dialogue)
+        ids = [*assemble(view, dialogue, live=False), *view.agent_opening]
+        assert view.tokenizer.decode(ids).strip() == view.printer.printed(dialogue, prompt=True).strip()
 
 
 @pytest.mark.parametrize("name, lacking", [
     ("chatml", []), ("headers", []), ("role tokens", []), ("thinking", ["environment"]),
     ("bars", ["tool", "environment"]),
-    ("stripping", ["system", "tool", "environment"]), ("brackets", ["system", "tool", "environment"])])
+    ("stripping", ["system", "tool", "environment"]), ("brackets", ["tool", "environment"])])
 def test_roles_that_the_template_lacks_are_rendered_as_the_users(name, lacking):
     view = renderer(name)
     same = [role for role in ("system", "tool", "environment")
@@ -229,28 +265,91 @@ def test_tool_turn_has_the_templates_own_wrapping():
     assert view.tokenizer.decode(ids) == text
 
 
+def test_system_text_inside_the_first_user_turn():
+    view = renderer("brackets")
+    dialogue = [Turn("system", "Be nice"), HELLO, HI, DEAL]
+    assert view.differences(dialogue) is None
+    text = "<s>[INST] <<SYS>>\nBe nice\n<</SYS>>\n\nHello there [/INST] I am 5, 12 </s><s>[INST] deal?\n2 [/INST]"
+    assert view.printer.printed(dialogue, prompt=True) == text
+
+
 def test_bare_system_text_is_printed_bare():
     view = Renderer(byte_level(LABELS))
     assert view.opening("system") == ()
     assert view.differences([Turn("system", "Be nice"), HELLO, HI]) is None
 
 
-def test_template_that_never_closes_a_turn_gets_the_eos_token():
+def test_template_that_never_closes_a_turn_gets_eos_as_an_action_that_no_history_holds():
     template = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
                 "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
     view = Renderer(byte_level(template))
     eos = view.tokenizer.eos_token_id
-    assert view.close_id == eos
-    assert view.closing("assistant") == (eos, *view.closing("user"))
-    assert "the assembly has" in view.differences([HELLO, HI])
+    turn = view.encode([HELLO, HI, DEAL])[1]
+    assert view.close_id == eos == turn.actions[-1] and eos not in (*turn.ids, *turn.past)
+    assert turn.ids[turn.action_start : turn.action_stop - 1] == turn.actions[:-1] and turn.stays
+    assert view.differences([HELLO, HI]) is None and view.differences([HELLO, HI, DEAL]) is None
+
+
+LAST = """{%- for m in messages -%}{%- if m['role'] == 'user' -%}{{ '<u>' + m['content'] + '<end>' }}
+{%- else -%}{{ '<a>final:' + m['content'] + ('<return>' if loop.last else '<end>') }}{%- endif -%}{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<a>' }}{%- endif -%}"""
+
+
+def test_last_turn_that_closes_otherwise_is_an_action_that_history_does_not_hold():
+    view = Renderer(byte_level(LAST, ["<u>", "<a>", "<end>", "<return>"]))
+    end, closing = view.tokenizer.convert_tokens_to_ids(["<end>", "<return>"])
+    turn = view.encode([HELLO, HI, DEAL])[1]
+    assert view.close_id == turn.actions[-1] == closing and turn.stays
+    assert turn.past[turn.action_stop - 1] == end and closing not in turn.past
+    assert view.tokenizer.decode(turn.actions) == "final:I am 5, 12<return>"
+    assert view.decode(turn.actions) == "I am 5, 12"
+    assert view.differences([HELLO, HI]) is None and view.differences([HELLO, HI, DEAL]) is None
+    # A sampled turn likewise.
+    sampled = view.encode([HELLO, replace(HI, token_ids=turn.actions), DEAL])[1]
+    assert sampled == turn
+
+
+def test_every_token_that_ends_a_reply_ends_a_sampled_turn():
+    tokenizer = TOKENIZERS["headers"]()
+    other = tokenizer.convert_tokens_to_ids("<eos>")
+    view = Renderer(tokenizer, ends=[other])
+    sampled = (*view.encode_content("well"), other)
+    turn = view.encode([Turn("assistant", "well", token_ids=sampled), HELLO])[0]
+    assert view.close_ids == {view.close_id, other} and view.decode(sampled) == "well"
+    assert turn.closed and turn.actions == sampled and turn.stays
+    assert turn.past == (*view.agent_opening, *sampled[:-1], view.close_id)  # history has the template's closing
+
+
+OPENED = """{%- for m in messages -%}{%- if m['role'] == 'user' -%}{{ '<u>' + m['content'] + '\\n' }}
+{%- else -%}{{ '<a>' + ('<think>\\n\\n</think>\\n' if loop.last else '') + m['content'] + eos_token }}{%- endif -%}
+{%- endfor -%}{%- if add_generation_prompt -%}{{ '<a><think>\\n' }}{%- endif -%}"""
+
+
+def test_prompt_that_opens_a_thought_is_no_opening_of_past_turns():
+    view = Renderer(byte_level(OPENED, ["<u>", "<a>"], ["<think>", "</think>"]))
+    dialogue = [HELLO, HI, DEAL]
+    assert view.printer.printed(dialogue, prompt=True).endswith("<a>I am 5, 12<eos><u>deal?\n2\n<a><think>\n")
+    turn = view.encode([HELLO, HI])[1]
+    assert view.tokenizer.decode(turn.actions) == "\n</think>\nI am 5, 12<eos>" and not turn.stays
+    assert view.decode(turn.actions) == "I am 5, 12" and view.printer.prompt_mismatch is None
+
+
+def test_prompt_that_no_finished_turn_begins_with_is_said():
+    template = OPENED.replace("('<think>\\n\\n</think>\\n' if loop.last else '') + ", "")
+    view = Renderer(byte_level(template, ["<u>", "<a>"], ["<think>", "</think>"]))
+    assert "the generation prompt ends with '<a><think>\\n'" in view.printer.prompt_mismatch
+    assert view.printer.mismatches == {} and view.encode([HELLO, HI])[1].stays
+    appended = Renderer(view.tokenizer, "assembled")
+    assert appended.printer.prompt_mismatch is None and appended.tokenizer.decode(appended.agent_opening) == "<a>"
 
 
 @each_family
 def test_sampled_ids_are_used_as_they_are(name):
     view = renderer(name)
     sampled = (*reversed(view.encode_content("hello there")), view.close_id)
-    turn = view.encode_turn(Turn("assistant", "not this", token_ids=sampled))
-    assert turn.closed
+    text = view.decode(sampled)
+    turn = view.encode_turn(Turn("assistant", text, token_ids=sampled))
+    assert turn.closed and turn.actions == sampled
     assert turn.ids[turn.action_start:turn.action_stop] == sampled
     after = view.closing("assistant")[view.closing("assistant").index(view.close_id) + 1:]
     assert turn.ids == (*view.agent_opening, *sampled, *after)
@@ -261,8 +360,8 @@ def test_unfinished_turn_gets_nothing_appended(name):
     view = renderer(name)
     sampled = tuple(view.encode_content("hello"))
     turn = view.encode_turn(Turn("assistant", "hello", token_ids=sampled))
-    assert turn == ((*view.agent_opening, *sampled), len(view.agent_opening), len(view.agent_opening) + len(sampled),
-                    False)
+    assert turn.ids == turn.past == turn.loop == (*view.agent_opening, *sampled)
+    assert turn.actions == sampled and not turn.closed and turn.action_start == len(view.agent_opening)
     empty = view.encode_turn(Turn("assistant", "", token_ids=()))
     assert empty.ids == view.agent_opening and not empty.closed
 
@@ -279,7 +378,9 @@ def test_fingerprint_names_tokenizer_and_template(tmp_path):
     assert len(set(names.values())) == len(names)
     chatml = renderer("chatml")
     changed = copy.deepcopy(chatml.tokenizer)
-    changed.chat_template += " "
+    changed.chat_template += "{# the same text #}"
+    assert Renderer(changed).fingerprint == chatml.fingerprint and chatml.fingerprint.startswith(f"{SCHEME}-")
+    changed.chat_template += "."
     assert len({chatml.fingerprint, Renderer(changed).fingerprint, Renderer(changed, "plain").fingerprint}) == 3
 
 
@@ -321,7 +422,7 @@ def test_what_cannot_be_used_is_one_error():
     with pytest.raises(InputError, match="chat template: found no way to print user, assistant"):
         Renderer(tokenizer)
     assert Renderer(tokenizer, "plain").agent_opening
-    with pytest.raises(InputError, match="template: found 'chatml', expected 'auto' or 'plain'"):
+    with pytest.raises(InputError, match="template: found 'chatml', expected one of auto, assembled, plain"):
         Renderer(tokenizer, "chatml")
     with pytest.raises(InputError, match="tokenizer: found object, expected a fast one"):
         Renderer(object())

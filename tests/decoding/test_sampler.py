@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.rendering import EncodedTurn
 from offline_lmrl.decoding import sampler as sampler_module
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.sampler import Sampler, SamplingConfig
+from tests.tiny import one_form
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -31,13 +31,14 @@ class Letters:
 
     def __init__(self, size):
         self.close_id = size - 1
+        self.close_ids = frozenset({self.close_id})
 
     def decode(self, ids):
         return "".join(LETTERS[i] for i in ids if i != self.close_id)
 
     def encode_turn(self, turn):
         ids = (*(LETTERS.index(letter) for letter in turn.content), self.close_id)
-        return EncodedTurn(ids, 0, len(ids), True)
+        return one_form(ids, 0, ids)
 
 
 class WithValues(GPT2LMHeadModel):

@@ -1,0 +1,97 @@
+"""Real chat templates, those in the wheel of trl, and their probe dialogues: rendered as printed, or said."""
+
+import functools
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from offline_lmrl.data.printing import MISMATCH, cells
+from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.templates import TemplateText
+from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.data.windows import policy_window
+from offline_lmrl.decoding.policy import LanguagePolicy, generate_texts
+from tests.smollm2 import FOLDER, needs_smollm2
+from tests.tiny import byte_level
+
+trl = pytest.importorskip("trl")
+FILES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+TOKEN = re.compile(r"<\|[^|<>\s]+\|>|<｜[^｜]+｜>|\[/?[A-Z_]+\]|<\|[a-z_]+>|<[a-z_]+\|>|<\|\"\|>|"
+                   r"</?(?:think|tool_call|tool_response|start_of_turn|end_of_turn|end_of_utterance)>")  # fmt: skip
+# Their tool results lose the text, and keep the turn around it.
+OTHERWISE = {"cohere2": {"tools"}, "cohere2_training": {"tools"}}
+REFUSED = "the template refuses this dialogue"
+
+
+@functools.cache
+def tokenizer_for(path):
+    """A small tokenizer with the template and every token that it prints."""
+    source = path.read_text(encoding="utf-8")
+    return byte_level(source, sorted({match.group() for match in TOKEN.finditer(source)}))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_dialogues_are_rendered_as_the_template_prints_them_or_the_kind_is_named(path):
+    view = Renderer(tokenizer_for(path))
+    differ = {}
+    for kind, name, turns, prompt in cells():
+        difference = view.differences(turns, prompt)
+        if difference is not None and REFUSED not in difference:
+            differ.setdefault(kind, name)
+    assert set(differ) == OTHERWISE.get(path.stem, set())
+    for kind, difference in view.printer.mismatches.items():
+        assert kind in differ or REFUSED in difference
+    roles = ("user", "assistant", "tool", "assistant")
+    said = view.printer.faults_in([Turn(role, "text") for role in roles])
+    assert any(line.startswith(MISMATCH) for line in said) == ("tools" in view.printer.mismatches)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_window_is_the_prompt_of_the_template_with_the_reply_behind_it(path):
+    view = Renderer(tokenizer_for(path))
+    dialogue = [Turn("user", "Hello"), Turn("assistant", "So it is"), Turn("user", "Well"), Turn("assistant", "Yes")]
+    encoded = view.encode(dialogue)
+    for i in (1, 3):
+        pieces = view.window_ids(dialogue, encoded, 0, i + 1, live=True)
+        ids = [*view.preamble_of(dialogue), *(token for piece in pieces for token in piece)]
+        assert ids == view.tokens(dialogue[: i + 1])
+        own, start = encoded[i], len(ids) - len(pieces[-1]) + encoded[i].action_start
+        assert tuple(ids[start : start + len(own.actions) - 1]) == own.actions[:-1]
+        if view.printer.prompt_mismatch is None:
+            assert ids[:start] == view.tokens(dialogue[:i], prompt=True)
+
+
+def test_a_dated_template_keeps_the_date_it_was_derived_on():
+    path = next(path for path in FILES if path.stem == "gptoss")
+    today = Renderer(tokenizer_for(path))
+    later = Renderer(today.tokenizer, text=replace(today.text, date="2031-01-02"))
+    assert later.fingerprint != today.fingerprint
+    again = Renderer(today.tokenizer, text=TemplateText.from_dict(json.loads(json.dumps(today.text.to_dict()))))
+    assert again.fingerprint == today.fingerprint and again.text == today.text
+    call = Turn("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": {"b": 1, "a": "<|end|>"}}}])
+    result = Turn("tool", 'say "x"', name="f")
+    printed = again.printer.printed([Turn("user", "<|end|>?"), call, result, Turn("user", "so")])
+    assert f"Current date: {today.text.date}" in printed and '"say \\"x\\""' in printed
+    # A control token typed in a call or a result stays text.
+    ids = again.encode([Turn("user", "q"), call])[1].ids
+    end = today.tokenizer.convert_tokens_to_ids("<|end|>")
+    assert end not in ids and '{"b": 1, "a": "<|end|>"}' in today.tokenizer.decode(ids)
+
+
+@needs_smollm2
+def test_real_model_obeys_a_system_turn_as_with_the_stock_template():
+    policy = LanguagePolicy.load(FOLDER, temperature=0.0, max_new_tokens=24)
+    asked = [Turn("user", "What is the capital of Italy?")]
+    for turns in ([Turn("system", "Always answer in French."), *asked], asked):
+        chat = [{"role": turn.role, "content": turn.content} for turn in turns]
+        stock = policy.renderer.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+        ids = stock["input_ids"]
+        assert policy_window(turns, policy.renderer, policy.window) == ids[0].tolist()
+        expected = policy.model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+        ((reply,),) = generate_texts(policy, [turns])
+        assert list(reply.token_ids) == expected.tolist()[: len(reply.token_ids)]
+        print(reply.text)
+    assert policy.renderer.printer.mismatches == {} and policy.renderer.printer.prompt_mismatch is None
