@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,21 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from offline_lmrl.data.batching import WindowDataset, WindowRef, encode_trajectories
+from offline_lmrl.data.checks import TEMPLATE_ROWS, first_difference
 from offline_lmrl.data.comparison_batching import ComparisonDataset, ComparisonRef
 from offline_lmrl.data.demonstrations import PromptSpec, encode_prompts
 from offline_lmrl.data.episodes import EpisodeEncoder, SlotsOfLog, StepRule
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import fingerprint, read_trajectories
-from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.printing import MISMATCH
+from offline_lmrl.data.rendering import SCHEME, TEMPLATES, Renderer
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.tokenizers import load_tokenizer
-from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.windows import WindowRule
 from offline_lmrl.models.adapters import load_heads, require_peft, save_heads, settings, unfreeze_heads
 from offline_lmrl.models.guided import attach, build_model, load_model
+from offline_lmrl.models.renderers import rendering_block, scheme_of, training_renderer
 
 Dataset = WindowDataset | ComparisonDataset
 CONFIG_FILES = ("config.json", "adapter_config.json")  # a folder without them is no model
@@ -46,7 +49,9 @@ class BaseConfig(TrainingArguments):
     context: most turns that the policy sees before its own; None = all. 1 makes a fully observed game Markov.
     stride: turns by which that window moves at a time (data/windows.py).
     max_length: most tokens of a window; whole oldest turns are dropped, never the reply.
-    template: `auto` (the tokenizer's chat template, else the plain one) or `plain`.
+    template: `auto` (dialogues as the tokenizer's chat template prints them, or plain where it has none), `assembled`
+      (its texts around turns, but what was read never changes: where the template rewrites earlier turns, this is
+      faster and differs from what engines print), or `plain` (a line per turn with the speaker's name).
     """
 
     context: int | None = None
@@ -67,8 +72,8 @@ class BaseConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         WindowRule(self.context, self.stride, self.max_length)  # checks the ranges
-        if self.template not in ("auto", "plain"):
-            raise InputError(f"template: found {self.template!r}, expected 'auto' or 'plain'")
+        if self.template not in TEMPLATES:
+            raise InputError(f"template: found {self.template!r}, expected one of {', '.join(TEMPLATES)}")
         super().__post_init__()
 
     @property
@@ -223,7 +228,9 @@ class BaseTrainer(transformers.Trainer):
             raise InputError(f"found {args.n_gpu} GPUs in one process, expected one process per GPU: run `{command}`")
         if processing_class is None:
             processing_class = tokenizer_beside(model)
-        self.renderer = Renderer(processing_class, args.template)
+        if isinstance(model, str):
+            model = self.open_model(args, model, trust_remote_code=False)
+        self.renderer = training_renderer(processing_class, model, args.template, args.output_dir)
         self.counts: Counter[str] = Counter()
         model, train, held_out = self.prepare(model, args, train_dataset, eval_dataset, peft_config)
         super().__init__(
@@ -364,6 +371,19 @@ class BaseTrainer(transformers.Trainer):
         self._sums = training_sums
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataset))
 
+    def compare_with_template(self, dialogues: Sequence[Sequence[Turn]]) -> None:
+        """Count the dialogues, the first of the data, that the stock chat template prints otherwise.
+
+        Raises: InputError where `counts` names a kind of dialogue that is rendered otherwise, unless that was asked
+        for (`template: assembled`).
+        """
+        if (difference := first_difference(self.renderer, dialogues)) is not None:
+            self.counts[difference] += 1
+        for line, n in self.counts.items():
+            if line.startswith(MISMATCH) and self.renderer.template == "auto":
+                raise InputError(f"template: found {n} {line}, expected template: assembled to train on them all the "
+                                 "same, or plain")
+
     # Checkpoints: whole or absent.
 
     def _get_output_dir(self, trial) -> str:
@@ -452,17 +472,16 @@ class OfflineTrainer(BaseTrainer):
 
     def prepare(self, model, args: OfflineConfig, train, held_out, peft_config):
         train = self.select(self.read(args, train), args)
-        model = load_model(model) if isinstance(model, str) else model
         self.check_model(model, args)
         self.scale = self.fit_scale(model, train, args)
         slots = self.slots(model, train, args)
         self.encoder = EpisodeEncoder(self.renderer, args.window, self.step_rule(args), self.scale, slots)
         windows = self._windows(train, args, self.counts)
+        self.compare_with_template([row.turns for row in islice(train, TEMPLATE_ROWS)])
         model = self.prepare_model(model, args, windows)
         model.config.offline_lmrl = settings(model.config) | {
             "algorithm": self.algorithm,
-            "template": args.template,
-            "tokenizer": self.renderer.fingerprint,
+            **rendering_block(self.renderer),
             "window": asdict(args.window),
             "step_rule": asdict(self.step_rule(args)),
             "reward_scale": self.scale.to_dict(),
@@ -556,8 +575,9 @@ def check_model(model: PreTrainedModel, renderer: Renderer, max_length: int) -> 
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and max_length > limit:
         raise InputError(f"max_length: found {max_length}, expected at most the model's {limit} positions")
-    found, expected = renderer.fingerprint, settings(model.config).get("tokenizer")
-    if expected not in (None, found):
+    block = settings(model.config)
+    found, expected = renderer.fingerprint, block.get("tokenizer")
+    if expected != found and scheme_of(block) == SCHEME:
         raise InputError(
             f"tokenizer: found fingerprint {found}, expected {expected}: "
             "the model was trained with another tokenizer or chat template"

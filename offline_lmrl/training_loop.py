@@ -24,8 +24,8 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import atomic_output
-from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.models.adapters import save_heads
+from offline_lmrl.models.renderers import training_renderer
 from offline_lmrl.training import BaseConfig, move_model
 
 
@@ -43,7 +43,13 @@ class LoopTrainer:
     plays = True
     regime = "environment"
 
-    def __init__(self, args: BaseConfig, processing_class: PreTrainedTokenizerBase, find_unused_parameters: bool):
+    def __init__(
+        self,
+        args: BaseConfig,
+        processing_class: PreTrainedTokenizerBase,
+        policy: nn.Module,
+        find_unused_parameters: bool,
+    ):
         self.args = args
         self.device = args.device  # before the accelerator: it resets what accelerate shares between objects
         self.accelerator = Accelerator(
@@ -51,7 +57,7 @@ class LoopTrainer:
             cpu=args.use_cpu,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
         )
-        self.renderer = Renderer(processing_class, args.template)
+        self.renderer = training_renderer(processing_class, policy, args.template, args.output_dir)
         self.counts: Counter[str] = Counter()
         self.totals: Counter[str] = Counter()
         self.iteration, self.updates = 0, 0

@@ -48,6 +48,7 @@ from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.models.actor_critic import ActorCritic
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import attach, detach, load_model
+from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.ops.decoding import warp_log_probs
 from offline_lmrl.ops.policy_gradient import (
     Moments,
@@ -251,16 +252,15 @@ class PPOTrainer(LoopTrainer):
             raise InputError(f"ptx_weight: found {args.ptx_weight}, but no logged data (data.train), expected both")
         if processing_class is None:
             processing_class = tokenizer_beside(model)
-        super().__init__(args, processing_class, find_unused_parameters=args.value_warmup > 0)
         policy = load_model(model) if isinstance(model, str) else model
+        super().__init__(args, processing_class, policy, find_unused_parameters=args.value_warmup > 0)
         check_model(policy, self.renderer, args.max_length)
         policy = detach(attach(policy, None)).to(self.device)
         rule, self.scale = StepRule(args.discount_per_token, args.discount_per_turn), args.reward_scale or 1.0
         self.encoder = EpisodeEncoder(self.renderer, args.window, rule, RewardScale(scale=self.scale))
         policy.config.offline_lmrl = settings(policy.config) | {
             "algorithm": self.algorithm,
-            "template": args.template,
-            "tokenizer": self.renderer.fingerprint,
+            **rendering_block(self.renderer),
             "window": asdict(args.window),
             "step_rule": asdict(rule),
             "sampling": dict(args.sampling),
@@ -343,10 +343,10 @@ class PPOTrainer(LoopTrainer):
 
     def scored(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """The trajectories with scores as they are learnt from: unfinished turns, then scale, then clip."""
-        args, close_id = self.args, self.renderer.close_id
+        args, ends = self.args, self.renderer.close_ids
         turns = [turn for t in trajectories for turn in t.turns if turn.is_trainable]
         score = torch.tensor([turn.reward or 0.0 for turn in turns], dtype=torch.float64)
-        closed = torch.tensor([turn.token_ids[-1:] == (close_id,) for turn in turns])
+        closed = torch.tensor([bool(ends & {*turn.token_ids[-1:]}) for turn in turns])
         if args.unfinished_score is not None:
             score = replace_unfinished(score, closed, args.unfinished_score)
         score = penalize_unfinished(score, closed, args.unfinished_penalty)
@@ -603,7 +603,7 @@ class PPOTrainer(LoopTrainer):
             "score": sum(t.total_return for t in trajectories) / n,
             "tokens": tokens / n, "turns": len(turns) / n,
             "terminated": sum(t.terminated for t in trajectories) / n,
-            "closed": sum(turn.token_ids[-1:] == (self.renderer.close_id,) for turn in turns) / len(turns),
+            "closed": sum(bool(self.renderer.close_ids & {*turn.token_ids[-1:]}) for turn in turns) / len(turns),
         })  # fmt: skip
 
     def plan(self) -> dict[str, int]:

@@ -23,6 +23,7 @@ from ratings have the ratings' unit. An ensemble is several runs, each with its 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,12 +31,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offline_lmrl.data.checks import TEMPLATE_ROWS
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.comparison_batching import ComparisonDataset, encode_comparisons, encode_scored
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import fingerprint, holds_comparisons, read_trajectories, store, store_comparisons
 from offline_lmrl.data.preferences import binarised
 from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import (
     build_reward_model,
     fold,
@@ -148,15 +151,17 @@ class RewardModelTrainer(BaseTrainer):
         return load_reward_model(path, args.head, trust_remote_code=trust_remote_code)
 
     def prepare(self, model, args: RewardModelConfig, train, held_out, peft_config):
-        model = load_reward_model(model, args.head) if isinstance(model, str) else model
         self.check_model(model, args)
         model.config.get_text_config().pad_token_id = self._pad_id()
         rows = self.read(args, train)
         encoded = self._encode(rows, args, self.counts, args.bootstrap)
+        first = islice(rows, TEMPLATE_ROWS)
+        self.compare_with_template([
+            row.turns if isinstance(row, Trajectory) else (*row.context, *row.options[0]) for row in first
+        ])  # fmt: skip
         model.config.offline_lmrl = {
             "algorithm": self.algorithm,
-            "template": args.template,
-            "tokenizer": self.renderer.fingerprint,
+            **rendering_block(self.renderer),
             "window": asdict(args.window),
             "reward": {"head": args.head, "bias": 0.0},
             "data": fingerprint(rows),

@@ -26,6 +26,7 @@ from offline_lmrl.decoding.asks import Asks
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler, SamplingConfig
 from offline_lmrl.models.guided import find_device, load_model, settings, slots_of
+from offline_lmrl.models.renderers import renderer_of
 
 SAMPLE_STRIDE = 2**32  # between the seeds of one history's samples: more than any range of seeds
 
@@ -99,13 +100,7 @@ class LanguagePolicy:
         device = find_device(device)
         model = load_model(run).to(device)
         saved = settings(model.config)
-        renderer = Renderer(load_tokenizer(run), saved.get("template", "auto"))
-        expected = saved.get("tokenizer", renderer.fingerprint)
-        if renderer.fingerprint != expected:
-            raise InputError(
-                f"{run}: tokenizer: found fingerprint {renderer.fingerprint}, expected {expected}: "
-                "the model was trained with another tokenizer or chat template"
-            )
+        renderer = renderer_of(load_tokenizer(run), model, run)
         form = SamplingConfig.from_dict({**(saved.get("sampling") or {}), **sampling})
         return cls(model, renderer, form, **(saved.get("window") or {}), task=task, prompt=prompt)
 
@@ -149,7 +144,7 @@ class LanguagePolicy:
         slots = (None, None) if self.slots is None else (self.slots.of_log, self.slots.nulls)
         told, null = (prompt_ids(shown, self.renderer, kind) for kind in slots)
         rule, reply = self.window, self.sampling.max_new_tokens
-        room = rule.max_length - len(self.renderer.preamble) - len(self.renderer.agent_opening) - reply
+        room = rule.max_length - len(self.renderer.preamble_of(())) - len(self.renderer.agent_opening) - reply
         if len(told) > room:
             raise InputError(f"prompt: found {len(told)} tokens, expected at most {room}, as max_length "
                              f"({rule.max_length}) also holds a reply of max_new_tokens ({reply})")

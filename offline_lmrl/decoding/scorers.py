@@ -39,6 +39,7 @@ from offline_lmrl.data.windows import WindowRule
 from offline_lmrl.decoding.policy import LanguagePolicy, load_critic, require_no_prompt
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import find_device, slots_of
+from offline_lmrl.models.renderers import renderer_of
 from offline_lmrl.models.reward_model import load_reward_model, read_mask
 from offline_lmrl.ops.preferences import rule_adjusted_score
 
@@ -108,11 +109,7 @@ class RewardModel(RowScorer):
         """Raises: InputError where there is no reward model, or another tokenizer than it was trained with."""
         device = find_device(device)
         model = load_reward_model(path).to(device)
-        saved = settings(model.config)
-        renderer = Renderer(load_tokenizer(path), saved.get("template", "auto"))
-        if renderer.fingerprint != saved.get("tokenizer", renderer.fingerprint):
-            raise InputError(f"{path}: tokenizer: found fingerprint {renderer.fingerprint}, expected "
-                             f"{saved['tokenizer']}: the model was trained with another tokenizer or chat template")
+        saved, renderer = settings(model.config), renderer_of(load_tokenizer(path), model, path)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
         return cls(model, renderer, WindowRule(**saved.get("window", {"max_length": positions})))
 

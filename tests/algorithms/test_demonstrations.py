@@ -42,7 +42,7 @@ def rows_of(dataset):
 def test_windows_stand_behind_demonstrations_in_training_and_validation(tmp_path, algorithm):
     plain = trainer(tmp_path, algorithm, None, held_out=LOGS)
     run = trainer(tmp_path, algorithm, PromptSpec(n=2, max_tokens=80), held_out=LOGS)
-    preamble = list(run.renderer.preamble)
+    preamble = list(run.renderer.preamble_of(()))
     for before, behind in ((plain.train_dataset, run.train_dataset), (plain.eval_dataset, run.eval_dataset)):
         assert behind.action_tokens == before.action_tokens
         for short, long in zip(rows_of(before), rows_of(behind), strict=True):

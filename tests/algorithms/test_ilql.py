@@ -298,7 +298,7 @@ def test_a_cut_log_adds_the_discounted_value_behind_it_and_a_terminated_one_does
     closing = [n for n in range(len(losses)) if steps["turn"][n] == 3 and steps["closes_turn"][n]]
 
     seen = turns if context is None else turns[-1:]
-    ids = [*run.renderer.preamble, *(i for turn in seen for i in run.renderer.encode_turn(turn).ids)]
+    ids = [*run.renderer.preamble_of(()), *(i for turn in seen for i in run.renderer.encode_turn(turn).ids)]
     ids = torch.tensor([[*ids, *run.renderer.agent_opening]])
     with torch.no_grad():
         _, hidden = run.model.forward_with_hidden(input_ids=ids)

@@ -432,7 +432,7 @@ def test_logged_data_add_their_gradient_gamma_times(tmp_path):
     ppo, run = gradient(model())
     run.optimizer.zero_grad()
     ids = [i for turn in logs[0].turns for i in run.renderer.encode_turn(turn).ids]
-    ids = torch.tensor([[*run.renderer.preamble, *ids]])
+    ids = torch.tensor([[*run.renderer.preamble_of(()), *ids]])
     said = len(run.renderer.encode_content("left up")) + 1
     labels = torch.full_like(ids, -100)
     labels[0, -said:] = ids[0, -said:]

@@ -73,7 +73,7 @@ def test_demonstrations_from_a_file_have_the_critics_labels_too(tmp_path):
     run = conditioned(tmp_path / "run", logs=logs, critic=str(critic), binning="linear", prompt=prompt)
     slots, labelled = Slots.from_block(run.returns, len(TOKENIZER), run.renderer), relabel(logs, critic)
     assert [slots.of_log(log) for log in labelled] != [slots.of_log(log) for log in logs]
-    behind = len(run.renderer.preamble)
+    behind = len(run.renderer.preamble_of(()))
     for row, shown in enumerate(draw_prompts(prompt, logs, labelled)):
         ids = list(prompt_ids(shown, run.renderer, slots.of_log))
         assert run.train_dataset.batch([row])["input_ids"][0].tolist()[behind : behind + len(ids)] == ids

@@ -204,7 +204,7 @@ def test_auto_asks_for_the_value_of_the_state_where_no_return_is_told(monkeypatc
     session = player.start([5])
     history, expected = list(HISTORIES[0]), []
     opening = [NULL, *RENDERER.agent_opening]
-    read = [*RENDERER.preamble, *RENDERER.encode_turn(history[0]).ids]
+    read = [*RENDERER.preamble_of(()), *RENDERER.encode_turn(history[0]).ids]
     for left in (2, 1):
         # of 2 scored turns, each shifted by .5, those ahead
         expected.append(value_of([*read, *opening]) * 10 + 0.5 * left)
@@ -229,7 +229,8 @@ def test_auto_with_a_run_asks_for_the_value_that_this_run_sees(tmp_path, monkeyp
     session = player.start([5])
     history = list(HISTORIES[0])
     for _ in range(2):
-        window = [*RENDERER.preamble, *RENDERER.encode_turn(history[-1]).ids, *RENDERER.agent_opening]  # context 1
+        seen = RENDERER.encode_turn(history[-1]).ids  # context 1
+        window = [*RENDERER.preamble_of(()), *seen, *RENDERER.agent_opening]
         with torch.no_grad():
             _, hidden = critic.forward_with_hidden(input_ids=torch.tensor([window]))
             expected = 3 * critic.v_values(hidden)[0, -1].item()
@@ -279,8 +280,8 @@ def test_an_expert_asks_for_the_return_that_the_heads_expect_where_none_is_told(
     model = attach_return_heads(conditioned(), bins | {"discount_per_turn": 1.0})
     torch.nn.init.normal_(model.return_heads.returns.weight)
     monkeypatch.setitem(model.config.offline_lmrl, "reward_scale", {"shift": 0.0, "scale": 4.0, "scored_turns": 0})
-    _, hidden = model.forward_with_hidden(input_ids=torch.tensor([[
-        *RENDERER.preamble, *RENDERER.encode_turn(HISTORIES[0][0]).ids, NULL, *RENDERER.agent_opening]]))  # fmt: skip
+    read = [*RENDERER.preamble_of(()), *RENDERER.encode_turn(HISTORIES[0][0]).ids, NULL, *RENDERER.agent_opening]
+    _, hidden = model.forward_with_hidden(input_ids=torch.tensor([read]))
     high = model.return_heads.returns(hidden[:, -1]).softmax(-1)[0, 1].item()
     session = policy(model).start([5, 6, 7, 8], ["expert:0", "expert:2.5", "auto", 1.0])
     session.reply([0, 1, 2, 3], [HISTORIES[0]] * 4)
@@ -294,7 +295,7 @@ def test_an_expert_asks_for_the_return_that_the_heads_expect_where_none_is_told(
 
 
 def plain_prompt(history):
-    ids = [*RENDERER.preamble, *(token for turn in history for token in RENDERER.encode_turn(turn).ids)]
+    ids = [*RENDERER.preamble_of(()), *(token for turn in history for token in RENDERER.encode_turn(turn).ids)]
     return [*ids, *RENDERER.agent_opening]
 
 

@@ -70,7 +70,7 @@ def test_relabelled_returns_equal_those_worked_out_from_q_and_v_per_token(tmp_pa
     assert one == pytest.approx([3.0], abs=1e-5)
     render = judge.renderer  # V behind the observation at which the log was cut, read by hand
     seen = [*THREE, user("at 5")] if context is None else [user("at 5")]
-    ids = [*render.preamble, *(i for turn in seen for i in render.encode_turn(turn).ids), *render.agent_opening]
+    ids = [*render.preamble_of(()), *(i for turn in seen for i in render.encode_turn(turn).ids), *render.agent_opening]
     with torch.no_grad():
         _, hidden = judge.model.forward_with_hidden(input_ids=torch.tensor([ids]))
         behind = 4.0 * judge.model.v_values(hidden[0, -1]).item()

@@ -33,7 +33,7 @@ def ids_of(*demonstrations, slots=None):
 def test_all_rows_read_the_demonstrations_behind_the_preamble(monkeypatch):
     plain = shown(monkeypatch, policy(ask=4.0))
     player = policy(window={"prompt": [DEMONSTRATION, OTHER]}, ask=4.0)
-    ids, n = ids_of(DEMONSTRATION, OTHER, slots=player.slots.of_log), len(RENDERER.preamble)
+    ids, n = ids_of(DEMONSTRATION, OTHER, slots=player.slots.of_log), len(RENDERER.preamble_of(()))
     assert shown(monkeypatch, player) == [[*row[:n], *ids, *row[n:]] for row in plain]
 
 
@@ -41,7 +41,7 @@ def test_rows_read_demonstrations_of_their_own(monkeypatch):
     player = policy(window={"prompt": [OTHER]}, ask=4.0)
     plain = shown(monkeypatch, policy(ask=4.0))
     given = shown(monkeypatch, player, None, [[DEMONSTRATION], None])
-    n = len(RENDERER.preamble)
+    n = len(RENDERER.preamble_of(()))
     assert given[0] == [*plain[0][:n], *ids_of(DEMONSTRATION, slots=player.slots.of_log), *plain[0][n:]]
     assert given[1] == plain[1]
 
@@ -66,13 +66,13 @@ def test_values_are_read_behind_demonstrations_without_returns(monkeypatch):
     monkeypatch.setattr(player.sampler, "read", lambda head, ids, *args: prompts.extend(ids) or read(head, ids, *args))
     play(player, [1.0])
     ids = ids_of(DEMONSTRATION, slots=player.slots.nulls)
-    n = len(RENDERER.preamble)
+    n = len(RENDERER.preamble_of(()))
     assert all(row[n : n + len(ids)] == ids for row in prompts) and len(prompts) == 2
 
 
 def test_a_planner_reads_them_without_returns():
     plain, player = policy().null_window(HISTORIES[0], 5), policy(window={"prompt": [DEMONSTRATION]}, ask=4.0)
-    ids, n = ids_of(DEMONSTRATION, slots=player.slots.nulls), len(RENDERER.preamble)
+    ids, n = ids_of(DEMONSTRATION, slots=player.slots.nulls), len(RENDERER.preamble_of(()))
     assert player.null_window(HISTORIES[0], 5) == [*plain[:n], *ids, *plain[n:]]
 
 

@@ -1,5 +1,7 @@
 """A saved model as a player: what it sees, what it keeps, and what it refuses."""
 
+import json
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -8,9 +10,11 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.data.windows import policy_window
 from offline_lmrl.decoding.policy import LanguagePolicy, generate_texts
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.models.guided import attach, build_model
+from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 
 TEXTS = ["move left", "move right", "there is a wall above", "you are at 1, 2"]
@@ -47,8 +51,7 @@ def run(tmp_path, model, renderer):
     model.config.offline_lmrl = model.config.offline_lmrl | {
         "sampling": FORM | {"beta": 2.0, "top_k": 20},
         "window": {"context": 3, "stride": 1, "max_length": 100},
-        "template": "auto",
-        "tokenizer": renderer.fingerprint,
+        **rendering_block(renderer),
     }
     model.save_pretrained(tmp_path)
     renderer.tokenizer.save_pretrained(tmp_path)
@@ -80,6 +83,40 @@ def test_another_tokenizer_is_refused(run):
     assert str(run) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_run_of_another_rendering_scheme_is_rendered_anew_and_said(run, caplog):
+    config = json.loads((run / "config.json").read_text())
+    config["offline_lmrl"] = {k: v for k, v in config["offline_lmrl"].items() if k != "template_text"} | {
+        "tokenizer": "0123456789abcdef"}  # fmt: skip
+    (run / "config.json").write_text(json.dumps(config))
+    policy = LanguagePolicy.load(run, device="cpu")
+    assert f"{run}: trained under rendering scheme 1, now 2" in caplog.text
+    assert policy.renderer.agent_opening
+
+
+def test_the_text_that_was_derived_is_used_from_the_run(run):
+    config = json.loads((run / "config.json").read_text())
+    text = config["offline_lmrl"]["template_text"]
+    assert text["prompt"] == "<assistant>" and text["preamble"] == {"system": "<bos>", "default": "<bos>"}
+    # A template that prints something else by now is not the run's.
+    (run / "chat_template.jinja").write_text((run / "chat_template.jinja").read_text() + ".")
+    with pytest.raises(InputError, match="trained with another tokenizer or chat template"):
+        LanguagePolicy.load(run)
+
+
+def test_every_token_that_ends_a_reply_of_the_model_ends_one(run, model):
+    generation = json.loads((run / "generation_config.json").read_text())
+    ((before,),) = generate_texts(LanguagePolicy.load(run, device="cpu", temperature=1.0), [dialogue("you are")])
+    assert len(before.token_ids) > 2
+    ends = [2, before.token_ids[1]]  # the second token sampled ends a reply from now on
+    (run / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": ends}))
+    policy = LanguagePolicy.load(run, device="cpu", temperature=1.0)
+    ((reply,),) = generate_texts(policy, [dialogue("you are")])
+    assert policy.renderer.close_ids == set(ends) and reply.token_ids == before.token_ids[:2] and reply.closed
+    turns = [*dialogue("you are"), Turn("assistant", reply.text, token_ids=reply.token_ids), Turn("user", "on")]
+    ids = policy_window(turns, policy.renderer, policy.window)
+    assert ids.count(policy.renderer.close_id) == 3  # history has the template's own closing
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(InputError):
         LanguagePolicy.load(tmp_path / "nothing")
@@ -94,7 +131,8 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path, model):
 def test_greedy_guided_play_equals_generate(model, renderer):
     policy = LanguagePolicy(model, renderer, SamplingConfig(temperature=0.0, beta=3.0, max_new_tokens=8))
     ((reply,),) = generate_texts(policy, [dialogue("you are at 1, 2")])
-    prompt = [*renderer.preamble, *renderer.encode_turn(Turn("user", "you are at 1, 2")).ids, *renderer.agent_opening]
+    asked = renderer.encode_turn(Turn("user", "you are at 1, 2")).ids
+    prompt = [*renderer.preamble_of(()), *asked, *renderer.agent_opening]
     ids = model.generate(torch.tensor([prompt]), beta=3.0, do_sample=False, max_new_tokens=8,
                          eos_token_id=renderer.close_id, pad_token_id=0)
     assert list(reply.token_ids) == ids[0, len(prompt) :].tolist()

@@ -38,6 +38,7 @@ from offline_lmrl.decoding.scorers import (
 )
 from offline_lmrl.evaluation.offline import read_logs
 from offline_lmrl.models.guided import attach, build_model
+from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import build_reward_model, fold, head_of
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 
@@ -125,10 +126,10 @@ def test_a_reward_model_scores_what_its_head_reads_and_adds_its_bias_once(head):
 
     def per_token(option):
         parts = [RENDERER.encode_turn(turn) for turn in (*ASKED, *option)]
-        ids = [*RENDERER.preamble, *(token for part in parts for token in part.ids)]
+        ids = [*RENDERER.preamble_of(()), *(token for part in parts for token in part.ids)]
         with torch.no_grad():
             values = head_of(model)(model.base_model(torch.tensor([ids]))[0])[0, :, 0].tolist()
-        ends = np.cumsum([len(RENDERER.preamble), *(len(part.ids) for part in parts)])
+        ends = np.cumsum([len(RENDERER.preamble_of(())), *(len(part.ids) for part in parts)])
         turns = [values[start + part.action_start : start + part.action_stop] for start, part, turn in
                  zip(ends, parts, (*ASKED, *option), strict=False) if turn.role == "assistant"]  # fmt: skip
         return {"terminal": turns[-1][-1], "turn": sum(turn[-1] for turn in turns), "token": sum(map(sum, turns))}
@@ -142,7 +143,7 @@ def test_a_reward_model_scores_what_its_head_reads_and_adds_its_bias_once(head):
 
 def test_a_saved_reward_model_is_opened_by_its_folder(tmp_path):
     model = reward_model()
-    model.config.offline_lmrl |= {"tokenizer": RENDERER.fingerprint, "window": {"context": None, "max_length": 40}}
+    model.config.offline_lmrl |= {**rendering_block(RENDERER), "window": {"context": None, "max_length": 40}}
     model.save_pretrained(tmp_path)
     RENDERER.tokenizer.save_pretrained(tmp_path)
     scorer = load_scorer({"kind": "reward_model", "run": str(tmp_path), "device": "cpu"})
@@ -184,7 +185,7 @@ def test_likelihood_and_advantages_are_those_of_the_logs():
 
 def test_the_utterance_head_is_read_behind_the_closing_token():
     policy = judge(utterance=True)
-    ids = [*RENDERER.preamble, *(token for turn in (*ASKED, Turn("assistant", "up")) for token in
+    ids = [*RENDERER.preamble_of(()), *(token for turn in (*ASKED, Turn("assistant", "up")) for token in
                                  RENDERER.encode_turn(turn).ids)]  # fmt: skip
     assert ids[-1] == RENDERER.close_id
     with torch.no_grad():

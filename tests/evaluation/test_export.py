@@ -89,7 +89,7 @@ def plain(folder):
 
 def prompt_of(history=HISTORY):
     turns = [token for turn in history for token in RENDERER.encode_turn(turn).ids]
-    return [*RENDERER.preamble, *turns, *RENDERER.agent_opening]
+    return [*RENDERER.preamble_of(()), *turns, *RENDERER.agent_opening]
 
 
 @torch.no_grad()

@@ -63,7 +63,8 @@ def policy(clone):
 
 def chance_of_b(policy, state):
     """π(b) where the sampler would draw, and whether nothing but a and b is left."""
-    ids = [[*policy.renderer.preamble, *policy.renderer.encode_turn(state[-1]).ids, *policy.renderer.agent_opening]]
+    renderer = policy.renderer
+    ids = [[*renderer.preamble_of(()), *renderer.encode_turn(state[-1]).ids, *renderer.agent_opening]]
     with torch.no_grad():
         logits, _ = policy.model.eval().forward_with_hidden(input_ids=torch.tensor(ids))
     log_prob = acting_log_prob(policy, logits.logits[0, -1:], None, None)[0]

@@ -108,7 +108,7 @@ def test_logs_are_read_behind_demonstrations(monkeypatch, tmp_path, source):
     monkeypatch.setattr(Table, "forward_with_hidden", watched)
     steps = read_logs(policy, logs, demonstrations=shown[:1] if source == "given" else None)
     assert steps.token.tolist() == [B, CLOSE, A, CLOSE]
-    n = len(RENDERER.preamble)
+    n = len(RENDERER.preamble_of(()))
     assert [tuple(row[n : n + len(own)]) for row, own in zip(read, ids, strict=True)] == ids
     assert all(len(row) > n + len(own) for row, own in zip(read, ids, strict=True))
 
@@ -237,7 +237,7 @@ def test_guidance_is_measured_on_the_distribution_that_the_sampler_draws_from(pl
     guided = LanguagePolicy(policy.model, policy.renderer, SamplingConfig(max_new_tokens=1, beta=5.0, **form))
     (history,) = Corridor().reset(0)
     renderer = policy.renderer
-    prompt = [*renderer.preamble, *renderer.encode_turn(history).ids, *renderer.agent_opening]
+    prompt = [*renderer.preamble_of(()), *renderer.encode_turn(history).ids, *renderer.agent_opening]
     # Monte Carlo over the sampler's own draws: the mean of log p − log π over many seeds
     replies = guided.sampler.sample([prompt] * 4000, range(4000))
     drawn = np.array([reply.log_prob[0] - reply.policy_log_prob[0] for reply in replies])
