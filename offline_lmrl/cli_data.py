@@ -151,7 +151,7 @@ def check(argv: Sequence[str]) -> None:
 def _check(
     data: str,
     tokenizer: str | None = None,
-    template: Literal["auto", "plain"] = "auto",
+    template: Literal["auto", "assembled", "plain"] = "auto",
     max_length: int | None = None,
     row: int = 1,
 ) -> None:
@@ -160,7 +160,7 @@ def _check(
     Args:
       data: a file, folder or hub name of scored trajectories or of comparisons.
       tokenizer: folder or hub name; adds token counts, a comparison with the chat template, and a row token by token.
-      template: auto (the tokenizer's chat template, else the plain one) or plain.
+      template: auto (as the tokenizer's chat template prints, or plain without one), assembled (appending only) or plain.
       max_length: count rows with more tokens than this; needs a tokenizer.
       row: the row of the first split that is shown token by token, from 1; of scored trajectories only.
     """
