@@ -160,7 +160,7 @@ def _check(
     Args:
       data: a file, folder or hub name of scored trajectories or of comparisons.
       tokenizer: folder or hub name; adds token counts, a comparison with the chat template, and a row token by token.
-      template: auto (as the tokenizer's chat template prints, or plain without one), assembled (appending only) or plain.
+      template: auto (as the chat template prints, or plain without one), assembled (only appends) or plain.
       max_length: count rows with more tokens than this; needs a tokenizer.
       row: the row of the first split that is shown token by token, from 1; of scored trajectories only.
     """

@@ -1,4 +1,4 @@
-"""The renderer that belongs to a model: with the text that was derived for it, and every token that ends its replies."""
+"""The renderer of a model: with the text that was derived for it, and every token that ends its replies."""
 
 import json
 import logging
@@ -43,8 +43,8 @@ def renderer_of(tokenizer: PreTrainedTokenizerBase, model: nn.Module, where: str
         text = TemplateText.from_dict(block["template_text"])
     elif expected is not None:
         logging.getLogger(__name__).warning(
-            f"{where}: trained under rendering scheme {scheme_of(block)}, now {SCHEME}: dialogues are rendered anew by "
-            "its template, and may differ from what it was trained on"
+            f"{where}: trained under rendering scheme {scheme_of(block)}, now {SCHEME}: dialogues are rendered anew "
+            "by its template, and may differ from what it was trained on"
         )
     renderer = Renderer(tokenizer, block.get("template", "auto"), text, reply_ends(model))
     if text is not None and renderer.fingerprint != expected:
