@@ -15,6 +15,14 @@ class InputError(ValueError):
     """
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal ended a command, which left nothing half done: the line that says how it goes on, and the signal."""
+
+    def __init__(self, line: str, number: int):
+        super().__init__(line, number)
+        self.line, self.number = line, number
+
+
 @contextmanager
 def opening(name: str | Path, what: str) -> Iterator[None]:
     """Around a library's call that opens the model or the tokenizer (`what`) of a folder or hub name. Whatever the

@@ -8,7 +8,6 @@ import math
 import os
 import pickle
 import re
-import shutil
 import tempfile
 import zlib
 from array import array
@@ -24,6 +23,7 @@ from typing import Any, TypeVar
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.comparison import to_record as comparison_record
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.files import ASIDE, staging, sweep, sync, writing
 from offline_lmrl.data.forms import COMPARISON_FIELDS, read_row
 from offline_lmrl.data.parallel import chunks, map_in_order
 from offline_lmrl.data.preference_forms import read_comparison
@@ -42,6 +42,7 @@ _LFS_POINTER = b"version https://git-lfs"
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK = 500  # rows that a process reads at once
+REPORT = "report.json"  # what `prepare` writes last: a folder without it is not finished
 
 
 def read_trajectories(source: str | Path, *, split: str | None = None,
@@ -215,24 +216,28 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if not path.name:
         raise InputError(f"{path}: found a path without a name, expected one that can be written")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path), staging(path) as folder:
+        temporary = folder / path.name
         yield temporary
+        sync(temporary)
         if temporary.is_dir() and _is_dataset(path):
-            path.rename(replaced)  # os.replace cannot put a folder over a full one
+            os.replace(path, folder / ASIDE)  # os.replace cannot put a folder over a full one
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: found {error.strerror or error}, expected a path that can be written") from error
-    finally:
-        if replaced.is_dir() and not path.exists():
-            replaced.rename(path)
-        for leftover in (temporary, replaced):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            elif leftover.is_file():
-                leftover.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file that is there whole or not at all; errors as `atomic_output`."""
+    with atomic_output(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def is_prepared(data: str | Path, output: str | Path) -> bool:
+    """Whether data are there and, where they lie in the folder that `prepare` writes, it came to its end. What a kill
+    left in that folder is removed."""
+    place, folder = Path(data).resolve(), Path(output).resolve()
+    if folder.is_dir():
+        sweep(folder)
+    return place.exists() and (folder not in (place, *place.parents) or (folder / REPORT).exists())
 
 
 def raw_splits(source: str | Path, split: str | None = None) -> dict[str, RawRows]:

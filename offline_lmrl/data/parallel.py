@@ -1,6 +1,8 @@
 """Work spread over processes, in the order of what it is done to."""
 
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -57,7 +59,7 @@ def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _forked(function: Callable[[Any], Any], processes: int) -> ProcessPoolExecutor:
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _held.append, (function,))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _begin, (function,))
     before = set(multiprocessing.active_children())
     try:
         pool.submit(len, ())  # the first call forks all
@@ -66,6 +68,20 @@ def _forked(function: Callable[[Any], Any], processes: int) -> ProcessPoolExecut
             child.terminate()
         raise InputError(f"processes: found {error.strerror}, expected fewer of them") from error
     return pool
+
+
+def _begin(function: Callable[[Any], Any]) -> None:
+    end_with_parent()
+    _held.append(function)
+
+
+def end_with_parent() -> None:
+    """In a child: end when its parent does, even by signal 9, for which nobody would take its result."""
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _apply(item: Any) -> Any:
