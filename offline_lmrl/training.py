@@ -2,6 +2,7 @@
 checkpoints that are whole or absent, and losses that do not depend on how a batch was split."""
 
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -18,8 +19,8 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from offline_lmrl.data.batching import WindowDataset, WindowRef, encode_trajectories
 from offline_lmrl.data.checks import TEMPLATE_ROWS, first_difference
@@ -27,6 +28,7 @@ from offline_lmrl.data.comparison_batching import ComparisonDataset, ComparisonR
 from offline_lmrl.data.demonstrations import PromptSpec, encode_prompts
 from offline_lmrl.data.episodes import EpisodeEncoder, SlotsOfLog, StepRule
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.files import read_object, reading, sync
 from offline_lmrl.data.io import fingerprint, read_trajectories
 from offline_lmrl.data.printing import MISMATCH
 from offline_lmrl.data.rendering import SCHEME, TEMPLATES, Renderer
@@ -34,9 +36,31 @@ from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.tokenizers import load_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.windows import WindowRule
-from offline_lmrl.models.adapters import load_heads, require_peft, save_heads, settings, unfreeze_heads
+from offline_lmrl.models.adapters import (
+    PARTS,
+    SETTINGS_FILE,
+    load_heads,
+    require_peft,
+    save_heads,
+    settings,
+    unfreeze_heads,
+)
 from offline_lmrl.models.guided import attach, build_model, load_model
 from offline_lmrl.models.renderers import rendering_block, scheme_of, training_renderer
+from offline_lmrl.training_checkpoint import (
+    DAMAGED,
+    STAGING,
+    Signals,
+    append_metrics,
+    filling,
+    keep_metrics_until,
+    last_complete,
+    missing,
+    publish,
+    rotate,
+    step_of,
+    stopped,
+)
 
 Dataset = WindowDataset | ComparisonDataset
 CONFIG_FILES = ("config.json", "adapter_config.json")  # a folder without them is no model
@@ -190,9 +214,17 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if state.is_world_process_zero:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            with open(Path(args.output_dir) / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+            append_metrics(args.output_dir, {"step": state.global_step, **(logs or {})})
+
+
+class ResumedAverages(TrainerCallback):
+    """Gives a trainer back, before its first step, what it had added up since its last row of metrics."""
+
+    def __init__(self, trainer: "BaseTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.restore_averages()
 
 
 class BaseTrainer(transformers.Trainer):
@@ -212,6 +244,7 @@ class BaseTrainer(transformers.Trainer):
     algorithm = ""
     plays = False  # in an environment
     regime = "labels only"
+    signals: Signals | None = None  # at which training stops, behind a checkpoint
 
     def __init__(
         self,
@@ -247,7 +280,10 @@ class BaseTrainer(transformers.Trainer):
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossBar())
+        self.add_callback(ResumedAverages(self))
         self._sums: dict[str, Tensor] = {}
+        self._resumed: Path | None = None
+        self._held_at = -1  # the step whose checkpoint waits for the end of its epoch
 
     # What a subclass says of itself.
 
@@ -289,10 +325,16 @@ class BaseTrainer(transformers.Trainer):
 
     def plan(self) -> dict[str, int]:
         """What `train` would read, and its optimizer steps."""
-        args, data = self.args, self.train_dataset
+        return {**self.train_dataset.facts(), "optimizer steps": self.total_steps}
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        args = self.args
+        if args.max_steps > 0:
+            return args.max_steps
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        steps = args.max_steps if args.max_steps > 0 else -(-len(data) // rows) * args.num_train_epochs
-        return {**data.facts(), "optimizer steps": int(steps)}
+        return math.ceil(-(-len(self.train_dataset) // rows) * args.num_train_epochs)
 
     # The shared machinery.
 
@@ -347,6 +389,8 @@ class BaseTrainer(transformers.Trainer):
         return {prefix + name: (pair[0] / pair[1]).item() for name, pair in zip(names, total, strict=True)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs:  # which is that of the whole run, however often it was stopped
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
         super().log(logs | self._averages() if "loss" in logs else logs, start_time)
 
     @torch.no_grad()
@@ -384,38 +428,150 @@ class BaseTrainer(transformers.Trainer):
                 raise InputError(f"template: found {n} {line}, expected template: assembled to train on them all the "
                                  "same, or plain")
 
+    # Going on: exactly, or not at all.
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """As Trainer's. From a checkpoint training goes on to the bits, rows and sums of a run that never stopped.
+
+        Raises: InputError where a checkpoint is not complete, is damaged, or is one of another number of processes.
+        """
+        checkpoint = self.last_checkpoint() if resume_from_checkpoint is True else resume_from_checkpoint or None
+        if resume_from_checkpoint is True and checkpoint is None:
+            raise InputError(f"{self.args.output_dir}: found no complete checkpoint, expected one to go on from")
+        self._resumed, step, best = None if checkpoint is None else Path(checkpoint), 0, None
+        if self._resumed is not None:
+            state = self._check_resumable(self._resumed)
+            step, best = state.global_step, state.best_model_checkpoint
+            self.args.eval_on_start = False  # that was at step 0
+        self._remove_leftover(Path(self.args.output_dir) / STAGING)
+        if self.args.should_save:
+            keep_metrics_until(self.args.output_dir, step)
+            rotate(self.args.output_dir, step, self.args.save_total_limit, best)
+        self.accelerator.wait_for_everyone()
+        try:
+            output = super().train(checkpoint and str(checkpoint), **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if getattr(callback, "training_bar", None) is not None:  # an error's line goes below it
+                    callback.training_bar.close()
+                    callback.training_bar = None
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint of the run that training can go on from."""
+        return last_complete(self.args.output_dir, self.lacking)
+
+    def lacking(self, checkpoint: Path) -> list[str]:
+        """What of that which exact resuming reads is not in the checkpoint."""
+        if hasattr(self.model, "peft_config"):
+            parts = [name for name in PARTS if getattr(self.model, name, None) is not None]
+            weights = ["adapter_model.safetensors", SETTINGS_FILE, *(f"{name}.safetensors" for name in parts)]
+        else:
+            weights = ["pytorch_model_fsdp*"] if self.is_fsdp_enabled else ["*.safetensors"]
+        optimizer = "global_step*" if self.is_deepspeed_enabled else "optimizer*" if self.is_fsdp_enabled else None
+        optimizer = optimizer or "optimizer.pt"
+        needed = [*weights, optimizer, "scheduler.pt", TRAINER_STATE_NAME, *self._rank_files(checkpoint)]
+        if getattr(self.accelerator, "scaler", None) is not None:
+            needed.append("scaler.pt")
+        return missing(checkpoint, needed)
+
+    def _rank_files(self, checkpoint: Path) -> list[str]:
+        """The files that each process wrote, of as many as wrote the checkpoint."""
+        first = checkpoint / "averages-0.json"
+        ranks = range(self._processes(checkpoint) if first.exists() else 1)
+        states = ["rng_state.pth"] if len(ranks) == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
+        return [*states, *(f"averages-{rank}.json" for rank in ranks)]
+
+    def _processes(self, checkpoint: Path) -> int:
+        file = checkpoint / "averages-0.json"
+        with reading(file, DAMAGED):
+            return int(read_object(file, DAMAGED)["processes"])
+
+    def _check_resumable(self, checkpoint: Path) -> TrainerState:
+        """The state in a checkpoint. Raises: InputError where training cannot go on from it exactly."""
+        if names := self.lacking(checkpoint):
+            raise InputError(f"{checkpoint}: found no {', '.join(names)}, expected {DAMAGED}")
+        check_processes(checkpoint, self._processes(checkpoint), self.args.world_size)
+        file = checkpoint / TRAINER_STATE_NAME
+        with reading(file, DAMAGED):
+            state = TrainerState.load_from_json(str(file))
+            if state.global_step != step_of(checkpoint):
+                raise ValueError(f"step {state.global_step}")
+        return state
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As Trainer's, which would take a step beyond the last one where it goes on from the last checkpoint."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
+        """As Trainer's, but a checkpoint is the last that is written at a step, and then a signal stops training.
+
+        Behind the last step of an epoch Trainer calls this again, for what is due at the end of the epoch.
+        """
+        step, due = self.state.global_step, self.control.should_save
+        last = self.control.should_training_stop or float(self.state.epoch).is_integer()
+        if last and self._held_at != step:
+            self._held_at, self.control.should_save = step, False
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+            self.control.should_save = self.control.should_save or due
+            return
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        number = None if self.signals is None else self.signals.agreed(self.args.world_size)
+        if number is not None and step < self.state.max_steps:
+            if not due or self.args.save_only_model:
+                only, self.args.save_only_model = self.args.save_only_model, False
+                self._save_checkpoint(model, trial)
+                self.args.save_only_model = only
+            raise stopped(number, self.args.output_dir, step, self.state.max_steps)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As Trainer's, and beside it what is added up since the last row of metrics."""
+        super()._save_rng_state(output_dir)
+        sums = {name: pair.tolist() for name, pair in self._sums.items()}
+        found = {"processes": self.args.world_size, "logged_at": self._globalstep_last_logged, "sums": sums,
+                 "loss": self._tr_loss.item(), "total_loss": self._total_loss_scalar}  # fmt: skip
+        file = Path(output_dir) / f"averages-{self.args.process_index}.json"
+        file.write_text(json.dumps(found), encoding="utf-8")
+
+    def restore_averages(self) -> None:
+        """The inverse of what `_save_rng_state` adds, where training goes on from a checkpoint."""
+        self._sums = {}
+        if self._resumed is None:
+            return
+        file, device = self._resumed / f"averages-{self.args.process_index}.json", self.args.device
+        with reading(file, DAMAGED):
+            found = read_object(file, DAMAGED)
+            self._tr_loss = torch.tensor(float(found["loss"]), device=device)
+            self._total_loss_scalar = float(found["total_loss"])
+            self._globalstep_last_logged = int(found["logged_at"])
+            self._sums = {name: torch.tensor(pair, device=device) for name, pair in found["sums"].items()}
+
     # Checkpoints: whole or absent.
 
     def _get_output_dir(self, trial) -> str:
         """Trainer writes checkpoints below this folder; while one is written, it has another name."""
-        return os.path.join(super()._get_output_dir(trial), ".saving")
+        return os.path.join(super()._get_output_dir(trial), STAGING)
 
     def _save_checkpoint(self, model, trial) -> None:
         staging = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
         self._remove_leftover(staging)
-        super()._save_checkpoint(model, trial)
+        with filling(staging, staging.parent / name):
+            super()._save_checkpoint(model, trial)
         best = self.state.best_model_checkpoint
         if best is not None and Path(best).parent == staging:  # Trainer saw it there; from now on it lies here:
             self.state.best_model_checkpoint = str(staging.parent / Path(best).name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            written = staging / f"checkpoint-{self.state.global_step}"
-            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-            for path in written.rglob("*"):
-                if path.is_file():
-                    _sync(path)
-            final = staging.parent / written.name
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(written, final)
-            shutil.rmtree(staging)
-            _sync(staging.parent)
-            rotate_checkpoints(
-                output_dir=str(staging.parent),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            with filling(staging, staging.parent / name):
+                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+            publish(staging / name, staging.parent / name)
+            best = self.state.best_model_checkpoint
+            rotate(staging.parent, self.state.global_step, self.args.save_total_limit, best)
+            shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -423,11 +579,12 @@ class BaseTrainer(transformers.Trainer):
         if _internal_call:  # part of a checkpoint, which is staged as a whole
             return super().save_model(output_dir, _internal_call=True)
         folder = Path(output_dir or self.args.output_dir)
-        staging = folder / ".saving"
+        staging = folder / STAGING
         self._remove_leftover(staging)
-        super().save_model(str(staging), _internal_call=True)
-        if self.args.should_save:
-            move_model(staging, folder)
+        with filling(staging, folder):
+            super().save_model(str(staging), _internal_call=True)
+            if self.args.should_save:
+                move_model(staging, folder)
         self.accelerator.wait_for_everyone()
 
     def _remove_leftover(self, staging: Path) -> None:
@@ -444,12 +601,29 @@ class BaseTrainer(transformers.Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         """As Trainer's, but a checkpoint that lacks weights is an error, not a warning; heads beside an adapter are
         read."""
-        model = model or self.model
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if hasattr(model, "peft_config"):
-            load_heads(model, resume_from_checkpoint)
-        else:
-            _check_whole(model, Path(resume_from_checkpoint))
+        model, checkpoint = model or self.model, Path(resume_from_checkpoint)
+        for file in checkpoint.glob("*.safetensors"):
+            with reading(file, DAMAGED), safetensors.safe_open(file, "pt"):
+                pass
+        with reading(checkpoint, DAMAGED):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if hasattr(model, "peft_config"):
+                load_heads(model, resume_from_checkpoint)
+            else:
+                _check_whole(model, checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        scheduler, optimizer = (None if checkpoint is None else Path(checkpoint) / f"{name}.pt"
+                                for name in ("scheduler", "optimizer"))  # fmt: skip
+        if scheduler is not None:  # a few numbers; Trainer reads it behind the optimizer, so its error says which
+            with reading(scheduler, DAMAGED):
+                torch.load(scheduler, weights_only=True)
+        with reading(optimizer, DAMAGED):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(f"{checkpoint}/rng_state", DAMAGED):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)  # Trainer's own way leaves heads behind
@@ -625,14 +799,14 @@ def move_model(staging: Path, folder: Path) -> None:
     for name in CONFIG_FILES:
         (folder / name).unlink(missing_ok=True)
     for path in sorted(staging.iterdir(), key=lambda path: path.name in CONFIG_FILES):
-        _sync(path)
+        sync(path)
         os.replace(path, folder / path.name)
     staging.rmdir()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def check_processes(checkpoint: Path, found: int, here: int) -> None:
+    """Raises InputError where a checkpoint was written by another number of processes: a step reads rows by each."""
+    if found != here:
+        raise InputError(f"{checkpoint}: found a checkpoint of a run by {found} process(es), expected one by {here}, "
+                         f"as this command runs: start {found} (torchrun --nproc_per_node {found}), or take another "
+                         "output_dir")  # fmt: skip

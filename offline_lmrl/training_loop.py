@@ -7,7 +7,6 @@ and the model at its top.
 import contextlib
 import json
 import math
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,13 +19,26 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import rotate_checkpoints
 
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import atomic_output
+from offline_lmrl.data.files import read_object, reading
 from offline_lmrl.models.adapters import save_heads
 from offline_lmrl.models.renderers import training_renderer
-from offline_lmrl.training import BaseConfig, move_model
+from offline_lmrl.training import BaseConfig, check_processes, move_model
+from offline_lmrl.training_checkpoint import (
+    DAMAGED,
+    STAGING,
+    Signals,
+    append_metrics,
+    filling,
+    keep_metrics_until,
+    last_complete,
+    missing,
+    publish,
+    rotate,
+    step_of,
+    stopped,
+)
 
 
 class LoopTrainer:
@@ -42,6 +54,7 @@ class LoopTrainer:
     algorithm = ""
     plays = True
     regime = "environment"
+    signals: Signals | None = None  # at which training stops, behind a checkpoint
 
     def __init__(
         self,
@@ -103,6 +116,11 @@ class LoopTrainer:
         return {"steps": self.iteration} | dict(self.totals)
 
     @property
+    def total_steps(self) -> int:
+        """Iterations of the whole run."""
+        return self.args.max_steps
+
+    @property
     def model(self) -> nn.Module:
         """The policy."""
         return self.policy
@@ -114,78 +132,110 @@ class LoopTrainer:
     def log(self, metrics: Mapping[str, float]) -> None:
         """Appends a row to metrics.jsonl; null where there is no number (variance explained of returns all alike)."""
         if self.args.should_save:
-            folder = Path(self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-                file.write(json.dumps({"step": self.iteration, **known}) + "\n")
+            known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            append_metrics(self.args.output_dir, {"step": self.iteration, **known})
 
-    def keep_metrics_before(self, iteration: int) -> None:
-        """Drops the rows that the run is about to write again."""
-        path = Path(self.args.output_dir) / "metrics.jsonl"
-        if self.args.should_save and path.exists():
-            rows = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
-            kept = [row for row in rows if json.loads(row)["step"] <= iteration and iteration > 0]
-            temporary = path.with_name(".metrics.jsonl.part")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            os.replace(temporary, path)
+    # Going on, and stopping.
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint of the run that training can go on from."""
+        return last_complete(self.args.output_dir, self.lacking)
+
+    def lacking(self, checkpoint: Path) -> list[str]:
+        """What of that which exact resuming reads is not in the checkpoint."""
+        average = ["average.safetensors"] if self.average is not None else []
+        return missing(checkpoint, ["trained.safetensors", *average, "optimizer.pt", "loop.json"])
+
+    def begin(self, checkpoint: str | Path | None) -> None:
+        """Reads the checkpoint, if one is given, and drops what an earlier try wrote beyond it."""
+        if checkpoint is not None:
+            self.load(Path(checkpoint))
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            shutil.rmtree(folder / STAGING, ignore_errors=True)
+            keep_metrics_until(folder, self.iteration)
+            rotate(folder, self.iteration, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def finish_iteration(self) -> None:
+        """Saves a checkpoint where one is due or a signal came, which then stops training behind it."""
+        number = None if self.signals is None else self.signals.agreed(self.args.world_size)
+        last = self.iteration == self.args.max_steps
+        stops = number is not None and not last
+        if stops or self.saves(last):
+            self.save_checkpoint()
+        if stops:
+            raise stopped(number, self.args.output_dir, self.iteration, self.args.max_steps)
 
     # Saving.
 
-    def saves(self) -> bool:
+    def saves(self, last: bool) -> bool:
         """Whether a checkpoint is due."""
-        every = int(self.args.save_steps)
-        return self.args.save_strategy == "steps" and (self.iteration % every == 0)
+        return self.args.save_strategy == "steps" and (last or self.iteration % int(self.args.save_steps) == 0)
 
     def save_checkpoint(self) -> None:
         """Everything that the next iteration depends on, and the policy as `save_model` writes it; whole or absent."""
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.iteration}"
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that went on from an earlier one
-            with atomic_output(folder) as temporary:
-                temporary.mkdir()
-                self._write_policy(temporary)
+            folder, name = Path(self.args.output_dir), f"checkpoint-{self.iteration}"
+            shutil.rmtree(folder / STAGING, ignore_errors=True)
+            written = folder / STAGING / name
+            with filling(folder / STAGING, folder / name):
+                written.mkdir(parents=True)
+                self._write_policy(written)
                 save_file({name: p.detach().contiguous() for name, p in self.trained.items()},
-                          temporary / "trained.safetensors")  # fmt: skip
+                          written / "trained.safetensors")  # fmt: skip
                 if self.average is not None:
-                    save_file(self.average, temporary / "average.safetensors")
+                    save_file(self.average, written / "average.safetensors")
                 state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
-                torch.save(state, temporary / "optimizer.pt")
-                (temporary / "loop.json").write_text(json.dumps({
+                torch.save(state, written / "optimizer.pt")
+                (written / "loop.json").write_text(json.dumps({
                     "iteration": self.iteration, "updates": self.updates, "totals": self.totals,
-                    "counts": self.counts, "memory": self.memory(),
+                    "counts": self.counts, "memory": self.memory(), "processes": self.args.world_size,
                 }), encoding="utf-8")  # fmt: skip
-            rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=self.args.save_total_limit)
+            publish(written, folder / name)
+            rotate(folder, self.iteration, self.args.save_total_limit)
+            shutil.rmtree(folder / STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def load(self, checkpoint: Path) -> None:
-        """The inverse of `save_checkpoint`."""
-        stored = load_file(checkpoint / "trained.safetensors")
-        if missing := set(self.trained) ^ set(stored):
-            raise InputError(f"{checkpoint}: found other weights than this run trains, first {min(missing)}")
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(stored[name])
+        """The inverse of `save_checkpoint`. Raises: InputError where that is not complete, or damaged."""
+        if names := self.lacking(checkpoint):
+            raise InputError(f"{checkpoint}: found no {', '.join(names)}, expected {DAMAGED}")
+        loop = checkpoint / "loop.json"
+        found = read_object(loop, DAMAGED)
+        check_processes(checkpoint, found.get("processes", 1), self.args.world_size)
+        with reading(checkpoint / "trained.safetensors", DAMAGED):
+            stored = load_file(checkpoint / "trained.safetensors")
+            if names := set(self.trained) ^ set(stored):
+                raise InputError(f"{checkpoint}: found other weights than this run trains, first {min(names)}")
+            with torch.no_grad():
+                for name, parameter in self.trained.items():
+                    parameter.copy_(stored[name])
         if self.average is not None:
-            average = load_file(checkpoint / "average.safetensors")
-            self.average = {name: average[name].to(self.args.device) for name in self.trained}  # in their order
-        state = torch.load(checkpoint / "optimizer.pt", map_location=self.args.device, weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        found = json.loads((checkpoint / "loop.json").read_text(encoding="utf-8"))
-        self.iteration, self.updates = found["iteration"], found["updates"]
-        self.totals, self.counts = Counter(found["totals"]), Counter(found["counts"])
-        self.remember(found["memory"])
+            with reading(checkpoint / "average.safetensors", DAMAGED):
+                average = load_file(checkpoint / "average.safetensors")
+                self.average = {name: average[name].to(self.args.device) for name in self.trained}  # in their order
+        with reading(checkpoint / "optimizer.pt", DAMAGED):
+            state = torch.load(checkpoint / "optimizer.pt", map_location=self.args.device, weights_only=True)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+        with reading(loop, DAMAGED):
+            self.iteration, self.updates = found["iteration"], found["updates"]
+            self.totals, self.counts = Counter(found["totals"]), Counter(found["counts"])
+            self.remember(found["memory"])
+            if self.iteration != step_of(checkpoint):
+                raise ValueError(f"iteration {self.iteration}")
 
     def save_model(self, output_dir: str | None = None) -> None:
         """The policy alone, its averaged weights where there are any: a plain model of its base class."""
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            staging = folder / ".saving"
+            staging = folder / STAGING
             shutil.rmtree(staging, ignore_errors=True)  # what a kill left half written
-            staging.mkdir(parents=True)
-            self._write_policy(staging)
-            move_model(staging, folder)
+            with filling(staging, folder):
+                staging.mkdir(parents=True)
+                self._write_policy(staging)
+                move_model(staging, folder)
         self.accelerator.wait_for_everyone()
 
     def _write_policy(self, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 import offline_lmrl.training as training
 from offline_lmrl.algorithms import load_algorithm
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, Stopped
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import build_model, load_model
 from offline_lmrl.training import LengthGroupedSampler
+from offline_lmrl.training_checkpoint import Signals, noted_signals, rotate
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3 4 5 6 7 8 9"], 300)
 SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64}
@@ -128,6 +130,152 @@ def test_a_checkpoint_that_lacks_weights_is_an_error(tmp_path):
         trainer(tmp_path / "x").train(resume_from_checkpoint=str(tmp_path / "bc" / "checkpoint-6"))
 
 
+SAVES = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 4, "max_steps": 8}
+EVALUATES = {"eval_strategy": "epoch"}
+
+
+def rows(folder):
+    """The rows of metrics without what a clock says."""
+    found = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if "runtime" not in key and "per_second" not in key}
+            for row in found]  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", ["ilql", "return_conditioned"])
+@pytest.mark.parametrize("step", [3, 8])
+def test_a_run_that_goes_on_writes_the_rows_and_weights_of_one_that_never_stopped(tmp_path, algorithm, step):
+    settings = {"algorithm": algorithm, "held_out": logs(3), "dropout": True, **SAVES, **EVALUATES}
+    straight = trainer(tmp_path / "run", **settings)
+    expected_loss = straight.train().training_loss
+    assert straight.state.global_step == 8 and not straight.state.epoch.is_integer()  # else no step is left to take
+    expected = rows(tmp_path / "run")
+    assert [row["step"] for row in expected if "loss" in row] == [4, 8] and "train_loss" in expected[-1]
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')  # as a kill leaves it
+    again = trainer(tmp_path / "run", seed=9, **settings)
+    output = again.train(resume_from_checkpoint=tmp_path / "run" / f"checkpoint-{step}")
+    assert torch.equal(parameters(again), parameters(straight))
+    assert rows(tmp_path / "run") == expected
+    assert output.training_loss == expected_loss == expected[-1]["train_loss"]
+
+
+def test_a_fresh_start_writes_fresh_rows(tmp_path):
+    for _ in range(2):
+        trainer(tmp_path, **SAVES).train()
+    assert [row["step"] for row in rows(tmp_path)] == [4, 8, 8]
+
+
+def test_a_checkpoint_is_the_last_that_is_written_at_a_step(tmp_path, monkeypatch):
+    written, metrics = {}, tmp_path / "metrics.jsonl"
+
+    def publish(folder, checkpoint):
+        written[int(checkpoint.name.partition("-")[2])] = len(rows(tmp_path)) if metrics.exists() else 0
+        os.replace(folder, checkpoint)
+
+    monkeypatch.setattr(training, "publish", publish)
+    run = trainer(tmp_path, held_out=logs(3), **SAVES | {"save_steps": 1, "logging_strategy": "epoch"}, **EVALUATES)
+    run.train()
+    assert run.state.epoch > 1 and sorted(written) == list(range(1, 9))
+    for step, count in written.items():
+        assert all(row["step"] > step or "train_loss" in row for row in rows(tmp_path)[count:])
+
+
+def test_only_a_checkpoint_that_holds_all_that_resuming_reads_is_taken(tmp_path, caplog):
+    run = trainer(tmp_path, **SAVES)
+    run.train()
+    assert run.last_checkpoint() == tmp_path / "checkpoint-8"
+    for name, step in (("optimizer.pt", 8), ("rng_state.pth", 6), ("scheduler.pt", 3)):
+        (tmp_path / f"checkpoint-{step}" / name).unlink()
+        taken = run.last_checkpoint()
+        assert taken == {8: tmp_path / "checkpoint-6", 6: tmp_path / "checkpoint-3", 3: None}[step]
+    assert [message.partition(": found ")[2] for message in caplog.messages] == [
+        "no optimizer.pt, which going on exactly needs; training goes on from checkpoint-6",
+        "no optimizer.pt, which going on exactly needs; training goes on from checkpoint-3",
+        "no optimizer.pt, which going on exactly needs; no checkpoint is complete, so training starts from the "
+        "beginning",
+    ]
+    with pytest.raises(InputError, match="checkpoint-6: found no rng_state.pth, expected a whole checkpoint"):
+        run.train(resume_from_checkpoint=tmp_path / "checkpoint-6")
+
+
+def test_weights_alone_are_no_checkpoint_to_go_on_from(tmp_path):
+    run = trainer(tmp_path, **SAVES, save_only_model=True)
+    run.train()
+    assert (tmp_path / "checkpoint-8" / "model.safetensors").exists() and run.last_checkpoint() is None
+    with pytest.raises(InputError, match="found no complete checkpoint, expected one to go on from"):
+        run.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
+    trainer(tmp_path, **SAVES).train()
+    checkpoint = tmp_path / "checkpoint-8"
+    found = json.loads((checkpoint / "averages-0.json").read_text())
+    for rank in range(2):
+        (checkpoint / f"averages-{rank}.json").write_text(json.dumps({**found, "processes": 2}))
+        shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{rank}.pth")
+    run = trainer(tmp_path, **SAVES)
+    assert run.last_checkpoint() == checkpoint  # it is complete
+    with pytest.raises(InputError, match=r"found a checkpoint of a run by 2 process\(es\), expected one by 1"):
+        run.train(resume_from_checkpoint=True)
+
+
+def test_a_damaged_file_of_a_checkpoint_is_named(tmp_path):
+    run = trainer(tmp_path, **SAVES)
+    run.train()
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+                 "averages-0.json"):  # fmt: skip
+        file = tmp_path / "checkpoint-6" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        named = f"checkpoint-6/{name.removesuffix('.pth')}: found a damaged file .*: remove its folder to go on"
+        with pytest.raises(InputError, match=named):
+            run.train(resume_from_checkpoint=tmp_path / "checkpoint-6")
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("saving", ["only_model", "here"])
+def test_a_signal_stops_behind_a_complete_checkpoint_of_the_step(tmp_path, saving):
+    settings = SAVES | {"only_model": {"save_only_model": True}, "here": {"save_steps": 5}}[saving]
+    straight = trainer(tmp_path / "straight", **settings)
+    straight.train()
+    run = trainer(tmp_path / "run", **settings)
+    run.signals = Signals()
+    take = run.training_step
+
+    def training_step(*args):
+        if run.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(*args)
+
+    run.training_step = training_step
+    with noted_signals() as run.signals:
+        with pytest.raises(Stopped, match="run: stopped by SIGTERM at step 5 of 8; the same command goes on from"):
+            run.train()
+    assert signal.getsignal(signal.SIGTERM) is not run.signals.note
+    again = trainer(tmp_path / "run", seed=9, **settings)
+    assert again.last_checkpoint() == tmp_path / "run" / "checkpoint-5"
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(parameters(again), parameters(straight))
+    assert rows(tmp_path / "run") == rows(tmp_path / "straight")
+
+
+def test_a_second_interrupt_does_not_wait(tmp_path):
+    with noted_signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.number == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_oldest_checkpoints_go_first_and_one_of_a_later_step_is_not_counted(tmp_path):
+    for step in (2, 4, 6, 8, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    rotate(tmp_path, newest=8, limit=2, best=str(tmp_path / "checkpoint-4"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-4", "checkpoint-8"]
+
+
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
@@ -143,7 +291,7 @@ def die_in_the_second_save(function, when):
 if {moment!r} == "weights are written":
     run._save_optimizer_and_scheduler = die_in_the_second_save(run._save_optimizer_and_scheduler, lambda folder: True)
 else:
-    training._sync = die_in_the_second_save(training._sync, lambda path: path.name == "optimizer.pt")
+    training.publish = die_in_the_second_save(training.publish, lambda written, final: True)
 run.train()
 """
 
@@ -191,7 +339,7 @@ def test_an_adapter_that_is_half_replaced_is_no_model(tmp_path, lora, monkeypatc
         if path.name == "adapter_model.safetensors":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_sync", stop)
+    monkeypatch.setattr(training, "sync", stop)
     with pytest.raises(KeyboardInterrupt):
         run.save_model(str(tmp_path / "run"))
     with pytest.raises(InputError):

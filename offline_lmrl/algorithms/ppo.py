@@ -1,6 +1,6 @@
 """Proximal policy optimisation (Schulman et al. 2017) for language, as RLHF runs it (Ziegler et al. 2019).
 
-The only algorithm here that makes its own data. One iteration is `PPOTrainer.train`, top to bottom: the sampler plays
+The only algorithm here that makes its own data. One iteration is `iterate`, top to bottom: the sampler plays
 episodes, these become the packed steps of the offline algorithms (token ids as sampled, nothing is tokenised again),
 one pass reads log-probabilities and V of all steps, and K epochs of minibatches follow. Over the agent's N tokens:
 
@@ -291,39 +291,40 @@ class PPOTrainer(LoopTrainer):
     def train(self, resume_from_checkpoint: str | None = None) -> None:
         """All iterations, from the checkpoint on if one is given; metrics and checkpoints go to output_dir."""
         args = self.args
-        if resume_from_checkpoint is not None:
-            self.load(Path(resume_from_checkpoint))
-        self.keep_metrics_before(self.iteration)
+        self.begin(resume_from_checkpoint)
+        self.remove_rollouts_from(self.iteration)
         started = time.monotonic()
-        bar = tqdm(total=args.max_steps, initial=self.iteration, desc="ppo", disable=self.is_quiet, leave=False)
-        while self.iteration < args.max_steps:
-            at = time.monotonic()
-            trajectories = self.play(bar)
-            played = time.monotonic()
-            experience = self.observe(self.scored(trajectories))
-            if self.iteration == 0:
-                self.check_start(experience)
-            metrics = self.credit(experience)
-            metrics |= self.update(experience)
-            self.scheduler.step()
-            self.iteration += 1
-            seconds = {"rollout_seconds": played - at, "update_seconds": time.monotonic() - played}
-            metrics = self.episode_metrics(trajectories) | metrics | dict(self.totals) | seconds
-            self.log(metrics)
-            if args.kl_target is not None:
-                self.kl_weight = adaptive_kl_weight(
-                    self.kl_weight, metrics["kl"], args.kl_target, args.episodes, args.kl_horizon
-                )
-            if args.max_kl is not None and metrics["kl"] > args.max_kl:
-                raise InputError(f"max_kl: found a KL of {metrics['kl']:.3g} nats per episode in iteration "
-                                 f"{self.iteration}, expected at most {args.max_kl:g}: the policy has collapsed; "
-                                 "raise kl_weight, lower learning_rate or set stop_kl")  # fmt: skip
-            if self.saves():
-                self.save_checkpoint()
-            bar.set_postfix(score=f"{metrics['score']:.3g}", kl=f"{metrics['kl']:.3g}")
-            bar.update()
-        bar.close()
+        with tqdm(total=args.max_steps, initial=self.iteration, desc="ppo", disable=self.is_quiet, leave=False) as bar:
+            while self.iteration < args.max_steps:
+                self.iterate(bar)
+                bar.update()
         self.log({"train_runtime": time.monotonic() - started})
+
+    def iterate(self, bar: tqdm) -> None:
+        """One iteration: play, learn, and a row of metrics."""
+        args, at = self.args, time.monotonic()
+        trajectories = self.play(bar)
+        played = time.monotonic()
+        experience = self.observe(self.scored(trajectories))
+        if self.iteration == 0:
+            self.check_start(experience)
+        metrics = self.credit(experience)
+        metrics |= self.update(experience)
+        self.scheduler.step()
+        self.iteration += 1
+        seconds = {"rollout_seconds": played - at, "update_seconds": time.monotonic() - played}
+        metrics = self.episode_metrics(trajectories) | metrics | dict(self.totals) | seconds
+        self.log(metrics)
+        if args.kl_target is not None:
+            self.kl_weight = adaptive_kl_weight(
+                self.kl_weight, metrics["kl"], args.kl_target, args.episodes, args.kl_horizon
+            )
+        if args.max_kl is not None and metrics["kl"] > args.max_kl:
+            raise InputError(f"max_kl: found a KL of {metrics['kl']:.3g} nats per episode in iteration "
+                             f"{self.iteration}, expected at most {args.max_kl:g}: the policy has collapsed; "
+                             "raise kl_weight, lower learning_rate or set stop_kl")  # fmt: skip
+        bar.set_postfix(score=f"{metrics['score']:.3g}", kl=f"{metrics['kl']:.3g}")
+        self.finish_iteration()
 
     # Acting.
 
@@ -340,6 +341,12 @@ class PPOTrainer(LoopTrainer):
             file = Path(args.output_dir) / "rollouts" / f"iteration-{self.iteration:05d}{part}.jsonl"
             write_trajectories(file, trajectories)
         return trajectories
+
+    def remove_rollouts_from(self, iteration: int) -> None:
+        """Drops the episodes that the run plays again."""
+        for file in sorted(Path(self.args.output_dir).glob("rollouts/iteration-*.jsonl")):
+            if self.args.should_save and int(file.stem.split("-")[1]) >= iteration:
+                file.unlink()
 
     def scored(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """The trajectories with scores as they are learnt from: unfinished turns, then scale, then clip."""

@@ -562,6 +562,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     assert all(torch.equal(resumed.average[name], value) for name, value in straight.average.items())
     assert without_times(metrics(tmp_path / "stopped")) == without_times(metrics(tmp_path / "straight"))
     assert resumed.costs() == straight.costs()
+    resumed.train(str(tmp_path / "stopped" / f"checkpoint-{resumed.iteration}"))
+    assert [("train_runtime" in row) for row in metrics(tmp_path / "stopped")] == [False] * 4 + [True]
     files = sorted(path.name for path in (tmp_path / "straight" / "rollouts").iterdir())
     assert len(files) == 4
     for name in files:
