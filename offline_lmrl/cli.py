@@ -1,16 +1,20 @@
 """The console script: finds the command, runs it, and turns what goes wrong into one line and an exit code.
 
-Exit codes: 0 done, 1 the program failed (with its traceback), 2 an input or a setting cannot be used, 130 interrupted.
+Exit codes: 0 done, 1 the program failed (with its traceback), 2 an input or a setting cannot be used, 130 interrupted,
+143 terminated.
 Commands are loaded when they are called, so that this help answers at once.
 """
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from offline_lmrl.algorithms import ALGORITHMS
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, Stopped
 
 COMMANDS = {
     "prepare": ("offline_lmrl.cli_data:prepare", "turn a known source of logs into trajectories or comparisons"),
@@ -53,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # In a log file the bars of downloads and weight loading are noise around the one line that matters.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        _command(arguments[0])(arguments[1:])
+        with _ended_by_sigterm():
+            _command(arguments[0])(arguments[1:])
     except InputError as error:
         return _refuse(str(error))
     except BrokenPipeError:
@@ -62,10 +67,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:  # a file of the user's, or a library's word on a model or data set that is not there
         return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except Stopped as stop:
+        print(stop.line or "terminated", file=sys.stderr)
+        return 128 + stop.number
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM end the command as SIGINT does, so that it cleans up behind itself."""
+    def stop(number: int, frame: object) -> None:
+        raise Stopped("", number)
+
+    if threading.current_thread() is not threading.main_thread():  # which gets no signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _command(name: str):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from offline_lmrl.cli_data import config_path, prepare_from_settings
 from offline_lmrl.cli_parser import Parser, overrides_of, read_settings, split_file
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, Stopped
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -30,10 +30,11 @@ def train(argv: Sequence[str]) -> None:
     from accelerate import PartialState
 
     from offline_lmrl.algorithms import run
+    from offline_lmrl.data.io import is_prepared
 
     if values.prepare is not None and values.data.train is not None:
         with values.args.main_process_first(local=False, desc="preparing the data"):
-            if not Path(values.data.train).exists():
+            if not is_prepared(values.data.train, values.prepare.get("output") or Path(values.data.train).parent):
                 prepare_from_settings(values.prepare)
             elif PartialState().is_main_process:
                 print(f"{values.data.train} is there and is not prepared again", file=sys.stderr)
@@ -42,12 +43,25 @@ def train(argv: Sequence[str]) -> None:
         for name, value in run.dry_run(*run_settings).items():
             print(f"{name}: {value:,}")
     else:
-        folder = run.train(*run_settings)
-        ranks = PartialState()
-        if ranks.is_main_process:
+        try:
+            folder = run.train(*run_settings)
+        except Stopped as stop:
+            _leave_together()
+            if PartialState().is_main_process:  # which alone says it
+                raise
+            sys.exit(128 + stop.number)
+        if PartialState().is_main_process:
             print(folder)
-        ranks.wait_for_everyone()  # a rank that leaves early takes the others' connections down with it
-        ranks.destroy_process_group()
+        _leave_together()
+
+
+def _leave_together() -> None:
+    """A rank that leaves early takes the others' connections down with it."""
+    from accelerate import PartialState
+
+    ranks = PartialState()
+    ranks.wait_for_everyone()
+    ranks.destroy_process_group()
 
 
 def train_settings(argv: Sequence[str]) -> "Namespace":
@@ -97,9 +111,11 @@ def compare(argv: Sequence[str]) -> None:
         if rest:
             raise InputError(f"{rest[0]}: found a setting, expected none: {file} is a folder of results to draw again")
 
+        from offline_lmrl.data.files import locked
         from offline_lmrl.evaluation.page import write_report
 
-        print(write_report(file) / "report.html")
+        with locked(file):
+            print(write_report(file) / "report.html")
         return
 
     from offline_lmrl.evaluation.config import CompareConfig

@@ -7,24 +7,25 @@ import copy
 import hashlib
 import json
 import logging
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import transformers
 import yaml
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import fingerprint, read_comparisons, read_trajectories
+from offline_lmrl.data.files import differences, locked, read_object, reading, say_differences, sweep
+from offline_lmrl.data.io import fingerprint, read_comparisons, read_trajectories, write_text
 from offline_lmrl.data.preferences import RewardKind, to_trajectories
 from offline_lmrl.data.tokenizers import load_tokenizer, train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
@@ -32,9 +33,14 @@ from offline_lmrl.decoding.scorers import fitting, load_scorer
 from offline_lmrl.environments import make_environment
 from offline_lmrl.models.adapters import require_peft
 from offline_lmrl.training import BaseConfig, BaseTrainer
+from offline_lmrl.training_checkpoint import checkpoints, noted_signals, step_of
+
+log = logging.getLogger(__name__)
 
 Rows = Sequence[Trajectory] | Sequence[Comparison]
 SPEED = ("processes",)  # changes no result, and is no part of what a run is
+LENGTH = ("args.max_steps", "args.num_train_epochs")  # in which a run may grow
+COMPLETE = "complete.json"  # what a run writes last
 PREFERENCE = ("reward", "place", "normalise")  # settings of `to_trajectories`
 
 
@@ -207,15 +213,15 @@ def contents(
     found = {
         "train": fingerprint(rows),
         "validation": None if validation is None else fingerprint(validation),
-        "start_weights": _weights(model.path),
+        "start_weights": weights_hash(model.path),
     }
     for name, source in (("demonstrations", demonstrations), ("reference", reference)):
         if source is not None:
             found[name] = fingerprint(read_trajectories(source))
-    return found | ({} if critic is None else {"critic_weights": _weights(critic)})
+    return found | ({} if critic is None else {"critic_weights": weights_hash(critic)})
 
 
-def _weights(folder: str | None) -> str | None:
+def weights_hash(folder: str | None) -> str | None:
     """sha256 of the weights in a local folder, None where there are none."""
     files = sorted(Path(folder).glob("*.safetensors")) if folder else []
     if not files:
@@ -238,26 +244,44 @@ def demonstrations_of(args: BaseConfig) -> str | None:
     return prompt and prompt.demonstrations
 
 
-def check_same_config(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether the folder already holds this run. Raises: InputError where it holds another one."""
+def run_there(folder: Path, config: dict[str, Any]) -> Literal["none", "same", "shorter"]:
+    """What the folder holds: no run yet, this run, or this run with fewer steps, which it can be extended to.
+
+    A run that died before its first checkpoint is none. Raises: InputError that names all settings in which the run
+    there is another one.
+    """
     file = folder / "config.yaml"
     if not file.exists():
-        return False
-    found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    for section in config:
-        there, here = found.get(section), config[section]
-        if there == here:
-            continue
-        if isinstance(here, dict) and isinstance(there, dict):
-            changed = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-            if not changed:
-                continue  # a setting that did not exist when the run was written, and is null
-            key = changed[0]
-            section, there, here = f"{section}.{key}", there.get(key), here.get(key)
-        raise InputError(
-            f"{file}: {section}: found {there!r}, expected {here!r}: take another output_dir, or remove this one"
-        )
-    return True
+        return "none"
+    with reading(file, "the settings of a run; take another output_dir, or remove this one"):
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError("no mapping")
+    other = differences(found, config)
+    if all(_is_longer(name, *values) for name, values in other.items()):
+        return "shorter" if other else "same"
+    if not (folder / COMPLETE).exists() and not checkpoints(folder):
+        return "none"
+    raise InputError(f"{file}: {say_differences(found, config)}: take another output_dir, or remove this one")
+
+
+def _is_longer(name: str, there: Any, here: Any) -> bool:
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (there, here))
+    return name in LENGTH and numbers and 0 < there < here
+
+
+def _hold(folder: Path, args: BaseConfig, held: ExitStack) -> None:
+    """Holds the folder for this run, by the process that writes there; all of them are refused together."""
+    refused: list[InputError | None] = [None]
+    if args.should_save:
+        try:
+            held.enter_context(locked(folder))
+        except InputError as error:
+            refused = [error]
+    if args.world_size > 1:
+        broadcast_object_list(refused)
+    if refused[0] is not None:
+        raise refused[0]
 
 
 def train(
@@ -288,30 +312,66 @@ def train(
     config["contents"] = contents(
         model, rows, validation, critic_of(args), demonstrations_of(args), getattr(args, "reference", None)
     )
-    if check_same_config(folder, config) and (folder / "complete.json").exists():
+    if run_there(folder, config) == "same" and (folder / COMPLETE).exists():
+        if args.should_save:
+            sweep(folder)  # whoever was killed had written the last file
         return folder
-    world = open_environment(algorithm, environment, players or {})
-    trainer = build_trainer(algorithm, model, rows, validation, args, world)
-    folder.mkdir(parents=True, exist_ok=True)  # on every node, while one process writes
-    if trainer.args.should_save:
-        _write(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        for reason, n in (+counts + trainer.counts).items():
-            logging.getLogger(__name__).warning("%s: %s: %d", folder, reason, n)
-    trainer.accelerator.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
-    trainer.save_model(str(folder))
-    if trainer.args.should_save:
-        before = runs_before(model.path, critic_of(args), *scorer_runs(data.preference))
-        report = {
-            **trainer.costs(),
-            **(costs or {}),
-            "start_tokens": sum(before.values()),
-            "before": before,
-            "counts": dict(+counts + trainer.counts),
-        }
-        _write(folder / "complete.json", json.dumps(report))
-    trainer.accelerator.wait_for_everyone()
+    with ExitStack() as held:
+        _hold(folder, args, held)
+        there = run_there(folder, config)
+        world = open_environment(algorithm, environment, players or {})
+        trainer = build_trainer(algorithm, model, rows, validation, args, world)
+        checkpoint = None if there == "none" else trainer.last_checkpoint()
+        if there == "shorter" and checkpoint is None and (folder / COMPLETE).exists():
+            raise InputError(f"{folder}: found no complete checkpoint, expected one to extend the run from: take "
+                             "another output_dir, or save_strategy: steps from the start")  # fmt: skip
+        trainer.accelerator.wait_for_everyone()  # whoever reads the folder has read it
+        if trainer.args.should_save:
+            (folder / COMPLETE).unlink(missing_ok=True)  # of the shorter run
+            write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+            _say_start(trainer, folder, checkpoint, there == "shorter")
+            for reason, n in (+counts + trainer.counts).items():
+                log.warning("%s: %s: %d", folder, reason, n)
+        trainer.accelerator.wait_for_everyone()
+        with noted_signals() as trainer.signals:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(str(folder))
+        if trainer.args.should_save:
+            before = runs_before(model.path, critic_of(args), *scorer_runs(data.preference))
+            report = {
+                **trainer.costs(),
+                **(costs or {}),
+                "start_tokens": sum(before.values()),
+                "before": before,
+                "counts": dict(+counts + trainer.counts),
+            }
+            write_text(folder / COMPLETE, json.dumps(report))
+        trainer.accelerator.wait_for_everyone()
     return folder
+
+
+def _say_start(trainer: BaseTrainer, folder: Path, checkpoint: Path | None, extended: bool) -> None:
+    """One line on where training goes on, and where the run is extended one on its schedule."""
+    if checkpoint is None:
+        return
+    step, steps = step_of(checkpoint), trainer.total_steps
+    log.warning("%s: goes on at step %d of %d", folder, step, steps)
+    if extended and trainer.args.lr_scheduler_type != "constant":
+        log.warning("%s: is extended to %d steps: from here on the learning rate follows a schedule of that length, "
+                    "the steps before followed a shorter one, so this is not quite one run of %d steps",
+                    folder, steps, steps)  # fmt: skip
+
+
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """The complete.json of a run. Raises: InputError where it is damaged."""
+    file = Path(folder) / COMPLETE
+    advice = "what a finished run writes; remove it, and train again to finish the run"
+    report = read_object(file, advice)
+    with reading(file, advice):
+        tokens = [report["training_tokens"], *report.get("before", {}).values()]
+        if not all(isinstance(count, int | float) for count in tokens):
+            raise TypeError("tokens that are no numbers")
+    return report
 
 
 def runs_before(*folders: str | None) -> dict[str, int]:
@@ -319,20 +379,10 @@ def runs_before(*folders: str | None) -> dict[str, int]:
     several ways lead to is there once."""
     found: dict[str, int] = {}
     for folder in filter(None, folders):
-        file = Path(folder) / "complete.json"
-        if file.exists():
-            report = json.loads(file.read_text(encoding="utf-8"))
+        if (Path(folder) / COMPLETE).exists():
+            report = read_report(folder)
             found |= report.get("before", {}) | {str(Path(folder).resolve()): report["training_tokens"]}
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"output_dir: cannot write {path}: {error.strerror}") from error
 
 
 def dry_run(

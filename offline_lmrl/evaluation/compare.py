@@ -8,12 +8,14 @@ prefers; never at one chosen on the reported episodes. What is already in result
 import json
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from offline_lmrl.algorithms import load_algorithm
-from offline_lmrl.algorithms.run import SPEED, DataConfig, ModelConfig, runs_before, train
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import fingerprint, holds_comparisons, read_comparisons, read_trajectories
+from offline_lmrl.algorithms.run import SPEED, DataConfig, ModelConfig, read_report, runs_before, train
+from offline_lmrl.data.errors import InputError, Stopped
+from offline_lmrl.data.files import locked, say_differences, writing
+from offline_lmrl.data.io import (
+    fingerprint,
+    holds_comparisons,
+    is_prepared,
+    read_comparisons,
+    read_trajectories,
+    write_text,
+)
+from offline_lmrl.data.parallel import end_with_parent
 from offline_lmrl.data.preferences import to_trajectories
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.decoding.planner import Planner, PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments import make_environment
-from offline_lmrl.evaluation.config import ELSEWHERE, CompareConfig, build, first_difference
+from offline_lmrl.evaluation.config import ELSEWHERE, CompareConfig, build
 from offline_lmrl.evaluation.metrics import label_means, mean_interval
 from offline_lmrl.evaluation.offline import OfflineReport, evaluate_offline
 from offline_lmrl.evaluation.page import write_report
@@ -39,6 +50,7 @@ from offline_lmrl.evaluation.play import EvaluationResult, evaluate_policy
 from offline_lmrl.evaluation.provenance import provenance
 from offline_lmrl.evaluation.report import read_results, table
 from offline_lmrl.evaluation.rounds import train_in_rounds
+from offline_lmrl.training_checkpoint import read_metrics
 
 SAMPLES = 10
 CURVE = ("environment_steps", "reward_queries", "score", "kl")  # kept of the metrics of a run that played
@@ -58,18 +70,33 @@ def run_compare(
     """Runs what is missing of a comparison and prints its table.
 
     Args:
-      prepare: called with `config.prepare` where data.train is missing, to make the data.
+      prepare: called with `config.prepare` where the data are missing or not finished, to make them.
       console: where progress goes; stderr by default. The table goes to stdout.
     Returns: the page in report/ (page.py says what else lies there), in `config.output`, which then also holds
       results.jsonl (report.py says what its rows are), table.md, config.json, episodes/ (a row per episode), samples/
       (ten dialogues per setting, the same episodes for all) and runs/.
-    Raises: InputError where the settings are wrong, or the folder holds results of other settings.
+    Raises: InputError where the settings are wrong, the folder holds results of other settings, or another process is
+      at work there.
     """
     comparison = _Comparison(config, console or Console(stderr=True))
     comparison.check_settings()
-    if not Path(config.data["train"]).exists() and config.prepare is not None and prepare is not None:
-        comparison.say(f"preparing {config.data['train']}")
-        prepare(config.prepare)
+    with locked(config.output):
+        if config.prepare is not None and prepare is not None:
+            source = config.data["train"]
+            if not is_prepared(source, config.prepare.get("output") or Path(source).parent):
+                comparison.say(f"preparing {source}")
+                prepare(config.prepare)
+        try:
+            return _compare(comparison)
+        except KeyboardInterrupt as stop:
+            if isinstance(stop, Stopped) and stop.line:
+                comparison.say(stop.line)
+            number = getattr(stop, "number", signal.SIGINT)
+            raise Stopped(f"{config.output}: stopped; the same command goes on with what is missing", number) from stop
+
+
+def _compare(comparison: "_Comparison") -> Path:
+    config = comparison.config
     comparison.open_results()
     if config.workers > 1:
         comparison.train_side_by_side()
@@ -80,23 +107,28 @@ def run_compare(
                 for row in comparison.measure(method, seed, comparison.missing(method, seed)):
                     comparison.add(row)
     drawn = table(comparison.rows)
-    _write(comparison.folder / "table.md", drawn + "\n")
+    write_text(comparison.folder / "table.md", drawn + "\n")
     Console().print(drawn, markup=False, highlight=False, soft_wrap=True)
     return write_report(comparison.folder) / "report.html"
 
 
-def _limit_threads(threads: int) -> None:
+def _begin_worker(threads: int) -> None:
+    end_with_parent()
     torch.set_num_threads(threads)
 
 
 def _train_seed(config: CompareConfig, seed: int | None) -> None:
     """In a process of its own: what the comparison needs of one seed; None is the partner."""
     comparison = _Comparison(config, _quiet())
-    if seed is None:
-        comparison.train_partner()
-    else:
-        for name in config.trained:
-            comparison.trained(name, seed)
+    try:
+        if seed is None:
+            comparison.train_partner()
+        else:
+            for name in config.trained:
+                comparison.trained(name, seed)
+    except Stopped as stop:
+        comparison.say(stop.line)  # the parent hears of one process at most
+        raise Stopped("", stop.number) from stop
 
 
 @dataclass(frozen=True)
@@ -167,19 +199,17 @@ class _Comparison:
         self._runs_in(self.folder / "report" / "results.jsonl")  # which the new report would replace
         kept = self._runs_in(self.folder / "results.jsonl")
         for name in ("episodes", "samples", "runs"):
-            try:
+            with writing(self.folder / name):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"output: cannot write {self.folder / name}: {error.strerror}") from error
         self.rows = [*self._fixed_rows(), *kept]
         self._save()
-        _write(self.folder / "config.json", json.dumps(_plain(asdict(self.config)), indent=1) + "\n")
+        write_text(self.folder / "config.json", json.dumps(_plain(asdict(self.config)), indent=1) + "\n")
 
     def _runs_in(self, path: Path) -> list[Row]:
         """The runs of a results file, none where there is no such file; all of them of these settings."""
         runs = [row for row in read_results(path) if row["kind"] == "run"] if path.exists() else []
         for row in runs:
-            difference = first_difference(row["config"], _plain(self.identity(row["method"], row["decode"])))
+            difference = say_differences(row["config"], _plain(self.identity(row["method"], row["decode"])))
             if difference:
                 raise InputError(f"{path}: {row['method']}: {difference}; take another `output`, or remove "
                                  "results.jsonl, report/ and runs/ there")  # fmt: skip
@@ -187,7 +217,8 @@ class _Comparison:
 
     def _save(self) -> None:
         """The whole file, renamed into place: a kill leaves the rows of before or after, never half a row."""
-        _write(self.folder / "results.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+        write_text(self.folder / "results.jsonl", "".join(lines))
 
     def _fixed_rows(self) -> Iterator[Row]:
         config, scale = self.config, self.config.evaluation.score
@@ -344,12 +375,21 @@ class _Comparison:
     @contextmanager
     def _workers(self) -> Iterator[ProcessPoolExecutor]:
         """`workers` processes, each with its share of the cores: small models use two cores better as two processes
-        than as one with two threads."""
+        than as one with two threads. Where one fails, or this process is stopped, all stop behind a checkpoint."""
         share = max(1, (os.cpu_count() or 1) // self.config.workers)
         with ProcessPoolExecutor(
-            self.config.workers, get_context("spawn"), initializer=_limit_threads, initargs=(share,)
+            self.config.workers, get_context("spawn"), initializer=_begin_worker, initargs=(share,)
         ) as pool:
-            yield pool
+            try:
+                yield pool
+            except BaseException as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in active_children():
+                    process.terminate()
+                if isinstance(error, BrokenProcessPool):
+                    raise InputError("workers: found a process that was killed, expected all of them to come to their "
+                                     "end; the same command goes on") from error  # fmt: skip
+                raise
 
     def train_side_by_side(self) -> None:
         """Trains every seed in a process of its own, and the partner before those that play against it."""
@@ -505,8 +545,8 @@ class _Run:
         result = self.played[setting.decode, beta]
         stem = f"{self.name}-{self.seed}-{setting.decode}" + (f"-beta{beta:g}" if setting.chosen else "")
         folder, scale, score = self.comparison.folder, config.evaluation.score, result.score()
-        _write(folder / "episodes" / f"{stem}.jsonl", "".join(json.dumps(row) + "\n" for row in result.episodes))
-        _write(folder / "samples" / f"{stem}.txt", transcripts(result, config.evaluation.seeds))
+        write_text(folder / "episodes" / f"{stem}.jsonl", "".join(json.dumps(row) + "\n" for row in result.episodes))
+        write_text(folder / "samples" / f"{stem}.txt", transcripts(result, config.evaluation.seeds))
         method = config.methods[self.name]
         scorer = self.comparison.scorer(self.name, self.seed) if setting.decode == PLANNED else None
         return {
@@ -550,14 +590,10 @@ def _plays(method: Any) -> bool:
     return _collects(method) or load_algorithm(method.algorithm)[1].plays
 
 
-def _metrics(run: Path) -> list[Row]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 def divergence(run: Path) -> dict[str, float]:
     """Of a run of PPO: `training_kl`, nats per episode between its last episodes' policy and the start, and
     `ratio_max`, the largest ratio of any update."""
-    rows = [row for row in _metrics(run) if "ratio_max" in row]
+    rows = [row for row in read_metrics(run) if "ratio_max" in row]
     return {"training_kl": rows[-1]["kl"], "ratio_max": max(row["ratio_max"] for row in rows)} if rows else {}
 
 
@@ -565,8 +601,8 @@ def training_cost(run: Path, *judges: Path | None) -> dict[str, float]:
     """Tokens read in training, as often as they were read and with those of the runs it started or learnt from and of
     what rates its plans or says what it is asked for, and wall seconds of its last training process; for a run that
     played, also its agent turns, scored replies and sampled tokens."""
-    report = json.loads((run / "complete.json").read_text(encoding="utf-8"))
-    seconds = [row["train_runtime"] for row in _metrics(run) if "train_runtime" in row]
+    report = read_report(run)
+    seconds = [row["train_runtime"] for row in read_metrics(run) if "train_runtime" in row]
     played = {name: report[name] for name in ("environment_steps", "reward_queries") if name in report}
     if "generated_tokens" in report:
         played["played_tokens"] = report["generated_tokens"]
@@ -577,7 +613,7 @@ def training_cost(run: Path, *judges: Path | None) -> dict[str, float]:
 def learning_curve(run: Path) -> list[Row]:
     """Of a run that played, a row per iteration (every k-th of many): its accounts so far, the mean score of its
     episodes and their KL from the start in nats per episode; nothing for one that learnt from logs."""
-    rows = [{name: row[name] for name in CURVE} for row in _metrics(run) if "environment_steps" in row]
+    rows = [{name: row[name] for name in CURVE} for row in read_metrics(run) if "environment_steps" in row]
     return rows[:: -(-len(rows) // CURVE_POINTS) or 1]
 
 
@@ -616,9 +652,3 @@ def _optimum(environment: Any) -> float | None:
 def _plain(value: Any) -> Any:
     """As it will be read back from JSON."""
     return json.loads(json.dumps(value))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

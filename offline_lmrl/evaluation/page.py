@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.files import say_differences
 from offline_lmrl.data.io import atomic_output
-from offline_lmrl.evaluation.config import first_difference
 from offline_lmrl.evaluation.figures import INK, PAPER, Drawing, draw
 from offline_lmrl.evaluation.metrics import Estimate
 from offline_lmrl.evaluation.report import (
@@ -77,7 +77,7 @@ def write_report(folder: str | Path) -> Path:
 
 
 def refuse_mixed(rows: Sequence[Row], source: Path) -> None:
-    """Raises InputError that names the first setting in which rows differ that one comparison cannot have."""
+    """Raises InputError that names the settings in which rows differ that one comparison cannot have."""
     shared: dict[str, Any] | None = None
     own: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
@@ -86,7 +86,7 @@ def refuse_mixed(rows: Sequence[Row], source: Path) -> None:
         every = {name: row["config"][name] for name in ("environment", "data", "partner", "evaluation")}
         shared = shared or every
         mine = own.setdefault((row["method"], row["decode"]), row["config"])
-        difference = first_difference(every, shared) or first_difference(row["config"], mine)
+        difference = say_differences(every, shared) or say_differences(row["config"], mine)
         if difference:
             raise InputError(f"{source}: {row['method']}: {difference}; the results or the report of another "
                              "comparison lie here, move them away")  # fmt: skip

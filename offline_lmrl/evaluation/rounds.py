@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from offline_lmrl.algorithms import load_algorithm
-from offline_lmrl.algorithms.run import DataConfig, ModelConfig, train
+from offline_lmrl.algorithms.run import DataConfig, ModelConfig, train, weights_hash
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import atomic_output, read_trajectories, write_trajectories
+from offline_lmrl.data.files import read_object, reading
+from offline_lmrl.data.io import read_trajectories, write_text, write_trajectories
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments import make_environment
@@ -60,9 +61,9 @@ def train_in_rounds(
 def _collected(
     run: Path, world: Any, data: DataConfig, args: BaseConfig, collect: CollectConfig, number: int
 ) -> tuple[Path, Counter[str]]:
-    """The logs behind a round, its episodes at their end, and what these cost; played where they are not there."""
-    logs, report = run / "logs.jsonl", run / "collected.json"
-    if not report.exists():
+    """The logs behind a round, its episodes at their end, and what these cost; played where this run did not yet."""
+    logs, report, weights = run / "logs.jsonl", run / "collected.json", weights_hash(str(run))
+    if not report.exists() or _read_costs(report).pop("weights", weights) != weights:  # the run was extended since
         first = collect.first_seed + (args.seed * collect.rounds + number) * collect.episodes
         policy = LanguagePolicy.load(run, device=args.device, **collect.sampling)
         episodes = rollout(policy, world, range(first, first + collect.episodes))
@@ -73,6 +74,16 @@ def _collected(
             "reward_queries": sum(turn.reward is not None for turn in turns),
             "generated_tokens": sum(len(turn.token_ids) for turn in turns),
         }  # fmt: skip
-        with atomic_output(report) as temporary:
-            temporary.write_text(json.dumps(costs) + "\n", encoding="utf-8")
-    return logs, Counter(json.loads(report.read_text(encoding="utf-8")))
+        write_text(report, json.dumps({**costs, "weights": weights}) + "\n")
+    costs = _read_costs(report)
+    costs.pop("weights", None)
+    return logs, Counter(costs)
+
+
+def _read_costs(report: Path) -> dict[str, Any]:
+    advice = "the costs of a round of play; remove it, and the round is played again"
+    found = read_object(report, advice)
+    with reading(report, advice):
+        if not all(isinstance(count, int) for name, count in found.items() if name != "weights"):
+            raise TypeError("costs that are no numbers")
+    return found

@@ -1,6 +1,9 @@
 """A run folder is one run: of these settings, these data and this start, written once and counted in full."""
 
+import fcntl
 import json
+import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -150,9 +153,10 @@ def test_the_resolved_settings_lie_in_the_folder(tmp_path, data):
 
 def test_a_null_setting_may_be_absent_from_an_older_run(tmp_path):
     (tmp_path / "config.yaml").write_text("args: {seed: 1}\n")
-    assert run.check_same_config(tmp_path, {"args": {"seed": 1, "prompt": None}})
+    (tmp_path / "complete.json").write_text("{}")
+    assert run.run_there(tmp_path, {"args": {"seed": 1, "prompt": None}}) == "same"
     with pytest.raises(InputError, match="args.prompt: found None, expected {'n': 1}: take another output_dir"):
-        run.check_same_config(tmp_path, {"args": {"seed": 1, "prompt": {"n": 1}}})
+        run.run_there(tmp_path, {"args": {"seed": 1, "prompt": {"n": 1}}})
 
 
 def test_other_demonstrations_under_the_same_path_are_another_run(tmp_path):
@@ -198,3 +202,96 @@ def test_what_a_reward_model_read_and_left_out_is_counted_in_the_run_that_learns
     assert report["start_tokens"] == cost and report["before"] == {str(judge.resolve()): cost}
     assert report["counts"][TOO_LONG] == 1
     assert f"{tmp_path / 'run'}: {TOO_LONG}: 1" in caplog.messages
+
+
+SAVES = {"max_steps": 3, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
+
+
+def steps_of(folder):
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_extended_from_its_last_checkpoint(tmp_path, data, caplog):
+    constant = SAVES | {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None, "warmup_steps": 0}
+    straight = cloned(tmp_path / "straight", data, **constant | {"max_steps": 5})
+    for steps in (3, 5):
+        done = cloned(tmp_path / "run", data, **constant | {"max_steps": steps})
+    assert [text for text in caplog.messages if str(done) in text] == [f"{done}: goes on at step 3 of 5"]
+    weights = [load_file(folder / "model.safetensors") for folder in (straight, done)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert steps_of(done) == steps_of(straight) == [1, 2, 3, 4, 5, 5]
+    assert (done / "complete.json").read_text() == (straight / "complete.json").read_text()
+    with pytest.raises(InputError, match="args.max_steps: found 5, expected 3: take another output_dir"):
+        cloned(tmp_path / "run", data, **constant)
+
+
+def test_an_extended_run_says_what_becomes_of_its_schedule(tmp_path, data, caplog):
+    for epochs in (1, 2):
+        done = cloned(tmp_path / "run", data, num_train_epochs=epochs, save_strategy="epoch")
+    assert [text for text in caplog.messages if str(done) in text][-1] == (
+        f"{done}: is extended to 4 steps: from here on the learning rate follows a schedule of that length, the steps "
+        "before followed a shorter one, so this is not quite one run of 4 steps"
+    )
+
+
+def test_a_run_without_checkpoints_is_not_extended_and_stays(tmp_path, data):
+    done = cloned(tmp_path / "run", data, max_steps=1)
+    with pytest.raises(InputError, match="run: found no complete checkpoint, expected one to extend the run from"):
+        cloned(tmp_path / "run", data, max_steps=2)
+    assert cloned(tmp_path / "run", data, max_steps=1) == done and (done / "complete.json").exists()
+
+
+def test_all_settings_that_differ_are_named(tmp_path, data):
+    cloned(tmp_path / "run", data)
+    with pytest.raises(InputError, match="model.vocab_size: found 280, expected 281; args.seed: found 42, exp"):
+        run.train("bc", ModelConfig(scratch=SCRATCH, vocab_size=281), data, settings(tmp_path / "run", seed=5))
+
+
+def test_a_folder_whose_run_died_before_a_checkpoint_takes_other_settings(tmp_path, data):
+    done = cloned(tmp_path / "run", data, **SAVES)
+    (done / "complete.json").unlink()
+    with pytest.raises(InputError, match="args.seed"):
+        cloned(tmp_path / "run", data, **SAVES, seed=5)
+    for checkpoint in done.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    again = cloned(tmp_path / "run", data, **SAVES, seed=5)
+    assert yaml.safe_load((again / "config.yaml").read_text())["args"]["seed"] == 5
+    assert steps_of(again) == [1, 2, 3, 3]
+
+
+def test_what_was_killed_behind_its_last_checkpoint_takes_no_step_more(tmp_path, data, monkeypatch):
+    write_comparisons(tmp_path / "pairs.jsonl", PAIRS[:2] * 6)
+    pairs = DataConfig(str(tmp_path / "pairs.jsonl"))
+    for algorithm, config, source in (("ilql", ILQLConfig, data), ("reward_model", RewardModelConfig, pairs)):
+        args = settings(tmp_path / algorithm, config, **SAVES)
+        done = run.train(algorithm, scratch(), source, args)
+        expected, rows = load_file(done / "model.safetensors"), steps_of(done)
+        (done / "complete.json").unlink()
+        (done / "model.safetensors").unlink()
+        run.train(algorithm, scratch(), source, settings(tmp_path / algorithm, config, **SAVES))
+        found = load_file(done / "model.safetensors")
+        assert all(torch.equal(value, found[name]) for name, value in expected.items()) and steps_of(done) == rows
+
+
+def test_a_folder_where_another_process_trains_is_refused(tmp_path, data):
+    (tmp_path / "run").mkdir()
+    held = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)  # each opening of a folder has a lock of its own
+    with pytest.raises(InputError, match="run: found another command at work in this folder"):
+        cloned(tmp_path / "run", data)
+    os.close(held)
+    cloned(tmp_path / "run", data)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"training_tokens": "x"}', '{"training_tokens": 1, "before": 2}'])
+def test_a_damaged_report_of_a_run_is_named(tmp_path, content):
+    (tmp_path / "complete.json").write_text(content)
+    with pytest.raises(InputError, match="complete.json: found a damaged file .* train again to finish the run"):
+        run.runs_before(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["- 1", "{", "\0"])
+def test_damaged_settings_of_a_run_are_named(tmp_path, content):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(InputError, match="config.yaml: found a damaged file .* take another output_dir, or remove"):
+        run.run_there(tmp_path, {"args": {}})

@@ -1,4 +1,6 @@
+import fcntl
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -351,6 +353,35 @@ def test_missing_data_are_prepared_first(world):
     assert made == [{"command": "gamble", "output": "x"}]
 
 
+def test_data_that_a_kill_left_unfinished_are_prepared_again(world, tmp_path):
+    made, folder = [], tmp_path / "data"
+
+    def prepare(settings):
+        made.append(settings)
+        for name in ("train", "validation"):
+            write_trajectories(folder / f"{name}.jsonl", Gamble().logs(20, seed=0))
+        (folder / "report.json").write_text("{}")
+
+    write_trajectories(folder / "train.jsonl", Gamble().logs(20, seed=0))
+    world.settings["data"] = {name: str(folder / f"{name}.jsonl") for name in ("train", "validation")}
+    world.settings["prepare"] = {"command": "gamble", "output": str(folder)}
+    run(world, prepare)
+    run(world, prepare)
+    assert len(made) == 1
+
+
+def test_a_folder_where_another_comparison_runs_is_refused(world):
+    world.settings["output"] += "/taken"
+    folder = world.path.parent / "out" / "taken"
+    folder.mkdir(parents=True)
+    held = os.open(folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)  # each opening of a folder has a lock of its own
+    with pytest.raises(InputError, match="taken: found another command at work in this folder"):
+        run(world)
+    os.close(held)
+    assert not world.trained and not list(folder.iterdir())
+
+
 class Duel(Gamble):
     """The gamble beside a partner, who is asked for nothing but has to be there."""
 
@@ -395,7 +426,7 @@ def test_what_learns_by_playing_may_play_elsewhere_than_is_reported(world, monke
 
 def test_a_folder_that_cannot_be_written_is_an_input_error(world, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="output: cannot write"):
+    with pytest.raises(InputError, match="out: found .* expected a path that can be written"):
         run(world, output=str(tmp_path / "file" / "out"))
 
 
