@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from offline_lmrl.data.errors import InputError, in_our_words
+from offline_lmrl.data.trajectory import shown
 from offline_lmrl.evaluation.metrics import ScoreScale
 
 TRAINING = {"model", "args", "from", "critic", "preference", "judge", "collect"}  # of a run, beside its algorithm
+NAME = r"\w[\w.+=,@ -]{0,99}"  # of a method
 ELSEWHERE = ("path", "scratch", "vocab_size", "tokenizer")  # model settings that a start from another method decides
 
 
@@ -92,6 +95,10 @@ class MethodConfig:
     @classmethod
     def of(cls, name: str, entry: Any) -> "MethodConfig":
         """From a YAML mapping, where `start_from` is called `from`."""
+        if not (isinstance(name, str) and re.fullmatch(NAME, name)):
+            raise InputError(f"methods: found the name {shown(name)}, expected one of letters, digits and any of "
+                             "_ . + = , @ - and spaces, up to 100, which starts with a letter or digit: files are "
+                             "called so")  # fmt: skip
         if isinstance(entry, cls):
             return entry
         if not isinstance(entry, Mapping):
@@ -251,6 +258,8 @@ class CompareConfig:
             object.__setattr__(self, "baseline", self.evaluated[0])
         for name in self.methods:
             self._check_way(name)
+        if self.partner is not None and "partner" in self.methods:
+            raise InputError("methods: found the name 'partner' beside a partner, expected another: it has its run")
         self._check_selection()
 
     @property
@@ -402,15 +411,3 @@ def require_at_least(name: str, value: float, least: float) -> None:
     """Raises InputError unless value >= least; NaN is refused too."""
     if not value >= least:
         raise InputError(f"{name}: found {value}, expected at least {least}")
-
-
-def first_difference(found: Any, expected: Any, where: str = "") -> str | None:
-    """The first setting, by dotted name, that two resolved configs disagree on; only what is expected is compared."""
-    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
-        found, expected = dict(enumerate(found)), dict(enumerate(expected))
-    if not (isinstance(found, Mapping) and isinstance(expected, Mapping)):
-        return None if found == expected else f"{where}: found {found!r}, expected {expected!r}"
-    names = {**expected, **(found if where else {})}
-    below = f"{where}." if where else ""
-    differences = (first_difference(found.get(name), expected.get(name), f"{below}{name}") for name in names)
-    return next(filter(None, differences), None)

@@ -33,6 +33,20 @@ def file(tmp_path):
     return path
 
 
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "..", ".", ".hidden", '""', "a\\b", "-x", "1", "null",
+                                  "x" * 101, '"a\\0b"', '"a\\nb"', '"a\\e[2Jb"'])  # fmt: skip
+def test_the_name_of_a_method_is_a_name(file, name):
+    file.write_text(FILE.replace("  bc: {algorithm: bc}", f"  {name}: {{algorithm: bc}}"))
+    with pytest.raises(InputError, match="methods: found the name .*, expected one of letters, digits"):
+        CompareConfig.read(file)
+
+
+def test_a_method_does_not_take_the_runs_of_the_partner(file):
+    file.write_text(FILE.replace("  bc: {algorithm: bc}", "  partner: {algorithm: bc}"))
+    with pytest.raises(InputError, match="methods: found the name 'partner' beside a partner"):
+        CompareConfig.read(file)
+
+
 def test_a_file_becomes_typed_settings(file):
     config = CompareConfig.read(file)
     assert config.seeds == (0, 1) and config.evaluation.betas == (1.0, 2.0)
