@@ -11,21 +11,21 @@ group only, so memory holds a bucket and not the data. A bucket holds its groups
 import heapq
 import json
 import re
-import tempfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.reports import require_no_other_splits, write_json
+from data_prep.reports import prepared, require_no_other_splits, write_json
 from offline_lmrl.data.comparison import Comparison, to_record
 from offline_lmrl.data.comparison_checks import Feature, facts, merge_repeats, tally
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.files import staging
 from offline_lmrl.data.forms import Drop
-from offline_lmrl.data.io import Row, atomic_output, group_key, parsed, raw_splits, split_by_group
+from offline_lmrl.data.io import REPORT, Row, atomic_output, group_key, parsed, raw_splits, split_by_group
 from offline_lmrl.data.parallel import chunks, map_in_order
 from offline_lmrl.data.preference_forms import read_comparison
 from offline_lmrl.data.trajectory import shown
@@ -47,12 +47,13 @@ def convert(
     """
     parts = raw_splits(source)
     counts: Counter[str] = Counter()
-    with _scratch(output) as folder:
+    with prepared(output) as made, staging(Path(output) / "buckets") as folder:
         found = ((name, place, where, row) for name, rows in parts.items() for place, (where, row) in enumerate(rows))
         for lines, mine in map_in_order(partial(_convert, read), chunks(found, _CHUNK), processes):
             counts.update(mine)
             _spill(lines, folder)
-        return _finish(folder, list(parts), output, _counted(source, counts), validation, seed, processes, {})
+        head = _counted(source, counts)
+        return _finish(folder, list(parts), output, made, head, validation, seed, processes, {})
 
 
 def import_rows(
@@ -106,27 +107,27 @@ def separate(made: Mapping[str, list[Row]], validation: float, seed: int) -> tup
 
 
 def publish(
-    made: Mapping[str, list[Comparison]], output: str | Path, report: Mapping[str, Any], validation: float, seed: int,
+    rows: Mapping[str, list[Comparison]], output: str | Path, report: Mapping[str, Any], validation: float, seed: int,
     features: Mapping[str, Feature] | None = None,
 ) -> dict[str, Any]:
     """Merges repeats, splits by group, writes <split>.jsonl and report.json; returns the report.
 
     Args:
-      made: comparisons by split of the source.
+      rows: comparisons by split of the source.
       report: what comes before in the report.
       validation, seed: as in `separate`.
       features: further baselines by name.
     """
-    with _scratch(output) as folder:
-        _spill((_line(name, place, row) for name, rows in made.items() for place, row in enumerate(rows)), folder)
-        return _finish(folder, list(made), output, report, validation, seed, 1, features or {})
+    with prepared(output) as made, staging(Path(output) / "buckets") as folder:
+        _spill((_line(name, place, row) for name, some in rows.items() for place, row in enumerate(some)), folder)
+        return _finish(folder, list(rows), output, made, report, validation, seed, 1, features or {})
 
 
 def _finish(
-    folder: Path, names: Sequence[str], output: str | Path, report: Mapping[str, Any], validation: float, seed: int,
-    processes: int, features: Mapping[str, Feature],
+    folder: Path, names: Sequence[str], output: str | Path, made: Path, report: Mapping[str, Any], validation: float,
+    seed: int, processes: int, features: Mapping[str, Feature],
 ) -> dict[str, Any]:
-    """From the buckets in `folder` to files and report. A group is in one bucket, so each can be done by itself."""
+    """From the buckets in `folder` to files and report in `made`. A group is in one bucket: each is done by itself."""
     settle = partial(_settle, names=names, validation=validation, seed=seed, features=features)
     counts: Counter = Counter()
     for mine in map_in_order(settle, sorted(folder.glob("bucket-*")), processes):
@@ -142,12 +143,12 @@ def _finish(
         **facts(counts),
     }
     for name in splits:
-        with ExitStack() as opened, atomic_output(Path(output) / f"{name}.jsonl") as temporary:
+        with ExitStack() as opened, atomic_output(made / f"{name}.jsonl") as temporary:
             parts = [opened.enter_context(path.open(encoding="utf-8")) for path in folder.glob(f"{name}.bucket-*")]
             file = opened.enter_context(temporary.open("w", encoding="utf-8"))
             file.writelines(line.partition(" ")[2]
                             for line in heapq.merge(*parts, key=lambda line: int(line.partition(" ")[0])))  # fmt: skip
-    write_json(Path(output) / "report.json", report)
+    write_json(made / REPORT, report)
     return report
 
 
@@ -204,25 +205,6 @@ def _spill(lines: Iterable[tuple[int, str]], folder: Path) -> None:
 
 def _words(row: Comparison) -> tuple:
     return row.context, frozenset(row.options)
-
-
-@contextmanager
-def _scratch(output: str | Path) -> Iterator[Path]:
-    """A folder beside the output that is gone afterwards, with the folders above it that nothing was written to."""
-    output, made = Path(output), []
-    try:
-        try:
-            made += [folder for folder in output.parents if not folder.exists()]
-            output.parent.mkdir(parents=True, exist_ok=True)
-            scratch = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
-        except OSError as error:
-            raise InputError(f"{output}: found {error.strerror}, expected a path that can be written") from error
-        with scratch as folder:
-            yield Path(folder)
-    finally:
-        for folder in made:
-            with suppress(OSError):  # which says that there is something in it now
-                folder.rmdir()
 
 
 def _counted(source: str | Path, counts: Counter[str]) -> dict[str, Any]:

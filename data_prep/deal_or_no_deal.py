@@ -26,9 +26,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.reports import write_json
+from data_prep.reports import prepared, write_json
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import write_trajectories
+from offline_lmrl.data.io import REPORT, write_trajectories
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.environments.negotiation import (
     DIVIDE,
@@ -119,11 +119,12 @@ def prepare(
             splits["train"] += [replace(to_trajectory(version, files["train"].name), group=side.scenario.key)
                                 for side, version in new]
     report["splits"] = {split: _summary(rows) for split, rows in splits.items()}
-    for split, rows in splits.items():
-        write_trajectories(Path(output) / f"{split}.jsonl", rows)
-        scenarios = sorted({_scenario_of(row) for row in rows}, key=lambda scenario: scenario.key)
-        write_json(Path(output) / f"scenarios_{split}.json", [scenario_entry(scenario) for scenario in scenarios])
-    write_json(Path(output) / "report.json", report)
+    with prepared(output) as folder:
+        for split, rows in splits.items():
+            write_trajectories(folder / f"{split}.jsonl", rows)
+            scenarios = sorted({_scenario_of(row) for row in rows}, key=lambda scenario: scenario.key)
+            write_json(folder / f"scenarios_{split}.json", [scenario_entry(scenario) for scenario in scenarios])
+        write_json(folder / REPORT, report)
     return report
 
 

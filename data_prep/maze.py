@@ -12,9 +12,9 @@ from typing import Literal
 
 import numpy as np
 
-from data_prep.reports import write_json
+from data_prep.reports import prepared, write_json
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import split_by_group, write_trajectories
+from offline_lmrl.data.io import REPORT, split_by_group, write_trajectories
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.environments.maze import FREE, GOAL, MAX_STEPS, MOVES, Cell, Maze, distances, move
 
@@ -46,11 +46,12 @@ def prepare(output: str | Path, *, observed: Literal["full", "partial"] = "full"
         raise InputError(f"episodes: found {episodes}, expected at least 1")
     trajectories = logs(observed, episodes, seed)
     shares = {"train": 1 - VALIDATION_SHARE, "validation": VALIDATION_SHARE}
-    for name, rows in split_by_group(trajectories, shares, seed).items():
-        if rows:  # a handful of episodes may leave a split without any
-            write_trajectories(Path(output) / f"{name}.jsonl", rows)
     report = _report(trajectories)
-    write_json(Path(output) / "report.json", report)
+    with prepared(output) as folder:
+        for name, rows in split_by_group(trajectories, shares, seed).items():
+            if rows:  # a handful of episodes may leave a split without any
+                write_trajectories(folder / f"{name}.jsonl", rows)
+        write_json(folder / REPORT, report)
     return report
 
 

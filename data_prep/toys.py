@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
+from data_prep.reports import prepared, write_json
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import write_trajectories
+from offline_lmrl.data.io import REPORT, write_trajectories
 from offline_lmrl.environments import make_environment
 
 VALIDATION_SHARE = 0.1
 
 
 def prepare(output: str | Path, *, task: str, episodes: int = 500, seed: int = 0) -> dict[str, float]:
-    """Write train.jsonl and validation.jsonl, a tenth as many episodes more.
+    """Write train.jsonl, validation.jsonl, a tenth as many episodes more, and report.json.
 
     Args:
       output: folder, made if it is missing.
@@ -25,7 +26,10 @@ def prepare(output: str | Path, *, task: str, episodes: int = 500, seed: int = 0
     if not hasattr(environment, "logs"):
         raise InputError(f"task: found {task!r}, expected one that has logs, such as count")
     rows = environment.logs(episodes, seed)
-    write_trajectories(Path(output) / "train.jsonl", rows)
     held_out = environment.logs(max(1, round(VALIDATION_SHARE * episodes)), seed + 1)
-    write_trajectories(Path(output) / "validation.jsonl", held_out)
-    return {"episodes": len(rows), "mean_return": sum(row.total_return for row in rows) / len(rows)}
+    report = {"episodes": len(rows), "mean_return": sum(row.total_return for row in rows) / len(rows)}
+    with prepared(output) as folder:
+        write_trajectories(folder / "train.jsonl", rows)
+        write_trajectories(folder / "validation.jsonl", held_out)
+        write_json(folder / REPORT, report)
+    return report

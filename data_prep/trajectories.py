@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.comparisons import separate
-from data_prep.reports import require_no_other_splits, write_json
+from data_prep.reports import prepared, require_no_other_splits, write_json
 from offline_lmrl.data.checks import check
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.comparison_checks import baselines, pitfalls
-from offline_lmrl.data.io import group_key, write_trajectories
+from offline_lmrl.data.io import REPORT, group_key, write_trajectories
 from offline_lmrl.data.trajectory import Trajectory
 
 
@@ -44,9 +44,10 @@ def publish(
         "checks": {**_disagreements(everything), **pitfalls(everything)},
         "baselines": baselines(scored_pairs(everything)),
     }  # fmt: skip
-    for name, rows in splits.items():
-        write_trajectories(Path(output) / f"{name}.jsonl", rows)
-    write_json(Path(output) / "report.json", report)
+    with prepared(output) as folder:
+        for name, rows in splits.items():
+            write_trajectories(folder / f"{name}.jsonl", rows)
+        write_json(folder / REPORT, report)
     return report
 
 

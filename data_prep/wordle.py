@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from data_prep.reports import write_json
+from data_prep.reports import prepared, write_json
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import split_by_group, write_trajectories
+from offline_lmrl.data.io import REPORT, split_by_group, write_trajectories
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.scripted import Forced, check_episodes
@@ -79,12 +79,13 @@ def prepare(
     else:
         raise InputError(f"logs: found {logs!r}, expected one of {', '.join([*PLAYERS, *BRANCHING])}")
     shares = {"train": 1 - VALIDATION_SHARE, "validation": VALIDATION_SHARE}
-    for name, rows in split_by_group(trajectories, shares, seed).items():
-        if rows:  # a handful of games may leave a split without any
-            write_trajectories(Path(output) / f"{name}.jsonl", rows)
     left_out = {f"words left out, {why}": n for why, n in counts.items()}
     report = {"words": len(known), **left_out, **_report(trajectories)}
-    write_json(Path(output) / "report.json", report)
+    with prepared(output) as folder:
+        for name, rows in split_by_group(trajectories, shares, seed).items():
+            if rows:  # a handful of games may leave a split without any
+                write_trajectories(folder / f"{name}.jsonl", rows)
+        write_json(folder / REPORT, report)
     return report
 
 

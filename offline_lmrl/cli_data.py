@@ -76,6 +76,7 @@ def _source(name: str) -> Callable[..., Mapping[str, Any]]:
     if name not in SOURCES:
         raise InputError(f"source: found {name!r}, expected one of {', '.join(SOURCES)}{nearest(name, SOURCES)}")
     from data_prep.comparisons import check_share
+    from offline_lmrl.data.files import locked
 
     module, function = SOURCES[name]
     source = getattr(import_module(module), function)
@@ -88,7 +89,8 @@ def _source(name: str) -> Callable[..., Mapping[str, Any]]:
         check_share(settings.get("validation", 0))
         if settings.get("input") is not None:
             _require_apart(Path(settings["input"]), Path(settings["output"]))
-        return source(**settings)
+        with locked(settings["output"]):
+            return source(**settings)
 
     return checked
 

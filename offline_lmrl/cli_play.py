@@ -355,8 +355,11 @@ def _export(
         cannot be kept as it is, as with q_reduce min, support, candidates, or a clip.
       device: null = the first accelerator, else the CPU.
     """
+    from offline_lmrl.data.files import sweep
     from offline_lmrl.evaluation.export import export as export_run
 
+    if output.parent.is_dir():
+        sweep(output.parent, output.name)  # even where a killed export had written all, and this one is refused
     print(export_run(run, output, data, device=device, **sampling))
     print(output)
 
