@@ -44,8 +44,7 @@ def generate(argv: Sequence[str]) -> None:
 
 def export(argv: Sequence[str]) -> None:
     """`export RUN --output DIR`."""
-    usage = "export RUN --output DIR [--data LOGS] [--key value ...]"
-    _call(usage, _export, argv, without=("ask", "max_new_tokens", "stop"))
+    _call("export RUN --output DIR [--key value ...]", _export, argv, without=("ask", "max_new_tokens", "stop"))
 
 
 def _call(
@@ -343,16 +342,15 @@ def _generate(
         print(f"answered {answered} of {len(replies)}", file=sys.stderr)
 
 
-def _export(
-    run: str, *, output: Path, data: str | None = None, device: str | None = None, sampling: Mapping[str, Any]
-) -> None:
+def _export(run: str, *, output: Path, device: str | None = None, sampling: Mapping[str, Any]) -> None:
     """Write a run as a plain checkpoint of its base model, which other engines serve, and a README.md about it.
+
+    A checkpoint that would play otherwise than the run is not written. Values fold exactly with q_reduce mean or first
+    and without support, candidates, clip, top_k, top_p and min_p; a policy without guidance always does.
 
     Args:
       run: a run directory.
-      output: a folder that is not there yet.
-      data: held-out trajectories, on which the run's decoding is compared with the checkpoint's: needed where it
-        cannot be kept as it is, as with q_reduce min, support, candidates, or a clip.
+      output: a folder that does not exist yet.
       device: null = the first accelerator, else the CPU.
     """
     from offline_lmrl.data.files import sweep
@@ -360,7 +358,7 @@ def _export(
 
     if output.parent.is_dir():
         sweep(output.parent, output.name)  # even where a killed export had written all, and this one is refused
-    print(export_run(run, output, data, device=device, **sampling))
+    print(export_run(run, output, device=device, **sampling))
     print(output)
 
 

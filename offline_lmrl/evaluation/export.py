@@ -1,154 +1,132 @@
-"""A run as a plain checkpoint of its base architecture, which any engine serves, and a card that says what it plays.
+"""Write a run as a plain checkpoint of its base architecture, which any engine serves, with a card about it.
 
-Exact are: plain policies; Q heads that are linear in the hidden state, reduced by mean or first, over all tokens and
-without a clip; and returns as tokens of the vocabulary. Other forms of guidance become the nearest of these, and how
-far that is from them is measured on logs.
+Three forms are exact, and no other is written: plain policies; Q heads that are linear in the hidden state, reduced by
+mean or first, over all tokens and without a filter or a clip; and returns as tokens of the vocabulary. A form that
+comes near is not safe: where nothing filters the policy first, Q of tokens that the data never held decides.
+The written checkpoint is loaded again and compared with the run before the folder gets its name.
 """
 
 import copy
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from offline_lmrl.data.batching import WindowDataset, encode_trajectories
 from offline_lmrl.data.conditioning import ASK_NAMES, Slots, texts_of
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import atomic_output, read_trajectories
-from offline_lmrl.data.trajectory import Trajectory, Turn
-from offline_lmrl.decoding.critic import log_encoder
+from offline_lmrl.data.io import atomic_output
+from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.data.windows import WindowRule, policy_window
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
-from offline_lmrl.evaluation.offline import CHUNK, decoding_log_prob, log_prompts
-from offline_lmrl.models.adapters import settings
-from offline_lmrl.models.guided import load_model
-from offline_lmrl.models.plain import fold, logit_scale, plain, q_matrix, spell_returns
-from offline_lmrl.ops.decoding import guide, warp_log_probs
+from offline_lmrl.models.adapters import saved_settings
+from offline_lmrl.models.plain import fold, head_scale, plain, q_matrix, spell_returns
+from offline_lmrl.ops.decoding import guide
 
-TOLERANCE = 1e-3  # nats by which an exact export may differ from what the run says of a token
+TOLERANCE = 1e-3  # nats by which the log-probability of a token may differ from what the run says
+DRAWN = (4, 16)  # rows and tokens of the made-up text on which checkpoint and run are compared
+REPLY = 24  # tokens that the run says after the example prompt, on which they are compared too
+UNLIMITED = 2**31  # a window that drops no turn
 EXAMPLE = (Turn("user", "How are you?"),)
 
 
 @dataclass(frozen=True)
-class Divergence:
-    """Means over logged agent tokens, in nats: KL of the run's decoding form to π (`before`), of the exported model to
-    π (`after`), and of the form to the exported model (`between`). π: the run's policy at its temperature."""
-
-    before: float
-    after: float
-    between: float
-    agent_tokens: int
-
-    def __str__(self) -> str:
-        return (
-            f"KL per token over {self.agent_tokens} logged agent tokens (nats): run to π {self.before:.4g}, "
-            f"checkpoint to π {self.after:.4g}, run to checkpoint {self.between:.4g}"
-        )
-
-
-@dataclass(frozen=True)
 class Export:
-    """What was written; `str` prints it.
+    """The written checkpoint; `str` prints it.
 
-    form: what the checkpoint plays. converted: field of the decoding form -> what it was; "soft cap" where one makes
-      the fold inexact. divergence: None where it was not measured. returns: text that asks for a return, null first,
-      where the run knows returns as tokens; readable: whether a prompt with one in it is read as it was in training.
+    form: the decoding form that the checkpoint plays.
+    difference: the largest difference of a token's log-probability from the run's, in nats, after `states` prefixes.
+    returns: text that asks for a return, null first, where the run knows returns as tokens.
+    readable: whether a prompt with one in it is read as it was in training.
     """
 
     folder: Path
     form: SamplingConfig
-    converted: Mapping[str, Any]
-    divergence: Divergence | None
+    difference: float
+    states: int
     returns: Sequence[str]
     readable: bool
 
     def __str__(self) -> str:
-        form, converted = self.form, dict(self.converted)
-        lines = ["plays: the policy as it is"]
+        form, line = self.form, "plays: the policy as it is"
         if form.beta != 0:
-            lines = [f"plays: log π + {form.beta:g} · Q, {form.q_reduce} of the Q heads, folded into the LM head"]
+            line = f"plays: log π + {form.beta:g} · Q, {form.q_reduce} of the Q heads, folded into the LM head"
         if self.returns:
-            lines[0] += f", told a return by {self.returns[1]} to {self.returns[-1]}, or {self.returns[0]} for none"
-        if not converted:
-            lines.append("exact")
-        if converted.pop("soft cap", False):
-            lines.append("not exact: the base caps its logits behind the LM head")
-        lines += [f"converted: {name} {found} to {getattr(form, name)}" for name, found in converted.items()]
-        lines += [] if self.divergence is None else [str(self.divergence)]
+            line += f", told a return by {self.returns[1]} to {self.returns[-1]}, or {self.returns[0]} for none"
+        lines = [line, f"exact: the log-probability of each token is the run's to within {self.difference:.1g} nats, "
+                       f"compared after {self.states} prefixes of drawn tokens and of the run's own text"]  # fmt: skip
+        if form.stop:
+            texts = " or ".join(map(repr, form.stop))
+            lines.append(f"the run also ends a reply before {texts}; engines have to be told so")
         if not self.readable:
             lines.append("the tokenizer reads the example prompt otherwise than in training: serve ids, not text")
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """Token ids (B, T) with the run's log-probabilities (B·T, C) of the next token, over the C columns of the
+    vocabulary that are no returns."""
+
+    ids: Tensor
+    log_prob: Tensor
+
+
 def export(
-    run: str | Path,
-    output: str | Path,
-    data: str | Path | None = None,
-    *,
-    device: str | torch.device | None = None,
-    **sampling: Any,
+    run: str | Path, output: str | Path, *, device: str | torch.device | None = None, **sampling: Any
 ) -> Export:
-    """Writes a checkpoint that plays as the run does, for engines that know nothing of this project.
+    """Write a checkpoint that plays as the run does, for engines that know nothing of this project.
 
     Args:
-      run: a run directory. output: a folder that is not there yet.
-      data: held-out logs; on them the decoding form is compared with the exported one. Needed where it has to change.
+      run: a run directory.
+      output: a folder that does not exist yet.
       device: where models are read; None = the first accelerator, else the CPU.
       sampling: settings that replace those saved with the run.
-    Raises: InputError for what is no run of a policy, a folder that is there, and what cannot be exported.
+    Raises: InputError for what is no run of a policy, a folder that exists, and what a plain checkpoint cannot play
+      exactly. Nothing is written then.
     """
     output = Path(output)
     if output.exists():
         raise InputError(f"output: found {output}, which is there already, expected a new folder")
-    logs = None if data is None else read_trajectories(data)
+    saved = saved_settings(run)
+    form = SamplingConfig.from_dict({**(saved.get("sampling") or {}), **sampling})
+    _check_exportable(run, saved, form, sampling.get("ask"))
     # Whoever serves it asks for a return; here there may be no task to look a name up in, and no critic.
     policy = LanguagePolicy.load(run, device=device, **{**sampling, "ask": None})
     policy.model.eval()
-    _check_exportable(run, policy, sampling.get("ask"))
-    model = load_model(run).eval()
-    saved = settings(policy.model.config).get("sampling") or {}
-    form, converted = _nearest_form(SamplingConfig.from_dict({**saved, **sampling}))
-    rows = None
-    if form.beta != 0:
-        rows = q_matrix(model.value_heads.target_q, model.get_output_embeddings().weight, form.q_reduce)
-    table = None if model.return_embedding is None else model.return_embedding.rows()
-    model = plain(model)
-    if rows is not None:
-        scale, linear = logit_scale(model)
-        fold(model, (form.temperature or 1.0) * form.beta / scale * rows)
-        converted |= {} if linear else {"soft cap": True}
-    if converted and logs is None:
-        raise InputError(_unmeasured(form, converted))
     tokenizer = copy.deepcopy(policy.renderer.tokenizer)
     if policy.renderer.template == "plain":
         tokenizer.chat_template = None  # not what the run was trained with
-    ids: list[int] = []
-    if table is not None:
-        ids = _add_tokens(tokenizer, len(table))
-        spell_returns(model, table, ids)
+    embedding = policy.model.return_embedding
+    table = None if embedding is None else embedding.rows()
+    ids = [] if table is None else _add_tokens(tokenizer, len(table))
+    rows = policy.model.get_input_embeddings().weight.shape[0]
+    samples = _samples(policy, saved, ids)
+    model = _plain_model(policy.model, form)
     _set_generation(model, form, policy.renderer.close_id)
+    if table is not None:
+        spell_returns(model, table, ids)
     with atomic_output(output) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        del model
-        exported = load_model(temporary).to(policy.model.device).eval()
-        _check_same(policy, form, exported, ids, exact=not converted)
-        divergence = None if logs is None else _divergence(policy, form, exported, ids, logs)
-        example, readable = _example(policy, tokenizer, ids)
-        report = Export(output, form, converted, divergence, tokenizer.convert_ids_to_tokens(ids), readable)
-        (temporary / "README.md").write_text(_card(policy, report, example), encoding="utf-8")
+        difference = _difference(temporary, policy, samples, rows, ids)
+        example, readable = _example(policy, saved, tokenizer, ids)
+        states = sum(len(sample.log_prob) for sample in samples)
+        report = Export(output, form, difference, states, tokenizer.convert_ids_to_tokens(ids), readable)
+        (temporary / "README.md").write_text(_card(policy, saved, report, example), encoding="utf-8")
     return report
 
 
-def _check_exportable(run: str | Path, policy: LanguagePolicy, ask: float | str | None) -> None:
-    saved, form = settings(policy.model.config), policy.sampling
-    if ask is not None and policy.slots is None:
+def _check_exportable(
+    run: str | Path, saved: Mapping[str, Any], form: SamplingConfig, ask: float | str | None
+) -> None:
+    """Refuse, by its settings alone, a run that no plain checkpoint plays exactly. Raises: InputError."""
+    if ask is not None and "returns" not in saved:
         raise InputError(f"ask: found {ask!r}, expected none, as this model was not trained with returns")
     algorithm = saved.get("algorithm")
     if algorithm in (None, "reward_model"):
@@ -159,42 +137,60 @@ def _check_exportable(run: str | Path, policy: LanguagePolicy, ask: float | str 
             f"condition_scale: found {form.condition_scale:g}, expected 0: guidance by returns reads each prompt "
             "twice, which no plain engine does"
         )
-    if form.beta != 0 and "returns" in saved:
+    if form.beta == 0:
+        if form.support > 0 and form.temperature > 0 and form.top_p not in (None, 1.0):
+            raise InputError(
+                f"support: found {form.support:g} with top_p {form.top_p:g}, expected one of them: engines filter by "
+                "top_p first; give --support 0 or --top_p null, and evaluate the run so before you serve it"
+            )
+        return
+    heads = saved.get("value_heads")
+    if heads is None:
+        raise InputError(f"beta: found {form.beta:g}, expected 0, as this run has no value heads")
+    if "returns" in saved:
         raise InputError(
             f"beta: found {form.beta:g} on a model that is told returns, expected 0: Q is read where none is asked "
             "for, and no plain engine reads a prompt twice"
         )
-    if form.beta != 0 and saved["value_heads"]["kind"] == "mlp":
+    if heads["kind"] == "mlp":
         raise InputError(
             f"beta: found {form.beta:g} on mlp heads, which do not fold into the LM head, expected heads "
             "that are tied or linear, or 0, which exports the policy without them"
         )
+    _check_folds(form, heads["heads"])
 
 
-def _nearest_form(form: SamplingConfig) -> tuple[SamplingConfig, dict[str, Any]]:
-    """The decoding form that a plain checkpoint can have, and the fields in which the given one is another.
-
-    Engines filter what the LM head says, hence after guidance, but do all that is done to a policy without any.
-    """
-    exact: dict[str, Any] = {"support": 0.0}
-    if form.beta != 0:
-        exact |= dict.fromkeys(("candidates", "clip", "top_k", "top_p", "min_p"))
-        exact["q_reduce"] = "mean" if form.q_reduce == "min" else form.q_reduce
-    converted = {name: getattr(form, name) for name, value in exact.items() if getattr(form, name) != value}
-    return replace(form, **exact), converted
-
-
-def _unmeasured(form: SamplingConfig, converted: Mapping[str, Any]) -> str:
-    if "soft cap" in converted:
-        return (
-            "run: found a base with a soft cap behind its LM head, through which Q does not fold exactly; give "
-            "--data to convert it and measure the difference, or --beta 0"
+def _check_folds(form: SamplingConfig, heads: int) -> None:
+    """Refuse guidance that is not one matrix. Engines filter what the LM head says, hence after guidance, where the
+    run filters π before it. Raises: InputError that names the settings of a form that folds."""
+    exact = {"q_reduce": ("mean", "first") if heads > 1 else (form.q_reduce,), "support": (0.0,),
+             "candidates": (None,), "clip": (None,), "top_k": (None,), "top_p": (None, 1.0),
+             "min_p": (None, 0.0)}  # fmt: skip
+    wrong = {name: values[0] for name, values in exact.items() if getattr(form, name) not in values}
+    if wrong:
+        found = ", ".join(f"{name} {getattr(form, name)}" for name in wrong)
+        given = " ".join(f"--{name} {_setting(value)}" for name, value in wrong.items())
+        raise InputError(
+            f"beta: found {form.beta:g} with {found}, expected guidance that folds into the LM head exactly: play the "
+            f"run itself (evaluate, generate), or export another policy, once you have evaluated it, with {given}, "
+            "or with --beta 0"
         )
-    name, found = next(iter(converted.items()))
-    return (
-        f"{name}: found {found!r}, expected {getattr(form, name)!r}, as a plain checkpoint cannot play otherwise; "
-        "set it so, or give --data to convert it and measure the difference"
-    )
+
+
+def _setting(value: Any) -> str:
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _plain_model(model: PreTrainedModel, form: SamplingConfig) -> PreTrainedModel:
+    """Take the heads off a guided model in place, with the guidance of this form folded in. Raises: InputError where
+    something between the decoder and the logits is no plain scale."""
+    rows = None
+    if form.beta != 0:
+        rows = q_matrix(model.value_heads.target_q, model.get_output_embeddings().weight, form.q_reduce)
+    model = plain(model)
+    if rows is not None:
+        fold(model, (form.temperature or 1.0) * form.beta / head_scale(model) * rows)
+    return model
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
@@ -207,101 +203,101 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
 
 
 def _set_generation(model: PreTrainedModel, form: SamplingConfig, close_id: int) -> None:
-    """What an engine does by itself: ends a reply where the agent's turn ends, and draws as the run does."""
-    generation = model.generation_config
-    generation._from_model_config = False  # older engines would make it anew
-    ends = generation.eos_token_id
-    ends = {close_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
-    generation.eos_token_id = sorted(ends) if len(ends) > 1 else close_id
-    drawing = {"temperature": form.temperature, "top_k": form.top_k or 0, "top_p": form.top_p or 1.0,
-               "min_p": form.min_p}  # fmt: skip
-    generation.update(do_sample=form.temperature > 0,
-                      **(drawing if form.temperature > 0 else dict.fromkeys(drawing)))  # fmt: skip
+    """Tell engines where the agent's turn ends, and to draw as the run does. Of what the base model's own settings say
+    only the ids of its special tokens stay: a penalty on repetition, say, is no part of the run's policy.
 
-
-def _spelt(input_ids: Tensor, rows: int, ids: Sequence[int]) -> Tensor:
-    """Ids as the exported model reads them; `rows`: where the run's reserved ids begin."""
-    new = torch.tensor([*range(rows), *ids], device=input_ids.device)
-    return new[input_ids]
+    A support filter on π alone is min-p; the former is taken at temperature 1, the latter at that of the draws.
+    """
+    base = model.generation_config
+    ends = {close_id, *(base.eos_token_id if isinstance(base.eos_token_id, list) else [base.eos_token_id])} - {None}
+    drawing = {}
+    if form.temperature > 0:
+        min_p = max(form.min_p or 0.0, form.support ** (1 / form.temperature))
+        drawing = {"temperature": form.temperature, "top_k": form.top_k or 0, "top_p": form.top_p or 1.0,
+                   "min_p": min_p or None}  # fmt: skip
+    model.generation_config = GenerationConfig(
+        bos_token_id=base.bos_token_id, pad_token_id=base.pad_token_id,
+        eos_token_id=sorted(ends) if len(ends) > 1 else close_id, do_sample=form.temperature > 0, **drawing
+    )  # fmt: skip
 
 
 @torch.inference_mode()
-def _check_same(
-    policy: LanguagePolicy, form: SamplingConfig, exported: PreTrainedModel, ids: Sequence[int], exact: bool
-) -> None:
-    """Compares the checkpoint with the run on made-up tokens. Raises: InputError where they differ and should not."""
-    model = policy.model
-    rows = model.get_input_embeddings().weight.shape[0]
+def _samples(policy: LanguagePolicy, saved: Mapping[str, Any], ids: Sequence[int]) -> list[_Sample]:
+    """Made-up tokens, with reserved ids among them, and the example prompt with what the run finds best after it."""
+    longest, rows = policy.window.max_length, policy.model.get_input_embeddings().weight.shape[0]
     columns = min([rows, *ids])
     known = torch.arange(columns + len(ids))
     known[columns:] += rows - columns  # the reserved ids
-    drawn = torch.randint(len(known), (4, 8), generator=torch.Generator().manual_seed(0))
-    read = known[drawn].to(model.device)
-    inputs = {"attention_mask": torch.ones_like(read), "use_cache": False}
-    outputs, hidden = model.forward_with_hidden(input_ids=read, **inputs)
-    expected = outputs.logits.float() / (form.temperature or 1.0)
+    shape = (DRAWN[0], min(DRAWN[1], longest))
+    drawn = known[torch.randint(len(known), shape, generator=torch.Generator().manual_seed(0))]
+    said = torch.tensor([_example_ids(policy, saved)[-longest:]])
+    for _ in range(min(REPLY, longest - said.shape[1])):
+        best = _run_log_prob(policy, said)[-1:, :columns].argmax(-1, keepdim=True)
+        said = torch.cat([said, best.cpu()], dim=1)
+    return [_Sample(read, _run_log_prob(policy, read)[:, :columns].log_softmax(-1)) for read in (drawn, said)]
+
+
+def _run_log_prob(policy: LanguagePolicy, read: Tensor) -> Tensor:
+    """The run's unnormalised log-probabilities (B·T, V) after every prefix of ids (B, T), without filters."""
+    form, read = policy.sampling, read.to(policy.model.device)
+    outputs, hidden = policy.model.forward_with_hidden(
+        input_ids=read, attention_mask=torch.ones_like(read), use_cache=False
+    )
+    scores = outputs.logits.float() / (form.temperature or 1.0)
     if form.beta != 0:
-        expected = guide(expected, model.q_values(hidden), None, form.beta, form.q_reduce)
-    expected = expected.flatten(0, 1)[:, :columns].log_softmax(-1)
-    found = exported(input_ids=_spelt(read, rows, ids), **inputs).logits.flatten(0, 1)[:, :columns].float()
-    found = (found / (form.temperature or 1.0)).log_softmax(-1)
-    difference = (found - expected).abs().max().item()
-    if exact and not difference < TOLERANCE:
+        scores = guide(scores, policy.model.q_values(hidden), None, form.beta, form.q_reduce)
+    return scores.flatten(0, 1)
+
+
+@torch.inference_mode()
+def _difference(
+    folder: Path, policy: LanguagePolicy, samples: Sequence[_Sample], rows: int, ids: Sequence[int]
+) -> float:
+    """The largest difference of a log-probability between the checkpoint in the folder and the run, in nats.
+
+    Args:
+      rows: where the run's reserved ids begin. ids: the tokens that took their place.
+    Raises: InputError where the checkpoint is not the run's policy.
+    """
+    device, difference = policy.model.device, 0.0
+    exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    spelt = torch.tensor([*range(rows), *ids])
+    for sample in samples:
+        read = spelt[sample.ids].to(device)
+        logits = exported(input_ids=read, attention_mask=torch.ones_like(read), use_cache=False).logits
+        scores = logits.flatten(0, 1)[:, : sample.log_prob.shape[1]].float() / (policy.sampling.temperature or 1.0)
+        apart = (scores.log_softmax(-1) - sample.log_prob).abs().max()
+        difference = max(difference, apart.nan_to_num(torch.inf).item())
+    if not difference < TOLERANCE:
         raise InputError(
             f"run: found an export of {exported.config.model_type} that differs from the run by "
             f"{difference:.2g} nats, expected less than {TOLERANCE:g}: this family cannot be exported"
         )
+    return difference
 
 
-@torch.inference_mode()
-def _divergence(
-    policy: LanguagePolicy, form: SamplingConfig, exported: PreTrainedModel, ids: Sequence[int],
-    logs: Sequence[Trajectory],
-) -> Divergence:  # fmt: skip
-    """KLs at every agent token of the logs. Raises: InputError where none fits the policy's window."""
-    model, rows = policy.model, policy.model.get_input_embeddings().weight.shape[0]
-    tokens = min([rows, *ids])  # without those of returns, which are suppressed
-    encoder = log_encoder(policy)
-    columns = encode_trajectories(logs, encoder, Counter(), log_prompts(policy, logs, None, encoder.slots))
-    windows = WindowDataset(columns, policy.renderer.close_id, next_rows=False, end_rows=False)
-    sums, size = torch.zeros(3, dtype=torch.float64), max(1, CHUNK // (rows * int(windows.lengths.max())))
-    for index in torch.arange(len(windows)).split(size):
-        batch = windows.batch(index.numpy())
-        read, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
-        row, state = (batch["steps"][name].to(model.device) for name in ("row", "state"))
-        logits, hidden = model.packed_logits(row, state, input_ids=read, attention_mask=mask)
-        q = v = None
-        if form.beta != 0:
-            q, v = model.q_values(hidden[row, state]), model.v_values(hidden[row, state])
-        before = decoding_log_prob(policy, logits, q, v, policy.sampling.beta)[:, :tokens]
-        found, _ = exported.packed_logits(row, state, input_ids=_spelt(read, rows, ids), attention_mask=mask)
-        after = warp_log_probs(found[:, :tokens], form.temperature, form.top_k, form.top_p, form.min_p)
-        base = warp_log_probs(logits[:, :tokens], form.temperature)
-        sums += torch.stack([_kl(before, base), _kl(after, base), _kl(before, after)]).sum(-1).double().cpu()
-    return Divergence(*(sums / windows.action_tokens).tolist(), windows.action_tokens)
+def _example_ids(policy: LanguagePolicy, saved: Mapping[str, Any]) -> list[int]:
+    """The example prompt as the run reads it, with the highest return where it knows returns."""
+    slots = [policy.slots.bins[-1]] if "returns" in saved else None
+    return policy_window(EXAMPLE, policy.renderer, WindowRule(max_length=UNLIMITED), slots=slots)
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p ‖ q) (N,) of log-probabilities (N,V); a token that p drops adds nothing."""
-    return (p.exp() * (p - q).masked_fill(p == -torch.inf, 0.0)).sum(-1)
-
-
-def _example(policy: LanguagePolicy, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, bool]:
+def _example(
+    policy: LanguagePolicy, saved: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
+) -> tuple[str, bool]:
     """The text of a prompt with everything in its place, and whether the tokenizer reads it as it was in training."""
-    renderer, block = policy.renderer, settings(policy.model.config).get("returns")
-    text, slot = "", ()
-    if block is not None:  # the highest return
-        text = tokenizer.convert_ids_to_tokens(ids[-1]) if ids else texts_of(block)[-1]
-        slot = ids[-1:] if ids else policy.slots.bins[-1]
-    encoded = renderer.encode(EXAMPLE)
-    said = [token for ids in renderer.window_ids(EXAMPLE, encoded, 0, len(EXAMPLE), live=False) for token in ids]
-    text = renderer.printer.printed(EXAMPLE, prompt=True, slot=text)
-    expected = [*renderer.preamble_of(EXAMPLE), *said, *slot, *renderer.agent_opening]
+    text = ""
+    if "returns" in saved:  # the highest
+        text = tokenizer.convert_ids_to_tokens(ids[-1]) if ids else texts_of(saved["returns"])[-1]
+    text = policy.renderer.printer.printed(EXAMPLE, prompt=True, slot=text)
+    expected = _example_ids(policy, saved)
+    if ids:
+        expected = [ids[-1] if token == policy.slots.bins[-1][0] else token for token in expected]
     return text, tokenizer(text, add_special_tokens=False)["input_ids"] == expected
 
 
-def _card(policy: LanguagePolicy, report: Export, example: str) -> str:
-    saved, window = settings(policy.model.config), policy.window
+def _card(policy: LanguagePolicy, saved: Mapping[str, Any], report: Export, example: str) -> str:
+    window = policy.window
     turns = "all" if window.context is None else f"at most {window.context}"
     stock = policy.renderer.differences(EXAMPLE)
     shown = "" if saved.get("prompt") is None else "; demonstrations of the task before all else"

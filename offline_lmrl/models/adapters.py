@@ -12,9 +12,9 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, opening
 from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.return_heads import ReturnHeads
 from offline_lmrl.models.value_heads import ValueHeads
@@ -44,6 +44,15 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"model: {path}: not found, so this LoRA folder was not written by offline_lmrl")
     return json.loads(path.read_text())
+
+
+def saved_settings(path_or_name: str | Path) -> dict[str, Any]:
+    """Read the block of a folder or hub name, of a LoRA folder too, without its weights. Raises: InputError where
+    there is no model."""
+    if (Path(path_or_name) / "adapter_config.json").exists():
+        return read_settings(path_or_name)
+    with opening(path_or_name, "model"):
+        return settings(AutoConfig.from_pretrained(path_or_name))
 
 
 def _parts(model: nn.Module) -> dict[str, nn.Module]:

@@ -2,13 +2,14 @@
 
 V and all that depends on the state alone cancel in the softmax, and heads that are linear in the hidden state h are a
 matrix over the vocabulary, Q(s,a) = W_Q[a] · h + …, so that log π + β · Q are the logits of W + β/s · W_Q where the
-base's logits are s times what its LM head says. A soft cap behind the LM head is no such scale, and there the fold is
-near the guided distribution instead of equal to it.
+base's logits are s · W h. The number s is measured on the model, as families scale in many places. Where the way from
+h to the logits is no such scale (a transform before the LM head, a soft cap after it) Q does not fold.
 """
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -32,23 +33,44 @@ def q_matrix(head: QHead, matrix: Tensor, q_reduce: str) -> Tensor:
 
 
 @torch.no_grad()
-def logit_scale(model: PreTrainedModel) -> tuple[float, bool]:
-    """s with logits = s · (output of the LM head) + a constant for small outputs, and whether it holds for large ones.
+def head_scale(model: PreTrainedModel) -> float:
+    """Measure s in logits = s · W h + a constant, h being the decoder's last hidden states, on a guided model.
 
-    The LM head's output is replaced by made-up numbers, so that the answer does not depend on weights or text.
+    The LM head's output is compared with W h, and then replaced by made-up numbers, small and large, with which the
+    logits are compared, as a soft cap does not show in small ones. Raises: InputError where either is no multiple.
     """
     head = model.get_output_embeddings()
     step = torch.linspace(-SMALL, SMALL, head.weight.shape[0], device=head.weight.device)
-    outputs = torch.stack([torch.zeros_like(step), step, LARGE / SMALL * step]).unsqueeze(0)  # (1,3,V)
-    handle = head.register_forward_hook(lambda *_: outputs)
+    made_up = torch.stack([torch.zeros_like(step), step, LARGE / SMALL * step]).unsqueeze(0)  # (1,3,V)
+    said: list[Tensor] = []
+
+    def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        said.append(output)
+        return made_up
+
+    handle = head.register_forward_hook(replace)
     try:
-        ids = torch.ones(1, 3, dtype=torch.long, device=step.device)
-        logits = model(input_ids=ids, attention_mask=ids, use_cache=False).logits[0].float()
+        ids = torch.arange(1, 4, device=step.device).unsqueeze(0)
+        outputs, hidden = model.forward_with_hidden(
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+        )
     finally:
         handle.remove()
-    small, large = logits[1] - logits[0], logits[2] - logits[0]
-    scale = (small @ step / (step @ step)).item()
-    return scale, torch.allclose(large, LARGE / SMALL * scale * step, rtol=0, atol=1e-3 * LARGE * abs(scale))
+    before = _multiple(said[0] - said[0][:, :1], F.linear(hidden - hidden[:, :1], head.weight))
+    after = _multiple(outputs.logits - outputs.logits[:, :1], made_up)
+    if before is None or after is None:
+        found = "a transform before its LM head" if before is None else "a soft cap or the like after its LM head"
+        raise InputError(f"run: found {model.config.model_type} with {found}, through which Q does not fold, expected "
+                         "logits that are a multiple of the LM head times the hidden states; give --beta 0 for the "
+                         "policy without values, or play the run itself (evaluate, generate)")
+    return before * after
+
+
+def _multiple(x: Tensor, y: Tensor) -> float | None:
+    """The number c in x = c · y; None where there is none, as with nan among them."""
+    x, y = x.flatten().double(), y.flatten().double()
+    scale = x @ y / (y @ y)
+    return scale.item() if (x - scale * y).abs().max() < 1e-4 * (scale * y).abs().max() else None
 
 
 @torch.no_grad()

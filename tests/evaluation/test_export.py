@@ -1,5 +1,4 @@
-"""Runs as plain checkpoints: what they play against the run's own formula, what is converted and measured, and what is
-refused."""
+"""Runs as plain checkpoints: what they play against the run's own formula, and what is refused."""
 
 import shutil
 from dataclasses import replace
@@ -7,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+import yaml
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offline_lmrl import cli
 from offline_lmrl.data.conditioning import ReturnScale
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import write_trajectories
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
@@ -22,6 +21,7 @@ from offline_lmrl.evaluation.export import export
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
 from offline_lmrl.models.guided import attach, attach_returns, build_model, detach, load_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
+from offline_lmrl.ops.decoding import warp_log_probs
 from tests.tiny import TOKENIZERS
 
 TOKENIZER = train_tokenizer(["move left", "move right", "you are at 1, 2"], 270)
@@ -74,12 +74,6 @@ def told_run(folder, tokenizer=TOKENIZER, heads=None, template="auto", text=None
                     template=template, sampling=sampling)  # fmt: skip
 
 
-@pytest.fixture
-def logs(tmp_path):
-    write_trajectories(tmp_path / "logs.jsonl", LOGS)
-    return tmp_path / "logs.jsonl"
-
-
 def plain(folder):
     """What somebody without this project loads."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -117,7 +111,7 @@ def test_a_run_with_values_becomes_one_matrix(tmp_path, family, kind):
     report = export(run, tmp_path / "plain")
     model, _ = plain(tmp_path / "plain")
     assert_close(next_log_prob(model, prompt_of()), guided(run, prompt_of(), 1.5), atol=1e-4, rtol=0)
-    assert report.converted == {} and report.divergence is None and "\nexact" in str(report)
+    assert 0 <= report.difference < 1e-4 and report.states > 64 and "\nexact: " in str(report)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "run"]  # nothing half written
     assert (tmp_path / "plain" / "model.safetensors").exists()
 
@@ -145,59 +139,86 @@ def test_the_checkpoint_replies_as_the_run_does(tmp_path):
     assert model.generation_config.eos_token_id == RENDERER.close_id
 
 
-@pytest.mark.parametrize("form", [{"q_reduce": "min"}, {"support": 0.3, "clip": 0.0}, {"candidates": 4}, {"top_k": 3}])
-def test_another_form_is_refused_or_converted_and_measured(tmp_path, logs, form):
-    run = valued_run(tmp_path / "run")
-    name, found = next(iter(form.items()))
-    with pytest.raises(InputError, match=rf"^{name}: found {found!r}, expected .* give --data"):
-        export(run, tmp_path / "plain", **form)
-    assert not (tmp_path / "plain").exists()
-    report = export(run, tmp_path / "plain", logs, **form)
+@pytest.mark.parametrize("form, settings", [
+    ({"q_reduce": "min"}, "--q_reduce mean"), ({"support": 0.3, "clip": 0.0}, "--support 0 --clip null"),
+    ({"candidates": 4}, "--candidates null"), ({"top_k": 3}, "--top_k null"), ({"top_p": 0.9}, "--top_p null"),
+    ({"min_p": 0.1, "temperature": 0.0}, "--min_p null"),
+])  # fmt: skip
+def test_guidance_that_does_not_fold_is_refused_before_the_model_is_read(tmp_path, monkeypatch, form, settings):
+    run, path = valued_run(tmp_path / "run", **form), tmp_path / "plain"
+    found = ", ".join(f"{name} {value}" for name, value in form.items() if name != "temperature")
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguagePolicy, "load", None)
+        with pytest.raises(InputError) as error:
+            export(run, path)
+    assert str(error.value).startswith(f"beta: found 1.5 with {found}, expected guidance that folds")
+    assert f"with {settings}, or with --beta 0" in str(error.value)
+    assert sorted(tmp_path.iterdir()) == [run]
+    words = settings.replace("--", "").split()
+    given = {name: yaml.safe_load(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+    assert export(run, path, **given).form.beta == 1.5  # what the line says to give is enough
+
+
+def test_settings_that_filter_nothing_fold(tmp_path):
+    run = valued_run(tmp_path / "run", top_p=1.0, min_p=0.0)
+    export(run, tmp_path / "plain")
     model, _ = plain(tmp_path / "plain")
     assert_close(next_log_prob(model, prompt_of()), guided(run, prompt_of(), 1.5), atol=1e-4, rtol=0)
-    assert report.converted == form
-    assert report.divergence.between > 1e-3 and f"converted: {name} {found} to" in str(report)
 
 
-def test_divergences_are_means_over_logged_agent_tokens(tmp_path, logs):
-    run = valued_run(tmp_path / "run", q_reduce="min")
-    report = export(run, tmp_path / "plain", logs)
-    model, expected, count = load_model(run).eval(), torch.zeros(3), 0
-    for log in LOGS:
-        prompt = prompt_of(log.turns[:1])
-        ids = [*prompt, *RENDERER.encode_content(log.turns[1].content), RENDERER.close_id]
-        for n in range(len(prompt), len(ids)):
-            with torch.no_grad():
-                outputs, hidden = model.forward_with_hidden(input_ids=torch.tensor([ids[:n]]))
-                policy, q = outputs.logits[0, -1].log_softmax(-1), model.q_values(hidden[0, -1])
-            before = (policy + 1.5 * torch.minimum(q[0], q[1])).log_softmax(-1)
-            after = (policy + 1.5 * (q[0] + q[1]) / 2).log_softmax(-1)
-            expected += torch.stack([(p.exp() * (p - r)).sum() for p, r in
-                                     [(before, policy), (after, policy), (before, after)]])  # fmt: skip
-            count += 1
-    kl = report.divergence
-    assert_close(torch.tensor([kl.before, kl.after, kl.between]), expected / count, atol=1e-4, rtol=0)
-    assert kl.agent_tokens == count
-    assert f"checkpoint to π {kl.after:.4g}" in (tmp_path / "plain" / "README.md").read_text()
+def test_of_one_head_the_minimum_folds(tmp_path):
+    model = shaken(attach(build_model(SPEC, TOKENIZER), ValueHeadsConfig("linear", heads=1)))
+    run = save_run(tmp_path / "run", model, sampling=EXACT | {"q_reduce": "min"})
+    export(run, tmp_path / "plain")
+    found = next_log_prob(plain(tmp_path / "plain")[0], prompt_of())
+    assert_close(found, guided(run, prompt_of(), 1.5), atol=1e-4, rtol=0)
 
 
-def test_an_exact_export_is_at_no_distance(tmp_path, logs):
-    kl = export(valued_run(tmp_path / "run"), tmp_path / "plain", logs).divergence
-    assert kl.before == pytest.approx(kl.after, abs=1e-4) and abs(kl.between) < 1e-5 < kl.after
+@pytest.mark.parametrize("form", [{"support": 0.3}, {"support": 0.3, "temperature": 0.5, "top_k": 4},
+                                  {"support": 0.2, "min_p": 0.4}, {"top_p": 0.7, "top_k": 9}])  # fmt: skip
+def test_filters_of_a_policy_without_guidance_are_those_of_generate(tmp_path, form):
+    run = valued_run(tmp_path / "run", beta=0.0, **form)
+    export(run, tmp_path / "plain")
+    model, _ = plain(tmp_path / "plain")
+    prompt = torch.tensor([prompt_of()])
+    written = model.generate(prompt, max_new_tokens=1, output_scores=True, return_dict_in_generate=True).scores[0]
+    wanted = {name: form.get(name) for name in ("top_k", "top_p", "min_p")}
+    logits = next_log_prob(load_model(run).eval(), prompt_of())
+    expected = warp_log_probs(logits, form.get("temperature", 1.0), support=form.get("support", 0.0), **wanted)
+    assert 1 < expected.isfinite().sum() < 250  # something is left out
+    assert_close(written[0].log_softmax(-1), expected, atol=1e-4, rtol=0)
 
 
-def test_through_a_soft_cap_nothing_folds_exactly(tmp_path, logs):
-    run = valued_run(tmp_path / "run", spec=CAPPED)
-    with pytest.raises(InputError, match="^run: found a base with a soft cap .* give --data"):
+def test_the_base_models_own_way_of_decoding_does_not_come_along(tmp_path):
+    model = shaken(attach(build_model(SPEC, TOKENIZER), ValueHeadsConfig("tied")))
+    model.generation_config.update(repetition_penalty=3.0, no_repeat_ngram_size=1, do_sample=True, top_k=2,
+                                   eos_token_id=[2, 7], suppress_tokens=[40])  # fmt: skip
+    run = save_run(tmp_path / "run", model, sampling=EXACT | {"temperature": 0.0})
+    export(run, tmp_path / "plain")
+    model, _ = plain(tmp_path / "plain")
+    expected, written = prompt_of(), model.generate(torch.tensor([prompt_of()]), max_new_tokens=12)[0].tolist()
+    while len(expected) < len(written):
+        expected.append(int(guided(run, expected, 1.5).argmax()))
+    assert written == expected and len(set(written)) < len(written)
+    assert set(model.generation_config.eos_token_id) == {2, 7, RENDERER.close_id}
+
+
+def test_support_before_top_p_is_refused(tmp_path):
+    run = valued_run(tmp_path / "run", beta=0.0, support=0.1, top_p=0.9)
+    with pytest.raises(InputError, match="^support: found 0.1 with top_p 0.9, expected one of them.*top_p null"):
         export(run, tmp_path / "plain")
-    report = export(run, tmp_path / "plain", logs)
-    assert "not exact: the base caps its logits" in str(report)
-    assert report.divergence.between > 1e-3
-    export(run, tmp_path / "without", beta=0.0)
-    bent, _ = plain(tmp_path / "plain")
-    assert bent.config.final_logit_softcapping == 2.0
-    expected = guided(run, prompt_of(), 0.0)
-    assert_close(next_log_prob(plain(tmp_path / "without")[0], prompt_of()), expected, atol=1e-4, rtol=0)
+    export(run, tmp_path / "plain", temperature=0.0)  # the best token is the same
+
+
+def test_through_a_soft_cap_nothing_folds(tmp_path):
+    run = valued_run(tmp_path / "run", spec=CAPPED)
+    with pytest.raises(InputError, match="^run: found gemma2 with a soft cap .* give --beta 0"):
+        export(run, tmp_path / "plain")
+    assert sorted(tmp_path.iterdir()) == [run]
+    export(run, tmp_path / "plain", beta=0.0)
+    model, _ = plain(tmp_path / "plain")
+    assert model.config.final_logit_softcapping == 2.0
+    assert_close(next_log_prob(model, prompt_of()), guided(run, prompt_of(), 0.0), atol=1e-4, rtol=0)
 
 
 def test_heads_that_do_not_fold_are_refused_and_go_without_guidance(tmp_path):
@@ -205,7 +226,7 @@ def test_heads_that_do_not_fold_are_refused_and_go_without_guidance(tmp_path):
     with pytest.raises(InputError, match="^beta: found 1.5 on mlp heads"):
         export(run, tmp_path / "plain")
     report = export(run, tmp_path / "plain", beta=0.0)
-    assert str(report).startswith("plays: the policy as it is\nexact")
+    assert str(report).startswith("plays: the policy as it is\nexact: ")
     assert_close(next_log_prob(plain(report.folder)[0], prompt_of()), guided(run, prompt_of(), 0.0))
     with pytest.raises(InputError, match="^ask: found 3, expected none"):
         export(run, tmp_path / "asked", beta=0.0, ask=3)
@@ -214,9 +235,9 @@ def test_heads_that_do_not_fold_are_refused_and_go_without_guidance(tmp_path):
 # Returns
 
 
-def test_returns_become_tokens_that_say_the_same(tmp_path, logs):
+def test_returns_become_tokens_that_say_the_same(tmp_path):
     run = told_run(tmp_path / "run")
-    report = export(run, tmp_path / "plain", logs)
+    report = export(run, tmp_path / "plain")
     model, tokenizer = plain(tmp_path / "plain")
     policy, rows = LanguagePolicy.load(run), len(TOKENIZER)
     assert report.returns == ["<return_none>", *(f"<return_{b}>" for b in range(1, 6))] and report.readable
@@ -229,7 +250,6 @@ def test_returns_become_tokens_that_say_the_same(tmp_path, logs):
             logits = model(input_ids=torch.tensor([read])).logits[0, -1]
         assert_close(logits[:rows].log_softmax(-1), expected, atol=1e-4, rtol=0)
     assert "return" not in tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True)
-    assert report.divergence.before == 0.0 and abs(report.divergence.between) < 1e-5
     card = (tmp_path / "plain" / "README.md").read_text()
     assert "How are you?<eos><return_5><assistant>" in card
     assert "|  | `<return_1>` | 0 | 0.5 | 1 |" in card and "asks for 3.0, `<return_4>`." in card
@@ -357,13 +377,13 @@ def test_a_token_of_the_same_name_is_refused(tmp_path):
 
 def test_a_checkpoint_that_differs_from_the_run_is_not_kept(tmp_path, monkeypatch):
     run = valued_run(tmp_path / "run")
-    monkeypatch.setattr("offline_lmrl.evaluation.export.logit_scale", lambda model: (2.0, True))
+    monkeypatch.setattr("offline_lmrl.evaluation.export.head_scale", lambda model: 2.0)
     with pytest.raises(InputError, match="^run: found an export of gpt2 that differs from the run by"):
         export(run, tmp_path / "plain")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_the_command_prints_the_report_and_the_folder_or_one_line_about_what_is_wrong(tmp_path, logs, capsys):
+def test_the_command_prints_the_report_and_the_folder_or_one_line_about_what_is_wrong(tmp_path, capsys):
     transformers.logging.disable_progress_bar()  # as a shell without a terminal has it
     run, output = valued_run(tmp_path / "run", q_reduce="min"), str(tmp_path / "plain")
     capsys.readouterr()
@@ -375,16 +395,14 @@ def test_the_command_prints_the_report_and_the_folder_or_one_line_about_what_is_
         return err.removeprefix("error: ")
 
     assert refused(run).startswith("output: missing, expected `offline-lmrl export RUN --output DIR")
-    assert refused(run, "--output", output).startswith("q_reduce: found 'min', expected 'mean'")
+    assert refused(run, "--output", output).startswith("beta: found 1.5 with q_reduce min, expected guidance that")
     assert refused(run, "--output", output, "--stop", "x").startswith("--stop: found a setting that does not exist")
-    assert refused(run, "--output", output, "--data", tmp_path / "none.jsonl").startswith(str(tmp_path / "none.jsonl"))
     assert refused(tmp_path / "none", "--output", output).startswith(f"{tmp_path / 'none'}: found no such folder")
     assert refused(run, "--output", run).startswith("output: found ")
-    blocked = logs / "plain"
+    blocked = run / "config.json" / "plain"
     assert str(blocked) in refused(run, "--output", blocked, "--q_reduce", "mean")
-    assert cli.main(["export", str(run), "--output", output, "--data", str(logs), "--beta", "2"]) == 0
+    assert cli.main(["export", str(run), "--output", output, "--q_reduce", "mean", "--beta", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["plays: log π + 2 · Q, mean of the Q heads, folded into the LM head",
-                         "converted: q_reduce min to mean"]  # fmt: skip
-    assert lines[2].startswith("KL per token over ") and lines[-1] == output
+    assert lines[0] == "plays: log π + 2 · Q, mean of the Q heads, folded into the LM head"
+    assert lines[1].startswith("exact: ") and lines[2:] == [output]
     assert_close(next_log_prob(plain(output)[0], prompt_of()), guided(run, prompt_of(), 2.0), atol=1e-4, rtol=0)

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.models.guided import attach, attach_returns, load_model
-from offline_lmrl.models.plain import fold, logit_scale, plain, q_matrix, spell_returns
+from offline_lmrl.models.plain import fold, head_scale, plain, q_matrix, spell_returns
 from tests.models.test_return_embedding import BLOCK, NULL, REWARDS, conditioned
 from tests.tiny_models import FAMILIES, VOCABULARY, guided_model, tiny_model
 
@@ -19,9 +19,8 @@ UNCAPPED = [family for family in FAMILIES if family != "gemma2"]
 def folded(model, q_reduce="mean"):
     rows = q_matrix(model.value_heads.target_q, model.get_output_embeddings().weight, q_reduce)
     model = plain(model)
-    scale, linear = logit_scale(model)
-    fold(model, BETA / scale * rows)
-    return model, linear
+    fold(model, BETA / head_scale(model) * rows)
+    return model
 
 
 @torch.no_grad()
@@ -42,8 +41,7 @@ def test_folded_logits_are_the_guided_distribution(family, kind, tmp_path, monke
         monkeypatch.setitem(FAMILIES, family, FAMILIES[family] | {"tie_word_embeddings": True})
     q_reduce = "mean" if kind == "tied" else "first"
     expected = guided_log_prob(guided_model(family, kind), q_reduce)
-    model, linear = folded(guided_model(family, kind), q_reduce)
-    assert linear
+    model = folded(guided_model(family, kind), q_reduce)
     model.save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -56,23 +54,41 @@ def test_folded_logits_are_the_guided_distribution(family, kind, tmp_path, monke
     assert (expected - base(input_ids=IDS).logits.log_softmax(-1)).abs().max() > 0.1  # guidance did something
 
 
-@pytest.mark.parametrize("family, scale", [("gpt2", 1.0), ("cohere", 0.25), ("granite", 1 / 3), ("gemma2", 1.0)])
-def test_the_scale_of_logits_is_found_and_a_soft_cap_is_none(family, scale):
+@pytest.mark.parametrize("family, scale", [("gpt2", 1.0), ("cohere", 0.25), ("granite", 1 / 3)])
+def test_the_scale_of_logits_is_found(family, scale):
     if family == "granite":
         sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
                  "num_attention_heads": 2, "num_key_value_heads": 1, "logits_scaling": 3.0}  # fmt: skip
         model = attach(AutoModelForCausalLM.from_config(AutoConfig.for_model("granite", **sizes)), None)
     else:
         model = attach(tiny_model(family), None)
-    found, linear = logit_scale(model)
-    assert found == pytest.approx(scale, rel=1e-3)
-    assert linear == (family != "gemma2")
+    assert head_scale(model) == pytest.approx(scale, rel=1e-5)
 
 
-def test_a_cap_far_above_a_models_own_logits_is_seen():
+@pytest.mark.parametrize("place", ["before the head", "in the head"])
+def test_a_scale_on_the_way_to_the_logits_is_found(place):
+    model = attach(tiny_model("cohere"), None)
+    head = model.get_output_embeddings()
+    if place == "before the head":
+        head.register_forward_pre_hook(lambda module, args: (args[0] / 4,))
+    else:
+        head.register_forward_hook(lambda module, args, output: output / 4)
+    assert head_scale(model) == pytest.approx(0.25 / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("cap", [1.0, 30.0])  # 30: that of Gemma 2, whose logits here stay below 2
+def test_a_soft_cap_is_no_scale(cap):
     model = attach(tiny_model("gemma2"), None)
-    model.config.final_logit_softcapping = 30.0  # Gemma 2's; this model's logits stay below 2
-    assert not logit_scale(model)[1]
+    model.config.final_logit_softcapping = cap
+    with pytest.raises(InputError, match="^run: found gemma2 with a soft cap"):
+        head_scale(model)
+
+
+def test_a_transform_of_the_hidden_states_is_no_scale():
+    model = attach(tiny_model("llama"), None)
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (torch.nn.functional.gelu(args[0]),))
+    with pytest.raises(InputError, match="^run: found llama with a transform before its LM head"):
+        head_scale(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -139,7 +155,7 @@ def test_lora_is_merged_and_a_tied_head_keeps_the_matrix_that_it_read(tmp_path):
     config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], r=2, task_type="CAUSAL_LM", init_lora_weights=False)
     model = peft.get_peft_model(model, config).eval()
     expected = guided_log_prob(model, "mean")
-    model, _ = folded(model)
+    model = folded(model)
     model.save_pretrained(tmp_path)
     found = load_model(tmp_path).eval()(input_ids=IDS).logits.log_softmax(-1)
     assert_close(found, expected, atol=1e-4, rtol=0)
