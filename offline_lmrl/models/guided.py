@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 from offline_lmrl.data.conditioning import Slots, check_ask, with_slots
@@ -382,7 +383,11 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__doc__": f"{base.__name__} with value heads and rows for returns; see `Guided`.",
         "_keep_in_fp32_modules_strict": {*(base._keep_in_fp32_modules_strict or ()), *PARTS},
     }
-    return type(f"Guided{base.__name__}", (Guided, base), parts)
+    name = f"Guided{base.__name__}"
+    # Old checkpoints, as those of Pythia, name some weights otherwise; transformers looks that up by the class's name.
+    if (renamed := get_checkpoint_conversion_mapping(base.__name__)) is not None:
+        register_checkpoint_conversion_mapping(name, renamed, overwrite=True)
+    return type(name, (Guided, base), parts)
 
 
 def _without_adapter(model: nn.Module) -> PreTrainedModel:

@@ -223,6 +223,13 @@ def test_a_model_that_was_cut_is_one_line(tmp_path):
         load_model(tmp_path)
 
 
+def test_weights_with_the_names_of_an_old_checkpoint_are_read(tmp_path):
+    base = tiny_model("gpt_neox")
+    base.save_pretrained(tmp_path)
+    assert "embed_out.weight" in load_file(tmp_path / "model.safetensors")  # as the checkpoints of Pythia
+    assert_close(logits(load_model(tmp_path).eval()), logits(base))
+
+
 def test_a_model_from_scratch_takes_its_sizes_from_the_tokenizer():
     model = build_model({"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
                          "intermediate_size": 24}, Tokenizer())  # fmt: skip
