@@ -269,9 +269,10 @@ def _difference(
         apart = (scores.log_softmax(-1) - sample.log_prob).abs().max()
         difference = max(difference, apart.nan_to_num(torch.inf).item())
     if not difference < TOLERANCE:
+        remedy = "" if policy.sampling.beta == 0 else "; give --beta 0 for the policy without values"
         raise InputError(
             f"run: found an export of {exported.config.model_type} that differs from the run by "
-            f"{difference:.2g} nats, expected less than {TOLERANCE:g}: this family cannot be exported"
+            f"{difference:.2g} nats, expected less than {TOLERANCE:g}: this one cannot be exported{remedy}"
         )
     return difference
 

@@ -67,7 +67,9 @@ def head_scale(model: PreTrainedModel) -> float:
 
 
 def _multiple(x: Tensor, y: Tensor) -> float | None:
-    """The number c in x = c · y; None where there is none, as with nan among them."""
+    """The number c in x = c · y; None where there is none, as where one holds nan or they differ in shape."""
+    if x.shape != y.shape:
+        return None
     x, y = x.flatten().double(), y.flatten().double()
     scale = x @ y / (y @ y)
     return scale.item() if (x - scale * y).abs().max() < 1e-4 * (scale * y).abs().max() else None

@@ -1,4 +1,5 @@
-"""Episodes before and after `export`: a plain engine that tells returns as the card says plays as the run does."""
+"""Play before and after `export`: a plain engine that tells returns as the card says, and a real chat model with an
+adapter and values, play as the run does."""
 
 import re
 
@@ -7,12 +8,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offline_lmrl.algorithms.return_conditioned import ReturnConditionedConfig, ReturnConditionedTrainer
+from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.protocols import Reply
+from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.tokenizers import load_tokenizer
+from offline_lmrl.data.trajectory import Turn
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.toys import Count
 from offline_lmrl.evaluation.export import export
+from offline_lmrl.models.adapters import save_heads, unfreeze_heads
+from offline_lmrl.models.guided import load_model
+from offline_lmrl.models.value_heads import ValueHeadsConfig
 from tests.gates.small import SPEC, fitted
+from tests.smollm2 import FOLDER, needs_smollm2
 
 LETTERS_READ = 24  # tokens of a reply, many more than a letter needs
 CARD_ROW = re.compile(r"\|  \| `(<return_\d+>)` \| (\S+) \| \S+ \| \d+ \|")
@@ -72,3 +81,40 @@ def test_episodes_are_the_same_before_and_after_export(run, tmp_path):
         assert after.total_return == before.total_return
         earned.append(before.total_return)
     assert len(set(earned)) > 1  # what is told matters
+
+
+@needs_smollm2
+def test_a_real_chat_model_writes_the_same_before_and_after_export(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(FOLDER)
+    model = load_model(FOLDER, value_heads=ValueHeadsConfig("tied"))
+    form = {"beta": 4.0, "q_reduce": "min", "support": 0.02}  # as ILQL saves it
+    model.config.offline_lmrl |= {"algorithm": "ilql", "tokenizer": Renderer(tokenizer).fingerprint, "sampling": form}
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.01)
+        model.value_heads.target_q.map.normal_(std=0.01)
+    unfreeze_heads(model)
+    model.save_pretrained(tmp_path / "run")
+    save_heads(model, tmp_path / "run")
+    tokenizer.save_pretrained(tmp_path / "run")
+    with pytest.raises(InputError, match="q_reduce min, support 0.02, .*--q_reduce mean --support 0, or"):
+        export(tmp_path / "run", tmp_path / "plain")
+    exact = {"q_reduce": "mean", "support": 0.0, "temperature": 0.0}
+    export(tmp_path / "run", tmp_path / "plain", **exact)
+    plain, own = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (tmp_path / "plain", FOLDER))
+    asked = ["How many legs has a spider?", "Write a poem about rain.", "Why is the sky blue?", "Name three fruits."]
+    histories = [[Turn("user", text)] for text in asked]
+    policy, changed = LanguagePolicy.load(tmp_path / "run", **exact, max_new_tokens=24), 0
+    for history, reply in zip(histories, policy.start([0] * 4).reply(range(4), histories), strict=True):
+        message = {"role": "user", "content": history[0].content}
+        prompt = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_tensors="pt",
+                                               return_dict=True)  # fmt: skip
+        after, before = (m.generate(**prompt, max_new_tokens=24, do_sample=False)[0] for m in (plain, own))
+        length = prompt["input_ids"].shape[1]
+        assert tuple(after[length:].tolist()) == reply.token_ids
+        changed += after.tolist() != before.tolist()
+    assert changed > 0  # guidance and adapter do something
