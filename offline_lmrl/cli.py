@@ -15,6 +15,7 @@ from importlib import import_module
 
 from offline_lmrl.algorithms import ALGORITHMS
 from offline_lmrl.data.errors import InputError, Stopped
+from offline_lmrl.data.terminal import visible
 
 COMMANDS = {
     "prepare": ("offline_lmrl.cli_data:prepare", "turn a known source of logs into trajectories or comparisons"),
@@ -38,6 +39,7 @@ HELP = "\n".join(
         *(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()),
         "",
         "offline-lmrl COMMAND --help says what a command takes. Settings on the command line win over the file.",
+        "A setting like package.module:name, also inside a YAML file, imports that module, so its code runs.",
     ]
 )
 
@@ -102,7 +104,7 @@ def _command(name: str):
 
 
 def _refuse(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {visible(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 

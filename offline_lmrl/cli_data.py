@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from offline_lmrl.cli_parser import Parser, call, nearest, split_file
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.terminal import visible
 
 if TYPE_CHECKING:
     from offline_lmrl.data.rendering import Renderer
@@ -129,10 +130,10 @@ def print_report(report: Mapping[str, Any], indent: str = "") -> None:
     """`name: value` per line, a nested report further in, and what is nested in that on one line if it is flat."""
     for name, value in report.items():
         if isinstance(value, Mapping) and value:
-            print(f"{indent}{name}:")
+            print(visible(f"{indent}{name}:"))
             print_report({inner: _flat(one) for inner, one in value.items()}, indent + "  ")
         else:
-            print(f"{indent}{name}: {_plain(value)}")
+            print(visible(f"{indent}{name}: {_plain(value)}"))
 
 
 def _flat(value: Any) -> Any:
@@ -169,6 +170,7 @@ def _check(
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     from offline_lmrl.data.checks import check, token_table
     from offline_lmrl.data.io import holds_comparisons, read_splits
@@ -187,7 +189,8 @@ def _check(
     console = Console()
     check(splits, renderer, max_length, counts).print(console)
     if renderer is not None:
-        table = Table("", "token", "role", "agent's", "reward", title=f"{name}: row {row}", title_justify="left")
+        title = Text(visible(f"{name}: row {row}"))
+        table = Table("", "token", "role", "agent's", "reward", title=title, title_justify="left")
         for token in token_table(rows[row - 1], renderer):
             reward = "" if token.reward is None else f"{token.reward:g}"
             table.add_row(str(token.index), escape(repr(token.text)), token.role, "x" if token.action else "", reward)
@@ -208,7 +211,7 @@ def _check_comparisons(data: str, renderer: "Renderer | None", max_length: int |
             fits: Counter[str] = Counter()
             encoded = encode_comparisons(rows, renderer, WindowRule(max_length=max_length or sys.maxsize), fits)
             report |= {"tokens of the longest row": int(encoded.lengths.max()), **fits}
-        print(f"{name}:")
+        print(visible(f"{name}:"))
         print_report(report, "  ")
     groups = {name: {group_key(row) for row in rows} for name, rows in splits.items()}
     shared = {f"{a}, {b}": len(groups[a] & groups[b]) for a, b in combinations(groups, 2) if groups[a] & groups[b]}

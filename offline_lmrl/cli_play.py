@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from offline_lmrl.cli_data import check_output, check_output_file, print_report
 from offline_lmrl.cli_parser import Parser
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.terminal import visible
 from offline_lmrl.data.trajectory import (
     Trajectory,
     Turn,
@@ -102,7 +103,7 @@ def _evaluate(
     Args:
       run: a run directory, or a folder or hub name of a causal LM; for comparisons a scorer, as `relabel` takes it.
       environment: maze, wordle, negotiation, corridor, gamble, count, count1, talk, talk_trap, hidden_rule, walk, or
-        your own as package.module:Class.
+        your own as package.module:Class (its code runs).
       settings: the environment's own arguments, as --settings.observed partial.
       episodes: how many are played.
       seed: the first episode's; the others follow.
@@ -159,10 +160,10 @@ def _evaluate(
             write_trajectories(output, result.trajectories)
         _print_result(result)
     if show is not None:
-        print(offline.show(policy, trajectories[show - 1], shown_first))
+        print(visible(offline.show(policy, trajectories[show - 1], shown_first)))
     elif trajectories:
         logs = {"betas": betas, "kl_budget": kl_budget, "demonstrations": shown_first}
-        print(offline.evaluate_offline(policy, trajectories, **logs))
+        print(visible(str(offline.evaluate_offline(policy, trajectories, **logs))))
         _print_off_policy(policy, trajectories, fqe)
 
 
@@ -246,7 +247,7 @@ def _print_off_policy(policy: "LanguagePolicy", trajectories: Sequence[Trajector
     try:
         print(f"  weighted importance sampling: {importance_sampling(policy, trajectories)}")
     except InputError as error:
-        print(f"  weighted importance sampling: left out, {error}")
+        print(visible(f"  weighted importance sampling: left out, {error}"))
     if fqe != 0:
         with _progress("fitting", fqe) as progress:
             found = fitted_q_evaluation(policy, trajectories, fqe, progress=progress)
@@ -258,7 +259,7 @@ def _print_result(result: "EvaluationResult") -> None:
     labels = summary.pop("labels")
     print(f"score: {result.score()}")
     for name, value in {**summary, **labels}.items():
-        print(f"{name}: {value:.4g}")
+        print(visible(f"{name}: {value:.4g}"))
 
 
 def _generate(
@@ -296,8 +297,9 @@ def _generate(
       held_out: file of prompts, as `prompts`.
       abstention: what is said instead [I don't know.]; such a row is no reply, so it is not trained and reading drops
         it, counted.
-      contexts: package.module:function that gives, for the turns so far, several dialogues (lists of turns) which the
-        replies are drawn from in turn, such as one for each document to answer from; the scorer reads the turns.
+      contexts: package.module:function (its code runs) that gives, for the turns so far, several dialogues (lists of
+        turns) which the replies are drawn from in turn, such as one for each document to answer from; the scorer reads
+        the turns.
       task: what is talked about, for a run that was trained with returns per task.
       device: null = the first accelerator, else the CPU.
     """
@@ -333,7 +335,7 @@ def _generate(
     replies = list(_replies(player, policy.renderer.fingerprint, histories, n, seed))
     rows = [json.dumps(to_record(row), ensure_ascii=False) + "\n" for row in replies]
     if output == "-":
-        sys.stdout.writelines(rows)
+        sys.stdout.writelines(map(visible, rows))  # the same rows as JSON
     else:
         with atomic_output(output) as temporary:
             temporary.write_text("".join(rows), encoding="utf-8")
@@ -424,7 +426,7 @@ def _chat(policy: "Policy", seed: int) -> None:
         turns.append(Turn("user", text))
         (reply,) = session.reply([0], [turns])
         turns.append(Turn("assistant", reply.text, token_ids=reply.token_ids))
-        print(reply.text, flush=True)
+        print(visible(reply.text), flush=True)
 
 
 def _ask() -> str | None:

@@ -33,8 +33,8 @@ def _relabel(
 
     Args:
       data: a file, folder or hub name of trajectories or of comparisons.
-      scorer: folder or hub name of a reward model, package.module:function, a YAML file, or a mapping such as
-        "{kind: ensemble, scorers: [runs/a, runs/b], k: 1}".
+      scorer: folder or hub name of a reward model, package.module:function (its code runs), a YAML file, or a mapping
+        such as "{kind: ensemble, scorers: [runs/a, runs/b], k: 1}".
       output: file (.jsonl, .jsonl.gz, .parquet) or datasets folder; for data with several splits a folder.
       place: of trajectories' rewards: on the last agent turn [default], or each agent turn scored by itself.
       make: what comparisons become: targets [default] or rewards.

@@ -27,6 +27,7 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.files import differences, locked, read_object, reading, say_differences, sweep
 from offline_lmrl.data.io import fingerprint, read_comparisons, read_trajectories, write_text
 from offline_lmrl.data.preferences import RewardKind, to_trajectories
+from offline_lmrl.data.terminal import visible
 from offline_lmrl.data.tokenizers import load_tokenizer, train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding.scorers import fitting, load_scorer
@@ -331,7 +332,7 @@ def train(
             write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
             _say_start(trainer, folder, checkpoint, there == "shorter")
             for reason, n in (+counts + trainer.counts).items():
-                log.warning("%s: %s: %d", folder, reason, n)
+                log.warning("%s: %s: %d", folder, visible(reason), n)
         trainer.accelerator.wait_for_everyone()
         with noted_signals() as trainer.signals:
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -10,6 +10,7 @@ import numpy as np
 
 from offline_lmrl.data.forms import REWARD_REMOVED
 from offline_lmrl.data.io import content_key, group_key
+from offline_lmrl.data.terminal import visible
 from offline_lmrl.data.trajectory import Trajectory, Turn, with_own_token_ids
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class CheckReport:
             if counts:
                 console.print(_counts_table(title, counts))
         for warning in self.warnings:
-            console.print(Text(f"warning: {warning}", style="yellow"))
+            console.print(Text(visible(f"warning: {warning}"), style="yellow"))
         if not self.warnings:
             console.print("no warnings")
 
@@ -268,9 +269,9 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) ->
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left")
+    table = Table(title=Text(visible(title)), title_justify="left")
     for place, column in enumerate(columns):
-        table.add_column(Text(column), justify="right" if place == 1 else "left")
+        table.add_column(Text(visible(column)), justify="right" if place == 1 else "left")
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row))
     return table
@@ -279,4 +280,4 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) ->
 def _cell(value: Any) -> str:
     if value is None:
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else visible(str(value))

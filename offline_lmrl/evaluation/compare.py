@@ -37,6 +37,7 @@ from offline_lmrl.data.io import (
 )
 from offline_lmrl.data.parallel import end_with_parent
 from offline_lmrl.data.preferences import to_trajectories
+from offline_lmrl.data.terminal import visible
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.decoding.planner import Planner, PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
@@ -107,8 +108,8 @@ def _compare(comparison: "_Comparison") -> Path:
                 for row in comparison.measure(method, seed, comparison.missing(method, seed)):
                     comparison.add(row)
     drawn = table(comparison.rows)
-    write_text(comparison.folder / "table.md", drawn + "\n")
-    Console().print(drawn, markup=False, highlight=False, soft_wrap=True)
+    write_text(comparison.folder / "table.md", visible(drawn) + "\n")
+    Console().print(visible(drawn), markup=False, highlight=False, soft_wrap=True)
     return write_report(comparison.folder) / "report.html"
 
 
@@ -159,7 +160,7 @@ class _Comparison:
         self.runs: dict[tuple[str, int], Path] = {}
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(visible(text), markup=False, highlight=False)
 
     # Settings and results that exist.
 
@@ -632,7 +633,7 @@ def transcripts(result: EvaluationResult, seeds: Sequence[int]) -> str:
         head = f"episode {row['seed']}, score {row['score']:g}, {json.dumps(row['labels'], ensure_ascii=False)}"
         turns = [f"{turn.role}: {turn.content}" for turn in trajectory.turns]
         blocks.append("\n".join([head, *turns, ""]))
-    return "\n".join(blocks)
+    return visible("\n".join(blocks))
 
 
 def dialogues(result: EvaluationResult, seeds: Sequence[int]) -> list[Row]:

@@ -207,7 +207,7 @@ class EvaluationConfig:
 class CompareConfig:
     """A comparison of methods on one environment.
 
-    environment: `name` of a known environment or `package.module:Class`, and its keywords.
+    environment: `name` of a known environment or `package.module:Class` (its code runs), and its keywords.
     training_environment: keywords that differ where methods play in order to learn (scenarios that nothing is reported
       on, say).
     data: `train` and `validation`, files or folders of trajectories.

@@ -16,6 +16,7 @@ from typing import Any
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.files import say_differences
 from offline_lmrl.data.io import atomic_output
+from offline_lmrl.data.terminal import visible
 from offline_lmrl.evaluation.figures import INK, PAPER, Drawing, draw
 from offline_lmrl.evaluation.metrics import Estimate
 from offline_lmrl.evaluation.report import (
@@ -68,7 +69,7 @@ def write_report(folder: str | Path) -> Path:
     for drawing in drawings:
         files |= {f"figures/{drawing.name}.svg": drawing.svg, f"figures/{drawing.name}.png": drawing.png}
     files["manifest.json"] = json.dumps(manifest(results, files["results.jsonl"]), indent=1, ensure_ascii=False) + "\n"
-    files |= {"report.md": as_markdown(page), "report.html": as_html(page)}
+    files |= {"report.md": visible(as_markdown(page)), "report.html": visible(as_html(page))}
     shutil.rmtree(report / "figures", ignore_errors=True)  # of rows that may have gone
     for name, content in files.items():
         with atomic_output(report / name) as temporary:
@@ -312,30 +313,41 @@ def as_markdown(page: Sequence[Block]) -> str:
 
 
 def _figure_markdown(drawing: Drawing) -> str:
-    return f"![{drawing.title}](figures/{drawing.name}.svg)\n\n{drawing.title}. {drawing.caption}"
+    title, caption = _text(drawing.title), _text(drawing.caption)
+    return f"![{title}](figures/{drawing.name}.svg)\n\n{title}. {caption}"
 
 
 def _dialogues_markdown(told: Sequence[tuple[int, list, list]]) -> str:
     parts = []
     for seed, shared, said in told:
         parts.append(f"### Episode {seed}")
-        parts += [f"> {role}: {_one_line(text)}" for role, text in shared]
+        parts += [f"> {_quoted(role)}: {_quoted(text)}" for role, text in shared]
         for key, sample in said:
             turns = _shortened(sample["turns"][len(shared) :])
-            lines = [f"- {role}: {_one_line(text)}" if role else f"- {text}" for role, text in turns]
-            parts.append("\n".join([f"{key}, score {sample['score']:g}", "", *lines]))
+            lines = [f"- {_quoted(role)}: {_quoted(text)}" if role else f"- {text}" for role, text in turns]
+            parts.append("\n".join([f"{_text(str(key))}, score {sample['score']:g}", "", *lines]))
     return "\n\n".join(parts)
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _text(text: str) -> str:
+    """Our own words, names and values as one line of Markdown: nothing in it is a tag, a link or the end of a cell."""
+    return re.sub(r"\||\](?=[(\[:])", r"\\\g<0>", escape(" ".join(text.split()), quote=False))
+
+
+def _quoted(text: str) -> str:
+    """Text of a log or a model as Markdown that shows it as it is."""
+    return re.sub(r"[][\\`*_~|#$]", r"\\\g<0>", escape(" ".join(text.split()), quote=False))
+
+
+def _table_markdown(lines: Sequence[Line]) -> str:
+    return markdown([{_text(name): _text(text) for name, text in line.items()} for line in lines])
 
 
 MARKDOWN = {
-    **{f"h{level}": lambda text, level=level: f"{'#' * level} {text}" for level in (1, 2, 3)},
-    "p": str,
-    "list": lambda items: "\n".join(f"- {item}" for item in items),
-    "table": markdown,
+    **{f"h{level}": lambda text, level=level: f"{'#' * level} {_text(text)}" for level in (1, 2, 3)},
+    "p": _text,
+    "list": lambda items: "\n".join(f"- {_text(item)}" for item in items),
+    "table": _table_markdown,
     "figure": _figure_markdown,
     "figures": lambda drawings: "\n\n".join(map(_figure_markdown, drawings)),
     "dialogues": _dialogues_markdown,

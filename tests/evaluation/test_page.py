@@ -190,11 +190,29 @@ def test_the_first_lines_say_which_method_at_what_cost_and_how_sure(drawn):
     assert "Fewer than 5 training seeds" in text
 
 
+def test_text_of_logs_is_shown_as_it_is_and_commands_no_terminal(tmp_path, plain):
+    said = "\x1b[2J<script>x</script> ![p](http://a/b.png) [l](c) *b* `c` | d \x9b1m \u202eleft\r\n# no heading"
+    rows = results()
+    for row in rows:
+        if row.get("samples"):
+            row["samples"] = [{"seed": 77, "score": 1.0, "turns": [["user", said], ["assistant", said]]}]
+        if row["kind"] == "run":
+            row["labels"] = {"a|<b>\x1b[1m": 1.0}
+    report = write_report(write(tmp_path, rows))
+    for name in ("report.md", "report.html"):
+        text = (report / name).read_text()
+        assert not set("\x1b\x9b\r\u202e") & set(text) and "\\u001b[2J" in text.replace("\\[", "[")
+        assert "<script>" not in text and "<b>" + chr(92) not in text
+    text = (report / "report.md").read_text()
+    assert r"!\[p\](http://a/b.png) \[l\](c) \*b\* \`c\` \| d" in text and "\n# no heading" not in text
+    assert r" a\|&lt;b&gt;\u001b[1m " in text
+
+
 def test_dialogues_stand_side_by_side_behind_the_turns_they_share(drawn):
     text = (drawn / "report.md").read_text().partition("# Ten fixed dialogues")[2]
     episode = text.partition("### Episode 77")[2].partition("## Configuration")[0]
-    assert episode.count("> user: safe or <gamble>?") == 1
-    assert episode.count("- assistant: safe & sound") == 9  # 7 settings twice, less PPO's greedy one and the like
+    assert episode.count("> user: safe or &lt;gamble&gt;?") == 1
+    assert episode.count("- assistant: safe &amp; sound") == 9  # 7 settings twice, less PPO's greedy one and the like
     assert "ilql, greedy, β by returns, score 3.25" in episode
 
 
