@@ -23,7 +23,7 @@ from typing import Any
 from data_prep import fields, trajectories
 from data_prep.comparisons import import_rows
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import Drop, extra_columns, read_messages
+from offline_lmrl.data.forms import Drop, extra_columns, given_fields, read_messages, thumb
 from offline_lmrl.data.preference_forms import root_group
 from offline_lmrl.data.trajectory import Trajectory, Turn, build_trajectory, shown
 
@@ -87,7 +87,7 @@ def read_chat(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
     credited = [replace(turn, trainable=None, reward=scored[i]) if i in scored else
                 replace(turn, trainable=False) if turn.is_trainable else turn
                 for i, turn in enumerate(turns[: max(scored) + 1])]  # fmt: skip
-    given = {name: row[name] for name in ("group", "source") if row.get(name) is not None}
+    given = given_fields(row, ("group", "source"), where, counts)
     made = build_trajectory(credited, {"group": root_group(turns), "source": "chat-thumbs", **given}, where)
     labels = extra_columns(row, {name for name in row if row[name] is not None} - _FIELDS, counts)
     return replace(made, labels={
@@ -112,7 +112,7 @@ def _value(reaction: Mapping, where: str, counts: Counter[str]) -> float:
     if reaction.get("value") is not None:
         value = fields.number(reaction, "value", where)
     else:
-        liked, disliked = (fields.thumb(reaction.get(name), name, where, counts) for name in ("liked", "disliked"))
+        liked, disliked = (thumb(reaction.get(name), name, where, counts) for name in ("liked", "disliked"))
         value = float(bool(liked) - bool(disliked))
     if value not in (1, -1):
         raise Drop("neither up nor down")

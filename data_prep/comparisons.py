@@ -222,7 +222,7 @@ def _read(row: Any, where: str, read: Callable[[Any, str, Counter], Any], counts
     counts["rows"] += 1
     mine: Counter[str] = Counter()  # the repairs of a row that is dropped do not count
     try:
-        row = parsed(row, where)
+        row = parsed(row, where, mine)
         if not isinstance(row, Mapping):
             raise InputError(f"{where}: row: found {shown(row)}, expected an object")
         one = read(row, where, mine)

@@ -1,6 +1,5 @@
 """Fields of raw rows: of the type an importer needs, or an InputError "where: name: found X, expected Y"."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -61,16 +60,3 @@ def inner(record: Mapping, name: str, where: str) -> Mapping:
 def facts(record: Mapping, names: Iterable[str]) -> dict[str, str | float]:
     """The texts, numbers and flags under some names, for the labels; anything else is left out."""
     return {name: record[name] for name in names if isinstance(record.get(name), str | int | float)}
-
-
-def thumb(value: Any, name: str, where: str, repairs: Counter[str]) -> bool | None:
-    """A label that is true, false or null, also where it is written as a word or as 1 and 0."""
-    if isinstance(value, bool | None):
-        return value
-    if isinstance(value, str) and value.strip().casefold() in ("true", "false"):
-        repairs["repaired: label written as a word"] += 1
-        return value.strip().casefold() == "true"
-    if value in (0, 1):
-        repairs["repaired: label 1 or 0 taken as true or false"] += 1
-        return bool(value)
-    raise InputError(f"{where}: {name}: found {shown(value)}, expected true, false or null")

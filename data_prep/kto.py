@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_prep import fields, trajectories
+from data_prep import trajectories
 from data_prep.comparisons import import_rows
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import Drop, extra_columns
+from offline_lmrl.data.forms import Drop, extra_columns, given_fields, thumb
 from offline_lmrl.data.preference_forms import read_context, read_reply, root_group
 from offline_lmrl.data.trajectory import Trajectory, build_trajectory
 
@@ -49,7 +49,7 @@ def read_labelled(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
     for name in ("prompt", "completion"):
         if row.get(name) is None:
             raise InputError(f"{where}: {name}: found none, expected text or messages")
-    label = fields.thumb(row.get("label"), "label", where, counts)
+    label = thumb(row.get("label"), "label", where, counts)
     if label is None:
         raise Drop("no label")
     context = read_context(row["prompt"], where, counts)
@@ -62,7 +62,7 @@ def read_labelled(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
     if any(turn.reward is not None for turn in reply):
         raise Drop("a reward beside the label")
     reply[agent[-1]] = replace(reply[agent[-1]], reward=1.0 if label else -1.0)
-    given = {name: row[name] for name in ("group", "source", "labels") if row.get(name) is not None}
+    given = given_fields(row, ("group", "source", "labels"), where, counts)
     made = build_trajectory([*context, *reply], {"group": root_group(context), "source": "kto", **given}, where)
     extra = extra_columns(row, {name for name in row if row[name] is not None} - _FIELDS, counts)
     return replace(made, labels={**extra, **made.labels, "label": label})

@@ -18,7 +18,7 @@ from typing import Any
 from data_prep import fields, trajectories
 from data_prep.comparisons import import_rows
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import Drop, extra_columns
+from offline_lmrl.data.forms import Drop, extra_columns, given_fields, thumb
 from offline_lmrl.data.preference_forms import read_context, root_group
 from offline_lmrl.data.trajectory import Trajectory, Turn, build_trajectory
 
@@ -65,7 +65,7 @@ def read_steps(
     turns, labels = [], []
     for i, value in enumerate(values):
         step = fields.text({f"completions[{i}]": steps[i]}, f"completions[{i}]", where)
-        label = fields.thumb(value, f"labels[{i}]", where, counts)
+        label = thumb(value, f"labels[{i}]", where, counts)
         if not step.strip():
             counts["repaired: empty step left out"] += 1
             continue
@@ -79,7 +79,7 @@ def read_steps(
         raise Drop("no step with a label")
     if judged != sorted(judged, reverse=True):
         counts["kept: a right step behind a wrong one"] += 1
-    given = {name: row[name] for name in ("group", "source") if row.get(name) is not None}
+    given = given_fields(row, ("group", "source"), where, counts)
     made = build_trajectory([*context, *turns], {"group": root_group(context), "source": "stepwise", **given}, where)
     extra = extra_columns(row, {name for name in row if row[name] is not None} - _FIELDS, counts)
     return replace(made, labels={**extra, "labels": labels})

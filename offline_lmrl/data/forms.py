@@ -1,14 +1,19 @@
 """The row forms that logs come in, read as trajectories. Nothing is repaired or dropped without being counted.
 
     messages: [{role, content, reward?, trainable?, token_ids?, behaviour_log_prob?}]     the project's own form
+    messages, reward                one number for the whole conversation
     prompt, completion, reward      reward: a number, or null = not scored
     prompt, completion, label       label: true = 1.0, false = 0.0, null = not scored
 
-`prompt` and `completion` are text (a user turn, an agent turn) or lists of messages; the score goes to the last agent
-turn of the completion, and agent turns in the prompt are context: nobody scored them. All forms may carry `terminated,
-group, task, source, labels`; without a group, a prompt form's group is a hash of its prompt. Other columns are kept in
-`labels`, where a column of that name is not there already. A row in which the agent abstained (`generate --threshold`)
-is dropped.
+`prompt` and `completion` are text (a user turn, an agent turn) or lists of messages; the score of a row goes to its
+last agent turn, and agent turns in the prompt are context: nobody scored them. The setting `data.reward` names another
+column that holds the score. All forms may carry `terminated, group, task, source, labels`; without a group, a prompt
+form's group is a hash of its prompt. Other columns are kept in `labels`, where a column of that name is not there
+already. A row in which the agent abstained (`generate --threshold`) is dropped.
+
+Other spellings are read too, and counted: `conversations` with `from` and `value` (ShareGPT), `response` for
+`completion`, other names of roles, numbers, true and false and lists written as text (all that a CSV file can hold).
+`weight: 0` on a message of the agent says that it is not trained on.
 
 Content that is a list of text parts is joined. Tool calls, a thought (`reasoning_content` or `thinking`), and a column
 `tools` are kept apart for the chat template; the column goes to the leading system turn. A message whose content is
@@ -17,17 +22,21 @@ anything else that is not text drops its row; a value of the wrong type is an er
 
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.trajectory import (
     OPTIONAL_TURN_FIELDS,
+    ROLES,
     Trajectory,
     Turn,
     build_trajectory,
+    finite,
+    parse_json,
     read_labels,
     shown,
     turn_from_record,
@@ -35,26 +44,37 @@ from offline_lmrl.data.trajectory import (
 
 PARTS_JOINED = "repaired: text parts joined"
 REWARD_REMOVED = "repaired: reward removed from an untrained turn"
+ROW_REWARD = "repaired: reward of the row put on its last agent turn"
 ABSTAINED = "abstained, no reply"
 
 COMPARISON_FIELDS = (("chosen",), ("rejected",), ("responses", "ranks"), ("responses", "rank"),
                      ("options", "target"))
 
+DIALOGUES = ("messages", "conversations", "conversation")  # columns that hold a whole dialogue
+COMPLETIONS = ("completion", "response")
+_ROLE_NAMES = {
+    **{role: role for role in ROLES}, "developer": "system", "human": "user", "prompter": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot", "ai", "function_call"), "assistant"),
+    **dict.fromkeys(("function", "function_response", "tool_response", "observation"), "tool"),
+}  # fmt: skip
 _MESSAGE_FIELDS = {"role", "content", "reasoning_content", *OPTIONAL_TURN_FIELDS}
 _ROW_FIELDS = {"terminated", "group", "task", "source", "labels"}
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+_WORDS = {"true": True, "false": False, "1": True, "0": False}
 
 
 class Drop(Exception):
     """The row cannot be used; the message is the reason that is counted."""
 
 
-def read_row(row: Any, where: str, counts: Counter) -> Trajectory | None:
+def read_row(row: Any, where: str, counts: Counter, reward: str | None = None) -> Trajectory | None:
     """The trajectory of one row in any accepted form, or None if the row is dropped.
 
     Args:
       row: one object of a log.
       where: "file:row", put in front of every error.
       counts: gets one count per repair of a kept row, or the reason of the drop.
+      reward: the column (or label) that holds the score of a row; None = `reward`, or `label` beside a prompt.
 
     Raises InputError for comparisons, unknown forms and values of the wrong type.
     """
@@ -63,7 +83,7 @@ def read_row(row: Any, where: str, counts: Counter) -> Trajectory | None:
     present = {name for name, value in row.items() if value is not None}
     repairs: Counter = Counter()
     try:
-        turns, group, used = _turns(row, present, where, repairs)
+        turns, group, used = _turns(row, present, where, repairs, reward)
         if "tools" in present:
             turns, used = with_tools(turns, row["tools"], where), used | {"tools"}
         if not any(turn.is_trainable for turn in turns) and _abstained(row, where):
@@ -71,7 +91,7 @@ def read_row(row: Any, where: str, counts: Counter) -> Trajectory | None:
     except Drop as drop:
         counts[f"dropped: {drop}"] += 1
         return None
-    trajectory = build_trajectory(turns, {"group": group, **_given(row, _ROW_FIELDS)}, where)
+    trajectory = build_trajectory(turns, {"group": group, **given_fields(row, _ROW_FIELDS, where, repairs)}, where)
     extra = extra_columns(row, present - used - _ROW_FIELDS, repairs)
     counts.update(repairs)
     return replace(trajectory, labels={**extra, **trajectory.labels}) if extra else trajectory
@@ -106,24 +126,44 @@ def extra_columns(row: Mapping, names: set[str], repairs: Counter) -> dict[str, 
     return extra
 
 
-def _turns(row: Mapping, present: set[str], where: str, repairs: Counter) -> tuple[list[Turn], str, set[str]]:
+def _turns(row: Mapping, present: set[str], where: str, repairs: Counter,
+           reward: str | None) -> tuple[list[Turn], str, set[str]]:
     """The turns, the group where the row gives none, and the fields used up."""
     for fields in COMPARISON_FIELDS:
         if set(fields) <= present:
             raise InputError(f"{where}: {fields[0]}: found a comparison, expected a scored row (messages, or prompt, "
                              "completion and reward or label); comparisons are scored by to_trajectories, or "
                              "data.preference")
-    if "messages" in present:
-        if "reward" in present:
-            raise InputError(f"{where}: reward: found {shown(row['reward'])} beside messages, "
-                             "expected rewards inside the message of the agent turn that earned them")
-        return read_messages(row["messages"], where, "messages", repairs), "", {"messages"}
-    if {"prompt", "completion"} <= present:
+    dialogue = next((name for name in DIALOGUES if name in present), None)
+    completion = next((name for name in COMPLETIONS if name in present), None)
+    if dialogue is not None:
+        turns, used = read_dialogue(row, dialogue, where, repairs)
+        score = _score(row, reward, where, repairs)
+        return _scored(turns, score, dialogue, where, repairs), "", used | ({"reward"} if reward is None else set())
+    if "prompt" in present and completion is not None:
         prompt = read_prompt(row["prompt"], where, repairs)
-        completion = _completion(row["completion"], where, repairs)
-        return [*prompt, *_scored(completion, row, where)], _prompt_group(prompt), {"prompt", "completion", "reward"}
+        turns = _completion(row[completion], where, completion, repairs)
+        if completion != "completion":
+            repairs[f"repaired: column {completion!r} read as completion"] += 1
+        if not any(turn.is_trainable for turn in turns):
+            raise InputError(f"{where}: {completion}: found no agent turn, expected at least one")
+        scored = _scored(turns, _prompt_score(row, where, repairs, reward), completion, where, Counter())
+        used = {"prompt", completion} | ({"reward"} if reward is None else set())
+        return [*prompt, *scored], _prompt_group(prompt), used
     found = ", ".join(sorted(present)) or "none"
     raise InputError(f"{where}: fields: found {found}, expected messages, or prompt, completion and reward or label")
+
+
+def read_dialogue(row: Mapping, name: str, where: str, repairs: Counter) -> tuple[list[Turn], set[str]]:
+    """The turns of a column that holds a dialogue, and the columns used up: a ShareGPT row may have its system text in
+    a column of its own."""
+    turns, used = read_messages(row[name], where, name, repairs), {name}
+    if name != "messages" and isinstance(row.get("system"), str) and not any(turn.role == "system" for turn in turns):
+        used.add("system")
+        if row["system"]:
+            repairs["repaired: column 'system' read as the first turn"] += 1
+            turns.insert(0, Turn("system", read_text(row["system"])))
+    return turns, used
 
 
 def read_prompt(value: Any, where: str, repairs: Counter) -> list[Turn]:
@@ -132,40 +172,128 @@ def read_prompt(value: Any, where: str, repairs: Counter) -> list[Turn]:
         return [Turn("user", read_text(value))] if value else []  # without a prompt the agent opens
     if isinstance(value, Sequence):
         value = [{**message, "trainable": False}
-                 if isinstance(message, Mapping) and message.get("role") == "assistant" else message
+                 if isinstance(message, Mapping) and _role(message) == "assistant" else message
                  for message in value]
     return read_messages(value, where, "prompt", repairs)
 
 
-def _completion(value: Any, where: str, repairs: Counter) -> list[Turn]:
+def _completion(value: Any, where: str, field: str, repairs: Counter) -> list[Turn]:
     if not isinstance(value, str):
-        return read_messages(value, where, "completion", repairs)
+        return read_messages(value, where, field, repairs)
     if not value:
-        raise InputError(f"{where}: completion: found empty text, expected the text of the agent's turn")
+        raise InputError(f"{where}: {field}: found empty text, expected the text of the agent's turn")
     return [Turn("assistant", read_text(value))]
 
 
-def _scored(completion: list[Turn], row: Mapping, where: str) -> list[Turn]:
-    """The completion with the row's score on its last agent turn."""
-    if "reward" not in row and "label" not in row:
-        raise InputError(f"{where}: reward: found neither reward nor label, expected one of them (null = not scored)")
-    reward, label = row.get("reward"), row.get("label")
-    if not isinstance(label, bool | None):
-        raise InputError(f"{where}: label: found {shown(label)}, expected true, false or null")
-    if reward is None and label is not None:
-        reward = float(label)
-    agent = [i for i, turn in enumerate(completion) if turn.is_trainable]
-    if not agent:
-        raise InputError(f"{where}: completion: found no agent turn, expected at least one")
-    if reward is None:
-        return completion
-    if completion[agent[-1]].reward is not None:
-        raise InputError(f"{where}: reward: found one for the row and one in completion[{agent[-1]}], expected one")
+def _prompt_score(row: Mapping, where: str, repairs: Counter, reward: str | None) -> float | None:
+    """The score of a row with a prompt, which says that it has one."""
+    if reward is None and "reward" not in row and "label" not in row:
+        columns = [name for name, value in row.items() if name not in _ROW_FIELDS and is_score(value)]
+        named = f"; data.reward: {columns[0]} takes the column {shown(columns[0])}" if columns else ""
+        raise InputError(f"{where}: reward: found neither reward nor label, expected one of them (null = not scored)"
+                         f"{named}")
+    score = _score(row, reward, where, repairs)
+    label = None if reward is not None else thumb(row.get("label"), "label", where, repairs)
+    return float(label) if score is None and label is not None else score
+
+
+def _score(row: Mapping, column: str | None, where: str, repairs: Counter) -> float | None:
+    """The number under `reward`, or in the named column or label; true counts 1 and false 0."""
+    name = "reward" if column is None else column
+    value = row.get(name)
     try:
-        completion[agent[-1]] = replace(completion[agent[-1]], reward=reward)
+        if column is not None and name not in row:
+            value = read_labels(row.get("labels")).get(name)
+            if value is None:
+                repairs[no_score(name)] += 1
+        return None if value is None else as_number(name, value, repairs)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-    return completion
+
+
+def no_score(name: str) -> str:
+    """The count of rows that lack the column of the score."""
+    return f"kept: no {name!r} in the row, so it is not scored"
+
+
+def is_score(value: Any) -> bool:
+    """Whether a value of a column can be a score."""
+    if isinstance(value, str):
+        return bool(_NUMBER.fullmatch(value.strip())) or value.strip().casefold() in _WORDS
+    return isinstance(value, int | float)
+
+
+def _scored(turns: list[Turn], score: float | None, field: str, where: str, repairs: Counter) -> list[Turn]:
+    """The turns with the row's score on the last of the agent's."""
+    agent = [i for i, turn in enumerate(turns) if turn.is_trainable]
+    if score is None or not agent:
+        return turns
+    rewarded = [i for i in agent if turns[i].reward is not None]
+    if rewarded:
+        raise InputError(f"{where}: reward: found one for the row and one in {field}[{rewarded[0]}], expected one")
+    repairs[ROW_REWARD] += 1
+    turns[agent[-1]] = replace(turns[agent[-1]], reward=score)
+    return turns
+
+
+def thumb(value: Any, name: str, where: str, repairs: Counter) -> bool | None:
+    """A label that is true, false or null, also where it is written as a word or as 1 and 0."""
+    if isinstance(value, bool | None):
+        return value
+    if isinstance(value, str) and value.strip().casefold() in _WORDS:
+        repairs["repaired: label written as a word"] += 1
+        return _WORDS[value.strip().casefold()]
+    if value in (0, 1):
+        repairs["repaired: label 1 or 0 taken as true or false"] += 1
+        return bool(value)
+    raise InputError(f"{where}: {name}: found {shown(value)}, expected true, false or null")
+
+
+def as_number(name: str, value: Any, repairs: Counter) -> float:
+    """A finite number, also where it is written as text; true is 1 and false 0. Raises InputError without a place."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        repairs[f"repaired: {name} written as text"] += 1
+        value = float(value)
+    elif isinstance(value, str) and value.strip().casefold() in _WORDS:
+        value = _WORDS[value.strip().casefold()]
+    if isinstance(value, bool):
+        repairs[f"repaired: {name} true or false taken as 1 or 0"] += 1
+        value = float(value)
+    return finite(name, value)
+
+
+def as_list(value: Any, repairs: Counter) -> Any:
+    """The list that text spells in JSON; any other value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            return value
+        repairs["repaired: list written as JSON text"] += 1
+    return value
+
+
+def is_whole(value: Any) -> bool:
+    """True for a number without a fraction; Parquet with nulls makes 3 a 3.0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0
+
+
+def given_fields(row: Mapping, names: Collection[str], where: str, repairs: Counter) -> dict[str, Any]:
+    """The fields of a row under some of its own names that are not null. A whole number as group becomes text;
+    `terminated` and `weight` may be written as text."""
+    given = {name: row[name] for name in names if row.get(name) is not None}
+    for name in ("group", "task", "source"):
+        if is_whole(given.get(name)):
+            repairs[f"repaired: {name} that is a number taken as text"] += 1
+            given[name] = str(int(given[name]))
+    if isinstance(given.get("terminated"), str | int):
+        given["terminated"] = thumb(given["terminated"], "terminated", where, repairs)
+    if isinstance(given.get("weight"), str):
+        try:
+            given["weight"] = as_number("weight", given["weight"], repairs)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+    return given
 
 
 def read_messages(messages: Any, where: str, field: str, repairs: Counter, allow_empty: bool = False) -> list[Turn]:
@@ -174,6 +302,7 @@ def read_messages(messages: Any, where: str, field: str, repairs: Counter, allow
     Raises Drop for content that is not text, InputError for values of the wrong type and, unless `allow_empty`, for
     an agent's turn without text.
     """
+    messages = as_list(messages, repairs)
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise InputError(f"{where}: {field}: found {shown(messages)}, expected a list of messages")
     return [_turn(message, f"{where}: {field}[{i}]", repairs, allow_empty) for i, message in enumerate(messages)]
@@ -182,6 +311,7 @@ def read_messages(messages: Any, where: str, field: str, repairs: Counter, allow
 def _turn(message: Any, where: str, repairs: Counter, allow_empty: bool) -> Turn:
     if not isinstance(message, Mapping):
         raise InputError(f"{where}: found {shown(message)}, expected an object with role and content")
+    message = _named(message, where, repairs)
     plain = {**message, "content": _content(message, repairs), "thinking": _thought(message, where)}
     if plain.get("tool_calls") and not isinstance(plain["tool_calls"], str):
         # Arrow fills every field that some other row has with null, so a null in a call says nothing.
@@ -199,6 +329,35 @@ def _turn(message: Any, where: str, repairs: Counter, allow_empty: bool) -> Turn
         if message[name] is not None:
             repairs[f"repaired: message field {name!r} left out"] += 1
     return turn_from_record(plain, where, allow_empty)
+
+
+def _named(message: Mapping, where: str, repairs: Counter) -> dict[str, Any]:
+    """The message under our names: ShareGPT's `from` and `value`, other roles, `weight`, rewards written as text."""
+    message = {name: value for name, value in message.items() if value is not None}
+    if {"from", "value"} <= message.keys() and not {"role", "content"} & message.keys():
+        repairs["repaired: from and value read as role and content"] += 1
+        message["role"], message["content"] = message.pop("from"), message.pop("value")
+    role = _role(message)
+    if role != message.get("role"):
+        repairs[f"repaired: role {message['role']!r} read as {role!r}"] += 1
+        message["role"] = role
+    if message.get("weight") in (0, 1) and role == "assistant":
+        if message.pop("weight") == 0:
+            if message.setdefault("trainable", False) is True:
+                raise InputError(f"{where}.weight: found 0 beside trainable true, expected one of them")
+            repairs["repaired: weight 0 read as not trained on"] += 1
+    if isinstance(message.get("reward"), str):
+        try:
+            message["reward"] = as_number("reward", message["reward"], repairs)
+        except InputError as error:
+            raise InputError(f"{where}.{error}") from error
+    return message
+
+
+def _role(message: Mapping) -> Any:
+    """The role of a message under our name for it, where we have one."""
+    role = message.get("role", message.get("from"))
+    return _ROLE_NAMES.get(role.strip().casefold(), role) if isinstance(role, str) else role
 
 
 def _content(message: Mapping, repairs: Counter) -> Any:
@@ -249,10 +408,6 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nulls(inner) for inner in value]
     return value
-
-
-def _given(row: Mapping, names: set[str]) -> dict[str, Any]:
-    return {name: row[name] for name in names if row.get(name) is not None}
 
 
 def _prompt_group(prompt: Sequence[Turn]) -> str:

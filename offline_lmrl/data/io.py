@@ -1,5 +1,6 @@
-"""Data on disk: JSON Lines, Parquet, `datasets` folders and hub names; splits by group; fingerprints."""
+"""Data on disk: JSON Lines, Parquet, CSV, `datasets` folders and hub names; splits by group; fingerprints."""
 
+import csv
 import errno
 import gzip
 import hashlib
@@ -8,6 +9,7 @@ import math
 import os
 import pickle
 import re
+import sys
 import tempfile
 import zlib
 from array import array
@@ -24,17 +26,19 @@ from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.comparison import to_record as comparison_record
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.files import ASIDE, staging, sweep, sync, writing
-from offline_lmrl.data.forms import COMPARISON_FIELDS, read_row
+from offline_lmrl.data.forms import COMPARISON_FIELDS, no_score, read_row
 from offline_lmrl.data.parallel import chunks, map_in_order
 from offline_lmrl.data.preference_forms import read_comparison
-from offline_lmrl.data.trajectory import MAX_NESTING, Trajectory, Turn, nests_too_deep
+from offline_lmrl.data.trajectory import MAX_NESTING, Trajectory, Turn, nests_too_deep, shown
 from offline_lmrl.data.trajectory import to_record as trajectory_record
 
 Row = TypeVar("Row", Trajectory, Comparison)
 Kept = TypeVar("Kept", bound=Sequence)
 RawRows = Iterable[tuple[str, Any]]  # ("file:row", what `parsed` takes)
 
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+_TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", *_TABLES)
+REPEATED_KEY = "repaired: JSON key that is there twice, its last value taken"
 _SPLIT_NAMES = {"train", "validation", "test"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _BOM = b"\xef\xbb\xbf"
@@ -45,20 +49,22 @@ _CHUNK = 500  # rows that a process reads at once
 REPORT = "report.json"  # what `prepare` writes last: a folder without it is not finished
 
 
-def read_trajectories(source: str | Path, *, split: str | None = None,
-                      counts: Counter | None = None) -> list[Trajectory]:
+def read_trajectories(source: str | Path, *, split: str | None = None, counts: Counter | None = None,
+                      reward: str | None = None) -> list[Trajectory]:
     """The trajectories of a file, a folder or a hub dataset, in any scored form of `offline_lmrl.data.forms`.
 
     Args:
-      source: a file of JSON (a row per line, or one list; .gz too) or Parquet, a folder of those, a folder written by
-        `datasets`' save_to_disk, or a hub name `owner/name`. In a folder, .json beside other data is no data.
+      source: a file of JSON (a row per line, or one list), CSV or TSV (.gz too) or Parquet, a folder of those, a
+        folder written by `datasets`' save_to_disk, or a hub name `owner/name`. In a folder, .json beside other data is
+        no data.
       split: which split to read, where the source has several: a folder with a file named train, validation or test
         is a folder of splits, any other is one data set in parts.
       counts: gets {reason: n} for every repair and drop.
+      reward: the column that holds the score of a row, where it is not `reward` or `label`.
 
     Raises InputError `file:row: field: found X, expected Y`.
     """
-    return _read(_part(source, split), str(source), counts, read_row)
+    return _scored(_part(source, split), str(source), counts, reward)
 
 
 def read_comparisons(source: str | Path, *, split: str | None = None,
@@ -126,10 +132,11 @@ def store_comparisons(source: str | Path, *, split: str | None = None, counts: C
     return _kept(Stored(pickled()), str(source), counts, mine)
 
 
-def read_splits(source: str | Path, *, counts: Counter | None = None) -> dict[str, list[Trajectory]]:
+def read_splits(source: str | Path, *, counts: Counter | None = None,
+                reward: str | None = None) -> dict[str, list[Trajectory]]:
     """Every split of a source by its name, as `read_trajectories`; a source without splits has one, named "all"."""
     counts = Counter() if counts is None else counts
-    return {name: _read(rows, f"{source} ({name})", counts, read_row) for name, rows in raw_splits(source).items()}
+    return {name: _scored(rows, f"{source} ({name})", counts, reward) for name, rows in raw_splits(source).items()}
 
 
 def read_comparison_splits(source: str | Path, *, counts: Counter | None = None) -> dict[str, list[Comparison]]:
@@ -281,9 +288,22 @@ def _read(rows: RawRows, source: str, counts: Counter | None, read: Callable[[An
     return _kept(list(_made(rows, read, mine)), source, counts, mine)
 
 
+def _scored(rows: RawRows, source: str, counts: Counter | None, reward: str | None) -> list[Trajectory]:
+    """Trajectories whose score is in the column `reward`. Raises InputError where no row has such a column."""
+    mine: Counter = Counter()
+    made = _read(rows, source, mine, partial(read_row, reward=reward))
+    if reward is not None and mine[no_score(reward)] == len(made):
+        raise InputError(f"{source}: {reward}: found no row with this column, expected the one that holds the scores")
+    if counts is not None:
+        counts.update(mine)
+    return made
+
+
 def _made(rows: RawRows, read: Callable[[Any, str, Counter], Row | None], counts: Counter) -> Iterator[Row]:
     for where, row in rows:
-        if (one := read(parsed(row, where), where, counts)) is not None:
+        repairs: Counter = Counter()
+        if (one := read(parsed(row, where, repairs), where, counts)) is not None:
+            counts.update(repairs)
             yield one
 
 
@@ -315,6 +335,8 @@ def _file_rows(path: Path) -> RawRows:
         raise InputError(f"{path}: found a git-LFS pointer, expected the file it stands for (git lfs pull)")
     if path.suffix == ".parquet":
         return _parquet_rows(path)
+    if path.name.endswith(_TABLES):
+        return _table_rows(path)
     if path.name.endswith(_SUFFIXES):
         return _json_rows(path)
     raise InputError(f"{path}: found suffix {path.suffix!r}, expected one of {', '.join(_SUFFIXES)}")
@@ -327,8 +349,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             if lines.peek(4).removeprefix(_BOM).startswith(b"["):
                 # Public files of either suffix are one list, or rows of one list per line.
                 try:
-                    whole = _loaded(lines.read().removeprefix(_BOM), str(path))
-                except InputError:
+                    whole = _elements(lines.read().removeprefix(_BOM))
+                except (ValueError, RecursionError):
                     lines.seek(0)
                 else:
                     yield from _numbered(whole, str(path))
@@ -340,17 +362,87 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{path}:{number + 1}: found {error}, expected a file that can be read") from error
 
 
-def parsed(row: Any, where: str) -> Any:
-    """A raw row, read from JSON where it is a line of that. Raises InputError where it cannot be used."""
-    row = _loaded(row, where) if isinstance(row, bytes) else row
+def _elements(text: bytes) -> list[bytes]:
+    """The elements of one JSON list, each as text. Raises ValueError where it is not one list."""
+    text, decoder, space, found = text.decode(), json.JSONDecoder(), re.compile(r"[ \t\r\n]*"), []
+    place = space.match(text, 1).end()
+    while text[place : place + 1] != "]" or found:
+        _, end = decoder.raw_decode(text, place)
+        found.append(text[place:end].encode())
+        place = space.match(text, end).end()
+        if text[place : place + 1] != ",":
+            break
+        place = space.match(text, place + 1).end()
+    if text[place : place + 1] != "]" or text[place + 1 :].strip():
+        raise ValueError(f"found no end of a list at character {place}")
+    return found
+
+
+def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a file of CSV or TSV: (header, cells), named by the line that they begin in."""
+    number, start = 0, 1
+
+    def text(lines: Iterable[bytes]) -> Iterator[str]:
+        nonlocal number
+        for number, line in enumerate(lines, 1):
+            yield line.removeprefix(_BOM if number == 1 else b"").decode()
+
+    csv.field_size_limit(sys.maxsize)
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+            first = lines.peek(4096).splitlines()[:1] or [b""]
+            # A spreadsheet whose language writes 1,5 for 1.5 separates cells by semicolons.
+            wide = b";" in first[0] and b"," not in first[0]
+            delimiter = "\t" if ".tsv" in path.suffixes else ";" if wide else ","
+            header = None
+            for cells in csv.reader(text(lines), delimiter=delimiter, strict=True):
+                if header is None:
+                    header = [name.strip() for name in cells]
+                    if twice := [name for name, n in Counter(header).items() if n > 1]:
+                        raise InputError(f"{path}:1: header: found {shown(twice[0])} twice, expected different names")
+                elif cells:
+                    yield f"{path}:{start}", (header, cells)
+                start = number + 1
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}:{number}: text: found bytes that are not UTF-8, expected UTF-8") from error
+    except csv.Error as error:
+        raise InputError(f"{path}:{start}: CSV: found a row that does not parse ({error}), "
+                         "expected cells, quoted where they hold quotes or line breaks") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}:{number + 1}: found {error}, expected a file that can be read") from error
+
+
+def _cells(header: list[str], cells: list[str], where: str) -> dict[str, str | None]:
+    """A row of a table as an object of texts; an empty cell is null."""
+    if len(cells) != len(header):
+        raise InputError(f"{where}: row: found {len(cells)} cells, expected {len(header)} as in the header")
+    return {name: cell or None for name, cell in zip(header, cells, strict=True)}
+
+
+def parsed(row: Any, where: str, counts: Counter | None = None) -> Any:
+    """A raw row, read from JSON or from the cells of a table where it is one of those.
+
+    counts: gets the keys that an object has twice.
+
+    Raises InputError where the row cannot be used.
+    """
+    if isinstance(row, tuple):
+        return _cells(*row, where)
+    row = _loaded(row, where, counts) if isinstance(row, bytes) else row
     if nests_too_deep(row):
         raise _too_deep(where)
     return row
 
 
-def _loaded(text: bytes, where: str) -> Any:
+def _loaded(text: bytes, where: str, counts: Counter | None = None) -> Any:
+    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if counts is not None and len(found) < len(pairs):
+            counts[REPEATED_KEY] += len(pairs) - len(found)
+        return found
+
     try:
-        return json.loads(text.decode())
+        return json.loads(text.decode(), object_pairs_hook=made)
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: text: found bytes that are not UTF-8, expected UTF-8") from error
     except RecursionError as error:

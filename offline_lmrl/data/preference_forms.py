@@ -5,10 +5,11 @@
     chosen, rejected                                 implicit: each side is a whole conversation
     prompt, responses, ranks (or rank)               the lowest rank is best, equal ranks tie, null = unranked
 
-All forms may carry `weight, group, source, labels`; other columns are kept in `labels`, a column `margin` as
-`labels["strength"]`. Without a group, a row's group is a hash of its first user turn, blind to case, punctuation and
-white space, so that no split parts the branches of one conversation. Where responses are left out, so are their
-entries of `labels["options"]`.
+A prompt may also be `messages` or ShareGPT's `conversations`, and a side one message; `forms` says which spellings of
+messages, numbers and lists are read. All forms may carry `weight, group, source, labels`; other columns are kept in
+`labels`, a column `margin` as `labels["strength"]`. Without a group, a row's group is a hash of its first user turn,
+blind to case, punctuation and white space, so that no split parts the branches of one conversation. Where responses
+are left out, so are their entries of `labels["options"]`.
 
 The context is what all sides have in common, found by turn, never by character. Text with "Human:" and "Assistant:"
 tags is a transcript: its turns are stripped, turns of one speaker that follow one another are merged, and only the
@@ -24,7 +25,16 @@ from typing import Any
 
 from offline_lmrl.data.comparison import Comparison, build_comparison
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import Drop, extra_columns, read_messages, read_prompt, read_text
+from offline_lmrl.data.forms import (
+    DIALOGUES,
+    Drop,
+    as_list,
+    extra_columns,
+    given_fields,
+    read_messages,
+    read_prompt,
+    read_text,
+)
 from offline_lmrl.data.trajectory import Turn, as_context, finite, read_labels, shown
 
 # What tokenizers put at the end of a reply; as text inside it, it is one more thing to learn that nobody said.
@@ -54,12 +64,15 @@ def read_comparison(row: Any, where: str, counts: Counter, allow_empty: bool = F
         raise InputError(f"{where}: row: found {shown(row)}, expected an object")
     present = {name for name, value in row.items() if value is not None}
     repairs: Counter = Counter()
+    dialogue = next((name for name in DIALOGUES if name in present), None)
+    if dialogue is not None and "prompt" not in present and {"chosen", "rejected"} <= present:
+        row, present = {**row, "prompt": row[dialogue]}, present - {dialogue} | {"prompt"}
     try:
         context, options, fields, used = _parts(row, present, where, repairs, allow_empty)
     except Drop as drop:
         counts[f"dropped: {drop}"] += 1
         return None
-    fields = {name: row[name] for name in _ROW_FIELDS & present} | fields
+    fields = given_fields(row, _ROW_FIELDS, where, repairs) | fields
     fields.setdefault("group", root_group(context))
     comparison = build_comparison(context, options, fields, where)
     extra = extra_columns(row, present - used - _ROW_FIELDS, repairs)
@@ -113,7 +126,7 @@ def _parts(row: Mapping, present: set[str], where: str, repairs: Counter,
     if {"context", "options", "target"} <= present:
         context = read_messages(row["context"], where, "context", repairs, allow_empty=True)
         options = [read_messages(option, where, f"options[{i}]", repairs, allow_empty=True)
-                   for i, option in enumerate(_list(row["options"], where, "options"))]
+                   for i, option in enumerate(_list(row["options"], where, "options", repairs))]
         return context, options, {name: row[name] for name in _OWN & present}, _OWN
     if {"chosen", "rejected"} <= present:
         context, options = _pair(row, where, repairs, allow_empty)
@@ -154,7 +167,7 @@ def _pair(row: Mapping, where: str, repairs: Counter, allow_empty: bool) -> tupl
 def _ranked(row: Mapping, column: str, where: str, repairs: Counter,
             allow_empty: bool) -> tuple[list[Turn], list[list[Turn]], list[float], dict[str, Any]]:
     """Context, options, their ranks and the row's labels, with `labels["options"]` of these options only."""
-    responses, ranks = _list(row["responses"], where, "responses"), _list(row[column], where, column)
+    responses, ranks = (_list(row[name], where, name, repairs) for name in ("responses", column))
     if len(responses) != len(ranks):
         raise InputError(f"{where}: {column}: found {len(ranks)} for {len(responses)} responses, "
                          "expected one for each response")
@@ -225,6 +238,7 @@ def read_reply(side: Any, context: list[Turn], prompt: Any, where: str, field: s
             repairs["repaired: prompt removed from the start of a reply"] += 1
         turns = [Turn("assistant", text.strip() if is_transcript(prompt) else text)]
     else:
+        side = [side] if isinstance(side, Mapping) else side
         turns = read_messages(side, where, field, repairs, allow_empty=True)
         if context and _said(turns[:len(context)]) == _said(context):
             turns = turns[len(context):]
@@ -271,7 +285,8 @@ def _is_empty(reply: Sequence[Turn]) -> bool:
     return not any(turn.content.strip() for turn in reply)
 
 
-def _list(value: Any, where: str, field: str) -> Sequence:
+def _list(value: Any, where: str, field: str, repairs: Counter) -> Sequence:
+    value = as_list(value, repairs)
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise InputError(f"{where}: {field}: found {shown(value)}, expected a list")
     return value

@@ -167,6 +167,123 @@ def test_other_columns_are_kept_as_labels_and_other_message_fields_counted(tmp_p
     assert counts == {"repaired: message field 'mood' left out": 1, "repaired: message field 'name' left out": 1}
 
 
+def user(text="q"):
+    return {"role": "user", "content": text}
+
+
+@pytest.mark.parametrize("reward, repairs", [
+    (0.5, {}), ("0.5", {"repaired: reward written as text": 1}), (None, {}),
+    (True, {"repaired: reward true or false taken as 1 or 0": 1}),
+])
+def test_one_reward_of_a_conversation_lies_on_its_last_agent_turn_and_is_counted(tmp_path, reward, repairs):
+    counts = Counter()
+    row = {"messages": [user(), agent("a"), user("and?"), agent("b"), agent("not mine", weight=0), user("thanks")]}
+    (read_back,) = read(tmp_path, {**row, "reward": reward}, counts=counts)
+    expected = None if reward is None else float(reward)
+    assert [turn.reward for turn in read_back.turns] == [None, None, None, expected, None, None]
+    assert [turn.is_trainable for turn in read_back.turns] == [False, True, False, True, False, False]
+    once = {} if reward is None else {"repaired: reward of the row put on its last agent turn": 1}
+    assert counts == {"repaired: weight 0 read as not trained on": 1, **once, **repairs} and read_back.labels == {}
+
+
+def test_data_reward_names_the_column_or_label_of_the_score(tmp_path):
+    counts = Counter()
+    path = lines(tmp_path / "logs.jsonl", {"messages": [user(), agent()], "rating": 4, "reward": 9},
+                 {"prompt": "p", "completion": "a", "rating": False}, {"prompt": "p", "response": "a", "rating": None},
+                 {"messages": [user(), agent()], "labels": {"rating": "2"}}, {"messages": [user(), agent()]})
+    rows = read_trajectories(path, counts=counts, reward="rating")
+    assert [row.turns[-1].reward for row in rows] == [4.0, 0.0, None, 2.0, None]
+    assert rows[0].labels == {"rating": 4, "reward": 9}
+    assert counts["kept: no 'rating' in the row, so it is not scored"] == 1
+    assert message_of(read_trajectories, path, reward="ratings") == (
+        f"{path}: ratings: found no row with this column, expected the one that holds the scores")
+    path = lines(tmp_path / "logs.jsonl", {"prompt": "p", "completion": "a", "rating": "good"})
+    assert message_of(read_trajectories, path, reward="rating") == (
+        f"{path}:1: rating: found 'good', expected a number")
+
+
+def test_sharegpt_is_read_with_its_names_of_roles(tmp_path):
+    said = [("human", "q"), ("gpt", "call"), ("function_call", "{}"), ("observation", "42"), ("GPT", "42!")]
+    counts = Counter()
+    conversations = [{"from": who, "value": text} for who, text in said]
+    (row,) = read(tmp_path, {"conversations": conversations, "system": "Be kind.", "reward": 1}, counts=counts)
+    assert [(turn.role, turn.content) for turn in row.turns] == [
+        ("system", "Be kind."), ("user", "q"), ("assistant", "call"), ("assistant", "{}"), ("tool", "42"),
+        ("assistant", "42!")]
+    assert row.turns[-1].reward == 1.0 and row.labels == {}
+    assert counts == {
+        "repaired: from and value read as role and content": 5, "repaired: role 'human' read as 'user'": 1,
+        "repaired: role 'gpt' read as 'assistant'": 1, "repaired: role 'function_call' read as 'assistant'": 1,
+        "repaired: role 'observation' read as 'tool'": 1, "repaired: role 'GPT' read as 'assistant'": 1,
+        "repaired: column 'system' read as the first turn": 1,
+        "repaired: reward of the row put on its last agent turn": 1}
+
+
+def test_a_developer_speaks_as_the_system(tmp_path):
+    (row,) = read(tmp_path, {"messages": [{"role": "developer", "content": "s"}, user(), agent()]})
+    assert [turn.role for turn in row.turns] == ["system", "user", "assistant"]
+
+
+def test_json_keys_that_are_there_twice_are_counted_in_lines_and_lists(tmp_path):
+    text = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "content": "b"}]'
+    first, second = text + "}", text + ', "labels": {"x": 1, "x": 2, "x": 3}}'
+    for name, whole in (("a.jsonl", f"{first}\n{second}\n"), ("b.json", f"[{first} ,\n {second}]\n")):
+        counts = Counter()
+        (tmp_path / name).write_text(whole)
+        rows = read_trajectories(tmp_path / name, counts=counts)
+        assert [row.turns[1].content for row in rows] == ["b", "b"] and rows[1].labels == {"x": 3}
+        assert counts == {"repaired: JSON key that is there twice, its last value taken": 4}
+
+
+TABLE = [["prompt", "completion", "reward", "group", "note"], ["2+2?", "4", "1", "17", ""],
+         ["Say, \"hi\"\nplease", "true", "-0.5", "é", "odd"], ["q", "null", "", "17", ""]]
+
+
+@pytest.mark.parametrize("name, mark", [("a.csv", ","), ("a.csv", ";"), ("a.tsv", "\t"), ("a.csv.gz", ","),
+                                        ("a.tsv.gz", "\t")])
+def test_a_table_is_rows_of_text_in_which_an_empty_cell_is_null(tmp_path, name, mark):
+    text = "\ufeff" + "\r\n\r\n".join(
+        mark.join('"' + cell.replace('"', '""') + '"' if set(cell) & set('",\n') else cell for cell in row)
+        for row in TABLE) + "\r\n"
+    (tmp_path / name).write_bytes((gzip.compress if name.endswith("gz") else bytes)(text.encode()))
+    counts = Counter()
+    rows = read_trajectories(tmp_path / name, counts=counts)
+    assert [(row.turns[0].content, row.turns[1].content, row.turns[1].reward, row.group, dict(row.labels))
+            for row in rows] == [
+        ("2+2?", "4", 1.0, "17", {}), ('Say, "hi"\nplease', "true", -0.5, "é", {"note": "odd"}),
+        ("q", "null", None, "17", {})]
+    assert counts == {"repaired: reward written as text": 2}
+
+
+def test_tables_hold_messages_and_truth_values_as_text(tmp_path):
+    row = json.dumps([user(), agent()]).replace('"', '""')
+    (tmp_path / "a.csv").write_text(f'messages,reward,terminated\n"{row}",1,False\n"{row}",0,true\n')
+    counts = Counter()
+    rows = read_trajectories(tmp_path / "a.csv", counts=counts)
+    assert [(row.turns[1].reward, row.terminated) for row in rows] == [(1.0, False), (0.0, True)]
+    assert counts["repaired: list written as JSON text"] == 2
+
+
+@pytest.mark.parametrize("text, expected", [
+    ('prompt,completion,reward\n"a\nb",c,1\nd,e\n', "4: row: found 2 cells, expected 3 as in the header"),
+    ('prompt,completion,reward\na,b,1\n"c', "3: CSV: found a row that does not parse (unexpected end of data)"),
+    ('prompt,completion,reward\na,b,1\na,"b"c,1\n', "3: CSV: found a row that does not parse ("),
+    ("prompt,completion,prompt\na,b,1\n", "1: header: found 'prompt' twice, expected different names"),
+    ("prompt,completion,reward\na,b,1\na,b\udcff,1\n", "3: text: found bytes that are not UTF-8, expected UTF-8"),
+])
+def test_bad_tables_are_named_by_the_line_that_a_row_begins_in(tmp_path, text, expected):
+    path = tmp_path / "a.csv"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    assert message_of(read_trajectories, path).startswith(f"{path}:{expected}")
+
+
+@pytest.mark.parametrize("group", [17, 17.0])
+def test_groups_that_are_numbers_are_text_and_counted(tmp_path, group):
+    counts = Counter()
+    (row,) = read(tmp_path, {**scored(), "group": group}, counts=counts)
+    assert row.group == "17" and counts == {"repaired: group that is a number taken as text": 1}
+
+
 @pytest.mark.parametrize("row, expected", [
     ({"prompt": "p", "chosen": "a", "rejected": "b"}, "chosen: found a comparison, expected a scored row"),
     ({"chosen": [agent()], "rejected": [agent()]}, "chosen: found a comparison, expected a scored row"),
@@ -174,14 +291,19 @@ def test_other_columns_are_kept_as_labels_and_other_message_fields_counted(tmp_p
     ({"context": [], "options": [[agent()], [agent()]], "target": [1, 0]}, "options: found a comparison, expected a"),
     ({"text": "hello"}, "fields: found text, expected messages, or prompt, completion and reward or label"),
     ({"prompt": "p", "completion": "a"}, "reward: found neither reward nor label, expected one of them"),
-    ({"prompt": "p", "completion": "a", "label": 1}, "label: found 1, expected true, false or null"),
-    ({"prompt": "p", "completion": "a", "reward": "1"}, "reward: found '1', expected a number"),
+    ({"prompt": "p", "completion": "a", "stars": 4}, "reward: found neither reward nor label, expected one of them "
+     "(null = not scored); data.reward: stars takes the column 'stars'"),
+    ({"prompt": "p", "completion": "a", "label": 2}, "label: found 2, expected true, false or null"),
+    ({"prompt": "p", "completion": "a", "reward": "one"}, "reward: found 'one', expected a number"),
+    ({"prompt": "p", "completion": "a", "reward": "1e999"}, "reward: found inf, expected a finite number"),
     ({"prompt": "p", "completion": "", "reward": 1}, "completion: found empty text, expected the text of the agent's"),
     ({"prompt": "p", "completion": [{"role": "user", "content": "x"}], "reward": 1}, "completion: found no agent"),
     ({"prompt": "p", "completion": [agent(reward=1)], "reward": 1}, "reward: found one for the row and one in"),
-    ({"prompt": [{"role": "human", "content": "x"}], "completion": "a", "reward": 1}, "prompt[0].role: found 'human'"),
+    ({"prompt": [{"role": "narrator", "content": "x"}], "completion": "a", "reward": 1},
+     "prompt[0].role: found 'narrator'"),
     ({"prompt": 3, "completion": "a", "reward": 1}, "prompt: found 3, expected a list of messages"),
-    ({**scored(), "reward": 1.0}, "reward: found 1.0 beside messages, expected rewards inside the message"),
+    ({**scored(reward=1), "reward": 1.0}, "reward: found one for the row and one in messages[1], expected one"),
+    (scored(weight=0, trainable=True), "messages[1].weight: found 0 beside trainable true, expected one of them"),
     ({"messages": "hello"}, "messages: found 'hello', expected a list of messages"),
     ({"messages": [{"role": "user", "content": "q"}]}, "messages: found only untrained turns (user)"),
     ({"messages": [{"role": "user", "content": "q"}], "labels": {"abstained": 0}}, "messages: found only untrained"),
@@ -211,15 +333,16 @@ def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path):
 
 def test_files_that_are_missing_empty_or_of_another_kind_are_one_line_errors(tmp_path):
     (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.txt").write_text("x")
     (tmp_path / "bad.parquet").write_text("x")
     (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(b"{}")[:-4])
     (tmp_path / "void").mkdir()
     found = {name: message_of(read_trajectories, tmp_path / name).removeprefix(f"{tmp_path}/")
-             for name in ("none.jsonl", "empty.jsonl", "a.csv", "bad.parquet", "bad.jsonl.gz", "void")}
+             for name in ("none.jsonl", "empty.jsonl", "a.txt", "bad.parquet", "bad.jsonl.gz", "void")}
     assert found["none.jsonl"].startswith("none.jsonl: found no such file, folder or hub name, expected a .jsonl")
     assert found["empty.jsonl"] == "empty.jsonl: found no row to use (no rows), expected at least one"
-    assert found["a.csv"] == "a.csv: found suffix '.csv', expected one of .jsonl, .jsonl.gz, .json, .json.gz, .parquet"
+    assert found["a.txt"] == ("a.txt: found suffix '.txt', expected one of .jsonl, .jsonl.gz, .json, .json.gz, "
+                              ".parquet, .csv, .csv.gz, .tsv, .tsv.gz")
     assert found["bad.parquet"].startswith("bad.parquet: found a file that Parquet cannot read")
     assert found["bad.jsonl.gz"].startswith("bad.jsonl.gz:1: found Compressed file ended")
     assert found["void"].startswith("void: found no data files, expected .jsonl, .jsonl.gz, .json, .json.gz, ")

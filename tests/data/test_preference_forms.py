@@ -50,6 +50,21 @@ def test_implicit_messages_share_the_turns_that_are_equal():
                                                        [("assistant", "The sky is black")]]
 
 
+def test_sharegpt_pairs_have_their_prompt_in_a_dialogue_and_sides_of_one_message():
+    row, _ = read({"conversations": [{"from": "human", "value": "Sky?"}], "chosen": {"from": "gpt", "value": "Blue."},
+                   "rejected": {"from": "gpt", "value": "Green."}})
+    assert said(row.context) == [("user", "Sky?")]
+    assert [said(option) for option in row.options] == [[("assistant", "Blue.")], [("assistant", "Green.")]]
+    assert row.labels == {}
+
+
+def test_lists_numbers_and_groups_of_a_table_are_read():
+    row, counts = read({"prompt": "Sky?", "responses": '["Blue.", "Green."]', "ranks": "[1, 2]", "weight": "2",
+                        "group": "7"})
+    assert (row.target, row.weight, row.group) == ((1.0, 0.0), 2.0, "7")
+    assert counts == {"repaired: list written as JSON text": 2, "repaired: weight written as text": 1}
+
+
 def test_options_may_have_several_turns():
     row, _ = read({"prompt": [user("6*7?")], "chosen": [agent("call"), {"role": "tool", "content": "42"}, agent("42")],
                    "rejected": [agent("41")]})

@@ -54,7 +54,7 @@ DROPPED = {
     "value: expected a number": [chat({"turn": 1, "value": "up"})],
     "model_pos: expected a or b": [comparia(1, "Yes.", True, None, model_pos="c")],
     "messages.role: expected one of system, user, assistant, tool, environment": [
-        chat(UP, messages=[{"role": "bot", "content": "x"}])],
+        chat(UP, messages=[{"role": "narrator", "content": "x"}])],
 }  # fmt: skip
 
 
