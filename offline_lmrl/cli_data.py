@@ -4,7 +4,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from inspect import signature
 from itertools import combinations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from offline_lmrl.cli_parser import Parser, call, nearest, split_file
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.terminal import visible
+from offline_lmrl.data.trajectory import shown
 
 if TYPE_CHECKING:
     from offline_lmrl.data.rendering import Renderer
@@ -147,12 +148,17 @@ def _plain(value: Any) -> Any:
 
 
 def check(argv: Sequence[str]) -> None:
-    """`check DATA`."""
-    call("check DATA [--key value ...]", _check, argv)
+    """`check DATA`, or `check DATA DATA` for splits that lie in files of their own."""
+    parser = Parser("check DATA [DATA ...] [--key value ...]")
+    parser.add_argument("data", nargs="+", help="files, folders or hub names of scored trajectories or of "
+                        "comparisons; several are taken for splits of one data set")
+    parser.add_function_arguments(_check, skip={"data"})
+    _check(**parser.parse(argv).as_dict())
 
 
 def _check(
-    data: str,
+    data: list[str],
+    reward: str | None = None,
     tokenizer: str | None = None,
     template: Literal["auto", "assembled", "plain"] = "auto",
     max_length: int | None = None,
@@ -161,7 +167,8 @@ def _check(
     """Say what is in a data set and what will make learning from it fail.
 
     Args:
-      data: a file, folder or hub name of scored trajectories or of comparisons.
+      data: files, folders or hub names of scored trajectories or of comparisons.
+      reward: the column that holds the score of a row; null = `reward`, or `label` beside a prompt.
       tokenizer: folder or hub name; adds token counts, a comparison with the chat template, and a row token by token.
       template: auto (as the chat template prints, or plain without one), assembled (only appends) or plain.
       max_length: count rows with more tokens than this; needs a tokenizer.
@@ -177,11 +184,17 @@ def _check(
 
     if max_length is not None and tokenizer is None:
         raise InputError("max_length: found a length in tokens without a tokenizer, expected --tokenizer too")
-    if holds_comparisons(data):
+    kinds = {source: holds_comparisons(source) for source in data}
+    if len(set(kinds.values())) > 1:
+        pairs, others = (next(source for source in data if kinds[source] is kind) for kind in (True, False))
+        raise InputError(f"data: found comparisons in {pairs} and none in {others}, expected data of one kind")
+    if kinds[data[0]]:
+        if reward is not None:
+            raise InputError(f"reward: found {shown(reward)} for comparisons, expected scored trajectories")
         _check_comparisons(data, None if tokenizer is None else _renderer(tokenizer, template), max_length)
         return
     counts: Counter[str] = Counter()
-    splits = read_splits(data, counts=counts)
+    splits = _splits(data, partial(read_splits, counts=counts, reward=reward))
     name, rows = next(iter(splits.items()))
     if not 1 <= row <= len(rows):
         raise InputError(f"row: found {row}, expected 1 to {len(rows)}")
@@ -197,14 +210,26 @@ def _check(
         console.print(table)
 
 
-def _check_comparisons(data: str, renderer: "Renderer | None", max_length: int | None) -> None:
+def _splits(data: Sequence[str], read: Callable[[str], dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    """The splits of one source by their names; of several sources by names that say which they are of, short if they
+    differ."""
+    found = {source: read(source) for source in data}
+    if len(found) == 1:
+        return found[data[0]]
+    short = {source: Path(source).name for source in found}
+    names = short if len(set(short.values())) == len(short) else {source: source for source in found}
+    return {names[source] if list(splits) == ["all"] else f"{names[source]} ({name})": rows
+            for source, splits in found.items() for name, rows in splits.items()}  # fmt: skip
+
+
+def _check_comparisons(data: Sequence[str], renderer: "Renderer | None", max_length: int | None) -> None:
     from offline_lmrl.data.comparison_batching import encode_comparisons
     from offline_lmrl.data.comparison_checks import describe
-    from offline_lmrl.data.io import group_key, read_comparison_splits
+    from offline_lmrl.data.io import group_key, in_one_group, read_comparison_splits
     from offline_lmrl.data.windows import WindowRule
 
     counts: Counter[str] = Counter()
-    splits = read_comparison_splits(data, counts=counts)
+    splits = _splits(data, partial(read_comparison_splits, counts=counts))
     for name, rows in splits.items():
         report = describe(rows)
         if renderer is not None:
@@ -215,7 +240,9 @@ def _check_comparisons(data: str, renderer: "Renderer | None", max_length: int |
         print_report(report, "  ")
     groups = {name: {group_key(row) for row in rows} for name, rows in splits.items()}
     shared = {f"{a}, {b}": len(groups[a] & groups[b]) for a, b in combinations(groups, 2) if groups[a] & groups[b]}
-    print_report({"repairs and drops": counts, "groups in two splits": shared})
+    alone = {name: len(rows) for name, rows in splits.items() if in_one_group(rows)}
+    print_report({"repairs and drops": counts, "groups in two splits": shared}
+                 | ({"rows that are all in one group, so none can be held back": alone} if alone else {}))
 
 
 def _renderer(tokenizer: str, template: str):

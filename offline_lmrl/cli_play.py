@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -85,6 +86,7 @@ def _evaluate(
     batch_size: int = 1024,
     output: Path | None = None,
     data: str | None = None,
+    reward: str | None = None,
     betas: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
     kl_budget: float = 0.3,
     fqe: int = 0,
@@ -113,6 +115,7 @@ def _evaluate(
       output: file for the played episodes, which can be trained on; with asks for what they achieve, as JSON Lines;
         for comparisons what is printed, as JSON.
       data: held-out trajectories; says what logs alone can say. Or comparisons: says how often the scorer agrees.
+      reward: the column that holds the score of a row of data; null = `reward`, or `label` beside a prompt.
       betas: weights of the guidance that are tried on the logs.
       kl_budget: the largest of them that moves the policy no further than this, in nats per token, is recommended.
       fqe: optimizer steps of fitted Q evaluation on the logs, an estimate of the run's score; 0 = none.
@@ -138,7 +141,10 @@ def _evaluate(
     if data is not None and holds_comparisons(data):
         _judge(**given)
         return
-    trajectories = [] if data is None else read_trajectories(data, split=split)
+    counts: Counter[str] = Counter()
+    trajectories = [] if data is None else read_trajectories(data, split=split, counts=counts, reward=reward)
+    for reason, n in counts.items():
+        print(f"{data}: {reason}: {n}", file=sys.stderr)
     shown_first = None if demonstrations is None else read_trajectories(demonstrations)
     if show is not None and not 1 <= show <= len(trajectories):
         raise InputError(f"show: found {show}, expected 1 to {len(trajectories)}")
@@ -168,15 +174,17 @@ def _evaluate(
 
 
 def _check_measures(
-    environment: str | None, data: str | None, show: int | None, asks: tuple[float | str, ...] | None,
-    planner: "PlannerConfig | None", demonstrations: str | None, output: Path | None, episodes: int,
-    sampling: Mapping[str, Any], **_: Any,
+    environment: str | None, data: str | None, reward: str | None, show: int | None,
+    asks: tuple[float | str, ...] | None, planner: "PlannerConfig | None", demonstrations: str | None,
+    output: Path | None, episodes: int, sampling: Mapping[str, Any], **_: Any,
 ) -> None:  # fmt: skip
     """Raises: InputError where settings of `_evaluate` do not go together."""
     from offline_lmrl.data.conditioning import check_ask
 
     if environment is None and data is None:
         raise InputError("environment, data: found neither, expected at least one of them")
+    if reward is not None and data is None:
+        raise InputError(f"reward: found {shown(reward)} without --data, expected the data with that column")
     if show is not None and data is None:
         raise InputError("show: found a row without --data, expected the data it is in")
     if asks is not None and (environment is None or not asks):

@@ -288,8 +288,12 @@ class BaseTrainer(transformers.Trainer):
     # What a subclass says of itself.
 
     @staticmethod
-    def read(args: BaseConfig, source: Sequence[Any] | str | Path) -> Sequence[Any]:
-        """The rows of data at a path or hub name, read as `args` say; rows are returned as they are."""
+    def read(args: BaseConfig, source: Sequence[Any] | str | Path, counts: Counter[str] | None = None,
+             reward: str | None = None) -> Sequence[Any]:
+        """The rows of data at a path or hub name, read as `args` say; rows are returned as they are.
+
+        counts: gets repairs and drops by reason. reward: the column of the scores, as in `read_trajectories`.
+        """
         raise TypeError("this trainer does not say what it reads")
 
     @staticmethod
@@ -645,7 +649,7 @@ class OfflineTrainer(BaseTrainer):
     rows_for_next_v = False
 
     def prepare(self, model, args: OfflineConfig, train, held_out, peft_config):
-        train = self.select(self.read(args, train), args)
+        train = self.select(self.read(args, train, self.counts), args)
         self.check_model(model, args)
         self.scale = self.fit_scale(model, train, args)
         slots = self.slots(model, train, args)
@@ -669,8 +673,10 @@ class OfflineTrainer(BaseTrainer):
         return model, windows, held_out
 
     @staticmethod
-    def read(args: OfflineConfig, source: Sequence[Trajectory] | str | Path) -> Sequence[Trajectory]:
-        return read_trajectories(source) if isinstance(source, str | Path) else source
+    def read(args: OfflineConfig, source: Sequence[Trajectory] | str | Path, counts: Counter[str] | None = None,
+             reward: str | None = None) -> Sequence[Trajectory]:
+        is_path = isinstance(source, str | Path)
+        return read_trajectories(source, counts=counts, reward=reward) if is_path else source
 
     @staticmethod
     def new_model(args: OfflineConfig, spec, tokenizer) -> PreTrainedModel:

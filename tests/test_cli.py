@@ -393,6 +393,23 @@ def test_prepare_writes_what_check_reads(command, tmp_path):
     assert command("check", tmp_path / "maze")[0] == 0
 
 
+def test_check_takes_several_paths_as_splits_of_one_data_set(command, tmp_path):
+    row = {"prompt": "q", "completion": "a", "stars": 1}
+    for name, group in (("train", "g"), ("held", "g"), ("other", "h")):
+        rows = [{**row, "stars": stars, "group": group} for stars in (1, 2)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, held, other = (tmp_path / f"{name}.jsonl" for name in ("train", "held", "other"))
+    code, out, _ = command("check", train, held, other, "--reward", "stars")
+    assert code == 0
+    out = " ".join(out.split())
+    assert "train.jsonl, held.jsonl: 1 groups are in both splits" in out and "all 2 rows are in one group, 'h'" in out
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
+    pairs = tmp_path / "pairs.jsonl"
+    code, _, error = command("check", train, pairs)
+    assert (code, error) == (2, f"error: data: found comparisons in {pairs} and none in {train}, expected data of one "
+                             "kind\n")
+
+
 def test_prepare_makes_comparisons_that_check_describes(command, tmp_path):
     rows = [{"prompt": f"q{i}", "chosen": "a long reply", "rejected": f"no {i % 2}"} for i in range(20)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{}\n")

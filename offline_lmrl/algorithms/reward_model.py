@@ -37,7 +37,7 @@ from offline_lmrl.data.comparison_batching import ComparisonDataset, encode_comp
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import fingerprint, holds_comparisons, read_trajectories, store, store_comparisons
 from offline_lmrl.data.preferences import binarised
-from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.data.trajectory import Trajectory, shown
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import (
     build_reward_model,
@@ -135,12 +135,16 @@ class RewardModelTrainer(BaseTrainer):
     algorithm = "reward_model"
 
     @staticmethod
-    def read(args: RewardModelConfig, source: Rows | str | Path) -> Rows:
+    def read(args: RewardModelConfig, source: Rows | str | Path, counts: Counter[str] | None = None,
+             reward: str | None = None) -> Rows:
         if not isinstance(source, str | Path):
             return source
-        if holds_comparisons(source):
-            return store_comparisons(source, processes=args.processes)
-        return read_trajectories(source)
+        if not holds_comparisons(source):
+            return read_trajectories(source, counts=counts, reward=reward)
+        if reward is not None:
+            raise InputError(f"data.reward: found {shown(reward)} for the comparisons of {source}, expected none: "
+                             "a comparison has no score of its own")
+        return store_comparisons(source, counts=counts, processes=args.processes)
 
     @staticmethod
     def new_model(args: RewardModelConfig, spec, tokenizer):
@@ -153,7 +157,7 @@ class RewardModelTrainer(BaseTrainer):
     def prepare(self, model, args: RewardModelConfig, train, held_out, peft_config):
         self.check_model(model, args)
         model.config.get_text_config().pad_token_id = self._pad_id()
-        rows = self.read(args, train)
+        rows = self.read(args, train, self.counts)
         encoded = self._encode(rows, args, self.counts, args.bootstrap)
         first = islice(rows, TEMPLATE_ROWS)
         self.compare_with_template([

@@ -25,7 +25,14 @@ from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.files import differences, locked, read_object, reading, say_differences, sweep
-from offline_lmrl.data.io import fingerprint, read_comparisons, read_trajectories, write_text
+from offline_lmrl.data.io import (
+    fingerprint,
+    in_one_group,
+    read_comparisons,
+    read_trajectories,
+    shared_groups,
+    write_text,
+)
 from offline_lmrl.data.preferences import RewardKind, to_trajectories
 from offline_lmrl.data.terminal import visible
 from offline_lmrl.data.tokenizers import load_tokenizer, train_tokenizer
@@ -83,13 +90,17 @@ class DataConfig:
     validation: what eval_loss is measured on; None = nothing.
     preference: makes scored trajectories of comparisons: `reward` (sign, prob, strength, rank, bt, rating, or a scorer
       as `relabel` takes it), `place` and `normalise` of `to_trajectories`; None = the data are what is learnt from.
+    reward: the column that holds the score of a row; None = `reward`, or `label` beside a prompt.
     """
 
     train: str | None = None
     validation: str | None = None
     preference: dict[str, Any] | None = None
+    reward: str | None = None
 
     def __post_init__(self) -> None:
+        if self.reward is not None and self.preference is not None:
+            raise InputError("data.reward: found it beside data.preference, expected one of them")
         for name in self.preference or {}:
             if name not in PREFERENCE:
                 raise InputError(f"data.preference: found {name!r}, expected {', '.join(PREFERENCE)}")
@@ -111,19 +122,28 @@ def read_data(algorithm: str, data: DataConfig, args: BaseConfig, counts: Counte
     """The training and the validation data; nothing where an algorithm that plays is given none.
 
     args: says by how many processes, where an algorithm has such a setting.
-    counts: gets the training rows that are left out where preferences become rewards.
+    counts: gets what was repaired and left out by reason, and what is wrong with the groups.
     """
     trainer_class = load_algorithm(algorithm)[1]
     if data.train is None:
         if not trainer_class.plays:
             raise InputError("data.train: missing, expected a file, folder or hub name of the data to learn from")
         return [], None
-    if data.preference is None:
-        train, *held_out = (trainer_class.read(args, source) for source in (data.train, data.validation) if source)
-    else:
-        train = scored(data.train, data.preference, counts)
-        held_out = [scored(data.validation, data.preference, Counter())] if data.validation else []
-    return train, held_out[0] if held_out else None
+
+    def rows(source: str, counts: Counter[str]) -> Rows:
+        if data.preference is not None:
+            return scored(source, data.preference, counts)
+        return trainer_class.read(args, source, counts, data.reward)
+
+    train, held_out, left_out = rows(data.train, counts), None, Counter()
+    if data.validation:
+        held_out = rows(data.validation, left_out)
+        counts.update({f"validation: {reason}": n for reason, n in left_out.items()})
+        if shared := len(shared_groups(train, held_out)):
+            counts["groups that are in train and validation, so one does not test the other"] = shared
+    if in_one_group(train):
+        counts["rows that are all in one group, so none can be held back to test on"] = len(train)
+    return train, held_out
 
 
 def scored(source: str, preference: Mapping[str, Any], counts: Counter[str]) -> list[Trajectory]:

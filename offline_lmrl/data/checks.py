@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from offline_lmrl.data.forms import REWARD_REMOVED
-from offline_lmrl.data.io import content_key, group_key
+from offline_lmrl.data.forms import REWARD_REMOVED, is_score
+from offline_lmrl.data.io import content_key, group_key, in_one_group
 from offline_lmrl.data.terminal import visible
-from offline_lmrl.data.trajectory import Trajectory, Turn, with_own_token_ids
+from offline_lmrl.data.trajectory import Trajectory, Turn, shown, with_own_token_ids
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +23,8 @@ _QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "
 _BINS = 10
 _LONGEST = 5
 TEMPLATE_ROWS = 100  # that are compared with the stock template, which is slow
+_SCORE_NAMES = ("score", "rating", "label", "stars", "thumb", "thumbs", "feedback", "quality")
+_COLUMNS = 3  # that may hold the score
 
 
 class LongRow(NamedTuple):
@@ -116,6 +118,9 @@ def check(trajectories_by_split: Mapping[str, Sequence[Trajectory]], renderer: "
     if counts.get(REWARD_REMOVED):
         warnings.append(f"rewards on untrained turns: {counts[REWARD_REMOVED]} removed, nothing learns from them")
     for name, trajectories in trajectories_by_split.items():
+        if in_one_group(trajectories):
+            warnings.append(f"{name}: all {len(trajectories)} rows are in one group, {shown(trajectories[0].group)}, "
+                            "so none of them can be held back to test on")
         splits[name] = _describe(trajectories, renderer, max_length)
         warnings.extend(f"{name}: {text}" for text in _warnings(splits[name], trajectories, renderer, max_length))
     keys = {name: {group_key(row) for row in rows} for name, rows in trajectories_by_split.items()}
@@ -123,6 +128,18 @@ def check(trajectories_by_split: Mapping[str, Sequence[Trajectory]], renderer: "
     warnings.extend(f"{pair}: {n} groups are in both splits, so one does not test the other"
                     for pair, n in shared.items())
     return CheckReport(splits, shared, counts, warnings)
+
+
+def score_columns(trajectories: Sequence[Trajectory]) -> list[str]:
+    """The other columns that may hold a score, best guesses first: numbers or truth values in every row that has them,
+    and not one and the same in all."""
+    values: dict[str, list[Any]] = defaultdict(list)
+    for trajectory in trajectories:
+        for name, value in trajectory.labels.items():
+            if value is not None:
+                values[name].append(value)
+    found = [name for name, column in values.items() if all(map(is_score, column)) and len(set(map(str, column))) > 1]
+    return sorted(found, key=lambda name: name.casefold() not in _SCORE_NAMES)[:_COLUMNS]
 
 
 def token_table(trajectory: Trajectory, renderer: "Renderer") -> list[TokenRow]:
@@ -188,7 +205,10 @@ def _histogram(returns: np.ndarray) -> list[tuple[float, float, int]]:
 def _warnings(report: SplitReport, trajectories: Sequence[Trajectory], renderer: "Renderer | None",
               max_length: int | None) -> Iterator[str]:
     if not report.scored_turns:
-        yield "no turn has a reward, so there is nothing to prefer"
+        columns = score_columns(trajectories)
+        found = " or ".join(map(shown, columns))
+        named = f"; --data.reward (check, evaluate: --reward) takes {found}" if columns else ""
+        yield f"no turn has a reward, so there is nothing to prefer{named}"
     elif report.distinct_returns == 1:
         yield f"all returns are equal ({report.mean_return:g}), so there is nothing to prefer"
     if not _can_stitch(trajectories):

@@ -189,7 +189,7 @@ def _prompt_score(row: Mapping, where: str, repairs: Counter, reward: str | None
     """The score of a row with a prompt, which says that it has one."""
     if reward is None and "reward" not in row and "label" not in row:
         columns = [name for name, value in row.items() if name not in _ROW_FIELDS and is_score(value)]
-        named = f"; data.reward: {columns[0]} takes the column {shown(columns[0])}" if columns else ""
+        named = f"; --data.reward (check, evaluate: --reward) takes {shown(columns[0])}" if columns else ""
         raise InputError(f"{where}: reward: found neither reward nor label, expected one of them (null = not scored)"
                          f"{named}")
     score = _score(row, reward, where, repairs)

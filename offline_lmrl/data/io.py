@@ -194,6 +194,17 @@ def group_key(row: Trajectory | Comparison) -> str:
     return row.group or "row:" + content_key(row)
 
 
+def shared_groups(first: Sequence[Row], second: Sequence[Row]) -> set[str]:
+    """The groups that are in both sets of rows; only those of the second are held in memory."""
+    keys = {group_key(row) for row in second}
+    return keys.intersection(map(group_key, first))
+
+
+def in_one_group(rows: Sequence[Row]) -> bool:
+    """True if there are several rows and all are of one group."""
+    return len(rows) > 1 and bool(rows[0].group) and all(row.group == rows[0].group for row in rows)
+
+
 def content_key(row: Trajectory | Comparison) -> str:
     """Hash of what was said, earned and how it ended, or of the replies compared in whatever order; rows of one key
     are duplicates."""

@@ -252,12 +252,12 @@ class _Comparison:
 
     @cached_property
     def train_data(self) -> list[Trajectory]:
-        return _logs(self.config.data["train"])
+        return _logs(self.config.data["train"], self.config.data.get("reward"))
 
     @cached_property
     def validation_data(self) -> list[Trajectory]:
         path = self.config.data.get("validation")
-        return _logs(path) if path else []
+        return _logs(path, self.config.data.get("reward")) if path else []
 
     @cached_property
     def _shared_identity(self) -> dict[str, Any]:
@@ -572,9 +572,11 @@ class _Run:
         }  # fmt: skip
 
 
-def _logs(source: str) -> list[Trajectory]:
+def _logs(source: str, reward: str | None) -> list[Trajectory]:
     """The logged replies; of comparisons with the labels as rewards, whatever a method makes of them."""
-    return to_trajectories(read_comparisons(source)) if holds_comparisons(source) else read_trajectories(source)
+    if holds_comparisons(source):
+        return to_trajectories(read_comparisons(source))
+    return read_trajectories(source, reward=reward)
 
 
 def _fields(algorithm: str) -> set[str]:

@@ -245,7 +245,7 @@ class CompareConfig:
             raise InputError(f"seeds: found {list(self.seeds)}, expected at least one, each once")
         if "name" not in self.environment:
             raise InputError("environment.name: missing, expected the name of an environment")
-        require_known(self.data, {"train", "validation"}, "data")
+        require_known(self.data, {"train", "validation", "reward"}, "data")
         if not self.data.get("train"):
             raise InputError("data.train: missing, expected a file or folder of trajectories")
         if self.prepare is not None and "command" not in self.prepare:

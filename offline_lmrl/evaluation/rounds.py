@@ -53,7 +53,7 @@ def train_in_rounds(
         logs, costs = _collected(run, world, data, args, collect, number)
         played += costs
         model = replace(model, path=str(run), scratch=None, tokenizer=None, lora=None)
-        data = replace(data, train=str(logs))
+        data = replace(data, train=str(logs), reward=None)
     settings = {"environment": dict(environment), "collect": asdict(collect)}
     return train(algorithm, model, data, args, settings=settings, costs=played)
 
@@ -68,7 +68,7 @@ def _collected(
         policy = LanguagePolicy.load(run, device=args.device, **collect.sampling)
         episodes = rollout(policy, world, range(first, first + collect.episodes))
         turns = [turn for t in episodes for turn in t.turns if turn.is_trainable]
-        write_trajectories(logs, [*read_trajectories(data.train), *episodes])
+        write_trajectories(logs, [*read_trajectories(data.train, reward=data.reward), *episodes])
         costs = {
             "episodes": len(episodes), "environment_steps": len(turns),
             "reward_queries": sum(turn.reward is not None for turn in turns),

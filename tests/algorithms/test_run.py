@@ -192,6 +192,27 @@ def test_comparisons_are_scored_as_the_config_says(tmp_path):
         run.read_data("bc", DataConfig(data.train), args, Counter())
 
 
+def test_repairs_of_the_reader_and_faults_of_the_groups_are_counted(tmp_path):
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for name, groups in (("train", "ggg"), ("validation", "ghg")):
+        rows = [{"messages": said, "stars": str(i), "group": group} for i, group in enumerate(groups)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args, counts = ILQLConfig(output_dir=str(tmp_path), use_cpu=True), Counter()
+    data = DataConfig(str(tmp_path / "train.jsonl"), str(tmp_path / "validation.jsonl"), reward="stars")
+    train, validation = run.read_data("ilql", data, args, counts)
+    assert [row.total_return for row in train] == [row.total_return for row in validation] == [0.0, 1.0, 2.0]
+    read = {"repaired: stars written as text": 3, "repaired: reward of the row put on its last agent turn": 3}
+    assert counts == {**read, **{f"validation: {reason}": n for reason, n in read.items()},
+                      "groups that are in train and validation, so one does not test the other": 1,
+                      "rows that are all in one group, so none can be held back to test on": 3}
+    with pytest.raises(InputError, match="data.reward: found it beside data.preference, expected one of them"):
+        DataConfig("x", preference={}, reward="stars")
+    write_comparisons(tmp_path / "pairs.jsonl", PAIRS)
+    with pytest.raises(InputError, match="data.reward: found 'stars' for the comparisons of"):
+        run.read_data("reward_model", DataConfig(str(tmp_path / "pairs.jsonl"), reward="stars"),
+                      RewardModelConfig(output_dir=str(tmp_path), use_cpu=True), Counter())
+
+
 def test_what_a_reward_model_read_and_left_out_is_counted_in_the_run_that_learns_from_it(tmp_path, caplog):
     write_comparisons(tmp_path / "pairs.jsonl", PAIRS)
     data = DataConfig(str(tmp_path / "pairs.jsonl"))

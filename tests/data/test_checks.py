@@ -150,3 +150,22 @@ def test_token_table_uses_sampled_ids_of_the_same_renderer_only():
                     for name in ("letters", "words"))
     assert "".join(row.text for row in own) == "^aG. "
     assert "".join(row.text for row in foreign) == "^ago. "
+
+
+def test_all_rows_in_one_group_are_said_and_one_row_or_rows_without_a_group_are_not():
+    one, two = game("s", "l", group="g", reward=1.0), game("s", "r", group="g", reward=0.0)
+    said = "train: all 2 rows are in one group, 'g', so none of them can be held back to test on"
+    assert said in check({"train": [one, two]}).warnings
+    for rows in ([one], [game("s", "l"), game("s", "r")], [one, game("s", "r", group="h")]):
+        assert not any("one group" in warning for warning in check({"train": rows}).warnings)
+
+
+def test_columns_that_may_hold_the_score_are_named_where_nothing_is_scored():
+    labels = [{"user": 7, "time": 1.5, "thumbs": True, "Rating": "4", "note": "good", "session": 1},
+              {"user": 7, "time": 2.5, "thumbs": False, "Rating": "3", "note": 5, "session": 2}]
+    rows = [Trajectory((Turn("user", "q"), Turn("assistant", "a")), labels=label) for label in labels]
+    (warning,) = (text for text in check({"train": rows}).warnings if "no turn has a reward" in text)
+    assert warning == ("train: no turn has a reward, so there is nothing to prefer; --data.reward (check, evaluate: "
+                       "--reward) takes 'thumbs' or 'Rating' or 'time'")
+    scored = Trajectory((Turn("user", "q"), Turn("assistant", "a", reward=1.0)), labels=labels[0])
+    assert not any("no turn has" in text for text in check({"train": [*rows, scored]}).warnings)

@@ -292,7 +292,7 @@ def test_groups_that_are_numbers_are_text_and_counted(tmp_path, group):
     ({"text": "hello"}, "fields: found text, expected messages, or prompt, completion and reward or label"),
     ({"prompt": "p", "completion": "a"}, "reward: found neither reward nor label, expected one of them"),
     ({"prompt": "p", "completion": "a", "stars": 4}, "reward: found neither reward nor label, expected one of them "
-     "(null = not scored); data.reward: stars takes the column 'stars'"),
+     "(null = not scored); --data.reward (check, evaluate: --reward) takes 'stars'"),
     ({"prompt": "p", "completion": "a", "label": 2}, "label: found 2, expected true, false or null"),
     ({"prompt": "p", "completion": "a", "reward": "one"}, "reward: found 'one', expected a number"),
     ({"prompt": "p", "completion": "a", "reward": "1e999"}, "reward: found inf, expected a finite number"),
