@@ -33,11 +33,12 @@ class Judged(NamedTuple):
     generators: tuple[str, str]
     preference: float
     labels: Mapping[str, str]
+    group: str = ""
 
 
 def prepare(
     input: str | Path, output: str | Path, *, reference: bool = True, min_gap: float | None = None,
-    validation: float = 0.1, seed: int = 0,
+    validation: float = 0.1, group: str | None = None, seed: int = 0,
 ) -> dict[str, Any]:
     """Read judge annotations and write train.jsonl, validation.jsonl and report.json.
 
@@ -47,6 +48,7 @@ def prepare(
       reference: whether the output that all others were judged against is an option too.
       min_gap: write pairs instead, of options whose preferences over the reference differ by at least this.
       validation: share of the instructions that goes to validation.
+      group: column of what must stay in one split; null = the instruction.
       seed: of the split.
     Returns: counts and facts, as in report.json; in `assembled` every instruction and every output is counted once,
       so that imported rows = outputs that are no reference + rows averaged with another.
@@ -54,13 +56,17 @@ def prepare(
     """
     if min_gap is not None and not min_gap >= 0:
         raise InputError(f"min_gap: found {min_gap}, expected a number from 0 up, or null")
-    made, report = import_rows(input, read_judged)
+
+    def read(row: Mapping, where: str, counts: Counter[str]) -> Judged:
+        return read_judged(row, where, counts, group)
+
+    made, report = import_rows(input, read)
     counts: Counter[str] = Counter()
     comparisons = {}
     for split, rows in made.items():
         together = defaultdict(list)
         for row in rows:
-            together[row.instruction].append(row)
+            together[row.group, row.instruction].append(row)
         comparisons[split] = [comparison for same in together.values()
                               for comparison in assemble(same, reference, min_gap, counts)]  # fmt: skip
     if not any(comparisons.values()):
@@ -73,7 +79,7 @@ def prepare(
             lambda row, i: mean.get(row.labels["options"][i]["generator"], 0.5)})  # fmt: skip
 
 
-def read_judged(row: Mapping, where: str, counts: Counter[str]) -> Judged:
+def read_judged(row: Mapping, where: str, counts: Counter[str], group: str | None = None) -> Judged:
     """One row; `counts` gets its repairs. Raises Drop, and InputError for values of the wrong type."""
     instruction, *outputs = (fields.text(row, name, where) for name in ("instruction", "output_1", "output_2"))
     generators = (fields.text(row, name, where) if name in row else "" for name in ("generator_1", "generator_2"))
@@ -83,7 +89,8 @@ def read_judged(row: Mapping, where: str, counts: Counter[str]) -> Judged:
     if outputs[0].split() == outputs[1].split():
         raise Drop("identical outputs")
     labels = {name: row[name] for name in KEPT if isinstance(row.get(name), str)}
-    return Judged(instruction, tuple(outputs), tuple(generators), preference, labels)
+    named = "" if group is None else fields.group(row, group, where)
+    return Judged(instruction, tuple(outputs), tuple(generators), preference, labels, named)
 
 
 def assemble(
@@ -139,8 +146,8 @@ def _compare(rows: Sequence[Judged], reference: str, counts: Counter[str]) -> Co
     labels: dict[str, Any] = {name: ", ".join(values) for name, values in said.items() if values}
     labels["options"] = [{"generator": ", ".join(authors[text]), "preference": mean.get(text, 0.5)} for text in texts]
     return Comparison(context, tuple((Turn("assistant", text),) for text in texts),
-                      tuple(value / total for value in odds), group=root_group(context), source="alpaca-eval",
-                      labels=labels)  # fmt: skip
+                      tuple(value / total for value in odds), group=rows[0].group or root_group(context),
+                      source="alpaca-eval", labels=labels)  # fmt: skip
 
 
 def _preference(row: Mapping, where: str, counts: Counter[str]) -> float:

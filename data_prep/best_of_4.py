@@ -32,7 +32,8 @@ _NO_TEXT = "\N{REPLACEMENT CHARACTER}"
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, tokenizer: str, pad: int = PAD, validation: float = 0.1, seed: int = 0
+    input: str | Path, output: str | Path, *, tokenizer: str, pad: int = PAD, validation: float = 0.1,
+    group: str | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """Read samples as ids and write train.jsonl, validation.jsonl and report.json.
 
@@ -42,6 +43,7 @@ def prepare(
       tokenizer: folder or hub name of the tokenizer that wrote the ids, GPT-2's for the public files.
       pad: the id that fills queries and samples up.
       validation: share of the queries that goes to validation.
+      group: column of what must stay in one split, a customer say; null = the query.
       seed: of the split.
     Returns: counts and facts, as in report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
@@ -51,7 +53,7 @@ def prepare(
     def read(row: Mapping, where: str, counts: Counter[str]) -> Comparison:
         return read_samples(row, where, counts, loaded, pad)
 
-    made, report = import_rows(input, read)
+    made, report = import_rows(input, read, group)
     return publish(made, output, report, validation, seed)
 
 

@@ -33,7 +33,10 @@ _COMPARIA = {"conversation_a", "conversation_b", "model_pos", "msg_index", "ques
 _FIELDS = {"messages", "reaction", "reactions", "group", "source"}
 
 
-def prepare(input: str | Path, output: str | Path, *, validation: float = 0.1, seed: int = 0) -> dict[str, Any]:
+def prepare(
+    input: str | Path, output: str | Path, *, validation: float = 0.1,
+    group: str | None = None, seed: int = 0,
+) -> dict[str, Any]:
     """Read chats with reactions and write train.jsonl, validation.jsonl and report.json.
 
     Args:
@@ -41,11 +44,12 @@ def prepare(input: str | Path, output: str | Path, *, validation: float = 0.1, s
         {turn, value}`, value 1 or -1, or `reactions`, a list of those; or it is a reaction of ComparIA.
       output: folder, made if it is missing.
       validation: share of the groups (first user turns) that goes to validation, where the source has no such split.
+      group: column of what must stay in one split, a customer say; null = the first user turn.
       seed: of the split.
     Returns: counts and facts, as in report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
-    made, report = import_rows(input, read_chat)
+    made, report = import_rows(input, read_chat, group)
     rows = [row for some in made.values() for row in some]
     rewards = Counter(turn.reward for row in rows for turn in row.turns)
     report["replies"] = {"by the agent": sum(row.labels["agent_turns"] for row in rows), "thumbs up": rewards[1.0],

@@ -15,10 +15,12 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_prep import fields
 from data_prep.reports import prepared, require_no_other_splits, write_json
 from offline_lmrl.data.comparison import Comparison, to_record
 from offline_lmrl.data.comparison_checks import Feature, facts, merge_repeats, tally
@@ -28,7 +30,7 @@ from offline_lmrl.data.forms import Drop
 from offline_lmrl.data.io import REPORT, Row, atomic_output, group_key, parsed, raw_splits, split_by_group
 from offline_lmrl.data.parallel import chunks, map_in_order
 from offline_lmrl.data.preference_forms import read_comparison
-from offline_lmrl.data.trajectory import shown
+from offline_lmrl.data.trajectory import Trajectory, shown
 
 _BUCKETS = 512  # by group: of a million comparisons each holds some thousand
 _CHUNK = 500  # rows that a process reads at once
@@ -37,19 +39,19 @@ _FOUND = re.compile(r"(?P<field>.*?): found .*, expected (?P<expected>.*)", re.D
 
 def convert(
     source: str | Path, read: Callable[[Any, str, Counter], Comparison | None], output: str | Path, validation: float,
-    seed: int, processes: int = 1,
+    seed: int, processes: int = 1, group: str | None = None,
 ) -> dict[str, Any]:
     """`import_rows` and `publish` where each row makes one comparison: in a memory that does not grow with the rows.
 
     Args:
-      read: as in `import_rows`.
+      read, group: as in `import_rows`.
       processes: how many read rows at once.
     """
     parts = raw_splits(source)
     counts: Counter[str] = Counter()
     with prepared(output) as made, staging(Path(output) / "buckets") as folder:
         found = ((name, place, where, row) for name, rows in parts.items() for place, (where, row) in enumerate(rows))
-        for lines, mine in map_in_order(partial(_convert, read), chunks(found, _CHUNK), processes):
+        for lines, mine in map_in_order(partial(_convert, read, group), chunks(found, _CHUNK), processes):
             counts.update(mine)
             _spill(lines, folder)
         head = _counted(source, counts)
@@ -57,7 +59,7 @@ def convert(
 
 
 def import_rows(
-    source: str | Path, read: Callable[[Any, str, Counter], Any]
+    source: str | Path, read: Callable[[Any, str, Counter], Any], group: str | None = None
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """What `read` makes of each row of a source, by split, and the counts.
 
@@ -65,12 +67,13 @@ def import_rows(
       read: takes an object, "file:row" and a counter of its repairs. It drops a row by raising Drop, or by returning
         None once it has counted the drop. A row that it refuses with an InputError is dropped too, and counted under
         the error's field and what was expected there.
+      group: the column that holds the group of what `read` makes; None = the group that it gives.
     Raises: InputError for a source that cannot be read, or of which no row can be used.
     """
     made: dict[str, list[Any]] = {}
     counts: Counter[str] = Counter()
     for name, rows in raw_splits(source).items():
-        found = (_read(row, where, read, counts) for where, row in rows)
+        found = (_read(row, where, read, counts, group) for where, row in rows)
         made[name] = [one for one in found if one is not None]
     return made, _counted(source, counts)
 
@@ -178,12 +181,13 @@ def _settle(
 
 
 def _convert(
-    read: Callable[[Any, str, Counter], Comparison | None], chunk: Sequence[tuple[str, int, str, Any]]
+    read: Callable[[Any, str, Counter], Comparison | None], group: str | None,
+    chunk: Sequence[tuple[str, int, str, Any]],
 ) -> tuple[list[tuple[int, str]], Counter[str]]:
     counts: Counter[str] = Counter()
     lines = []
     for name, place, where, row in chunk:
-        made = _read(row, where, read, counts)
+        made = _read(row, where, read, counts, group)
         if made is not None:
             lines.append(_line(name, place, made))
     return lines, counts
@@ -204,7 +208,7 @@ def _spill(lines: Iterable[tuple[int, str]], folder: Path) -> None:
 
 
 def _words(row: Comparison) -> tuple:
-    return row.context, frozenset(row.options)
+    return row.group, row.context, frozenset(row.options)
 
 
 def _counted(source: str | Path, counts: Counter[str]) -> dict[str, Any]:
@@ -218,7 +222,9 @@ def _counted(source: str | Path, counts: Counter[str]) -> dict[str, Any]:
             "repaired": _part(counts, "repaired: "), "kept as it is": _part(counts, "kept: ")}  # fmt: skip
 
 
-def _read(row: Any, where: str, read: Callable[[Any, str, Counter], Any], counts: Counter[str]) -> Any:
+def _read(
+    row: Any, where: str, read: Callable[[Any, str, Counter], Any], counts: Counter[str], group: str | None
+) -> Any:
     counts["rows"] += 1
     mine: Counter[str] = Counter()  # the repairs of a row that is dropped do not count
     try:
@@ -226,6 +232,8 @@ def _read(row: Any, where: str, read: Callable[[Any, str, Counter], Any], counts
         if not isinstance(row, Mapping):
             raise InputError(f"{where}: row: found {shown(row)}, expected an object")
         one = read(row, where, mine)
+        if group is not None and one is not None:
+            one = _in_group(one, fields.group(row, group, where))
     except Drop as drop:
         counts[f"dropped: {drop}"] += 1
         return None
@@ -240,6 +248,13 @@ def _read(row: Any, where: str, read: Callable[[Any, str, Counter], Any], counts
     counts["imported"] += one is not None
     counts.update(mine if one is not None else {name: n for name, n in mine.items() if name.startswith("dropped: ")})
     return one
+
+
+def _in_group(one: Any, group: str) -> Any:
+    """What was made of a row, or a split and that, with another group."""
+    if isinstance(one, tuple) and isinstance(one[-1], Trajectory | Comparison):
+        return (*one[:-1], replace(one[-1], group=group))
+    return replace(one, group=group)
 
 
 def _part(counts: Counter, prefix: str) -> dict[str, int]:

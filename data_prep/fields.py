@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import read_text
+from offline_lmrl.data.forms import is_whole, read_text
 from offline_lmrl.data.trajectory import finite, require_list, shown
 
 
@@ -55,6 +55,16 @@ def inner(record: Mapping, name: str, where: str) -> Mapping:
     if not isinstance(value, Mapping):
         raise InputError(f"{where}: {name}: found {shown(value)}, expected an object")
     return value
+
+
+def group(record: Mapping, name: str, where: str) -> str:
+    """The text or whole number in a column that says which rows stay together."""
+    value = record.get(name)
+    if is_whole(value):
+        return str(int(value))
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{where}: {name}: found {shown(value)}, expected a group: text or a whole number")
+    return read_text(value)
 
 
 def facts(record: Mapping, names: Iterable[str]) -> dict[str, str | float]:

@@ -26,8 +26,8 @@ _INNER_TAG = re.compile(r"\b(Human|Assistant):")
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, validation: float = 0.1, allow_empty: bool = False, seed: int = 0,
-    processes: int = 1,
+    input: str | Path, output: str | Path, *, validation: float = 0.1,
+    group: str | None = None, allow_empty: bool = False, seed: int = 0, processes: int = 1,
 ) -> dict[str, Any]:
     """Read transcripts and write train.jsonl, validation.jsonl (and test.jsonl of a test file) and report.json.
 
@@ -35,13 +35,15 @@ def prepare(
       input: a file of harmless-base, helpful-base, ..., or the folder with its train and test file.
       output: folder, made if it is missing.
       validation: share of the groups (first human turns) of the training rows that goes to validation.
+      group: column of what must stay in one split, a customer say; null = the first human turn.
       allow_empty: keep rows in which a reply is empty.
       seed: of the split.
       processes: how many read rows at once.
     Returns: counts and facts, as in report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
-    return convert(input, partial(read_transcripts, allow_empty=allow_empty), output, validation, seed, processes)
+    return convert(input, partial(read_transcripts, allow_empty=allow_empty), output, validation, seed, processes,
+                   group)  # fmt: skip
 
 
 def read_transcripts(row: Mapping, where: str, counts: Counter[str], allow_empty: bool = False) -> Comparison | None:

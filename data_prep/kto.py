@@ -23,18 +23,22 @@ from offline_lmrl.data.trajectory import Trajectory, build_trajectory
 _FIELDS = {"prompt", "completion", "label", "group", "source", "labels"}
 
 
-def prepare(input: str | Path, output: str | Path, *, validation: float = 0.1, seed: int = 0) -> dict[str, Any]:
+def prepare(
+    input: str | Path, output: str | Path, *, validation: float = 0.1,
+    group: str | None = None, seed: int = 0,
+) -> dict[str, Any]:
     """Read prompt/completion/label and write train.jsonl, validation.jsonl and report.json.
 
     Args:
       input: a .jsonl, .jsonl.gz or .parquet file, a folder of those, a datasets folder or a hub name.
       output: folder, made if it is missing.
       validation: share of the groups (first user turns) that goes to validation, where the source has no such split.
+      group: column of what must stay in one split, a customer say; null = the first user turn.
       seed: of the split.
     Returns: counts and facts, as in report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
-    made, report = import_rows(input, read_labelled)
+    made, report = import_rows(input, read_labelled, group)
     counts = Counter(row.total_return > 0 for rows in made.values() for row in rows)
     report = {**report, "labels": {"true": counts[True], "false": counts[False]}}
     if counts[True] and counts[False]:

@@ -37,6 +37,7 @@ class Message(NamedTuple):
     rank: float | None
     labels: Mapping[str, Any]  # what is known of it; among it `labels`: quality, toxicity, ..., and `emojis`, by name
     unusable: str
+    group: str = ""
 
 
 Reply = tuple[tuple[Turn, ...], Message]  # what was said before it
@@ -44,7 +45,7 @@ Reply = tuple[tuple[Turn, ...], Message]  # what was said before it
 
 def prepare(
     input: str | Path, output: str | Path, *, languages: list[str] | None = None, validation: float = 0.1,
-    seed: int = 0,
+    group: str | None = None, seed: int = 0,
 ) -> dict[str, Any]:
     """Read messages, threads or trees and write train.jsonl, validation.jsonl and report.json.
 
@@ -53,11 +54,12 @@ def prepare(
       output: folder, made if it is missing.
       languages: keep messages in these only, by their tags (en, pt-BR, ...).
       validation: share of the groups (first messages) that goes to validation, where the source has no such split.
+      group: column of a reply, or of its tree, that says what must stay in one split; null = the first message.
       seed: of the split.
     Returns: counts and facts, as in report.json; in `assembled` every message is counted once.
     Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
     """
-    replies, report = import_replies(input, languages)
+    replies, report = import_replies(input, languages, group)
     counts = Counter(report["assembled"])
     made = {split: list(compare(some, counts)) for split, some in replies.items()}
     if not any(made.values()):
@@ -66,13 +68,18 @@ def prepare(
 
 
 def import_replies(
-    source: str | Path, languages: Collection[str] | None
+    source: str | Path, languages: Collection[str] | None, group: str | None = None
 ) -> tuple[dict[str, list[Reply]], dict[str, Any]]:
     """The assistant's replies by split, and the report so far; `assembled` counts all other messages."""
 
     def read(row: Mapping, where: str, counts: Counter[str]) -> list[Message]:
-        return [_message(record, parent, row.get("tree_state"), here, languages, counts)
-                for here, record, parent in _records(row, where)]  # fmt: skip
+        found = [_message(record, parent, row.get("tree_state"), here, languages, counts)
+                 for here, record, parent in _records(row, where)]  # fmt: skip
+        if group is None:
+            return found
+        groups = [fields.group(record if record.get(group) is not None else row, group, here)
+                  for here, record, _ in _records(row, where)]  # fmt: skip
+        return [message._replace(group=name) for message, name in zip(found, groups, strict=True)]
 
     made, report = import_rows(source, read)
     counts: Counter[str] = Counter()
@@ -113,7 +120,7 @@ def compare(replies: Iterable[Reply], counts: Counter[str]) -> Iterator[Comparis
         mine: Counter[str] = Counter()
         made = read_comparison(
             {"prompt": messages_of(context), "responses": [message.turn.content for message in messages],
-             "ranks": [message.rank for message in messages], "source": "oasst",
+             "ranks": [message.rank for message in messages], "source": "oasst", "group": messages[0].group or None,
              "labels": {"options": [message.labels for message in messages]}}, messages[0].id, mine)  # fmt: skip
         counts["replies compared"] += len(made.options) if made else 0
         counts["replies not compared"] += len(messages) - (len(made.options) if made else 0)

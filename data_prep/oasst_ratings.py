@@ -22,7 +22,8 @@ from offline_lmrl.data.trajectory import Trajectory, as_context
 
 def prepare(
     input: str | Path, output: str | Path, *, reward: Literal["quality", "thumbs"] = "quality",
-    languages: list[str] | None = None, validation: float = 0.1, seed: int = 0,
+    languages: list[str] | None = None, validation: float = 0.1, group: str | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Read messages, threads or trees and write train.jsonl, validation.jsonl and report.json.
 
@@ -32,11 +33,12 @@ def prepare(
       reward: what a reply earns.
       languages: keep messages in these only, by their tags (en, pt-BR, ...).
       validation: share of the groups (first messages) that goes to validation, where the source has no such split.
+      group: column of a reply, or of its tree, that says what must stay in one split; null = the first message.
       seed: of the split.
     Returns: counts and facts, as in report.json; in `assembled` every message is counted once.
     Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
     """
-    replies, report = import_replies(input, languages)
+    replies, report = import_replies(input, languages, group)
     counts = Counter(report["assembled"])
     made = {split: list(rate(some, reward, counts)) for split, some in replies.items()}
     if not any(made.values()):
@@ -53,7 +55,8 @@ def rate(replies: Iterable[Reply], reward: Literal["quality", "thumbs"], counts:
             continue
         counts["replies scored"] += 1
         turns = (*as_context(context), replace(reply.turn, reward=score))
-        yield Trajectory(turns, group=root_group(context) or reply.id, source="oasst", labels=reply.labels)
+        group = reply.group or root_group(context) or reply.id
+        yield Trajectory(turns, group=group, source="oasst", labels=reply.labels)
 
 
 def _quality(reply: Message) -> float | None:

@@ -15,8 +15,8 @@ from offline_lmrl.data.preference_forms import read_comparison, require_replies
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, validation: float = 0.1, allow_empty: bool = False, seed: int = 0,
-    processes: int = 1,
+    input: str | Path, output: str | Path, *, validation: float = 0.1,
+    group: str | None = None, allow_empty: bool = False, seed: int = 0, processes: int = 1,
 ) -> dict[str, Any]:
     """Read pairs, ranked responses or comparisons and write train.jsonl, validation.jsonl and report.json.
 
@@ -24,13 +24,15 @@ def prepare(
       input: a .jsonl, .jsonl.gz or .parquet file, a folder of those, a datasets folder or a hub name.
       output: folder, made if it is missing.
       validation: share of the groups (first user turns) that goes to validation, where the source has no such split.
+      group: column of what must stay in one split, a customer say; null = the first user turn.
       allow_empty: keep comparisons with an empty reply.
       seed: of the split.
       processes: how many read rows at once.
     Returns: counts and facts, as in report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
-    return convert(input, partial(read_preference, allow_empty=allow_empty), output, validation, seed, processes)
+    return convert(input, partial(read_preference, allow_empty=allow_empty), output, validation, seed, processes,
+                   group)  # fmt: skip
 
 
 def read_preference(row: Any, where: str, counts: Counter[str], allow_empty: bool = False) -> Comparison | None:

@@ -32,6 +32,7 @@ def prepare(
     *,
     reward: Literal["rating", "harmlessness"] = "rating",
     validation: float = 0.1,
+    group: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Read red-team attempts and write train.jsonl, validation.jsonl and report.json.
@@ -42,6 +43,7 @@ def prepare(
       reward: rating (what the attacker said, 0 to 4, negated) or harmlessness (a preference model's score of the most
         harmful reply, without bounds).
       validation: share of the groups (first messages) that goes to validation.
+      group: column of what must stay in one split, a customer say; null = the first message.
       seed: of the split.
     Returns: counts and facts, as in report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
@@ -50,7 +52,7 @@ def prepare(
     def read(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
         return read_attempt(row, where, counts, reward)
 
-    made, report = import_rows(input, read)
+    made, report = import_rows(input, read, group)
     return trajectories.publish(made, output, {**report, "reward": reward}, validation, seed)
 
 

@@ -34,6 +34,7 @@ def prepare(
     min_ratio: float = 1.0,
     max_pairs: int | None = 5,
     validation: float = 0.1,
+    group: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Read pairs of comments and write train.jsonl, validation.jsonl, test.jsonl and report.json.
@@ -44,6 +45,7 @@ def prepare(
       min_ratio: drop pairs whose votes are in a lower ratio.
       max_pairs: of one post; null for all.
       validation: share of the posts that goes to validation, where the source has no such split.
+      group: column of what must stay in one split, a customer say; null = the post.
       seed: of the split.
     Returns: counts and facts, as in report.json.
     Raises: InputError for settings out of range, if nothing can be read or the output cannot be written.
@@ -56,8 +58,8 @@ def prepare(
     def read(row: Mapping, where: str, counts: Counter[str]) -> Comparison:
         return read_pair(row, where, min_ratio)
 
-    found, report = import_rows(input, read)
-    made = join_groups(found)
+    found, report = import_rows(input, read, group)
+    made = join_groups(found) if group is None else found
     if max_pairs is not None:
         made = {split: strongest(rows, max_pairs) for split, rows in made.items()}
         kept = sum(map(len, made.values()))

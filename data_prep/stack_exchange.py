@@ -30,7 +30,8 @@ _TAG = re.compile(rf"</?({'|'.join(_BLOCKS)}|li|br|code|pre|a|em|strong|img)\b[^
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, validation: float = 0.1, seed: int = 0, processes: int = 1
+    input: str | Path, output: str | Path, *, validation: float = 0.1,
+    group: str | None = None, seed: int = 0, processes: int = 1,
 ) -> dict[str, Any]:
     """Read questions with answers and votes and write train.jsonl, validation.jsonl and report.json.
 
@@ -38,12 +39,13 @@ def prepare(
       input: a .jsonl, .jsonl.gz or .parquet file, a folder of those or a hub name.
       output: folder, made if it is missing.
       validation: share of the groups (questions) that goes to validation, where the source has no such split.
+      group: column of what must stay in one split, a customer say; null = the question.
       seed: of the split.
       processes: how many read rows at once.
     Returns: counts and facts, as in report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
-    return convert(input, read_question, output, validation, seed, processes)
+    return convert(input, read_question, output, validation, seed, processes, group)
 
 
 def read_question(row: Mapping, where: str, counts: Counter[str]) -> Comparison | None:

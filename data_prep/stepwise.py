@@ -27,7 +27,7 @@ _FIELDS = {"prompt", "completions", "group", "source"}
 
 def prepare(
     input: str | Path, output: str | Path, *, right: float = 1.0, wrong: float = -1.0, validation: float = 0.1,
-    seed: int = 0,
+    group: str | None = None, seed: int = 0,
 ) -> dict[str, Any]:
     """Read prompt/completions/labels and write train.jsonl, validation.jsonl and report.json.
 
@@ -37,6 +37,7 @@ def prepare(
       right: what a right step earns.
       wrong: what a wrong step earns, less than a right one.
       validation: share of the groups (prompts) that goes to validation, where the source has no such split.
+      group: column of what must stay in one split, a customer say; null = the prompt.
       seed: of the split.
     Returns: counts and facts, as in report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
@@ -47,7 +48,7 @@ def prepare(
     def read(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
         return read_steps(row, where, counts, right, wrong)
 
-    made, report = import_rows(input, read)
+    made, report = import_rows(input, read, group)
     return trajectories.publish(made, output, report, validation, seed)
 
 

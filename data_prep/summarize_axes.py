@@ -8,7 +8,7 @@ labels. White space, splits and groups are as in `summarize_comparisons`.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from data_prep.summarize_comparisons import by_own_split, read_info, read_split,
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.forms import Drop
 from offline_lmrl.data.io import group_key
+from offline_lmrl.data.preference_forms import root_group
 from offline_lmrl.data.trajectory import Trajectory, Turn
 
 AXES = ("overall", "accuracy", "coverage", "coherence")
@@ -37,6 +38,7 @@ def prepare(
     coherence: float = 0.0,
     centre: bool = True,
     validation: float = 0.1,
+    group: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Read rated summaries and write train.jsonl, validation.jsonl, test.jsonl and report.json.
@@ -50,6 +52,7 @@ def prepare(
       coherence: weight of this axis.
       centre: subtract the mean reward of the post.
       validation: share of the posts that goes to validation, where rows are of the train split and none of that one.
+      group: column of what must stay in one split, a customer say; null = the post.
       seed: of the split.
     Returns: counts and facts, as in report.json.
     Raises: InputError if all weights are 0, nothing can be read or the output cannot be written.
@@ -62,10 +65,10 @@ def prepare(
     def read(row: Mapping, where: str, counts: Counter[str]) -> tuple[str, Trajectory]:
         return read_rating(row, where, counts, weights)
 
-    found, report = import_rows(input, read)
-    made = join_groups(by_own_split(found))
+    found, report = import_rows(input, read, group)
+    made = join_groups(by_own_split(found)) if group is None else by_own_split(found)
     if centre:
-        made = centred(made)
+        made = centred(made, group_key if group is None else lambda row: root_group(row.turns))
     return trajectories.publish(made, output, {**report, "weights": weights}, validation, seed)
 
 
@@ -96,14 +99,16 @@ def read_rating(
                                               source="summarize-axes", labels=labels)  # fmt: skip
 
 
-def centred(made: Mapping[str, Sequence[Trajectory]]) -> dict[str, list[Trajectory]]:
-    """The rows with the mean reward of their group subtracted, whatever split its other rows are in."""
+def centred(
+    made: Mapping[str, Sequence[Trajectory]], post: Callable[[Trajectory], str] = group_key
+) -> dict[str, list[Trajectory]]:
+    """The rows with the mean reward of their post subtracted, whatever split its other rows are in."""
     raws = defaultdict(list)
     for rows in made.values():
         for row in rows:
-            raws[group_key(row)].append(row.total_return)
-    means = {group: math.fsum(some) / len(some) for group, some in raws.items()}
-    return {split: [_shifted(row, means[group_key(row)]) for row in rows] for split, rows in made.items()}
+            raws[post(row)].append(row.total_return)
+    means = {one: math.fsum(some) / len(some) for one, some in raws.items()}
+    return {split: [_shifted(row, means[post(row)]) for row in rows] for split, rows in made.items()}
 
 
 def _shifted(row: Trajectory, shift: float) -> Trajectory:

@@ -31,7 +31,8 @@ _SCALE = 9
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, soft: bool = False, validation: float = 0.1, seed: int = 0
+    input: str | Path, output: str | Path, *, soft: bool = False, validation: float = 0.1,
+    group: str | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """Read comparisons of summaries and write train.jsonl, validation.jsonl, test.jsonl and report.json.
 
@@ -40,6 +41,7 @@ def prepare(
       output: folder, made if it is missing.
       soft: make the target of the worker's confidence where it is known: (confidence − 1) / 8 for the second summary.
       validation: share of the posts that goes to validation, where no row is of that split.
+      group: column of what must stay in one split, a customer say; null = the post.
       seed: of the split.
     Returns: counts and facts, as in report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
@@ -48,8 +50,8 @@ def prepare(
     def read(row: Mapping, where: str, counts: Counter[str]) -> tuple[str, Comparison]:
         return read_choice(row, where, counts, soft)
 
-    found, report = import_rows(input, read)
-    made = join_groups(by_own_split(found))
+    found, report = import_rows(input, read, group)
+    made = join_groups(by_own_split(found)) if group is None else by_own_split(found)
     wins = win_rates([row for rows in made.values() for row in rows])
     return publish(made, output, report, validation, seed, features={
         "the summary that a person wrote": lambda row, i: row.labels["options"][i].get("policy") == "ref",

@@ -33,8 +33,8 @@ _USED = {"instruction", "completions", "models"}
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, truthful_qa: bool = False, validation: float = 0.1, seed: int = 0,
-    processes: int = 1,
+    input: str | Path, output: str | Path, *, truthful_qa: bool = False, validation: float = 0.1,
+    group: str | None = None, seed: int = 0, processes: int = 1,
 ) -> dict[str, Any]:
     """Read instructions with rated completions and write train.jsonl, validation.jsonl and report.json.
 
@@ -43,12 +43,13 @@ def prepare(
       output: folder, made if it is missing.
       truthful_qa: keep the questions of TruthfulQA.
       validation: share of the groups (instructions) that goes to validation, where the source has no such split.
+      group: column of what must stay in one split, a customer say; null = the instruction.
       seed: of the split.
       processes: how many read rows at once.
     Returns: counts and facts, as in report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
-    return convert(input, partial(read_rated, truthful_qa=truthful_qa), output, validation, seed, processes)
+    return convert(input, partial(read_rated, truthful_qa=truthful_qa), output, validation, seed, processes, group)
 
 
 def read_rated(row: Mapping, where: str, counts: Counter[str], truthful_qa: bool = False) -> Comparison | None:

@@ -27,7 +27,8 @@ _MARK = re.compile(r"[^\S\n]*\[\d+(?:, ?\d+)*\]")
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, quotes: bool = False, validation: float = 0.1, seed: int = 0
+    input: str | Path, output: str | Path, *, quotes: bool = False, validation: float = 0.1,
+    group: str | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """Read comparisons of answers and write train.jsonl, validation.jsonl and report.json.
 
@@ -36,6 +37,7 @@ def prepare(
       output: folder, made if it is missing.
       quotes: put the quotes of an answer before it, and keep the marks that cite them.
       validation: share of the questions that goes to validation.
+      group: column of what must stay in one split, a customer say; null = the question.
       seed: of the split.
     Returns: counts and facts, as in report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
@@ -44,8 +46,8 @@ def prepare(
     def read(row: Mapping, where: str, counts: Counter[str]) -> Comparison:
         return read_answers(row, where, counts, quotes)
 
-    made, report = import_rows(input, read)
-    return publish(join_groups(made), output, report, validation, seed)
+    made, report = import_rows(input, read, group)
+    return publish(join_groups(made) if group is None else made, output, report, validation, seed)
 
 
 def read_answers(row: Mapping, where: str, counts: Counter[str], quotes: bool = False) -> Comparison:

@@ -205,7 +205,7 @@ def _check_facts(counts: Counter) -> dict[str, Any]:
 
 
 def merge_repeats(comparisons: Sequence[Comparison], counts: Counter[str]) -> list[Comparison]:
-    """Comparisons of the same replies to one context as one: targets averaged by weight, weights added.
+    """Comparisons of one group of the same replies to one context as one: targets averaged by weight, weights added.
 
     So one that is preferred here and rejected there gets a soft target. The labels of the others stay in
     `labels["merged"]`; a ranking or a strength on which they do not agree goes.
@@ -215,7 +215,7 @@ def merge_repeats(comparisons: Sequence[Comparison], counts: Counter[str]) -> li
     """
     together: dict[tuple, list[Comparison]] = {}
     for row in comparisons:
-        together.setdefault((row.context, frozenset(row.options)), []).append(row)
+        together.setdefault((row.group, row.context, frozenset(row.options)), []).append(row)
     merged = []
     for same in together.values():
         first = same[0]

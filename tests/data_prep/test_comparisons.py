@@ -74,11 +74,10 @@ ROWS = {
 IMPORTERS = pytest.mark.parametrize("importer", ROWS, ids=lambda importer: importer.__name__.split(".")[1])
 
 
-def prepare(importer, tmp_path, name):
-    settings = {}
+def prepare(importer, tmp_path, name, **settings):
     if importer is best_of_4:
         RENDERER.tokenizer.save_pretrained(tmp_path / "tokenizer")
-        settings = {"tokenizer": str(tmp_path / "tokenizer")}
+        settings["tokenizer"] = str(tmp_path / "tokenizer")
     return importer.prepare(tmp_path / name, tmp_path / "out", **settings)
 
 
@@ -98,6 +97,30 @@ def test_a_thousand_broken_rows_are_imported_or_dropped_for_a_reason(tmp_path, i
     if importer not in (alpaca_eval, oasst):  # of which several rows make one comparison
         assert report["imported"] == report["comparisons"] + report["removed, their group is in a later split"] + (
             report["merged"].get("the same replies compared again", 0))  # fmt: skip
+
+
+@IMPORTERS
+def test_a_column_says_what_stays_in_one_split_and_rows_without_it_are_dropped(tmp_path, importer):
+    rows = [{**row, "customer": f"c{i % 4}"} for i, row in enumerate(ROWS[importer])]
+    text = "".join(json.dumps(row) + "\n" for row in (*rows, {**rows[0], "customer": None}))
+    (tmp_path / "in.jsonl").write_text(text)
+    report = prepare(importer, tmp_path, "in.jsonl", validation=0.5, group="customer")
+    assert report["dropped"] == {"customer: expected a group: text or a whole number": 1}
+    made = [read_comparisons(tmp_path / "out" / f"{split}.jsonl") for split in report["splits"]]
+    found = [{row.group for row in split} for split in made]
+    assert all(not one & other for one, other in itertools.combinations(found, 2))
+    expected = {row["customer"] for row in rows}
+    # of the messages of oasst, several make one comparison
+    assert set().union(*found) == expected or importer is oasst and set().union(*found) <= expected
+
+
+def test_what_two_customers_compared_stays_apart_where_they_are_the_groups(tmp_path):
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b", "customer": name} for name in "ABCA"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0, group="customer")
+    made = read_comparisons(tmp_path / "out" / "train.jsonl")
+    assert [(row.group, row.weight) for row in made] == [("A", 2.0), ("B", 1.0), ("C", 1.0)]
+    assert report["merged"]["the same replies compared again"] == 1
 
 
 @pytest.mark.parametrize("levels", [201, 981, 984, 100_000])

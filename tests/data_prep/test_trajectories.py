@@ -62,6 +62,20 @@ def test_every_row_of_its_own_is_imported_with_a_group_and_a_score_on_an_agents_
 
 
 @IMPORTERS
+def test_a_column_says_what_stays_in_one_split_and_rows_without_it_are_dropped(tmp_path, importer):
+    rows = [{**row, "customer": f"c{i}" if i % 2 else i} for i, row in enumerate(ROWS[importer])]
+    lacking = {name: value for name, value in rows[0].items() if name != "customer"}
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*rows, lacking)))
+    report = importer.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0.5, group="customer")
+    assert report["dropped"] == {"customer: expected a group: text or a whole number": 1}
+    made = [read_trajectories(tmp_path / "out" / f"{split}.jsonl") for split in report["splits"]]
+    found = [{row.group for row in split} for split in made]
+    assert len(found) == 2 and not found[0] & found[1]
+    scored = rows[14:] if importer is oasst_ratings else rows  # its other rows are prompts
+    assert found[0] | found[1] == {str(row["customer"]) for row in scored}
+
+
+@IMPORTERS
 def test_files_of_another_kind_are_one_line_errors(tmp_path, importer):
     def prepare(name):
         importer.prepare(tmp_path / name, tmp_path / "out")
