@@ -46,6 +46,8 @@ from offline_lmrl.environments.negotiation import (
 # Where several files hold the same split, the first is read: data.txt and train.txt are the same dialogues.
 FILES = {"train": ("data.txt", "train.txt"), "validation": ("val.txt",), "test": ("test.txt",)}
 
+_HELD_OUT = 200  # scenarios, of nearly 1,900 in the public file
+
 _SIX = r"\d+(?: \d+){5}"
 _PLAIN = re.compile(rf"(?P<own>{_SIX}) (?P<talk>.+ {SELECTION}) (?P<selection>.+) <eos> "
                     rf"reward=(?P<reward>.+) (?P<flag>agree|disagree) (?P<partner>{_SIX})")
@@ -78,7 +80,8 @@ class Side:
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, held_out_scenarios: int = 200, permute_items: bool = False, seed: int = 0
+    input: str | Path, output: str | Path, *, held_out_scenarios: int | None = None, permute_items: bool = False,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Read the public files and write <split>.jsonl, scenarios_<split>.json for play, and report.json.
 
@@ -88,7 +91,8 @@ def prepare(
     Args:
       input: folder with any of the public files, or one file; one of another name counts as data.txt.
       output: folder, made if it is missing.
-      held_out_scenarios: number of scenarios of data.txt that go to tune, to choose settings on.
+      held_out_scenarios: number of scenarios of data.txt that go to tune, to choose settings on; null = 200, or a
+        fifth of a small file's.
       permute_items: add to train every dialogue with its items in each other order, in the group of the dialogue; a
         version whose scenario is in tune, validation or test is left out.
       seed: which ones.
@@ -272,10 +276,12 @@ def _files(source: Path) -> dict[str, Path]:
     return {next((split for split, names in FILES.items() if source.name in names), "train"): source}
 
 
-def _held_out(rows: Sequence[Trajectory], number: int, seed: int, path: Path) -> set[str]:
-    """Groups drawn by hash, so that they do not depend on the order of the lines."""
+def _held_out(rows: Sequence[Trajectory], number: int | None, seed: int, path: Path) -> set[str]:
+    """Groups drawn by hash, so that they do not depend on the order of the lines; null = as many as suit the file."""
     groups = sorted({row.group for row in rows},
                     key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
+    if number is None:
+        number = min(_HELD_OUT, len(groups) // 5)
     if not 0 <= number < len(groups):
         raise InputError(f"held_out_scenarios: found {number}, expected 0 to {max(len(groups) - 1, 0)}, "
                          f"one less than the scenarios of {path.name}")

@@ -243,18 +243,26 @@ def test_single_file_is_the_split_of_its_name(tmp_path):
         assert {path.name for path in (tmp_path / f"out-{name}").iterdir()} == expected
 
 
+@pytest.mark.parametrize("scenarios, tuned", [(1, 0), (6, 1), (10, 2)])
+def test_of_a_small_file_a_fifth_of_the_scenarios_is_held_out(tmp_path, scenarios, tuned):
+    write_folder(tmp_path / "in", scenarios)
+    splits = prepare(tmp_path / "in" / "data.txt", tmp_path / "out")["splits"]
+    assert splits["train"]["scenarios"] == scenarios - tuned
+    assert splits.get("tune", {"scenarios": 0})["scenarios"] == tuned
+    with pytest.raises(InputError, match=f"held_out_scenarios: found {scenarios}, expected 0 to {scenarios - 1}"):
+        prepare(tmp_path / "in" / "data.txt", tmp_path / "other", held_out_scenarios=scenarios)
+
+
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "prose.txt").write_text("hello\n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
-    (tmp_path / "few.txt").write_text(plain())
     (tmp_path / "folder").mkdir()
     for name, message in (
         ("missing.txt", "No such file"),
         ("empty.txt", "empty"),
         ("prose.txt", "neither"),
         ("bytes.txt", "UTF-8"),
-        ("few.txt", "held_out_scenarios"),
         ("folder", "data.txt"),
     ):
         with pytest.raises(InputError, match=message) as error:
