@@ -59,7 +59,7 @@ def convert(
 
 
 def import_rows(
-    source: str | Path, read: Callable[[Any, str, Counter], Any], group: str | None = None
+    source: str | Path, read: Callable[[Any, str, Counter], Any], group: str | None = None, lists: bool = False
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """What `read` makes of each row of a source, by split, and the counts.
 
@@ -68,12 +68,13 @@ def import_rows(
         None once it has counted the drop. A row that it refuses with an InputError is dropped too, and counted under
         the error's field and what was expected there.
       group: the column that holds the group of what `read` makes; None = the group that it gives.
+      lists: whether a row may be a list, which has no columns.
     Raises: InputError for a source that cannot be read, or of which no row can be used.
     """
     made: dict[str, list[Any]] = {}
     counts: Counter[str] = Counter()
     for name, rows in raw_splits(source).items():
-        found = (_read(row, where, read, counts, group) for where, row in rows)
+        found = (_read(row, where, read, counts, group, lists) for where, row in rows)
         made[name] = [one for one in found if one is not None]
     return made, _counted(source, counts)
 
@@ -223,16 +224,18 @@ def _counted(source: str | Path, counts: Counter[str]) -> dict[str, Any]:
 
 
 def _read(
-    row: Any, where: str, read: Callable[[Any, str, Counter], Any], counts: Counter[str], group: str | None
+    row: Any, where: str, read: Callable[[Any, str, Counter], Any], counts: Counter[str], group: str | None,
+    lists: bool = False,
 ) -> Any:
     counts["rows"] += 1
     mine: Counter[str] = Counter()  # the repairs of a row that is dropped do not count
     try:
         row = parsed(row, where, mine)
-        if not isinstance(row, Mapping):
+        if not isinstance(row, Mapping | list if lists else Mapping):
             raise InputError(f"{where}: row: found {shown(row)}, expected an object")
         one = read(row, where, mine)
         if group is not None and one is not None:
+            row = row if isinstance(row, Mapping) else {}
             one = _in_group(one, fields.group(row, group, where))
     except Drop as drop:
         counts[f"dropped: {drop}"] += 1

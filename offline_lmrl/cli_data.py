@@ -42,6 +42,9 @@ SOURCES = {
     "best-of-4": ("data_prep.best_of_4", "prepare"),
     "webgpt": ("data_prep.webgpt", "prepare"),
     "shp": ("data_prep.shp", "prepare"),
+    "helpsteer": ("data_prep.helpsteer", "prepare"),
+    "nectar": ("data_prep.nectar", "prepare"),
+    "lmrl-gym": ("data_prep.lmrl_gym", "prepare"),
 }
 PREPARE_HELP = f"""usage: offline-lmrl prepare SOURCE --output DIR [--key value ...]
 

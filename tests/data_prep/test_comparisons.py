@@ -12,8 +12,10 @@ from data_prep import (
     alpaca_eval,
     best_of_4,
     comparisons,
+    helpsteer,
     hh_rlhf,
     kto,
+    nectar,
     oasst,
     preferences,
     shp,
@@ -30,6 +32,8 @@ from offline_lmrl.data.trajectory import Turn, messages_of
 from tests.comparisons import RENDERER, check_invariants, check_other_files_are_refused, mutated_lines
 from tests.data_prep import (
     test_best_of_4,
+    test_helpsteer,
+    test_nectar,
     test_oasst,
     test_shp,
     test_summarize_comparisons,
@@ -70,6 +74,11 @@ ROWS = {
     best_of_4: test_best_of_4.KEPT,
     webgpt: test_webgpt.KEPT,
     shp: test_shp.KEPT,
+    helpsteer: [
+        *(test_helpsteer.preferred(i - 2, prompt=f"q{i}") for i in range(4)),
+        *(test_helpsteer.third(i - 2, context=[{"role": "user", "content": f"r{i}"}]) for i in range(4)),
+        *({**row, "prompt": "p"} for row in test_helpsteer.KEPT)],
+    nectar: test_nectar.KEPT,
 }  # fmt: skip
 IMPORTERS = pytest.mark.parametrize("importer", ROWS, ids=lambda importer: importer.__name__.split(".")[1])
 
@@ -94,7 +103,7 @@ def test_a_thousand_broken_rows_are_imported_or_dropped_for_a_reason(tmp_path, i
     assert report["rows"] == len(lines) and adds_up(report)
     assert sum(report["dropped"].values()) > 300 and len(report["dropped"]) < 60
     assert report["dropped"]["text: expected UTF-8"] > 50
-    if importer not in (alpaca_eval, oasst):  # of which several rows make one comparison
+    if importer not in (alpaca_eval, helpsteer, oasst):  # of which several rows make one comparison
         assert report["imported"] == report["comparisons"] + report["removed, their group is in a later split"] + (
             report["merged"].get("the same replies compared again", 0))  # fmt: skip
 
@@ -110,8 +119,8 @@ def test_a_column_says_what_stays_in_one_split_and_rows_without_it_are_dropped(t
     found = [{row.group for row in split} for split in made]
     assert all(not one & other for one, other in itertools.combinations(found, 2))
     expected = {row["customer"] for row in rows}
-    # of the messages of oasst, several make one comparison
-    assert set().union(*found) == expected or importer is oasst and set().union(*found) <= expected
+    several = importer in (helpsteer, oasst)  # rows make one comparison, of the same group
+    assert set().union(*found) == expected or several and set().union(*found) <= expected
 
 
 def test_what_two_customers_compared_stays_apart_where_they_are_the_groups(tmp_path):

@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from data_prep import chat_thumbs, kto, oasst_ratings, red_team, stepwise, summarize_axes
+from data_prep import chat_thumbs, kto, lmrl_gym, oasst_ratings, red_team, stepwise, summarize_axes
 from data_prep.trajectories import scored_pairs
 from offline_lmrl.data.io import read_trajectories
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from tests.comparisons import check_other_files_are_refused, mutated_lines
-from tests.data_prep import test_chat_thumbs, test_oasst, test_red_team, test_summarize_axes
+from tests.data_prep import test_chat_thumbs, test_lmrl_gym, test_oasst, test_red_team, test_summarize_axes
 
 AGENT = {"role": "assistant", "content": "a"}
 ROWS = {
@@ -29,6 +29,9 @@ ROWS = {
     oasst_ratings: [
         *(test_oasst.message(f"q{i}") for i in range(14)),
         *(test_oasst.message(f"a{i}", f"q{i}", **(test_oasst.EXPORT, test_oasst.HUB)[i % 2]) for i in range(14))],
+    lmrl_gym: [{**row, "played": i} for i, row in enumerate(
+        [*({**test_lmrl_gym.QUIZ, "lines": [f"Is it {i}? No."]} for i in range(7)), test_lmrl_gym.NAV,
+         test_lmrl_gym.WORDLE, test_lmrl_gym.SALE])],
     summarize_axes: [test_summarize_axes.row(info={"id": f"t3_{i}", "post": f"p{i}"}) for i in range(9)],
 }  # fmt: skip
 IMPORTERS = pytest.mark.parametrize("importer", ROWS, ids=lambda importer: importer.__name__.split(".")[1])

@@ -1,0 +1,49 @@
+"""Nectar (Zhu et al. 2023; berkeley-nest/Nectar) to comparisons of seven replies ranked by a model.
+
+A row is `prompt`, a transcript that ends with an open "Assistant:", and `answers`, objects with `answer`, `model` and
+`rank`, 1 the best. All answers make one comparison; who wrote each stays in the labels, and so do `source`, the list
+of where the prompt comes from, and `good_natured`.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep import fields
+from data_prep.comparisons import convert
+from offline_lmrl.data.comparison import Comparison
+from offline_lmrl.data.forms import extra_columns
+from offline_lmrl.data.preference_forms import read_comparison
+
+
+def prepare(
+    input: str | Path, output: str | Path, *, validation: float = 0.1, group: str | None = None, seed: int = 0,
+    processes: int = 1,
+) -> dict[str, Any]:
+    """Read prompts with ranked answers and write train.jsonl, validation.jsonl and report.json.
+
+    Args:
+      input: a .parquet, .jsonl or .jsonl.gz file, a folder of those, a datasets folder or a hub name.
+      output: folder, made if it is missing.
+      validation: share of the groups (first user turns) that goes to validation, where the source has no such split.
+      group: column of what must stay in one split, a customer say; null = the first user turn.
+      seed: of the split.
+      processes: how many read rows at once.
+    Returns: counts and facts, as in report.json.
+    Raises: InputError if nothing can be read or the output cannot be written.
+    """
+    return convert(input, read_ranked, output, validation, seed, processes, group)
+
+
+def read_ranked(row: Mapping, where: str, counts: Counter[str]) -> Comparison | None:
+    """The comparison of one prompt; `counts` gets repairs, or the reason where it is None."""
+    prompt, answers = fields.text(row, "prompt", where), fields.objects(row, "answers", where)
+    here = [f"{where}: answers[{i}]" for i in range(len(answers))]
+    said = [fields.text(answer, "answer", place) for answer, place in zip(answers, here, strict=True)]
+    ranks = [None if answer.get("rank") is None else fields.number(answer, "rank", place)
+             for answer, place in zip(answers, here, strict=True)]  # fmt: skip
+    labels = extra_columns(row, {name for name in row if row[name] is not None} - {"prompt", "answers"}, counts)
+    labels["options"] = [extra_columns(answer, {"model"} & answer.keys(), counts) for answer in answers]
+    return read_comparison({"prompt": prompt, "responses": said, "ranks": ranks, "source": "nectar", "labels": labels},
+                           where, counts)  # fmt: skip
