@@ -26,6 +26,7 @@ SOURCES = {
     "wordle": ("data_prep.wordle", "prepare"),
     "deal-or-no-deal": ("data_prep.deal_or_no_deal", "prepare"),
     "pref-gold": ("data_prep.pref_gold", "prepare"),
+    "scored": ("data_prep.scored", "prepare"),
     "hh-rlhf": ("data_prep.hh_rlhf", "prepare"),
     "alpaca-eval": ("data_prep.alpaca_eval", "prepare"),
     "preferences": ("data_prep.preferences", "prepare"),

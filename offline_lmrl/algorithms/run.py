@@ -22,9 +22,11 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offline_lmrl.algorithms import load_algorithm
+from offline_lmrl.data.checks import score_columns
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.files import differences, locked, read_object, reading, say_differences, sweep
+from offline_lmrl.data.forms import reward_hint
 from offline_lmrl.data.io import (
     fingerprint,
     in_one_group,
@@ -141,6 +143,8 @@ def read_data(algorithm: str, data: DataConfig, args: BaseConfig, counts: Counte
         counts.update({f"validation: {reason}": n for reason, n in left_out.items()})
         if shared := len(shared_groups(train, held_out)):
             counts["groups that are in train and validation, so one does not test the other"] = shared
+    if isinstance(train[0], Trajectory) and not any(turn.reward is not None for row in train for turn in row.turns):
+        counts[f"rows, none of which has a reward{reward_hint(score_columns(train))}"] = len(train)
     if in_one_group(train):
         counts["rows that are all in one group, so none can be held back to test on"] = len(train)
     return train, held_out

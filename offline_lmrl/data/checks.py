@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from offline_lmrl.data.forms import REWARD_REMOVED, is_score
+from offline_lmrl.data.forms import REWARD_REMOVED, is_score, likely_scores, reward_hint
 from offline_lmrl.data.io import content_key, group_key, in_one_group
 from offline_lmrl.data.terminal import visible
 from offline_lmrl.data.trajectory import Trajectory, Turn, shown, with_own_token_ids
@@ -23,8 +23,6 @@ _QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "
 _BINS = 10
 _LONGEST = 5
 TEMPLATE_ROWS = 100  # that are compared with the stock template, which is slow
-_SCORE_NAMES = ("score", "rating", "label", "stars", "thumb", "thumbs", "feedback", "quality")
-_COLUMNS = 3  # that may hold the score
 
 
 class LongRow(NamedTuple):
@@ -131,15 +129,14 @@ def check(trajectories_by_split: Mapping[str, Sequence[Trajectory]], renderer: "
 
 
 def score_columns(trajectories: Sequence[Trajectory]) -> list[str]:
-    """The other columns that may hold a score, best guesses first: numbers or truth values in every row that has them,
-    and not one and the same in all."""
+    """The other columns that may hold a score: numbers or truth values where they are there, and not all the same."""
     values: dict[str, list[Any]] = defaultdict(list)
     for trajectory in trajectories:
         for name, value in trajectory.labels.items():
             if value is not None:
                 values[name].append(value)
-    found = [name for name, column in values.items() if all(map(is_score, column)) and len(set(map(str, column))) > 1]
-    return sorted(found, key=lambda name: name.casefold() not in _SCORE_NAMES)[:_COLUMNS]
+    return likely_scores(name for name, column in values.items()
+                         if all(map(is_score, column)) and len(set(map(str, column))) > 1)
 
 
 def token_table(trajectory: Trajectory, renderer: "Renderer") -> list[TokenRow]:
@@ -205,10 +202,7 @@ def _histogram(returns: np.ndarray) -> list[tuple[float, float, int]]:
 def _warnings(report: SplitReport, trajectories: Sequence[Trajectory], renderer: "Renderer | None",
               max_length: int | None) -> Iterator[str]:
     if not report.scored_turns:
-        columns = score_columns(trajectories)
-        found = " or ".join(map(shown, columns))
-        named = f"; --data.reward (check, evaluate: --reward) takes {found}" if columns else ""
-        yield f"no turn has a reward, so there is nothing to prefer{named}"
+        yield f"no turn has a reward, so there is nothing to prefer{reward_hint(score_columns(trajectories))}"
     elif report.distinct_returns == 1:
         yield f"all returns are equal ({report.mean_return:g}), so there is nothing to prefer"
     if not _can_stitch(trajectories):

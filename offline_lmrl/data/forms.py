@@ -24,7 +24,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,6 +59,7 @@ _ROLE_NAMES = {
 }  # fmt: skip
 _MESSAGE_FIELDS = {"role", "content", "reasoning_content", *OPTIONAL_TURN_FIELDS}
 _ROW_FIELDS = {"terminated", "group", "task", "source", "labels"}
+_SCORE_NAMES = ("score", "rating", "label", "stars", "thumb", "thumbs", "feedback", "quality")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _WORDS = {"true": True, "false": False, "1": True, "0": False}
 
@@ -188,10 +189,9 @@ def _completion(value: Any, where: str, field: str, repairs: Counter) -> list[Tu
 def _prompt_score(row: Mapping, where: str, repairs: Counter, reward: str | None) -> float | None:
     """The score of a row with a prompt, which says that it has one."""
     if reward is None and "reward" not in row and "label" not in row:
-        columns = [name for name, value in row.items() if name not in _ROW_FIELDS and is_score(value)]
-        named = f"; --data.reward (check, evaluate: --reward) takes {shown(columns[0])}" if columns else ""
+        columns = likely_scores(name for name, value in row.items() if name not in _ROW_FIELDS and is_score(value))
         raise InputError(f"{where}: reward: found neither reward nor label, expected one of them (null = not scored)"
-                         f"{named}")
+                         f"{reward_hint(columns)}")
     score = _score(row, reward, where, repairs)
     label = None if reward is not None else thumb(row.get("label"), "label", where, repairs)
     return float(label) if score is None and label is not None else score
@@ -221,6 +221,21 @@ def is_score(value: Any) -> bool:
     if isinstance(value, str):
         return bool(_NUMBER.fullmatch(value.strip())) or value.strip().casefold() in _WORDS
     return isinstance(value, int | float)
+
+
+def likely_scores(names: Iterable[str]) -> list[str]:
+    """Of columns that can hold a score, those whose name says so; if there are none, the first three."""
+    names = list(names)
+    return [name for name in names if name.casefold() in _SCORE_NAMES] or names[:3]
+
+
+def reward_hint(columns: Sequence[str]) -> str:
+    """The end of a message that no score was found: the setting that takes it from another column."""
+    if not columns:
+        return ""
+    first, *others = map(shown, columns)
+    also = f" (or {', '.join(others)})" if others else ""
+    return f"; column {first}{also} may hold it: --data.reward {first}, for check and evaluate --reward {first}"
 
 
 def _scored(turns: list[Turn], score: float | None, field: str, where: str, repairs: Counter) -> list[Turn]:
@@ -334,9 +349,10 @@ def _turn(message: Any, where: str, repairs: Counter, allow_empty: bool) -> Turn
 def _named(message: Mapping, where: str, repairs: Counter) -> dict[str, Any]:
     """The message under our names: ShareGPT's `from` and `value`, other roles, `weight`, rewards written as text."""
     message = {name: value for name, value in message.items() if value is not None}
-    if {"from", "value"} <= message.keys() and not {"role", "content"} & message.keys():
-        repairs["repaired: from and value read as role and content"] += 1
-        message["role"], message["content"] = message.pop("from"), message.pop("value")
+    for other, name in (("from", "role"), ("value", "content")):
+        if other in message and name not in message:
+            repairs[f"repaired: {other} read as {name}"] += 1
+            message[name] = message.pop(other)
     role = _role(message)
     if role != message.get("role"):
         repairs[f"repaired: role {message['role']!r} read as {role!r}"] += 1

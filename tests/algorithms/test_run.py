@@ -205,6 +205,10 @@ def test_repairs_of_the_reader_and_faults_of_the_groups_are_counted(tmp_path):
     assert counts == {**read, **{f"validation: {reason}": n for reason, n in read.items()},
                       "groups that are in train and validation, so one does not test the other": 1,
                       "rows that are all in one group, so none can be held back to test on": 3}
+    unscored: Counter[str] = Counter()
+    run.read_data("ilql", DataConfig(str(tmp_path / "validation.jsonl")), args, unscored)
+    assert unscored == {"rows, none of which has a reward; column 'stars' may hold it: --data.reward 'stars', for "
+                        "check and evaluate --reward 'stars'": 3}
     with pytest.raises(InputError, match="data.reward: found it beside data.preference, expected one of them"):
         DataConfig("x", preference={}, reward="stars")
     write_comparisons(tmp_path / "pairs.jsonl", PAIRS)

@@ -165,7 +165,10 @@ def test_columns_that_may_hold_the_score_are_named_where_nothing_is_scored():
               {"user": 7, "time": 2.5, "thumbs": False, "Rating": "3", "note": 5, "session": 2}]
     rows = [Trajectory((Turn("user", "q"), Turn("assistant", "a")), labels=label) for label in labels]
     (warning,) = (text for text in check({"train": rows}).warnings if "no turn has a reward" in text)
-    assert warning == ("train: no turn has a reward, so there is nothing to prefer; --data.reward (check, evaluate: "
-                       "--reward) takes 'thumbs' or 'Rating' or 'time'")
+    assert warning == ("train: no turn has a reward, so there is nothing to prefer; column 'thumbs' (or 'Rating') may "
+                       "hold it: --data.reward 'thumbs', for check and evaluate --reward 'thumbs'")
+    for label in labels:
+        del label["thumbs"], label["Rating"]
+    assert any("column 'time' (or 'session') may hold it" in text for text in check({"train": rows}).warnings)
     scored = Trajectory((Turn("user", "q"), Turn("assistant", "a", reward=1.0)), labels=labels[0])
     assert not any("no turn has" in text for text in check({"train": [*rows, scored]}).warnings)

@@ -212,7 +212,8 @@ def test_sharegpt_is_read_with_its_names_of_roles(tmp_path):
         ("assistant", "42!")]
     assert row.turns[-1].reward == 1.0 and row.labels == {}
     assert counts == {
-        "repaired: from and value read as role and content": 5, "repaired: role 'human' read as 'user'": 1,
+        "repaired: from read as role": 5, "repaired: value read as content": 5,
+        "repaired: role 'human' read as 'user'": 1,
         "repaired: role 'gpt' read as 'assistant'": 1, "repaired: role 'function_call' read as 'assistant'": 1,
         "repaired: role 'observation' read as 'tool'": 1, "repaired: role 'GPT' read as 'assistant'": 1,
         "repaired: column 'system' read as the first turn": 1,
@@ -292,7 +293,7 @@ def test_groups_that_are_numbers_are_text_and_counted(tmp_path, group):
     ({"text": "hello"}, "fields: found text, expected messages, or prompt, completion and reward or label"),
     ({"prompt": "p", "completion": "a"}, "reward: found neither reward nor label, expected one of them"),
     ({"prompt": "p", "completion": "a", "stars": 4}, "reward: found neither reward nor label, expected one of them "
-     "(null = not scored); --data.reward (check, evaluate: --reward) takes 'stars'"),
+     "(null = not scored); column 'stars' may hold it: --data.reward 'stars', for check and evaluate --reward "),
     ({"prompt": "p", "completion": "a", "label": 2}, "label: found 2, expected true, false or null"),
     ({"prompt": "p", "completion": "a", "reward": "one"}, "reward: found 'one', expected a number"),
     ({"prompt": "p", "completion": "a", "reward": "1e999"}, "reward: found inf, expected a finite number"),

@@ -5,12 +5,19 @@ import json
 
 import pytest
 
-from data_prep import chat_thumbs, kto, lmrl_gym, oasst_ratings, red_team, stepwise, summarize_axes
+from data_prep import chat_thumbs, kto, lmrl_gym, oasst_ratings, red_team, scored, stepwise, summarize_axes
 from data_prep.trajectories import scored_pairs
 from offline_lmrl.data.io import read_trajectories
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from tests.comparisons import check_other_files_are_refused, mutated_lines
-from tests.data_prep import test_chat_thumbs, test_lmrl_gym, test_oasst, test_red_team, test_summarize_axes
+from tests.data_prep import (
+    test_chat_thumbs,
+    test_lmrl_gym,
+    test_oasst,
+    test_red_team,
+    test_scored,
+    test_summarize_axes,
+)
 
 AGENT = {"role": "assistant", "content": "a"}
 ROWS = {
@@ -32,6 +39,8 @@ ROWS = {
     lmrl_gym: [{**row, "played": i} for i, row in enumerate(
         [*({**test_lmrl_gym.QUIZ, "lines": [f"Is it {i}? No."]} for i in range(7)), test_lmrl_gym.NAV,
          test_lmrl_gym.WORDLE, test_lmrl_gym.SALE])],
+    scored: [*({**row, "prompt": f"q{i}", "label": True, "completion": "a", "worker": i} for i, row in enumerate(
+        [{}] * 6)), *({**row, "reward": 1, "worker": "w"} for row in test_scored.KEPT)],
     summarize_axes: [test_summarize_axes.row(info={"id": f"t3_{i}", "post": f"p{i}"}) for i in range(9)],
 }  # fmt: skip
 IMPORTERS = pytest.mark.parametrize("importer", ROWS, ids=lambda importer: importer.__name__.split(".")[1])

@@ -1,0 +1,48 @@
+"""Scored rows in any common form (offline_lmrl/data/forms.py) to trajectories in splits.
+
+Nothing is changed but what those forms change and count. A row without a group is in that of its first user turn.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data_prep import trajectories
+from data_prep.comparisons import import_rows
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.forms import no_score, read_row
+from offline_lmrl.data.preference_forms import root_group
+from offline_lmrl.data.trajectory import Trajectory
+
+
+def prepare(
+    input: str | Path, output: str | Path, *, reward: str | None = None, validation: float = 0.1,
+    group: str | None = None, seed: int = 0,
+) -> dict[str, Any]:
+    """Read scored conversations or replies and write train.jsonl, validation.jsonl and report.json.
+
+    Args:
+      input: a file of JSON Lines, JSON, CSV, TSV or Parquet, a folder of those, a datasets folder or a hub name.
+      output: folder, made if it is missing.
+      reward: the column that holds the score of a row; null = `reward`, or `label` beside a prompt.
+      validation: share of the groups that goes to validation, where the source has no such split.
+      group: column of what must stay in one split, a customer say; null = `group`, or the first user turn.
+      seed: of the split.
+    Returns: counts and facts, as in report.json.
+    Raises: InputError if nothing can be read, no row has the column `reward`, or the output cannot be written.
+    """
+
+    def read(row: Mapping, where: str, counts: Counter[str]) -> Trajectory | None:
+        made = read_row(row, where, counts, reward)
+        if made is None:
+            return None
+        own = made.group if row.get("group") is not None else root_group(made.turns)
+        return replace(made, group=own, source=made.source or "scored")
+
+    made, report = import_rows(input, read, group)
+    lacking = report["kept as it is"].get(no_score(str(reward)).removeprefix("kept: "))
+    if lacking == report["imported"]:
+        raise InputError(f"{input}: {reward}: found no row with this column, expected the one that holds the scores")
+    return trajectories.publish(made, output, report, validation, seed)
