@@ -122,7 +122,7 @@ def join(moves: Iterable[Move], counts: Counter[str]) -> Iterator[Trajectory]:
             yield _moves(game)
             game = []
         counts["moves"] += 1
-        counts["of moves"] += not game
+        counts["games of moves"] += not game
         game.append(move)
     if game:
         yield _moves(game)

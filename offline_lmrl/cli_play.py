@@ -143,8 +143,7 @@ def _evaluate(
         return
     counts: Counter[str] = Counter()
     trajectories = [] if data is None else read_trajectories(data, split=split, counts=counts, reward=reward)
-    for reason, n in counts.items():
-        print(f"{data}: {reason}: {n}", file=sys.stderr)
+    _say(data, counts)
     shown_first = None if demonstrations is None else read_trajectories(demonstrations)
     if show is not None and not 1 <= show <= len(trajectories):
         raise InputError(f"show: found {show}, expected 1 to {len(trajectories)}")
@@ -171,6 +170,12 @@ def _evaluate(
         logs = {"betas": betas, "kl_budget": kl_budget, "demonstrations": shown_first}
         print(visible(str(offline.evaluate_offline(policy, trajectories, **logs))))
         _print_off_policy(policy, trajectories, fqe)
+
+
+def _say(data: str | None, counts: Mapping[str, int]) -> None:
+    """What the reader repaired and dropped."""
+    for reason, n in counts.items():
+        print(f"{data}: {reason}: {n}", file=sys.stderr)
 
 
 def _check_measures(
@@ -221,7 +226,10 @@ def _judge(
             raise InputError(f"{name}: found {value!r}, expected none where a scorer is judged on comparisons")
     if output is not None:
         check_output_file(output, data)
-    facts = judge(load_scorer(run), read_comparisons(data, split=split))
+    counts: Counter[str] = Counter()
+    comparisons = read_comparisons(data, split=split, counts=counts)
+    _say(data, counts)
+    facts = judge(load_scorer(run), comparisons)
     print_report(facts)
     if output is not None:
         write_json(output, facts)

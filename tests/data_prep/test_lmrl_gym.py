@@ -88,7 +88,7 @@ def test_moves_of_a_row_each_make_a_game_up_to_done_or_an_empty_line_and_are_spe
     made, report = run(tmp_path, [*moves, moves[0], "\n", moves[0], moves[0]])
     assert [(rewards(game), game.terminated) for game in made] == [([0, 1], True), ([0], False), ([0, 0], False)]
     assert [turn.content for turn in made[0].turns[:2]] == ["8 / 8   w", "K b 1"]
-    assert report["games"] == {"moves": 5, "of moves": 3} and report["imported"] == 5
+    assert report["games"] == {"moves": 5, "games of moves": 3} and report["imported"] == 5
 
 
 def test_one_game_as_the_only_line_of_a_file_is_that_game(tmp_path):
