@@ -189,7 +189,8 @@ def _completion(value: Any, where: str, field: str, repairs: Counter) -> list[Tu
 def _prompt_score(row: Mapping, where: str, repairs: Counter, reward: str | None) -> float | None:
     """The score of a row with a prompt, which says that it has one."""
     if reward is None and "reward" not in row and "label" not in row:
-        columns = likely_scores(name for name, value in row.items() if name not in _ROW_FIELDS and is_score(value))
+        known = {*_ROW_FIELDS, "prompt", *COMPLETIONS}
+        columns = likely_scores(name for name, value in row.items() if name not in known and is_score(value))
         raise InputError(f"{where}: reward: found neither reward nor label, expected one of them (null = not scored)"
                          f"{reward_hint(columns)}")
     score = _score(row, reward, where, repairs)
@@ -255,11 +256,12 @@ def thumb(value: Any, name: str, where: str, repairs: Counter) -> bool | None:
     """A label that is true, false or null, also where it is written as a word or as 1 and 0."""
     if isinstance(value, bool | None):
         return value
+    field = name.partition("[")[0]
     if isinstance(value, str) and value.strip().casefold() in _WORDS:
-        repairs["repaired: label written as a word"] += 1
+        repairs[f"repaired: {field} written as a word"] += 1
         return _WORDS[value.strip().casefold()]
     if value in (0, 1):
-        repairs["repaired: label 1 or 0 taken as true or false"] += 1
+        repairs[f"repaired: {field} 1 or 0 taken as true or false"] += 1
         return bool(value)
     raise InputError(f"{where}: {name}: found {shown(value)}, expected true, false or null")
 

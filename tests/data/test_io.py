@@ -262,7 +262,9 @@ def test_tables_hold_messages_and_truth_values_as_text(tmp_path):
     counts = Counter()
     rows = read_trajectories(tmp_path / "a.csv", counts=counts)
     assert [(row.turns[1].reward, row.terminated) for row in rows] == [(1.0, False), (0.0, True)]
-    assert counts["repaired: list written as JSON text"] == 2
+    assert counts == {"repaired: list written as JSON text": 2, "repaired: terminated written as a word": 2,
+                      "repaired: reward written as text": 2,
+                      "repaired: reward of the row put on its last agent turn": 2}
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -292,7 +294,7 @@ def test_groups_that_are_numbers_are_text_and_counted(tmp_path, group):
     ({"context": [], "options": [[agent()], [agent()]], "target": [1, 0]}, "options: found a comparison, expected a"),
     ({"text": "hello"}, "fields: found text, expected messages, or prompt, completion and reward or label"),
     ({"prompt": "p", "completion": "a"}, "reward: found neither reward nor label, expected one of them"),
-    ({"prompt": "p", "completion": "a", "stars": 4}, "reward: found neither reward nor label, expected one of them "
+    ({"prompt": "1", "completion": "2", "stars": 4}, "reward: found neither reward nor label, expected one of them "
      "(null = not scored); column 'stars' may hold it: --data.reward 'stars', for check and evaluate --reward "),
     ({"prompt": "p", "completion": "a", "label": 2}, "label: found 2, expected true, false or null"),
     ({"prompt": "p", "completion": "a", "reward": "one"}, "reward: found 'one', expected a number"),

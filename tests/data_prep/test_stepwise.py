@@ -41,7 +41,8 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
     assert (report["rows"], report["imported"], len(made)) == (len(rows), len(KEPT), len(KEPT))
     assert report["dropped"] == {reason: len(rows) for reason, rows in DROPPED.items()}
     assert report["repaired"] == {"white space around a step removed": 2, "empty step left out": 1,
-                                  "label 1 or 0 taken as true or false": 1, "label written as a word": 1}  # fmt: skip
+                                  "labels 1 or 0 taken as true or false": 1,
+                                  "labels written as a word": 1}  # fmt: skip
     assert report["kept as it is"] == {"a right step behind a wrong one": 1}
 
 
