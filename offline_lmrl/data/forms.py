@@ -139,7 +139,7 @@ def _turns(row: Mapping, present: set[str], where: str, repairs: Counter,
     completion = next((name for name in COMPLETIONS if name in present), None)
     if dialogue is not None:
         turns, used = read_dialogue(row, dialogue, where, repairs)
-        score = _score(row, reward, where, repairs)
+        score = _score(row, turns, reward, where, repairs)
         return _scored(turns, score, dialogue, where, repairs), "", used | ({"reward"} if reward is None else set())
     if "prompt" in present and completion is not None:
         prompt = read_prompt(row["prompt"], where, repairs)
@@ -148,7 +148,7 @@ def _turns(row: Mapping, present: set[str], where: str, repairs: Counter,
             repairs[f"repaired: column {completion!r} read as completion"] += 1
         if not any(turn.is_trainable for turn in turns):
             raise InputError(f"{where}: {completion}: found no agent turn, expected at least one")
-        scored = _scored(turns, _prompt_score(row, where, repairs, reward), completion, where, Counter())
+        scored = _scored(turns, _prompt_score(row, turns, where, repairs, reward), completion, where, Counter())
         used = {"prompt", completion} | ({"reward"} if reward is None else set())
         return [*prompt, *scored], _prompt_group(prompt), used
     found = ", ".join(sorted(present)) or "none"
@@ -186,20 +186,25 @@ def _completion(value: Any, where: str, field: str, repairs: Counter) -> list[Tu
     return [Turn("assistant", read_text(value))]
 
 
-def _prompt_score(row: Mapping, where: str, repairs: Counter, reward: str | None) -> float | None:
+def _prompt_score(
+    row: Mapping, turns: Sequence[Turn], where: str, repairs: Counter, reward: str | None
+) -> float | None:
     """The score of a row with a prompt, which says that it has one."""
     if reward is None and "reward" not in row and "label" not in row:
         known = {*_ROW_FIELDS, "prompt", *COMPLETIONS}
         columns = likely_scores(name for name, value in row.items() if name not in known and is_score(value))
         raise InputError(f"{where}: reward: found neither reward nor label, expected one of them (null = not scored)"
                          f"{reward_hint(columns)}")
-    score = _score(row, reward, where, repairs)
+    score = _score(row, turns, reward, where, repairs)
     label = None if reward is not None else thumb(row.get("label"), "label", where, repairs)
     return float(label) if score is None and label is not None else score
 
 
-def _score(row: Mapping, column: str | None, where: str, repairs: Counter) -> float | None:
-    """The number under `reward`, or in the named column or label; true counts 1 and false 0."""
+def _score(
+    row: Mapping, turns: Sequence[Turn], column: str | None, where: str, repairs: Counter
+) -> float | None:
+    """The number under `reward`, or in the named column; true counts 1 and false 0. In rows that were prepared with
+    this column it is a label: the turns have the rewards then."""
     name = "reward" if column is None else column
     value = row.get(name)
     try:
@@ -207,6 +212,8 @@ def _score(row: Mapping, column: str | None, where: str, repairs: Counter) -> fl
             value = read_labels(row.get("labels")).get(name)
             if value is None:
                 repairs[no_score(name)] += 1
+            elif any(turn.reward is not None for turn in turns):
+                return None
         return None if value is None else as_number(name, value, repairs)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error

@@ -202,6 +202,14 @@ def test_data_reward_names_the_column_or_label_of_the_score(tmp_path):
         f"{path}:1: rating: found 'good', expected a number")
 
 
+def test_what_was_prepared_with_the_name_of_the_score_is_read_with_it_too(tmp_path):
+    path = lines(tmp_path / "logs.jsonl", {"messages": [user(), agent(), agent()], "rating": 4})
+    rows = read_trajectories(path, reward="rating")
+    write_trajectories(tmp_path / "prepared.jsonl", rows)
+    assert read_trajectories(tmp_path / "prepared.jsonl", reward="rating") == rows
+    assert read_trajectories(tmp_path / "prepared.jsonl") == rows
+
+
 def test_sharegpt_is_read_with_its_names_of_roles(tmp_path):
     said = [("human", "q"), ("gpt", "call"), ("function_call", "{}"), ("observation", "42"), ("GPT", "42!")]
     counts = Counter()
