@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from offline_lmrl.cli_data import check_output, check_output_file, print_report
 from offline_lmrl.cli_parser import Parser
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.forms import DIALOGUES, prompt_messages
 from offline_lmrl.data.terminal import visible
 from offline_lmrl.data.trajectory import (
     Trajectory,
@@ -21,7 +22,6 @@ from offline_lmrl.data.trajectory import (
     parse_json,
     shown,
     to_record,
-    turn_from_record,
 )
 
 if TYPE_CHECKING:
@@ -383,7 +383,8 @@ def _export(run: str, *, output: Path, device: str | None = None, sampling: Mapp
 def read_prompts(source: str) -> list[list[Turn]]:
     """A dialogue per line of a file, or of stdin for "-".
 
-    A line is a user turn as plain text, or JSON with `messages`, or with `prompt` as text or messages.
+    A line is a user turn as plain text, or JSON with `messages`, spelt as logs may be, or with `prompt` as text or
+    messages.
     Raises: InputError "source:line: field: ..." for what cannot be read, and where there is no prompt.
     """
     try:
@@ -400,18 +401,18 @@ def read_prompts(source: str) -> list[list[Turn]]:
 
 def _prompt(line: str, where: str) -> list[Turn]:
     if not line.startswith("{"):
-        return [turn_from_record({"role": "user", "content": line}, where)]
+        return [Turn("user", line)]
     try:
         row = parse_json(line)
     except ValueError as error:
         raise InputError(f"{where}: JSON: found a line that does not parse: {error}") from error
-    field = "messages" if "messages" in row else "prompt"
+    field = next((name for name in DIALOGUES if name in row), "prompt")
     messages = row.get(field)
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{where}: {field}: found {shown(messages)}, expected text or a list of messages")
-    return [turn_from_record(turn, f"{where}: {field}[{i}]") for i, turn in enumerate(messages)]
+    return prompt_messages(messages, where, field)
 
 
 def _replies(

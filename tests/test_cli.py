@@ -16,6 +16,7 @@ import yaml
 from offline_lmrl import cli, read_trajectories
 from offline_lmrl.cli_data import SOURCES, prepare_from_settings
 from offline_lmrl.cli_parser import Parser, field_help, nearest, overrides_of, read_settings
+from offline_lmrl.cli_play import read_prompts
 from offline_lmrl.data.demonstrations import PromptSpec
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import write_trajectories
@@ -260,10 +261,20 @@ def test_path_that_cannot_be_written_is_refused(refused, trained, tmp_path):
         ('{"messages": ' + "[" * 9999, "stdin:1: JSON: found a line that does not parse: nested too deep"),
         ('{"text": "hi"}', "stdin:1: prompt: found None, expected text or a list of messages"),
         ('{"messages": [{"role": "robot", "content": "hi"}]}', "stdin:1: messages[0].role: found 'robot'"),
+        ('{"prompt": [{"role": "user"}]}', "stdin:1: prompt: found message without content, expected messages of"),
     ],
 )
 def test_bad_prompt_is_refused_with_its_line(refused, trained, prompts, said):
     assert said in refused("generate", trained / "run", stdin=prompts)
+
+
+def test_prompts_are_spelt_as_logs_are(tmp_path):
+    said = [{"from": "developer", "value": "s"}, {"from": "human", "value": "q"}]
+    rows = [{"conversations": said}, {"messages": said}, {"prompt": said}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "q\n")
+    expected = [("system", "s"), ("user", "q")]
+    found = read_prompts(str(tmp_path / "prompts.jsonl"))
+    assert [[(turn.role, turn.content) for turn in turns] for turns in found] == [expected] * 3 + [expected[1:]]
 
 
 def test_bad_input_prints_one_line_from_a_shell_too(tmp_path):

@@ -332,6 +332,14 @@ def read_messages(messages: Any, where: str, field: str, repairs: Counter, allow
     return [_turn(message, f"{where}: {field}[{i}]", repairs, allow_empty) for i, message in enumerate(messages)]
 
 
+def prompt_messages(messages: Any, where: str, field: str) -> list[Turn]:
+    """The turns of a prompt that has to be answered, so that nothing can be dropped. Raises InputError."""
+    try:
+        return read_messages(messages, where, field, Counter())
+    except Drop as drop:
+        raise InputError(f"{where}: {field}: found {drop}, expected messages of text") from drop
+
+
 def _turn(message: Any, where: str, repairs: Counter, allow_empty: bool) -> Turn:
     if not isinstance(message, Mapping):
         raise InputError(f"{where}: found {shown(message)}, expected an object with role and content")
