@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from offline_lmrl.algorithms import ALGORITHMS
-from offline_lmrl.data.errors import InputError, Stopped
+from offline_lmrl.data.errors import InputError, Stopped, shown
 from offline_lmrl.data.terminal import visible
 
 COMMANDS = {
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # In a log file the bars of downloads and weight loading are noise around the one line that matters.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
+        _require_text(arguments)
         with _ended_by_sigterm():
             _command(arguments[0])(arguments[1:])
     except InputError as error:
@@ -94,11 +95,23 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _require_text(arguments: Sequence[str]) -> None:
+    """Raises: InputError for what no file can hold, and so neither config nor report: found now, not when saving."""
+    for argument in arguments:
+        try:
+            usable = b"\0" not in argument.encode()
+        except UnicodeEncodeError:
+            usable = False
+        if not usable:
+            raise InputError(f"found {shown(argument)}, expected text in UTF-8 without NUL characters")
+
+
 def _command(name: str):
     if name not in COMMANDS:
         from offline_lmrl.cli_parser import nearest
 
-        raise InputError(f"found command {name!r}, expected one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
+        raise InputError(f"found command {shown(name)}, expected one of {', '.join(COMMANDS)}"
+                         f"{nearest(name, COMMANDS)}")
     module, _, function = COMMANDS[name][0].partition(":")
     return getattr(import_module(module), function)
 

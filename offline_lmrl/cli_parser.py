@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader
+from jsonargparse import ArgumentParser, Namespace
 
-from offline_lmrl.data.errors import InputError, in_our_words
+from offline_lmrl.data.errors import InputError, in_our_words, shown
+from offline_lmrl.data.yaml_text import load_yaml, read_yaml, too_large
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -78,6 +79,9 @@ class Parser(ArgumentParser):
                 raise InputError(f"{source}: {error}") from error
         values = self.parse_args([*self._restated(argv, start), *argv], namespace=start)
         self._refuse_nulls(values)
+        for key, value in values.items():
+            if too_large(value):
+                self.error(f"{key}: found {shown(value)}, expected a number of at most 64 bits")
         try:
             return self.instantiate(values)
         except InputError:
@@ -101,7 +105,7 @@ class Parser(ArgumentParser):
         stated = {key: value for key, value in settings.items() if value is not None}
         for key in self.groups or {}:
             if not isinstance(stated.get(key, {}), Mapping):
-                raise InputError(f"{key}: found {stated[key]!r}, expected a mapping of settings")
+                raise InputError(f"{key}: found {shown(stated[key])}, expected a mapping of settings")
         return self.parse_object(stated, _skip_required=True)
 
     def _refuse_nulls(self, values: Namespace) -> None:
@@ -120,7 +124,7 @@ class Parser(ArgumentParser):
             return f"{key}: found a setting that does not exist{nearest(key, known)}"
         if found := re.match(r"unrecognized arguments: (\S+)", message):
             if not found[1].startswith("-"):
-                return f"found {found[1]!r} among the settings, expected --key value pairs"
+                return f"found {shown(found[1])} among the settings, expected --key value pairs"
             key = found[1].lstrip("-").partition("=")[0]
             return f"--{key}: found a setting that does not exist{nearest(key, known)}"
         if found := re.match(r"the following arguments are required: (.+)", message):
@@ -154,15 +158,7 @@ def split_file(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; unlike plain PyYAML, `1e-5` is a number."""
-    try:
-        settings = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: found {error.strerror}, expected a YAML file of settings") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: found text that is not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"{path}: found {settings!r}, expected a mapping of settings")
-    return settings
+    return read_yaml(path, "settings")
 
 
 def overrides_of(argv: Sequence[str]) -> dict[str, Any]:
@@ -171,12 +167,15 @@ def overrides_of(argv: Sequence[str]) -> dict[str, Any]:
     while rest:
         key, equals, value = rest.pop(0).partition("=")
         if not key.startswith("--"):
-            raise InputError(f"found {key!r} among the settings, expected --key value pairs")
+            raise InputError(f"found {shown(key)} among the settings, expected --key value pairs")
         if not equals:
             if not rest:
                 raise InputError(f"{key}: found nothing after it, expected a value")
             value = rest.pop(0)
-        given[key.removeprefix("--")] = get_loader("yaml")(value)
+        try:
+            given[key.removeprefix("--")] = load_yaml(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"{key}: found text that is not YAML ({' '.join(str(error).split())})") from error
     return given
 
 

@@ -18,7 +18,7 @@ from offline_lmrl.cli_data import SOURCES, prepare_from_settings
 from offline_lmrl.cli_parser import Parser, field_help, nearest, overrides_of, read_settings
 from offline_lmrl.cli_play import read_prompts
 from offline_lmrl.data.demonstrations import PromptSpec
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import LONGEST_MESSAGE, InputError
 from offline_lmrl.data.io import write_trajectories
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession
@@ -113,6 +113,24 @@ def test_bad_row_is_refused_with_file_row_and_field(refused, tmp_path, row, said
     file = write_train_file(tmp_path, data, tmp_path / "run")
     assert said in refused("train", file)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["run\0", "run\udcff"])
+def test_text_that_no_file_can_hold_is_refused_before_anything_is_done(refused, tmp_path, name):
+    file = write_train_file(tmp_path, write_rows(tmp_path / "data.jsonl", GOOD), tmp_path / "run")
+    made = ("prepare", "maze", "--output", name)
+    for arguments in (("train", file, "--args.output_dir", name), ("check", name), made):
+        assert refused(*arguments).startswith(f"found {name!r}, expected text in UTF-8 without NUL characters")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "train.yaml"]
+
+
+def test_numbers_beyond_64_bits_are_refused_from_file_and_command_line(refused, tmp_path):
+    file = write_train_file(tmp_path, write_rows(tmp_path / "data.jsonl", GOOD), tmp_path / "run")
+    assert refused("train", file, "--args.seed", 2**64) == (
+        f"args.seed: found {2**64}, expected a number of at most 64 bits")  # fmt: skip
+    assert len(refused("train", file, "--args.seed", "1" * 5000)) < LONGEST_MESSAGE
+    file.write_text(file.read_text() + f"prepare: {{command: maze, episodes: {2**64}}}")
+    assert f"found text that is not YAML ({2**64}, expected a number of at most 64 bits)" in refused("train", file)
 
 
 def test_missing_and_empty_files_are_refused(refused, tmp_path):

@@ -1,9 +1,15 @@
 """The one error for bad input from outside, and the words for values of the wrong type."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import Any
+
+LONGEST_MESSAGE = 2000
+_SHOWN = 60  # characters of a value
+_BITS = 1000  # of a whole number that is printed; beyond some 14,000 Python prints none
 
 
 class InputError(ValueError):
@@ -11,8 +17,45 @@ class InputError(ValueError):
 
     The message is one line that says where, which field, what was found and what was expected, for example
     `logs.jsonl:7: messages[2].reward: found nan, expected a finite number`. The command line prints it as it is and
-    exits with code 2.
+    exits with code 2. What was found goes in by `shown`. Of a message that is longer than LONGEST_MESSAGE all the
+    same, as one with a library's own words may be, the middle is left out.
     """
+
+    def __init__(self, message: str):
+        if len(message) > LONGEST_MESSAGE:
+            half = LONGEST_MESSAGE // 2 - 3
+            message = f"{message[:half]} ... {message[-half:]}"
+        super().__init__(message)
+
+
+def shown(value: Any) -> str:
+    """A value as an error prints it: one short line, as fast for a large one, or one that holds itself, as for a
+    small one."""
+    text = ""
+    for part in _parts(value):
+        text += part
+        if len(text) > _SHOWN:
+            return text[:_SHOWN - 3] + "..."
+    return text
+
+
+def _parts(value: Any) -> Iterator[str]:
+    """The text that `repr` gives, piece by piece; of text and bytes the beginning."""
+    if isinstance(value, str | bytes):
+        yield repr(value[:_SHOWN + 1])
+    elif isinstance(value, int) and value.bit_length() > _BITS:
+        yield f"a whole number of {value.bit_length()} bits"
+    elif type(value) in (list, tuple, dict):
+        opening, closing = {list: "[]", tuple: "()", dict: "{}"}[type(value)]
+        yield opening
+        for i, inner in enumerate(value):
+            yield ", " if i else ""
+            yield from _parts(inner)
+            if isinstance(value, Mapping):
+                yield from chain([": "], _parts(value[inner]))
+        yield f"{',' if isinstance(value, tuple) and len(value) == 1 else ''}{closing}"
+    else:
+        yield repr(value)
 
 
 class Stopped(KeyboardInterrupt):

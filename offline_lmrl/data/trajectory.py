@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 
 ROLES = ("system", "user", "assistant", "tool", "environment")
 OPTIONAL_TURN_FIELDS = ("trainable", "reward", "token_ids", "behaviour_log_prob", "thinking", "tool_calls", "tools",
@@ -254,12 +254,6 @@ def nests_too_deep(value: Any) -> bool:
         level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)
                  if isinstance(inner, list | dict)]
     return bool(level)
-
-
-def shown(value: Any) -> str:
-    """A value as an error prints it: one short line."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def require_text(name: str, value: Any) -> None:

@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,6 +35,7 @@ from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.tokenizers import load_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn, as_context, finite, require_list, require_text, shown
 from offline_lmrl.data.windows import WindowRule
+from offline_lmrl.data.yaml_text import read_yaml, yaml_mapping
 from offline_lmrl.decoding.policy import LanguagePolicy, load_critic, require_no_prompt
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import find_device, slots_of
@@ -159,7 +159,7 @@ class ValueHeads(PolicyScorer):
     def __init__(self, policy: LanguagePolicy, of: Literal["advantage", "utterance"] = "advantage"):
         super().__init__(policy)
         if of not in ("advantage", "utterance"):
-            raise InputError(f"of: found {of!r}, expected advantage or utterance")
+            raise InputError(f"of: found {shown(of)}, expected advantage or utterance")
         self.of, self.heads = of, policy.model.value_heads
         if of == "utterance" and not hasattr(self.heads, "utterance_q"):
             raise InputError("of: found utterance, but the run has no heads for whole replies (utterance_weight: 0)")
@@ -208,7 +208,7 @@ def regex_rule(pattern: str, must: bool = False) -> Function:
     try:
         found = re.compile(pattern).search
     except re.error as error:
-        raise InputError(f"pattern: found {pattern!r} ({error}), expected a regular expression") from error
+        raise InputError(f"pattern: found {shown(pattern)} ({error}), expected a regular expression") from error
     return Function(lambda context, option: must == any(found(t.content) for t in option if t.is_trainable))
 
 
@@ -343,17 +343,20 @@ def load_scorer(spec: str | Path | Mapping[str, Any]) -> Scorer:
     origin = spec = _without_paths(spec)
     if isinstance(spec, str):
         if spec.startswith("{") or spec.endswith((".yaml", ".yml")):
-            return load_scorer(_read_yaml(spec))
+            try:
+                return load_scorer(_read_yaml(spec))
+            except RecursionError as error:
+                raise InputError(f"scorer: {spec}: found a scorer in itself, expected one that ends") from error
         kind = "python" if re.fullmatch(r"[\w.]+:\w+", spec) else "reward_model"
         spec = {"kind": kind, "function" if kind == "python" else "run": spec}
     found = spec.get("kind") if isinstance(spec, Mapping) else spec
     if not isinstance(found, str) or found not in KINDS:
-        raise InputError(f"scorer.kind: found {found!r}, expected one of {', '.join(KINDS)}")
+        raise InputError(f"scorer.kind: found {shown(found)}, expected one of {', '.join(KINDS)}")
     given = {name: value for name, value in spec.items() if name != "kind"}
     parameters = inspect.signature(KINDS[spec["kind"]]).parameters
     for name in given:
         if name not in parameters:
-            raise InputError(f"scorer: {spec['kind']} has no setting {name!r}, expected {', '.join(parameters)}")
+            raise InputError(f"scorer: {spec['kind']} has no setting {shown(name)}, expected {', '.join(parameters)}")
     for name, parameter in parameters.items():
         if name not in given and parameter.default is parameter.empty:
             raise InputError(f"scorer.{name}: missing, {spec['kind']} needs it")
@@ -395,14 +398,9 @@ def _setting(name: str, value: Any, parameter: inspect.Parameter) -> Any:
 def _read_yaml(text: str) -> Mapping[str, Any]:
     """The mapping in a YAML file, or in YAML that starts with a brace."""
     try:
-        spec = yaml.safe_load(text if text.startswith("{") else Path(text).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"scorer: {text}: found {error.strerror}, expected a file with a scorer in YAML") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"scorer: {text}: found {' '.join(str(error).split())}, expected YAML") from error
-    if not isinstance(spec, Mapping):
-        raise InputError(f"scorer: {text}: found {spec!r}, expected a mapping")
-    return spec
+        return yaml_mapping(text, shown(text), "a scorer") if text.startswith("{") else read_yaml(text, "a scorer")
+    except InputError as error:
+        raise InputError(f"scorer: {error}") from error
 
 
 def fits(scorer: Scorer, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> bool:
@@ -451,7 +449,7 @@ def relabel_trajectories(
     counts: gets the trajectories that are left out as a reply is longer than the scorer's window.
     """
     if place not in ("terminal", "turn"):
-        raise InputError(f"place: found {place!r}, expected terminal or turn")
+        raise InputError(f"place: found {shown(place)}, expected terminal or turn")
     counts = Counter() if counts is None else counts
     rows, kept, paid = [], [], []
     for trajectory in trajectories:

@@ -12,6 +12,7 @@ from typing import Any
 
 from offline_lmrl.data.errors import InputError, in_our_words
 from offline_lmrl.data.trajectory import shown
+from offline_lmrl.data.yaml_text import read_yaml
 from offline_lmrl.evaluation.metrics import ScoreScale
 
 TRAINING = {"model", "args", "from", "critic", "preference", "judge", "collect"}  # of a run, beside its algorithm
@@ -327,17 +328,7 @@ class CompareConfig:
 
         Raises: InputError that names the key.
         """
-        import jsonargparse
-        import yaml
-
-        try:
-            raw = jsonargparse.get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(raw, dict):
-            raise InputError(f"{path}: found {raw!r}, expected a mapping of settings")
+        raw = read_yaml(path, "settings")
         for dotted, value in (overrides or {}).items():
             _set(raw, dotted, value)
         try:

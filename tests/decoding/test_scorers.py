@@ -203,13 +203,20 @@ def test_scorers_are_made_from_nested_mappings_and_from_files(tmp_path):
     assert both.score(ASKED, said("up", "left")).tolist() == [0.0, 6.0]
 
 
+def test_a_file_that_names_itself_is_refused(tmp_path):
+    file = tmp_path / "scorer.yaml"
+    file.write_text(json.dumps({"kind": "ensemble", "scorers": [str(file), str(file)]}))
+    with pytest.raises(InputError, match="scorer.yaml: found a scorer in itself"):
+        load_scorer(file)
+
+
 @pytest.mark.parametrize(("spec", "message"), [
     ({"kind": "regexp", "pattern": "x"}, "scorer.kind: found 'regexp', expected one of reward_model, "),
     ({"kind": "regex", "pattern": "("}, "pattern: found .*expected a regular expression"),
     ({"kind": "regex", "pattern": "x", "most": True}, "scorer: regex has no setting 'most', expected pattern, must"),
     ({"kind": "veto", "rules": []}, "scorer.preference: missing"),
     ("tests.decoding.test_scorers:nothing", "scorer.function: .*expected package.module:function"),
-    ("nowhere.yaml", "^scorer: nowhere.yaml: found No such file or directory, expected a file with a scorer in YAML"),
+    ("nowhere.yaml", "^scorer: nowhere.yaml: found No such file or directory, expected a YAML file of a scorer"),
     ("{kind: [regex]}", "scorer.kind: found .'regex'., expected one of reward_model, "),
     ("{kind: regex, pattern: 5}", "scorer.pattern: found 5, expected text"),
     ("{kind: regex, pattern: x, must: maybe}", "scorer.must: found 'maybe', expected true or false"),

@@ -142,5 +142,5 @@ def test_a_file_that_is_no_mapping_is_an_input_error(tmp_path, content, message)
 
 
 def test_a_missing_file_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match="nowhere.yaml: cannot be read: No such file"):
+    with pytest.raises(InputError, match="nowhere.yaml: found No such file"):
         CompareConfig.read(tmp_path / "nowhere.yaml")

@@ -1,0 +1,110 @@
+"""YAML from outside, as plain values: of a settings file, of a scorer, and of what is given on the command line.
+
+jsonargparse reads it (unlike plain PyYAML it takes `1e-5` for a number); this refuses first what would not come to an
+end, and afterwards what is no setting. Importing this module makes jsonargparse read the command line so as well.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader, set_loader
+
+from offline_lmrl.data.errors import InputError, shown
+from offline_lmrl.data.trajectory import MAX_NESTING
+
+MAX_VALUES = 100_000  # with each alias counted as what it stands for
+MAX_WHOLE = 2**63  # torch, Arrow and numpy hold none from here on
+
+_read = get_loader("yaml")
+
+
+def load_yaml(text: str) -> Any:
+    """The value that a YAML text holds: mappings with names that are text, lists, text, numbers, true, false, null.
+
+    Raises: yaml.YAMLError for text that is none, and for more or deeper nested values than settings have; aliases
+    count as what they stand for, so that one that holds itself has no end.
+    """
+    try:
+        _require_an_end(text)
+        value = _read(text)
+    except TypeError as error:  # jsonargparse's, about null as the only name
+        raise yaml.YAMLError("the name None, expected text") from error
+    except (ValueError, LookupError) as error:  # of a number, a date or a truth value; of text that UTF-8 lacks
+        raise yaml.YAMLError(f"a value that cannot be read: {error}") from error
+    _require_plain(value)
+    return value
+
+
+def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file of `what`. Raises: InputError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: found bytes that are not UTF-8, expected a YAML file of {what}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: found {getattr(error, 'strerror', None) or error}, "
+                         f"expected a YAML file of {what}") from error
+    return yaml_mapping(text, str(path), what)
+
+
+def yaml_mapping(text: str, where: str, what: str) -> dict[str, Any]:
+    """The mapping in a YAML text of `what`. Raises: InputError with `where` in front."""
+    try:
+        value = load_yaml(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{where}: found text that is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: found {shown(value)}, expected a mapping of {what}")
+    return value
+
+
+def _require_an_end(text: str) -> None:
+    """Counts values while the text is scanned; nothing is built, so that nothing can be too large or too deep."""
+    whole: dict[str, tuple[int, int]] = {}  # anchor -> (values, levels) of what it names
+    open_values: list[tuple[str | None, int, int]] = [(None, 0, 0)]
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_values.append((event.anchor, 1, 1))
+            if len(open_values) > MAX_NESTING:
+                raise yaml.YAMLError(f"values nested deeper than {MAX_NESTING} levels")
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, values, levels = open_values.pop()
+            whole[anchor] = values, levels
+        elif isinstance(event, yaml.ScalarEvent):
+            values, levels = whole[event.anchor] = 1, 0
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in whole:
+                raise yaml.YAMLError(f"*{event.anchor[:60]}, which stands in no value that ends before it")
+            values, levels = whole[event.anchor]
+        else:
+            continue
+        anchor, before, deepest = open_values[-1]
+        open_values[-1] = anchor, before + values, max(deepest, 1 + levels)
+        if before + values > MAX_VALUES or len(open_values) + levels > MAX_NESTING:
+            raise yaml.YAMLError(f"more than {MAX_VALUES} values, or some nested deeper than {MAX_NESTING} levels")
+
+
+def too_large(value: Any) -> bool:
+    """Whether a whole number that is no 64-bit one stands anywhere in plain values."""
+    if isinstance(value, list | tuple | dict):
+        return any(map(too_large, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and abs(value) >= MAX_WHOLE
+
+
+def _require_plain(value: Any) -> None:
+    for inner in value if isinstance(value, list) else value.values() if isinstance(value, dict) else ():
+        _require_plain(inner)
+    for name in value if isinstance(value, dict) else ():
+        if not isinstance(name, str):
+            raise yaml.YAMLError(f"the name {shown(name)}, expected text: put it in quotes")
+    if not isinstance(value, list | dict | str | int | float | None):
+        raise yaml.YAMLError(f"{shown(value)}, expected a mapping, a list, text or a number")
+    if isinstance(value, str) and "\0" in value:
+        raise yaml.YAMLError(f"{shown(value)}, expected text without NUL characters")
+    if too_large(value):
+        raise yaml.YAMLError(f"{shown(value)}, expected a number of at most 64 bits")
+
+
+set_loader("yaml", load_yaml, (yaml.YAMLError,))
