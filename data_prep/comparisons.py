@@ -74,7 +74,7 @@ def import_rows(
     made: dict[str, list[Any]] = {}
     counts: Counter[str] = Counter()
     for name, rows in raw_splits(source).items():
-        found = (_read(row, where, read, counts, group, lists) for where, row in rows)
+        found = (read_raw(row, where, read, counts, group, lists) for where, row in rows)
         made[name] = [one for one in found if one is not None]
     return made, _counted(source, counts)
 
@@ -188,7 +188,7 @@ def _convert(
     counts: Counter[str] = Counter()
     lines = []
     for name, place, where, row in chunk:
-        made = _read(row, where, read, counts, group)
+        made = read_raw(row, where, read, counts, group)
         if made is not None:
             lines.append(_line(name, place, made))
     return lines, counts
@@ -223,10 +223,12 @@ def _counted(source: str | Path, counts: Counter[str]) -> dict[str, Any]:
             "repaired": _part(counts, "repaired: "), "kept as it is": _part(counts, "kept: ")}  # fmt: skip
 
 
-def _read(
-    row: Any, where: str, read: Callable[[Any, str, Counter], Any], counts: Counter[str], group: str | None,
+def read_raw(
+    row: Any, where: str, read: Callable[[Any, str, Counter], Any], counts: Counter[str], group: str | None = None,
     lists: bool = False,
-) -> Any:
+) -> Any:  # fmt: skip
+    """What `read` makes of a row, as in `import_rows`, or None where it is dropped; `counts` gets the row, its repairs
+    or why it is dropped, and how often it was imported."""
     counts["rows"] += 1
     mine: Counter[str] = Counter()  # the repairs of a row that is dropped do not count
     try:

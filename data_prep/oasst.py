@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep import fields
-from data_prep.comparisons import import_rows, publish
+from data_prep.comparisons import import_rows, publish, read_raw
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.forms import extra_columns
@@ -40,7 +40,14 @@ class Message(NamedTuple):
     group: str = ""
 
 
-Reply = tuple[tuple[Turn, ...], Message]  # what was said before it
+class Thread(NamedTuple):
+    """A turn and the turns before it, which replies to one message share: a chain takes memory of its length once."""
+
+    turn: Turn
+    before: "Thread | None"
+
+
+Reply = tuple[Thread | None, Message]  # what was said before it
 
 
 def prepare(
@@ -99,10 +106,10 @@ def connect(messages: Iterable[Message], counts: Counter[str]) -> Iterator[Reply
             counts[f"messages left out: {message.unusable}"] += 1
         else:
             children[message.parent].append(message)
-    reached = [((), root) for root in children[None]]
+    reached: list[Reply] = [(None, root) for root in children[None]]
     for before, message in reached:  # grows as it goes
-        context = (*before, message.turn)
-        reached += [(context, reply) for reply in children.get(message.id, ())]
+        thread = Thread(message.turn, before)
+        reached += [(thread, reply) for reply in children.get(message.id, ())]
         if message.turn.role == "user":
             counts["messages of prompters"] += 1
         else:
@@ -110,21 +117,33 @@ def connect(messages: Iterable[Message], counts: Counter[str]) -> Iterator[Reply
     counts["messages left out: what they reply to is not there"] += sum(map(len, children.values())) - len(reached)
 
 
+def turns_of(thread: Thread | None) -> list[Turn]:
+    """The turns of a thread, first to last."""
+    turns = []
+    while thread is not None:
+        turns.append(thread.turn)
+        thread = thread.before
+    return turns[::-1]
+
+
 def compare(replies: Iterable[Reply], counts: Counter[str]) -> Iterator[Comparison]:
     """One comparison of all ranked replies to each message; `counts` gets all replies, and why sets are left out."""
     siblings: dict[str, list[Reply]] = defaultdict(list)
-    for context, reply in replies:
-        siblings[reply.parent or f"root {reply.id}"].append((context, reply))
+    for before, reply in replies:
+        siblings[reply.parent or f"root {reply.id}"].append((before, reply))
     for together in siblings.values():
-        context, messages = together[0][0], [message for _, message in together]
+        messages = [message for _, message in together]
         mine: Counter[str] = Counter()
-        made = read_comparison(
-            {"prompt": messages_of(context), "responses": [message.turn.content for message in messages],
+        # Most replies are the only one to their message: what was said before those need not be read.
+        compared = sum(message.rank is not None for message in messages) > 1
+        made = read_raw(
+            {"prompt": messages_of(turns_of(together[0][0] if compared else None)),
+             "responses": [message.turn.content for message in messages],
              "ranks": [message.rank for message in messages], "source": "oasst", "group": messages[0].group or None,
-             "labels": {"options": [message.labels for message in messages]}}, messages[0].id, mine)  # fmt: skip
+             "labels": {"options": [message.labels for message in messages]}}, messages[0].id, read_comparison, mine)
         counts["replies compared"] += len(made.options) if made else 0
         counts["replies not compared"] += len(messages) - (len(made.options) if made else 0)
-        counts.update({f"sets of replies {name}": n for name, n in mine.items()})
+        counts.update({f"sets of replies {name}": n for name, n in mine.items() if name not in ("rows", "imported")})
         if made:
             yield made
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep import trajectories
-from data_prep.oasst import Message, Reply, import_replies
+from data_prep.oasst import Message, Reply, import_replies, turns_of
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.preference_forms import root_group
 from offline_lmrl.data.trajectory import Trajectory, as_context
@@ -48,12 +48,13 @@ def prepare(
 
 def rate(replies: Iterable[Reply], reward: Literal["quality", "thumbs"], counts: Counter[str]) -> Iterator[Trajectory]:
     """A trajectory of each reply that was rated; `counts` gets all replies."""
-    for context, reply in replies:
+    for before, reply in replies:
         score = _quality(reply) if reward == "quality" else _thumbs(reply)
         if score is None:
             counts[f"replies without {reward}"] += 1
             continue
         counts["replies scored"] += 1
+        context = turns_of(before)
         turns = (*as_context(context), replace(reply.turn, reward=score))
         group = reply.group or root_group(context) or reply.id
         yield Trajectory(turns, group=group, source="oasst", labels=reply.labels)

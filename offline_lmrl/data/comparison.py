@@ -13,6 +13,7 @@ from offline_lmrl.data.trajectory import (
     labels_text,
     messages_of,
     read_labels,
+    require_labels,
     require_list,
     require_text,
     shown,
@@ -178,8 +179,7 @@ def _ranking(ranking: Any, target: tuple[float, ...]) -> tuple[tuple[int, ...], 
 
 
 def _check_labels(labels: Any, size: int) -> None:
-    if not isinstance(labels, Mapping):
-        raise InputError(f"labels: found {shown(labels)}, expected an object")
+    require_labels(labels)
     if "options" in labels and (not isinstance(labels["options"], list) or len(labels["options"]) != size):
         raise InputError(f"labels.options: found {shown(labels['options'])} for {size} options, expected a list with "
                          "an entry for each option")

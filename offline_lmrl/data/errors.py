@@ -84,6 +84,21 @@ def opening(name: str | Path, what: str) -> Iterator[None]:
                          "expected one of them") from error
 
 
+@contextmanager
+def reading(where: str | Path, what: str) -> Iterator[None]:
+    """Around a library's call that reads data (`what`). Whatever the library raises is about what it read.
+
+    Raises: InputError that says where, and the first line of what the library says.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{where}: found {what} that cannot be read ({first}), expected a whole one") from error
+
+
 def in_our_words(message: str, prefix: str = "") -> str:
     """jsonargparse's error about a value of the wrong type as `key: found x, expected y`; other messages as they are.
 

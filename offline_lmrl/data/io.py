@@ -18,18 +18,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, TypeVar
 
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.comparison import to_record as comparison_record
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, reading, shown
 from offline_lmrl.data.files import ASIDE, staging, sweep, sync, writing
 from offline_lmrl.data.forms import COMPARISON_FIELDS, no_score, read_row
 from offline_lmrl.data.parallel import chunks, map_in_order
 from offline_lmrl.data.preference_forms import read_comparison
-from offline_lmrl.data.trajectory import MAX_NESTING, Trajectory, Turn, nests_too_deep, shown
+from offline_lmrl.data.trajectory import MAX_NESTING, Trajectory, Turn, names_in, nests_too_deep, require_text
 from offline_lmrl.data.trajectory import to_record as trajectory_record
 
 Row = TypeVar("Row", Trajectory, Comparison)
@@ -47,6 +47,7 @@ _SHARD = re.compile(r"-\d+-of-\d+$")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK = 500  # rows that a process reads at once
 REPORT = "report.json"  # what `prepare` writes last: a folder without it is not finished
+_DATASETS_FOLDER = "a datasets folder"
 
 
 def read_trajectories(source: str | Path, *, split: str | None = None, counts: Counter | None = None,
@@ -288,7 +289,7 @@ def _part(source: str | Path, split: str | None) -> RawRows:
     if split is None and len(parts) > 1:
         raise InputError(f"{source}: split: found none chosen, expected one of {', '.join(parts)}")
     if split is not None and split not in parts:
-        raise InputError(f"{source}: split: found {split!r}, expected one of {', '.join(parts)}")
+        raise InputError(f"{source}: split: found {shown(split)}, expected one of {', '.join(parts)}")
     (rows,) = parts.values() if split is None else (parts[split],)
     return rows
 
@@ -364,7 +365,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 except (ValueError, RecursionError):
                     lines.seek(0)
                 else:
-                    yield from _numbered(whole, str(path))
+                    yield from _numbered(whole, str(path), "a list of JSON")
                     return
             for number, line in enumerate(lines, 1):
                 if line := line.removeprefix(_BOM if number == 1 else b"").strip():
@@ -439,9 +440,15 @@ def parsed(row: Any, where: str, counts: Counter | None = None) -> Any:
     """
     if isinstance(row, tuple):
         return _cells(*row, where)
+    may_hold_half_a_pair = not isinstance(row, bytes) or b"\\u" in row  # which JSON can only spell so
     row = _loaded(row, where, counts) if isinstance(row, bytes) else row
     if nests_too_deep(row):
         raise _too_deep(where)
+    try:
+        for name in names_in(row) if may_hold_half_a_pair else ():
+            require_text("a name", name)
+    except InputError as error:
+        raise InputError(f"{where}: JSON: {error}") from error
     return row
 
 
@@ -468,16 +475,16 @@ def _too_deep(where: str) -> InputError:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    import datasets
-    import pyarrow
+    """By pyarrow alone: notes on how other libraries show the columns are left aside, however they look."""
     import pyarrow.parquet
 
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise InputError(f"{path}: found a file that Parquet cannot read ({first}), expected Parquet") from error
-    yield from _numbered(datasets.Dataset(table), str(path))
+    def rows() -> Iterator[Any]:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(_CHUNK):
+                batch.validate(full=True)  # what is read of a damaged file may point anywhere
+                yield from batch.to_pylist(maps_as_pydicts="strict")
+
+    yield from _numbered(rows(), str(path), "a Parquet file")
 
 
 def _folder_parts(folder: Path) -> dict[str, RawRows]:
@@ -507,11 +514,10 @@ def _is_dataset(folder: Path) -> bool:
 def _dataset_parts(folder: Path) -> dict[str, RawRows]:
     import datasets
 
-    try:
+    with reading(folder, _DATASETS_FOLDER):
         loaded = datasets.load_from_disk(folder)
-    except (OSError, ValueError, LookupError) as error:
-        raise InputError(f"{folder}: found a datasets folder that cannot be read ({error}), "
-                         "expected one written by save_to_disk") from error
+        for part in loaded.values() if isinstance(loaded, Mapping) else [loaded]:
+            part.data.validate(full=True)  # what is read of a damaged file may point anywhere
     return _named_parts(loaded, str(folder))
 
 
@@ -528,13 +534,18 @@ def _hub_parts(name: str, split: str | None) -> dict[str, RawRows]:
 
 
 def _named_parts(loaded: Any, source: str) -> dict[str, RawRows]:
-    if isinstance(loaded, Mapping):
-        return {str(name): _numbered(rows, f"{source}/{name}") for name, rows in loaded.items()}
-    return {"all": _numbered(loaded, source)}
+    parts = loaded if isinstance(loaded, Mapping) else {"all": loaded}
+    return {str(name): _numbered(rows, source if rows is loaded else f"{source}/{name}", _DATASETS_FOLDER)
+            for name, rows in parts.items()}
 
 
-def _numbered(rows: Iterable[Any], source: str) -> Iterator[tuple[str, Any]]:
-    for number, row in enumerate(rows, 1):
+def _numbered(rows: Iterable[Any], source: str, what: str) -> Iterator[tuple[str, Any]]:
+    found = iter(rows)
+    for number in count(1):
+        with reading(f"{source}:{number}", what):
+            row = next(found, found)
+        if row is found:
+            return
         yield f"{source}:{number}", row
 
 

@@ -7,8 +7,9 @@ line of JSON Lines and a row of Parquet hold.
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from numbers import Integral, Real
 from typing import Any
 
@@ -125,8 +126,7 @@ class Trajectory:
             raise InputError(f"terminated: found {shown(self.terminated)}, expected true or false")
         for name in ("group", "task", "source"):
             require_text(name, getattr(self, name))
-        if not isinstance(self.labels, Mapping):
-            raise InputError(f"labels: found {shown(self.labels)}, expected an object")
+        require_labels(self.labels)
 
     @property
     def total_return(self) -> float:
@@ -247,13 +247,31 @@ def parse_json(text: str) -> Any:
 
 def nests_too_deep(value: Any) -> bool:
     """Whether lists and objects lie in one another more than MAX_NESTING deep."""
-    level = [value] if isinstance(value, list | dict) else []
+    level = [value] if isinstance(value, list | tuple | dict) else []
     for _ in range(MAX_NESTING):
         if not level:
             return False
         level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)
-                 if isinstance(inner, list | dict)]
+                 if isinstance(inner, list | tuple | dict)]
     return bool(level)
+
+
+def names_in(value: Any) -> Iterator[Any]:
+    """The names in the objects of a value, at every level."""
+    level = [value]
+    while level:
+        objects = [one for one in level if isinstance(one, dict)]
+        yield from chain.from_iterable(objects)
+        level = [inner for one in level if isinstance(one, list | dict)
+                 for inner in (one.values() if isinstance(one, dict) else one)]
+
+
+def require_labels(labels: Any) -> None:
+    """Raises InputError for labels that are no object, or nest so deep that they could be written and not read."""
+    if not isinstance(labels, Mapping):
+        raise InputError(f"labels: found {shown(labels)}, expected an object")
+    if nests_too_deep(dict(labels)):
+        raise InputError(f"labels: found nesting deeper than {MAX_NESTING} levels, expected less nesting")
 
 
 def require_text(name: str, value: Any) -> None:
@@ -288,8 +306,8 @@ def require_list(name: str, value: Any) -> Sequence:
 
 def _token_ids(value: Any) -> tuple[int, ...]:
     for token in require_list("token_ids", value):
-        if isinstance(token, bool) or not isinstance(token, Integral) or token < 0:
-            raise InputError(f"token_ids: found {shown(token)}, expected integers from 0 up")
+        if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < 2**31:
+            raise InputError(f"token_ids: found {shown(token)}, expected integers from 0 to 2³¹ − 1")
     return tuple(int(token) for token in value)
 
 

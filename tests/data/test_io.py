@@ -1,3 +1,5 @@
+import datetime
+import decimal
 import gzip
 import json
 import multiprocessing
@@ -6,6 +8,8 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from offline_lmrl.data import io
@@ -354,7 +358,7 @@ def test_files_that_are_missing_empty_or_of_another_kind_are_one_line_errors(tmp
     assert found["empty.jsonl"] == "empty.jsonl: found no row to use (no rows), expected at least one"
     assert found["a.txt"] == ("a.txt: found suffix '.txt', expected one of .jsonl, .jsonl.gz, .json, .json.gz, "
                               ".parquet, .csv, .csv.gz, .tsv, .tsv.gz")
-    assert found["bad.parquet"].startswith("bad.parquet: found a file that Parquet cannot read")
+    assert found["bad.parquet"].startswith("bad.parquet:1: found a Parquet file that cannot be read")
     assert found["bad.jsonl.gz"].startswith("bad.jsonl.gz:1: found Compressed file ended")
     assert found["void"].startswith("void: found no data files, expected .jsonl, .jsonl.gz, .json, .json.gz, ")
 
@@ -582,3 +586,75 @@ def test_no_name_is_no_folder(tmp_path, monkeypatch):
 def test_an_empty_datasets_folder_is_one_line(tmp_path):
     datasets.Dataset.from_list([]).save_to_disk(tmp_path / "rows")
     assert "found a datasets folder that cannot be read" in message_of(read_trajectories, tmp_path / "rows")
+
+
+def table(**columns):
+    return pyarrow.table({"prompt": ["q"], "completion": ["a"], "reward": [1.0], **columns})
+
+
+def test_parquet_of_any_columns_and_notes_is_read(tmp_path):
+    facts = pyarrow.array([[("a", 1), ("b", 2)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    odd = {"when": [datetime.datetime(2026, 1, 1)], "price": [decimal.Decimal("1.5")], "raw": [b"\xff"]}
+    pyarrow.parquet.write_table(table(facts=facts, word=pyarrow.array(["x"]).dictionary_encode(), **odd),
+                                tmp_path / "rows.parquet")  # fmt: skip
+    counts = Counter()
+    (row,) = read_trajectories(tmp_path / "rows.parquet", counts=counts)
+    assert row.labels == {"facts": {"a": 1, "b": 2}, "word": "x"}
+    assert counts == {f"repaired: column {name!r} left out, not JSON": 1 for name in odd}
+    for note in (b"{", b"3", b'{"info": {"features": {"prompt": {"_type": "Nothing"}}}}'):
+        noted = table().replace_schema_metadata({b"huggingface": note, b"pandas": note})
+        pyarrow.parquet.write_table(noted, tmp_path / "rows.parquet")
+        assert len(read_trajectories(tmp_path / "rows.parquet")) == 1
+
+
+@pytest.mark.parametrize("columns", [
+    {"when": pyarrow.array([2**52], pyarrow.timestamp("s"))},  # which Python has no date for
+    {"facts": pyarrow.array([[("a", 1), ("a", 2)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))},
+    {"text": pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0])),
+                                              pyarrow.py_buffer(b"\xff"))},
+], ids=["date", "name twice", "no text"])  # fmt: skip
+def test_parquet_rows_that_python_cannot_hold_are_one_line(tmp_path, columns):
+    pyarrow.parquet.write_table(table(**columns), tmp_path / "rows.parquet")
+    said = message_of(read_trajectories, tmp_path / "rows.parquet")
+    assert said.startswith(f"{tmp_path / 'rows.parquet'}:1: found a Parquet file that cannot be read (")
+
+
+@pytest.mark.parametrize("damage", ["{", "3", "null", "{}", '{"_data_files": 3}', '{"_data_files": [{"filename": 1}]}',
+                                    '{"features": 3}', '{"features": {"messages": {"_type": "Nothing"}}}'])
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])
+def test_a_damaged_datasets_folder_is_one_line_or_whole(tmp_path, name, damage):
+    write_trajectories(tmp_path / "rows", EPISODES)
+    (tmp_path / "rows" / name).write_text(damage)
+    try:
+        assert read_trajectories(tmp_path / "rows") == EPISODES  # the data say themselves what they are
+    except InputError as error:
+        assert str(error).startswith(f"{tmp_path / 'rows'}") and "\n" not in str(error)
+
+
+def test_a_cut_off_arrow_file_is_one_line(tmp_path):
+    write_trajectories(tmp_path / "rows", EPISODES)
+    (file,) = (tmp_path / "rows").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:-500])
+    assert "found a datasets folder that cannot be read" in message_of(read_trajectories, tmp_path / "rows")
+
+
+def test_half_a_surrogate_pair_in_a_name_is_named_by_its_line(tmp_path):
+    row = json.dumps({**scored(), "extra": {"deep": [{"\ud800": 1}]}})
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n")
+    said = message_of(read_trajectories, tmp_path / "rows.jsonl")
+    assert said == (f"{tmp_path / 'rows.jsonl'}:1: JSON: a name: found half a surrogate pair at character 0, "
+                    "expected text")  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text(f"[{row}]")
+    assert said == message_of(read_trajectories, tmp_path / "rows.jsonl")
+
+
+def test_numbers_of_any_length_are_one_line(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(scored())[:-1] + f', "n": {"1" * 5000}}}\n')
+    said = message_of(read_trajectories, tmp_path / "rows.jsonl")
+    assert said.startswith(f"{tmp_path / 'rows.jsonl'}:1: JSON: found a line that does not parse (Exceeds the limit ")
+    lines(tmp_path / "rows.jsonl", {**scored(), "n": int("1" * 4000)})
+    (row,) = read_trajectories(tmp_path / "rows.jsonl")
+    write_trajectories(tmp_path / "again.parquet", [row])
+    assert read_trajectories(tmp_path / "again.parquet") == [row]
+    assert "token_ids: found 2147483648, expected" in message_of(
+        read, tmp_path, scored(token_ids=[2**31]))  # fmt: skip

@@ -75,7 +75,7 @@ def test_nulls_and_absent_fields_take_the_defaults():
     ([], "f:3: turns: found none, expected at least one"),
     (["hello"], "f:3: messages[0]: found 'hello', expected an object with role and content"),
     ([{"role": "assistant", "content": "a", "token_ids": [1, -2]}],
-     "f:3: messages[0].token_ids: found -2, expected integers from 0 up"),
+     "f:3: messages[0].token_ids: found -2, expected integers from 0 to 2³¹ − 1"),
     ([{"role": "assistant", "content": "a", "token_ids": [1, 2], "behaviour_log_prob": [-1.0]}],
      "f:3: messages[0].behaviour_log_prob: found 1 for 2 token_ids, expected one for each token id"),
     ([{"role": "assistant", "content": "a", "trainable": "yes"}],

@@ -90,3 +90,18 @@ def test_what_else_people_said_is_in_the_labels(tmp_path):
     assert made[0].labels == {"reactions": [{"turn": 1, "value": 1, "tags": ["useful"]}], "user": 7, "agent_turns": 2}
     reaction = {"turn": 1, "text": "Yes.", "liked": True, "disliked": False, "tags": ["useful"], "comment": None}
     assert made[1].labels == {"visitor_id": "v", "agent_turns": 2, "reactions": [reaction]}
+
+
+def test_a_reaction_that_could_not_be_read_back_is_dropped_with_its_row(tmp_path):
+    def row(levels):
+        deep = 0
+        for _ in range(levels):
+            deep = [deep]
+        return {"messages": CHAT, "reaction": {**UP, "comment": deep}}
+
+    rows = [row(levels) for levels in (196, 197, 198, 199)]  # of which the last is too deep itself
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    assert report["imported"] == 2 and report["dropped"] == {
+        "labels: expected less nesting": 1, "JSON: expected less nesting": 1}  # fmt: skip
+    assert len(read_trajectories(tmp_path / "out" / "train.jsonl")) == 2

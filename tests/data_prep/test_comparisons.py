@@ -259,7 +259,7 @@ RANKINGS = {  # the comparison of replies with scores from 1 to 5
     ultrafeedback: lambda scored, counts: ultrafeedback.read_rated(test_ultrafeedback.row(*(
         test_ultrafeedback.completion(text, *[str(score)] * 4) for text, score in scored)), "f:1", counts),
     oasst: lambda scored, counts: next(oasst.compare(
-        [((Turn("user", "q"),), oasst.Message(f"{i}", "q", Turn("assistant", text), -score, {}, ""))
+        [(oasst.Thread(Turn("user", "q"), None), oasst.Message(f"{i}", "q", Turn("assistant", text), -score, {}, ""))
          for i, (text, score) in enumerate(scored)], counts), None),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Conversation trees in their three forms, and every reason to leave a message out."""
 
 import json
+import time
 
 import pytest
 
@@ -148,3 +149,30 @@ def test_thumbs_are_the_balance_of_up_and_down(tmp_path):
     assert report["assembled"]["replies without thumbs"] == 9
     with pytest.raises(InputError, match="found no reply with thumbs"):
         run(tmp_path, MESSAGES[4:], oasst_ratings, reward="thumbs")
+
+
+def test_a_chain_takes_time_of_its_length(tmp_path):
+    ids = [f"{'qa'[i % 2]}{i}" for i in range(4000)]
+    chain = [message(name, parent, rank=0) for name, parent in zip(ids, [None, *ids], strict=False)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*chain, message("b", ids[-2], 1)]))
+    start = time.perf_counter()
+    report = oasst.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    assert time.perf_counter() - start < 5  # of the square of its length: 15 s and more
+    assert report["assembled"] == {"messages of prompters": 2000, "replies compared": 2, "replies not compared": 1999,
+                                   "sets of replies dropped: fewer than two ranked responses": 1999}  # fmt: skip
+    (row,) = read_comparisons(tmp_path / "out" / "train.jsonl")
+    assert [turn.content for turn in row.context] == [f"text {name}" for name in ids[:-1]]
+
+
+def test_labels_that_could_not_be_read_back_are_dropped_with_their_set(tmp_path):
+    deep = 0
+    for _ in range(198):
+        deep = [deep]
+    rows = [message("q"), message("a", "q", 0), message("b", "q", 1, detoxify={"x": deep}),
+            message("q1"), message("c", "q1", 0), message("d", "q1", 1)]  # fmt: skip
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = oasst.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    assert report["assembled"] == {
+        "messages of prompters": 2, "replies compared": 2, "replies not compared": 2,
+        "sets of replies dropped: JSON: expected less nesting": 1}  # fmt: skip
+    assert len(read_comparisons(tmp_path / "out" / "train.jsonl")) == 1
