@@ -48,13 +48,14 @@ FILES = {"train": ("data.txt", "train.txt"), "validation": ("val.txt",), "test":
 
 _HELD_OUT = 200  # scenarios, of nearly 1,900 in the public file
 
-_SIX = r"\d+(?: \d+){5}"
+_NUMBER = "[0-9]{1,9}"
+_SIX = rf"{_NUMBER}(?: {_NUMBER}){{5}}"
 _PLAIN = re.compile(rf"(?P<own>{_SIX}) (?P<talk>.+ {SELECTION}) (?P<selection>.+) <eos> "
                     rf"reward=(?P<reward>.+) (?P<flag>agree|disagree) (?P<partner>{_SIX})")
 _TAGGED = re.compile(rf"<input> (?P<own>{_SIX}) </input> <dialogue> (?P<talk>.+ {SELECTION}) </dialogue> "
                      rf"<output> (?P<selection>.+) </output> <partner_input> (?P<partner>{_SIX}) </partner_input>")
 _TURN = re.compile(r"(YOU|THEM): (\S.*)")
-_ITEM = re.compile(r"item[0-5]=(\d+)")
+_ITEM = re.compile(rf"item[0-5]=({_NUMBER})")
 _ITEM_NAME = re.compile(r"\b(book|hat|ball)(?=s?\b)")
 # What stands in place of a division, in both forms, and the outcome it means.
 _OUTCOMES = {"no agreement": "no agreement", "<no_agreement>": "no agreement", "disconnect": "disconnect",
@@ -231,7 +232,7 @@ def _talk(text: str) -> tuple[tuple[str, str], ...]:
     if not all(turns):
         raise Unreadable("a turn without speaker or words")
     talk = tuple((turn[1], turn[2]) for turn in turns)
-    if [words for _, words in talk].index(SELECTION) != len(talk) - 1:
+    if [words == SELECTION for _, words in talk] != [False] * (len(talk) - 1) + [True]:
         raise Unreadable("the selection is not the last turn")
     return talk
 

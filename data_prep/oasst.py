@@ -204,4 +204,4 @@ def _by_name(record: Mapping, field: str, key: str, where: str) -> dict[str, flo
             raise InputError(f"{here}: {key}: found {len(values)} for {len(names)} names, expected one for each name")
         found = dict(zip(map(str, names), values, strict=True))
     plain = {name: one.get(key) if isinstance(one, Mapping) else one for name, one in found.items()}
-    return {name: fields.number(plain, name, here) for name, value in plain.items() if value is not None}
+    return {name: fields.number({key: value}, key, here) for name, value in plain.items() if value is not None}

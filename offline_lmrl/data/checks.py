@@ -195,7 +195,9 @@ def _histogram(returns: np.ndarray) -> list[tuple[float, float, int]]:
     values, rows = np.unique(returns.round(9), return_counts=True)
     if len(values) <= _BINS:
         return [(float(value), float(value), int(n)) for value, n in zip(values, rows, strict=True)]
-    rows, edges = np.histogram(returns, bins=_BINS)
+    # Equal bins, of which fewer are left where floats between the ends are rare.
+    edges = np.unique(np.linspace(returns.min(), returns.max(), _BINS + 1))
+    rows, _ = np.histogram(returns, bins=edges)
     return [(float(low), float(high), int(n)) for low, high, n in zip(edges, edges[1:], rows, strict=False)]
 
 

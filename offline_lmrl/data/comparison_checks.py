@@ -13,7 +13,7 @@ import numpy as np
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.io import group_key
 from offline_lmrl.data.preference_forms import END_TOKENS, normalised
-from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.data.trajectory import Trajectory, Turn, nests_too_deep
 
 Feature = Callable[[Comparison, int], float]  # of one option of a comparison
 Pair = tuple[Comparison, int, int]  # two options of a comparison
@@ -208,10 +208,10 @@ def merge_repeats(comparisons: Sequence[Comparison], counts: Counter[str]) -> li
     """Comparisons of one group of the same replies to one context as one: targets averaged by weight, weights added.
 
     So one that is preferred here and rejected there gets a soft target. The labels of the others stay in
-    `labels["merged"]`; a ranking or a strength on which they do not agree goes.
+    `labels["merged"]`, if they can lie there; a ranking or a strength on which they do not agree goes.
 
     Args:
-      counts: gets the comparisons that went into others, and those of them that contradicted.
+      counts: gets the comparisons that went into others, those of them that contradicted, and labels left out.
     """
     together: dict[tuple, list[Comparison]] = {}
     for row in comparisons:
@@ -223,18 +223,22 @@ def merge_repeats(comparisons: Sequence[Comparison], counts: Counter[str]) -> li
             rows = [row.select([row.options.index(option) for option in first.options]) for row in same]
             counts["merged: the same replies compared again"] += len(rows) - 1
             counts["merged: of those, contradictions"] += sum(row.ranks != first.ranks for row in rows[1:])
-            merged.append(_merged(rows))
+            merged.append(_merged(rows, counts))
         else:
             merged += same
     return merged
 
 
-def _merged(rows: Sequence[Comparison]) -> Comparison:
+def _merged(rows: Sequence[Comparison], counts: Counter[str]) -> Comparison:
     first, weight = rows[0], math.fsum(row.weight for row in rows)
     target = tuple(math.fsum(row.weight * row.target[i] for row in rows) / weight for i in range(len(first.options)))
     agreed = all((row.ranking, row.labels.get("strength")) == (first.ranking, first.labels.get("strength"))
                  for row in rows)
-    labels = {**first.labels, "merged": [dict(row.labels) for row in rows[1:]]}
+    others = [dict(row.labels) for row in rows[1:]]
+    kept = [labels for labels in others if not nests_too_deep({"merged": [labels]})]
+    if len(kept) < len(others):
+        counts["merged: labels left out, which nest too deep in others"] += len(others) - len(kept)
+    labels = {**first.labels, "merged": kept}
     if not agreed:
         labels.pop("strength", None)
     return Comparison(first.context, first.options, target, first.ranking if agreed else None, weight, first.group,

@@ -1,7 +1,7 @@
 """The one error for bad input from outside, and the words for values of the wrong type."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 LONGEST_MESSAGE = 2000
 _SHOWN = 60  # characters of a value
+_LISTED = 20  # names
 _BITS = 1000  # of a whole number that is printed; beyond some 14,000 Python prints none
 
 
@@ -37,6 +38,13 @@ def shown(value: Any) -> str:
         if len(text) > _SHOWN:
             return text[:_SHOWN - 3] + "..."
     return text
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names from outside, as an error lists them: plain ones as they are, others as values."""
+    names = list(names)
+    plain = [name if re.fullmatch(rf"[\w.-]{{1,{_SHOWN}}}", name) else shown(name) for name in names[:_LISTED]]
+    return ", ".join([*plain, "..."] if len(names) > _LISTED else plain)
 
 
 def _parts(value: Any) -> Iterator[str]:

@@ -28,7 +28,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, listed, shown
 from offline_lmrl.data.trajectory import (
     OPTIONAL_TURN_FIELDS,
     ROLES,
@@ -38,7 +38,6 @@ from offline_lmrl.data.trajectory import (
     finite,
     parse_json,
     read_labels,
-    shown,
     turn_from_record,
 )
 
@@ -123,7 +122,7 @@ def extra_columns(row: Mapping, names: set[str], repairs: Counter) -> dict[str, 
         try:
             extra[name] = json.loads(json.dumps(row[name]))
         except (TypeError, ValueError):
-            repairs[f"repaired: column {name!r} left out, not JSON"] += 1
+            repairs[f"repaired: column {shown(name)} left out, not JSON"] += 1
     return extra
 
 
@@ -151,7 +150,7 @@ def _turns(row: Mapping, present: set[str], where: str, repairs: Counter,
         scored = _scored(turns, _prompt_score(row, turns, where, repairs, reward), completion, where, Counter())
         used = {"prompt", completion} | ({"reward"} if reward is None else set())
         return [*prompt, *scored], _prompt_group(prompt), used
-    found = ", ".join(sorted(present)) or "none"
+    found = listed(sorted(present)) or "none"
     raise InputError(f"{where}: fields: found {found}, expected messages, or prompt, completion and reward or label")
 
 
@@ -359,7 +358,7 @@ def _turn(message: Any, where: str, repairs: Counter, allow_empty: bool) -> Turn
     for name in left_out:
         plain.pop(name)
         if message[name] is not None:
-            repairs[f"repaired: message field {name!r} left out"] += 1
+            repairs[f"repaired: message field {shown(name)} left out"] += 1
     return turn_from_record(plain, where, allow_empty)
 
 
@@ -423,7 +422,7 @@ def _part(part: Any) -> str:
     if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
         return part["text"]
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise Drop(f"content part of type {kind!r}")
+    raise Drop(f"content part of type {shown(kind)}")
 
 
 def read_text(text: str) -> str:

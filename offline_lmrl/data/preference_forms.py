@@ -24,7 +24,7 @@ from dataclasses import replace
 from typing import Any
 
 from offline_lmrl.data.comparison import Comparison, build_comparison
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, listed
 from offline_lmrl.data.forms import (
     DIALOGUES,
     Drop,
@@ -139,7 +139,7 @@ def _parts(row: Mapping, present: set[str], where: str, repairs: Counter,
         target = [(rank == levels[0]) / len(ranking[0]) for rank in ranks]
         fields = {"target": target, "ranking": ranking, "labels": labels}
         return context, options, fields, {"prompt", "responses", column}
-    found = ", ".join(sorted(present)) or "none"
+    found = listed(sorted(present)) or "none"
     raise InputError(f"{where}: fields: found {found}, expected {_FORMS}")
 
 

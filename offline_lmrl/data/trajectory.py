@@ -18,6 +18,7 @@ from offline_lmrl.data.errors import InputError, shown
 ROLES = ("system", "user", "assistant", "tool", "environment")
 OPTIONAL_TURN_FIELDS = ("trainable", "reward", "token_ids", "behaviour_log_prob", "thinking", "tool_calls", "tools",
                         "name", "tool_call_id")  # fmt: skip
+LARGEST_NUMBER = 1e30
 MAX_NESTING = 200  # trees of replies nest two levels per turn; what JSON, pickle and repr can walk ends near 900
 
 
@@ -285,7 +286,8 @@ def require_text(name: str, value: Any) -> None:
 
 
 def finite(name: str, value: Any) -> float:
-    """The value as a float; raises InputError unless it is a finite number."""
+    """The value as a float; raises InputError unless it is a finite number, small enough to be added up with others
+    and for training in 32 bits."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InputError(f"{name}: found {shown(value)}, expected a number")
     try:
@@ -294,6 +296,8 @@ def finite(name: str, value: Any) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise InputError(f"{name}: found {number}, expected a finite number")
+    if abs(number) > LARGEST_NUMBER:
+        raise InputError(f"{name}: found {number}, expected a number up to {LARGEST_NUMBER:g}")
     return number
 
 

@@ -172,3 +172,10 @@ def test_columns_that_may_hold_the_score_are_named_where_nothing_is_scored():
     assert any("column 'time' (or 'session') may hold it" in text for text in check({"train": rows}).warnings)
     scored = Trajectory((Turn("user", "q"), Turn("assistant", "a", reward=1.0)), labels=labels[0])
     assert not any("no turn has" in text for text in check({"train": [*rows, scored]}).warnings)
+
+
+def test_returns_between_which_floats_are_rare_have_a_histogram():
+    rows = [Trajectory((Turn("assistant", f"{i}", reward=1e17 + 16 * (i % 4) + i),)) for i in range(40)]
+    report = check({"train": rows}).splits["train"]
+    assert sum(n for *_, n in report.histogram) == 40
+    assert all(low <= high for low, high, _ in report.histogram)

@@ -111,3 +111,10 @@ def test_token_ids_are_kept_only_for_the_tokenizer_that_sampled_them():
     assert with_own_token_ids(own, "abc") is own
     assert with_own_token_ids(own, "other").turns == (Turn("assistant", "a", reward=1.0),)
     assert with_own_token_ids(Trajectory((turn,)), "abc").turns == (Turn("assistant", "a", reward=1.0),)
+
+
+def test_numbers_that_training_cannot_add_up_are_refused():
+    with pytest.raises(InputError, match=r"messages\[0\].reward: found 1e\+31, expected a number up to 1e\+30"):
+        from_record(record({"role": "assistant", "content": "a", "reward": 10**31}), "f:3")
+    rewards = [{"role": "assistant", "content": "a", "reward": 1e30}] * 1000
+    assert from_record(record(*rewards), "f:3").total_return == pytest.approx(1e33)

@@ -373,3 +373,16 @@ def test_native_rows_go_through_the_checks_of_replies_that_other_forms_do(tmp_pa
     report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0, allow_empty=True)
     assert (report["imported"], report["dropped"]) == (2, {"identical replies": 2})
     assert len(read_comparisons(tmp_path / "out" / "train.jsonl")) == 2  # what was kept is read as it was written
+
+
+def test_labels_that_nest_too_deep_in_others_are_left_out_and_counted(tmp_path):
+    deep = 0
+    for _ in range(198):
+        deep = [deep]
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    rows = [row, {**row, "extra": deep}, {**row, "extra": 1}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    assert report["merged"]["labels left out, which nest too deep in others"] == 1
+    (made,) = read_comparisons(tmp_path / "out" / "train.jsonl")
+    assert made.labels["merged"] == [{"extra": 1}] and made.weight == 3

@@ -94,7 +94,7 @@ def test_rows_that_are_no_messages_are_dropped(tmp_path):
         "text: expected text": [message("x", text=None)],
         "rank: expected a number": [message("x", rank="0")],
         "labels: value: expected one for each name": [message("x", labels={"name": ["quality"], "value": []})],
-        "labels: quality: expected a number": [message("x", labels={"quality": {"value": "good"}})],
+        "labels: value: expected a number": [message("x", labels={"quality": {"value": "good"}})],
         "emojis: expected an object": [message("x", emojis=["+1"])],
         "prompt: replies: expected a list": [tree([message("q1")], "q1") | {"prompt": message("q1", replies="none")}],
         "thread: expected an object": [{"thread_id": "t", "thread": ["x"]}],
