@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a file of the user's, or a library's word on a model or data set that is not there
-        return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _refuse(str(InputError(said)))
     except Stopped as stop:
         print(stop.line or "terminated", file=sys.stderr)
         return 128 + stop.number

@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from offline_lmrl.data.errors import InputError, in_our_words, shown
-from offline_lmrl.data.yaml_text import load_yaml, read_yaml, too_large
+from offline_lmrl.data.yaml_text import load_yaml, read_yaml, require_an_end, too_large
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -77,6 +77,11 @@ class Parser(ArgumentParser):
                 start = self._parse_file(settings)
             except InputError as error:
                 raise InputError(f"{source}: {error}") from error
+        for word in argv:
+            try:
+                require_an_end(word.partition("=")[2] if word.startswith("--") else word)
+            except yaml.YAMLError as error:
+                raise InputError(f"found {shown(word)}, with {error}, expected a value of a setting") from error
         values = self.parse_args([*self._restated(argv, start), *argv], namespace=start)
         self._refuse_nulls(values)
         for key, value in values.items():

@@ -17,7 +17,8 @@ import torch
 import transformers
 from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -27,7 +28,7 @@ from offline_lmrl.data.checks import TEMPLATE_ROWS, first_difference
 from offline_lmrl.data.comparison_batching import ComparisonDataset, ComparisonRef
 from offline_lmrl.data.demonstrations import PromptSpec, encode_prompts
 from offline_lmrl.data.episodes import EpisodeEncoder, SlotsOfLog, StepRule
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.files import read_object, reading, sync
 from offline_lmrl.data.io import fingerprint, read_trajectories
 from offline_lmrl.data.printing import MISMATCH
@@ -98,7 +99,15 @@ class BaseConfig(TrainingArguments):
         WindowRule(self.context, self.stride, self.max_length)  # checks the ranges
         if self.template not in TEMPLATES:
             raise InputError(f"template: found {self.template!r}, expected one of {', '.join(TEMPLATES)}")
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except InputError:
+            raise
+        except Exception as error:  # whatever is raised here is about the settings
+            raise InputError(f"args: {' '.join(str(error).split()) or type(error).__name__}") from error
+        check_range(self, seed=(0, 2**32 - 1))  # numpy's
+        check_schedule(self)
+        check_trackers(self)
 
     @property
     def window(self) -> WindowRule:
@@ -127,6 +136,30 @@ class OfflineConfig(BaseConfig):
     def to_dict(self) -> dict[str, Any]:
         """As TrainingArguments', with plain values for the prompt too."""
         return super().to_dict() | {"prompt": self.prompt and asdict(self.prompt)}
+
+
+def check_schedule(args: TrainingArguments) -> None:
+    """Raise an InputError for settings of which no schedule can be made: now, not when training starts."""
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 2, args.lr_scheduler_kwargs)
+    except Exception as error:  # whatever is raised here is about these settings
+        raise InputError(f"lr_scheduler_kwargs: found {shown(args.lr_scheduler_kwargs)} ({error}), expected what "
+                         f"lr_scheduler_type {args.lr_scheduler_type} takes") from error
+
+
+def check_trackers(args: TrainingArguments) -> None:
+    """Raise an InputError for a tracker that is not known or not installed: now, not when training starts."""
+    for name in args.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise InputError(f"report_to: found {shown(name)}, expected none, or some of "
+                             f"{', '.join(INTEGRATION_TO_CALLBACK)}")
+        if name not in get_available_reporting_integrations():
+            try:
+                INTEGRATION_TO_CALLBACK[name]()
+            except Exception as error:
+                raise InputError(f"report_to: found {name}, which cannot be used here ({error}), expected a tracker "
+                                 "that is installed") from error
 
 
 def check_range(config: object, **bounds: tuple[float, float]) -> None:

@@ -36,8 +36,8 @@ def shown(value: Any) -> str:
     for part in _parts(value):
         text += part
         if len(text) > _SHOWN:
-            return text[:_SHOWN - 3] + "..."
-    return text
+            break
+    return _short(text)
 
 
 def listed(names: Iterable[str]) -> str:
@@ -126,7 +126,12 @@ def in_our_words(message: str, prefix: str = "") -> str:
     plain = _plain_type(expected[1] or expected[2])
     if re.fullmatch(r"[+-]?(nan|inf(inity)?)", given[1], re.IGNORECASE):  # which Python counts among the floats
         plain = re.sub(r"\bfloat\b", "a finite number", plain)
-    return f"{key}: found {given[1]}, expected {plain}"
+    return f"{key}: found {_short(given[1])}, expected {plain}"
+
+
+def _short(text: str) -> str:
+    """A value as jsonargparse prints it, no longer than `shown` shows one."""
+    return text if len(text) <= _SHOWN else text[:_SHOWN - 3] + "..."
 
 
 def _plain_type(text: str) -> str:

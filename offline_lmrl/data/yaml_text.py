@@ -22,11 +22,10 @@ _read = get_loader("yaml")
 def load_yaml(text: str) -> Any:
     """The value that a YAML text holds: mappings with names that are text, lists, text, numbers, true, false, null.
 
-    Raises: yaml.YAMLError for text that is none, and for more or deeper nested values than settings have; aliases
-    count as what they stand for, so that one that holds itself has no end.
+    Raises: yaml.YAMLError for text that is none, and as `require_an_end`.
     """
     try:
-        _require_an_end(text)
+        _count(text)
         value = _read(text)
     except TypeError as error:  # jsonargparse's, about null as the only name
         raise yaml.YAMLError("the name None, expected text") from error
@@ -59,7 +58,23 @@ def yaml_mapping(text: str, where: str, what: str) -> dict[str, Any]:
     return value
 
 
-def _require_an_end(text: str) -> None:
+class NoEnd(yaml.YAMLError):
+    """More values, or deeper nested ones, than settings have."""
+
+
+def require_an_end(text: str) -> None:
+    """Raises: NoEnd for a text that, read as YAML, gives more or deeper nested values than settings have; aliases
+    count as what they stand for, so that one that holds itself has no end. jsonargparse reads some texts without
+    asking `load_yaml`."""
+    try:
+        _count(text)
+    except NoEnd:
+        raise
+    except (yaml.YAMLError, ValueError):
+        return  # no YAML, or no UTF-8
+
+
+def _count(text: str) -> None:
     """Counts values while the text is scanned; nothing is built, so that nothing can be too large or too deep."""
     whole: dict[str, tuple[int, int]] = {}  # anchor -> (values, levels) of what it names
     open_values: list[tuple[str | None, int, int]] = [(None, 0, 0)]
@@ -67,7 +82,7 @@ def _require_an_end(text: str) -> None:
         if isinstance(event, yaml.CollectionStartEvent):
             open_values.append((event.anchor, 1, 1))
             if len(open_values) > MAX_NESTING:
-                raise yaml.YAMLError(f"values nested deeper than {MAX_NESTING} levels")
+                raise NoEnd(f"values nested deeper than {MAX_NESTING} levels")
             continue
         if isinstance(event, yaml.CollectionEndEvent):
             anchor, values, levels = open_values.pop()
@@ -76,14 +91,14 @@ def _require_an_end(text: str) -> None:
             values, levels = whole[event.anchor] = 1, 0
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in whole:
-                raise yaml.YAMLError(f"*{event.anchor[:60]}, which stands in no value that ends before it")
+                raise NoEnd(f"*{event.anchor[:60]}, which stands in no value that ends before it")
             values, levels = whole[event.anchor]
         else:
             continue
         anchor, before, deepest = open_values[-1]
         open_values[-1] = anchor, before + values, max(deepest, 1 + levels)
         if before + values > MAX_VALUES or len(open_values) + levels > MAX_NESTING:
-            raise yaml.YAMLError(f"more than {MAX_VALUES} values, or some nested deeper than {MAX_NESTING} levels")
+            raise NoEnd(f"more than {MAX_VALUES} values, or some nested deeper than {MAX_NESTING} levels")
 
 
 def too_large(value: Any) -> bool:
@@ -101,8 +116,10 @@ def _require_plain(value: Any) -> None:
             raise yaml.YAMLError(f"the name {shown(name)}, expected text: put it in quotes")
     if not isinstance(value, list | dict | str | int | float | None):
         raise yaml.YAMLError(f"{shown(value)}, expected a mapping, a list, text or a number")
-    if isinstance(value, str) and "\0" in value:
-        raise yaml.YAMLError(f"{shown(value)}, expected text without NUL characters")
+    if isinstance(value, str):
+        require_an_end(value)
+        if "\0" in value:
+            raise yaml.YAMLError(f"{shown(value)}, expected text without NUL characters")
     if too_large(value):
         raise yaml.YAMLError(f"{shown(value)}, expected a number of at most 64 bits")
 

@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.protocols import Environment, VectorEnvironment, imported
+from offline_lmrl.data.trajectory import require_text
 
 ENVIRONMENTS = {
     "maze": "offline_lmrl.environments.maze:Maze",
@@ -63,8 +64,9 @@ def is_vector(environment: Any) -> bool:
 
 
 def _find(name: str) -> Callable[..., Any]:
+    require_text("environment.name", name)
     path = ENVIRONMENTS.get(name, name)
     if not path.partition(":")[2]:
         near = difflib.get_close_matches(name, ENVIRONMENTS, n=1, cutoff=0)[0]
-        raise InputError(f"environment: found {name!r}, expected {near!r}, say, or your own as package.module:Class")
+        raise InputError(f"environment: found {shown(name)}, expected {near!r}, say, or your own as package.module:Class")
     return imported(path, "environment")

@@ -13,8 +13,11 @@ from a pre-hook on the LM head that passes only the wanted positions: soft cap a
 import difflib
 import functools
 import inspect
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +29,15 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 from offline_lmrl.data.conditioning import Slots, check_ask, with_slots
-from offline_lmrl.data.errors import InputError, opening
+from offline_lmrl.data.errors import InputError, opening, shown
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.models.adapters import PARTS, load_heads, read_settings, require_peft, settings, unfreeze_heads
 from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.return_heads import ReturnHeads, outcomes
 from offline_lmrl.models.value_heads import Head, ValueHeads, ValueHeadsConfig
 from offline_lmrl.ops.decoding import guide, support_filter
+
+MOST_LAYERS = 10_000
 
 
 def _table_rows(config: PreTrainedConfig) -> int | None:
@@ -467,20 +472,44 @@ def from_scratch(auto_class: type, spec: Mapping[str, Any], tokenizer, **extra: 
     """
     fields = dict(spec)
     model_type = fields.pop("model_type", None)
-    if model_type not in CAUSAL_LMS:
-        near = _nearest(str(model_type), CAUSAL_LMS)
-        raise InputError(f"model.scratch.model_type: found {model_type!r}, expected a causal LM of transformers{near}")
+    if not isinstance(model_type, str) or model_type not in CAUSAL_LMS:
+        near = _nearest(str(model_type)[:100], CAUSAL_LMS)
+        raise InputError(f"model.scratch.model_type: found {shown(model_type)}, expected a causal LM of "
+                         f"transformers{near}")
     known = AutoConfig.for_model(model_type)
     for name in fields:
-        if not hasattr(known, name):
-            raise InputError(f"model.scratch.{name}: {model_type} has no such field{_nearest(name, known.to_dict())}")
+        if name.startswith("_") or not hasattr(known, name) or callable(getattr(known, name)):
+            raise InputError(f"model.scratch.{shown(name)[1:-1]}: {model_type} has no such field"
+                             f"{_nearest(name[:100], known.to_dict())}")
     sizes = {"vocab_size": len(tokenizer)}
     sizes |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     try:
         config = AutoConfig.for_model(model_type, **sizes | fields | extra)
+        _require_room(auto_class, config)
         return auto_class.from_config(config, dtype=torch.float32)
-    except ValueError as error:
-        raise InputError(f"model.scratch: {str(error).splitlines()[0]}") from error
+    except InputError:
+        raise
+    except Exception as error:  # whatever is raised here is about the fields
+        if wrong := re.search(r"Field '(\w+)' expected (.+?), got", str(error)):
+            found = shown((sizes | fields).get(wrong[1]))
+            raise InputError(f"model.scratch.{wrong[1]}: found {found}, expected {wrong[2]}") from error
+        said = str(error).strip() or type(error).__name__
+        raise InputError(f"model.scratch: found fields of which {model_type} cannot be made "
+                         f"({said.splitlines()[0]}), expected others") from error
+
+
+def _require_room(auto_class: type, config: PreTrainedConfig) -> None:
+    """Raises: InputError for a model that this machine cannot hold, before it tries to."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    if layers > MOST_LAYERS:
+        raise InputError(f"model.scratch: found {layers} layers, expected at most {MOST_LAYERS}")
+    with torch.device("meta"):
+        model = auto_class.from_config(config, dtype=torch.float32)
+    needed = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise InputError(f"model.scratch: found fields of a model of {needed / 1e9:.3g} GB, expected at most this "
+                         f"machine's {memory / 1e9:.3g} GB")
 
 
 def build_model(spec: Mapping[str, Any], tokenizer) -> PreTrainedModel:
