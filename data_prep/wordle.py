@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep.reports import prepared, write_json
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.io import REPORT, split_by_group, write_trajectories
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.environments.rollouts import rollout
@@ -77,7 +77,7 @@ def prepare(
         experts = _games("optimal", Optimal(), game, seeds)
         trajectories = [trajectory for expert in experts for trajectory in BRANCHING[logs](expert, game)]
     else:
-        raise InputError(f"logs: found {logs!r}, expected one of {', '.join([*PLAYERS, *BRANCHING])}")
+        raise InputError(f"logs: found {shown(logs)}, expected one of {', '.join([*PLAYERS, *BRANCHING])}")
     shares = {"train": 1 - VALIDATION_SHARE, "validation": VALIDATION_SHARE}
     left_out = {f"words left out, {why}": n for why, n in counts.items()}
     report = {"words": len(known), **left_out, **_report(trajectories)}

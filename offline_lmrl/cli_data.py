@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from offline_lmrl.cli_parser import Parser, call, nearest, split_file
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.terminal import visible
-from offline_lmrl.data.trajectory import shown
 
 if TYPE_CHECKING:
     from offline_lmrl.data.rendering import Renderer
@@ -80,7 +79,7 @@ def prepare_from_settings(settings: Mapping[str, Any]) -> None:
 def _source(name: str) -> Callable[..., Mapping[str, Any]]:
     """The function of a source. It refuses at once what no source can use: some of them read for long first."""
     if name not in SOURCES:
-        raise InputError(f"source: found {name!r}, expected one of {', '.join(SOURCES)}{nearest(name, SOURCES)}")
+        raise InputError(f"source: found {shown(name)}, expected one of {', '.join(SOURCES)}{nearest(name, SOURCES)}")
     from data_prep.comparisons import check_share
     from offline_lmrl.data.files import locked
 
@@ -265,7 +264,7 @@ def config(argv: Sequence[str]) -> None:
         print("\n".join(shipped))
         return
     if name not in shipped:
-        raise InputError(f"config: found {name!r}, expected one of {', '.join(shipped)}{nearest(name, shipped)}")
+        raise InputError(f"config: found {shown(name)}, expected one of {', '.join(shipped)}{nearest(name, shipped)}")
     print(shipped[name].read_text(encoding="utf-8"), end="")
 
 

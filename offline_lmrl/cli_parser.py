@@ -22,7 +22,7 @@ from offline_lmrl.data.yaml_text import load_yaml, read_yaml, require_an_end, to
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error about an unknown name: "; did you mean 'x'?", or nothing where no known name is near."""
-    known = list(known)
+    known, name = list(known), name[:200]  # more is no misspelling, and takes its time to compare
     leaf = name.rpartition(".")[2]
     # The right name under the wrong group (`learning_rate` for `args.learning_rate`) is nearer than any spelling.
     near = [other for other in known if other.rpartition(".")[2] == leaf]

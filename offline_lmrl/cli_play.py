@@ -197,7 +197,7 @@ def _check_measures(
         raise InputError(f"asks: found {found}, expected returns to ask for in an environment")
     if sampling.get("ask") is not None and (asks is not None or planner is not None):
         other = "--planner" if asks is None else "--asks"
-        raise InputError(f"ask: found {sampling['ask']!r} with {other}, expected only one of them")
+        raise InputError(f"ask: found {shown(sampling['ask'])} with {other}, expected only one of them")
     if planner is not None and (environment is None or asks is not None):
         found = "--asks" if asks is not None else "no --environment"
         raise InputError(f"planner: found it with {found}, expected --environment alone: a plan asks for no return")
@@ -223,7 +223,7 @@ def _judge(
     defaults = signature(_evaluate).parameters
     for name, value in {**rest, **sampling}.items():
         if name in sampling or value != defaults[name].default:
-            raise InputError(f"{name}: found {value!r}, expected none where a scorer is judged on comparisons")
+            raise InputError(f"{name}: found {shown(value)}, expected none where a scorer is judged on comparisons")
     if output is not None:
         check_output_file(output, data)
     counts: Counter[str] = Counter()
@@ -333,7 +333,7 @@ def _generate(
         raise InputError(f"coverage: found {coverage} with held_out {held_out} and threshold {threshold}, "
                          "expected coverage and held_out together, or a threshold")
     if abstention is not None and threshold is None and coverage is None:
-        raise InputError(f"abstention: found {abstention!r} alone, expected --threshold or --coverage too")
+        raise InputError(f"abstention: found {shown(abstention)} alone, expected --threshold or --coverage too")
     if output != "-":
         check_output_file(Path(output), prompts, held_out)
     histories = [] if chat else read_prompts(prompts)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from offline_lmrl.cli_data import config_path, prepare_from_settings
 from offline_lmrl.cli_parser import Parser, overrides_of, read_settings, split_file
-from offline_lmrl.data.errors import InputError, Stopped
+from offline_lmrl.data.errors import InputError, Stopped, shown
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -101,7 +101,7 @@ def _algorithm(argv: Sequence[str], settings: dict, file: str | None) -> str | N
     early.add_argument("--algorithm", nargs="?")
     name = early.parse_known_args(argv)[0].algorithm or settings.get("algorithm")
     if not isinstance(name, str | None):
-        raise InputError(f"{file}: algorithm: found {name!r}, expected a name")
+        raise InputError(f"{file}: algorithm: found {shown(name)}, expected a name")
     return name
 
 

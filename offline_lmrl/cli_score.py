@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from offline_lmrl.cli_data import check_output, print_report
 from offline_lmrl.cli_parser import call
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 
 
 def relabel(argv: Sequence[str]) -> None:
@@ -95,7 +95,7 @@ def _select(data: str, *, scorer: str, output: Path, n: int = 100, split: str | 
     check_output(output, data)
     ensemble = load_scorer(scorer)
     if not isinstance(ensemble, Ensemble):
-        raise InputError(f"scorer: found {scorer!r}, expected an ensemble, whose members can disagree")
+        raise InputError(f"scorer: found {shown(scorer)}, expected an ensemble, whose members can disagree")
     counts: Counter[str] = Counter()
     chosen = most_disputed(fitting(read_comparisons(data, split=split, counts=counts), ensemble, counts), ensemble, n)
     write_comparisons(output, chosen)

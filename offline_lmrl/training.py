@@ -98,7 +98,7 @@ class BaseConfig(TrainingArguments):
     def __post_init__(self) -> None:
         WindowRule(self.context, self.stride, self.max_length)  # checks the ranges
         if self.template not in TEMPLATES:
-            raise InputError(f"template: found {self.template!r}, expected one of {', '.join(TEMPLATES)}")
+            raise InputError(f"template: found {shown(self.template)}, expected one of {', '.join(TEMPLATES)}")
         try:
             super().__post_init__()
         except InputError:

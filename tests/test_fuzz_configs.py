@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import transformers
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import LONGEST_MESSAGE, InputError
 from offline_lmrl.data.yaml_text import load_yaml
 from offline_lmrl.decoding.scorers import load_scorer
 from offline_lmrl.evaluation.config import CompareConfig
@@ -37,9 +37,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Sizes between a toy's and what no machine has would be tried, and take their time.
 WILD = (None, True, False, 0, 1, 2, -1, 2**31, 2**40, 2**62, -(2**63), 2**63, 10**25, 0.5, -1.5, 1e308, 5e-324,
-        float("inf"), "", " ", "x", "a b", "0", "1", "1e999", ".nan", ".inf", "true", "null", "x" * 5000, "\x1b[31m", "é",
-        "../x", "/", "[", "{a: &a [*a]}", "sign", "gpt2", "package.module:Class", "os:getcwd", [], {}, [None], [[]],
-        [1, "x"], ["x"], {"x": 1}, {"x": {"x": None}}, {"0": 0}, fuzzing.deep(30), fuzzing.deep(250), [0] * 3000)
+        float("inf"), "", " ", "x", "a b", "0", "1", "1e999", ".nan", ".inf", "true", "null", "x" * 5000, "\x1b[31m",
+        "é", "../x", "/", "[", "{a: &a [*a]}", "sign", "gpt2", "package.module:Class", "os:getcwd", [], {}, [None],
+        [[]], [1, "x"], ["x"], {"x": 1}, {"x": {"x": None}}, {"0": 0}, fuzzing.deep(30), fuzzing.deep(250), [0] * 3000)
 NAMES = ("", "x", "x" * 3000, "model_type", "path", "seed", "0", "a.b", "report_to", "fsdp", "deepspeed", "kind",
          "num_labels", "vocab_size", "self", "kwargs", "args", "tie_word_embeddings", "rope_parameters",
          "hidden_act", "activation_function", "return_dict", "output_hidden_states", "architectures", "torch_dtype",
@@ -50,7 +50,8 @@ NAMES = ("", "x", "x" * 3000, "model_type", "path", "seed", "0", "a.b", "report_
 def here(tmp_path, monkeypatch):
     """The working folder, with data."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     transformers.logging.disable_progress_bar()
     scored = [{"prompt": "left or right?", "completion": side, "reward": float(side == "left"), "task": "t"}
               for side in ("left", "right") * 4]  # fmt: skip
@@ -77,7 +78,7 @@ def test_the_configs_that_are_damaged_are_whole(here, algorithm):
     assert code == 0 and "optimizer steps: " in out, err
 
 
-@pytest.mark.parametrize(("seed", "n"), [(0, 8), *(pytest.param(s, 100, marks=pytest.mark.slow) for s in (1, 2))])
+@pytest.mark.parametrize(("seed", "n"), [(0, 4), *(pytest.param(s, 100, marks=pytest.mark.slow) for s in (1, 2))])
 @pytest.mark.parametrize("algorithm", CONFIGS)
 def test_a_damaged_training_config_is_planned_or_refused(here, algorithm, seed, n):
     before = sorted(here.iterdir())
@@ -101,7 +102,7 @@ SCORER = {"kind": "ensemble", "k": 1, "scorers": [
         {"kind": "regex", "pattern": "y"}, {"kind": "python", "function": "tests.tiny:byte_level"}]}]}  # fmt: skip
 
 
-@pytest.mark.parametrize(("seed", "n"), [(0, 60), *(pytest.param(s, 2000, marks=pytest.mark.slow) for s in (1, 2))])
+@pytest.mark.parametrize(("seed", "n"), [(0, 30), *(pytest.param(s, 2000, marks=pytest.mark.slow) for s in (1, 2))])
 def test_a_damaged_comparison_config_is_read_or_refused(here, seed, n):
     names = sorted(COMPARE)
 
@@ -117,7 +118,7 @@ def test_a_damaged_comparison_config_is_read_or_refused(here, seed, n):
     fuzzing.each(n, check, seed)
 
 
-@pytest.mark.parametrize(("seed", "n"), [(0, 100), *(pytest.param(s, 2000, marks=pytest.mark.slow) for s in (1, 2))])
+@pytest.mark.parametrize(("seed", "n"), [(0, 50), *(pytest.param(s, 2000, marks=pytest.mark.slow) for s in (1, 2))])
 def test_a_damaged_scorer_is_made_or_refused(here, seed, n):
     def check(rng: random.Random) -> None:
         spec = fuzzing.mutated(SCORER, rng, WILD, NAMES)
@@ -127,6 +128,6 @@ def test_a_damaged_scorer_is_made_or_refused(here, seed, n):
                 try:
                     load_scorer(given)
                 except InputError as error:
-                    assert len(str(error)) < 1500 and "\n" not in str(error)
+                    assert len(str(error)) <= LONGEST_MESSAGE and "\n" not in str(error)
 
     fuzzing.each(n, check, seed)

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 
 # name -> module, config class, trainer class; imported on use
 ALGORITHMS = {
@@ -18,7 +18,7 @@ ALGORITHMS = {
 def load_algorithm(name: str) -> tuple[type, type]:
     """(config class, trainer class) of an algorithm. Raises: InputError for an unknown name."""
     if name not in ALGORITHMS:
-        raise InputError(f"algorithm: found {name!r}, expected one of {', '.join(ALGORITHMS)}")
+        raise InputError(f"algorithm: found {shown(name)}, expected one of {', '.join(ALGORITHMS)}")
     module, config, trainer = ALGORITHMS[name]
     loaded = import_module(f"{__name__}.{module}")
     return getattr(loaded, config), getattr(loaded, trainer)

@@ -36,7 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offline_lmrl.data.batching import TokenBatch, WindowDataset, encode_trajectories
 from offline_lmrl.data.episodes import EpisodeEncoder, StepRule
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.experience import Experience
 from offline_lmrl.data.io import write_trajectories
 from offline_lmrl.data.protocols import Environment, VectorEnvironment
@@ -179,12 +179,13 @@ class PPOConfig(OfflineConfig):
         optional = ("value_clip_range", "kl_target", "stop_kl", "max_kl", "clip_scores")
         check_range(self, **{n: (1e-12, math.inf) for n in optional if getattr(self, n) is not None})
         if self.kl_estimator not in KL_ESTIMATORS:
-            raise InputError(f"kl_estimator: found {self.kl_estimator!r}, expected one of {', '.join(KL_ESTIMATORS)}")
+            raise InputError(f"kl_estimator: found {shown(self.kl_estimator)}, expected one of "
+                             f"{', '.join(KL_ESTIMATORS)}")  # fmt: skip
         form = SamplingConfig.from_dict(self.sampling)
         for name, expected in (("beta", 0.0), ("condition_scale", 0.0), ("ask", None), ("stop", ())):
             if getattr(form, name) != expected:
-                raise InputError(f"sampling.{name}: found {getattr(form, name)!r}, expected none: PPO learns from "
-                                 "what the policy itself says, up to its closing token")  # fmt: skip
+                raise InputError(f"sampling.{name}: found {shown(getattr(form, name))}, expected none: PPO learns "
+                                 "from what the policy itself says, up to its closing token")  # fmt: skip
         if form.temperature == 0:
             raise InputError("sampling.temperature: found 0, expected more: greedy play explores nothing")
         super().__post_init__()

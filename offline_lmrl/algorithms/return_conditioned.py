@@ -36,7 +36,7 @@ import torch
 from offline_lmrl.data.batching import WindowDataset
 from offline_lmrl.data.conditioning import ReturnScale, Slots, check_binning
 from offline_lmrl.data.episodes import Step, StepRule
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.decoding.critic import relabel
@@ -99,9 +99,9 @@ class ReturnConditionedConfig(OfflineConfig):
         check_range(self, condition_dropout=(0, 1), discount_per_turn=(1e-6, 1), return_weight=(0, 1e6),
                     environment_weight=(0, 1e6))  # fmt: skip
         if self.condition not in ("embedding", "text"):
-            raise InputError(f"condition: found {self.condition!r}, expected embedding or text")
+            raise InputError(f"condition: found {shown(self.condition)}, expected embedding or text")
         if self.relabel not in ("max", "q"):
-            raise InputError(f"relabel: found {self.relabel!r}, expected max or q")
+            raise InputError(f"relabel: found {shown(self.relabel)}, expected max or q")
         if self.return_weight > 0 and (self.condition == "text" or self.condition_dropout == 0):
             raise InputError(f"return_weight: found {self.return_weight}, expected 0 where no window is without a "
                              "condition; take condition: embedding and a condition_dropout above 0")

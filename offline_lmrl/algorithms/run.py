@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.data.checks import score_columns
 from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.files import differences, locked, read_object, reading, say_differences, sweep
 from offline_lmrl.data.forms import reward_hint
 from offline_lmrl.data.io import (
@@ -105,7 +105,7 @@ class DataConfig:
             raise InputError("data.reward: found it beside data.preference, expected one of them")
         for name in self.preference or {}:
             if name not in PREFERENCE:
-                raise InputError(f"data.preference: found {name!r}, expected {', '.join(PREFERENCE)}")
+                raise InputError(f"data.preference: found {shown(name)}, expected {', '.join(PREFERENCE)}")
 
 
 def build_tokenizer(config: ModelConfig, rows: Rows) -> PreTrainedTokenizerBase:
@@ -203,7 +203,8 @@ def open_environment(algorithm: str, environment: Mapping[str, Any] | None, play
     """What the algorithm plays in; None for one that learns from data. Raises: InputError where that does not fit."""
     if not load_algorithm(algorithm)[1].plays:
         if environment is not None:
-            raise InputError(f"environment: found {environment!r}, expected none, as {algorithm} learns from data")
+            raise InputError(f"environment: found {shown(environment)}, expected none, as {algorithm} learns from "
+                             "data")
         return None
     if "name" not in (environment or {}):
         raise InputError(f"environment.name: missing, expected the environment that {algorithm} plays in")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.trajectory import Trajectory
 
@@ -51,7 +51,7 @@ def check_ask(ask: float | str | None) -> None:
     number = isinstance(ask, int | float) and not isinstance(ask, bool) and math.isfinite(ask)
     named = isinstance(ask, str) and (ASK_NAMES.fullmatch(ask) or STATE_ASKS.fullmatch(ask))
     if not (ask is None or number or named):
-        raise InputError(f"ask: found {ask!r}, expected a finite number, max, p0 to p100, auto, auto:RUN, or "
+        raise InputError(f"ask: found {shown(ask)}, expected a finite number, max, p0 to p100, auto, auto:RUN, or "
                          "expert:κ")
 
 
@@ -59,7 +59,7 @@ def check_binning(kind: str, bins: int, per: str) -> None:
     """Raises: InputError for a setting of `ReturnScale.fit` that it does not know."""
     for name, value, known in (("binning", kind, KINDS), ("per", per, ("global", "task"))):
         if value not in known:
-            raise InputError(f"{name}: found {value!r}, expected one of {', '.join(known)}")
+            raise InputError(f"{name}: found {shown(value)}, expected one of {', '.join(known)}")
     if bins < 2:
         raise InputError(f"bins: found {bins}, expected at least 2")
 
@@ -169,8 +169,8 @@ class ReturnScale:
         name = task if self.per == "task" else ""
         if name not in self.tables:
             known = ", ".join(map(repr, sorted(self.tables)[:8]))
-            raise InputError(f"task: found {task!r}, expected one of the training data, as returns are binned per "
-                             f"task: {known}")
+            raise InputError(f"task: found {shown(task)}, expected one of the training data, as returns are binned "
+                             f"per task: {known}")
         return self.tables[name]
 
     def bin_of(self, value: float, task: str = "") -> int:
@@ -191,7 +191,7 @@ class ReturnScale:
         Raises: InputError for another name.
         """
         if not ASK_NAMES.fullmatch(name):
-            raise InputError(f"ask: found {name!r}, expected max, or p0 to p100")
+            raise InputError(f"ask: found {shown(name)}, expected max, or p0 to p100")
         return self.table(task).quantiles[100 if name == "max" else int(name.removeprefix("p"))]
 
     def to_dict(self) -> dict[str, Any]:
@@ -266,7 +266,7 @@ class Slots:
             texts = texts_of(block)
             null, bins = (), tuple(tuple(renderer.encode_content(text)) for text in texts)
             if len({*bins, null}) <= len(bins):
-                raise InputError(f"text: found {texts[0]!r} and others that the tokenizer does not tell apart, "
+                raise InputError(f"text: found {shown(texts[0])} and others that the tokenizer does not tell apart, "
                                  "expected a text with {bin} that it can spell")
         return cls(scale, null, bins, block["discount_per_turn"])
 

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.trajectory import Trajectory, with_own_token_ids
 
@@ -58,7 +58,7 @@ class PromptSpec:
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
-            raise InputError(f"prompt.part: found {self.part!r}, expected one of {', '.join(PARTS)}")
+            raise InputError(f"prompt.part: found {shown(self.part)}, expected one of {', '.join(PARTS)}")
         for name in ("n", "turns", "max_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"prompt.{name}: found {getattr(self, name)}, expected at least 1")
@@ -169,8 +169,8 @@ def encode_prompts(
 
     Raises: InputError also for a prompt of more than max_tokens.
     """
-    for row, shown in enumerate(draw_prompts(spec, trajectories, demonstrations)):
-        ids = prompt_ids(shown, renderer, slots)
+    for row, part in enumerate(draw_prompts(spec, trajectories, demonstrations)):
+        ids = prompt_ids(part, renderer, slots)
         if len(ids) > spec.max_tokens:
             raise InputError(f"row {row + 1}: prompt.max_tokens: found a prompt of {len(ids)} tokens, expected at "
                              f"most {spec.max_tokens}; raise it, show fewer demonstrations, or a part of them")

@@ -1,5 +1,6 @@
 """The one error for bad input from outside, and the words for values of the wrong type."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -85,7 +86,7 @@ def opening(name: str | Path, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        if Path(name).is_dir():
+        if os.path.isdir(name):  # False for what no path can be
             raise InputError(f"{name}: found a folder whose {what} cannot be read ({first}), "
                              f"expected a {what} that transformers opens") from error
         raise InputError(f"{name}: found no such folder, and the hub gave no {what} of that name ({first}), "

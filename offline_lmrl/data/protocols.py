@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.trajectory import Turn
 
 
@@ -118,7 +118,7 @@ def imported(name: str, field: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except (ImportError, TypeError, ValueError) as error:
-        raise InputError(f"{field}: found {name!r}, which cannot be imported ({error}), {wanted}") from error
+        raise InputError(f"{field}: found {shown(name)}, which cannot be imported ({error}), {wanted}") from error
     if not hasattr(module, attribute):
-        raise InputError(f"{field}: found {name!r}, but {module} has no {attribute}, {wanted}")
+        raise InputError(f"{field}: found {shown(name)}, but {module} has no {attribute}, {wanted}")
     return getattr(module, attribute)

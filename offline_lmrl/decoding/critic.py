@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from offline_lmrl.data.batching import WindowDataset, encode_trajectories
 from offline_lmrl.data.conditioning import LABEL
 from offline_lmrl.data.episodes import EpisodeEncoder, StepRule
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.io import read_trajectories
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory
@@ -85,7 +85,7 @@ def relabel(
       turns that do not fit its window.
     """
     if label not in ("max", "q"):
-        raise InputError(f"label: found {label!r}, expected 'max' or 'q'")
+        raise InputError(f"label: found {shown(label)}, expected 'max' or 'q'")
     if isinstance(trajectories, str | Path):
         trajectories = read_trajectories(trajectories)
     policy = require_no_prompt(critic if isinstance(critic, LanguagePolicy) else load_critic(critic))

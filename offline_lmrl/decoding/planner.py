@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.preferences import Scored, score_rows
 from offline_lmrl.data.protocols import Reply, Scorer
 from offline_lmrl.data.scale import RewardScale
@@ -45,7 +45,7 @@ class PlannerConfig:
         for name in ("width", "expand", "depth"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name}: found {value!r}, expected a whole number from 1")
+                raise InputError(f"{name}: found {shown(value)}, expected a whole number from 1")
 
     def planner(self, policy: LanguagePolicy) -> "Planner":
         """The policy behind this planning. Raises: InputError as `Planner`, `load_critic` and

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from offline_lmrl.data.conditioning import Ids
 from offline_lmrl.data.demonstrations import PromptSpec, prompt_ids
 from offline_lmrl.data.episodes import StepRule
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.protocols import Policy, Reply
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
@@ -188,15 +188,15 @@ class LanguagePolicy:
                              "with a run of algorithm: ilql")
         expert = next((ask for ask in asks if isinstance(ask, str) and ask.startswith("expert")), None)
         if expert is not None and getattr(self.model, "return_heads", None) is None:
-            raise InputError(f"ask: found {expert!r}, which needs return heads; expected a number, max, or p90, or a "
-                             "model that was trained with return_weight above 0")
+            raise InputError(f"ask: found {shown(expert)}, which needs return heads; expected a number, max, or p90, "
+                             "or a model that was trained with return_weight above 0")
         if self.slots is not None:
             for run in sorted(run for ask in asks if (run := critic_of(ask))):
                 self.critic(run)
             return Asks(self.slots, self.task, asks)
         if any(ask is not None for ask in asks):
             ask = next(ask for ask in asks if ask is not None)
-            raise InputError(f"ask: found {ask!r}, expected none, as this model was not trained with returns "
+            raise InputError(f"ask: found {shown(ask)}, expected none, as this model was not trained with returns "
                              "(algorithm: return_conditioned)")
         return None
 

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from offline_lmrl.data.conditioning import check_ask
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.protocols import Reply
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.trajectory import Turn
@@ -100,12 +100,12 @@ class SamplingConfig:
                 continue
             number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
             if not number or not low <= value <= high or abs(value) == inf or (name == "top_p" and value == 0):
-                raise InputError(f"{name}: found {value!r}, expected {meaning}")
+                raise InputError(f"{name}: found {shown(value)}, expected {meaning}")
         check_ask(self.ask)
         if self.q_reduce not in Q_REDUCTIONS:
-            raise InputError(f"q_reduce: found {self.q_reduce!r}, expected one of {', '.join(Q_REDUCTIONS)}")
+            raise InputError(f"q_reduce: found {shown(self.q_reduce)}, expected one of {', '.join(Q_REDUCTIONS)}")
         if not all(isinstance(text, str) and text for text in self.stop):
-            raise InputError(f"stop: found {self.stop!r}, expected texts that are not empty")
+            raise InputError(f"stop: found {shown(self.stop)}, expected texts that are not empty")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -118,7 +118,7 @@ class SamplingConfig:
         for name in values:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1, cutoff=0)
-                raise InputError(f"sampling has no setting {name!r}; did you mean {near[0]!r}?")
+                raise InputError(f"sampling has no setting {shown(name)}; did you mean {near[0]!r}?")
         return cls(**values)
 
 

@@ -68,5 +68,6 @@ def _find(name: str) -> Callable[..., Any]:
     path = ENVIRONMENTS.get(name, name)
     if not path.partition(":")[2]:
         near = difflib.get_close_matches(name, ENVIRONMENTS, n=1, cutoff=0)[0]
-        raise InputError(f"environment: found {shown(name)}, expected {near!r}, say, or your own as package.module:Class")
+        raise InputError(f"environment: found {shown(name)}, expected {near!r}, say, or your own as "
+                         "package.module:Class")
     return imported(path, "environment")

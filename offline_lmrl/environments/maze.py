@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Literal
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.protocols import StepResult
 from offline_lmrl.data.trajectory import Turn
 
@@ -81,7 +81,7 @@ class Maze:
 
     def __init__(self, observed: Literal["full", "partial"] = "full", start: Sequence[int] | None = None):
         if observed not in SCALES:
-            raise InputError(f"observed: found {observed!r}, expected 'full' or 'partial'")
+            raise InputError(f"observed: found {shown(observed)}, expected 'full' or 'partial'")
         if start is not None and tuple(start) not in STARTS:
             raise InputError(f"start: found {tuple(start)}, expected a free cell (row, column) other than the goal")
         self.observed = observed

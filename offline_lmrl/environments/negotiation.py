@@ -187,7 +187,7 @@ class Negotiation:
                  first: Literal["both", "agent", "partner"] = "both", max_turns: int = 20,
                  partner_sampling: Mapping[str, Any] | None = None):
         if first not in ("both", "agent", "partner"):
-            raise InputError(f"first: found {first!r}, expected 'both', 'agent' or 'partner'")
+            raise InputError(f"first: found {shown(first)}, expected 'both', 'agent' or 'partner'")
         if max_turns < 2:
             raise InputError(f"max_turns: found {max_turns}, expected at least 2")
         self.scenarios = read_scenarios(scenarios) if isinstance(scenarios, str | Path) else list(scenarios)

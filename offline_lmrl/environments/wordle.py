@@ -29,7 +29,7 @@ from typing import Literal
 
 import numpy as np
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.protocols import StepResult
 from offline_lmrl.data.trajectory import Turn
 
@@ -58,7 +58,8 @@ def read_words(source: str, counts: Counter | None = None) -> tuple[str, ...]:
         found = path.read_text(encoding="utf-8").lower().split()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", "not UTF-8")
-        raise InputError(f"words: found {source!r} ({why}), expected {', '.join(LISTS)} or a text file") from error
+        raise InputError(f"words: found {shown(source)} ({why}), expected {', '.join(LISTS)} or a text "
+                         "file") from error
     usable = [word for word in found if len(word) == LETTERS and word.isascii() and word.isalpha()]
     words = tuple(sorted(set(usable)))
     if len(words) < 2:
@@ -167,12 +168,12 @@ class Wordle:
         secret: str | None = None,
     ):
         if duplicates not in ("real", "simplified"):
-            raise InputError(f"duplicates: found {duplicates!r}, expected 'real' or 'simplified'")
+            raise InputError(f"duplicates: found {shown(duplicates)}, expected 'real' or 'simplified'")
         if spelling not in SPELLINGS:
-            raise InputError(f"spelling: found {spelling!r}, expected 'letters' or 'halves'")
+            raise InputError(f"spelling: found {shown(spelling)}, expected 'letters' or 'halves'")
         self.lexicon = lexicon(words, duplicates)
         if secret is not None and secret not in self.lexicon.index:
-            raise InputError(f"secret: found {secret!r}, expected a word of {words}")
+            raise InputError(f"secret: found {shown(secret)}, expected a word of {words}")
         self.pieces, self.fixed = SPELLINGS[spelling], secret
 
     def reset(self, seed: int) -> Sequence[Turn]:

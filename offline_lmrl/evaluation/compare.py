@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.algorithms.run import SPEED, DataConfig, ModelConfig, read_report, runs_before, train
-from offline_lmrl.data.errors import InputError, Stopped
+from offline_lmrl.data.errors import InputError, Stopped, shown
 from offline_lmrl.data.files import locked, say_differences, writing
 from offline_lmrl.data.io import (
     fingerprint,
@@ -193,7 +193,8 @@ class _Comparison:
                 start = self.config.methods[start].start_from
             if judge is not None and start is None:
                 where = f"methods.{name}.{key}"
-                raise InputError(f"{where}: found {judge!r}, without value heads, expected a method that has them")
+                raise InputError(f"{where}: found {shown(judge)}, without value heads, expected a method that "
+                                 "has them")
 
     def open_results(self) -> None:
         """Reads results.jsonl where there is one, and writes its rows that are not measured anew."""
@@ -335,7 +336,8 @@ class _Comparison:
         args = {**merged["args"], "output_dir": str(folder), "seed": seed}
         if getattr(method, "critic", None) is not None:
             if "critic" not in _fields(method.algorithm):
-                raise InputError(f"{where}.critic: found {method.critic!r}, but {method.algorithm} takes no critic")
+                raise InputError(f"{where}.critic: found {shown(method.critic)}, but {method.algorithm} takes no "
+                                 "critic")
             args["critic"] = str(critic)
         args = build(load_algorithm(method.algorithm)[0], args, f"{where}.args.")
         preference = getattr(method, "preference", None)

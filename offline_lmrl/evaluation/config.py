@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from offline_lmrl.data.errors import InputError, in_our_words
-from offline_lmrl.data.trajectory import shown
+from offline_lmrl.data.errors import InputError, in_our_words, shown
 from offline_lmrl.data.yaml_text import read_yaml
 from offline_lmrl.evaluation.metrics import ScoreScale
 
@@ -103,7 +102,7 @@ class MethodConfig:
         if isinstance(entry, cls):
             return entry
         if not isinstance(entry, Mapping):
-            raise InputError(f"methods.{name}: found {entry!r}, expected a mapping with `algorithm`")
+            raise InputError(f"methods.{name}: found {shown(entry)}, expected a mapping with `algorithm`")
         fields = {f.name for f in dataclasses.fields(cls)} - {"start_from"} | {"from"}
         require_known(entry, fields, f"methods.{name}")
         if ("algorithm" in entry) == ("run_of" in entry):
@@ -114,10 +113,10 @@ class MethodConfig:
             raise InputError(f"{where}: found beside `run_of`, which decides it, expected only one of them")
         betas = entry.get("betas")
         if betas is not None and not (isinstance(betas, Sequence) and all(_is_number(b) and b >= 0 for b in betas)):
-            raise InputError(f"methods.{name}.betas: found {betas!r}, expected a list of numbers, none below 0")
+            raise InputError(f"methods.{name}.betas: found {shown(betas)}, expected a list of numbers, none below 0")
         for key in ("model", "args", "sampling", "planner", "preference", "collect"):
-            if not isinstance(entry.get(key) or {}, Mapping):
-                raise InputError(f"methods.{name}.{key}: found {entry[key]!r}, expected a mapping")
+            if not isinstance(entry.get(key), Mapping | None):
+                raise InputError(f"methods.{name}.{key}: found {shown(entry[key])}, expected a mapping")
         if "beta" in (entry.get("sampling") or {}):
             raise InputError(f"methods.{name}.sampling.beta: found a value, expected evaluation.betas alone")
         given = {key: value for key, value in entry.items() if key != "from" and value is not None}
@@ -369,7 +368,7 @@ def build(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
             part = nested[key]
             parts[key] = build(part, value, f"{prefix}{key}.") if dataclasses.is_dataclass(part) else dict(value)
         elif key in nested and value is not None:
-            raise InputError(f"{prefix}{key}: found {value!r}, expected a mapping of settings")
+            raise InputError(f"{prefix}{key}: found {shown(value)}, expected a mapping of settings")
     given = {key: value for key, value in raw.items() if key not in nested}
     for key in [key for key, value in given.items() if value is None]:
         if type(None) not in typing.get_args(hints[key]):
@@ -392,10 +391,10 @@ def _is_number(value: Any) -> bool:
 def require_known(names: Iterable[str], known: set[str], where: str) -> None:
     """Raises InputError for the first name that is not among the known ones, with the nearest of them."""
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), sorted(known), n=1)
+        if not isinstance(name, str) or name not in known:
+            near = difflib.get_close_matches(str(name)[:100], sorted(known), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{where}: found {name!r}, expected one of {', '.join(sorted(known))}{hint}")
+            raise InputError(f"{where}: found {shown(name)}, expected one of {', '.join(sorted(known))}{hint}")
 
 
 def require_at_least(name: str, value: float, least: float) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from offline_lmrl.data.conditioning import ASK_NAMES, Slots, texts_of
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.io import atomic_output
 from offline_lmrl.data.trajectory import Turn
 from offline_lmrl.data.windows import WindowRule, policy_window
@@ -127,7 +127,7 @@ def _check_exportable(
 ) -> None:
     """Refuse, by its settings alone, a run that no plain checkpoint plays exactly. Raises: InputError."""
     if ask is not None and "returns" not in saved:
-        raise InputError(f"ask: found {ask!r}, expected none, as this model was not trained with returns")
+        raise InputError(f"ask: found {shown(ask)}, expected none, as this model was not trained with returns")
     algorithm = saved.get("algorithm")
     if algorithm in (None, "reward_model"):
         found = "a model that no run of this project wrote" if algorithm is None else "a reward model"

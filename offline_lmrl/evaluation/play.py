@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.protocols import Environment, Policy, Session, VectorEnvironment
 from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.environments.rollouts import rollout
@@ -136,6 +136,6 @@ def _row(seed: int, repeat: int, trajectory: Trajectory, cluster: str | None) ->
 def _key(labels: Mapping[str, Any], name: str) -> Hashable:
     if name not in labels:
         known = ", ".join(sorted(labels)) or "none"
-        raise InputError(f"cluster: found {name!r}, expected a label of the environment: {known}")
+        raise InputError(f"cluster: found {shown(name)}, expected a label of the environment: {known}")
     value = labels[name]
     return value if isinstance(value, str | int) else json.dumps(value)

@@ -162,7 +162,7 @@ class Guided:
     ) -> tuple[Tensor, Tensor]:
         """Embeddings (B,T,d) and mask (B,T) of prompts with a slot before every opening of the agent, left-padded."""
         if self.return_embedding is None:
-            raise InputError(f"ask: found {ask!r}, but this model has no table of returns (algorithm: "
+            raise InputError(f"ask: found {shown(ask)}, but this model has no table of returns (algorithm: "
                              "return_conditioned, condition: embedding)")
         block = settings(self.config)["returns"]
         slots = Slots.from_block(block, self.get_input_embeddings().weight.shape[0], None)
@@ -523,7 +523,7 @@ def find_device(name: str | torch.device | None) -> torch.device:
         return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError, ImportError) as error:
         first = str(error).partition("\n")[0]
-        raise InputError(f"device: found {name!r} ({first}), expected one that torch has, such as cpu") from error
+        raise InputError(f"device: found {shown(name)} ({first}), expected one that torch has, such as cpu") from error
 
 
 def load_model(
@@ -542,7 +542,7 @@ def load_model(
     missing, and where other heads than those on disk are asked for.
     """
     name = str(path_or_name)
-    if (Path(name) / "adapter_config.json").exists():
+    if os.path.isfile(os.path.join(name, "adapter_config.json")):
         return _load_adapter(Path(name), dtype=dtype, trust_remote_code=trust_remote_code)
     with opening(name, "model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -599,7 +599,7 @@ def check_same_heads(name: str, asked: Mapping[str, Any], stored: Mapping[str, A
     for field in ("kind", "heads", "utterance"):
         if asked[field] != stored[field]:
             raise InputError(
-                f"value_heads.{field}: found {asked[field]!r}, but {name} has heads with {stored[field]!r}; "
+                f"value_heads.{field}: found {shown(asked[field])}, but {name} has heads with {stored[field]!r}; "
                 "start from its plain policy or ask for the same"
             )
 

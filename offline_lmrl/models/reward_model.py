@@ -14,6 +14,7 @@ added by the scorer (decoding/scorers.py), once per reply, as these heads have n
 
 import functools
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from transformers import (
 )
 
 from offline_lmrl.data.comparison_batching import ComparisonBatch
-from offline_lmrl.data.errors import InputError, opening
+from offline_lmrl.data.errors import InputError, opening, shown
 from offline_lmrl.models.adapters import read_settings, require_peft, settings
 from offline_lmrl.models.guided import from_scratch
 
@@ -113,7 +114,7 @@ def load_reward_model(
     Raises: InputError where there is no such model, and where it has another head than the one asked for.
     """
     name = str(path_or_name)
-    if (Path(name) / "adapter_config.json").exists():
+    if os.path.isfile(os.path.join(name, "adapter_config.json")):
         return _load_adapter(Path(name), head, trust_remote_code)
     with opening(name, "model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -124,7 +125,7 @@ def load_reward_model(
         raise InputError(f"{name}: found no reward model ({found}), expected one; an ILQL run judges pairs as "
                          f"'{judge}', and any policy is judged on what relabel --make rewards makes of them")
     if None not in (head, stored) and head != stored:
-        raise InputError(f"head: found {head!r}, but {name} has the head {stored!r}")
+        raise InputError(f"head: found {shown(head)}, but {name} has the head {stored!r}")
     if stored is not None and config.num_labels != 1:
         raise InputError(f"{name}: found a classifier with {config.num_labels} labels, expected one")
     config.num_labels = 1
@@ -147,7 +148,7 @@ def _load_adapter(folder: Path, head: str | None, trust_remote_code: bool) -> nn
     block = read_settings(folder)
     stored = block.get("reward", {}).get("head")
     if stored is None or head not in (None, stored):
-        raise InputError(f"head: found {head!r}, but {folder} has the head {stored!r}")
+        raise InputError(f"head: found {shown(head)}, but {folder} has the head {stored!r}")
     with opening(folder, "model"):
         base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
     model = load_reward_model(base, stored, trust_remote_code=trust_remote_code)

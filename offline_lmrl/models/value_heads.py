@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.ops.chunked import chunked_logsumexp
 
 TIE_BREAK = 2e-4  # standard deviation of fresh Q values of one head around initial_value, h of unit variance
@@ -240,7 +240,7 @@ class ValueHeadsConfig:
 
     def __post_init__(self):
         if self.kind not in Q_HEADS:
-            raise InputError(f"value_heads.kind: found {self.kind!r}, expected one of {', '.join(Q_HEADS)}")
+            raise InputError(f"value_heads.kind: found {shown(self.kind)}, expected one of {', '.join(Q_HEADS)}")
         if self.heads < 1:
             raise InputError(f"value_heads.heads: found {self.heads}, expected at least 1")
 
