@@ -2,6 +2,9 @@
 
 import os
 import re
+import signal
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -84,6 +87,8 @@ def opening(name: str | Path, what: str) -> Iterator[None]:
     """
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         if os.path.isdir(name):  # False for what no path can be
@@ -91,6 +96,30 @@ def opening(name: str | Path, what: str) -> Iterator[None]:
                              f"expected a {what} that transformers opens") from error
         raise InputError(f"{name}: found no such folder, and the hub gave no {what} of that name ({first}), "
                          "expected one of them") from error
+
+
+@contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """Around a program from outside (`what`), such as a chat template, which may have no end. Threads other than the
+    main one cannot be stopped and are not.
+
+    Raises: InputError where it takes longer.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise InputError(f"{what}: found one that runs for more than {seconds:g} s, expected one that ends")
+
+    before, start = signal.signal(signal.SIGALRM, stop), time.monotonic()
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        # What somebody else waits for comes when it would have come.
+        signal.setitimer(signal.ITIMER_REAL, left and max(left - (time.monotonic() - start), 1e-3))
 
 
 @contextmanager

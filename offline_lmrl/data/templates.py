@@ -19,14 +19,13 @@ from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, time_limit
 from offline_lmrl.data.trajectory import ROLES, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_SECONDS = 5  # for one dialogue
 PLAIN_DIALOGUE = ("user", "assistant", "user", "assistant")
 WHITE_SPACE = " \t\n\r\v\f"
 
@@ -126,11 +125,14 @@ class ChatTemplate:
             source = self.tokenizer.get_chat_template(tools=tools)
             if self.date:
                 source = _CLOCK.sub(lambda match: repr(self._day.strftime(match.group(2))), source)
-            return self.tokenizer.apply_chat_template(
-                chat, tools=tools, chat_template=source, tokenize=False, add_generation_prompt=prompt
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise InputError(f"chat template: {error}") from error
+            with time_limit(_SECONDS, "chat template"):
+                return self.tokenizer.apply_chat_template(
+                    chat, tools=tools, chat_template=source, tokenize=False, add_generation_prompt=prompt
+                )
+        except InputError:
+            raise
+        except Exception as error:  # whatever is raised here, the template raises
+            raise InputError(f"chat template: {str(error) or type(error).__name__}") from error
 
     def turns(self, turns: Sequence[Turn], prompt: bool = False) -> str:
         """The text printed for turns, with their tool calls, thoughts and tools; errors as `messages`.

@@ -22,6 +22,7 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
     """The tokenizer of a folder or hub name. Raises InputError where there is none."""
     with opening(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer("a b", add_special_tokens=False)  # settings that fit no call show here
     if tokenizer.vocab_size == 0:  # what some classes make of a folder without tokenizer files
         raise InputError(f"{name}: found no tokenizer files, expected those that the model was trained with")
     return tokenizer

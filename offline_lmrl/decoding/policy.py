@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from offline_lmrl.data.conditioning import Ids
 from offline_lmrl.data.demonstrations import PromptSpec, prompt_ids
 from offline_lmrl.data.episodes import StepRule
-from offline_lmrl.data.errors import InputError, shown
+from offline_lmrl.data.errors import InputError, opening, shown
 from offline_lmrl.data.protocols import Policy, Reply
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
@@ -101,8 +101,9 @@ class LanguagePolicy:
         model = load_model(run).to(device)
         saved = settings(model.config)
         renderer = renderer_of(load_tokenizer(run), model, run)
-        form = SamplingConfig.from_dict({**(saved.get("sampling") or {}), **sampling})
-        return cls(model, renderer, form, **(saved.get("window") or {}), task=task, prompt=prompt)
+        with opening(run, "run"):
+            form = SamplingConfig.from_dict({**(saved.get("sampling") or {}), **sampling})
+            return cls(model, renderer, form, **(saved.get("window") or {}), task=task, prompt=prompt)
 
     def with_sampling(self, **changes: Any) -> "LanguagePolicy":
         """The same model with other fields of its sampling form."""

@@ -6,6 +6,7 @@ head of a reward model is such a layer; there peft trains and saves it in full (
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,14 +15,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from offline_lmrl.data.errors import InputError, opening
+from offline_lmrl.data.demonstrations import PromptSpec
+from offline_lmrl.data.episodes import StepRule
+from offline_lmrl.data.errors import InputError, opening, reading, shown
+from offline_lmrl.data.scale import RewardScale
+from offline_lmrl.data.windows import WindowRule
 from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.return_heads import ReturnHeads
-from offline_lmrl.models.value_heads import ValueHeads
+from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
 
 PARTS = ("value_heads", "return_embedding", "return_heads")  # the submodules that a guided model adds
 # Not config.json: in a folder that has one, transformers would look for the weights of a whole model.
 SETTINGS_FILE = "offline_lmrl.json"
+_STORED = {"window": WindowRule, "prompt": PromptSpec, "step_rule": StepRule, "reward_scale": RewardScale,
+           "value_heads": ValueHeadsConfig}  # fmt: skip
 
 
 def require_peft() -> ModuleType:
@@ -38,12 +45,44 @@ def settings(config: PreTrainedConfig) -> dict[str, Any]:
     return getattr(config, "offline_lmrl", None) or {}
 
 
+def check_settings(name: str | Path, block: Any) -> None:
+    """Raises: InputError where the block of a run holds what training does not write."""
+    where = f"model: {name}: offline_lmrl"
+    if not isinstance(block, dict):
+        raise InputError(f"{where}: found {shown(block)}, expected an object")
+    for key in ("returns", "return_heads", "reward", "sampling"):
+        if not isinstance(block.get(key), dict | None):
+            raise InputError(f"{where}.{key}: found {shown(block[key])}, expected an object")
+    for key in ("tokenizer", "template"):
+        if not isinstance(block.get(key, ""), str):
+            raise InputError(f"{where}.{key}: found {shown(block[key])}, expected text")
+    for key, stored in _STORED.items():
+        known, given = {field.name: field.default for field in fields(stored)}, block.get(key)
+        if given is None:
+            continue
+        if not isinstance(given, dict) or given.keys() - known.keys():
+            raise InputError(f"{where}.{key}: found {shown(given)}, expected {', '.join(known)}")
+        if key == "value_heads" and not {"kind", "heads"} <= given.keys():
+            raise InputError(f"{where}.{key}: found {shown(given)}, expected kind and heads in it")
+        for field, value in given.items():
+            kind = (int, float) if type(known[field]) is float else type(known[field])
+            fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+            if known[field] is not None and not fits:
+                raise InputError(f"{where}.{key}.{field}: found {shown(value)}, expected a value such as "
+                                 f"{known[field]!r}")
+        with reading(f"{where}.{key}", "settings"):
+            stored(**given)
+
+
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """The block that `save_heads` wrote. Raises: InputError if it is not there."""
+    """The block that `save_heads` wrote. Raises: InputError if it is not there, or not whole."""
     path = Path(folder) / SETTINGS_FILE
     if not path.exists():
         raise InputError(f"model: {path}: not found, so this LoRA folder was not written by offline_lmrl")
-    return json.loads(path.read_text())
+    with reading(path, "settings"):
+        block = json.loads(path.read_text(encoding="utf-8"))
+    check_settings(folder, block)
+    return block
 
 
 def saved_settings(path_or_name: str | Path) -> dict[str, Any]:
@@ -92,4 +131,5 @@ def load_heads(model: nn.Module, folder: str | Path) -> None:
         path = Path(folder) / f"{name}.safetensors"
         if not path.exists():
             raise InputError(f"model: {path}: not found, but {SETTINGS_FILE} names {name.replace('_', ' ')}")
-        part.load_state_dict(load_file(path))
+        with reading(path, "weights"):
+            part.load_state_dict(load_file(path))

@@ -31,7 +31,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from offline_lmrl.data.conditioning import Slots, check_ask, with_slots
 from offline_lmrl.data.errors import InputError, opening, shown
 from offline_lmrl.data.rendering import Renderer
-from offline_lmrl.models.adapters import PARTS, load_heads, read_settings, require_peft, settings, unfreeze_heads
+from offline_lmrl.models.adapters import (
+    PARTS,
+    check_settings,
+    load_heads,
+    read_settings,
+    require_peft,
+    settings,
+    unfreeze_heads,
+)
 from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.return_heads import ReturnHeads, outcomes
 from offline_lmrl.models.value_heads import Head, ValueHeads, ValueHeadsConfig
@@ -546,12 +554,14 @@ def load_model(
         return _load_adapter(Path(name), dtype=dtype, trust_remote_code=trust_remote_code)
     with opening(name, "model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    check_settings(name, settings(config))
     _require_no_reward_model(name, settings(config))
     with opening(name, "model"), torch.device("meta"):  # the class that the auto class would choose, remote code too
         base = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
     guided = guided_class(base)
     with opening(name, "model"):
         model, info = guided.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+    _require_token_ids(name, model)
     stored = settings(config).get("value_heads")
     missing = [key for key in info["missing_keys"] if key.startswith(PARTS) and "target_q" not in key]
     if missing:
@@ -560,8 +570,18 @@ def load_model(
     if stored is None:
         return attach(model, value_heads)
     if value_heads is not None:
-        check_same_heads(name, asdict(value_heads), stored)
+        check_same_heads(name, asdict(value_heads), asdict(ValueHeadsConfig(**stored)))
     return model
+
+
+def _require_token_ids(name: str, model: PreTrainedModel) -> None:
+    """Raises: InputError where config.json or generation_config.json names special tokens by what is no id."""
+    for source in (model.config, model.generation_config):
+        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            found = getattr(source, field, None)
+            ids = found if isinstance(found, list) else [found]
+            if not all(token is None or (isinstance(token, int) and not isinstance(token, bool)) for token in ids):
+                raise InputError(f"model: {name}: {field}: found {shown(found)}, expected the id of a token, or ids")
 
 
 def _require_no_reward_model(name: str | Path, block: Mapping[str, Any]) -> None:

@@ -31,7 +31,7 @@ from transformers import (
 
 from offline_lmrl.data.comparison_batching import ComparisonBatch
 from offline_lmrl.data.errors import InputError, opening, shown
-from offline_lmrl.models.adapters import read_settings, require_peft, settings
+from offline_lmrl.models.adapters import check_settings, read_settings, require_peft, settings
 from offline_lmrl.models.guided import from_scratch
 
 HEAD_NAMES = ("score", "classifier")
@@ -118,6 +118,7 @@ def load_reward_model(
         return _load_adapter(Path(name), head, trust_remote_code)
     with opening(name, "model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    check_settings(name, settings(config))
     stored = _stored_head(config)
     if (head or stored) is None:
         found = ", ".join(config.architectures or ["no architecture"])

@@ -1,10 +1,11 @@
 """Errors are one short line, whatever was found."""
 
+import signal
 import time
 
 import pytest
 
-from offline_lmrl.data.errors import LONGEST_MESSAGE, InputError, shown
+from offline_lmrl.data.errors import LONGEST_MESSAGE, InputError, shown, time_limit
 
 HOLDS_ITSELF: list = []
 HOLDS_ITSELF.append(HOLDS_ITSELF)
@@ -34,3 +35,19 @@ def test_a_large_value_is_shown_at_once_and_shortly(value):
 def test_a_long_message_keeps_its_ends():
     said = str(InputError("file:1: field: found " + "x" * 10**6 + ", expected less"))
     assert len(said) <= LONGEST_MESSAGE and said.startswith("file:1: field: ") and said.endswith(", expected less")
+
+
+def test_a_program_without_an_end_is_stopped_and_the_timer_of_others_goes_on():
+    rang = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(InputError, match="template: found one that runs for more than 0.1 s, "):
+            with time_limit(0.1, "template"):
+                while True:
+                    pass
+        assert not rang
+        time.sleep(0.4)
+        assert rang
+    finally:
+        signal.signal(signal.SIGALRM, before)
