@@ -70,8 +70,10 @@ def check_settings(name: str | Path, block: Any) -> None:
             if known[field] is not None and not fits:
                 raise InputError(f"{where}.{key}.{field}: found {shown(value)}, expected a value such as "
                                  f"{known[field]!r}")
-        with reading(f"{where}.{key}", "settings"):
+        try:
             stored(**given)
+        except InputError as error:
+            raise InputError(f"{where}.{key}: {error}") from error
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
