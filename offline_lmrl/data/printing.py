@@ -202,7 +202,7 @@ class Printer:
         try:
             stock = self.stock(turns, prompt)
         except InputError as error:
-            return f"the template refuses this dialogue: {error.__cause__}"
+            return f"the template refuses this dialogue: {error.__cause__ or error}"
         ours = self.printed([unsampled(turn) for turn in turns], prompt)
         if stock == ours:
             return None

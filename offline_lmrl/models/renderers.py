@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import InputError, reading
 from offline_lmrl.data.rendering import SCHEME, Renderer
 from offline_lmrl.data.templates import TemplateText
 from offline_lmrl.models.adapters import SETTINGS_FILE, settings
@@ -40,7 +40,7 @@ def renderer_of(tokenizer: PreTrainedTokenizerBase, model: nn.Module, where: str
     block = settings(model.config)
     expected, text = block.get("tokenizer"), None
     if scheme_of(block) == SCHEME:
-        text = TemplateText.from_dict(block["template_text"])
+        text = _stored_text(block, where)
     elif expected is not None:
         logging.getLogger(__name__).warning(
             f"{where}: trained under rendering scheme {scheme_of(block)}, now {SCHEME}: dialogues are rendered anew "
@@ -71,7 +71,7 @@ def training_renderer(
                              f"{SCHEME}: its data would be rendered otherwise; take another output_dir")
     text = None
     if scheme_of(start) == SCHEME and start.get("template") == template:
-        text = TemplateText.from_dict(start["template_text"])
+        text = _stored_text(start, output_dir)
     return Renderer(tokenizer, template, text, reply_ends(model))
 
 
@@ -81,7 +81,12 @@ def scheme_of(block: Mapping[str, Any]) -> int | None:
     if fingerprint is None:
         return None
     scheme, dash, _ = fingerprint.partition("-")
-    return int(scheme) if dash and "template_text" in block else 1
+    return int(scheme) if dash and scheme.isdecimal() and "template_text" in block else 1
+
+
+def _stored_text(block: Mapping[str, Any], where: str | Path) -> TemplateText:
+    with reading(where, "a template_text"):
+        return TemplateText.from_dict(block["template_text"])
 
 
 def _stored_block(folder: Path) -> dict[str, Any]:
