@@ -412,9 +412,11 @@ class BaseTrainer(transformers.Trainer):
         loss = per_item.sum() * self.args.world_size / num_items_in_batch
         return (loss, logged) if return_outputs else loss
 
-    def _add_up(self, logged: Mapping[str, Tensor]) -> None:
+    def _add_up(self, logged: Mapping[str, Tensor], count: bool = True) -> None:
+        """count: whether the values count, or a rank only takes part where sums are joined."""
         for name, values in logged.items():
-            pair = torch.stack([values.detach().float().sum(), values.new_tensor(float(values.numel()))])
+            values = values.detach().float()[: None if count else 0]
+            pair = torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def _averages(self, prefix: str = "") -> dict[str, float]:
@@ -446,8 +448,7 @@ class BaseTrainer(transformers.Trainer):
             batch = self._prepare_inputs(dataset.batch(range(start, min(start + size, len(dataset)))))
             with self.compute_loss_context_manager():
                 per_item, logged = self.losses(model, batch)
-            if number < len(starts):
-                self._add_up({"loss": per_item, **logged})
+            self._add_up({"loss": per_item, **logged}, count=number < len(starts))
         metrics = self._averages(f"{metric_key_prefix}_")
         self._sums = training_sums
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataset))

@@ -1,0 +1,60 @@
+"""Several processes: what they do together, each does equally often, whatever rows it was given."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_training import logs, trainer
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+END = """
+torch.distributed.barrier()  # a rank that leaves early takes the other's connections down with it
+torch.distributed.destroy_process_group()
+"""
+EVALUATE = """
+import torch
+from tests.test_training import logs, trainer
+settings = {settings!r}
+for rows in {rows!r}:
+    run = trainer(f"{folder}/{{rows}}", held_out=logs(rows), **settings)
+    run.train()
+    if run.args.process_index == 0:
+        torch.save([row["eval_loss"] for row in run.state.log_history if "eval_loss" in row], f"{folder}/{{rows}}.pt")
+"""
+
+
+def run_ranks(script: str, ranks: int, folder: Path) -> None:
+    """Runs a script under torchrun; a hang fails."""
+    file = folder / "script.py"
+    file.write_text(script + END)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [*TORCHRUN, str(ranks), str(file)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, start_new_session=True) as process:
+        try:
+            errors = process.communicate(timeout=180)[1]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail("the ranks wait for each other")
+    assert process.returncode == 0, errors.decode()[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "algorithm"),
+    [(2, "bc"), *(pytest.param(3, name, marks=pytest.mark.slow) for name in ("bc", "ilql", "return_conditioned"))],
+)
+def test_evaluation_ends_with_fewer_batches_than_ranks_and_counts_each_row_once(tmp_path, ranks, algorithm):
+    settings = {"algorithm": algorithm, "max_steps": 2, "learning_rate": 0.0, "per_device_eval_batch_size": 8,
+                "eval_strategy": "steps", "eval_steps": 1}  # fmt: skip
+    alone, rows = {}, {1: 3, 2: 5}  # batches of eight windows -> dialogues
+    for batches, count in rows.items():
+        run = trainer(tmp_path / "alone", held_out=logs(count), **settings)
+        assert -(-len(run.eval_dataset) // 8) == batches
+        alone[count] = run.evaluate()["eval_loss"]
+    run_ranks(EVALUATE.format(settings=settings, rows=list(rows.values()), folder=tmp_path), ranks, tmp_path)
+    for count in rows.values():
+        assert torch.load(tmp_path / f"{count}.pt") == pytest.approx([alone[count]] * 2, rel=1e-5), count
