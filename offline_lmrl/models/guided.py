@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -94,6 +95,19 @@ class Guided:
         self.value_heads = value_heads and ValueHeads(value_heads, *self.get_output_embeddings().weight.shape)
         self.return_embedding = bins and ReturnEmbedding(bins, self.get_input_embeddings().weight.shape[1])
         self.return_heads = return_heads and ReturnHeads(return_heads, self.get_output_embeddings().weight.shape[1])
+
+    def get_decoder(self) -> nn.Module:
+        """The module that reads the tokens and hands hidden states on towards the LM head: the base's answer where it
+        is that, else the part of the model that holds the embedding and not the LM head.
+
+        Raises: InputError where there is no such part.
+        """
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        for module in (super().get_decoder(), *self.children()):
+            parts = set(module.modules())
+            if embedding in parts and head not in parts:
+                return module
+        raise InputError(f"model: found {self.base_name}, expected a causal LM with a decoder before its LM head")
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ReturnEmbedding):
@@ -392,7 +406,7 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     parts = {
         "forward": forward,
         "base_name": base.__name__,
-        "__module__": __name__,
+        "__module__": base.__module__,  # elsewhere transformers takes a class for custom code, and skips its buffers
         "__doc__": f"{base.__name__} with value heads and rows for returns; see `Guided`.",
         "_keep_in_fp32_modules_strict": {*(base._keep_in_fp32_modules_strict or ()), *PARTS},
     }
@@ -556,9 +570,8 @@ def load_model(
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     check_settings(name, settings(config))
     _require_no_reward_model(name, settings(config))
-    with opening(name, "model"), torch.device("meta"):  # the class that the auto class would choose, remote code too
-        base = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-    guided = guided_class(base)
+    with opening(name, "model"):
+        guided = guided_class(_causal_lm_class(config, trust_remote_code))
     with opening(name, "model"):
         model, info = guided.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
     _require_token_ids(name, model)
@@ -582,6 +595,16 @@ def _require_token_ids(name: str, model: PreTrainedModel) -> None:
             ids = found if isinstance(found, list) else [found]
             if not all(token is None or (isinstance(token, int) and not isinstance(token, bool)) for token in ids):
                 raise InputError(f"model: {name}: {field}: found {shown(found)}, expected the id of a token, or ids")
+
+
+def _causal_lm_class(config: PreTrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:
+    """The class that the auto class would choose, remote code too. The text part of some models has a config of its
+    own that the auto class does not know; there the class is the causal LM that config.json names."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if type(config) not in AutoModelForCausalLM._model_mapping and named and named.__name__.endswith("ForCausalLM"):
+        return named
+    with torch.device("meta"):
+        return type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
 
 
 def _require_no_reward_model(name: str | Path, block: Mapping[str, Any]) -> None:

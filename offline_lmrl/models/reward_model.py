@@ -58,8 +58,9 @@ class Reward:
 
 @functools.cache
 def reward_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A classification class with `read`; it keeps its name, which is what config.json tells other engines."""
-    return type(base.__name__, (Reward, base), {"__module__": __name__, "__doc__": Reward.__doc__})
+    """A classification class with `read`; it keeps its name, which is what config.json tells other engines, and its
+    module: elsewhere transformers takes a class for custom code, and skips its buffers."""
+    return type(base.__name__, (Reward, base), {"__module__": base.__module__, "__doc__": Reward.__doc__})
 
 
 def head_of(model: PreTrainedModel) -> nn.Linear:

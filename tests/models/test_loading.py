@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.models.guided import attach, build_model, detach, guided_class, load_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
+from tests.families import small_model
 from tests.tiny_models import FAMILIES, VOCABULARY, guided_model, tiny_batch, tiny_model
 
 KINDS = ["tied", "linear", "mlp"]
@@ -252,3 +253,38 @@ def test_a_wrong_specification_names_its_field(spec, message):
     with pytest.raises(InputError) as caught:
         build_model(spec, Tokenizer())
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "mllama", "gemma3", "opt", "mamba", "modernbert-decoder"])
+def test_the_decoder_is_the_part_whose_output_the_lm_head_reads(family):
+    model = attach(small_model(family), None)
+    read = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    ids = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(0))
+    _, hidden = model.forward_with_hidden(input_ids=ids)
+    between = model.lm_head if family == "modernbert-decoder" else torch.nn.Identity()
+    assert torch.equal(read[0], between(hidden))
+    assert torch.equal(model.get_decoder()(input_ids=ids)[0], hidden)
+
+
+def test_a_model_without_a_part_before_its_lm_head_is_refused():
+    model = tiny_model()
+    model.set_output_embeddings(model.transformer.wte)
+    with pytest.raises(InputError, match="found GPT2LMHeadModel, expected a causal LM with a decoder"):
+        attach(model, None)
+
+
+def test_buffers_that_lie_in_no_file_are_the_bases(tmp_path):
+    small_model("falcon_h1").save_pretrained(tmp_path)
+    plain, guided = AutoModelForCausalLM.from_pretrained(tmp_path), load_model(tmp_path)
+    expected = dict(plain.named_buffers())
+    assert expected.keys() - plain.state_dict().keys()
+    for name, buffer in guided.named_buffers():
+        assert torch.equal(buffer, expected[name]), name
+    assert not type(guided).is_custom_code()
+
+
+def test_the_text_part_of_a_model_for_images_comes_back(tmp_path):
+    model = attach(small_model("mllama"), ValueHeadsConfig())
+    model.save_pretrained(tmp_path)
+    assert type(load_model(tmp_path)) is type(model)
