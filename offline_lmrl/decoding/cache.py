@@ -1,5 +1,6 @@
 """Keys and values that outlive a turn: kept per row, so that rows may come, leave and be batched anew at will."""
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from offline_lmrl.data.errors import InputError
 
 Layer = tuple[Tensor, Tensor]  # keys and values, each (B, heads, L, width)
 
@@ -41,6 +44,19 @@ class RoomyLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self.buffers = []
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name under which a model, or the one in a PeftModel, takes a cache; state-space models have their own.
+
+    Raises: InputError where it takes none.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = inspect.signature(base.forward).parameters
+    for name in ("past_key_values", "cache_params"):
+        if name in known:
+            return name
+    raise InputError(f"model: found {type(base).__name__}, expected one that takes past_key_values")
 
 
 def new_cache(model: PreTrainedModel, room: int) -> DynamicCache:

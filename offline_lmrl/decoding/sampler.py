@@ -11,7 +11,6 @@ returns, and with null in their place, for π(a|s), on which filters then act, a
 
 import bisect
 import difflib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -27,7 +26,7 @@ from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.protocols import Reply
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.trajectory import Turn
-from offline_lmrl.decoding.cache import CacheMemory, is_kept_per_token, new_cache
+from offline_lmrl.decoding.cache import CacheMemory, cache_argument, is_kept_per_token, new_cache
 from offline_lmrl.decoding.constraints import TokenTrie
 from offline_lmrl.ops.decoding import Q_REDUCTIONS, condition_shift, guide, sample_from, uniform, warp_log_probs
 
@@ -185,9 +184,7 @@ class Sampler:
                              "condition to guide it away from (algorithm: return_conditioned, condition: embedding)")
         # Ids above are returns.
         self.null = model.get_input_embeddings().weight.shape[0] if conditioned else None
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # under LoRA
-        if "past_key_values" not in inspect.signature(base.forward).parameters:
-            raise InputError(f"model: found {name}, expected one that takes past_key_values")
+        self.cache_argument = cache_argument(model)
         self.model, self.renderer, self.config = model, renderer, config
         self.close_ids = renderer.close_ids if close_id is None else frozenset({close_id})
         self.ends = torch.tensor(sorted(self.close_ids), device=model.device)
@@ -228,7 +225,7 @@ class Sampler:
             streams=2 if told else 1,
             with_hidden=self.config.beta != 0.0,
         )
-        with _evaluating(self.model):
+        with evaluating(self.model):
             return run.replies()
 
     @torch.inference_mode()
@@ -254,7 +251,7 @@ class Sampler:
             streams=1,
             with_hidden=True,
         )
-        with _evaluating(self.model):
+        with evaluating(self.model):
             return run.read(head)
 
     def _usable(self, memory: CacheMemory | None) -> CacheMemory | None:
@@ -283,11 +280,13 @@ class Sampler:
         self, ids: Tensor, mask: Tensor | None, position: Tensor, cache: DynamicCache, with_hidden: bool
     ) -> tuple[Tensor, Tensor | None]:
         """After the last token of ids (B, T): logits (B, V) fp32, and the hidden state (B, d) if it is asked for."""
+        if self.cache_argument == "cache_params" and mask is not None:
+            mask = mask[:, -ids.shape[1] :]  # a state holds no columns that could be padding
         inputs = {
             "input_ids": ids,
             "attention_mask": mask,
             "position_ids": position,
-            "past_key_values": cache,
+            self.cache_argument: cache,
             "use_cache": True,
             "logits_to_keep": 1,
         }
@@ -344,7 +343,7 @@ class Sampler:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode, and afterwards what it was before."""
     training = [module for module in model.modules() if module.training]
     model.eval()

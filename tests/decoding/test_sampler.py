@@ -11,10 +11,10 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
 )
 
 from offline_lmrl.data.errors import InputError
@@ -441,10 +441,10 @@ def test_beta_without_value_heads_is_refused():
         Sampler(tiny(), Letters(24), SamplingConfig(beta=2.0))
 
 
-def test_a_model_without_keys_and_values_is_refused():
-    recurrent = MambaForCausalLM(MambaConfig(vocab_size=24, hidden_size=8, num_hidden_layers=1))
-    with pytest.raises(InputError, match="model: found MambaForCausalLM"):
-        Sampler(recurrent, Letters(24), SamplingConfig())
+def test_a_model_without_a_cache_is_refused():
+    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=24, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(InputError, match="model: found OpenAIGPTLMHeadModel, expected one that takes past_key_values"):
+        Sampler(model, Letters(24), SamplingConfig())
 
 
 @pytest.mark.parametrize(
