@@ -16,6 +16,7 @@ import safetensors
 import torch
 import transformers
 from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -37,6 +38,7 @@ from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.tokenizers import load_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.windows import WindowRule
+from offline_lmrl.decoding.sampler import evaluating
 from offline_lmrl.models.adapters import (
     PARTS,
     SETTINGS_FILE,
@@ -48,6 +50,7 @@ from offline_lmrl.models.adapters import (
 )
 from offline_lmrl.models.guided import attach, build_model, load_model
 from offline_lmrl.models.renderers import rendering_block, scheme_of, training_renderer
+from offline_lmrl.models.unreached import freeze_unreached
 from offline_lmrl.training_checkpoint import (
     DAMAGED,
     STAGING,
@@ -317,6 +320,7 @@ class BaseTrainer(transformers.Trainer):
         self._sums: dict[str, Tensor] = {}
         self._resumed: Path | None = None
         self._held_at = -1  # the step whose checkpoint waits for the end of its epoch
+        self._freeze_unreached()
 
     # What a subclass says of itself.
 
@@ -378,6 +382,15 @@ class BaseTrainer(transformers.Trainer):
     def check_model(self, model: PreTrainedModel, args: BaseConfig) -> None:
         """Whether the model can read what will be rendered for it."""
         check_model(model, self.renderer, args.max_length)
+
+    def _freeze_unreached(self) -> None:
+        """Freezes what the loss does not reach: of the longest row, as some parts are for long texts alone."""
+        batch = self.train_dataset.batch([int(self.train_dataset.lengths.argmax())])
+        batch = send_to_device(batch, self.model.device)
+        with evaluating(self.model), torch.random.fork_rng():
+            loss = self.losses(self.model, batch)[0].sum()
+        if freeze_unreached(self.model, loss) and self.accelerator.ddp_handler is not None:
+            self.accelerator.ddp_handler.find_unused_parameters = True
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """As Trainer's, but each row goes to one rank only, for any number of ranks."""

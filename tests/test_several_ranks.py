@@ -58,3 +58,21 @@ def test_evaluation_ends_with_fewer_batches_than_ranks_and_counts_each_row_once(
     run_ranks(EVALUATE.format(settings=settings, rows=list(rows.values()), folder=tmp_path), ranks, tmp_path)
     for count in rows.values():
         assert torch.load(tmp_path / f"{count}.pt") == pytest.approx([alone[count]] * 2, rel=1e-5), count
+
+
+TRAIN = """
+import torch
+from tests.families import small_model
+from tests.test_training import trainer
+torch.manual_seed(0)
+run = trainer({folder!r} + "/run", model=small_model({family!r}), algorithm={algorithm!r}, max_steps=3)
+run.train()
+assert all(p.isfinite().all() for p in run.model.parameters())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["bc", "ilql"])
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "mllama"])
+def test_models_for_images_train_on_text_in_several_processes(tmp_path, family, algorithm):
+    run_ranks(TRAIN.format(folder=str(tmp_path), family=family, algorithm=algorithm), 2, tmp_path)

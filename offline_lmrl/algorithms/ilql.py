@@ -145,8 +145,6 @@ class ILQLTrainer(OfflineTrainer):
 
     def __init__(self, model, args: ILQLConfig, *positional, **keywords):
         super().__init__(model, args, *positional, **keywords)
-        if self.model.return_heads is not None:
-            self.model.return_heads.requires_grad_(False)  # kept as they are; ranks wait for gradients of the others
         self.target_updates = TargetUpdates(args.target_rate)
         self.add_callback(self.target_updates)
 

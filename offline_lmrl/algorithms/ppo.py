@@ -29,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +49,7 @@ from offline_lmrl.models.actor_critic import ActorCritic
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import attach, detach, load_model
 from offline_lmrl.models.renderers import rendering_block
+from offline_lmrl.models.unreached import freeze_unreached
 from offline_lmrl.ops.decoding import warp_log_probs
 from offline_lmrl.ops.policy_gradient import (
     Moments,
@@ -276,7 +277,9 @@ class PPOTrainer(LoopTrainer):
         else:
             policy = with_adapter(policy, peft_config)
         transformers.set_seed(args.seed)  # the value head's first layer
-        self.set_up(ActorCritic(policy, value_trunk), policy, average=args.ema > 0)
+        module = ActorCritic(policy, value_trunk)
+        self._freeze_unreached(module)
+        self.set_up(module, policy, average=args.ema > 0)
         self.environment = environment
         self.counts.update(getattr(environment, "counts", {}))
         self.player = LanguagePolicy(policy, self.renderer, args.play, **asdict(args.window))
@@ -288,6 +291,16 @@ class PPOTrainer(LoopTrainer):
         self.kl_weight, self.moments = args.kl_weight, Moments()
         self.totals.update(dict.fromkeys(SUMS, 0))
         self.tokens_read = 0  # by this process since the last row of metrics
+
+    def _freeze_unreached(self, module: ActorCritic) -> None:
+        """Freezes what neither policy nor V reaches: of a long made-up dialogue, as some parts are for long texts."""
+        long = "a " * (self.args.max_length // 4)
+        dialogue = Trajectory((Turn("user", long), Turn("assistant", "b", reward=0.0)))
+        columns = encode_trajectories([dialogue], self.encoder, Counter())
+        windows = WindowDataset(columns, self.renderer.close_id, next_rows=False, end_rows=False)
+        outputs = module(send_to_device(windows.batch(np.arange(1)), self.device))
+        if freeze_unreached(module, outputs["logits"].sum() + outputs["v"].sum()):
+            self.accelerator.ddp_handler.find_unused_parameters = True
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
         """All iterations, from the checkpoint on if one is given; metrics and checkpoints go to output_dir."""

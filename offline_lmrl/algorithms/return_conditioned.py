@@ -131,10 +131,6 @@ class ReturnConditionedTrainer(OfflineTrainer):
                 for logs in (train_dataset, eval_dataset, args.prompt and args.prompt.demonstrations)
             )
         super().__init__(model, args, train_dataset, eval_dataset, *positional, **keywords)
-        if self.model.value_heads is not None:
-            self.model.value_heads.requires_grad_(False)
-        if self.model.return_heads is not None and args.return_weight == 0:
-            self.model.return_heads.requires_grad_(False)
 
     def demonstrations(self, source):
         return super().demonstrations(source) if self.shown is None else self.shown
