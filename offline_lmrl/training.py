@@ -38,6 +38,7 @@ from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.tokenizers import load_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.windows import WindowRule
+from offline_lmrl.decoding.probe import check_plays, check_trains
 from offline_lmrl.decoding.sampler import evaluating
 from offline_lmrl.models.adapters import (
     PARTS,
@@ -380,7 +381,7 @@ class BaseTrainer(transformers.Trainer):
     # The shared machinery.
 
     def check_model(self, model: PreTrainedModel, args: BaseConfig) -> None:
-        """Whether the model can read what will be rendered for it."""
+        """Whether the model can read what will be rendered for it. Raises: InputError where it cannot."""
         check_model(model, self.renderer, args.max_length)
 
     def _freeze_unreached(self) -> None:
@@ -697,6 +698,7 @@ class OfflineTrainer(BaseTrainer):
 
     def prepare(self, model, args: OfflineConfig, train, held_out, peft_config):
         train = self.select(self.read(args, train, self.counts), args)
+        model = attach(model, None)
         self.check_model(model, args)
         self.scale = self.fit_scale(model, train, args)
         slots = self.slots(model, train, args)
@@ -718,6 +720,11 @@ class OfflineTrainer(BaseTrainer):
         if held_out is not None:
             held_out = self._windows(self.read(args, held_out), args, Counter())
         return model, windows, held_out
+
+    def check_model(self, model, args: OfflineConfig) -> None:
+        super().check_model(model, args)
+        check_trains(model, self.renderer)
+        check_plays(model, self.renderer)
 
     @staticmethod
     def read(args: OfflineConfig, source: Sequence[Trajectory] | str | Path, counts: Counter[str] | None = None,

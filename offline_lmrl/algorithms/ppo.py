@@ -43,6 +43,7 @@ from offline_lmrl.data.protocols import Environment, VectorEnvironment
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.probe import check_plays, check_trains
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.models.actor_critic import ActorCritic
@@ -254,10 +255,12 @@ class PPOTrainer(LoopTrainer):
             raise InputError(f"ptx_weight: found {args.ptx_weight}, but no logged data (data.train), expected both")
         if processing_class is None:
             processing_class = tokenizer_beside(model)
-        policy = load_model(model) if isinstance(model, str) else model
+        policy = attach(load_model(model) if isinstance(model, str) else model, None)
         super().__init__(args, processing_class, policy, find_unused_parameters=args.value_warmup > 0)
         check_model(policy, self.renderer, args.max_length)
-        policy = detach(attach(policy, None)).to(self.device)
+        check_trains(policy, self.renderer)
+        check_plays(policy, self.renderer)
+        policy = detach(policy).to(self.device)
         rule, self.scale = StepRule(args.discount_per_token, args.discount_per_turn), args.reward_scale or 1.0
         self.encoder = EpisodeEncoder(self.renderer, args.window, rule, RewardScale(scale=self.scale))
         policy.config.offline_lmrl = settings(policy.config) | {

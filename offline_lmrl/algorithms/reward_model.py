@@ -38,6 +38,7 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import fingerprint, holds_comparisons, read_trajectories, store, store_comparisons
 from offline_lmrl.data.preferences import binarised
 from offline_lmrl.data.trajectory import Trajectory, shown
+from offline_lmrl.decoding.probe import check_scores
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import (
     build_reward_model,
@@ -153,6 +154,10 @@ class RewardModelTrainer(BaseTrainer):
     @staticmethod
     def open_model(args: RewardModelConfig, path: str, trust_remote_code: bool):
         return load_reward_model(path, args.head, trust_remote_code=trust_remote_code)
+
+    def check_model(self, model, args: RewardModelConfig) -> None:
+        super().check_model(model, args)
+        check_scores(model, self.renderer)
 
     def prepare(self, model, args: RewardModelConfig, train, held_out, peft_config):
         self.check_model(model, args)

@@ -24,6 +24,7 @@ from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.windows import WindowRule, policy_window
 from offline_lmrl.decoding.asks import Asks
 from offline_lmrl.decoding.cache import CacheMemory
+from offline_lmrl.decoding.probe import check_plays
 from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler, SamplingConfig
 from offline_lmrl.models.guided import find_device, load_model, settings, slots_of
 from offline_lmrl.models.renderers import renderer_of
@@ -101,6 +102,7 @@ class LanguagePolicy:
         model = load_model(run).to(device)
         saved = settings(model.config)
         renderer = renderer_of(load_tokenizer(run), model, run)
+        check_plays(model, renderer)
         with opening(run, "run"):
             form = SamplingConfig.from_dict({**(saved.get("sampling") or {}), **sampling})
             return cls(model, renderer, form, **(saved.get("window") or {}), task=task, prompt=prompt)

@@ -37,10 +37,16 @@ TIE_BREAK = 2e-4  # standard deviation of fresh Q values of one head around init
 
 
 def _in_fp32(method: Callable) -> Callable:
-    """Casts the hidden states and leaves autocast: advantages are small differences of large values."""
+    """Casts the hidden states and leaves autocast: advantages are small differences of large values.
+
+    Raises: InputError for hidden states of another width than the LM head's, by which heads are sized.
+    """
 
     @functools.wraps(method)
     def run(self, hidden, *args, **kwargs):
+        if hidden.shape[-1] != self.width:
+            raise InputError(f"model: found a decoder that gives {hidden.shape[-1]} numbers per token before an LM "
+                             f"head that reads {self.width}, expected as many: no values can be learnt there")
         with torch.autocast(hidden.device.type, enabled=False):
             return method(self, hidden.float(), *args, **kwargs)
 
@@ -76,6 +82,7 @@ class TwoLayers(Head):
 
     def __init__(self, heads: int, width: int):
         super().__init__()
+        self.width = width
         self.hidden_weight = _parameter(heads, 2 * width, width)
         self.hidden_bias = _parameter(heads, 2 * width)
 
@@ -135,6 +142,7 @@ class QHead:
 class TiedQ(QHead, Head):
     def __init__(self, heads: int, width: int, vocabulary: int, initial_value: float):
         super().__init__()
+        self.width = width
         self.initial_value = initial_value
         self.map = _parameter(heads, width, width)
         self.state_weight = _parameter(heads, width)
@@ -187,6 +195,7 @@ class OwnRows(QHead):
 class LinearQ(OwnRows, Head):
     def __init__(self, heads: int, width: int, vocabulary: int, initial_value: float):
         super().__init__()
+        self.width = width
         self.initial_value = initial_value
         self.weight = _parameter(heads, vocabulary, width)
         self.register_buffer("constant", torch.empty((), dtype=torch.float32))

@@ -1,0 +1,137 @@
+"""A few tokens through a model before it learns or plays: what it says of a row must depend on that row alone, not on
+the rows beside it, on padding, or on whether a cache was used. Some families of transformers break that, and nothing
+but wrong numbers would tell.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.decoding.cache import is_kept_per_token, new_cache
+from offline_lmrl.decoding.sampler import Sampler, SamplingConfig, evaluating
+
+TEXT = "Twelve sly wolves quickly jumped over my boxing dog, and ran."
+LONG, SHORT = 11, 6  # tokens of the two rows; no family reads in blocks of which both are multiples
+# Nats, or shares of the spread of log-probabilities; in 180 families rounding is below 2e-5, faults are above 3e-3.
+TOLERANCE = 1e-3
+
+
+def check_plays(model: nn.Module, renderer: Renderer) -> None:
+    """Reads with a cache, in a left-padded batch and piece by piece, as the sampler does.
+
+    Args:
+      model: a guided model, or a PeftModel around one.
+    Raises: InputError naming the model's class where its log-probabilities are not those of each row alone.
+    """
+    if not _is_first():
+        return
+    rows = _rows(model, renderer)
+    with _reading(model), torch.inference_mode():
+        alone = _alone(model, rows)
+        sampler, cache = Sampler(model, renderer, SamplingConfig()), new_cache(model, 0)
+        ids, mask = _batch(rows, "left")
+        position = (mask.cumsum(-1) - 1).clamp(min=0)
+        several = is_kept_per_token(cache)  # only such a cache gets more than one token at a time later on
+        cuts = (0, LONG - (3 if several else 2), LONG - 1, LONG)
+        for start, stop in pairwise(cuts):
+            part = slice(start, stop)
+            logits, _ = sampler.forward(ids[:, part], mask[:, :stop], position[:, part], cache, False)
+            expected = torch.stack([row[stop - LONG - 1] for row in alone])
+            _check(model, logits.log_softmax(-1), expected, "read on from a cache in a batch")
+
+
+def check_trains(model: nn.Module, renderer: Renderer) -> None:
+    """Reads a right-padded batch, as trainers do, and whether that works in training mode too.
+
+    Args and raises: as `check_plays`.
+    """
+    if not _is_first():
+        return
+    rows = _rows(model, renderer)
+    ids, mask = _batch(rows, "right")
+    row, state = mask.nonzero(as_tuple=True)
+    with _reading(model):
+        with torch.inference_mode():
+            expected = torch.cat(_alone(model, rows))
+            logits, _ = model.packed_logits(row, state, input_ids=ids, attention_mask=mask)
+            _check(model, logits.float().log_softmax(-1), expected, "read in a batch")
+    with _reading(model), torch.random.fork_rng():
+        model.train()
+        model.packed_logits(row, state, input_ids=ids, attention_mask=mask)
+
+
+def check_scores(model: PreTrainedModel, renderer: Renderer) -> None:
+    """As `check_trains`, for a reward model (`Reward` in models/reward_model.py) and its scores."""
+    if not _is_first():
+        return
+    rows = _rows(model, renderer)
+    ids, mask = _batch(rows, "right")
+    with _reading(model), torch.inference_mode():
+        alone = [model(ids.unsqueeze(0), read=torch.ones_like(ids, dtype=torch.bool).unsqueeze(0)) for ids in rows]
+        found = model(ids, attention_mask=mask, read=mask)
+        _check(model, found.unsqueeze(-1), torch.cat(alone).unsqueeze(-1), "read in a batch")
+
+
+def _is_first() -> bool:
+    """Whether this is the first process of its machine: sharding fills the weights of the others later."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _rows(model: nn.Module, renderer: Renderer) -> list[Tensor]:
+    known = renderer.tokenizer.encode(TEXT, add_special_tokens=False)
+    ids = torch.tensor((known * LONG)[:LONG], device=model.device)
+    return [ids, ids[-SHORT:].flip(0)]
+
+
+def _batch(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """Ids and mask, (2, LONG). Padding is a token that says something: a pad token's embedding may happen to be 0."""
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    padding = rows[0][0].item()
+    return pad_sequence(rows, batch_first=True, padding_value=padding, padding_side=side), mask.bool()
+
+
+def _alone(model: nn.Module, rows: list[Tensor]) -> list[Tensor]:
+    """Log-probabilities (T,V) of each row, read alone and without a cache."""
+    batches = [ids.unsqueeze(0) for ids in rows]
+    return [
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float().log_softmax(-1)
+        for ids in batches
+    ]
+
+
+def _check(model: nn.Module, found: Tensor, expected: Tensor, how: str) -> None:
+    if found.shape == expected.shape:
+        apart = torch.where(found == expected, 0.0, (found - expected).abs()).max().item()
+        if apart <= TOLERANCE * max(1.0, expected[expected.isfinite()].std().item()):
+            return
+        raise InputError(f"model: found {_name(model)}, whose answers {how} are up to {apart:.2g} away from those to "
+                         "each row alone, expected a model that reads a row the same way however it is given")
+    raise InputError(f"model: found {_name(model)}, which gives {tuple(found.shape)} numbers where {how}, expected "
+                     f"{tuple(expected.shape)}")
+
+
+def _name(model: nn.Module) -> str:
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    return getattr(inner, "base_name", type(inner).__name__)
+
+
+@contextmanager
+def _reading(model: nn.Module) -> Iterator[None]:
+    """Eval mode. What the model's own code raises meanwhile is said in one line."""
+    try:
+        with evaluating(model):
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise InputError(f"model: found {_name(model)}, which cannot read text as it is learnt from and played here "
+                         f"({type(error).__name__}: {first}), expected a causal LM that can") from error

@@ -1,0 +1,89 @@
+"""Models that read a row otherwise in a batch, with padding or from a cache are refused; all others are not."""
+
+import pytest
+import torch
+
+from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.probe import check_plays, check_scores, check_trains
+from offline_lmrl.models.guided import attach
+from offline_lmrl.models.reward_model import build_reward_model
+from tests.families import small_model
+from tests.tiny_models import FAMILIES, guided_model
+
+TOKENIZER = train_tokenizer(["left right up down"], 300)
+RENDERER = Renderer(TOKENIZER, "auto")
+
+
+@pytest.mark.parametrize("family", ["bamba", "gemma3", "mamba", "mamba2", "mistral", "qwen3_next", "xglm"])
+def test_models_that_read_alike_pass(family):
+    model = attach(small_model(family), None).train()
+    check_trains(model, RENDERER)
+    check_plays(model, RENDERER)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("family", "check", "found"),
+    [
+        ("roberta", check_plays, "found RobertaForCausalLM, whose answers read on from a cache in a batch are up to"),
+        ("bart", check_plays, "found BartForCausalLM, whose answers read on from a cache in a batch are up to"),
+        ("recurrent_gemma", check_plays, "found RecurrentGemmaForCausalLM, whose answers read on from a cache"),
+        ("cpmant", check_trains, "found CpmAntForCausalLM, whose answers read in a batch are up to"),
+        ("reformer", check_trains, "found ReformerModelWithLMHead, which cannot read text .*sequence length 11"),
+        ("minimax", check_plays, "found MiniMaxForCausalLM, which cannot read text .*cache of its own"),
+    ],
+)
+def test_models_that_do_not_are_named(family, check, found):
+    model = attach(small_model(family), None)
+    with pytest.raises(InputError, match=f"^model: {found}"):
+        check(model, RENDERER)
+
+
+def test_a_model_that_reads_both_ways_is_refused(tmp_path):
+    model = small_model("bert")
+    model.config.is_decoder = False
+    model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="found BertLMHeadModel, "):
+        LanguagePolicy.load(tmp_path)
+
+
+def test_weights_that_are_no_numbers_are_refused():
+    model = attach(small_model("llama"), None)
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(InputError, match="up to nan away"):
+        check_trains(model, RENDERER)
+
+
+def test_tokens_that_a_model_never_says_are_no_difference():
+    model = attach(small_model("llama"), None)
+    never = torch.tensor([7])
+    model.lm_head.register_forward_hook(lambda module, args, output: output.index_fill(-1, never, -torch.inf))
+    check_trains(model, RENDERER)
+    check_plays(model, RENDERER)
+
+
+def test_of_several_processes_on_a_machine_the_first_looks(monkeypatch):
+    model = attach(small_model("roberta"), None)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # its weights may not have been read yet
+    check_plays(model, RENDERER)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(InputError):
+        check_plays(model, RENDERER)
+
+
+def test_reward_models_are_read_in_batches():
+    model = build_reward_model({"model_type": "llama", **FAMILIES["llama"]}, TOKENIZER, "token")
+    check_scores(model, RENDERER)
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: (args[0] + args[0].mean((0, 1)), *args[1:]))
+    with pytest.raises(InputError, match="found LlamaForTokenClassification, whose answers read in a batch"):
+        check_scores(model, RENDERER)
+
+
+def test_heads_wider_than_the_decoder_say_so():
+    model = guided_model("opt")
+    with pytest.raises(InputError, match="a decoder that gives 16 numbers per token before an LM head that reads 8"):
+        model.v_values(torch.zeros(1, 16))
