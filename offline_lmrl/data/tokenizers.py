@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
 from offline_lmrl.data.errors import InputError, opening
 from offline_lmrl.data.trajectory import ROLES
@@ -19,9 +20,18 @@ CHAT_TEMPLATE = (
 
 
 def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name. Raises InputError where there is none."""
+    """The tokenizer of a folder or hub name. Raises InputError where there is none.
+
+    AutoTokenizer takes another class than the one that was saved where a model's type is known for wrong names on the
+    hub (qwen2, for one), and that class may read text otherwise. From version 5 on, transformers writes `backend`
+    beside the name of the class, and there the name is right.
+    """
     with opening(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = get_tokenizer_config(name, trust_remote_code=trust_remote_code)
+        saved = tokenizer_class_from_name(config.get("tokenizer_class") or "") if "backend" in config else None
+        if saved is not None and type(tokenizer) is not saved:
+            tokenizer = saved.from_pretrained(name)
         tokenizer("a b", add_special_tokens=False)  # settings that fit no call show here
     if tokenizer.vocab_size == 0:  # what some classes make of a folder without tokenizer files
         raise InputError(f"{name}: found no tokenizer files, expected those that the model was trained with")

@@ -1,10 +1,14 @@
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.tokenizers import load_tokenizer, train_tokenizer
+from tests.tiny import TOKENIZERS
 
 TEXTS = ["Your position is 5, 12.\nmove up\n", "book=1 hat=2 ball=0", "<eos> typed by someone <eos>"] * 3
 TOKENIZER = train_tokenizer(TEXTS, 300)
@@ -68,3 +72,16 @@ def test_a_folder_without_a_whole_tokenizer_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(InputError, match=f"{tmp_path}: found no tokenizer files, expected those"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["role tokens", "bars", "plain unigram"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3_5_text", "deepseek_v3", "llama", "mistral"])
+def test_a_tokenizer_comes_back_as_the_class_it_was_saved_as_whatever_the_model_is(tmp_path, kind, model_type):
+    tokenizer = TOKENIZERS[kind]()
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    loaded = load_tokenizer(tmp_path)
+    text = "Left ÜP it's\n at 12  b"
+    assert type(loaded) is type(tokenizer) and len(loaded) == len(tokenizer)
+    assert loaded.encode(text) == tokenizer.encode(text)
+    assert Renderer(loaded, "auto").fingerprint == Renderer(tokenizer, "auto").fingerprint
