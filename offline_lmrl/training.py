@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,7 @@ from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.tokenizers import load_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.windows import WindowRule
-from offline_lmrl.decoding.probe import check_plays, check_trains
-from offline_lmrl.decoding.sampler import evaluating
+from offline_lmrl.decoding.probe import check_plays, check_trains, probing
 from offline_lmrl.models.adapters import (
     PARTS,
     SETTINGS_FILE,
@@ -388,7 +387,7 @@ class BaseTrainer(transformers.Trainer):
         """Freezes what the loss does not reach: of the longest row, as some parts are for long texts alone."""
         batch = self.train_dataset.batch([int(self.train_dataset.lengths.argmax())])
         batch = send_to_device(batch, self.model.device)
-        with evaluating(self.model), torch.random.fork_rng():
+        with probing(self.model), torch.random.fork_rng():
             loss = self.losses(self.model, batch)[0].sum()
         if freeze_unreached(self.model, loss) and self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.find_unused_parameters = True
@@ -826,12 +825,39 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
     if hasattr(model, "peft_config"):
         raise InputError("lora: found a model with an adapter already; leave lora out to train that one, or merge it")
     peft = require_peft()
+    routers = _linear_layers_with_several_outputs(model)
+    if peft_config.target_modules == "all-linear":
+        peft_config = replace(peft_config, exclude_modules=[*(peft_config.exclude_modules or ()), *routers])
     try:
         model = peft.get_peft_model(model, peft_config)
     except (TypeError, ValueError) as error:
         raise InputError(f"model.lora: {error}") from error
+    inner = model.get_base_model()
+    for name in routers:
+        if hasattr(inner.get_submodule(name), "base_layer"):
+            raise InputError(f"model.lora.target_modules: found {name}, a layer with several outputs, expected layers "
+                             "with one, which is what an adapter adds to")
     unfreeze_heads(model)
     return model
+
+
+@torch.no_grad()
+def _linear_layers_with_several_outputs(model: PreTrainedModel) -> list[str]:
+    """Names of linear layers that return more than a tensor: routers of some mixtures of experts."""
+    found: list[str] = []
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, output, name=name: None if isinstance(output, Tensor) else found.append(name)
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    with probing(model):
+        ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
+        model(input_ids=ids, attention_mask=ids)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def _check_whole(model: PreTrainedModel, checkpoint: Path) -> None:

@@ -34,7 +34,7 @@ def check_plays(model: nn.Module, renderer: Renderer) -> None:
     if not _is_first():
         return
     rows = _rows(model, renderer)
-    with _reading(model), torch.inference_mode():
+    with probing(model), torch.inference_mode():
         alone = _alone(model, rows)
         sampler, cache = Sampler(model, renderer, SamplingConfig()), new_cache(model, 0)
         ids, mask = _batch(rows, "left")
@@ -58,12 +58,12 @@ def check_trains(model: nn.Module, renderer: Renderer) -> None:
     rows = _rows(model, renderer)
     ids, mask = _batch(rows, "right")
     row, state = mask.nonzero(as_tuple=True)
-    with _reading(model):
+    with probing(model):
         with torch.inference_mode():
             expected = torch.cat(_alone(model, rows))
             logits, _ = model.packed_logits(row, state, input_ids=ids, attention_mask=mask)
             _check(model, logits.float().log_softmax(-1), expected, "read in a batch")
-    with _reading(model), torch.random.fork_rng():
+    with probing(model), torch.random.fork_rng():
         model.train()
         model.packed_logits(row, state, input_ids=ids, attention_mask=mask)
 
@@ -74,7 +74,7 @@ def check_scores(model: PreTrainedModel, renderer: Renderer) -> None:
         return
     rows = _rows(model, renderer)
     ids, mask = _batch(rows, "right")
-    with _reading(model), torch.inference_mode():
+    with probing(model), torch.inference_mode():
         alone = [model(ids.unsqueeze(0), read=torch.ones_like(ids, dtype=torch.bool).unsqueeze(0)) for ids in rows]
         found = model(ids, attention_mask=mask, read=mask)
         _check(model, found.unsqueeze(-1), torch.cat(alone).unsqueeze(-1), "read in a batch")
@@ -124,7 +124,7 @@ def _name(model: nn.Module) -> str:
 
 
 @contextmanager
-def _reading(model: nn.Module) -> Iterator[None]:
+def probing(model: nn.Module) -> Iterator[None]:
     """Eval mode. What the model's own code raises meanwhile is said in one line."""
     try:
         with evaluating(model):

@@ -113,6 +113,20 @@ def spell_returns(model: PreTrainedModel, returns: Tensor, ids: Sequence[int]) -
 
 def plain(model: nn.Module) -> PreTrainedModel:
     """The model without its parts and settings, an adapter merged into it; in place."""
-    model = detach(model.merge_and_unload() if hasattr(model, "peft_config") else model)
+    if hasattr(model, "peft_config"):
+        _untie(model)
+        model = model.merge_and_unload()
+    model = detach(model)
     del model.config.offline_lmrl
     return model
+
+
+def _untie(model: nn.Module) -> None:
+    """Gives a PeftModel's LM head a matrix of its own where the embedding's has an adapter on either side: merged into
+    a shared matrix it would act on both."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if hasattr(head, "base_layer") or hasattr(embedding, "base_layer"):
+        bare = getattr(head, "base_layer", head)
+        bare.weight = nn.Parameter(bare.weight.detach().clone(), bare.weight.requires_grad)
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False

@@ -159,3 +159,14 @@ def test_lora_is_merged_and_a_tied_head_keeps_the_matrix_that_it_read(tmp_path):
     model.save_pretrained(tmp_path)
     found = load_model(tmp_path).eval()(input_ids=IDS).logits.log_softmax(-1)
     assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["wte"], ["wte", "lm_head", "c_attn"]])
+def test_adapters_on_either_side_of_a_tied_matrix_are_merged_apart(targets, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=targets, r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(attach(tiny_model(), None), config).eval()
+    ids = torch.tensor([[5, 9, 30, 2]])
+    expected = model(input_ids=ids).logits
+    plain(model).save_pretrained(tmp_path)
+    assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, expected, atol=1e-5, rtol=1e-5)
