@@ -11,10 +11,11 @@ from offline_lmrl.data.io import write_trajectories
 from offline_lmrl.data.trajectory import Turn
 from offline_lmrl.data.windows import policy_window
 from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.evaluation.export import export
 from offline_lmrl.models.guided import load_model
 from tests.families import FAMILIES, small_model
-from tests.test_training import TOKENIZER, logs
+from tests.test_training import TOKENIZER, logs, trainer
 
 NOT_BUILT = {"dots3_note", "gemma3n", "gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody"}
 CACHE = "read on from a cache in a batch"  # positions are counted from the start of the padding
@@ -85,3 +86,39 @@ def test_a_family_goes_all_the_way_or_is_refused_before_training(model_type, tmp
         assert not export(tmp_path / "run", tmp_path / "exported", device="cpu").converted
     except InputError:
         assert model_type in NOT_EXPORTED and not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize("model_type", ["bamba", "ctrl", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_generate_tells_returns_to_families_that_pass_embeddings_on_unnamed(model_type, tmp_path):
+    run = trainer(
+        tmp_path, model=small_model(model_type), algorithm="return_conditioned", condition="embedding", max_steps=2
+    )
+    policy = LanguagePolicy(run.model, run.renderer, SamplingConfig(temperature=0.0, max_new_tokens=5, ask=3.0))
+    renderer = policy.renderer
+    prompt = [*renderer.preamble, *renderer.encode_turn(HISTORIES[0][0]).ids, *renderer.agent_opening]
+    said = run.model.eval().generate(
+        torch.tensor([prompt]), ask=3.0, do_sample=False, max_new_tokens=5, eos_token_id=renderer.close_id
+    )
+    reply = policy.start([0]).reply([0], [HISTORIES[0]])[0]
+    assert tuple(said[0, len(prompt) :].tolist()) == reply.token_ids
+
+
+def test_a_family_that_reads_no_embeddings_is_refused_before_it_learns_returns_as_such(tmp_path):
+    with pytest.raises(InputError, match="model: found Gemma4ForCausalLM, which cannot read text .*inputs_embeds"):
+        trainer(tmp_path, model=small_model("gemma4_text"), algorithm="return_conditioned", condition="embedding")
+
+
+def test_adapters_leave_routers_with_several_outputs_alone(tmp_path):
+    peft = pytest.importorskip("peft")
+    run = trainer(
+        tmp_path, model=small_model("phimoe"), max_steps=1,
+        lora=peft.LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    run.train()
+    changed = {name for name, module in run.model.named_modules() if hasattr(module, "base_layer")}
+    assert any("q_proj" in name for name in changed) and not any("router" in name for name in changed)
+    with pytest.raises(InputError, match="^model.lora.target_modules: found model.layers.0.mlp.router, a layer with"):
+        trainer(
+            tmp_path, model=small_model("phimoe"),
+            lora=peft.LoraConfig(target_modules=["router"], r=2, task_type="CAUSAL_LM"),
+        )  # fmt: skip

@@ -179,6 +179,13 @@ class Guided:
         output.sequences = whole
         return output
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs):
+        """As the base's. `generate` takes embeddings only where they are named here; some families pass them on with
+        all else."""
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
     def _asked(
         self, ids: Tensor, mask: Tensor | None, ask: float | str | Sequence[float | str]
     ) -> tuple[Tensor, Tensor]:
@@ -241,7 +248,8 @@ class Guided:
             head.requires_grad_(False)
 
     def _guided_logits(self, logits: Tensor, hidden: Tensor, beta: float | Tensor) -> Tensor:
-        """logits (B,T,V) + β · advantage on what support and candidates leave, −inf elsewhere; hidden (B,T,d)."""
+        """logits (B,T,V) + β · advantage on what support and candidates leave, −inf elsewhere; hidden (B,T,d). A row
+        whose β is 0 keeps its logits."""
         if self.value_heads is None:
             raise InputError(f"beta: found {beta}, but this model has no value heads; train them, or use 0")
         form = _sampling_form(self.config)
@@ -251,10 +259,12 @@ class Guided:
         v = None if form.get("clip") is None else self.v_values(hidden)
         options = {"beta": beta, "q_reduce": form.get("q_reduce", "min"), "clip": form.get("clip")}
         if form.get("candidates") is None:
-            return guide(scores, self.q_values(hidden), v, **options)
-        best, index = scores.topk(min(form["candidates"], scores.shape[-1]), dim=-1)
-        guided = guide(best, self.q_values(hidden, index), v, **options)
-        return torch.full_like(scores, -torch.inf).scatter(-1, index, guided)
+            guided = guide(scores, self.q_values(hidden), v, **options)
+        else:
+            best, index = scores.topk(min(form["candidates"], scores.shape[-1]), dim=-1)
+            guided = guide(best, self.q_values(hidden, index), v, **options)
+            guided = torch.full_like(scores, -torch.inf).scatter(-1, index, guided)
+        return torch.where(beta == 0, logits.float(), guided) if isinstance(beta, Tensor) else guided
 
     def packed_logits(self, row: Tensor, state: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (N,V) behind the states (row, state) alone, each (N,), and the last hidden states (B,T,d) of all."""

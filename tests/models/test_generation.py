@@ -132,3 +132,13 @@ def test_the_guided_forward_compiles_as_one_graph(family):
     with torch.no_grad():
         compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
         assert_close(compiled(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_row_whose_beta_is_0_is_the_base_models_whatever_the_form():
+    model = guided_model()
+    model.config.offline_lmrl["sampling"] = {"support": 0.5, "candidates": 2}
+    inputs = left_padded(PROMPTS)
+    alone, guided = model(**inputs).logits, model(**inputs, beta=2.0).logits
+    mixed = model(**inputs, beta=torch.tensor([2.0, 0.0, 2.0])).logits
+    assert torch.equal(mixed[1], alone[1]) and torch.equal(mixed[0], guided[0]) and torch.equal(mixed[2], guided[2])
+    assert guided[1].isinf().any() and mixed[1].isfinite().all()
