@@ -253,6 +253,9 @@ class PPOTrainer(LoopTrainer):
     ):
         if args.ptx_weight > 0 and ptx_dataset is None:
             raise InputError(f"ptx_weight: found {args.ptx_weight}, but no logged data (data.train), expected both")
+        if args.episodes < args.world_size:
+            raise InputError(f"episodes: found {args.episodes}, expected at least one for each of {args.world_size} "
+                             "processes")  # fmt: skip
         if processing_class is None:
             processing_class = tokenizer_beside(model)
         policy = attach(load_model(model) if isinstance(model, str) else model, None)

@@ -87,7 +87,7 @@ def _is_first() -> bool:
 
 def _rows(model: nn.Module, renderer: Renderer) -> list[Tensor]:
     known = renderer.tokenizer.encode(TEXT, add_special_tokens=False)
-    ids = torch.tensor((known * LONG)[:LONG], device=model.device)
+    ids = torch.tensor(((known or [0]) * LONG)[:LONG], device=model.device)
     return [ids, ids[-SHORT:].flip(0)]
 
 

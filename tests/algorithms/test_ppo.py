@@ -675,3 +675,9 @@ def test_a_comparison_trains_it_in_the_environment_and_counts_its_steps(tmp_path
     assert {row["ratio_max"] for row in rows} == {max(row["ratio_max"] for row in logged)}
     drawn = (tmp_path / "out" / "table.md").read_text()
     assert all(name in drawn for name in ("environment steps", "training KL", "largest ratio"))
+
+
+def test_each_process_needs_an_episode(tmp_path, monkeypatch):
+    monkeypatch.setattr(PPOConfig, "world_size", 7)
+    with pytest.raises(InputError, match="episodes: found 6, expected at least one for each of 7 processes"):
+        trainer(tmp_path)
