@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from offline_lmrl.cli_data import config_path, prepare_from_settings
 from offline_lmrl.cli_parser import Parser, overrides_of, read_settings, split_file
 from offline_lmrl.data.errors import InputError, Stopped, shown
+from offline_lmrl.data.terminal import visible
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -41,7 +42,7 @@ def train(argv: Sequence[str]) -> None:
     run_settings = (values.algorithm, values.model, values.data, values.args, values.environment)
     if values.dry_run:
         for name, value in run.dry_run(*run_settings).items():
-            print(f"{name}: {value:,}")
+            print(visible(f"{name}: {value:,}"))
     else:
         try:
             folder = run.train(*run_settings)
