@@ -82,6 +82,13 @@ def fold(model: PreTrainedModel, rows: Tensor) -> None:
     head.weight = nn.Parameter(head.weight + rows.to(head.weight.dtype))
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
+    # The flag unties whatever else a family shares, such as layers of Zamba: each place gets weights of its own.
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter in seen:
+                setattr(module, name, nn.Parameter(parameter.clone()))
+            seen.add(parameter)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.models.guided import attach, attach_returns, load_model
 from offline_lmrl.models.plain import fold, head_scale, plain, q_matrix, spell_returns
+from offline_lmrl.models.value_heads import ValueHeadsConfig
 from tests.models.test_return_embedding import BLOCK, NULL, REWARDS, conditioned
 from tests.tiny_models import FAMILIES, VOCABULARY, guided_model, tiny_model
 
@@ -52,6 +53,22 @@ def test_folded_logits_are_the_guided_distribution(family, kind, tmp_path, monke
         found = loaded.eval()(input_ids=IDS).logits.log_softmax(-1)
     assert_close(found, expected, atol=1e-4, rtol=0)
     assert (expected - base(input_ids=IDS).logits.log_softmax(-1)).abs().max() > 0.1  # guidance did something
+
+
+def test_what_a_family_ties_beside_the_embeddings_is_saved_where_it_is_read(tmp_path):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5,
+             "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
+             "num_attention_heads": 2, "num_key_value_heads": 2, "n_mamba_heads": 2, "attention_hidden_size": 32,
+             "attention_head_dim": 16, "mamba_d_state": 4, "initializer_range": 0.2, "pad_token_id": 0}  # fmt: skip
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("zamba", **sizes))  # two layers share their weights
+    model = attach(base, ValueHeadsConfig("tied")).eval()
+    torch.nn.init.normal_(model.value_heads.target_q.map, std=0.3)
+    expected = guided_log_prob(model, "mean")
+    folded(model).save_pretrained(tmp_path)
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(input_ids=IDS).logits.log_softmax(-1)
+    assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family, scale", [("gpt2", 1.0), ("cohere", 0.25), ("granite", 1 / 3)])
