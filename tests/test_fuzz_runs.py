@@ -13,7 +13,7 @@ from tests import fuzzing
 from tests.fuzzing import run_command
 
 SCRATCH = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, "n_positions": 64}
-ARGS = {"max_steps": 2, "save_steps": 1, "max_length": 64, "use_cpu": True, "learning_rate": 1e-3}
+ARGS = {"max_steps": 1, "max_length": 64, "use_cpu": True, "learning_rate": 1e-3}
 RUNS = {
     "bc": {"algorithm": "bc", "data": "scored.jsonl"},
     "ilql": {"algorithm": "ilql", "data": "scored.jsonl", "args": {"value_heads": "tied"}},
@@ -93,7 +93,7 @@ def _remove_outputs(folder: Path) -> None:
     (folder / "relabelled.jsonl").unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize(("seed", "n"), [(0, 4), *(pytest.param(s, 40, marks=pytest.mark.slow) for s in (1, 2))])
+@pytest.mark.parametrize(("seed", "n"), [(0, 1), *(pytest.param(s, 40, marks=pytest.mark.slow) for s in (1, 2))])
 @pytest.mark.parametrize("name", RUNS)
 def test_a_damaged_run_is_used_or_refused(runs, name, seed, n):
     whole = runs / f"{name}.whole"
