@@ -30,9 +30,9 @@ REFUSED = {
     "xlnet": "max_length",
 }  # fmt: skip
 NOT_EXPORTED = {  # something lies between the decoder's hidden states and the LM head, or a cap behind it
-    "beam", "bert", "bert-generation", "big_bird", "electra", "ernie", "gemma2", "gemma3n_text", "inkling2_text",
-    "inkling_text", "megatron-bert", "minicpm3", "modernbert-decoder", "nanochat", "roc_bert", "roformer",
-    "vaultgemma", "zamba",
+    "beam", "bert", "big_bird", "electra", "ernie", "gemma2", "gemma3n_text", "inkling2_text",
+    "inkling_text", "megatron-bert", "modernbert-decoder", "nanochat", "roc_bert", "roformer",
+    "vaultgemma",
 }  # fmt: skip
 ALWAYS = ("bart", "falcon_h1", "llama4_text", "mamba", "rembert")
 HISTORIES = (
@@ -83,7 +83,7 @@ def test_a_family_goes_all_the_way_or_is_refused_before_training(model_type, tmp
         said = logits[len(window) - 1 : -1].float().log_softmax(-1).gather(-1, ids[0, len(window) :, None])[:, 0]
         torch.testing.assert_close(torch.tensor(reply.policy_log_prob), said, atol=1e-3, rtol=0)
     try:
-        assert not export(tmp_path / "run", tmp_path / "exported", device="cpu").converted
+        assert export(tmp_path / "run", tmp_path / "exported", device="cpu").difference < 1e-3
     except InputError:
         assert model_type in NOT_EXPORTED and not (tmp_path / "exported").exists()
 
@@ -95,7 +95,7 @@ def test_generate_tells_returns_to_families_that_pass_embeddings_on_unnamed(mode
     )
     policy = LanguagePolicy(run.model, run.renderer, SamplingConfig(temperature=0.0, max_new_tokens=5, ask=3.0))
     renderer = policy.renderer
-    prompt = [*renderer.preamble, *renderer.encode_turn(HISTORIES[0][0]).ids, *renderer.agent_opening]
+    prompt = [*renderer.preamble_of(()), *renderer.encode_turn(HISTORIES[0][0]).ids, *renderer.agent_opening]
     said = run.model.eval().generate(
         torch.tensor([prompt]), ask=3.0, do_sample=False, max_new_tokens=5, eos_token_id=renderer.close_id
     )

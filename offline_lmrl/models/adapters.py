@@ -93,7 +93,9 @@ def saved_settings(path_or_name: str | Path) -> dict[str, Any]:
     if (Path(path_or_name) / "adapter_config.json").exists():
         return read_settings(path_or_name)
     with opening(path_or_name, "model"):
-        return settings(AutoConfig.from_pretrained(path_or_name))
+        block = settings(AutoConfig.from_pretrained(path_or_name))
+    check_settings(path_or_name, block)
+    return block
 
 
 def _parts(model: nn.Module) -> dict[str, nn.Module]:
