@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from offline_lmrl.cli_data import check_output, check_output_file, print_report
 from offline_lmrl.cli_parser import Parser
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import DIALOGUES, prompt_messages
+from offline_lmrl.data.forms import DIALOGUES, prompt_messages, with_tools
 from offline_lmrl.data.terminal import visible
 from offline_lmrl.data.trajectory import (
     Trajectory,
@@ -412,7 +412,8 @@ def _prompt(line: str, where: str) -> list[Turn]:
         messages = [{"role": "user", "content": messages}]
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{where}: {field}: found {shown(messages)}, expected text or a list of messages")
-    return prompt_messages(messages, where, field)
+    turns = prompt_messages(messages, where, field)
+    return turns if row.get("tools") is None else with_tools(turns, row["tools"], where)
 
 
 def _replies(

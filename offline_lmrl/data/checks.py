@@ -250,9 +250,9 @@ def _observed(turns: Sequence[Turn]) -> Iterator[tuple[tuple, str]]:
     observation: list[tuple[str, str]] = []
     for turn in turns:
         if not turn.is_trainable:
-            observation.append((turn.role, turn.content))
+            observation.append(turn.said)
         elif observation:
-            yield tuple(observation), turn.content
+            yield tuple(observation), "\n".join(turn.said)
             observation = []
 
 

@@ -334,7 +334,7 @@ def _kept(kept: Kept, source: str, counts: Counter | None, mine: Counter) -> Kep
 
 
 def _said(turns: Iterable[Turn]) -> list[list[Any]]:
-    return [[turn.role, turn.content, turn.is_trainable, turn.reward] for turn in turns]
+    return [[*turn.said, turn.is_trainable, turn.reward] for turn in turns]
 
 
 def _file_rows(path: Path) -> RawRows:

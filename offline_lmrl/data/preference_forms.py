@@ -34,6 +34,7 @@ from offline_lmrl.data.forms import (
     read_messages,
     read_prompt,
     read_text,
+    with_tools,
 )
 from offline_lmrl.data.trajectory import Turn, as_context, finite, read_labels, shown
 
@@ -74,6 +75,8 @@ def read_comparison(row: Any, where: str, counts: Counter, allow_empty: bool = F
         return None
     fields = given_fields(row, _ROW_FIELDS, where, repairs) | fields
     fields.setdefault("group", root_group(context))
+    if "tools" in present:
+        context, used = with_tools(context, row["tools"], where), used | {"tools"}
     comparison = build_comparison(context, options, fields, where)
     extra = extra_columns(row, present - used - _ROW_FIELDS, repairs)
     if "margin" in extra:
@@ -270,19 +273,19 @@ def _split(sides: Sequence[list[Turn]], allow_empty: bool) -> tuple[list[Turn], 
 
 def require_replies(options: Sequence[Sequence[Turn]], allow_empty: bool) -> None:
     """Raises Drop where two options say the same but for white space or, unless `allow_empty`, one says nothing."""
-    words = [[(turn.role, turn.content.split()) for turn in option] for option in options]
+    words = [[[text.split() for text in turn.said] for turn in option] for option in options]
     if any(words.count(option) > 1 for option in words):
         raise Drop("identical replies")
     if not allow_empty and any(map(_is_empty, options)):
         raise Drop("empty reply")
 
 
-def _said(turns: Sequence[Turn]) -> tuple[tuple[str, str], ...]:
-    return tuple((turn.role, turn.content) for turn in turns)
+def _said(turns: Sequence[Turn]) -> tuple[tuple[str, ...], ...]:
+    return tuple(turn.said for turn in turns)
 
 
 def _is_empty(reply: Sequence[Turn]) -> bool:
-    return not any(turn.content.strip() for turn in reply)
+    return not any(turn.content.strip() or turn.tool_calls for turn in reply)
 
 
 def _list(value: Any, where: str, field: str, repairs: Counter) -> Sequence:

@@ -5,6 +5,7 @@ better and nothing about the prompt, so rewards are centred by group unless told
 select easy prompts, which is what a return-conditioned model then learns. (ILQL takes that up in V.)
 """
 
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import group_key
 from offline_lmrl.data.protocols import Scorer
+from offline_lmrl.data.templates import message_of
 from offline_lmrl.data.trajectory import Trajectory, Turn, finite, shown
 
 RewardKind = Literal["sign", "prob", "strength", "rank", "bt", "rating"]
@@ -215,7 +217,7 @@ def preference_rows(comparisons: Iterable[Comparison], counts: Counter[str] | No
             else:
                 chosen, rejected = (i, j) if preference > 0.5 else (j, i)
                 yield {"prompt": prompt, "chosen": _messages(row.options[chosen]),
-                       "rejected": _messages(row.options[rejected])}
+                       "rejected": _messages(row.options[rejected]), **_tools(row.context)}
 
 
 def label_rows(trajectories: Iterable[Trajectory], threshold: float = 0.0,
@@ -236,7 +238,7 @@ def label_rows(trajectories: Iterable[Trajectory], threshold: float = 0.0,
             counts["dropped: turns of others inside a completion"] += 1
         else:
             yield {"prompt": _messages(row.turns[:start]), "completion": _messages(row.turns[start:]),
-                   "label": row.total_return > threshold}
+                   "label": row.total_return > threshold, **_tools(row.turns)}
 
 
 def sft_rows(trajectories: Iterable[Trajectory], minimum: float = -math.inf) -> Iterator[dict[str, Any]]:
@@ -245,8 +247,8 @@ def sft_rows(trajectories: Iterable[Trajectory], minimum: float = -math.inf) -> 
     for row in trajectories:
         if row.total_return >= minimum:
             for i, turn in enumerate(row.turns):
-                if turn.is_trainable and turn.content:
-                    yield {"prompt": _messages(row.turns[:i]), "completion": _messages([turn])}
+                if turn.is_trainable and (turn.content or turn.tool_calls):
+                    yield {"prompt": _messages(row.turns[:i]), "completion": _messages([turn]), **_tools(row.turns)}
 
 
 def _known(rows: Sequence[Comparison], known: Sequence[bool], reason: str, counts: Counter[str]) -> list[Comparison]:
@@ -323,6 +325,13 @@ def _trajectory(row: Comparison, i: int, reward: float, place: str, how: Mapping
     return Trajectory((*row.context, *option), group=group_key(row), source=row.source, labels=labels)
 
 
-def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
+def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     """Turns as chat templates take them; an environment speaks as the user."""
-    return [{"role": "user" if turn.role == "environment" else turn.role, "content": turn.content} for turn in turns]
+    return [message_of(turn) | ({"role": "user"} if turn.role == "environment" else {}) for turn in turns
+            if turn.content or turn.tools is None]  # fmt: skip
+
+
+def _tools(turns: Sequence[Turn]) -> dict[str, Any]:
+    """The column of tools of a row with these turns."""
+    tools = next((turn.tools for turn in turns if turn.tools is not None), None)
+    return {} if tools is None else {"tools": json.loads(tools)}

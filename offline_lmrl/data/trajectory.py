@@ -94,6 +94,12 @@ class Turn:
         """Whether the agent is credited for this turn."""
         return self.role == "assistant" if self.trainable is None else self.trainable
 
+    @property
+    def said(self) -> tuple[str, ...]:
+        """Role and text, and thought, calls and tools where there are any: equal for turns that say the same."""
+        apart = (self.thinking or "", self.tool_calls or "", self.tools or "")
+        return (self.role, self.content, *(apart if any(apart) else ()))
+
 
 @dataclass(frozen=True)
 class Trajectory:

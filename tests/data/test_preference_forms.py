@@ -1,5 +1,6 @@
 """Preference rows as they are: the context is found by turn, and nothing is changed or left out without a count."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -197,3 +198,14 @@ def test_values_of_the_wrong_type_are_named(row, expected):
     with pytest.raises(InputError) as error:
         read(row)
     assert str(error.value).startswith(f"f:1: {expected}") and "\n" not in str(error.value)
+
+
+def test_a_column_of_tools_goes_to_the_context():
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"x": 1}}}]}
+    row = {"prompt": [{"role": "user", "content": "1+2"}], "chosen": [call],
+           "rejected": [{"role": "assistant", "content": "4"}], "tools": tools}  # fmt: skip
+    comparison = read_comparison(row, "pairs:1", Counter())
+    assert comparison.context == (Turn("system", "", trainable=None, tools=json.dumps(tools)), Turn("user", "1+2"))
+    assert comparison.options[0][0].tool_calls == '[{"function": {"name": "add", "arguments": {"x": 1}}}]'
+    assert "tools" not in comparison.labels
