@@ -336,9 +336,11 @@ def _objects_text(name: str, value: Any) -> str | None:
             if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
                 raise InputError(f"{name}: found {shown(call)}, expected an object with function.name")
     try:
-        return json.dumps(list(value), ensure_ascii=False) if value else None
+        text = json.dumps(list(value), ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: found {error}, expected values that JSON can hold") from error
+    require_text(name, text)
+    return text if value else None
 
 
 def read_labels(value: Any) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def renderer_of(tokenizer: PreTrainedTokenizerBase, model: nn.Module, where: str
             f"{where}: trained under rendering scheme {scheme_of(block)}, now {SCHEME}: dialogues are rendered anew "
             "by its template, and may differ from what it was trained on"
         )
-    renderer = Renderer(tokenizer, block.get("template", "auto"), text, reply_ends(model))
+    with reading(where, "a template_text"):
+        renderer = Renderer(tokenizer, block.get("template", "auto"), text, reply_ends(model))
     if text is not None and renderer.fingerprint != expected:
         raise InputError(f"{where}: tokenizer: found fingerprint {renderer.fingerprint}, expected {expected}: "
                          "the model was trained with another tokenizer or chat template")
@@ -72,7 +73,8 @@ def training_renderer(
     text = None
     if scheme_of(start) == SCHEME and start.get("template") == template:
         text = _stored_text(start, output_dir)
-    return Renderer(tokenizer, template, text, reply_ends(model))
+    with reading(output_dir, "a template_text"):
+        return Renderer(tokenizer, template, text, reply_ends(model))
 
 
 def scheme_of(block: Mapping[str, Any]) -> int | None:
