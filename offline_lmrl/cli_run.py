@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 TRAIN_HELP = """Learn from scored trajectories, or by playing. FILE.yaml, or the name of a shipped config, says
 `algorithm`, `model`, `data` and `args`, for ppo `environment`, and `prepare` where the data are made first; this help
 is for one algorithm (--algorithm NAME). A run that was stopped goes on from its last complete checkpoint when it is
-started again. --help_all adds the settings of transformers.TrainingArguments (output_dir, max_steps, seed, ...)."""
+started again; with a larger max_steps or num_train_epochs it is extended. --help_all adds the
+settings of transformers.TrainingArguments (output_dir, max_steps, seed, ...)."""
 
 COMPARE_HELP = """Train and evaluate the methods of FILE.yaml, or of a shipped config, over seeds, print one table and
 write report/ (report.html, figures and what they were made of). A comparison that was stopped goes on where it was.

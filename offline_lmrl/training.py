@@ -509,8 +509,12 @@ class BaseTrainer(transformers.Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint of the run that training can go on from."""
-        return last_complete(self.args.output_dir, self.lacking)
+        """The newest checkpoint of the run that training can go on from. Raises: InputError where that is one of
+        another number of processes."""
+        checkpoint = last_complete(self.args.output_dir, self.lacking)
+        if checkpoint is not None:
+            check_processes(checkpoint, self._processes(checkpoint), self.args.world_size)
+        return checkpoint
 
     def lacking(self, checkpoint: Path) -> list[str]:
         """What of that which exact resuming reads is not in the checkpoint."""

@@ -160,7 +160,7 @@ class _Comparison:
         self.runs: dict[tuple[str, int], Path] = {}
 
     def say(self, text: str) -> None:
-        self.console.print(visible(text), markup=False, highlight=False)
+        self.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
     # Settings and results that exist.
 

@@ -14,24 +14,48 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.files import reading
+from offline_lmrl.data.trajectory import shown
 from offline_lmrl.evaluation.metrics import Cells, Estimate
 
 FEW_SEEDS = 5  # below this an interval over seeds says little, and every seed's value is printed
 COLUMNS = ("method", "decoding", "score [95%]", "beta", "per seed", "normalised")
+
+# kind of row -> fields that every reader relies on
+NEEDED = {
+    "comparison": {}, "behaviour": {"method": str}, "optimum": {"method": str}, "published": {"method": str},
+    "run": {"method": str, "decode": str, "seed": int, "cells": list, "config": dict},
+}  # fmt: skip
 
 Row = Mapping[str, Any]
 Line = dict[str, str]  # column -> cell
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a results.jsonl."""
+    """Rows of a results.jsonl. Raises: InputError "file:row: ..." for one that no comparison writes."""
+    with reading(path, "rows of results as JSON"):
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise InputError(f"{path}:{number}: found {error}, expected one row of results as JSON") from error
+        _check_row(rows[-1], f"{path}:{number}")
     return rows
+
+
+def _check_row(row: Any, where: str) -> None:
+    """Raises InputError where a row lacks what all readers rely on."""
+    kind = row.get("kind") if isinstance(row, dict) else None
+    if kind not in NEEDED:
+        raise InputError(f"{where}: kind: found {shown(kind)}, expected one of {', '.join(NEEDED)}")
+    for name, type_ in NEEDED[kind].items():
+        if not isinstance(row.get(name), type_):
+            raise InputError(f"{where}: {name}: found {shown(row.get(name))}, expected what `compare` wrote there")
+    for cell in row["cells"] if kind == "run" else ():
+        if not (isinstance(cell, list) and len(cell) == 3 and all(isinstance(n, int | float) for n in cell[1:])):
+            raise InputError(f"{where}: cells: found {shown(cell)}, expected [cluster, sum of scores, episodes]")
 
 
 def table(results: str | Path | Sequence[Row]) -> str:

@@ -13,7 +13,7 @@ def run(method, seed, cells, decode="sampled", beta=0.0, chosen=None, **changes)
     row = {
         "kind": "run", "method": method, "seed": seed, "decode": decode, "beta": beta, "beta_chosen": chosen,
         "score": total / count, "n": count, "normalised": None, "labels": {}, "turns": 2.0, "tokens": 10.0,
-        "invalid_rate": 0.0, "regime": "labels only", "cells": cells,
+        "invalid_rate": 0.0, "regime": "labels only", "cells": cells, "config": {},
         "cost": {"training_tokens": 1_234_567, "training_seconds": 60.0, "generated_tokens": 900},
     }  # fmt: skip
     return row | changes
