@@ -48,7 +48,7 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
 def _check_row(row: Any, where: str) -> None:
     """Raises InputError where a row lacks what all readers rely on."""
     kind = row.get("kind") if isinstance(row, dict) else None
-    if kind not in NEEDED:
+    if not isinstance(kind, str) or kind not in NEEDED:
         raise InputError(f"{where}: kind: found {shown(kind)}, expected one of {', '.join(NEEDED)}")
     for name, type_ in NEEDED[kind].items():
         if not isinstance(row.get(name), type_):

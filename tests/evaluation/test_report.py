@@ -92,3 +92,11 @@ def test_a_broken_results_file_names_the_line(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"kind": "comparison"}\n{"kind": ')
     with pytest.raises(InputError, match="results.jsonl:2: found"):
         table(tmp_path / "results.jsonl")
+
+
+@pytest.mark.parametrize("line", ["[]", '"no"', "{}", '{"kind": "run"}', '{"kind": ["run"]}', "{", "\xff"])
+def test_a_damaged_row_of_results_is_one_line(tmp_path, line):
+    path = tmp_path / "results.jsonl"
+    path.write_bytes((json.dumps(COMPARISON) + "\n" + line).encode("latin-1"))
+    with pytest.raises(InputError, match="results.jsonl(:2)?: .*found .*, expected "):
+        table(path)
