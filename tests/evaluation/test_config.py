@@ -33,11 +33,18 @@ def file(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "..", ".", ".hidden", '""', "a\\b", "-x", "1", "null",
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "..", ".", ".hidden", '""', "a\\b", "-x",
                                   "x" * 101, '"a\\0b"', '"a\\nb"', '"a\\e[2Jb"'])  # fmt: skip
 def test_the_name_of_a_method_is_a_name(file, name):
     file.write_text(FILE.replace("  bc: {algorithm: bc}", f"  {name}: {{algorithm: bc}}"))
     with pytest.raises(InputError, match="methods: found the name .*, expected one of letters, digits"):
+        CompareConfig.read(file)
+
+
+@pytest.mark.parametrize("name", ["1", "null"])
+def test_the_name_of_a_method_is_text(file, name):
+    file.write_text(FILE.replace("  bc: {algorithm: bc}", f"  {name}: {{algorithm: bc}}"))
+    with pytest.raises(InputError, match="the name (1|None), expected text: put it in quotes"):
         CompareConfig.read(file)
 
 
