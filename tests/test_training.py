@@ -15,12 +15,14 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 import offline_lmrl.training as training
 from offline_lmrl.algorithms import load_algorithm
+from offline_lmrl.data.episodes import RE_ENCODED
 from offline_lmrl.data.errors import InputError, Stopped
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import build_model, load_model
 from offline_lmrl.training import LengthGroupedSampler
 from offline_lmrl.training_checkpoint import Signals, noted_signals, rotate
+from tests.tiny import TOKENIZERS
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3 4 5 6 7 8 9"], 300)
 SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64}
@@ -514,3 +516,58 @@ def test_length_grouping_keeps_every_row_and_changes_with_the_epoch():
     assert sum(spread) / len(spread) < 3  # ungrouped: about 13
     sampler.set_epoch(1)
     assert list(sampler) != first
+
+
+def told(rows):
+    """The logs with a system turn in front, which a template may not know."""
+    return [Trajectory((Turn("system", "play"), *row.turns), row.terminated) for row in rows]
+
+
+def test_dialogues_that_the_template_prints_otherwise_are_refused_unless_that_is_asked_for(tmp_path):
+    strict = TOKENIZERS["stripping"]()  # its template refuses a system turn
+    model = build_model(SPEC | NO_DROPOUT, strict)
+    with pytest.raises(InputError, match=r"template: found 24 dialogues that are rendered otherwise .*System role"):
+        trainer(tmp_path / "a", algorithm="bc", data=told(logs()), model=model, tokenizer=strict, max_steps=1)
+    for template in ("assembled", "plain"):
+        run = trainer(tmp_path / template, algorithm="bc", data=told(logs()), model=build_model(SPEC, strict),
+                      tokenizer=strict, template=template, max_steps=1)  # fmt: skip
+        assert any("rendered otherwise" in line for line in run.counts) == (template == "assembled")
+    alone = trainer(tmp_path / "b", algorithm="bc", model=model, tokenizer=strict, max_steps=1)
+    assert not any("rendered otherwise" in line for line in alone.counts)
+
+
+def test_a_run_in_progress_of_another_rendering_scheme_is_refused_by_name(tmp_path):
+    run = trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    run.train()
+    config = tmp_path / "checkpoint-2" / "config.json"
+    block = json.loads(config.read_text())
+    assert block["offline_lmrl"]["tokenizer"].startswith("2-")
+    del block["offline_lmrl"]["template_text"]
+    config.write_text(json.dumps(block))
+    with pytest.raises(InputError, match="checkpoint-2: found a run in progress of rendering scheme 1, expected 2"):
+        trainer(tmp_path, max_steps=4)
+
+
+def test_a_run_goes_on_with_the_date_that_its_template_was_derived_on(tmp_path):
+    dated = TOKENIZERS["role tokens"]()
+    dated.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + dated.chat_template
+    run = trainer(tmp_path, model=build_model(SPEC, dated), tokenizer=dated, save_strategy="steps", save_steps=2,
+                  max_steps=2)  # fmt: skip
+    run.train()
+    config = tmp_path / "checkpoint-2" / "config.json"
+    block = json.loads(config.read_text())
+    text = block["offline_lmrl"]["template_text"]
+    today = text["date"]
+    assert text["preamble"]["default"].startswith(today)
+    block["offline_lmrl"]["template_text"] = json.loads(json.dumps(text).replace(today, "2020-02-03"))
+    config.write_text(json.dumps(block))
+    again = trainer(tmp_path, model=build_model(SPEC, dated), tokenizer=dated, max_steps=4)
+    ids = again.train_dataset.batch([0])["input_ids"][0].tolist()
+    assert dated.decode(ids).startswith("2020-02-03") and again.renderer.fingerprint != run.renderer.fingerprint
+
+
+def test_ids_that_another_renderer_sampled_are_encoded_anew_and_counted(tmp_path):
+    rows = [Trajectory((Turn("user", "you"), Turn("assistant", "left", reward=float(i), token_ids=(9, 2))),
+                       labels={"tokenizer": "0123456789abcdef"}) for i in range(4)]  # fmt: skip
+    run = trainer(tmp_path, algorithm="bc", data=rows, max_steps=1)
+    assert run.counts[RE_ENCODED] == 4 and 9 not in run.train_dataset.batch([0])["steps"]["action"]
