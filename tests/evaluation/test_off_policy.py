@@ -73,7 +73,8 @@ def chance_of_b(policy, state):
     return log_prob[b].exp().item()
 
 
-FIT = {"steps": 500, "fits": 1, "batch_size": 64, "learning_rate": 3e-3, "target_rate": 0.2}
+# Converged: at 500 steps and 3e-3 the fit was still moving, and whether it passed hung on the number of threads.
+FIT = {"steps": 1000, "fits": 1, "batch_size": 64, "learning_rate": 1e-3, "target_rate": 0.2}
 
 
 def test_fitted_q_reaches_the_value_of_the_policy_not_of_the_logs(policy):
