@@ -148,7 +148,7 @@ class WindowDataset(torch.utils.data.Dataset):
         inside = step["state"] + 1 < input_ids.shape[1]
         place = row[inside], step["state"][inside] + 1
         action_mask = np.zeros_like(attention_mask)
-        action_mask[place] = input_ids[place] == step["action"][inside]
+        action_mask[place] = (input_ids[place] == step["action"][inside]) & attention_mask[place]
         batch = {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),

@@ -272,15 +272,18 @@ def encode_options(
         return None
     if first > head:
         counts["comparisons that lost old turns of the context"] += 1
-    return [_row(row, turns, start, first, renderer) for row, turns in zip(rows, encoded, strict=True)]
+    return [_row(row, turns, start, first, renderer, counts) for row, turns in zip(rows, encoded, strict=True)]
 
 
 def _row(
-    turns: Sequence[Turn], encoded: Sequence[EncodedTurn], start: int, first: int, renderer: Renderer
-) -> tuple[list[int], list[int]]:
+    turns: Sequence[Turn], encoded: Sequence[EncodedTurn], start: int, first: int, renderer: Renderer,
+    counts: Counter[str],
+) -> tuple[list[int], list[int]]:  # fmt: skip
     """A context and, from turn `start` on, an option: tokens, and what each token is.
 
-    Where the template prints no closing, the agent's closing token ends the row: scores are read there.
+    Where the template prints no closing, the agent's closing token ends the row: scores are read there. Inside an
+    option it is the token before the next turn. A turn of the agent's that the template prints otherwise once others
+    follow holds no actions, which is counted.
     """
     pieces = renderer.window_ids(turns, encoded, first, len(turns), live=True)
     if turns[-1].role == "assistant":
@@ -291,9 +294,15 @@ def _row(
     for index in range(len(turns) - 1, start - 1, -1):
         turn, piece = encoded[index], pieces[index - len(turns)]
         place -= len(piece)
-        if turns[index].is_trainable:
-            actions = min(len(turn.actions), len(piece) - turn.action_start)
-            begin = place + turn.action_start
-            kinds[begin : begin + actions] = [_ACTION] * actions
-            kinds[begin + actions - 1] = _CLOSING
+        if not turns[index].is_trainable:
+            continue
+        begin, kept = turn.action_start, len(turn.actions) - 1
+        if piece[begin : begin + kept] != turn.actions[:kept]:
+            counts["agent turns inside a reply without actions: the template prints them otherwise there"] += 1
+            continue
+        closing = piece[begin + kept : begin + kept + 1]
+        closes = bool(closing) and (closing == turn.actions[kept:] or renderer.is_control(closing[0]))
+        stop = place + begin + kept + closes
+        kinds[place + begin : stop] = [_ACTION] * (kept + closes)
+        kinds[stop - 1] = _CLOSING
     return ids, kinds

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -72,7 +73,8 @@ def in_window(
     """
     head = leading_system_turns(turns)
     places = [*range(head), *range(max(first, head), stop)]
-    last_user = next((i for i in reversed(places) if speaks_as_user(turns[i])), -1)
+    # The result of a tool is no new question, whoever the template lets speak it.
+    last_user = next((i for i in reversed(places) if speaks_as_user(turns[i]) and turns[i].role != "tool"), -1)
     for n, i in enumerate(places):
         if turns[i].role == "system":
             before_user = n + 1 < len(places) and speaks_as_user(turns[places[n + 1]])
@@ -99,7 +101,7 @@ class Printer:
         self.text, self._stock, self._appends = text, stock, appends
         # Where an agent's text holds one of these, the template may do more with it than print it.
         self._marks = _any_of({*THINK, *(name for name in added if not name.isspace())})
-        self._typed = _any_of(controls - set(THINK))
+        self._typed = re.compile(f"{_any_of(controls - set(THINK)).pattern}|Probe\\d+Word|Held\\d+Word")
         self._ending = re.compile(f"({_any_of(controls).pattern})\\s*$")
         self._printed_turn = functools.lru_cache(maxsize=1 << 12)(self._print_turn)
         self._printed_block = functools.lru_cache(maxsize=1 << 12)(self._print_block)
@@ -160,6 +162,17 @@ class Printer:
         return (f"the generation prompt ends with {self.text.prompt[-20:]!r}, but a finished turn of the agent begins "
                 f"with {self.text.live[0][-20:]!r}")
 
+    def _is_unusual(self, turns: Sequence[Turn]) -> bool:
+        """Whether the dialogue holds what the probe dialogues do not cover in every combination."""
+        roles = ["user" if self.speaks_as_user(turn) else turn.role for turn in turns]
+        apart = any(turn.thinking or turn.tool_calls or turn.tools or turn.role == "tool" or "</think>" in turn.content
+                    or (turn.role == "system" and not turn.content) for turn in turns)  # fmt: skip
+        return apart or "system" in roles[1:] or any(map(operator.eq, roles, roles[1:]))
+
+    def _begins_at_prompt(self, text: TurnText) -> bool:
+        prompt = self.text.prompt if text.prompt is None else text.prompt
+        return "".join(piece for _, piece in text.ids).startswith(prompt)
+
     @functools.cached_property
     def unprinted(self) -> frozenset[str]:
         """The kinds of text that are rendered nowhere: "thoughts", "tool calls", "tool results", "lists of tools"."""
@@ -191,6 +204,14 @@ class Printer:
                 "tools": held["tool calls"] or held["tool results"] or held["lists of tools"],
             }
             lines += [f"{MISMATCH} ({text})" for kind, text in self.mismatches.items() if kinds[kind]]
+        if self._is_unusual(turns):
+            prompt = turns[-1].role != "assistant"
+            named = any(line.startswith(MISMATCH) for line in lines)
+            if not named and self.differences(turns, prompt) is not None:
+                lines.append(f"{MISMATCH} (in their tools, thoughts, or order of turns; `check` shows where)")
+            agent = [text for turn, text in zip(turns, self.texts(turns), strict=True) if turn.role == "assistant"]
+            if self.prompt_mismatch is None and not all(map(self._begins_at_prompt, agent)):
+                lines.append("replies that do not begin where the generation prompt ends, which opens a thought")
         if self.prompt_mismatch is not None:
             lines.append(f"template: {self.prompt_mismatch}")
         return lines
@@ -234,7 +255,8 @@ class Printer:
     def texts(self, turns: Sequence[Turn]) -> list[TurnText]:
         texts: list[TurnText] = []
         opened: tuple[str, str] | None = None  # of an agent's turn after tools: prompt, and text before the words
-        holds_tools = any(turn.tools is not None for turn in turns[: leading_system_turns(turns)])
+        head = leading_system_turns(turns)
+        holds_tools = head > 0 and turns[head - 1].tools is not None
         while len(texts) < len(turns):
             start = len(texts)
             stop = start + 1
@@ -274,7 +296,10 @@ class Printer:
         if turn.tools is not None:
             form = self._with_tools(turn)
             if form is not None:
-                bare = (*form[:-2], (False, form[-2][1].removesuffix(self.text.opening["user"])), form[-1])
+                last, opening = form[-2][1], self.text.opening["user"]
+                # Some templates print the tools inside the user's turn, which is closed before anybody else speaks.
+                closed = last.removesuffix(opening) if last.endswith(opening) else last + self.text.closing["user"]
+                bare = (*form[:-2], (False, closed), form[-1])
                 return TurnText(bare, bare, form, bare)
             content = f"{content}\n{turn.tools}" if content else turn.tools
         closing = False, text.closing[turn.role]
@@ -496,6 +521,7 @@ def cells() -> tuple[tuple[str, str, tuple[Turn, ...], bool], ...]:
         ("tools", "a tool call and its result", [user, call, answer]),
         ("tools", "a tool call, its result and a reply", [user, call, answer, again]),
         ("tools", "a tool call in an earlier turn", [user, call, answer, again, third]),
+        ("tools", "a thought, a tool call and its result", [user, replace(call, thinking=_word(6)), answer]),
         ("tools", "a list of tools", [tools, user]),
     ]
     dialogues += [("system" if kind == "plain" else kind, f"a system turn, {name}", [system, *turns])

@@ -276,6 +276,10 @@ class Renderer:
 
     # Where the stock template prints something else.
 
+    def is_control(self, token: int) -> bool:
+        """Whether the token structures dialogues and no text gives it."""
+        return token in self._controls
+
     @property
     def closing_stays(self) -> bool:
         """Whether history holds the token that closes an agent's turn."""

@@ -187,7 +187,7 @@ class ChatTemplate:
         return date.fromisoformat(self.date)
 
 
-_CLOCK = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
+_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _PROBE = re.compile(r"Probe\d+Word")
 
 

@@ -13,6 +13,7 @@ older turns in view that the agent would not see live, a longer one with fewer.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from offline_lmrl.data.errors import InputError
@@ -76,15 +77,16 @@ def cut_windows(
 
     Args:
       lengths: tokens of each turn. agent: whether the turn is the agent's (trainable). stays: whether later windows
-        hold a turn as it was trained; where not, its window ends with it.
+        hold a turn as it was read and trained; a window that would show one otherwise is another window.
     """
     spans: list[Span] = []
     dropped = []
+    changing = list(accumulate((-1 if same else i for i, same in enumerate(stays)), max))  # the last one up to i
     for index in (i for i, is_agent in enumerate(agent) if is_agent):
         first = first_visible(rule, lengths, index, head, fixed)
         if first is None:
             dropped.append(index)
-        elif spans and spans[-1].first == first and stays[spans[-1].stop - 1]:
+        elif spans and spans[-1].first == first and changing[spans[-1].stop - 1] < max(first, head):
             spans[-1] = spans[-1]._replace(stop=index + 1)
         else:
             spans.append(Span(first, index, index + 1))

@@ -3,16 +3,19 @@
 import functools
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from offline_lmrl.data.episodes import EpisodeEncoder, StepRule
 from offline_lmrl.data.printing import MISMATCH, cells
 from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.templates import TemplateText
-from offline_lmrl.data.trajectory import Turn
-from offline_lmrl.data.windows import policy_window
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.data.windows import WindowRule, policy_window
 from offline_lmrl.decoding.policy import LanguagePolicy, generate_texts
 from tests.smollm2 import FOLDER, needs_smollm2
 from tests.tiny import byte_level
@@ -45,8 +48,9 @@ def test_dialogues_are_rendered_as_the_template_prints_them_or_the_kind_is_named
     for kind, difference in view.printer.mismatches.items():
         assert kind in differ or REFUSED in difference
     roles = ("user", "assistant", "tool", "assistant")
-    said = view.printer.faults_in([Turn(role, "text") for role in roles])
-    assert any(line.startswith(MISMATCH) for line in said) == ("tools" in view.printer.mismatches)
+    turns = [Turn(role, "text") for role in roles]
+    named = any(line.startswith(MISMATCH) for line in view.printer.faults_in(turns))
+    assert named == ("tools" in view.printer.mismatches or view.printer.differences(turns, False) is not None)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -62,6 +66,49 @@ def test_a_window_is_the_prompt_of_the_template_with_the_reply_behind_it(path):
         assert tuple(ids[start : start + len(own.actions) - 1]) == own.actions[:-1]
         if view.printer.prompt_mismatch is None:
             assert ids[:start] == view.tokens(dialogue[:i], prompt=True)
+
+
+CALL = [{"id": "call00000", "function": {"name": "look_up", "arguments": {"key": "a"}}}]
+ANSWER = Turn("tool", "12", name="look_up", tool_call_id="call00000")
+
+
+@pytest.mark.parametrize("stem, turns, named", [
+    # Words beside a call move behind the tool's answer; a second answer in a row has no opening of its own.
+    ("gemma4", [Turn("user", "q"), Turn("assistant", "I look", tool_calls=CALL), ANSWER], True),
+    ("gemma4", [Turn("user", "q"), Turn("assistant", "", tool_calls=CALL), ANSWER], False),
+    ("deepseekv3", [Turn("user", "q"), *[Turn("assistant", "", tool_calls=CALL), ANSWER] * 2], True),
+    ("gptoss", [Turn("user", "q"), Turn("assistant", "", thinking="hm", tool_calls=CALL), ANSWER], False),
+    ("phi3_5", [Turn("system", ""), Turn("user", "q"), Turn("assistant", "a")], True),
+    ("gemma", [Turn("user", "q"), Turn("user", "and"), Turn("assistant", "a")], True),
+    ("qwen2_5", [Turn("user", "q"), Turn("user", "and"), Turn("assistant", "a")], False),
+])  # fmt: skip
+def test_rarer_dialogues_are_compared_one_by_one_and_named(stem, turns, named):
+    view = Renderer(tokenizer_for(next(path for path in FILES if path.stem == stem)))
+    assert (view.differences(turns) is not None) == named
+    assert any(line.startswith(MISMATCH) for line in view.printer.faults_in(turns)) == named
+
+
+@pytest.mark.parametrize("stem", ["lfm2_2_5", "glm4moe", "nemotron_3_nano", "qwen3", "gptoss"])
+def test_every_agent_turn_is_trained_behind_what_play_sees(stem):
+    view = Renderer(tokenizer_for(next(path for path in FILES if path.stem == stem)))
+    turns = (Turn("user", "q"), Turn("assistant", "", thinking="hm", tool_calls=CALL), ANSWER, Turn("assistant", "ok"),
+             Turn("user", "more"), Turn("assistant", "fine", reward=1.0))  # fmt: skip
+    encoder = EpisodeEncoder(view, WindowRule(), StepRule(), RewardScale())
+    for window in encoder.encode(Trajectory(turns), Counter()):
+        for step in window.steps:
+            if step.state == step.open_state and view.printer.prompt_mismatch is None:
+                seen = window.input_ids[: step.state + 1]
+                assert seen == policy_window(turns[: step.turn], view, WindowRule())
+
+
+def test_words_of_the_probes_may_stand_in_a_log():
+    for stem in ("llama3", "qwen3"):
+        view = Renderer(tokenizer_for(next(path for path in FILES if path.stem == stem)))
+        for text in (" Held0Word", "Probe0Word", " Held0Word <|eot_id|> Probe1Word ", "</think>Probe2Word"):
+            for dialogue in ([Turn("user", text), Turn("assistant", text)],
+                             [Turn("user", "q"), Turn("assistant", text, thinking=text), Turn("user", text)],
+                             [Turn("system", text, tools=CALL), Turn("user", text)]):  # fmt: skip
+                assert view.printer.differences(dialogue, dialogue[-1].role == "user") is None
 
 
 def test_a_dated_template_keeps_the_date_it_was_derived_on():
