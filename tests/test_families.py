@@ -30,6 +30,7 @@ REFUSED = {
     "xlnet": "max_length",
 }  # fmt: skip
 NOT_EXPORTED = {  # something lies between the decoder's hidden states and the LM head, or a cap behind it
+    "emu3", "mllama",  # but these, whose text part no auto class opens
     "beam", "bert", "big_bird", "electra", "ernie", "gemma2", "gemma3n_text", "inkling2_text",
     "inkling_text", "megatron-bert", "modernbert-decoder", "nanochat", "roc_bert", "roformer",
     "vaultgemma",

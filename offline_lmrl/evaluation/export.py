@@ -260,7 +260,11 @@ def _difference(
     Raises: InputError where the checkpoint is not the run's policy.
     """
     device, difference = policy.model.device, 0.0
-    exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    try:
+        exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    except ValueError as error:  # the text part of some models has a config that no auto class knows
+        raise InputError(f"run: found a {type(policy.model.config).__name__}, which engines cannot open as a causal "
+                         f"LM ({str(error).splitlines()[0]}), expected a model that they can") from error
     spelt = torch.tensor([*range(rows), *ids])
     for sample in samples:
         read = spelt[sample.ids].to(device)

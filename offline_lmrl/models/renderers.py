@@ -80,7 +80,7 @@ def training_renderer(
 def scheme_of(block: Mapping[str, Any]) -> int | None:
     """The rendering scheme of a run; None where the block names no tokenizer."""
     fingerprint = block.get("tokenizer")
-    if fingerprint is None:
+    if not isinstance(fingerprint, str):
         return None
     scheme, dash, _ = fingerprint.partition("-")
     return int(scheme) if dash and scheme.isdecimal() and "template_text" in block else 1
@@ -98,5 +98,6 @@ def _stored_block(folder: Path) -> dict[str, Any]:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue  # whoever loads the checkpoint says what is wrong with it
-        return found if key is None else found.get(key) or {}
+        found = found.get(key) if key is not None and isinstance(found, dict) else found
+        return found if isinstance(found, dict) else {}
     return {}
