@@ -86,6 +86,7 @@ def in_window(
         else:
             yield i, "past" if i < last_user else "loop"
 
+
 class Printer:
     """Turns as text under one template.
 
@@ -500,7 +501,10 @@ _TOOLS = [{"type": "function", "function": {
 
 @functools.cache
 def cells() -> tuple[tuple[str, str, tuple[Turn, ...], bool], ...]:
-    """Probe dialogues to compare with the stock template: kind, name, turns, and whether a prompt follows."""
+    """Probe dialogues to compare with the stock template: kind, name, turns, and whether a prompt follows.
+
+    Fingerprints are taken of what is printed of them: whoever changes them raises SCHEME (rendering.py).
+    """
     user, agent, more, again = (Turn(role, _word(i)) for i, role in enumerate(("user", "assistant") * 2))
     third, system = Turn("user", _word(4)), Turn("system", _word(5))
     thought, inline = replace(agent, thinking=_word(6)), replace(agent, content=f"<think>\n{_word(6)}\n</think>\n\nSo")
