@@ -314,10 +314,12 @@ class CompareConfig:
         if chosen is None:
             return
         same = all(self.environment.get(key) == value for key, value in chosen.environment.items())
-        shared = set(self.evaluation.seeds) & set(range(chosen.first_seed, chosen.first_seed + chosen.episodes))
-        if same and shared:
+        reported = self.evaluation.seeds
+        last = min(reported.stop, chosen.first_seed + chosen.episodes)
+        shared = last - max(reported.start, chosen.first_seed)  # without a list: a wrong number may be huge
+        if same and shared > 0:
             raise InputError(
-                f"evaluation.selection.first_seed: found {len(shared)} episode seeds that are also reported, "
+                f"evaluation.selection.first_seed: found {shared} episode seeds that are also reported, "
                 "expected others, or another `environment`"
             )
 

@@ -123,6 +123,7 @@ def test_selection_may_share_seeds_when_its_environment_is_another(file):
         ({"evaluation.sampling": {"beta": 2}}, "evaluation.sampling.beta: found a value"),
         ({"evaluation.score": {"min": 1}}, "evaluation.score.max: missing, expected a value"),
         ({"evaluation.selection": {"first_seed": 49}}, "evaluation.selection.first_seed: found 1 episode seeds"),
+        ({"evaluation.selection": {"first_seed": 40, "episodes": 2**40}}, "first_seed: found 10 episode seeds"),
         ({"evaluation.cluster": [1]}, r"evaluation.cluster: found \[1\], expected str or null"),
         ({"evaluation": 3}, "evaluation: found 3, expected a mapping"),
         ({"partner.seed": "x"}, "partner.seed: found x, expected int"),
