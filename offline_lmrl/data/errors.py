@@ -78,6 +78,10 @@ class Stopped(KeyboardInterrupt):
         self.line, self.number = line, number
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def opening(name: str | Path, what: str) -> Iterator[None]:
     """Around a library's call that opens the model or the tokenizer (`what`) of a folder or hub name. Whatever the
@@ -90,7 +94,7 @@ def opening(name: str | Path, what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = _first_line(error)
         if os.path.isdir(name):  # False for what no path can be
             raise InputError(f"{name}: found a folder whose {what} cannot be read ({first}), "
                              f"expected a {what} that transformers opens") from error
@@ -133,7 +137,7 @@ def reading(where: str | Path, what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = _first_line(error)
         raise InputError(f"{where}: found {what} that cannot be read ({first}), expected a whole one") from error
 
 

@@ -117,10 +117,11 @@ class Printer:
             return ""  # the turn holds it
         return self.text.preamble["system" if turns and turns[0].role == "system" else "default"]
 
-    def prompt_after(self, turns: Sequence[Turn]) -> str:
-        """The text read before an agent's turn that follows these."""
-        prompt = self.texts([*turns, Turn("assistant", "x")])[-1].prompt
-        return self.text.prompt if prompt is None else prompt
+    def own_prompt(self, turns: Sequence[Turn]) -> str | None:
+        """The text read before an agent's turn that follows these; None = the usual prompt, as after all but tools."""
+        if not turns or turns[-1].role != "tool":
+            return None
+        return self.texts([*turns, Turn("assistant", "x")])[-1].prompt
 
     def dialogue(self, turns: Sequence[Turn], prompt: bool) -> list[tuple[str, Form]]:
         """Role and text of every turn of a dialogue; with `prompt`, of one in which the agent speaks next."""
@@ -135,7 +136,10 @@ class Printer:
     def printed(self, turns: Sequence[Turn], prompt: bool = False, slot: str = "") -> str:
         """The dialogue as text; `prompt` adds the opening of the agent's next turn, with `slot` before it."""
         ours = self.preamble(turns) + "".join(text for _, form in self.dialogue(turns, prompt) for _, text in form)
-        return ours + slot + self.prompt_after(turns) if prompt else ours
+        if not prompt:
+            return ours
+        own = self.own_prompt(turns)
+        return ours + slot + (self.text.prompt if own is None else own)
 
     # Where the stock template prints something else.
 
@@ -486,7 +490,7 @@ def _strip(text: str, sides: tuple[str, str]) -> str:
 
 
 def unsampled(turn: Turn) -> Turn:
-    """What a template may print of a turn."""
+    """The turn without what was sampled, credited and paid, which no template prints."""
     if turn.role == "assistant" or turn.token_ids is not None:
         return replace(turn, trainable=None, reward=None, token_ids=None, behaviour_log_prob=None)
     return turn
@@ -541,6 +545,7 @@ def _word(i: int) -> str:
 
 
 def first_difference(first: Sequence, second: Sequence) -> int:
+    """The place where two sequences differ first; the length of the shorter one where it begins the other."""
     pairs = zip(first, second, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 

@@ -254,7 +254,7 @@ class Renderer:
     def opening_after(self, turns: Sequence[Turn]) -> tuple[int, ...]:
         """Ids read before an agent's turn that follows these: the generation prompt. After the result of a tool some
         templates print none."""
-        return self._opening_ids(self.printer.texts([*turns, Turn("assistant", "x")])[-1].prompt)
+        return self._opening_ids(self.printer.own_prompt(turns))
 
     def _opening_ids(self, prompt: str | None) -> tuple[int, ...]:
         return self.agent_opening if prompt is None else self._template_ids("x", prompt)
