@@ -14,6 +14,7 @@ from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.io import group_key
 from offline_lmrl.data.preference_forms import END_TOKENS, normalised
 from offline_lmrl.data.trajectory import Trajectory, Turn, nests_too_deep
+from offline_lmrl.ops.intervals import student_t, wilson
 
 Feature = Callable[[Comparison, int], float]  # of one option of a comparison
 Pair = tuple[Comparison, int, int]  # two options of a comparison
@@ -24,7 +25,6 @@ _TEMPLATE = re.compile(r"<\|[^|<>]*\|>|</?s>|\[/?INST\]|<(start|end)_of_turn>|\b
 _ANNOTATORS = {"annotator", "worker", "labeler"}
 _OUTCOMES = ("wins", "losses", "ties")
 _CUTS = (512, 1024, 2048)
-_Z = 1.959963984540054
 
 
 def describe(comparisons: Sequence[Comparison], features: Mapping[str, Feature] | None = None) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def baselines(pairs: Sequence[Pair]) -> dict[str, Any]:
 def prefer(pairs: Iterable[Pair], feature: Feature) -> dict[str, Any]:
     """How often the option with more of a feature is preferred: wins, losses, ties of the feature; the accuracy that
     counts such ties half, and its 95% interval: Wilson's (1927) for the `_effective` number of pairs, since those of a
-    group are not independent."""
+    group are not independent, with t's quantile for as many groups as its variance is taken from."""
     return _accuracy(_compete(_by_group(pairs), feature))
 
 
@@ -136,22 +136,26 @@ def _accuracy(groups: Mapping[tuple[int, int, int], int]) -> dict[str, Any]:
     if not pairs:
         return outcomes
     share = (outcomes["wins"] + outcomes["ties"] / 2) / pairs
-    n = _effective(groups, share, pairs)
-    middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n)) / (1 + _Z**2 / n)
-    return {**outcomes, "accuracy": round(share, 4), "interval": [round(middle - half, 4), round(middle + half, 4)]}
+    n, many = _effective(groups, share, pairs), sum(groups.values())
+    low, high = wilson(share, n, student_t(many - 1 if _varies(share, many) else math.inf))
+    return {**outcomes, "accuracy": round(share, 4), "interval": [round(low, 4), round(high, 4)]}
+
+
+def _varies(share: float, groups: int) -> bool:
+    """Whether the outcomes of groups say how alike those of one are."""
+    return share not in (0, 1) and groups > 1
 
 
 def _effective(groups: Mapping[tuple[int, int, int], int], share: float, pairs: int) -> float:
     """How many independent pairs would say as much: p(1 − p) / variance, at most as many as there are.
 
     The variance is the jackknife's over the G groups, (G − 1)/G · Σ_g ((w_g − p n_g) / (1 − n_g/n))² / n² of w_g wins
-    among n_g of n pairs, where a tie is a coin: half a win, with a variance of 1/4. Of few groups it says too little.
+    among n_g of n pairs, where a tie is a coin: half a win, with a variance of 1/4.
     Where every pair has the same outcome, or one group holds them all, nothing says how alike the pairs of a group
     are; then they count as wholly alike, which makes n² / Σ n_g².
     """
     many = sum(groups.values())
-    if share in (0, 1) or many == 1:
+    if not _varies(share, many):
         return pairs**2 / sum(sum(group) ** 2 * n for group, n in groups.items())
     variance = 0.0
     for (wins, losses, ties), n in groups.items():

@@ -6,6 +6,7 @@ prefers; never at one chosen on the reported episodes. What is already in result
 """
 
 import json
+import math
 import os
 import random
 import signal
@@ -44,7 +45,7 @@ from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments import make_environment
 from offline_lmrl.evaluation.config import ELSEWHERE, CompareConfig, build
-from offline_lmrl.evaluation.metrics import label_means, mean_interval
+from offline_lmrl.evaluation.metrics import Estimate, label_means, mean_interval
 from offline_lmrl.evaluation.offline import OfflineReport, evaluate_offline
 from offline_lmrl.evaluation.page import write_report
 from offline_lmrl.evaluation.play import EvaluationResult, evaluate_policy
@@ -193,8 +194,9 @@ class _Comparison:
                 start = self.config.methods[start].start_from
             if judge is not None and start is None:
                 where = f"methods.{name}.{key}"
-                raise InputError(f"{where}: found {shown(judge)}, without value heads, expected a method that "
-                                 "has them")
+                raise InputError(
+                    f"{where}: found {shown(judge)}, without value heads, expected a method that has them"
+                )
 
     def open_results(self) -> None:
         """Reads results.jsonl where there is one, and writes its rows that are not measured anew."""
@@ -247,7 +249,7 @@ class _Comparison:
         title = f"behaviour ({cut:.0%} of the logs are cut)" if cut else "behaviour"  # then their returns are partial
         labels = label_means(t.labels for t in self.train_data)
         return {
-            "kind": "behaviour", "method": title, "score": behaviour.mean, "interval": behaviour[1:3],
+            "kind": "behaviour", "method": title, "score": behaviour.mean, "interval": behaviour.interval,
             "n": behaviour.n, "normalised": scale and scale.normalise(behaviour.mean), "labels": labels,
         }  # fmt: skip
 
@@ -336,8 +338,9 @@ class _Comparison:
         args = {**merged["args"], "output_dir": str(folder), "seed": seed}
         if getattr(method, "critic", None) is not None:
             if "critic" not in _fields(method.algorithm):
-                raise InputError(f"{where}.critic: found {shown(method.critic)}, but {method.algorithm} takes no "
-                                 "critic")
+                raise InputError(
+                    f"{where}.critic: found {shown(method.critic)}, but {method.algorithm} takes no critic"
+                )
             args["critic"] = str(critic)
         args = build(load_algorithm(method.algorithm)[0], args, f"{where}.args.")
         preference = getattr(method, "preference", None)
@@ -447,8 +450,8 @@ class _Comparison:
         for setting in settings:
             row = run.row(setting)
             beta = "" if row["beta_chosen"] is None else f" at β {row['beta']:g} ({row['beta_chosen']})"
-            low, high = row["interval"]
-            self.say(f"{name} seed {seed} {row['decode']}{beta}: {row['score']:.2f} [{low:.2f}, {high:.2f}]")
+            low, high = row["interval"] or (-math.inf, math.inf)
+            self.say(f"{name} seed {seed} {row['decode']}{beta}: {Estimate(row['score'], low, high, row['n'])}")
             yield row
 
     def add(self, row: Row) -> None:
@@ -524,8 +527,8 @@ class _Run:
         for beta in self.comparison.betas(self.name):
             title = f"{self.name} seed {self.seed} {decode}: trying β {beta:g}"
             result = self.comparison.play(self.player(decode, beta), title, selecting=True)
-            score = result.score()
-            tried.append({"beta": beta, "score": score.mean, "interval": score[1:3], "kl": self.kl(decode, result)})
+            score, kl = result.score(), self.kl(decode, result)
+            tried.append({"beta": beta, "score": score.mean, "interval": score.interval, "kl": kl})
             tokens += sum(row["tokens"] for row in result.episodes)
         return tried, tokens
 
@@ -555,7 +558,7 @@ class _Run:
         return {
             "kind": "run", "method": self.name, "algorithm": method.algorithm, "seed": self.seed,
             "decode": setting.decode, "beta": beta, "beta_chosen": setting.chosen, "betas_tried": tried,
-            "score": score.mean, "interval": score[1:3], **result.summary(),
+            "score": score.mean, "interval": score.interval, **result.summary(),
             "normalised": scale and scale.normalise(score.mean), "kl": self.kl(setting.decode, result),
             "calibration": self.logged.calibration if setting.chosen == "offline" else None,
             "regime": method.regime or load_algorithm(method.algorithm)[1].regime,

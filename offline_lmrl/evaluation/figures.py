@@ -118,8 +118,10 @@ def _legend(figure: Figure, results: Results, keys: Iterable[Key]) -> None:
 
 
 def _ends(estimates: Sequence[Estimate]) -> np.ndarray:
-    """Lengths of the intervals' halves, (2, n)."""
-    return np.array([[e.mean - e.low for e in estimates], [e.high - e.mean for e in estimates]])
+    """Lengths of the intervals' halves, (2, n); 0 of one that is not known, which draws none."""
+    known = [estimate.interval or (estimate.mean, estimate.mean) for estimate in estimates]
+    means = np.array([estimate.mean for estimate in estimates])
+    return np.stack([means - [low for low, _ in known], [high for _, high in known] - means])
 
 
 def _level(axes: Axes, results: Results, line: Callable) -> None:
@@ -148,7 +150,10 @@ def score_per_method(results: Results) -> tuple[Figure, str]:
     axes.set_yticks(range(len(keys)), [str(key) for key in keys])
     axes.set_ylim(len(keys) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    return figure, f"Mean over seeds and episodes with its 95% interval; ticks below it are the seeds. {LEVELS}"
+    return figure, (
+        "Mean over seeds and episodes with its 95% interval (of one seed: of this run over episodes); ticks below it "
+        f"are the seeds. {LEVELS}"
+    )
 
 
 def return_against_kl(results: Results) -> tuple[Figure, str]:
@@ -164,8 +169,8 @@ def return_against_kl(results: Results) -> tuple[Figure, str]:
             tried = [entry for entry in run["betas_tried"] or () if entry.get("kl") is not None and "score" in entry]
             thin = {"color": colour[key.method], "linewidth": 0.9, "alpha": 0.6}
             if tried:
-                ends = _ends([Estimate(entry["score"], *entry["interval"], 0) for entry in tried])
-                axes.errorbar(*_track(tried), yerr=ends, elinewidth=0.6, marker=".", **thin)
+                ends = [Estimate(entry["score"], *(entry["interval"] or (-math.inf, math.inf)), 0) for entry in tried]
+                axes.errorbar(*_track(tried), yerr=_ends(ends), elinewidth=0.6, marker=".", **thin)
             axes.plot(*_track(run.get("curve") or ()), **thin)
         _mark(axes, results, key, _root(_mean(run["kl"] for run in runs)))
     _legend(figure, results, keys)
@@ -309,7 +314,7 @@ def win_rates(decode: str, results: Results) -> tuple[Figure, str]:
     axes.pcolormesh(places, places, np.ma.masked_invalid(shares), cmap="PuOr", vmin=0, vmax=1, alpha=0.75)
     axes.invert_yaxis()
     for (a, b), estimate in found.items() if len(keys) <= FEW_KEYS else ():
-        sure = "*" if estimate.low > 0.5 or estimate.high < 0.5 else ""
+        sure = "*" * estimate._replace(low=estimate.low - 0.5, high=estimate.high - 0.5).sure
         text = f"{100 * estimate.mean:.0f}{sure}"
         axes.text(keys.index(b), keys.index(a), text, ha="center", va="center", color="#000000", fontsize=8)
     names = [str(key).replace(f", {decode}", "", 1) for key in keys]
@@ -320,7 +325,7 @@ def win_rates(decode: str, results: Results) -> tuple[Figure, str]:
     axes.spines[:].set_visible(False)
     return figure, (
         "How often (%) the line scores more than the column in the same episode, a tie half; * where the 95% interval "
-        "excludes a half. The table below has all of them with their intervals."
+        "excludes a half, over several training seeds. The table below has all of them with their intervals."
     )
 
 

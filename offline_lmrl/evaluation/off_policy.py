@@ -5,8 +5,8 @@
 
 π is the distribution that the policy's play draws from, guidance and filters included; b that of the logs, as they
 recorded it. The first (Precup, Sutton, Singh 2000) is consistent, but few long episodes carry all the weight: its
-effective sample size says how few. The second (Le, Voloshin, Yue 2019) has less variance and an error nobody sees,
-where the fit or the logs do not cover what π would do.
+effective sample size says how few, and its interval asks for many. The second (Le, Voloshin, Yue 2019) has less
+variance and an error nobody sees, where the fit or the logs do not cover what π would do.
 """
 
 from collections import Counter
@@ -57,19 +57,21 @@ class WeightedReturn:
 class FittedValue:
     """Fitted Q evaluation of the return from the logs' starts, discounted by `discount`; `str` prints it.
 
-    value: with its interval over fits (each on its own draw of groups) and groups. td_error: root mean square of
+    value: mean over fits. fits: the value of each, on its own draw of groups. They have no interval: how far they lie
+    apart says nothing of the error that all fits share, which is the larger one. td_error: root mean square of
     Q − (r + γ · b · V(s′)) on the logs, in reward units: 0 where the fit obeys its equation.
     """
 
-    value: Estimate
+    value: float
+    fits: tuple[float, ...]
     td_error: float
-    fits: int
     discount: StepRule
 
     def __str__(self) -> str:
         rule = self.discount
         by = f"γ {rule.discount_per_token:g} per token and {rule.discount_per_turn:g} per turn"
-        return f"{self.value} over {self.fits} fits, {by}, TD error {self.td_error:.3g}"
+        each = " ".join(f"{value:.2f}" for value in self.fits)
+        return f"{self.value:.2f}, an error nobody sees (fits: {each}), {by}, TD error {self.td_error:.3g}"
 
 
 def importance_sampling(policy: LanguagePolicy, trajectories: Sequence[Trajectory]) -> WeightedReturn:
@@ -150,9 +152,9 @@ def fitted_q_evaluation(
             if progress is not None:
                 progress(fit * steps + step + 1, fits * steps)
         value, error = logs.read(heads, batch_size)
-        values += [(fit, groups[episode], v) for episode, v in value.items()]
+        values.append(float(np.mean(list(value.values()))))
         errors.append(error)
-    return FittedValue(Cells.of(values).estimate(), float(np.mean(errors)), fits, logs.encoder.steps)
+    return FittedValue(float(np.mean(values)), tuple(values), float(np.mean(errors)), logs.encoder.steps)
 
 
 def _require_all(known: Iterable[bool]) -> None:

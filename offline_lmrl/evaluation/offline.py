@@ -242,7 +242,7 @@ def ranking_accuracy(steps: LoggedSteps, trajectories: Sequence[Trajectory]) -> 
             difference = trajectories[a].total_return - trajectories[b].total_return
             if difference:
                 pairs.append((0, group, 0.5 + 0.5 * float(np.sign(difference) * np.sign(score[a] - score[b]))))
-    return Cells.of(pairs).estimate() if pairs else None
+    return Cells.of(pairs).share() if pairs else None
 
 
 @dataclass(frozen=True)

@@ -121,10 +121,11 @@ def blocks(results: Results, drawings: Sequence[Drawing], missing: Mapping[str, 
         ("list", glance(results)),
         *filter(None, [drawn.pop("score", None)]),
         ("h2", "Results"),
-        ("p", "Means over training seeds and episodes with 95% intervals (bootstrap over seeds and clusters of "
-              "episodes). β offline: the largest within a KL budget on held-out logs. β by returns: the best on other "
-              "episodes, which needs an environment. The column “minus” is paired by seed and episode, * where its "
-              "interval excludes 0: only that is better, or worse. Published figures were not measured here."),
+        ("p", "Means over training seeds and episodes with 95% intervals (t, from the variances of seeds and of "
+              "clusters of episodes; with one seed, of this run over episodes). β offline: the largest within a KL "
+              "budget on held-out logs. β by returns: the best on other episodes, which needs an environment. The "
+              "column “minus” is paired by seed and episode, * where its interval over several seeds excludes 0: only "
+              "that is better, or worse. Published figures were not measured here."),
         ("table", [_results_of(line, f"minus {results.shown['baseline']}") for line in lines]),
         ("h2", "Cost"),
         ("p", "Training tokens include those of the runs that a method starts or learns from; generated: in "
@@ -180,8 +181,9 @@ def glance(results: Results) -> list[str]:
         top = max(guided, key=lambda key: results.estimates[key].mean)
         said.append(f"Highest with β chosen by returns on other episodes: {top}: {results.estimates[top]}.")
     if len(runs) < FEW_SEEDS:
-        said.append(f"Fewer than {FEW_SEEDS} training seeds: an interval over them says little, so every seed's value "
-                    "is printed.")  # fmt: skip
+        several = f"Fewer than {FEW_SEEDS} training seeds: their intervals are wide, so every seed's value is printed."
+        one = "One training seed: intervals speak of this run over episodes, and no method is called better."
+        said.append(several if len(runs) > 1 else one)
     return said
 
 
@@ -192,6 +194,8 @@ def _with_n(estimate: Estimate) -> str:
 def _verdict(difference: Estimate) -> str:
     if difference.low <= 0 <= difference.high:
         return "not told apart: the paired interval includes 0"
+    if not difference.sure:
+        return f"{'higher' if difference.low > 0 else 'lower'} in this run, which says nothing of the methods"
     return f"{'better' if difference.low > 0 else 'worse'}: the paired interval excludes 0"
 
 

@@ -15,7 +15,7 @@ from offline_lmrl.data.io import group_key
 from offline_lmrl.data.preferences import score_rows
 from offline_lmrl.data.protocols import Scorer
 from offline_lmrl.decoding.scorers import fitting
-from offline_lmrl.evaluation.metrics import Cells, Estimate
+from offline_lmrl.evaluation.metrics import Cells
 from offline_lmrl.ops.preferences import best_of_n, best_of_n_kl, best_of_n_kl_bound, calibration_error
 
 BASELINES = {
@@ -28,12 +28,12 @@ def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """Facts over all pairs of options of one comparison that are no tie, as plain values.
 
     "accuracy": how often the better option scores higher, equal scores half, with its 95% interval over groups (pairs
-    of one prompt are not independent). "baselines": the same for length, and, where `labels["options"]` name the
-    `generator` of all, for who wins more often among these very pairs; "difference": that of the scorer less the best
-    of them, pair by pair. "cross entropy": mean −[p log σ(Δ) + (1 − p) log σ(−Δ)] in nats, .693 where it says nothing;
-    "calibration error" of σ(Δ) against p, each pair in both orders, as many logs put the better reply first. The last
-    two ask a scorer in units of log odds. Comparisons of which an option is too long for the scorer are left out of
-    all of it, and counted.
+    of one prompt are not independent), which speaks of this scorer alone. "baselines": the same for length, and, where
+    `labels["options"]` name the `generator` of all, for who wins more often among these very pairs; "difference": that
+    of the scorer less the best of them, pair by pair. "cross entropy": mean −[p log σ(Δ) + (1 − p) log σ(−Δ)] in nats,
+    .693 where it says nothing; "calibration error" of σ(Δ) against p, each pair in both orders, as many logs put the
+    better reply first. The last two ask a scorer in units of log odds. Comparisons of which an option is too long for
+    the scorer are left out of all of it, and counted.
 
     Raises: InputError where no comparison fits, or none has such a pair.
     """
@@ -53,7 +53,7 @@ def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     found = right(lambda place, i: scores[place][i])
     features = BASELINES | _authors(pairs, comparisons)
     others = {name: right(lambda place, i, f=feature: f(comparisons[place], i)) for name, feature in features.items()}
-    best = max(others.values(), key=lambda cells: cells.estimate(draws=1).mean)
+    best = max(others.values(), key=lambda cells: cells.mean)
     lead = torch.tensor([scores[place][i] - scores[place][j] for place, i, j, _ in pairs], dtype=torch.float64)
     prob = torch.tensor([p for *_, p in pairs], dtype=torch.float64)
     softplus = torch.nn.functional.softplus
@@ -62,9 +62,9 @@ def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
         **counts,
         "pairs": len(pairs),
         "groups": len(found.clusters),
-        "accuracy": _share(found.estimate()),
-        "baselines": {name: _share(cells.estimate()) for name, cells in others.items()},
-        "difference": _share((found - best).estimate()),
+        "accuracy": found.share().to_text(3),
+        "baselines": {name: cells.share().to_text(3) for name, cells in others.items()},
+        "difference": (found - best).estimate().to_text(3),
         "cross entropy": (prob * softplus(-lead) + (1 - prob) * softplus(lead)).mean().item(),
         "calibration error": calibration_error(torch.cat([lead, -lead]).sigmoid(), torch.cat([prob, 1 - prob])).item(),
     }
@@ -106,7 +106,3 @@ def _authors(pairs: Sequence[tuple], comparisons: Sequence[Comparison]) -> dict[
 
 def _sign(value: float) -> float:
     return math.copysign(1.0, value) if value else 0.0
-
-
-def _share(estimate: Estimate) -> str:
-    return f"{estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"

@@ -18,7 +18,7 @@ from offline_lmrl.data.files import reading
 from offline_lmrl.data.trajectory import shown
 from offline_lmrl.evaluation.metrics import Cells, Estimate
 
-FEW_SEEDS = 5  # below this an interval over seeds says little, and every seed's value is printed
+FEW_SEEDS = 5  # below this an interval over seeds is wide, and every seed's value is printed
 COLUMNS = ("method", "decoding", "score [95%]", "beta", "per seed", "normalised")
 
 # kind of row -> fields that every reader relies on
@@ -66,7 +66,8 @@ def table(results: str | Path | Sequence[Row]) -> str:
     Returns: behaviour, optimum, each method and setting over its seeds, then published rows. Score: mean over seeds
       and episodes with its 95% interval (see metrics). The difference column is paired by training seed and episodes
       against the baseline under the same decoding, of plans that it does not make its sampled play; `*` where its
-      interval excludes 0. A β marked "returns" was chosen by playing.
+      interval excludes 0. With one training seed intervals are "of this run", over episodes, and nothing is starred. A
+      β marked "returns" was chosen by playing.
     """
     rows = read_results(results) if isinstance(results, str | Path) else results
     return markdown(table_lines(Results(rows)))
@@ -124,8 +125,8 @@ class Results:
             if (a.decode == "greedy") != (b.decode == "greedy"):
                 continue
             if pairs := list(_wins(self.groups[a], self.groups[b])):
-                won = Cells.summed(pairs).estimate()
-                lost = Estimate(1 - won.mean, 1 - won.high, 1 - won.low, won.n)
+                won = Cells.summed(pairs).share()
+                lost = won._replace(mean=1 - won.mean, low=1 - won.high, high=1 - won.low)
                 found["greedy" if a.decode == "greedy" else "sampled"] |= {(a, b): won, (b, a): lost}
         return found
 
@@ -187,8 +188,7 @@ def _method_line(key: tuple, runs: Sequence[Row], cells: Mapping[tuple, Cells], 
     rivals = [cells[other] for other in alike if other in cells]
     if method != baseline and rivals and set(mine.seeds) & set(rivals[0].seeds):
         difference = (mine - rivals[0]).estimate()
-        sure = "*" if difference.low > 0 or difference.high < 0 else ""
-        line[f"minus {baseline}"] = f"{difference}{sure}"
+        line[f"minus {baseline}"] = f"{difference}{'*' * difference.sure}"
     labels = [_chosen(run["labels"], shown["labels"]) for run in runs]
     for name in dict.fromkeys(name for means in labels for name in means):
         line[name] = f"{_mean(means[name] for means in labels if name in means):.3g}"

@@ -68,20 +68,20 @@ def longer(*groups):
 
 
 def test_the_interval_is_wilsons_for_all_pairs_but_one_where_each_is_a_group():
-    # 10 · 9/10 = 9 pairs: (0.8 + 3.8415/18 ± 1.96 sqrt(0.16/9 + 3.8415/324)) / (1 + 3.8415/9)
-    assert longer(*"wwwwwwwwll") == [0.4738, 0.9467]
-    assert longer(*"wwwwwwwttt") == [0.5237, 0.9669]  # ties count half: 0.85
+    # 10 · 9/10 = 9 pairs, t of 9 is 2.2622: (0.8 + 5.1174/18 ± 2.2622 sqrt(0.16/9 + 5.1174/324)) / (1 + 5.1174/9)
+    assert longer(*"wwwwwwwwll") == [0.427, 0.9555]
+    assert longer(*"wwwwwwwttt") == [0.4735, 0.9728]  # ties count half: 0.85
 
 
 def test_pairs_of_one_group_that_agree_count_as_few():
     # Σw² = 16, Σwn = 16, Σn² = 20: (16 − 1.6 · 16 + 0.64 · 20) / 100 · 5/4 = 0.04, and 0.16 / 0.04 = 4 pairs
-    assert longer("ww", "ww", "ww", "ww", "ll") == [0.3368, 0.9692]
+    assert longer("ww", "ww", "ww", "ww", "ll") == [0.2226, 0.9824]  # t of 4 is 2.7764
     # groups of 3 and 1: w − p n = ±3/4, over 1/4 and 3/4: (9 + 1) / 16 / 2 = 0.3125, and 0.1875 / 0.3125 = 0.6 pairs
-    assert longer("www", "l") == [0.0767, 0.9909]
+    assert longer("www", "l") == [0.0021, 0.9998]  # t of 1 is 12.706
     # what is known of one large group is hardly more than what one pair says, whatever stands beside it
     assert longer("w" * 90 + "l" * 10, "l")[0] < 0.2
     # never more than there are, however evenly the groups are split: 6 pairs
-    assert longer("wl", "wl", "wl") == [0.1876, 0.8124]
+    assert longer("wl", "wl", "wl") == [0.0655, 0.9345]
 
 
 def test_outcomes_without_variance_between_groups_count_a_group_once():

@@ -3,6 +3,7 @@ import pytest
 
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.evaluation.metrics import Cells, ScoreScale, label_means, mean_interval
+from offline_lmrl.ops.intervals import student_t
 
 
 def test_the_mean_counts_every_episode_once_whatever_its_cluster():
@@ -33,10 +34,56 @@ def test_copies_of_an_episode_in_one_cluster_do_not_narrow_the_interval():
 
 
 def test_a_difference_between_training_seeds_widens_the_interval():
-    # No variance within a seed: the interval speaks of seeds alone. Of 3 seeds, 1 draw in 27 is all the worst one.
+    # No variance within a seed: t over the seed means 0, 1, 2, whose half is 4.303 · 1 / √3.
     cells = Cells.of((seed, episode, float(seed)) for seed in range(3) for episode in range(100))
     estimate = cells.estimate()
-    assert estimate.mean == 1.0 and estimate.low == 0.0 and estimate.high == 2.0
+    assert estimate.mean == 1.0 and estimate.high == pytest.approx(1 + 4.302653 / 3**0.5, abs=1e-3)
+    assert estimate.low == pytest.approx(2 - estimate.high) and estimate.seeds == 3
+
+
+def test_the_interval_of_seeds_and_clusters_is_the_one_worked_by_hand():
+    # Seed means 2 and 4, cluster means 1, 2 and 6: A = 2 / (2 · 1) = 1, B = (4 + 1 + 9) / (3 · 2) = 2.3333; the rest
+    # is (1 −1 0; −1 1 0), E = 4 / 36 · 6 / 2 = .3333; Var = 3. a = 1 · 9, d = 2 · 1.5, df = 12² / (9² + 3² / 2) = 1.68
+    table = [[1.0, 0.0, 5.0], [1.0, 4.0, 7.0]]
+    estimate = Cells.of((s, c, value) for s, row in enumerate(table) for c, value in enumerate(row)).estimate()
+    assert estimate.mean == 3.0 and estimate.high == pytest.approx(3 + student_t(144 / 85.5) * 3**0.5)
+
+
+def test_a_chance_agreement_of_two_seeds_does_not_vanish_the_interval():
+    values = np.random.default_rng(4).normal(size=(2, 50))
+    values -= values.mean(1, keepdims=True)  # both seeds have the very same mean
+    both = Cells.of((s, c, value) for s in (0, 1) for c, value in enumerate(values[s].tolist())).estimate()
+    pooled = 1.96 * values.mean(0).std(ddof=1) / 50**0.5
+    assert both.high == pytest.approx(pooled, rel=0.05)
+
+
+def test_few_large_clusters_have_few_degrees_of_freedom():
+    even = Cells.summed((0, c, float(c % 2) * 10, 10) for c in range(20)).estimate()
+    uneven = Cells.summed((0, c, float(c % 2) * n, n) for c, n in enumerate([60, 60] + [4] * 18)).estimate()
+    assert even.high - even.low == pytest.approx(2 * student_t(19) * 0.5 / 19**0.5)
+    # weights 60², 60², 18 · 4²: df = 7488² / (2 · 3600² + 18 · 16²) − 1 = 1.16, where 20 clusters would have 19
+    assert uneven.high - uneven.low > 3 * (even.high - even.low)
+
+
+def test_one_cluster_of_one_seed_has_no_interval_and_says_so():
+    estimate = Cells.of([(0, "a", 1.0), (0, "a", 3.0)]).estimate()
+    assert estimate.interval is None and not estimate.sure
+    assert str(estimate) == "2.00 (no interval: one cluster of episodes)"
+
+
+def test_one_seed_speaks_of_its_run_and_of_no_method():
+    one = Cells.of((0, c, 1.0 + c % 2) for c in range(40)).estimate()
+    two = Cells.of((s, c, 1.0 + c % 2) for s in (0, 1) for c in range(40)).estimate()
+    assert one.low > 0 and not one.sure and str(one).endswith("] of this run")
+    assert two.low > 0 and two.sure and str(two).endswith("]")
+
+
+def test_a_share_keeps_within_its_ends_and_is_never_certain():
+    sure = Cells.of((0, c, 1.0) for c in range(20) for _ in range(5)).share()
+    # Wilson of 20 clusters of 20: 20 / (20 + 1.96²)
+    assert sure.mean == sure.high == 1.0 and sure.low == pytest.approx(20 / (20 + 1.959964**2), abs=1e-4)
+    even = Cells.of((0, c, float(c % 2)) for c in range(400)).share()
+    assert even.low == pytest.approx(0.5 - 1.96 * 0.5 / 20, abs=2e-3) and even.n == 400
 
 
 def test_scenarios_that_all_seeds_share_are_not_averaged_away_by_seeds():
@@ -78,8 +125,8 @@ def test_sums_and_single_episodes_make_the_same_cells():
 
 
 def test_cells_that_are_missing_in_a_ragged_table_do_no_harm():
-    estimate = Cells.of([(0, "a", 1.0), (1, "b", 3.0)]).estimate()  # some draws take seed 0 with scenario b alone
-    assert estimate.mean == 2.0 and estimate.low == 1.0 and estimate.high == 3.0
+    estimate = Cells.of([(0, "a", 1.0), (1, "b", 3.0)]).estimate()
+    assert estimate.mean == 2.0 and estimate.high == pytest.approx(2 + 12.7062)  # two units, however they are named
 
 
 @pytest.mark.parametrize(

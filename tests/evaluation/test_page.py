@@ -175,9 +175,10 @@ def test_numbers_are_those_of_the_rows(drawn):
     (sampled, _) = lines_of(text, "β chosen offline against")
     assert sampled["by returns minus offline [95%]"] == "0.25 [0.25, 0.25]" and sampled["β by returns"] == "4 4"
     wins = {line[""]: line for line in lines_of(text, "Win rates, sampled")}
-    assert wins["ilql, sampled, β offline"]["bc, sampled"] == "1.00 [1.00, 1.00]"
-    assert wins["ppo, sampled"]["ilql, sampled, β offline"] == "0.50 [0.50, 0.50]"  # ties
-    assert wins["ppo, sampled"]["ilql, sampled, β by returns"] == "0.00 [0.00, 0.00]"
+    # all alike: Wilson of two clusters, from 2 / (2 + 3.8415)
+    assert wins["ilql, sampled, β offline"]["bc, sampled"] == "1.00 [0.34, 1.00]"
+    assert wins["ppo, sampled"]["ilql, sampled, β offline"].startswith("0.50 [0.01, 0.99")  # ties; t of 1 is 12.7
+    assert wins["ppo, sampled"]["ilql, sampled, β by returns"] == "0.00 [0.00, 0.66]"
 
 
 def test_the_first_lines_say_which_method_at_what_cost_and_how_sure(drawn):

@@ -43,17 +43,27 @@ def test_the_difference_is_paired_and_starred_where_it_excludes_zero():
     noisy = [[str(i), 10.0 * (-1) ** i, 1] for i in range(20)]
     better = [[name, score + 1.0, 1] for name, score, _ in noisy]
     mixed = [[name, score + (-1) ** (i // 2), 1] for i, (name, score, _) in enumerate(noisy)]
-    rows = [COMPARISON, run("bc", 0, noisy), run("ilql", 0, better), run("other", 0, mixed)]
+    scores = {"bc": noisy, "ilql": better, "other": mixed}
+    rows = [COMPARISON, *(run(method, seed, cells) for method, cells in scores.items() for seed in (0, 1))]
     bc, ilql, other = columns(table(rows))
     assert bc["minus bc"] == "" and ilql["minus bc"] == "1.00 [1.00, 1.00]*"
     assert other["minus bc"].startswith("0.00 [-") and not other["minus bc"].endswith("*")
 
 
+def test_one_seed_is_a_run_and_calls_no_method_better():
+    cells = {"bc": [["a", 1.0, 1], ["b", 2.0, 1]], "ilql": [["a", 5.0, 1], ["b", 6.0, 1]]}
+    line = columns(table([COMPARISON, *(run(method, 0, cells[method]) for method in cells)]))[-1]
+    # t of two clusters: 5.5 ± 12.706 · .5
+    assert line["score [95%]"] == "5.50 [-0.85, 11.85] of this run"
+    assert line["minus bc"] == "4.00 [4.00, 4.00] of this run"
+
+
 def test_greedy_play_is_compared_with_greedy_play():
-    rows = [
-        COMPARISON, run("bc", 0, [["a", 1.0, 1]]), run("bc", 0, [["a", 4.0, 1]], "greedy"),
-        run("ilql", 0, [["a", 5.0, 1]], "greedy", 8.0, "offline"),
-    ]  # fmt: skip
+    cells = {("bc", "sampled"): 1.0, ("bc", "greedy"): 4.0, ("ilql", "greedy"): 5.0}
+    rows = [COMPARISON]
+    for (method, decode), score in cells.items():
+        beta = (8.0, "offline") if method == "ilql" else ()
+        rows += [run(method, seed, [["a", score, 1], ["b", score, 1]], decode, *beta) for seed in (0, 1)]
     line = columns(table(rows))[-1]
     assert line["beta"] == "8 (offline)" and line["minus bc"] == "1.00 [1.00, 1.00]*"
 
