@@ -40,3 +40,8 @@ def test_comparison_builds_what_every_run_is_given(name):
     _Comparison(config, Console()).check_settings()
     assert config.environment["name"] in ENVIRONMENTS
 
+
+
+@pytest.mark.parametrize("name", sorted(set(COMPARISONS) - {"maze/quickstart"}))  # which is for a first look
+def test_a_comparison_that_reports_has_five_seeds(name):
+    assert len(CompareConfig.read(config_path(name)).seeds) >= 5

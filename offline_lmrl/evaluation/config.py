@@ -214,7 +214,7 @@ class CompareConfig:
     methods: name -> MethodConfig or its mapping, in the table's order.
     output: folder of results.jsonl, table.md, episodes/, samples/ and runs/.
     prepare: `command` and its settings, run once where data.train is missing.
-    seeds: training seeds of every method.
+    seeds: training seeds of every method; intervals of fewer than five are wide, of one they speak of that run alone.
     model, args: what all methods share. baseline: method of the paired differences; "" = the first evaluated.
     reference: published rows, name -> {column: number}, printed beside ours and marked.
     workers: seeds that train, and then runs that are measured, at the same time, each in a process with its share of
@@ -226,7 +226,7 @@ class CompareConfig:
     methods: dict[str, Any]
     output: str
     prepare: dict[str, Any] | None = None
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     model: dict[str, Any] = field(default_factory=dict)
     args: dict[str, Any] = field(default_factory=dict)
     partner: PartnerConfig | None = None

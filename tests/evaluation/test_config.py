@@ -70,7 +70,7 @@ def test_the_baseline_is_the_first_evaluated_method(file):
 
 def test_null_is_the_default_where_a_setting_does_not_take_it(file):
     config = CompareConfig.read(file, {"seeds": None, "evaluation.cluster": None, "partner": None, "args": None})
-    assert config.seeds == (0, 1, 2) and config.evaluation.cluster is None and config.partner is None
+    assert config.seeds == (0, 1, 2, 3, 4) and config.evaluation.cluster is None and config.partner is None
     assert config.args == {}
 
 
