@@ -259,9 +259,14 @@ class Renderer:
     def _opening_ids(self, prompt: str | None) -> tuple[int, ...]:
         return self.agent_opening if prompt is None else self._template_ids("x", prompt)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of an agent turn's sampled ids, without its closing token and what follows that."""
+    def decode(self, ids: Sequence[int], role: str = "assistant") -> str:
+        """The text of a turn's sampled ids, without its closing token and what follows that.
+
+        role: the speaker's. Of others than the agent `ids` are the content alone, without what closes their turn.
+        """
         ids = list(ids)
+        if role != "assistant":
+            return self._backend.decode(ids, skip_special_tokens=False).removeprefix(self.text.lead[role])
         end = next((i for i, token in enumerate(ids) if token in self.close_ids), None)
         text = self._backend.decode(ids[:end], skip_special_tokens=False)
         text = text if end is None else text.removesuffix(self._before_close)

@@ -54,6 +54,15 @@ def test_appending_a_turn_never_changes_earlier_tokens(name, dialogue, turn):
     assert assemble(fresh, [*dialogue, turn], live=False)[:len(before)] == before
 
 
+def test_text_of_another_speaker_comes_back_without_the_space_that_only_its_label_has():
+    template = ("{%- for m in messages -%}{{ '<user> ' if m['role'] == 'user' else '<' + m['role'] + '>' }}"
+                "{{- m['content'] + '<end>' }}{%- endfor -%}{%- if add_generation_prompt -%}<assistant>{%- endif -%}")
+    view = Renderer(byte_level(template, ["<user>", "<assistant>", "<end>"]))
+    for role, closing in (("user", view.closing("user")), ("system", view.closing("system"))):
+        turn = view.encode_turn(Turn(role, "5, 12"))
+        assert view.decode(turn.ids[turn.action_start : len(turn.ids) - len(closing)], role) == "5, 12"
+
+
 @small
 @given(st.sampled_from(LOSSLESS), texts)
 def test_text_comes_back(name, text):
