@@ -705,7 +705,9 @@ class OfflineTrainer(BaseTrainer):
         self.check_model(model, args)
         self.scale = self.fit_scale(model, train, args)
         slots = self.slots(model, train, args)
-        self.encoder = EpisodeEncoder(self.renderer, args.window, self.step_rule(args), self.scale, slots)
+        self.encoder = EpisodeEncoder(
+            self.renderer, args.window, self.step_rule(args), self.scale, slots, replies=self.learns_replies(args)
+        )
         windows = self._windows(train, args, self.counts)
         self.compare_with_template([row.turns for row in islice(train, TEMPLATE_ROWS)])
         model = self.prepare_model(model, args, windows)
@@ -786,7 +788,8 @@ class OfflineTrainer(BaseTrainer):
             prompts = encode_prompts(args.prompt, trajectories, shown, self.renderer, self.encoder.slots)
         columns = encode_trajectories(trajectories, self.encoder, counts, prompts)
         pad_id = self.renderer.close_id  # any id: the attention mask, never the id, says what is padding
-        return WindowDataset(columns, pad_id, next_rows=self.rows_for_next_v, end_rows=self.rows_for_end_v(args))
+        return WindowDataset(columns, pad_id, next_rows=self.rows_for_next_v, end_rows=self.rows_for_end_v(args),
+                             replies=self.encoder.replies)  # fmt: skip
 
     def demonstrations(self, source: str | None) -> Sequence[Trajectory] | None:
         """What prompts are drawn from; None = the rows themselves."""
@@ -805,6 +808,10 @@ class OfflineTrainer(BaseTrainer):
     def _forward(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         inputs = {name: value for name, value in batch.items() if name != "action_mask"}
         return model(**inputs, **self.forward_options())
+
+    def learns_replies(self, args: OfflineConfig) -> bool:
+        """Whether windows also hold the environment's replies, as targets."""
+        return False
 
 
 def check_model(model: PreTrainedModel, renderer: Renderer, max_length: int) -> None:

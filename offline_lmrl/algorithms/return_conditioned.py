@@ -64,8 +64,9 @@ class ReturnConditionedConfig(OfflineConfig):
     condition: embedding (reserved ids), or text: `text` in front of the agent's turn, filled with `bin` and `bins`.
     condition_dropout: share of windows that are trained without a condition; with text there is no null, hence none.
     return_weight: of the cross-entropies of the return heads, per turn of a window without a condition; 0 leaves the
-      heads out. With condition_dropout 1 it is a plain policy that has them. environment_weight: of the cross-entropy
-      of each token that the environment replied with.
+      heads out. With condition_dropout 1 it is a plain policy that has them.
+    environment_weight: of the cross-entropy of each token of what the environment replies to the agent's turn, read
+      after the turn and all that the agent saw; windows then hold these replies too, which costs their tokens.
     ask: the return that is asked for in play: a number, max, p90 (of the training returns), auto (V where the agent
       is), or expert:κ (by the return heads: `ReturnHeads.expert`). condition_scale: w of return guidance in play.
       beta, q_reduce, support, candidates, clip: of value guidance, for a model with value heads. All are the decoding
@@ -179,10 +180,8 @@ class ReturnConditionedTrainer(OfflineTrainer):
             attach_return_heads(model, fit_heads(steps, args.bins, args.discount_per_turn))
         return model
 
-    def _windows(self, trajectories, args: ReturnConditionedConfig, *rest):
-        windows = super()._windows(trajectories, args, *rest)
-        windows.replies = args.environment_weight > 0
-        return windows
+    def learns_replies(self, args: ReturnConditionedConfig) -> bool:
+        return args.environment_weight > 0
 
     def stored_blocks(self, args: ReturnConditionedConfig):
         return {"sampling": sampling_form(args)}

@@ -81,15 +81,20 @@ class WindowDataset(torch.utils.data.Dataset):
         per step come along in a batch's steps under their name.
       pad_id: fills the right of shorter rows; the attention mask, not the id, says what is real.
       next_rows, end_rows: whether rows that only serve V of the next state, or of the end of a cut log, come along.
-
-    replies: whether a batch says where the environment's replies are [False].
+      replies: whether a batch says where the environment's replies are; windows hold them if the encoder kept them.
     """
 
-    replies = False
-
-    def __init__(self, columns: Mapping[str, FlatLists], pad_id: int, *, next_rows: bool, end_rows: bool):
+    def __init__(
+        self,
+        columns: Mapping[str, FlatLists],
+        pad_id: int,
+        *,
+        next_rows: bool,
+        end_rows: bool,
+        replies: bool = False,
+    ):
         self.flat = columns
-        self.pad_id, self.next_rows, self.end_rows = pad_id, next_rows, end_rows
+        self.pad_id, self.next_rows, self.end_rows, self.replies = pad_id, next_rows, end_rows, replies
 
     def __len__(self) -> int:
         return len(self.flat["input_ids"][1]) - 1

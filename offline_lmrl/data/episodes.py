@@ -1,7 +1,7 @@
 """One trajectory as windows of tokens and steps: the index arithmetic of rewards, next states and cut ends."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory, leading_system_turns, with_own_token_ids
-from offline_lmrl.data.windows import Span, WindowRule, cut_windows, first_visible
+from offline_lmrl.data.windows import Span, WindowRule, answered_ids, cut_windows, first_visible
 
 SlotsOfLog = Callable[[Trajectory], Sequence[tuple[int, ...]]]
 RE_ENCODED = "trajectories encoded anew: their sampled ids are of another tokenizer, template or rendering scheme"
@@ -59,7 +59,8 @@ class Step(NamedTuple):
 class Window(NamedTuple):
     """A row of tokens, the steps that are trained in it, and up to two rows that only serve V.
 
-    environment: states in the row whose next token belongs to what the environment replied to a turn that is seen.
+    environment: states in the row whose next token belongs to the environment's reply to a turn that is trained there;
+      none unless the encoder keeps replies.
     """
 
     input_ids: list[int]
@@ -75,6 +76,8 @@ class EpisodeEncoder:
     Args:
       slots: gives the ids that stand before the opening of each agent turn, and of the one that would follow the
         trajectory (`Slots` in data/conditioning.py has two such methods); None = none.
+      replies: whether a window also holds what the environment replies to its last agent turn, as targets of a model
+        of the environment. What a finished episode ends with is no reply: nobody acts after it.
     """
 
     def __init__(
@@ -84,8 +87,11 @@ class EpisodeEncoder:
         steps: StepRule,
         scale: RewardScale,
         slots: SlotsOfLog | None = None,
+        *,
+        replies: bool = False,
     ):
         self.renderer, self.window, self.steps, self.scale, self.slots = renderer, window, steps, scale, slots
+        self.replies = replies
 
     def encode(
         self, trajectory: Trajectory, counts: Counter[str], prompt: tuple[int, ...] = ()
@@ -105,6 +111,7 @@ class EpisodeEncoder:
             return
         counts["last actions without a target: cut behind a finished agent turn"] += episode.end == "finished"
         counts["windows that lost old turns to max_length"] += sum(map(episode.lost_to_length, episode.spans))
+        counts["replies of the environment left out: longer than max_length leaves"] += episode.left_out
         for span in episode.spans:
             yield episode.window(span)
 
@@ -127,11 +134,31 @@ class _Episode:
         self.head = leading_system_turns(turns)
         self.preamble = (*self.renderer.preamble_of(turns), *prompt)
         self.fixed = len(self.preamble) + sum(self.lengths[: self.head])
+        self.left_out = 0
+        self.answered = self._replies(trajectory.terminated) if encoder.replies else {}
         stays = [turn.stays for turn in self.encoded]
-        self.spans, self.dropped = cut_windows(self.rule, self.lengths, agent, stays, self.head, self.fixed)
+        self.spans, self.dropped = cut_windows(
+            self.rule, self.lengths, agent, stays, self.head, self.fixed, self.answered
+        )
         self.length = len(turns)
         self.end = self._kind_of_end(trajectory.terminated)
         self.after = self._returns_after_turns() if self.spans else {}
+
+    def _replies(self, terminated: bool) -> dict[int, int]:
+        """Index after the turns with which the environment answers each agent turn, where an agent turn follows, or
+        would follow the log, and where the reply fits in a window with the turn."""
+        answered = {}
+        for index, following in zip(self.agent_turns, [*self.agent_turns[1:], None], strict=True):
+            stop = index + 1
+            last = following or (stop if terminated else len(self.turns))
+            while stop < last and self.from_environment[stop]:
+                stop += 1
+            needed = self.fixed + sum(self.lengths[index:stop])
+            if needed <= self.rule.max_length:
+                answered[index] = stop
+            else:  # a turn that does not fit itself is counted elsewhere
+                self.left_out += self.fixed + self.lengths[index] <= self.rule.max_length
+        return answered
 
     def _kind_of_end(self, terminated: bool) -> str:
         """terminated, or how the log was cut: behind an `observation`, a `finished` or inside an `unfinished` agent
@@ -151,6 +178,9 @@ class _Episode:
         """Whether max_length, not context, decided where the window starts."""
         roomy = first_visible(replace(self.rule, max_length=10**9), self.lengths, span.stop - 1, self.head, self.fixed)
         return span.first != roomy
+
+    def _reply_length(self, index: int) -> int:
+        return sum(self.lengths[index + 1 : self.answered.get(index, index + 1)])
 
     def _actions(self, index: int) -> int:
         return len(self.encoded[index].actions)
@@ -183,9 +213,12 @@ class _Episode:
 
     def _row(self, span: Span) -> tuple[list[int], dict[int, int]]:
         """Ids of a window, and per turn the state before the first token that its speaker chose."""
-        pieces = self.renderer.window_ids(self.turns, self.encoded, span.first, span.stop, live=True)
+        if span.answered > span.stop:
+            pieces = answered_ids(self.renderer, self.turns, self.encoded, span.first, span.stop, span.answered)
+        else:
+            pieces = self.renderer.window_ids(self.turns, self.encoded, span.first, span.stop, live=True)
         ids = [*self.preamble, *(token for piece in pieces for token in piece)]
-        places = [*range(self.head), *range(max(span.first, self.head), span.stop)]
+        places = [*range(self.head), *range(max(span.first, self.head), span.answered)]
         ends = accumulate(map(len, pieces), initial=len(self.preamble))
         # The place of a turn's first action is the same in all its forms but for the opening after system turns.
         starts = (end + len(piece) - len(self.encoded[i].ids) if self.from_environment[i] else end
@@ -201,10 +234,10 @@ class _Episode:
     def _visible_at(self, index: int) -> int:
         """First turn seen when the agent acts at `index`: a turn of the log, or the one that would follow it."""
         if index < self.length and index not in self.dropped:
-            lengths = self.lengths
+            lengths, reply = self.lengths, self._reply_length(index)
         else:  # only the opening is read there
-            lengths = [*self.lengths[:index], len(self._opening(index))]
-        first = first_visible(self.rule, lengths, index, self.head, self.fixed)
+            lengths, reply = [*self.lengths[:index], len(self._opening(index))], 0
+        first = first_visible(self.rule, lengths, index, self.head, self.fixed, reply)
         assert first is not None  # a whole agent turn fitted, so an opening does
         return first
 
@@ -218,7 +251,8 @@ class _Episode:
         if upcoming < self.length or self.end == "observation":
             first = self._visible_at(upcoming)
             opened = [*self._tokens(first, upcoming), *self._opening(upcoming)]
-            kept = state[last] + self._actions(last)  # all that is read before the closing action
+            # All that is read before the closing action, or with the reply to it.
+            kept = state[last] + self._actions(last) if span.answered == span.stop else len(input_ids)
             if first == span.first and opened[:kept] == input_ids[:kept]:
                 input_ids, follows = opened, (OWN, len(opened) - 1)
             else:
@@ -233,16 +267,10 @@ class _Episode:
         for index, after in zip(inside, [*inside[1:], None], strict=True):
             place = follows if after is None else (OWN, state[after])
             steps += self._steps(state[index], index, place, end)
-        return Window(input_ids, next_ids, end_ids, self._replies(span, state), steps)
-
-    def _replies(self, span: Span, state: Mapping[int, int]) -> list[int]:
-        """States before the tokens of the environment's replies, contents and closings; each in one window only."""
-        before = max((index for index in self.agent_turns if index < span.credited), default=span.credited)
-        states = []
-        for index in range(max(before, span.first, self.head) + 1, span.stop):
-            if self.from_environment[index]:
-                states += range(state[index], state[index] + self._actions(index))
-        return states
+        # A reply counts in the window of the turn that it answers alone: contents and closings, not openings.
+        replies = [turn for index in inside for turn in range(index + 1, self.answered.get(index, index + 1))]
+        environment = [state[turn] + k for turn in replies for k in range(self._actions(turn))]
+        return Window(input_ids, next_ids, end_ids, environment, steps)
 
     def _end_ids(self) -> list[int]:
         """The row in which V closes the log, for windows before the last."""

@@ -9,15 +9,18 @@ Where `context` alone decides, training and live play start at the same turn. Wh
 training counts the tokens of the logged turn, live play, which cannot know them, those of the agent's opening and of
 the longest reply (`reserve`, the sampler's max_new_tokens). A logged turn that is shorter may then be trained with
 older turns in view that the agent would not see live, a longer one with fewer.
+
+A window may also hold the environment's reply to its last agent turn, as a target (data/episodes.py). The reply is
+read after the same turns as the agent's turn; where max_length binds, oldest turns make room for both.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.rendering import EncodedTurn, Renderer
 from offline_lmrl.data.trajectory import Turn, leading_system_turns
 
 
@@ -44,19 +47,27 @@ class WindowRule:
 
 
 class Span(NamedTuple):
-    """One window: the leading system turns, then turns first..stop−1; agent turns from `credited` on are trained."""
+    """One window: the leading system turns, then turns first..stop−1; agent turns from `credited` on are trained.
+
+    answered: the window also holds turns stop..answered−1, with which the environment answers the last agent turn.
+    """
 
     first: int
     credited: int
     stop: int
+    answered: int
 
 
-def first_visible(rule: WindowRule, lengths: Sequence[int], index: int, head: int, fixed: int) -> int | None:
+def first_visible(
+    rule: WindowRule, lengths: Sequence[int], index: int, head: int, fixed: int, reply: int = 0
+) -> int | None:
     """First turn that agent turn `index` sees.
 
     Args:
       lengths: tokens of each turn up to and including turn `index`.
       head: number of leading system turns; fixed: their tokens and the preamble's.
+      reply: tokens of the environment's reply that the window holds after the turn. They count for max_length only,
+        and turn and reply fit together.
     Returns: a turn in head..index, or None where not even the turn alone fits. The rule is monotone in index and does
       not depend on earlier windows, so training and a live dialogue that give the same lengths agree.
     """
@@ -65,32 +76,58 @@ def first_visible(rule: WindowRule, lengths: Sequence[int], index: int, head: in
     first = min(head, index)
     if rule.context is not None and index - first > rule.context:
         first += -(-(index - first - rule.context) // rule.stride) * rule.stride
-    while first < index and fixed + sum(lengths[first : index + 1]) > rule.max_length:
+    while first < index and fixed + sum(lengths[first : index + 1]) + reply > rule.max_length:
         first = min(first + rule.stride, index)
     return first
 
 
 def cut_windows(
-    rule: WindowRule, lengths: Sequence[int], agent: Sequence[bool], stays: Sequence[bool], head: int, fixed: int
+    rule: WindowRule,
+    lengths: Sequence[int],
+    agent: Sequence[bool],
+    stays: Sequence[bool],
+    head: int,
+    fixed: int,
+    answered: Mapping[int, int],
 ) -> tuple[list[Span], list[int]]:
     """All windows of an episode, and the agent turns that cannot fit (dropped, to be counted).
 
     Args:
       lengths: tokens of each turn. agent: whether the turn is the agent's (trainable). stays: whether later windows
         hold a turn as it was read and trained; a window that would show one otherwise is another window.
+      answered: agent turn -> index after the environment's reply that its window holds too; absent without one.
     """
     spans: list[Span] = []
     dropped = []
     changing = list(accumulate((-1 if same else i for i, same in enumerate(stays)), max))  # the last one up to i
     for index in (i for i, is_agent in enumerate(agent) if is_agent):
-        first = first_visible(rule, lengths, index, head, fixed)
+        stop = answered.get(index, index + 1)
+        first = first_visible(rule, lengths, index, head, fixed, sum(lengths[index + 1 : stop]))
         if first is None:
             dropped.append(index)
         elif spans and spans[-1].first == first and changing[spans[-1].stop - 1] < max(first, head):
-            spans[-1] = spans[-1]._replace(stop=index + 1)
+            spans[-1] = spans[-1]._replace(stop=index + 1, answered=stop)
         else:
-            spans.append(Span(first, index, index + 1))
+            spans.append(Span(first, index, index + 1, stop))
     return spans, dropped
+
+
+def answered_ids(
+    renderer: Renderer, turns: Sequence[Turn], encoded: Sequence[EncodedTurn], first: int, stop: int, answered: int
+) -> list[tuple[int, ...]]:
+    """Ids of every turn of a window that ends with the agent's turn stop−1 and its reply, turns stop..answered−1.
+
+    The reply is read after what the agent read and wrote. Where the template prints only the closing of the agent's
+    turn differently once the dialogue goes on, it is closed as in history; where it rewrites the turn, or one before
+    it, the tokens stay as they were.
+    """
+    written = renderer.window_ids(turns, encoded, first, stop, live=True)
+    history = renderer.window_ids(turns, encoded, first, answered, live=False)
+    last, turn = len(written) - 1, encoded[stop - 1]
+    kept = turn.action_stop - turn.closed
+    if history[:last] == written[:last] and history[last][:kept] == written[last][:kept]:
+        return history
+    return [*written, *history[last + 1 :]]
 
 
 def policy_window(
@@ -110,23 +147,62 @@ def policy_window(
         training would start it for a turn of the opening and that many tokens, however long the reply turns out.
     Raises: InputError where the prompt and the leading system turns alone leave no room.
     """
-    renderer.notice(turns)
     opening = renderer.opening_after(turns)
-    encoded = renderer.encode(turns)
     if slots is not None:
-        *past, coming = slots
+        *slots, coming = slots
         opening = (*coming, *opening)
-        for index, slot in zip((i for i, turn in enumerate(turns) if turn.is_trainable), past, strict=True):
-            encoded[index] = encoded[index].behind(slot)
-    head = leading_system_turns(turns)
-    preamble = (*renderer.preamble_of(turns), *prompt)
-    fixed = len(preamble) + sum(turn.longest for turn in encoded[:head])
+    encoded, preamble, head, fixed = _encoded(turns, renderer, slots, prompt)
     lengths = [*(turn.longest for turn in encoded), len(opening) + reserve]
     first = first_visible(rule, lengths, len(turns), head, fixed)
     if first is None:
-        needed = fixed + lengths[-1]
-        also = "the prompt, " if prompt else ""
-        raise InputError(f"max_length: found {rule.max_length}, expected at least {needed} to hold {also}the system "
-                         "turns and a reply")
+        raise _no_room(rule, fixed + lengths[-1], prompt, "a reply")
     kept = renderer.window_ids(turns, encoded, first, len(turns), live=False)
     return [*preamble, *(token for ids in kept for token in ids), *opening]
+
+
+def reply_window(
+    turns: Sequence[Turn],
+    role: str,
+    renderer: Renderer,
+    rule: WindowRule,
+    reserve: int = 0,
+    slots: Sequence[tuple[int, ...]] | None = None,
+    prompt: Sequence[int] = (),
+) -> list[int]:
+    """Ids read before the environment's reply to the last of these turns, the agent's: that turn's own window, the
+    turn, and the opening of a turn of this role. Training windows hold the same ids before a logged reply.
+
+    Args:
+      slots: ids before the opening of each agent turn; None = none. prompt: as for `policy_window`.
+      reserve: tokens kept free for the reply.
+    Raises: InputError where turn and reply alone do not fit.
+    """
+    said = [*turns, Turn(role, "")]
+    encoded, preamble, head, fixed = _encoded(said, renderer, slots, prompt)
+    lengths = [turn.longest for turn in encoded]
+    index, reply = len(turns) - 1, encoded[-1].action_start + reserve
+    if fixed + lengths[index] + reply > rule.max_length:
+        raise _no_room(rule, fixed + lengths[index] + reply, prompt, "the agent's turn and the environment's reply")
+    first = first_visible(rule, lengths, index, head, fixed, reply)
+    *kept, blank = answered_ids(renderer, said, encoded, first, len(turns), len(said))
+    return [*preamble, *(token for ids in kept for token in ids), *blank[: encoded[-1].action_start]]
+
+
+def _encoded(
+    turns: Sequence[Turn], renderer: Renderer, slots: Sequence[tuple[int, ...]] | None, prompt: Sequence[int]
+) -> tuple[list[EncodedTurn], tuple[int, ...], int, int]:
+    """The turns with their slots, the ids before them, the number of leading system turns, and the tokens of both."""
+    renderer.notice(turns)
+    encoded = renderer.encode(turns)
+    if slots is not None:
+        for index, slot in zip((i for i, turn in enumerate(turns) if turn.is_trainable), slots, strict=True):
+            encoded[index] = encoded[index].behind(slot)
+    head, preamble = leading_system_turns(turns), (*renderer.preamble_of(turns), *prompt)
+    return encoded, preamble, head, len(preamble) + sum(turn.longest for turn in encoded[:head])
+
+
+def _no_room(rule: WindowRule, needed: int, prompt: Sequence[int], what: str) -> InputError:
+    also = "the prompt, " if prompt else ""
+    return InputError(
+        f"max_length: found {rule.max_length}, expected at least {needed} to hold {also}the system turns and {what}"
+    )

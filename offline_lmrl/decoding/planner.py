@@ -5,9 +5,10 @@
 
 Every beam proposes some replies, drawn from the policy as it decodes (top_p and the like keep them probable: the score
 has no likelihood in it). Each is scored at its last token, as values inside a turn cannot be compared; the best beams
-stay, and what the environment says to them is imagined, greedily, by the same model. After `depth` utterances the
-first one of the best beam is said; the next turn plans anew. The model reads its null condition throughout, which is
-where its heads have learnt: a return in view would tell them what they are to say.
+stay, and what the environment says to them is imagined, greedily, by the same model. It reads the utterance after the
+window that it was chosen on, the same ids as in training. After `depth` utterances the first one of the best beam is
+said; the next turn plans anew. The model reads its null condition throughout, which is where its heads have learnt: a
+return in view would tell them what they are to say.
 """
 
 from collections.abc import Sequence
@@ -236,22 +237,16 @@ class PlannerSession:
         """The beams with what the environment says to them, and the memory that has their caches."""
         memory = memory.fork({i: beam.key for i, beam in enumerate(beams)})
         # All rows play one game, so their environment has one role.
-        blank, renderer = Turn(_speaker(beams[0].turns), ""), self.policy.renderer
-        turn = renderer.encode_turn(blank)
-        slots = self.policy.slots
-        behind = len(turn.ids) - turn.action_start + len(renderer.agent_opening) + len(slots.null if slots else ())
-        reserve = self.policy.sampling.max_new_tokens
-        windows = [self.policy.null_window([*beam.turns, blank], reserve)[:-behind] for beam in beams]
-        said = self.planner.environment(blank.role).sample(
-            windows, [0] * len(beams), memory=memory, rows=range(len(beams))
-        )
-        for beam, reply in zip(beams, said, strict=True):
+        role, policy = _speaker(beams[0].turns), self.policy
+        reserve = policy.sampling.max_new_tokens
+        windows = [policy.null_reply_window(beam.turns, role, reserve) for beam in beams]
+        said = self.planner.environment(role).sample(windows, [0] * len(beams), memory=memory, rows=range(len(beams)))
+        imagined = []
+        for i, (beam, reply) in enumerate(zip(beams, said, strict=True)):
             self.planned_tokens[beam.row] += len(reply.log_prob)
-        texts = [renderer.decode(reply.token_ids[: len(reply.token_ids) - reply.closed]) for reply in said]
-        return [
-            replace(beam, turns=[*beam.turns, replace(blank, content=text)], key=i)
-            for i, (beam, text) in enumerate(zip(beams, texts, strict=True))
-        ], memory
+            text = policy.renderer.decode(reply.token_ids[: len(reply.token_ids) - reply.closed], role)
+            imagined.append(replace(beam, turns=[*beam.turns, Turn(role, text)], key=i))
+        return imagined, memory
 
 
 class Critic:

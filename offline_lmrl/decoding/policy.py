@@ -21,7 +21,7 @@ from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.tokenizers import load_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
-from offline_lmrl.data.windows import WindowRule, policy_window
+from offline_lmrl.data.windows import WindowRule, policy_window, reply_window
 from offline_lmrl.decoding.asks import Asks
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.probe import check_plays
@@ -156,11 +156,20 @@ class LanguagePolicy:
     def null_window(self, turns: Sequence[Turn], reserve: int, prompt: Ids | None = None) -> list[int]:
         """What it sees before its coming turn where no return is asked for, behind this prompt, or its own; `reserve`
         tokens are kept free for that turn."""
-        slots = None
-        if self.slots is not None:
-            slots = [self.slots.null] * (1 + sum(turn.is_trainable for turn in turns))
         prompt = self.shared_prompt.null if prompt is None else prompt
-        return policy_window(turns, self.renderer, self.window, reserve, slots, prompt)
+        return policy_window(turns, self.renderer, self.window, reserve, self._null_slots(turns, coming=1), prompt)
+
+    def null_reply_window(self, turns: Sequence[Turn], role: str, reserve: int) -> list[int]:
+        """Ids that it reads before the environment speaks in this role after the agent's last turn, where no return is
+        asked for, after its own prompt; `reserve` tokens are kept free for the reply."""
+        slots, prompt = self._null_slots(turns), self.shared_prompt.null
+        return reply_window(turns, role, self.renderer, self.window, reserve, slots, prompt)
+
+    def _null_slots(self, turns: Sequence[Turn], coming: int = 0) -> list[Ids] | None:
+        """The null slot for every agent turn among these, and for the coming ones."""
+        if self.slots is None:
+            return None
+        return [self.slots.null] * (coming + sum(turn.is_trainable for turn in turns))
 
     def critic(self, run: str) -> "LanguagePolicy":
         """A run with value heads that reads without a prompt, on this model's device; loaded once. Where its V counts

@@ -13,11 +13,15 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.trajectory import Trajectory, Turn
-from offline_lmrl.data.windows import WindowRule, policy_window
+from offline_lmrl.data.windows import WindowRule, policy_window, reply_window
 from offline_lmrl.ops.returns import return_to_go
 from tests.tiny import TOKENIZERS, OneByOne, byte_level, one_form
 
 DEFAULT_WINDOWS, DEFAULT_STEPS = WindowRule(), StepRule()
+CLOSED_TWICE = ("{%- for m in messages -%}{{ '<' + m['role'] + '>' + m['content'] }}"
+                "{{- '<return>' if loop.last and m['role'] == 'assistant' else '<end>' }}{%- endfor -%}"
+                "{%- if add_generation_prompt -%}{{ '<assistant>' }}{%- endif -%}")  # fmt: skip
+VIEWS = {**TOKENIZERS, "closed twice": lambda: byte_level(CLOSED_TWICE, ["<end>", "<return>"])}
 
 
 class LetterRenderer(OneByOne):
@@ -347,36 +351,111 @@ def test_lengths_and_flat_storage_agree():
     assert dataset.mean_return == pytest.approx(2.6)  # (3 + 3 + 3 + 2 + 2) / 5, undiscounted
 
 
-def replies_of(trajectory, rule=DEFAULT_WINDOWS):
-    """Per window the characters, closings as ".", that its environment states stand before."""
-    encoder = EpisodeEncoder(LetterRenderer(), rule, DEFAULT_STEPS, RewardScale())
-    columns = encode_trajectories([trajectory], encoder, Counter())
-    dataset = WindowDataset(columns, 0, next_rows=False, end_rows=False)
-    dataset.replies = True
-    batch = dataset.batch(range(len(dataset)))
-    where = batch["environment"]
-    assert all(len(index) == 0 for index in dataset.surplus_batch()["environment"].values())
-    texts = [""] * len(dataset)
-    for row, state in zip(where["row"].tolist(), where["state"].tolist(), strict=True):
-        token = int(batch["input_ids"][row, state + 1])
-        texts[row] += "." if token == 3 else chr(token)
-    return texts
-
-
-def test_replies_of_the_environment_stand_in_one_window_each_and_openings_in_none():
-    dialogue = Trajectory((Turn("system", "rule"), user("greet"), agent("a"), user("one"), agent("b"), user("two"),
-                           agent("c"), user("left")))  # fmt: skip
-    assert replies_of(dialogue) == ["one.two."]
-    assert replies_of(dialogue, WindowRule(context=3)) == ["one.", "two."]
-    # with one turn in view nobody sees what was replied to
-    assert replies_of(dialogue, WindowRule(context=1)) == ["", "", ""]
-
-
-def windows_of(view, trajectory, rule=DEFAULT_WINDOWS):
-    encoder = EpisodeEncoder(view, rule, DEFAULT_STEPS, RewardScale())
-    columns = encode_trajectories([trajectory], encoder, Counter())
-    dataset = WindowDataset(columns, 0, next_rows=True, end_rows=True)
+def windows_of(view, trajectory, rule=DEFAULT_WINDOWS, replies=False, counts=None, slots=None, prompt=()):
+    encoder = EpisodeEncoder(view, rule, DEFAULT_STEPS, RewardScale(), slots, replies=replies)
+    columns = encode_trajectories([trajectory], encoder, Counter() if counts is None else counts, [prompt])
+    dataset = WindowDataset(columns, 0, next_rows=True, end_rows=True, replies=replies)
+    assert not replies or all(len(index) == 0 for index in dataset.surplus_batch()["environment"].values())
     return dataset.batch(range(len(dataset)))
+
+
+def with_replies(trajectory, rule=DEFAULT_WINDOWS, **more):
+    """Per window its ids, and the ids that its environment states stand before."""
+    batch = windows_of(LetterRenderer(), trajectory, rule, replies=True, **more)
+    ids = [row[real].tolist() for row, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    targets = [[] for _ in range(batch["windows"])]
+    for row, state in zip(*(batch["environment"][name].tolist() for name in ("row", "state")), strict=True):
+        targets[row].append(ids[row][state + 1])
+    return list(zip(ids[: batch["windows"]], targets, strict=True))
+
+
+A, B, C, D = map(ord, "abcd")
+FOUR = (user("a"), agent("x", 1.0), user("b"), agent("y", 2.0), user("cc"), agent("z", 3.0), user("d"))
+
+
+def test_a_window_also_holds_what_the_environment_replies_to_its_last_turn():
+    ended, cut = Trajectory(FOUR), Trajectory(FOUR, terminated=False)
+    first = [1, 2, A, 3, 4, X, 5, 2, B, 3], [B, 3]
+    second = [1, 2, B, 3, 4, Y, 5, 2, C, C, 3], [C, C, 3]
+    third = [1, 2, C, C, 3, 4, Z, 5]
+    # What an episode ends with is answered by nobody; a log that was cut goes on after it.
+    assert with_replies(ended, WindowRule(context=1)) == [first, second, (third, [])]
+    assert with_replies(cut, WindowRule(context=1)) == [first, second, ([*third, 2, D, 3], [D, 3])]
+
+
+def test_the_same_turns_are_in_view_for_a_reply_as_for_the_turn_that_it_answers():
+    ended = Trajectory(FOUR)
+    x, y, z = [2, A, 3, 4, X, 5], [2, B, 3, 4, Y, 5], [2, C, C, 3, 4, Z, 5]
+    assert with_replies(ended) == [([1, *x, *y, *z], [B, 3, C, C, 3])]
+    assert with_replies(ended, WindowRule(context=2)) == [
+        ([1, *x, 2, B, 3], [B, 3]),
+        ([1, *x[3:], *y, 2, C, C, 3], [C, C, 3]),
+        ([1, *y[3:], *z], []),
+    ]
+    # turns 1 and 3 share a window that begins with turn 0; turn 5 would see five turns
+    assert with_replies(ended, WindowRule(context=4, stride=2)) == [
+        ([1, *x, *y, 2, C, C, 3], [B, 3, C, C, 3]),
+        ([1, *y, *z], []),
+    ]
+
+
+def test_replies_of_a_log_that_was_cut_are_targets_where_its_row_goes_on_to_the_next_opening():
+    cut = Trajectory(DIALOGUE[:3], terminated=False)
+    assert with_replies(cut) == [([1, 2, A, 3, 4, X, Y, 5, 2, B, 3, 4], [B, 3])]
+
+
+def test_a_reply_of_several_turns_ends_where_an_agent_speaks_whoever_is_credited():
+    turns = (user("a"), agent("x"), user("b"), Turn("system", "s"), Turn("assistant", "w", trainable=False), user("c"),
+             agent("y"), user("d"), Turn("assistant", "w", trainable=False))  # fmt: skip
+    rows = with_replies(Trajectory(turns, terminated=False), WindowRule(context=1))
+    assert rows == [
+        ([1, 2, A, 3, 4, X, 5, 2, B, 3, 6, ord("s"), 7], [B, 3, ord("s"), 7]),
+        ([1, 2, C, 3, 4, Y, 5, 2, D, 3], [D, 3]),
+    ]
+    opens = with_replies(Trajectory((agent("x"), user("a"), agent("y"))), WindowRule(context=1))
+    assert opens == [([1, 4, X, 5, 2, A, 3], [A, 3]), ([1, 2, A, 3, 4, Y, 5], [])]
+
+
+def test_windows_with_replies_keep_prompt_system_turn_and_slots():
+    turns = (Turn("system", "s"), *FOUR[:4])
+    rows = with_replies(Trajectory(turns), WindowRule(context=1), slots=slots, prompt=(90, 91))
+    system = [6, ord("s"), 7]
+    assert rows == [
+        ([1, 90, 91, *system, 2, A, 3, 203, 4, X, 5, 2, B, 3], [B, 3]),
+        ([1, 90, 91, *system, 2, B, 3, 202, 4, Y, 5], []),
+    ]
+
+
+def test_replies_leave_every_step_as_it_was():
+    rules = WindowRule(), WindowRule(1), WindowRule(2), WindowRule(4, 2), WindowRule(None, 1, 60)
+    for rule, terminated in [(rule, ended) for rule in rules for ended in (True, False)]:
+        trajectory = Trajectory(FOUR, terminated=terminated)
+        without, held = (windows_of(LetterRenderer(), trajectory, rule, replies) for replies in (False, True))
+        assert "environment" not in without
+        for name in without["steps"]:
+            assert torch.equal(without["steps"][name], held["steps"][name]), (rule, name)
+        pairs = zip(without["input_ids"], without["attention_mask"], held["input_ids"], strict=True)
+        assert all(torch.equal(row[real], longer[: len(row)][real]) for row, real, longer in pairs)
+        assert held["action_mask"].sum() == without["action_mask"].sum() == 6
+
+
+def test_where_max_length_binds_oldest_turns_make_room_for_the_reply():
+    ended = Trajectory(FOUR[:6])
+    x, y, z = [2, A, 3, 4, X, 5], [2, B, 3, 4, Y, 5], [2, C, C, 3, 4, Z, 5]
+    # turns 0 to 3 are 13 tokens with the preamble and fit; with the reply of 4 they are 17
+    rows = with_replies(ended, WindowRule(max_length=16))
+    assert rows == [([1, *x, 2, B, 3], [B, 3]), ([1, *x[3:], *y, 2, C, C, 3], [C, C, 3]), ([1, *y, *z], [])]
+    assert max(len(ids) for ids, _ in rows) <= 16
+
+
+def test_a_reply_that_does_not_fit_with_its_turn_is_left_out_and_counted():
+    turns, counts = (user("a"), agent("x"), user("b" * 9), user("c"), agent("y")), Counter()
+    rows = with_replies(Trajectory(turns), WindowRule(max_length=12), counts=counts)
+    assert rows == [([1, 2, A, 3, 4, X, 5], []), ([1, 2, C, 3, 4, Y, 5], [])]
+    assert counts["replies of the environment left out: longer than max_length leaves"] == 1
+    roomy = Counter()
+    with_replies(Trajectory(turns), WindowRule(max_length=30), counts=roomy)
+    assert roomy["replies of the environment left out: longer than max_length leaves"] == 0
 
 
 def test_history_that_the_template_rewrites_gives_every_agent_turn_a_row_of_its_own():
@@ -403,10 +482,7 @@ def test_history_that_the_template_rewrites_gives_every_agent_turn_a_row_of_its_
 
 
 def test_closing_that_history_holds_otherwise_is_an_action_all_the_same():
-    template = ("{%- for m in messages -%}{{ '<' + m['role'] + '>' + m['content'] }}"
-                "{{- '<return>' if loop.last and m['role'] == 'assistant' else '<end>' }}{%- endfor -%}"
-                "{%- if add_generation_prompt -%}{{ '<assistant>' }}{%- endif -%}")
-    view = Renderer(byte_level(template, ["<end>", "<return>"]))
+    view = Renderer(VIEWS["closed twice"]())
     end, last = view.tokenizer.convert_tokens_to_ids(["<end>", "<return>"])
     batch = windows_of(view, Trajectory(DIALOGUE))
     steps, ids = batch["steps"], batch["input_ids"]
@@ -430,3 +506,50 @@ def test_closing_that_no_history_holds_is_an_action_behind_the_text():
     assert batch["action_mask"].sum() == len(steps["action"]) - 2
     prompt, columns = policy_window(DIALOGUE[:1], view, DEFAULT_WINDOWS), steps["state"]
     assert prompt == ids[0, : len(prompt)].tolist() and columns[0] == len(prompt) - 1
+
+
+def test_after_a_turn_that_history_rewrites_the_reply_is_read_behind_the_turn_as_it_was_written():
+    view = Renderer(TOKENIZERS["thinking"]())
+    turns = (user("a"), agent("<think>\nhm\n</think>\n\nxy", 1.0), user("b"), agent("z", 2.0))
+    batch = windows_of(view, Trajectory(turns), replies=True)
+    plain = windows_of(view, Trajectory(turns))
+    assert {name: values.tolist() for name, values in batch["steps"].items()} == {
+        name: values.tolist() for name, values in plain["steps"].items()}  # fmt: skip
+    first, second = (row[real] for row, real in zip(batch["input_ids"][:2], batch["attention_mask"], strict=False))
+    written = view.tokens(turns[:2])  # with the thought, which the next window does not show
+    assert first.tolist() == [*written, *view.encode_turn(turns[2]).ids]
+    assert second.tolist() == view.tokens(turns)
+    where = batch["environment"]
+    assert where["row"].tolist() == [0] * len(where["row"])
+    assert view.tokenizer.decode(first[where["state"] + 1]) == "b<|im_end|>\n"
+
+
+def test_before_a_reply_a_turn_is_closed_as_history_closes_it():
+    view = Renderer(VIEWS["closed twice"]())
+    last = view.tokenizer.convert_tokens_to_ids("<return>")
+    batch = windows_of(view, Trajectory(DIALOGUE), WindowRule(context=1), replies=True)
+    first = batch["input_ids"][0][batch["attention_mask"][0]]
+    assert view.tokenizer.decode(first) == "<user>a<end><assistant>xy<end><user>b<end>"
+    steps, where = batch["steps"], batch["environment"]
+    assert steps["action"][steps["closes_turn"]].tolist() == [last, last]
+    assert view.tokenizer.decode(first[where["state"] + 1]) == "b<end>" and set(where["row"].tolist()) == {0}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_training_windows_hold_before_every_reply_what_is_read_live(name):
+    view, told, prompt = Renderer(VIEWS[name]()), [(7,)] * 6, (5, 6)
+    thought = "<think>\nhm\n</think>\n\n"
+    turns = [turn for i, word in enumerate(["one", "three books", "2", "deal?", "no"])
+             for turn in (user(word), agent(f"{thought * (i % 2)}y{i} z", 1.0))]  # fmt: skip
+    cut = Trajectory((*turns, user("end")), terminated=False)
+    rules = [WindowRule(k) for k in (1, 2, 3, None)]
+    rules += [WindowRule(4, 2), WindowRule(max_length=70), WindowRule(stride=3, max_length=90)]
+    for rule in rules:
+        batch = windows_of(view, cut, rule, replies=True, slots=lambda log: told, prompt=prompt)
+        states = list(zip(*(batch["environment"][name].tolist() for name in ("row", "state")), strict=True))
+        trained = [batch["input_ids"][row, : state + 1].tolist() for row, state in states
+                   if (row, state - 1) not in states]  # fmt: skip
+        for stop, ids in zip(range(2, 11, 2), trained, strict=True):
+            reply = len(view.encode_turn(cut.turns[stop]).actions)
+            seen = cut.turns[:stop]
+            assert ids == reply_window(seen, "user", view, rule, reply, told[: stop // 2], prompt), rule

@@ -1,17 +1,22 @@
 """Planning: equal to sampling where nothing is to choose, scores by hand, caches, scorers, and what is refused."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
+from offline_lmrl.data.batching import WindowDataset, encode_trajectories
 from offline_lmrl.data.conditioning import ReturnScale
+from offline_lmrl.data.episodes import EpisodeEncoder, StepRule
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding import planner as planning
-from offline_lmrl.decoding.planner import Critic, Planner, PlannerConfig
+from offline_lmrl.decoding.planner import Critic, Planner, PlannerConfig, PlannerSession
 from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.models.guided import attach, attach_return_heads, attach_returns, build_model
@@ -45,8 +50,9 @@ def planning_model(heads=True):
 MODEL = planning_model()
 
 
-def policy(model=MODEL, **sampling):
-    return LanguagePolicy(model, RENDERER, SamplingConfig(**{"max_new_tokens": 4, "top_k": 5} | sampling))
+def policy(model=MODEL, context=None, stride=1, **sampling):
+    form = SamplingConfig(**{"max_new_tokens": 4, "top_k": 5} | sampling)
+    return LanguagePolicy(model, RENDERER, form, context=context, stride=stride)
 
 
 def play(player, turns=2):
@@ -112,12 +118,56 @@ def test_the_best_of_the_different_proposals_is_said_as_an_uncached_pass_scores_
     assert session.scores[0] == [pytest.approx(rated[reply.text], abs=1e-4)]
 
 
-def test_caches_change_no_plan(monkeypatch):
-    cached, _, with_caches = play(Planner(policy(), width=2, expand=3, depth=2))
+@pytest.mark.parametrize("context", [None, 2])
+def test_caches_change_no_plan(monkeypatch, context):
+    cached, _, with_caches = play(Planner(policy(context=context), width=2, expand=3, depth=2))
     monkeypatch.setattr(planning, "CACHE_BYTES", 0)
-    fresh, _, without = play(Planner(policy(), width=2, expand=3, depth=2))
+    fresh, _, without = play(Planner(policy(context=context), width=2, expand=3, depth=2))
     assert [reply.token_ids for reply in cached] == [reply.token_ids for reply in fresh]
     assert_close(torch.tensor(with_caches.scores[0]), torch.tensor(without.scores[0]), atol=1e-4, rtol=0)
+
+
+def spy(monkeypatch, sampler):
+    """Records the prompts that a sampler is given, one list per call."""
+    fed, sample = [], sampler.sample
+    monkeypatch.setattr(sampler, "sample", lambda prompts, *args, **more: (
+        fed.append(list(prompts)), sample(prompts, *args, **more))[1])  # fmt: skip
+    return fed
+
+
+@pytest.mark.parametrize("prompt", [None, [LOGS[3]]])
+@pytest.mark.parametrize("context, stride", [(1, 1), (2, 1), (None, 1), (4, 2)])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_what_is_imagined_is_read_after_the_same_ids_as_in_training(monkeypatch, context, stride, depth, prompt):
+    player = policy(context=context, stride=stride)
+    player = LanguagePolicy(MODEL, RENDERER, player.sampling, context=context, stride=stride, prompt=prompt)
+    planner = Planner(player, width=1, expand=1, depth=depth + 1)
+    planner.heads = Fixed(0.0, 0.0, 0.0)
+    proposed, imagined = spy(monkeypatch, player.sampler), spy(monkeypatch, planner.environment("user"))
+    plans, score = [], PlannerSession._score
+    monkeypatch.setattr(PlannerSession, "_score", lambda self, beams, *rest: (
+        plans.append(beams[0].turns), score(self, beams, *rest))[1])  # fmt: skip
+    past = [turn for i in range(2) for turn in (Turn("user", f"at {i}"), Turn("assistant", "move left"))]
+    planner.start([5]).reply([0], [[*past, Turn("user", "you are at 1, 2")]])
+
+    plan = Trajectory(tuple(plans[-1]), labels={"tokenizer": RENDERER.fingerprint})
+    assert len(plan.turns) == 6 + 2 * depth and len(imagined) == depth
+    encoder = EpisodeEncoder(RENDERER, player.window, StepRule(), RewardScale(), player.slots.nulls, replies=True)
+    columns = encode_trajectories([plan], encoder, Counter(), [player.shared_prompt.null])
+    batch = WindowDataset(columns, 0, next_rows=False, end_rows=False, replies=True).batch(
+        range(len(columns["input_ids"][1]) - 1)
+    )
+    states = list(zip(*(batch["environment"][name].tolist() for name in ("row", "state")), strict=True))
+    replies = [(row, state) for row, state in states if (row, state - 1) not in states]
+    own = sorted({*zip(*(batch["steps"][name].tolist() for name in ("row", "open_state")), strict=True)})
+    for fed, places in ((imagined, replies[2:]), (proposed, own[2:])):
+        assert [call[0] for call in fed] == [batch["input_ids"][row, : at + 1].tolist() for row, at in places]
+
+
+def test_a_reply_for_which_max_length_leaves_no_room_is_refused_in_one_line():
+    player = LanguagePolicy(MODEL, RENDERER, SamplingConfig(max_new_tokens=4), max_length=16)
+    with pytest.raises(InputError, match="max_length: found 16, expected at least 2. to hold the system"):
+        player.null_reply_window([Turn("user", "at"), Turn("assistant", "1, 2, 1, 2")], "user", 8)
 
 
 def test_a_scorer_decides_and_sees_what_comes_before_the_reply():
