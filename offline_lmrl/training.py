@@ -172,6 +172,15 @@ def check_range(config: object, **bounds: tuple[float, float]) -> None:
             raise InputError(f"{name}: found {getattr(config, name)}, expected {low} to {high}")
 
 
+KNOWN_TURN = "a finished turn of which it is known what follows"  # what it earned is a target
+
+
+def require_targets(name: str, weight: float, targets: int, what: str) -> None:
+    """Raise an InputError where a weight is above 0 and nothing in the training data is a target of its loss."""
+    if weight > 0 and not targets:
+        raise InputError(f"{name}: found {weight:g}, expected 0, as no window of the training data holds {what}")
+
+
 class LengthGroupedSampler(torch.utils.data.Sampler[int]):
     """A shuffle in which neighbours have like lengths; a function of (seed, epoch) alone, so resuming is exact."""
 
@@ -438,7 +447,9 @@ class BaseTrainer(transformers.Trainer):
             return {}
         total = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum")
         names, self._sums = list(self._sums), {}
-        return {prefix + name: (pair[0] / pair[1]).item() for name, pair in zip(names, total, strict=True)}
+        # Of a metric that counted nothing there is no average: none of the windows had what it is about.
+        rows = zip(names, total.tolist(), strict=True)
+        return {prefix + name: added / count for name, (added, count) in rows if count}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:  # which is that of the whole run, however often it was stopped
@@ -798,6 +809,10 @@ class OfflineTrainer(BaseTrainer):
     def rows_for_end_v(self, args: OfflineConfig) -> bool:
         return False
 
+    def learns_replies(self, args: OfflineConfig) -> bool:
+        """Whether windows also hold the environment's replies, as targets."""
+        return False
+
     def items_in(self, batch: Mapping[str, Any]) -> int:
         """Action tokens."""
         return len(batch["steps"]["row"])
@@ -808,10 +823,6 @@ class OfflineTrainer(BaseTrainer):
     def _forward(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         inputs = {name: value for name, value in batch.items() if name != "action_mask"}
         return model(**inputs, **self.forward_options())
-
-    def learns_replies(self, args: OfflineConfig) -> bool:
-        """Whether windows also hold the environment's replies, as targets."""
-        return False
 
 
 def check_model(model: PreTrainedModel, renderer: Renderer, max_length: int) -> None:

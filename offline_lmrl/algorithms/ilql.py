@@ -38,7 +38,14 @@ from offline_lmrl.models.guided import attach, check_same_heads, slots_of
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.ops.returns import monte_carlo_mixture
 from offline_lmrl.ops.value_learning import awr_weight, conservative_loss, expectile_loss, q_loss, td_target
-from offline_lmrl.training import OfflineConfig, OfflineTrainer, TargetUpdates, check_range
+from offline_lmrl.training import (
+    KNOWN_TURN,
+    OfflineConfig,
+    OfflineTrainer,
+    TargetUpdates,
+    check_range,
+    require_targets,
+)
 
 
 @dataclass
@@ -180,7 +187,8 @@ class ILQLTrainer(OfflineTrainer):
         return slots and slots.nulls
 
     def prepare_model(self, model, args: ILQLConfig, windows: WindowDataset):
-        utterance = args.utterance_weight > 0
+        utterance, ends = args.utterance_weight > 0, int(windows.closing_steps.sum())
+        require_targets("utterance_weight", args.utterance_weight, ends, KNOWN_TURN)
         if getattr(model, "value_heads", None) is not None:  # goes on with the heads that came along
             there = settings(model.config)["value_heads"]
             check_same_heads("the model", there | {"kind": args.value_heads, "utterance": utterance}, there)

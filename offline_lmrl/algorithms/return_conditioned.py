@@ -45,7 +45,7 @@ from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import attach_return_heads, attach_returns
 from offline_lmrl.models.return_heads import fit_heads
-from offline_lmrl.training import OfflineConfig, OfflineTrainer, check_range
+from offline_lmrl.training import KNOWN_TURN, OfflineConfig, OfflineTrainer, check_range, require_targets
 
 TABLE_RATE = 10.0  # learning rate of the return table, as a multiple of the model's: its rows start from nothing
 
@@ -165,6 +165,9 @@ class ReturnConditionedTrainer(OfflineTrainer):
 
     def prepare_model(self, model, args: ReturnConditionedConfig, windows: WindowDataset):
         model = super().prepare_model(model, args, windows)
+        replies, ends = len(windows.flat["environment"][0]), int(windows.closing_steps.sum())
+        require_targets("environment_weight", args.environment_weight, replies, "a reply of the environment")
+        require_targets("return_weight", args.return_weight, ends, KNOWN_TURN)
         there = settings(model.config)
         if "returns" not in there:
             attach_returns(model, self.returns)
@@ -172,12 +175,15 @@ class ReturnConditionedTrainer(OfflineTrainer):
         if block is not None and block["discount_per_turn"] != args.discount_per_turn:
             raise InputError(f"discount_per_turn: found {args.discount_per_turn:g}, expected that of the model's "
                              f"return heads, {block['discount_per_turn']:g}")
+        if args.return_weight > 0 and self.returns["condition"] == "text":
+            raise InputError(f"return_weight: found {args.return_weight:g}, expected 0, as the model reads returns as "
+                             "text, and then no window is without a condition")
         if args.return_weight > 0 and not self.renderer.closing_stays:
             raise InputError("return_weight: found a chat template whose history does not hold the token that "
                              "closes a turn, where return heads read; expected return_weight: 0, or template: plain")
         if args.return_weight > 0 and block is None:
-            steps = {name: windows.flat[name][0] for name in Step._fields}
-            attach_return_heads(model, fit_heads(steps, args.bins, args.discount_per_turn))
+            closing = {name: windows.flat[name][0][windows.closing_steps] for name in Step._fields}
+            attach_return_heads(model, fit_heads(closing, args.bins, args.discount_per_turn))
         return model
 
     def learns_replies(self, args: ReturnConditionedConfig) -> bool:

@@ -117,6 +117,11 @@ class WindowDataset(torch.utils.data.Dataset):
         read = {"input_ids": True, "next_ids": self.next_rows, "end_ids": self.end_rows}
         return sum(len(self.flat[name][0]) for name, used in read.items() if used)
 
+    @property
+    def closing_steps(self) -> np.ndarray:
+        """(N,) bool over all steps: those that close a turn of which it is known what follows."""
+        return self.flat["closes_turn"][0].astype(bool) & self.flat["has_target"][0].astype(bool)
+
     def facts(self) -> dict[str, int]:
         return {"windows": len(self), "tokens": self.tokens, "action tokens": self.action_tokens}
 

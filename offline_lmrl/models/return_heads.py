@@ -26,9 +26,11 @@ HEADS = ("returns", "reward", "after", "ended")
 
 
 def fit_heads(steps: Mapping[str, np.ndarray], most: int, discount_per_turn: float) -> dict[str, Any]:
-    """The block of heads for turns like these: columns of action steps (data/batching.py); at most so many bins."""
-    last = steps["closes_turn"].astype(bool) & steps["has_target"].astype(bool)
-    earned = outcomes({name: column[last] for name, column in steps.items()})
+    """The block of heads for turns like these, at most so many bins.
+
+    steps: columns of the action steps (data/batching.py) that close turns and have a target; at least one.
+    """
+    earned = outcomes(steps)
     return {name: fit_bins(earned[name], most) for name in HEADS} | {"discount_per_turn": discount_per_turn}
 
 

@@ -210,3 +210,51 @@ def test_heads_are_fitted_to_the_turns_trained_on_null_rows_and_saved(tmp_path):
 def test_heads_are_refused_where_every_row_has_a_condition(tmp_path, settings):
     with pytest.raises(InputError, match="return_weight: found 1.0"):
         trainer(tmp_path, return_weight=1.0, **settings)
+
+
+# Cut right after the agent's turn, so that nobody knows what it earned.
+CUT = [Trajectory((*ASKED, Turn("assistant", "good", reward=float(i))), terminated=False) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "logs", "what"),
+    [("environment_weight", PREFERENCES, "a reply of the environment"),
+     ("return_weight", CUT, "a finished turn of which it is known what follows")],
+)  # fmt: skip
+def test_a_weight_whose_loss_has_no_target_in_the_data_is_refused(tmp_path, name, logs, what):
+    with pytest.raises(InputError) as refused:
+        trainer(tmp_path, logs=logs, **{name: 0.5})
+    assert str(refused.value) == f"{name}: found 0.5, expected 0, as no window of the training data holds {what}"
+
+
+def test_the_weight_of_whole_replies_is_refused_where_no_reply_has_an_outcome(tmp_path):
+    with pytest.raises(InputError, match="utterance_weight: found 2, expected 0, as no window of the training data"):
+        trainer(tmp_path, "ilql", logs=CUT, utterance_weight=2.0)
+
+
+def test_return_heads_are_refused_on_a_model_that_reads_its_returns_as_text(tmp_path):
+    folder = saved(trainer(tmp_path, condition="text"))
+    with pytest.raises(InputError, match="return_weight: found 1, expected 0, as the model reads returns as text"):
+        trainer(tmp_path / "again", model=load_model(folder), return_weight=1.0)
+
+
+def test_replies_cost_tokens_only_where_they_are_learnt(tmp_path):
+    logs = [episode("good", "bad"), episode("bad", "bad")]
+    bare, with_replies = (trainer(tmp_path, logs=logs, context=1, environment_weight=w) for w in (0.0, 1.0))
+    reply = len(bare.renderer.encode_turn(ASKED[0]).ids)
+    assert with_replies.train_dataset.tokens == bare.train_dataset.tokens + 2 * reply
+    assert "environment" not in bare.train_dataset.batch([0])
+    batch = with_replies.train_dataset.batch([0])
+    text = batch["input_ids"][0][batch["environment"]["state"] + 1]
+    assert TOKENIZER.decode(text) == "say it" + TOKENIZER.decode(bare.renderer.closing("user"))
+
+
+def test_a_metric_that_counted_nothing_is_left_out_of_the_log(tmp_path):
+    logs = [episode("good", "bad"), episode("bad")]
+    settings = {"environment_weight": 1.0, "context": 1, "logging_steps": 1, "max_steps": 8}
+    run = trainer(tmp_path, logs=logs, per_device_train_batch_size=1, **settings)
+    run.train()
+    rows = [row for row in run.state.log_history if "loss" in row]
+    told = [row["loss/environment"] for row in rows if "loss/environment" in row]
+    assert 0 < len(told) < len(rows) == 8  # one window in three has a reply
+    assert all(value == value for row in rows for value in row.values())
