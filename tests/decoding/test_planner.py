@@ -50,9 +50,9 @@ def planning_model(heads=True):
 MODEL = planning_model()
 
 
-def policy(model=MODEL, context=None, stride=1, **sampling):
+def policy(model=MODEL, context=None, stride=1, prompt=None, **sampling):
     form = SamplingConfig(**{"max_new_tokens": 4, "top_k": 5} | sampling)
-    return LanguagePolicy(model, RENDERER, form, context=context, stride=stride)
+    return LanguagePolicy(model, RENDERER, form, context=context, stride=stride, prompt=prompt)
 
 
 def play(player, turns=2):
@@ -135,13 +135,13 @@ def spy(monkeypatch, sampler):
     return fed
 
 
-@pytest.mark.parametrize("prompt", [None, [LOGS[3]]])
-@pytest.mark.parametrize("context, stride", [(1, 1), (2, 1), (None, 1), (4, 2)])
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_what_is_imagined_is_read_after_the_same_ids_as_in_training(monkeypatch, context, stride, depth, prompt):
-    player = policy(context=context, stride=stride)
-    player = LanguagePolicy(MODEL, RENDERER, player.sampling, context=context, stride=stride, prompt=prompt)
-    planner = Planner(player, width=1, expand=1, depth=depth + 1)
+@pytest.mark.parametrize("context, stride, prompt", [(1, 1, None), (2, 1, LOGS[3:4]), (None, 1, None), (4, 2, None)])
+@pytest.mark.parametrize("imaginations", [1, 2, 3])
+def test_what_is_imagined_is_read_after_the_same_ids_as_in_training(
+    monkeypatch, context, stride, prompt, imaginations
+):
+    player = policy(context=context, stride=stride, prompt=prompt)
+    planner = Planner(player, width=1, expand=1, depth=imaginations + 1)
     planner.heads = Fixed(0.0, 0.0, 0.0)
     proposed, imagined = spy(monkeypatch, player.sampler), spy(monkeypatch, planner.environment("user"))
     plans, score = [], PlannerSession._score
@@ -151,7 +151,7 @@ def test_what_is_imagined_is_read_after_the_same_ids_as_in_training(monkeypatch,
     planner.start([5]).reply([0], [[*past, Turn("user", "you are at 1, 2")]])
 
     plan = Trajectory(tuple(plans[-1]), labels={"tokenizer": RENDERER.fingerprint})
-    assert len(plan.turns) == 6 + 2 * depth and len(imagined) == depth
+    assert len(plan.turns) == 6 + 2 * imaginations and len(imagined) == imaginations
     encoder = EpisodeEncoder(RENDERER, player.window, StepRule(), RewardScale(), player.slots.nulls, replies=True)
     columns = encode_trajectories([plan], encoder, Counter(), [player.shared_prompt.null])
     batch = WindowDataset(columns, 0, next_rows=False, end_rows=False, replies=True).batch(
