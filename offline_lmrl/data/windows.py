@@ -147,6 +147,7 @@ def policy_window(
         training would start it for a turn of the opening and that many tokens, however long the reply turns out.
     Raises: InputError where the prompt and the leading system turns alone leave no room.
     """
+    renderer.notice(turns)
     opening = renderer.opening_after(turns)
     if slots is not None:
         *slots, coming = slots
@@ -177,6 +178,7 @@ def reply_window(
       reserve: tokens kept free for the reply.
     Raises: InputError where turn and reply alone do not fit.
     """
+    renderer.notice(turns)
     said = [*turns, Turn(role, "")]
     encoded, preamble, head, fixed = _encoded(said, renderer, slots, prompt)
     lengths = [turn.longest for turn in encoded]
@@ -192,7 +194,6 @@ def _encoded(
     turns: Sequence[Turn], renderer: Renderer, slots: Sequence[tuple[int, ...]] | None, prompt: Sequence[int]
 ) -> tuple[list[EncodedTurn], tuple[int, ...], int, int]:
     """The turns with their slots, the ids before them, the number of leading system turns, and the tokens of both."""
-    renderer.notice(turns)
     encoded = renderer.encode(turns)
     if slots is not None:
         for index, slot in zip((i for i, turn in enumerate(turns) if turn.is_trainable), slots, strict=True):
