@@ -108,7 +108,12 @@ class BaseConfig(TrainingArguments):
             raise
         except Exception as error:  # whatever is raised here is about the settings
             raise InputError(f"args: {' '.join(str(error).split()) or type(error).__name__}") from error
-        check_range(self, seed=(0, 2**32 - 1))  # numpy's
+        check_range(
+            self, seed=(0, 2**32 - 1), per_device_train_batch_size=(1, 2**31), per_device_eval_batch_size=(1, 2**31),
+            gradient_accumulation_steps=(1, 2**31), learning_rate=(0, 1e6), weight_decay=(0, 1e6),
+            adam_beta1=(0, 0.999999), adam_beta2=(0, 0.9999999), adam_epsilon=(0, 1e6), max_grad_norm=(0, math.inf),
+            dataloader_num_workers=(0, 10**6),
+        )  # fmt: skip
         check_schedule(self)
         check_trackers(self)
 
@@ -166,10 +171,11 @@ def check_trackers(args: TrainingArguments) -> None:
 
 
 def check_range(config: object, **bounds: tuple[float, float]) -> None:
-    """Raise an InputError that names the first field of `config` outside its closed range."""
+    """Raise an InputError that names the first field of `config` outside its closed range; None is in every range."""
     for name, (low, high) in bounds.items():
-        if not low <= getattr(config, name) <= high:
-            raise InputError(f"{name}: found {getattr(config, name)}, expected {low} to {high}")
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"{name}: found {value}, expected {low} to {high}")
 
 
 KNOWN_TURN = "a finished turn of which it is known what follows"  # what it earned is a target

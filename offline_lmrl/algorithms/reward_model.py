@@ -92,7 +92,7 @@ class RewardModelConfig(BaseConfig):
     processes: int = 1
 
     def __post_init__(self) -> None:
-        check_range(self, error_rate=(0, 0.999), margin=(0, 1e6), learning_rate=(0, 1e6), processes=(1, 10**6))
+        check_range(self, error_rate=(0, 0.999), margin=(0, 1e6), processes=(1, 10**6))
         for name in ("error_rate", "margin"):
             if self.loss != "pairs" and getattr(self, name) > 0:
                 raise InputError(f"{name}: found {getattr(self, name):g} with loss: {self.loss}, expected 0, as only "

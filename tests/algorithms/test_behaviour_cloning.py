@@ -48,3 +48,15 @@ def test_settings_out_of_range_are_refused(tmp_path):
         BCConfig(output_dir=str(tmp_path), keep_share=0.0)
     with pytest.raises(InputError, match="stride: found 3, expected 1 to context"):
         BCConfig(output_dir=str(tmp_path), context=2, stride=3)
+
+
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+          "dataloader_num_workers")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [*COUNTS, "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm"]
+)
+def test_what_transformers_takes_and_torch_then_refuses_is_one_line(tmp_path, name):
+    with pytest.raises(InputError, match=f"^{name}: found -1, expected "):
+        BCConfig(output_dir=str(tmp_path), **{name: -1})
