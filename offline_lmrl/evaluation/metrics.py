@@ -51,14 +51,14 @@ class Estimate(NamedTuple):
         """Whether a difference says that one method is better: several seeds, and an interval without 0."""
         return self.seeds > 1 and not self.low <= 0 <= self.high
 
-    def to_text(self, decimals: int = 2) -> str:
+    def to_text(self, decimals: int) -> str:
+        """Mean and interval, without saying of what."""
         if self.interval is None:
             return f"{self.mean:.{decimals}f} (no interval: one cluster of episodes)"
-        ends = f"{self.mean:.{decimals}f} [{self.low:.{decimals}f}, {self.high:.{decimals}f}]"
-        return ends if self.seeds > 1 else f"{ends} of this run"
+        return f"{self.mean:.{decimals}f} [{self.low:.{decimals}f}, {self.high:.{decimals}f}]"
 
     def __str__(self) -> str:
-        return self.to_text()
+        return self.to_text(2) + " of this run" * (self.seeds == 1 and self.interval is not None)
 
 
 @dataclass(frozen=True)

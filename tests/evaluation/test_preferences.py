@@ -32,7 +32,9 @@ def test_accuracy_and_its_baselines_by_hand():
     facts = judge(Function(numbers), ROWS)
     assert (facts["comparisons"], facts["pairs"], facts["groups"]) == (5, 5, 3)
     # right, half, right, wrong, wrong; longer: right, half, right, half, wrong; shorter is the rest
-    assert facts["accuracy"].startswith("0.500 [0.000, ")
+    # Groups of 2, 1 and 2 pairs with 1.5, 1 and 0 right: without each .333, .375 and .833, a variance of .1026, which
+    # .25 / .1026 = 2.44 pairs have; 9² / (4² + 1 + 4²) − 1 = 1.45 degrees of freedom
+    assert facts["accuracy"] == "0.500 [0.015, 0.985]"
     assert facts["baselines"]["the longer reply"].startswith("0.600 [")
     assert facts["baselines"]["the shorter reply"].startswith("0.400 [")
     assert facts["difference"].startswith("-0.100 [")
@@ -74,7 +76,7 @@ def test_cross_entropy_and_calibration_take_scores_as_log_odds():
     # Either order of these has a bin of its own; of the pair with σ = .5 both are in one, where 1 and 0 come.
     assert facts["calibration error"] == pytest.approx(2 * sum(apart) / 6)
     silent = judge(Function(lambda context, option: 0.0), ROWS[:3])
-    assert silent["cross entropy"] == pytest.approx(math.log(2)) and silent["accuracy"] == "0.500 [0.500, 0.500]"
+    assert silent["cross entropy"] == pytest.approx(math.log(2)) and silent["accuracy"] == "0.500 [0.005, 0.995]"
 
 
 def test_which_option_stands_first_changes_nothing():
