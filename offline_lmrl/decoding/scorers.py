@@ -445,7 +445,7 @@ def relabel_trajectories(
     was logged, per agent turn.
 
     place: terminal: all that follows the first prompt is scored at once, and the last agent turn earns it; turn: each
-      agent turn is scored, and earns it, as a reply to all that came before it.
+      agent turn earns what it adds to the score of what ends with the agent turn before it. Both have the same sum.
     counts: gets the trajectories that are left out as a reply is longer than the scorer's window.
     """
     if place not in ("terminal", "turn"):
@@ -456,22 +456,27 @@ def relabel_trajectories(
         agent = [i for i, turn in enumerate(trajectory.turns) if turn.is_trainable]
         if not agent:
             raise InputError("relabel: found a trajectory without an agent turn, expected at least one")
-        turns = [replace(turn, reward=None) for turn in trajectory.turns]
-        if place == "terminal":
-            own = [(as_context(turns[: agent[0]]), [turns[agent[0] :]])]
-        else:
-            own = [(as_context(turns[:i]), [[turns[i]]]) for i in agent]
-        if not all(fits(scorer, *row) for row in own):
+        turns, start = [replace(turn, reward=None) for turn in trajectory.turns], agent[0]
+        # Options of one row: all are read behind the same turns of the prompt, however many of those the window drops.
+        stops = [*(i + 1 for i in agent[:-1] if place == "turn"), len(turns)]
+        row = (as_context(turns[:start]), [turns[start:stop] for stop in stops])
+        if not fits(scorer, *row):
             counts[TOO_LONG] += 1
             continue
-        rows += own
+        rows.append(row)
         kept.append(trajectory)
-        paid.append(agent[-1:] if place == "terminal" else agent)
+        paid.append(agent if place == "turn" else agent[-1:])
     if not kept:
         raise InputError(f"relabel: found no trajectory that the scorer can read ({dict(counts)})")
-    scores = iter(np.concatenate(score_rows(rows, scorer)).tolist())
+    # Differences of scores, from 0 on, add up to the score of the whole for every scorer, also one that is no sum over
+    # turns. What all scores share, such as the bias of a reward model, is earned with the first turn alone: every
+    # trajectory has one, so neither how many turns follow nor what they say changes it, under any discount. An equal
+    # part for each turn would leave a share in what is still to come that depends on how many turns still come, and a
+    # bias below 0 would then teach to hang up; on the last turn, it would be discounted for ending late.
+    rewards = [np.diff(scores, prepend=0.0).tolist() for scores in score_rows(rows, scorer)]
     origin = origin_of(scorer)
-    return [_rescored(row, {i: next(scores) for i in places}, origin) for row, places in zip(kept, paid, strict=True)]
+    return [_rescored(row, dict(zip(places, values, strict=True)), origin)
+            for row, places, values in zip(kept, paid, rewards, strict=True)]  # fmt: skip
 
 
 def _rescored(trajectory: Trajectory, rewards: Mapping[int, float], origin: Any) -> Trajectory:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -275,7 +276,7 @@ def test_trajectories_get_scores_as_rewards_and_keep_what_was_logged():
     assert [turn.reward for turn in whole.turns] == [None, None, None, 108.0]  # "left", "on", "up" behind one turn
     assert whole.labels["rewards"] == [1.0, None] and whole.group == "g"
     (dense,) = relabel_trajectories([Trajectory(turns)], context, "turn")
-    assert [turn.reward for turn in dense.turns] == [None, 104.0, None, 302.0]
+    assert [turn.reward for turn in dense.turns] == [None, 104.0, None, 4.0]  # what "on" and "up" add
     assert [turn.content for turn in dense.turns] == [turn.content for turn in turns]
 
 
@@ -322,3 +323,80 @@ def test_the_pairs_that_an_ensemble_disputes_come_first():
     assert first.labels["disagreement"] == pytest.approx((0.8808 - 0.2689) / 2, abs=1e-4)
     assert second.group == "agreed" and second.labels["disagreement"] == 0.0
     assert most_disputed([agreed, disputed], members, 1) == [first]
+
+
+def random_trajectories(n, seed):
+    """One to five agent turns, some in a row, behind no prompt or one that may hold a reply that is not to be scored;
+    some end with a reply to the agent."""
+    rng, made = np.random.default_rng(seed), []
+    for _ in range(n):
+        roles = list(rng.choice(["system", "user"], rng.integers(3)))
+        if rng.random() < 0.5:
+            roles += ["assistant", "user"]
+        prompt = [Turn(role, str(rng.choice(["say it", "on and on"])), trainable=False) for role in roles]
+        turns = []
+        for _ in range(rng.integers(1, 6)):
+            turns += [Turn("assistant", str(rng.choice(["up", "left", "right up", ""]))), Turn("user", "on")]
+            turns = turns[: len(turns) - rng.integers(2)]
+        made.append(Trajectory((*prompt, *turns)))
+    return made
+
+
+def placed(head, normalise, seed=0):
+    """A reward model with the scores of some random replies normalised, in a window that drops turns of prompts."""
+    model = build_reward_model(SPEC, RENDERER.tokenizer, head)
+    scorer = RewardModel(model, RENDERER, WindowRule(max_length=40))
+    raw = [row.total_return for row in relabel_trajectories(random_trajectories(40, seed + 100), scorer)]
+    if normalise != "none":
+        gain = 1.0 / np.std(raw) if normalise == "standard" else 1.0
+        fold(model, gain, -gain * float(np.mean(raw)))
+    return scorer
+
+
+@pytest.mark.parametrize("normalise", ["none", "centre", "standard"])
+@pytest.mark.parametrize("head", ["terminal", "turn", "token"])
+def test_rewards_of_turns_add_up_to_the_score_of_the_whole(head, normalise):
+    torch.manual_seed(0)
+    scorer, counts = placed(head, normalise), [Counter(), Counter()]
+    trajectories = random_trajectories(60, seed=1)
+    whole = relabel_trajectories(trajectories, scorer, "terminal", counts[0])
+    dense = relabel_trajectories(trajectories, scorer, "turn", counts[1])
+    assert counts[0] == counts[1] and len(whole) == len(dense) > 40
+    roomy = RewardModel(scorer.model, RENDERER, WindowRule(max_length=64))
+    again = relabel_trajectories([replace(row, labels={}) for row in whole], roomy)
+    assert any(abs(a.total_return - b.total_return) > 1e-3 for a, b in zip(whole, again, strict=True))  # lost turns
+    for one, many in zip(whole, dense, strict=True):
+        assert many.total_return == pytest.approx(one.total_return, abs=1e-5)
+        assert all((turn.reward is not None) == turn.is_trainable for turn in many.turns)
+
+
+def test_rewards_of_turns_add_up_for_every_combination_of_scorers():
+    torch.manual_seed(0)
+    heads = [placed(head, "standard") for head in ("terminal", "turn", "token")]
+    policy = judge()
+    values = ValueHeads(LanguagePolicy(policy.model, RENDERER, max_length=40))
+    rules = [regex_rule("right"), Rule(heads[0], "be brief")]
+    trajectories = random_trajectories(20, seed=2)
+    for scorer in (
+        Ensemble(heads, k=0.7), Ensemble([weighted_sum(heads[:2]), heads[2]]), values, Likelihood(policy),
+        weighted_sum([*heads, values], [1.0, -2.0, 0.5, 3.0]), veto(heads[1], rules[:1], floor=-4.0),
+        sparrow(heads[2], rules), Function(lambda context, option: len(option) ** 2),
+    ):  # fmt: skip
+        whole, dense = (relabel_trajectories(trajectories, scorer, place) for place in ("terminal", "turn"))
+        assert [row.total_return for row in dense] == pytest.approx([row.total_return for row in whole], abs=1e-5)
+
+
+def test_what_all_scores_share_is_earned_once_and_never_by_going_on_or_by_ending():
+    turns = [Turn("user", "say it"), Turn("assistant", "up"), Turn("user", "on"), Turn("assistant", "up")]
+    for n in (2, 4):
+        (made,) = relabel_trajectories([Trajectory(tuple(turns[:n]))], Function(lambda context, option: -1.5), "turn")
+        assert [turn.reward for turn in made.turns if turn.is_trainable] == [-1.5, 0.0][: n // 2]
+    # of a reward model: behind the first turn, rewards are those of the model without a bias
+    torch.manual_seed(0)
+    scorer, trajectories = placed("token", "centre"), random_trajectories(20, seed=3)
+    found = relabel_trajectories(trajectories, scorer, "turn")
+    bias = scorer.model.config.offline_lmrl["reward"]["bias"]
+    fold(scorer.model, 1.0, 0.0)
+    for shifted, bare in zip(found, relabel_trajectories(trajectories, scorer, "turn"), strict=True):
+        difference = [a.reward - b.reward for a, b in zip(shifted.turns, bare.turns, strict=True) if a.is_trainable]
+        assert difference == pytest.approx([bias, *[0.0] * (len(difference) - 1)], abs=1e-5) and abs(bias) > 0.1
