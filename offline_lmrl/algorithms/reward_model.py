@@ -44,7 +44,8 @@ from offline_lmrl.models.reward_model import (
     build_reward_model,
     fold,
     load_reward_model,
-    read_mask,
+    option_scores,
+    reads_by_turn,
     with_head_beside,
 )
 from offline_lmrl.ops.preferences import (
@@ -69,6 +70,9 @@ class RewardModelConfig(BaseConfig):
 
     head: terminal (the reply's last token), turn (the last token of each of its agent turns) or token (each of them);
       a score is the sum over what is read.
+    context: with head turn or token, each agent turn is read on its own, after at most so many turns (itself not
+      counted) and the leading system turns: what a policy with the same `context` sees before it. With 1 a turn is
+      judged by what it answers (Christiano et al. 2017); None = a reply is read as a whole, turns share its history.
     loss: pairs, best_of_k or plackett_luce; the last needs a ranking wherever there are more than two options. Or
       regression, for scored trajectories.
     error_rate: ε of pairs, the share of labels that were given at random [.1 in Christiano et al.; 0 elsewhere].
@@ -92,6 +96,9 @@ class RewardModelConfig(BaseConfig):
     processes: int = 1
 
     def __post_init__(self) -> None:
+        if self.context is not None and self.head == "terminal":
+            raise InputError(f"context: found {self.context} with head: terminal, which reads all turns of a reply at "
+                             "once, expected none, or head: turn or token")
         check_range(self, error_rate=(0, 0.999), margin=(0, 1e6), processes=(1, 10**6))
         for name in ("error_rate", "margin"):
             if self.loss != "pairs" and getattr(self, name) > 0:
@@ -184,7 +191,8 @@ class RewardModelTrainer(BaseTrainer):
         self.reference = encoded
         if args.reference is not None:
             replies = read_trajectories(args.reference)
-            self.reference = encode_scored(replies, self.renderer, args.window, Counter())
+            by_turn = reads_by_turn(args.head, args.window)
+            self.reference = encode_scored(replies, self.renderer, args.window, Counter(), by_turn=by_turn)
         return model, encoded, held_out
 
     def _pad_id(self) -> int:
@@ -210,7 +218,8 @@ class RewardModelTrainer(BaseTrainer):
             drawn = np.random.default_rng(bootstrap).integers(len(rows), size=len(rows))
             rows = store(rows[i] for i in drawn)
         encode = encode_scored if scored else encode_comparisons
-        encoded = encode(rows, self.renderer, args.window, counts, args.processes)
+        by_turn = reads_by_turn(args.head, args.window)
+        encoded = encode(rows, self.renderer, args.window, counts, args.processes, by_turn)
         encoded.weight = encoded.weight / encoded.weight.mean()
         return encoded
 
@@ -227,8 +236,7 @@ class RewardModelTrainer(BaseTrainer):
         return int((batch["weight"] > 0).sum())
 
     def losses(self, model, batch):
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        score = model(**inputs, read=read_mask(batch, self.args.head))
+        score = option_scores(model, batch, self.args.head)
         loss = LOSSES[self.args.loss](score, batch, self.args)
         if self.args.loss == "regression":
             error = self.rating[1] * (score - batch["target"]).abs()
@@ -257,8 +265,7 @@ class RewardModelTrainer(BaseTrainer):
         scores = []
         for start in range(0, len(order), self.args.eval_batch_size):
             batch = self._prepare_inputs(self.reference.batch(order[start : start + self.args.eval_batch_size]))
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            scores.append(model(**inputs, read=read_mask(batch, self.args.head)))
+            scores.append(option_scores(model, batch, self.args.head))
         score = torch.cat(scores)
         if self.args.normalise == "centre":
             fold(model, 1.0, centring_bias(score))

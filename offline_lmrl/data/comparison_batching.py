@@ -1,13 +1,17 @@
-"""From comparisons to batches: one row of tokens per option, rendered once, gathered by comparison.
+"""From comparisons to batches: each option as rows of tokens, rendered once, gathered by comparison.
 
+An option is one row, context and reply. Or, where each of its agent turns is judged on its own (`by_turn`), it is one
+row per agent turn: what a policy with the same window rule sees before that turn, and the turn (data/windows.py).
 A scored trajectory is a comparison of one option, whose target is its return.
 """
 
+import sys
 import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypedDict
 
@@ -29,9 +33,11 @@ _CHUNK = 500  # comparisons that a process renders at once
 
 
 class ComparisonBatch(TypedDict):
-    """C comparisons as B = ΣK rows of T tokens; the rows of a comparison stand together, in the order of its options.
+    """C comparisons of M = ΣK options, as B rows of T tokens. The options of a comparison stand together, in order,
+    and so do the rows of an option.
 
-    A row is context + option. The context is the same in all rows of a comparison, truncation included.
+    A row is context + option, so B = M, and the context is the same in all rows of a comparison, truncation included;
+    or it is one agent turn of an option, after what that turn sees.
     """
 
     input_ids: Tensor  # (B,T) long
@@ -39,9 +45,10 @@ class ComparisonBatch(TypedDict):
     action_mask: Tensor  # (B,T) bool: the agent wrote token t of the option; where a head per token is read
     closing_mask: Tensor  # (B,T) bool: token t is the last of its agent turn; where a head per turn is read
     last: Tensor  # (B,) long: the option's last action token, where a terminal head is read
-    comparison: Tensor  # (B,) long: row -> comparison, 0 to C − 1
-    target: Tensor  # (B,) float: probability that this option is the best of its comparison; its return where alone
-    rank: Tensor  # (B,) long: place of this option's group in the ranking, 0 = best
+    option: Tensor  # (B,) long: row -> option, 0 to M − 1
+    comparison: Tensor  # (M,) long: option -> comparison, 0 to C − 1
+    target: Tensor  # (M,) float: probability that this option is the best of its comparison; its return where alone
+    rank: Tensor  # (M,) long: place of this option's group in the ranking, 0 = best
     weight: Tensor  # (C,) float
     strength: Tensor  # (C,) float: `labels["strength"]`, 0 where it is not known
 
@@ -57,16 +64,18 @@ class ComparisonDataset(torch.utils.data.Dataset):
     """Comparisons as flat arrays; made by `encode_comparisons`. Its length, and so a batch size, counts comparisons.
 
     Args:
-      input_ids, actions: one list per option: tokens, and for each token whether it is no action, one, or one that
-        closes its turn.
+      input_ids, actions: one list per row: tokens, and for each token whether it is no action, one, or one that closes
+        its turn.
+      row_offsets: (options + 1,) where the rows of each option start, and where the last one's end.
       offsets: (len + 1,) where the options of each comparison start, and where the last one's end.
       target, rank: one value per option. weight, strength: one value per comparison.
       pad_id: fills the right of shorter rows; the attention mask, not the id, says what is real.
     """
 
-    def __init__(self, input_ids: FlatLists, actions: FlatLists, offsets: np.ndarray, target: np.ndarray,
-                 rank: np.ndarray, weight: np.ndarray, strength: np.ndarray, pad_id: int):
-        self.input_ids, self.actions, self.offsets, self.pad_id = input_ids, actions, offsets, pad_id
+    def __init__(self, input_ids: FlatLists, actions: FlatLists, row_offsets: np.ndarray, offsets: np.ndarray,
+                 target: np.ndarray, rank: np.ndarray, weight: np.ndarray, strength: np.ndarray, pad_id: int):
+        self.input_ids, self.actions, self.pad_id = input_ids, actions, pad_id
+        self.row_offsets, self.offsets = row_offsets, offsets
         self.target, self.rank, self.weight, self.strength = target, rank, weight, strength
 
     def __len__(self) -> int:
@@ -78,7 +87,7 @@ class ComparisonDataset(torch.utils.data.Dataset):
     @property
     def lengths(self) -> np.ndarray:
         """(len,) tokens of each comparison's longest row."""
-        return np.maximum.reduceat(np.diff(self.input_ids[1]), self.offsets[:-1])
+        return np.maximum.reduceat(np.diff(self.input_ids[1]), self.row_offsets[self.offsets[:-1]])
 
     @property
     def tokens(self) -> int:
@@ -91,7 +100,8 @@ class ComparisonDataset(torch.utils.data.Dataset):
     def batch(self, indices: Sequence[int]) -> ComparisonBatch:
         """These comparisons as one padded batch."""
         index = np.asarray(indices)
-        rows, sizes = places_of(self.offsets, index)
+        options, sizes = places_of(self.offsets, index)
+        rows, parts = places_of(self.row_offsets, options)
         values, lengths = pick(self.input_ids, rows)
         input_ids, attention_mask = pad([(values, lengths)], self.pad_id)
         actions, _ = pad([pick(self.actions, rows)], _NOT_ACTION)
@@ -101,9 +111,10 @@ class ComparisonDataset(torch.utils.data.Dataset):
             "action_mask": torch.from_numpy(actions != _NOT_ACTION),
             "closing_mask": torch.from_numpy(actions == _CLOSING),
             "last": torch.from_numpy(actions.shape[1] - 1 - (actions != _NOT_ACTION)[:, ::-1].argmax(axis=1)),
+            "option": torch.from_numpy(np.repeat(np.arange(len(options)), parts)),
             "comparison": torch.from_numpy(np.repeat(np.arange(len(index)), sizes)),
-            "target": torch.from_numpy(self.target[rows]),
-            "rank": torch.from_numpy(self.rank[rows].astype(np.int64)),
+            "target": torch.from_numpy(self.target[options]),
+            "rank": torch.from_numpy(self.rank[options].astype(np.int64)),
             "weight": torch.from_numpy(self.weight[index]),
             "strength": torch.from_numpy(self.strength[index]),
         }
@@ -122,7 +133,7 @@ def collate_comparisons(items: Sequence[ComparisonRef]) -> ComparisonBatch:
 
 def encode_comparisons(
     comparisons: Sequence[Comparison], renderer: Renderer, window: WindowRule, counts: Counter[str],
-    processes: int = 1,
+    processes: int = 1, by_turn: bool = False,
 ) -> ComparisonDataset:  # fmt: skip
     """Renders every comparison once; all that a batch needs lies in files without a name in the temporary folder.
 
@@ -132,26 +143,28 @@ def encode_comparisons(
     Args:
       counts: receives what was dropped or lost turns, by reason.
       processes: how many render at once.
+      by_turn: one row per agent turn of an option, each behind what `window` lets it see, instead of one per option.
     Raises: InputError where no comparison is left.
     """
-    return _dataset(comparisons, partial(_compared, renderer, window), renderer.close_id, counts, processes)
+    return _dataset(comparisons, partial(_compared, renderer, window, by_turn), renderer.close_id, counts, processes)
 
 
 def encode_scored(
     trajectories: Sequence[Trajectory], renderer: Renderer, window: WindowRule, counts: Counter[str],
-    processes: int = 1,
+    processes: int = 1, by_turn: bool = False,
 ) -> ComparisonDataset:  # fmt: skip
     """Scored trajectories as comparisons of one option: all from the first agent turn on, with the return as target.
 
     Args, Raises: as `encode_comparisons`.
     """
-    return _dataset(trajectories, partial(_rated, renderer, window), renderer.close_id, counts, processes)
+    return _dataset(trajectories, partial(_rated, renderer, window, by_turn), renderer.close_id, counts, processes)
 
 
 class _Rendered(NamedTuple):
-    """Some comparisons: values per token, per option and per comparison, of the kinds in _CODES.
+    """Some comparisons: values per token, per row, per option and per comparison, of the kinds in _CODES.
 
-    token_ends, option_ends: tokens up to the end of each option, and options up to the end of each comparison.
+    token_ends, row_ends, option_ends: tokens up to the end of each row, rows up to the end of each option, and options
+    up to the end of each comparison.
     All are arrays where they are made, then files, where ends count from the very first comparison on and have a 0 in
     front, and at last what is read from those.
     """
@@ -159,6 +172,7 @@ class _Rendered(NamedTuple):
     input_ids: Any
     actions: Any
     token_ends: Any
+    row_ends: Any
     target: Any
     rank: Any
     option_ends: Any
@@ -166,22 +180,25 @@ class _Rendered(NamedTuple):
     strength: Any
 
 
-_CODES = "ibqfiqff"
-# (rows of the options, target, ranks, weight, strength) of a comparison; None: it does not fit.
-_Encoded = tuple[list[tuple[list[int], list[int]]], Sequence[float], Sequence[int], float, float] | None
+_CODES = "ibqqfiqff"
+Row = tuple[list[int], list[int]]  # tokens, and what each token is
+# (rows of each option, target, ranks, weight, strength) of a comparison; None: it does not fit.
+_Encoded = tuple[list[list[Row]], Sequence[float], Sequence[int], float, float] | None
 
 
-def _compared(renderer: Renderer, window: WindowRule, row: Comparison, counts: Counter[str]) -> _Encoded:
-    rows = _own_rows(row, renderer, window, counts)
+def _compared(
+    renderer: Renderer, window: WindowRule, by_turn: bool, row: Comparison, counts: Counter[str]
+) -> _Encoded:
+    rows = _own_rows(row, renderer, window, counts, by_turn)
     return rows and (rows, row.target, row.ranks, row.weight, float(row.labels.get("strength") or 0.0))
 
 
-def _rated(renderer: Renderer, window: WindowRule, row: Trajectory, counts: Counter[str]) -> _Encoded:
+def _rated(renderer: Renderer, window: WindowRule, by_turn: bool, row: Trajectory, counts: Counter[str]) -> _Encoded:
     turns = with_own_token_ids(row, renderer.fingerprint).turns
     start = next((i for i, turn in enumerate(turns) if turn.is_trainable), None)
     if start is None:
         raise InputError("trajectories: found one without an agent turn, expected at least one")
-    rows = encode_options(turns[:start], [turns[start:]], renderer, window, counts)
+    rows = encode_options(turns[:start], [turns[start:]], renderer, window, counts, by_turn)
     return rows and (rows, (row.total_return,), (0,), 1.0, 0.0)
 
 
@@ -195,10 +212,12 @@ def _rendered(
         if encoded is None:
             continue
         options, target, ranks, weight, strength = encoded
-        for ids, kinds in options:
-            made.input_ids.extend(ids)
-            made.actions.extend(kinds)
-            made.token_ends.append(len(made.input_ids))
+        for option in options:
+            for ids, kinds in option:
+                made.input_ids.extend(ids)
+                made.actions.extend(kinds)
+                made.token_ends.append(len(made.input_ids))
+            made.row_ends.append(len(made.token_ends))
         made.target.extend(target)
         made.rank.extend(ranks)
         made.option_ends.append(len(made.target))
@@ -210,23 +229,26 @@ def _rendered(
 def _dataset(
     rows: Sequence, encode: Callable[[Any, Counter[str]], _Encoded], pad_id: int, counts: Counter[str], processes: int
 ) -> ComparisonDataset:
-    places, tokens, options = chunks(range(len(rows)), _CHUNK), 0, 0
+    places, tokens, lists, options = chunks(range(len(rows)), _CHUNK), 0, 0, 0
     with in_temporary_folder(), ExitStack() as opened:
         files = _Rendered(*(opened.enter_context(tempfile.TemporaryFile()) for _ in _CODES))
-        for file in (files.token_ends, files.option_ends):
+        for file in (files.token_ends, files.row_ends, files.option_ends):
             file.write(bytes(8))  # the first list starts at 0
         for part, mine in map_in_order(partial(_rendered, rows, encode), places, processes):
             counts.update(mine)
             ends = {"token_ends": tokens + np.asarray(part.token_ends),
+                    "row_ends": lists + np.asarray(part.row_ends),
                     "option_ends": options + np.asarray(part.option_ends)}  # fmt: skip
-            tokens, options = tokens + len(part.input_ids), options + len(part.target)
+            tokens, lists = tokens + len(part.input_ids), lists + len(part.token_ends)
+            options += len(part.target)
             for file, values in zip(files, part._replace(**ends), strict=True):
                 file.write(values)
         if not options:
             raise InputError(f"comparisons: found none that fits, expected at least one ({dict(counts)})")
         read = _Rendered(*(np.asarray(np.memmap(file, code, "r")) for file, code in zip(files, _CODES, strict=True)))
     flat = (read.input_ids, read.token_ends), (read.actions, read.token_ends)
-    return ComparisonDataset(*flat, read.option_ends, read.target, read.rank, read.weight, read.strength, pad_id)
+    return ComparisonDataset(*flat, read.row_ends, read.option_ends, read.target, read.rank, read.weight,
+                             read.strength, pad_id)  # fmt: skip
 
 
 def fitting(
@@ -240,46 +262,78 @@ def fitting(
 
 
 def _own_rows(
-    comparison: Comparison, renderer: Renderer, window: WindowRule, counts: Counter[str]
-) -> list[tuple[list[int], list[int]]] | None:
+    comparison: Comparison, renderer: Renderer, window: WindowRule, counts: Counter[str], by_turn: bool = False
+) -> list[list[Row]] | None:
     """`encode_options` of a comparison, whose sampled ids are used where they are this renderer's."""
     turns = [with_own_token_ids(Trajectory((*comparison.context, *option), labels=comparison.labels),
                                 renderer.fingerprint).turns for option in comparison.options]  # fmt: skip
     start = len(comparison.context)
-    return encode_options(turns[0][:start], [row[start:] for row in turns], renderer, window, counts)
+    return encode_options(turns[0][:start], [row[start:] for row in turns], renderer, window, counts, by_turn)
 
 
 def encode_options(
     context: Sequence[Turn], options: Sequence[Sequence[Turn]], renderer: Renderer, window: WindowRule,
-    counts: Counter[str],
-) -> list[tuple[list[int], list[int]]] | None:  # fmt: skip
-    """Per option its tokens and what each token is (no action, an action, an action that closes its turn).
+    counts: Counter[str], by_turn: bool = False,
+) -> list[list[Row]] | None:  # fmt: skip
+    """Per option its rows: tokens, and what each token is (no action, an action, an action that closes its turn).
 
     Sampled ids, if there are any, must be this renderer's. None where an option does not fit; `counts` is told of that
-    and of lost turns.
+    and of lost turns. by_turn: as in `encode_comparisons`.
     """
-    head, start = leading_system_turns(context), len(context)
     rows = [[*context, *option] for option in options]
     counts.update({line for row in rows for line in renderer.printer.faults_in(row)})
     encoded = [renderer.encode(row) for row in rows]
-    before = [turn.longest for turn in encoded[0][:start]]
-    fixed = len(renderer.preamble_of(rows[0])) + sum(before[:head])
-    longest = max(sum(turn.longest for turn in row[start:]) for row in encoded)
-    # All options together are one coming turn, as long as the longest of them, so the context stays the same for all.
-    first = first_visible(window, [*before, longest], start, head, fixed)
-    if first is None:
+    cut = _cut_by_turn if by_turn else _cut_as_one_turn
+    cuts = cut(rows, encoded, len(context), renderer, window)
+    if cuts is None:
         counts["comparisons dropped: an option longer than max_length"] += 1
         return None
-    if first > head:
+    roomy = cut(rows, encoded, len(context), renderer, replace(window, max_length=sys.maxsize))
+    if cuts != roomy:
         counts["comparisons that lost old turns of the context"] += 1
-    return [_row(row, turns, start, first, renderer, counts) for row, turns in zip(rows, encoded, strict=True)]
+    return [
+        [_row(row[:stop], turns[:stop], start, first, renderer, counts) for start, first, stop in spans]
+        for row, turns, spans in zip(rows, encoded, cuts, strict=True)
+    ]
+
+
+# (first turn of the reply, first turn that is seen behind the leading system turns, end of the reply) of each row
+_Spans = list[tuple[int, int, int]]
+
+
+def _cut_as_one_turn(
+    rows: Sequence[Sequence[Turn]], encoded: Sequence[Sequence[EncodedTurn]], start: int, renderer: Renderer,
+    window: WindowRule,
+) -> list[_Spans] | None:  # fmt: skip
+    """One row per option, from turn `start` on. All options together are one coming turn, as long as the longest of
+    them, so the context stays the same for all. None where that does not fit."""
+    head = leading_system_turns(rows[0][:start])
+    before = [turn.longest for turn in encoded[0][:start]]
+    longest = max(sum(turn.longest for turn in turns[start:]) for turns in encoded)
+    fixed = len(renderer.preamble_of(rows[0])) + sum(before[:head])
+    first = first_visible(window, [*before, longest], start, head, fixed)
+    return None if first is None else [[(start, first, len(row))] for row in rows]
+
+
+def _cut_by_turn(
+    rows: Sequence[Sequence[Turn]], encoded: Sequence[Sequence[EncodedTurn]], start: int, renderer: Renderer,
+    window: WindowRule,
+) -> list[_Spans] | None:  # fmt: skip
+    """One row per agent turn from turn `start` on, cut as the window of a policy. None where one does not fit."""
+    cuts = []
+    for row, turns in zip(rows, encoded, strict=True):
+        head, lengths = leading_system_turns(row), [turn.longest for turn in turns]
+        fixed = len(renderer.preamble_of(row)) + sum(lengths[:head])
+        agent = (i for i in range(start, len(row)) if row[i].is_trainable)
+        cuts.append([(i, first_visible(window, lengths, i, head, fixed), i + 1) for i in agent])
+    return None if any(first is None for spans in cuts for _, first, _ in spans) else cuts
 
 
 def _row(
     turns: Sequence[Turn], encoded: Sequence[EncodedTurn], start: int, first: int, renderer: Renderer,
     counts: Counter[str],
 ) -> tuple[list[int], list[int]]:  # fmt: skip
-    """A context and, from turn `start` on, an option: tokens, and what each token is.
+    """A context and, from turn `start` on, a reply: tokens, and what each token is.
 
     Where the template prints no closing, the agent's closing token ends the row: scores are read there. Inside an
     option it is the token before the next turn. A turn of the agent's that the template prints otherwise once others

@@ -40,7 +40,7 @@ from offline_lmrl.decoding.policy import LanguagePolicy, load_critic, require_no
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import find_device, slots_of
 from offline_lmrl.models.renderers import renderer_of
-from offline_lmrl.models.reward_model import load_reward_model, read_mask
+from offline_lmrl.models.reward_model import load_reward_model, read_mask, reads_by_turn
 from offline_lmrl.ops.preferences import rule_adjusted_score
 
 TOO_LONG = "dropped: a reply longer than the scorer's window"
@@ -48,13 +48,17 @@ MOST_TOKENS = 4096  # rows × longest row of one forward pass
 
 
 class RowScorer:
-    """Runs a model over rows of context + option; a subclass says what is read of a batch of them (`read`).
+    """Runs a model over rows of tokens; a subclass says what is read of a batch of them (`read`).
 
-    An option that the window cannot hold raises an InputError; turns of the context that it cannot hold are left out.
+    An option's score is the sum over its rows, plus `bias`. Its row is context + option; with `by_turn` it has one for
+    each agent turn, after what the window shows there. An option that the window cannot hold raises an InputError;
+    turns of the context that it cannot hold are left out.
     """
 
-    def __init__(self, model: PreTrainedModel, renderer: Renderer, window: WindowRule):
-        self.model, self.renderer, self.window = model.eval(), renderer, window
+    bias = 0.0
+
+    def __init__(self, model: PreTrainedModel, renderer: Renderer, window: WindowRule, by_turn: bool = False):
+        self.model, self.renderer, self.window, self.by_turn = model.eval(), renderer, window, by_turn
 
     def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
         return self.score_each([(context, options)])[0]
@@ -63,27 +67,35 @@ class RowScorer:
     def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
         """Scores (K,) of each row's options."""
         encoded = [self._encode(*row) for row in rows]
-        flat = [option for options in encoded for option in options]
+        # Options that begin alike, as those of `relabel_trajectories`, share rows by turn: each is read once.
+        places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        index = [
+            [places.setdefault((tuple(ids), tuple(kinds)), len(places)) for ids, kinds in option]
+            for options in encoded
+            for option in options
+        ]
+        flat = list(places)
         order = sorted(range(len(flat)), key=lambda i: -len(flat[i][0]))  # like lengths together: little padding
-        scores, start = np.zeros(len(flat)), 0
+        found, start = np.zeros(len(flat)), 0
         while start < len(order):
             size = max(1, MOST_TOKENS // len(flat[order[start]][0]))
             chunk = order[start : start + size]
-            scores[chunk] = self.read(_batch([flat[i] for i in chunk], self.model.device)).float().cpu().numpy()
+            found[chunk] = self.read(_batch([flat[i] for i in chunk], self.model.device)).float().cpu().numpy()
             start += size
+        scores = np.array([found[option].sum() + self.bias for option in index])
         return np.split(scores, np.cumsum([len(options) for options in encoded])[:-1])
 
     def fits(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> bool:
         return self._rows(context, options) is not None
 
     def read(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Scores (B,) of a batch with the fields input_ids to last of `ComparisonBatch`."""
+        """One number per row, (B,), of a batch with the fields input_ids to last of `ComparisonBatch`."""
         raise TypeError(f"{type(self).__name__} does not say what it reads")
 
     def _rows(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]):
         bare = [[replace(turn, token_ids=None, behaviour_log_prob=None) for turn in part]
                 for part in (context, *options)]  # fmt: skip
-        return encode_options(bare[0], bare[1:], self.renderer, self.window, Counter())
+        return encode_options(bare[0], bare[1:], self.renderer, self.window, Counter(), self.by_turn)
 
     def _encode(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]):
         rows = self._rows(context, options)
@@ -92,7 +104,7 @@ class RowScorer:
         return rows
 
 
-def _batch(rows: Sequence[tuple[list[int], list[int]]], device: torch.device) -> dict[str, Tensor]:
+def _batch(rows: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device) -> dict[str, Tensor]:
     lengths = np.array([len(ids) for ids, _ in rows])
     ids, mask = pad([(np.concatenate([ids for ids, _ in rows]), lengths)], 0)
     kinds, _ = pad([(np.concatenate([kinds for _, kinds in rows]), lengths)], 0)
@@ -104,6 +116,14 @@ def _batch(rows: Sequence[tuple[list[int], list[int]]], device: torch.device) ->
 class RewardModel(RowScorer):
     """A run of algorithm reward_model, or any ...ForSequenceClassification with one label: its score plus its bias."""
 
+    def __init__(self, model: PreTrainedModel, renderer: Renderer, window: WindowRule):
+        head = settings(model.config)["reward"]["head"]
+        super().__init__(model, renderer, window, reads_by_turn(head, window))
+
+    @property
+    def bias(self) -> float:
+        return settings(self.model.config)["reward"]["bias"]
+
     @classmethod
     def load(cls, path: str | Path, *, device: str | None = None) -> "RewardModel":
         """Raises: InputError where there is no reward model, or another tokenizer than it was trained with."""
@@ -114,9 +134,9 @@ class RewardModel(RowScorer):
         return cls(model, renderer, WindowRule(**saved.get("window", {"max_length": positions})))
 
     def read(self, batch):
-        block = settings(self.model.config)["reward"]
+        head = settings(self.model.config)["reward"]["head"]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        return self.model(**inputs, read=read_mask(batch, block["head"])) + block["bias"]
+        return self.model(**inputs, read=read_mask(batch, head))
 
 
 class PolicyScorer(RowScorer):

@@ -4,6 +4,10 @@
     turn       the last token of each agent turn
     token      every agent token: per-step rewards from comparisons (Christiano et al. 2017)
 
+A reply is read as a whole, after its context. With a window of `context` turns (turn and token), each of its agent
+turns is read on its own, after the turns that a policy with that window sees there (data/windows.py): its score
+then depends on nothing older. Christiano et al. score each step of a segment by its own observation.
+
 A terminal model is a plain ...ForSequenceClassification with one label, the others are ...ForTokenClassification:
 class names, weights and config are those of transformers, which loads them without this project. With LoRA the folder
 holds the adapter and the head in peft's own form, and our block beside it (models/adapters.py). A classification class
@@ -31,6 +35,7 @@ from transformers import (
 
 from offline_lmrl.data.comparison_batching import ComparisonBatch
 from offline_lmrl.data.errors import InputError, opening, shown
+from offline_lmrl.data.windows import WindowRule
 from offline_lmrl.models.adapters import check_settings, read_settings, require_peft, settings
 from offline_lmrl.models.guided import from_scratch
 
@@ -89,6 +94,18 @@ def read_mask(batch: ComparisonBatch, head: str) -> Tensor:
         positions = torch.arange(batch["input_ids"].shape[1], device=batch["last"].device)
         return positions == batch["last"].unsqueeze(1)
     return batch["closing_mask" if head == "turn" else "action_mask"]
+
+
+def reads_by_turn(head: str, window: WindowRule) -> bool:
+    """True if each agent turn is read in a row of its own, after at most `window.context` turns."""
+    return window.context is not None and head != "terminal"
+
+
+def option_scores(model: nn.Module, batch: ComparisonBatch, head: str) -> Tensor:
+    """The scores (M,) of the options of a batch, fp32, without bias: the sums over their rows."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    score = model(**inputs, read=read_mask(batch, head))
+    return score.new_zeros(len(batch["comparison"])).index_add(0, batch["option"], score)
 
 
 def with_head_beside(peft_config: Any, model: PreTrainedModel) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -16,10 +17,10 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import read_trajectories, write_comparisons, write_trajectories
 from offline_lmrl.data.parallel import map_in_order
 from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn
-from offline_lmrl.decoding.scorers import RewardModel
+from offline_lmrl.data.trajectory import Trajectory, Turn, as_context
+from offline_lmrl.decoding.scorers import RewardModel, relabel_trajectories
 from offline_lmrl.models.guided import build_model, load_model
-from offline_lmrl.models.reward_model import build_reward_model, head_of, load_reward_model, read_mask
+from offline_lmrl.models.reward_model import build_reward_model, head_of, load_reward_model, option_scores, read_mask
 
 TOKENIZER = train_tokenizer(["good bad fine", "say it 1 2 3"], 290)
 SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64,
@@ -240,6 +241,46 @@ def test_two_options_cost_the_same_under_every_loss(tmp_path):
     assert_close(losses[0], losses[2])
 
 
+def dialogue(*replies):
+    return tuple(turn for i, text in enumerate(replies) for turn in (Turn("assistant", text), Turn("user", f"on {i}")))
+
+
+BEFORE = (Turn("user", "say it"), Turn("assistant", "1"), Turn("user", "go"))
+SEGMENTS = [Comparison(BEFORE, (dialogue(*one), dialogue(*two)), (1.0, 0.0))
+            for one, two in ((("good", "bad", "good"), ("bad",)), (("good",), ("bad", "bad")))]  # fmt: skip
+
+
+@pytest.mark.parametrize("head", ["turn", "token"])
+def test_with_a_context_each_turn_is_read_alone_in_training_scoring_and_relabelling(tmp_path, head):
+    made = trainer(tmp_path, SEGMENTS, head=head, context=2, max_steps=3, normalise="centre")
+    batch = batch_of(made)
+    rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    texts = [made.renderer.tokenizer.decode(row[mask]) for row, mask in rows]
+    assert batch["option"].tolist() == [0, 0, 0, 1, 2, 3, 3] and batch["comparison"].tolist() == [0, 0, 1, 1]
+    assert batch["closing_mask"].sum(1).tolist() == [1] * 7
+    third = ["bad", "on 1", "good"]  # after two turns of its reply, and nothing older
+    places = [texts[2].index(text) for text in third]
+    assert places == sorted(places) and "on 0" not in texts[2] and "say it" not in texts[2]
+    assert "say it" not in texts[0] and "go" in texts[0]
+    made.train()
+    made.save_model(str(tmp_path))
+    scorer = RewardModel.load(tmp_path, device="cpu")
+    assert scorer.window.context == 2
+    found = torch.tensor(np.concatenate(scorer.score_each([(row.context, row.options) for row in SEGMENTS])))
+    bias = made.model.config.offline_lmrl["reward"]["bias"]
+    with torch.no_grad():
+        learnt = option_scores(made.model.eval(), batch, head)
+    assert_close(found.float(), learnt + bias)
+    # turns by hand: what is older than two turns does not count, nor does what follows
+    replies = [Trajectory((*as_context(BEFORE), *SEGMENTS[0].options[0]))]
+    (whole,) = relabel_trajectories(replies, scorer, "turn")
+    rewards = [turn.reward for turn in whole.turns if turn.reward is not None]
+    alone = [scorer.score(before, [(Turn("assistant", text),)])[0] - bias for before, text in (
+        (BEFORE[1:], "good"), (dialogue("good"), "bad"), (dialogue("good", "bad")[2:], "good"))]  # fmt: skip
+    assert rewards == pytest.approx([alone[0] + bias, *alone[1:]], abs=1e-5)
+    assert whole.total_return == pytest.approx(found[0].item(), abs=1e-5)
+
+
 def test_weights_count_relative_to_their_mean_and_a_surplus_batch_for_nothing(tmp_path):
     made = trainer(tmp_path, RANKED)
     assert made.train_dataset.weight.tolist() == pytest.approx([0.6, 0.6, 1.8])
@@ -341,5 +382,7 @@ def test_settings_and_data_that_do_not_fit_are_refused(tmp_path):
         config(tmp_path, loss="best_of_k", error_rate=0.1)
     with pytest.raises(InputError, match="margin: found 2 with loss: regression, expected 0"):
         config(tmp_path, loss="regression", margin=2.0)
+    with pytest.raises(InputError, match="context: found 1 with head: terminal, .* expected none, or head: turn or t"):
+        config(tmp_path, context=1)
     with pytest.raises(InputError, match="comparison 3 has 3 options without a ranking"):
         trainer(tmp_path, RANKED, loss="plackett_luce")
