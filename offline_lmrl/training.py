@@ -379,6 +379,10 @@ class BaseTrainer(transformers.Trainer):
             "training_tokens": round(self.state.epoch * self.train_dataset.tokens),
         }
 
+    def outcome(self) -> dict[str, float]:
+        """What is measured when training ends, for complete.json."""
+        return {}
+
     def plan(self) -> dict[str, int]:
         """What `train` would read, and its optimizer steps."""
         return {**self.train_dataset.facts(), "optimizer steps": self.total_steps}

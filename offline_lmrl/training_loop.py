@@ -115,6 +115,10 @@ class LoopTrainer:
         """What the run took, for complete.json."""
         return {"steps": self.iteration} | dict(self.totals)
 
+    def outcome(self) -> dict[str, float]:
+        """What is measured when training ends, for complete.json."""
+        return {}
+
     @property
     def total_steps(self) -> int:
         """Iterations of the whole run."""

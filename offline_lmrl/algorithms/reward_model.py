@@ -17,7 +17,11 @@ its weight over the mean weight of the data.
 After training, the scores of `reference` replies get mean 0 and standard deviation 1 (`normalise: standard`; Ziegler
 et al. 2019 take samples of the reference policy), or mean 0 (`centre`; Stiennon et al. 2020 take human summaries), as
 preferences leave the location free; without such replies it is the training data's options. With `none`, those learnt
-from ratings have the ratings' unit. An ensemble is several runs, each with its own `seed` and `bootstrap`.
+from ratings have the ratings' unit.
+
+An ensemble is several runs, each with its own `seed` and `bootstrap`: each learns from groups of comparisons drawn
+with replacement, and is judged on the groups that it did not draw, 1/e of them (Christiano et al. 2017, who draw
+single comparisons; those of one conversation are alike, so one would not test another).
 """
 
 from collections import Counter
@@ -35,7 +39,14 @@ from offline_lmrl.data.checks import TEMPLATE_ROWS
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.comparison_batching import ComparisonDataset, encode_comparisons, encode_scored
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import fingerprint, holds_comparisons, read_trajectories, store, store_comparisons
+from offline_lmrl.data.io import (
+    fingerprint,
+    group_key,
+    holds_comparisons,
+    read_trajectories,
+    store,
+    store_comparisons,
+)
 from offline_lmrl.data.preferences import binarised
 from offline_lmrl.data.trajectory import Trajectory, shown
 from offline_lmrl.decoding.probe import check_scores
@@ -79,7 +90,9 @@ class RewardModelConfig(BaseConfig):
     margin: m of pairs, per unit of `labels.strength` and of the difference of the targets; 0 = none.
     binarise: learn from every reply marked good and marked bad instead, for pre-training on cheap preferences such as
       votes (Askell et al. 2021; `binarised`); the run that learns from the target's preferences starts from that one.
-    bootstrap: seed of a sample with replacement, as large as the data; None = the data as they are.
+    bootstrap: seed of a sample of the data's groups with replacement, as many as there are. After training `oob_loss`,
+      `oob_accuracy` and `oob_cross_entropy` (of the labels, in nats per comparison, without margin and weights) of the
+      groups that were not drawn are in metrics.jsonl and complete.json. None = the data as they are.
     normalise: scores after training: none, centre (mean 0) or standard (mean 0 and standard deviation 1).
     reference: trajectories whose replies get these scores, such as what `generate` writes; None = the training data.
     processes: how many render the data at once, and read comparisons; it changes no number.
@@ -117,6 +130,14 @@ def pairs_loss(score: Tensor, batch: Mapping[str, Tensor], config: RewardModelCo
     return all_pairs_loss(score, pairs, margin, config.error_rate)
 
 
+def cross_entropy(score: Tensor, batch: Mapping[str, Tensor], config: RewardModelConfig) -> Tensor:
+    """−log P(labels) per comparison under the model of the loss, which knows no margin. (C,) nats."""
+    if config.loss == "pairs":
+        pairs = known_pairs(batch["target"], batch["rank"], batch["comparison"])
+        return all_pairs_loss(score, pairs, None, config.error_rate)
+    return LOSSES[config.loss](score, batch, config)
+
+
 # score (M,), batch, config -> (C,)
 LOSSES: dict[str, Callable[[Tensor, Mapping[str, Tensor], RewardModelConfig], Tensor]] = {
     "pairs": pairs_loss,
@@ -132,6 +153,17 @@ def accuracy(score: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     counted = (pairs.prob != 0.5) & (batch["weight"] > 0)[pairs.comparison]
     lead = (score[pairs.first] - score[pairs.second]).sign() * (pairs.prob - 0.5).sign()
     return (0.5 + 0.5 * lead)[counted]
+
+
+def bootstrap_sample(rows: Rows, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the rows whose groups are drawn, with replacement and as many as there are, and places of the others.
+
+    A row that is drawn n times is there n times.
+    """
+    groups: dict[str, int] = {}
+    group = np.fromiter((groups.setdefault(group_key(row), len(groups)) for row in rows), np.int64, len(rows))
+    times = np.bincount(np.random.default_rng(seed).integers(len(groups), size=len(groups)), minlength=len(groups))
+    return np.repeat(np.arange(len(rows)), times[group]), np.flatnonzero(times[group] == 0)
 
 
 class RewardModelTrainer(BaseTrainer):
@@ -170,7 +202,14 @@ class RewardModelTrainer(BaseTrainer):
         self.check_model(model, args)
         model.config.get_text_config().pad_token_id = self._pad_id()
         rows = self.read(args, train, self.counts)
-        encoded = self._encode(rows, args, self.counts, args.bootstrap)
+        drawn, left_out = rows, None
+        if args.bootstrap is not None:
+            drawn, left_out = (store(rows[i] for i in places) for places in bootstrap_sample(rows, args.bootstrap))
+            if not left_out:
+                self.counts["comparisons, all drawn by bootstrap, so none is left to judge the run on"] = len(rows)
+        encoded = self._encode(drawn, args, self.counts)
+        self.left_out = self._encode(left_out, args, Counter()) if left_out else None
+        self.out_of_bag: dict[str, float] = {}
         first = islice(rows, TEMPLATE_ROWS)
         self.compare_with_template([
             row.turns if isinstance(row, Trajectory) else (*row.context, *row.options[0]) for row in first
@@ -187,7 +226,7 @@ class RewardModelTrainer(BaseTrainer):
         if held_out is not None:
             held_out = self._encode(self.read(args, held_out), args, Counter())
         if args.loss == "regression":
-            self._standardise(encoded, held_out)
+            self._standardise(encoded, held_out, self.left_out)
         self.reference = encoded
         if args.reference is not None:
             replies = read_trajectories(args.reference)
@@ -201,9 +240,7 @@ class RewardModelTrainer(BaseTrainer):
         candidates = (tokenizer.pad_token_id, *tokenizer.all_special_ids, 0, 1)
         return next(token for token in candidates if token not in (None, self.renderer.close_id))
 
-    def _encode(
-        self, rows: Rows, args: RewardModelConfig, counts: Counter[str], bootstrap: int | None = None
-    ) -> ComparisonDataset:
+    def _encode(self, rows: Rows, args: RewardModelConfig, counts: Counter[str]) -> ComparisonDataset:
         scored = isinstance(rows[0], Trajectory)
         if scored != (args.loss == "regression"):
             kinds = ("comparisons", "scored trajectories")
@@ -214,21 +251,18 @@ class RewardModelTrainer(BaseTrainer):
                 if row.ranking is None and len(row.options) > 2:
                     raise InputError(f"loss: found plackett_luce, but comparison {number} has {len(row.options)} "
                                      "options without a ranking; expected rankings, or loss: best_of_k")
-        if bootstrap is not None:
-            drawn = np.random.default_rng(bootstrap).integers(len(rows), size=len(rows))
-            rows = store(rows[i] for i in drawn)
         encode = encode_scored if scored else encode_comparisons
         by_turn = reads_by_turn(args.head, args.window)
         encoded = encode(rows, self.renderer, args.window, counts, args.processes, by_turn)
         encoded.weight = encoded.weight / encoded.weight.mean()
         return encoded
 
-    def _standardise(self, train: ComparisonDataset, held_out: ComparisonDataset | None) -> None:
+    def _standardise(self, train: ComparisonDataset, *others: ComparisonDataset | None) -> None:
         """Puts ratings on the scale of the training ratings, which `rating` keeps as (mean, standard deviation)."""
         self.rating = float(train.target.mean()), float(train.target.std())
         if not self.rating[1] > 0:
             raise InputError(f"loss: found regression on ratings that are all {self.rating[0]:g}, expected several")
-        for data in filter(None, (train, held_out)):
+        for data in filter(None, (train, *others)):
             data.target = (data.target - self.rating[0]) / self.rating[1]
 
     def items_in(self, batch: Mapping[str, Any]) -> int:
@@ -241,13 +275,26 @@ class RewardModelTrainer(BaseTrainer):
         if self.args.loss == "regression":
             error = self.rating[1] * (score - batch["target"]).abs()
             return loss * batch["weight"], {"error": error[batch["weight"] > 0]}
-        return loss * batch["weight"], {"accuracy": accuracy(score, batch)}
+        logged = {"accuracy": accuracy(score, batch)}
+        if not model.training:
+            logged["cross_entropy"] = cross_entropy(score, batch, self.args)[batch["weight"] > 0]
+        return loss * batch["weight"], logged
 
     def train(self, *args, **kwargs):
-        """As Trainer's; scores are normalised at the end, and checkpoints hold them as they were learnt."""
+        """As Trainer's; then the run is judged on what `bootstrap` left out, and scores are normalised. Checkpoints
+        hold them as they were learnt."""
         result = super().train(*args, **kwargs)
+        if self.left_out is not None:
+            found = self.evaluate(self.left_out, metric_key_prefix="oob")
+            measured = ("oob_loss", "oob_accuracy", "oob_cross_entropy", "oob_error")
+            self.out_of_bag = {"oob_comparisons": len(self.left_out)} | {
+                name: found[name] for name in measured if name in found
+            }
         self.normalise()
         return result
+
+    def outcome(self):
+        return self.out_of_bag
 
     @torch.no_grad()
     def normalise(self) -> None:

@@ -366,6 +366,7 @@ def train(
             before = runs_before(model.path, critic_of(args), *scorer_runs(data.preference))
             report = {
                 **trainer.costs(),
+                **trainer.outcome(),
                 **(costs or {}),
                 "start_tokens": sum(before.values()),
                 "before": before,

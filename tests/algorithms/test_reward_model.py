@@ -1,6 +1,8 @@
 """Reward models: what is minimised, what is learnt, how scores are normalised, and that transformers opens the run."""
 
+import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +11,13 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from offline_lmrl.algorithms import run
-from offline_lmrl.algorithms.reward_model import RewardModelConfig, RewardModelTrainer, accuracy, pairs_loss
+from offline_lmrl.algorithms.reward_model import (
+    RewardModelConfig,
+    RewardModelTrainer,
+    accuracy,
+    bootstrap_sample,
+    pairs_loss,
+)
 from offline_lmrl.algorithms.run import DataConfig, ModelConfig
 from offline_lmrl.data import comparison_batching, io
 from offline_lmrl.data.comparison import Comparison
@@ -296,6 +304,54 @@ def test_a_bootstrap_sample_is_as_large_as_the_data_and_follows_its_seed(tmp_pat
     assert len({tuple(row.tolist()) for row in drawn[0]}) < 48
     held_out = trainer(tmp_path, held_out=RULE, bootstrap=1).eval_dataset
     assert len({tuple(row.tolist()) for row in held_out.batch(range(24))["input_ids"]}) == 48
+
+
+def test_a_bootstrap_sample_draws_whole_groups_and_leaves_the_others_out():
+    rows = [replace(row, group=f"g{i // 3}") for i, row in enumerate(RULE)]
+    drawn, left_out = bootstrap_sample(rows, 5)
+    groups = np.random.default_rng(5).integers(8, size=8).tolist()
+    assert sorted(drawn) == sorted(i for g in groups for i in range(3 * g, 3 * g + 3))
+    assert left_out.tolist() == [i for i in range(24) if i // 3 not in groups] and 0 < len(left_out) < 24
+    drawn, left_out = bootstrap_sample([RULE[0], RULE[1], RULE[0]], 0)  # without groups, equal rows are one
+    assert {0, 2} <= set(drawn) or {0, 2} <= set(left_out)
+
+
+@pytest.mark.parametrize("normalise", ["none", "standard"])
+def test_a_run_is_judged_on_what_its_bootstrap_left_out(tmp_path, normalise):
+    rows = [replace(row, labels={"strength": 1.0}) for row in RULE]
+    write_comparisons(tmp_path / "pairs.jsonl", rows)
+    args = config(tmp_path / "run", bootstrap=3, margin=1.0, error_rate=0.1, normalise=normalise, max_steps=4,
+                  learning_rate=1e-2, max_length=64, save_strategy="no", disable_tqdm=True)  # fmt: skip
+    model = ModelConfig(scratch=SPEC, vocab_size=290)
+    folder = run.train("reward_model", model, DataConfig(str(tmp_path / "pairs.jsonl")), args)
+    left_out = [rows[i] for i in bootstrap_sample(rows, 3)[1]]
+    found = RewardModel.load(folder, device="cpu").score_each([(row.context, row.options) for row in left_out])
+    lead = [scores @ np.subtract(row.target, row.target[::-1]) for row, scores in zip(left_out, found, strict=True)]
+    report = run.read_report(folder)
+    assert report["oob_comparisons"] == len(left_out) > 4
+    assert report["oob_accuracy"] == pytest.approx(np.mean(np.array(lead) > 0))
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["oob_cross_entropy"] for row in logged if "oob_loss" in row] == [report["oob_cross_entropy"]]
+    # of raw scores, with the share of random labels and without the margin, whatever the scores become afterwards
+    expected = np.mean([-math.log(0.9 / (1 + math.exp(-one)) + 0.05) for one in lead])
+    assert (report["oob_cross_entropy"] == pytest.approx(expected, abs=1e-5)) == (normalise == "none")
+    assert report["oob_loss"] > report["oob_cross_entropy"] + 0.05
+
+
+def test_a_bootstrap_that_draws_everything_is_told_and_has_no_figures(tmp_path):
+    made = trainer(tmp_path, [replace(row, group="one") for row in RULE], bootstrap=0, max_steps=1)
+    made.train()
+    assert made.outcome() == {} and any("all drawn by bootstrap" in reason for reason in made.counts)
+
+
+def test_ratings_that_were_left_out_are_judged_in_their_unit(tmp_path):
+    made = trainer(tmp_path, RATED, bootstrap=1, loss="regression", normalise="none", max_steps=40)
+    made.train()
+    left_out = [RATED[i] for i in bootstrap_sample(RATED, 1)[1]]
+    bias = made.model.config.offline_lmrl["reward"]["bias"]
+    found = scores(made, made.left_out.batch(range(len(left_out)))) + bias
+    error = np.mean([abs(score - row.total_return) for score, row in zip(found.tolist(), left_out, strict=True)])
+    assert made.outcome()["oob_error"] == pytest.approx(error, abs=1e-3)
 
 
 def test_resuming_equals_the_uninterrupted_run_to_the_bit(tmp_path):

@@ -16,8 +16,8 @@ from offline_lmrl.algorithms.reward_model import RewardModelConfig, RewardModelT
 from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.preferences import score_rows
 from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Turn
-from offline_lmrl.decoding.scorers import RewardModel, Rule
+from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.decoding.scorers import RewardModel, Rule, relabel_trajectories
 from offline_lmrl.environments.pref_gold import REPLIES, PrefGold
 from offline_lmrl.environments.toys_conditioned import CUES, LETTERS
 from offline_lmrl.evaluation.metrics import mean_interval
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.gates
 
 SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 48,
         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+LONGER = {**SPEC, "n_positions": 64}
 SPREAD = {**SPEC, "initializer_range": 0.1}  # learns by heart sooner
 DEEP = {"spec": {**SPREAD, "n_embd": 64, "n_layer": 2}, "learning_rate": 2e-3}
 SEEDS = range(5)
@@ -135,6 +136,36 @@ def test_the_best_by_a_reward_model_of_few_pairs_are_worse_than_the_good_by_it(t
     print("fall with 40 pairs", fall)
     assert fall.low > 0
     assert (np.diff(many[1]) > -0.02).all() and (np.diff(gold[1]) > 0).all()
+
+
+def segments(n, seed):
+    """n dialogues of 2 to 5 agent turns of one letter each, and what each letter is worth: half of them 1, half 0."""
+    rng = np.random.default_rng(seed)
+    worth = dict(zip(LETTERS, np.random.default_rng(seed % 1000).permutation([0.0, 1.0] * 4), strict=True))
+    said = [rng.choice(list(LETTERS), rng.integers(2, 6)) for _ in range(n)]
+    return [tuple(turn for letter in letters for turn in (Turn("user", "next"), Turn("assistant", str(letter))))
+            for letters in said], worth  # fmt: skip
+
+
+def test_turns_that_are_read_alone_are_credited_for_themselves(tmp_path):
+    # Segments are compared by the sum of their letters' worth, which is never told (Christiano et al. 2017). A turn
+    # that sees the turns before it is credited for those too; with context: 1 it sees the question alone.
+    found = {"context 1": [], "shared history": [], "terminal": []}
+    settings = {"context 1": {"head": "turn", "context": 1}, "shared history": {"head": "turn"}, "terminal": {}}
+    for seed in SEEDS:
+        said, worth = segments(400, seed)
+        totals = [sum(worth[turn.content] for turn in one if turn.is_trainable) for one in said]
+        rows = [Comparison((), (said[i], said[i + 1]), tuple(0.5 + 0.5 * np.sign([lead, -lead])))
+                for i in range(0, 400, 2) for lead in [totals[i] - totals[i + 1]]]  # fmt: skip
+        fresh = [Trajectory(one) for one in segments(300, 1000 + seed)[0]]
+        for name, correlations in found.items():
+            scorer = fitted(tmp_path, rows, seed, 100, spec=LONGER, max_length=64, **settings[name])
+            made = relabel_trajectories(fresh, scorer, "turn")
+            credit = [(turn.reward, worth[turn.content]) for row in made for turn in row.turns if turn.is_trainable]
+            correlations.append(np.corrcoef(np.transpose(credit))[0, 1])
+    for name, correlations in found.items():
+        print(name, np.round(correlations, 3), mean_interval(correlations))
+    assert min(found["context 1"]) >= 0.9 > max(found["shared history"])
 
 
 def worded(rule):
