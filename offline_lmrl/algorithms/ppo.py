@@ -50,6 +50,7 @@ from offline_lmrl.models.actor_critic import ActorCritic
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import attach, detach, load_model
 from offline_lmrl.models.renderers import rendering_block
+from offline_lmrl.models.reward_model import is_reward_model, load_reward_model
 from offline_lmrl.models.unreached import freeze_unreached
 from offline_lmrl.ops.decoding import warp_log_probs
 from offline_lmrl.ops.policy_gradient import (
@@ -115,7 +116,9 @@ class PPOConfig(OfflineConfig):
     unfinished_score: what a turn without its closing token earns instead of its score; null = its score [-1].
     unfinished_penalty: what such a turn loses.
     value_model: what V reads: shared (the policy's hidden states), copy (a copy of the policy's trunk, trained for V
-      alone), or the folder of a model whose trunk is trained, a reward model say.
+      alone), or the folder or hub name of a model whose trunk is trained for V. V starts at 0, but from a reward model
+      with head terminal or turn at its score / reward_scale (Stiennon et al. 2020, Ouyang et al. 2022): once a turn's
+      closing token is read V is the score of that turn; before, what the model says of a turn so far.
     value_warmup: first iterations in which only the value head learns.
     ema: decay per optimizer step of averaged weights, which are then the ones that are saved; 0 = none.
     ptx_weight: γ of the language model's loss on logged data, PPO-ptx of Ouyang et al. 2022; 0 = none.
@@ -273,17 +276,17 @@ class PPOTrainer(LoopTrainer):
             "step_rule": asdict(rule),
             "sampling": dict(args.sampling),
         }  # fmt: skip
-        value_trunk = None
+        value_model = None
         if args.value_model != "shared":
-            value_trunk = copy.deepcopy(policy) if args.value_model == "copy" else load_model(args.value_model)
-            value_trunk = value_trunk.to(self.device).requires_grad_(True)
+            value_model = copy.deepcopy(policy) if args.value_model == "copy" else self._open_value_model()
+            value_model = value_model.to(self.device).requires_grad_(True)
         self.reference = None  # the policy with its adapter off
         if peft_config is None:
             self.reference = copy.deepcopy(policy).eval().requires_grad_(False)
         else:
             policy = with_adapter(policy, peft_config)
         transformers.set_seed(args.seed)  # the value head's first layer
-        module = ActorCritic(policy, value_trunk)
+        module = ActorCritic(policy, value_model, self.scale)
         self._freeze_unreached(module)
         self.set_up(module, policy, average=args.ema > 0)
         self.environment = environment
@@ -297,6 +300,31 @@ class PPOTrainer(LoopTrainer):
         self.kl_weight, self.moments = args.kl_weight, Moments()
         self.totals.update(dict.fromkeys(SUMS, 0))
         self.tokens_read = 0  # by this process since the last row of metrics
+
+    def _open_value_model(self) -> PreTrainedModel:
+        """The model that `value_model` names. Raises: InputError where it reads other tokens than the policy, or is a
+        reward model at whose score no V can start."""
+        args, name = self.args, self.args.value_model
+        is_reward = is_reward_model(name)
+        model = load_reward_model(name) if is_reward else load_model(name)
+        try:
+            check_model(model, self.renderer, args.max_length)
+        except InputError as error:
+            raise InputError(f"value_model: {name}: {error}") from error
+        if not is_reward:
+            return model
+        block = settings(model.config)
+        if (head := block["reward"]["head"]) == "token":
+            raise InputError(f"value_model: {name}: found a reward model with head: {head}, whose score is a sum over "
+                             "tokens, expected head: terminal or turn, which V can read at one token")
+        context = block.get("window", {}).get("context")
+        if context not in (None, args.context):
+            raise InputError(f"value_model: {name}: found a reward model with context: {context}, expected this run's "
+                             f"context, {args.context}, as V reads what the policy sees")
+        if args.scale_scores:
+            raise InputError(f"scale_scores: found it with the reward model {name} as value_model, expected one of "
+                             "them: V would start in another unit than that of the scaled scores")
+        return model.merge_and_unload() if hasattr(model, "peft_config") else model
 
     def _freeze_unreached(self, module: ActorCritic) -> None:
         """Freezes what neither policy nor V reaches: of a long made-up dialogue, as some parts are for long texts."""

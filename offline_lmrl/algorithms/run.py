@@ -233,6 +233,7 @@ def contents(
     critic: str | None = None,
     demonstrations: str | None = None,
     reference: str | None = None,
+    value_model: str | None = None,
 ) -> dict[str, str | None]:
     """sha256 of what lies behind the paths of a run: data, demonstrations, replies of reference, and the weights of
     local folders that it starts from or learns from."""
@@ -244,7 +245,8 @@ def contents(
     for name, source in (("demonstrations", demonstrations), ("reference", reference)):
         if source is not None:
             found[name] = fingerprint(read_trajectories(source))
-    return found | ({} if critic is None else {"critic_weights": weights_hash(critic)})
+    runs = {"critic_weights": critic, "value_weights": value_model}
+    return found | {name: weights_hash(folder) for name, folder in runs.items() if folder is not None}
 
 
 def weights_hash(folder: str | None) -> str | None:
@@ -262,6 +264,12 @@ def weights_hash(folder: str | None) -> str | None:
 def critic_of(args: BaseConfig) -> str | None:
     """The run whose values this one learns from; None where the algorithm takes none."""
     return getattr(args, "critic", None)
+
+
+def value_model_of(args: BaseConfig) -> str | None:
+    """The run from which PPO's V starts; None where the algorithm has none, or V starts from the policy."""
+    name = getattr(args, "value_model", None)
+    return None if name in ("shared", "copy") else name
 
 
 def demonstrations_of(args: BaseConfig) -> str | None:
@@ -335,8 +343,9 @@ def train(
     counts: Counter[str] = Counter()
     rows, validation = read_data(algorithm, data, args, counts)
     config = resolved_config(algorithm, model, data, args, environment) | dict(settings or {})
+    reference, value_model = getattr(args, "reference", None), value_model_of(args)
     config["contents"] = contents(
-        model, rows, validation, critic_of(args), demonstrations_of(args), getattr(args, "reference", None)
+        model, rows, validation, critic_of(args), demonstrations_of(args), reference, value_model
     )
     if run_there(folder, config) == "same" and (folder / COMPLETE).exists():
         if args.should_save:
@@ -363,7 +372,7 @@ def train(
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(folder))
         if trainer.args.should_save:
-            before = runs_before(model.path, critic_of(args), *scorer_runs(data.preference))
+            before = runs_before(model.path, critic_of(args), value_model, *scorer_runs(data.preference))
             report = {
                 **trainer.costs(),
                 **trainer.outcome(),

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offline_lmrl.data.batching import TokenBatch
+from offline_lmrl.models.reward_model import Reward, head_of, score_bias
 from offline_lmrl.models.value_heads import ScalarHead
 
 
@@ -15,17 +16,25 @@ class ActorCritic(nn.Module):
 
     Args:
       policy: a guided model without value heads, or a PeftModel around one.
-      value_trunk: the guided model whose decoder V reads; None = the policy's.
+      value_model: whose hidden states V reads: a guided model, or a reward model (`load_reward_model`, without an
+        adapter) at whose score V starts; None = the policy. From the others V starts at 0.
+      reward_scale: V = score / reward_scale.
     """
 
-    def __init__(self, policy: nn.Module, value_trunk: PreTrainedModel | None):
+    def __init__(self, policy: nn.Module, value_model: PreTrainedModel | None, reward_scale: float = 1.0):
         super().__init__()
-        read = value_trunk or policy
         self.policy = policy
-        self.value_trunk = value_trunk and value_trunk.get_decoder()
-        self.value_head = ScalarHead(1, read.get_output_embeddings().weight.shape[1], 0.0)
+        score = isinstance(value_model, Reward) and head_of(value_model)
+        if score:
+            self.value_trunk, width = value_model.base_model, score.in_features
+        else:
+            self.value_trunk = value_model and value_model.get_decoder()
+            width = (value_model or policy).get_output_embeddings().weight.shape[1]
+        self.value_head = ScalarHead(1, width, 0.0)
         self.value_head.reset()
         self.value_head.to(policy.device)
+        if score:
+            self.value_head.start_at(score.weight[0] / reward_scale, score_bias(value_model) / reward_scale)
         self.eval()  # for good: dropout would make the policy another one than the one that played
 
     def forward(self, batch: TokenBatch, *, next_v: bool = False, value_only: bool = False) -> dict[str, Tensor]:

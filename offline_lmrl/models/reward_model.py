@@ -108,6 +108,13 @@ def option_scores(model: nn.Module, batch: ComparisonBatch, head: str) -> Tensor
     return score.new_zeros(len(batch["comparison"])).index_add(0, batch["option"], score)
 
 
+def score_bias(model: nn.Module) -> float:
+    """What a terminal score, or that of one turn, is beside w · h: the head's own bias, if it has one, and that of
+    normalisation."""
+    own = head_of(model).bias
+    return settings(model.config)["reward"]["bias"] + (0.0 if own is None else own.item())
+
+
 def with_head_beside(peft_config: Any, model: PreTrainedModel) -> Any:
     """The peft config with the head trained and saved in full, and no adapter on it."""
     name = next(name for name in HEAD_NAMES if getattr(model, name, None) is head_of(model))
@@ -160,6 +167,17 @@ def load_reward_model(
     if missing:
         reset_head(model)
     return model
+
+
+def is_reward_model(path_or_name: str | Path) -> bool:
+    """True if the folder or hub name is one that `load_reward_model` opens without being told a head."""
+    name = str(path_or_name)
+    if os.path.isfile(os.path.join(name, "adapter_config.json")):
+        return "reward" in read_settings(name)
+    with opening(name, "model"):
+        config = AutoConfig.from_pretrained(name)
+    check_settings(name, settings(config))
+    return _stored_head(config) is not None
 
 
 def _load_adapter(folder: Path, head: str | None, trust_remote_code: bool) -> nn.Module:

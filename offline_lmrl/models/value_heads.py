@@ -109,6 +109,18 @@ class ScalarHead(TwoLayers):
         init.zeros_(self.weight)
         init.constant_(self.bias, self.initial_value)
 
+    @torch.no_grad()
+    def start_at(self, weight: Tensor, bias: float) -> None:
+        """Start a single head at w · h + b, exactly: relu(w · h) − relu(−w · h) by its first two hidden units. The
+        others keep their first layer and count for nothing yet, as in a fresh head.
+
+        Args:
+          weight: w, (d,).
+        """
+        self.hidden_weight[0, :2] = torch.stack([weight, -weight])
+        self.weight[0, :2] = torch.tensor([1.0, -1.0])
+        self.bias.fill_(bias)
+
     @_in_fp32
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden (N,d) -> (H,N)."""

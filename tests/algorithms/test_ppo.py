@@ -11,19 +11,23 @@ import yaml
 
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.algorithms.ppo import PPOConfig, PPOTrainer, ppo_losses
-from offline_lmrl.algorithms.run import DataConfig, ModelConfig, train
+from offline_lmrl.algorithms.reward_model import RewardModelConfig, RewardModelTrainer
+from offline_lmrl.algorithms.run import DataConfig, ModelConfig, contents, train, value_model_of, weights_hash
+from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import read_trajectories, write_trajectories
 from offline_lmrl.data.protocols import StepResult
 from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.data.trajectory import Trajectory, Turn, as_context
 from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.scorers import RewardModel
 from offline_lmrl.environments.prompts import PromptEnvironment
 from offline_lmrl.environments.toys import Gamble
 from offline_lmrl.evaluation.compare import run_compare, training_cost
 from offline_lmrl.evaluation.config import CompareConfig, EvaluationConfig
 from offline_lmrl.evaluation.report import read_results
 from offline_lmrl.models.guided import build_model
+from offline_lmrl.models.reward_model import build_reward_model, load_reward_model
 from offline_lmrl.ops.policy_gradient import adaptive_kl_weight, tensorflow_adam_eps
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3"], 300)
@@ -468,6 +472,84 @@ def test_a_value_model_of_its_own_leaves_the_policy_alone(tmp_path):
     policies = [torch.cat([p.detach().flatten() for p in one.policy.parameters()]) for one in runs]
     torch.testing.assert_close(*policies)
     assert any(n.startswith("value_trunk") for n in runs[1].trained) and not torch.equal(weights(runs[1]), start)
+
+
+def reward_run(folder, head="terminal", lora=None, steps=10, **settings):
+    """The run of a reward model that prefers the longer of two OPTIONS."""
+    torch.manual_seed(1)
+    network = build_reward_model(SPEC, TOKENIZER, head)
+    if lora is not None:
+        network.save_pretrained(folder / "base")
+        network = load_reward_model(folder / "base")
+    said = [[(Turn("assistant", text),) for text in (longer, shorter)] for longer in OPTIONS for shorter in OPTIONS
+            if len(longer) > len(shorter)]  # fmt: skip
+    rows = [Comparison((Turn("user", f"you are at {i}"),), tuple(pair), (1.0, 0.0)) for i in range(3) for pair in said]
+    common = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "max_length": 96}
+    args = RewardModelConfig(
+        output_dir=str(folder), head=head, max_steps=steps, learning_rate=1e-2, **common, **settings
+    )
+    run = RewardModelTrainer(network, args, rows, None, TOKENIZER, lora)
+    run.train()
+    run.save_model()
+    return str(folder)
+
+
+def from_reward(folder, reward, **settings):
+    settings = {"sampling": {"max_new_tokens": 16}, "episodes": 16, "reward_scale": 4.0, "max_steps": 1, **settings}
+    return trainer(folder, lambda: Ragged(options=OPTIONS), value_model=reward, **settings)
+
+
+@pytest.mark.parametrize(("head", "settings"), [
+    ("terminal", {}), ("turn", {"normalise": "centre", "context": 1}), ("terminal", {"lora": 4}),
+])  # fmt: skip
+def test_v_starts_at_the_score_of_a_reward_model_where_that_is_read(tmp_path, head, settings):
+    """A score is read at the token that closes a turn: in the state after the one in which that token is chosen."""
+    settings, lora = dict(settings), None
+    if rank := settings.pop("lora", None):
+        lora = pytest.importorskip("peft").LoraConfig(target_modules="all-linear", r=rank)
+    reward = reward_run(tmp_path / "reward", head, lora, **settings)
+    run = from_reward(tmp_path, reward, context=settings.get("context"))
+    played, experience = read(run)
+    batch = experience.windows.batch(np.arange(len(experience.windows)))
+    closing = batch["steps"]["closes_turn"].bool()
+    row, closed = batch["steps"]["row"][closing], batch["steps"]["state"][closing] + 1
+    assert (batch["input_ids"][row, closed] == run.renderer.close_id).all()
+    batch["steps"] = {"row": row, "state": closed}
+    with torch.no_grad():
+        found = run.module(batch)["v"].numpy()
+    agent = [(t, i) for t in played for i, turn in enumerate(t.turns) if turn.is_trainable]
+    scorer = RewardModel.load(reward, device="cpu")  # of the same replies as text
+    score = np.concatenate(scorer.score_each([(as_context(t.turns[:i]), [[t.turns[i]]]) for t, i in agent]))
+    assert found == pytest.approx(score / 4.0, abs=1e-5) and score.std() > 0.1
+    assert np.corrcoef(found, score)[0, 1] > 0.95
+
+
+def test_v_learns_on_from_a_reward_model_and_from_a_copy_of_the_policy_starts_at_0(tmp_path):
+    reward = reward_run(tmp_path / "reward")
+    found = contents(ModelConfig(path="x"), [], None, value_model=reward)
+    assert found["value_weights"] == weights_hash(reward) is not None
+    assert value_model_of(PPOConfig(output_dir=str(tmp_path), use_cpu=True)) is None
+    run = from_reward(tmp_path, reward)
+    assert value_model_of(run.args) == reward
+    start = {name: p.detach().clone() for name, p in run.trained.items()}
+    assert sum(name.startswith("value_trunk") for name in start) > 10
+    run.train()
+    assert all(not torch.equal(p, start[name]) for name, p in run.trained.items() if name.startswith("value_head"))
+    assert not torch.equal(run.trained["value_trunk.wte.weight"], start["value_trunk.wte.weight"])
+    _, experience = read(from_reward(tmp_path, "copy"))
+    assert not experience.column("behaviour_v").any()
+
+
+@pytest.mark.parametrize(("made", "settings", "message"), [
+    ({"head": "token"}, {}, "^value_model: .*reward: found a reward model with head: token, whose score is a sum"),
+    ({"head": "turn", "context": 2}, {"context": 1}, "with context: 2, expected this run's context, 1, as V"),
+    ({}, {"scale_scores": True}, "^scale_scores: found it with the reward model .*, expected one of them"),
+    ({}, {"template": "plain"}, "^value_model: .*reward: tokenizer: found fingerprint .*, expected .*: the model "),
+])  # fmt: skip
+def test_a_reward_model_at_whose_score_no_v_can_start_is_refused_in_one_line(tmp_path, made, settings, message):
+    reward = reward_run(tmp_path / "reward", normalise="none", steps=1, **made)
+    with pytest.raises(InputError, match=message):
+        from_reward(tmp_path, reward, **settings)
 
 
 def test_the_reference_never_moves(tmp_path):
