@@ -342,11 +342,11 @@ def random_trajectories(n, seed):
     return made
 
 
-def placed(head, normalise, seed=0):
+def placed(head, normalise, context=None):
     """A reward model with the scores of some random replies normalised, in a window that drops turns of prompts."""
     model = build_reward_model(SPEC, RENDERER.tokenizer, head)
-    scorer = RewardModel(model, RENDERER, WindowRule(max_length=40))
-    raw = [row.total_return for row in relabel_trajectories(random_trajectories(40, seed + 100), scorer)]
+    scorer = RewardModel(model, RENDERER, WindowRule(context, max_length=40))
+    raw = [row.total_return for row in relabel_trajectories(random_trajectories(40, seed=100), scorer)]
     if normalise != "none":
         gain = 1.0 / np.std(raw) if normalise == "standard" else 1.0
         fold(model, gain, -gain * float(np.mean(raw)))
@@ -354,17 +354,19 @@ def placed(head, normalise, seed=0):
 
 
 @pytest.mark.parametrize("normalise", ["none", "centre", "standard"])
-@pytest.mark.parametrize("head", ["terminal", "turn", "token"])
-def test_rewards_of_turns_add_up_to_the_score_of_the_whole(head, normalise):
+@pytest.mark.parametrize(("head", "context"), [("terminal", None), ("turn", None), ("token", None), ("turn", 1),
+                                               ("token", 2)])  # fmt: skip
+def test_rewards_of_turns_add_up_to_the_score_of_the_whole(head, context, normalise):
     torch.manual_seed(0)
-    scorer, counts = placed(head, normalise), [Counter(), Counter()]
+    scorer, counts = placed(head, normalise, context), [Counter(), Counter()]
     trajectories = random_trajectories(60, seed=1)
     whole = relabel_trajectories(trajectories, scorer, "terminal", counts[0])
     dense = relabel_trajectories(trajectories, scorer, "turn", counts[1])
     assert counts[0] == counts[1] and len(whole) == len(dense) > 40
-    roomy = RewardModel(scorer.model, RENDERER, WindowRule(max_length=64))
+    roomy = RewardModel(scorer.model, RENDERER, WindowRule(context, max_length=64))
     again = relabel_trajectories([replace(row, labels={}) for row in whole], roomy)
-    assert any(abs(a.total_return - b.total_return) > 1e-3 for a, b in zip(whole, again, strict=True))  # lost turns
+    lost = [abs(one.total_return - other.total_return) > 1e-3 for one, other in zip(whole, again, strict=True)]
+    assert any(lost) == (context is None)  # turns of prompts; behind two turns at most all of them fit
     for one, many in zip(whole, dense, strict=True):
         assert many.total_return == pytest.approx(one.total_return, abs=1e-5)
         assert all((turn.reward is not None) == turn.is_trainable for turn in many.turns)
