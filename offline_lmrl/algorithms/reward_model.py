@@ -93,7 +93,8 @@ class RewardModelConfig(BaseConfig):
     bootstrap: seed of a sample of the data's groups with replacement, as many as there are. After training `oob_loss`,
       `oob_accuracy` and `oob_cross_entropy` (of the labels, in nats per comparison, without margin and weights) of the
       groups that were not drawn are in metrics.jsonl and complete.json. None = the data as they are.
-    normalise: scores after training: none, centre (mean 0) or standard (mean 0 and standard deviation 1).
+    normalise: scores after training: none, centre (mean 0) or standard (mean 0 and standard deviation 1). The shift is
+      that of a whole reply; where `relabel` gives each turn a reward, the first turn has it, and none has no shift.
     reference: trajectories whose replies get these scores, such as what `generate` writes; None = the training data.
     processes: how many render the data at once, and read comparisons; it changes no number.
     """

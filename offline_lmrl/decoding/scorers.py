@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from offline_lmrl.data.batching import pad
 from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.comparison_batching import encode_options
+from offline_lmrl.data.comparison_batching import Row, encode_options
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.preferences import Scored, origin_of, score_rows
 from offline_lmrl.data.protocols import Scorer, imported
@@ -68,13 +68,9 @@ class RowScorer:
         """Scores (K,) of each row's options."""
         encoded = [self._encode(*row) for row in rows]
         # Options that begin alike, as those of `relabel_trajectories`, share rows by turn: each is read once.
-        places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
-        index = [
-            [places.setdefault((tuple(ids), tuple(kinds)), len(places)) for ids, kinds in option]
-            for options in encoded
-            for option in options
-        ]
-        flat = list(places)
+        distinct = {_key(row): row for options in encoded for option in options for row in option}
+        places, flat = {key: place for place, key in enumerate(distinct)}, list(distinct.values())
+        index = [[places[_key(row)] for row in option] for options in encoded for option in options]
         order = sorted(range(len(flat)), key=lambda i: -len(flat[i][0]))  # like lengths together: little padding
         found, start = np.zeros(len(flat)), 0
         while start < len(order):
@@ -104,7 +100,12 @@ class RowScorer:
         return rows
 
 
-def _batch(rows: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device) -> dict[str, Tensor]:
+def _key(row: Row) -> bytes:
+    ids, kinds = row
+    return np.array([ids, kinds], dtype=np.int32).tobytes()
+
+
+def _batch(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
     lengths = np.array([len(ids) for ids, _ in rows])
     ids, mask = pad([(np.concatenate([ids for ids, _ in rows]), lengths)], 0)
     kinds, _ = pad([(np.concatenate([kinds for _, kinds in rows]), lengths)], 0)
