@@ -490,10 +490,11 @@ def relabel_trajectories(
     if not kept:
         raise InputError(f"relabel: found no trajectory that the scorer can read ({dict(counts)})")
     # Differences of scores, from 0 on, add up to the score of the whole for every scorer, also one that is no sum over
-    # turns. What all scores share, such as the bias of a reward model, is earned with the first turn alone: every
-    # trajectory has one, so neither how many turns follow nor what they say changes it, under any discount. An equal
-    # part for each turn would leave a share in what is still to come that depends on how many turns still come, and a
-    # bias below 0 would then teach to hang up; on the last turn, it would be discounted for ending late.
+    # turns; without discount, the policy that is best by them from any turn on is the one that is best by the score
+    # (Ng et al. 1999). What all scores share, such as the bias of a reward model, is earned with the first turn: every
+    # trajectory has exactly one, so no choice of how many turns follow changes it, under any discount. With an equal
+    # part for each turn, the part still to come would grow with the number of turns still to come, and a bias below 0
+    # would teach to hang up; all of it on the last turn would be discounted the more, the later that is.
     rewards = [np.diff(scores, prepend=0.0).tolist() for scores in score_rows(rows, scorer)]
     origin = origin_of(scorer)
     return [_rescored(row, dict(zip(places, values, strict=True)), origin)
