@@ -30,7 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "preference": {"algorithm": "ilql", **PAIRS, "data": {
         "train": "pairs.jsonl", "preference": {"reward": "sign", "place": "terminal", "normalise": "none"}},
         "args": ARGS},
-    "reward_model": {"algorithm": "reward_model", **PAIRS, "args": {**ARGS, "head": "terminal"}},
+    "reward_model": {"algorithm": "reward_model", **PAIRS, "args": {**ARGS, "head": "turn"}},
     "ppo": {"algorithm": "ppo", "model": SCORED["model"] | {"path": None}, "data": {"train": "scored.jsonl"},
             "environment": {"name": "gamble"}, "args": {
                 **ARGS, "lr_scheduler_kwargs": None, "sampling": {"max_new_tokens": 3}}},
