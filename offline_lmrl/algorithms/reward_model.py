@@ -94,7 +94,7 @@ class RewardModelConfig(BaseConfig):
       `oob_accuracy` and `oob_cross_entropy` (of the labels, in nats per comparison, without margin and weights) of the
       groups that were not drawn are in metrics.jsonl and complete.json. None = the data as they are.
     normalise: scores after training: none, centre (mean 0) or standard (mean 0 and standard deviation 1). The shift is
-      that of a whole reply; where `relabel` gives each turn a reward, the first turn has it, and none has no shift.
+      that of a whole reply; where `relabel` gives each turn a reward, each has an equal part. With none there is none.
     reference: trajectories whose replies get these scores, such as what `generate` writes; None = the training data.
     processes: how many render the data at once, and read comparisons; it changes no number.
     """

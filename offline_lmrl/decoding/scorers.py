@@ -125,6 +125,11 @@ class RewardModel(RowScorer):
     def bias(self) -> float:
         return settings(self.model.config)["reward"]["bias"]
 
+    @property
+    def shift(self) -> float:
+        """What is added to every sum over turns; 0 of a terminal score, which is no such sum."""
+        return 0.0 if settings(self.model.config)["reward"]["head"] == "terminal" else self.bias
+
     @classmethod
     def load(cls, path: str | Path, *, device: str | None = None) -> "RewardModel":
         """Raises: InputError where there is no reward model, or another tokenizer than it was trained with."""
@@ -273,6 +278,10 @@ class Ensemble:
     def fits(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> bool:
         return all(fits(one, context, options) for one in self.scorers)
 
+    @property
+    def shift(self) -> float:
+        return float(np.mean([getattr(one, "shift", 0.0) for one in self.scorers]))
+
     def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
         return [member.mean(0) - self.k * member.std(0) for member in self.members(rows)]
 
@@ -282,12 +291,19 @@ class Ensemble:
 
 
 class Combined:
-    """A preference and what else counts, by `how`, a function of (preference (K,), others (K, R)) -> (K,)."""
+    """A preference and what else counts, by `how`, a function of (preference (K,), others (K, R)) -> (K,).
+
+    shift: what of it belongs to no turn of a reply (`relabel_trajectories`).
+    """
 
     def __init__(
-        self, preference: Scorer, others: Sequence[Scorer], how: Callable[[np.ndarray, np.ndarray], np.ndarray]
+        self,
+        preference: Scorer,
+        others: Sequence[Scorer],
+        how: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        shift: float = 0.0,
     ):
-        self.preference, self.others, self.how = preference, others, how
+        self.preference, self.others, self.how, self.shift = preference, others, how, shift
 
     def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
         return self.score_each([(context, options)])[0]
@@ -307,7 +323,8 @@ def weighted_sum(scorers: Sequence[Scorer], weights: Sequence[float] | None = No
     if len(weights) != len(scorers) or len(scorers) < 2:
         raise InputError(f"weights: found {len(weights)} for {len(scorers)} scorers, expected one for each of several")
     first, *rest = weights
-    return Combined(scorers[0], scorers[1:], lambda score, others: first * score + others @ np.array(rest))
+    shift = sum(weight * getattr(one, "shift", 0.0) for weight, one in zip(weights, scorers, strict=True))
+    return Combined(scorers[0], scorers[1:], lambda score, others: first * score + others @ np.array(rest), shift)
 
 
 def veto(preference: Scorer, rules: Sequence[Scorer], floor: float, threshold: float = 0.5) -> Combined:
@@ -489,13 +506,12 @@ def relabel_trajectories(
         paid.append(agent if place == "turn" else agent[-1:])
     if not kept:
         raise InputError(f"relabel: found no trajectory that the scorer can read ({dict(counts)})")
-    # Differences of scores, from 0 on, add up to the score of the whole for every scorer, also one that is no sum over
-    # turns; without discount, the policy that is best by them from any turn on is the one that is best by the score
-    # (Ng et al. 1999). What all scores share, such as the bias of a reward model, is earned with the first turn: every
-    # trajectory has exactly one, so no choice of how many turns follow changes it, under any discount. With an equal
-    # part for each turn, the part still to come would grow with the number of turns still to come, and a bias below 0
-    # would teach to hang up; all of it on the last turn would be discounted the more, the later that is.
-    rewards = [np.diff(scores, prepend=0.0).tolist() for scores in score_rows(rows, scorer)]
+    # Differences of scores add up to the score of the whole for every scorer, also one that is no sum over turns. The
+    # shift of normalisation belongs to no turn: in equal parts it leaves each turn nearly its own worth, and the sum
+    # does not depend on how many turns there are. (On the first turn alone it would hide what that turn is worth; once
+    # for every turn, as a reward model adds it to whatever it reads, a shift below 0 would teach to hang up.)
+    shift = getattr(scorer, "shift", 0.0)
+    rewards = [(np.diff(scores, prepend=shift) + shift / len(scores)).tolist() for scores in score_rows(rows, scorer)]
     origin = origin_of(scorer)
     return [_rescored(row, dict(zip(places, values, strict=True)), origin)
             for row, places, values in zip(kept, paid, rewards, strict=True)]  # fmt: skip

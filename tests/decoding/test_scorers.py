@@ -388,17 +388,21 @@ def test_rewards_of_turns_add_up_for_every_combination_of_scorers():
         assert [row.total_return for row in dense] == pytest.approx([row.total_return for row in whole], abs=1e-5)
 
 
-def test_what_all_scores_share_is_earned_once_and_never_by_going_on_or_by_ending():
-    turns = [Turn("user", "say it"), Turn("assistant", "up"), Turn("user", "on"), Turn("assistant", "up")]
-    for n in (2, 4):
-        (made,) = relabel_trajectories([Trajectory(tuple(turns[:n]))], Function(lambda context, option: -1.5), "turn")
-        assert [turn.reward for turn in made.turns if turn.is_trainable] == [-1.5, 0.0][: n // 2]
-    # of a reward model: behind the first turn, rewards are those of the model without a bias
+def test_the_shift_of_normalisation_is_earned_once_in_equal_parts():
     torch.manual_seed(0)
     scorer, trajectories = placed("token", "centre"), random_trajectories(20, seed=3)
-    found = relabel_trajectories(trajectories, scorer, "turn")
+    both = weighted_sum([scorer, Ensemble([scorer, Function(lambda context, option: 0.0)])], [2.0, 4.0])
+    found = [relabel_trajectories(trajectories, one, "turn") for one in (scorer, both)]
     bias = scorer.model.config.offline_lmrl["reward"]["bias"]
     fold(scorer.model, 1.0, 0.0)
-    for shifted, bare in zip(found, relabel_trajectories(trajectories, scorer, "turn"), strict=True):
-        difference = [a.reward - b.reward for a, b in zip(shifted.turns, bare.turns, strict=True) if a.is_trainable]
-        assert difference == pytest.approx([bias, *[0.0] * (len(difference) - 1)], abs=1e-5) and abs(bias) > 0.1
+    both = weighted_sum([scorer, Ensemble([scorer, Function(lambda context, option: 0.0)])], [2.0, 4.0])
+    for made, one, shift in zip(found, (scorer, both), (bias, 4 * bias), strict=True):
+        for shifted, bare in zip(made, relabel_trajectories(trajectories, one, "turn"), strict=True):
+            parts = [a.reward - b.reward for a, b in zip(shifted.turns, bare.turns, strict=True) if a.is_trainable]
+            assert parts == pytest.approx([shift / len(parts)] * len(parts), abs=1e-5) and abs(bias) > 0.1
+
+
+def test_what_is_no_sum_over_turns_is_earned_where_it_is_added():
+    turns = [Turn("user", "say it"), Turn("assistant", "up"), Turn("user", "on"), Turn("assistant", "up")]
+    (made,) = relabel_trajectories([Trajectory(tuple(turns))], Function(lambda context, option: -1.5), "turn")
+    assert [turn.reward for turn in made.turns if turn.is_trainable] == [-1.5, 0.0]

@@ -150,8 +150,10 @@ def segments(n, seed):
 def test_turns_that_are_read_alone_are_credited_for_themselves(tmp_path):
     # Segments are compared by the sum of their letters' worth, which is never told (Christiano et al. 2017). A turn
     # that sees the turns before it is credited for those too; with context: 1 it sees the question alone.
-    found = {"context 1": [], "shared history": [], "terminal": []}
-    settings = {"context 1": {"head": "turn", "context": 1}, "shared history": {"head": "turn"}, "terminal": {}}
+    alone = {"head": "turn", "context": 1}
+    settings = {"context 1": alone, "context 1, standardised": alone | {"normalise": "standard"},
+                "shared history": {"head": "turn"}, "terminal": {}}  # fmt: skip
+    found = {name: [] for name in settings}
     for seed in SEEDS:
         said, worth = segments(400, seed)
         totals = [sum(worth[turn.content] for turn in one if turn.is_trainable) for one in said]
@@ -166,6 +168,7 @@ def test_turns_that_are_read_alone_are_credited_for_themselves(tmp_path):
     for name, correlations in found.items():
         print(name, np.round(correlations, 3), mean_interval(correlations))
     assert min(found["context 1"]) >= 0.9 > mean_interval(found["shared history"]).high
+    assert min(found["context 1, standardised"]) >= 0.9  # each turn has a part of the shift
 
 
 def worded(rule):
