@@ -7,7 +7,7 @@ from typing import Any
 from offline_lmrl.data.conditioning import ASK_NAMES, Ids, ReturnTable, Slots, check_ask
 from offline_lmrl.data.trajectory import Turn
 
-SAID: set[tuple[float | str | None, ReturnTable]] = set()  # asks outside the data, of which each is told once
+SAID: set[tuple[float | str, ReturnTable]] = set()  # asks that a line has been logged for
 
 
 class Asks:
@@ -29,6 +29,9 @@ class Asks:
             check_ask(ask)
         names = {ask for ask in asks if isinstance(ask, str) and ASK_NAMES.fullmatch(ask)}
         named = {ask: slots.scale.named_ask(ask, task) for ask in names}
+        for ask in sorted(names):
+            if line := slots.scale.asks_for_the_usual(ask, task):
+                self._say_once(ask, line)
         self.asks = [named.get(ask, ask) for ask in asks]
         self.used: dict[int, list[float]] = {}  # returns asked for at each agent turn, the latest reply's last
         self.read: dict[int, list[tuple[str, str]]] = {}  # the history before that reply
@@ -64,10 +67,17 @@ class Asks:
         scale, table, given = self.slots.scale, self.slots.scale.table(self.task), self.asks[row]
         clipped, used = scale.clipped(now, self.task), scale.bin_of(now, self.task)
         self.first[row] = {"ask": ask, "bin": used, "clipped": clipped}
-        if clipped and (given, table) not in SAID:
-            SAID.add((given, table))
+        if clipped:
             found = f"{now:g} for {given}" if isinstance(given, str) else f"{now:g}"
-            logging.getLogger(__name__).warning(
+            self._say_once(
+                given,
                 f"ask: found {found}, expected {table.least:g} to {table.most:g}, the returns in the training data; "
-                f"the nearest bin, {used} of 0 to {len(table.counts) - 1}, is asked for"
+                f"the nearest bin, {used} of 0 to {len(table.counts) - 1}, is asked for",
             )
+
+    def _say_once(self, ask: float | str, line: str) -> None:
+        """Logs the line, unless one was logged for this ask of these returns."""
+        key = (ask, self.slots.scale.table(self.task))
+        if key not in SAID:
+            SAID.add(key)
+            logging.getLogger(__name__).warning(line)

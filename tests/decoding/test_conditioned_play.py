@@ -373,6 +373,17 @@ def test_a_rollout_says_what_was_asked_and_an_ask_beyond_the_data_is_said_once(c
     assert "ask" not in rollout(policy(), Paying, [0])[0].labels
 
 
+def test_an_ask_for_the_usual_return_is_said_once(caplog):
+    asks.SAID.clear()
+    logs = [Trajectory((Turn("user", "move"), Turn("assistant", "go", reward=r))) for r in [0.0] * 19 + [5.0]]
+    player = policy(conditioned(logs=logs), ask="p90")
+    player.with_sampling(temperature=0.0).start([1, 2], ["p90", "max"]).reply([0, 1], HISTORIES[:1] * 2)
+    assert [record.message for record in caplog.records] == [
+        "ask: found p90, 0 in the training data and told as their median is, expected more than the usual return; "
+        "the best is 5 (ask: max)"
+    ]
+
+
 # What is refused
 
 
