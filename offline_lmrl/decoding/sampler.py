@@ -54,10 +54,10 @@ class SamplingConfig:
     candidates: guidance on the policy's best k tokens only, the others are dropped; None = all. Unused without
       guidance.
     clip: cap of the advantage Q − V from above; None = no cap (V then cancels and is not computed).
-    ask: the return asked of the agent from its first turn on, for a model that was trained with returns: a number in
-      reward units, "max" or "p90" (of the training returns), "auto" (V where the agent is), "auto:RUN" (V of another
-      run there), or "expert:3" (what comes of a state, good returns preferred e^3 to 1: `ReturnHeads.expert`); None =
-      none is asked.
+    ask: the return asked of the agent, for a model that was trained with returns. From its first turn on, less what
+      it earns: a number in reward units, or "p90" or "max" (of the training returns). Anew before every turn: "auto"
+      (V where the agent is), "auto:RUN" (V of another run there), or "expert:3" (what comes of a state, good returns
+      preferred e^3 to 1: `ReturnHeads.expert`). None = none is asked. decoding/asks.py says which earned most.
     condition_scale: w ≥ 0 of return guidance, (1 + w)·log π(·|ask) − w·log π(·); 0 = plain conditioning.
     max_new_tokens: longest reply in tokens, closing token included.
     stop: texts that end a reply; the text is cut before the first of them.

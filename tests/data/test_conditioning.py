@@ -90,6 +90,8 @@ def test_asks_are_named_after_the_returns_of_whole_trajectories():
     # later turns have smaller returns, which nobody can ask for at the start: 0..10 in steps of 1
     scale = ReturnScale.fit([episode(float(i), 0.0) for i in range(11)])
     assert (scale.named_ask("max"), scale.named_ask("p90"), scale.named_ask("p0")) == (10.0, 9.0, 0.0)
+    alone = ReturnScale.fit([episode(1.0, 2.0)])  # of one log every percentile is its return
+    assert {alone.named_ask(name) for name in ("p0", "p90", "max")} == {3.0}
     for wrong in ("p101", "best", "auto", "expert:2", "p-1"):
         with pytest.raises(InputError, match="ask: found"):
             scale.named_ask(wrong)
