@@ -66,9 +66,9 @@ class ReturnConditionedConfig(OfflineConfig):
     return_weight: of the cross-entropies of the return heads, per turn of a window without a condition; 0 leaves the
       heads out. With condition_dropout 1 it is a plain policy that has them. environment_weight: of the cross-entropy
       of each token that the environment replied with.
-    ask: the return that is asked for in play. Once, and then less what was earned: a number, or p90 or max of the
-      training returns. Before every turn: auto (V where the agent is; it earned less than p90 in every comparison), or
-      expert:κ (by the return heads: `ReturnHeads.expert`). condition_scale: w of return guidance in play.
+    ask: the return that is asked for in play. Once, and then less what was earned: a number, p90 or max of the
+      training returns, or auto (the best Q at the start, which earned less than p90 on both tasks that it was measured
+      on). Before every turn: expert:κ (`ReturnHeads.expert`). condition_scale: w of return guidance in play.
       beta, q_reduce, support, candidates, clip: of value guidance, for a model with value heads. All are the decoding
       form saved with the run (decoding/sampler.py).
 

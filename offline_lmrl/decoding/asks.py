@@ -18,8 +18,8 @@ class Asks:
 
     Args:
       task: of all rows, where the scale has bins per task.
-      asks: one per row: a number, a name of the data's returns, "auto", "auto:RUN" or "expert:κ" (the row is
-        then given its value every turn), or None for the null condition.
+      asks: one per row: a number, a name of the data's returns, "auto", "auto:RUN" or "expert:κ" (the row is then
+        given its value where `is_read` says so), or None for the null condition.
     Raises: InputError for an unknown ask, and for a task that is not in the training data.
     """
 
@@ -37,26 +37,36 @@ class Asks:
         self.read: dict[int, list[tuple[str, str]]] = {}  # the history before that reply
         self.first: dict[int, dict[str, Any]] = {}
 
+    def is_read(self, row: int, history: Sequence[Turn]) -> bool:
+        """True if the coming turn's ask is to be read from heads: "expert:κ" before every turn, "auto" before the
+        first that the session sees of a history; from then on rewards alone change it."""
+        ask = self.asks[row]
+        return isinstance(ask, str) and (ask.startswith("expert") or not self._continues(row, history))
+
+    def _continues(self, row: int, history: Sequence[Turn]) -> bool:
+        """True if the history is the one before the row's latest reply, with that reply and what came of it."""
+        used, read = self.used.get(row, []), self.read.get(row, [])
+        agent_turns = sum(turn.is_trainable for turn in history)
+        return len(used) == agent_turns > 0 and [(turn.role, turn.content) for turn in history[: len(read)]] == read
+
     def before_reply(self, row: int, history: Sequence[Turn], value: float | None = None) -> list[Ids]:
         """Slots of all agent turns of the history and of the coming one, which the session remembers.
 
         Args:
-          value: what an ask that depends on the state stands for here.
+          value: what an ask stands for here that `is_read`.
         """
         agent = [turn for turn in history if turn.is_trainable]
         if self.asks[row] is None:
             return [self.slots.null] * (len(agent) + 1)
         rewards = [turn.reward for turn in agent]
-        texts = [(turn.role, turn.content) for turn in history]
-        used, read = self.used.get(row, []), self.read.get(row, [])
-        continues = len(used) == len(agent) > 0 and texts[: len(read)] == read
+        used, continues = self.used.get(row, []), self._continues(row, history)
         if value is not None:
             asked = [*(used if continues else self.slots.backwards(value, rewards)), value]
         elif continues:
             asked = [*used, *self.slots.remaining(used[-1], rewards[-1:])[1:]]
         else:
             asked = self.slots.remaining(self.asks[row], rewards)
-        self.used[row], self.read[row] = asked, texts
+        self.used[row], self.read[row] = asked, [(turn.role, turn.content) for turn in history]
         self._note(row, asked[0], asked[-1])
         return [self.slots.ids(one, self.task) for one in asked]
 
