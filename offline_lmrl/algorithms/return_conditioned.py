@@ -67,8 +67,8 @@ class ReturnConditionedConfig(OfflineConfig):
       heads out. With condition_dropout 1 it is a plain policy that has them. environment_weight: of the cross-entropy
       of each token that the environment replied with.
     ask: the return that is asked for in play. Once, and then less what was earned: a number, p90 or max of the
-      training returns, or auto (the best Q at the start, which earned less than p90 on both tasks that it was measured
-      on). Before every turn: expert:κ (`ReturnHeads.expert`). condition_scale: w of return guidance in play.
+      training returns, or auto (the best Q at the start; decoding/asks.py has what each earned). Before every turn:
+      expert:κ (`ReturnHeads.expert`). condition_scale: w of return guidance in play.
       beta, q_reduce, support, candidates, clip: of value guidance, for a model with value heads. All are the decoding
       form saved with the run (decoding/sampler.py).
 
