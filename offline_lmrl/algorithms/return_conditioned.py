@@ -67,8 +67,9 @@ class ReturnConditionedConfig(OfflineConfig):
       heads out. With condition_dropout 1 it is a plain policy that has them.
     environment_weight: of the cross-entropy of each token of what the environment replies to the agent's turn, read
       after the turn and all that the agent saw; windows then hold these replies too, which costs their tokens.
-    ask: the return that is asked for in play: a number, max, p90 (of the training returns), auto (V where the agent
-      is), or expert:κ (by the return heads: `ReturnHeads.expert`). condition_scale: w of return guidance in play.
+    ask: the return that is asked for in play. Once, and then less what was earned: a number, p90 or max of the
+      training returns, or auto (the best Q at the start; decoding/asks.py has what each earned). Before every turn:
+      expert:κ (`ReturnHeads.expert`). condition_scale: w of return guidance in play.
       beta, q_reduce, support, candidates, clip: of value guidance, for a model with value heads. All are the decoding
       form saved with the run (decoding/sampler.py).
 
@@ -87,7 +88,7 @@ class ReturnConditionedConfig(OfflineConfig):
     condition_dropout: float = 0.15
     return_weight: float = 0.0
     environment_weight: float = 0.0
-    ask: float | str | None = "max"
+    ask: float | str | None = "p90"
     condition_scale: float = 0.0
     beta: float = 0.0
     q_reduce: Literal["min", "mean", "first"] = "min"

@@ -194,6 +194,19 @@ class ReturnScale:
             raise InputError(f"ask: found {shown(name)}, expected max, or p0 to p100")
         return self.table(task).quantiles[100 if name == "max" else int(name.removeprefix("p"))]
 
+    def asks_for_the_usual(self, name: str, task: str = "") -> str | None:
+        """Return a line about a percentile above the 50th whose bin is that of the median, if a better bin exists.
+
+        This happens where fewer than one log in ten earns more than the others: p90 then asks for no more than they
+        earn. None for every other ask. Raises: InputError as `named_ask`.
+        """
+        asked, median, best = (self.named_ask(one, task) for one in (name, "p50", "max"))
+        percent = 100 if name == "max" else int(name.removeprefix("p"))
+        if percent <= 50 or not self.bin_of(asked, task) == self.bin_of(median, task) < self.bin_of(best, task):
+            return None
+        return (f"ask: found {name}, {asked:g} in the training data and told as their median is, expected more than "
+                f"the usual return; the best is {best:g} (ask: max)")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         tables = {

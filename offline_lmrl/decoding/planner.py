@@ -221,7 +221,7 @@ class PlannerSession:
         outcomes: Sequence[Sequence[float]] = [(0.0, 0.0, 0.0)] * len(beams)
         if planner.heads is not None:
             keys = [beam.key for beam in beams]
-            outcomes = self.policy.sampler.read(planner.heads.outcome, ends, memory, keys)
+            outcomes = self.policy.sampler.read(lambda hidden, _: planner.heads.outcome(hidden), ends, memory, keys)
         rated = None
         if planner.scorer is not None:
             asked: list[Scored] = [(as_context(beam.turns[:-1]), [(beam.turns[-1],)]) for beam in beams]
@@ -275,7 +275,7 @@ class Critic:
             window = critic.null_window(past, max(map(len, replies)))
             prompts += [[*window, *reply[:-1]] for reply in replies]
 
-        def closing(hidden):
+        def closing(hidden, _):
             token = hidden.new_full((len(hidden), 1), critic.renderer.close_id).long()
             return critic.model.q_values(hidden, candidates=token).amin(0).squeeze(-1)
 

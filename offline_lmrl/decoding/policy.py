@@ -1,6 +1,5 @@
 """A language model as a player: what it sees of a dialogue, how it decodes, and what it keeps between turns."""
 
-import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -28,7 +27,9 @@ from offline_lmrl.decoding.probe import check_plays
 from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler, SamplingConfig
 from offline_lmrl.models.guided import find_device, load_model, settings, slots_of
 from offline_lmrl.models.renderers import renderer_of
+from offline_lmrl.ops.decoding import reduce_q, support_filter
 
+ASK_SUPPORT = 0.02  # of the best first token's probability: less likely ones are no candidates for the best Q
 SAMPLE_STRIDE = 2**32  # between the seeds of one history's samples: more than any range of seeds
 
 
@@ -51,7 +52,7 @@ class LanguagePolicy:
       task: what is played, for a model that was trained with returns per task.
       prompt: demonstrations of what is played, which all rows read before everything else (data/demonstrations.py), in
         the order given; None = no prompt. Of each the part is shown that the model was trained behind, else all of it.
-      critics: where runs are kept whose V is asked for, by their names; None = nowhere yet.
+      critics: where runs are kept whose Q is asked for, by their names; None = nowhere yet.
 
     Raises InputError where the settings ask for what the model does not have.
     """
@@ -172,7 +173,7 @@ class LanguagePolicy:
         return [self.slots.null] * (coming + sum(turn.is_trainable for turn in turns))
 
     def critic(self, run: str) -> "LanguagePolicy":
-        """A run with value heads that reads without a prompt, on this model's device; loaded once. Where its V counts
+        """A run with value heads that reads without a prompt, on this model's device; loaded once. Where its Q counts
         later turns otherwise than this model's returns do, that is said then."""
         if run not in self.critics:
             critic = self.critics[run] = require_no_prompt(load_critic(run, device=self.model.device))
@@ -180,15 +181,22 @@ class LanguagePolicy:
             if found != self.slots.discount_per_turn:
                 logging.getLogger(__name__).warning(
                     f"ask: found discount_per_turn {found:g} in the critic {run}, expected the model's "
-                    f"{self.slots.discount_per_turn:g}: its V is another sum than the returns this model was told"
+                    f"{self.slots.discount_per_turn:g}: its Q is another sum than the returns this model was told"
                 )
         return self.critics[run]
 
-    def head_of(self, ask: str) -> Callable[[Tensor], Tensor]:
-        """What says of hidden states (N,d) how much "auto" or "expert:κ" asks for there: (N,), in scaled units."""
+    def head_of(self, ask: str) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the function that maps hidden states (N, d) and logits (N, V) before an agent turn to the return that
+        "auto" or "expert:κ" asks for there, (N,), in scaled units."""
         if ask.startswith("auto"):
-            return self.model.v_values
-        return functools.partial(self.model.return_heads.expert, inverse_temperature=float(ask.partition(":")[2]))
+            return self._best_q
+        inverse_temperature = float(ask.partition(":")[2])
+        return lambda hidden, _: self.model.return_heads.expert(hidden, inverse_temperature)
+
+    def _best_q(self, hidden: Tensor, logits: Tensor) -> Tensor:
+        """max_a of the smaller Q, (N,), over the first tokens of the turn that π supports: elsewhere Q saw no data."""
+        q = reduce_q(self.model.q_values(hidden), "min")
+        return q.masked_fill(support_filter(logits, ASK_SUPPORT) == -torch.inf, -torch.inf).amax(-1)
 
     def asks(self, asks: Sequence[float | str | None]) -> Asks | None:
         """Keeps account of these asks, one per row; None for a model that knows nothing of returns.
@@ -249,7 +257,6 @@ class LanguageSession:
         self.fingerprint = policy.renderer.fingerprint
         self.drawn = [0] * len(self.seeds)  # tokens so far: no draw of a row's seed is used twice
         self.memory = _memory(policy)
-        self.critic_memory: dict[str, CacheMemory | None] = {}
 
     def reply(
         self,
@@ -276,33 +283,35 @@ class LanguageSession:
         return replies
 
     def _values(self, rows: Sequence[int], histories: Sequence[Sequence[Turn]]) -> list[float | None]:
-        """Of rows whose ask depends on where they are: V ("auto", "auto:RUN") or the return of an expert ("expert:κ")
-        before the coming turn, read where no return is asked for, in reward units."""
-        kinds = {ask for ask in map(self.asks.asks.__getitem__, rows) if isinstance(ask, str)}
+        """For rows whose ask is read from heads before this turn: the best Q ("auto", "auto:RUN") or the return of an
+        expert ("expert:κ"), read where no return is asked for, in reward units; None for the others."""
+        reading: dict[str, list[tuple[int, Sequence[Turn]]]] = {}
+        for row, history in zip(rows, histories, strict=True):
+            if self.asks.is_read(row, history):
+                reading.setdefault(self.asks.asks[row], []).append((row, history))
         found: dict[int, float] = {}
-        for kind in sorted(kinds):
-            found |= self._values_of(kind, rows, histories)
+        for kind in sorted(reading):
+            found |= self._values_of(kind, reading[kind])
         return [found.get(row) for row in rows]
 
-    def _values_of(self, kind: str, rows: Sequence[int], histories: Sequence[Sequence[Turn]]) -> dict[int, float]:
-        auto = [(row, history) for row, history in zip(rows, histories, strict=True) if self.asks.asks[row] == kind]
-        past = [[turn for turn in history if turn.is_trainable] for _, history in auto]
-        keys = [~row for row, _ in auto]  # where the sampler keeps what it read with null returns
+    def _values_of(self, kind: str, reading: Sequence[tuple[int, Sequence[Turn]]]) -> dict[int, float]:
+        past = [[turn for turn in history if turn.is_trainable] for _, history in reading]
         reserve = self.policy.sampling.max_new_tokens
         if run := critic_of(kind):
             reader = self.policy.critic(run)
-            memory = self.critic_memory.setdefault(run, _memory(reader))
             other = reader.renderer.fingerprint != self.fingerprint  # then ids that were sampled mean nothing to it
-            told = [[replace(t, token_ids=None) for t in history] if other else history for _, history in auto]
+            told = [[replace(t, token_ids=None) for t in history] if other else history for _, history in reading]
             windows = [reader.null_window(history, reserve) for history in told]
         else:
-            reader, memory = self.policy, self.memory
-            windows = [reader.null_window(history, reserve, self.null_prompts[row]) for row, history in auto]
+            reader = self.policy
+            windows = [reader.null_window(history, reserve, self.null_prompts[row]) for row, history in reading]
+        memory = self.memory if kind.startswith("expert") else None  # the others are read once
+        keys = [~row for row, _ in reading]  # where the sampler keeps what it read with null returns
         values = reader.sampler.read(reader.head_of(kind), windows, memory, keys)
         scale = RewardScale(**settings(reader.model.config).get("reward_scale", {}))
         return {
             row: scale.invert_return(value, sum(turn.reward is not None for turn in agent))
-            for (row, _), agent, value in zip(auto, past, values, strict=True)
+            for (row, _), agent, value in zip(reading, past, values, strict=True)
         }
 
     def labels(self, row: int) -> dict[str, Any]:
@@ -312,7 +321,7 @@ class LanguageSession:
 
 
 def critic_of(ask: float | str | None) -> str | None:
-    """The run whose V is asked for, if one is named: auto:RUN."""
+    """The run whose Q is asked for, if one is named: auto:RUN."""
     return ask.removeprefix("auto:") if isinstance(ask, str) and ask.startswith("auto:") else None
 
 

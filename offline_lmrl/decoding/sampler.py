@@ -54,10 +54,11 @@ class SamplingConfig:
     candidates: guidance on the policy's best k tokens only, the others are dropped; None = all. Unused without
       guidance.
     clip: cap of the advantage Q − V from above; None = no cap (V then cancels and is not computed).
-    ask: the return asked of the agent from its first turn on, for a model that was trained with returns: a number in
-      reward units, "max" or "p90" (of the training returns), "auto" (V where the agent is), "auto:RUN" (V of another
-      run there), or "expert:3" (what comes of a state, good returns preferred e^3 to 1: `ReturnHeads.expert`); None =
-      none is asked.
+    ask: the return asked of the agent, for a model that was trained with returns. From its first turn on, less what
+      it earns: a number in reward units, "p90" or "max" (of the training returns), "auto" (the best Q where the agent
+      starts), or "auto:RUN" (the best Q of another run there). Anew before every turn: "expert:3" (what comes of a
+      state, good returns preferred e^3 to 1: `ReturnHeads.expert`). None = none is asked. decoding/asks.py says what
+      earned most.
     condition_scale: w ≥ 0 of return guidance, (1 + w)·log π(·|ask) − w·log π(·); 0 = plain conditioning.
     max_new_tokens: longest reply in tokens, closing token included.
     stop: texts that end a reply; the text is cut before the first of them.
@@ -231,14 +232,14 @@ class Sampler:
     @torch.inference_mode()
     def read(
         self,
-        head: Callable[[Tensor], Tensor],
+        head: Callable[[Tensor, Tensor], Tensor],
         prompts: Sequence[Sequence[int]],
         memory: CacheMemory | None = None,
         rows: Sequence[int] | None = None,
     ) -> list[Any]:
         """What a head says at the end of each prompt, as plain numbers; further arguments as in `sample`.
 
-        head: of hidden states (N,d), gives (N, ...).
+        head: of hidden states (N,d) and logits (N,V), gives (N, ...).
         """
         run = _Run(
             sampler=self,
@@ -379,13 +380,13 @@ class _Run:
             self.decode(chunk)
         return self.done
 
-    def read(self, head: Callable[[Tensor], Tensor]) -> list[Any]:
+    def read(self, head: Callable[[Tensor, Tensor], Tensor]) -> list[Any]:
         """What the head says behind every prompt."""
         found: list[Any] = [None] * len(self.prompts)
         self.kept = self.cached()
         for chunk in self.chunks():
-            batch, _, hidden = self.prefill(chunk, torch.zeros(len(chunk), dtype=torch.long))
-            for i, value in zip(chunk, head(hidden).tolist(), strict=True):
+            batch, logits, hidden = self.prefill(chunk, torch.zeros(len(chunk), dtype=torch.long))
+            for i, value in zip(chunk, head(hidden, logits).tolist(), strict=True):
                 found[i] = value
             self.park(batch, list(range(len(chunk))), [[]] * len(chunk), 0)
         return found

@@ -82,7 +82,7 @@ class MethodConfig:
 
     @property
     def asks(self) -> str | None:
-        """The method whose V says what to ask for; None where none does."""
+        """The method whose Q says what to ask for; None where none does."""
         ask = str(self.sampling.get("ask"))
         return ask.removeprefix("auto:") if ask.startswith("auto:") else None
 

@@ -54,7 +54,7 @@ def test_the_labels_of_preferences_are_obeyed(tmp_path, condition):
     folder = saved(trainer(tmp_path, max_steps=40, condition=condition))
     texts = {ask: reply(folder, ask=ask, temperature=0.0) for ask in (1.0, -1.0, "max", "p0")}
     assert texts == {1.0: "good", -1.0: "bad", "max": "good", "p0": "bad"}
-    assert LanguagePolicy.load(folder, device="cpu").sampling.ask == "max"
+    assert LanguagePolicy.load(folder, device="cpu").sampling.ask == "p90"
 
 
 def test_the_run_holds_what_its_returns_mean(tmp_path):

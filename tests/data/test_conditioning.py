@@ -90,9 +90,33 @@ def test_asks_are_named_after_the_returns_of_whole_trajectories():
     # later turns have smaller returns, which nobody can ask for at the start: 0..10 in steps of 1
     scale = ReturnScale.fit([episode(float(i), 0.0) for i in range(11)])
     assert (scale.named_ask("max"), scale.named_ask("p90"), scale.named_ask("p0")) == (10.0, 9.0, 0.0)
+    alone = ReturnScale.fit([episode(1.0, 2.0)])  # of one log every percentile is its return
+    assert {alone.named_ask(name) for name in ("p0", "p90", "max")} == {3.0}
     for wrong in ("p101", "best", "auto", "expert:2", "p-1"):
         with pytest.raises(InputError, match="ask: found"):
             scale.named_ask(wrong)
+
+
+@pytest.mark.parametrize(
+    "wins, name, asked",
+    [
+        (2, "p90", None),  # of eleven logs the second best is p90
+        (1, "p90", 0.0),  # 0 like the median, though one log earned 1
+        (1, "p93", 0.3),  # between both: its bin is still that of 0
+        (1, "p50", None), (1, "p10", None), (1, "max", None),  # no more than the usual is meant, or the best is
+        (8, "p90", None),  # the usual return is the best one
+    ],
+)  # fmt: skip
+def test_a_percentile_that_asks_for_the_usual_is_named(wins, name, asked):
+    scale = ReturnScale.fit([episode(0.0)] * (11 - wins) + [episode(1.0)] * wins)
+    line = scale.asks_for_the_usual(name)
+    if asked is None:
+        assert line is None
+    else:
+        assert line == (f"ask: found {name}, {asked:g} in the training data and told as their median is, expected "
+                        "more than the usual return; the best is 1 (ask: max)")  # fmt: skip
+    with pytest.raises(InputError, match="ask: found 'auto'"):
+        scale.asks_for_the_usual("auto")
 
 
 def test_what_lies_outside_the_data_is_clipped():

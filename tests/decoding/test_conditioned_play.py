@@ -22,6 +22,7 @@ from offline_lmrl.decoding.scorers import load_scorer
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.models.guided import attach, attach_return_heads, attach_returns, build_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
+from offline_lmrl.ops.decoding import reduce_q
 
 RENDERER = Renderer(train_tokenizer(["move left", "move right", "you are at 1, 2"], 270))
 SPEC = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}
@@ -188,35 +189,56 @@ def test_no_reserved_id_is_ever_drawn():
     assert len(drawn) > 10_000 and max(drawn) < NULL
 
 
-# The value of the state as the ask
+# The best Q of the state as the ask
 
 
 @torch.no_grad()
-def value_of(prompt):
-    _, hidden = MODEL.forward_with_hidden(input_ids=torch.tensor([prompt]))
-    return MODEL.v_values(hidden)[0, -1].item()
+def best_q(model, prompt):
+    """Of the tokens with at least .02 of the likeliest one's probability, the best smaller Q."""
+    outputs, hidden = model.forward_with_hidden(input_ids=torch.tensor([prompt]))
+    probability = outputs.logits[0, -1].softmax(-1)
+    return max(min(head[token].item() for head in model.q_values(hidden[0, -1]))
+               for token in range(len(probability)) if probability[token] >= 0.02 * probability.max())  # fmt: skip
 
 
-def test_auto_asks_for_the_value_of_the_state_where_no_return_is_told(monkeypatch):
+def test_auto_asks_once_for_the_best_q_where_no_return_is_told_and_then_takes_off_what_is_earned(monkeypatch):
     scale = {"shift": 0.5, "scale": 10.0, "scored_turns": 2}
     monkeypatch.setitem(MODEL.config.offline_lmrl, "reward_scale", scale)
-    player = policy(ask="auto")
-    session = player.start([5])
-    history, expected = list(HISTORIES[0]), []
-    opening = [NULL, *RENDERER.agent_opening]
-    read = [*RENDERER.preamble_of(()), *RENDERER.encode_turn(history[0]).ids]
-    for left in (2, 1):
-        # of 2 scored turns, each shifted by .5, those ahead
-        expected.append(value_of([*read, *opening]) * 10 + 0.5 * left)
+    session = policy(ask="auto").start([5])
+    history = list(HISTORIES[0])
+    read = [*RENDERER.preamble_of(()), *RENDERER.encode_turn(history[0]).ids, NULL, *RENDERER.agent_opening]
+    best = best_q(MODEL, read) * 10 + 0.5 * 2  # 2 scored turns, each shifted by .5
+    for reward in (1.0, -3.0, 0.0):
         (reply,) = session.reply([0], [history])
-        turn = Turn("assistant", reply.text, None, 1.0, reply.token_ids)
-        history += [turn, Turn("user", "left")]
-        read += [NULL, *RENDERER.encode_turn(turn).ids, *RENDERER.encode_turn(history[-1]).ids]
-    assert session.asks.used[0] == pytest.approx(expected, abs=1e-3)
-    assert session.labels(0)["ask"] == pytest.approx(expected[0], abs=1e-3)
+        history += [Turn("assistant", reply.text, None, reward, reply.token_ids), Turn("user", "left")]
+    assert session.asks.used[0] == pytest.approx([best, best - 1, best + 2], abs=1e-3)
+    assert session.labels(0)["ask"] == pytest.approx(best, abs=1e-3)
 
 
-def test_auto_with_a_run_asks_for_the_value_that_this_run_sees(tmp_path, monkeypatch):
+def test_what_the_policy_would_hardly_say_is_no_candidate_for_the_best_q():
+    player = policy()
+    hidden = torch.eye(player.model.config.n_embd)[:2]
+    q = reduce_q(player.model.q_values(hidden), "min")
+    logits = torch.full_like(q, -100.0)
+    logits[:, 7], logits[:, 3], logits[:, 5] = 0.0, math.log(0.021), math.log(0.019)
+    expected = torch.maximum(q[:, 7], q[:, 3])  # 5 is below .02 of the best, whatever its Q
+    assert_close(player.head_of("auto")(hidden, logits), expected, rtol=0, atol=0)
+
+
+def test_a_history_that_was_changed_is_read_anew(monkeypatch):
+    session = policy(ask="auto").start([5])
+    read, values = [], LanguageSession._values
+    monkeypatch.setattr(LanguageSession, "_values", lambda *args: read.append(values(*args)[0]) or read[-1:])
+    first = [Turn("user", "move"), Turn("assistant", "go", reward=2.0), Turn("user", "left")]
+    other = [Turn("user", "left"), Turn("assistant", "on", reward=1.0), Turn("user", "move")]
+    session.reply([0], [first[:1]])
+    session.reply([0], [first])
+    session.reply([0], [other])
+    assert read[0] is not None and read[1] is None
+    assert session.asks.used[0] == pytest.approx([read[2] + 1.0, read[2]])
+
+
+def test_auto_with_a_run_asks_for_the_best_q_that_this_run_sees(tmp_path, monkeypatch):
     torch.manual_seed(7)
     critic = attach(build_model({**SPEC, "n_embd": 8}, RENDERER.tokenizer), ValueHeadsConfig(kind="mlp"))
     for parameter in critic.value_heads.parameters():
@@ -227,16 +249,11 @@ def test_auto_with_a_run_asks_for_the_value_that_this_run_sees(tmp_path, monkeyp
     RENDERER.tokenizer.save_pretrained(tmp_path / "critic")
     player = policy(conditioned(heads=False), ask=f"auto:{tmp_path / 'critic'}")
     session = player.start([5])
-    history = list(HISTORIES[0])
-    for _ in range(2):
-        seen = RENDERER.encode_turn(history[-1]).ids  # context 1
-        window = [*RENDERER.preamble_of(()), *seen, *RENDERER.agent_opening]
-        with torch.no_grad():
-            _, hidden = critic.forward_with_hidden(input_ids=torch.tensor([window]))
-            expected = 3 * critic.v_values(hidden)[0, -1].item()
-        (reply,) = session.reply([0], [history])
-        assert session.asks.used[0][-1] == pytest.approx(expected, abs=1e-3)
-        history += [Turn("assistant", reply.text, None, 1.0, reply.token_ids), Turn("user", "left")]
+    said = Turn("assistant", "go", reward=1.0)
+    session.reply([0], [[Turn("user", "move"), said, Turn("user", "left")]])
+    seen = RENDERER.encode_turn(Turn("user", "left")).ids  # context 1
+    expected = 3 * best_q(critic, [*RENDERER.preamble_of(()), *seen, *RENDERER.agent_opening])
+    assert session.asks.used[0] == pytest.approx([expected + 1, expected], abs=1e-3)
     conditioned(heads=False).save_pretrained(tmp_path / "plain")
     RENDERER.tokenizer.save_pretrained(tmp_path / "plain")
     with pytest.raises(InputError, match="plain: found a model without value heads, expected one that has them"):
@@ -371,6 +388,17 @@ def test_a_rollout_says_what_was_asked_and_an_ask_beyond_the_data_is_said_once(c
     (inside,) = rollout(policy(ask="max"), Paying, [0])
     assert (inside.labels["ask"], inside.labels["bin"], inside.labels["clipped"]) == (4.0, 4, False)
     assert "ask" not in rollout(policy(), Paying, [0])[0].labels
+
+
+def test_an_ask_for_the_usual_return_is_said_once(caplog):
+    asks.SAID.clear()
+    logs = [Trajectory((Turn("user", "move"), Turn("assistant", "go", reward=r))) for r in [0.0] * 19 + [5.0]]
+    player = policy(conditioned(logs=logs), ask="p90")
+    player.with_sampling(temperature=0.0).start([1, 2], ["p90", "max"]).reply([0, 1], HISTORIES[:1] * 2)
+    assert [record.message for record in caplog.records] == [
+        "ask: found p90, 0 in the training data and told as their median is, expected more than the usual return; "
+        "the best is 5 (ask: max)"
+    ]
 
 
 # What is refused
