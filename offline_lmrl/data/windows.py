@@ -126,7 +126,8 @@ def policy_window(
     if first is None:
         needed = fixed + lengths[-1]
         also = "the prompt, " if prompt else ""
+        reply = f"a reply of max_new_tokens ({reserve})" if reserve else "a reply"
         raise InputError(f"max_length: found {rule.max_length}, expected at least {needed} to hold {also}the system "
-                         "turns and a reply")
+                         f"turns and {reply}")
     kept = renderer.window_ids(turns, encoded, first, len(turns), live=False)
     return [*preamble, *(token for ids in kept for token in ids), *opening]
