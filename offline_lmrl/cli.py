@@ -1,7 +1,7 @@
 """The console script: finds the command, runs it, and turns what goes wrong into one line and an exit code.
 
-Exit codes: 0 done, 1 the program failed (with its traceback), 2 an input or a setting cannot be used, 130 interrupted,
-143 terminated.
+Exit codes: 0 done, 1 the program failed, or a part of it (with its traceback), 2 an input or a setting cannot be used,
+130 interrupted, 143 terminated.
 Commands are loaded when they are called, so that this help answers at once.
 """
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from offline_lmrl.algorithms import ALGORITHMS
-from offline_lmrl.data.errors import InputError, Stopped, shown
+from offline_lmrl.data.errors import Failed, InputError, Stopped, shown
 from offline_lmrl.data.terminal import visible
 
 COMMANDS = {
@@ -64,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _command(arguments[0])(arguments[1:])
     except InputError as error:
         return _refuse(str(error))
+    except Failed as error:
+        _refuse(str(error))
+        return 1
     except BrokenPipeError:
         # The reader (head, less) has gone; without this the interpreter complains when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,7 +21,8 @@ started again; with a larger max_steps or num_train_epochs it is extended. --hel
 settings of transformers.TrainingArguments (output_dir, max_steps, seed, ...)."""
 
 COMPARE_HELP = """Train and evaluate the methods of FILE.yaml, or of a shipped config, over seeds, print one table and
-write report/ (report.html, figures and what they were made of). A comparison that was stopped goes on where it was.
+write report/ (report.html, figures and what they were made of). A comparison that was stopped goes on where it was. A
+method that fails does not stop the others: it is named at the end, and the same command tries it again.
 `compare FOLDER` draws the report of a finished one again from the results.jsonl in that folder, and trains nothing."""
 
 

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 from rich.console import Console
+from transformers import AutoConfig
 
 from offline_lmrl.cli_data import _source, config_path, shipped_configs
 from offline_lmrl.cli_parser import read_settings
@@ -14,6 +15,18 @@ from offline_lmrl.evaluation.config import CompareConfig
 
 CONFIGS = shipped_configs()
 COMPARISONS = [name for name, path in CONFIGS.items() if "methods" in read_settings(path)]
+
+
+def scratch_specs(settings):
+    """Every model of fresh weights that a config names: its own, a method's or a partner's."""
+    if isinstance(settings, dict):
+        yield from ([settings["scratch"]] if settings.get("scratch") else [])
+        for value in settings.values():
+            yield from scratch_specs(value)
+
+
+SCRATCH = {f"{name} {i}": spec for name, path in CONFIGS.items()
+           for i, spec in enumerate(scratch_specs(read_settings(path)))}  # fmt: skip
 
 
 def test_there_are_configs_of_both_kinds():
@@ -41,7 +54,14 @@ def test_comparison_builds_what_every_run_is_given(name):
     assert config.environment["name"] in ENVIRONMENTS
 
 
-
 @pytest.mark.parametrize("name", sorted(set(COMPARISONS) - {"maze/quickstart"}))  # which is for a first look
 def test_a_comparison_that_reports_has_five_seeds(name):
     assert len(CompareConfig.read(config_path(name)).seeds) >= 5
+
+
+@pytest.mark.parametrize("spec", SCRATCH.values(), ids=SCRATCH)
+def test_models_from_scratch_train_without_dropout(spec):
+    config = AutoConfig.for_model(**spec).to_dict()
+    # `summary_` fields are of a classifier's head, which no causal LM has.
+    dropout = {name: p for name, p in config.items() if "drop" in name and not name.startswith("summary_")}
+    assert not any(dropout.values()), dropout

@@ -68,7 +68,8 @@ def check_binning(kind: str, bins: int, per: str) -> None:
 class ReturnTable:
     """The bins of one scale. Bin b holds the returns from edges[b − 1] up to, but not with, edges[b].
 
-    edges: between neighbouring bins, rising. least, most: of the returns at turn starts in the training split.
+    edges: between neighbouring bins, rising (`fit_edges`). least, most: of the returns at turn starts in the training
+      split.
     quantiles: p0, p1, ..., p100 of the returns of whole trajectories, from which asks are named.
     counts: training turns per bin.
     """
@@ -82,36 +83,63 @@ class ReturnTable:
     @classmethod
     def fit(cls, at_turns: np.ndarray, of_trajectories: np.ndarray, kind: str, bins: int) -> "ReturnTable":
         """From returns at turn starts, at least two distinct ones, and those of whole trajectories."""
-        least, most = float(at_turns.min()), float(at_turns.max())
-        if kind == "unique":
-            values = distinct(at_turns)
-            if len(values) > bins:
-                raise InputError(f"binning: found unique and {len(values)} distinct returns, expected at most bins "
-                                 f"({bins}); take linear or quantile")
-            edges = (values[:-1] + values[1:]) / 2
-        elif kind == "linear":
-            edges = np.linspace(least, most, bins + 1)[1:-1]
-        else:
-            edges = np.unique(np.quantile(at_turns, np.linspace(0, 1, bins + 1)[1:-1]))
-            edges = edges[edges > least]
-            edges = edges if len(edges) else np.array([most])  # nearly all returns are the least one
-        counts = np.bincount(np.searchsorted(edges, at_turns, side="right"), minlength=len(edges) + 1)
+        number = len(distinct(at_turns)[0])
+        if kind == "unique" and number > bins:
+            raise InputError(f"binning: found unique and {number} distinct returns, expected at most bins "
+                             f"({bins}); take linear or quantile")
+        edges = fit_edges(at_turns, kind, bins)
+        counts = np.bincount(np.searchsorted(edges, at_turns, side="right"))
         quantiles = np.quantile(of_trajectories, np.linspace(0, 1, 101))
+        least, most = float(at_turns.min()), float(at_turns.max())
         return cls(tuple(edges.tolist()), least, most, tuple(quantiles.tolist()), tuple(counts.tolist()))
 
 
-def distinct(returns: np.ndarray) -> np.ndarray:
-    """The distinct values, rising; sums of the same rewards in another order count as one."""
-    span = float(np.ptp(returns)) or 1.0
-    _, first = np.unique(np.round(returns / span, 9), return_index=True)
-    return np.sort(returns[first])
+def rounding_error(values: np.ndarray) -> float:
+    """The difference up to which two of the values are taken for one number.
+
+    More than sums of them in different order differ by, and far less than anybody tells apart.
+    """
+    return max(1e-9 * float(np.ptp(values)), 64 * float(np.finfo(values.dtype).eps) * float(np.abs(values).max()))
+
+
+def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the smallest and the largest entry of each distinct number, rising, (K,) each.
+
+    Entries that differ by rounding alone are one number: .7 − .1 and .6, or sums of the same rewards in another order.
+    """
+    ordered = np.sort(values)
+    new = np.diff(ordered) > rounding_error(values)
+    return ordered[np.append(True, new)], ordered[np.append(new, True)]
+
+
+def fit_edges(values: np.ndarray, kind: str, bins: int) -> np.ndarray:
+    """Return edges between bins, rising, each half-way between two neighbouring distinct numbers.
+
+    In play a return is the ask less the rewards so far, in training the sum of those ahead: they agree up to rounding,
+    which an edge on a number would turn into another bin, and no edge here does.
+
+    Args:
+      kind: unique (one bin per distinct number), linear (equal widths from the least to the most) or quantile (equally
+        full). A number on a cut belongs to the bin above it; bins without a number are left out.
+      bins: how many to aim for, at least 2; unused for unique.
+    Returns: (B − 1,), none where all numbers are the same.
+    """
+    first, last = distinct(values)
+    between = (last[:-1] + first[1:]) / 2
+    if kind == "unique":
+        return between
+    shares = np.linspace(0, 1, bins + 1)[1:-1]
+    cuts = first[0] + shares * (last[-1] - first[0]) if kind == "linear" else np.quantile(values, shares)
+    below = np.searchsorted(last, cuts - rounding_error(values))  # so many numbers lie below each cut
+    below = np.unique(below[below > 0]) if below.any() else np.array([1])  # nearly all are the least number
+    return between[below - 1]
 
 
 @dataclass(frozen=True)
 class ReturnScale:
     """Which bin a return belongs to, fitted on the training split and saved with the weights.
 
-    kind: unique (a bin per distinct return), linear (equal widths from least to most) or quantile (equally full).
+    kind: unique, linear or quantile, as `fit_edges` takes them.
     per: global, or task: bins of each task are fitted on its own returns.
     tables: task -> its bins; "" where the scale is global.
     """
@@ -145,7 +173,7 @@ class ReturnScale:
             if returns := returns_to_go(trajectory, discount_per_turn):
                 episodes.setdefault(trajectory.task if per == "task" else "", []).append(returns)
         at_turns = {task: np.concatenate(rows) for task, rows in episodes.items()}
-        different = {task: len(distinct(returns)) for task, returns in at_turns.items()}
+        different = {task: len(distinct(returns)[0]) for task, returns in at_turns.items()}
         for task in [task for task, number in different.items() if number < 2]:
             whose = f" of task {task!r}" if per == "task" else ""
             remedy = "take per: global" if len(episodes) > 1 else "train without a condition (algorithm: bc)"
@@ -304,7 +332,10 @@ class Slots:
         return returns[:0:-1]
 
     def remaining(self, asked: float, rewards: Sequence[float | None]) -> list[float]:
-        """What is still asked for at each agent turn and at the coming one, R ← (R − r) / γ after every reward."""
+        """What is still asked for at each agent turn and at the coming one, R ← (R − r) / γ after every reward.
+
+        Rounding grows by 1 / γ per turn: under γ = .5 some fifty turns use up the digits of a float.
+        """
         returns = [asked]
         for reward in rewards:
             returns.append((returns[-1] - (reward or 0.0)) / self.discount_per_turn)

@@ -78,6 +78,13 @@ class Stopped(KeyboardInterrupt):
         self.line, self.number = line, number
 
 
+class Failed(RuntimeError):
+    """A part of a command failed after the program had printed its traceback, and the rest of the command was done.
+
+    The message is one line that says which part; the command line prints it as it is and exits with code 1.
+    """
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 

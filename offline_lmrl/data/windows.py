@@ -156,7 +156,8 @@ def policy_window(
     lengths = [*(turn.longest for turn in encoded), len(opening) + reserve]
     first = first_visible(rule, lengths, len(turns), head, fixed)
     if first is None:
-        raise _no_room(rule, fixed + lengths[-1], prompt, "a reply")
+        reply = f"a reply of max_new_tokens ({reserve})" if reserve else "a reply"
+        raise _no_room(rule, fixed + lengths[-1], prompt, reply)
     kept = renderer.window_ids(turns, encoded, first, len(turns), live=False)
     return [*preamble, *(token for ids in kept for token in ids), *opening]
 

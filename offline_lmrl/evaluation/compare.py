@@ -9,7 +9,10 @@ import json
 import math
 import os
 import random
+import re
 import signal
+import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -26,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.algorithms.run import SPEED, DataConfig, ModelConfig, read_report, runs_before, train
-from offline_lmrl.data.errors import InputError, Stopped, shown
+from offline_lmrl.data.errors import Failed, InputError, Stopped, shown
 from offline_lmrl.data.files import locked, say_differences, writing
 from offline_lmrl.data.io import (
     fingerprint,
@@ -44,7 +47,7 @@ from offline_lmrl.decoding.planner import Planner, PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments import make_environment
-from offline_lmrl.evaluation.config import ELSEWHERE, CompareConfig, build
+from offline_lmrl.evaluation.config import ELSEWHERE, CollectConfig, CompareConfig, MethodConfig, build
 from offline_lmrl.evaluation.metrics import Estimate, label_means, mean_interval
 from offline_lmrl.evaluation.offline import OfflineReport, evaluate_offline
 from offline_lmrl.evaluation.page import write_report
@@ -78,7 +81,8 @@ def run_compare(
       results.jsonl (report.py says what its rows are), table.md, config.json, episodes/ (a row per episode), samples/
       (ten dialogues per setting, the same episodes for all) and runs/.
     Raises: InputError where the settings are wrong, the folder holds results of other settings, or another process is
-      at work there.
+      at work there. Where a method fails the others are trained, measured and reported first: then InputError if all
+      that failed found something it cannot use, else Failed.
     """
     comparison = _Comparison(config, console or Console(stderr=True))
     comparison.check_settings()
@@ -104,14 +108,13 @@ def _compare(comparison: "_Comparison") -> Path:
         comparison.train_side_by_side()
         comparison.measure_side_by_side()
     else:
-        for seed in config.seeds:
-            for method in config.evaluated:
-                for row in comparison.measure(method, seed, comparison.missing(method, seed)):
-                    comparison.add(row)
+        comparison.measure_one_by_one()
     drawn = table(comparison.rows)
     write_text(comparison.folder / "table.md", visible(drawn) + "\n")
     Console().print(visible(drawn), markup=False, highlight=False, soft_wrap=True)
-    return write_report(comparison.folder) / "report.html"
+    page = write_report(comparison.folder) / "report.html"
+    comparison.raise_failures()
+    return page
 
 
 def _begin_worker(threads: int) -> None:
@@ -119,7 +122,23 @@ def _begin_worker(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _train_seed(config: CompareConfig, seed: int | None) -> None:
+@dataclass(frozen=True)
+class _Failure:
+    """Why a method has no run, or not all rows, of a seed.
+
+    line: what was found. unusable: True if that is an input or a setting, False if the program failed. cause: the
+    method that failed, for one that was skipped because it needs that one's run; else None.
+    """
+
+    line: str
+    unusable: bool
+    cause: str | None = None
+
+
+Failures = dict[tuple[str, int], _Failure]  # by method and seed
+
+
+def _train_seed(config: CompareConfig, seed: int | None) -> Failures:
     """In a process of its own: what the comparison needs of one seed; None is the partner."""
     comparison = _Comparison(config, _quiet())
     try:
@@ -127,10 +146,11 @@ def _train_seed(config: CompareConfig, seed: int | None) -> None:
             comparison.train_partner()
         else:
             for name in config.trained:
-                comparison.trained(name, seed)
+                comparison.is_trained(name, seed)
     except Stopped as stop:
         comparison.say(stop.line)  # the parent hears of one process at most
         raise Stopped("", stop.number) from stop
+    return comparison.untrained
 
 
 @dataclass(frozen=True)
@@ -141,9 +161,16 @@ class _Setting:
     chosen: str | None
 
 
-def _measure(config: CompareConfig, name: str, seed: int, settings: Sequence[_Setting]) -> list[Row]:
-    """In a process of its own: the rows of a trained method and seed."""
-    return list(_Comparison(config, _quiet()).measure(name, seed, settings))
+def _measure(
+    config: CompareConfig, untrained: Failures, name: str, seed: int, settings: Sequence[_Setting]
+) -> tuple[list[Row], Failures]:
+    """In a process of its own: the rows of a method and seed, and why there are no more.
+
+    untrained: the runs that are not there.
+    """
+    comparison = _Comparison(config, _quiet())
+    comparison.untrained = untrained
+    return list(comparison.measure(name, seed, settings)), comparison.unmeasured
 
 
 def _quiet() -> Console:
@@ -159,6 +186,8 @@ class _Comparison:
         self.folder = Path(config.output)
         self.rows: list[Row] = []
         self.runs: dict[tuple[str, int], Path] = {}
+        self.untrained: Failures = {}
+        self.unmeasured: Failures = {}
 
     def say(self, text: str) -> None:
         self.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
@@ -168,10 +197,10 @@ class _Comparison:
     def check_settings(self) -> None:
         """Builds what every run will be given, so that a slip in the last method does not surface after hours."""
         for name, method in self.config.methods.items():
-            self._entry(f"methods.{name}", method, self.config.seeds[0], Path())
+            *_, args = self._entry(f"methods.{name}", method, self.config.seeds[0], Path())
             self._planner(name)
             self._check_judges(name)
-            SamplingConfig.from_dict({**self.config.evaluation.sampling, **method.sampling})
+            self._check_reply_lengths(name, args)
             if method.evaluate and self.betas(name) and not self.config.data.get("validation"):
                 raise InputError(f"data.validation: missing, expected held-out trajectories to choose β of {name} on")
         if self.config.partner is not None:
@@ -197,6 +226,36 @@ class _Comparison:
                 raise InputError(
                     f"{where}: found {shown(judge)}, without value heads, expected a method that has them"
                 )
+
+    def _check_reply_lengths(self, name: str, args: Any) -> None:
+        """The window of a method holds its longest reply, in the play that it learns from and is measured by."""
+        method, saved = self.config.methods[name], getattr(args, "sampling", {})
+        measured, forms = SamplingConfig.from_dict({**saved, **self._play(method)}), {}
+        if _plays(method):
+            learning = self._collect(method).sampling if _collects(method) else saved
+            forms[self._reply_length_key(name, learning=True)] = SamplingConfig.from_dict(learning)
+        if method.evaluate:
+            forms[self._reply_length_key(name, learning=False)] = measured
+        for key, form in forms.items():
+            if form.max_new_tokens > args.max_length:
+                raise InputError(f"{key}: found {form.max_new_tokens}, expected at most the max_length of {name}, "
+                                 f"{args.max_length}, which has to hold the reply")
+
+    def _play(self, method: Any) -> dict[str, Any]:
+        """SamplingConfig fields with which a method (or the partner) is measured."""
+        return {**(self.config.evaluation.sampling if isinstance(method, MethodConfig) else {}), **method.sampling}
+
+    def _reply_length_key(self, name: str, learning: bool) -> str:
+        """The setting that decides max_new_tokens in the play that a method learns from, or is measured by."""
+        method, own = self.config.methods[name], f"methods.{name}."
+        places = {f"{own}sampling": method.sampling}
+        if learning and _collects(method):
+            places = {f"{own}collect.sampling": method.collect.sampling} | places
+        elif learning:
+            where, args = (own, method.args) if "sampling" in method.args else ("", self.config.args)
+            places = {f"{where}args.sampling": args.get("sampling") or {}} | places
+        found = [place for place, sampling in places.items() if "max_new_tokens" in sampling]
+        return f"{found[0] if found else 'evaluation.sampling'}.max_new_tokens"
 
     def open_results(self) -> None:
         """Reads results.jsonl where there is one, and writes its rows that are not measured anew."""
@@ -298,7 +357,7 @@ class _Comparison:
         if method.betas is not None:
             link["betas"] = list(method.betas)
         if method.collect is not None:
-            link["collect"] = asdict(method.collect)
+            link["collect"] = asdict(self._collect(method))
         if self.config.training_environment and _plays(method):
             link["training_environment"] = self.config.training_environment
         if method.critic is not None:
@@ -315,7 +374,21 @@ class _Comparison:
         model = dict(self.config.model)
         if getattr(method, "start_from", None) is not None:
             model = {key: value for key, value in model.items() if key not in ELSEWHERE}
-        return {"model": model | dict(method.model), "args": self.config.args | dict(method.args)}
+        args = self.config.args | dict(method.args)
+        sampling = args.get("sampling") or {}
+        if load_algorithm(method.algorithm)[1].plays and isinstance(sampling, Mapping):
+            args |= {"sampling": self._same_reply_length(method, sampling)}
+        return {"model": model | dict(method.model), "args": args}
+
+    def _same_reply_length(self, method: Any, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """SamplingConfig fields for the play that a method learns from: max_new_tokens as in the play that it is
+        measured by, where nothing else is said."""
+        measured = {key: value for key, value in self._play(method).items() if key == "max_new_tokens"}
+        return {**measured, **sampling}
+
+    def _collect(self, method: Any) -> CollectConfig:
+        """How a method that learns in rounds plays in them."""
+        return replace(method.collect, sampling=self._same_reply_length(method, method.collect.sampling))
 
     def _entry(
         self,
@@ -366,6 +439,53 @@ class _Comparison:
             self.runs[name, seed] = self._train(f"methods.{name}", method, seed, folder, *others)
         return self.runs[name, seed]
 
+    def is_trained(self, name: str, seed: int) -> bool:
+        """Train a method after those it needs; return False if one of them fails now or failed before, which is
+        noted."""
+        method, run = self.config.methods[name], (name, seed)
+        before = (method.start_from, method.critic, method.judge) if method.run_of is None else (method.run_of,)
+        for other in filter(None, before):
+            if run not in self.untrained and not self.is_trained(other, seed):
+                self.untrained[run] = self._because_of(other, seed)
+        if run not in self.untrained:
+            with self._noting(self.untrained, name, seed, learning=True):
+                self.trained(name, seed)
+        return run not in self.untrained
+
+    def _because_of(self, other: str, seed: int) -> _Failure:
+        """The failure of what needs a method that failed, or that was skipped because of another."""
+        failure = self.untrained[other, seed]
+        return replace(failure, cause=failure.cause or other)
+
+    @contextmanager
+    def _noting(self, failures: Failures, name: str, seed: int, learning: bool) -> Iterator[None]:
+        """Go on after whatever fails inside, and say at once what it was; `raise_failures` says it again."""
+        try:
+            yield
+        except Exception as error:
+            unusable = isinstance(error, InputError | OSError)  # as on the command line
+            line = " ".join((str(error) if unusable else "".join(traceback.format_exception_only(error))).split())
+            line = re.sub(r"(?<![\w.])max_new_tokens", self._reply_length_key(name, learning), line)
+            failures[name, seed] = _Failure(line, unusable)
+            if not unusable:
+                self.say("".join(traceback.format_exception(error)).rstrip())
+            self.say(f"{name}-{seed} failed: {line}")
+
+    def raise_failures(self) -> None:
+        """Raises: InputError or Failed, in one line, where a method failed."""
+        said: dict[str, list[str]] = defaultdict(list)
+        for failures, skipped in ((self.untrained, "skipped"), (self.unmeasured, "rows skipped")):
+            for (name, seed), failure in failures.items():
+                title = f"failed: {failure.line}" if failure.cause is None else f"{skipped} because of {failure.cause}"
+                said[title].append(f"{name}-{seed}")
+        if not said:
+            return
+        failed = [failure for failures in (self.untrained, self.unmeasured) for failure in failures.values()]
+        kind = InputError if all(failure.unusable for failure in failed) else Failed
+        lines = "; ".join(f"{', '.join(runs)} {title}" for title, runs in said.items())
+        raise kind(f"{lines}; `offline-lmrl compare {self.folder}` draws the rest, and the same command tries again "
+                   "what is missing")
+
     def _train(self, where: str, method: Any, seed: int, folder: Path, *others: Path | None) -> Path:
         """others: the runs it starts from and learns from."""
         if not (folder / "complete.json").exists():
@@ -375,7 +495,7 @@ class _Comparison:
             return train(*entry)
         environment = self.config.environment | self.config.training_environment
         if _collects(method):
-            return train_in_rounds(*entry, environment, method.collect, self._partner())
+            return train_in_rounds(*entry, environment, self._collect(method), self._partner())
         return train(*entry, environment=environment, players=self._partner())
 
     @contextmanager
@@ -407,7 +527,7 @@ class _Comparison:
                 waiting.insert(0, None)
         with self._workers() as pool:
             for done in as_completed([pool.submit(_train_seed, self.config, seed) for seed in waiting]):
-                done.result()
+                self.untrained |= done.result()
 
     def train_partner(self) -> Path:
         partner = self.config.partner
@@ -445,14 +565,36 @@ class _Comparison:
         return [setting for setting in settings if (setting.decode, setting.chosen) not in done]
 
     def measure(self, name: str, seed: int, settings: Sequence[_Setting]) -> Iterator[Row]:
-        """A row per setting, as soon as it is measured."""
-        run = _Run(self, name, seed, self.trained(name, seed)) if settings else None
-        for setting in settings:
-            row = run.row(setting)
-            beta = "" if row["beta_chosen"] is None else f" at β {row['beta']:g} ({row['beta_chosen']})"
-            low, high = row["interval"] or (-math.inf, math.inf)
-            self.say(f"{name} seed {seed} {row['decode']}{beta}: {Estimate(row['score'], low, high, row['n'])}")
-            yield row
+        """A row per setting, as soon as it is measured, up to where one fails; none where a run is not there."""
+        method = self.config.methods[name]
+        if not settings or not self.is_trained(name, seed) or self._lacks(name, seed, method.asks):
+            return
+        with self._noting(self.unmeasured, name, seed, learning=False):
+            run = _Run(self, name, seed, self.trained(name, seed))
+            for setting in settings:
+                if setting.decode == PLANNED and self._lacks(name, seed, method.scorer):
+                    continue
+                row = run.row(setting)
+                beta = "" if row["beta_chosen"] is None else f" at β {row['beta']:g} ({row['beta_chosen']})"
+                low, high = row["interval"] or (-math.inf, math.inf)
+                self.say(f"{name} seed {seed} {row['decode']}{beta}: {Estimate(row['score'], low, high, row['n'])}")
+                yield row
+
+    def _lacks(self, name: str, seed: int, judge: str | None) -> bool:
+        """True if the run that rates a method's plans, or says what it is asked for, is not there; which is noted."""
+        if judge is None or self.is_trained(judge, seed):
+            return False
+        self.unmeasured[name, seed] = self._because_of(judge, seed)
+        return True
+
+    def measure_one_by_one(self) -> None:
+        missing = {(name, seed): settings for seed in self.config.seeds for name in self.config.evaluated
+                   if (settings := self.missing(name, seed))}  # fmt: skip
+        if missing and self.config.partner is not None:
+            self.train_partner()  # without whom nothing can be measured
+        for (name, seed), settings in missing.items():
+            for row in self.measure(name, seed, settings):
+                self.add(row)
 
     def add(self, row: Row) -> None:
         """Keeps a row, with what decided it, in the order of seeds and methods, whichever was measured first."""
@@ -466,11 +608,13 @@ class _Comparison:
     def measure_side_by_side(self) -> None:
         """Measures methods and seeds in processes of their own; a kill loses what these are at."""
         with self._workers() as pool:
-            waiting = [pool.submit(_measure, self.config, method, seed, settings)
+            waiting = [pool.submit(_measure, self.config, self.untrained, method, seed, settings)
                        for seed in self.config.seeds for method in self.config.evaluated
                        if (settings := self.missing(method, seed))]  # fmt: skip
             for done in as_completed(waiting):
-                for row in done.result():
+                rows, unmeasured = done.result()
+                self.unmeasured |= unmeasured
+                for row in rows:
                     self.add(row)
 
     def play(self, policy: LanguagePolicy | Planner, title: str, selecting: bool = False) -> EvaluationResult:

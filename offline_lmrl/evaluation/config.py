@@ -25,7 +25,8 @@ class CollectConfig:
 
     rounds: how often the policy plays; it is trained once before, and again behind each, from where it was.
     episodes: that it plays in a round; all of them stay in the logs.
-    sampling: SamplingConfig fields for that play, over those saved with the run.
+    sampling: SamplingConfig fields for that play, over those saved with the run; without max_new_tokens that of the
+      evaluation holds, as for all that learn by playing.
     first_seed: episode seeds count on from here; those of evaluation and selection lie below.
     """
 
@@ -170,7 +171,8 @@ class EvaluationConfig:
     cluster: label that dependent episodes share (scenario, start); None = the episode seed.
     score: ends and mean of the normalised column; None leaves it out.
     labels: numeric labels that become columns, by name; None = all.
-    sampling: SamplingConfig fields for everyone's play, the decode budget.
+    sampling: SamplingConfig fields for everyone's play, the decode budget. A method that learns by playing takes over
+      max_new_tokens, unless its own `args.sampling` (or `collect.sampling`) says another.
     batch_size: episodes played side by side.
     """
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from offline_lmrl.data.conditioning import distinct
+from offline_lmrl.data.conditioning import distinct, fit_edges
 from offline_lmrl.models.value_heads import TwoLayers
 
 HEADS = ("returns", "reward", "after", "ended")
@@ -39,14 +39,9 @@ def fit_bins(values: np.ndarray, most: int) -> dict[str, list[float]]:
 
     A bin per distinct value where there are at most `most`, else as many of equal width, less those that are empty.
     """
-    levels = distinct(values)
-    edges = (levels[:-1] + levels[1:]) / 2
-    if len(levels) > most:
-        edges = np.linspace(levels[0], levels[-1], most + 1)[1:-1]
+    edges = fit_edges(values, "unique" if len(distinct(values)[0]) <= most else "linear", most)
     bins = np.searchsorted(edges, values, side="right")
-    full = np.unique(bins)
-    means = [float(values[bins == b].mean()) for b in full]
-    return {"edges": edges[full[1:] - 1].tolist(), "means": means}
+    return {"edges": edges.tolist(), "means": [float(values[bins == b].mean()) for b in range(len(edges) + 1)]}
 
 
 class BinHead(TwoLayers):

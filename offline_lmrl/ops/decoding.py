@@ -8,6 +8,8 @@ All functions take any leading shape (...) before the vocabulary, so (B, V) and 
 import torch
 from torch import Tensor
 
+from offline_lmrl.ops.precision import at_least_float32
+
 Q_REDUCTIONS = ("min", "mean", "first")
 
 
@@ -52,9 +54,9 @@ def warp_log_probs(
 
     Args:
       logits: (..., V); −inf marks tokens that a constraint forbids.
-    Returns: (..., V) fp32 normalised log-probabilities, −inf where dropped.
+    Returns: (..., V) normalised log-probabilities, fp32 or float64, −inf where dropped.
     """
-    log_prob = support_filter(logits.float(), support)
+    log_prob = support_filter(at_least_float32(logits), support)
     if temperature not in (0.0, 1.0):
         log_prob = log_prob / temperature
     if top_k is not None:
@@ -115,9 +117,10 @@ def condition_shift(conditional: Tensor, null: Tensor, scale: float, temperature
 
     Args:
       conditional, null: (..., V) logits with the condition and without. scale: w; 0 leaves log π(·|R).
-    Returns: (..., V) fp32.
+    Returns: (..., V) fp32 or float64.
     """
-    difference = conditional.float().log_softmax(-1) - null.float().log_softmax(-1)
+    conditional, null = at_least_float32(conditional), at_least_float32(null)
+    difference = conditional.log_softmax(-1) - null.log_softmax(-1)
     return (1.0 + scale) / (temperature or 1.0) * difference
 
 
@@ -146,7 +149,7 @@ def sample_from(scores: Tensor, u: Tensor) -> Tensor:
       u: (B,) in [0, 1).
     Returns: (B,) long.
     """
-    cdf = scores.float().softmax(-1).cumsum(-1, dtype=torch.float64)
+    cdf = at_least_float32(scores).softmax(-1).cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1:].contiguous()
     drawn = torch.searchsorted(cdf, u.to(cdf.dtype).unsqueeze(-1) * total, right=True)
     last = torch.searchsorted(cdf, total)  # the last token with mass: u · total may round up to total

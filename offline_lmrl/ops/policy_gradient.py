@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from offline_lmrl.ops.precision import at_least_float32
 from offline_lmrl.ops.shapes import check_shapes
 
 
@@ -33,11 +34,11 @@ def kl_k3(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """−Σ_a π(a|s) log π(a|s) = logsumexp(l) − Σ_a π(a|s) l_a, in fp32; tokens at −inf count 0.
+    """−Σ_a π(a|s) log π(a|s) = logsumexp(l) − Σ_a π(a|s) l_a, in at least fp32; tokens at −inf count 0.
 
     Args: logits (..., V), at the temperature of the rollout. Returns: (...) nats.
     """
-    logits = logits.float()
+    logits = at_least_float32(logits)
     # 0 · −inf is not a number, and neither is its gradient: forbidden tokens leave the sum before the product.
     finite = logits.masked_fill(logits == -torch.inf, 0.0)
     return logits.logsumexp(-1) - (logits.softmax(-1) * finite).sum(-1)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from offline_lmrl.ops.precision import at_least_float32
 from offline_lmrl.ops.shapes import check_shapes
 
 
@@ -139,7 +140,8 @@ def plackett_luce_loss(score: Tensor, rank: Tensor, comparison: Tensor) -> Tenso
     size = torch.bincount(option[tied], minlength=len(score))
     is_last = torch.bincount(option[left], minlength=len(score)) == size
     chosen_from = _segment_logsumexp(score[other[left]], option[left], len(score))
-    loss = torch.where(is_last, 1 - 1 / size, 1.0) * (chosen_from - score)
+    loss = at_least_float32(chosen_from - score)
+    loss = torch.where(is_last, 1 - 1 / size.to(loss.dtype), 1.0) * loss
     return loss.new_zeros(_count(comparison)).index_add(0, comparison, loss)
 
 

@@ -5,6 +5,7 @@ normaliser."""
 import torch
 from torch import Tensor
 
+from offline_lmrl.ops.precision import at_least_float32
 from offline_lmrl.ops.shapes import check_shapes
 
 
@@ -46,8 +47,10 @@ def expectile_loss(v: Tensor, target_q: Tensor, expectile: float) -> Tensor:
     Returns: (N,); no gradient reaches target_q.
     """
     check_shapes("n, n", v, target_q)
-    error = target_q.detach() - v
-    return torch.where(error < 0, 1 - expectile, expectile) * error.square()
+    error = at_least_float32(target_q.detach() - v)
+    square = error.square()
+    # Weights are plain numbers here: torch.where between two of them would round both to fp32.
+    return torch.where(error < 0, (1 - expectile) * square, expectile * square)
 
 
 def conservative_loss(logsumexp_q: Tensor, q: Tensor) -> Tensor:

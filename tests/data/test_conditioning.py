@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from offline_lmrl.data.conditioning import ReturnScale, Slots, check_ask, returns_to_go
+from offline_lmrl.data.conditioning import ReturnScale, Slots, check_ask, distinct, returns_to_go
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.tokenizers import train_tokenizer
@@ -49,12 +50,28 @@ def test_unique_bins_of_three_trajectories():
 
 def test_linear_bins_are_equally_wide_and_auto_takes_them_for_many_values():
     scale = ReturnScale.fit(THREE, bins=2)
-    assert (scale.kind, scale.table().edges, scale.table().counts) == ("linear", (1.5,), (1, 5))
+    # cut at 1.5, which no return is near: half-way from −1 to 2
+    assert (scale.kind, scale.table().edges, scale.table().counts) == ("linear", (0.5,), (1, 5))
     many = [episode(float(i)) for i in range(11)]
     scale = ReturnScale.fit(many, "linear", bins=5)
-    assert scale.table().edges == (2.0, 4.0, 6.0, 8.0)
+    # cuts at 2 4 6 8, each of which belongs to the bin above; both ends count, so the last bin has 8 9 10
+    assert scale.table().edges == (1.5, 3.5, 5.5, 7.5)
     assert scale.table().counts == (2, 2, 2, 2, 3)
-    assert [scale.bin_of(r) for r in (-50.0, 0.0, 1.99, 2.0, 10.0, 50.0)] == [0, 0, 0, 1, 4, 4]
+    assert [scale.bin_of(r) for r in (-50.0, 0.0, 1.49, 1.51, 10.0, 50.0)] == [0, 0, 0, 1, 4, 4]
+
+
+def test_linear_bins_that_would_hold_no_return_are_left_out():
+    # cuts at 2.5 5 7.5: no return lies between the first two
+    scale = ReturnScale.fit([episode(r) for r in (0.0, 1.0, 2.0, 6.0, 9.0, 10.0)], "linear", bins=4)
+    assert (scale.table().edges, scale.table().counts) == ((4.0, 7.5), (3, 1, 2))
+
+
+@pytest.mark.parametrize("kind", ["linear", "quantile"])
+def test_the_ends_are_in_the_first_and_the_last_bin_whatever_their_last_digits(kind):
+    least, most = 0.3 - 0.1, 0.1 + 0.2  # 0.19999999999999998 and 0.30000000000000004
+    data = [episode(r) for r in (least, 0.2, 0.25, 0.3, most)]
+    scale = ReturnScale.fit(data, kind, bins=8)
+    assert scale.table().edges == pytest.approx((0.225, 0.275)) and scale.table().counts == (2, 1, 2)
 
 
 def test_quantile_bins_are_equally_full_and_merge_where_values_repeat():
@@ -62,12 +79,25 @@ def test_quantile_bins_are_equally_full_and_merge_where_values_repeat():
     assert scale.table().counts == (4, 4, 4)
     sparse = ReturnScale.fit([episode(0.0)] * 9 + [episode(1.0)], "quantile", bins=4)
     assert sparse.table().counts == (9, 1)
+    # .25 .5 .75 of ten returns are all 0: what is above has the one other bin
+    sparse = ReturnScale.fit([episode(0.0)] * 9 + [episode(1.0, 1.0)], "quantile", bins=4)
+    assert (sparse.table().edges, sparse.table().counts) == ((0.5,), (9, 2))
 
 
 def test_equal_sums_of_rewards_in_another_order_share_a_bin():
     scale = ReturnScale.fit([episode(0.1, 0.2, 0.3), episode(0.3, 0.2, 0.1), episode(1.0)], "unique", bins=9)
     # at turn starts: .6 .5 .3, .6 .3 .1, 1
     assert scale.table().counts == (1, 2, 1, 2, 1)
+    with pytest.raises(InputError, match="found one return, 0.6, at every agent turn"):
+        ReturnScale.fit([episode(0.7 - 0.1), episode(0.6)])
+
+
+def test_numbers_are_told_apart_at_any_distance_from_zero():
+    # rounding of sums at a thousand million is 1e-7; a tenth is a difference there, and 1e-5 beside 1 is one too
+    for values in ([1e9, 1e9 + 0.1], [1.0, 1.00001], [-1e-3, 1e-3], [0.0, 1e-12]):
+        assert [x.tolist() for x in distinct(np.array(values))] == [values, values]
+    first, last = distinct(np.array([0.6, 1e6 + 0.1 - 1e6, 0.7 - 0.1, 0.1]))
+    assert first.tolist() == [1e6 + 0.1 - 1e6, 0.7 - 0.1] and last.tolist() == [0.1, 0.6]
 
 
 def test_labels_of_preference_are_two_bins():
@@ -155,6 +185,12 @@ def test_settings_that_do_not_fit_are_refused():
 def test_a_scale_survives_json():
     scale = ReturnScale.fit(THREE)
     assert ReturnScale.from_dict(json.loads(json.dumps(scale.to_dict()))) == scale
+
+
+def test_bins_saved_with_edges_on_returns_stay_as_they_were_trained():
+    table = {"edges": [2.0, 4.0], "least": 0.0, "most": 4.0, "quantiles": [0.0] * 101, "counts": [2, 0, 3]}
+    scale = ReturnScale.from_dict({"kind": "linear", "per": "global", "tables": {"": table}})
+    assert scale.bins == 3 and [scale.bin_of(r) for r in (1.0, 2.0, 4.0)] == [0, 1, 2]
 
 
 def test_what_remains_of_an_ask_goes_down_with_rewards_and_up_with_the_discount():

@@ -4,13 +4,15 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from offline_lmrl.cli import main
 from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.data.errors import Failed, InputError
 from offline_lmrl.data.io import write_comparisons, write_trajectories
 from offline_lmrl.data.protocols import Reply
 from offline_lmrl.data.trajectory import Turn
@@ -555,3 +557,214 @@ def test_workers_give_the_rows_that_one_process_gives(world, tmp_path, monkeypat
         measured.append([(row["seed"], row["decode"], row["score"], row["cells"]) for row in rows])
     assert measured[0] == measured[1]
     assert [row[:2] for row in measured[1]] == [(1, "sampled"), (1, "greedy"), (0, "sampled"), (0, "greedy")]
+
+
+# How long a reply may be
+
+
+def test_what_learns_by_playing_gives_replies_as_long_as_it_is_measured_by(world, monkeypatch):
+    lengths, stand_in = {}, compare.train
+
+    def train(*entry, environment=None, players=None):
+        lengths[Path(entry[3].output_dir).name] = getattr(entry[3], "sampling", None)
+        return stand_in(*entry)
+
+    def train_in_rounds(*entry):
+        lengths["rounds-0"] = entry[5].sampling
+        return stand_in(*entry[:4])
+
+    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(compare, "train_in_rounds", train_in_rounds)
+    world.settings["evaluation"]["sampling"] = {"max_new_tokens": 5, "temperature": 0.7}
+    world.settings["methods"] = {
+        "ppo": {"algorithm": "ppo"},
+        "hot": {"algorithm": "ppo", "args": {"sampling": {"temperature": 2.0}}},
+        "long": {"algorithm": "ppo", "args": {"sampling": {"max_new_tokens": 9}}},
+        "short": {"algorithm": "ppo", "sampling": {"max_new_tokens": 3}},
+        "rounds": {"algorithm": "bc", "collect": {"rounds": 1, "sampling": {"support": 0.1}}},
+        "bc": {"algorithm": "bc"},
+    }
+    run(world)
+    assert lengths == {
+        "ppo-0": {"max_new_tokens": 5}, "hot-0": {"max_new_tokens": 5, "temperature": 2.0},
+        "long-0": {"max_new_tokens": 9}, "short-0": {"max_new_tokens": 3},
+        "rounds-0": {"max_new_tokens": 5, "support": 0.1}, "bc-0": None,
+    }  # fmt: skip
+    (ppo, *_) = [row for row in runs(world) if row["method"] == "ppo"]
+    assert ppo["config"]["method"][0]["args"]["sampling"] == {"max_new_tokens": 5}
+    del world.settings["evaluation"]["sampling"]
+    world.settings["output"] += "_without"
+    world.settings["methods"] = {name: world.settings["methods"][name] for name in ("ppo", "rounds")}
+    run(world)
+    assert lengths["ppo-0"] == {} and lengths["rounds-0"] == {"support": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("key", "entry"),
+    [
+        ("methods.ppo.args.sampling", {"algorithm": "ppo", "args": {"sampling": {"max_new_tokens": 40}}}),
+        ("methods.ppo.sampling", {"algorithm": "ppo", "sampling": {"max_new_tokens": 40}}),
+        ("methods.ppo.collect.sampling", {"algorithm": "bc", "collect": {"sampling": {"max_new_tokens": 40}}}),
+        ("evaluation.sampling", {"algorithm": "bc"}),
+    ],
+)
+def test_a_reply_longer_than_the_window_is_refused_by_the_setting_that_says_so(world, key, entry):
+    world.settings["methods"] = {"ppo": entry}
+    world.settings["args"] |= {"max_length": 32}
+    world.settings["evaluation"]["sampling"] = {"max_new_tokens": 40 if key == "evaluation.sampling" else 4}
+    with pytest.raises(InputError, match=f"^{key}.max_new_tokens: found 40, expected at most .* of ppo, 32, which"):
+        run(world)
+    assert not world.trained
+
+
+# Methods that fail
+
+
+def failing(world, monkeypatch, **errors):
+    """Trainings of these methods raise these errors."""
+    stand_in = compare.train
+
+    def train(*entry, environment=None, players=None):
+        name = Path(entry[3].output_dir).name.rpartition("-")[0]
+        if name in errors:
+            raise errors[name]
+        return stand_in(*entry)
+
+    monkeypatch.setattr(compare, "train", train)
+
+
+def test_a_method_that_fails_takes_those_with_it_that_need_it_and_no_other(world, monkeypatch):
+    ilql = {"algorithm": "ilql", "from": "bc"}
+    world.settings["methods"] = {
+        "broken": {"algorithm": "ilql"},
+        "from": ilql | {"from": "broken"},
+        "after": {"algorithm": "bc", "from": "from"},
+        "critic": {"algorithm": "iql", "critic": "broken"},
+        "again": {"run_of": "broken", "betas": []},
+        "told": {"algorithm": "return_conditioned", "sampling": {"ask": "auto:broken"}},
+        "planned": {"algorithm": "bc", "planner": {"scorer": "broken"}},
+        "bc": {"algorithm": "bc"},
+        "ilql": ilql,
+    }
+    with monkeypatch.context() as patch:
+        failing(world, patch, broken=InputError("max_length: found 8, expected more for max_new_tokens (5)"))
+        with pytest.raises(InputError) as raised:
+            run(world)
+    assert str(raised.value) == (
+        "broken-0 failed: max_length: found 8, expected more for evaluation.sampling.max_new_tokens (5); "
+        "from-0, after-0, critic-0, again-0 skipped because of broken; "
+        "told-0, planned-0 rows skipped because of broken; "
+        f"`offline-lmrl compare {world.out}` draws the rest, and the same command tries again what is missing"
+    )
+    assert {call[0] for call in world.trained} == {"told-0", "planned-0", "bc-0", "ilql-0"}
+    measured = {(row["method"], row["decode"]) for row in runs(world)}
+    assert measured == {(name, decode) for name in ("planned", "bc", "ilql") for decode in ("sampled", "greedy")}
+    drawn = {line.split()[1] for line in (world.out / "table.md").read_text().splitlines()[2:]}
+    assert drawn == {"behaviour", "optimum", "PPO", "planned", "bc", "ilql"}
+    del world.settings["methods"]["planned"]  # whose plans need a real model
+    world.trained.clear()
+    run(world)
+    assert {call[0] for call in world.trained} == {"broken-0", "from-0", "after-0", "critic-0"}
+    assert {row["method"] for row in runs(world)} == {*world.settings["methods"], "planned"}
+
+
+def test_a_method_that_fails_in_play_keeps_the_rows_it_has_and_its_run_serves_others(world, monkeypatch):
+    right = Gambler.reply
+
+    def reply(policy, *args):
+        if policy.model.run == "bc-0" and policy.sampling.temperature == 0:
+            raise RuntimeError("out of\nmemory")
+        return right(policy, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Gambler, "reply", reply)
+        with pytest.raises(Failed, match="^bc-0 failed: RuntimeError: out of memory; `offline-lmrl compare"):
+            run(world)
+    assert [(row["method"], row["decode"]) for row in runs(world)] == [("bc", "sampled"), *[
+        ("ilql", decode) for decode in ("sampled", "greedy") for _ in ("offline", "returns")]]  # fmt: skip
+    run(world)
+    assert [row["decode"] for row in runs(world) if row["method"] == "bc"] == ["sampled", "greedy"]
+
+
+def test_results_that_cannot_be_saved_and_signals_stop_everything(world, monkeypatch):
+    with monkeypatch.context() as patch:
+        failing(world, patch, bc=KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(world)
+    assert not world.trained
+    monkeypatch.setattr(compare._Comparison, "add", lambda comparison, row: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        run(world)
+    assert len(Gambler.played) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [(InputError("data: found x, expected y"), 2, "error: ilql-0 failed: data: found x, expected y; "),
+     (RuntimeError("no\nroom"), 1, "error: ilql-0 failed: RuntimeError: no room; ")],
+)  # fmt: skip
+def test_the_command_names_the_method_that_failed_behind_the_table(world, monkeypatch, capsys, error, code, line):
+    failing(world, monkeypatch, ilql=error)
+    world.path.write_text(json.dumps(world.settings))
+    assert main(["compare", str(world.path)]) == code
+    out, err = capsys.readouterr()
+    assert "| bc" in out and err.splitlines()[-1].startswith(line)
+    assert ("Traceback" in err) == (code == 1)
+
+
+def test_a_table_of_which_every_method_failed_is_drawn(world, monkeypatch):
+    monkeypatch.undo()  # the report is drawn
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(compare, "train", lambda *entry: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(Failed, match="^bc-0 failed: MemoryError; ilql-0 skipped because of bc; "):
+        run(world)
+    assert "optimum" in (world.out / "report" / "report.md").read_text()
+
+
+FRAGILE = """
+from pathlib import Path
+
+from offline_lmrl.environments.toys import Gamble
+
+
+class Fragile(Gamble):
+    def __init__(self, fragile=""):
+        self.fragile = fragile
+
+    def step(self, text):
+        if len(text) > 40 and Path("fragile").exists() or self.fragile and Path(self.fragile).exists():
+            raise RuntimeError("the machine is full")
+        return super().step(text)
+"""
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_failures_of_training_and_of_play_are_the_same_in_one_process_and_in_several(world, tmp_path, monkeypatch,
+                                                                                     workers):  # fmt: skip
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fragile_world.py").write_text(FRAGILE)
+    (tmp_path / "fragile").touch()
+    tiny = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 128}
+    world.settings |= {
+        "environment": {"name": "fragile_world:Fragile"}, "training_environment": {"fragile": "fragile"},
+        "model": {"scratch": tiny, "vocab_size": 270},
+        "args": {"max_steps": 1, "use_cpu": True, "max_length": 128, "save_strategy": "no", "disable_tqdm": True},
+        "methods": {
+            "bc": {"algorithm": "bc"}, "ppo": {"algorithm": "ppo", "from": "bc", "args": {"episodes": 2}},
+            "after": {"algorithm": "bc", "from": "ppo"},
+            "long": {"run_of": "bc", "sampling": {"max_new_tokens": 100}},
+        },
+        "evaluation": {"episodes": 3, "sampling": {"max_new_tokens": 1}},
+    }  # fmt: skip
+    with pytest.raises(Failed) as raised:
+        run(world, workers=workers)
+    assert str(raised.value).startswith("ppo-0, long-0 failed: RuntimeError: the machine is full; "
+                                        "after-0 skipped because of ppo; `offline-lmrl compare")  # fmt: skip
+    assert [(row["method"], row["decode"]) for row in runs(world)] == [("bc", "sampled"), ("bc", "greedy")]
+    assert "bc, sampled" in (world.out / "report" / "report.md").read_text()
+    (tmp_path / "fragile").unlink()
+    run(world, workers=workers)
+    assert {row["method"] for row in runs(world)} == {"bc", "ppo", "after", "long"}

@@ -23,7 +23,8 @@ from offline_lmrl.models.guided import build_model
 
 pytestmark = pytest.mark.gates
 
-SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 32}
+SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 32,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
 COMMON = {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "report_to": "none"}
 ASK = Turn("user", "next")
 BANDIT = tuple("abcdefgh")
@@ -115,9 +116,11 @@ def play(folder):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_count_is_learnt_within_8192_environment_steps(tmp_path, seed):
     start = cloned(tmp_path / "bc", seed)
+    # Adam's first steps move every weight by the whole learning rate. At 2e-3 without a warm-up they taught one of 25
+    # seeds (100 to 124) never to close a turn.
     args = PPOConfig(
         output_dir=str(tmp_path / "ppo"), seed=seed, max_steps=32, episodes=32, epochs=4, minibatches=2,
-        per_device_train_batch_size=128, context=1, max_length=32, learning_rate=4e-3, kl_weight=0.05,
+        per_device_train_batch_size=128, context=1, max_length=32, learning_rate=2e-3, warmup_steps=4, kl_weight=0.05,
         sampling={"max_new_tokens": 4}, **COMMON,
     )  # fmt: skip
     run = PPOTrainer(str(start), args, Count)

@@ -41,9 +41,12 @@ def turns_batch(told):
 def test_few_values_get_a_bin_each_and_many_get_equal_widths_without_empty_ones():
     assert fit_bins(np.array([0.0, 1.0, 0.3, 0.3]), 3) == {"edges": [0.15, 0.65], "means": [0.0, 0.3, 1.0]}
     assert fit_bins(np.array([2.0, 2.0]), 3) == {"edges": [], "means": [2.0]}
-    # of 0-2.5, 2.5-5, 5-7.5 and 7.5-10 the third is empty
+    # of 0-2.5, 2.5-5, 5-7.5 and 7.5-10 the third is empty; edges half-way from 2 to 3 and from 3 to 9
     fitted = fit_bins(np.array([0.0, 1.0, 2.0, 3.0, 9.0, 10.0]), 4)
-    assert fitted == {"edges": [2.5, 7.5], "means": [1.0, 3.0, 9.5]}
+    assert fitted == {"edges": [2.5, 6.0], "means": [1.0, 3.0, 9.5]}
+    # in fp32 .7 - .1 and .6 are two numbers: they share a bin
+    pair = np.array([0.7, 0.6], dtype=np.float32) - np.array([0.1, 0.0], dtype=np.float32)
+    assert pair[0] != pair[1] and fit_bins(pair, 3)["edges"] == []
 
 
 def test_a_number_is_the_mean_of_its_bins_and_all_are_equally_likely_at_first():
