@@ -75,9 +75,13 @@ def ask_table(points: Sequence[AskPoint]) -> str:
 
 
 def ask_rows(points: Sequence[AskPoint]) -> list[dict[str, Any]]:
-    """What `ask_table` says, as plain values: a row per ask, its `achieved` as mean, low, high and n, and a last one
-    with `correlation` and `mean_distance`."""
-    rows = [asdict(point) | {"achieved": point.achieved._asdict()} for point in points]
+    """What `ask_table` says, as plain values: a row per ask, its `achieved` as mean, low, high (null without an
+    interval) and n, and a last one with `correlation` and `mean_distance`."""
+    rows = []
+    for point in points:
+        low, high = point.achieved.interval or (None, None)
+        achieved = {"mean": point.achieved.mean, "low": low, "high": high, "n": point.achieved.n}
+        rows.append(asdict(point) | {"achieved": achieved})
     return rows + _obedience(points)
 
 
@@ -96,7 +100,7 @@ def draw_asks(points: Sequence[AskPoint], path: Path) -> None:
 
     points = sorted(points, key=lambda point: point.asked)
     asked, achieved = _axes(points)
-    ends = np.array([[point.achieved.low, point.achieved.high] for point in points]).T
+    ends = np.array([point.achieved.interval or [point.achieved.mean] * 2 for point in points]).T
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.axline((asked.mean(), asked.mean()), slope=1, color="0.7", linestyle=":", label="as asked")

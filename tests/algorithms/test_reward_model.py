@@ -285,7 +285,7 @@ def test_with_a_context_each_turn_is_read_alone_in_training_scoring_and_relabell
     rewards = [turn.reward for turn in whole.turns if turn.reward is not None]
     alone = [scorer.score(before, [(Turn("assistant", text),)])[0] - bias for before, text in (
         (BEFORE[1:], "good"), (dialogue("good"), "bad"), (dialogue("good", "bad")[2:], "good"))]  # fmt: skip
-    assert rewards == pytest.approx([alone[0] + bias, *alone[1:]], abs=1e-5)
+    assert rewards == pytest.approx([value + bias / 3 for value in alone], abs=1e-5)
     assert whole.total_return == pytest.approx(found[0].item(), abs=1e-5)
 
 

@@ -1,4 +1,6 @@
 import json
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -71,3 +73,12 @@ def test_the_command_asks_for_one_return_after_the_other(tmp_path, capsys):
     assert [line.split()[0] for line in lines[1:4]] == ["2.0", "p50", "max"]
     assert main([*play, "--asks", "[best]"]) == 2
     assert capsys.readouterr().err.startswith("error: ask: found 'best', expected")
+
+
+def test_an_ask_of_one_episode_has_no_interval_in_file_and_picture(tmp_path):
+    one = [replace(point(ask, ask), achieved=Estimate(ask, -math.inf, math.inf, 1)) for ask in (1.0, 2.0)]
+    expected = [{"mean": ask, "low": None, "high": None, "n": 1} for ask in (1, 2)]
+    assert [row["achieved"] for row in ask_rows(one)] == expected
+    pytest.importorskip("matplotlib")
+    draw_asks(one, tmp_path / "asks.png")
+    assert (tmp_path / "asks.png").stat().st_size > 1000

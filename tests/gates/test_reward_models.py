@@ -126,9 +126,9 @@ def best_of(scorer, ns):
 
 def test_the_best_by_a_reward_model_of_few_pairs_are_worse_than_the_good_by_it(tmp_path):
     # Over-optimisation: from the best of 4,096 to the best of a million by it the score rises and the worth falls. One
-    # model in three or so does not fall, so it takes forty. On seeds 100 to 119: .27 to .10, .17 [.04, .31].
+    # model in three or so does not fall, so it takes eighty.
     ns = [4**k for k in range(11)]
-    few = np.array([best_of(fitted(tmp_path, TOY.comparisons(40, seed), seed, 300), ns) for seed in range(40)])
+    few = np.array([best_of(fitted(tmp_path, TOY.comparisons(40, seed), seed, 300), ns) for seed in range(80)])
     many, gold = best_of(fitted(tmp_path, TOY.comparisons(4000, 0), 0, 400), ns), best_of(Gold(), ns)
     fall = mean_interval(few[:, 1, 6] - few[:, 1, -1])
     for name, (score, worth) in {"40 pairs, mean": few.mean(axis=0), "4,000 pairs": many, "gold": gold}.items():
@@ -168,7 +168,8 @@ def test_turns_that_are_read_alone_are_credited_for_themselves(tmp_path):
             correlations.append(np.corrcoef(np.transpose(credit))[0, 1])
     for name, correlations in found.items():
         print(name, np.round(correlations, 3), mean_interval(correlations))
-    assert min(found["context 1"]) >= 0.9 > mean_interval(found["shared history"]).high
+    gain = mean_interval(np.subtract(found["context 1"], found["shared history"]))
+    assert min(found["context 1"]) >= 0.9 > max(found["shared history"]) and gain.low > 0
     assert min(found["context 1, standardised"]) >= 0.9  # each turn has a part of the shift
 
 
