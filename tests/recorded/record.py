@@ -112,7 +112,8 @@ class Recorder:
 
     def plain(self, text: str) -> list[str]:
         """Lines without the folder, bars and times."""
-        text = text.replace(str(self.folder), "FOLDER").replace(os.getcwd(), "CHECKOUT")
+        for path, name in ((self.folder, "FOLDER"), (sys.prefix, "PYTHON"), (os.getcwd(), "CHECKOUT")):
+            text = text.replace(str(path), name)
         lines = [line for line in re.split(r"[\r\n]+", text) if not re.search(r"\d+%\||it/s|━", line)]
         return [re.sub(r"\d+(\.\d+)? ?(s|min|h|seconds)\b|\d+:\d\d(:\d\d)?", "TIME", line) for line in lines]
 
@@ -134,7 +135,8 @@ class Recorder:
 
     def timeless(self, value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: self.timeless(inner) for key, inner in value.items() if not TIMES.search(key)}
+            pairs = (("\n".join(self.plain(key)), inner) for key, inner in value.items() if not TIMES.search(key))
+            return {key: self.timeless(inner) for key, inner in pairs}
         if isinstance(value, str):
             return "\n".join(self.plain(value))
         return [self.timeless(inner) for inner in value] if isinstance(value, list) else value
