@@ -36,8 +36,8 @@ def _relabel(
       scorer: folder or hub name of a reward model, package.module:function (its code runs), a YAML file, or a mapping
         such as "{kind: ensemble, scorers: [runs/a, runs/b], k: 1}".
       output: file (.jsonl, .jsonl.gz, .parquet) or datasets folder; for data with several splits a folder.
-      place: of trajectories' rewards: on the last agent turn [default], or on each turn what it adds to the score, on
-        the first one with what all scores share, such as the shift of a normalised reward model.
+      place: of trajectories' rewards: on the last agent turn [default], or on each turn what it adds to the score,
+        with an equal part of the shift of a normalised reward model. The sums are the same.
       make: what comparisons become: targets [default] or rewards.
       normalise: those rewards: as scored [default], put on one scale over all or per group, or a rank in the group.
     """
