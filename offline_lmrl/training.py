@@ -111,8 +111,9 @@ class BaseConfig(TrainingArguments):
         check_range(
             self, seed=(0, 2**32 - 1), per_device_train_batch_size=(1, 2**31), per_device_eval_batch_size=(1, 2**31),
             gradient_accumulation_steps=(1, 2**31), learning_rate=(0, 1e6), weight_decay=(0, 1e6),
-            adam_beta1=(0, 0.999999), adam_beta2=(0, 0.9999999), adam_epsilon=(0, 1e6), max_grad_norm=(0, math.inf),
+            adam_beta1=(0, 0.999999), adam_beta2=(0, 0.9999999), adam_epsilon=(0, 1e6),
             dataloader_num_workers=(0, 10**6),
+            **({} if self.max_grad_norm is None else {"max_grad_norm": (0, math.inf)}),
         )  # fmt: skip
         check_schedule(self)
         check_trackers(self)
@@ -171,10 +172,10 @@ def check_trackers(args: TrainingArguments) -> None:
 
 
 def check_range(config: object, **bounds: tuple[float, float]) -> None:
-    """Raise an InputError that names the first field of `config` outside its closed range; None is in every range."""
+    """Raise an InputError that names the first field of `config` that is no number in its closed range."""
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
-        if value is not None and not low <= value <= high:
+        if value is None or not low <= value <= high:
             raise InputError(f"{name}: found {value}, expected {low} to {high}")
 
 

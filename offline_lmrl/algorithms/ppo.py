@@ -182,7 +182,7 @@ class PPOConfig(OfflineConfig):
             max_steps=(1, 1e9), unfinished_penalty=(0, 1e9),
         )  # fmt: skip
         optional = ("value_clip_range", "kl_target", "stop_kl", "max_kl", "clip_scores")
-        check_range(self, **dict.fromkeys(optional, (1e-12, math.inf)))
+        check_range(self, **{n: (1e-12, math.inf) for n in optional if getattr(self, n) is not None})
         if self.kl_estimator not in KL_ESTIMATORS:
             raise InputError(f"kl_estimator: found {shown(self.kl_estimator)}, expected one of "
                              f"{', '.join(KL_ESTIMATORS)}")  # fmt: skip

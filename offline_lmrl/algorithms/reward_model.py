@@ -209,7 +209,12 @@ class RewardModelTrainer(BaseTrainer):
             if not left_out:
                 self.counts["comparisons, all drawn by bootstrap, so none is left to judge the run on"] = len(rows)
         encoded = self._encode(drawn, args, self.counts)
-        self.left_out = self._encode(left_out, args, Counter()) if left_out else None
+        self.left_out = None
+        if left_out:
+            try:
+                self.left_out = self._encode(left_out, args, Counter())
+            except InputError as error:  # none of them fits, say, which does not concern training
+                self.counts[f"comparisons that bootstrap left out, useless to judge the run ({error})"] = len(left_out)
         self.out_of_bag: dict[str, float] = {}
         first = islice(rows, TEMPLATE_ROWS)
         self.compare_with_template([

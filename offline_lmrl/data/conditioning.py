@@ -107,9 +107,19 @@ def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Entries that differ by rounding alone are one number: .7 − .1 and .6, or sums of the same rewards in another order.
     """
-    ordered = np.sort(values)
-    new = np.diff(ordered) > rounding_error(values)
-    return ordered[np.append(True, new)], ordered[np.append(new, True)]
+    ordered, tolerance = np.sort(values), rounding_error(values)
+    starts = np.flatnonzero(np.append(True, np.diff(ordered) > tolerance))
+    stops = np.append(starts[1:], len(ordered))
+    # Dense values make chains of small steps that are no rounding any more: each such run is cut from its least on.
+    wide = ordered[stops - 1] - ordered[starts] > tolerance
+    cut = []
+    for start, stop in zip(starts[wide].tolist(), stops[wide].tolist(), strict=True):
+        while start < stop:
+            start += int(np.searchsorted(ordered[start:stop], ordered[start] + tolerance, side="right"))
+            cut.append(start)
+    starts = np.unique(np.concatenate([starts, np.array(cut, dtype=np.int64)]))
+    starts = starts[starts < len(ordered)]
+    return ordered[starts], ordered[np.append(starts[1:], len(ordered)) - 1]
 
 
 def fit_edges(values: np.ndarray, kind: str, bins: int) -> np.ndarray:

@@ -157,7 +157,9 @@ def policy_window(
     first = first_visible(rule, lengths, len(turns), head, fixed)
     if first is None:
         reply = f"a reply of max_new_tokens ({reserve})" if reserve else "a reply"
-        raise _no_room(rule, fixed + lengths[-1], prompt, reply)
+        also = "the prompt, " if prompt else ""
+        raise InputError(f"max_length: found {rule.max_length}, expected at least {fixed + lengths[-1]} to hold {also}"
+                         f"the system turns and {reply}")
     kept = renderer.window_ids(turns, encoded, first, len(turns), live=False)
     return [*preamble, *(token for ids in kept for token in ids), *opening]
 
@@ -170,14 +172,14 @@ def reply_window(
     reserve: int = 0,
     slots: Sequence[tuple[int, ...]] | None = None,
     prompt: Sequence[int] = (),
-) -> list[int]:
+) -> list[int] | None:
     """Ids read before the environment's reply to the last of these turns, the agent's: that turn's own window, the
-    turn, and the opening of a turn of this role. Training windows hold the same ids before a logged reply.
+    turn, and the opening of a turn of this role. Training windows hold the same ids before a logged reply. None where
+    turn and reply alone do not fit; training leaves such a reply out.
 
     Args:
       slots: ids before the opening of each agent turn; None = none. prompt: as for `policy_window`.
       reserve: tokens kept free for the reply.
-    Raises: InputError where turn and reply alone do not fit.
     """
     renderer.notice(turns)
     said = [*turns, Turn(role, "")]
@@ -185,7 +187,7 @@ def reply_window(
     lengths = [turn.longest for turn in encoded]
     index, reply = len(turns) - 1, encoded[-1].action_start + reserve
     if fixed + lengths[index] + reply > rule.max_length:
-        raise _no_room(rule, fixed + lengths[index] + reply, prompt, "the agent's turn and the environment's reply")
+        return None
     first = first_visible(rule, lengths, index, head, fixed, reply)
     *kept, blank = answered_ids(renderer, said, encoded, first, len(turns), len(said))
     return [*preamble, *(token for ids in kept for token in ids), *blank[: encoded[-1].action_start]]
@@ -201,10 +203,3 @@ def _encoded(
             encoded[index] = encoded[index].behind(slot)
     head, preamble = leading_system_turns(turns), (*renderer.preamble_of(turns), *prompt)
     return encoded, preamble, head, len(preamble) + sum(turn.longest for turn in encoded[:head])
-
-
-def _no_room(rule: WindowRule, needed: int, prompt: Sequence[int], what: str) -> InputError:
-    also = "the prompt, " if prompt else ""
-    return InputError(
-        f"max_length: found {rule.max_length}, expected at least {needed} to hold {also}the system turns and {what}"
-    )

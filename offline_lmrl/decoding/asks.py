@@ -23,9 +23,9 @@ an interval, and 5, on which kinds of ask were explored:
     p90 once (the default)            −75.7  −72.2  −75.1
     max once                          −75.5  −72.1  −75.0
 
-V lies near what the logs earn, so asking for it is asking for usual play, and an ask that is renewed before every turn
-never grows urgent. Renewed, the best Q helps only where Q is near the truth: the maze's critic is some 15 too low at
-the far starts. So auto is the one ask from values that was above BC on all these seeds. p90, which needs no values,
+V lies near what the logs earn, so asking for it is asking for usual play, and an ask of V that is renewed before every
+turn never grows urgent. Renewed, the best Q helps only where Q is near the truth: the maze's critic is some 15 too low
+at the far starts. So auto is the one ask from values that was above BC on all these seeds. p90, which needs no values,
 earned more on nearly all of them and is the default. Negotiations are not measured.
 """
 
@@ -36,7 +36,7 @@ from typing import Any
 from offline_lmrl.data.conditioning import ASK_NAMES, Ids, ReturnTable, Slots, check_ask
 from offline_lmrl.data.trajectory import Turn
 
-SAID: set[tuple[float | str, ReturnTable]] = set()  # asks that a line has been logged for
+SAID: set[tuple[float | str, str, ReturnTable]] = set()  # asks, and the kinds of line that have been logged for them
 
 
 class Asks:
@@ -60,7 +60,7 @@ class Asks:
         named = {ask: slots.scale.named_ask(ask, task) for ask in names}
         for ask in sorted(names):
             if line := slots.scale.asks_for_the_usual(ask, task):
-                self._say_once(ask, line)
+                self._say_once(ask, "usual", line)
         self.asks = [named.get(ask, ask) for ask in asks]
         self.used: dict[int, list[float]] = {}  # returns asked for at each agent turn, the latest reply's last
         self.read: dict[int, list[tuple[str, str]]] = {}  # the history before that reply
@@ -110,13 +110,14 @@ class Asks:
             found = f"{now:g} for {given}" if isinstance(given, str) else f"{now:g}"
             self._say_once(
                 given,
+                "clipped",
                 f"ask: found {found}, expected {table.least:g} to {table.most:g}, the returns in the training data; "
                 f"the nearest bin, {used} of 0 to {len(table.counts) - 1}, is asked for",
             )
 
-    def _say_once(self, ask: float | str, line: str) -> None:
-        """Logs the line, unless one was logged for this ask of these returns."""
-        key = (ask, self.slots.scale.table(self.task))
+    def _say_once(self, ask: float | str, kind: str, line: str) -> None:
+        """Logs the line, unless one of its kind was logged for this ask of these returns."""
+        key = (ask, kind, self.slots.scale.table(self.task))
         if key not in SAID:
             SAID.add(key)
             logging.getLogger(__name__).warning(line)

@@ -11,6 +11,7 @@ said; the next turn plans anew. The model reads its null condition throughout, w
 return in view would tell them what they are to say.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,6 +88,17 @@ class Planner:
         self.discount = saved["return_heads"]["discount_per_turn"] if self.heads is not None else 1.0
         self.unit = RewardScale(**saved.get("reward_scale", {})).scale
         self.samplers: dict[str, Sampler] = {}
+        self.no_room = False
+
+    def say_no_room(self) -> None:
+        """Log, once, that some plans end early."""
+        if not self.no_room:
+            self.no_room = True
+            logging.getLogger(__name__).warning(
+                "planner: some plans end before the environment's next reply, as max_length cannot hold it: it has to "
+                "hold the system turns, the agent's turn and a reply of max_new_tokens "
+                f"({self.policy.sampling.max_new_tokens})"
+            )
 
     def start(self, seeds: Sequence[int]) -> "PlannerSession":
         """A session with one row per seed."""
@@ -155,6 +167,8 @@ class PlannerSession:
             if not open_beams:
                 break
             open_beams, memory = self._imagined(open_beams, memory)
+            if not open_beams:
+                break
             longer, memory = self._proposals(open_beams, memory, level)
             beams = self._best([beam for beam in beams if beam.ended] + longer)
         chosen = {beam.row: beam for beam in reversed(beams)}  # beams of a row stand best first
@@ -234,12 +248,22 @@ class PlannerSession:
             beam.ended = ended >= 0.5
 
     def _imagined(self, beams: Sequence[_Beam], memory: CacheMemory) -> tuple[list[_Beam], CacheMemory]:
-        """The beams with what the environment says to them, and the memory that has their caches."""
-        memory = memory.fork({i: beam.key for i, beam in enumerate(beams)})
+        """The beams with what the environment says to them, and the memory that has their caches.
+
+        A beam whose reply max_length cannot hold ends there, and is left out: training has seen no such reply either.
+        """
         # All rows play one game, so their environment has one role.
         role, policy = _speaker(beams[0].turns), self.policy
         reserve = policy.sampling.max_new_tokens
-        windows = [policy.null_reply_window(beam.turns, role, reserve) for beam in beams]
+        found = [(beam, policy.null_reply_window(beam.turns, role, reserve)) for beam in beams]
+        for beam, window in found:
+            beam.ended = window is None
+        beams, windows = [beam for beam in beams if not beam.ended], [window for _, window in found if window]
+        if len(beams) < len(found):
+            self.planner.say_no_room()
+        if not beams:
+            return [], memory
+        memory = memory.fork({i: beam.key for i, beam in enumerate(beams)})
         said = self.planner.environment(role).sample(windows, [0] * len(beams), memory=memory, rows=range(len(beams)))
         imagined = []
         for i, (beam, reply) in enumerate(zip(beams, said, strict=True)):

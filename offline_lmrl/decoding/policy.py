@@ -160,9 +160,9 @@ class LanguagePolicy:
         prompt = self.shared_prompt.null if prompt is None else prompt
         return policy_window(turns, self.renderer, self.window, reserve, self._null_slots(turns, coming=1), prompt)
 
-    def null_reply_window(self, turns: Sequence[Turn], role: str, reserve: int) -> list[int]:
+    def null_reply_window(self, turns: Sequence[Turn], role: str, reserve: int) -> list[int] | None:
         """Ids that it reads before the environment speaks in this role after the agent's last turn, where no return is
-        asked for, after its own prompt; `reserve` tokens are kept free for the reply."""
+        asked for, after its own prompt; `reserve` tokens are kept free for the reply. None where they do not fit."""
         slots, prompt = self._null_slots(turns), self.shared_prompt.null
         return reply_window(turns, role, self.renderer, self.window, reserve, slots, prompt)
 

@@ -330,7 +330,8 @@ def weighted_sum(scorers: Sequence[Scorer], weights: Sequence[float] | None = No
 def veto(preference: Scorer, rules: Sequence[Scorer], floor: float, threshold: float = 0.5) -> Combined:
     """The preference where every rule is kept with at least this probability, else `floor`."""
     _require_rules(rules)
-    return Combined(preference, rules, lambda score, kept: np.where((kept >= threshold).all(1), score, floor))
+    shift = getattr(preference, "shift", 0.0)
+    return Combined(preference, rules, lambda score, kept: np.where((kept >= threshold).all(1), score, floor), shift)
 
 
 def sparrow(preference: Scorer, rules: Sequence[Scorer], average: float = 0.0) -> Combined:

@@ -58,6 +58,7 @@ from offline_lmrl.evaluation.rounds import train_in_rounds
 from offline_lmrl.training_checkpoint import read_metrics
 
 SAMPLES = 10
+SCHEME = 2  # of what a row means beside its settings: rises where the same settings come to train or play otherwise
 CURVE = ("environment_steps", "reward_queries", "score", "kl")  # kept of the metrics of a run that played
 CURVE_POINTS = 50
 TEMPERATURES = {"sampled": {}, "greedy": {"temperature": 0.0}}
@@ -163,14 +164,16 @@ class _Setting:
 
 def _measure(
     config: CompareConfig, untrained: Failures, name: str, seed: int, settings: Sequence[_Setting]
-) -> tuple[list[Row], Failures]:
-    """In a process of its own: the rows of a method and seed, and why there are no more.
+) -> tuple[list[Row], Failures, Failures]:
+    """In a process of its own: the rows of a method and seed, and why there are no more: the runs that are not there,
+    and what failed in play.
 
-    untrained: the runs that are not there.
+    untrained: the runs that are not there before.
     """
     comparison = _Comparison(config, _quiet())
     comparison.untrained = untrained
-    return list(comparison.measure(name, seed, settings)), comparison.unmeasured
+    rows = list(comparison.measure(name, seed, settings))
+    return rows, comparison.untrained, comparison.unmeasured
 
 
 def _quiet() -> Console:
@@ -327,6 +330,7 @@ class _Comparison:
         for name in ("batch_size", "labels"):  # they change no number
             del evaluation[name]
         return {
+            "rows": SCHEME,
             "environment": self.config.environment,
             "data": {"train": fingerprint(self.train_data), "validation": fingerprint(self.validation_data)},
             "partner": self.config.partner and asdict(self.config.partner),
@@ -377,7 +381,8 @@ class _Comparison:
         args = self.config.args | dict(method.args)
         sampling = args.get("sampling") or {}
         if load_algorithm(method.algorithm)[1].plays and isinstance(sampling, Mapping):
-            args |= {"sampling": self._same_reply_length(method, sampling)}
+            same = self._same_reply_length(method, sampling)
+            args |= {"sampling": same} if same else {}
         return {"model": model | dict(method.model), "args": args}
 
     def _same_reply_length(self, method: Any, sampling: Mapping[str, Any]) -> dict[str, Any]:
@@ -612,7 +617,8 @@ class _Comparison:
                        for seed in self.config.seeds for method in self.config.evaluated
                        if (settings := self.missing(method, seed))]  # fmt: skip
             for done in as_completed(waiting):
-                rows, unmeasured = done.result()
+                rows, untrained, unmeasured = done.result()
+                self.untrained |= untrained
                 self.unmeasured |= unmeasured
                 for row in rows:
                     self.add(row)

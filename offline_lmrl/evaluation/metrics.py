@@ -11,7 +11,9 @@ away. Where S seeds play C clusters equally often they are the mean squares of a
 The interval is t's with these degrees of freedom (Satterthwaite 1946). The factors are our own: with two seeds A rests
 on one number, which is often far too small, and the plain formula then takes it for unimportant; they were chosen by
 simulation (tests/evaluation/test_coverage.py, which holds coverage, false findings and width). A percentile bootstrap
-covers 75 % instead of 95 % at three seeds. With one seed the interval speaks of that run alone, over its clusters.
+covers 75 % instead of 95 % at three seeds. The price: where only clusters differ, two seeds cost an interval of up to
+2.4 times the width that it would have for who knows that seeds do not. No rule that sees these mean squares alone does
+much better: the best within 1.15 times covers 88 %. With one seed the interval speaks of that run, over its clusters.
 """
 
 import math
@@ -31,7 +33,8 @@ BOOKKEEPING_LABELS = frozenset({"seed", "tokenizer", "policy_log_prob", "options
 class Estimate(NamedTuple):
     """A mean and its 95% interval.
 
-    low, high: the ends; infinite where one seed and one cluster leave nothing to see variation in. n: episodes.
+    low, high: the ends; infinite where a single cluster of a single seed counts, which shows no variation.
+    n: episodes.
     seeds: training seeds; with one the interval speaks of that run over episodes, and nothing of the method.
     """
 
@@ -54,7 +57,7 @@ class Estimate(NamedTuple):
     def to_text(self, decimals: int) -> str:
         """Mean and interval, without saying of what."""
         if self.interval is None:
-            return f"{self.mean:.{decimals}f} (no interval: one cluster of episodes)"
+            return f"{self.mean:.{decimals}f} (no interval: one cluster of episodes counts)"
         return f"{self.mean:.{decimals}f} [{self.low:.{decimals}f}, {self.high:.{decimals}f}]"
 
     def __str__(self) -> str:
@@ -121,7 +124,7 @@ class Cells:
     def estimate(self) -> Estimate:
         """Mean over all episodes with its interval, see the top of the file."""
         variance, df = self._variance()
-        half = student_t(df) * math.sqrt(variance) if df else math.inf
+        half = student_t(df) * math.sqrt(variance) if df and math.isfinite(variance) else math.inf
         return Estimate(self.mean, self.mean - half, self.mean + half, round(self.count.sum()), len(self.seeds))
 
     def share(self) -> Estimate:
@@ -165,10 +168,17 @@ def _jackknife(total: np.ndarray, count: np.ndarray) -> tuple[float, float | Non
     total, count = total[count > 0], count[count > 0]
     if len(count) < 2:
         return 0.0, None
-    without = (total.sum() - total) / (count.sum() - count)
+    without = _without_each(total) / _without_each(count)
     weight = np.square(count)
     df = weight.sum() ** 2 / np.square(weight).sum() - 1
     return float((len(count) - 1) / len(count) * np.square(without - without.mean()).sum()), float(max(df, 1.0))
+
+
+def _without_each(values: np.ndarray) -> np.ndarray:
+    """The sum without each of K values, (K,), from those before and those after it: of a total that one value makes up
+    almost alone, subtracting that value would leave nothing but rounding."""
+    before, after = np.cumsum(values[:-1]), np.cumsum(values[:0:-1])[::-1]
+    return np.concatenate([[0.0], before]) + np.concatenate([after, [0.0]])
 
 
 def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:

@@ -71,7 +71,8 @@ class FittedValue:
         rule = self.discount
         by = f"γ {rule.discount_per_token:g} per token and {rule.discount_per_turn:g} per turn"
         each = " ".join(f"{value:.2f}" for value in self.fits)
-        return f"{self.value:.2f}, an error nobody sees (fits: {each}), {by}, TD error {self.td_error:.3g}"
+        fits = f"(fits: {each}; an error that they share shows nowhere)"
+        return f"{self.value:.2f} {fits}, {by}, TD error {self.td_error:.3g}"
 
 
 def importance_sampling(policy: LanguagePolicy, trajectories: Sequence[Trajectory]) -> WeightedReturn:

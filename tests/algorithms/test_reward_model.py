@@ -344,6 +344,15 @@ def test_a_bootstrap_that_draws_everything_is_told_and_has_no_figures(tmp_path):
     assert made.outcome() == {} and any("all drawn by bootstrap" in reason for reason in made.counts)
 
 
+def test_left_out_rows_that_do_not_fit_leave_a_run_without_figures_and_stop_no_training(tmp_path):
+    long = compare(("good " * 60, "bad " * 60), (1.0, 0.0))
+    groups = np.random.default_rng(5).integers(8, size=8).tolist()
+    rows = [replace(row if i // 3 in groups else long, group=f"g{i // 3}") for i, row in enumerate(RULE)]
+    made = trainer(tmp_path, rows, bootstrap=5, max_steps=1)
+    made.train()
+    assert made.outcome() == {} and any("left out, useless to judge the run" in reason for reason in made.counts)
+
+
 def test_ratings_that_were_left_out_are_judged_in_their_unit(tmp_path):
     made = trainer(tmp_path, RATED, bootstrap=1, loss="regression", normalise="none", max_steps=40)
     made.train()

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from offline_lmrl.data.conditioning import ReturnScale, Slots, check_ask, distinct, returns_to_go
+from offline_lmrl.data.conditioning import ReturnScale, Slots, check_ask, distinct, fit_edges, returns_to_go
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.data.tokenizers import train_tokenizer
@@ -209,3 +209,13 @@ def test_returns_as_text_need_a_tokenizer_that_tells_them_apart():
     assert written.null == ()
     with pytest.raises(InputError, match="text: found 'good'"):
         Slots.from_block(block | {"text": "good"}, 100, renderer)
+
+
+def test_dense_returns_are_not_one_number():
+    # Steps between a million floats are as small as rounding, and what they add up to is not.
+    values = np.random.default_rng(0).normal(size=200_000).astype(np.float32)
+    edges = fit_edges(values, "quantile", 32)
+    share = np.bincount(np.searchsorted(edges, values, side="right")) / len(values)
+    assert len(share) == 32 and share.max() < 0.05
+    first, last = distinct(np.append(values[:2000], np.float32(1e4)))
+    assert len(first) > 50 and (last - first).max() <= 64 * 1.2e-7 * 1e4

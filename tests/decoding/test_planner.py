@@ -164,10 +164,16 @@ def test_what_is_imagined_is_read_after_the_same_ids_as_in_training(
         assert [call[0] for call in fed] == [batch["input_ids"][row, : at + 1].tolist() for row, at in places]
 
 
-def test_a_reply_for_which_max_length_leaves_no_room_is_refused_in_one_line():
-    player = LanguagePolicy(MODEL, RENDERER, SamplingConfig(max_new_tokens=4), max_length=16)
-    with pytest.raises(InputError, match="max_length: found 16, expected at least 2. to hold the system"):
-        player.null_reply_window([Turn("user", "at"), Turn("assistant", "1, 2, 1, 2")], "user", 8)
+def test_a_plan_ends_before_a_reply_that_max_length_cannot_hold(caplog):
+    player = LanguagePolicy(MODEL, RENDERER, SamplingConfig(max_new_tokens=4, top_k=5), max_length=9)
+    assert player.null_reply_window([Turn("user", "at"), Turn("assistant", "1, 2, 1, 2")], "user", 4) is None
+    planner = Planner(player, width=2, expand=2, depth=3)
+    planner.heads = Fixed(1.0, 4.0, 0.0)
+    for seed in range(4):
+        session = planner.start([seed])
+        session.reply([0], [[Turn("user", "at")]])
+        assert session.labels(0)["scores"] == [pytest.approx(6.0)]  # of one turn, as with depth 1
+    assert caplog.text.count("planner: some plans end before the environment's next reply") == 1
 
 
 def test_a_scorer_decides_and_sees_what_comes_before_the_reply():

@@ -392,11 +392,15 @@ def test_the_shift_of_normalisation_is_earned_once_in_equal_parts():
     torch.manual_seed(0)
     scorer, trajectories = placed("token", "centre"), random_trajectories(20, seed=3)
     both = weighted_sum([scorer, Ensemble([scorer, Function(lambda context, option: 0.0)])], [2.0, 4.0])
-    found = [relabel_trajectories(trajectories, one, "turn") for one in (scorer, both)]
+    kept = veto(scorer, [Function(lambda context, option: 1.0)], floor=0.0)
+    found = [relabel_trajectories(trajectories, one, "turn") for one in (scorer, both, kept)]
+    assert [[turn.reward for turn in row.turns] for row in found[2]] == [
+        [turn.reward for turn in row.turns] for row in found[0]
+    ]
     bias = scorer.model.config.offline_lmrl["reward"]["bias"]
     fold(scorer.model, 1.0, 0.0)
     both = weighted_sum([scorer, Ensemble([scorer, Function(lambda context, option: 0.0)])], [2.0, 4.0])
-    for made, one, shift in zip(found, (scorer, both), (bias, 4 * bias), strict=True):
+    for made, one, shift in zip(found[:2], (scorer, both), (bias, 4 * bias), strict=True):
         for shifted, bare in zip(made, relabel_trajectories(trajectories, one, "turn"), strict=True):
             parts = [a.reward - b.reward for a, b in zip(shifted.turns, bare.turns, strict=True) if a.is_trainable]
             assert parts == pytest.approx([shift / len(parts)] * len(parts), abs=1e-5) and abs(bias) > 0.1

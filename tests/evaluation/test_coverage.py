@@ -52,7 +52,7 @@ def test_intervals_cover_and_are_no_wider_than_need_be(seeds, shape, repeats=100
             if covered < 0.92:
                 missed.append((seed_sd, cluster_sd, covered))
     assert not missed
-    # With two seeds nobody can have both where the clusters' variance is known and that of seeds is not: see metrics.
+    # With two seeds no rule has both where clusters differ and seeds hardly do: see metrics.
     assert seeds == 2 or max(widths) <= 1.15
 
 

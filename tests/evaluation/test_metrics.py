@@ -68,7 +68,19 @@ def test_few_large_clusters_have_few_degrees_of_freedom():
 def test_one_cluster_of_one_seed_has_no_interval_and_says_so():
     estimate = Cells.of([(0, "a", 1.0), (0, "a", 3.0)]).estimate()
     assert estimate.interval is None and not estimate.sure
-    assert str(estimate) == "2.00 (no interval: one cluster of episodes)"
+    assert str(estimate) == "2.00 (no interval: one cluster of episodes counts)"
+
+
+def test_a_cluster_that_has_nearly_all_the_weight_does_not_look_certain():
+    # Weights as of importance sampling: without the first cluster the mean is near 1, without any other it is 3.
+    returns, weights = [3.0, 1.0, 2.0, 5.0], [1.0, np.exp(-20.0), np.exp(-21.0), np.exp(-22.0)]
+    near = Cells.summed((0, i, w * r, w) for i, (r, w) in enumerate(zip(returns, weights, strict=True))).estimate()
+    weights = [1.0, *(np.exp(-60.0) * w for w in weights[1:])]
+    far = Cells.summed((0, i, w * r, w) for i, (r, w) in enumerate(zip(returns, weights, strict=True))).estimate()
+    assert far.low == pytest.approx(near.low, rel=1e-3) and far.high - far.low > 20
+    weights = [1.0, 0.0, 0.0, 0.0]
+    none = Cells.summed((0, i, w * r, w) for i, (r, w) in enumerate(zip(returns, weights, strict=True))).estimate()
+    assert none.mean == 3.0 and none.interval is None
 
 
 def test_one_seed_speaks_of_its_run_and_of_no_method():
