@@ -37,8 +37,14 @@ class Judged(NamedTuple):
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, reference: bool = True, min_gap: float | None = None,
-    validation: float = 0.1, group: str | None = None, seed: int = 0,
+    input: str | Path,
+    output: str | Path,
+    *,
+    reference: bool = True,
+    min_gap: float | None = None,
+    validation: float = 0.1,
+    group: str | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Read judge annotations and write train.jsonl, validation.jsonl and report.json.
 
@@ -67,16 +73,27 @@ def prepare(
         together = defaultdict(list)
         for row in rows:
             together[row.group, row.instruction].append(row)
-        comparisons[split] = [comparison for same in together.values()
-                              for comparison in assemble(same, reference, min_gap, counts)]  # fmt: skip
+        comparisons[split] = [
+            comparison for same in together.values() for comparison in assemble(same, reference, min_gap, counts)
+        ]
     if not any(comparisons.values()):
-        raise InputError(f"{input}: found nothing left to compare ({dict(+counts)}), expected two options that differ "
-                         "by min_gap")  # fmt: skip
+        raise InputError(
+            f"{input}: found nothing left to compare ({dict(+counts)}), expected two options that differ by min_gap"
+        )
     mean = _mean_preferences(row for rows in made.values() for row in rows)
     report = {**report, "assembled": dict(+counts)}
-    return publish(comparisons, output, report, validation, seed, features={
-        "the reply of the author that is preferred more often over the reference":
-            lambda row, i: mean.get(row.labels["options"][i]["generator"], 0.5)})  # fmt: skip
+    return publish(
+        comparisons,
+        output,
+        report,
+        validation,
+        seed,
+        features={
+            "the reply of the author that is preferred more often over the reference": lambda row, i: mean.get(
+                row.labels["options"][i]["generator"], 0.5
+            )
+        },
+    )
 
 
 def read_judged(row: Mapping, where: str, counts: Counter[str], group: str | None = None) -> Judged:
@@ -93,9 +110,7 @@ def read_judged(row: Mapping, where: str, counts: Counter[str], group: str | Non
     return Judged(instruction, tuple(outputs), tuple(generators), preference, labels, named)
 
 
-def assemble(
-    rows: Sequence[Judged], reference: bool, min_gap: float | None, counts: Counter[str]
-) -> list[Comparison]:
+def assemble(rows: Sequence[Judged], reference: bool, min_gap: float | None, counts: Counter[str]) -> list[Comparison]:
     """The comparisons of one instruction."""
     common = set(rows[0].outputs).intersection(*(row.outputs for row in rows))
     counts["instructions"] += 1
@@ -114,7 +129,8 @@ def assemble(
         counts["outputs"] += len(whole.options)
         counts["outputs left out: references"] += len(whole.options) - len(kept)
         counts["outputs left out: no other to compare with" + " that differs by min_gap" * (min_gap is not None)] += (
-            len(kept) - len({place for places in compared for place in places}))  # fmt: skip
+            len(kept) - len({place for places in compared for place in places})
+        )
     counts["instructions left out: no two outputs to compare"] += not made
     return made
 
@@ -145,9 +161,14 @@ def _compare(rows: Sequence[Judged], reference: str, counts: Counter[str]) -> Co
     said = {name: dict.fromkeys(row.labels[name] for row in rows if name in row.labels) for name in KEPT}
     labels: dict[str, Any] = {name: ", ".join(values) for name, values in said.items() if values}
     labels["options"] = [{"generator": ", ".join(authors[text]), "preference": mean.get(text, 0.5)} for text in texts]
-    return Comparison(context, tuple((Turn("assistant", text),) for text in texts),
-                      tuple(value / total for value in odds), group=rows[0].group or root_group(context),
-                      source="alpaca-eval", labels=labels)  # fmt: skip
+    return Comparison(
+        context,
+        tuple((Turn("assistant", text),) for text in texts),
+        tuple(value / total for value in odds),
+        group=rows[0].group or root_group(context),
+        source="alpaca-eval",
+        labels=labels,
+    )
 
 
 def _preference(row: Mapping, where: str, counts: Counter[str]) -> float:

@@ -32,8 +32,14 @@ _NO_TEXT = "\N{REPLACEMENT CHARACTER}"
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, tokenizer: str, pad: int = PAD, validation: float = 0.1,
-    group: str | None = None, seed: int = 0
+    input: str | Path,
+    output: str | Path,
+    *,
+    tokenizer: str,
+    pad: int = PAD,
+    validation: float = 0.1,
+    group: str | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Read samples as ids and write train.jsonl, validation.jsonl and report.json.
 
@@ -79,10 +85,14 @@ def read_samples(
         raise Drop("fewer than two different samples")
     chosen = places[tuple(samples[best].split())]
     context = (Turn("user", query),)
-    return Comparison(context, tuple((Turn("assistant", samples[place]),) for place in places.values()),
-                      tuple(float(place == chosen) for place in places.values()), group=root_group(context),
-                      source="best-of-4",
-                      labels={"options": [{"sample": place} for place in places.values()]})  # fmt: skip
+    return Comparison(
+        context,
+        tuple((Turn("assistant", samples[place]),) for place in places.values()),
+        tuple(float(place == chosen) for place in places.values()),
+        group=root_group(context),
+        source="best-of-4",
+        labels={"options": [{"sample": place} for place in places.values()]},
+    )
 
 
 def _decoded(

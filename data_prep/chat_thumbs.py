@@ -28,14 +28,28 @@ from offline_lmrl.data.preference_forms import root_group
 from offline_lmrl.data.trajectory import Trajectory, Turn, build_trajectory, shown
 
 _TAGS = ("useful", "complete", "creative", "clear_formatting", "incorrect", "superficial", "instructions_not_followed")
-_COMPARIA = {"conversation_a", "conversation_b", "model_pos", "msg_index", "question_content", "response_content",
-             "liked", "disliked", "comment", *_TAGS}  # fmt: skip
+_COMPARIA = {
+    "conversation_a",
+    "conversation_b",
+    "model_pos",
+    "msg_index",
+    "question_content",
+    "response_content",
+    "liked",
+    "disliked",
+    "comment",
+    *_TAGS,
+}
 _FIELDS = {"messages", "reaction", "reactions", "group", "source"}
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, validation: float = 0.1,
-    group: str | None = None, seed: int = 0,
+    input: str | Path,
+    output: str | Path,
+    *,
+    validation: float = 0.1,
+    group: str | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Read chats with reactions and write train.jsonl, validation.jsonl and report.json.
 
@@ -52,8 +66,11 @@ def prepare(
     made, report = import_rows(input, read_chat, group)
     rows = [row for some in made.values() for row in some]
     rewards = Counter(turn.reward for row in rows for turn in row.turns)
-    report["replies"] = {"by the agent": sum(row.labels["agent_turns"] for row in rows), "thumbs up": rewards[1.0],
-                         "thumbs down": rewards[-1.0]}  # fmt: skip
+    report["replies"] = {
+        "by the agent": sum(row.labels["agent_turns"] for row in rows),
+        "thumbs up": rewards[1.0],
+        "thumbs down": rewards[-1.0],
+    }
     return trajectories.publish(made, output, report, validation, seed)
 
 
@@ -62,8 +79,10 @@ def read_chat(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
     if row.get("messages") is None and row.get("model_pos") is not None:
         row = _from_comparia(row, where)
     if row.get("messages") is None or (row.get("reaction") is None and row.get("reactions") is None):
-        raise InputError(f"{where}: fields: found {shown(list(row))}, expected messages and reaction {{turn, value}}, "
-                         "or messages and reactions, a list of those")  # fmt: skip
+        raise InputError(
+            f"{where}: fields: found {shown(list(row))}, expected messages and reaction {{turn, value}}, "
+            "or messages and reactions, a list of those"
+        )
     turns = read_messages(row.get("messages"), where, "messages", counts, allow_empty=True)
     if row.get("reactions") is None:
         found = [fields.inner(row, "reaction", where)]
@@ -88,15 +107,25 @@ def read_chat(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
     counts.update(f"repaired: reaction left out: {reason}" for reason in reasons)
     if turns[-1].role != "assistant":
         counts["kept: a chat that does not end with the agent"] += 1
-    credited = [replace(turn, trainable=None, reward=scored[i]) if i in scored else
-                replace(turn, trainable=False) if turn.is_trainable else turn
-                for i, turn in enumerate(turns[: max(scored) + 1])]  # fmt: skip
+    credited = [
+        replace(turn, trainable=None, reward=scored[i])
+        if i in scored
+        else replace(turn, trainable=False)
+        if turn.is_trainable
+        else turn
+        for i, turn in enumerate(turns[: max(scored) + 1])
+    ]
     given = given_fields(row, ("group", "source"), where, counts)
     made = build_trajectory(credited, {"group": root_group(turns), "source": "chat-thumbs", **given}, where)
     labels = extra_columns(row, {name for name in row if row[name] is not None} - _FIELDS, counts)
-    return replace(made, labels={
-        **labels, "reactions": [extra_columns(reaction, set(reaction), counts) for reaction in found],
-        "agent_turns": sum(turn.role == "assistant" for turn in turns)})  # fmt: skip
+    return replace(
+        made,
+        labels={
+            **labels,
+            "reactions": [extra_columns(reaction, set(reaction), counts) for reaction in found],
+            "agent_turns": sum(turn.role == "assistant" for turn in turns),
+        },
+    )
 
 
 def _from_comparia(row: Mapping, where: str) -> dict[str, Any]:
@@ -104,11 +133,19 @@ def _from_comparia(row: Mapping, where: str) -> dict[str, Any]:
     side = row["model_pos"]
     if side not in ("a", "b"):
         raise InputError(f"{where}: model_pos: found {shown(side)}, expected a or b")
-    reaction = {"turn": row.get("msg_index"), "text": row.get("response_content"), "liked": row.get("liked"),
-                "disliked": row.get("disliked"), "tags": [name for name in _TAGS if row.get(name) is True],
-                "comment": row.get("comment")}  # fmt: skip
-    return {"messages": row.get(f"conversation_{side}"), "reaction": reaction,
-            **{name: value for name, value in row.items() if name not in _COMPARIA}}  # fmt: skip
+    reaction = {
+        "turn": row.get("msg_index"),
+        "text": row.get("response_content"),
+        "liked": row.get("liked"),
+        "disliked": row.get("disliked"),
+        "tags": [name for name in _TAGS if row.get(name) is True],
+        "comment": row.get("comment"),
+    }
+    return {
+        "messages": row.get(f"conversation_{side}"),
+        "reaction": reaction,
+        **{name: value for name, value in row.items() if name not in _COMPARIA},
+    }
 
 
 def _value(reaction: Mapping, where: str, counts: Counter[str]) -> float:
@@ -127,8 +164,11 @@ def _turn(reaction: Mapping, turns: Sequence[Turn], where: str, counts: Counter[
     """Which turn the reaction is on."""
     place = fields.whole(reaction, "turn", where)
     said = None if reaction.get("text") is None else fields.text(reaction, "text", where).strip()
-    replies = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.content.strip()
-               and said in (None, turn.content.strip())]  # fmt: skip
+    replies = [
+        i
+        for i, turn in enumerate(turns)
+        if turn.role == "assistant" and turn.content.strip() and said in (None, turn.content.strip())
+    ]
     if place in replies:
         return place
     if turns and turns[0].role == "system" and place + 1 in replies:

@@ -38,8 +38,13 @@ _FOUND = re.compile(r"(?P<field>.*?): found .*, expected (?P<expected>.*)", re.D
 
 
 def convert(
-    source: str | Path, read: Callable[[Any, str, Counter], Comparison | None], output: str | Path, validation: float,
-    seed: int, processes: int = 1, group: str | None = None,
+    source: str | Path,
+    read: Callable[[Any, str, Counter], Comparison | None],
+    output: str | Path,
+    validation: float,
+    seed: int,
+    processes: int = 1,
+    group: str | None = None,
 ) -> dict[str, Any]:
     """`import_rows` and `publish` where each row makes one comparison: in a memory that does not grow with the rows.
 
@@ -96,8 +101,10 @@ def separate(made: Mapping[str, list[Row]], validation: float, seed: int) -> tup
     Raises: InputError for a share that is not from 0 to below 1.
     """
     check_share(validation)
-    splits = {"train" if name == "all" else name: made[name]
-              for name in sorted(made, key=lambda name: name not in ("all", "train"))}  # fmt: skip
+    splits = {
+        "train" if name == "all" else name: made[name]
+        for name in sorted(made, key=lambda name: name not in ("all", "train"))
+    }
     if "train" in splits and "validation" not in splits and validation > 0:
         parts = split_by_group(splits.pop("train"), {"train": 1 - validation, "validation": validation}, seed)
         splits = {**parts, **splits}
@@ -111,7 +118,11 @@ def separate(made: Mapping[str, list[Row]], validation: float, seed: int) -> tup
 
 
 def publish(
-    rows: Mapping[str, list[Comparison]], output: str | Path, report: Mapping[str, Any], validation: float, seed: int,
+    rows: Mapping[str, list[Comparison]],
+    output: str | Path,
+    report: Mapping[str, Any],
+    validation: float,
+    seed: int,
     features: Mapping[str, Feature] | None = None,
 ) -> dict[str, Any]:
     """Merges repeats, splits by group, writes <split>.jsonl and report.json; returns the report.
@@ -128,16 +139,26 @@ def publish(
 
 
 def _finish(
-    folder: Path, names: Sequence[str], output: str | Path, made: Path, report: Mapping[str, Any], validation: float,
-    seed: int, processes: int, features: Mapping[str, Feature],
+    folder: Path,
+    names: Sequence[str],
+    output: str | Path,
+    made: Path,
+    report: Mapping[str, Any],
+    validation: float,
+    seed: int,
+    processes: int,
+    features: Mapping[str, Feature],
 ) -> dict[str, Any]:
     """From the buckets in `folder` to files and report in `made`. A group is in one bucket: each is done by itself."""
     settle = partial(_settle, names=names, validation=validation, seed=seed, features=features)
     counts: Counter = Counter()
     for mine in map_in_order(settle, sorted(folder.glob("bucket-*")), processes):
         counts.update(mine)
-    splits = {key[1]: {"comparisons": n, "groups": counts["split groups", key[1]]}
-              for key, n in counts.items() if key[0] == "split rows" and n}  # fmt: skip
+    splits = {
+        key[1]: {"comparisons": n, "groups": counts["split groups", key[1]]}
+        for key, n in counts.items()
+        if key[0] == "split rows" and n
+    }
     require_no_other_splits(output, splits)
     report = {
         **report,
@@ -150,8 +171,9 @@ def _finish(
         with ExitStack() as opened, atomic_output(made / f"{name}.jsonl") as temporary:
             parts = [opened.enter_context(path.open(encoding="utf-8")) for path in folder.glob(f"{name}.bucket-*")]
             file = opened.enter_context(temporary.open("w", encoding="utf-8"))
-            file.writelines(line.partition(" ")[2]
-                            for line in heapq.merge(*parts, key=lambda line: int(line.partition(" ")[0])))  # fmt: skip
+            file.writelines(
+                line.partition(" ")[2] for line in heapq.merge(*parts, key=lambda line: int(line.partition(" ")[0]))
+            )
     write_json(made / REPORT, report)
     return report
 
@@ -170,19 +192,23 @@ def _settle(
             places.setdefault(_words(row), place)
     counts: Counter = Counter()
     splits, counts["removed"] = separate(
-        {name: merge_repeats(rows, counts) for name, rows in made.items()}, validation, seed)  # fmt: skip
+        {name: merge_repeats(rows, counts) for name, rows in made.items()}, validation, seed
+    )
     for name, rows in splits.items():
         counts["split rows", name] += len(rows)
         counts["split groups", name] += len({group_key(row) for row in rows})
         with bucket.with_name(f"{name}.{bucket.name}").open("w", encoding="utf-8") as file:
-            file.writelines(f"{places[_words(row)]} {json.dumps(to_record(row), ensure_ascii=False)}\n"
-                            for row in sorted(rows, key=lambda row: places[_words(row)]))  # fmt: skip
+            file.writelines(
+                f"{places[_words(row)]} {json.dumps(to_record(row), ensure_ascii=False)}\n"
+                for row in sorted(rows, key=lambda row: places[_words(row)])
+            )
     counts.update(tally([row for rows in splits.values() for row in rows], features))
     return counts
 
 
 def _convert(
-    read: Callable[[Any, str, Counter], Comparison | None], group: str | None,
+    read: Callable[[Any, str, Counter], Comparison | None],
+    group: str | None,
     chunk: Sequence[tuple[str, int, str, Any]],
 ) -> tuple[list[tuple[int, str]], Counter[str]]:
     counts: Counter[str] = Counter()
@@ -219,14 +245,23 @@ def _counted(source: str | Path, counts: Counter[str]) -> dict[str, Any]:
         why = "; ".join(f"{reason}: {n}" for reason, n in Counter(dropped).most_common(3)) or "no rows"
         raise InputError(f"{source}: found no row to use ({why}), expected at least one")
     assert counts["imported"] + sum(dropped.values()) == counts["rows"]
-    return {"rows": counts["rows"], "imported": counts["imported"], "dropped": dropped,
-            "repaired": _part(counts, "repaired: "), "kept as it is": _part(counts, "kept: ")}  # fmt: skip
+    return {
+        "rows": counts["rows"],
+        "imported": counts["imported"],
+        "dropped": dropped,
+        "repaired": _part(counts, "repaired: "),
+        "kept as it is": _part(counts, "kept: "),
+    }
 
 
 def read_raw(
-    row: Any, where: str, read: Callable[[Any, str, Counter], Any], counts: Counter[str], group: str | None = None,
+    row: Any,
+    where: str,
+    read: Callable[[Any, str, Counter], Any],
+    counts: Counter[str],
+    group: str | None = None,
     lists: bool = False,
-) -> Any:  # fmt: skip
+) -> Any:
     """What `read` makes of a row, as in `import_rows`, or None where it is dropped; `counts` gets the row, its repairs
     or why it is dropped, and how often it was imported."""
     counts["rows"] += 1
@@ -263,5 +298,8 @@ def _in_group(one: Any, group: str) -> Any:
 
 
 def _part(counts: Counter, prefix: str) -> dict[str, int]:
-    return {name.removeprefix(prefix): n for name, n in counts.most_common()
-            if isinstance(name, str) and name.startswith(prefix)}  # fmt: skip
+    return {
+        name.removeprefix(prefix): n
+        for name, n in counts.most_common()
+        if isinstance(name, str) and name.startswith(prefix)
+    }

@@ -50,16 +50,25 @@ _HELD_OUT = 200  # scenarios, of nearly 1,900 in the public file
 
 _NUMBER = "[0-9]{1,9}"
 _SIX = rf"{_NUMBER}(?: {_NUMBER}){{5}}"
-_PLAIN = re.compile(rf"(?P<own>{_SIX}) (?P<talk>.+ {SELECTION}) (?P<selection>.+) <eos> "
-                    rf"reward=(?P<reward>.+) (?P<flag>agree|disagree) (?P<partner>{_SIX})")
-_TAGGED = re.compile(rf"<input> (?P<own>{_SIX}) </input> <dialogue> (?P<talk>.+ {SELECTION}) </dialogue> "
-                     rf"<output> (?P<selection>.+) </output> <partner_input> (?P<partner>{_SIX}) </partner_input>")
+_PLAIN = re.compile(
+    rf"(?P<own>{_SIX}) (?P<talk>.+ {SELECTION}) (?P<selection>.+) <eos> "
+    rf"reward=(?P<reward>.+) (?P<flag>agree|disagree) (?P<partner>{_SIX})"
+)
+_TAGGED = re.compile(
+    rf"<input> (?P<own>{_SIX}) </input> <dialogue> (?P<talk>.+ {SELECTION}) </dialogue> "
+    rf"<output> (?P<selection>.+) </output> <partner_input> (?P<partner>{_SIX}) </partner_input>"
+)
 _TURN = re.compile(r"(YOU|THEM): (\S.*)")
 _ITEM = re.compile(rf"item[0-5]=({_NUMBER})")
 _ITEM_NAME = re.compile(r"\b(book|hat|ball)(?=s?\b)")
 # What stands in place of a division, in both forms, and the outcome it means.
-_OUTCOMES = {"no agreement": "no agreement", "<no_agreement>": "no agreement", "disconnect": "disconnect",
-             "<disconnect>": "disconnect", "<disagree>": "division not logged"}
+_OUTCOMES = {
+    "no agreement": "no agreement",
+    "<no_agreement>": "no agreement",
+    "disconnect": "disconnect",
+    "<disconnect>": "disconnect",
+    "<disagree>": "division not logged",
+}
 
 
 class Unreadable(ValueError):
@@ -81,7 +90,11 @@ class Side:
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, held_out_scenarios: int | None = None, permute_items: bool = False,
+    input: str | Path,
+    output: str | Path,
+    *,
+    held_out_scenarios: int | None = None,
+    permute_items: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Read the public files and write <split>.jsonl, scenarios_<split>.json for play, and report.json.
@@ -121,8 +134,9 @@ def prepare(
             versions = [(side, version) for side in logged for version in permutations(side)]
             new = [(side, version) for side, version in versions if version.scenario.key not in held_out]
             report["item_permutations"] = {"added": len(new), "left_out": len(versions) - len(new)}
-            splits["train"] += [replace(to_trajectory(version, files["train"].name), group=side.scenario.key)
-                                for side, version in new]
+            splits["train"] += [
+                replace(to_trajectory(version, files["train"].name), group=side.scenario.key) for side, version in new
+            ]
     report["splits"] = {split: _summary(rows) for split, rows in splits.items()}
     with prepared(output) as folder:
         for split, rows in splits.items():
@@ -158,8 +172,13 @@ def read_log(path: Path) -> tuple[list[Side], dict[str, Any]]:
     if not sides:
         reasons = "; ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "the file is empty"
         raise InputError(f"{path}: found no usable line ({reasons}), expected one of the two public forms")
-    return sides, {"lines": len(lines), "kept": len(sides), "dropped": dict(dropped), "repaired": dict(repaired),
-                  "outcomes": dict(outcomes)}
+    return sides, {
+        "lines": len(lines),
+        "kept": len(sides),
+        "dropped": dict(dropped),
+        "repaired": dict(repaired),
+        "outcomes": dict(outcomes),
+    }
 
 
 def parse_line(line: str, repairs: Counter[str]) -> Side:
@@ -177,12 +196,21 @@ def parse_line(line: str, repairs: Counter[str]) -> Side:
         raise Unreadable("the two sides have different counts")
     scenario = Scenario(tuple(own[::2]), (tuple(own[1::2]), tuple(partner[1::2])))
     logged = match.groupdict()  # the plain form has two fields more
-    side = _with_outcome(Side(scenario, _talk(match["talk"]), "", None, {
-        "partner_values": list(scenario.values[1]),
-        "logged_selection": match["selection"],
-        "logged_reward": logged.get("reward"),
-        "logged_flag": logged.get("flag"),
-    }), repairs)
+    side = _with_outcome(
+        Side(
+            scenario,
+            _talk(match["talk"]),
+            "",
+            None,
+            {
+                "partner_values": list(scenario.values[1]),
+                "logged_selection": match["selection"],
+                "logged_reward": logged.get("reward"),
+                "logged_flag": logged.get("flag"),
+            },
+        ),
+        repairs,
+    )
     if not any(speaker == "YOU" for speaker, _ in side.talk) and side.outcome in ("division not logged", "disconnect"):
         raise Unreadable("nothing that this side said or took")
     return side
@@ -200,9 +228,14 @@ def to_trajectory(side: Side, source: str) -> Trajectory:
     if side.outcome in ("agreement", "selections do not fit", "no agreement"):
         reward = worth(side.division, side.scenario.values[0]) if side.outcome == "agreement" else 0
         turns.append(Turn("assistant", division_text(side.division), reward=reward))
-    return Trajectory(tuple(turns), terminated=side.outcome != "disconnect", group=side.scenario.key,
-                      task="deal-or-no-deal", source=source,
-                      labels={**side.labels, "outcome": side.outcome, "agreement": side.outcome == "agreement"})
+    return Trajectory(
+        tuple(turns),
+        terminated=side.outcome != "disconnect",
+        group=side.scenario.key,
+        task="deal-or-no-deal",
+        source=source,
+        labels={**side.labels, "outcome": side.outcome, "agreement": side.outcome == "agreement"},
+    )
 
 
 def permutations(side: Side) -> list[Side]:
@@ -221,8 +254,13 @@ def permutations(side: Side) -> list[Side]:
 
         scenario = Scenario(moved(side.scenario.counts), tuple(map(moved, side.scenario.values)))
         talk = tuple((speaker, _ITEM_NAME.sub(renamed, words)) for speaker, words in side.talk)
-        version = replace(side, scenario=scenario, talk=talk, division=side.division and moved(side.division),
-                          labels={**side.labels, "partner_values": list(scenario.values[1])})
+        version = replace(
+            side,
+            scenario=scenario,
+            talk=talk,
+            division=side.division and moved(side.division),
+            labels={**side.labels, "partner_values": list(scenario.values[1])},
+        )
         versions.setdefault((scenario, talk, version.division), version)
     return list(versions.values())[1:]
 
@@ -267,8 +305,9 @@ def _with_outcome(side: Side, repairs: Counter[str]) -> Side:
 def _files(source: Path) -> dict[str, Path]:
     """Split name -> file."""
     if source.is_dir():
-        found = {split: [source / name for name in names if (source / name).is_file()]
-                 for split, names in FILES.items()}
+        found = {
+            split: [source / name for name in names if (source / name).is_file()] for split, names in FILES.items()
+        }
         files = {split: paths[0] for split, paths in found.items() if paths}
         if not files:
             expected = ", ".join(name for names in FILES.values() for name in names)
@@ -279,13 +318,14 @@ def _files(source: Path) -> dict[str, Path]:
 
 def _held_out(rows: Sequence[Trajectory], number: int | None, seed: int, path: Path) -> set[str]:
     """Groups drawn by hash, so that they do not depend on the order of the lines; null = as many as suit the file."""
-    groups = sorted({row.group for row in rows},
-                    key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
+    groups = sorted({row.group for row in rows}, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
     if number is None:
         number = min(_HELD_OUT, len(groups) // 5)
     if not 0 <= number < len(groups):
-        raise InputError(f"held_out_scenarios: found {number}, expected 0 to {max(len(groups) - 1, 0)}, "
-                         f"one less than the scenarios of {path.name}")
+        raise InputError(
+            f"held_out_scenarios: found {number}, expected 0 to {max(len(groups) - 1, 0)}, "
+            f"one less than the scenarios of {path.name}"
+        )
     return set(groups[:number])
 
 

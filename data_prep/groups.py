@@ -30,5 +30,7 @@ def join_groups(made: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
             roots = [find(key) for key in links(row)]
             for root in roots:
                 parents[root] = min(roots)  # in any order of the rows the least, and words before ids
-    return {name: [replace(row, group=find(links(row)[0])[1]) if links(row) else row for row in rows]
-            for name, rows in made.items()}  # fmt: skip
+    return {
+        name: [replace(row, group=find(links(row)[0])[1]) if links(row) else row for row in rows]
+        for name, rows in made.items()
+    }

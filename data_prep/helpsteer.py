@@ -31,8 +31,10 @@ RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 SPLITS = {"train": "train", "val": "validation", "validation": "validation"}
 _TAG = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 _ROLES = {"User": "user", "Assistant": "assistant"}
-_PAIRS = (("prompt", "response_1", "response_2", "preference_strength"),
-          ("context", "response1", "response2", "overall_preference"))  # fmt: skip
+_PAIRS = (
+    ("prompt", "response_1", "response_2", "preference_strength"),
+    ("context", "response1", "response2", "overall_preference"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,13 @@ class Rated:
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, rating: Literal[RATINGS] = "helpfulness", validation: float = 0.1,
-    group: str | None = None, seed: int = 0,
+    input: str | Path,
+    output: str | Path,
+    *,
+    rating: Literal[RATINGS] = "helpfulness",
+    validation: float = 0.1,
+    group: str | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Read ratings or preferences and write train.jsonl, validation.jsonl and report.json.
 
@@ -100,9 +107,17 @@ def compare(rows: Iterable[Rated], rating: str, counts: Counter[str]) -> Iterato
         options = [{**row.ratings, "rating": row.ratings[rating]} for row in same]
         mine: Counter[str] = Counter()
         made = read_comparison(
-            {"prompt": messages_of(prompt), "responses": [row.response for row in same], "source": "helpsteer",
-             "ranks": [-option["rating"] for option in options], "group": group or None,
-             "labels": {"options": options}}, "", mine)  # fmt: skip
+            {
+                "prompt": messages_of(prompt),
+                "responses": [row.response for row in same],
+                "source": "helpsteer",
+                "ranks": [-option["rating"] for option in options],
+                "group": group or None,
+                "labels": {"options": options},
+            },
+            "",
+            mine,
+        )
         counts["responses compared"] += len(made.options) if made else 0
         counts["responses not compared"] += len(same) - (len(made.options) if made else 0)
         counts.update({f"sets of responses {name}": n for name, n in mine.items()})
@@ -125,9 +140,16 @@ def _pair(row: Mapping, names: tuple[str, ...], where: str, counts: Counter[str]
     kept = {name for name in row if row[name] is not None} - {*names, "split"}
     labels = {**extra_columns(row, kept, counts), "strength": abs(preference)}
     made = read_comparison(
-        {"prompt": messages_of(prompt), "responses": [fields.text(row, name, where) for name in (first, second)],
-         "ranks": [int(preference > 0), int(preference < 0)], "source": "helpsteer", "labels": labels},
-        where, counts)  # fmt: skip
+        {
+            "prompt": messages_of(prompt),
+            "responses": [fields.text(row, name, where) for name in (first, second)],
+            "ranks": [int(preference > 0), int(preference < 0)],
+            "source": "helpsteer",
+            "labels": labels,
+        },
+        where,
+        counts,
+    )
     return made and ("" if split is None else SPLITS[split], made)
 
 

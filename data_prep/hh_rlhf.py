@@ -26,8 +26,14 @@ _INNER_TAG = re.compile(r"\b(Human|Assistant):")
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, validation: float = 0.1,
-    group: str | None = None, allow_empty: bool = False, seed: int = 0, processes: int = 1,
+    input: str | Path,
+    output: str | Path,
+    *,
+    validation: float = 0.1,
+    group: str | None = None,
+    allow_empty: bool = False,
+    seed: int = 0,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Read transcripts and write train.jsonl, validation.jsonl (and test.jsonl of a test file) and report.json.
 
@@ -42,8 +48,9 @@ def prepare(
     Returns: counts and facts, as in report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
-    return convert(input, partial(read_transcripts, allow_empty=allow_empty), output, validation, seed, processes,
-                   group)  # fmt: skip
+    return convert(
+        input, partial(read_transcripts, allow_empty=allow_empty), output, validation, seed, processes, group
+    )
 
 
 def read_transcripts(row: Mapping, where: str, counts: Counter[str], allow_empty: bool = False) -> Comparison | None:
@@ -53,10 +60,12 @@ def read_transcripts(row: Mapping, where: str, counts: Counter[str], allow_empty
     """
     for side in SIDES:
         if not is_transcript(row.get(side)):
-            raise InputError(f"{where}: {side}: found {shown(row.get(side))}, expected a transcript of Human and "
-                             "Assistant")  # fmt: skip
-    comparison = read_comparison({side: row[side] for side in SIDES} | {"source": "hh-rlhf"}, where, counts,
-                                 allow_empty)  # fmt: skip
+            raise InputError(
+                f"{where}: {side}: found {shown(row.get(side))}, expected a transcript of Human and Assistant"
+            )
+    comparison = read_comparison(
+        {side: row[side] for side in SIDES} | {"source": "hh-rlhf"}, where, counts, allow_empty
+    )
     if comparison is not None:
         turns = [*comparison.context, *(turn for option in comparison.options for turn in option)]
         if any(_INNER_TAG.search(turn.content) for turn in turns):

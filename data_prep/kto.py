@@ -24,8 +24,12 @@ _FIELDS = {"prompt", "completion", "label", "group", "source", "labels"}
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, validation: float = 0.1,
-    group: str | None = None, seed: int = 0,
+    input: str | Path,
+    output: str | Path,
+    *,
+    validation: float = 0.1,
+    group: str | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Read prompt/completion/label and write train.jsonl, validation.jsonl and report.json.
 
@@ -44,7 +48,8 @@ def prepare(
     if counts[True] and counts[False]:
         most = max(counts.values())
         report["weights that balance the labels"] = {
-            name: round(most / counts[label], 4) for name, label in (("true", True), ("false", False))}  # fmt: skip
+            name: round(most / counts[label], 4) for name, label in (("true", True), ("false", False))
+        }
     return trajectories.publish(made, output, report, validation, seed)
 
 

@@ -36,8 +36,10 @@ QUESTIONS = 20
 _DEALER = ("Dealer", "Seller")
 _USED = {"text_history", "rewards", "dones", "sequence", "reward", "done", "lines"}
 _QUESTION = re.compile(r"(?P<question>.*\?) (?P<answer>.*)", re.DOTALL)
-_LAYOUTS = ("a list of state, action, reward and done, or from_state, action, reward and done, or text_history, "
-            "rewards and dones, or sequence, reward and done, or lines with correct or buyer_info")  # fmt: skip
+_LAYOUTS = (
+    "a list of state, action, reward and done, or from_state, action, reward and done, or text_history, "
+    "rewards and dones, or sequence, reward and done, or lines with correct or buyer_info"
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,14 @@ class Move:
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, reward: Literal["fancy", "revenue"] = "fancy",
-    max_steps: int | None = None, validation: float = 0.1, group: str | None = None, seed: int = 0,
+    input: str | Path,
+    output: str | Path,
+    *,
+    reward: Literal["fancy", "revenue"] = "fancy",
+    max_steps: int | None = None,
+    validation: float = 0.1,
+    group: str | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Read games and write train.jsonl, validation.jsonl and report.json.
 
@@ -246,10 +254,14 @@ def _cut(game: Trajectory, max_steps: int | None, counts: Counter[str]) -> Traje
 
 
 def _texts(row: Mapping, name: str, where: str) -> list[str]:
-    return [fields.text({f"{name}[{i}]": text}, f"{name}[{i}]", where)
-            for i, text in enumerate(fields.items(row, name, where))]  # fmt: skip
+    return [
+        fields.text({f"{name}[{i}]": text}, f"{name}[{i}]", where)
+        for i, text in enumerate(fields.items(row, name, where))
+    ]
 
 
 def _numbers(row: Mapping, name: str, where: str) -> list[float]:
-    return [fields.number({f"{name}[{i}]": value}, f"{name}[{i}]", where)
-            for i, value in enumerate(fields.items(row, name, where))]  # fmt: skip
+    return [
+        fields.number({f"{name}[{i}]": value}, f"{name}[{i}]", where)
+        for i, value in enumerate(fields.items(row, name, where))
+    ]

@@ -29,8 +29,9 @@ SOLVER_SKILL = 0.3  # how often the solver takes a shortest way; its other moves
 VALIDATION_SHARE = 0.1
 
 
-def prepare(output: str | Path, *, observed: Literal["full", "partial"] = "full", episodes: int = 1240,
-            seed: int = 0) -> dict[str, float]:
+def prepare(
+    output: str | Path, *, observed: Literal["full", "partial"] = "full", episodes: int = 1240, seed: int = 0
+) -> dict[str, float]:
     """Play the scripted players and write train.jsonl, validation.jsonl (10% of the episodes) and report.json.
 
     Args:
@@ -76,8 +77,16 @@ def logs(observed: Literal["full", "partial"], episodes: int, seed: int) -> list
         turns, end = _play(Maze(observed, start), player, PARTS[part])
         # The point of this data: the way from a bar to the goal is in it, but never in one episode.
         assert not (start in UPPER_BARS and end == "goal"), f"episode {episode} runs from {start} to the goal"
-        trajectories.append(Trajectory(turns, terminated=end == "goal", group=f"maze-{seed}-{episode}", task="maze",
-                                       source="scripted", labels={"part": part, "player": name, "end": end}))
+        trajectories.append(
+            Trajectory(
+                turns,
+                terminated=end == "goal",
+                group=f"maze-{seed}-{episode}",
+                task="maze",
+                source="scripted",
+                labels={"part": part, "player": name, "end": end},
+            )
+        )
     return trajectories
 
 

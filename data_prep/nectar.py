@@ -18,7 +18,12 @@ from offline_lmrl.data.preference_forms import read_comparison
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, validation: float = 0.1, group: str | None = None, seed: int = 0,
+    input: str | Path,
+    output: str | Path,
+    *,
+    validation: float = 0.1,
+    group: str | None = None,
+    seed: int = 0,
     processes: int = 1,
 ) -> dict[str, Any]:
     """Read prompts with ranked answers and write train.jsonl, validation.jsonl and report.json.
@@ -41,9 +46,12 @@ def read_ranked(row: Mapping, where: str, counts: Counter[str]) -> Comparison | 
     prompt, answers = fields.text(row, "prompt", where), fields.objects(row, "answers", where)
     here = [f"{where}: answers[{i}]" for i in range(len(answers))]
     said = [fields.text(answer, "answer", place) for answer, place in zip(answers, here, strict=True)]
-    ranks = [None if answer.get("rank") is None else fields.number(answer, "rank", place)
-             for answer, place in zip(answers, here, strict=True)]  # fmt: skip
+    ranks = [
+        None if answer.get("rank") is None else fields.number(answer, "rank", place)
+        for answer, place in zip(answers, here, strict=True)
+    ]
     labels = extra_columns(row, {name for name in row if row[name] is not None} - {"prompt", "answers"}, counts)
     labels["options"] = [extra_columns(answer, {"model"} & answer.keys(), counts) for answer in answers]
-    return read_comparison({"prompt": prompt, "responses": said, "ranks": ranks, "source": "nectar", "labels": labels},
-                           where, counts)  # fmt: skip
+    return read_comparison(
+        {"prompt": prompt, "responses": said, "ranks": ranks, "source": "nectar", "labels": labels}, where, counts
+    )

@@ -24,8 +24,17 @@ from offline_lmrl.data.preference_forms import read_comparison
 from offline_lmrl.data.trajectory import Turn, messages_of, shown
 
 _ROLES = {"prompter": "user", "assistant": "assistant"}
-_KEPT = {"message_id", "user_id", "created_date", "lang", "rank", "review_count", "synthetic", "model_name",
-         "detoxify"}  # fmt: skip
+_KEPT = {
+    "message_id",
+    "user_id",
+    "created_date",
+    "lang",
+    "rank",
+    "review_count",
+    "synthetic",
+    "model_name",
+    "detoxify",
+}
 
 
 class Message(NamedTuple):
@@ -51,8 +60,13 @@ Reply = tuple[Thread | None, Message]  # what was said before it
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, languages: list[str] | None = None, validation: float = 0.1,
-    group: str | None = None, seed: int = 0,
+    input: str | Path,
+    output: str | Path,
+    *,
+    languages: list[str] | None = None,
+    validation: float = 0.1,
+    group: str | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Read messages, threads or trees and write train.jsonl, validation.jsonl and report.json.
 
@@ -80,12 +94,16 @@ def import_replies(
     """The assistant's replies by split, and the report so far; `assembled` counts all other messages."""
 
     def read(row: Mapping, where: str, counts: Counter[str]) -> list[Message]:
-        found = [_message(record, parent, row.get("tree_state"), here, languages, counts)
-                 for here, record, parent in _records(row, where)]  # fmt: skip
+        found = [
+            _message(record, parent, row.get("tree_state"), here, languages, counts)
+            for here, record, parent in _records(row, where)
+        ]
         if group is None:
             return found
-        groups = [fields.group(record if record.get(group) is not None else row, group, here)
-                  for here, record, _ in _records(row, where)]  # fmt: skip
+        groups = [
+            fields.group(record if record.get(group) is not None else row, group, here)
+            for here, record, _ in _records(row, where)
+        ]
         return [message._replace(group=name) for message, name in zip(found, groups, strict=True)]
 
     made, report = import_rows(source, read)
@@ -137,10 +155,18 @@ def compare(replies: Iterable[Reply], counts: Counter[str]) -> Iterator[Comparis
         # Most replies are the only one to their message: what was said before those need not be read.
         compared = sum(message.rank is not None for message in messages) > 1
         made = read_raw(
-            {"prompt": messages_of(turns_of(together[0][0] if compared else None)),
-             "responses": [message.turn.content for message in messages],
-             "ranks": [message.rank for message in messages], "source": "oasst", "group": messages[0].group or None,
-             "labels": {"options": [message.labels for message in messages]}}, messages[0].id, read_comparison, mine)
+            {
+                "prompt": messages_of(turns_of(together[0][0] if compared else None)),
+                "responses": [message.turn.content for message in messages],
+                "ranks": [message.rank for message in messages],
+                "source": "oasst",
+                "group": messages[0].group or None,
+                "labels": {"options": [message.labels for message in messages]},
+            },
+            messages[0].id,
+            read_comparison,
+            mine,
+        )
         counts["replies compared"] += len(made.options) if made else 0
         counts["replies not compared"] += len(messages) - (len(made.options) if made else 0)
         counts.update({f"sets of replies {name}": n for name, n in mine.items() if name not in ("rows", "imported")})
@@ -182,13 +208,21 @@ def _message(
     labels = extra_columns(record, {name for name in _KEPT if record.get(name) is not None}, counts)
     labels["labels"] = _by_name(record, "labels", "value", where)
     labels["emojis"] = _by_name(record, "emojis", "count", where)
-    reasons = {"deleted": record.get("deleted"), "failed its review": record.get("review_result") is False,
-               "its tree is not ready": state not in (None, "ready_for_export"),
-               "in another language": languages is not None and record.get("lang") not in languages,
-               "no text": not words.strip()}  # fmt: skip
-    return Message(fields.text(record, "message_id", where), parent, Turn(_ROLES[role], words),
-                   None if rank is None else fields.number(record, "rank", where), labels,
-                   next((reason for reason, holds in reasons.items() if holds), ""))  # fmt: skip
+    reasons = {
+        "deleted": record.get("deleted"),
+        "failed its review": record.get("review_result") is False,
+        "its tree is not ready": state not in (None, "ready_for_export"),
+        "in another language": languages is not None and record.get("lang") not in languages,
+        "no text": not words.strip(),
+    }
+    return Message(
+        fields.text(record, "message_id", where),
+        parent,
+        Turn(_ROLES[role], words),
+        None if rank is None else fields.number(record, "rank", where),
+        labels,
+        next((reason for reason, holds in reasons.items() if holds), ""),
+    )
 
 
 def _by_name(record: Mapping, field: str, key: str, where: str) -> dict[str, float]:

@@ -21,8 +21,13 @@ from offline_lmrl.data.trajectory import Trajectory, as_context
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, reward: Literal["quality", "thumbs"] = "quality",
-    languages: list[str] | None = None, validation: float = 0.1, group: str | None = None,
+    input: str | Path,
+    output: str | Path,
+    *,
+    reward: Literal["quality", "thumbs"] = "quality",
+    languages: list[str] | None = None,
+    validation: float = 0.1,
+    group: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Read messages, threads or trees and write train.jsonl, validation.jsonl and report.json.

@@ -8,8 +8,15 @@ from offline_lmrl.environments.pref_gold import PrefGold
 
 
 def prepare(
-    output: str | Path, *, pairs: int = 2000, temperature: float = 0.5, flips: float = 0.1, tie: float = 0.1,
-    gold_seed: int = 0, validation: float = 0.1, seed: int = 0,
+    output: str | Path,
+    *,
+    pairs: int = 2000,
+    temperature: float = 0.5,
+    flips: float = 0.1,
+    tie: float = 0.1,
+    gold_seed: int = 0,
+    validation: float = 0.1,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Draw labelled pairs and write train.jsonl, validation.jsonl and report.json.
 
@@ -26,5 +33,11 @@ def prepare(
     Raises: InputError for settings out of range or an output that cannot be written.
     """
     rows = PrefGold(gold_seed).comparisons(pairs, seed, temperature=temperature, flips=flips, tie=tie)
-    return publish({"all": rows}, output, {"rows": pairs}, validation, seed, features={
-        "the reply with more gold": lambda row, i: row.labels["options"][i]["gold"]})  # fmt: skip
+    return publish(
+        {"all": rows},
+        output,
+        {"rows": pairs},
+        validation,
+        seed,
+        features={"the reply with more gold": lambda row, i: row.labels["options"][i]["gold"]},
+    )

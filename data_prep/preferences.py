@@ -15,8 +15,14 @@ from offline_lmrl.data.preference_forms import read_comparison, require_replies
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, validation: float = 0.1,
-    group: str | None = None, allow_empty: bool = False, seed: int = 0, processes: int = 1,
+    input: str | Path,
+    output: str | Path,
+    *,
+    validation: float = 0.1,
+    group: str | None = None,
+    allow_empty: bool = False,
+    seed: int = 0,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Read pairs, ranked responses or comparisons and write train.jsonl, validation.jsonl and report.json.
 
@@ -31,8 +37,9 @@ def prepare(
     Returns: counts and facts, as in report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
-    return convert(input, partial(read_preference, allow_empty=allow_empty), output, validation, seed, processes,
-                   group)  # fmt: skip
+    return convert(
+        input, partial(read_preference, allow_empty=allow_empty), output, validation, seed, processes, group
+    )
 
 
 def read_preference(row: Any, where: str, counts: Counter[str], allow_empty: bool = False) -> Comparison | None:

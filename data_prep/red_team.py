@@ -59,8 +59,9 @@ def prepare(
 def read_attempt(row: Mapping, where: str, counts: Counter[str], reward: str = "rating") -> Trajectory:
     """The trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
     if not is_transcript(row.get("transcript")):
-        raise InputError(f"{where}: transcript: found {shown(row.get('transcript'))}, expected a transcript of Human "
-                         "and Assistant")  # fmt: skip
+        raise InputError(
+            f"{where}: transcript: found {shown(row.get('transcript'))}, expected a transcript of Human and Assistant"
+        )
     turns = transcript(row["transcript"], counts)
     if turns[-1].role == "user":
         counts["repaired: last message without a reply removed"] += 1

@@ -39,5 +39,7 @@ def require_no_other_splits(output: str | Path, splits: Collection[str]) -> None
     """Raises InputError where the folder holds splits of an earlier run: their groups may be in the new ones too."""
     others = sorted(path.name for path in Path(output).glob("*.jsonl") if path.stem not in splits)
     if others:
-        raise InputError(f"{output}: found {', '.join(others)} of another run, expected an empty folder or no splits "
-                         f"but {', '.join(splits)}")  # fmt: skip
+        raise InputError(
+            f"{output}: found {', '.join(others)} of another run, expected an empty folder or no splits "
+            f"but {', '.join(splits)}"
+        )

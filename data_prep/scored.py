@@ -18,8 +18,13 @@ from offline_lmrl.data.trajectory import Trajectory
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, reward: str | None = None, validation: float = 0.1,
-    group: str | None = None, seed: int = 0,
+    input: str | Path,
+    output: str | Path,
+    *,
+    reward: str | None = None,
+    validation: float = 0.1,
+    group: str | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Read scored conversations or replies and write train.jsonl, validation.jsonl and report.json.
 

@@ -96,9 +96,13 @@ def read_pair(row: Mapping, where: str, min_ratio: float = 1.0) -> Comparison:
     options = [facts(row, (f"c_root_id_{side}", f"score_{side}", f"created_at_utc_{side}")) for side in SIDES]
     options = [{name[:-2]: value for name, value in option.items()} for option in options]
     return Comparison(
-        (Turn("user", post),), tuple((Turn("assistant", comment),) for comment in comments),
-        (float(better == 0), float(better == 1)), group=text(row, "post_id", where), source="shp",
-        labels={**facts(row, ("domain",)), "strength": math.log(ratio), "options": options})  # fmt: skip
+        (Turn("user", post),),
+        tuple((Turn("assistant", comment),) for comment in comments),
+        (float(better == 0), float(better == 1)),
+        group=text(row, "post_id", where),
+        source="shp",
+        labels={**facts(row, ("domain",)), "strength": math.log(ratio), "options": options},
+    )
 
 
 def strongest(rows: Sequence[Comparison], most: int) -> list[Comparison]:
@@ -106,6 +110,9 @@ def strongest(rows: Sequence[Comparison], most: int) -> list[Comparison]:
     by_post = defaultdict(list)
     for place, row in enumerate(rows):
         by_post[group_key(row)].append(place)
-    kept = {place for places in by_post.values()
-            for place in sorted(places, key=lambda place: -rows[place].labels["strength"])[:most]}  # fmt: skip
+    kept = {
+        place
+        for places in by_post.values()
+        for place in sorted(places, key=lambda place: -rows[place].labels["strength"])[:most]
+    }
     return [row for place, row in enumerate(rows) if place in kept]

@@ -24,14 +24,25 @@ from offline_lmrl.data.forms import Drop, extra_columns
 from offline_lmrl.data.preference_forms import read_comparison
 
 _BLOCKS = ("p", "div", "blockquote", "ul", "ol", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "table", "tr")
-_MARKS = {**dict.fromkeys(_BLOCKS, "\n\n"), "li": "\n- ", "br": "\n", "code": "`", "<pre>": "\n\n```\n",
-          "</pre>": "\n```\n\n"}
+_MARKS = {
+    **dict.fromkeys(_BLOCKS, "\n\n"),
+    "li": "\n- ",
+    "br": "\n",
+    "code": "`",
+    "<pre>": "\n\n```\n",
+    "</pre>": "\n```\n\n",
+}
 _TAG = re.compile(rf"</?({'|'.join(_BLOCKS)}|li|br|code|pre|a|em|strong|img)\b[^<>]*>", re.IGNORECASE)
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, validation: float = 0.1,
-    group: str | None = None, seed: int = 0, processes: int = 1,
+    input: str | Path,
+    output: str | Path,
+    *,
+    validation: float = 0.1,
+    group: str | None = None,
+    seed: int = 0,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Read questions with answers and votes and write train.jsonl, validation.jsonl and report.json.
 
@@ -65,9 +76,17 @@ def read_question(row: Mapping, where: str, counts: Counter[str]) -> Comparison 
         options.append(extra_columns(answer, set(answer) - {name}, counts))
     used = {"question", "body", "answers"}
     labels = extra_columns(row, {name for name in row if row[name] is not None} - used, counts)
-    return read_comparison({"prompt": [{"role": "user", "content": question}], "responses": responses, "ranks": ranks,
-                            "source": "stack-exchange", "labels": {**labels, "options": options}},
-                           where, counts)  # fmt: skip
+    return read_comparison(
+        {
+            "prompt": [{"role": "user", "content": question}],
+            "responses": responses,
+            "ranks": ranks,
+            "source": "stack-exchange",
+            "labels": {**labels, "options": options},
+        },
+        where,
+        counts,
+    )
 
 
 def vote_score(votes: int, accepted: bool) -> int:

@@ -26,8 +26,14 @@ _FIELDS = {"prompt", "completions", "group", "source"}
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, right: float = 1.0, wrong: float = -1.0, validation: float = 0.1,
-    group: str | None = None, seed: int = 0,
+    input: str | Path,
+    output: str | Path,
+    *,
+    right: float = 1.0,
+    wrong: float = -1.0,
+    validation: float = 0.1,
+    group: str | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Read prompt/completions/labels and write train.jsonl, validation.jsonl and report.json.
 
@@ -52,16 +58,15 @@ def prepare(
     return trajectories.publish(made, output, report, validation, seed)
 
 
-def read_steps(
-    row: Mapping, where: str, counts: Counter[str], right: float = 1.0, wrong: float = -1.0
-) -> Trajectory:
+def read_steps(row: Mapping, where: str, counts: Counter[str], right: float = 1.0, wrong: float = -1.0) -> Trajectory:
     """The trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
     if row.get("prompt") is None:
         raise InputError(f"{where}: prompt: found none, expected text or messages")
     steps, values = fields.items(row, "completions", where), fields.items(row, "labels", where)
     if len(steps) != len(values):
-        raise InputError(f"{where}: labels: found {len(values)} for {len(steps)} completions, expected one for each "
-                         "completion")
+        raise InputError(
+            f"{where}: labels: found {len(values)} for {len(steps)} completions, expected one for each completion"
+        )
     context = read_context(row["prompt"], where, counts)
     turns, labels = [], []
     for i, value in enumerate(values):
@@ -73,8 +78,9 @@ def read_steps(
         if step != step.strip():
             counts["repaired: white space around a step removed"] += 1
         labels.append(label)
-        turns.append(Turn("assistant", step.strip(), label is not None,
-                          None if label is None else right if label else wrong))  # fmt: skip
+        turns.append(
+            Turn("assistant", step.strip(), label is not None, None if label is None else right if label else wrong)
+        )
     judged = [label for label in labels if label is not None]
     if not judged:
         raise Drop("no step with a label")

@@ -95,8 +95,9 @@ def read_rating(
         "axes": {**facts(found, found), **axes},
         "reward": {"raw": raw, "shift": 0.0},
     }
-    return read_split(row, where), Trajectory(turns, group=known["id"], task="summarize",
-                                              source="summarize-axes", labels=labels)  # fmt: skip
+    return read_split(row, where), Trajectory(
+        turns, group=known["id"], task="summarize", source="summarize-axes", labels=labels
+    )
 
 
 def centred(

@@ -31,8 +31,13 @@ _SCALE = 9
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, soft: bool = False, validation: float = 0.1,
-    group: str | None = None, seed: int = 0
+    input: str | Path,
+    output: str | Path,
+    *,
+    soft: bool = False,
+    validation: float = 0.1,
+    group: str | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Read comparisons of summaries and write train.jsonl, validation.jsonl, test.jsonl and report.json.
 
@@ -53,10 +58,19 @@ def prepare(
     found, report = import_rows(input, read, group)
     made = join_groups(by_own_split(found)) if group is None else by_own_split(found)
     wins = win_rates([row for rows in made.values() for row in rows])
-    return publish(made, output, report, validation, seed, features={
-        "the summary that a person wrote": lambda row, i: row.labels["options"][i].get("policy") == "ref",
-        "the summary of the policy that is preferred more often":
-            lambda row, i: wins[row.labels["options"][i].get("policy")]})  # fmt: skip
+    return publish(
+        made,
+        output,
+        report,
+        validation,
+        seed,
+        features={
+            "the summary that a person wrote": lambda row, i: row.labels["options"][i].get("policy") == "ref",
+            "the summary of the policy that is preferred more often": lambda row, i: wins[
+                row.labels["options"][i].get("policy")
+            ],
+        },
+    )
 
 
 def read_choice(row: Mapping, where: str, counts: Counter[str], soft: bool = False) -> tuple[str, Comparison]:
@@ -84,8 +98,13 @@ def read_choice(row: Mapping, where: str, counts: Counter[str], soft: bool = Fal
     elif soft:
         counts["kept: no confidence, so the target is the choice"] += 1
     return read_split(row, where), Comparison(
-        context, tuple((Turn("assistant", words),) for words in texts), (1 - second, second),
-        group=known["id"], source="summarize-comparisons", labels=labels)  # fmt: skip
+        context,
+        tuple((Turn("assistant", words),) for words in texts),
+        (1 - second, second),
+        group=known["id"],
+        source="summarize-comparisons",
+        labels=labels,
+    )
 
 
 def read_info(row: Mapping, where: str) -> tuple[tuple[Turn, ...], dict[str, Any]]:

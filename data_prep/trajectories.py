@@ -38,12 +38,14 @@ def publish(
     report = {
         **report,
         "removed, their group is in a later split": removed,
-        "splits": {name: {fact: value for fact, value in split.items() if value is not None}
-                   for name, split in facts["splits"].items()},
+        "splits": {
+            name: {fact: value for fact, value in split.items() if value is not None}
+            for name, split in facts["splits"].items()
+        },
         "warnings": facts["warnings"],
         "checks": {**_disagreements(everything), **pitfalls(everything)},
         "baselines": baselines(scored_pairs(everything)),
-    }  # fmt: skip
+    }
     with prepared(output) as folder:
         for name, rows in splits.items():
             write_trajectories(folder / f"{name}.jsonl", rows)
@@ -59,8 +61,11 @@ def scored_pairs(rows: Sequence[Trajectory]) -> list[tuple[Comparison, int, int]
     turns = [turn for row in rows for turn in row.turns if turn.reward is not None]
     random.Random(0).shuffle(turns)
     pairs = [sorted(pair, key=lambda turn: -turn.reward) for pair in zip(turns[::2], turns[1::2], strict=False)]
-    return [(Comparison((), tuple((replace(turn, reward=None),) for turn in pair), (1.0, 0.0), group=f"{place}"), 0, 1)
-            for place, pair in enumerate(pairs) if pair[0].reward != pair[1].reward]  # fmt: skip
+    return [
+        (Comparison((), tuple((replace(turn, reward=None),) for turn in pair), (1.0, 0.0), group=f"{place}"), 0, 1)
+        for place, pair in enumerate(pairs)
+        if pair[0].reward != pair[1].reward
+    ]
 
 
 def _disagreements(rows: Sequence[Trajectory]) -> dict[str, int]:

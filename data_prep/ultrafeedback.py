@@ -33,8 +33,14 @@ _USED = {"instruction", "completions", "models"}
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, truthful_qa: bool = False, validation: float = 0.1,
-    group: str | None = None, seed: int = 0, processes: int = 1,
+    input: str | Path,
+    output: str | Path,
+    *,
+    truthful_qa: bool = False,
+    validation: float = 0.1,
+    group: str | None = None,
+    seed: int = 0,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Read instructions with rated completions and write train.jsonl, validation.jsonl and report.json.
 
@@ -77,9 +83,17 @@ def read_rated(row: Mapping, where: str, counts: Counter[str], truthful_qa: bool
         option["rating"] = _mean(ratings, common) if ratings else None
     ranks = [None if option["rating"] is None else -option["rating"] for option in options]
     labels = extra_columns(row, {name for name in row if row[name] is not None} - _USED, counts)
-    return read_comparison({"prompt": [{"role": "user", "content": instruction}], "responses": responses,
-                            "ranks": ranks, "source": "ultrafeedback", "labels": {**labels, "options": options}},
-                           where, counts)  # fmt: skip
+    return read_comparison(
+        {
+            "prompt": [{"role": "user", "content": instruction}],
+            "responses": responses,
+            "ranks": ranks,
+            "source": "ultrafeedback",
+            "labels": {**labels, "options": options},
+        },
+        where,
+        counts,
+    )
 
 
 def _ratings(completion: Mapping, where: str) -> dict[str, float]:

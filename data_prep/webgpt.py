@@ -27,8 +27,13 @@ _MARK = re.compile(r"[^\S\n]*\[\d+(?:, ?\d+)*\]")
 
 
 def prepare(
-    input: str | Path, output: str | Path, *, quotes: bool = False, validation: float = 0.1,
-    group: str | None = None, seed: int = 0
+    input: str | Path,
+    output: str | Path,
+    *,
+    quotes: bool = False,
+    validation: float = 0.1,
+    group: str | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Read comparisons of answers and write train.jsonl, validation.jsonl and report.json.
 
@@ -69,9 +74,14 @@ def read_answers(row: Mapping, where: str, counts: Counter[str], quotes: bool = 
         counts["kept: tie"] += 1
     first = (1 + scores[0]) / 2
     group = text(question, "id", f"{where}: question")
-    return Comparison((Turn("user", asked),), tuple(answers), (first, 1 - first), group=group, source="webgpt",
-                      labels={**facts(question, ("id", "dataset")),
-                              "options": [{"score": score} for score in scores]})  # fmt: skip
+    return Comparison(
+        (Turn("user", asked),),
+        tuple(answers),
+        (first, 1 - first),
+        group=group,
+        source="webgpt",
+        labels={**facts(question, ("id", "dataset")), "options": [{"score": score} for score in scores]},
+    )
 
 
 def _answer(row: Mapping, i: int, where: str, quotes: bool, counts: Counter[str]) -> tuple[Turn, ...]:
@@ -94,5 +104,7 @@ def _quotes(row: Mapping, name: str, where: str) -> str:
     if len(columns[0]) != len(columns[1]):
         raise InputError(f"{place}: found {len(columns[0])} titles, expected one for each extract")
     pairs = [{"title": title, "extract": extract} for title, extract in zip(*columns, strict=True)]
-    return "\n\n".join(f"[{number}] {text(pair, 'title', place)}\n{text(pair, 'extract', place)}"
-                       for number, pair in enumerate(pairs, 1))  # fmt: skip
+    return "\n\n".join(
+        f"[{number}] {text(pair, 'title', place)}\n{text(pair, 'extract', place)}"
+        for number, pair in enumerate(pairs, 1)
+    )

@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
     """Have SIGTERM end the command as SIGINT does, so that it cleans up behind itself."""
+
     def stop(number: int, frame: object) -> None:
         raise Stopped("", number)
 
@@ -114,8 +115,9 @@ def _command(name: str):
     if name not in COMMANDS:
         from offline_lmrl.cli_parser import nearest
 
-        raise InputError(f"found command {shown(name)}, expected one of {', '.join(COMMANDS)}"
-                         f"{nearest(name, COMMANDS)}")
+        raise InputError(
+            f"found command {shown(name)}, expected one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}"
+        )
     module, _, function = COMMANDS[name][0].partition(":")
     return getattr(import_module(module), function)
 

@@ -63,7 +63,7 @@ def prepare(argv: Sequence[str]) -> None:
     # What is in the data first, then in its splits, so that where the rows went does not scroll away.
     names = list(report)
     splits = names.index("splits") if "splits" in names else len(names)
-    print_report({name: report[name] for name in names[splits + 1:] + names[splits:splits + 1] + names[:splits]})
+    print_report({name: report[name] for name in names[splits + 1 :] + names[splits : splits + 1] + names[:splits]})
 
 
 def prepare_from_settings(settings: Mapping[str, Any]) -> None:
@@ -153,8 +153,12 @@ def _plain(value: Any) -> Any:
 def check(argv: Sequence[str]) -> None:
     """`check DATA`, or `check DATA DATA` for splits that lie in files of their own."""
     parser = Parser("check DATA [DATA ...] [--key value ...]")
-    parser.add_argument("data", nargs="+", help="files, folders or hub names of scored trajectories or of "
-                        "comparisons; several are taken for splits of one data set")
+    parser.add_argument(
+        "data",
+        nargs="+",
+        help="files, folders or hub names of scored trajectories or of "
+        "comparisons; several are taken for splits of one data set",
+    )
     parser.add_function_arguments(_check, skip={"data"})
     _check(**parser.parse(argv).as_dict())
 
@@ -221,8 +225,11 @@ def _splits(data: Sequence[str], read: Callable[[str], dict[str, list[Any]]]) ->
         return found[data[0]]
     short = {source: Path(source).name for source in found}
     names = short if len(set(short.values())) == len(short) else {source: source for source in found}
-    return {names[source] if list(splits) == ["all"] else f"{names[source]} ({name})": rows
-            for source, splits in found.items() for name, rows in splits.items()}  # fmt: skip
+    return {
+        names[source] if list(splits) == ["all"] else f"{names[source]} ({name})": rows
+        for source, splits in found.items()
+        for name, rows in splits.items()
+    }
 
 
 def _check_comparisons(data: Sequence[str], renderer: "Renderer | None", max_length: int | None) -> None:
@@ -244,8 +251,10 @@ def _check_comparisons(data: Sequence[str], renderer: "Renderer | None", max_len
     groups = {name: {group_key(row) for row in rows} for name, rows in splits.items()}
     shared = {f"{a}, {b}": len(groups[a] & groups[b]) for a, b in combinations(groups, 2) if groups[a] & groups[b]}
     alone = {name: len(rows) for name, rows in splits.items() if in_one_group(rows)}
-    print_report({"repairs and drops": counts, "groups in two splits": shared}
-                 | ({"rows that are all in one group, so none can be held back": alone} if alone else {}))
+    print_report(
+        {"repairs and drops": counts, "groups in two splits": shared}
+        | ({"rows that are all in one group, so none can be held back": alone} if alone else {})
+    )
 
 
 def _renderer(tokenizer: str, template: str):

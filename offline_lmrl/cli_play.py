@@ -179,10 +179,18 @@ def _say(data: str | None, counts: Mapping[str, int]) -> None:
 
 
 def _check_measures(
-    environment: str | None, data: str | None, reward: str | None, show: int | None,
-    asks: tuple[float | str, ...] | None, planner: "PlannerConfig | None", demonstrations: str | None,
-    output: Path | None, episodes: int, sampling: Mapping[str, Any], **_: Any,
-) -> None:  # fmt: skip
+    environment: str | None,
+    data: str | None,
+    reward: str | None,
+    show: int | None,
+    asks: tuple[float | str, ...] | None,
+    planner: "PlannerConfig | None",
+    demonstrations: str | None,
+    output: Path | None,
+    episodes: int,
+    sampling: Mapping[str, Any],
+    **_: Any,
+) -> None:
     """Raises: InputError where settings of `_evaluate` do not go together."""
     from offline_lmrl.data.conditioning import check_ask
 
@@ -206,8 +214,10 @@ def _check_measures(
     for ask in asks or ():
         check_ask(ask)
     if asks is not None and output is not None and output.suffix == ".png":
-        raise InputError(f"output: found {output} with --asks, expected a file for rows of JSON, as "
-                         f"{output.with_suffix('.jsonl')}: the picture is drawn beside it")
+        raise InputError(
+            f"output: found {output} with --asks, expected a file for rows of JSON, as "
+            f"{output.with_suffix('.jsonl')}: the picture is drawn beside it"
+        )
     if episodes < 1:
         raise InputError(f"episodes: found {episodes}, expected at least 1")
 
@@ -236,9 +246,14 @@ def _judge(
 
 
 def _print_asks(
-    policy: "LanguagePolicy", environment: Any, asks: Sequence[float | str], seeds: Sequence[int], run: Path,
-    output: Path | None, play: Mapping[str, Any],
-) -> None:  # fmt: skip
+    policy: "LanguagePolicy",
+    environment: Any,
+    asks: Sequence[float | str],
+    seeds: Sequence[int],
+    run: Path,
+    output: Path | None,
+    play: Mapping[str, Any],
+) -> None:
     from importlib.util import find_spec
 
     from offline_lmrl.data.io import atomic_output
@@ -330,8 +345,10 @@ def _generate(
     if scorer is None and (best_of > 1 or any(x is not None for x in (threshold, coverage, contexts))):
         raise InputError("scorer: missing, expected what is to choose the best of several replies")
     if (coverage is None) != (held_out is None) or (coverage is not None and threshold is not None):
-        raise InputError(f"coverage: found {coverage} with held_out {held_out} and threshold {threshold}, "
-                         "expected coverage and held_out together, or a threshold")
+        raise InputError(
+            f"coverage: found {coverage} with held_out {held_out} and threshold {threshold}, "
+            "expected coverage and held_out together, or a threshold"
+        )
     if abstention is not None and threshold is None and coverage is None:
         raise InputError(f"abstention: found {shown(abstention)} alone, expected --threshold or --coverage too")
     if output != "-":

@@ -89,11 +89,18 @@ def train_settings(argv: Sequence[str]) -> "Namespace":
     parser.add_argument("--algorithm", type=Literal[tuple(ALGORITHMS)], default=algorithm)
     parser.add_dataclass(ModelConfig, "model")
     parser.add_dataclass(DataConfig, "data")
-    parser.add_argument("--prepare", type=dict[str, Any] | None, default=None,
-                        help="where data.train is missing: `command`, what follows `prepare`, and its settings")
-    parser.add_argument("--environment", type=dict[str, Any] | None, default=None,
-                        help="for ppo: `name` of an environment or package.module:Class (its code runs), and its "
-                        "settings")
+    parser.add_argument(
+        "--prepare",
+        type=dict[str, Any] | None,
+        default=None,
+        help="where data.train is missing: `command`, what follows `prepare`, and its settings",
+    )
+    parser.add_argument(
+        "--environment",
+        type=dict[str, Any] | None,
+        default=None,
+        help="for ppo: `name` of an environment or package.module:Class (its code runs), and its settings",
+    )
     parser.add_dataclass(config_class, "args", TrainingArguments, show_base="--help_all" in rest)
     return parser.parse(rest, settings, str(file))
 

@@ -109,12 +109,19 @@ class BaseConfig(TrainingArguments):
         except Exception as error:  # whatever is raised here is about the settings
             raise InputError(f"args: {' '.join(str(error).split()) or type(error).__name__}") from error
         check_range(
-            self, seed=(0, 2**32 - 1), per_device_train_batch_size=(1, 2**31), per_device_eval_batch_size=(1, 2**31),
-            gradient_accumulation_steps=(1, 2**31), learning_rate=(0, 1e6), weight_decay=(0, 1e6),
-            adam_beta1=(0, 0.999999), adam_beta2=(0, 0.9999999), adam_epsilon=(0, 1e6),
+            self,
+            seed=(0, 2**32 - 1),
+            per_device_train_batch_size=(1, 2**31),
+            per_device_eval_batch_size=(1, 2**31),
+            gradient_accumulation_steps=(1, 2**31),
+            learning_rate=(0, 1e6),
+            weight_decay=(0, 1e6),
+            adam_beta1=(0, 0.999999),
+            adam_beta2=(0, 0.9999999),
+            adam_epsilon=(0, 1e6),
             dataloader_num_workers=(0, 10**6),
             **({} if self.max_grad_norm is None else {"max_grad_norm": (0, math.inf)}),
-        )  # fmt: skip
+        )
         check_schedule(self)
         check_trackers(self)
 
@@ -138,8 +145,10 @@ class OfflineConfig(BaseConfig):
         if self.reward_scale is not None and not self.reward_scale > 0:
             raise InputError(f"reward_scale: found {self.reward_scale}, expected a number above 0")
         if self.prompt is not None and self.prompt.max_tokens >= self.max_length:
-            raise InputError(f"prompt.max_tokens: found {self.prompt.max_tokens}, expected below max_length "
-                             f"({self.max_length}), which holds the prompt and the window behind it")
+            raise InputError(
+                f"prompt.max_tokens: found {self.prompt.max_tokens}, expected below max_length "
+                f"({self.max_length}), which holds the prompt and the window behind it"
+            )
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,22 +162,27 @@ def check_schedule(args: TrainingArguments) -> None:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
         get_scheduler(args.lr_scheduler_type, optimizer, 0, 2, args.lr_scheduler_kwargs)
     except Exception as error:  # whatever is raised here is about these settings
-        raise InputError(f"lr_scheduler_kwargs: found {shown(args.lr_scheduler_kwargs)} ({error}), expected what "
-                         f"lr_scheduler_type {args.lr_scheduler_type} takes") from error
+        raise InputError(
+            f"lr_scheduler_kwargs: found {shown(args.lr_scheduler_kwargs)} ({error}), expected what "
+            f"lr_scheduler_type {args.lr_scheduler_type} takes"
+        ) from error
 
 
 def check_trackers(args: TrainingArguments) -> None:
     """Raise an InputError for a tracker that is not known or not installed: now, not when training starts."""
     for name in args.report_to or ():
         if name not in INTEGRATION_TO_CALLBACK:
-            raise InputError(f"report_to: found {shown(name)}, expected none, or some of "
-                             f"{', '.join(INTEGRATION_TO_CALLBACK)}")
+            raise InputError(
+                f"report_to: found {shown(name)}, expected none, or some of {', '.join(INTEGRATION_TO_CALLBACK)}"
+            )
         if name not in get_available_reporting_integrations():
             try:
                 INTEGRATION_TO_CALLBACK[name]()
             except Exception as error:
-                raise InputError(f"report_to: found {name}, which cannot be used here ({error}), expected a tracker "
-                                 "that is installed") from error
+                raise InputError(
+                    f"report_to: found {name}, which cannot be used here ({error}), expected a tracker "
+                    "that is installed"
+                ) from error
 
 
 def check_range(config: object, **bounds: tuple[float, float]) -> None:
@@ -341,8 +355,12 @@ class BaseTrainer(transformers.Trainer):
     # What a subclass says of itself.
 
     @staticmethod
-    def read(args: BaseConfig, source: Sequence[Any] | str | Path, counts: Counter[str] | None = None,
-             reward: str | None = None) -> Sequence[Any]:
+    def read(
+        args: BaseConfig,
+        source: Sequence[Any] | str | Path,
+        counts: Counter[str] | None = None,
+        reward: str | None = None,
+    ) -> Sequence[Any]:
         """The rows of data at a path or hub name, read as `args` say; rows are returned as they are.
 
         counts: gets repairs and drops by reason. reward: the column of the scores, as in `read_trajectories`.
@@ -498,8 +516,9 @@ class BaseTrainer(transformers.Trainer):
             self.counts[difference] += 1
         for line, n in self.counts.items():
             if line.startswith(MISMATCH) and self.renderer.template == "auto":
-                raise InputError(f"template: found {n} {line}, expected template: assembled to train on them all the "
-                                 "same, or plain")
+                raise InputError(
+                    f"template: found {n} {line}, expected template: assembled to train on them all the same, or plain"
+                )
 
     # Going on: exactly, or not at all.
 
@@ -608,8 +627,13 @@ class BaseTrainer(transformers.Trainer):
         """As Trainer's, and beside it what is added up since the last row of metrics."""
         super()._save_rng_state(output_dir)
         sums = {name: pair.tolist() for name, pair in self._sums.items()}
-        found = {"processes": self.args.world_size, "logged_at": self._globalstep_last_logged, "sums": sums,
-                 "loss": self._tr_loss.item(), "total_loss": self._total_loss_scalar}  # fmt: skip
+        found = {
+            "processes": self.args.world_size,
+            "logged_at": self._globalstep_last_logged,
+            "sums": sums,
+            "loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+        }
         file = Path(output_dir) / f"averages-{self.args.process_index}.json"
         file.write_text(json.dumps(found), encoding="utf-8")
 
@@ -690,8 +714,9 @@ class BaseTrainer(transformers.Trainer):
                 _check_whole(model, checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        scheduler, optimizer = (None if checkpoint is None else Path(checkpoint) / f"{name}.pt"
-                                for name in ("scheduler", "optimizer"))  # fmt: skip
+        scheduler, optimizer = (
+            None if checkpoint is None else Path(checkpoint) / f"{name}.pt" for name in ("scheduler", "optimizer")
+        )
         if scheduler is not None:  # a few numbers; Trainer reads it behind the optimizer, so its error says which
             with reading(scheduler, DAMAGED):
                 torch.load(scheduler, weights_only=True)
@@ -733,15 +758,19 @@ class OfflineTrainer(BaseTrainer):
         windows = self._windows(train, args, self.counts)
         self.compare_with_template([row.turns for row in islice(train, TEMPLATE_ROWS)])
         model = self.prepare_model(model, args, windows)
-        model.config.offline_lmrl = settings(model.config) | {
-            "algorithm": self.algorithm,
-            **rendering_block(self.renderer),
-            "window": asdict(args.window),
-            "step_rule": asdict(self.step_rule(args)),
-            "reward_scale": self.scale.to_dict(),
-            "prompt": args.prompt and asdict(args.prompt),
-            "data": fingerprint(train),
-        } | self.stored_blocks(args)  # fmt: skip
+        model.config.offline_lmrl = (
+            settings(model.config)
+            | {
+                "algorithm": self.algorithm,
+                **rendering_block(self.renderer),
+                "window": asdict(args.window),
+                "step_rule": asdict(self.step_rule(args)),
+                "reward_scale": self.scale.to_dict(),
+                "prompt": args.prompt and asdict(args.prompt),
+                "data": fingerprint(train),
+            }
+            | self.stored_blocks(args)
+        )
         if peft_config is not None:
             model = with_adapter(model, peft_config)
         if held_out is not None:
@@ -754,8 +783,12 @@ class OfflineTrainer(BaseTrainer):
         check_plays(model, self.renderer)
 
     @staticmethod
-    def read(args: OfflineConfig, source: Sequence[Trajectory] | str | Path, counts: Counter[str] | None = None,
-             reward: str | None = None) -> Sequence[Trajectory]:
+    def read(
+        args: OfflineConfig,
+        source: Sequence[Trajectory] | str | Path,
+        counts: Counter[str] | None = None,
+        reward: str | None = None,
+    ) -> Sequence[Trajectory]:
         is_path = isinstance(source, str | Path)
         return read_trajectories(source, counts=counts, reward=reward) if is_path else source
 
@@ -810,8 +843,13 @@ class OfflineTrainer(BaseTrainer):
             prompts = encode_prompts(args.prompt, trajectories, shown, self.renderer, self.encoder.slots)
         columns = encode_trajectories(trajectories, self.encoder, counts, prompts)
         pad_id = self.renderer.close_id  # any id: the attention mask, never the id, says what is padding
-        return WindowDataset(columns, pad_id, next_rows=self.rows_for_next_v, end_rows=self.rows_for_end_v(args),
-                             replies=self.encoder.replies)  # fmt: skip
+        return WindowDataset(
+            columns,
+            pad_id,
+            next_rows=self.rows_for_next_v,
+            end_rows=self.rows_for_end_v(args),
+            replies=self.encoder.replies,
+        )
 
     def demonstrations(self, source: str | None) -> Sequence[Trajectory] | None:
         """What prompts are drawn from; None = the rows themselves."""
@@ -868,8 +906,10 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
     inner = model.get_base_model()
     for name in routers:
         if hasattr(inner.get_submodule(name), "base_layer"):
-            raise InputError(f"model.lora.target_modules: found {name}, a layer with several outputs, expected layers "
-                             "with one, which is what an adapter adds to")
+            raise InputError(
+                f"model.lora.target_modules: found {name}, a layer with several outputs, expected layers "
+                "with one, which is what an adapter adds to"
+            )
     unfreeze_heads(model)
     return model
 
@@ -926,6 +966,8 @@ def move_model(staging: Path, folder: Path) -> None:
 def check_processes(checkpoint: Path, found: int, here: int) -> None:
     """Raises InputError where a checkpoint was written by another number of processes: a step reads rows by each."""
     if found != here:
-        raise InputError(f"{checkpoint}: found a checkpoint of a run by {found} process(es), expected one by {here}, "
-                         f"as this command runs: start {found} (torchrun --nproc_per_node {found}), or take another "
-                         "output_dir")  # fmt: skip
+        raise InputError(
+            f"{checkpoint}: found a checkpoint of a run by {found} process(es), expected one by {here}, "
+            f"as this command runs: start {found} (torchrun --nproc_per_node {found}), or take another "
+            "output_dir"
+        )

@@ -105,7 +105,7 @@ def rotate(folder: str | Path, newest: int, limit: int | None, best: str | None 
         return
     kept = {mine[-1], *(path for path in mine if best is not None and path.name == Path(best).name)}
     older = [path for path in reversed(mine) if path not in kept]
-    for checkpoint in older[max(0, limit - len(kept)):]:
+    for checkpoint in older[max(0, limit - len(kept)) :]:
         remove(checkpoint)
 
 

@@ -84,13 +84,19 @@ class LoopTrainer:
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.trained.items()} if average else None
         optimizer = torch.optim.AdamW(
-            self.trained.values(), args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
+            self.trained.values(),
+            args.learning_rate,
+            (args.adam_beta1, args.adam_beta2),
+            args.adam_epsilon,
             args.weight_decay,
-        )  # fmt: skip
+        )
         self.scheduler = transformers.get_scheduler(
-            args.lr_scheduler_type, optimizer, args.get_warmup_steps(args.max_steps), args.max_steps,
+            args.lr_scheduler_type,
+            optimizer,
+            args.get_warmup_steps(args.max_steps),
+            args.max_steps,
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-        )  # fmt: skip
+        )
         self.wrapped, self.optimizer = self.accelerator.prepare(module, optimizer)
 
     # What a subclass says of itself.
@@ -186,16 +192,27 @@ class LoopTrainer:
             with filling(folder / STAGING, folder / name):
                 written.mkdir(parents=True)
                 self._write_policy(written)
-                save_file({name: p.detach().contiguous() for name, p in self.trained.items()},
-                          written / "trained.safetensors")  # fmt: skip
+                save_file(
+                    {name: p.detach().contiguous() for name, p in self.trained.items()},
+                    written / "trained.safetensors",
+                )
                 if self.average is not None:
                     save_file(self.average, written / "average.safetensors")
                 state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
                 torch.save(state, written / "optimizer.pt")
-                (written / "loop.json").write_text(json.dumps({
-                    "iteration": self.iteration, "updates": self.updates, "totals": self.totals,
-                    "counts": self.counts, "memory": self.memory(), "processes": self.args.world_size,
-                }), encoding="utf-8")  # fmt: skip
+                (written / "loop.json").write_text(
+                    json.dumps(
+                        {
+                            "iteration": self.iteration,
+                            "updates": self.updates,
+                            "totals": self.totals,
+                            "counts": self.counts,
+                            "memory": self.memory(),
+                            "processes": self.args.world_size,
+                        }
+                    ),
+                    encoding="utf-8",
+                )
             publish(written, folder / name)
             rotate(folder, self.iteration, self.args.save_total_limit)
             shutil.rmtree(folder / STAGING, ignore_errors=True)

@@ -31,22 +31,33 @@ TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)
 def comparisons(draw) -> Comparison:
     """Any comparison: several turns, soft targets, ties, rankings, per-option labels."""
     size = draw(st.integers(2, 5))
-    context = draw(st.lists(st.builds(Turn, st.sampled_from(("system", "user", "assistant", "tool")), TEXTS),
-                            max_size=3))
+    context = draw(
+        st.lists(st.builds(Turn, st.sampled_from(("system", "user", "assistant", "tool")), TEXTS), max_size=3)
+    )
     turn = st.builds(Turn, st.sampled_from(("user", "assistant", "environment")), TEXTS)
     options = [(*draw(st.lists(turn, max_size=1)), Turn("assistant", f"{i}{draw(TEXTS)}")) for i in range(size)]
     votes = draw(st.lists(st.integers(0, 3), min_size=size, max_size=size))
     votes = votes if any(votes) else [1] * size
     levels = sorted(set(votes), reverse=True)
     ranking = [tuple(i for i, vote in enumerate(votes) if vote == level) for level in levels]
-    return Comparison(tuple(context), tuple(options), tuple(vote / sum(votes) for vote in votes),
-                      tuple(ranking) if draw(st.booleans()) else None, draw(st.floats(0.1, 10)),
-                      group=draw(st.sampled_from(("", "g", "h"))), source=draw(TEXTS),
-                      labels={"options": [{"votes": vote} for vote in votes], "note": draw(TEXTS)})
+    return Comparison(
+        tuple(context),
+        tuple(options),
+        tuple(vote / sum(votes) for vote in votes),
+        tuple(ranking) if draw(st.booleans()) else None,
+        draw(st.floats(0.1, 10)),
+        group=draw(st.sampled_from(("", "g", "h"))),
+        source=draw(TEXTS),
+        labels={"options": [{"votes": vote} for vote in votes], "note": draw(TEXTS)},
+    )
 
 
-def check_invariants(made: Sequence[Comparison], texts: Callable[[Comparison], Sequence[str]],
-                     source_texts: Sequence[str], normalise: Callable[[str], str]) -> None:
+def check_invariants(
+    made: Sequence[Comparison],
+    texts: Callable[[Comparison], Sequence[str]],
+    source_texts: Sequence[str],
+    normalise: Callable[[str], str],
+) -> None:
     """The invariants of an importer.
 
     Args:
@@ -95,8 +106,10 @@ def _rewards(comparison: Comparison, kind: str) -> dict[tuple, float]:
         with pytest.raises(InputError, match="found only empty replies"):
             to_trajectories([comparison], reward=kind)
         return {}
-    return {tuple((turn.role, turn.content) for turn in row.turns): row.total_return
-            for row in to_trajectories([comparison], reward=kind)}
+    return {
+        tuple((turn.role, turn.content) for turn in row.turns): row.total_return
+        for row in to_trajectories([comparison], reward=kind)
+    }
 
 
 def _chosen(turn: Turn) -> tuple[int, ...]:
@@ -110,8 +123,12 @@ def check_other_files_are_refused(tmp_path: Path, row: Any, prepare: Callable[[s
     (tmp_path / "pointer.jsonl.gz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode() * 99)[:-9])
     (tmp_path / "other.jsonl").write_text('{"text": "x"}\n' * 3)
-    expected = {"pointer.jsonl.gz": "found a git-LFS pointer", "cut.jsonl.gz": "found Compressed file ended",
-                "other.jsonl": "found no row to use", "none.jsonl": "found no such file"}  # fmt: skip
+    expected = {
+        "pointer.jsonl.gz": "found a git-LFS pointer",
+        "cut.jsonl.gz": "found Compressed file ended",
+        "other.jsonl": "found no row to use",
+        "none.jsonl": "found no such file",
+    }
     for name, message in expected.items():
         with pytest.raises(InputError) as error:
             prepare(name)

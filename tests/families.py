@@ -26,14 +26,19 @@ NAMES = {  # size -> names of fields
         rotary_dim""",
     1: "n_group topk_group num_expert_group",
     VOCABULARY: "vocab_size_per_layer_input",
-}  # fmt: skip
+}
 SIZES = {name: size for size, names in NAMES.items() for name in names.split()}
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
 LINEAR_FIRST = {"layer_types": ["linear_attention", "full_attention"]}
-INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
-           "indexer_compress_ratio": 2}  # fmt: skip
+INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
 OTHERWISE = {  # what the sizes alone leave inconsistent, by model type, inner configs' included
     "bailing_hybrid": LINEAR_FIRST | {"mlp_layer_types": ["dense", "sparse"]},
     "bamba": MAMBA | {"attn_layer_indices": [1]},
@@ -72,9 +77,24 @@ OTHERWISE = {  # what the sizes alone leave inconsistent, by model type, inner c
                "layers_block_type": ["mamba", "hybrid", "mamba"], "mamba_d_state": 8, "num_mem_blocks": 1},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
-for _name in ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
-              "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
-              "xmod"):  # fmt: skip
+for _name in (
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+):
     OTHERWISE[_name] = OTHERWISE.get(_name, {}) | {"is_decoder": True}
 
 

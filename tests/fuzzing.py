@@ -121,11 +121,11 @@ def damaged_bytes(content: bytes, rng: random.Random) -> bytes:
     if kind == 0:
         return content[:at]
     if kind == 1:
-        return content[:at] + content[at + some:]
+        return content[:at] + content[at + some :]
     if kind == 2:
-        return content[:at] + content[at:at + some] * 2 + content[at + some:]
+        return content[:at] + content[at : at + some] * 2 + content[at + some :]
     if kind == 3:
-        return content[:at] + bytes([rng.randrange(256)]) + content[at + 1:]
+        return content[:at] + bytes([rng.randrange(256)]) + content[at + 1 :]
     put_in = rng.choice((b"\xff", b"\0", b"\xef\xbb\xbf", b"9" * 5000, b"NaN", b"1e999", b"\\ud83d", b"\\u0000", b"[",
                          b"}", b'"', b",", b"[" * 1000, b"\x1b]0;x\x07", b"-", b"\r"))  # fmt: skip
     return content[:at] + put_in + content[at:]

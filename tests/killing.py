@@ -21,8 +21,14 @@ class Commands:
     def __init__(self, log: Path):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.log = log
-        self.server = subprocess.Popen([sys.executable, __file__, str(log)], stdin=subprocess.PIPE, env=environment,
-                                       stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])  # fmt: skip
+        self.server = subprocess.Popen(
+            [sys.executable, __file__, str(log)],
+            stdin=subprocess.PIPE,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
 
     def run(self, *argv: Any, watched: Path | None = None, event: int = 0, seconds: float = 0.0) -> dict[str, Any]:
         """rc (−9 where it was killed), what it printed, its seconds and file events.

@@ -127,56 +127,87 @@ def test_text_that_no_file_can_hold_is_refused_before_anything_is_done(refused, 
 def test_numbers_beyond_64_bits_are_refused_from_file_and_command_line(refused, tmp_path):
     file = write_train_file(tmp_path, write_rows(tmp_path / "data.jsonl", GOOD), tmp_path / "run")
     assert refused("train", file, "--args.seed", 2**64) == (
-        f"args.seed: found {2**64}, expected a number of at most 64 bits")  # fmt: skip
+        f"args.seed: found {2**64}, expected a number of at most 64 bits"
+    )
     assert len(refused("train", file, "--args.seed", "1" * 5000)) < LONGEST_MESSAGE
     file.write_text(file.read_text() + f"prepare: {{command: maze, episodes: {2**64}}}")
     assert f"found text that is not YAML ({2**64}, expected a number of at most 64 bits)" in refused("train", file)
 
 
-@pytest.mark.parametrize(("settings", "said"), [
-    (("--args.report_to", "tensorboard"), "report_to: found tensorboard, which cannot be used here (Tensor"),
-    (("--args.report_to", "paper"), "report_to: found 'paper', expected none, or some of azure_ml, "),
-    (("--args.lr_scheduler_kwargs", "{min_lr_rat: 0.1}"), "lr_scheduler_kwargs: found {'min_lr_rat': 0.1} ("),
-    (("--args.seed", 2**32), "seed: found 4294967296, expected 0 to 4294967295"),
-    (("--args.seed", "? "), "args.seed: "),
-    (("--args.seed", "a: &a [*a]"), "found 'a: &a [*a]', with *a, which stands in no value that ends before it"),
-    (("--args.output_dir", "x" * 5000), ""),
-    (("--model.scratch", "{model_type: [gpt2]}"), "model.scratch.model_type: found ['gpt2'], expected a causal LM"),
-    (("--model.scratch", "{model_type: gpt2, n_layer: [1]}"), "model.scratch.n_layer: found [1], expected int"),
-    (("--model.scratch", "{model_type: gpt2, n_embd: -8}"), "model.scratch: found fields of which gpt2 cannot be "),
-    (("--model.scratch", f"{{model_type: gpt2, n_layer: {2**40}}}"), "model.scratch: found 1099511627776 layers"),
-    (("--model.scratch", f"{{model_type: gpt2, n_positions: {2**40}}}"), "model.scratch: found fields of a model of "),
-    (("--model.scratch", "{model_type: gpt2, to_dict: 1}"), "model.scratch.to_dict: gpt2 has no such field"),
-    (("--algorithm", "[bc]"), "algorithm: found '[bc]', expected one of bc, "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("--args.report_to", "tensorboard"), "report_to: found tensorboard, which cannot be used here (Tensor"),
+        (("--args.report_to", "paper"), "report_to: found 'paper', expected none, or some of azure_ml, "),
+        (("--args.lr_scheduler_kwargs", "{min_lr_rat: 0.1}"), "lr_scheduler_kwargs: found {'min_lr_rat': 0.1} ("),
+        (("--args.seed", 2**32), "seed: found 4294967296, expected 0 to 4294967295"),
+        (("--args.seed", "? "), "args.seed: "),
+        (("--args.seed", "a: &a [*a]"), "found 'a: &a [*a]', with *a, which stands in no value that ends before it"),
+        (("--args.output_dir", "x" * 5000), ""),
+        (
+            ("--model.scratch", "{model_type: [gpt2]}"),
+            "model.scratch.model_type: found ['gpt2'], expected a causal LM",
+        ),
+        (("--model.scratch", "{model_type: gpt2, n_layer: [1]}"), "model.scratch.n_layer: found [1], expected int"),
+        (
+            ("--model.scratch", "{model_type: gpt2, n_embd: -8}"),
+            "model.scratch: found fields of which gpt2 cannot be ",
+        ),
+        (("--model.scratch", f"{{model_type: gpt2, n_layer: {2**40}}}"), "model.scratch: found 1099511627776 layers"),
+        (
+            ("--model.scratch", f"{{model_type: gpt2, n_positions: {2**40}}}"),
+            "model.scratch: found fields of a model of ",
+        ),
+        (("--model.scratch", "{model_type: gpt2, to_dict: 1}"), "model.scratch.to_dict: gpt2 has no such field"),
+        (("--algorithm", "[bc]"), "algorithm: found '[bc]', expected one of bc, "),
+    ],
+)
 def test_settings_that_cannot_be_trained_with_are_named_before_training(refused, trained, tmp_path, settings, said):
     arguments = ("train", trained / "train.yaml", "--args.output_dir", tmp_path / "run")
     assert refused(*arguments, *settings).startswith(said)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("file", "content", "said"), [
-    ("config.json", {"offline_lmrl": 3}, "offline_lmrl: found 3, expected an object"),
-    ("config.json", {"offline_lmrl": {"window": {"context": 1, "strid": 2}}}, "offline_lmrl.window: found {"),
-    ("config.json", {"offline_lmrl": {"window": {"stride": "1"}}}, "offline_lmrl.window.stride: found '1', expected"),
-    ("config.json", {"offline_lmrl": {"reward_scale": {"scale": -1.0}}}, "reward_scale: reward_scale: found -1.0"),
-    ("config.json", {"offline_lmrl": {"value_heads": {"heads": 2}}}, "offline_lmrl.value_heads: found {'heads': 2}"),
-    ("config.json", {"offline_lmrl": {"sampling": [1]}}, "offline_lmrl.sampling: found [1], expected an object"),
-    ("config.json", {"offline_lmrl": {"sampling": {"beta": "x"}}}, "beta: found 'x', expected a finite number"),
-    ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id: found 'x', expected the id of a token"),
-    ("tokenizer_config.json", {"model_max_length": "x"}, "found a folder whose tokenizer cannot be read ("),
-    ("model.safetensors", b"", "found a folder whose model cannot be read ("),
-    ("chat_template.jinja", b"{% for m in messages %}" + b"(" * 3000, "trained with another tokenizer or chat templ"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("config.json", {"offline_lmrl": 3}, "offline_lmrl: found 3, expected an object"),
+        ("config.json", {"offline_lmrl": {"window": {"context": 1, "strid": 2}}}, "offline_lmrl.window: found {"),
+        (
+            "config.json",
+            {"offline_lmrl": {"window": {"stride": "1"}}},
+            "offline_lmrl.window.stride: found '1', expected",
+        ),
+        ("config.json", {"offline_lmrl": {"reward_scale": {"scale": -1.0}}}, "reward_scale: reward_scale: found -1.0"),
+        (
+            "config.json",
+            {"offline_lmrl": {"value_heads": {"heads": 2}}},
+            "offline_lmrl.value_heads: found {'heads': 2}",
+        ),
+        ("config.json", {"offline_lmrl": {"sampling": [1]}}, "offline_lmrl.sampling: found [1], expected an object"),
+        ("config.json", {"offline_lmrl": {"sampling": {"beta": "x"}}}, "beta: found 'x', expected a finite number"),
+        ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id: found 'x', expected the id of a token"),
+        ("tokenizer_config.json", {"model_max_length": "x"}, "found a folder whose tokenizer cannot be read ("),
+        ("model.safetensors", b"", "found a folder whose model cannot be read ("),
+        (
+            "chat_template.jinja",
+            b"{% for m in messages %}" + b"(" * 3000,
+            "trained with another tokenizer or chat templ",
+        ),
+    ],
+)
 def test_a_damaged_run_is_refused_in_one_line_by_all_that_open_one(refused, trained, tmp_path, file, content, said):
     run = shutil.copytree(trained / "run", tmp_path / "damaged")
     if isinstance(content, bytes):
         (run / file).write_bytes(content)
     else:
         (run / file).write_text(json.dumps(json.loads((run / file).read_text()) | content))
-    for arguments in (("evaluate", run, "--environment", "gamble"), ("generate", run), ("evaluate", run, "--data",
-                      trained / "data.jsonl"), ("export", run, "--output", tmp_path / "out", "--q_reduce", "mean",
-                                                "--support", "0")):  # fmt: skip
+    for arguments in (
+        ("evaluate", run, "--environment", "gamble"),
+        ("generate", run),
+        ("evaluate", run, "--data", trained / "data.jsonl"),
+        ("export", run, "--output", tmp_path / "out", "--q_reduce", "mean", "--support", "0"),
+    ):
         assert said in refused(*arguments, stdin="left or right?")
     assert not (tmp_path / "out").exists()
 
@@ -483,8 +514,10 @@ def test_check_takes_several_paths_as_splits_of_one_data_set(command, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
     pairs = tmp_path / "pairs.jsonl"
     code, _, error = command("check", train, pairs)
-    assert (code, error) == (2, f"error: data: found comparisons in {pairs} and none in {train}, expected data of one "
-                             "kind\n")
+    assert (code, error) == (
+        2,
+        f"error: data: found comparisons in {pairs} and none in {train}, expected data of one kind\n",
+    )
 
 
 def test_prepare_makes_comparisons_that_check_describes(command, tmp_path):
@@ -492,7 +525,7 @@ def test_prepare_makes_comparisons_that_check_describes(command, tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{}\n")
     code, out, _ = command("prepare", "preferences", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out")
     assert code == 0 and "\n  the longer reply: wins: 20, losses: 0, ties: 0, accuracy: 1, interval: [0.8389, 1" in out
-    counts = out[out.index("\nsplits:"):]  # last, where they are seen
+    counts = out[out.index("\nsplits:") :]  # last, where they are seen
     assert counts.startswith("\nsplits:\n  train: comparisons: 20, groups: 20\nrows: 21\nimported: 20\ndropped:\n")
     assert "\n  fields: expected context, options and target, or" in counts and "\nrepaired: none\n" in counts
     code, out, _ = command("check", tmp_path / "out")

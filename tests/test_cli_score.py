@@ -44,8 +44,10 @@ def command(capsys):
 
 @pytest.fixture
 def pairs(tmp_path):
-    rows = [Comparison(ASKED, ((Turn("assistant", "up"),), (Turn("assistant", "left"),)), (1.0, 0.0), group="a"),
-            Comparison(ASKED, ((Turn("assistant", "u"),), (Turn("assistant", "r"),)), (1.0, 0.0), group="b")]
+    rows = [
+        Comparison(ASKED, ((Turn("assistant", "up"),), (Turn("assistant", "left"),)), (1.0, 0.0), group="a"),
+        Comparison(ASKED, ((Turn("assistant", "u"),), (Turn("assistant", "r"),)), (1.0, 0.0), group="b"),
+    ]
     write_comparisons(tmp_path / "pairs.jsonl", rows)
     return tmp_path / "pairs.jsonl"
 
@@ -79,12 +81,19 @@ def test_relabel_gives_comparisons_new_targets_or_makes_rewards_of_them(command,
     assert first.labels["scorer"] == scored[0].labels["preference"]["reward"] == origin
 
 
-@pytest.mark.parametrize(("data", "more", "message"), [
-    ("pairs", ("--place", "turn"), "place: found turn, expected none for comparisons"),
-    ("pairs", ("--normalise", "rank"), "normalise: found rank, expected none for comparisons without --make rewards"),
-    ("logs", ("--make", "rewards"), "make: found rewards, expected none for trajectories"),
-    ("logs", ("--normalise", "none"), "normalise: found none, expected none for trajectories"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "more", "message"),
+    [
+        ("pairs", ("--place", "turn"), "place: found turn, expected none for comparisons"),
+        (
+            "pairs",
+            ("--normalise", "rank"),
+            "normalise: found rank, expected none for comparisons without --make rewards",
+        ),
+        ("logs", ("--make", "rewards"), "make: found rewards, expected none for trajectories"),
+        ("logs", ("--normalise", "none"), "normalise: found none, expected none for trajectories"),
+    ],
+)
 def test_relabel_refuses_what_the_data_have_no_use_for(command, pairs, tmp_path, data, more, message):
     write_trajectories(tmp_path / "logs.jsonl", [Trajectory((*ASKED, Turn("assistant", "left", reward=-1.0)))])
     settings = ("--scorer", LENGTH, "--output", tmp_path / "new.jsonl")
@@ -95,9 +104,13 @@ def test_relabel_refuses_what_the_data_have_no_use_for(command, pairs, tmp_path,
 def test_the_data_are_not_written_over(command, pairs, tmp_path):
     before = pairs.read_bytes()
     ensemble = f"{{kind: ensemble, scorers: [{LENGTH}, {UP}]}}"
-    for name, more in (("relabel", (pairs, "--scorer", LENGTH)), ("select", (pairs, "--scorer", ensemble)),
-                       ("relabel", (tmp_path, "--scorer", LENGTH)), ("evaluate", (LENGTH, "--data", pairs)),
-                       ("generate", ("run", "--prompts", pairs))):  # fmt: skip
+    for name, more in (
+        ("relabel", (pairs, "--scorer", LENGTH)),
+        ("select", (pairs, "--scorer", ensemble)),
+        ("relabel", (tmp_path, "--scorer", LENGTH)),
+        ("evaluate", (LENGTH, "--data", pairs)),
+        ("generate", ("run", "--prompts", pairs)),
+    ):
         code, _, err = command(name, *more, "--output", tmp_path / "x" / ".." / pairs.name)
         assert code == 2 and "is read, expected another path" in err and pairs.read_bytes() == before
     (tmp_path / "there").mkdir()
@@ -174,8 +187,20 @@ def test_generate_says_what_was_answered_and_a_reply_that_was_held_back_is_not_r
     earlier = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "it"}]
     messages = json.dumps({"messages": [*earlier, {"role": "user", "content": "say it"}]})
     (tmp_path / "prompts.txt").write_text(f"say it\n{messages}\n")
-    settings = ("--prompts", tmp_path / "prompts.txt", "--max_new_tokens", 5, "--device", "cpu", "--scorer", LENGTH,
-                "--best_of", 3, "--output", tmp_path / "replies.jsonl")  # fmt: skip
+    settings = (
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--max_new_tokens",
+        5,
+        "--device",
+        "cpu",
+        "--scorer",
+        LENGTH,
+        "--best_of",
+        3,
+        "--output",
+        tmp_path / "replies.jsonl",
+    )
     assert "answered" not in command("generate", run, *settings)[2]
     rows = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
     scores = [len(row["messages"][-1]["content"]) for row in rows]
@@ -183,7 +208,9 @@ def test_generate_says_what_was_answered_and_a_reply_that_was_held_back_is_not_r
     known = [{name: label[name] for name in ("score", "n", "abstained")} for label in labels]
     assert known == [{"score": score, "n": 3, "abstained": False} for score in scores]
     assert [[turn.is_trainable for turn in row.turns] for row in read_trajectories(tmp_path / "replies.jsonl")] == [
-        [False, True], [False, False, False, True]]  # fmt: skip
+        [False, True],
+        [False, False, False, True],
+    ]
     code, out, err = command("generate", run, *settings, "--threshold", max(scores))
     answered = scores.count(max(scores))
     assert (code, out) == (0, "") and err.splitlines()[-1] == f"answered {answered} of 2"
@@ -223,11 +250,33 @@ def test_one_command_goes_from_a_folder_of_pairs_to_a_run(command, tmp_path):
     with gzip.open(source / "train.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     scratch = "{model_type: gpt2, n_layer: 1, n_embd: 8, n_head: 1, n_positions: 96}"
-    small = ("--model.path", "null", "--model.lora", "null", "--model.scratch", scratch, "--args.max_length", 96,
-             "--args.max_steps", 1, "--args.use_cpu", "true", "--args.save_strategy", "no")  # fmt: skip
+    small = (
+        "--model.path",
+        "null",
+        "--model.lora",
+        "null",
+        "--model.scratch",
+        scratch,
+        "--args.max_length",
+        96,
+        "--args.max_steps",
+        1,
+        "--args.use_cpu",
+        "true",
+        "--args.save_strategy",
+        "no",
+    )
     made = tmp_path / "hh"
-    data = ("--prepare.input", source, "--prepare.output", made, "--data.train", made / "train.jsonl",
-            "--data.validation", made / "validation.jsonl")  # fmt: skip
+    data = (
+        "--prepare.input",
+        source,
+        "--prepare.output",
+        made,
+        "--data.train",
+        made / "train.jsonl",
+        "--data.validation",
+        made / "validation.jsonl",
+    )
     for name in ("reward_model", "ilql", "return_conditioned"):
         code, out, err = command("train", f"preferences/{name}", *data, *small, "--args.output_dir", tmp_path / name)
         assert code == 0, err

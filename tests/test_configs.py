@@ -25,8 +25,9 @@ def scratch_specs(settings):
             yield from scratch_specs(value)
 
 
-SCRATCH = {f"{name} {i}": spec for name, path in CONFIGS.items()
-           for i, spec in enumerate(scratch_specs(read_settings(path)))}  # fmt: skip
+SCRATCH = {
+    f"{name} {i}": spec for name, path in CONFIGS.items() for i, spec in enumerate(scratch_specs(read_settings(path)))
+}
 
 
 def test_there_are_configs_of_both_kinds():

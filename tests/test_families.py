@@ -1,6 +1,5 @@
 """Every family of causal LMs from training to an exported checkpoint, or refused in one line before it is trained."""
 
-
 import pytest
 import torch
 
@@ -30,11 +29,24 @@ REFUSED = {
     "xlnet": "max_length",
 }  # fmt: skip
 NOT_EXPORTED = {  # something lies between the decoder's hidden states and the LM head, or a cap behind it
-    "emu3", "mllama",  # but these, whose text part no auto class opens
-    "beam", "bert", "big_bird", "electra", "ernie", "gemma2", "gemma3n_text", "inkling2_text",
-    "inkling_text", "megatron-bert", "modernbert-decoder", "nanochat", "roc_bert", "roformer",
+    "emu3",
+    "mllama",  # but these, whose text part no auto class opens
+    "beam",
+    "bert",
+    "big_bird",
+    "electra",
+    "ernie",
+    "gemma2",
+    "gemma3n_text",
+    "inkling2_text",
+    "inkling_text",
+    "megatron-bert",
+    "modernbert-decoder",
+    "nanochat",
+    "roc_bert",
+    "roformer",
     "vaultgemma",
-}  # fmt: skip
+}
 ALWAYS = ("bart", "falcon_h1", "llama4_text", "mamba", "rembert")
 HISTORIES = (
     (Turn("user", "you"),),
@@ -49,10 +61,21 @@ def run_of(model_type, folder):
     TOKENIZER.save_pretrained(folder / "base")
     write_trajectories(folder / "logs.jsonl", logs(8))
     args = load_algorithm("ilql")[0](
-        output_dir=str(folder / "run"), use_cpu=True, max_steps=2, per_device_train_batch_size=4, learning_rate=1e-3,
-        report_to="none", save_strategy="no", disable_tqdm=True, max_length=96,
-        beta=1.0, q_reduce="mean", support=0.0, candidates=None, clip=None,
-    )  # fmt: skip
+        output_dir=str(folder / "run"),
+        use_cpu=True,
+        max_steps=2,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        max_length=96,
+        beta=1.0,
+        q_reduce="mean",
+        support=0.0,
+        candidates=None,
+        clip=None,
+    )
     run = train("ilql", ModelConfig(path=str(folder / "base")), DataConfig(train=str(folder / "logs.jsonl")), args)
     model = load_model(run)
     for head in model.value_heads.targets():  # as far from constant as after a real training
@@ -112,14 +135,17 @@ def test_a_family_that_reads_no_embeddings_is_refused_before_it_learns_returns_a
 def test_adapters_leave_routers_with_several_outputs_alone(tmp_path):
     peft = pytest.importorskip("peft")
     run = trainer(
-        tmp_path, model=small_model("phimoe"), max_steps=1,
+        tmp_path,
+        model=small_model("phimoe"),
+        max_steps=1,
         lora=peft.LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM"),
-    )  # fmt: skip
+    )
     run.train()
     changed = {name for name, module in run.model.named_modules() if hasattr(module, "base_layer")}
     assert any("q_proj" in name for name in changed) and not any("router" in name for name in changed)
     with pytest.raises(InputError, match="^model.lora.target_modules: found model.layers.0.mlp.router, a layer with"):
         trainer(
-            tmp_path, model=small_model("phimoe"),
+            tmp_path,
+            model=small_model("phimoe"),
             lora=peft.LoraConfig(target_modules=["router"], r=2, task_type="CAUSAL_LM"),
-        )  # fmt: skip
+        )

@@ -16,8 +16,17 @@ from tests import fuzzing
 from tests.fuzzing import run_command, time_limit
 
 SCRATCH = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, "n_positions": 64}
-ARGS = {"output_dir": "run", "max_steps": 2, "max_length": 64, "use_cpu": True, "learning_rate": 1e-3,
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "context": 2, "warmup_steps": 0.1, "seed": 1}  # fmt: skip
+ARGS = {
+    "output_dir": "run",
+    "max_steps": 2,
+    "max_length": 64,
+    "use_cpu": True,
+    "learning_rate": 1e-3,
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    "context": 2,
+    "warmup_steps": 0.1,
+    "seed": 1,
+}
 SCORED = {"model": {"scratch": SCRATCH, "vocab_size": 280}, "data": {"train": "scored.jsonl", "validation": None}}
 PAIRS = {"model": {"scratch": SCRATCH, "vocab_size": 280}, "data": {"train": "pairs.jsonl"}}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -36,10 +45,60 @@ CONFIGS: dict[str, dict[str, Any]] = {
                 **ARGS, "lr_scheduler_kwargs": None, "sampling": {"max_new_tokens": 3}}},
 }  # fmt: skip
 # Sizes between a toy's and what no machine has would be tried, and take their time.
-WILD = (None, True, False, 0, 1, 2, -1, 2**31, 2**40, 2**62, -(2**63), 2**63, 10**25, 0.5, -1.5, 1e308, 5e-324,
-        float("inf"), "", " ", "x", "a b", "0", "1", "1e999", ".nan", ".inf", "true", "null", "x" * 5000, "\x1b[31m",
-        "é", "../x", "/", "[", "{a: &a [*a]}", "sign", "gpt2", "package.module:Class", "os:getcwd", [], {}, [None],
-        [[]], [1, "x"], ["x"], {"x": 1}, {"x": {"x": None}}, {"0": 0}, fuzzing.deep(30), fuzzing.deep(250), [0] * 3000)
+WILD = (
+    None,
+    True,
+    False,
+    0,
+    1,
+    2,
+    -1,
+    2**31,
+    2**40,
+    2**62,
+    -(2**63),
+    2**63,
+    10**25,
+    0.5,
+    -1.5,
+    1e308,
+    5e-324,
+    float("inf"),
+    "",
+    " ",
+    "x",
+    "a b",
+    "0",
+    "1",
+    "1e999",
+    ".nan",
+    ".inf",
+    "true",
+    "null",
+    "x" * 5000,
+    "\x1b[31m",
+    "é",
+    "../x",
+    "/",
+    "[",
+    "{a: &a [*a]}",
+    "sign",
+    "gpt2",
+    "package.module:Class",
+    "os:getcwd",
+    [],
+    {},
+    [None],
+    [[]],
+    [1, "x"],
+    ["x"],
+    {"x": 1},
+    {"x": {"x": None}},
+    {"0": 0},
+    fuzzing.deep(30),
+    fuzzing.deep(250),
+    [0] * 3000,
+)
 NAMES = ("", "x", "x" * 3000, "model_type", "path", "seed", "0", "a.b", "report_to", "fsdp", "deepspeed", "kind",
          "num_labels", "vocab_size", "self", "kwargs", "args", "tie_word_embeddings", "rope_parameters",
          "hidden_act", "activation_function", "return_dict", "output_hidden_states", "architectures", "torch_dtype",
@@ -53,8 +112,10 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     transformers.logging.disable_progress_bar()
-    scored = [{"prompt": "left or right?", "completion": side, "reward": float(side == "left"), "task": "t"}
-              for side in ("left", "right") * 4]  # fmt: skip
+    scored = [
+        {"prompt": "left or right?", "completion": side, "reward": float(side == "left"), "task": "t"}
+        for side in ("left", "right") * 4
+    ]
     pairs = [{"prompt": f"q{i}", "chosen": "left", "rejected": "right"} for i in range(8)]
     for name, rows in (("scored", scored), ("pairs", pairs)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -93,13 +154,23 @@ def test_a_damaged_training_config_is_planned_or_refused(here, algorithm, seed, 
     fuzzing.each(n, check, seed)
 
 
-COMPARE = {path.stem: load_yaml(path.read_text())
-           for path in sorted((Path(__file__).parents[1] / "configs").glob("*/*.yaml"))
-           if "methods" in load_yaml(path.read_text())}  # fmt: skip
-SCORER = {"kind": "ensemble", "k": 1, "scorers": [
-    {"kind": "regex", "pattern": "x", "must": True},
-    {"kind": "sum", "weights": [1, 0.5], "scorers": [
-        {"kind": "regex", "pattern": "y"}, {"kind": "python", "function": "tests.tiny:byte_level"}]}]}  # fmt: skip
+COMPARE = {
+    path.stem: load_yaml(path.read_text())
+    for path in sorted((Path(__file__).parents[1] / "configs").glob("*/*.yaml"))
+    if "methods" in load_yaml(path.read_text())
+}
+SCORER = {
+    "kind": "ensemble",
+    "k": 1,
+    "scorers": [
+        {"kind": "regex", "pattern": "x", "must": True},
+        {
+            "kind": "sum",
+            "weights": [1, 0.5],
+            "scorers": [{"kind": "regex", "pattern": "y"}, {"kind": "python", "function": "tests.tiny:byte_level"}],
+        },
+    ],
+}
 
 
 @pytest.mark.parametrize(("seed", "n"), [(0, 30), *(pytest.param(s, 2000, marks=pytest.mark.slow) for s in (1, 2))])

@@ -30,8 +30,10 @@ from tests.fuzzing import mutated_lines, run_command, time_limit
 CASES = pytest.mark.parametrize(
     ("seed", "n"), [(0, 60), *(pytest.param(seed, 1000, marks=pytest.mark.slow) for seed in (1, 2))]
 )
-ROWS = {importer.__name__.split(".")[1].replace("_", "-"): rows
-        for importer, rows in {**test_comparisons.ROWS, **test_trajectories.ROWS}.items()}  # fmt: skip
+ROWS = {
+    importer.__name__.split(".")[1].replace("_", "-"): rows
+    for importer, rows in {**test_comparisons.ROWS, **test_trajectories.ROWS}.items()
+}
 ROWS["kto"] = [*ROWS["kto"], *test_kto.KEPT]
 ROWS["stepwise"] = [*ROWS["stepwise"], *test_stepwise.KEPT]
 SCORED = [
@@ -77,8 +79,9 @@ def test_every_importer_counts_every_row_and_writes_what_can_be_read(tmp_path, s
     if source == best_of_4.__name__.split(".")[1].replace("_", "-"):
         RENDERER.tokenizer.save_pretrained(tmp_path / "tokenizer")
         settings = ["--tokenizer", tmp_path / "tokenizer"]
-    code, out, err = run_command("prepare", source, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out",
-                                 *settings)  # fmt: skip
+    code, out, err = run_command(
+        "prepare", source, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out", *settings
+    )
     assert code == 0, err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     there = sum(bool(line.strip()) for line in lines)
@@ -102,8 +105,18 @@ def test_negotiation_lines_are_counted_and_what_is_written_can_be_read(tmp_path,
     lines += [fuzzing.damaged_bytes(rng.choice(good).encode(), rng).replace(b"\n", b" ") for _ in range(n)]
     lines = [line for line in lines if _is_text(line)]  # a file of bytes that are no text is refused whole
     (tmp_path / "data.txt").write_bytes(b"\n".join(lines))
-    code, _, err = run_command("prepare", "deal-or-no-deal", "--input", tmp_path / "data.txt", "--output",
-                               tmp_path / "out", "--held_out_scenarios", 1, "--permute_items", "true")  # fmt: skip
+    code, _, err = run_command(
+        "prepare",
+        "deal-or-no-deal",
+        "--input",
+        tmp_path / "data.txt",
+        "--output",
+        tmp_path / "out",
+        "--held_out_scenarios",
+        1,
+        "--permute_items",
+        "true",
+    )
     assert code == 0, err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     (counts,) = report["files"].values()
@@ -121,9 +134,14 @@ def _is_text(line: bytes) -> bool:
 
 READERS = {
     "trajectories": (SCORED, read_row, trajectory, write_trajectories, read_trajectories),
-    "comparisons": (test_comparisons.ROWS[test_comparisons.preferences], read_comparison, comparison,
-                    write_comparisons, read_comparisons),
-}  # fmt: skip
+    "comparisons": (
+        test_comparisons.ROWS[test_comparisons.preferences],
+        read_comparison,
+        comparison,
+        write_comparisons,
+        read_comparisons,
+    ),
+}
 
 
 @pytest.mark.parametrize(("seed", "n"), [(0, 400), *(pytest.param(s, 4000, marks=pytest.mark.slow) for s in (1, 2))])

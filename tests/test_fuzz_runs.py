@@ -45,15 +45,20 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        scored = [{"prompt": "left or right?", "completion": side, "reward": float(side == "left")}
-                  for side in ("left", "right") * 2]  # fmt: skip
+        scored = [
+            {"prompt": "left or right?", "completion": side, "reward": float(side == "left")}
+            for side in ("left", "right") * 2
+        ]
         pairs = [{"prompt": f"q{i}", "chosen": "left", "rejected": "right"} for i in range(4)]
         for name, rows in (("scored", scored), ("pairs", pairs)):
             Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for name, settings in RUNS.items():
-            config = {"model": {"scratch": SCRATCH, "vocab_size": 280}, **settings,
-                      "data": {"train": settings["data"]},
-                      "args": {**ARGS, **settings.get("args", {}), "output_dir": name}}  # fmt: skip
+            config = {
+                "model": {"scratch": SCRATCH, "vocab_size": 280},
+                **settings,
+                "data": {"train": settings["data"]},
+                "args": {**ARGS, **settings.get("args", {}), "output_dir": name},
+            }
             Path("train.yaml").write_text(json.dumps(config))
             code, _, err = run_command("train", "train.yaml")
             assert code == 0, err
@@ -72,8 +77,8 @@ def damage(file: Path, rng: random.Random) -> None:
         file.write_text(json.dumps(fuzzing.mutated(json.loads(content), rng, WILD, NAMES)))
     elif file.suffix == ".safetensors" and kind < 6:  # the header says what lies where
         size = int.from_bytes(content[:8], "little")
-        header = json.dumps(fuzzing.mutated(json.loads(content[8:8 + size]), rng, WILD, NAMES)).encode()
-        file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size:])
+        header = json.dumps(fuzzing.mutated(json.loads(content[8 : 8 + size]), rng, WILD, NAMES)).encode()
+        file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
     else:
         file.write_bytes(fuzzing.damaged_bytes(content, rng))
 
@@ -104,8 +109,11 @@ def test_a_damaged_run_is_used_or_refused(runs, name, seed, n):
         files = [path for path in sorted((runs / name).iterdir()) if path.is_file()]
         file = rng.choice(files)
         damage(file, rng)
-        fitting = ("relabel", "evaluate scorer") if name == "reward_model" else ("evaluate logs", "evaluate play",
-                                                                                "generate", "export")  # fmt: skip
+        fitting = (
+            ("relabel", "evaluate scorer")
+            if name == "reward_model"
+            else ("evaluate logs", "evaluate play", "generate", "export")
+        )
         try:
             for title in (*fitting, "train on", "check"):
                 command = [name if word == "RUN" else word for word in COMMANDS[title]]

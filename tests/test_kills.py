@@ -32,8 +32,15 @@ def world(tmp_path_factory):
     """A folder with data, a trained policy and a reward model; and what runs command lines."""
     folder = tmp_path_factory.mktemp("kills")
     commands = Commands(folder / "log")
-    pairs = [Comparison((Turn("user", f"go {i}"),), ((Turn("assistant", "left"),), (Turn("assistant", "right up"),)),
-                        ((1.0, 0.0), (0.0, 1.0))[i % 3 == 0], group=str(i)) for i in range(30)]  # fmt: skip
+    pairs = [
+        Comparison(
+            (Turn("user", f"go {i}"),),
+            ((Turn("assistant", "left"),), (Turn("assistant", "right up"),)),
+            ((1.0, 0.0), (0.0, 1.0))[i % 3 == 0],
+            group=str(i),
+        )
+        for i in range(30)
+    ]
     write_comparisons(folder / "pairs.jsonl", pairs)
     for argv in (
         ("prepare", "toys", "--task", "corridor", "--episodes", 30, "--output", folder / "data"),
@@ -52,10 +59,22 @@ def _train(folder: Path, algorithm: str, output: Path, **args) -> list:
         "algorithm": algorithm,
         "model": {"scratch": SCRATCH, "vocab_size": 280},
         "data": {"train": str(folder / "data" / "train.jsonl"), "validation": str(folder / "data/validation.jsonl")},
-        "args": {"output_dir": str(output), "max_steps": 7, "per_device_train_batch_size": 4, "logging_steps": 2,
-                 "max_length": 64, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 2, "use_cpu": True,
-                 "report_to": "none", "disable_tqdm": True, "eval_strategy": "epoch", "learning_rate": 0.01},
-    }  # fmt: skip
+        "args": {
+            "output_dir": str(output),
+            "max_steps": 7,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 2,
+            "max_length": 64,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "save_total_limit": 2,
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "eval_strategy": "epoch",
+            "learning_rate": 0.01,
+        },
+    }
     if algorithm == "reward_model":
         settings["data"] = {"train": str(folder / "pairs.jsonl")}
         settings["args"]["eval_strategy"] = "no"
@@ -74,17 +93,26 @@ def _train(folder: Path, algorithm: str, output: Path, **args) -> list:
 
 
 def _compare(folder: Path, output: Path) -> list:
-    args = {"max_steps": 2, "per_device_train_batch_size": 4, "max_length": 64, "save_steps": 1, "use_cpu": True,
-            "report_to": "none", "disable_tqdm": True}  # fmt: skip
+    args = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "max_length": 64,
+        "save_steps": 1,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
     settings = {
         "environment": {"name": "corridor"},
         "prepare": {"command": "toys", "task": "corridor", "episodes": 12, "output": str(output / "data")},
         "data": {"train": str(output / "data/train.jsonl"), "validation": str(output / "data/validation.jsonl")},
-        "output": str(output / "out"), "seeds": [0],
-        "model": {"scratch": SCRATCH, "vocab_size": 280}, "args": args,
+        "output": str(output / "out"),
+        "seeds": [0],
+        "model": {"scratch": SCRATCH, "vocab_size": 280},
+        "args": args,
         "methods": {"bc": {"algorithm": "bc"}, "ilql": {"algorithm": "ilql", "from": "bc"}},
         "evaluation": {"episodes": 4, "betas": [1], "offline_rows": 2, "sampling": {"max_new_tokens": 4}},
-    }  # fmt: skip
+    }
     file = folder / "compare.yaml"
     file.write_text(yaml.safe_dump(settings))
     return [file]
@@ -199,7 +227,7 @@ DAMAGES = {
     "another form": lambda file: file.write_text("[]\n"),
     "missing": lambda file: file.unlink(),
     "a folder": lambda file: (file.unlink(), file.mkdir()),
-}  # fmt: skip
+}
 
 
 def stopped(folder: Path, algorithm: str, output: Path) -> list[list]:
@@ -213,12 +241,16 @@ def finished(folder: Path, algorithm: str, output: Path) -> list[list]:
     if algorithm == "reward_model":
         return [["relabel", folder / "pairs.jsonl", "--scorer", output, "--output", output / "scored.jsonl"]]
     (folder / "prompts.txt").write_text("go\n")
-    return [["generate", output, "--prompts", folder / "prompts.txt", "--max_new_tokens", 4],
-            ["export", output, "--output", output / "plain", "--beta", 0]]  # fmt: skip
+    return [
+        ["generate", output, "--prompts", folder / "prompts.txt", "--max_new_tokens", 4],
+        ["export", output, "--output", output / "plain", "--beta", 0],
+    ]
 
 
-@pytest.mark.parametrize(("algorithm", "what"), [("ilql", stopped), ("ppo", stopped), ("reward_model", stopped),
-                                                 ("ilql", finished), ("reward_model", finished)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("algorithm", "what"),
+    [("ilql", stopped), ("ppo", stopped), ("reward_model", stopped), ("ilql", finished), ("reward_model", finished)],
+)
 def test_a_damaged_file_of_a_run_is_one_line(world, algorithm, what):
     folder, commands = world
     output, whole = folder / "damaged", folder / "whole"

@@ -35,8 +35,15 @@ def folder(tmp_path_factory):
     (folder / "logs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     tokenizer = train_tokenizer([json.dumps(rows)], 320)
     small = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    qwen = Qwen3Config(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                       num_key_value_heads=1, head_dim=8, **small)  # fmt: skip
+    qwen = Qwen3Config(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        **small,
+    )
     Qwen3ForCausalLM(qwen).save_pretrained(folder / "Qwen" / "Qwen3-0.6B")
     tokenizer.save_pretrained(folder / "Qwen" / "Qwen3-0.6B")
     tokenizer.chat_template = None  # as GPT-2's

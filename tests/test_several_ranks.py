@@ -48,8 +48,14 @@ def run_ranks(script: str, ranks: int, folder: Path) -> None:
     [(2, "bc"), *(pytest.param(3, name, marks=pytest.mark.slow) for name in ("bc", "ilql", "return_conditioned"))],
 )
 def test_evaluation_ends_with_fewer_batches_than_ranks_and_counts_each_row_once(tmp_path, ranks, algorithm):
-    settings = {"algorithm": algorithm, "max_steps": 2, "learning_rate": 0.0, "per_device_eval_batch_size": 8,
-                "eval_strategy": "steps", "eval_steps": 1}  # fmt: skip
+    settings = {
+        "algorithm": algorithm,
+        "max_steps": 2,
+        "learning_rate": 0.0,
+        "per_device_eval_batch_size": 8,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
     alone, rows = {}, {1: 3, 2: 5}  # batches of eight windows -> dialogues
     for batches, count in rows.items():
         run = trainer(tmp_path / "alone", held_out=logs(count), **settings)

@@ -46,12 +46,33 @@ def logs(n=24, change=lambda reward: reward):
     return episodes
 
 
-def trainer(folder, *, algorithm="ilql", data=None, held_out=None, model=None, tokenizer=TOKENIZER, lora=None,
-            dropout=False, spec=SPEC, seed=0, **settings):  # fmt: skip
+def trainer(
+    folder,
+    *,
+    algorithm="ilql",
+    data=None,
+    held_out=None,
+    model=None,
+    tokenizer=TOKENIZER,
+    lora=None,
+    dropout=False,
+    spec=SPEC,
+    seed=0,
+    **settings,
+):
     torch.manual_seed(seed)
     config, cls = load_algorithm(algorithm)
-    settings = {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "report_to": "none",
-                "save_strategy": "no", "disable_tqdm": True, "max_length": 64, "context": 2, **settings}  # fmt: skip
+    settings = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_length": 64,
+        "context": 2,
+        **settings,
+    }
     if algorithm == "ilql":
         settings = {"monte_carlo": 0.3, "target_rate": 0.1, **settings}
     if algorithm == "iql" and "critic" not in settings:
@@ -102,10 +123,15 @@ def test_targets_stay_where_the_loss_scaler_skips_the_step(tmp_path, monkeypatch
 @pytest.mark.parametrize("algorithm", ["ilql", "iql", "return_conditioned"])
 def test_resuming_equals_the_uninterrupted_run_to_the_bit(tmp_path, algorithm):
     settings = {
-        "algorithm": algorithm, "dropout": True, "train_sampling_strategy": "group_by_length",
-        "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 14,
-        "save_strategy": "steps", "save_steps": 4,
-    }  # fmt: skip
+        "algorithm": algorithm,
+        "dropout": True,
+        "train_sampling_strategy": "group_by_length",
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 14,
+        "save_strategy": "steps",
+        "save_steps": 4,
+    }
     straight = trainer(tmp_path / "run", **settings)
     straight.train()
     assert straight.state.epoch > 1  # the interruption below falls into the second epoch
@@ -139,8 +165,9 @@ EVALUATES = {"eval_strategy": "epoch"}
 def rows(folder):
     """The rows of metrics without what a clock says."""
     found = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if "runtime" not in key and "per_second" not in key}
-            for row in found]  # fmt: skip
+    return [
+        {key: value for key, value in row.items() if "runtime" not in key and "per_second" not in key} for row in found
+    ]
 
 
 @pytest.mark.parametrize("algorithm", ["ilql", "return_conditioned"])
@@ -224,8 +251,14 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
 def test_a_damaged_file_of_a_checkpoint_is_named(tmp_path):
     run = trainer(tmp_path, **SAVES)
     run.train()
-    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
-                 "averages-0.json"):  # fmt: skip
+    for name in (
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+        "averages-0.json",
+    ):
         file = tmp_path / "checkpoint-6" / name
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
@@ -353,9 +386,14 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path, adapter, re
     start = request.getfixturevalue("lora") if adapter else {}
     steps = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     run = trainer(
-        tmp_path, held_out=logs(3), load_best_model_at_end=True, metric_for_best_model="eval_loss",
-        save_total_limit=1, **steps, **start,
-    )  # fmt: skip
+        tmp_path,
+        held_out=logs(3),
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        save_total_limit=1,
+        **steps,
+        **start,
+    )
     measured, at_best = iter([1.0, 3.0, 2.0]), []
 
     def evaluation_loop(*args, **kwargs):
@@ -393,8 +431,12 @@ SPLIT = {"max_steps": -1, "num_train_epochs": 2, "logging_steps": 1, "learning_r
 
 @pytest.mark.parametrize(
     ("algorithm", "episodes", "sampling", "rest"),
-    [("ilql", 23, "random", 5), ("ilql", 22, "group_by_length", 3), ("iql", 23, "random", 5),
-     ("return_conditioned", 23, "random", 5)],
+    [
+        ("ilql", 23, "random", 5),
+        ("ilql", 22, "group_by_length", 3),
+        ("iql", 23, "random", 5),
+        ("return_conditioned", 23, "random", 5),
+    ],
 )
 def test_two_processes_give_the_loss_and_parameters_of_one(tmp_path, algorithm, episodes, sampling, rest):
     settings = {"algorithm": algorithm, "train_sampling_strategy": sampling}
@@ -406,9 +448,7 @@ def test_two_processes_give_the_loss_and_parameters_of_one(tmp_path, algorithm, 
     assert len(one.train_dataset) % 8 == rest  # up to 4: the second process is left without a row
     script, out = tmp_path / "script.py", tmp_path / "out.pt"
     tests, folder = str(Path(__file__).parent), str(tmp_path / "two")
-    script.write_text(
-        SHARDED.format(tests=tests, folder=folder, out=str(out), episodes=episodes, settings=settings)
-    )
+    script.write_text(SHARDED.format(tests=tests, folder=folder, out=str(out), episodes=episodes, settings=settings))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(command, capture_output=True, env=environment)
@@ -529,8 +569,15 @@ def test_dialogues_that_the_template_prints_otherwise_are_refused_unless_that_is
     with pytest.raises(InputError, match=r"template: found 24 dialogues that are rendered otherwise .*System role"):
         trainer(tmp_path / "a", algorithm="bc", data=told(logs()), model=model, tokenizer=strict, max_steps=1)
     for template in ("assembled", "plain"):
-        run = trainer(tmp_path / template, algorithm="bc", data=told(logs()), model=build_model(SPEC, strict),
-                      tokenizer=strict, template=template, max_steps=1)  # fmt: skip
+        run = trainer(
+            tmp_path / template,
+            algorithm="bc",
+            data=told(logs()),
+            model=build_model(SPEC, strict),
+            tokenizer=strict,
+            template=template,
+            max_steps=1,
+        )
         assert any("rendered otherwise" in line for line in run.counts) == (template == "assembled")
     alone = trainer(tmp_path / "b", algorithm="bc", model=model, tokenizer=strict, max_steps=1)
     assert not any("rendered otherwise" in line for line in alone.counts)
@@ -551,8 +598,9 @@ def test_a_run_in_progress_of_another_rendering_scheme_is_refused_by_name(tmp_pa
 def test_a_run_goes_on_with_the_date_that_its_template_was_derived_on(tmp_path):
     dated = TOKENIZERS["role tokens"]()
     dated.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + dated.chat_template
-    run = trainer(tmp_path, model=build_model(SPEC, dated), tokenizer=dated, save_strategy="steps", save_steps=2,
-                  max_steps=2)  # fmt: skip
+    run = trainer(
+        tmp_path, model=build_model(SPEC, dated), tokenizer=dated, save_strategy="steps", save_steps=2, max_steps=2
+    )
     run.train()
     config = tmp_path / "checkpoint-2" / "config.json"
     block = json.loads(config.read_text())
@@ -567,7 +615,12 @@ def test_a_run_goes_on_with_the_date_that_its_template_was_derived_on(tmp_path):
 
 
 def test_ids_that_another_renderer_sampled_are_encoded_anew_and_counted(tmp_path):
-    rows = [Trajectory((Turn("user", "you"), Turn("assistant", "left", reward=float(i), token_ids=(9, 2))),
-                       labels={"tokenizer": "0123456789abcdef"}) for i in range(4)]  # fmt: skip
+    rows = [
+        Trajectory(
+            (Turn("user", "you"), Turn("assistant", "left", reward=float(i), token_ids=(9, 2))),
+            labels={"tokenizer": "0123456789abcdef"},
+        )
+        for i in range(4)
+    ]
     run = trainer(tmp_path, algorithm="bc", data=rows, max_steps=1)
     assert run.counts[RE_ENCODED] == 4 and 9 not in run.train_dataset.batch([0])["steps"]["action"]

@@ -48,8 +48,12 @@ def one_form(ids: tuple[int, ...], start: int, actions: tuple[int, ...], closed:
     return EncodedTurn(ids, start, actions, closed, ids, ids, ids)
 
 
-TEXTS = ("Hello there, how are you?", "I would like the book and 2 hats.\nDeal?", "the player moved up to 5, 12\n",
-         "User: hi Assistant: no thanks System: Tool: Environment: [INST] [/INST] <|user|> assistant model turn") * 2
+TEXTS = (
+    "Hello there, how are you?",
+    "I would like the book and 2 hats.\nDeal?",
+    "the player moved up to 5, 12\n",
+    "User: hi Assistant: no thanks System: Tool: Environment: [INST] [/INST] <|user|> assistant model turn",
+) * 2
 
 CHATML = """{%- for m in messages -%}
 {{ '<|im_start|>' + m['role'] + '\\n' }}
@@ -60,8 +64,11 @@ CHATML = """{%- for m in messages -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
 
 # A system text is put in where the dialogue brings none.
-DEFAULT_SYSTEM = """{%- if messages[0]['role'] != 'system' -%}
-{{ '<|im_start|>system\\nYou are a helpful player.<|im_end|>\\n' }}{%- endif -%}""" + CHATML
+DEFAULT_SYSTEM = (
+    """{%- if messages[0]['role'] != 'system' -%}
+{{ '<|im_start|>system\\nYou are a helpful player.<|im_end|>\\n' }}{%- endif -%}"""
+    + CHATML
+)
 
 # Thoughts of earlier turns are cut out; the last turn shows an empty thought where it has none.
 THINKING = """{%- for m in messages -%}
@@ -121,8 +128,9 @@ LABELS = """{{ bos_token }}
 {%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"""
 
 
-def byte_level(template: str | None, special: Sequence[str] = (), plain_added: Sequence[str] = (),
-               **names: str) -> PreTrainedTokenizerFast:
+def byte_level(
+    template: str | None, special: Sequence[str] = (), plain_added: Sequence[str] = (), **names: str
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE with more special tokens, with added tokens that are not special, and with a chat template."""
     tokenizer = train_tokenizer(TEXTS, 300)
     tokenizer.add_special_tokens({"additional_special_tokens": list(special), **names})
@@ -139,10 +147,12 @@ def metaspace(template: str | None, prefix: str) -> PreTrainedTokenizerFast:
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                         decoders.Strip(" ", 1, 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-                                   chat_template=template)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=template
+    )
 
 
 def replacing(template: str | None) -> PreTrainedTokenizerFast:
@@ -152,8 +162,15 @@ def replacing(template: str | None) -> PreTrainedTokenizerFast:
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
-                                   pad_token="<pad>", additional_special_tokens=turns, chat_template=template)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=turns,
+        chat_template=template,
+    )
 
 
 def _byte_fallback_bpe(special: Sequence[str], pre_tokenizer: pre_tokenizers.PreTokenizer) -> Tokenizer:
@@ -162,7 +179,7 @@ def _byte_fallback_bpe(special: Sequence[str], pre_tokenizer: pre_tokenizers.Pre
     names = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
     trained.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=370, special_tokens=names, show_progress=False))
     description = json.loads(trained.to_str())
-    del description["added_tokens"][len(special):]  # bytes are plain vocabulary
+    del description["added_tokens"][len(special) :]  # bytes are plain vocabulary
     return Tokenizer.from_str(json.dumps(description))
 
 
@@ -171,9 +188,16 @@ def unigram() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    backend.train_from_iterator(TEXTS, trainers.UnigramTrainer(
-        vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False,
-        initial_alphabet=[chr(i) for i in range(32, 127)] + ["\n"]))
+    backend.train_from_iterator(
+        TEXTS,
+        trainers.UnigramTrainer(
+            vocab_size=120,
+            special_tokens=["<unk>", "<s>", "</s>"],
+            unk_token="<unk>",
+            show_progress=False,
+            initial_alphabet=[chr(i) for i in range(32, 127)] + ["\n"],
+        ),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
@@ -183,10 +207,15 @@ def word_piece() -> PreTrainedTokenizerFast:
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(cleanup=False)
-    backend.train_from_iterator(TEXTS, trainers.WordPieceTrainer(
-        vocab_size=200, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", bos_token="[CLS]",
-                                   eos_token="[SEP]")
+    backend.train_from_iterator(
+        TEXTS,
+        trainers.WordPieceTrainer(
+            vocab_size=200, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", bos_token="[CLS]", eos_token="[SEP]"
+    )
 
 
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {

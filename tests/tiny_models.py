@@ -8,21 +8,40 @@ from offline_lmrl.models.value_heads import ValueHeadsConfig
 
 VOCABULARY, WIDTH = 50, 16
 _TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_SIZES = {"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-          "max_position_embeddings": 64}  # fmt: skip
+_SIZES = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
 _GROUPED = {**_SIZES, "num_key_value_heads": 1, "head_dim": 8}
 
 FAMILIES = {
-    "gpt2": {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64,
-             "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt2": {
+        "n_embd": WIDTH,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 64,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
     "gpt_neox": _SIZES,
     "llama": {**_GROUPED, "tie_word_embeddings": False},
     "qwen3": _GROUPED,
     "gemma2": {**_GROUPED, "final_logit_softcapping": 1.0, "query_pre_attn_scalar": 8},  # a cap that bends tiny logits
     "cohere": {**_SIZES, "logit_scale": 0.25},
-    "opt": {"hidden_size": WIDTH, "word_embed_proj_dim": 8, "ffn_dim": 24, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "max_position_embeddings": 64, "dropout": 0.0},
-}  # fmt: skip
+    "opt": {
+        "hidden_size": WIDTH,
+        "word_embed_proj_dim": 8,
+        "ffn_dim": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "dropout": 0.0,
+    },
+}
 
 
 def tiny_model(family: str = "gpt2", seed: int = 0) -> PreTrainedModel:

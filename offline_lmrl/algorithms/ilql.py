@@ -93,11 +93,21 @@ class ILQLConfig(OfflineConfig):
 
     def __post_init__(self) -> None:
         check_range(
-            self, expectile=(0.5, 0.999), discount_per_token=(0, 1), discount_per_turn=(0, 1), monte_carlo=(0, 1),
-            target_rate=(0, 1), conservative_weight=(0, 1e6), value_weight=(0, 1e6), policy_weight=(0, 1e6),
-            value_grad_scale=(0, 1), utterance_weight=(0, 1e6), inverse_temperature=(0, 1e6), beta=(0, 1e9),
+            self,
+            expectile=(0.5, 0.999),
+            discount_per_token=(0, 1),
+            discount_per_turn=(0, 1),
+            monte_carlo=(0, 1),
+            target_rate=(0, 1),
+            conservative_weight=(0, 1e6),
+            value_weight=(0, 1e6),
+            policy_weight=(0, 1e6),
+            value_grad_scale=(0, 1),
+            utterance_weight=(0, 1e6),
+            inverse_temperature=(0, 1e6),
+            beta=(0, 1e9),
             learning_rate=(0, 1e6),
-        )  # fmt: skip
+        )
         SamplingConfig(**sampling_form(self))  # checks the ranges
         super().__post_init__()
 

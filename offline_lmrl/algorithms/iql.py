@@ -56,9 +56,7 @@ class IQLConfig(OfflineConfig):
         super().__post_init__()
 
 
-def iql_loss(
-    outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: IQLConfig
-) -> tuple[Tensor, Tensor]:
+def iql_loss(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: IQLConfig) -> tuple[Tensor, Tensor]:
     """Loss and weight per action token, each (N,).
 
     Args:

@@ -175,22 +175,40 @@ class PPOConfig(OfflineConfig):
 
     def __post_init__(self) -> None:
         check_range(
-            self, episodes=(1, 1e9), epochs=(1, 1e6), minibatches=(1, 1e6), clip_range=(0, math.inf),
-            value_weight=(0, 1e6), entropy_weight=(0, 1e6), gae_lambda=(0, 1), discount_per_token=(0, 1),
-            discount_per_turn=(0, 1), kl_weight=(0, 1e6), kl_horizon=(1, 1e12), value_warmup=(0, 1e9),
-            ema=(0, 0.99999), ptx_weight=(0, 1e6), ptx_examples=(0, 1e6), max_turns=(1, 1e9), first_seed=(0, 2**40),
-            max_steps=(1, 1e9), unfinished_penalty=(0, 1e9),
-        )  # fmt: skip
+            self,
+            episodes=(1, 1e9),
+            epochs=(1, 1e6),
+            minibatches=(1, 1e6),
+            clip_range=(0, math.inf),
+            value_weight=(0, 1e6),
+            entropy_weight=(0, 1e6),
+            gae_lambda=(0, 1),
+            discount_per_token=(0, 1),
+            discount_per_turn=(0, 1),
+            kl_weight=(0, 1e6),
+            kl_horizon=(1, 1e12),
+            value_warmup=(0, 1e9),
+            ema=(0, 0.99999),
+            ptx_weight=(0, 1e6),
+            ptx_examples=(0, 1e6),
+            max_turns=(1, 1e9),
+            first_seed=(0, 2**40),
+            max_steps=(1, 1e9),
+            unfinished_penalty=(0, 1e9),
+        )
         optional = ("value_clip_range", "kl_target", "stop_kl", "max_kl", "clip_scores")
         check_range(self, **{n: (1e-12, math.inf) for n in optional if getattr(self, n) is not None})
         if self.kl_estimator not in KL_ESTIMATORS:
-            raise InputError(f"kl_estimator: found {shown(self.kl_estimator)}, expected one of "
-                             f"{', '.join(KL_ESTIMATORS)}")  # fmt: skip
+            raise InputError(
+                f"kl_estimator: found {shown(self.kl_estimator)}, expected one of {', '.join(KL_ESTIMATORS)}"
+            )
         form = SamplingConfig.from_dict(self.sampling)
         for name, expected in (("beta", 0.0), ("condition_scale", 0.0), ("ask", None), ("stop", ())):
             if getattr(form, name) != expected:
-                raise InputError(f"sampling.{name}: found {shown(getattr(form, name))}, expected none: PPO learns "
-                                 "from what the policy itself says, up to its closing token")  # fmt: skip
+                raise InputError(
+                    f"sampling.{name}: found {shown(getattr(form, name))}, expected none: PPO learns "
+                    "from what the policy itself says, up to its closing token"
+                )
         if form.temperature == 0:
             raise InputError("sampling.temperature: found 0, expected more: greedy play explores nothing")
         super().__post_init__()
@@ -257,8 +275,9 @@ class PPOTrainer(LoopTrainer):
         if args.ptx_weight > 0 and ptx_dataset is None:
             raise InputError(f"ptx_weight: found {args.ptx_weight}, but no logged data (data.train), expected both")
         if args.episodes < args.world_size:
-            raise InputError(f"episodes: found {args.episodes}, expected at least one for each of {args.world_size} "
-                             "processes")  # fmt: skip
+            raise InputError(
+                f"episodes: found {args.episodes}, expected at least one for each of {args.world_size} processes"
+            )
         if processing_class is None:
             processing_class = tokenizer_beside(model)
         policy = attach(load_model(model) if isinstance(model, str) else model, None)
@@ -275,7 +294,7 @@ class PPOTrainer(LoopTrainer):
             "window": asdict(args.window),
             "step_rule": asdict(rule),
             "sampling": dict(args.sampling),
-        }  # fmt: skip
+        }
         value_model = None
         if args.value_model != "shared":
             value_model = copy.deepcopy(policy) if args.value_model == "copy" else self._open_value_model()
@@ -315,15 +334,21 @@ class PPOTrainer(LoopTrainer):
             return model
         block = settings(model.config)
         if (head := block["reward"]["head"]) == "token":
-            raise InputError(f"value_model: {name}: found a reward model with head: {head}, whose score is a sum over "
-                             "tokens, expected head: terminal or turn, which V can read at one token")
+            raise InputError(
+                f"value_model: {name}: found a reward model with head: {head}, whose score is a sum over "
+                "tokens, expected head: terminal or turn, which V can read at one token"
+            )
         context = block.get("window", {}).get("context")
         if context not in (None, args.context):
-            raise InputError(f"value_model: {name}: found a reward model with context: {context}, expected this run's "
-                             f"context, {args.context}, as V reads what the policy sees")
+            raise InputError(
+                f"value_model: {name}: found a reward model with context: {context}, expected this run's "
+                f"context, {args.context}, as V reads what the policy sees"
+            )
         if args.scale_scores:
-            raise InputError(f"scale_scores: found it with the reward model {name} as value_model, expected one of "
-                             "them: V would start in another unit than that of the scaled scores")
+            raise InputError(
+                f"scale_scores: found it with the reward model {name} as value_model, expected one of "
+                "them: V would start in another unit than that of the scaled scores"
+            )
         return model.merge_and_unload() if hasattr(model, "peft_config") else model
 
     def _freeze_unreached(self, module: ActorCritic) -> None:
@@ -368,9 +393,11 @@ class PPOTrainer(LoopTrainer):
                 self.kl_weight, metrics["kl"], args.kl_target, args.episodes, args.kl_horizon
             )
         if args.max_kl is not None and metrics["kl"] > args.max_kl:
-            raise InputError(f"max_kl: found a KL of {metrics['kl']:.3g} nats per episode in iteration "
-                             f"{self.iteration}, expected at most {args.max_kl:g}: the policy has collapsed; "
-                             "raise kl_weight, lower learning_rate or set stop_kl")  # fmt: skip
+            raise InputError(
+                f"max_kl: found a KL of {metrics['kl']:.3g} nats per episode in iteration "
+                f"{self.iteration}, expected at most {args.max_kl:g}: the policy has collapsed; "
+                "raise kl_weight, lower learning_rate or set stop_kl"
+            )
         bar.set_postfix(score=f"{metrics['score']:.3g}", kl=f"{metrics['kl']:.3g}")
         self.finish_iteration()
 
@@ -425,8 +452,10 @@ class PPOTrainer(LoopTrainer):
         experience = Experience.of(trajectories, self.encoder, self.counts, self.renderer.close_id)
         windows, allowed = experience.windows, self._allowed(trajectories, experience)
         filtered = (play.top_k, play.top_p, play.min_p, play.support) != (None, None, None, 0.0)
-        found = {name: np.zeros(len(experience.episode), dtype=np.float32)
-                 for name in ("behaviour_log_prob", "ref_log_prob", "behaviour_v", "next_v", "entropy")}  # fmt: skip
+        found = {
+            name: np.zeros(len(experience.episode), dtype=np.float32)
+            for name in ("behaviour_log_prob", "ref_log_prob", "behaviour_v", "next_v", "entropy")
+        }
         order = np.argsort(-windows.lengths, kind="stable")  # like lengths together: little padding
         size = args.per_device_train_batch_size
         for index in (order[start : start + size] for start in range(0, len(order), size)):
@@ -493,13 +522,17 @@ class PPOTrainer(LoopTrainer):
         log_prob = experience.column("behaviour_log_prob")
         kl = (log_prob - experience.column("ref_log_prob")).abs().max().item()
         if kl > 1e-6:
-            raise InputError(f"KL at step 0: found policy and reference {kl:.3g} nats apart on a token, expected 0: "
-                             "the reference is not the model that the run starts from")  # fmt: skip
+            raise InputError(
+                f"KL at step 0: found policy and reference {kl:.3g} nats apart on a token, expected 0: "
+                "the reference is not the model that the run starts from"
+            )
         gap = (log_prob - experience.column("sampled_log_prob")).abs().mean().item()
         if not gap <= SAMPLER_GAP[self.args.bf16]:
-            raise InputError(f"KL at step 0: found sampler and learner {gap:.3g} nats per token apart, expected 0: "
-                             "they differ in temperature, filters, dropout or in what they see of an episode "
-                             "(max_length must hold whole dialogues, or context must bound them)")  # fmt: skip
+            raise InputError(
+                f"KL at step 0: found sampler and learner {gap:.3g} nats per token apart, expected 0: "
+                "they differ in temperature, filters, dropout or in what they see of an episode "
+                "(max_length must hold whole dialogues, or context must bound them)"
+            )
 
     # Crediting.
 
@@ -521,11 +554,16 @@ class PPOTrainer(LoopTrainer):
         full[:, known] = torch.stack([whiten(advantage) if args.whiten_advantages else advantage, returns])
         experience.add(advantage=full[0].numpy(), returns=full[1].numpy())
         gap = (log_prob - column("sampled_log_prob")).abs().max().item()
-        return self.mean({
-            "kl": kl.sum().item() / experience.n, "kl_per_token": kl.mean().item(),
-            "entropy": column("entropy").mean().item(), "explained_variance": explained,
-            "value": v.mean().item(), "sampler_gap": gap,
-        }) | {"kl_weight": self.kl_weight}  # fmt: skip
+        return self.mean(
+            {
+                "kl": kl.sum().item() / experience.n,
+                "kl_per_token": kl.mean().item(),
+                "entropy": column("entropy").mean().item(),
+                "explained_variance": explained,
+                "value": v.mean().item(),
+                "sampler_gap": gap,
+            }
+        ) | {"kl_weight": self.kl_weight}
 
     # Learning.
 
@@ -534,8 +572,10 @@ class PPOTrainer(LoopTrainer):
         args, rows = self.args, []
         dice = np.random.default_rng([args.seed, self.iteration, args.process_index])
         if len(experience.windows) < args.minibatches:
-            raise InputError(f"minibatches: found {args.minibatches}, expected at most the {len(experience.windows)} "
-                             "windows that an iteration brought")  # fmt: skip
+            raise InputError(
+                f"minibatches: found {args.minibatches}, expected at most the {len(experience.windows)} "
+                "windows that an iteration brought"
+            )
         shuffled = (dice.permutation(len(experience.windows)) for _ in range(args.epochs))
         for index in (index for order in shuffled for index in np.array_split(order, args.minibatches)):
             statistics = self.minibatch(experience, index, dice)
@@ -613,16 +653,20 @@ class PPOTrainer(LoopTrainer):
         batch = self._batch(self.ptx, index)
         with self.accelerator.autocast():
             logits = self.wrapped(batch)["logits"].float()
-        return {"ptx": self.args.ptx_weight * nn.functional.cross_entropy(logits, batch["steps"]["action"],
-                                                                          reduction="none")}  # fmt: skip
+        return {
+            "ptx": self.args.ptx_weight
+            * nn.functional.cross_entropy(logits, batch["steps"]["action"], reduction="none")
+        }
 
     def step(self) -> float:
         """One optimizer step on the gradients at hand, and the average behind it; the norm before clipping."""
         args = self.args
         norm = self.accelerator.clip_grad_norm_(list(self.trained.values()), args.max_grad_norm or math.inf)
         if not math.isfinite(norm := float(norm)):
-            raise InputError(f"loss: found a gradient of norm {norm} in iteration {self.iteration + 1}, expected a "
-                             "finite one; lower learning_rate")  # fmt: skip
+            raise InputError(
+                f"loss: found a gradient of norm {norm} in iteration {self.iteration + 1}, expected a "
+                "finite one; lower learning_rate"
+            )
         self.updates += 1
         if args.tensorflow_eps:
             for group in self.optimizer.param_groups:
@@ -654,12 +698,15 @@ class PPOTrainer(LoopTrainer):
         for name, count in zip(SUMS, sums, strict=True):
             self.totals[name] += int(self.accelerator.reduce(torch.tensor(count, device=self.args.device), "sum"))
         n = len(trajectories)
-        return self.mean({
-            "score": sum(t.total_return for t in trajectories) / n,
-            "tokens": tokens / n, "turns": len(turns) / n,
-            "terminated": sum(t.terminated for t in trajectories) / n,
-            "closed": sum(bool(self.renderer.close_ids & {*turn.token_ids[-1:]}) for turn in turns) / len(turns),
-        })  # fmt: skip
+        return self.mean(
+            {
+                "score": sum(t.total_return for t in trajectories) / n,
+                "tokens": tokens / n,
+                "turns": len(turns) / n,
+                "terminated": sum(t.terminated for t in trajectories) / n,
+                "closed": sum(bool(self.renderer.close_ids & {*turn.token_ids[-1:]}) for turn in turns) / len(turns),
+            }
+        )
 
     def plan(self) -> dict[str, int]:
         """What `train` would do."""

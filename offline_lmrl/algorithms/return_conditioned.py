@@ -98,15 +98,22 @@ class ReturnConditionedConfig(OfflineConfig):
 
     def __post_init__(self) -> None:
         check_binning(self.binning, self.bins, self.per)
-        check_range(self, condition_dropout=(0, 1), discount_per_turn=(1e-6, 1), return_weight=(0, 1e6),
-                    environment_weight=(0, 1e6))  # fmt: skip
+        check_range(
+            self,
+            condition_dropout=(0, 1),
+            discount_per_turn=(1e-6, 1),
+            return_weight=(0, 1e6),
+            environment_weight=(0, 1e6),
+        )
         if self.condition not in ("embedding", "text"):
             raise InputError(f"condition: found {shown(self.condition)}, expected embedding or text")
         if self.relabel not in ("max", "q"):
             raise InputError(f"relabel: found {shown(self.relabel)}, expected max or q")
         if self.return_weight > 0 and (self.condition == "text" or self.condition_dropout == 0):
-            raise InputError(f"return_weight: found {self.return_weight}, expected 0 where no window is without a "
-                             "condition; take condition: embedding and a condition_dropout above 0")
+            raise InputError(
+                f"return_weight: found {self.return_weight}, expected 0 where no window is without a "
+                "condition; take condition: embedding and a condition_dropout above 0"
+            )
         SamplingConfig(**sampling_form(self))  # checks the ranges
         super().__post_init__()
 
@@ -174,14 +181,20 @@ class ReturnConditionedTrainer(OfflineTrainer):
             attach_returns(model, self.returns)
         block = there.get("return_heads")
         if block is not None and block["discount_per_turn"] != args.discount_per_turn:
-            raise InputError(f"discount_per_turn: found {args.discount_per_turn:g}, expected that of the model's "
-                             f"return heads, {block['discount_per_turn']:g}")
+            raise InputError(
+                f"discount_per_turn: found {args.discount_per_turn:g}, expected that of the model's "
+                f"return heads, {block['discount_per_turn']:g}"
+            )
         if args.return_weight > 0 and self.returns["condition"] == "text":
-            raise InputError(f"return_weight: found {args.return_weight:g}, expected 0, as the model reads returns as "
-                             "text, and then no window is without a condition")
+            raise InputError(
+                f"return_weight: found {args.return_weight:g}, expected 0, as the model reads returns as "
+                "text, and then no window is without a condition"
+            )
         if args.return_weight > 0 and not self.renderer.closing_stays:
-            raise InputError("return_weight: found a chat template whose history does not hold the token that "
-                             "closes a turn, where return heads read; expected return_weight: 0, or template: plain")
+            raise InputError(
+                "return_weight: found a chat template whose history does not hold the token that "
+                "closes a turn, where return heads read; expected return_weight: 0, or template: plain"
+            )
         if args.return_weight > 0 and block is None:
             closing = {name: windows.flat[name][0][windows.closing_steps] for name in Step._fields}
             attach_return_heads(model, fit_heads(closing, args.bins, args.discount_per_turn))

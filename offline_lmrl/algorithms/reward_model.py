@@ -111,13 +111,17 @@ class RewardModelConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         if self.context is not None and self.head == "terminal":
-            raise InputError(f"context: found {self.context} with head: terminal, which reads all turns of a reply at "
-                             "once, expected none, or head: turn or token")
+            raise InputError(
+                f"context: found {self.context} with head: terminal, which reads all turns of a reply at "
+                "once, expected none, or head: turn or token"
+            )
         check_range(self, error_rate=(0, 0.999), margin=(0, 1e6), processes=(1, 10**6))
         for name in ("error_rate", "margin"):
             if self.loss != "pairs" and getattr(self, name) > 0:
-                raise InputError(f"{name}: found {getattr(self, name):g} with loss: {self.loss}, expected 0, as only "
-                                 "loss: pairs has one")
+                raise InputError(
+                    f"{name}: found {getattr(self, name):g} with loss: {self.loss}, expected 0, as only "
+                    "loss: pairs has one"
+                )
         if self.reference is not None and self.normalise == "none":
             raise InputError("reference: found it with normalise: none, expected centre or standard")
         if self.loss == "regression" and self.binarise:
@@ -176,15 +180,21 @@ class RewardModelTrainer(BaseTrainer):
     algorithm = "reward_model"
 
     @staticmethod
-    def read(args: RewardModelConfig, source: Rows | str | Path, counts: Counter[str] | None = None,
-             reward: str | None = None) -> Rows:
+    def read(
+        args: RewardModelConfig,
+        source: Rows | str | Path,
+        counts: Counter[str] | None = None,
+        reward: str | None = None,
+    ) -> Rows:
         if not isinstance(source, str | Path):
             return source
         if not holds_comparisons(source):
             return read_trajectories(source, counts=counts, reward=reward)
         if reward is not None:
-            raise InputError(f"data.reward: found {shown(reward)} for the comparisons of {source}, expected none: "
-                             "a comparison has no score of its own")
+            raise InputError(
+                f"data.reward: found {shown(reward)} for the comparisons of {source}, expected none: "
+                "a comparison has no score of its own"
+            )
         return store_comparisons(source, counts=counts, processes=args.processes)
 
     @staticmethod
@@ -217,9 +227,9 @@ class RewardModelTrainer(BaseTrainer):
                 self.counts[f"comparisons that bootstrap left out, useless to judge the run ({error})"] = len(left_out)
         self.out_of_bag: dict[str, float] = {}
         first = islice(rows, TEMPLATE_ROWS)
-        self.compare_with_template([
-            row.turns if isinstance(row, Trajectory) else (*row.context, *row.options[0]) for row in first
-        ])  # fmt: skip
+        self.compare_with_template(
+            [row.turns if isinstance(row, Trajectory) else (*row.context, *row.options[0]) for row in first]
+        )
         model.config.offline_lmrl = {
             "algorithm": self.algorithm,
             **rendering_block(self.renderer),
@@ -255,8 +265,10 @@ class RewardModelTrainer(BaseTrainer):
         if args.loss == "plackett_luce":
             for number, row in enumerate(rows, 1):
                 if row.ranking is None and len(row.options) > 2:
-                    raise InputError(f"loss: found plackett_luce, but comparison {number} has {len(row.options)} "
-                                     "options without a ranking; expected rankings, or loss: best_of_k")
+                    raise InputError(
+                        f"loss: found plackett_luce, but comparison {number} has {len(row.options)} "
+                        "options without a ranking; expected rankings, or loss: best_of_k"
+                    )
         encode = encode_scored if scored else encode_comparisons
         by_turn = reads_by_turn(args.head, args.window)
         encoded = encode(rows, self.renderer, args.window, counts, args.processes, by_turn)

@@ -80,8 +80,10 @@ class ModelConfig:
                 f"model: found path {self.path!r} and scratch {self.scratch!r}, expected exactly one of them"
             )
         if self.scratch is not None and self.lora is not None:
-            raise InputError("model.lora: found it beside model.scratch, expected model.path: an adapter is saved "
-                             "without its base, which has to lie somewhere")
+            raise InputError(
+                "model.lora: found it beside model.scratch, expected model.path: an adapter is saved "
+                "without its base, which has to lie somewhere"
+            )
 
 
 @dataclass
@@ -203,8 +205,9 @@ def open_environment(algorithm: str, environment: Mapping[str, Any] | None, play
     """What the algorithm plays in; None for one that learns from data. Raises: InputError where that does not fit."""
     if not load_algorithm(algorithm)[1].plays:
         if environment is not None:
-            raise InputError(f"environment: found {shown(environment)}, expected none, as {algorithm} learns from "
-                             "data")
+            raise InputError(
+                f"environment: found {shown(environment)}, expected none, as {algorithm} learns from data"
+            )
         return None
     if "name" not in (environment or {}):
         raise InputError(f"environment.name: missing, expected the environment that {algorithm} plays in")
@@ -358,8 +361,10 @@ def train(
         trainer = build_trainer(algorithm, model, rows, validation, args, world)
         checkpoint = None if there == "none" else trainer.last_checkpoint()
         if there == "shorter" and checkpoint is None and (folder / COMPLETE).exists():
-            raise InputError(f"{folder}: found no complete checkpoint, expected one to extend the run from: take "
-                             "another output_dir, or save_strategy: steps from the start")  # fmt: skip
+            raise InputError(
+                f"{folder}: found no complete checkpoint, expected one to extend the run from: take "
+                "another output_dir, or save_strategy: steps from the start"
+            )
         trainer.accelerator.wait_for_everyone()  # whoever reads the folder has read it
         if trainer.args.should_save:
             (folder / COMPLETE).unlink(missing_ok=True)  # of the shorter run
@@ -393,9 +398,13 @@ def _say_start(trainer: BaseTrainer, folder: Path, checkpoint: Path | None, exte
     step, steps = step_of(checkpoint), trainer.total_steps
     log.warning("%s: goes on at step %d of %d", folder, step, steps)
     if extended and trainer.args.lr_scheduler_type != "constant":
-        log.warning("%s: is extended to %d steps: from here on the learning rate follows a schedule of that length, "
-                    "the steps before followed a shorter one, so this is not quite one run of %d steps",
-                    folder, steps, steps)  # fmt: skip
+        log.warning(
+            "%s: is extended to %d steps: from here on the learning rate follows a schedule of that length, "
+            "the steps before followed a shorter one, so this is not quite one run of %d steps",
+            folder,
+            steps,
+            steps,
+        )
 
 
 def read_report(folder: str | Path) -> dict[str, Any]:

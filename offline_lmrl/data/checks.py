@@ -101,8 +101,12 @@ class CheckReport:
             console.print("no warnings")
 
 
-def check(trajectories_by_split: Mapping[str, Sequence[Trajectory]], renderer: "Renderer | None" = None,
-          max_length: int | None = None, counts: Mapping[str, int] | None = None) -> CheckReport:
+def check(
+    trajectories_by_split: Mapping[str, Sequence[Trajectory]],
+    renderer: "Renderer | None" = None,
+    max_length: int | None = None,
+    counts: Mapping[str, int] | None = None,
+) -> CheckReport:
     """Describes a data set and warns of what would make learning from it fail.
 
     Args:
@@ -117,14 +121,17 @@ def check(trajectories_by_split: Mapping[str, Sequence[Trajectory]], renderer: "
         warnings.append(f"rewards on untrained turns: {counts[REWARD_REMOVED]} removed, nothing learns from them")
     for name, trajectories in trajectories_by_split.items():
         if in_one_group(trajectories):
-            warnings.append(f"{name}: all {len(trajectories)} rows are in one group, {shown(trajectories[0].group)}, "
-                            "so none of them can be held back to test on")
+            warnings.append(
+                f"{name}: all {len(trajectories)} rows are in one group, {shown(trajectories[0].group)}, "
+                "so none of them can be held back to test on"
+            )
         splits[name] = _describe(trajectories, renderer, max_length)
         warnings.extend(f"{name}: {text}" for text in _warnings(splits[name], trajectories, renderer, max_length))
     keys = {name: {group_key(row) for row in rows} for name, rows in trajectories_by_split.items()}
     shared = {f"{a}, {b}": len(keys[a] & keys[b]) for a, b in combinations(keys, 2) if keys[a] & keys[b]}
-    warnings.extend(f"{pair}: {n} groups are in both splits, so one does not test the other"
-                    for pair, n in shared.items())
+    warnings.extend(
+        f"{pair}: {n} groups are in both splits, so one does not test the other" for pair, n in shared.items()
+    )
     return CheckReport(splits, shared, counts, warnings)
 
 
@@ -135,8 +142,9 @@ def score_columns(trajectories: Sequence[Trajectory]) -> list[str]:
         for name, value in trajectory.labels.items():
             if value is not None:
                 values[name].append(value)
-    return likely_scores(name for name, column in values.items()
-                         if all(map(is_score, column)) and len(set(map(str, column))) > 1)
+    return likely_scores(
+        name for name, column in values.items() if all(map(is_score, column)) and len(set(map(str, column))) > 1
+    )
 
 
 def token_table(trajectory: Trajectory, renderer: "Renderer") -> list[TokenRow]:
@@ -201,15 +209,18 @@ def _histogram(returns: np.ndarray) -> list[tuple[float, float, int]]:
     return [(float(low), float(high), int(n)) for low, high, n in zip(edges, edges[1:], rows, strict=False)]
 
 
-def _warnings(report: SplitReport, trajectories: Sequence[Trajectory], renderer: "Renderer | None",
-              max_length: int | None) -> Iterator[str]:
+def _warnings(
+    report: SplitReport, trajectories: Sequence[Trajectory], renderer: "Renderer | None", max_length: int | None
+) -> Iterator[str]:
     if not report.scored_turns:
         yield f"no turn has a reward, so there is nothing to prefer{reward_hint(score_columns(trajectories))}"
     elif report.distinct_returns == 1:
         yield f"all returns are equal ({report.mean_return:g}), so there is nothing to prefer"
     if not _can_stitch(trajectories):
-        yield ("no stitching possible: no observation recurs in different rows with different replies, "
-               "so values can only rank whole rows")
+        yield (
+            "no stitching possible: no observation recurs in different rows with different replies, "
+            "so values can only rank whole rows"
+        )
     if report.truncated is not None and report.truncated > report.rows / 2:
         yield f"{report.truncated} of {report.rows} rows are longer than {max_length} tokens and lose oldest turns"
     if renderer is not None:
@@ -224,13 +235,18 @@ def first_difference(renderer: "Renderer", dialogues: Sequence[Sequence[Turn]]) 
 
     The stock template is slow, so only the first TEMPLATE_ROWS are compared.
     """
-    found = {number: text for number, turns in enumerate(dialogues[:TEMPLATE_ROWS], 1)
-             if (text := renderer.differences(turns)) is not None}  # fmt: skip
+    found = {
+        number: text
+        for number, turns in enumerate(dialogues[:TEMPLATE_ROWS], 1)
+        if (text := renderer.differences(turns)) is not None
+    }
     if not found:
         return None
     number, text = next(iter(found.items()))
-    return (f"{len(found)} of the first {min(TEMPLATE_ROWS, len(dialogues))} rows: the stock chat template prints "
-            f"them differently; row {number}: {text}")
+    return (
+        f"{len(found)} of the first {min(TEMPLATE_ROWS, len(dialogues))} rows: the stock chat template prints "
+        f"them differently; row {number}: {text}"
+    )
 
 
 def _can_stitch(trajectories: Sequence[Trajectory]) -> bool:
@@ -257,18 +273,33 @@ def _observed(turns: Sequence[Turn]) -> Iterator[tuple[tuple, str]]:
 
 
 def _facts_table(splits: Mapping[str, SplitReport]) -> "Table":
-    names = ("rows", "turns", "agent_turns", "scored_turns", "groups", "duplicates", "tokens", "agent_token_share",
-             "truncated", "terminated_share", "mean_return", "distinct_returns")
+    names = (
+        "rows",
+        "turns",
+        "agent_turns",
+        "scored_turns",
+        "groups",
+        "duplicates",
+        "tokens",
+        "agent_token_share",
+        "truncated",
+        "terminated_share",
+        "mean_return",
+        "distinct_returns",
+    )
     rows = [(name.replace("_", " "), *(getattr(split, name) for split in splits.values())) for name in names]
-    rows += [(f"return {level}", *(split.return_quantiles[level] for split in splits.values()))
-             for level in _QUANTILES]
+    rows += [
+        (f"return {level}", *(split.return_quantiles[level] for split in splits.values())) for level in _QUANTILES
+    ]
     return _table("data", ["", *splits], [row for row in rows if any(value is not None for value in row[1:])])
 
 
 def _histogram_table(name: str, split: SplitReport) -> "Table":
     most = max(n for _, _, n in split.histogram)
-    rows = [(f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}", n, "█" * round(30 * n / most))
-            for low, high, n in split.histogram]
+    rows = [
+        (f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}", n, "█" * round(30 * n / most))
+        for low, high, n in split.histogram
+    ]
     return _table(f"{name}: returns", ["return", "rows", ""], rows)
 
 

@@ -107,8 +107,9 @@ class Comparison:
         labels = dict(self.labels)
         if "options" in labels:
             labels["options"] = [labels["options"][i] for i in places]
-        return replace(self, options=tuple(self.options[i] for i in places), target=tuple(target), ranking=ranking,
-                       labels=labels)
+        return replace(
+            self, options=tuple(self.options[i] for i in places), target=tuple(target), ranking=ranking, labels=labels
+        )
 
 
 def to_record(comparison: Comparison) -> dict[str, Any]:
@@ -118,13 +119,21 @@ def to_record(comparison: Comparison) -> dict[str, Any]:
     """
     ranking = None if comparison.ranking is None else [list(tied) for tied in comparison.ranking]
     options = [messages_of(option) for option in comparison.options]
-    return {"context": messages_of(comparison.context), "options": options,
-            "target": list(comparison.target), "ranking": ranking, "weight": comparison.weight,
-            "group": comparison.group, "source": comparison.source, "labels": labels_text(comparison.labels)}
+    return {
+        "context": messages_of(comparison.context),
+        "options": options,
+        "target": list(comparison.target),
+        "ranking": ranking,
+        "weight": comparison.weight,
+        "group": comparison.group,
+        "source": comparison.source,
+        "labels": labels_text(comparison.labels),
+    }
 
 
-def build_comparison(context: Sequence[Turn], options: Sequence[Sequence[Turn]], record: Mapping[str, Any],
-                     where: str) -> Comparison:
+def build_comparison(
+    context: Sequence[Turn], options: Sequence[Sequence[Turn]], record: Mapping[str, Any], where: str
+) -> Comparison:
     """A comparison of these turns with the other fields of a record; absent and null fields take their defaults.
 
     Raises InputError with `where` in front for what `Comparison` refuses.
@@ -141,8 +150,10 @@ def _as_context(turn: Any, i: int) -> Turn:
     if not isinstance(turn, Turn):
         raise InputError(f"context[{i}]: found {shown(turn)}, expected a Turn")
     if turn.trainable or turn.reward is not None:
-        raise InputError(f"context[{i}]: found a turn that is trainable or has a reward, expected turns for which "
-                         "nobody is credited")
+        raise InputError(
+            f"context[{i}]: found a turn that is trainable or has a reward, expected turns for which "
+            "nobody is credited"
+        )
     return replace(turn, trainable=False) if turn.is_trainable else turn
 
 
@@ -159,8 +170,10 @@ def _check_option(option: tuple[Turn, ...], name: str) -> None:
 def _target(target: Any, size: int) -> tuple[float, ...]:
     values = tuple(finite("target", value) for value in require_list("target", target))
     if len(values) != size or min(values) < 0 or not math.isclose(math.fsum(values), 1.0, abs_tol=1e-6):
-        raise InputError(f"target: found {shown(list(values))} for {size} options, expected one probability for each "
-                         "option, which sum to 1")
+        raise InputError(
+            f"target: found {shown(list(values))} for {size} options, expected one probability for each "
+            "option, which sum to 1"
+        )
     return values
 
 
@@ -169,19 +182,25 @@ def _ranking(ranking: Any, target: tuple[float, ...]) -> tuple[tuple[int, ...], 
     places = [place for tied in groups for place in tied]
     whole = all(isinstance(place, Integral) and not isinstance(place, bool) for place in places)
     if not whole or not all(groups) or sorted(places) != list(range(len(target))):
-        raise InputError(f"ranking: found {shown(ranking)} for {len(target)} options, expected groups that hold the "
-                         "place of each option, from 0, once")
+        raise InputError(
+            f"ranking: found {shown(ranking)} for {len(target)} options, expected groups that hold the "
+            "place of each option, from 0, once"
+        )
     for better, worse in zip(groups, groups[1:], strict=False):
         if min(target[i] for i in better) < max(target[i] for i in worse):
-            raise InputError(f"target: found {shown(list(target))} beside the ranking {shown(ranking)}, best first, "
-                             "expected no more on options that are ranked lower")
+            raise InputError(
+                f"target: found {shown(list(target))} beside the ranking {shown(ranking)}, best first, "
+                "expected no more on options that are ranked lower"
+            )
     return tuple(tuple(int(place) for place in tied) for tied in groups)
 
 
 def _check_labels(labels: Any, size: int) -> None:
     require_labels(labels)
     if "options" in labels and (not isinstance(labels["options"], list) or len(labels["options"]) != size):
-        raise InputError(f"labels.options: found {shown(labels['options'])} for {size} options, expected a list with "
-                         "an entry for each option")
+        raise InputError(
+            f"labels.options: found {shown(labels['options'])} for {size} options, expected a list with "
+            "an entry for each option"
+        )
     if labels.get("strength") is not None and finite("labels.strength", labels["strength"]) < 0:
         raise InputError(f"labels.strength: found {labels['strength']}, expected a number from 0 up")

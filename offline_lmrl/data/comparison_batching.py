@@ -72,8 +72,18 @@ class ComparisonDataset(torch.utils.data.Dataset):
       pad_id: fills the right of shorter rows; the attention mask, not the id, says what is real.
     """
 
-    def __init__(self, input_ids: FlatLists, actions: FlatLists, row_offsets: np.ndarray, offsets: np.ndarray,
-                 target: np.ndarray, rank: np.ndarray, weight: np.ndarray, strength: np.ndarray, pad_id: int):
+    def __init__(
+        self,
+        input_ids: FlatLists,
+        actions: FlatLists,
+        row_offsets: np.ndarray,
+        offsets: np.ndarray,
+        target: np.ndarray,
+        rank: np.ndarray,
+        weight: np.ndarray,
+        strength: np.ndarray,
+        pad_id: int,
+    ):
         self.input_ids, self.actions, self.pad_id = input_ids, actions, pad_id
         self.row_offsets, self.offsets = row_offsets, offsets
         self.target, self.rank, self.weight, self.strength = target, rank, weight, strength
@@ -132,9 +142,13 @@ def collate_comparisons(items: Sequence[ComparisonRef]) -> ComparisonBatch:
 
 
 def encode_comparisons(
-    comparisons: Sequence[Comparison], renderer: Renderer, window: WindowRule, counts: Counter[str],
-    processes: int = 1, by_turn: bool = False,
-) -> ComparisonDataset:  # fmt: skip
+    comparisons: Sequence[Comparison],
+    renderer: Renderer,
+    window: WindowRule,
+    counts: Counter[str],
+    processes: int = 1,
+    by_turn: bool = False,
+) -> ComparisonDataset:
     """Renders every comparison once; all that a batch needs lies in files without a name in the temporary folder.
 
     Where a comparison is longer than `window` allows, all its options lose the same oldest turns of the context, and
@@ -150,9 +164,13 @@ def encode_comparisons(
 
 
 def encode_scored(
-    trajectories: Sequence[Trajectory], renderer: Renderer, window: WindowRule, counts: Counter[str],
-    processes: int = 1, by_turn: bool = False,
-) -> ComparisonDataset:  # fmt: skip
+    trajectories: Sequence[Trajectory],
+    renderer: Renderer,
+    window: WindowRule,
+    counts: Counter[str],
+    processes: int = 1,
+    by_turn: bool = False,
+) -> ComparisonDataset:
     """Scored trajectories as comparisons of one option: all from the first agent turn on, with the return as target.
 
     Args, Raises: as `encode_comparisons`.
@@ -236,9 +254,11 @@ def _dataset(
             file.write(bytes(8))  # the first list starts at 0
         for part, mine in map_in_order(partial(_rendered, rows, encode), places, processes):
             counts.update(mine)
-            ends = {"token_ends": tokens + np.asarray(part.token_ends),
-                    "row_ends": lists + np.asarray(part.row_ends),
-                    "option_ends": options + np.asarray(part.option_ends)}  # fmt: skip
+            ends = {
+                "token_ends": tokens + np.asarray(part.token_ends),
+                "row_ends": lists + np.asarray(part.row_ends),
+                "option_ends": options + np.asarray(part.option_ends),
+            }
             tokens, lists = tokens + len(part.input_ids), lists + len(part.token_ends)
             options += len(part.target)
             for file, values in zip(files, part._replace(**ends), strict=True):
@@ -247,8 +267,9 @@ def _dataset(
             raise InputError(f"comparisons: found none that fits, expected at least one ({dict(counts)})")
         read = _Rendered(*(np.asarray(np.memmap(file, code, "r")) for file, code in zip(files, _CODES, strict=True)))
     flat = (read.input_ids, read.token_ends), (read.actions, read.token_ends)
-    return ComparisonDataset(*flat, read.row_ends, read.option_ends, read.target, read.rank, read.weight,
-                             read.strength, pad_id)  # fmt: skip
+    return ComparisonDataset(
+        *flat, read.row_ends, read.option_ends, read.target, read.rank, read.weight, read.strength, pad_id
+    )
 
 
 def fitting(
@@ -265,16 +286,24 @@ def _own_rows(
     comparison: Comparison, renderer: Renderer, window: WindowRule, counts: Counter[str], by_turn: bool = False
 ) -> list[list[Row]] | None:
     """`encode_options` of a comparison, whose sampled ids are used where they are this renderer's."""
-    turns = [with_own_token_ids(Trajectory((*comparison.context, *option), labels=comparison.labels),
-                                renderer.fingerprint).turns for option in comparison.options]  # fmt: skip
+    turns = [
+        with_own_token_ids(
+            Trajectory((*comparison.context, *option), labels=comparison.labels), renderer.fingerprint
+        ).turns
+        for option in comparison.options
+    ]
     start = len(comparison.context)
     return encode_options(turns[0][:start], [row[start:] for row in turns], renderer, window, counts, by_turn)
 
 
 def encode_options(
-    context: Sequence[Turn], options: Sequence[Sequence[Turn]], renderer: Renderer, window: WindowRule,
-    counts: Counter[str], by_turn: bool = False,
-) -> list[list[Row]] | None:  # fmt: skip
+    context: Sequence[Turn],
+    options: Sequence[Sequence[Turn]],
+    renderer: Renderer,
+    window: WindowRule,
+    counts: Counter[str],
+    by_turn: bool = False,
+) -> list[list[Row]] | None:
     """Per option its rows: tokens, and what each token is (no action, an action, an action that closes its turn).
 
     Sampled ids, if there are any, must be this renderer's. None where an option does not fit; `counts` is told of that
@@ -302,9 +331,12 @@ _Spans = list[tuple[int, int, int]]
 
 
 def _cut_as_one_turn(
-    rows: Sequence[Sequence[Turn]], encoded: Sequence[Sequence[EncodedTurn]], start: int, renderer: Renderer,
+    rows: Sequence[Sequence[Turn]],
+    encoded: Sequence[Sequence[EncodedTurn]],
+    start: int,
+    renderer: Renderer,
     window: WindowRule,
-) -> list[_Spans] | None:  # fmt: skip
+) -> list[_Spans] | None:
     """One row per option, from turn `start` on. All options together are one coming turn, as long as the longest of
     them, so the context stays the same for all. None where that does not fit."""
     head = leading_system_turns(rows[0][:start])
@@ -316,9 +348,12 @@ def _cut_as_one_turn(
 
 
 def _cut_by_turn(
-    rows: Sequence[Sequence[Turn]], encoded: Sequence[Sequence[EncodedTurn]], start: int, renderer: Renderer,
+    rows: Sequence[Sequence[Turn]],
+    encoded: Sequence[Sequence[EncodedTurn]],
+    start: int,
+    renderer: Renderer,
     window: WindowRule,
-) -> list[_Spans] | None:  # fmt: skip
+) -> list[_Spans] | None:
     """One row per agent turn from turn `start` on, cut as the window of a policy. None where one does not fit."""
     cuts = []
     for row, turns in zip(rows, encoded, strict=True):
@@ -330,9 +365,13 @@ def _cut_by_turn(
 
 
 def _row(
-    turns: Sequence[Turn], encoded: Sequence[EncodedTurn], start: int, first: int, renderer: Renderer,
+    turns: Sequence[Turn],
+    encoded: Sequence[EncodedTurn],
+    start: int,
+    first: int,
+    renderer: Renderer,
     counts: Counter[str],
-) -> tuple[list[int], list[int]]:  # fmt: skip
+) -> tuple[list[int], list[int]]:
     """A context and, from turn `start` on, a reply: tokens, and what each token is.
 
     Where the template prints no closing, the agent's closing token ends the row: scores are read there. Inside an

@@ -19,8 +19,11 @@ from offline_lmrl.ops.intervals import student_t, wilson
 Feature = Callable[[Comparison, int], float]  # of one option of a comparison
 Pair = tuple[Comparison, int, int]  # two options of a comparison
 
-_REFUSAL = re.compile(r"\b(i can ?(no|['’])t|i(['’]m| am) (sorry|afraid|unable|not (able|sure|comfortable))|"
-                      r"i (won['’]t|will not)|i (do not|don['’]t) (think|want|feel)|as an ai)\b", re.IGNORECASE)
+_REFUSAL = re.compile(
+    r"\b(i can ?(no|['’])t|i(['’]m| am) (sorry|afraid|unable|not (able|sure|comfortable))|"
+    r"i (won['’]t|will not)|i (do not|don['’]t) (think|want|feel)|as an ai)\b",
+    re.IGNORECASE,
+)
 _TEMPLATE = re.compile(r"<\|[^|<>]*\|>|</?s>|\[/?INST\]|<(start|end)_of_turn>|\b(Human|Assistant|User):")
 _ANNOTATORS = {"annotator", "worker", "labeler"}
 _OUTCOMES = ("wins", "losses", "ties")
@@ -54,7 +57,8 @@ def tally(comparisons: Sequence[Comparison], features: Mapping[str, Feature] | N
     counts["pairs"] += len(pairs)
     counts["decided"] += len(decided)
     counts["same"] += sum(
-        normalised(_text(row.options[i])) == normalised(_text(row.options[j])) for row, i, j in pairs)
+        normalised(_text(row.options[i])) == normalised(_text(row.options[j])) for row, i, j in pairs
+    )
     for row, i, j in pairs:
         counts.update(_shared_start(_text(row.options[i]), _text(row.options[j])))
     groups = _by_group(decided)
@@ -81,10 +85,14 @@ def facts(counts: Counter) -> dict[str, Any]:
         "characters of a context": _quantiles(counts, "context"),
         "characters of a reply": _quantiles(counts, "reply"),
         "share of the characters that is compared": round(
-            compared / max(1, compared + counts["characters of contexts"]), 4),
-        "checks": {"replies equal up to case and punctuation": counts["same"],
-                   "pairs that a split by characters, as in TRL, would cut inside a reply": counts["inside a reply"],
-                   "of those, inside a word": counts["inside a word"], **_check_facts(counts)},
+            compared / max(1, compared + counts["characters of contexts"]), 4
+        ),
+        "checks": {
+            "replies equal up to case and punctuation": counts["same"],
+            "pairs that a split by characters, as in TRL, would cut inside a reply": counts["inside a reply"],
+            "of those, inside a word": counts["inside a word"],
+            **_check_facts(counts),
+        },
         "baselines": {name: _accuracy(groups) for name, groups in competed.items()},
     }
 
@@ -199,7 +207,8 @@ def _check_facts(counts: Counter) -> dict[str, Any]:
     return {
         "rows that share their first user turn with another": counts["siblings"],
         "share of a random 20% of rows with a sibling in the rest": round(
-            counts["expected siblings"] / max(counts["rows"], 1), 4),
+            counts["expected siblings"] / max(counts["rows"], 1), 4
+        ),
         "replies of at most one word": counts["short"],
         "replies with a refusal in them": counts["refusals"],
         "texts with a speaker tag or a token of a chat template": counts["templates"],
@@ -236,8 +245,9 @@ def merge_repeats(comparisons: Sequence[Comparison], counts: Counter[str]) -> li
 def _merged(rows: Sequence[Comparison], counts: Counter[str]) -> Comparison:
     first, weight = rows[0], math.fsum(row.weight for row in rows)
     target = tuple(math.fsum(row.weight * row.target[i] for row in rows) / weight for i in range(len(first.options)))
-    agreed = all((row.ranking, row.labels.get("strength")) == (first.ranking, first.labels.get("strength"))
-                 for row in rows)
+    agreed = all(
+        (row.ranking, row.labels.get("strength")) == (first.ranking, first.labels.get("strength")) for row in rows
+    )
     others = [dict(row.labels) for row in rows[1:]]
     kept = [labels for labels in others if not nests_too_deep({"merged": [labels]})]
     if len(kept) < len(others):
@@ -245,8 +255,16 @@ def _merged(rows: Sequence[Comparison], counts: Counter[str]) -> Comparison:
     labels = {**first.labels, "merged": kept}
     if not agreed:
         labels.pop("strength", None)
-    return Comparison(first.context, first.options, target, first.ranking if agreed else None, weight, first.group,
-                      first.source, labels)
+    return Comparison(
+        first.context,
+        first.options,
+        target,
+        first.ranking if agreed else None,
+        weight,
+        first.group,
+        first.source,
+        labels,
+    )
 
 
 def _replies(row: Comparison | Trajectory) -> list[tuple[int, str]]:

@@ -51,8 +51,9 @@ def check_ask(ask: float | str | None) -> None:
     number = isinstance(ask, int | float) and not isinstance(ask, bool) and math.isfinite(ask)
     named = isinstance(ask, str) and (ASK_NAMES.fullmatch(ask) or STATE_ASKS.fullmatch(ask))
     if not (ask is None or number or named):
-        raise InputError(f"ask: found {shown(ask)}, expected a finite number, max, p0 to p100, auto, auto:RUN, or "
-                         "expert:κ")
+        raise InputError(
+            f"ask: found {shown(ask)}, expected a finite number, max, p0 to p100, auto, auto:RUN, or expert:κ"
+        )
 
 
 def check_binning(kind: str, bins: int, per: str) -> None:
@@ -85,8 +86,10 @@ class ReturnTable:
         """From returns at turn starts, at least two distinct ones, and those of whole trajectories."""
         number = len(distinct(at_turns)[0])
         if kind == "unique" and number > bins:
-            raise InputError(f"binning: found unique and {number} distinct returns, expected at most bins "
-                             f"({bins}); take linear or quantile")
+            raise InputError(
+                f"binning: found unique and {number} distinct returns, expected at most bins "
+                f"({bins}); take linear or quantile"
+            )
         edges = fit_edges(at_turns, kind, bins)
         counts = np.bincount(np.searchsorted(edges, at_turns, side="right"))
         quantiles = np.quantile(of_trajectories, np.linspace(0, 1, 101))
@@ -176,8 +179,10 @@ class ReturnScale:
         """
         check_binning(kind, bins, per)
         if not any(LABEL in t.labels or any(turn.reward is not None for turn in t.turns) for t in trajectories):
-            raise InputError("training data: found no rewards, expected some to condition on; score the data, "
-                             "or train without a condition (algorithm: bc)")
+            raise InputError(
+                "training data: found no rewards, expected some to condition on; score the data, "
+                "or train without a condition (algorithm: bc)"
+            )
         episodes: dict[str, list[list[float]]] = {}
         for trajectory in trajectories:
             if returns := returns_to_go(trajectory, discount_per_turn):
@@ -187,8 +192,10 @@ class ReturnScale:
         for task in [task for task, number in different.items() if number < 2]:
             whose = f" of task {task!r}" if per == "task" else ""
             remedy = "take per: global" if len(episodes) > 1 else "train without a condition (algorithm: bc)"
-            raise InputError(f"training data: found one return, {at_turns[task][0]:g}, at every agent turn{whose}, "
-                             f"expected at least two to tell apart; {remedy}")
+            raise InputError(
+                f"training data: found one return, {at_turns[task][0]:g}, at every agent turn{whose}, "
+                f"expected at least two to tell apart; {remedy}"
+            )
         if kind == "auto":
             kind = "unique" if max(different.values()) <= bins else "linear"
         tables = {
@@ -207,8 +214,10 @@ class ReturnScale:
         name = task if self.per == "task" else ""
         if name not in self.tables:
             known = ", ".join(map(repr, sorted(self.tables)[:8]))
-            raise InputError(f"task: found {shown(task)}, expected one of the training data, as returns are binned "
-                             f"per task: {known}")
+            raise InputError(
+                f"task: found {shown(task)}, expected one of the training data, as returns are binned "
+                f"per task: {known}"
+            )
         return self.tables[name]
 
     def bin_of(self, value: float, task: str = "") -> int:
@@ -242,8 +251,10 @@ class ReturnScale:
         percent = 100 if name == "max" else int(name.removeprefix("p"))
         if percent <= 50 or not self.bin_of(asked, task) == self.bin_of(median, task) < self.bin_of(best, task):
             return None
-        return (f"ask: found {name}, {asked:g} in the training data and told as their median is, expected more than "
-                f"the usual return; the best is {best:g} (ask: max)")
+        return (
+            f"ask: found {name}, {asked:g} in the training data and told as their median is, expected more than "
+            f"the usual return; the best is {best:g} (ask: max)"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -279,8 +290,10 @@ def with_slots(
     n, opening = len(opening), list(opening)
     past = opening if past_opening is None else list(past_opening)
     if list(prompt[-n:]) != opening:
-        raise InputError(f"prompt: found {list(prompt[-n:])} at its end, expected the agent's opening {opening}: a "
-                         "return is told directly before it")
+        raise InputError(
+            f"prompt: found {list(prompt[-n:])} at its end, expected the agent's opening {opening}: a "
+            "return is told directly before it"
+        )
     told: list[int] = []
     for i, token in enumerate(prompt):
         if i == len(prompt) - n or list(prompt[i : i + len(past)]) == past and i < len(prompt) - n:
@@ -317,8 +330,10 @@ class Slots:
             texts = texts_of(block)
             null, bins = (), tuple(tuple(renderer.encode_content(text)) for text in texts)
             if len({*bins, null}) <= len(bins):
-                raise InputError(f"text: found {shown(texts[0])} and others that the tokenizer does not tell apart, "
-                                 "expected a text with {bin} that it can spell")
+                raise InputError(
+                    f"text: found {shown(texts[0])} and others that the tokenizer does not tell apart, "
+                    "expected a text with {bin} that it can spell"
+                )
         return cls(scale, null, bins, block["discount_per_turn"])
 
     def ids(self, value: float | None, task: str = "") -> Ids:

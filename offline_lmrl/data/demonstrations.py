@@ -103,8 +103,10 @@ def draw_prompts(
         available = len(known) - excludes
         if available < spec.n:
             others = " beside the row itself" if excludes else ""
-            raise InputError(f"row {row + 1}: prompt.n: found {available} demonstrations of task {trajectory.task!r}"
-                             f"{others}, expected at least {spec.n}")
+            raise InputError(
+                f"row {row + 1}: prompt.n: found {available} demonstrations of task {trajectory.task!r}"
+                f"{others}, expected at least {spec.n}"
+            )
         rng = np.random.default_rng((spec.seed, row))
         if rng.random() < spec.drop:
             yield ()
@@ -172,6 +174,8 @@ def encode_prompts(
     for row, part in enumerate(draw_prompts(spec, trajectories, demonstrations)):
         ids = prompt_ids(part, renderer, slots)
         if len(ids) > spec.max_tokens:
-            raise InputError(f"row {row + 1}: prompt.max_tokens: found a prompt of {len(ids)} tokens, expected at "
-                             f"most {spec.max_tokens}; raise it, show fewer demonstrations, or a part of them")
+            raise InputError(
+                f"row {row + 1}: prompt.max_tokens: found a prompt of {len(ids)} tokens, expected at "
+                f"most {spec.max_tokens}; raise it, show fewer demonstrations, or a part of them"
+            )
         yield ids

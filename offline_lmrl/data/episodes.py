@@ -93,9 +93,7 @@ class EpisodeEncoder:
         self.renderer, self.window, self.steps, self.scale, self.slots = renderer, window, steps, scale, slots
         self.replies = replies
 
-    def encode(
-        self, trajectory: Trajectory, counts: Counter[str], prompt: tuple[int, ...] = ()
-    ) -> Iterator[Window]:
+    def encode(self, trajectory: Trajectory, counts: Counter[str], prompt: tuple[int, ...] = ()) -> Iterator[Window]:
         """All windows of a trajectory; `counts` receives what was dropped or has no target, by reason.
 
         prompt: ids that every window begins with, behind the preamble (data/demonstrations.py).
@@ -221,8 +219,10 @@ class _Episode:
         places = [*range(self.head), *range(max(span.first, self.head), span.answered)]
         ends = accumulate(map(len, pieces), initial=len(self.preamble))
         # The place of a turn's first action is the same in all its forms but for the opening after system turns.
-        starts = (end + len(piece) - len(self.encoded[i].ids) if self.from_environment[i] else end
-                  for i, piece, end in zip(places, pieces, ends, strict=False))  # fmt: skip
+        starts = (
+            end + len(piece) - len(self.encoded[i].ids) if self.from_environment[i] else end
+            for i, piece, end in zip(places, pieces, ends, strict=False)
+        )
         return ids, {i: start + self.encoded[i].action_start - 1 for i, start in zip(places, starts, strict=True)}
 
     def _opening(self, index: int) -> tuple[int, ...]:
@@ -304,8 +304,19 @@ class _Episode:
                 paid, discount, place, counts = 0.0, gamma, (OWN, opening + k + 1), 1.0
             total, factor = self._return_from(index, k, *self.after[index]) if has_target else (0.0, 0.0)
             yield Step(
-                state=opening + k, action=actions[k], reward=paid if has_target else 0.0, discount=discount,
-                next_extra=place[0], next_state=place[1], bootstrap=counts, has_target=has_target,
-                closes_turn=k == n - 1 and not (is_last and self.end == "unfinished"), turn=index, open_state=opening,
-                return_to_go=total, end_extra=end[0], end_state=end[1], end_discount=factor,
-            )  # fmt: skip
+                state=opening + k,
+                action=actions[k],
+                reward=paid if has_target else 0.0,
+                discount=discount,
+                next_extra=place[0],
+                next_state=place[1],
+                bootstrap=counts,
+                has_target=has_target,
+                closes_turn=k == n - 1 and not (is_last and self.end == "unfinished"),
+                turn=index,
+                open_state=opening,
+                return_to_go=total,
+                end_extra=end[0],
+                end_state=end[1],
+                end_discount=factor,
+            )

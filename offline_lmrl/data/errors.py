@@ -54,7 +54,7 @@ def listed(names: Iterable[str]) -> str:
 def _parts(value: Any) -> Iterator[str]:
     """The text that `repr` gives, piece by piece; of text and bytes the beginning."""
     if isinstance(value, str | bytes):
-        yield repr(value[:_SHOWN + 1])
+        yield repr(value[: _SHOWN + 1])
     elif isinstance(value, int) and value.bit_length() > _BITS:
         yield f"a whole number of {value.bit_length()} bits"
     elif type(value) in (list, tuple, dict):
@@ -103,10 +103,13 @@ def opening(name: str | Path, what: str) -> Iterator[None]:
     except Exception as error:
         first = _first_line(error)
         if os.path.isdir(name):  # False for what no path can be
-            raise InputError(f"{name}: found a folder whose {what} cannot be read ({first}), "
-                             f"expected a {what} that transformers opens") from error
-        raise InputError(f"{name}: found no such folder, and the hub gave no {what} of that name ({first}), "
-                         "expected one of them") from error
+            raise InputError(
+                f"{name}: found a folder whose {what} cannot be read ({first}), "
+                f"expected a {what} that transformers opens"
+            ) from error
+        raise InputError(
+            f"{name}: found no such folder, and the hub gave no {what} of that name ({first}), expected one of them"
+        ) from error
 
 
 @contextmanager
@@ -172,7 +175,7 @@ def in_our_words(message: str, prefix: str = "") -> str:
 
 def _short(text: str) -> str:
     """A value as jsonargparse prints it, no longer than `shown` shows one."""
-    return text if len(text) <= _SHOWN else text[:_SHOWN - 3] + "..."
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def _plain_type(text: str) -> str:

@@ -84,14 +84,19 @@ def differences(found: Any, expected: Any, where: str = "") -> dict[str, tuple[A
         return {} if found == expected else {where: (found, expected)}
     names = {**expected, **(found if where else {})}
     below = f"{where}." if where else ""
-    return {place: values for name in names
-            for place, values in differences(found.get(name), expected.get(name), f"{below}{name}").items()}
+    return {
+        place: values
+        for name in names
+        for place, values in differences(found.get(name), expected.get(name), f"{below}{name}").items()
+    }
 
 
 def say_differences(found: Any, expected: Any) -> str:
     """All settings that two resolved configs disagree on, in one line; "" where they agree."""
-    return "; ".join(f"{name}: found {shown(there)}, expected {shown(here)}"
-                     for name, (there, here) in differences(found, expected).items())
+    return "; ".join(
+        f"{name}: found {shown(there)}, expected {shown(here)}"
+        for name, (there, here) in differences(found, expected).items()
+    )
 
 
 def sync(path: Path) -> None:
@@ -143,8 +148,10 @@ def locked(folder: str | Path) -> Iterator[None]:
         try:
             descriptor = None if place in _held else _lock(folder)
         except BlockingIOError as error:
-            raise InputError(f"{folder}: found another command at work in this folder, expected one at a time: "
-                             "wait until it is done, or take another output") from error
+            raise InputError(
+                f"{folder}: found another command at work in this folder, expected one at a time: "
+                "wait until it is done, or take another output"
+            ) from error
     if descriptor is not None:
         _held[place] = descriptor
     try:
@@ -206,8 +213,9 @@ def _lock(path: Path) -> int | None:
         raise
     except OSError as error:
         os.close(descriptor)
-        logging.getLogger(__name__).warning("%s: cannot be locked (%s): run one command at a time there", path,
-                                            error.strerror)
+        logging.getLogger(__name__).warning(
+            "%s: cannot be locked (%s): run one command at a time there", path, error.strerror
+        )
         return None
     return descriptor
 

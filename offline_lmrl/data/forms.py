@@ -46,16 +46,18 @@ REWARD_REMOVED = "repaired: reward removed from an untrained turn"
 ROW_REWARD = "repaired: reward of the row put on its last agent turn"
 ABSTAINED = "abstained, no reply"
 
-COMPARISON_FIELDS = (("chosen",), ("rejected",), ("responses", "ranks"), ("responses", "rank"),
-                     ("options", "target"))
+COMPARISON_FIELDS = (("chosen",), ("rejected",), ("responses", "ranks"), ("responses", "rank"), ("options", "target"))
 
 DIALOGUES = ("messages", "conversations", "conversation")  # columns that hold a whole dialogue
 COMPLETIONS = ("completion", "response")
 _ROLE_NAMES = {
-    **{role: role for role in ROLES}, "developer": "system", "human": "user", "prompter": "user",
+    **{role: role for role in ROLES},
+    "developer": "system",
+    "human": "user",
+    "prompter": "user",
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot", "ai", "function_call"), "assistant"),
     **dict.fromkeys(("function", "function_response", "tool_response", "observation"), "tool"),
-}  # fmt: skip
+}
 _MESSAGE_FIELDS = {"role", "content", "reasoning_content", *OPTIONAL_TURN_FIELDS}
 _ROW_FIELDS = {"terminated", "group", "task", "source", "labels"}
 _SCORE_NAMES = ("score", "rating", "label", "stars", "thumb", "thumbs", "feedback", "quality")
@@ -126,14 +128,17 @@ def extra_columns(row: Mapping, names: set[str], repairs: Counter) -> dict[str, 
     return extra
 
 
-def _turns(row: Mapping, present: set[str], where: str, repairs: Counter,
-           reward: str | None) -> tuple[list[Turn], str, set[str]]:
+def _turns(
+    row: Mapping, present: set[str], where: str, repairs: Counter, reward: str | None
+) -> tuple[list[Turn], str, set[str]]:
     """The turns, the group where the row gives none, and the fields used up."""
     for fields in COMPARISON_FIELDS:
         if set(fields) <= present:
-            raise InputError(f"{where}: {fields[0]}: found a comparison, expected a scored row (messages, or prompt, "
-                             "completion and reward or label); comparisons are scored by to_trajectories, or "
-                             "data.preference")
+            raise InputError(
+                f"{where}: {fields[0]}: found a comparison, expected a scored row (messages, or prompt, "
+                "completion and reward or label); comparisons are scored by to_trajectories, or "
+                "data.preference"
+            )
     dialogue = next((name for name in DIALOGUES if name in present), None)
     completion = next((name for name in COMPLETIONS if name in present), None)
     if dialogue is not None:
@@ -171,9 +176,12 @@ def read_prompt(value: Any, where: str, repairs: Counter) -> list[Turn]:
     if isinstance(value, str):
         return [Turn("user", read_text(value))] if value else []  # without a prompt the agent opens
     if isinstance(value, Sequence):
-        value = [{**message, "trainable": False}
-                 if isinstance(message, Mapping) and _role(message) == "assistant" else message
-                 for message in value]
+        value = [
+            {**message, "trainable": False}
+            if isinstance(message, Mapping) and _role(message) == "assistant"
+            else message
+            for message in value
+        ]
     return read_messages(value, where, "prompt", repairs)
 
 
@@ -192,16 +200,16 @@ def _prompt_score(
     if reward is None and "reward" not in row and "label" not in row:
         known = {*_ROW_FIELDS, "prompt", *COMPLETIONS}
         columns = likely_scores(name for name, value in row.items() if name not in known and is_score(value))
-        raise InputError(f"{where}: reward: found neither reward nor label, expected one of them (null = not scored)"
-                         f"{reward_hint(columns)}")
+        raise InputError(
+            f"{where}: reward: found neither reward nor label, expected one of them (null = not scored)"
+            f"{reward_hint(columns)}"
+        )
     score = _score(row, turns, reward, where, repairs)
     label = None if reward is not None else thumb(row.get("label"), "label", where, repairs)
     return float(label) if score is None and label is not None else score
 
 
-def _score(
-    row: Mapping, turns: Sequence[Turn], column: str | None, where: str, repairs: Counter
-) -> float | None:
+def _score(row: Mapping, turns: Sequence[Turn], column: str | None, where: str, repairs: Counter) -> float | None:
     """The number under `reward`, or in the named column; true counts 1 and false 0. In rows that were prepared with
     this column it is a label: the turns have the rewards then."""
     name = "reward" if column is None else column

@@ -50,8 +50,9 @@ REPORT = "report.json"  # what `prepare` writes last: a folder without it is not
 _DATASETS_FOLDER = "a datasets folder"
 
 
-def read_trajectories(source: str | Path, *, split: str | None = None, counts: Counter | None = None,
-                      reward: str | None = None) -> list[Trajectory]:
+def read_trajectories(
+    source: str | Path, *, split: str | None = None, counts: Counter | None = None, reward: str | None = None
+) -> list[Trajectory]:
     """The trajectories of a file, a folder or a hub dataset, in any scored form of `offline_lmrl.data.forms`.
 
     Args:
@@ -68,8 +69,9 @@ def read_trajectories(source: str | Path, *, split: str | None = None, counts: C
     return _scored(_part(source, split), str(source), counts, reward)
 
 
-def read_comparisons(source: str | Path, *, split: str | None = None,
-                     counts: Counter | None = None) -> list[Comparison]:
+def read_comparisons(
+    source: str | Path, *, split: str | None = None, counts: Counter | None = None
+) -> list[Comparison]:
     """The comparisons of a source in any form of `offline_lmrl.data.preference_forms`, as `read_trajectories`."""
     return _read(_part(source, split), str(source), counts, read_comparison)
 
@@ -110,8 +112,10 @@ def in_temporary_folder() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
-        raise InputError(f"{tempfile.gettempdir()}: found {error.strerror}, expected room for the data "
-                         "in the temporary folder (TMPDIR names another one)") from error
+        raise InputError(
+            f"{tempfile.gettempdir()}: found {error.strerror}, expected room for the data "
+            "in the temporary folder (TMPDIR names another one)"
+        ) from error
 
 
 def store(rows: Iterable[Row]) -> Stored[Row]:
@@ -119,8 +123,9 @@ def store(rows: Iterable[Row]) -> Stored[Row]:
     return Stored(map(pickle.dumps, rows))
 
 
-def store_comparisons(source: str | Path, *, split: str | None = None, counts: Counter | None = None,
-                      processes: int = 1) -> Stored[Comparison]:
+def store_comparisons(
+    source: str | Path, *, split: str | None = None, counts: Counter | None = None, processes: int = 1
+) -> Stored[Comparison]:
     """What `read_comparisons` reads, by so many processes, for data that memory does not hold."""
     mine: Counter = Counter()
 
@@ -133,8 +138,9 @@ def store_comparisons(source: str | Path, *, split: str | None = None, counts: C
     return _kept(Stored(pickled()), str(source), counts, mine)
 
 
-def read_splits(source: str | Path, *, counts: Counter | None = None,
-                reward: str | None = None) -> dict[str, list[Trajectory]]:
+def read_splits(
+    source: str | Path, *, counts: Counter | None = None, reward: str | None = None
+) -> dict[str, list[Trajectory]]:
     """Every split of a source by its name, as `read_trajectories`; a source without splits has one, named "all"."""
     counts = Counter() if counts is None else counts
     return {name: _scored(rows, f"{source} ({name})", counts, reward) for name, rows in raw_splits(source).items()}
@@ -143,8 +149,9 @@ def read_splits(source: str | Path, *, counts: Counter | None = None,
 def read_comparison_splits(source: str | Path, *, counts: Counter | None = None) -> dict[str, list[Comparison]]:
     """Every split of a source of comparisons by its name, as `read_splits`."""
     counts = Counter() if counts is None else counts
-    return {name: _read(rows, f"{source} ({name})", counts, read_comparison)
-            for name, rows in raw_splits(source).items()}
+    return {
+        name: _read(rows, f"{source} ({name})", counts, read_comparison) for name, rows in raw_splits(source).items()
+    }
 
 
 def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
@@ -273,8 +280,10 @@ def raw_splits(source: str | Path, split: str | None = None) -> dict[str, RawRow
     # A relative path whose folder is here was meant as a path; so were names with a suffix of ours.
     if _HUB_NAME.fullmatch(str(source)) and not path.parent.exists() and not path.name.endswith(_SUFFIXES):
         return _hub_parts(str(source), split)
-    raise InputError(f"{str(source) or repr('')}: found no such file, folder or hub name, "
-                     f"expected a {', '.join(_SUFFIXES)} file, a folder of those or owner/name")
+    raise InputError(
+        f"{str(source) or repr('')}: found no such file, folder or hub name, "
+        f"expected a {', '.join(_SUFFIXES)} file, a folder of those or owner/name"
+    )
 
 
 def holds_comparisons(source: str | Path) -> bool:
@@ -294,8 +303,9 @@ def _part(source: str | Path, split: str | None) -> RawRows:
     return rows
 
 
-def _read(rows: RawRows, source: str, counts: Counter | None, read: Callable[[Any, str, Counter], Row | None]
-          ) -> list[Row]:
+def _read(
+    rows: RawRows, source: str, counts: Counter | None, read: Callable[[Any, str, Counter], Row | None]
+) -> list[Row]:
     mine: Counter = Counter()
     return _kept(list(_made(rows, read, mine)), source, counts, mine)
 
@@ -418,8 +428,10 @@ def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}:{number}: text: found bytes that are not UTF-8, expected UTF-8") from error
     except csv.Error as error:
-        raise InputError(f"{path}:{start}: CSV: found a row that does not parse ({error}), "
-                         "expected cells, quoted where they hold quotes or line breaks") from error
+        raise InputError(
+            f"{path}:{start}: CSV: found a row that does not parse ({error}), "
+            "expected cells, quoted where they hold quotes or line breaks"
+        ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}:{number + 1}: found {error}, expected a file that can be read") from error
 
@@ -466,8 +478,9 @@ def _loaded(text: bytes, where: str, counts: Counter | None = None) -> Any:
     except RecursionError as error:
         raise _too_deep(where) from error
     except ValueError as error:
-        raise InputError(f"{where}: JSON: found a line that does not parse ({error}), "
-                         "expected one JSON object per line") from error
+        raise InputError(
+            f"{where}: JSON: found a line that does not parse ({error}), expected one JSON object per line"
+        ) from error
 
 
 def _too_deep(where: str) -> InputError:
@@ -528,15 +541,18 @@ def _hub_parts(name: str, split: str | None) -> dict[str, RawRows]:
         loaded = datasets.load_dataset(name, split=split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{name}: found no file or folder, and no dataset of that name on the hub ({first}), "
-                         "expected one of them") from error
+        raise InputError(
+            f"{name}: found no file or folder, and no dataset of that name on the hub ({first}), expected one of them"
+        ) from error
     return _named_parts(loaded if split is None else {split: loaded}, name)
 
 
 def _named_parts(loaded: Any, source: str) -> dict[str, RawRows]:
     parts = loaded if isinstance(loaded, Mapping) else {"all": loaded}
-    return {str(name): _numbered(rows, source if rows is loaded else f"{source}/{name}", _DATASETS_FOLDER)
-            for name, rows in parts.items()}
+    return {
+        str(name): _numbered(rows, source if rows is loaded else f"{source}/{name}", _DATASETS_FOLDER)
+        for name, rows in parts.items()
+    }
 
 
 def _numbered(rows: Iterable[Any], source: str, what: str) -> Iterator[tuple[str, Any]]:
@@ -571,17 +587,40 @@ def _dataset(records: list[dict[str, Any]]):
     from datasets import Dataset, Features, List, Value
 
     text, number, whole = Value("string"), Value("float64"), Value("int64")
-    turn = {"role": text, "content": text, "trainable": Value("bool"), "reward": number,
-            "token_ids": List(whole), "behaviour_log_prob": List(number),
-            **dict.fromkeys(("thinking", "tool_calls", "tools", "name", "tool_call_id"), text)}
-    types = {"messages": List(turn), "terminated": Value("bool"), "group": text, "task": text, "source": text,
-             "labels": text, "context": List(turn), "options": List(List(turn)), "target": List(number),
-             "ranking": List(List(whole)), "weight": number}
+    turn = {
+        "role": text,
+        "content": text,
+        "trainable": Value("bool"),
+        "reward": number,
+        "token_ids": List(whole),
+        "behaviour_log_prob": List(number),
+        **dict.fromkeys(("thinking", "tool_calls", "tools", "name", "tool_call_id"), text),
+    }
+    types = {
+        "messages": List(turn),
+        "terminated": Value("bool"),
+        "group": text,
+        "task": text,
+        "source": text,
+        "labels": text,
+        "context": List(turn),
+        "options": List(List(turn)),
+        "target": List(number),
+        "ranking": List(List(whole)),
+        "weight": number,
+    }
 
     def whole_turns(messages: list) -> list:
-        return [whole_turns(message) if isinstance(message, list) else {name: message.get(name) for name in turn}
-                for message in messages]
+        return [
+            whole_turns(message) if isinstance(message, list) else {name: message.get(name) for name in turn}
+            for message in messages
+        ]
 
-    rows = [{name: whole_turns(value) if name in ("messages", "context", "options") else value
-             for name, value in record.items()} for record in records]
+    rows = [
+        {
+            name: whole_turns(value) if name in ("messages", "context", "options") else value
+            for name, value in record.items()
+        }
+        for record in records
+    ]
     return Dataset.from_list(rows, features=Features({name: types[name] for name in records[0]}))

@@ -77,6 +77,7 @@ def _begin(function: Callable[[Any], Any]) -> None:
 
 def end_with_parent() -> None:
     """In a child: end when its parent does, even by signal 9, for which nobody would take its result."""
+
     def wait() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)

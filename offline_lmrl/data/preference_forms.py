@@ -39,8 +39,16 @@ from offline_lmrl.data.forms import (
 from offline_lmrl.data.trajectory import Turn, as_context, finite, read_labels, shown
 
 # What tokenizers put at the end of a reply; as text inside it, it is one more thing to learn that nobody said.
-END_TOKENS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<eos>",
-              "<end_of_turn>")
+END_TOKENS = (
+    "</s>",
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<|end|>",
+    "<eos>",
+    "<end_of_turn>",
+)
 
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _TAG = re.compile(r"\n\n(Human|Assistant):")
@@ -123,13 +131,16 @@ def normalised(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold())) or text.strip()
 
 
-def _parts(row: Mapping, present: set[str], where: str, repairs: Counter,
-           allow_empty: bool) -> tuple[list[Turn], list[list[Turn]], dict[str, Any], set[str]]:
+def _parts(
+    row: Mapping, present: set[str], where: str, repairs: Counter, allow_empty: bool
+) -> tuple[list[Turn], list[list[Turn]], dict[str, Any], set[str]]:
     """Context, options, target and ranking, and the fields used up."""
     if {"context", "options", "target"} <= present:
         context = read_messages(row["context"], where, "context", repairs, allow_empty=True)
-        options = [read_messages(option, where, f"options[{i}]", repairs, allow_empty=True)
-                   for i, option in enumerate(_list(row["options"], where, "options", repairs))]
+        options = [
+            read_messages(option, where, f"options[{i}]", repairs, allow_empty=True)
+            for i, option in enumerate(_list(row["options"], where, "options", repairs))
+        ]
         return context, options, {name: row[name] for name in _OWN & present}, _OWN
     if {"chosen", "rejected"} <= present:
         context, options = _pair(row, where, repairs, allow_empty)
@@ -161,19 +172,23 @@ def _pair(row: Mapping, where: str, repairs: Counter, allow_empty: bool) -> tupl
     if prompt is None and any(isinstance(side, str) for side in sides):
         repairs["repaired: text without turns taken as the agent's, without a context"] += 1
     prompt = _repeated(prompt, sides)
-    turns = [read_reply(side, context, prompt, where, name, repairs)
-             for name, side in zip(("chosen", "rejected"), sides, strict=True)]
+    turns = [
+        read_reply(side, context, prompt, where, name, repairs)
+        for name, side in zip(("chosen", "rejected"), sides, strict=True)
+    ]
     common, options = _split(turns, allow_empty)
     return [*context, *common], options
 
 
-def _ranked(row: Mapping, column: str, where: str, repairs: Counter,
-            allow_empty: bool) -> tuple[list[Turn], list[list[Turn]], list[float], dict[str, Any]]:
+def _ranked(
+    row: Mapping, column: str, where: str, repairs: Counter, allow_empty: bool
+) -> tuple[list[Turn], list[list[Turn]], list[float], dict[str, Any]]:
     """Context, options, their ranks and the row's labels, with `labels["options"]` of these options only."""
     responses, ranks = (_list(row[name], where, name, repairs) for name in ("responses", column))
     if len(responses) != len(ranks):
-        raise InputError(f"{where}: {column}: found {len(ranks)} for {len(responses)} responses, "
-                         "expected one for each response")
+        raise InputError(
+            f"{where}: {column}: found {len(ranks)} for {len(responses)} responses, expected one for each response"
+        )
     context = read_context(row["prompt"], where, repairs)
     prompt = _repeated(row["prompt"], responses)
     ranked: dict[tuple, tuple[list[Turn], float, int]] = {}
@@ -237,14 +252,14 @@ def read_reply(side: Any, context: list[Turn], prompt: Any, where: str, field: s
     if isinstance(side, str):
         text = read_text(side)
         if isinstance(prompt, str) and prompt and text.startswith(prompt):
-            text = text[len(prompt):]
+            text = text[len(prompt) :]
             repairs["repaired: prompt removed from the start of a reply"] += 1
         turns = [Turn("assistant", text.strip() if is_transcript(prompt) else text)]
     else:
         side = [side] if isinstance(side, Mapping) else side
         turns = read_messages(side, where, field, repairs, allow_empty=True)
-        if context and _said(turns[:len(context)]) == _said(context):
-            turns = turns[len(context):]
+        if context and _said(turns[: len(context)]) == _said(context):
+            turns = turns[len(context) :]
             repairs["repaired: prompt removed from the start of a reply"] += 1
     if turns:
         text = turns[-1].content

@@ -67,8 +67,10 @@ def to_trajectories(
     if isinstance(reward, str) and reward not in kinds:
         raise InputError(f"reward: found {shown(reward)}, expected one of {', '.join(kinds)} or a scorer")
     if place not in ("terminal", "turn"):
-        raise InputError(f"place: found {shown(place)}, expected terminal or turn (a label on a whole reply says "
-                         "nothing about its tokens; a reward model with a token head does)")
+        raise InputError(
+            f"place: found {shown(place)}, expected terminal or turn (a label on a whole reply says "
+            "nothing about its tokens; a reward model with a token head does)"
+        )
     if normalise not in Normalise.__args__:
         raise InputError(f"normalise: found {shown(normalise)}, expected one of {', '.join(Normalise.__args__)}")
     counts = Counter() if counts is None else counts
@@ -83,8 +85,7 @@ def to_trajectories(
     raw = _raw_rewards(rows, reward)
     keys = [group_key(row) for row in rows]
     made = _normalised(raw, keys, normalise)
-    how = {"reward": reward if isinstance(reward, str) else origin_of(reward), "place": place,
-           "normalise": normalise}
+    how = {"reward": reward if isinstance(reward, str) else origin_of(reward), "place": place, "normalise": normalise}
     trajectories = []
     for row, raws, rewards in zip(rows, raw, made, strict=True):
         for i, (value, constants) in enumerate(rewards):
@@ -111,8 +112,12 @@ def fit_scores(comparisons: Sequence[Comparison]) -> dict[tuple, float]:
     for row in comparisons:
         here = [places.setdefault((row.context, option), len(places)) for option in row.options]
         share = row.weight / (len(here) - 1)
-        pairs += [(here[i], here[j], share * row.preference(i, j)) for i in range(len(here)) for j in range(len(here))
-                  if here[i] != here[j]]
+        pairs += [
+            (here[i], here[j], share * row.preference(i, j))
+            for i in range(len(here))
+            for j in range(len(here))
+            if here[i] != here[j]
+        ]
     better, worse, wins = (np.array(column) for column in zip(*pairs, strict=True))
     scores, size = np.zeros(len(places)), len(places)
     for _ in range(100):  # Newton's method on a strictly concave function, damped to steps of at most 1
@@ -146,8 +151,10 @@ def score_rows(rows: Sequence[Scored], scorer: Scorer) -> list[np.ndarray]:
     scores = [np.asarray(values, dtype=float) for values in found]
     for values, (_, options) in zip(scores, rows, strict=True):
         if values.shape != (len(options),) or not np.isfinite(values).all():
-            raise InputError(f"reward: found scores {shown(values.tolist())}, expected a finite number for each of "
-                             f"{len(options)} options")
+            raise InputError(
+                f"reward: found scores {shown(values.tolist())}, expected a finite number for each of "
+                f"{len(options)} options"
+            )
     return scores
 
 
@@ -176,8 +183,17 @@ def to_comparisons(trajectories: Iterable[Trajectory], counts: Counter[str] | No
         levels = sorted(set(mean), reverse=True)
         ranking = tuple(tuple(i for i, value in enumerate(mean) if value == level) for level in levels)
         target = tuple(float(value == levels[0]) / len(ranking[0]) for value in mean)
-        made.append(Comparison(context, tuple(options), target, ranking, group=rows[0].group, source=rows[0].source,
-                               labels={"options": [{"return": value} for value in mean]}))
+        made.append(
+            Comparison(
+                context,
+                tuple(options),
+                target,
+                ranking,
+                group=rows[0].group,
+                source=rows[0].source,
+                labels={"options": [{"return": value} for value in mean]},
+            )
+        )
     return made
 
 
@@ -195,8 +211,9 @@ def binarised(comparisons: Iterable[Comparison], good: str = "good:", bad: str =
             better, worse = (i, j) if row.preference(i, j) > 0.5 else (j, i)
             for option, right, wrong in ((row.options[better], good, bad), (row.options[worse], bad, good)):
                 marked = tuple((Turn("system", mark), *option) for mark in (right, wrong))
-                yield Comparison(row.context, marked, (1.0, 0.0), weight=row.weight, group=row.group,
-                                 source=row.source)
+                yield Comparison(
+                    row.context, marked, (1.0, 0.0), weight=row.weight, group=row.group, source=row.source
+                )
 
 
 def preference_rows(comparisons: Iterable[Comparison], counts: Counter[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -216,12 +233,17 @@ def preference_rows(comparisons: Iterable[Comparison], counts: Counter[str] | No
                 counts["dropped: turns of others inside a reply"] += 1
             else:
                 chosen, rejected = (i, j) if preference > 0.5 else (j, i)
-                yield {"prompt": prompt, "chosen": _messages(row.options[chosen]),
-                       "rejected": _messages(row.options[rejected]), **_tools(row.context)}
+                yield {
+                    "prompt": prompt,
+                    "chosen": _messages(row.options[chosen]),
+                    "rejected": _messages(row.options[rejected]),
+                    **_tools(row.context),
+                }
 
 
-def label_rows(trajectories: Iterable[Trajectory], threshold: float = 0.0,
-               counts: Counter[str] | None = None) -> Iterator[dict[str, Any]]:
+def label_rows(
+    trajectories: Iterable[Trajectory], threshold: float = 0.0, counts: Counter[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """`prompt, completion, label` as messages: what TRL's KTO trainer takes.
 
     Args:
@@ -237,8 +259,12 @@ def label_rows(trajectories: Iterable[Trajectory], threshold: float = 0.0,
         elif not all(turn.is_trainable for turn in row.turns[start:]):
             counts["dropped: turns of others inside a completion"] += 1
         else:
-            yield {"prompt": _messages(row.turns[:start]), "completion": _messages(row.turns[start:]),
-                   "label": row.total_return > threshold, **_tools(row.turns)}
+            yield {
+                "prompt": _messages(row.turns[:start]),
+                "completion": _messages(row.turns[start:]),
+                "label": row.total_return > threshold,
+                **_tools(row.turns),
+            }
 
 
 def sft_rows(trajectories: Iterable[Trajectory], minimum: float = -math.inf) -> Iterator[dict[str, Any]]:
@@ -276,16 +302,19 @@ def _reward_of(row: Comparison, kind: str) -> list[float]:
     size = len(row.options)
     if kind == "rank":
         ranks = row.ranks
-        return [(sum(other > rank for other in ranks) - sum(other < rank for other in ranks)) / (size - 1)
-                for rank in ranks]
+        return [
+            (sum(other > rank for other in ranks) - sum(other < rank for other in ranks)) / (size - 1)
+            for rank in ranks
+        ]
     margins = [sum(2 * row.preference(i, j) - 1 for j in range(size) if j != i) / (size - 1) for i in range(size)]
     if kind == "sign":
         return [0.0 if math.isclose(margin, 0, abs_tol=1e-9) else math.copysign(1, margin) for margin in margins]
     return [margin * (float(row.labels["strength"]) if kind == "strength" else 1.0) for margin in margins]
 
 
-def _normalised(raw: Sequence[Sequence[float]], keys: Sequence[str],
-                normalise: Normalise) -> list[list[tuple[float, Mapping[str, float]]]]:
+def _normalised(
+    raw: Sequence[Sequence[float]], keys: Sequence[str], normalise: Normalise
+) -> list[list[tuple[float, Mapping[str, float]]]]:
     """Per comparison and option the reward and the constants that made it."""
     if normalise == "global":
         everything = [value for values in raw for value in values]
@@ -296,12 +325,16 @@ def _normalised(raw: Sequence[Sequence[float]], keys: Sequence[str],
         groups[key] += values
     if normalise == "group":
         means = {key: math.fsum(values) / len(values) for key, values in groups.items()}
-        return [[(value - means[key], {"shift": means[key], "scale": 1.0}) for value in values]
-                for key, values in zip(keys, raw, strict=True)]
+        return [
+            [(value - means[key], {"shift": means[key], "scale": 1.0}) for value in values]
+            for key, values in zip(keys, raw, strict=True)
+        ]
     if normalise == "rank":
         ordered = {key: np.sort(values) for key, values in groups.items()}
-        return [[(_share_beaten(value, ordered[key]), {}) for value in values]
-                for key, values in zip(keys, raw, strict=True)]
+        return [
+            [(_share_beaten(value, ordered[key]), {}) for value in values]
+            for key, values in zip(keys, raw, strict=True)
+        ]
     return [[(value, {"shift": 0.0, "scale": 1.0}) for value in values] for values in raw]
 
 
@@ -327,8 +360,11 @@ def _trajectory(row: Comparison, i: int, reward: float, place: str, how: Mapping
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     """Turns as chat templates take them; an environment speaks as the user."""
-    return [message_of(turn) | ({"role": "user"} if turn.role == "environment" else {}) for turn in turns
-            if turn.content or turn.tools is None]  # fmt: skip
+    return [
+        message_of(turn) | ({"role": "user"} if turn.role == "environment" else {})
+        for turn in turns
+        if turn.content or turn.tools is None
+    ]
 
 
 def _tools(turns: Sequence[Turn]) -> dict[str, Any]:

@@ -164,14 +164,23 @@ class Printer:
         learnt elsewhere than where an engine begins a reply."""
         if self.text.live[0].startswith(self.text.prompt):
             return None
-        return (f"the generation prompt ends with {self.text.prompt[-20:]!r}, but a finished turn of the agent begins "
-                f"with {self.text.live[0][-20:]!r}")
+        return (
+            f"the generation prompt ends with {self.text.prompt[-20:]!r}, but a finished turn of the agent begins "
+            f"with {self.text.live[0][-20:]!r}"
+        )
 
     def _is_unusual(self, turns: Sequence[Turn]) -> bool:
         """Whether the dialogue holds what the probe dialogues do not cover in every combination."""
         roles = ["user" if self.speaks_as_user(turn) else turn.role for turn in turns]
-        apart = any(turn.thinking or turn.tool_calls or turn.tools or turn.role == "tool" or "</think>" in turn.content
-                    or (turn.role == "system" and not turn.content) for turn in turns)  # fmt: skip
+        apart = any(
+            turn.thinking
+            or turn.tool_calls
+            or turn.tools
+            or turn.role == "tool"
+            or "</think>" in turn.content
+            or (turn.role == "system" and not turn.content)
+            for turn in turns
+        )
         return apart or "system" in roles[1:] or any(map(operator.eq, roles, roles[1:]))
 
     def _begins_at_prompt(self, text: TurnText) -> bool:
@@ -181,12 +190,18 @@ class Printer:
     @functools.cached_property
     def unprinted(self) -> frozenset[str]:
         """The kinds of text that are rendered nowhere: "thoughts", "tool calls", "tool results", "lists of tools"."""
-        user, thought, call = Turn("user", _word(0)), Turn("assistant", "So", thinking=_word(1)), Turn(
-            "assistant", "", tool_calls=json.dumps(_CALLS))  # fmt: skip
+        user, thought, call = (
+            Turn("user", _word(0)),
+            Turn("assistant", "So", thinking=_word(1)),
+            Turn("assistant", "", tool_calls=json.dumps(_CALLS)),
+        )
         answer = Turn("tool", _word(2), name="look_up", tool_call_id="call00000")
-        shown = {"thoughts": ([user, thought], _word(1)), "tool calls": ([user, call], "look_up"),
-                 "tool results": ([user, call, answer, thought], _word(2)),
-                 "lists of tools": ([Turn("system", "", tools=json.dumps(_TOOLS)), user], "look_up")}  # fmt: skip
+        shown = {
+            "thoughts": ([user, thought], _word(1)),
+            "tool calls": ([user, call], "look_up"),
+            "tool results": ([user, call, answer, thought], _word(2)),
+            "lists of tools": ([Turn("system", "", tools=json.dumps(_TOOLS)), user], "look_up"),
+        }
         return frozenset(name for name, (turns, word) in shown.items() if word not in self.printed(turns))
 
     def faults_in(self, turns: Sequence[Turn]) -> list[str]:
@@ -237,10 +252,13 @@ class Printer:
 
     def stock(self, turns: Sequence[Turn], prompt: bool) -> str:
         """The stock template's own text for a dialogue. Raises InputError where it refuses that."""
-        return self._stock.turns([
-            replace(turn, role="user") if turn.role == "environment" and self.speaks_as_user(turn) else turn
-            for turn in map(unsampled, turns)
-        ], prompt)  # fmt: skip
+        return self._stock.turns(
+            [
+                replace(turn, role="user") if turn.role == "environment" and self.speaks_as_user(turn) else turn
+                for turn in map(unsampled, turns)
+            ],
+            prompt,
+        )
 
     @functools.cached_property
     def probes(self) -> list[str] | None:
@@ -447,8 +465,10 @@ class Printer:
         quoted = json.dumps(f'"{word}"')[1:-1] in self._stock.turns([user, turn, replace(tool, content=f'"{word}"')])
         if quoted:
             return True, ("", "")
-        return False, ("".join(space for space in WHITE_SPACE if lost(space + word)),
-                       "".join(space for space in WHITE_SPACE if lost(word + space)))  # fmt: skip
+        return False, (
+            "".join(space for space in WHITE_SPACE if lost(space + word)),
+            "".join(space for space in WHITE_SPACE if lost(word + space)),
+        )
 
     def _held(self, turn: Turn) -> tuple[Turn, list[str]]:
         """The turn with a word in place of every control token typed in it, and what the words stand for."""
@@ -458,8 +478,11 @@ class Printer:
             names.append(match.group())
             return f"Held{len(names) - 1}Word"
 
-        fields = {name: self._typed.sub(hold, getattr(turn, name)) for name in
-                  ("content", "thinking", "tool_calls", "tools") if getattr(turn, name)}  # fmt: skip
+        fields = {
+            name: self._typed.sub(hold, getattr(turn, name))
+            for name in ("content", "thinking", "tool_calls", "tools")
+            if getattr(turn, name)
+        }
         return replace(turn, **fields), names
 
     def _segments(self, text: str, closing: str, names: Sequence[str], opening: str = "") -> Form:
@@ -497,10 +520,20 @@ def unsampled(turn: Turn) -> Turn:
 
 
 _CALLS = [{"id": "call00000", "type": "function", "function": {"name": "look_up", "arguments": {"key": "Key"}}}]
-_TOOLS = [{"type": "function", "function": {
-    "name": "look_up", "description": "Look something up.",
-    "parameters": {"type": "object", "properties": {"key": {"type": "string", "description": "What."}},
-                   "required": ["key"]}}}]  # fmt: skip
+_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look_up",
+            "description": "Look something up.",
+            "parameters": {
+                "type": "object",
+                "properties": {"key": {"type": "string", "description": "What."}},
+                "required": ["key"],
+            },
+        },
+    }
+]
 
 
 @functools.cache
@@ -532,12 +565,18 @@ def cells() -> tuple[tuple[str, str, tuple[Turn, ...], bool], ...]:
         ("tools", "a thought, a tool call and its result", [user, replace(call, thinking=_word(6)), answer]),
         ("tools", "a list of tools", [tools, user]),
     ]
-    dialogues += [("system" if kind == "plain" else kind, f"a system turn, {name}", [system, *turns])
-                  for kind, name, turns in dialogues if turns[0] is not tools]  # fmt: skip
+    dialogues += [
+        ("system" if kind == "plain" else kind, f"a system turn, {name}", [system, *turns])
+        for kind, name, turns in dialogues
+        if turns[0] is not tools
+    ]
     dialogues.append(("tools", "a system turn and a list of tools", [replace(tools, content=_word(5)), user]))
     prompts = {"user": (True, False), "tool": (True,), "assistant": (False,)}
-    return tuple((kind, name + " and the prompt" * prompt, tuple(turns), prompt)
-                 for kind, name, turns in dialogues for prompt in prompts[turns[-1].role])  # fmt: skip
+    return tuple(
+        (kind, name + " and the prompt" * prompt, tuple(turns), prompt)
+        for kind, name, turns in dialogues
+        for prompt in prompts[turns[-1].role]
+    )
 
 
 def _word(i: int) -> str:
@@ -551,4 +590,4 @@ def first_difference(first: Sequence, second: Sequence) -> int:
 
 
 def _shown(text: str, i: int) -> str:
-    return repr(text[max(i - 10, 0):i + 30])
+    return repr(text[max(i - 10, 0) : i + 30])

@@ -94,8 +94,12 @@ class Session(Protocol):
     for the table once the episode is over (the return that was asked for, say).
     """
 
-    def reply(self, rows: Sequence[int], histories: Sequence[Sequence[Turn]],
-              options: Sequence[Sequence[str] | None] | None = None) -> list[Reply]:
+    def reply(
+        self,
+        rows: Sequence[int],
+        histories: Sequence[Sequence[Turn]],
+        options: Sequence[Sequence[str] | None] | None = None,
+    ) -> list[Reply]:
         """The next agent turn of each of these rows, given all turns so far; `options` restrict it to given texts."""
 
 

@@ -99,8 +99,13 @@ class Renderer:
     be used.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", template: str = "auto",
-                 text: TemplateText | None = None, ends: Sequence[int] = ()):
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        template: str = "auto",
+        text: TemplateText | None = None,
+        ends: Sequence[int] = (),
+    ):
         if template not in TEMPLATES:
             raise InputError(f"template: found {template!r}, expected one of {', '.join(TEMPLATES)}")
         if not getattr(tokenizer, "is_fast", False):
@@ -120,10 +125,19 @@ class Renderer:
         self.text = text
 
         # Added tokens that structure the dialogue: all special ones, and the others that the template prints.
-        printed = "\0".join([*text.preamble.values(), *text.opening.values(), *text.closing.values(), text.prompt,
-                             *text.live, *text.past])  # fmt: skip
-        controls = {name for name, token in added.items()
-                    if token["special"] or (name in printed and not name.isspace())}
+        printed = "\0".join(
+            [
+                *text.preamble.values(),
+                *text.opening.values(),
+                *text.closing.values(),
+                text.prompt,
+                *text.live,
+                *text.past,
+            ]
+        )
+        controls = {
+            name for name, token in added.items() if token["special"] or (name in printed and not name.isspace())
+        }
         self._controls = {added[name]["id"] for name in controls}
         if tokenizer.unk_token != tokenizer.eos_token:
             self._controls.discard(tokenizer.unk_token_id)  # what the tokenizer cannot spell, not something typed
@@ -141,9 +155,11 @@ class Renderer:
         text, tokenizer = self.text, self.tokenizer
         chosen, _ = self._closing_ids(text.live[1])
         if not chosen and tokenizer.eos_token_id is None:
-            raise InputError(f"tokenizer: found no token that ends an agent turn ({text.live[1]!r} is "
-                             f"{len(self._template_ids('x', text.live[1]))} tokens), expected a tokenizer with an "
-                             "eos_token")  # fmt: skip
+            raise InputError(
+                f"tokenizer: found no token that ends an agent turn ({text.live[1]!r} is "
+                f"{len(self._template_ids('x', text.live[1]))} tokens), expected a tokenizer with an "
+                "eos_token"
+            )
         # Where the template prints no closing token, the agent closes its turn with EOS, which no history holds.
         self.close_id = chosen[-1] if chosen else tokenizer.eos_token_id
         self.close_ids = frozenset({self.close_id, *self.ends})
@@ -151,8 +167,10 @@ class Renderer:
         self._live_lead = "".join(self.printer.before_content(text.live[0]))
         self.agent_opening = self._template_ids(text.closing["user"] or "x", text.prompt)
         if not self.agent_opening:
-            raise InputError("chat template: found nothing printed before the agent's text, expected at least "
-                             "one token there, or the setting template: plain")
+            raise InputError(
+                "chat template: found nothing printed before the agent's text, expected at least "
+                "one token there, or the setting template: plain"
+            )
 
     @property
     def past_opening(self) -> tuple[int, ...]:
@@ -218,8 +236,9 @@ class Renderer:
         ids = self._form_ids(text.ids, turn.role)
         if turn.role != "assistant":
             start = len(self._form_ids(text.ids[:1], turn.role))
-            past, joined = (ids if form is text.ids else self._form_ids(form, turn.role) for form in
-                            (text.past, text.after_system))  # fmt: skip
+            past, joined = (
+                ids if form is text.ids else self._form_ids(form, turn.role) for form in (text.past, text.after_system)
+            )
             return EncodedTurn(ids, start, ids[start:], True, ids, past, joined)
         chosen, rest = self._closing_ids(text.ids[-1][1])
         opening = self._opening_ids(text.prompt)
@@ -315,7 +334,7 @@ class Renderer:
         if stock_ids == ids:
             return None
         i = first_difference(stock_ids, ids)
-        shown = [self.tokenizer.convert_ids_to_tokens(some[i:i + 4]) for some in (stock_ids, ids)]
+        shown = [self.tokenizer.convert_ids_to_tokens(some[i : i + 4]) for some in (stock_ids, ids)]
         return f"token {i}: same text, the template's tokens are {shown[0]}, the assembly's {shown[1]}"
 
     # Text as tokens.
@@ -348,8 +367,8 @@ class Renderer:
         if not text:
             return ()
         head, whole = self._stock_ids(before), self._stock_ids(before + text)
-        if whole[:len(head)] == head:
-            return tuple(whole[len(head):])
+        if whole[: len(head)] == head:
+            return tuple(whole[len(head) :])
         return tuple(self._stock_ids(text))
 
     def _encode_content(self, text: str) -> tuple[int, ...]:
@@ -361,16 +380,19 @@ class Renderer:
         for token in ids:
             if token == self.close_id or token in self._controls:
                 name = self._backend.id_to_token(token)
-                raise InputError(f"content: the tokenizer reads text as {name!r}, which marks turns; expected a "
-                                 "tokenizer with an eos_token that plain text cannot give")
+                raise InputError(
+                    f"content: the tokenizer reads text as {name!r}, which marks turns; expected a "
+                    "tokenizer with an eos_token that plain text cannot give"
+                )
         return tuple(ids)
 
 
 def _content_backend(description: dict[str, Any], controls: set[str]) -> Tokenizer:
     """The tokenizer for content: control tokens are text, and no space is added in front of a piece of text."""
     description = dict(description, truncation=None, padding=None)
-    description["added_tokens"] = [token | {"special": token["content"] in controls}
-                                   for token in description["added_tokens"]]
+    description["added_tokens"] = [
+        token | {"special": token["content"] in controls} for token in description["added_tokens"]
+    ]
     for part in ("normalizer", "pre_tokenizer"):
         bare = _without_prefix(description[part])
         if bare != description[part]:

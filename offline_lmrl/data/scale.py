@@ -28,9 +28,7 @@ class RewardScale:
             raise InputError(f"reward_scale: found {self.scale}, expected a number above 0")
 
     @classmethod
-    def fit(
-        cls, trajectories: Sequence[Trajectory], scale: float | None = None, *, discounted: bool
-    ) -> "RewardScale":
+    def fit(cls, trajectories: Sequence[Trajectory], scale: float | None = None, *, discounted: bool) -> "RewardScale":
         """From the training split.
 
         Args:

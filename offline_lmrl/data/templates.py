@@ -81,9 +81,17 @@ def plain_template(bos: str, eos: str) -> TemplateText:
     opening = {role: f"{role.capitalize()}:" for role in others}
     around = "Assistant: ", eos or "\n"
     return TemplateText(
-        {"system": bos, "default": bos}, opening, dict.fromkeys(others, " "), dict.fromkeys(others, "\n"),
-        "User: ", "\n", "Assistant:", around, around, {role: ("", "") for role in ROLES},
-    )  # fmt: skip
+        {"system": bos, "default": bos},
+        opening,
+        dict.fromkeys(others, " "),
+        dict.fromkeys(others, "\n"),
+        "User: ",
+        "\n",
+        "Assistant:",
+        around,
+        around,
+        {role: ("", "") for role in ROLES},
+    )
 
 
 def appended_only(text: TemplateText) -> TemplateText:
@@ -106,8 +114,9 @@ class ChatTemplate:
       parts: give it content as a list of parts.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[str], date: str = "",
-                 parts: bool = False):
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[str], date: str = "", parts: bool = False
+    ):
         self.tokenizer, self.date, self.parts = tokenizer, date, parts
         longest_first = sorted(tokens, key=len, reverse=True)
         self._unit = re.compile("|".join([*map(re.escape, longest_first), "."]), flags=re.DOTALL)
@@ -238,8 +247,10 @@ def derive_template(template: ChatTemplate) -> TemplateText:
     bare = template.around_roles(PLAIN_DIALOGUE[:3])
     prompted = template.around_roles(PLAIN_DIALOGUE[:3], prompt=True)
     if plain is None or bare is None or prompted is None:
-        raise InputError("chat template: found no way to print user, assistant, user, assistant in this order, each "
-                         "text once; expected one, or the setting template: plain")
+        raise InputError(
+            "chat template: found no way to print user, assistant, user, assistant in this order, each "
+            "text once; expected one, or the setting template: plain"
+        )
     head, before_past, before_user, before_live, tail = plain
     user_closing, prompt = _user_closing(template, before_past, before_live, bare[-1], prompted[-1])
     live_before = before_live.removeprefix(user_closing)
@@ -257,8 +268,11 @@ def derive_template(template: ChatTemplate) -> TemplateText:
     preamble = {"default": head.removesuffix(user_opening)}
     user_roles, user_after_system = [], user_opening
     for role in ("system", "tool", "environment"):
-        own = _system_text(template, user_opening) if role == "system" else _reply_text(
-            template, role, past_before, past_after)  # fmt: skip
+        own = (
+            _system_text(template, user_opening)
+            if role == "system"
+            else _reply_text(template, role, past_before, past_after)
+        )
         if own is None:
             user_roles.append(role)
             own = (user_opening, user_closing, preamble["default"], user_opening)[: 4 if role == "system" else 2]
@@ -267,10 +281,20 @@ def derive_template(template: ChatTemplate) -> TemplateText:
             preamble["system"], user_after_system = rest
     lead = {role: " " if text.endswith(" ") else "" for role, text in opening.items()}
     return TemplateText(
-        preamble, {role: text.removesuffix(lead[role]) for role, text in opening.items()}, lead, closings,
-        user_after_system, bare[-1], prompt, (live_before, tail), (past_before, past_after),
-        _stripped(template, user_roles), tuple(user_roles), template.parts, template.date,
-    )  # fmt: skip
+        preamble,
+        {role: text.removesuffix(lead[role]) for role, text in opening.items()},
+        lead,
+        closings,
+        user_after_system,
+        bare[-1],
+        prompt,
+        (live_before, tail),
+        (past_before, past_after),
+        _stripped(template, user_roles),
+        tuple(user_roles),
+        template.parts,
+        template.date,
+    )
 
 
 def _user_closing(
@@ -323,10 +347,13 @@ def _reply_text(template: ChatTemplate, role: str, past_before: str, past_after:
 def _stripped(template: ChatTemplate, user_roles: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Per role, the white space that gets lost on the left and on the right of a text."""
     strips = {}
-    for role, roles in (("user", PLAIN_DIALOGUE), ("assistant", ("user", "assistant")),
-                        ("system", ("system", *PLAIN_DIALOGUE)),
-                        ("tool", ("user", "assistant", "tool", "assistant", "user", "assistant")),
-                        ("environment", ("user", "assistant", "environment", "assistant", "user", "assistant"))):
+    for role, roles in (
+        ("user", PLAIN_DIALOGUE),
+        ("assistant", ("user", "assistant")),
+        ("system", ("system", *PLAIN_DIALOGUE)),
+        ("tool", ("user", "assistant", "tool", "assistant", "user", "assistant")),
+        ("environment", ("user", "assistant", "environment", "assistant", "user", "assistant")),
+    ):
         if role in user_roles:
             continue
         place = roles.index(role)
@@ -338,6 +365,8 @@ def _stripped(template: ChatTemplate, user_roles: Sequence[str]) -> dict[str, tu
             return template.turns(edged) != printed.replace(probe(place), text)
 
         word = probe(place)
-        strips[role] = ("".join(space for space in WHITE_SPACE if lost(space + word)),
-                        "".join(space for space in WHITE_SPACE if lost(word + space)))  # fmt: skip
+        strips[role] = (
+            "".join(space for space in WHITE_SPACE if lost(space + word)),
+            "".join(space for space in WHITE_SPACE if lost(word + space)),
+        )
     return strips | {role: strips["user"] for role in user_roles}

@@ -54,15 +54,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     special = [*SPECIAL_TOKENS, *ROLE_TOKENS]
     smallest = len(alphabet) + len(special)
     if vocab_size < smallest:
-        raise InputError(f"vocab_size: found {vocab_size}, expected at least {smallest}: "
-                         f"{len(alphabet)} bytes and {len(special)} special tokens")
+        raise InputError(
+            f"vocab_size: found {vocab_size}, expected at least {smallest}: "
+            f"{len(alphabet)} bytes and {len(special)} special tokens"
+        )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special,
-                                  initial_alphabet=sorted(alphabet), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
+    )
     backend.train_from_iterator(texts, trainer)
     pad, bos, eos = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, bos_token=bos, eos_token=eos,
-                                   additional_special_tokens=list(ROLE_TOKENS), chat_template=CHAT_TEMPLATE,
-                                   clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        additional_special_tokens=list(ROLE_TOKENS),
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )

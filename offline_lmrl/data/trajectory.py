@@ -16,8 +16,17 @@ from typing import Any
 from offline_lmrl.data.errors import InputError, shown
 
 ROLES = ("system", "user", "assistant", "tool", "environment")
-OPTIONAL_TURN_FIELDS = ("trainable", "reward", "token_ids", "behaviour_log_prob", "thinking", "tool_calls", "tools",
-                        "name", "tool_call_id")  # fmt: skip
+OPTIONAL_TURN_FIELDS = (
+    "trainable",
+    "reward",
+    "token_ids",
+    "behaviour_log_prob",
+    "thinking",
+    "tool_calls",
+    "tools",
+    "name",
+    "tool_call_id",
+)
 LARGEST_NUMBER = 1e30
 MAX_NESTING = 200  # trees of replies nest two levels per turn; what JSON, pickle and repr can walk ends near 900
 
@@ -65,8 +74,10 @@ class Turn:
             reward = finite("reward", self.reward)
             if not self.is_trainable:
                 whose = "a" if self.trainable is None else "an untrained"
-                raise InputError(f"reward: found {reward} on {whose} turn of role {self.role!r}, "
-                                 "expected rewards only on the agent turn that earned them")
+                raise InputError(
+                    f"reward: found {reward} on {whose} turn of role {self.role!r}, "
+                    "expected rewards only on the agent turn that earned them"
+                )
             object.__setattr__(self, "reward", reward)
         if self.token_ids is not None:
             object.__setattr__(self, "token_ids", _token_ids(self.token_ids))
@@ -75,10 +86,17 @@ class Turn:
             log_prob = tuple(finite("behaviour_log_prob", value) for value in values)
             object.__setattr__(self, "behaviour_log_prob", log_prob)
             if self.token_ids is not None and len(log_prob) != len(self.token_ids):
-                raise InputError(f"behaviour_log_prob: found {len(log_prob)} for {len(self.token_ids)} token_ids, "
-                                 "expected one for each token id")
-        for name, role in (("thinking", "assistant"), ("tool_calls", "assistant"), ("tools", "system"),
-                           ("name", None), ("tool_call_id", None)):  # fmt: skip
+                raise InputError(
+                    f"behaviour_log_prob: found {len(log_prob)} for {len(self.token_ids)} token_ids, "
+                    "expected one for each token id"
+                )
+        for name, role in (
+            ("thinking", "assistant"),
+            ("tool_calls", "assistant"),
+            ("tools", "system"),
+            ("name", None),
+            ("tool_call_id", None),
+        ):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -146,8 +164,14 @@ def to_record(trajectory: Trajectory) -> dict[str, Any]:
 
     Raises InputError if the labels cannot be written as JSON.
     """
-    return {"messages": messages_of(trajectory.turns), "terminated": trajectory.terminated, "group": trajectory.group,
-            "task": trajectory.task, "source": trajectory.source, "labels": labels_text(trajectory.labels)}
+    return {
+        "messages": messages_of(trajectory.turns),
+        "terminated": trajectory.terminated,
+        "group": trajectory.group,
+        "task": trajectory.task,
+        "source": trajectory.source,
+        "labels": labels_text(trajectory.labels),
+    }
 
 
 def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
@@ -236,8 +260,9 @@ def with_own_token_ids(trajectory: Trajectory, fingerprint: str) -> Trajectory:
     """
     if trajectory.labels.get("tokenizer") == fingerprint or all(turn.token_ids is None for turn in trajectory.turns):
         return trajectory
-    return replace(trajectory, turns=tuple(replace(turn, token_ids=None, behaviour_log_prob=None)
-                                           for turn in trajectory.turns))
+    return replace(
+        trajectory, turns=tuple(replace(turn, token_ids=None, behaviour_log_prob=None) for turn in trajectory.turns)
+    )
 
 
 def parse_json(text: str) -> Any:
@@ -258,8 +283,12 @@ def nests_too_deep(value: Any) -> bool:
     for _ in range(MAX_NESTING):
         if not level:
             return False
-        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)
-                 if isinstance(inner, list | tuple | dict)]
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, list | tuple | dict)
+        ]
     return bool(level)
 
 
@@ -269,8 +298,12 @@ def names_in(value: Any) -> Iterator[Any]:
     while level:
         objects = [one for one in level if isinstance(one, dict)]
         yield from chain.from_iterable(objects)
-        level = [inner for one in level if isinstance(one, list | dict)
-                 for inner in (one.values() if isinstance(one, dict) else one)]
+        level = [
+            inner
+            for one in level
+            if isinstance(one, list | dict)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
 
 
 def require_labels(labels: Any) -> None:

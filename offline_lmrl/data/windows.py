@@ -158,8 +158,10 @@ def policy_window(
     if first is None:
         reply = f"a reply of max_new_tokens ({reserve})" if reserve else "a reply"
         also = "the prompt, " if prompt else ""
-        raise InputError(f"max_length: found {rule.max_length}, expected at least {fixed + lengths[-1]} to hold {also}"
-                         f"the system turns and {reply}")
+        raise InputError(
+            f"max_length: found {rule.max_length}, expected at least {fixed + lengths[-1]} to hold {also}"
+            f"the system turns and {reply}"
+        )
     kept = renderer.window_ids(turns, encoded, first, len(turns), live=False)
     return [*preamble, *(token for ids in kept for token in ids), *opening]
 

@@ -42,8 +42,9 @@ def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: found bytes that are not UTF-8, expected a YAML file of {what}") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: found {getattr(error, 'strerror', None) or error}, "
-                         f"expected a YAML file of {what}") from error
+        raise InputError(
+            f"{path}: found {getattr(error, 'strerror', None) or error}, expected a YAML file of {what}"
+        ) from error
     return yaml_mapping(text, str(path), what)
 
 

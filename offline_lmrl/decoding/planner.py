@@ -82,8 +82,10 @@ class Planner:
         self.width, self.expand, self.depth = width, expand, depth
         self.heads = getattr(policy.model, "return_heads", None) if scorer is None or depth > 1 else None
         if self.heads is None and (scorer is None or depth > 1):
-            raise InputError("planner: found a model without return heads, expected one trained with return_weight "
-                             "above 0, or a scorer and depth 1")
+            raise InputError(
+                "planner: found a model without return heads, expected one trained with return_weight "
+                "above 0, or a scorer and depth 1"
+            )
         saved = settings(policy.model.config)
         self.discount = saved["return_heads"]["discount_per_turn"] if self.heads is not None else 1.0
         self.unit = RewardScale(**saved.get("reward_scale", {})).scale
@@ -108,12 +110,16 @@ class Planner:
         """Speaks as the environment, greedily."""
         if role not in self.samplers:
             if role == "tool":
-                raise InputError("planner: found a dialogue with a tool, expected one whose environment speaks as the "
-                                 "user: what a tool replies is not imagined; take depth 1")
+                raise InputError(
+                    "planner: found a dialogue with a tool, expected one whose environment speaks as the "
+                    "user: what a tool replies is not imagined; take depth 1"
+                )
             policy, closing = self.policy, self.policy.renderer.closing(role)
             if not closing:
-                raise InputError(f"planner: found a chat template that ends a {role} turn with nothing, expected a "
-                                 "token there to look ahead; take depth 1")
+                raise InputError(
+                    f"planner: found a chat template that ends a {role} turn with nothing, expected a "
+                    "token there to look ahead; take depth 1"
+                )
             config = SamplingConfig(temperature=0.0, max_new_tokens=policy.sampling.max_new_tokens)
             self.samplers[role] = Sampler(policy.model, policy.renderer, config, close_id=closing[0])
         return self.samplers[role]

@@ -150,8 +150,10 @@ class LanguagePolicy:
         rule, reply = self.window, self.sampling.max_new_tokens
         room = rule.max_length - len(self.renderer.preamble_of(())) - len(self.renderer.agent_opening) - reply
         if len(told) > room:
-            raise InputError(f"prompt: found {len(told)} tokens, expected at most {room}, as max_length "
-                             f"({rule.max_length}) also holds a reply of max_new_tokens ({reply})")
+            raise InputError(
+                f"prompt: found {len(told)} tokens, expected at most {room}, as max_length "
+                f"({rule.max_length}) also holds a reply of max_new_tokens ({reply})"
+            )
         return PromptIds(told, null)
 
     def null_window(self, turns: Sequence[Turn], reserve: int, prompt: Ids | None = None) -> list[int]:
@@ -204,20 +206,26 @@ class LanguagePolicy:
         Raises: InputError where such a model is asked for one, and for asks that this model cannot understand.
         """
         if "auto" in asks and getattr(self.model, "value_heads", None) is None:
-            raise InputError("ask: found 'auto', which needs value heads; expected a number, max, p90, or auto:RUN "
-                             "with a run of algorithm: ilql")
+            raise InputError(
+                "ask: found 'auto', which needs value heads; expected a number, max, p90, or auto:RUN "
+                "with a run of algorithm: ilql"
+            )
         expert = next((ask for ask in asks if isinstance(ask, str) and ask.startswith("expert")), None)
         if expert is not None and getattr(self.model, "return_heads", None) is None:
-            raise InputError(f"ask: found {shown(expert)}, which needs return heads; expected a number, max, or p90, "
-                             "or a model that was trained with return_weight above 0")
+            raise InputError(
+                f"ask: found {shown(expert)}, which needs return heads; expected a number, max, or p90, "
+                "or a model that was trained with return_weight above 0"
+            )
         if self.slots is not None:
             for run in sorted(run for ask in asks if (run := critic_of(ask))):
                 self.critic(run)
             return Asks(self.slots, self.task, asks)
         if any(ask is not None for ask in asks):
             ask = next(ask for ask in asks if ask is not None)
-            raise InputError(f"ask: found {shown(ask)}, expected none, as this model was not trained with returns "
-                             "(algorithm: return_conditioned)")
+            raise InputError(
+                f"ask: found {shown(ask)}, expected none, as this model was not trained with returns "
+                "(algorithm: return_conditioned)"
+            )
         return None
 
 
@@ -232,8 +240,10 @@ def load_critic(run: str | Path, *, device: str | torch.device | None = None) ->
 def require_no_prompt(critic: LanguagePolicy) -> LanguagePolicy:
     """The critic itself. Raises: InputError for one trained behind demonstrations, where it is to read without any."""
     if settings(critic.model.config).get("prompt") is not None:
-        raise InputError("critic: found a model trained behind demonstrations, expected one trained without a prompt: "
-                         "it reads the dialogue alone")
+        raise InputError(
+            "critic: found a model trained behind demonstrations, expected one trained without a prompt: "
+            "it reads the dialogue alone"
+        )
     return critic
 
 
@@ -270,8 +280,10 @@ class LanguageSession:
             slots = list(map(self.asks.before_reply, rows, histories, self._values(rows, histories)))
         policy, prompts = self.policy, [self.prompts[row] for row in rows]
         replies = policy.sampler.sample(
-            [policy_window(history, policy.renderer, policy.window, policy.sampling.max_new_tokens, own, prompt)
-             for history, own, prompt in zip(histories, slots, prompts, strict=True)],
+            [
+                policy_window(history, policy.renderer, policy.window, policy.sampling.max_new_tokens, own, prompt)
+                for history, own, prompt in zip(histories, slots, prompts, strict=True)
+            ],
             [self.seeds[row] for row in rows],
             [self.drawn[row] for row in rows],
             options,

@@ -112,10 +112,14 @@ def _check(model: nn.Module, found: Tensor, expected: Tensor, how: str) -> None:
         apart = torch.where(found == expected, 0.0, (found - expected).abs()).max().item()
         if apart <= TOLERANCE * max(1.0, expected[expected.isfinite()].std().item()):
             return
-        raise InputError(f"model: found {_name(model)}, whose answers {how} are up to {apart:.2g} away from those to "
-                         "each row alone, expected a model that reads a row the same way however it is given")
-    raise InputError(f"model: found {_name(model)}, which gives {tuple(found.shape)} numbers where {how}, expected "
-                     f"{tuple(expected.shape)}")
+        raise InputError(
+            f"model: found {_name(model)}, whose answers {how} are up to {apart:.2g} away from those to "
+            "each row alone, expected a model that reads a row the same way however it is given"
+        )
+    raise InputError(
+        f"model: found {_name(model)}, which gives {tuple(found.shape)} numbers where {how}, expected "
+        f"{tuple(expected.shape)}"
+    )
 
 
 def _name(model: nn.Module) -> str:
@@ -133,5 +137,7 @@ def probing(model: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
-        raise InputError(f"model: found {_name(model)}, which cannot read text as it is learnt from and played here "
-                         f"({type(error).__name__}: {first}), expected a causal LM that can") from error
+        raise InputError(
+            f"model: found {_name(model)}, which cannot read text as it is learnt from and played here "
+            f"({type(error).__name__}: {first}), expected a causal LM that can"
+        ) from error

@@ -95,12 +95,16 @@ class BestOfNSession:
         """Per row its n replies and their scores (n,)."""
         n = self.reranked.n
         texts = None if options is None else [own for own in options for _ in range(n)]
-        replies = self.session.reply([row * n + j for row in rows for j in range(n)],
-                                     [read for history in histories for read in self.reranked.read_by(history)],
-                                     texts)  # fmt: skip
+        replies = self.session.reply(
+            [row * n + j for row in rows for j in range(n)],
+            [read for history in histories for read in self.reranked.read_by(history)],
+            texts,
+        )
         groups = [replies[i * n : (i + 1) * n] for i in range(len(rows))]
-        scored = [(as_context(history), [(_turn(reply),) for reply in group])
-                  for history, group in zip(histories, groups, strict=True)]  # fmt: skip
+        scored = [
+            (as_context(history), [(_turn(reply),) for reply in group])
+            for history, group in zip(histories, groups, strict=True)
+        ]
         return list(zip(groups, score_rows(scored, self.reranked.scorer), strict=True))
 
     def _chosen(self, row: int, replies: Sequence[Reply], scores: np.ndarray) -> Reply:

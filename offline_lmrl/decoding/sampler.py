@@ -181,8 +181,10 @@ class Sampler:
             raise InputError(f"beta: found {config.beta}, expected 0, as {name} has no value heads to guide it")
         conditioned = getattr(model, "return_embedding", None) is not None
         if config.condition_scale != 0.0 and not conditioned:
-            raise InputError(f"condition_scale: found {config.condition_scale}, expected 0, as {name} has no null "
-                             "condition to guide it away from (algorithm: return_conditioned, condition: embedding)")
+            raise InputError(
+                f"condition_scale: found {config.condition_scale}, expected 0, as {name} has no null "
+                "condition to guide it away from (algorithm: return_conditioned, condition: embedding)"
+            )
         # Ids above are returns.
         self.null = model.get_input_embeddings().weight.shape[0] if conditioned else None
         self.cache_argument = cache_argument(model)

@@ -89,8 +89,9 @@ class RowScorer:
         raise TypeError(f"{type(self).__name__} does not say what it reads")
 
     def _rows(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]):
-        bare = [[replace(turn, token_ids=None, behaviour_log_prob=None) for turn in part]
-                for part in (context, *options)]  # fmt: skip
+        bare = [
+            [replace(turn, token_ids=None, behaviour_log_prob=None) for turn in part] for part in (context, *options)
+        ]
         return encode_options(bare[0], bare[1:], self.renderer, self.window, Counter(), self.by_turn)
 
     def _encode(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]):
@@ -109,8 +110,13 @@ def _batch(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
     lengths = np.array([len(ids) for ids, _ in rows])
     ids, mask = pad([(np.concatenate([ids for ids, _ in rows]), lengths)], 0)
     kinds, _ = pad([(np.concatenate([kinds for _, kinds in rows]), lengths)], 0)
-    batch = {"input_ids": ids, "attention_mask": mask, "action_mask": kinds > 0, "closing_mask": kinds > 1,
-             "last": kinds.shape[1] - 1 - (kinds > 0)[:, ::-1].argmax(axis=1)}  # fmt: skip
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "action_mask": kinds > 0,
+        "closing_mask": kinds > 1,
+        "last": kinds.shape[1] - 1 - (kinds > 0)[:, ::-1].argmax(axis=1),
+    }
     return {name: torch.from_numpy(values).to(device) for name, values in batch.items()}
 
 
@@ -224,8 +230,10 @@ class Function:
             found = found.item() if hasattr(found, "item") else found  # of numpy or torch
         except Exception as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"{self.name}: raised {type(error).__name__}: {reason}, expected a number for (context, "
-                             f"option), here {shown(option[-1].content)}") from error  # fmt: skip
+            raise InputError(
+                f"{self.name}: raised {type(error).__name__}: {reason}, expected a number for (context, "
+                f"option), here {shown(option[-1].content)}"
+            ) from error
         return float(found) if isinstance(found, bool) else finite(self.name, found)
 
 
@@ -313,8 +321,10 @@ class Combined:
 
     def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
         others = zip(*(score_rows(rows, one) for one in self.others), strict=True)
-        return [self.how(preference, np.stack(rest, axis=1))
-                for preference, rest in zip(score_rows(rows, self.preference), others, strict=True)]  # fmt: skip
+        return [
+            self.how(preference, np.stack(rest, axis=1))
+            for preference, rest in zip(score_rows(rows, self.preference), others, strict=True)
+        ]
 
 
 def weighted_sum(scorers: Sequence[Scorer], weights: Sequence[float] | None = None) -> Combined:
@@ -514,8 +524,10 @@ def relabel_trajectories(
     shift = getattr(scorer, "shift", 0.0)
     rewards = [(np.diff(scores, prepend=shift) + shift / len(scores)).tolist() for scores in score_rows(rows, scorer)]
     origin = origin_of(scorer)
-    return [_rescored(row, dict(zip(places, values, strict=True)), origin)
-            for row, places, values in zip(kept, paid, rewards, strict=True)]  # fmt: skip
+    return [
+        _rescored(row, dict(zip(places, values, strict=True)), origin)
+        for row, places, values in zip(kept, paid, rewards, strict=True)
+    ]
 
 
 def _rescored(trajectory: Trajectory, rewards: Mapping[int, float], origin: Any) -> Trajectory:

@@ -52,8 +52,10 @@ def task_of(environment: VectorEnvironment | Callable[[], Environment]) -> Calla
     """
     made = environment() if callable(environment) else environment
     if not hasattr(made, "task"):
-        raise InputError(f"environment: found {type(made).__name__}, which names no task of an episode, expected one "
-                         "with task(seed), by which demonstrations are chosen")
+        raise InputError(
+            f"environment: found {type(made).__name__}, which names no task of an episode, expected one "
+            "with task(seed), by which demonstrations are chosen"
+        )
     return made.task
 
 
@@ -68,6 +70,7 @@ def _find(name: str) -> Callable[..., Any]:
     path = ENVIRONMENTS.get(name, name)
     if not path.partition(":")[2]:
         near = difflib.get_close_matches(name, ENVIRONMENTS, n=1, cutoff=0)[0]
-        raise InputError(f"environment: found {shown(name)}, expected {near!r}, say, or your own as "
-                         "package.module:Class")
+        raise InputError(
+            f"environment: found {shown(name)}, expected {near!r}, say, or your own as package.module:Class"
+        )
     return imported(path, "environment")

@@ -41,8 +41,10 @@ class Scenario:
 
 def scenario_turn(counts: Triple, values: Triple) -> Turn:
     """What one side knows before the talk: "books 1 worth 0, hats 4 worth 2, balls 1 worth 2"."""
-    return Turn("user", ", ".join(f"{item} {count} worth {value}"
-                                  for item, count, value in zip(ITEMS, counts, values, strict=True)))
+    return Turn(
+        "user",
+        ", ".join(f"{item} {count} worth {value}" for item, count, value in zip(ITEMS, counts, values, strict=True)),
+    )
 
 
 def division_text(division: Triple | None) -> str:
@@ -105,8 +107,9 @@ def _scenario(entry: Any, where: str) -> Scenario:
     counts, values = (entry.get("counts"), entry.get("values")) if isinstance(entry, Mapping) else (None, None)
     triples = [counts, *values] if isinstance(values, list) and len(values) == 2 else []
     if not triples or not all(_is_triple(triple) for triple in triples):
-        raise InputError(f"{where}: found {shown(entry)}, expected counts and two values, "
-                         "each of them three whole numbers from 0")
+        raise InputError(
+            f"{where}: found {shown(entry)}, expected counts and two values, each of them three whole numbers from 0"
+        )
     return Scenario(tuple(counts), (tuple(values[0]), tuple(values[1])))
 
 
@@ -183,9 +186,15 @@ class Negotiation:
       partner_sampling: settings that replace those saved in the partner's run directory.
     """
 
-    def __init__(self, scenarios: str | Path | Sequence[Scenario], partner: str | Path | Policy, *,
-                 first: Literal["both", "agent", "partner"] = "both", max_turns: int = 20,
-                 partner_sampling: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        scenarios: str | Path | Sequence[Scenario],
+        partner: str | Path | Policy,
+        *,
+        first: Literal["both", "agent", "partner"] = "both",
+        max_turns: int = 20,
+        partner_sampling: Mapping[str, Any] | None = None,
+    ):
         if first not in ("both", "agent", "partner"):
             raise InputError(f"first: found {shown(first)}, expected 'both', 'agent' or 'partner'")
         if max_turns < 2:
@@ -208,6 +217,7 @@ class Negotiation:
         if isinstance(self.partner, str | Path):
             # Here and not above: the decoder needs the model libraries, which rules and logs do without.
             from offline_lmrl.decoding.policy import LanguagePolicy
+
             self.partner = LanguagePolicy.load(self.partner, **self.partner_sampling)
         self.session = self.partner.start([seed + PARTNER_SEEDS for seed in seeds])
         self.dialogues = [self._dialogue(seed) for seed in seeds]

@@ -63,9 +63,16 @@ class PrefGold:
         """Replies of the behaviour with their gold, which those who learn from preferences never see."""
         check_episodes(episodes)
         rng = np.random.default_rng(seed)
-        return [scripted_episode(self, self.reset(int(rng.integers(len(CUES)))), lambda: REPLIES[self._draw(rng)],
-                                 group=f"pref_gold-{seed}-{episode}", task="pref_gold")
-                for episode in range(episodes)]  # fmt: skip
+        return [
+            scripted_episode(
+                self,
+                self.reset(int(rng.integers(len(CUES)))),
+                lambda: REPLIES[self._draw(rng)],
+                group=f"pref_gold-{seed}-{episode}",
+                task="pref_gold",
+            )
+            for episode in range(episodes)
+        ]
 
     def comparisons(
         self, n: int, seed: int, *, options: int = 2, temperature: float = 0.5, flips: float = 0.1, tie: float = 0.1
@@ -105,9 +112,15 @@ class PrefGold:
                 ranking.append([worse])
         best = ranking[0]
         said = tuple((Turn("assistant", REPLIES[place]),) for place in drawn)
-        return Comparison((Turn("user", CUES[prompt]),), said, tuple((i in best) / len(best) for i in range(options)),
-                          tuple(map(tuple, ranking)), group=group, source="scripted",
-                          labels={"options": [{"gold": float(value)} for value in gold]})  # fmt: skip
+        return Comparison(
+            (Turn("user", CUES[prompt]),),
+            said,
+            tuple((i in best) / len(best) for i in range(options)),
+            tuple(map(tuple, ranking)),
+            group=group,
+            source="scripted",
+            labels={"options": [{"gold": float(value)} for value in gold]},
+        )
 
     def _draw(self, rng: np.random.Generator) -> int:
         """The place of a reply of the behaviour."""

@@ -92,8 +92,10 @@ class PromptEnvironment:
             raise
         except Exception as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"reward: raised {type(error).__name__}: {reason}, expected {len(texts)} numbers; first "
-                             f"reply {shown(texts[0])}") from error  # fmt: skip
+            raise InputError(
+                f"reward: raised {type(error).__name__}: {reason}, expected {len(texts)} numbers; first "
+                f"reply {shown(texts[0])}"
+            ) from error
         try:
             values = list(found)
         except TypeError as error:

@@ -136,8 +136,10 @@ class _Episodes:
         try:
             return finite("reward", float(reward))
         except (TypeError, ValueError) as error:
-            raise InputError(f"environment: found the reward {shown(reward)} in the episode of seed "
-                             f"{self.seeds[row]}, expected a finite number") from error  # fmt: skip
+            raise InputError(
+                f"environment: found the reward {shown(reward)} in the episode of seed "
+                f"{self.seeds[row]}, expected a finite number"
+            ) from error
 
     def trajectories(self) -> list[Trajectory]:
         return [

@@ -8,8 +8,9 @@ from offline_lmrl.data.protocols import Environment, Policy, Reply, Session
 from offline_lmrl.data.trajectory import Trajectory, Turn
 
 
-def scripted_episode(environment: Environment, opening: Sequence[Turn], choose: Callable[[], str],
-                     **fields: Any) -> Trajectory:
+def scripted_episode(
+    environment: Environment, opening: Sequence[Turn], choose: Callable[[], str], **fields: Any
+) -> Trajectory:
     """Play an episode that has begun with `opening` to its end; a cut one keeps its last observation.
 
     Args:
@@ -49,8 +50,12 @@ class _ForcedSession:
     def __init__(self, session: Session, texts: Sequence[str]):
         self.session, self.texts = session, texts
 
-    def reply(self, rows: Sequence[int], histories: Sequence[Sequence[Turn]],
-              options: Sequence[Sequence[str] | None] | None = None) -> list[Reply]:
+    def reply(
+        self,
+        rows: Sequence[int],
+        histories: Sequence[Sequence[Turn]],
+        options: Sequence[Sequence[str] | None] | None = None,
+    ) -> list[Reply]:
         said = sum(turn.is_trainable for turn in histories[0])  # rows of a rollout are at the same turn
         if said < len(self.texts):
             return [Reply(self.texts[said]) for _ in rows]

@@ -83,9 +83,13 @@ class Corridor:
             last = str(int(from_junction))
             opening = self._enter(0 if from_junction else int(rng.integers(STARTS)), at_junction=from_junction)
             trajectory = scripted_episode(
-                self, opening, lambda last=last: last if self.at_junction else str(rng.integers(2)),
-                group=f"corridor-{seed}-{episode}", task="corridor", labels={"from_junction": from_junction},
-            )  # fmt: skip
+                self,
+                opening,
+                lambda last=last: last if self.at_junction else str(rng.integers(2)),
+                group=f"corridor-{seed}-{episode}",
+                task="corridor",
+                labels={"from_junction": from_junction},
+            )
             assert from_junction or trajectory.total_return == 0, "a logged episode from a start earns a reward"
             trajectories.append(trajectory)
         return trajectories
@@ -129,8 +133,16 @@ class Gamble:
         """Both choices equally often."""
         check_episodes(episodes)
         rng = np.random.default_rng(seed)
-        return [scripted_episode(self, self._enter(rng), lambda: ("safe", "gamble")[rng.integers(2)],
-                                 group=f"gamble-{seed}-{episode}", task="gamble") for episode in range(episodes)]
+        return [
+            scripted_episode(
+                self,
+                self._enter(rng),
+                lambda: ("safe", "gamble")[rng.integers(2)],
+                group=f"gamble-{seed}-{episode}",
+                task="gamble",
+            )
+            for episode in range(episodes)
+        ]
 
     def _enter(self, rng: np.random.Generator) -> Sequence[Turn]:
         self.lucky = bool(rng.random() < self.chance)
@@ -186,8 +198,16 @@ class TalkTrap:
         def choose() -> str:
             return str(rng.choice(self.words, p=shares) if self.reply is None else rng.choice(LETTERS))
 
-        return [scripted_episode(self, self.reset(int(rng.integers(len(self.replies)))), choose,
-                                 group=f"talk_trap-{seed}-{episode}", task="talk_trap") for episode in range(episodes)]
+        return [
+            scripted_episode(
+                self,
+                self.reset(int(rng.integers(len(self.replies)))),
+                choose,
+                group=f"talk_trap-{seed}-{episode}",
+                task="talk_trap",
+            )
+            for episode in range(episodes)
+        ]
 
     def _enter(self, greeting: str) -> Sequence[Turn]:
         self.greeting, self.reply, self.invalid = greeting, None, 0
@@ -237,24 +257,37 @@ class Walk:
 
     def labels(self) -> dict[str, object]:
         """Where the walk began, the fewest steps from there, whether it arrived, and the number of missing edges."""
-        return {"start": self.start, "shortest": self.distances[self.start], "arrived": self.node == GOAL,
-                "invalid": self.invalid}
+        return {
+            "start": self.start,
+            "shortest": self.distances[self.start],
+            "arrived": self.node == GOAL,
+            "invalid": self.invalid,
+        }
 
     def optimum(self) -> float:
         """The best return, mean over starts: V(node, n steps left) = max(−10, max over edges of V(next, n−1) − 1)."""
         value = dict.fromkeys(NODES, 0.0)
         for _ in range(LONGEST_WALK):
-            value = {GOAL: 0.0} | {node: max(-LONGEST_WALK, *(value[next_node] - 1 for next_node in self.edges[node]))
-                                   for node in NODES[1:]}
+            value = {GOAL: 0.0} | {
+                node: max(-LONGEST_WALK, *(value[next_node] - 1 for next_node in self.edges[node]))
+                for node in NODES[1:]
+            }
         return sum(value.values()) / (len(NODES) - 1)
 
     def logs(self, episodes: int, seed: int) -> list[Trajectory]:
         """Random walks: from any start along any of the edges, all alike."""
         check_episodes(episodes)
         rng = np.random.default_rng(seed)
-        return [scripted_episode(self, self.reset(int(rng.integers(len(NODES) - 1))),
-                                 lambda: str(rng.choice(self.edges[self.node])),
-                                 group=f"walk-{seed}-{episode}", task="walk") for episode in range(episodes)]
+        return [
+            scripted_episode(
+                self,
+                self.reset(int(rng.integers(len(NODES) - 1))),
+                lambda: str(rng.choice(self.edges[self.node])),
+                group=f"walk-{seed}-{episode}",
+                task="walk",
+            )
+            for episode in range(episodes)
+        ]
 
     def _enter(self, start: str) -> Sequence[Turn]:
         self.start = self.node = start

@@ -66,8 +66,11 @@ class Count:
         trajectories = []
         for episode in range(episodes):
             texts = (" ".join(_letter(rng, share) for _ in range(self.letters)) for share in self._shares(rng))
-            trajectories.append(scripted_episode(self, self.reset(0), texts.__next__,
-                                                 group=f"{self.name}-{seed}-{episode}", task=self.name))
+            trajectories.append(
+                scripted_episode(
+                    self, self.reset(0), texts.__next__, group=f"{self.name}-{seed}-{episode}", task=self.name
+                )
+            )
         return trajectories
 
     def _shares(self, rng: np.random.Generator) -> Iterable[float]:
@@ -115,8 +118,12 @@ class _AskSession:
     def __init__(self, player: AskPlayer, seeds: Sequence[int]):
         self.player, self.rngs = player, [np.random.default_rng(seed) for seed in seeds]
 
-    def reply(self, rows: Sequence[int], histories: Sequence[Sequence[Turn]],
-              options: Sequence[Sequence[str] | None] | None = None) -> list[Reply]:
+    def reply(
+        self,
+        rows: Sequence[int],
+        histories: Sequence[Sequence[Turn]],
+        options: Sequence[Sequence[str] | None] | None = None,
+    ) -> list[Reply]:
         return [Reply(self._text(self.rngs[row], history)) for row, history in zip(rows, histories, strict=True)]
 
     def _text(self, rng: np.random.Generator, history: Sequence[Turn]) -> str:
@@ -185,16 +192,21 @@ class HiddenRule:
             right = self._right_answer()
             return right if rng.random() < 0.7 else str(rng.choice([a for a in LETTERS if a != right]))
 
-        return [self._episode(self.rules[rng.integers(len(self.rules))], rng, answer, f"{seed}-{episode}")
-                for episode in range(episodes)]
+        return [
+            self._episode(self.rules[rng.integers(len(self.rules))], rng, answer, f"{seed}-{episode}")
+            for episode in range(episodes)
+        ]
 
     def demonstrations(self, per_rule: int, seed: int) -> list[Trajectory]:
         """Episodes with all four answers right, `per_rule` of each rule, rule by rule in the order of the seeds."""
         if per_rule < 1:
             raise InputError(f"per_rule: found {per_rule}, expected at least 1")
         rng = np.random.default_rng(seed)
-        return [self._episode(rule, rng, self._right_answer, f"shown-{seed}-{rule}-{number}")
-                for rule in self.rules for number in range(per_rule)]
+        return [
+            self._episode(rule, rng, self._right_answer, f"shown-{seed}-{rule}-{number}")
+            for rule in self.rules
+            for number in range(per_rule)
+        ]
 
     def _episode(self, rule: str, rng: np.random.Generator, choose: Callable[[], str], group: str) -> Trajectory:
         opening = self._enter(rule, ORDERS[rng.integers(len(ORDERS))])

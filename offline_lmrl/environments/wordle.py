@@ -58,8 +58,9 @@ def read_words(source: str, counts: Counter | None = None) -> tuple[str, ...]:
         found = path.read_text(encoding="utf-8").lower().split()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", "not UTF-8")
-        raise InputError(f"words: found {shown(source)} ({why}), expected {', '.join(LISTS)} or a text "
-                         "file") from error
+        raise InputError(
+            f"words: found {shown(source)} ({why}), expected {', '.join(LISTS)} or a text file"
+        ) from error
     usable = [word for word in found if len(word) == LETTERS and word.isascii() and word.isalpha()]
     words = tuple(sorted(set(usable)))
     if len(words) < 2:

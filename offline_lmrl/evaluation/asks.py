@@ -67,8 +67,10 @@ def ask_table(points: Sequence[AskPoint]) -> str:
     lines = [f"{'ask':>8} {'asked':>9} {'bin':>5} {'training turns':>15} {'clipped':>8}   achieved [95%]"]
     for point in points:
         few = "  (hardly learnt)" if point.training_turns < FEW_TURNS else ""
-        lines.append(f"{point.ask!s:>8} {point.asked:9.3f} {point.bin:5d} {point.training_turns:15d} "
-                     f"{point.clipped:8.0%}   {point.achieved} n={point.achieved.n}{few}")
+        lines.append(
+            f"{point.ask!s:>8} {point.asked:9.3f} {point.bin:5d} {point.training_turns:15d} "
+            f"{point.clipped:8.0%}   {point.achieved} n={point.achieved.n}{few}"
+        )
     for found in _obedience(points):
         lines.append(f"correlation {found['correlation']:.3f}, mean distance {found['mean_distance']:.3f}")
     return "\n".join(lines)

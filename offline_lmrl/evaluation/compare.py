@@ -211,8 +211,10 @@ class _Comparison:
             SamplingConfig.from_dict(self.config.partner.sampling)
         if elsewhere := self.config.training_environment:
             if not any(_plays(method) for method in self.config.methods.values()):
-                raise InputError(f"training_environment: found {sorted(elsewhere)}, expected a method that learns by "
-                                 "playing, or none")  # fmt: skip
+                raise InputError(
+                    f"training_environment: found {sorted(elsewhere)}, expected a method that learns by "
+                    "playing, or none"
+                )
             if self.config.partner is None:  # who is trained later
                 make_environment(**self.config.environment | elsewhere)
 
@@ -241,8 +243,10 @@ class _Comparison:
             forms[self._reply_length_key(name, learning=False)] = measured
         for key, form in forms.items():
             if form.max_new_tokens > args.max_length:
-                raise InputError(f"{key}: found {form.max_new_tokens}, expected at most the max_length of {name}, "
-                                 f"{args.max_length}, which has to hold the reply")
+                raise InputError(
+                    f"{key}: found {form.max_new_tokens}, expected at most the max_length of {name}, "
+                    f"{args.max_length}, which has to hold the reply"
+                )
 
     def _play(self, method: Any) -> dict[str, Any]:
         """SamplingConfig fields with which a method (or the partner) is measured."""
@@ -277,8 +281,10 @@ class _Comparison:
         for row in runs:
             difference = say_differences(row["config"], _plain(self.identity(row["method"], row["decode"])))
             if difference:
-                raise InputError(f"{path}: {row['method']}: {difference}; take another `output`, or remove "
-                                 "results.jsonl, report/ and runs/ there")  # fmt: skip
+                raise InputError(
+                    f"{path}: {row['method']}: {difference}; take another `output`, or remove "
+                    "results.jsonl, report/ and runs/ there"
+                )
         return runs
 
     def _save(self) -> None:
@@ -311,9 +317,14 @@ class _Comparison:
         title = f"behaviour ({cut:.0%} of the logs are cut)" if cut else "behaviour"  # then their returns are partial
         labels = label_means(t.labels for t in self.train_data)
         return {
-            "kind": "behaviour", "method": title, "score": behaviour.mean, "interval": behaviour.interval,
-            "n": behaviour.n, "normalised": scale and scale.normalise(behaviour.mean), "labels": labels,
-        }  # fmt: skip
+            "kind": "behaviour",
+            "method": title,
+            "score": behaviour.mean,
+            "interval": behaviour.interval,
+            "n": behaviour.n,
+            "normalised": scale and scale.normalise(behaviour.mean),
+            "labels": labels,
+        }
 
     @cached_property
     def train_data(self) -> list[Trajectory]:
@@ -439,8 +450,10 @@ class _Comparison:
             method, folder = self.config.methods[name], self.folder / "runs" / f"{name}-{seed}"
             if method.run_of is not None:
                 return self.trained(method.run_of, seed)
-            others = [None if other is None else self.trained(other, seed)
-                      for other in (method.start_from, method.critic, method.judge)]  # fmt: skip
+            others = [
+                None if other is None else self.trained(other, seed)
+                for other in (method.start_from, method.critic, method.judge)
+            ]
             self.runs[name, seed] = self._train(f"methods.{name}", method, seed, folder, *others)
         return self.runs[name, seed]
 
@@ -488,8 +501,10 @@ class _Comparison:
         failed = [failure for failures in (self.untrained, self.unmeasured) for failure in failures.values()]
         kind = InputError if all(failure.unusable for failure in failed) else Failed
         lines = "; ".join(f"{', '.join(runs)} {title}" for title, runs in said.items())
-        raise kind(f"{lines}; `offline-lmrl compare {self.folder}` draws the rest, and the same command tries again "
-                   "what is missing")
+        raise kind(
+            f"{lines}; `offline-lmrl compare {self.folder}` draws the rest, and the same command tries again "
+            "what is missing"
+        )
 
     def _train(self, where: str, method: Any, seed: int, folder: Path, *others: Path | None) -> Path:
         """others: the runs it starts from and learns from."""
@@ -518,8 +533,10 @@ class _Comparison:
                 for process in active_children():
                     process.terminate()
                 if isinstance(error, BrokenProcessPool):
-                    raise InputError("workers: found a process that was killed, expected all of them to come to their "
-                                     "end; the same command goes on") from error  # fmt: skip
+                    raise InputError(
+                        "workers: found a process that was killed, expected all of them to come to their "
+                        "end; the same command goes on"
+                    ) from error
                 raise
 
     def train_side_by_side(self) -> None:
@@ -562,8 +579,11 @@ class _Comparison:
         choices: list[str | None] = [None]
         if self.betas(name):
             choices = ["offline", "returns"] if self.config.evaluation.selection else ["offline"]
-        done = {(row["decode"], row["beta_chosen"]) for row in self.rows
-                if row["kind"] == "run" and row["method"] == name and row["seed"] == seed}  # fmt: skip
+        done = {
+            (row["decode"], row["beta_chosen"])
+            for row in self.rows
+            if row["kind"] == "run" and row["method"] == name and row["seed"] == seed
+        }
         settings = [_Setting(decode, chosen) for decode in TEMPERATURES for chosen in choices]
         if self.config.methods[name].planner is not None:
             settings.append(_Setting(PLANNED, None))
@@ -593,8 +613,12 @@ class _Comparison:
         return True
 
     def measure_one_by_one(self) -> None:
-        missing = {(name, seed): settings for seed in self.config.seeds for name in self.config.evaluated
-                   if (settings := self.missing(name, seed))}  # fmt: skip
+        missing = {
+            (name, seed): settings
+            for seed in self.config.seeds
+            for name in self.config.evaluated
+            if (settings := self.missing(name, seed))
+        }
         if missing and self.config.partner is not None:
             self.train_partner()  # without whom nothing can be measured
         for (name, seed), settings in missing.items():
@@ -613,9 +637,12 @@ class _Comparison:
     def measure_side_by_side(self) -> None:
         """Measures methods and seeds in processes of their own; a kill loses what these are at."""
         with self._workers() as pool:
-            waiting = [pool.submit(_measure, self.config, self.untrained, method, seed, settings)
-                       for seed in self.config.seeds for method in self.config.evaluated
-                       if (settings := self.missing(method, seed))]  # fmt: skip
+            waiting = [
+                pool.submit(_measure, self.config, self.untrained, method, seed, settings)
+                for seed in self.config.seeds
+                for method in self.config.evaluated
+                if (settings := self.missing(method, seed))
+            ]
             for done in as_completed(waiting):
                 rows, untrained, unmeasured = done.result()
                 self.untrained |= untrained
@@ -706,10 +733,19 @@ class _Run:
         method = config.methods[self.name]
         scorer = self.comparison.scorer(self.name, self.seed) if setting.decode == PLANNED else None
         return {
-            "kind": "run", "method": self.name, "algorithm": method.algorithm, "seed": self.seed,
-            "decode": setting.decode, "beta": beta, "beta_chosen": setting.chosen, "betas_tried": tried,
-            "score": score.mean, "interval": score.interval, **result.summary(),
-            "normalised": scale and scale.normalise(score.mean), "kl": self.kl(setting.decode, result),
+            "kind": "run",
+            "method": self.name,
+            "algorithm": method.algorithm,
+            "seed": self.seed,
+            "decode": setting.decode,
+            "beta": beta,
+            "beta_chosen": setting.chosen,
+            "betas_tried": tried,
+            "score": score.mean,
+            "interval": score.interval,
+            **result.summary(),
+            "normalised": scale and scale.normalise(score.mean),
+            "kl": self.kl(setting.decode, result),
             "calibration": self.logged.calibration if setting.chosen == "offline" else None,
             "regime": method.regime or load_algorithm(method.algorithm)[1].regime,
             "cost": {
@@ -719,12 +755,14 @@ class _Run:
                 "evaluation_seconds": result.seconds,
             },
             **divergence(self.folder),
-            "run": str(self.folder), "episodes": f"episodes/{stem}.jsonl",
-            "cells": result.cells(), "scores": result.scores(),
+            "run": str(self.folder),
+            "episodes": f"episodes/{stem}.jsonl",
+            "cells": result.cells(),
+            "scores": result.scores(),
             "curve": learning_curve(self.folder) if setting.decode == "sampled" else [],
             # The texts of one seed show what a method says; the files in samples/ have all.
             "samples": dialogues(result, config.evaluation.seeds) if self.seed == config.seeds[0] else [],
-        }  # fmt: skip
+        }
 
 
 def _logs(source: str, reward: str | None) -> list[Trajectory]:

@@ -97,9 +97,11 @@ class MethodConfig:
     def of(cls, name: str, entry: Any) -> "MethodConfig":
         """From a YAML mapping, where `start_from` is called `from`."""
         if not (isinstance(name, str) and re.fullmatch(NAME, name)):
-            raise InputError(f"methods: found the name {shown(name)}, expected one of letters, digits and any of "
-                             "_ . + = , @ - and spaces, up to 100, which starts with a letter or digit: files are "
-                             "called so")  # fmt: skip
+            raise InputError(
+                f"methods: found the name {shown(name)}, expected one of letters, digits and any of "
+                "_ . + = , @ - and spaces, up to 100, which starts with a letter or digit: files are "
+                "called so"
+            )
         if isinstance(entry, cls):
             return entry
         if not isinstance(entry, Mapping):

@@ -58,8 +58,11 @@ class Export:
             line = f"plays: log π + {form.beta:g} · Q, {form.q_reduce} of the Q heads, folded into the LM head"
         if self.returns:
             line += f", told a return by {self.returns[1]} to {self.returns[-1]}, or {self.returns[0]} for none"
-        lines = [line, f"exact: the log-probability of each token is the run's to within {self.difference:.1g} nats, "
-                       f"compared after {self.states} prefixes of drawn tokens and of the run's own text"]  # fmt: skip
+        lines = [
+            line,
+            f"exact: the log-probability of each token is the run's to within {self.difference:.1g} nats, "
+            f"compared after {self.states} prefixes of drawn tokens and of the run's own text",
+        ]
         if form.stop:
             texts = " or ".join(map(repr, form.stop))
             lines.append(f"the run also ends a reply before {texts}; engines have to be told so")
@@ -163,9 +166,15 @@ def _check_exportable(
 def _check_folds(form: SamplingConfig, heads: int) -> None:
     """Refuse guidance that is not one matrix. Engines filter what the LM head says, hence after guidance, where the
     run filters π before it. Raises: InputError that names the settings of a form that folds."""
-    exact = {"q_reduce": ("mean", "first") if heads > 1 else (form.q_reduce,), "support": (0.0,),
-             "candidates": (None,), "clip": (None,), "top_k": (None,), "top_p": (None, 1.0),
-             "min_p": (None, 0.0)}  # fmt: skip
+    exact = {
+        "q_reduce": ("mean", "first") if heads > 1 else (form.q_reduce,),
+        "support": (0.0,),
+        "candidates": (None,),
+        "clip": (None,),
+        "top_k": (None,),
+        "top_p": (None, 1.0),
+        "min_p": (None, 0.0),
+    }
     wrong = {name: values[0] for name, values in exact.items() if getattr(form, name) not in values}
     if wrong:
         found = ", ".join(f"{name} {getattr(form, name)}" for name in wrong)
@@ -213,12 +222,19 @@ def _set_generation(model: PreTrainedModel, form: SamplingConfig, close_id: int)
     drawing = {}
     if form.temperature > 0:
         min_p = max(form.min_p or 0.0, form.support ** (1 / form.temperature))
-        drawing = {"temperature": form.temperature, "top_k": form.top_k or 0, "top_p": form.top_p or 1.0,
-                   "min_p": min_p or None}  # fmt: skip
+        drawing = {
+            "temperature": form.temperature,
+            "top_k": form.top_k or 0,
+            "top_p": form.top_p or 1.0,
+            "min_p": min_p or None,
+        }
     model.generation_config = GenerationConfig(
-        bos_token_id=base.bos_token_id, pad_token_id=base.pad_token_id,
-        eos_token_id=sorted(ends) if len(ends) > 1 else close_id, do_sample=form.temperature > 0, **drawing
-    )  # fmt: skip
+        bos_token_id=base.bos_token_id,
+        pad_token_id=base.pad_token_id,
+        eos_token_id=sorted(ends) if len(ends) > 1 else close_id,
+        do_sample=form.temperature > 0,
+        **drawing,
+    )
 
 
 @torch.inference_mode()
@@ -263,8 +279,10 @@ def _difference(
     try:
         exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     except ValueError as error:  # the text part of some models has a config that no auto class knows
-        raise InputError(f"run: found a {type(policy.model.config).__name__}, which engines cannot open as a causal "
-                         f"LM ({str(error).splitlines()[0]}), expected a model that they can") from error
+        raise InputError(
+            f"run: found a {type(policy.model.config).__name__}, which engines cannot open as a causal "
+            f"LM ({str(error).splitlines()[0]}), expected a model that they can"
+        ) from error
     spelt = torch.tensor([*range(rows), *ids])
     for sample in samples:
         read = spelt[sample.ids].to(device)
@@ -343,10 +361,17 @@ def _returns_card(policy: LanguagePolicy, block: Mapping[str, Any] | None, repor
         f"what is left of R is (R − r) / {slots.discount_per_turn:g}; turns that were told something keep it.",
     ]
     if tokens:
-        lines[-1] += (" `generation_config.json` suppresses these tokens in replies; engines that do not read "
-                      "`suppress_tokens` have to be told not to emit them.")  # fmt: skip
-    lines += ["", f"The run asks for {_asked(slots, ask, texts)}. The training data, in reward units:", "",
-              "| task | text | from | to | training turns |", "|---|---|---|---|---|"]  # fmt: skip
+        lines[-1] += (
+            " `generation_config.json` suppresses these tokens in replies; engines that do not read "
+            "`suppress_tokens` have to be told not to emit them."
+        )
+    lines += [
+        "",
+        f"The run asks for {_asked(slots, ask, texts)}. The training data, in reward units:",
+        "",
+        "| task | text | from | to | training turns |",
+        "|---|---|---|---|---|",
+    ]
     for task, table in slots.scale.tables.items():
         bounds = [table.least, *table.edges, table.most]
         rows = zip(texts, bounds, bounds[1:], table.counts, strict=False)  # the finest table has all bins

@@ -25,11 +25,19 @@ FEW_KEYS = 8  # settings up to which there is room for numbers in a matrix
 MARKERS = {"sampled": "o", "greedy": "s", "planned": "^"}
 WIDTH = 4.4  # inches: on a phone the letters are still to be read
 STYLE = {
-    "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "offline_lmrl", "figure.facecolor": PAPER,
-    "axes.facecolor": PAPER, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": "#8a919966", "grid.linewidth": 0.6, "legend.frameon": False,
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "offline_lmrl",
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#8a919966",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
     **{name: INK for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -346,4 +354,4 @@ NEVER = {
     "Data quality × method": "a comparison has one data set",
     "Accuracy and calibration of a reward model": "`evaluate REWARD_MODEL --data PAIRS` prints them; no row has them",
     "Accuracy against coverage": "no method of a comparison may abstain",
-}  # fmt: skip
+}

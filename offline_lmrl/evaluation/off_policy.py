@@ -161,14 +161,18 @@ def fitted_q_evaluation(
 def _require_all(known: Iterable[bool]) -> None:
     known = list(known)
     if unknown := known.count(False):
-        raise InputError(f"found {unknown} of {len(known)} trajectories without behaviour_log_prob for each of this "
-                         "policy's tokens (or with a choice of texts), expected none")  # fmt: skip
+        raise InputError(
+            f"found {unknown} of {len(known)} trajectories without behaviour_log_prob for each of this "
+            "policy's tokens (or with a choice of texts), expected none"
+        )
 
 
 def _require_plain(policy: LanguagePolicy) -> None:
     if policy.slots is not None:
-        raise InputError("found a policy that is conditioned on returns, expected one that is not: what it is asked "
-                         "for is no part of the logs")  # fmt: skip
+        raise InputError(
+            "found a policy that is conditioned on returns, expected one that is not: what it is asked "
+            "for is no part of the logs"
+        )
     if settings(policy.model.config).get("prompt") is not None:
         raise InputError("found a policy trained behind demonstrations, expected one trained without a prompt")
 
@@ -223,8 +227,10 @@ class _Logs:
     def read(self, heads: ValueHeads, batch_size: int) -> tuple[dict[int, float], float]:
         """Value of each episode's first state, by episode, and the TD error, in reward units."""
         chunks = np.array_split(np.arange(len(self.episode)), -(-len(self.episode) // batch_size))
-        v, error = (torch.cat(part).cpu().numpy() for part in
-                    zip(*(self.losses(heads, chunk)[1:] for chunk in chunks), strict=True))  # fmt: skip
+        v, error = (
+            torch.cat(part).cpu().numpy()
+            for part in zip(*(self.losses(heads, chunk)[1:] for chunk in chunks), strict=True)
+        )
         unit = self.encoder.scale.scale
         episodes, first = np.unique(self.episode, return_index=True)
         value = dict(zip(episodes.tolist(), (unit * v[first]).tolist(), strict=True))
@@ -248,7 +254,9 @@ def _read(policy: LanguagePolicy, batch: TokenBatch) -> dict[str, Tensor]:
     so_far = embedded.cumsum(1) / torch.arange(1, ids.shape[1] + 1, device=ids.device).unsqueeze(-1)
     features = torch.cat([read.float(), so_far], dim=-1)  # (B,T,2d)
     columns = {
-        "features": features[place], "next_features": features[steps["next_row"], steps["next_state"]],
-        "actions": actions, "probability": best.softmax(-1),
-    }  # fmt: skip
+        "features": features[place],
+        "next_features": features[steps["next_row"], steps["next_state"]],
+        "actions": actions,
+        "probability": best.softmax(-1),
+    }
     return columns | {name: steps[name] for name in ("action", "reward", "discount", "bootstrap", "has_target")}

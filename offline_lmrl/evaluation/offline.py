@@ -89,14 +89,21 @@ def read_logs(
         steps = [(row, index, step) for row, (index, window) in enumerate(batch) for step in window.steps]
         ended = [trajectories[index].terminated and step.has_target for _, index, step in steps]
         realised = np.array([step.return_to_go for _, _, step in steps])
-        parts.append({
-            "trajectory": np.array([index for _, index, _ in steps]),
-            "turn": np.array([step.turn for _, _, step in steps]),
-            "state": np.array([step.state for _, _, step in steps]),
-            "return_to_go": np.where(ended, realised * scale.scale, np.nan),
-            **_measured(policy, [window.input_ids for _, window in batch],
-                        [(row, step) for row, _, step in steps], betas, scale.scale),
-        })  # fmt: skip
+        parts.append(
+            {
+                "trajectory": np.array([index for _, index, _ in steps]),
+                "turn": np.array([step.turn for _, _, step in steps]),
+                "state": np.array([step.state for _, _, step in steps]),
+                "return_to_go": np.where(ended, realised * scale.scale, np.nan),
+                **_measured(
+                    policy,
+                    [window.input_ids for _, window in batch],
+                    [(row, step) for row, _, step in steps],
+                    betas,
+                    scale.scale,
+                ),
+            }
+        )
     flat = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
     order = np.lexsort((flat.pop("state"), flat["turn"], flat["trajectory"]))
     flat = {name: values[..., order] for name, values in flat.items()}
@@ -124,9 +131,12 @@ def _has_heads(policy: LanguagePolicy) -> bool:
 
 @torch.inference_mode()
 def _measured(
-    policy: LanguagePolicy, rows: Sequence[Sequence[int]], steps: Sequence[tuple[int, Step]], betas: Sequence[float],
+    policy: LanguagePolicy,
+    rows: Sequence[Sequence[int]],
+    steps: Sequence[tuple[int, Step]],
+    betas: Sequence[float],
     unit: float,
-) -> dict[str, np.ndarray]:  # fmt: skip
+) -> dict[str, np.ndarray]:
     """What the model says of these steps; `unit` turns Q and V into reward units."""
     model = policy.model.eval()
     device = model.device
@@ -297,9 +307,11 @@ def evaluate_offline(
     if guided:
         by_beta = guidance_by_beta(steps, betas)
         values = {
-            "calibration": calibration(steps), "ranking": ranking_accuracy(steps, trajectories), "by_beta": by_beta,
+            "calibration": calibration(steps),
+            "ranking": ranking_accuracy(steps, trajectories),
+            "by_beta": by_beta,
             "beta": choose_beta(by_beta, kl_budget),
-        }  # fmt: skip
+        }
     return OfflineReport(len(trajectories), len(steps.token), dict(steps.counts), log_prob, kl_budget, **values)
 
 

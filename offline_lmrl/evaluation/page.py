@@ -31,14 +31,24 @@ from offline_lmrl.evaluation.report import (
     table_lines,
 )
 
-COSTS = ("training tokens", "training s", "environment steps", "reward queries", "played tokens", "selection tokens",
-         "generated", "agent tokens")  # fmt: skip
+COSTS = (
+    "training tokens",
+    "training s",
+    "environment steps",
+    "reward queries",
+    "played tokens",
+    "selection tokens",
+    "generated",
+    "agent tokens",
+)
 EVERYWHERE = ("score [95%]", "beta", "seeds", "regime")
 PARTS = {"starts from": "start_from", "learns from": "critic", "judged by": "judge", "plays the runs of": "run_of"}
 OWN = ("model", "args", "sampling", "planner", "betas", "preference")
 WINS = "How often the line scores more than the column in the same episode, a tie half."
-NO_FIGURES = {"All figures": "matplotlib is not installed; after `pip install 'offline_lmrl[plots]'`, "
-              "`offline-lmrl compare FOLDER` with the folder of results.jsonl draws them"}  # fmt: skip
+NO_FIGURES = {
+    "All figures": "matplotlib is not installed; after `pip install 'offline_lmrl[plots]'`, "
+    "`offline-lmrl compare FOLDER` with the folder of results.jsonl draws them"
+}
 HEAD, TAIL = 12, 4  # turns shown of a dialogue that is longer than both
 
 Block = tuple[str, Any]
@@ -89,8 +99,10 @@ def refuse_mixed(rows: Sequence[Row], source: Path) -> None:
         mine = own.setdefault((row["method"], row["decode"]), row["config"])
         difference = say_differences(every, shared) or say_differences(row["config"], mine)
         if difference:
-            raise InputError(f"{source}: {row['method']}: {difference}; the results or the report of another "
-                             "comparison lie here, move them away")  # fmt: skip
+            raise InputError(
+                f"{source}: {row['method']}: {difference}; the results or the report of another "
+                "comparison lie here, move them away"
+            )
 
 
 def manifest(results: Results, source: bytes) -> dict[str, Any]:
@@ -121,17 +133,23 @@ def blocks(results: Results, drawings: Sequence[Drawing], missing: Mapping[str, 
         ("list", glance(results)),
         *filter(None, [drawn.pop("score", None)]),
         ("h2", "Results"),
-        ("p", "Means over training seeds and episodes with 95% intervals (t, from the variances of seeds and of "
-              "clusters of episodes; with one seed, of this run over episodes). β offline: the largest within a KL "
-              "budget on held-out logs. β by returns: the best on other episodes, which needs an environment. The "
-              "column “minus” is paired by seed and episode, * where its interval over several seeds excludes 0: only "
-              "that is better, or worse. Published figures were not measured here."),
+        (
+            "p",
+            "Means over training seeds and episodes with 95% intervals (t, from the variances of seeds and of "
+            "clusters of episodes; with one seed, of this run over episodes). β offline: the largest within a KL "
+            "budget on held-out logs. β by returns: the best on other episodes, which needs an environment. The "
+            "column “minus” is paired by seed and episode, * where its interval over several seeds excludes 0: only "
+            "that is better, or worse. Published figures were not measured here.",
+        ),
         ("table", [_results_of(line, f"minus {results.shown['baseline']}") for line in lines]),
         ("h2", "Cost"),
-        ("p", "Training tokens include those of the runs that a method starts or learns from; generated: in "
-              "this evaluation; agent tokens: per episode."),
+        (
+            "p",
+            "Training tokens include those of the runs that a method starts or learns from; generated: in "
+            "this evaluation; agent tokens: per episode.",
+        ),
         ("table", [_only(line, ("method", *EVERYWHERE, *COSTS)) for line in lines if "regime" in line]),
-    ]  # fmt: skip
+    ]
     if chosen := _choices(results):
         page += [
             ("h2", "β chosen offline against β chosen by returns"),
@@ -147,10 +165,13 @@ def blocks(results: Results, drawings: Sequence[Drawing], missing: Mapping[str, 
     if told := _dialogues(results):
         page += [
             ("h2", "Ten fixed dialogues"),
-            ("p", "The same episodes for every method, drawn by number before anything was played, of the first "
-                  "training seed. Nothing is filtered; the middle of long ones is left out."),
+            (
+                "p",
+                "The same episodes for every method, drawn by number before anything was played, of the first "
+                "training seed. Nothing is filtered; the middle of long ones is left out.",
+            ),
             ("dialogues", told),
-        ]  # fmt: skip
+        ]
     return [*page, ("h2", "Configuration"), *_configuration(results)]
 
 
@@ -232,8 +253,11 @@ def _choices(results: Results) -> list[Line]:
             line[f"β {name}"] = " ".join(f"{run['beta']:g}" for run in results.groups[one])
         difference = results.difference(other, key)
         runs = results.groups[key]
-        line |= {"by returns minus offline [95%]": str(difference) if difference else "",
-                 "seeds": " ".join(str(run["seed"]) for run in runs), "regime": runs[0]["regime"]}  # fmt: skip
+        line |= {
+            "by returns minus offline [95%]": str(difference) if difference else "",
+            "seeds": " ".join(str(run["seed"]) for run in runs),
+            "regime": runs[0]["regime"],
+        }
         lines.append(line)
     return lines
 
@@ -275,37 +299,55 @@ def _configuration(results: Results) -> list[Block]:
     runs = results.of("run")
     regimes = {run["method"]: run["regime"] for run in runs}
     fixed = {
-        "environment": config["environment"], "model": config["model"], "settings of all methods": config["args"],
-        "partner": config["partner"], "evaluation": config["evaluation"],
-        "data": config["data"], "data, sha256": runs[0]["config"]["data"] if runs else None,
-    }  # fmt: skip
+        "environment": config["environment"],
+        "model": config["model"],
+        "settings of all methods": config["args"],
+        "partner": config["partner"],
+        "evaluation": config["evaluation"],
+        "data": config["data"],
+        "data, sha256": runs[0]["config"]["data"] if runs else None,
+    }
     methods = [
-        {"method": name, "algorithm": method["algorithm"],
-         **{title: method[key] for title, key in PARTS.items() if method.get(key)},
-         "regime": regimes.get(name, "not evaluated"),
-         "seeds": " ".join(dict.fromkeys(str(run["seed"]) for run in runs if run["method"] == name)),
-         "its own settings": _told({name: method.get(name) for name in OWN})}
+        {
+            "method": name,
+            "algorithm": method["algorithm"],
+            **{title: method[key] for title, key in PARTS.items() if method.get(key)},
+            "regime": regimes.get(name, "not evaluated"),
+            "seeds": " ".join(dict.fromkeys(str(run["seed"]) for run in runs if run["method"] == name)),
+            "its own settings": _told({name: method.get(name) for name in OWN}),
+        }
         for name, method in config["methods"].items()
-    ]  # fmt: skip
+    ]
     made = [
-        {"rows": str(entry["rows"]), "command": entry["command"], "commit": entry["commit"] or "none",
-         "machine": _told(entry["machine"]), "versions": _told(entry["versions"])}
+        {
+            "rows": str(entry["rows"]),
+            "command": entry["command"],
+            "commit": entry["commit"] or "none",
+            "machine": _told(entry["machine"]),
+            "versions": _told(entry["versions"]),
+        }
         for entry in manifest(results, b"")["made"]
-    ]  # fmt: skip
+    ]
     return [
         ("table", methods),
         ("list", [f"{name}: {_told(value)}" for name, value in fixed.items() if value]),
         *([("h3", "Made by"), ("table", made)] if made else []),
-        ("p", "manifest.json has all of it. Everything here is drawn from results.jsonl; `offline-lmrl compare "
-              "FOLDER`, with the folder it lies in, draws it again."),
-    ]  # fmt: skip
+        (
+            "p",
+            "manifest.json has all of it. Everything here is drawn from results.jsonl; `offline-lmrl compare "
+            "FOLDER`, with the folder it lies in, draws it again.",
+        ),
+    ]
 
 
 def _told(value: Any) -> str:
     """Plain values as a line of text: what is null or empty is not said."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_told(v) if not isinstance(v, Mapping) else '(' + _told(v) + ')'}"
-                         for name, v in value.items() if v not in (None, {}, []))  # fmt: skip
+        return ", ".join(
+            f"{name} {_told(v) if not isinstance(v, Mapping) else '(' + _told(v) + ')'}"
+            for name, v in value.items()
+            if v not in (None, {}, [])
+        )
     return " ".join(map(_told, value)) if isinstance(value, list) else str(value)
 
 
@@ -378,14 +420,20 @@ def _table_html(lines: Sequence[Line]) -> str:
     names = columns_of(lines)
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     body = "".join(
-        "<tr>" + "".join(
-            f'<th scope="row">{escape(line.get(name, ""))}</th>' if name == names[0]
-            else f"<td{_wide(line.get(name, ''))}>{escape(line.get(name, ''))}</td>" for name in names
-        ) + "</tr>\n"
+        "<tr>"
+        + "".join(
+            f'<th scope="row">{escape(line.get(name, ""))}</th>'
+            if name == names[0]
+            else f"<td{_wide(line.get(name, ''))}>{escape(line.get(name, ''))}</td>"
+            for name in names
+        )
+        + "</tr>\n"
         for line in lines
-    )  # fmt: skip
-    return (f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n'
-            f"<tbody>\n{body}</tbody>\n</table></div>")  # fmt: skip
+    )
+    return (
+        f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}</tbody>\n</table></div>"
+    )
 
 
 def _wide(cell: str) -> str:
@@ -419,8 +467,9 @@ def _dialogues_html(told: Sequence[tuple[int, list, list]]) -> str:
 def _turns_html(turns: Sequence[Sequence[str]]) -> str:
     return "".join(
         f'<p class="{"agent" if role == "assistant" else "other"}">'
-        f"{f'<b>{escape(role)}</b> ' if role else ''}{escape(text)}</p>\n" for role, text in turns
-    )  # fmt: skip
+        f"{f'<b>{escape(role)}</b> ' if role else ''}{escape(text)}</p>\n"
+        for role, text in turns
+    )
 
 
 HTML = {

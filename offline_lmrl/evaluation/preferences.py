@@ -40,15 +40,21 @@ def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     comparisons = fitting(comparisons, scorer, counts)
     scores = score_rows([(row.context, row.options) for row in comparisons], scorer)
-    pairs = [(place, i, j, row.preference(i, j)) for place, row in enumerate(comparisons)
-             for i, j in combinations(range(len(row.options)), 2) if row.preference(i, j) != 0.5]  # fmt: skip
+    pairs = [
+        (place, i, j, row.preference(i, j))
+        for place, row in enumerate(comparisons)
+        for i, j in combinations(range(len(row.options)), 2)
+        if row.preference(i, j) != 0.5
+    ]
     if not pairs:
         raise InputError("comparisons: found only ties, expected pairs of which one reply is better")
 
     def right(value) -> Cells:
         """Of a function (comparison's place, option) -> number: how often the better option has more of it."""
-        return Cells.of((0, group_key(comparisons[place]), 0.5 + 0.5 * _sign(value(place, i) - value(place, j))
-                         * _sign(p - 0.5)) for place, i, j, p in pairs)  # fmt: skip
+        return Cells.of(
+            (0, group_key(comparisons[place]), 0.5 + 0.5 * _sign(value(place, i) - value(place, j)) * _sign(p - 0.5))
+            for place, i, j, p in pairs
+        )
 
     found = right(lambda place, i: scores[place][i])
     features = BASELINES | _authors(pairs, comparisons)
@@ -83,8 +89,15 @@ def best_of_n_curve(
     rows = []
     for n in ns:
         best = best_of_n(prob, score, n)
-        rows.append({"n": n, "kl": best_of_n_kl(prob, score, n).item(), "bound": best_of_n_kl_bound(n),
-                     "score": (best @ score.double()).item(), "gold": (best @ gold.double()).item()})  # fmt: skip
+        rows.append(
+            {
+                "n": n,
+                "kl": best_of_n_kl(prob, score, n).item(),
+                "bound": best_of_n_kl_bound(n),
+                "score": (best @ score.double()).item(),
+                "gold": (best @ gold.double()).item(),
+            }
+        )
     return rows
 
 

@@ -23,9 +23,12 @@ COLUMNS = ("method", "decoding", "score [95%]", "beta", "per seed", "normalised"
 
 # kind of row -> fields that every reader relies on
 NEEDED = {
-    "comparison": {}, "behaviour": {"method": str}, "optimum": {"method": str}, "published": {"method": str},
+    "comparison": {},
+    "behaviour": {"method": str},
+    "optimum": {"method": str},
+    "published": {"method": str},
     "run": {"method": str, "decode": str, "seed": int, "cells": list, "config": dict},
-}  # fmt: skip
+}
 
 Row = Mapping[str, Any]
 Line = dict[str, str]  # column -> cell

@@ -39,11 +39,15 @@ def train_in_rounds(
     with the logs.jsonl that the next learnt from; complete.json counts what was played in all of them.
     """
     if load_algorithm(algorithm)[1].plays or data.train is None:
-        raise InputError(f"collect: found it for {algorithm} with data.train {data.train!r}, expected an algorithm "
-                         "that learns from data, and data")  # fmt: skip
+        raise InputError(
+            f"collect: found it for {algorithm} with data.train {data.train!r}, expected an algorithm "
+            "that learns from data, and data"
+        )
     if data.preference is not None:
-        raise InputError("collect: found it beside data.preference, expected scored trajectories: what is played "
-                         "brings its own rewards")  # fmt: skip
+        raise InputError(
+            "collect: found it beside data.preference, expected scored trajectories: what is played "
+            "brings its own rewards"
+        )
     SamplingConfig.from_dict(collect.sampling)  # a slip shows before anything is trained
     world, played = make_environment(**environment, **(players or {})), Counter()
     for number in range(collect.rounds):
@@ -70,10 +74,11 @@ def _collected(
         turns = [turn for t in episodes for turn in t.turns if turn.is_trainable]
         write_trajectories(logs, [*read_trajectories(data.train, reward=data.reward), *episodes])
         costs = {
-            "episodes": len(episodes), "environment_steps": len(turns),
+            "episodes": len(episodes),
+            "environment_steps": len(turns),
             "reward_queries": sum(turn.reward is not None for turn in turns),
             "generated_tokens": sum(len(turn.token_ids) for turn in turns),
-        }  # fmt: skip
+        }
         write_text(report, json.dumps({**costs, "weights": weights}) + "\n")
     costs = _read_costs(report)
     costs.pop("weights", None)

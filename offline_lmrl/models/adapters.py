@@ -27,8 +27,13 @@ from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
 PARTS = ("value_heads", "return_embedding", "return_heads")  # the submodules that a guided model adds
 # Not config.json: in a folder that has one, transformers would look for the weights of a whole model.
 SETTINGS_FILE = "offline_lmrl.json"
-_STORED = {"window": WindowRule, "prompt": PromptSpec, "step_rule": StepRule, "reward_scale": RewardScale,
-           "value_heads": ValueHeadsConfig}  # fmt: skip
+_STORED = {
+    "window": WindowRule,
+    "prompt": PromptSpec,
+    "step_rule": StepRule,
+    "reward_scale": RewardScale,
+    "value_heads": ValueHeadsConfig,
+}
 
 
 def require_peft() -> ModuleType:
@@ -68,8 +73,9 @@ def check_settings(name: str | Path, block: Any) -> None:
             kind = (int, float) if type(known[field]) is float else type(known[field])
             fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
             if known[field] is not None and not fits:
-                raise InputError(f"{where}.{key}.{field}: found {shown(value)}, expected a value such as "
-                                 f"{known[field]!r}")
+                raise InputError(
+                    f"{where}.{key}.{field}: found {shown(value)}, expected a value such as {known[field]!r}"
+                )
         try:
             stored(**given)
         except InputError as error:

@@ -166,8 +166,10 @@ class Guided:
         if ask is None or ids is None or (ids >= self.get_input_embeddings().weight.shape[0]).any():
             return super().generate(*args, beta=beta, **kwargs)
         if isinstance(beta, Tensor) or beta != 0 or form.get("condition_scale", 0.0) != 0:
-            raise InputError("ask: found it with beta or condition_scale, expected both to be 0 in generate, which "
-                             "reads each prompt once: guidance needs it without returns too; play with LanguagePolicy")
+            raise InputError(
+                "ask: found it with beta or condition_scale, expected both to be 0 in generate, which "
+                "reads each prompt once: guidance needs it without returns too; play with LanguagePolicy"
+            )
         kwargs = {name: value for name, value in kwargs.items() if name not in ("input_ids", "inputs")}
         embeddings, mask = self._asked(ids, kwargs.pop("attention_mask", None), ask)
         options = kwargs | {"inputs_embeds": embeddings, "attention_mask": mask}
@@ -191,8 +193,10 @@ class Guided:
     ) -> tuple[Tensor, Tensor]:
         """Embeddings (B,T,d) and mask (B,T) of prompts with a slot before every opening of the agent, left-padded."""
         if self.return_embedding is None:
-            raise InputError(f"ask: found {shown(ask)}, but this model has no table of returns (algorithm: "
-                             "return_conditioned, condition: embedding)")
+            raise InputError(
+                f"ask: found {shown(ask)}, but this model has no table of returns (algorithm: "
+                "return_conditioned, condition: embedding)"
+            )
         block = settings(self.config)["returns"]
         slots = Slots.from_block(block, self.get_input_embeddings().weight.shape[0], None)
         asks = [ask] * len(ids) if isinstance(ask, int | float | str) else list(ask)
@@ -277,9 +281,15 @@ class Guided:
         return outputs.logits[0], hidden
 
     def _packed(
-        self, kwargs: dict, steps: Mapping[str, Tensor], windows: int | None, scale: float, conservative: bool,
-        condition_dropout: float, environment: Mapping[str, Tensor] | None,
-    ) -> dict[str, Tensor]:  # fmt: skip
+        self,
+        kwargs: dict,
+        steps: Mapping[str, Tensor],
+        windows: int | None,
+        scale: float,
+        conservative: bool,
+        condition_dropout: float,
+        environment: Mapping[str, Tensor] | None,
+    ) -> dict[str, Tensor]:
         """Per-step outputs; the LM head sees the N states only, and E more of the environment's."""
         row, state, action = steps["row"], steps["state"], steps["action"]
         inputs = {name: value for name, value in kwargs.items() if value is not None}  # peft names more than is given
@@ -378,9 +388,17 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         return base
 
     def forward(
-        self, *args, beta=None, steps=None, windows=None, value_grad_scale=1.0, conservative=False,
-        condition_dropout=0.0, environment=None, **kwargs,
-    ):  # fmt: skip
+        self,
+        *args,
+        beta=None,
+        steps=None,
+        windows=None,
+        value_grad_scale=1.0,
+        conservative=False,
+        condition_dropout=0.0,
+        environment=None,
+        **kwargs,
+    ):
         """The base's forward with two more uses.
 
         beta: a number or (B,); logits become logits + β · advantage under the stored sampling form; None and 0 leave
@@ -398,9 +416,7 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         False where a return is asked for, which tells what the heads are to say.
         """
         if steps is not None:
-            return self._packed(
-                kwargs, steps, windows, value_grad_scale, conservative, condition_dropout, environment
-            )
+            return self._packed(kwargs, steps, windows, value_grad_scale, conservative, condition_dropout, environment)
         outputs, hidden = self.forward_with_hidden(*args, **kwargs)
         if isinstance(beta, Tensor) or beta:
             keep = kwargs.get("logits_to_keep", 0)
@@ -506,13 +522,16 @@ def from_scratch(auto_class: type, spec: Mapping[str, Any], tokenizer, **extra: 
     model_type = fields.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in CAUSAL_LMS:
         near = _nearest(str(model_type)[:100], CAUSAL_LMS)
-        raise InputError(f"model.scratch.model_type: found {shown(model_type)}, expected a causal LM of "
-                         f"transformers{near}")
+        raise InputError(
+            f"model.scratch.model_type: found {shown(model_type)}, expected a causal LM of transformers{near}"
+        )
     known = AutoConfig.for_model(model_type)
     for name in fields:
         if name.startswith("_") or not hasattr(known, name) or callable(getattr(known, name)):
-            raise InputError(f"model.scratch.{shown(name)[1:-1]}: {model_type} has no such field"
-                             f"{_nearest(name[:100], known.to_dict())}")
+            raise InputError(
+                f"model.scratch.{shown(name)[1:-1]}: {model_type} has no such field"
+                f"{_nearest(name[:100], known.to_dict())}"
+            )
     sizes = {"vocab_size": len(tokenizer)}
     sizes |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     try:
@@ -526,8 +545,10 @@ def from_scratch(auto_class: type, spec: Mapping[str, Any], tokenizer, **extra: 
             found = shown((sizes | fields).get(wrong[1]))
             raise InputError(f"model.scratch.{wrong[1]}: found {found}, expected {wrong[2]}") from error
         said = str(error).strip() or type(error).__name__
-        raise InputError(f"model.scratch: found fields of which {model_type} cannot be made "
-                         f"({said.splitlines()[0]}), expected others") from error
+        raise InputError(
+            f"model.scratch: found fields of which {model_type} cannot be made "
+            f"({said.splitlines()[0]}), expected others"
+        ) from error
 
 
 def _require_room(auto_class: type, config: PreTrainedConfig) -> None:
@@ -540,8 +561,10 @@ def _require_room(auto_class: type, config: PreTrainedConfig) -> None:
     needed = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
-        raise InputError(f"model.scratch: found fields of a model of {needed / 1e9:.3g} GB, expected at most this "
-                         f"machine's {memory / 1e9:.3g} GB")
+        raise InputError(
+            f"model.scratch: found fields of a model of {needed / 1e9:.3g} GB, expected at most this "
+            f"machine's {memory / 1e9:.3g} GB"
+        )
 
 
 def build_model(spec: Mapping[str, Any], tokenizer) -> PreTrainedModel:

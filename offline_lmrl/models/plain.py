@@ -60,9 +60,11 @@ def head_scale(model: PreTrainedModel) -> float:
     after = _multiple(outputs.logits - outputs.logits[:, :1], made_up)
     if before is None or after is None:
         found = "a transform before its LM head" if before is None else "a soft cap or the like after its LM head"
-        raise InputError(f"run: found {model.config.model_type} with {found}, through which Q does not fold, expected "
-                         "logits that are a multiple of the LM head times the hidden states; give --beta 0 for the "
-                         "policy without values, or play the run itself (evaluate, generate)")
+        raise InputError(
+            f"run: found {model.config.model_type} with {found}, through which Q does not fold, expected "
+            "logits that are a multiple of the LM head times the hidden states; give --beta 0 for the "
+            "policy without values, or play the run itself (evaluate, generate)"
+        )
     return before * after
 
 

@@ -49,8 +49,10 @@ def renderer_of(tokenizer: PreTrainedTokenizerBase, model: nn.Module, where: str
     with reading(where, "a template_text"):
         renderer = Renderer(tokenizer, block.get("template", "auto"), text, reply_ends(model))
     if text is not None and renderer.fingerprint != expected:
-        raise InputError(f"{where}: tokenizer: found fingerprint {renderer.fingerprint}, expected {expected}: "
-                         "the model was trained with another tokenizer or chat template")
+        raise InputError(
+            f"{where}: tokenizer: found fingerprint {renderer.fingerprint}, expected {expected}: "
+            "the model was trained with another tokenizer or chat template"
+        )
     return renderer
 
 
@@ -68,8 +70,10 @@ def training_renderer(
     if checkpoint is not None:
         start = _stored_block(Path(checkpoint)) or start
         if start.get("tokenizer") and scheme_of(start) != SCHEME:
-            raise InputError(f"{checkpoint}: found a run in progress of rendering scheme {scheme_of(start)}, expected "
-                             f"{SCHEME}: its data would be rendered otherwise; take another output_dir")
+            raise InputError(
+                f"{checkpoint}: found a run in progress of rendering scheme {scheme_of(start)}, expected "
+                f"{SCHEME}: its data would be rendered otherwise; take another output_dir"
+            )
     text = None
     if scheme_of(start) == SCHEME and start.get("template") == template:
         text = _stored_text(start, output_dir)

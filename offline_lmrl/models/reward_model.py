@@ -76,8 +76,10 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
             layer = layer.modules_to_save["default"]
         if isinstance(layer, nn.Linear) and layer.out_features == 1:
             return layer
-    raise InputError(f"model: found {type(model).__name__}, expected one with a linear head of one output, named "
-                     "score or classifier, as the decoder families have it")
+    raise InputError(
+        f"model: found {type(model).__name__}, expected one with a linear head of one output, named "
+        "score or classifier, as the decoder families have it"
+    )
 
 
 def reset_head(model: PreTrainedModel) -> None:
@@ -148,8 +150,10 @@ def load_reward_model(
     if (head or stored) is None:
         found = ", ".join(config.architectures or ["no architecture"])
         judge = f"{{kind: value_heads, run: {name}}}"
-        raise InputError(f"{name}: found no reward model ({found}), expected one; an ILQL run judges pairs as "
-                         f"'{judge}', and any policy is judged on what relabel --make rewards makes of them")
+        raise InputError(
+            f"{name}: found no reward model ({found}), expected one; an ILQL run judges pairs as "
+            f"'{judge}', and any policy is judged on what relabel --make rewards makes of them"
+        )
     if None not in (head, stored) and head != stored:
         raise InputError(f"head: found {shown(head)}, but {name} has the head {stored!r}")
     if stored is not None and config.num_labels != 1:

@@ -45,8 +45,10 @@ def _in_fp32(method: Callable) -> Callable:
     @functools.wraps(method)
     def run(self, hidden, *args, **kwargs):
         if hidden.shape[-1] != self.width:
-            raise InputError(f"model: found a decoder that gives {hidden.shape[-1]} numbers per token before an LM "
-                             f"head that reads {self.width}, expected as many: no values can be learnt there")
+            raise InputError(
+                f"model: found a decoder that gives {hidden.shape[-1]} numbers per token before an LM "
+                f"head that reads {self.width}, expected as many: no values can be learnt there"
+            )
         with torch.autocast(hidden.device.type, enabled=False):
             return method(self, hidden.float(), *args, **kwargs)
 

@@ -50,8 +50,12 @@ def test_settings_out_of_range_are_refused(tmp_path):
         BCConfig(output_dir=str(tmp_path), context=2, stride=3)
 
 
-COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-          "dataloader_num_workers")  # fmt: skip
+COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "dataloader_num_workers",
+)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,17 @@ LOGS = [episode(text, task) for task in "ab" for text in ("good", "bad", "bad")]
 
 def trainer(folder, algorithm, prompt, logs=LOGS, held_out=None, **settings):
     config, cls = load_algorithm(algorithm)
-    args = config(output_dir=str(folder), max_steps=1, per_device_train_batch_size=4, save_strategy="no",
-                  disable_tqdm=True, use_cpu=True, max_length=96, prompt=prompt, **settings)  # fmt: skip
+    args = config(
+        output_dir=str(folder),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        max_length=96,
+        prompt=prompt,
+        **settings,
+    )
     return cls(build_model(SPEC, TOKENIZER), args, logs, held_out, TOKENIZER)
 
 

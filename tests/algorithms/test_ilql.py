@@ -12,8 +12,17 @@ from offline_lmrl.decoding.policy import LanguagePolicy, generate_texts
 from offline_lmrl.models.guided import build_model, load_model
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3 4 5 6 7 8 9"], 300)
-SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64, "initializer_range": 0.2,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+SPEC = {
+    "model_type": "gpt2",
+    "n_layer": 1,
+    "n_embd": 16,
+    "n_head": 2,
+    "n_positions": 64,
+    "initializer_range": 0.2,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 
 
 def user(text):
@@ -34,9 +43,16 @@ LOGS = [  # ragged; the third is cut behind an observation, the fourth behind a 
 
 def config(folder, **settings):
     settings = {
-        "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "target_rate": 0.1, "max_length": 64,
-        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, **settings,
-    }  # fmt: skip
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "target_rate": 0.1,
+        "max_length": 64,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **settings,
+    }
     return ILQLConfig(output_dir=str(folder), use_cpu=True, **settings)
 
 
@@ -155,8 +171,14 @@ def test_losses_of_whole_replies_equal_the_numbers_worked_by_hand(tmp_path):
 
 
 def test_the_loss_is_the_weighted_sum_and_replies_count_where_they_close(tmp_path):
-    settings = {"expectile": 0.7, "policy_weight": 2.0, "value_weight": 3.0, "conservative_weight": 0.5,
-                "utterance_weight": 10.0, "discount_per_turn": 0.9}  # fmt: skip
+    settings = {
+        "expectile": 0.7,
+        "policy_weight": 2.0,
+        "value_weight": 3.0,
+        "conservative_weight": 0.5,
+        "utterance_weight": 10.0,
+        "discount_per_turn": 0.9,
+    }
     run = trainer(tmp_path, **settings)
     outputs = REPLY_OUTPUTS | {
         "log_prob": torch.tensor([-1.0, -1.0, -1.0, -1.0]),

@@ -23,25 +23,46 @@ from offline_lmrl.evaluation.offline import read_logs
 from offline_lmrl.models.guided import build_model, load_model
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3 4 5 6 7 8 9"], 300)
-SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64, "initializer_range": 0.2,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+SPEC = {
+    "model_type": "gpt2",
+    "n_layer": 1,
+    "n_embd": 16,
+    "n_head": 2,
+    "n_positions": 64,
+    "initializer_range": 0.2,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 
 
 def logs(n=8):
     """Two agent turns each; every third log is cut."""
     return [
         Trajectory(
-            (Turn("user", f"at {i % 5}"), Turn("assistant", ("left", "right up")[i % 2], reward=float(i % 3)),
-             Turn("user", f"at {i % 7}"), Turn("assistant", "down", reward=float(i % 2))),
+            (
+                Turn("user", f"at {i % 5}"),
+                Turn("assistant", ("left", "right up")[i % 2], reward=float(i % 3)),
+                Turn("user", f"at {i % 7}"),
+                Turn("assistant", "down", reward=float(i % 2)),
+            ),
             terminated=bool(i % 3),
         )
         for i in range(n)
-    ]  # fmt: skip
+    ]
 
 
 def settings(folder, **values):
-    values = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_length": 64,
-              "save_strategy": "no", "report_to": "none", "disable_tqdm": True, **values}  # fmt: skip
+    values = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_length": 64,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **values,
+    }
     return values | {"output_dir": str(folder), "use_cpu": True}
 
 
@@ -129,13 +150,15 @@ def test_no_temperature_is_behaviour_cloning(tmp_path, critic):
         ({"stride": 2}, "stride: found 2, expected the critic's 1"),
         ({"max_length": 32}, "max_length: found 32, expected the critic's 64"),
         ({"prompt": PromptSpec(max_tokens=20)}, "prompt: found .*'max_tokens': 20.*, expected the critic's None"),
-        ({"template": "plain", "tokenizer": train_tokenizer(["else"] * 9, 280)},
-         "tokenizer: found fingerprint .*, expected the critic's"),
+        (
+            {"template": "plain", "tokenizer": train_tokenizer(["else"] * 9, 280)},
+            "tokenizer: found fingerprint .*, expected the critic's",
+        ),
         ({"reward_scale": 2.0}, "reward_scale: found 2.0, but the critic answers in units of 5"),
         ({"inverse_temperature": -1.0}, "inverse_temperature: found -1.0, expected 0 to"),
         ({"weight_clip": 0.0}, "weight_clip: found 0.0, expected"),
     ],
-)  # fmt: skip
+)
 def test_a_critic_that_reads_something_else_is_refused(tmp_path, critic, values, message):
     with pytest.raises(InputError, match=message):
         trainer(critic, tmp_path / "run", **values)

@@ -32,8 +32,17 @@ from offline_lmrl.ops.policy_gradient import adaptive_kl_weight, tensorflow_adam
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3"], 300)
 # Dropout is on in the config, and must not be in any forward.
-SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 96, "resid_pdrop": 0.5,
-        "embd_pdrop": 0.5, "attn_pdrop": 0.5, "initializer_range": 0.2}  # fmt: skip
+SPEC = {
+    "model_type": "gpt2",
+    "n_layer": 1,
+    "n_embd": 16,
+    "n_head": 2,
+    "n_positions": 96,
+    "resid_pdrop": 0.5,
+    "embd_pdrop": 0.5,
+    "attn_pdrop": 0.5,
+    "initializer_range": 0.2,
+}
 
 
 class Ragged:
@@ -63,9 +72,21 @@ def model(seed=0):
 
 
 def trainer(folder, environment=Ragged, *, network=None, ptx=None, lora=None, **settings):
-    settings = {"max_steps": 2, "episodes": 6, "epochs": 2, "minibatches": 2, "per_device_train_batch_size": 4,
-                "learning_rate": 1e-2, "seed": 0, "max_length": 96, "save_strategy": "no", "disable_tqdm": True,
-                "save_rollouts": False, "sampling": {"max_new_tokens": 4}, **settings}  # fmt: skip
+    settings = {
+        "max_steps": 2,
+        "episodes": 6,
+        "epochs": 2,
+        "minibatches": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "seed": 0,
+        "max_length": 96,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "save_rollouts": False,
+        "sampling": {"max_new_tokens": 4},
+        **settings,
+    }
     args = PPOConfig(output_dir=str(folder), use_cpu=True, **settings)
     return PPOTrainer(network or model(), args, environment, ptx, TOKENIZER, lora)
 
@@ -208,8 +229,13 @@ def test_the_terms_of_the_loss_have_their_signs_and_weights_and_need_a_target(tm
     args = PPOConfig(output_dir=str(tmp_path), use_cpu=True, entropy_weight=0.01)
     two = torch.ones(2)
     outputs = {"log_prob": math.log(1.3) * two, "v": 0.9 * two, "entropy": 0.7 * two}
-    steps = {"behaviour_log_prob": 0 * two, "behaviour_v": 0 * two, "advantage": 2 * two, "returns": two,
-             "has_target": torch.tensor([True, False])}  # fmt: skip
+    steps = {
+        "behaviour_log_prob": 0 * two,
+        "behaviour_v": 0 * two,
+        "advantage": 2 * two,
+        "returns": two,
+        "has_target": torch.tensor([True, False]),
+    }
     found = {name: term.tolist() for name, term in ppo_losses(outputs, steps, args).items()}
     # −2 · 1.2; .1 · ½ (.2 − 1)²; −.01 · .7
     assert found["policy"] == pytest.approx([-2.4, 0]) and found["value"] == pytest.approx([0.032, 0])
@@ -222,8 +248,16 @@ def test_a_turn_that_was_cut_before_anybody_replied_has_no_target(tmp_path):
             last = self.left == 1
             return super().step(text)._replace(turns=() if last else (Turn("user", "on"),))
 
-    run = trainer(tmp_path, lambda: Silent(options=OPTIONS), sampling={"max_new_tokens": 16}, first_seed=3, episodes=1,
-                  whiten_advantages=False, max_steps=1, minibatches=1)  # fmt: skip
+    run = trainer(
+        tmp_path,
+        lambda: Silent(options=OPTIONS),
+        sampling={"max_new_tokens": 16},
+        first_seed=3,
+        episodes=1,
+        whiten_advantages=False,
+        max_steps=1,
+        minibatches=1,
+    )
     played, experience = read(with_v(run, 0.5))
     assert not played[0].terminated and played[0].turns[-1].is_trainable
     assert experience.column("has_target").tolist() == [True] * (len(experience.episode) - 1) + [False]
@@ -267,8 +301,15 @@ def test_a_cut_episode_goes_on_in_v_and_a_finished_one_does_not(tmp_path):
     """Item 11: the same replies, cut or ended by the environment, differ by γ V at their last token."""
     credited = []
     for end_by_itself in (False, True):
-        run = trainer(tmp_path, lambda end=end_by_itself: Ragged(end), first_seed=3, episodes=1, gae_lambda=0.0,
-                      whiten_advantages=False, discount_per_turn=0.9)  # fmt: skip
+        run = trainer(
+            tmp_path,
+            lambda end=end_by_itself: Ragged(end),
+            first_seed=3,
+            episodes=1,
+            gae_lambda=0.0,
+            whiten_advantages=False,
+            discount_per_turn=0.9,
+        )
         played, experience = read(with_v(run, 0.5))
         assert played[0].terminated == end_by_itself
         run.credit(experience)
@@ -283,8 +324,14 @@ def test_what_the_environment_says_is_no_step(tmp_path):
     for chatter in ("on", "on and on and on"):
         run = trainer(tmp_path, episodes=3)
         played = run.play()
-        told = [Trajectory(tuple(Turn("user", chatter) if turn.content == "on" else turn for turn in t.turns),
-                           t.terminated, labels=t.labels) for t in played]  # fmt: skip
+        told = [
+            Trajectory(
+                tuple(Turn("user", chatter) if turn.content == "on" else turn for turn in t.turns),
+                t.terminated,
+                labels=t.labels,
+            )
+            for t in played
+        ]
         experience = run.observe(told)
         experience.add(ref_log_prob=experience.column("behaviour_log_prob"))
         run.credit(experience)
@@ -310,8 +357,17 @@ def test_returns_come_before_whitening(tmp_path):
 
 def test_scaled_scores_forget_their_unit(tmp_path):
     """Item 16."""
-    runs = [trainer(tmp_path, lambda gain=gain: Ragged(gain=gain), scale_scores=True, kl_weight=0.0,
-                    max_steps=1, adam_epsilon=1e-2) for gain in (1.0, 100.0)]  # fmt: skip
+    runs = [
+        trainer(
+            tmp_path,
+            lambda gain=gain: Ragged(gain=gain),
+            scale_scores=True,
+            kl_weight=0.0,
+            max_steps=1,
+            adam_epsilon=1e-2,
+        )
+        for gain in (1.0, 100.0)
+    ]
     for one in runs:
         one.train()
     torch.testing.assert_close(weights(runs[0]), weights(runs[1]), atol=1e-5, rtol=0)
@@ -338,9 +394,10 @@ def test_scores_are_clipped_behind_their_scale_and_unfinished_turns_pay(tmp_path
 def test_micro_batches_give_the_step_of_the_whole_minibatch(tmp_path):
     """Item 22, on ragged lengths, with logged data beside them."""
     logs = [Trajectory((Turn("user", "q"), Turn("assistant", "left " * (1 + i % 3)))) for i in range(5)]
-    whole, split = (trainer(tmp_path, per_device_train_batch_size=size, max_steps=1, ptx=logs, ptx_weight=0.5,
-                            adam_epsilon=1e-2)
-                    for size in (64, 1))  # fmt: skip
+    whole, split = (
+        trainer(tmp_path, per_device_train_batch_size=size, max_steps=1, ptx=logs, ptx_weight=0.5, adam_epsilon=1e-2)
+        for size in (64, 1)
+    )
     whole.train()
     split.train()
     torch.testing.assert_close(weights(split), weights(whole), atol=2e-5, rtol=0)
@@ -464,8 +521,12 @@ def test_warm_up_moves_the_value_head_alone(tmp_path):
 
 
 def test_a_value_model_of_its_own_leaves_the_policy_alone(tmp_path):
-    runs = [trainer(tmp_path, max_steps=1, epochs=1, minibatches=1, value_model="copy", value_weight=weight,
-                    max_grad_norm=0.0) for weight in (0.0, 1.0)]  # fmt: skip
+    runs = [
+        trainer(
+            tmp_path, max_steps=1, epochs=1, minibatches=1, value_model="copy", value_weight=weight, max_grad_norm=0.0
+        )
+        for weight in (0.0, 1.0)
+    ]
     start = weights(runs[0])
     for one in runs:
         one.train()
@@ -481,8 +542,12 @@ def reward_run(folder, head="terminal", lora=None, steps=10, **settings):
     if lora is not None:
         network.save_pretrained(folder / "base")
         network = load_reward_model(folder / "base")
-    said = [[(Turn("assistant", text),) for text in (longer, shorter)] for longer in OPTIONS for shorter in OPTIONS
-            if len(longer) > len(shorter)]  # fmt: skip
+    said = [
+        [(Turn("assistant", text),) for text in (longer, shorter)]
+        for longer in OPTIONS
+        for shorter in OPTIONS
+        if len(longer) > len(shorter)
+    ]
     rows = [Comparison((Turn("user", f"you are at {i}"),), tuple(pair), (1.0, 0.0)) for i in range(3) for pair in said]
     common = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "max_length": 96}
     args = RewardModelConfig(
@@ -499,9 +564,14 @@ def from_reward(folder, reward, **settings):
     return trainer(folder, lambda: Ragged(options=OPTIONS), value_model=reward, **settings)
 
 
-@pytest.mark.parametrize(("head", "settings"), [
-    ("terminal", {}), ("turn", {"normalise": "centre", "context": 1}), ("terminal", {"lora": 4}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("head", "settings"),
+    [
+        ("terminal", {}),
+        ("turn", {"normalise": "centre", "context": 1}),
+        ("terminal", {"lora": 4}),
+    ],
+)
 def test_v_starts_at_the_score_of_a_reward_model_where_that_is_read(tmp_path, head, settings):
     """A score is read at the token that closes a turn: in the state after the one in which that token is chosen."""
     settings, lora = dict(settings), None
@@ -540,12 +610,19 @@ def test_v_learns_on_from_a_reward_model_and_from_a_copy_of_the_policy_starts_at
     assert not experience.column("behaviour_v").any()
 
 
-@pytest.mark.parametrize(("made", "settings", "message"), [
-    ({"head": "token"}, {}, "^value_model: .*reward: found a reward model with head: token, whose score is a sum"),
-    ({"head": "turn", "context": 2}, {"context": 1}, "with context: 2, expected this run's context, 1, as V"),
-    ({}, {"scale_scores": True}, "^scale_scores: found it with the reward model .*, expected one of them"),
-    ({}, {"template": "plain"}, "^value_model: .*reward: tokenizer: found fingerprint .*, expected .*: the model "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("made", "settings", "message"),
+    [
+        ({"head": "token"}, {}, "^value_model: .*reward: found a reward model with head: token, whose score is a sum"),
+        ({"head": "turn", "context": 2}, {"context": 1}, "with context: 2, expected this run's context, 1, as V"),
+        ({}, {"scale_scores": True}, "^scale_scores: found it with the reward model .*, expected one of them"),
+        (
+            {},
+            {"template": "plain"},
+            "^value_model: .*reward: tokenizer: found fingerprint .*, expected .*: the model ",
+        ),
+    ],
+)
 def test_a_reward_model_at_whose_score_no_v_can_start_is_refused_in_one_line(tmp_path, made, settings, message):
     reward = reward_run(tmp_path / "reward", normalise="none", steps=1, **made)
     with pytest.raises(InputError, match=message):
@@ -580,19 +657,34 @@ def test_an_adapter_has_the_model_without_it_as_reference(tmp_path):
 
 
 SETTINGS_THAT_BIND = {
-    "clip_range": {"clip_range": 1e-3}, "value_clip_range": {"value_clip_range": 1e-3},
-    "entropy_weight": {"entropy_weight": 0.1}, "gae_lambda": {"gae_lambda": 0.5},
-    "whiten_advantages": {"whiten_advantages": False}, "whiten_rewards": {"whiten_rewards": True},
-    "kl_estimator": {"kl_estimator": "k3"}, "kl_target": {"kl_target": 0.1, "kl_horizon": 10},
-    "scale_scores": {"scale_scores": True}, "clip_scores": {"clip_scores": 1.0},
-    "unfinished_score": {"unfinished_score": -1.0}, "unfinished_penalty": {"unfinished_penalty": 1.0},
-    "tensorflow_eps": {"tensorflow_eps": True}, "lr_scheduler_type": {"lr_scheduler_type": "constant"},
-    "max_grad_norm": {"max_grad_norm": 0.05}, "reward_scale": {"reward_scale": 10.0},
-    "discount_per_turn": {"discount_per_turn": 0.5}, "minibatches": {"minibatches": 3},
-    "discount_per_token": {"discount_per_token": 0.9}, "epochs": {"epochs": 1}, "kl_weight": {"kl_weight": 0.0},
-    "value_weight": {"value_weight": 1.0}, "stop_kl": {"stop_kl": 1e-4}, "adam_epsilon": {"adam_epsilon": 1e-5},
-    "warmup_steps": {"warmup_steps": 2}, "value_warmup": {"value_warmup": 1}, "max_turns": {"max_turns": 1},
-}  # fmt: skip
+    "clip_range": {"clip_range": 1e-3},
+    "value_clip_range": {"value_clip_range": 1e-3},
+    "entropy_weight": {"entropy_weight": 0.1},
+    "gae_lambda": {"gae_lambda": 0.5},
+    "whiten_advantages": {"whiten_advantages": False},
+    "whiten_rewards": {"whiten_rewards": True},
+    "kl_estimator": {"kl_estimator": "k3"},
+    "kl_target": {"kl_target": 0.1, "kl_horizon": 10},
+    "scale_scores": {"scale_scores": True},
+    "clip_scores": {"clip_scores": 1.0},
+    "unfinished_score": {"unfinished_score": -1.0},
+    "unfinished_penalty": {"unfinished_penalty": 1.0},
+    "tensorflow_eps": {"tensorflow_eps": True},
+    "lr_scheduler_type": {"lr_scheduler_type": "constant"},
+    "max_grad_norm": {"max_grad_norm": 0.05},
+    "reward_scale": {"reward_scale": 10.0},
+    "discount_per_turn": {"discount_per_turn": 0.5},
+    "minibatches": {"minibatches": 3},
+    "discount_per_token": {"discount_per_token": 0.9},
+    "epochs": {"epochs": 1},
+    "kl_weight": {"kl_weight": 0.0},
+    "value_weight": {"value_weight": 1.0},
+    "stop_kl": {"stop_kl": 1e-4},
+    "adam_epsilon": {"adam_epsilon": 1e-5},
+    "warmup_steps": {"warmup_steps": 2},
+    "value_warmup": {"value_warmup": 1},
+    "max_turns": {"max_turns": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -621,9 +713,18 @@ def test_averaged_weights_are_the_ones_that_are_saved(tmp_path):
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "ema": 0.9, "scale_scores": True,
-                "kl_target": 0.1, "value_model": "copy", "ptx_weight": 0.1, "save_rollouts": True,
-                "ptx": [Trajectory((Turn("user", "q"), Turn("assistant", "left up")))] * 3}  # fmt: skip
+    settings = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "ema": 0.9,
+        "scale_scores": True,
+        "kl_target": 0.1,
+        "value_model": "copy",
+        "ptx_weight": 0.1,
+        "save_rollouts": True,
+        "ptx": [Trajectory((Turn("user", "q"), Turn("assistant", "left up")))] * 3,
+    }
     straight = trainer(tmp_path / "straight", **settings)
     straight.train()
     stopped, update = trainer(tmp_path / "stopped", **settings), PPOTrainer.update
@@ -698,8 +799,15 @@ def test_settings_that_cannot_be_are_one_line(tmp_path, settings, message):
 
 
 SCRATCH = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, "n_positions": 64}
-SHORT = {"max_steps": 2, "episodes": 4, "max_length": 64, "use_cpu": True, "disable_tqdm": True, "save_steps": 1,
-         "sampling": {"max_new_tokens": 3}}  # fmt: skip
+SHORT = {
+    "max_steps": 2,
+    "episodes": 4,
+    "max_length": 64,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "save_steps": 1,
+    "sampling": {"max_new_tokens": 3},
+}
 
 
 def test_its_run_is_a_folder_like_any_other(tmp_path):
@@ -744,10 +852,14 @@ def test_what_an_algorithm_learns_from_has_to_be_there(tmp_path, algorithm, envi
 def test_a_comparison_trains_it_in_the_environment_and_counts_its_steps(tmp_path):
     write_trajectories(tmp_path / "logs.jsonl", Gamble().logs(8, seed=0))
     config = CompareConfig(
-        environment={"name": "gamble"}, data={"train": str(tmp_path / "logs.jsonl")}, output=str(tmp_path / "out"),
-        methods={"ppo": {"algorithm": "ppo", "args": SHORT}}, seeds=(3,), model={"scratch": SCRATCH},
+        environment={"name": "gamble"},
+        data={"train": str(tmp_path / "logs.jsonl")},
+        output=str(tmp_path / "out"),
+        methods={"ppo": {"algorithm": "ppo", "args": SHORT}},
+        seeds=(3,),
+        model={"scratch": SCRATCH},
         evaluation=EvaluationConfig(episodes=2, sampling={"max_new_tokens": 3}),
-    )  # fmt: skip
+    )
     run_compare(config)
     rows = [row for row in read_results(tmp_path / "out" / "results.jsonl") if row["kind"] == "run"]
     assert {row["regime"] for row in rows} == {"environment"} and len(rows) == 2

@@ -20,15 +20,31 @@ from offline_lmrl.models.guided import build_model, load_model
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3 4 5 6 7 8 9"], 300)
 SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
 LOGS = [
-    Trajectory((Turn("user", f"at {i}"), Turn("assistant", "left", reward=float(i % 2)), Turn("user", "at 1"),
-                Turn("assistant", "up", reward=float(i % 3))), terminated=i != 4)
+    Trajectory(
+        (
+            Turn("user", f"at {i}"),
+            Turn("assistant", "left", reward=float(i % 2)),
+            Turn("user", "at 1"),
+            Turn("assistant", "up", reward=float(i % 3)),
+        ),
+        terminated=i != 4,
+    )
     for i in range(5)
-]  # fmt: skip
+]
 
 
 def settings(folder, **values):
-    return {"output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 4, "max_length": 64,
-            "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, **values}  # fmt: skip
+    return {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "max_length": 64,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **values,
+    }
 
 
 def valued(folder, model=None):
@@ -50,8 +66,15 @@ def conditioned(folder, held_out=None, logs=LOGS, **values):
 def test_the_critics_labels_are_binned_and_told_to_the_model(tmp_path, label, discount):
     critic = valued(tmp_path / "critic")
     write_trajectories(tmp_path / "held_out.jsonl", LOGS[:2])
-    run = conditioned(tmp_path / "run", str(tmp_path / "held_out.jsonl"), critic=str(critic), relabel=label,
-                      discount_per_turn=discount, binning="linear", bins=4)  # fmt: skip
+    run = conditioned(
+        tmp_path / "run",
+        str(tmp_path / "held_out.jsonl"),
+        critic=str(critic),
+        relabel=label,
+        discount_per_turn=discount,
+        binning="linear",
+        bins=4,
+    )
     labelled = relabel(LOGS, critic, label, discount)
     scale = ReturnScale.fit(labelled, "linear", 4)
     assert run.returns["scale"] == scale.to_dict()

@@ -12,8 +12,17 @@ from offline_lmrl.decoding.policy import LanguagePolicy, generate_texts
 from offline_lmrl.models.guided import build_model, load_model
 
 TOKENIZER = train_tokenizer(["good bad fine say it\n", "quality: 1/2 2/2"], 300)
-SPEC = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64, "initializer_range": 0.2,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+SPEC = {
+    "model_type": "gpt2",
+    "n_layer": 2,
+    "n_embd": 32,
+    "n_head": 2,
+    "n_positions": 64,
+    "initializer_range": 0.2,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 ASKED = [Turn("user", "say it")]
 
 
@@ -31,9 +40,20 @@ PREFERENCES = [episode("good"), episode("bad")] * 8
 def trainer(folder, algorithm="return_conditioned", model=None, logs=PREFERENCES, lora=None, **settings):
     torch.manual_seed(0)
     config, cls = load_algorithm(algorithm)
-    args = config(**{"output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 8, "max_length": 64,
-                     "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
-                     "learning_rate": 1e-2} | settings)  # fmt: skip
+    args = config(
+        **{
+            "output_dir": str(folder),
+            "max_steps": 2,
+            "per_device_train_batch_size": 8,
+            "max_length": 64,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "learning_rate": 1e-2,
+        }
+        | settings
+    )
     return cls(model or build_model(SPEC, TOKENIZER), args, logs, None, TOKENIZER, lora)
 
 
@@ -158,17 +178,27 @@ def test_data_that_tells_no_returns_apart_is_refused(tmp_path, logs, settings, m
 
 @pytest.mark.parametrize(
     "settings",
-    [{"bins": 1}, {"binning": "log"}, {"per": "row"}, {"condition": "prefix"}, {"condition_dropout": 1.5},
-     {"discount_per_turn": 0.0}, {"ask": "most"}, {"ask": float("nan")}, {"condition_scale": -1.0}],
-)  # fmt: skip
+    [
+        {"bins": 1},
+        {"binning": "log"},
+        {"per": "row"},
+        {"condition": "prefix"},
+        {"condition_dropout": 1.5},
+        {"discount_per_turn": 0.0},
+        {"ask": "most"},
+        {"ask": float("nan")},
+        {"condition_scale": -1.0},
+    ],
+)
 def test_settings_out_of_range_are_refused_by_name(tmp_path, settings):
     with pytest.raises(InputError, match=f"{next(iter(settings))}: found"):
         trainer(tmp_path, **settings)
 
 
 def test_heads_and_replies_of_the_environment_add_to_the_loss_by_their_weights(tmp_path):
-    run = trainer(tmp_path, logs=[episode("good", "bad"), episode("bad", "bad")], return_weight=2.0,
-                  environment_weight=0.5)  # fmt: skip
+    run = trainer(
+        tmp_path, logs=[episode("good", "bad"), episode("bad", "bad")], return_weight=2.0, environment_weight=0.5
+    )
     steps = {"closes_turn": torch.tensor([False, True, False, True])}
     outputs = {
         "log_prob": torch.tensor([-1.0, -2.0, -3.0, -4.0]),
@@ -218,9 +248,11 @@ CUT = [Trajectory((*ASKED, Turn("assistant", "good", reward=float(i))), terminat
 
 @pytest.mark.parametrize(
     ("name", "logs", "what"),
-    [("environment_weight", PREFERENCES, "a reply of the environment"),
-     ("return_weight", CUT, "a finished turn of which it is known what follows")],
-)  # fmt: skip
+    [
+        ("environment_weight", PREFERENCES, "a reply of the environment"),
+        ("return_weight", CUT, "a finished turn of which it is known what follows"),
+    ],
+)
 def test_a_weight_whose_loss_has_no_target_in_the_data_is_refused(tmp_path, name, logs, what):
     with pytest.raises(InputError) as refused:
         trainer(tmp_path, logs=logs, **{name: 0.5})

@@ -31,26 +31,47 @@ from offline_lmrl.models.guided import build_model, load_model
 from offline_lmrl.models.reward_model import build_reward_model, head_of, load_reward_model, option_scores, read_mask
 
 TOKENIZER = train_tokenizer(["good bad fine", "say it 1 2 3"], 290)
-SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+SPEC = {
+    "model_type": "gpt2",
+    "n_layer": 1,
+    "n_embd": 16,
+    "n_head": 2,
+    "n_positions": 64,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 
 
 def compare(texts, target, ranking=None, **more):
-    return Comparison((Turn("user", "say it"),), tuple((Turn("assistant", text),) for text in texts), target, ranking,
-                      **more)  # fmt: skip
+    return Comparison(
+        (Turn("user", "say it"),), tuple((Turn("assistant", text),) for text in texts), target, ranking, **more
+    )
 
 
 # The reply with "good" in it is better, wherever it stands.
-RULE = [compare((f"good {i}", f"bad {i}") if i % 2 else (f"bad {i}", f"good {i}"), (i % 2, 1 - i % 2))
-        for i in range(24)]  # fmt: skip
-RANKED = [compare(("good", "fine", "say", "bad"), (1.0, 0.0, 0.0, 0.0), ((0,), (1, 2), (3,))),
-          compare(("bad", "good"), (0.5, 0.5)), compare(("1", "2", "3"), (0.0, 1.0, 0.0), weight=3.0)]  # fmt: skip
+RULE = [
+    compare((f"good {i}", f"bad {i}") if i % 2 else (f"bad {i}", f"good {i}"), (i % 2, 1 - i % 2)) for i in range(24)
+]
+RANKED = [
+    compare(("good", "fine", "say", "bad"), (1.0, 0.0, 0.0, 0.0), ((0,), (1, 2), (3,))),
+    compare(("bad", "good"), (0.5, 0.5)),
+    compare(("1", "2", "3"), (0.0, 1.0, 0.0), weight=3.0),
+]
 
 
 def trainer(folder, data=RULE, held_out=None, model=None, peft_config=None, **settings):
     torch.manual_seed(0)
-    settings = {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "report_to": "none",
-                "save_strategy": "no", "disable_tqdm": True, "max_length": 64, **settings}  # fmt: skip
+    settings = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_length": 64,
+        **settings,
+    }
     args = RewardModelConfig(output_dir=str(folder), use_cpu=True, **settings)
     model = model or build_reward_model(SPEC, TOKENIZER, args.head)
     return RewardModelTrainer(model, args, data, held_out, TOKENIZER, peft_config)
@@ -79,8 +100,12 @@ def config(tmp_path, **settings):
 
 
 def test_the_loss_of_a_ranking_with_a_tie_by_hand(tmp_path):
-    batch = {"target": torch.tensor([1.0, 0.0, 0.0, 0.0]), "rank": torch.tensor([0, 1, 1, 2]),
-             "comparison": torch.zeros(4, dtype=torch.long), "strength": torch.tensor([2.0])}  # fmt: skip
+    batch = {
+        "target": torch.tensor([1.0, 0.0, 0.0, 0.0]),
+        "rank": torch.tensor([0, 1, 1, 2]),
+        "comparison": torch.zeros(4, dtype=torch.long),
+        "strength": torch.tensor([2.0]),
+    }
     score = torch.tensor([2.0, 1.0, 3.0, 0.0])
     # best against the others: Δ = 1, −1, 2; the tied two against the last: Δ = 1, 3; the tie itself says nothing here
     cost = [math.log1p(math.exp(-lead)) for lead in (1.0, -1.0, 2.0, 1.0, 3.0)]
@@ -91,8 +116,12 @@ def test_the_loss_of_a_ranking_with_a_tie_by_hand(tmp_path):
 
 
 def test_a_label_that_is_surely_wrong_costs_no_more_than_the_floor(tmp_path):
-    batch = {"target": torch.tensor([1.0, 0.0]), "rank": torch.tensor([0, 1]), "comparison": torch.tensor([0, 0]),
-             "strength": torch.zeros(1)}  # fmt: skip
+    batch = {
+        "target": torch.tensor([1.0, 0.0]),
+        "rank": torch.tensor([0, 1]),
+        "comparison": torch.tensor([0, 0]),
+        "strength": torch.zeros(1),
+    }
     score = torch.tensor([0.0, 6.0], requires_grad=True)  # Δ = −6
     loss = pairs_loss(score, batch, config(tmp_path, error_rate=0.1))
     assert_close(loss, torch.tensor([2.95]), atol=0.005, rtol=0)  # −log(.9 σ(−6) + .05); 6.00 without the floor
@@ -132,8 +161,12 @@ def test_a_run_goes_on_with_other_processes(tmp_path):
 
 
 def test_accuracy_counts_equal_scores_half_and_ties_not_at_all():
-    batch = {"target": torch.tensor([1.0, 0.0, 0.5, 0.5, 0.2, 0.8]), "rank": torch.tensor([0, 1, 0, 0, 1, 0]),
-             "comparison": torch.tensor([0, 0, 1, 1, 2, 2]), "weight": torch.ones(3)}  # fmt: skip
+    batch = {
+        "target": torch.tensor([1.0, 0.0, 0.5, 0.5, 0.2, 0.8]),
+        "rank": torch.tensor([0, 1, 0, 0, 1, 0]),
+        "comparison": torch.tensor([0, 0, 1, 1, 2, 2]),
+        "weight": torch.ones(3),
+    }
     assert accuracy(torch.tensor([1.0, 0.0, 5.0, 0.0, 1.0, 1.0]), batch).tolist() == [1.0, 0.5]
     assert accuracy(torch.tensor([0.0, 1.0, 5.0, 0.0, 1.0, 0.0]), batch).tolist() == [0.0, 0.0]
 
@@ -168,8 +201,11 @@ def test_a_planted_rule_is_learnt_and_the_run_opens_as_a_plain_classifier(tmp_pa
     assert_close(logits, found, atol=1e-5, rtol=1e-5)
 
 
-RATED = [Trajectory((Turn("user", "say it"), Turn("assistant", text, reward=rating))) for i in range(8)
-         for text, rating in ((f"good {i}", 7.0), (f"fine {i}", 5.0), (f"bad {i}", 1.0))]  # fmt: skip
+RATED = [
+    Trajectory((Turn("user", "say it"), Turn("assistant", text, reward=rating)))
+    for i in range(8)
+    for text, rating in ((f"good {i}", 7.0), (f"fine {i}", 5.0), (f"bad {i}", 1.0))
+]
 
 
 def test_ratings_are_learnt_and_come_back_in_their_unit_or_normalised(tmp_path):
@@ -200,8 +236,10 @@ def test_pre_training_reads_every_reply_marked_good_and_marked_bad_and_hands_its
 
 @pytest.mark.parametrize("normalise", ["centre", "standard"])
 def test_scores_of_the_replies_of_reference_are_normalised(tmp_path, normalise):
-    write_trajectories(tmp_path / "said.jsonl", [Trajectory((Turn("user", "say it"), Turn("assistant", text)))
-                                                 for text in ("good", "fine 1", "fine 2")])  # fmt: skip
+    write_trajectories(
+        tmp_path / "said.jsonl",
+        [Trajectory((Turn("user", "say it"), Turn("assistant", text))) for text in ("good", "fine 1", "fine 2")],
+    )
     made = trainer(tmp_path, normalise=normalise, reference=str(tmp_path / "said.jsonl"))
     made.train()
     bias = made.model.config.offline_lmrl["reward"]["bias"]
@@ -254,8 +292,10 @@ def dialogue(*replies):
 
 
 BEFORE = (Turn("user", "say it"), Turn("assistant", "1"), Turn("user", "go"))
-SEGMENTS = [Comparison(BEFORE, (dialogue(*one), dialogue(*two)), (1.0, 0.0))
-            for one, two in ((("good", "bad", "good"), ("bad",)), (("good",), ("bad", "bad")))]  # fmt: skip
+SEGMENTS = [
+    Comparison(BEFORE, (dialogue(*one), dialogue(*two)), (1.0, 0.0))
+    for one, two in ((("good", "bad", "good"), ("bad",)), (("good",), ("bad", "bad")))
+]
 
 
 @pytest.mark.parametrize("head", ["turn", "token"])
@@ -283,8 +323,10 @@ def test_with_a_context_each_turn_is_read_alone_in_training_scoring_and_relabell
     replies = [Trajectory((*as_context(BEFORE), *SEGMENTS[0].options[0]))]
     (whole,) = relabel_trajectories(replies, scorer, "turn")
     rewards = [turn.reward for turn in whole.turns if turn.reward is not None]
-    alone = [scorer.score(before, [(Turn("assistant", text),)])[0] - bias for before, text in (
-        (BEFORE[1:], "good"), (dialogue("good"), "bad"), (dialogue("good", "bad")[2:], "good"))]  # fmt: skip
+    alone = [
+        scorer.score(before, [(Turn("assistant", text),)])[0] - bias
+        for before, text in ((BEFORE[1:], "good"), (dialogue("good"), "bad"), (dialogue("good", "bad")[2:], "good"))
+    ]
     assert rewards == pytest.approx([value + bias / 3 for value in alone], abs=1e-5)
     assert whole.total_return == pytest.approx(found[0].item(), abs=1e-5)
 
@@ -320,8 +362,18 @@ def test_a_bootstrap_sample_draws_whole_groups_and_leaves_the_others_out():
 def test_a_run_is_judged_on_what_its_bootstrap_left_out(tmp_path, normalise):
     rows = [replace(row, labels={"strength": 1.0}) for row in RULE]
     write_comparisons(tmp_path / "pairs.jsonl", rows)
-    args = config(tmp_path / "run", bootstrap=3, margin=1.0, error_rate=0.1, normalise=normalise, max_steps=4,
-                  learning_rate=1e-2, max_length=64, save_strategy="no", disable_tqdm=True)  # fmt: skip
+    args = config(
+        tmp_path / "run",
+        bootstrap=3,
+        margin=1.0,
+        error_rate=0.1,
+        normalise=normalise,
+        max_steps=4,
+        learning_rate=1e-2,
+        max_length=64,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     model = ModelConfig(scratch=SPEC, vocab_size=290)
     folder = run.train("reward_model", model, DataConfig(str(tmp_path / "pairs.jsonl")), args)
     left_out = [rows[i] for i in bootstrap_sample(rows, 3)[1]]
@@ -389,8 +441,9 @@ def test_a_policys_trunk_gets_a_fresh_head_and_a_reward_model_keeps_its_own(tmp_
         load_model(tmp_path / "reward")
 
 
-@pytest.mark.parametrize(("head", "plain"), [("terminal", AutoModelForSequenceClassification),
-                                             ("token", AutoModelForTokenClassification)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("head", "plain"), [("terminal", AutoModelForSequenceClassification), ("token", AutoModelForTokenClassification)]
+)
 def test_an_adapter_trains_with_its_head_in_full_and_comes_back(tmp_path, head, plain):
     peft = pytest.importorskip("peft")
     build_model(SPEC, TOKENIZER).save_pretrained(tmp_path / "base")
@@ -418,8 +471,13 @@ def test_an_adapter_trains_with_its_head_in_full_and_comes_back(tmp_path, head, 
     alone.config.pad_token_id = scorer.model.config.pad_token_id
     with torch.no_grad():
         assert_close(alone(**batch).logits, scorer.model(**batch).logits)
-    resumed = trainer(tmp_path / "again", model=load_reward_model(tmp_path / "base", head), head=head, max_steps=12,
-                      peft_config=peft.LoraConfig(target_modules="all-linear", r=4))  # fmt: skip
+    resumed = trainer(
+        tmp_path / "again",
+        model=load_reward_model(tmp_path / "base", head),
+        head=head,
+        max_steps=12,
+        peft_config=peft.LoraConfig(target_modules="all-linear", r=4),
+    )
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
     assert_close(scores(resumed, batch_of(resumed)), scores_of(scorer.model, batch_of(resumed), head))
     with pytest.raises(InputError, match="head: found 'turn', but .* has the head"):

@@ -48,8 +48,16 @@ def data(tmp_path):
 
 
 def settings(folder, config=BCConfig, **values):
-    values = {"num_train_epochs": 1, "per_device_train_batch_size": 2, "max_length": 64, "save_strategy": "no",
-              "report_to": "none", "disable_tqdm": True, "use_cpu": True, **values}  # fmt: skip
+    values = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 2,
+        "max_length": 64,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **values,
+    }
     return config(output_dir=str(folder), **values)
 
 
@@ -170,8 +178,12 @@ def test_other_demonstrations_under_the_same_path_are_another_run(tmp_path):
     assert run.demonstrations_of(BCConfig(output_dir=str(tmp_path), use_cpu=True)) is None
 
 
-PAIRS = [Comparison((Turn("user", "go"),), ((Turn("assistant", "left"),), (Turn("assistant", right),)), (1.0, 0.0),
-                    group=right) for right in ("right", "up", "".join(map(chr, range(33, 120))))]  # fmt: skip
+PAIRS = [
+    Comparison(
+        (Turn("user", "go"),), ((Turn("assistant", "left"),), (Turn("assistant", right),)), (1.0, 0.0), group=right
+    )
+    for right in ("right", "up", "".join(map(chr, range(33, 120))))
+]
 
 
 def lefts(context, option):
@@ -202,19 +214,28 @@ def test_repairs_of_the_reader_and_faults_of_the_groups_are_counted(tmp_path):
     train, validation = run.read_data("ilql", data, args, counts)
     assert [row.total_return for row in train] == [row.total_return for row in validation] == [0.0, 1.0, 2.0]
     read = {"repaired: stars written as text": 3, "repaired: reward of the row put on its last agent turn": 3}
-    assert counts == {**read, **{f"validation: {reason}": n for reason, n in read.items()},
-                      "groups that are in train and validation, so one does not test the other": 1,
-                      "rows that are all in one group, so none can be held back to test on": 3}
+    assert counts == {
+        **read,
+        **{f"validation: {reason}": n for reason, n in read.items()},
+        "groups that are in train and validation, so one does not test the other": 1,
+        "rows that are all in one group, so none can be held back to test on": 3,
+    }
     unscored: Counter[str] = Counter()
     run.read_data("ilql", DataConfig(str(tmp_path / "validation.jsonl")), args, unscored)
-    assert unscored == {"rows, none of which has a reward; column 'stars' may hold it: --data.reward 'stars', for "
-                        "check and evaluate --reward 'stars'": 3}
+    assert unscored == {
+        "rows, none of which has a reward; column 'stars' may hold it: --data.reward 'stars', for "
+        "check and evaluate --reward 'stars'": 3
+    }
     with pytest.raises(InputError, match="data.reward: found it beside data.preference, expected one of them"):
         DataConfig("x", preference={}, reward="stars")
     write_comparisons(tmp_path / "pairs.jsonl", PAIRS)
     with pytest.raises(InputError, match="data.reward: found 'stars' for the comparisons of"):
-        run.read_data("reward_model", DataConfig(str(tmp_path / "pairs.jsonl"), reward="stars"),
-                      RewardModelConfig(output_dir=str(tmp_path), use_cpu=True), Counter())
+        run.read_data(
+            "reward_model",
+            DataConfig(str(tmp_path / "pairs.jsonl"), reward="stars"),
+            RewardModelConfig(output_dir=str(tmp_path), use_cpu=True),
+            Counter(),
+        )
 
 
 def test_what_a_reward_model_read_and_left_out_is_counted_in_the_run_that_learns_from_it(tmp_path, caplog):

@@ -26,8 +26,17 @@ LOGS = [episode(1.0, 2.0), episode(5.0, 8.0)]  # mean reward 4, returns 3 and 13
 def trainer(kind, folder, model=None, logs=LOGS, peft_config=None, **settings):
     torch.manual_seed(0)
     config = {ILQLTrainer: ILQLConfig, BCTrainer: BCConfig}[kind]
-    args = config(output_dir=str(folder), max_steps=1, per_device_train_batch_size=2, save_strategy="no",
-                  report_to="none", disable_tqdm=True, use_cpu=True, max_length=64, **settings)  # fmt: skip
+    args = config(
+        output_dir=str(folder),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        max_length=64,
+        **settings,
+    )
     model = build_model(SPEC, TOKENIZER) if model is None else model
     return kind(model, args, logs, None, TOKENIZER, peft_config)
 

@@ -37,8 +37,15 @@ def model_of(shape, heads):
     from offline_lmrl.models.value_heads import ValueHeadsConfig
 
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=shape["n_layer"], n_embd=shape["n_embd"], n_head=shape["n_head"],
-                        vocab_size=shape["vocabulary"], n_positions=1024, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    config = GPT2Config(
+        n_layer=shape["n_layer"],
+        n_embd=shape["n_embd"],
+        n_head=shape["n_head"],
+        vocab_size=shape["vocabulary"],
+        n_positions=1024,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return attach(GPT2LMHeadModel(config), heads and ValueHeadsConfig(kind=heads))
 
 
@@ -91,8 +98,10 @@ def paired(first, second):
 
 
 def report(name, ratio):
-    print(f"\n{name}: median {ratio[0]:.2f}, range {ratio[1]:.2f} to {ratio[2]:.2f} over {REPEATS} pairs, "
-          f"{torch.get_num_threads()} threads")  # fmt: skip
+    print(
+        f"\n{name}: median {ratio[0]:.2f}, range {ratio[1]:.2f} to {ratio[2]:.2f} over {REPEATS} pairs, "
+        f"{torch.get_num_threads()} threads"
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -154,8 +163,16 @@ def test_time_of_our_plain_decoding_over_generate(shape):
     ids = torch.tensor(prompts)
 
     def theirs():
-        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=64,
-                       min_new_tokens=64, pad_token_id=0, beta=0.0)  # fmt: skip
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=64,
+            min_new_tokens=64,
+            pad_token_id=0,
+            beta=0.0,
+        )
 
     report(f"our plain decoding over generate, {shape}", paired(ours, theirs))
 
@@ -177,8 +194,16 @@ def player(shape_name, returns=True, **sampling):
     if returns:
         rewards = (Turn("assistant", "b", reward=float(reward)) for reward in range(5))
         scale = ReturnScale.fit([Trajectory((turn,)) for turn in rewards])
-        attach_returns(model, {"condition": "embedding", "bins": scale.bins, "discount_per_turn": 1.0,
-                               "scale": scale.to_dict(), "opening": list(renderer.agent_opening)})  # fmt: skip
+        attach_returns(
+            model,
+            {
+                "condition": "embedding",
+                "bins": scale.bins,
+                "discount_per_turn": 1.0,
+                "scale": scale.to_dict(),
+                "opening": list(renderer.agent_opening),
+            },
+        )
         attach_return_heads(model, HEADS)
     return LanguagePolicy(model, renderer, SamplingConfig(max_new_tokens=16, top_k=64, **sampling))
 
@@ -203,8 +228,10 @@ def test_time_of_conditioned_over_plain_turns(shape):
     guided = play_of(player(shape, ask=3.0, condition_scale=0.5))
     report(f"conditioned over plain turn, {shape}", paired(told, plain))
     report(f"conditioned with guidance over plain turn, {shape}", paired(guided, plain))
-    report(f"both conditions in one batch and cache over one after the other, {shape}",
-           paired(guided, lambda: (told(), null())))  # fmt: skip
+    report(
+        f"both conditions in one batch and cache over one after the other, {shape}",
+        paired(guided, lambda: (told(), null())),
+    )
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -219,5 +246,7 @@ def test_time_of_planned_over_plain_turns(monkeypatch, depth):
             patch.setattr(planning, "CACHE_BYTES", 0)
             play_of(planner, turns=3)()
 
-    report(f"three planned turns (depth {depth}) from one cache over reading anew, maze",
-           paired(play_of(planner, turns=3), anew))  # fmt: skip
+    report(
+        f"three planned turns (depth {depth}) from one cache over reading anew, maze",
+        paired(play_of(planner, turns=3), anew),
+    )

@@ -80,8 +80,11 @@ def test_importing_and_rendering_preferences(tmp_path):
             seconds["render", processes], peaks["render", rows, processes], seconds["read", processes] = done
             for work, share in (("import", 1.0), ("read", 0.9), ("render", 0.9)):  # a tenth is kept for validation
                 peak = f", peak {peaks[work, rows, processes]:.0f} MB" if work != "read" else ""
-                print(f"\n{work} {rows * share:>9,.0f} pairs, {processes} processes: "
-                      f"{rows * share / seconds[work, processes]:>7,.0f} rows/s{peak}", end="")  # fmt: skip
+                print(
+                    f"\n{work} {rows * share:>9,.0f} pairs, {processes} processes: "
+                    f"{rows * share / seconds[work, processes]:>7,.0f} rows/s{peak}",
+                    end="",
+                )
     for processes in (1, 2):
         seconds["both", processes] = seconds["read", processes] + seconds["render", processes]
     print()
@@ -90,5 +93,7 @@ def test_importing_and_rendering_preferences(tmp_path):
     for work in ("import", "render"):
         for processes in (1, 2):
             ratio = peaks[work, ROWS, processes] / peaks[work, ROWS // 10, processes]
-            print(f"{work}: peak at {ROWS:,} over {ROWS // 10:,}, {processes} processes: {ratio:.2f} "
-                  "(wanted at most 1.2)")  # fmt: skip
+            print(
+                f"{work}: peak at {ROWS:,} over {ROWS // 10:,}, {processes} processes: {ratio:.2f} "
+                "(wanted at most 1.2)"
+            )

@@ -41,8 +41,17 @@ def test_tokens_per_second_of_ppo_rollouts_over_the_sampler_alone(tmp_path):
     prompts = ["tell me of the way " * n for n in (1, 2, 3, 4)]
     tokenizer = train_tokenizer(prompts, 300)
     environment = PromptEnvironment(prompts, lambda contexts, texts, labels: [float(len(text)) for text in texts])
-    args = PPOConfig(output_dir=str(tmp_path), max_steps=1, episodes=64, save_strategy="no", disable_tqdm=True,
-                     save_rollouts=False, max_length=128, use_cpu=True, sampling={"max_new_tokens": 32})  # fmt: skip
+    args = PPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        episodes=64,
+        save_strategy="no",
+        disable_tqdm=True,
+        save_rollouts=False,
+        max_length=128,
+        use_cpu=True,
+        sampling={"max_new_tokens": 32},
+    )
     run = PPOTrainer(build_model(SPEC, tokenizer), args, environment, None, tokenizer)
     seeds = list(range(64))
     histories = [[Turn("user", prompts[seed % len(prompts)])] for seed in seeds]

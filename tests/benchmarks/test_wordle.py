@@ -34,5 +34,7 @@ def test_games_per_second_and_mean_returns(words, duplicates):
         rate = games / (time.process_time() - started)
         returns = [episode.total_return for episode in played]
         won = statistics.fmean(episode.labels["won"] for episode in played)
-        print(f"  {name:15} mean {statistics.fmean(returns):.3f}, s.d. {statistics.pstdev(returns):.2f}, "
-              f"won {won:.3f}, {games} games, {rate:.0f} games/s")  # fmt: skip
+        print(
+            f"  {name:15} mean {statistics.fmean(returns):.3f}, s.d. {statistics.pstdev(returns):.2f}, "
+            f"won {won:.3f}, {games} games, {rate:.0f} games/s"
+        )

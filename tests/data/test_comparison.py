@@ -15,10 +15,19 @@ from tests.comparisons import check_one, comparisons
 
 CONTEXT = (Turn("user", "q"), Turn("assistant", "earlier"), Turn("user", "and?"))
 A, B, C = ((Turn("assistant", text),) for text in "abc")
-RANKED = Comparison(CONTEXT, (A, B, C), (0.5, 0.0, 0.5), ((0, 2), (1,)), 2.0, "g", "s",
-                    {"options": ["x", {"y": 1}, None], "strength": 0.5, "é": "ü\u2028"})
-SOFT = Comparison((), ((Turn("assistant", "", token_ids=(5, 2)),), (Turn("assistant", ""), Turn("tool", "1"))),
-                  (0.25, 0.75))
+RANKED = Comparison(
+    CONTEXT,
+    (A, B, C),
+    (0.5, 0.0, 0.5),
+    ((0, 2), (1,)),
+    2.0,
+    "g",
+    "s",
+    {"options": ["x", {"y": 1}, None], "strength": 0.5, "é": "ü\u2028"},
+)
+SOFT = Comparison(
+    (), ((Turn("assistant", "", token_ids=(5, 2)),), (Turn("assistant", ""), Turn("tool", "1"))), (0.25, 0.75)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -30,22 +39,25 @@ def test_an_agents_turn_in_the_context_is_never_trained():
     assert [turn.is_trainable for turn in RANKED.context] == [False, False, False]
 
 
-@pytest.mark.parametrize("fields, expected", [
-    ({"options": (A,), "target": (1.0,)}, "options: found 1, expected at least 2"),
-    ({"options": (A, (Turn("user", "x"),))}, "options[1]: found no agent turn, expected at least one"),
-    ({"options": (A, (Turn("assistant", "x", reward=1),))}, "options[1]: found a reward of 1.0, expected none"),
-    ({"context": (Turn("assistant", "x", trainable=True),)}, "context[0]: found a turn that is trainable or has"),
-    ({"target": (0.5, 0.4)}, "target: found [0.5, 0.4] for 2 options, expected one probability for each option,"),
-    ({"target": (1.5, -0.5)}, "target: found [1.5, -0.5] for 2 options"),
-    ({"target": (1.0,)}, "target: found [1.0] for 2 options"),
-    ({"target": (float("nan"), 1)}, "target: found nan, expected a finite number"),
-    ({"ranking": ((0,), (0, 1))}, "ranking: found ((0,), (0, 1)) for 2 options, expected groups that hold the"),
-    ({"ranking": ((1,), (0,))}, "target: found [1.0, 0.0] beside the ranking ((1,), (0,)), best first, expected"),
-    ({"weight": 0}, "weight: found 0.0, expected a number above 0"),
-    ({"group": None}, "group: found None, expected text"),
-    ({"labels": {"options": [1]}}, "labels.options: found [1] for 2 options, expected a list with an entry"),
-    ({"labels": {"strength": -1}}, "labels.strength: found -1, expected a number from 0 up"),
-])
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"options": (A,), "target": (1.0,)}, "options: found 1, expected at least 2"),
+        ({"options": (A, (Turn("user", "x"),))}, "options[1]: found no agent turn, expected at least one"),
+        ({"options": (A, (Turn("assistant", "x", reward=1),))}, "options[1]: found a reward of 1.0, expected none"),
+        ({"context": (Turn("assistant", "x", trainable=True),)}, "context[0]: found a turn that is trainable or has"),
+        ({"target": (0.5, 0.4)}, "target: found [0.5, 0.4] for 2 options, expected one probability for each option,"),
+        ({"target": (1.5, -0.5)}, "target: found [1.5, -0.5] for 2 options"),
+        ({"target": (1.0,)}, "target: found [1.0] for 2 options"),
+        ({"target": (float("nan"), 1)}, "target: found nan, expected a finite number"),
+        ({"ranking": ((0,), (0, 1))}, "ranking: found ((0,), (0, 1)) for 2 options, expected groups that hold the"),
+        ({"ranking": ((1,), (0,))}, "target: found [1.0, 0.0] beside the ranking ((1,), (0,)), best first, expected"),
+        ({"weight": 0}, "weight: found 0.0, expected a number above 0"),
+        ({"group": None}, "group: found None, expected text"),
+        ({"labels": {"options": [1]}}, "labels.options: found [1] for 2 options, expected a list with an entry"),
+        ({"labels": {"strength": -1}}, "labels.strength: found -1, expected a number from 0 up"),
+    ],
+)
 def test_what_is_no_comparison_is_refused(fields, expected):
     with pytest.raises(InputError) as error:
         Comparison(**{"context": CONTEXT, "options": (A, B), "target": (1.0, 0.0), **fields})

@@ -16,12 +16,15 @@ from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.data.windows import WindowRule
 from tests.comparisons import RENDERER
 
-PAIR = Comparison((Turn("system", "be brief"), Turn("user", "how are you?"), Turn("assistant", "Fine"),
-                   Turn("user", "1 or 2")), ((Turn("assistant", "1"),), (Turn("assistant", "2, I would say"),)),
-                  (1.0, 0.0), weight=2.0, labels={"strength": 0.5})  # fmt: skip
+PAIR = Comparison(
+    (Turn("system", "be brief"), Turn("user", "how are you?"), Turn("assistant", "Fine"), Turn("user", "1 or 2")),
+    ((Turn("assistant", "1"),), (Turn("assistant", "2, I would say"),)),
+    (1.0, 0.0),
+    weight=2.0,
+    labels={"strength": 0.5},
+)
 TOOL = (Turn("assistant", "call"), Turn("tool", "42"), Turn("assistant", "so 42"))
-RANKED = Comparison((), ((Turn("assistant", "a"),), TOOL, (Turn("assistant", "c"),)), (0.0, 0.5, 0.5),
-                    ((1, 2), (0,)))  # fmt: skip
+RANKED = Comparison((), ((Turn("assistant", "a"),), TOOL, (Turn("assistant", "c"),)), (0.0, 0.5, 0.5), ((1, 2), (0,)))
 
 
 def encode(rows, max_length=1000, counts=None):
@@ -35,8 +38,10 @@ def test_a_batch_holds_every_option_of_its_comparisons_in_order():
     assert batch["target"].tolist() == [0.0, 0.5, 0.5, 1.0, 0.0]
     assert batch["rank"].tolist() == [1, 0, 0, 0, 1]
     assert (batch["weight"].tolist(), batch["strength"].tolist()) == ([1.0, 2.0], [0.0, 0.5])
-    texts = [RENDERER.tokenizer.decode(row[mask]) for row, mask in zip(batch["input_ids"], batch["action_mask"],
-                                                                       strict=True)]  # fmt: skip
+    texts = [
+        RENDERER.tokenizer.decode(row[mask])
+        for row, mask in zip(batch["input_ids"], batch["action_mask"], strict=True)
+    ]
     end = RENDERER.tokenizer.decode([RENDERER.close_id])
     assert texts == ["a" + end, "call" + end + "so 42" + end, "c" + end, "1" + end, "2, I would say" + end]
 
@@ -45,8 +50,12 @@ def test_a_scored_reply_is_a_comparison_of_one_with_its_return_as_target():
     scored = Trajectory((*PAIR.context, Turn("assistant", "1", reward=2.5)))
     several = Trajectory((Turn("assistant", "call", reward=1.0), TOOL[1], Turn("assistant", "so 42", reward=3.0)))
     counts = Counter()
-    data = encode_scored([scored, several, Trajectory((Turn("assistant", "x" * 99, reward=1.0),))], RENDERER,
-                         WindowRule(max_length=60), counts)  # fmt: skip
+    data = encode_scored(
+        [scored, several, Trajectory((Turn("assistant", "x" * 99, reward=1.0),))],
+        RENDERER,
+        WindowRule(max_length=60),
+        counts,
+    )
     batch = data.batch([0, 1])
     assert batch["target"].tolist() == [2.5, 4.0] and batch["comparison"].tolist() == [0, 1]
     assert counts == {"comparisons dropped: an option longer than max_length": 1} and len(data) == 2
@@ -73,8 +82,11 @@ def test_more_padding_and_other_neighbours_change_nothing():
     alone, together = data.batch([1]), collate_comparisons([data[0], data[1]])
     width = alone["input_ids"].shape[1]
     for name in ("input_ids", "action_mask", "closing_mask", "attention_mask"):
-        assert together[name][2:, :width].masked_fill(~alone["attention_mask"], 0).equal(
-            alone[name].masked_fill(~alone["attention_mask"], 0))
+        assert (
+            together[name][2:, :width]
+            .masked_fill(~alone["attention_mask"], 0)
+            .equal(alone[name].masked_fill(~alone["attention_mask"], 0))
+        )
         if name != "input_ids":
             assert not together[name][2:, width:].any()
     assert together["last"][2:].equal(alone["last"])
@@ -85,8 +97,10 @@ def test_old_turns_go_for_all_options_alike_and_no_reply_is_cut():
     whole = int(encode([PAIR]).lengths[0])
     counts = Counter()
     short = encode([PAIR], whole - 1, counts).batch([0])
-    texts = [RENDERER.tokenizer.decode(row[mask]) for row, mask in zip(short["input_ids"], short["attention_mask"],
-                                                                       strict=True)]  # fmt: skip
+    texts = [
+        RENDERER.tokenizer.decode(row[mask])
+        for row, mask in zip(short["input_ids"], short["attention_mask"], strict=True)
+    ]
     assert all("be brief" in text and "how are you?" not in text and "1 or 2" in text for text in texts)
     assert texts[1].removesuffix(RENDERER.tokenizer.decode([RENDERER.close_id])).endswith("2, I would say")
     assert counts == {"comparisons that lost old turns of the context": 1}
@@ -148,12 +162,17 @@ def test_what_goes_wrong_in_another_process_is_the_same_error():
 
 
 def test_a_shuffled_data_set_gives_each_comparison_its_own_rows():
-    rows = [Comparison((), tuple((Turn("assistant", f"{i} {j}"),) for j in range(2 + i % 3)),
-                       tuple(np.eye(2 + i % 3)[i % 2])) for i in range(20)]  # fmt: skip
+    rows = [
+        Comparison(
+            (), tuple((Turn("assistant", f"{i} {j}"),) for j in range(2 + i % 3)), tuple(np.eye(2 + i % 3)[i % 2])
+        )
+        for i in range(20)
+    ]
     data = encode(rows)
     order = np.random.default_rng(0).permutation(20)
     batch = data.batch(order)
-    texts = [RENDERER.decode(row[mask].tolist()) for row, mask in zip(batch["input_ids"], batch["action_mask"],
-                                                                      strict=True)]  # fmt: skip
+    texts = [
+        RENDERER.decode(row[mask].tolist()) for row, mask in zip(batch["input_ids"], batch["action_mask"], strict=True)
+    ]
     assert texts == [option[0].content for i in order for option in rows[i].options]
     assert batch["target"].tolist() == [value for i in order for value in rows[i].target]

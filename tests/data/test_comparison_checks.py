@@ -11,10 +11,12 @@ def compare(texts, target, question="q", **fields):
     return Comparison((Turn("user", question),), tuple((Turn("assistant", text),) for text in texts), target, **fields)
 
 
-ROWS = [compare(("a longer one", "short"), (1.0, 0.0), group="g"),
-        compare(("I'm sorry, no", "ok"), (0.0, 1.0), group="g"),
-        compare(("Same", "same!"), (0.5, 0.5), group="h", labels={"worker": 3}),
-        compare((" x y", "zz zz", "<|im_end|> u v w"), (0.0, 0.5, 0.5), "Human: " + "q" * 600, group="i")]  # fmt: skip
+ROWS = [
+    compare(("a longer one", "short"), (1.0, 0.0), group="g"),
+    compare(("I'm sorry, no", "ok"), (0.0, 1.0), group="g"),
+    compare(("Same", "same!"), (0.5, 0.5), group="h", labels={"worker": 3}),
+    compare((" x y", "zz zz", "<|im_end|> u v w"), (0.0, 0.5, 0.5), "Human: " + "q" * 600, group="i"),
+]
 
 
 def test_checks_and_facts_by_hand():
@@ -33,9 +35,17 @@ def test_checks_and_facts_by_hand():
 
 
 def test_a_boundary_by_characters_would_cut_replies_that_start_alike():
-    rows = [compare(texts, (1.0, *[0.0] * (len(texts) - 1))) for texts in (
-        ("Yes", "No"), (" one", " two"), ("A cat", "A dog"), ("It's cold", "It's cold outside"), ("Cutting", "Cut"),
-        ("Apple", "Ant", "Axe"))]  # fmt: skip
+    rows = [
+        compare(texts, (1.0, *[0.0] * (len(texts) - 1)))
+        for texts in (
+            ("Yes", "No"),
+            (" one", " two"),
+            ("A cat", "A dog"),
+            ("It's cold", "It's cold outside"),
+            ("Cutting", "Cut"),
+            ("Apple", "Ant", "Axe"),
+        )
+    ]
     checks = describe(rows)["checks"]
     assert checks["pairs that a split by characters, as in TRL, would cut inside a reply"] == 6
     assert checks["of those, inside a word"] == 4

@@ -133,18 +133,22 @@ def test_asks_are_named_after_the_returns_of_whole_trajectories():
         (2, "p90", None),  # of eleven logs the second best is p90
         (1, "p90", 0.0),  # 0 like the median, though one log earned 1
         (1, "p93", 0.3),  # between both: its bin is still that of 0
-        (1, "p50", None), (1, "p10", None), (1, "max", None),  # no more than the usual is meant, or the best is
+        (1, "p50", None),
+        (1, "p10", None),
+        (1, "max", None),  # no more than the usual is meant, or the best is
         (8, "p90", None),  # the usual return is the best one
     ],
-)  # fmt: skip
+)
 def test_a_percentile_that_asks_for_the_usual_is_named(wins, name, asked):
     scale = ReturnScale.fit([episode(0.0)] * (11 - wins) + [episode(1.0)] * wins)
     line = scale.asks_for_the_usual(name)
     if asked is None:
         assert line is None
     else:
-        assert line == (f"ask: found {name}, {asked:g} in the training data and told as their median is, expected "
-                        "more than the usual return; the best is 1 (ask: max)")  # fmt: skip
+        assert line == (
+            f"ask: found {name}, {asked:g} in the training data and told as their median is, expected "
+            "more than the usual return; the best is 1 (ask: max)"
+        )
     with pytest.raises(InputError, match="ask: found 'auto'"):
         scale.asks_for_the_usual("auto")
 
@@ -175,9 +179,12 @@ def test_data_that_cannot_be_conditioned_on_says_what_to_do(data, message):
 
 
 def test_settings_that_do_not_fit_are_refused():
-    for settings, message in (({"bins": 1}, "bins: found 1"), ({"kind": "log"}, "binning: found 'log'"),
-                              ({"per": "row"}, "per: found 'row'"),
-                              ({"kind": "unique", "bins": 3}, "unique and 4 distinct")):  # fmt: skip
+    for settings, message in (
+        ({"bins": 1}, "bins: found 1"),
+        ({"kind": "log"}, "binning: found 'log'"),
+        ({"per": "row"}, "per: found 'row'"),
+        ({"kind": "unique", "bins": 3}, "unique and 4 distinct"),
+    ):
         with pytest.raises(InputError, match=message):
             ReturnScale.fit(THREE, **settings)
 

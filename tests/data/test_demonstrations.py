@@ -21,9 +21,18 @@ from tests.data.test_episodes import LetterRenderer, agent, table, user
 RENDERER = LetterRenderer()
 SHOWN = Trajectory((user("p"), agent("q", 3.0)), task="t")  # 2 p 3 4 q 5
 P, Q = ord("p"), ord("q")
-LONG = Trajectory((
-    Turn("system", "s"), user("a"), agent("a", 1.0), user("b"), agent("b", 5.0), user("c"), agent("c", 4.0), user("d"),
-))  # fmt: skip
+LONG = Trajectory(
+    (
+        Turn("system", "s"),
+        user("a"),
+        agent("a", 1.0),
+        user("b"),
+        agent("b", 5.0),
+        user("c"),
+        agent("c", 4.0),
+        user("d"),
+    )
+)
 
 
 def slots(trajectory):
@@ -44,9 +53,18 @@ def shown(part, turns=1, seed=0):
 
 @pytest.mark.parametrize(
     "part, turns, text",
-    [("whole", 1, "saabbccd"), ("first", 1, "saa"), ("first", 2, "saabb"), ("last", 1, "cc"), ("last", 2, "bbcc"),
-     ("best", 1, "bb"), ("best", 2, "bbcc"), ("last", 3, "saabbcc"), ("last", 4, "saabbccd")],
-)  # fmt: skip
+    [
+        ("whole", 1, "saabbccd"),
+        ("first", 1, "saa"),
+        ("first", 2, "saabb"),
+        ("last", 1, "cc"),
+        ("last", 2, "bbcc"),
+        ("best", 1, "bb"),
+        ("best", 2, "bbcc"),
+        ("last", 3, "saabbcc"),
+        ("last", 4, "saabbccd"),
+    ],
+)
 def test_a_part_is_agent_turns_with_what_was_said_before_each(part, turns, text):
     assert shown(part, turns) == text
 
@@ -100,8 +118,9 @@ def test_a_share_of_the_rows_has_no_prompt():
 def test_demonstrations_from_elsewhere_are_drawn_for_rows_of_their_task():
     pool = [SHOWN, *numbered("u", 1)]
     assert drawn(PromptSpec(), [Trajectory((agent("x"),), task="u"), Trajectory((agent("x"),), task="t")], pool) == [
-        ["0"], ["p"]
-    ]  # fmt: skip
+        ["0"],
+        ["p"],
+    ]
 
 
 def test_an_episode_is_played_behind_demonstrations_of_its_task_by_its_seed_alone():

@@ -18,9 +18,11 @@ from offline_lmrl.ops.returns import return_to_go
 from tests.tiny import TOKENIZERS, OneByOne, byte_level, one_form
 
 DEFAULT_WINDOWS, DEFAULT_STEPS = WindowRule(), StepRule()
-CLOSED_TWICE = ("{%- for m in messages -%}{{ '<' + m['role'] + '>' + m['content'] }}"
-                "{{- '<return>' if loop.last and m['role'] == 'assistant' else '<end>' }}{%- endfor -%}"
-                "{%- if add_generation_prompt -%}{{ '<assistant>' }}{%- endif -%}")  # fmt: skip
+CLOSED_TWICE = (
+    "{%- for m in messages -%}{{ '<' + m['role'] + '>' + m['content'] }}"
+    "{{- '<return>' if loop.last and m['role'] == 'assistant' else '<end>' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<assistant>' }}{%- endif -%}"
+)
 VIEWS = {**TOKENIZERS, "closed twice": lambda: byte_level(CLOSED_TWICE, ["<end>", "<return>"])}
 
 
@@ -405,8 +407,17 @@ def test_replies_of_a_log_that_was_cut_are_targets_where_its_row_goes_on_to_the_
 
 
 def test_a_reply_of_several_turns_ends_where_an_agent_speaks_whoever_is_credited():
-    turns = (user("a"), agent("x"), user("b"), Turn("system", "s"), Turn("assistant", "w", trainable=False), user("c"),
-             agent("y"), user("d"), Turn("assistant", "w", trainable=False))  # fmt: skip
+    turns = (
+        user("a"),
+        agent("x"),
+        user("b"),
+        Turn("system", "s"),
+        Turn("assistant", "w", trainable=False),
+        user("c"),
+        agent("y"),
+        user("d"),
+        Turn("assistant", "w", trainable=False),
+    )
     rows = with_replies(Trajectory(turns, terminated=False), WindowRule(context=1))
     assert rows == [
         ([1, 2, A, 3, 4, X, 5, 2, B, 3, 6, ord("s"), 7], [B, 3, ord("s"), 7]),
@@ -469,7 +480,8 @@ def test_history_that_the_template_rewrites_gives_every_agent_turn_a_row_of_its_
         assert ids[row, : len(rendered)].tolist() == rendered  # as the stock template prints it
         mine = steps["row"] == row
         assert view.tokenizer.decode(steps["action"][mine]) == (
-            "<think>\nhm\n</think>\n\nxy<|im_end|>" if row == 0 else "<think>\n\n</think>\n\nz<|im_end|>")  # fmt: skip
+            "<think>\nhm\n</think>\n\nxy<|im_end|>" if row == 0 else "<think>\n\n</think>\n\nz<|im_end|>"
+        )
         assert torch.equal(steps["action"][mine], ids[row, steps["state"][mine] + 1])
     # After the first turn V is read where play reads it: behind the rewritten history, at the agent's opening.
     closing = int((steps["closes_turn"] & (steps["row"] == 0)).nonzero())
@@ -496,8 +508,10 @@ def test_closing_that_history_holds_otherwise_is_an_action_all_the_same():
 
 
 def test_closing_that_no_history_holds_is_an_action_behind_the_text():
-    template = ("{%- for m in messages -%}{{ '<' + m['role'] + '>' + m['content'] }}{%- endfor -%}"
-                "{%- if add_generation_prompt -%}{{ '<assistant>' }}{%- endif -%}")
+    template = (
+        "{%- for m in messages -%}{{ '<' + m['role'] + '>' + m['content'] }}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<assistant>' }}{%- endif -%}"
+    )
     view = Renderer(byte_level(template))
     batch = windows_of(view, Trajectory(DIALOGUE))
     steps, ids = batch["steps"], batch["input_ids"]
@@ -514,7 +528,8 @@ def test_after_a_turn_that_history_rewrites_the_reply_is_read_behind_the_turn_as
     batch = windows_of(view, Trajectory(turns), replies=True)
     plain = windows_of(view, Trajectory(turns))
     assert {name: values.tolist() for name, values in batch["steps"].items()} == {
-        name: values.tolist() for name, values in plain["steps"].items()}  # fmt: skip
+        name: values.tolist() for name, values in plain["steps"].items()
+    }
     first, second = (row[real] for row, real in zip(batch["input_ids"][:2], batch["attention_mask"], strict=False))
     written = view.tokens(turns[:2])  # with the thought, which the next window does not show
     assert first.tolist() == [*written, *view.encode_turn(turns[2]).ids]
@@ -539,16 +554,20 @@ def test_before_a_reply_a_turn_is_closed_as_history_closes_it():
 def test_training_windows_hold_before_every_reply_what_is_read_live(name):
     view, told, prompt = Renderer(VIEWS[name]()), [(7,)] * 6, (5, 6)
     thought = "<think>\nhm\n</think>\n\n"
-    turns = [turn for i, word in enumerate(["one", "three books", "2", "deal?", "no"])
-             for turn in (user(word), agent(f"{thought * (i % 2)}y{i} z", 1.0))]  # fmt: skip
+    turns = [
+        turn
+        for i, word in enumerate(["one", "three books", "2", "deal?", "no"])
+        for turn in (user(word), agent(f"{thought * (i % 2)}y{i} z", 1.0))
+    ]
     cut = Trajectory((*turns, user("end")), terminated=False)
     rules = [WindowRule(k) for k in (1, 2, 3, None)]
     rules += [WindowRule(4, 2), WindowRule(max_length=70), WindowRule(stride=3, max_length=90)]
     for rule in rules:
         batch = windows_of(view, cut, rule, replies=True, slots=lambda log: told, prompt=prompt)
         states = list(zip(*(batch["environment"][name].tolist() for name in ("row", "state")), strict=True))
-        trained = [batch["input_ids"][row, : state + 1].tolist() for row, state in states
-                   if (row, state - 1) not in states]  # fmt: skip
+        trained = [
+            batch["input_ids"][row, : state + 1].tolist() for row, state in states if (row, state - 1) not in states
+        ]
         for stop, ids in zip(range(2, 11, 2), trained, strict=True):
             reply = len(view.encode_turn(cut.turns[stop]).actions)
             seen = cut.turns[:stop]

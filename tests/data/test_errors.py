@@ -15,8 +15,18 @@ for _ in range(12):
 DEEP: list = []
 for _ in range(100_000):
     DEEP = [DEEP]
-LARGE = ["x" * 10**7, b"x" * 10**7, HOLDS_ITSELF, BOMB, DEEP, {"a": BOMB}, 10**6000, [10**6000], {"x" * 10**6: 1},
-         list(range(10**6))]  # fmt: skip
+LARGE = [
+    "x" * 10**7,
+    b"x" * 10**7,
+    HOLDS_ITSELF,
+    BOMB,
+    DEEP,
+    {"a": BOMB},
+    10**6000,
+    [10**6000],
+    {"x" * 10**6: 1},
+    list(range(10**6)),
+]
 
 
 @pytest.mark.parametrize("value", [None, True, 1.5, -7, "a 'word'", b"b", [], (), {}, (1,), [1, "a"], (1, 2),

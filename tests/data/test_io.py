@@ -28,9 +28,20 @@ from offline_lmrl.data.io import (
 from offline_lmrl.data.trajectory import Trajectory, Turn
 
 EPISODES = [
-    Trajectory((Turn("user", "q"), Turn("assistant", "né\u2028", reward=0.0), Turn("environment", ""),
-                Turn("assistant", "", None, None, (5, 2), (-0.5, -1e-3)), Turn("assistant", "x", trainable=False)),
-               terminated=False, group="g", task="t", source="s", labels={"a": [1, None], "é": "ü"}),
+    Trajectory(
+        (
+            Turn("user", "q"),
+            Turn("assistant", "né\u2028", reward=0.0),
+            Turn("environment", ""),
+            Turn("assistant", "", None, None, (5, 2), (-0.5, -1e-3)),
+            Turn("assistant", "x", trainable=False),
+        ),
+        terminated=False,
+        group="g",
+        task="t",
+        source="s",
+        labels={"a": [1, None], "é": "ü"},
+    ),
     Trajectory((Turn("assistant", "only", trainable=True, reward=-1.5, token_ids=()),)),
 ]
 
@@ -87,11 +98,13 @@ def test_prompt_and_completion_text_become_a_user_and_a_scored_agent_turn(tmp_pa
 
 
 def test_rows_of_one_prompt_share_a_group_that_the_row_may_override(tmp_path):
-    rows = read(tmp_path,
-                {"prompt": "p", "completion": "a", "reward": 0},
-                {"prompt": "p", "completion": "b", "reward": 1},
-                {"prompt": "r", "completion": "a", "reward": 0},
-                {"prompt": "p", "completion": "a", "reward": 0, "group": "mine"})
+    rows = read(
+        tmp_path,
+        {"prompt": "p", "completion": "a", "reward": 0},
+        {"prompt": "p", "completion": "b", "reward": 1},
+        {"prompt": "r", "completion": "a", "reward": 0},
+        {"prompt": "p", "completion": "a", "reward": 0, "group": "mine"},
+    )
     assert rows[0].group == rows[1].group != rows[2].group
     assert rows[3].group == "mine"
 
@@ -103,11 +116,22 @@ def test_a_label_is_a_reward_of_one_or_zero_and_is_kept(tmp_path):
 
 
 def test_conversational_sides_score_the_last_agent_turn_and_the_prompt_is_context(tmp_path):
-    (row,) = read(tmp_path, {
-        "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, agent("earlier")],
-        "completion": [agent("call"), {"role": "tool", "content": "42"}, agent("it is 42")], "reward": -0.5})
-    assert row.turns == (Turn("system", "s"), Turn("user", "q"), Turn("assistant", "earlier", trainable=False),
-                         Turn("assistant", "call"), Turn("tool", "42"), Turn("assistant", "it is 42", reward=-0.5))
+    (row,) = read(
+        tmp_path,
+        {
+            "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, agent("earlier")],
+            "completion": [agent("call"), {"role": "tool", "content": "42"}, agent("it is 42")],
+            "reward": -0.5,
+        },
+    )
+    assert row.turns == (
+        Turn("system", "s"),
+        Turn("user", "q"),
+        Turn("assistant", "earlier", trainable=False),
+        Turn("assistant", "call"),
+        Turn("tool", "42"),
+        Turn("assistant", "it is 42", reward=-0.5),
+    )
 
 
 def test_text_parts_are_joined():
@@ -123,24 +147,34 @@ def test_tool_calls_thoughts_and_tools_are_kept_apart_and_come_back(name, tmp_pa
     text = '[{"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"y": 2, "x": 1}}}]'
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     counts = Counter()
-    row = {"messages": [{"role": "user", "content": "1+2"},
-                        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "a sum"},
-                        {"role": "tool", "content": "3", "name": "add", "tool_call_id": "c1"}, agent("3", reward=1.0)],
-           "tools": tools}  # fmt: skip
+    row = {
+        "messages": [
+            {"role": "user", "content": "1+2"},
+            {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "a sum"},
+            {"role": "tool", "content": "3", "name": "add", "tool_call_id": "c1"},
+            agent("3", reward=1.0),
+        ],
+        "tools": tools,
+    }
     trajectory = read_row(row, "logs:1", counts)
     assert trajectory.turns == (
-        Turn("system", "", tools=json.dumps(tools)), Turn("user", "1+2"),
+        Turn("system", "", tools=json.dumps(tools)),
+        Turn("user", "1+2"),
         Turn("assistant", "", thinking="a sum", tool_calls=text),
-        Turn("tool", "3", name="add", tool_call_id="c1"), Turn("assistant", "3", reward=1.0))  # fmt: skip
+        Turn("tool", "3", name="add", tool_call_id="c1"),
+        Turn("assistant", "3", reward=1.0),
+    )
     assert not counts and "absent" not in trajectory.turns[2].tool_calls
     write_trajectories(tmp_path / name, [trajectory])
     assert list(read_trajectories(tmp_path / name)) == [trajectory]
 
 
 def test_faulty_tool_calls_and_thoughts_are_one_line():
-    faults = [({"tool_calls": [{"function": {}}]}, r"logs:1: messages\[0\].tool_calls: found .* an object with"),
-              ({"tool_calls": "["}, "tool_calls: found text that is not JSON"),
-              ({"thinking": "a", "reasoning_content": "b"}, "thinking: found another text than in reasoning_content")]
+    faults = [
+        ({"tool_calls": [{"function": {}}]}, r"logs:1: messages\[0\].tool_calls: found .* an object with"),
+        ({"tool_calls": "["}, "tool_calls: found text that is not JSON"),
+        ({"thinking": "a", "reasoning_content": "b"}, "thinking: found another text than in reasoning_content"),
+    ]
     for fields, message in faults:
         with pytest.raises(InputError, match=message):
             read_row({"messages": [{"role": "assistant", "content": "x", **fields}]}, "logs:1", Counter())
@@ -149,12 +183,21 @@ def test_faulty_tool_calls_and_thoughts_are_one_line():
 def test_rows_with_content_that_is_not_text_are_dropped_and_counted(tmp_path):
     image = {"type": "image_url", "image_url": {"url": "u"}}
     counts = Counter()
-    path = lines(tmp_path / "logs.jsonl", scored(), scored([{"type": "text", "text": "x"}, image]), scored(None),
-                 scored({"text": "x"}))
+    path = lines(
+        tmp_path / "logs.jsonl",
+        scored(),
+        scored([{"type": "text", "text": "x"}, image]),
+        scored(None),
+        scored({"text": "x"}),
+    )
     path.write_text(path.read_text() + '{"messages": [{"role": "assistant", "content": "\\ud83d"}]}\n')
     assert len(read_trajectories(path, counts=counts)) == 1
-    assert counts == {"dropped: content part of type 'image_url'": 1, "dropped: message without content": 1,
-                      "dropped: content that is not text": 1, "dropped: text with half a surrogate pair": 1}
+    assert counts == {
+        "dropped: content part of type 'image_url'": 1,
+        "dropped: message without content": 1,
+        "dropped: content that is not text": 1,
+        "dropped: text with half a surrogate pair": 1,
+    }
 
 
 def test_a_reward_on_an_untrained_agent_turn_is_removed_and_counted(tmp_path):
@@ -175,10 +218,15 @@ def user(text="q"):
     return {"role": "user", "content": text}
 
 
-@pytest.mark.parametrize("reward, repairs", [
-    (0.5, {}), ("0.5", {"repaired: reward written as text": 1}), (None, {}),
-    (True, {"repaired: reward true or false taken as 1 or 0": 1}),
-])
+@pytest.mark.parametrize(
+    "reward, repairs",
+    [
+        (0.5, {}),
+        ("0.5", {"repaired: reward written as text": 1}),
+        (None, {}),
+        (True, {"repaired: reward true or false taken as 1 or 0": 1}),
+    ],
+)
 def test_one_reward_of_a_conversation_lies_on_its_last_agent_turn_and_is_counted(tmp_path, reward, repairs):
     counts = Counter()
     row = {"messages": [user(), agent("a"), user("and?"), agent("b"), agent("not mine", weight=0), user("thanks")]}
@@ -192,18 +240,25 @@ def test_one_reward_of_a_conversation_lies_on_its_last_agent_turn_and_is_counted
 
 def test_data_reward_names_the_column_or_label_of_the_score(tmp_path):
     counts = Counter()
-    path = lines(tmp_path / "logs.jsonl", {"messages": [user(), agent()], "rating": 4, "reward": 9},
-                 {"prompt": "p", "completion": "a", "rating": False}, {"prompt": "p", "response": "a", "rating": None},
-                 {"messages": [user(), agent()], "labels": {"rating": "2"}}, {"messages": [user(), agent()]})
+    path = lines(
+        tmp_path / "logs.jsonl",
+        {"messages": [user(), agent()], "rating": 4, "reward": 9},
+        {"prompt": "p", "completion": "a", "rating": False},
+        {"prompt": "p", "response": "a", "rating": None},
+        {"messages": [user(), agent()], "labels": {"rating": "2"}},
+        {"messages": [user(), agent()]},
+    )
     rows = read_trajectories(path, counts=counts, reward="rating")
     assert [row.turns[-1].reward for row in rows] == [4.0, 0.0, None, 2.0, None]
     assert rows[0].labels == {"rating": 4, "reward": 9}
     assert counts["kept: no 'rating' in the row, so it is not scored"] == 1
     assert message_of(read_trajectories, path, reward="ratings") == (
-        f"{path}: ratings: found no row with this column, expected the one that holds the scores")
+        f"{path}: ratings: found no row with this column, expected the one that holds the scores"
+    )
     path = lines(tmp_path / "logs.jsonl", {"prompt": "p", "completion": "a", "rating": "good"})
     assert message_of(read_trajectories, path, reward="rating") == (
-        f"{path}:1: rating: found 'good', expected a number")
+        f"{path}:1: rating: found 'good', expected a number"
+    )
 
 
 def test_what_was_prepared_with_the_name_of_the_score_is_read_with_it_too(tmp_path):
@@ -220,16 +275,25 @@ def test_sharegpt_is_read_with_its_names_of_roles(tmp_path):
     conversations = [{"from": who, "value": text} for who, text in said]
     (row,) = read(tmp_path, {"conversations": conversations, "system": "Be kind.", "reward": 1}, counts=counts)
     assert [(turn.role, turn.content) for turn in row.turns] == [
-        ("system", "Be kind."), ("user", "q"), ("assistant", "call"), ("assistant", "{}"), ("tool", "42"),
-        ("assistant", "42!")]
+        ("system", "Be kind."),
+        ("user", "q"),
+        ("assistant", "call"),
+        ("assistant", "{}"),
+        ("tool", "42"),
+        ("assistant", "42!"),
+    ]
     assert row.turns[-1].reward == 1.0 and row.labels == {}
     assert counts == {
-        "repaired: from read as role": 5, "repaired: value read as content": 5,
+        "repaired: from read as role": 5,
+        "repaired: value read as content": 5,
         "repaired: role 'human' read as 'user'": 1,
-        "repaired: role 'gpt' read as 'assistant'": 1, "repaired: role 'function_call' read as 'assistant'": 1,
-        "repaired: role 'observation' read as 'tool'": 1, "repaired: role 'GPT' read as 'assistant'": 1,
+        "repaired: role 'gpt' read as 'assistant'": 1,
+        "repaired: role 'function_call' read as 'assistant'": 1,
+        "repaired: role 'observation' read as 'tool'": 1,
+        "repaired: role 'GPT' read as 'assistant'": 1,
         "repaired: column 'system' read as the first turn": 1,
-        "repaired: reward of the row put on its last agent turn": 1}
+        "repaired: reward of the row put on its last agent turn": 1,
+    }
 
 
 def test_a_developer_speaks_as_the_system(tmp_path):
@@ -248,23 +312,36 @@ def test_json_keys_that_are_there_twice_are_counted_in_lines_and_lists(tmp_path)
         assert counts == {"repaired: JSON key that is there twice, its last value taken": 4}
 
 
-TABLE = [["prompt", "completion", "reward", "group", "note"], ["2+2?", "4", "1", "17", ""],
-         ["Say, \"hi\"\nplease", "true", "-0.5", "é", "odd"], ["q", "null", "", "17", ""]]
+TABLE = [
+    ["prompt", "completion", "reward", "group", "note"],
+    ["2+2?", "4", "1", "17", ""],
+    ['Say, "hi"\nplease', "true", "-0.5", "é", "odd"],
+    ["q", "null", "", "17", ""],
+]
 
 
-@pytest.mark.parametrize("name, mark", [("a.csv", ","), ("a.csv", ";"), ("a.tsv", "\t"), ("a.csv.gz", ","),
-                                        ("a.tsv.gz", "\t")])
+@pytest.mark.parametrize(
+    "name, mark", [("a.csv", ","), ("a.csv", ";"), ("a.tsv", "\t"), ("a.csv.gz", ","), ("a.tsv.gz", "\t")]
+)
 def test_a_table_is_rows_of_text_in_which_an_empty_cell_is_null(tmp_path, name, mark):
-    text = "\ufeff" + "\r\n\r\n".join(
-        mark.join('"' + cell.replace('"', '""') + '"' if set(cell) & set('",\n') else cell for cell in row)
-        for row in TABLE) + "\r\n"
+    text = (
+        "\ufeff"
+        + "\r\n\r\n".join(
+            mark.join('"' + cell.replace('"', '""') + '"' if set(cell) & set('",\n') else cell for cell in row)
+            for row in TABLE
+        )
+        + "\r\n"
+    )
     (tmp_path / name).write_bytes((gzip.compress if name.endswith("gz") else bytes)(text.encode()))
     counts = Counter()
     rows = read_trajectories(tmp_path / name, counts=counts)
-    assert [(row.turns[0].content, row.turns[1].content, row.turns[1].reward, row.group, dict(row.labels))
-            for row in rows] == [
-        ("2+2?", "4", 1.0, "17", {}), ('Say, "hi"\nplease', "true", -0.5, "é", {"note": "odd"}),
-        ("q", "null", None, "17", {})]
+    assert [
+        (row.turns[0].content, row.turns[1].content, row.turns[1].reward, row.group, dict(row.labels)) for row in rows
+    ] == [
+        ("2+2?", "4", 1.0, "17", {}),
+        ('Say, "hi"\nplease', "true", -0.5, "é", {"note": "odd"}),
+        ("q", "null", None, "17", {}),
+    ]
     assert counts == {"repaired: reward written as text": 2}
 
 
@@ -274,18 +351,24 @@ def test_tables_hold_messages_and_truth_values_as_text(tmp_path):
     counts = Counter()
     rows = read_trajectories(tmp_path / "a.csv", counts=counts)
     assert [(row.turns[1].reward, row.terminated) for row in rows] == [(1.0, False), (0.0, True)]
-    assert counts == {"repaired: list written as JSON text": 2, "repaired: terminated written as a word": 2,
-                      "repaired: reward written as text": 2,
-                      "repaired: reward of the row put on its last agent turn": 2}
+    assert counts == {
+        "repaired: list written as JSON text": 2,
+        "repaired: terminated written as a word": 2,
+        "repaired: reward written as text": 2,
+        "repaired: reward of the row put on its last agent turn": 2,
+    }
 
 
-@pytest.mark.parametrize("text, expected", [
-    ('prompt,completion,reward\n"a\nb",c,1\nd,e\n', "4: row: found 2 cells, expected 3 as in the header"),
-    ('prompt,completion,reward\na,b,1\n"c', "3: CSV: found a row that does not parse (unexpected end of data)"),
-    ('prompt,completion,reward\na,b,1\na,"b"c,1\n', "3: CSV: found a row that does not parse ("),
-    ("prompt,completion,prompt\na,b,1\n", "1: header: found 'prompt' twice, expected different names"),
-    ("prompt,completion,reward\na,b,1\na,b\udcff,1\n", "3: text: found bytes that are not UTF-8, expected UTF-8"),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ('prompt,completion,reward\n"a\nb",c,1\nd,e\n', "4: row: found 2 cells, expected 3 as in the header"),
+        ('prompt,completion,reward\na,b,1\n"c', "3: CSV: found a row that does not parse (unexpected end of data)"),
+        ('prompt,completion,reward\na,b,1\na,"b"c,1\n', "3: CSV: found a row that does not parse ("),
+        ("prompt,completion,prompt\na,b,1\n", "1: header: found 'prompt' twice, expected different names"),
+        ("prompt,completion,reward\na,b,1\na,b\udcff,1\n", "3: text: found bytes that are not UTF-8, expected UTF-8"),
+    ],
+)
 def test_bad_tables_are_named_by_the_line_that_a_row_begins_in(tmp_path, text, expected):
     path = tmp_path / "a.csv"
     path.write_bytes(text.encode(errors="surrogateescape"))
@@ -299,36 +382,56 @@ def test_groups_that_are_numbers_are_text_and_counted(tmp_path, group):
     assert row.group == "17" and counts == {"repaired: group that is a number taken as text": 1}
 
 
-@pytest.mark.parametrize("row, expected", [
-    ({"prompt": "p", "chosen": "a", "rejected": "b"}, "chosen: found a comparison, expected a scored row"),
-    ({"chosen": [agent()], "rejected": [agent()]}, "chosen: found a comparison, expected a scored row"),
-    ({"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}, "responses: found a comparison, expected a scored"),
-    ({"context": [], "options": [[agent()], [agent()]], "target": [1, 0]}, "options: found a comparison, expected a"),
-    ({"text": "hello"}, "fields: found text, expected messages, or prompt, completion and reward or label"),
-    ({"prompt": "p", "completion": "a"}, "reward: found neither reward nor label, expected one of them"),
-    ({"prompt": "1", "completion": "2", "stars": 4}, "reward: found neither reward nor label, expected one of them "
-     "(null = not scored); column 'stars' may hold it: --data.reward 'stars', for check and evaluate --reward "),
-    ({"prompt": "p", "completion": "a", "label": 2}, "label: found 2, expected true, false or null"),
-    ({"prompt": "p", "completion": "a", "reward": "one"}, "reward: found 'one', expected a number"),
-    ({"prompt": "p", "completion": "a", "reward": "1e999"}, "reward: found inf, expected a finite number"),
-    ({"prompt": "p", "completion": "", "reward": 1}, "completion: found empty text, expected the text of the agent's"),
-    ({"prompt": "p", "completion": [{"role": "user", "content": "x"}], "reward": 1}, "completion: found no agent"),
-    ({"prompt": "p", "completion": [agent(reward=1)], "reward": 1}, "reward: found one for the row and one in"),
-    ({"prompt": [{"role": "narrator", "content": "x"}], "completion": "a", "reward": 1},
-     "prompt[0].role: found 'narrator'"),
-    ({"prompt": 3, "completion": "a", "reward": 1}, "prompt: found 3, expected a list of messages"),
-    ({**scored(reward=1), "reward": 1.0}, "reward: found one for the row and one in messages[1], expected one"),
-    (scored(weight=0, trainable=True), "messages[1].weight: found 0 beside trainable true, expected one of them"),
-    ({"messages": "hello"}, "messages: found 'hello', expected a list of messages"),
-    ({"messages": [{"role": "user", "content": "q"}]}, "messages: found only untrained turns (user)"),
-    ({"messages": [{"role": "user", "content": "q"}], "labels": {"abstained": 0}}, "messages: found only untrained"),
-    ({"messages": [{"role": "user", "content": "q"}], "labels": "{"}, "labels: found text that is not JSON"),
-    (scored(5), "messages[1].content: found 5, expected text"),
-    (scored(reward=float("nan")), "messages[1].reward: found nan, expected a finite number"),
-    ({"messages": [{"role": "user", "content": "q", "reward": 1}, agent()]}, "messages[0].reward: found 1.0 on a"),
-    (scored(""), "messages[1].content: found empty text"),
-    ([1, 2], "row: found [1, 2], expected an object"),
-])
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "chosen: found a comparison, expected a scored row"),
+        ({"chosen": [agent()], "rejected": [agent()]}, "chosen: found a comparison, expected a scored row"),
+        (
+            {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]},
+            "responses: found a comparison, expected a scored",
+        ),
+        (
+            {"context": [], "options": [[agent()], [agent()]], "target": [1, 0]},
+            "options: found a comparison, expected a",
+        ),
+        ({"text": "hello"}, "fields: found text, expected messages, or prompt, completion and reward or label"),
+        ({"prompt": "p", "completion": "a"}, "reward: found neither reward nor label, expected one of them"),
+        (
+            {"prompt": "1", "completion": "2", "stars": 4},
+            "reward: found neither reward nor label, expected one of them "
+            "(null = not scored); column 'stars' may hold it: --data.reward 'stars', for check and evaluate --reward ",
+        ),
+        ({"prompt": "p", "completion": "a", "label": 2}, "label: found 2, expected true, false or null"),
+        ({"prompt": "p", "completion": "a", "reward": "one"}, "reward: found 'one', expected a number"),
+        ({"prompt": "p", "completion": "a", "reward": "1e999"}, "reward: found inf, expected a finite number"),
+        (
+            {"prompt": "p", "completion": "", "reward": 1},
+            "completion: found empty text, expected the text of the agent's",
+        ),
+        ({"prompt": "p", "completion": [{"role": "user", "content": "x"}], "reward": 1}, "completion: found no agent"),
+        ({"prompt": "p", "completion": [agent(reward=1)], "reward": 1}, "reward: found one for the row and one in"),
+        (
+            {"prompt": [{"role": "narrator", "content": "x"}], "completion": "a", "reward": 1},
+            "prompt[0].role: found 'narrator'",
+        ),
+        ({"prompt": 3, "completion": "a", "reward": 1}, "prompt: found 3, expected a list of messages"),
+        ({**scored(reward=1), "reward": 1.0}, "reward: found one for the row and one in messages[1], expected one"),
+        (scored(weight=0, trainable=True), "messages[1].weight: found 0 beside trainable true, expected one of them"),
+        ({"messages": "hello"}, "messages: found 'hello', expected a list of messages"),
+        ({"messages": [{"role": "user", "content": "q"}]}, "messages: found only untrained turns (user)"),
+        (
+            {"messages": [{"role": "user", "content": "q"}], "labels": {"abstained": 0}},
+            "messages: found only untrained",
+        ),
+        ({"messages": [{"role": "user", "content": "q"}], "labels": "{"}, "labels: found text that is not JSON"),
+        (scored(5), "messages[1].content: found 5, expected text"),
+        (scored(reward=float("nan")), "messages[1].reward: found nan, expected a finite number"),
+        ({"messages": [{"role": "user", "content": "q", "reward": 1}, agent()]}, "messages[0].reward: found 1.0 on a"),
+        (scored(""), "messages[1].content: found empty text"),
+        ([1, 2], "row: found [1, 2], expected an object"),
+    ],
+)
 def test_bad_rows_are_named_by_file_row_and_field(tmp_path, row, expected):
     path = lines(tmp_path / "logs.jsonl", scored(), row)
     assert message_of(read_trajectories, path).startswith(f"{path}:2: {expected}")
@@ -352,12 +455,16 @@ def test_files_that_are_missing_empty_or_of_another_kind_are_one_line_errors(tmp
     (tmp_path / "bad.parquet").write_text("x")
     (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(b"{}")[:-4])
     (tmp_path / "void").mkdir()
-    found = {name: message_of(read_trajectories, tmp_path / name).removeprefix(f"{tmp_path}/")
-             for name in ("none.jsonl", "empty.jsonl", "a.txt", "bad.parquet", "bad.jsonl.gz", "void")}
+    found = {
+        name: message_of(read_trajectories, tmp_path / name).removeprefix(f"{tmp_path}/")
+        for name in ("none.jsonl", "empty.jsonl", "a.txt", "bad.parquet", "bad.jsonl.gz", "void")
+    }
     assert found["none.jsonl"].startswith("none.jsonl: found no such file, folder or hub name, expected a .jsonl")
     assert found["empty.jsonl"] == "empty.jsonl: found no row to use (no rows), expected at least one"
-    assert found["a.txt"] == ("a.txt: found suffix '.txt', expected one of .jsonl, .jsonl.gz, .json, .json.gz, "
-                              ".parquet, .csv, .csv.gz, .tsv, .tsv.gz")
+    assert found["a.txt"] == (
+        "a.txt: found suffix '.txt', expected one of .jsonl, .jsonl.gz, .json, .json.gz, "
+        ".parquet, .csv, .csv.gz, .tsv, .tsv.gz"
+    )
     assert found["bad.parquet"].startswith("bad.parquet:1: found a Parquet file that cannot be read")
     assert found["bad.jsonl.gz"].startswith("bad.jsonl.gz:1: found Compressed file ended")
     assert found["void"].startswith("void: found no data files, expected .jsonl, .jsonl.gz, .json, .json.gz, ")
@@ -401,10 +508,13 @@ def test_nesting_up_to_the_limit_is_kept(tmp_path):
 def test_stored_comparisons_are_those_that_are_read(tmp_path, monkeypatch, processes):
     monkeypatch.setattr(io, "_CHUNK", 3)
     rows = [{"prompt": f"q{i}", "chosen": "é" * i + "a", "rejected": "b"} for i in range(9)] + [
-        {"prompt": "x", "chosen": [{"role": "assistant", "content": None}], "rejected": "b"}]  # fmt: skip
+        {"prompt": "x", "chosen": [{"role": "assistant", "content": None}], "rejected": "b"}
+    ]
     path, counts = lines(tmp_path / "pairs.jsonl", *rows), (Counter(), Counter())
-    expected, stored = read_comparisons(path, counts=counts[0]), store_comparisons(
-        path, counts=counts[1], processes=processes)
+    expected, stored = (
+        read_comparisons(path, counts=counts[0]),
+        store_comparisons(path, counts=counts[1], processes=processes),
+    )
     assert list(stored) == expected and len(stored) == 9 and counts[0] == counts[1] != Counter()
     assert stored[-1] == expected[-1] and stored[2:7:2] == expected[2:7:2]
     assert fingerprint(stored) == fingerprint(expected)
@@ -414,7 +524,8 @@ def test_stored_comparisons_are_those_that_are_read(tmp_path, monkeypatch, proce
         assert pool.submit(last_held).result() == expected[-1]  # and its reading moves nobody's place
         assert stored[0] == expected[0]
     assert message_of(store_comparisons, lines(path, rows[-1]), processes=processes).endswith(
-        "found no row to use (dropped: message without content: 1), expected at least one")
+        "found no row to use (dropped: message without content: 1), expected at least one"
+    )
     path.write_text(path.read_text() + json.dumps(rows[0]) + '\n{"prompt": 1, "chosen": 2, "rejected": 3}\n[\n')
     error = message_of(store_comparisons, path, processes=processes)
     assert error == message_of(read_comparisons, path) and error.startswith(f"{path}:3: ")
@@ -449,12 +560,16 @@ def test_a_folder_with_a_train_file_is_a_folder_of_splits(tmp_path):
         lines(tmp_path / f"{name}.jsonl", scored(name))
     (tmp_path / "report.json").write_text("{}")
     assert [row.turns[1].content for row in read_trajectories(tmp_path, split="train")] == [
-        "train-00000-of-00002", "train-00001-of-00002"]
+        "train-00000-of-00002",
+        "train-00001-of-00002",
+    ]
     assert {name: len(rows) for name, rows in read_splits(tmp_path).items()} == {"train": 2, "validation": 1}
     assert message_of(read_trajectories, tmp_path) == (
-        f"{tmp_path}: split: found none chosen, expected one of train, validation")
+        f"{tmp_path}: split: found none chosen, expected one of train, validation"
+    )
     assert message_of(read_trajectories, tmp_path, split="test") == (
-        f"{tmp_path}: split: found 'test', expected one of train, validation")
+        f"{tmp_path}: split: found 'test', expected one of train, validation"
+    )
 
 
 def test_a_folder_of_other_names_is_one_data_set(tmp_path):
@@ -493,7 +608,8 @@ def test_an_unknown_hub_name_is_a_one_line_error(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert message_of(read_trajectories, "no/thing").startswith(
-        "no/thing: found no file or folder, and no dataset of that name on the hub (Dataset 'no/thing' doesn't exist)")
+        "no/thing: found no file or folder, and no dataset of that name on the hub (Dataset 'no/thing' doesn't exist)"
+    )
 
 
 def test_a_missing_path_in_a_folder_that_exists_is_not_looked_up(tmp_path, monkeypatch):
@@ -595,8 +711,9 @@ def table(**columns):
 def test_parquet_of_any_columns_and_notes_is_read(tmp_path):
     facts = pyarrow.array([[("a", 1), ("b", 2)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
     odd = {"when": [datetime.datetime(2026, 1, 1)], "price": [decimal.Decimal("1.5")], "raw": [b"\xff"]}
-    pyarrow.parquet.write_table(table(facts=facts, word=pyarrow.array(["x"]).dictionary_encode(), **odd),
-                                tmp_path / "rows.parquet")  # fmt: skip
+    pyarrow.parquet.write_table(
+        table(facts=facts, word=pyarrow.array(["x"]).dictionary_encode(), **odd), tmp_path / "rows.parquet"
+    )
     counts = Counter()
     (row,) = read_trajectories(tmp_path / "rows.parquet", counts=counts)
     assert row.labels == {"facts": {"a": 1, "b": 2}, "word": "x"}
@@ -607,20 +724,38 @@ def test_parquet_of_any_columns_and_notes_is_read(tmp_path):
         assert len(read_trajectories(tmp_path / "rows.parquet")) == 1
 
 
-@pytest.mark.parametrize("columns", [
-    {"when": pyarrow.array([2**52], pyarrow.timestamp("s"))},  # which Python has no date for
-    {"facts": pyarrow.array([[("a", 1), ("a", 2)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))},
-    {"text": pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0])),
-                                              pyarrow.py_buffer(b"\xff"))},
-], ids=["date", "name twice", "no text"])  # fmt: skip
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"when": pyarrow.array([2**52], pyarrow.timestamp("s"))},  # which Python has no date for
+        {"facts": pyarrow.array([[("a", 1), ("a", 2)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))},
+        {
+            "text": pyarrow.StringArray.from_buffers(
+                1, pyarrow.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0])), pyarrow.py_buffer(b"\xff")
+            )
+        },
+    ],
+    ids=["date", "name twice", "no text"],
+)
 def test_parquet_rows_that_python_cannot_hold_are_one_line(tmp_path, columns):
     pyarrow.parquet.write_table(table(**columns), tmp_path / "rows.parquet")
     said = message_of(read_trajectories, tmp_path / "rows.parquet")
     assert said.startswith(f"{tmp_path / 'rows.parquet'}:1: found a Parquet file that cannot be read (")
 
 
-@pytest.mark.parametrize("damage", ["{", "3", "null", "{}", '{"_data_files": 3}', '{"_data_files": [{"filename": 1}]}',
-                                    '{"features": 3}', '{"features": {"messages": {"_type": "Nothing"}}}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "{",
+        "3",
+        "null",
+        "{}",
+        '{"_data_files": 3}',
+        '{"_data_files": [{"filename": 1}]}',
+        '{"features": 3}',
+        '{"features": {"messages": {"_type": "Nothing"}}}',
+    ],
+)
 @pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])
 def test_a_damaged_datasets_folder_is_one_line_or_whole(tmp_path, name, damage):
     write_trajectories(tmp_path / "rows", EPISODES)
@@ -642,8 +777,9 @@ def test_half_a_surrogate_pair_in_a_name_is_named_by_its_line(tmp_path):
     row = json.dumps({**scored(), "extra": {"deep": [{"\ud800": 1}]}})
     (tmp_path / "rows.jsonl").write_text(f"{row}\n")
     said = message_of(read_trajectories, tmp_path / "rows.jsonl")
-    assert said == (f"{tmp_path / 'rows.jsonl'}:1: JSON: a name: found half a surrogate pair at character 0, "
-                    "expected text")  # fmt: skip
+    assert said == (
+        f"{tmp_path / 'rows.jsonl'}:1: JSON: a name: found half a surrogate pair at character 0, expected text"
+    )
     (tmp_path / "rows.jsonl").write_text(f"[{row}]")
     assert said == message_of(read_trajectories, tmp_path / "rows.jsonl")
 
@@ -656,5 +792,4 @@ def test_numbers_of_any_length_are_one_line(tmp_path):
     (row,) = read_trajectories(tmp_path / "rows.jsonl")
     write_trajectories(tmp_path / "again.parquet", [row])
     assert read_trajectories(tmp_path / "again.parquet") == [row]
-    assert "token_ids: found 2147483648, expected" in message_of(
-        read, tmp_path, scored(token_ids=[2**31]))  # fmt: skip
+    assert "token_ids: found 2147483648, expected" in message_of(read, tmp_path, scored(token_ids=[2**31]))

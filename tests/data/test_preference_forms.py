@@ -38,7 +38,9 @@ def test_explicit_text_is_a_question_and_two_replies():
 def test_a_common_beginning_of_two_replies_is_no_context():
     row, counts = read({"chosen": "The sky is blue", "rejected": "The sky is black"})
     assert row.context == () and [said(option) for option in row.options] == [
-        [("assistant", "The sky is blue")], [("assistant", "The sky is black")]]
+        [("assistant", "The sky is blue")],
+        [("assistant", "The sky is black")],
+    ]
     assert counts == {"repaired: text without turns taken as the agent's, without a context": 1}
 
 
@@ -47,36 +49,52 @@ def test_implicit_messages_share_the_turns_that_are_equal():
     row, _ = read({"chosen": [*start, agent("The sky is blue")], "rejected": [*start, agent("The sky is black")]})
     assert said(row.context) == [("system", "s"), ("user", "q"), ("assistant", "earlier"), ("user", "and?")]
     assert not any(turn.is_trainable for turn in row.context)
-    assert [said(option) for option in row.options] == [[("assistant", "The sky is blue")],
-                                                       [("assistant", "The sky is black")]]
+    assert [said(option) for option in row.options] == [
+        [("assistant", "The sky is blue")],
+        [("assistant", "The sky is black")],
+    ]
 
 
 def test_sharegpt_pairs_have_their_prompt_in_a_dialogue_and_sides_of_one_message():
-    row, _ = read({"conversations": [{"from": "human", "value": "Sky?"}], "chosen": {"from": "gpt", "value": "Blue."},
-                   "rejected": {"from": "gpt", "value": "Green."}})
+    row, _ = read(
+        {
+            "conversations": [{"from": "human", "value": "Sky?"}],
+            "chosen": {"from": "gpt", "value": "Blue."},
+            "rejected": {"from": "gpt", "value": "Green."},
+        }
+    )
     assert said(row.context) == [("user", "Sky?")]
     assert [said(option) for option in row.options] == [[("assistant", "Blue.")], [("assistant", "Green.")]]
     assert row.labels == {}
 
 
 def test_lists_numbers_and_groups_of_a_table_are_read():
-    row, counts = read({"prompt": "Sky?", "responses": '["Blue.", "Green."]', "ranks": "[1, 2]", "weight": "2",
-                        "group": "7"})
+    row, counts = read(
+        {"prompt": "Sky?", "responses": '["Blue.", "Green."]', "ranks": "[1, 2]", "weight": "2", "group": "7"}
+    )
     assert (row.target, row.weight, row.group) == ((1.0, 0.0), 2.0, "7")
     assert counts == {"repaired: list written as JSON text": 2, "repaired: weight written as text": 1}
 
 
 def test_options_may_have_several_turns():
-    row, _ = read({"prompt": [user("6*7?")], "chosen": [agent("call"), {"role": "tool", "content": "42"}, agent("42")],
-                   "rejected": [agent("41")]})
+    row, _ = read(
+        {
+            "prompt": [user("6*7?")],
+            "chosen": [agent("call"), {"role": "tool", "content": "42"}, agent("42")],
+            "rejected": [agent("41")],
+        }
+    )
     assert [turn.is_trainable for turn in row.options[0]] == [True, False, True]
 
 
-@pytest.mark.parametrize("prompt, chosen, rejected", [
-    ("Sky?", "Sky? Blue", "Sky? Red"),
-    ("Sky?", [user("Sky?"), agent(" Blue")], [user("Sky?"), agent(" Red")]),
-    ([user("Sky?")], [user("Sky?"), agent(" Blue")], [user("Sky?"), agent(" Red")]),
-])
+@pytest.mark.parametrize(
+    "prompt, chosen, rejected",
+    [
+        ("Sky?", "Sky? Blue", "Sky? Red"),
+        ("Sky?", [user("Sky?"), agent(" Blue")], [user("Sky?"), agent(" Red")]),
+        ([user("Sky?")], [user("Sky?"), agent(" Blue")], [user("Sky?"), agent(" Red")]),
+    ],
+)
 def test_a_prompt_that_the_replies_repeat_is_removed_and_counted(prompt, chosen, rejected):
     row, counts = read({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     assert said(row.context) == [("user", "Sky?")]
@@ -84,10 +102,13 @@ def test_a_prompt_that_the_replies_repeat_is_removed_and_counted(prompt, chosen,
     assert counts == {"repaired: prompt removed from the start of a reply": 2}
 
 
-@pytest.mark.parametrize("row", [
-    {"chosen": "Hello there", "rejected": "Hi"},
-    {"responses": ["Hello there", "Hi", ""], "ranks": [0, 1, 2]},
-])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": "Hello there", "rejected": "Hi"},
+        {"responses": ["Hello there", "Hi", ""], "ranks": [0, 1, 2]},
+    ],
+)
 def test_one_reply_that_starts_with_the_words_of_the_prompt_is_whole(row):
     row, counts = read({"prompt": "Hello", **row})
     assert [said(option) for option in row.options] == [[("assistant", "Hello there")], [("assistant", "Hi")]]
@@ -103,11 +124,14 @@ def test_end_tokens_are_removed_and_counted():
 TALK = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Sky?\n\nAssistant:"
 
 
-@pytest.mark.parametrize("row", [
-    {"chosen": TALK + " Blue.", "rejected": TALK + " Black."},
-    {"prompt": TALK, "chosen": " Blue.", "rejected": " Black."},
-    {"prompt": TALK, "chosen": TALK + " Blue.", "rejected": TALK + " Black."},
-])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": TALK + " Blue.", "rejected": TALK + " Black."},
+        {"prompt": TALK, "chosen": " Blue.", "rejected": " Black."},
+        {"prompt": TALK, "chosen": TALK + " Blue.", "rejected": TALK + " Black."},
+    ],
+)
 def test_transcripts_are_read_turn_by_turn(row):
     row, counts = read(row)
     assert said(row.context) == [("user", "Hi"), ("assistant", "Hello."), ("user", "Sky?")]
@@ -117,29 +141,42 @@ def test_transcripts_are_read_turn_by_turn(row):
 
 def test_turns_of_one_speaker_in_a_row_are_merged_and_inner_tags_stay_text():
     row, counts = read({"chosen": TALK + " Blue.\n\nAssistant: Human: is it?", "rejected": TALK + " No.\nHuman: why"})
-    assert [said(option) for option in row.options] == [[("assistant", "Blue.\n\nHuman: is it?")],
-                                                       [("assistant", "No.\nHuman: why")]]
+    assert [said(option) for option in row.options] == [
+        [("assistant", "Blue.\n\nHuman: is it?")],
+        [("assistant", "No.\nHuman: why")],
+    ]
     assert counts == {"repaired: consecutive Assistant turns merged": 1}
 
 
-@pytest.mark.parametrize("row, reason", [
-    ({"chosen": TALK + " a", "rejected": TALK + " a "}, "identical replies"),
-    ({"prompt": "p", "chosen": "a", "rejected": "a"}, "identical replies"),
-    ({"prompt": "p", "chosen": "", "rejected": "a"}, "empty reply"),
-    ({"chosen": TALK + " ", "rejected": TALK + " a"}, "empty reply"),
-    ({"chosen": TALK + " a", "rejected": TALK + " b\n\nHuman: x\n\nAssistant: y"},
-     "the sides differ before the last reply"),
-    ({"chosen": TALK + " a", "rejected": TALK + " a\n\nHuman: x\n\nAssistant: y"},
-     "one side goes on where the other ends"),
-    ({"chosen": TALK + " a", "rejected": TALK.replace("Hi", "Ho") + " a"},
-     "the sides differ before the agent's reply"),
-    ({"chosen": [user("q")], "rejected": [user("q")]}, "identical replies"),
-    ({"chosen": [user("q"), agent("a"), user("x")], "rejected": [user("q"), agent("b")]},
-     "a side that does not end with the agent"),
-    ({"prompt": "p", "chosen": [agent(None)], "rejected": [agent("b")]}, "message without content"),
-    ({"prompt": "p", "responses": ["a"], "ranks": [0]}, "fewer than two ranked responses"),
-    ({"prompt": "p", "responses": ["a", "a"], "ranks": [0, 1]}, "one text with two ranks"),
-])
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"chosen": TALK + " a", "rejected": TALK + " a "}, "identical replies"),
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, "identical replies"),
+        ({"prompt": "p", "chosen": "", "rejected": "a"}, "empty reply"),
+        ({"chosen": TALK + " ", "rejected": TALK + " a"}, "empty reply"),
+        (
+            {"chosen": TALK + " a", "rejected": TALK + " b\n\nHuman: x\n\nAssistant: y"},
+            "the sides differ before the last reply",
+        ),
+        (
+            {"chosen": TALK + " a", "rejected": TALK + " a\n\nHuman: x\n\nAssistant: y"},
+            "one side goes on where the other ends",
+        ),
+        (
+            {"chosen": TALK + " a", "rejected": TALK.replace("Hi", "Ho") + " a"},
+            "the sides differ before the agent's reply",
+        ),
+        ({"chosen": [user("q")], "rejected": [user("q")]}, "identical replies"),
+        (
+            {"chosen": [user("q"), agent("a"), user("x")], "rejected": [user("q"), agent("b")]},
+            "a side that does not end with the agent",
+        ),
+        ({"prompt": "p", "chosen": [agent(None)], "rejected": [agent("b")]}, "message without content"),
+        ({"prompt": "p", "responses": ["a"], "ranks": [0]}, "fewer than two ranked responses"),
+        ({"prompt": "p", "responses": ["a", "a"], "ranks": [0, 1]}, "one text with two ranks"),
+    ],
+)
 def test_rows_that_compare_nothing_are_dropped_for_a_reason(row, reason):
     assert read(row) == (None, {f"dropped: {reason}": 1})
 
@@ -150,19 +187,26 @@ def test_an_empty_reply_is_kept_where_that_is_allowed():
 
 
 def test_ranks_become_a_ranking_with_ties():
-    row, counts = read({"prompt": "p", "responses": ["d", "a", "b", "x", "c", "a", ""],
-                        "ranks": [3, 0, 0, None, 1, 0, 2]})
+    row, counts = read(
+        {"prompt": "p", "responses": ["d", "a", "b", "x", "c", "a", ""], "ranks": [3, 0, 0, None, 1, 0, 2]}
+    )
     assert [said(option)[0][1] for option in row.options] == ["d", "a", "b", "c"]
     assert row.target == (0.0, 0.5, 0.5, 0.0) and row.ranking == ((1, 2), (3,), (0,))
-    assert counts == {"repaired: response without a rank left out": 1, "repaired: empty response left out": 1,
-                      "repaired: response given twice with one rank merged": 1}
+    assert counts == {
+        "repaired: response without a rank left out": 1,
+        "repaired: empty response left out": 1,
+        "repaired: response given twice with one rank merged": 1,
+    }
 
 
 def test_ranked_replies_to_a_transcript_follow_its_turns():
     row, counts = read({"prompt": TALK, "responses": [" Blue.", TALK + " Black.", " Red.\n"], "rank": [0, 1, 2]})
     assert said(row.context) == [("user", "Hi"), ("assistant", "Hello."), ("user", "Sky?")]
     assert [said(option) for option in row.options] == [
-        [("assistant", "Blue.")], [("assistant", "Black.")], [("assistant", "Red.")]]
+        [("assistant", "Blue.")],
+        [("assistant", "Black.")],
+        [("assistant", "Red.")],
+    ]
     assert counts == {"repaired: prompt removed from the start of a reply": 1}
 
 
@@ -181,19 +225,30 @@ def test_branches_of_one_conversation_share_a_group():
     assert (own.group, own.weight) == ("mine", 2.0)
 
 
-@pytest.mark.parametrize("row, expected", [
-    ([1], "row: found [1], expected an object"),
-    ({"text": "x"}, "fields: found text, expected context, options and target, or prompt, chosen and rejected"),
-    ({"chosen": 3, "rejected": "a"}, "chosen: found 3, expected a list of messages"),
-    ({"prompt": 3, "chosen": "b", "rejected": "a"}, "prompt: found 3, expected a list of messages"),
-    ({"prompt": "p", "responses": "ab", "ranks": [0, 1]}, "responses: found 'ab', expected a list"),
-    ({"prompt": "p", "responses": ["a"], "ranks": [0, 1]},
-     "ranks: found 2 for 1 responses, expected one for each response"),
-    ({"prompt": "p", "responses": ["a", "b"], "ranks": [0, "1"]}, "ranks[1]: found '1', expected a number"),
-    ({"prompt": "p", "chosen": [agent("a", reward=1)], "rejected": [agent("b")]}, "options[0]: found a reward of 1.0"),
-    ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": -1}, "labels.strength: found -1, expected a number"),
-    ({"prompt": "p", "chosen": "a", "rejected": "b", "weight": "x"}, "weight: found 'x', expected a number"),
-])
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ([1], "row: found [1], expected an object"),
+        ({"text": "x"}, "fields: found text, expected context, options and target, or prompt, chosen and rejected"),
+        ({"chosen": 3, "rejected": "a"}, "chosen: found 3, expected a list of messages"),
+        ({"prompt": 3, "chosen": "b", "rejected": "a"}, "prompt: found 3, expected a list of messages"),
+        ({"prompt": "p", "responses": "ab", "ranks": [0, 1]}, "responses: found 'ab', expected a list"),
+        (
+            {"prompt": "p", "responses": ["a"], "ranks": [0, 1]},
+            "ranks: found 2 for 1 responses, expected one for each response",
+        ),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": [0, "1"]}, "ranks[1]: found '1', expected a number"),
+        (
+            {"prompt": "p", "chosen": [agent("a", reward=1)], "rejected": [agent("b")]},
+            "options[0]: found a reward of 1.0",
+        ),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": "b", "margin": -1},
+            "labels.strength: found -1, expected a number",
+        ),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "weight": "x"}, "weight: found 'x', expected a number"),
+    ],
+)
 def test_values_of_the_wrong_type_are_named(row, expected):
     with pytest.raises(InputError) as error:
         read(row)
@@ -203,8 +258,12 @@ def test_values_of_the_wrong_type_are_named(row, expected):
 def test_a_column_of_tools_goes_to_the_context():
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"x": 1}}}]}
-    row = {"prompt": [{"role": "user", "content": "1+2"}], "chosen": [call],
-           "rejected": [{"role": "assistant", "content": "4"}], "tools": tools}  # fmt: skip
+    row = {
+        "prompt": [{"role": "user", "content": "1+2"}],
+        "chosen": [call],
+        "rejected": [{"role": "assistant", "content": "4"}],
+        "tools": tools,
+    }
     comparison = read_comparison(row, "pairs:1", Counter())
     assert comparison.context == (Turn("system", "", trainable=None, tools=json.dumps(tools)), Turn("user", "1+2"))
     assert comparison.options[0][0].tool_calls == '[{"function": {"name": "add", "arguments": {"x": 1}}}]'

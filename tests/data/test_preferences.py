@@ -81,8 +81,11 @@ def test_strength_multiplies_and_rows_without_one_are_dropped_and_counted():
 
 
 def test_latent_scores_solve_their_equations():
-    rows = [compare((A, B), (1.0, 0.0)), compare((B, C), (0.75, 0.25), weight=2.0),
-            compare((D, A, B), (0.2, 0.5, 0.3))]
+    rows = [
+        compare((A, B), (1.0, 0.0)),
+        compare((B, C), (0.75, 0.25), weight=2.0),
+        compare((D, A, B), (0.2, 0.5, 0.3)),
+    ]
     scores = fit_scores(rows)
     s = {text: scores[rows[0].context, option] for text, option in zip("abcd", (A, B, C, D), strict=True)}
     # d/ds of sum weight * P * log sigma - s^2/2 = 0, each pair of the triple counting 1/2
@@ -99,8 +102,11 @@ def test_latent_scores_solve_their_equations():
 
 
 def test_latent_scores_are_fitted_per_group_and_tell_what_pairs_do_not():
-    rows = [compare((A, B), (1.0, 0.0), group="g"), compare((B, C), (1.0, 0.0), group="g"),
-            compare((A, B), (0.0, 1.0), group="other")]
+    rows = [
+        compare((A, B), (1.0, 0.0), group="g"),
+        compare((B, C), (1.0, 0.0), group="g"),
+        compare((A, B), (0.0, 1.0), group="other"),
+    ]
     first, second, other = (rewards(rows, reward="bt")[i : i + 2] for i in (0, 2, 4))
     assert first[0] > first[1] == second[0] > second[1]
     assert other[0] == -other[1] < 0
@@ -109,8 +115,11 @@ def test_latent_scores_are_fitted_per_group_and_tell_what_pairs_do_not():
 
 def test_a_scorer_is_asked_for_every_option_and_centred_by_group():
     long = (Turn("assistant", "four"),)
-    rows = [compare((A, long), (1.0, 0.0), group="g"), compare((B, long), (1.0, 0.0), group="h"),
-            compare((C, D), (1.0, 0.0), group="h")]
+    rows = [
+        compare((A, long), (1.0, 0.0), group="g"),
+        compare((B, long), (1.0, 0.0), group="h"),
+        compare((C, D), (1.0, 0.0), group="h"),
+    ]
     assert rewards(rows, reward=Lengths(), normalise="none") == [1, 4, 1, 4, 1, 1]
     assert rewards(rows, reward=Lengths()) == [-1.5, 1.5, -0.75, 2.25, -0.75, -0.75]
     assert rewards(rows, reward=Lengths(), normalise="rank") == [0, 1, 1 / 3, 1, 1 / 3, 1 / 3]
@@ -133,7 +142,13 @@ def test_only_the_option_is_trained_and_the_reward_is_where_it_was_asked_for():
     row = compare((long, A), (1.0, 0.0), group="g", source="s", labels={"who": 1, "options": ["x", "y"]})
     terminal, _ = to_trajectories([row])
     assert [(turn.is_trainable, turn.reward) for turn in terminal.turns] == [
-        (False, None), (False, None), (False, None), (True, None), (False, None), (True, 1.0)]
+        (False, None),
+        (False, None),
+        (False, None),
+        (True, None),
+        (False, None),
+        (True, 1.0),
+    ]
     turn, other = to_trajectories([row], place="turn")
     assert [turn.reward for turn in turn.turns] == [None, None, None, 0.5, None, 0.5]
     assert (turn.group, turn.source, turn.terminated) == ("g", "s", True)
@@ -153,11 +168,17 @@ def test_an_empty_reply_is_left_out_and_counted():
     assert counts == {"dropped: empty reply": 1}
 
 
-@pytest.mark.parametrize("settings, expected", [
-    ({"reward": "signs"}, "reward: found 'signs', expected one of sign, prob, strength, rank, bt, rating or a scorer"),
-    ({"place": "token"}, "place: found 'token', expected terminal or turn (a label on a whole reply says nothing"),
-    ({"normalise": "z"}, "normalise: found 'z', expected one of none, global, group, rank"),
-])
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (
+            {"reward": "signs"},
+            "reward: found 'signs', expected one of sign, prob, strength, rank, bt, rating or a scorer",
+        ),
+        ({"place": "token"}, "place: found 'token', expected terminal or turn (a label on a whole reply says nothing"),
+        ({"normalise": "z"}, "normalise: found 'z', expected one of none, global, group, rank"),
+    ],
+)
 def test_settings_that_are_none_are_refused(settings, expected):
     with pytest.raises(InputError) as error:
         to_trajectories([PAIR], **settings)
@@ -197,14 +218,16 @@ def test_rows_for_trl_are_prompts_and_messages(tmp_path):
     a, b = ({"role": "assistant", "content": text} for text in "ab")
     counts = Counter()
     assert list(preference_rows([SOFT, TIE], counts)) == [
-        {"prompt": [user, earlier, also], "chosen": [b], "rejected": [a]}]
+        {"prompt": [user, earlier, also], "chosen": [b], "rejected": [a]}
+    ]
     assert counts == {"dropped: tie": 1}
     assert len(list(preference_rows([FOUR]))) == 5
     scored = to_trajectories([PAIR, TIE])
     counts = Counter()
     assert list(label_rows(scored, counts=counts)) == [
         {"prompt": [user, earlier, also], "completion": [a], "label": True},
-        {"prompt": [user, earlier, also], "completion": [b], "label": False}]
+        {"prompt": [user, earlier, also], "completion": [b], "label": False},
+    ]
     assert counts == {"dropped: return equal to the threshold": 2}
     assert list(sft_rows(scored, minimum=1)) == [{"prompt": [user, earlier, also], "completion": [a]}]
     write_rows(tmp_path / "sft.jsonl", sft_rows(scored))
@@ -212,8 +235,14 @@ def test_rows_for_trl_are_prompts_and_messages(tmp_path):
 
 
 def test_sft_rows_hold_one_agent_turn_each_and_labels_none_of_others():
-    episode = Trajectory((Turn("environment", "go"), Turn("assistant", "up", reward=1.0), Turn("environment", "ok"),
-                          Turn("assistant", "down")))
+    episode = Trajectory(
+        (
+            Turn("environment", "go"),
+            Turn("assistant", "up", reward=1.0),
+            Turn("environment", "ok"),
+            Turn("assistant", "down"),
+        )
+    )
     rows = list(sft_rows([episode]))
     assert [[message["content"] for message in row["prompt"]] for row in rows] == [["go"], ["go", "up", "ok"]]
     assert rows[0]["prompt"][0]["role"] == "user"
@@ -225,7 +254,11 @@ def test_sft_rows_hold_one_agent_turn_each_and_labels_none_of_others():
 def test_binarising_compares_each_reply_with_itself_and_keeps_the_group():
     made = list(binarised([PAIR, TIE, SOFT], "+", "-"))
     assert [[option[0].content + option[1].content for option in row.options] for row in made] == [
-        ["+a", "-a"], ["-b", "+b"], ["+b", "-b"], ["-a", "+a"]]  # fmt: skip
+        ["+a", "-a"],
+        ["-b", "+b"],
+        ["+b", "-b"],
+        ["-a", "+a"],
+    ]
     assert all(row.target == (1.0, 0.0) and row.group == "g" and row.context == PAIR.context for row in made)
     assert len(list(binarised([FOUR]))) == 10  # six pairs, one of them a tie
 

@@ -14,8 +14,24 @@ from tests.tiny import LABELS, TOKENIZERS, byte_level, metaspace
 
 LOSSLESS = [name for name in TOKENIZERS if name not in ("plain unigram", "plain words")]
 CHATS = [name for name in TOKENIZERS if not name.startswith("plain")]
-CONTROLS = ["<|im_start|>", "<|im_end|>", "<bos>", "<eos>", "<user>", "<s>", "</s>", "<unk>", "<pad>", "[SEP]",
-            "[CLS]", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<end_of_turn>"]
+CONTROLS = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<bos>",
+    "<eos>",
+    "<user>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<pad>",
+    "[SEP]",
+    "[CLS]",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+]
 WORDS = ["hello", " there", "\n", "  ", "5, 12", "é", "日", "[INST]", "User:", "<think>", "</think>", "a<", "/s>"]
 
 texts = st.lists(st.sampled_from(CONTROLS + WORDS), max_size=8).map("".join)
@@ -24,8 +40,12 @@ families = st.sampled_from(list(TOKENIZERS))
 each_family = pytest.mark.parametrize("name", list(TOKENIZERS))
 small = settings(max_examples=60, deadline=None)
 
-HELLO, HI, DEAL, NO = (Turn("user", "Hello there"), Turn("assistant", "I am 5, 12"), Turn("user", "deal?\n2"),
-                       Turn("assistant", "no thanks"))
+HELLO, HI, DEAL, NO = (
+    Turn("user", "Hello there"),
+    Turn("assistant", "I am 5, 12"),
+    Turn("user", "deal?\n2"),
+    Turn("assistant", "no thanks"),
+)
 
 
 @functools.cache
@@ -44,19 +64,24 @@ def appending(name):
 
 
 @small
-@given(families, st.lists(st.builds(Turn, st.sampled_from(["user", "assistant"]), texts), min_size=1, max_size=4),
-       turns.filter(lambda turn: turn.role != "tool"))
+@given(
+    families,
+    st.lists(st.builds(Turn, st.sampled_from(["user", "assistant"]), texts), min_size=1, max_size=4),
+    turns.filter(lambda turn: turn.role != "tool"),
+)
 def test_appending_a_turn_never_changes_earlier_tokens(name, dialogue, turn):
     before = assemble(appending(name), dialogue, live=False)
     # A renderer of its own, asked in another order: an encoding does not depend on what was encoded before.
     fresh = Renderer(renderer(name).tokenizer, "assembled")
     fresh.encode_turn(turn)
-    assert assemble(fresh, [*dialogue, turn], live=False)[:len(before)] == before
+    assert assemble(fresh, [*dialogue, turn], live=False)[: len(before)] == before
 
 
 def test_text_of_another_speaker_comes_back_without_the_space_that_only_its_label_has():
-    template = ("{%- for m in messages -%}{{ '<user> ' if m['role'] == 'user' else '<' + m['role'] + '>' }}"
-                "{{- m['content'] + '<end>' }}{%- endfor -%}{%- if add_generation_prompt -%}<assistant>{%- endif -%}")
+    template = (
+        "{%- for m in messages -%}{{ '<user> ' if m['role'] == 'user' else '<' + m['role'] + '>' }}"
+        "{{- m['content'] + '<end>' }}{%- endfor -%}{%- if add_generation_prompt -%}<assistant>{%- endif -%}"
+    )
     view = Renderer(byte_level(template, ["<user>", "<assistant>", "<end>"]))
     for role, closing in (("user", view.closing("user")), ("system", view.closing("system"))):
         turn = view.encode_turn(Turn(role, "5, 12"))
@@ -78,7 +103,7 @@ def test_action_is_the_agents_text_and_its_closing_token(name, text):
     text = f"a{text}b"  # templates strip white space at the edges
     turn = view.encode_turn(Turn("assistant", text))
     assert turn.closed
-    assert turn.ids[:turn.action_start] == view.agent_opening == view.opening("assistant")
+    assert turn.ids[: turn.action_start] == view.agent_opening == view.opening("assistant")
     assert turn.ids[turn.action_start : turn.action_stop] == turn.actions
     assert turn.actions[-1] == view.close_id and turn.actions.count(view.close_id) == 1
     if name == "thinking":  # cuts what looks like a thought out of the text
@@ -107,7 +132,8 @@ def test_the_agents_opening_is_never_empty_and_every_turn_can_close(name):
 
 # Text at the edges apart, which templates strip, and typed special tokens, which the stock template takes for real.
 inner = st.lists(st.sampled_from([" there", "\nwell", " 5, 12", ", é", " 日", " [x]"]), max_size=4).map(
-    lambda parts: "hi" + "".join(parts))
+    lambda parts: "hi" + "".join(parts)
+)
 
 
 @small
@@ -128,8 +154,11 @@ def test_difference_of_tokens_under_the_same_text_is_shown():
 @pytest.mark.parametrize("dialogue", [[HELLO, HI], [HELLO, HI, DEAL, NO], [HELLO, HI, NO]])
 def test_masks_equal_the_templates_own(name, dialogue):
     view = renderer(name)
-    oracle = view.tokenizer.apply_chat_template([{"role": turn.role, "content": turn.content} for turn in dialogue],
-                                                return_assistant_tokens_mask=True, return_dict=True)
+    oracle = view.tokenizer.apply_chat_template(
+        [{"role": turn.role, "content": turn.content} for turn in dialogue],
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
     mask = [0] * len(view.preamble_of(dialogue))
     encoded = view.encode(dialogue)
     pieces = view.window_ids(dialogue, encoded, 0, len(dialogue), live=True)
@@ -140,22 +169,36 @@ def test_masks_equal_the_templates_own(name, dialogue):
     assert oracle["assistant_masks"] == mask
 
 
-@pytest.mark.parametrize("name, text", [
-    ("chatml", "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\nI am 5, 12<|im_end|>\n"),
-    ("default system", "<|im_start|>system\nYou are a helpful player.<|im_end|>\n<|im_start|>user\nHello there"
-                       "<|im_end|>\n<|im_start|>assistant\nI am 5, 12<|im_end|>\n"),
-    ("thinking", "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-                 "I am 5, 12<|im_end|>\n"),
-    ("headers", "<bos><|start_header_id|>user<|end_header_id|>\n\nHello there<|eot_id|>"
-                "<|start_header_id|>assistant<|end_header_id|>\n\nI am 5, 12<|eot_id|>"),
-    ("brackets", "<s>[INST] Hello there [/INST] I am 5, 12 </s>"),
-    ("bars", "<|user|>\nHello there</s> \n<|assistant|>\nI am 5, 12</s> \n"),
-    ("labels", "<s> User: Hello there\n\nAssistant: I am 5, 12</s>"),
-    ("stripping", "<bos><start_of_turn>user\nHello there<end_of_turn>\n"
-                  "<start_of_turn>model\nI am 5, 12<end_of_turn>\n"),
-    ("role tokens", "<bos><user>Hello there<eos><assistant>I am 5, 12<eos>"),
-    ("plain bytes", "<bos>User: Hello there\nAssistant: I am 5, 12<eos>"),
-])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("chatml", "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\nI am 5, 12<|im_end|>\n"),
+        (
+            "default system",
+            "<|im_start|>system\nYou are a helpful player.<|im_end|>\n<|im_start|>user\nHello there"
+            "<|im_end|>\n<|im_start|>assistant\nI am 5, 12<|im_end|>\n",
+        ),
+        (
+            "thinking",
+            "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+            "I am 5, 12<|im_end|>\n",
+        ),
+        (
+            "headers",
+            "<bos><|start_header_id|>user<|end_header_id|>\n\nHello there<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nI am 5, 12<|eot_id|>",
+        ),
+        ("brackets", "<s>[INST] Hello there [/INST] I am 5, 12 </s>"),
+        ("bars", "<|user|>\nHello there</s> \n<|assistant|>\nI am 5, 12</s> \n"),
+        ("labels", "<s> User: Hello there\n\nAssistant: I am 5, 12</s>"),
+        (
+            "stripping",
+            "<bos><start_of_turn>user\nHello there<end_of_turn>\n<start_of_turn>model\nI am 5, 12<end_of_turn>\n",
+        ),
+        ("role tokens", "<bos><user>Hello there<eos><assistant>I am 5, 12<eos>"),
+        ("plain bytes", "<bos>User: Hello there\nAssistant: I am 5, 12<eos>"),
+    ],
+)
 def test_assembly_by_hand(name, text):
     view = renderer(name)
     assert view.tokenizer.decode(assemble(view, [HELLO, HI]), clean_up_tokenization_spaces=False) == text
@@ -230,12 +273,17 @@ def test_injected_system_text_is_printed_only_where_the_dialogue_brings_none():
 
 
 def test_system_turn_keeps_its_opening_where_bos_opens_turns():
-    tokenizer = byte_level(TOKENIZERS["default system"]().chat_template, ["<|im_start|>", "<|im_end|>"],
-                           bos_token="<|im_start|>", eos_token="<|im_end|>")
+    tokenizer = byte_level(
+        TOKENIZERS["default system"]().chat_template,
+        ["<|im_start|>", "<|im_end|>"],
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+    )
     view = Renderer(tokenizer)
     system = [Turn("system", "Be nice"), HELLO]
     assert view.printer.printed(system, prompt=True) == (
-        "<|im_start|>system\nBe nice<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n")
+        "<|im_start|>system\nBe nice<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert view.differences(system) is None
 
 
@@ -248,21 +296,34 @@ def test_refused_dialogues_are_assembled_all_the_same(name):
         assert view.tokenizer.decode(ids).strip() == view.printer.printed(dialogue, prompt=True).strip()
 
 
-@pytest.mark.parametrize("name, lacking", [
-    ("chatml", []), ("headers", []), ("role tokens", []), ("thinking", ["environment"]),
-    ("bars", ["tool", "environment"]),
-    ("stripping", ["system", "tool", "environment"]), ("brackets", ["tool", "environment"])])
+@pytest.mark.parametrize(
+    "name, lacking",
+    [
+        ("chatml", []),
+        ("headers", []),
+        ("role tokens", []),
+        ("thinking", ["environment"]),
+        ("bars", ["tool", "environment"]),
+        ("stripping", ["system", "tool", "environment"]),
+        ("brackets", ["tool", "environment"]),
+    ],
+)
 def test_roles_that_the_template_lacks_are_rendered_as_the_users(name, lacking):
     view = renderer(name)
-    same = [role for role in ("system", "tool", "environment")
-            if (view.opening(role), view.closing(role)) == (view.opening("user"), view.closing("user"))]
+    same = [
+        role
+        for role in ("system", "tool", "environment")
+        if (view.opening(role), view.closing(role)) == (view.opening("user"), view.closing("user"))
+    ]
     assert same == lacking
 
 
 def test_role_that_the_template_takes_for_the_agent_is_rendered_as_the_users():
-    template = ("{% for m in messages %}{% if m['role'] == 'user' %}{{ 'Q: ' + m['content'] + '\n' }}{% else %}"
-                "{{ 'A: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
-                "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}")
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'Q: ' + m['content'] + '\n' }}{% else %}"
+        "{{ 'A: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
+    )
     view = Renderer(byte_level(template))
     assert view.opening("tool") == view.opening("user") != view.agent_opening
 
@@ -289,8 +350,10 @@ def test_bare_system_text_is_printed_bare():
 
 
 def test_template_that_never_closes_a_turn_gets_eos_as_an_action_that_no_history_holds():
-    template = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-                "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+    template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
     view = Renderer(byte_level(template))
     eos = view.tokenizer.eos_token_id
     turn = view.encode([HELLO, HI, DEAL])[1]
@@ -359,8 +422,8 @@ def test_sampled_ids_are_used_as_they_are(name):
     text = view.decode(sampled)
     turn = view.encode_turn(Turn("assistant", text, token_ids=sampled))
     assert turn.closed and turn.actions == sampled
-    assert turn.ids[turn.action_start:turn.action_stop] == sampled
-    after = view.closing("assistant")[view.closing("assistant").index(view.close_id) + 1:]
+    assert turn.ids[turn.action_start : turn.action_stop] == sampled
+    after = view.closing("assistant")[view.closing("assistant").index(view.close_id) + 1 :]
     assert turn.ids == (*view.agent_opening, *sampled, *after)
 
 

@@ -43,8 +43,10 @@ def test_no_shift_where_rewards_are_discounted_because_it_would_pay_for_another_
     data = [episode(0.4), episode(None, None, None, 0.5)]  # one scored turn each, but at different depths
 
     def values(scale, gamma=0.9):
-        return [sum(gamma**depth * scale.apply(r) for depth, r in enumerate(rewards) if r is not None)
-                for rewards in ([0.4], [None, None, None, 0.5])]  # fmt: skip
+        return [
+            sum(gamma**depth * scale.apply(r) for depth, r in enumerate(rewards) if r is not None)
+            for rewards in ([0.4], [None, None, None, 0.5])
+        ]
 
     early, late = values(RewardScale.fit(data, discounted=True))
     assert early > late  # as .4 > .9³ · .5 = .3645

@@ -9,13 +9,16 @@ from offline_lmrl.data.rendering import Renderer
 from tests.tiny import TOKENIZERS
 
 
-@pytest.mark.parametrize("template", [
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{{ 1 // 0 }}",
-    "{{ range(10**12) }}",
-    "{{ messages[0].a.b.c }}",
-    "{{ " + "(" * 3000,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 1 // 0 }}",
+        "{{ range(10**12) }}",
+        "{{ messages[0].a.b.c }}",
+        "{{ " + "(" * 3000,
+    ],
+)
 def test_a_template_that_fails_or_never_ends_is_one_line(monkeypatch, template):
     monkeypatch.setattr("offline_lmrl.data.templates._SECONDS", 0.2)
     tokenizer = TOKENIZERS["chatml"]()

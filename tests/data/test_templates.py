@@ -22,8 +22,10 @@ from tests.tiny import byte_level
 
 trl = pytest.importorskip("trl")
 FILES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
-TOKEN = re.compile(r"<\|[^|<>\s]+\|>|<｜[^｜]+｜>|\[/?[A-Z_]+\]|<\|[a-z_]+>|<[a-z_]+\|>|<\|\"\|>|"
-                   r"</?(?:think|tool_call|tool_response|start_of_turn|end_of_turn|end_of_utterance)>")  # fmt: skip
+TOKEN = re.compile(
+    r"<\|[^|<>\s]+\|>|<｜[^｜]+｜>|\[/?[A-Z_]+\]|<\|[a-z_]+>|<[a-z_]+\|>|<\|\"\|>|"
+    r"</?(?:think|tool_call|tool_response|start_of_turn|end_of_turn|end_of_utterance)>"
+)
 # Their tool results lose the text, and keep the turn around it.
 OTHERWISE = {"cohere2": {"tools"}, "cohere2_training": {"tools"}}
 REFUSED = "the template refuses this dialogue"
@@ -72,16 +74,19 @@ CALL = [{"id": "call00000", "function": {"name": "look_up", "arguments": {"key":
 ANSWER = Turn("tool", "12", name="look_up", tool_call_id="call00000")
 
 
-@pytest.mark.parametrize("stem, turns, named", [
-    # Words beside a call move behind the tool's answer; a second answer in a row has no opening of its own.
-    ("gemma4", [Turn("user", "q"), Turn("assistant", "I look", tool_calls=CALL), ANSWER], True),
-    ("gemma4", [Turn("user", "q"), Turn("assistant", "", tool_calls=CALL), ANSWER], False),
-    ("deepseekv3", [Turn("user", "q"), *[Turn("assistant", "", tool_calls=CALL), ANSWER] * 2], True),
-    ("gptoss", [Turn("user", "q"), Turn("assistant", "", thinking="hm", tool_calls=CALL), ANSWER], False),
-    ("phi3_5", [Turn("system", ""), Turn("user", "q"), Turn("assistant", "a")], True),
-    ("gemma", [Turn("user", "q"), Turn("user", "and"), Turn("assistant", "a")], True),
-    ("qwen2_5", [Turn("user", "q"), Turn("user", "and"), Turn("assistant", "a")], False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "stem, turns, named",
+    [
+        # Words beside a call move behind the tool's answer; a second answer in a row has no opening of its own.
+        ("gemma4", [Turn("user", "q"), Turn("assistant", "I look", tool_calls=CALL), ANSWER], True),
+        ("gemma4", [Turn("user", "q"), Turn("assistant", "", tool_calls=CALL), ANSWER], False),
+        ("deepseekv3", [Turn("user", "q"), *[Turn("assistant", "", tool_calls=CALL), ANSWER] * 2], True),
+        ("gptoss", [Turn("user", "q"), Turn("assistant", "", thinking="hm", tool_calls=CALL), ANSWER], False),
+        ("phi3_5", [Turn("system", ""), Turn("user", "q"), Turn("assistant", "a")], True),
+        ("gemma", [Turn("user", "q"), Turn("user", "and"), Turn("assistant", "a")], True),
+        ("qwen2_5", [Turn("user", "q"), Turn("user", "and"), Turn("assistant", "a")], False),
+    ],
+)
 def test_rarer_dialogues_are_compared_one_by_one_and_named(stem, turns, named):
     view = Renderer(tokenizer_for(next(path for path in FILES if path.stem == stem)))
     assert (view.differences(turns) is not None) == named
@@ -91,8 +96,14 @@ def test_rarer_dialogues_are_compared_one_by_one_and_named(stem, turns, named):
 @pytest.mark.parametrize("stem", ["lfm2_2_5", "glm4moe", "nemotron_3_nano", "qwen3", "gptoss"])
 def test_every_agent_turn_is_trained_behind_what_play_sees(stem):
     view = Renderer(tokenizer_for(next(path for path in FILES if path.stem == stem)))
-    turns = (Turn("user", "q"), Turn("assistant", "", thinking="hm", tool_calls=CALL), ANSWER, Turn("assistant", "ok"),
-             Turn("user", "more"), Turn("assistant", "fine", reward=1.0))  # fmt: skip
+    turns = (
+        Turn("user", "q"),
+        Turn("assistant", "", thinking="hm", tool_calls=CALL),
+        ANSWER,
+        Turn("assistant", "ok"),
+        Turn("user", "more"),
+        Turn("assistant", "fine", reward=1.0),
+    )
     encoder = EpisodeEncoder(view, WindowRule(), StepRule(), RewardScale())
     for window in encoder.encode(Trajectory(turns), Counter()):
         for step in window.steps:
@@ -105,9 +116,11 @@ def test_words_of_the_probes_may_stand_in_a_log():
     for stem in ("llama3", "qwen3"):
         view = Renderer(tokenizer_for(next(path for path in FILES if path.stem == stem)))
         for text in (" Held0Word", "Probe0Word", " Held0Word <|eot_id|> Probe1Word ", "</think>Probe2Word"):
-            for dialogue in ([Turn("user", text), Turn("assistant", text)],
-                             [Turn("user", "q"), Turn("assistant", text, thinking=text), Turn("user", text)],
-                             [Turn("system", text, tools=CALL), Turn("user", text)]):  # fmt: skip
+            for dialogue in (
+                [Turn("user", text), Turn("assistant", text)],
+                [Turn("user", "q"), Turn("assistant", text, thinking=text), Turn("user", text)],
+                [Turn("system", text, tools=CALL), Turn("user", text)],
+            ):
                 assert view.printer.differences(dialogue, dialogue[-1].role == "user") is None
 
 

@@ -20,8 +20,11 @@ def ids(text, length=0, left=False):
 
 
 def row(asked="hello there", samples=WORDS, best=1, **fields):
-    return {"query": ids(asked, 20, left=True), "best": best} | {
-        f"sample{i}": ids(text, 24) for i, text in enumerate(samples)} | fields  # fmt: skip
+    return (
+        {"query": ids(asked, 20, left=True), "best": best}
+        | {f"sample{i}": ids(text, 24) for i, text in enumerate(samples)}
+        | fields
+    )
 
 
 CUT = TOKENIZER("é").input_ids  # two bytes, a token each
@@ -37,13 +40,18 @@ DROPPED = {
     "empty query": [row(" "), row(query=[PAD] * 3)],
     "token ids that give no text": [row(sample0=[*CUT[:1], *ids(" you")] * 2)],
     "sample0: expected ids of the tokenizer": [
-        row(sample0=[PAD - 1]), row(sample0=[1, PAD, 1]), row(sample0=["a"]), row(sample0=[True]), row(sample0=[-1])],
+        row(sample0=[PAD - 1]),
+        row(sample0=[1, PAD, 1]),
+        row(sample0=["a"]),
+        row(sample0=[True]),
+        row(sample0=[-1]),
+    ],
     "sample3: expected a list": [row(sample3=None)],
     "query: expected a list": [row(query="hello")],
     "best: expected 0 to 3": [row(best=4), row(best=-1)],
     "best: expected a whole number": [row(best=0.5)],
     "best: expected a number": [row(best=None)],
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -52,8 +60,9 @@ def run(tmp_path):
 
     def run(rows):
         (tmp_path / "offline_5k.json").write_text(json.dumps(rows))
-        report = prepare(tmp_path / "offline_5k.json", tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"),
-                         validation=0)  # fmt: skip
+        report = prepare(
+            tmp_path / "offline_5k.json", tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"), validation=0
+        )
         return report, read_comparisons(tmp_path / "out" / "train.jsonl")
 
     return run
@@ -65,8 +74,11 @@ def test_every_row_of_the_list_is_imported_or_dropped_for_a_reason(run):
     assert (report["rows"], report["imported"], len(made)) == (len(rows), len(KEPT), len(KEPT))
     assert report["dropped"] == {reason: len(some) for reason, some in DROPPED.items()}
     assert report["repaired"] == {
-        "part of a character removed at the end of a text": 2, "samples of the same words merged": 2,
-        "empty sample left out": 1, "end token removed": 1}  # fmt: skip
+        "part of a character removed at the end of a text": 2,
+        "samples of the same words merged": 2,
+        "empty sample left out": 1,
+        "end token removed": 1,
+    }
     assert report["by number of options"] == {"2": 1, "3": 1, "4": 2}
 
 
@@ -89,7 +101,14 @@ def test_an_unknown_tokenizer_is_a_one_line_error(tmp_path):
 
 def test_the_invariants_of_an_importer_hold(run):
     _, made = run(KEPT)
-    texts = [TOKENIZER.decode([token for token in one[f"sample{i}"] if token not in (PAD, TOKENIZER.eos_token_id)])
-             for one in KEPT for i in range(4)]  # fmt: skip
-    check_invariants(made, lambda one: [option[0].content for option in one.options], texts,
-                     lambda text: text.strip("\N{REPLACEMENT CHARACTER}"))  # fmt: skip
+    texts = [
+        TOKENIZER.decode([token for token in one[f"sample{i}"] if token not in (PAD, TOKENIZER.eos_token_id)])
+        for one in KEPT
+        for i in range(4)
+    ]
+    check_invariants(
+        made,
+        lambda one: [option[0].content for option in one.options],
+        texts,
+        lambda text: text.strip("\N{REPLACEMENT CHARACTER}"),
+    )

@@ -6,9 +6,13 @@ from data_prep.chat_thumbs import prepare
 from offline_lmrl.data.io import read_trajectories
 
 SYSTEM = {"role": "system", "content": "Be brief."}
-CHAT = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "Yes."},
-        {"role": "user", "content": "Snow?"}, {"role": "assistant", "content": "No."},
-        {"role": "user", "content": "Thanks"}]  # fmt: skip
+CHAT = [
+    {"role": "user", "content": "Rain?"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "Snow?"},
+    {"role": "assistant", "content": "No."},
+    {"role": "user", "content": "Thanks"},
+]
 
 
 def chat(*reactions, messages=CHAT, **fields):
@@ -16,9 +20,21 @@ def chat(*reactions, messages=CHAT, **fields):
 
 
 def comparia(turn, text, liked, disliked, **fields):
-    return {"conversation_a": CHAT[:4], "conversation_b": [SYSTEM, *CHAT], "model_pos": "b", "msg_index": turn,
-            "question_content": "Rain?", "response_content": text, "liked": liked, "disliked": disliked,
-            "useful": liked, "incorrect": None, "comment": None, "visitor_id": "v", **fields}  # fmt: skip
+    return {
+        "conversation_a": CHAT[:4],
+        "conversation_b": [SYSTEM, *CHAT],
+        "model_pos": "b",
+        "msg_index": turn,
+        "question_content": "Rain?",
+        "response_content": text,
+        "liked": liked,
+        "disliked": disliked,
+        "useful": liked,
+        "incorrect": None,
+        "comment": None,
+        "visitor_id": "v",
+        **fields,
+    }
 
 
 UP, DOWN = ({"turn": turn, "value": value} for turn, value in ((1, 1), (3, -1)))
@@ -35,17 +51,24 @@ KEPT = {  # row -> rewards of its turns
     "by the text": (comparia(1, "Yes.", True, False), [None, None, 1.0]),
     "by the text alone": (comparia(0, " No.", False, True), [None, None, None, None, -1.0]),
     "first side": (comparia(1, "Yes.", False, True, model_pos="a"), [None, -1.0]),
-}  # fmt: skip
+}
 DROPPED = {
     "no reaction": [chat()],
     "neither up nor down": [chat({"turn": 1, "value": 0}), chat({"turn": 1}), comparia(1, "Yes.", True, True)],
-    "on no reply of the agent": [chat({"turn": 2, "value": 1}), chat({"turn": 9, "value": 1}),
-                                 chat({"turn": -2, "value": 1}), comparia(2, "Other.", True, None),
-                                 chat({"turn": 0, "value": 1}, messages=[{"role": "assistant", "content": " "}])],
+    "on no reply of the agent": [
+        chat({"turn": 2, "value": 1}),
+        chat({"turn": 9, "value": 1}),
+        chat({"turn": -2, "value": 1}),
+        comparia(2, "Other.", True, None),
+        chat({"turn": 0, "value": 1}, messages=[{"role": "assistant", "content": " "}]),
+    ],
     "contradictory reactions to one reply": [chat(UP, {"turn": 1, "value": -1})],
     "rewards beside reactions": [chat(UP, messages=[CHAT[0], {**CHAT[1], "reward": 2}])],
     "fields: expected messages and reaction {turn, value}, or messages and reactions, a list of those": [
-        {"reaction": UP}, {"messages": CHAT}, {"messages": CHAT, "reaction": None, "thumb": 1}],
+        {"reaction": UP},
+        {"messages": CHAT},
+        {"messages": CHAT, "reaction": None, "thumb": 1},
+    ],
     "messages: expected a list of messages": [chat(UP, messages="Rain?")],
     "reaction: expected an object": [{"messages": CHAT, "reaction": "up"}],
     "reactions: expected a list": [{"messages": CHAT, "reactions": UP}],
@@ -54,8 +77,9 @@ DROPPED = {
     "value: expected a number": [chat({"turn": 1, "value": "up"})],
     "model_pos: expected a or b": [comparia(1, "Yes.", True, None, model_pos="c")],
     "messages.role: expected one of system, user, assistant, tool, environment": [
-        chat(UP, messages=[{"role": "narrator", "content": "x"}])],
-}  # fmt: skip
+        chat(UP, messages=[{"role": "narrator", "content": "x"}])
+    ],
+}
 
 
 def run(tmp_path, rows):
@@ -70,9 +94,12 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
     assert (report["rows"], report["imported"], len(made)) == (len(rows), len(KEPT), len(KEPT))
     assert report["dropped"] == {reason: len(rows) for reason, rows in DROPPED.items()}
     assert report["repaired"] == {
-        "turn counted without the system message": 2, "reply found by its text": 1,
-        "reaction left out: on no reply of the agent": 1, "reaction left out: neither up nor down": 1,
-        "reaction left out: contradictory reactions to one reply": 1}  # fmt: skip
+        "turn counted without the system message": 2,
+        "reply found by its text": 1,
+        "reaction left out: on no reply of the agent": 1,
+        "reaction left out: neither up nor down": 1,
+        "reaction left out: contradictory reactions to one reply": 1,
+    }
     assert report["kept as it is"] == {"a chat that does not end with the agent": 10}
     assert report["replies"] == {"by the agent": 24, "thumbs up": 7, "thumbs down": 6}
 
@@ -103,5 +130,7 @@ def test_a_reaction_that_could_not_be_read_back_is_dropped_with_its_row(tmp_path
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
     assert report["imported"] == 2 and report["dropped"] == {
-        "labels: expected less nesting": 1, "JSON: expected less nesting": 1}  # fmt: skip
+        "labels: expected less nesting": 1,
+        "JSON: expected less nesting": 1,
+    }
     assert len(read_trajectories(tmp_path / "out" / "train.jsonl")) == 2

@@ -91,8 +91,10 @@ def prepare(importer, tmp_path, name, **settings):
 
 
 def adds_up(report):
-    return (report["rows"] == report["imported"] + sum(report["dropped"].values())
-            and sum(split["comparisons"] for split in report["splits"].values()) == report["comparisons"])  # fmt: skip
+    return (
+        report["rows"] == report["imported"] + sum(report["dropped"].values())
+        and sum(split["comparisons"] for split in report["splits"].values()) == report["comparisons"]
+    )
 
 
 @IMPORTERS
@@ -105,7 +107,8 @@ def test_a_thousand_broken_rows_are_imported_or_dropped_for_a_reason(tmp_path, i
     assert report["dropped"]["text: expected UTF-8"] > 50
     if importer not in (alpaca_eval, helpsteer, oasst):  # of which several rows make one comparison
         assert report["imported"] == report["comparisons"] + report["removed, their group is in a later split"] + (
-            report["merged"].get("the same replies compared again", 0))  # fmt: skip
+            report["merged"].get("the same replies compared again", 0)
+        )
 
 
 @IMPORTERS
@@ -136,9 +139,12 @@ def test_what_two_customers_compared_stays_apart_where_they_are_the_groups(tmp_p
 @pytest.mark.parametrize("processes", [1, 2])
 def test_rows_that_nest_too_deep_are_dropped_for_that(tmp_path, levels, processes):
     deep = "[" * levels + "]" * levels
-    lines = ['{"prompt": "q", "chosen": "a", "rejected": "b"}', deep,
-             f'{{"prompt": "q", "chosen": {deep}, "rejected": "b"}}',
-             f'{{"prompt": "q", "chosen": "a", "rejected": "b", "extra": {deep}}}']  # fmt: skip
+    lines = [
+        '{"prompt": "q", "chosen": "a", "rejected": "b"}',
+        deep,
+        f'{{"prompt": "q", "chosen": {deep}, "rejected": "b"}}',
+        f'{{"prompt": "q", "chosen": "a", "rejected": "b", "extra": {deep}}}',
+    ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", processes=processes)
     assert report["imported"] == 1 and report["dropped"] == {"JSON: expected less nesting": 3}
@@ -151,8 +157,12 @@ def test_files_of_another_kind_are_one_line_errors(tmp_path, importer):
 
 @pytest.mark.parametrize("importer", [preferences, kto])
 def test_a_folder_with_a_split_of_another_run_is_refused(tmp_path, importer):
-    rows = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} if importer is preferences else
-            {"prompt": f"q{i}", "completion": "a", "label": i % 2 == 0} for i in range(20)]  # fmt: skip
+    rows = [
+        {"prompt": f"q{i}", "chosen": "a", "rejected": "b"}
+        if importer is preferences
+        else {"prompt": f"q{i}", "completion": "a", "label": i % 2 == 0}
+        for i in range(20)
+    ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for _ in range(2):  # the same splits again are fine
         importer.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0.3)
@@ -175,10 +185,28 @@ def test_every_common_form_keeps_the_invariants(tmp_path):
     preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
     made = read_comparisons(tmp_path / "out" / "train.jsonl")
     assert len(made) == len(ROWS[preferences])
-    words = ["q a", "q b", "a b", "a c", "q3 a", "q3 b", "q4 a", "q4 b", "x? one go on yes", "x? one go on no",
-             "q5 a", "q5 b", "q6 a", "q6 c"]  # fmt: skip
-    check_invariants([row for row in made if row.context], lambda row: [
-        " ".join(turn.content for turn in (*row.context, *option)) for option in row.options], words, str)
+    words = [
+        "q a",
+        "q b",
+        "a b",
+        "a c",
+        "q3 a",
+        "q3 b",
+        "q4 a",
+        "q4 b",
+        "x? one go on yes",
+        "x? one go on no",
+        "q5 a",
+        "q5 b",
+        "q6 a",
+        "q6 c",
+    ]
+    check_invariants(
+        [row for row in made if row.context],
+        lambda row: [" ".join(turn.content for turn in (*row.context, *option)) for option in row.options],
+        words,
+        str,
+    )
 
 
 WORDS = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -199,13 +227,20 @@ def test_any_pair_of_transcripts_keeps_the_invariants_or_is_dropped_once(said, f
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(("system", "user", "assistant")), WORDS), max_size=4), WORDS, WORDS,
-       st.booleans())  # fmt: skip
+@given(
+    st.lists(st.tuples(st.sampled_from(("system", "user", "assistant")), WORDS), max_size=4),
+    WORDS,
+    WORDS,
+    st.booleans(),
+)
 def test_any_pair_of_messages_keeps_the_invariants_or_is_dropped_once(said, first, second, explicit):
     before = [{"role": "user", "content": "x"}, *({"role": role, "content": text} for role, text in said)]
     sides = [[{"role": "assistant", "content": text}] for text in (first, second)]
-    row = {"prompt": before, "chosen": sides[0], "rejected": sides[1]} if explicit else {
-        "chosen": before + sides[0], "rejected": before + sides[1]}  # fmt: skip
+    row = (
+        {"prompt": before, "chosen": sides[0], "rejected": sides[1]}
+        if explicit
+        else {"chosen": before + sides[0], "rejected": before + sides[1]}
+    )
     counts = Counter()
     made = read_comparison(row, "f:1", counts)
     assert sum(reason.startswith("dropped: ") for reason in counts) == (made is None)
@@ -214,30 +249,51 @@ def test_any_pair_of_messages_keeps_the_invariants_or_is_dropped_once(said, firs
         def shown(turns):
             return str([(turn["role"], turn["content"]) for turn in turns])
 
-        check_invariants([made], lambda row: [shown(messages_of((*row.context, *option))) for option in row.options],
-                         [shown(before + side) for side in sides], str)  # fmt: skip
+        check_invariants(
+            [made],
+            lambda row: [shown(messages_of((*row.context, *option))) for option in row.options],
+            [shown(before + side) for side in sides],
+            str,
+        )
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(WORDS.filter(str.strip), st.floats(1, 2)), min_size=1, max_size=4,
-                unique_by=lambda pair: tuple(pair[0].split())))  # fmt: skip
+@given(
+    st.lists(
+        st.tuples(WORDS.filter(str.strip), st.floats(1, 2)),
+        min_size=1,
+        max_size=4,
+        unique_by=lambda pair: tuple(pair[0].split()),
+    )
+)
 def test_any_star_of_judgements_keeps_the_invariants(judged):
-    rows = [alpaca_eval.read_judged({"instruction": "q", "output_1": "the ref", "output_2": f"{i} {text}",
-                                     "preference": preference}, "f:1", Counter())
-            for i, (text, preference) in enumerate(judged)]  # fmt: skip
+    rows = [
+        alpaca_eval.read_judged(
+            {"instruction": "q", "output_1": "the ref", "output_2": f"{i} {text}", "preference": preference},
+            "f:1",
+            Counter(),
+        )
+        for i, (text, preference) in enumerate(judged)
+    ]
     (made,) = alpaca_eval.assemble(rows, True, None, Counter())
-    check_invariants([made], lambda row: [option[0].content for option in row.options],
-                     [text for row in rows for text in row.outputs], str)  # fmt: skip
+    check_invariants(
+        [made],
+        lambda row: [option[0].content for option in row.options],
+        [text for row in rows for text in row.outputs],
+        str,
+    )
     for i, (_, preference) in enumerate(judged, 1):
         assert made.preference(i, 0) == pytest.approx(preference - 1, abs=2e-9)
 
 
 PAIRS = {  # the row of two replies, and what reads it
     summarize_comparisons: (
-        test_summarize_comparisons.row, lambda row: summarize_comparisons.read_choice(row, "f:1", Counter())[1]),
+        test_summarize_comparisons.row,
+        lambda row: summarize_comparisons.read_choice(row, "f:1", Counter())[1],
+    ),
     webgpt: (test_webgpt.row, lambda row: webgpt.read_answers(row, "f:1", Counter(), quotes=True)),
     shp: (test_shp.row, lambda row: shp.read_pair(row, "f:1")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("importer", PAIRS, ids=lambda importer: importer.__name__.split(".")[1])
@@ -249,19 +305,37 @@ def test_any_two_replies_keep_the_invariants_or_are_dropped_for_what_they_say(im
         with pytest.raises(Drop):
             read(build(first, second))
     else:
-        check_invariants([read(build(first, second))], lambda row: [option[-1].content for option in row.options],
-                         [first, second], str.strip)  # fmt: skip
+        check_invariants(
+            [read(build(first, second))],
+            lambda row: [option[-1].content for option in row.options],
+            [first, second],
+            str.strip,
+        )
 
 
 RANKINGS = {  # the comparison of replies with scores from 1 to 5
     stack_exchange: lambda scored, counts: stack_exchange.read_question(
-        {"question": "q", "answers": [{"text": text, "pm_score": score} for text, score in scored]}, "f:1", counts),
-    ultrafeedback: lambda scored, counts: ultrafeedback.read_rated(test_ultrafeedback.row(*(
-        test_ultrafeedback.completion(text, *[str(score)] * 4) for text, score in scored)), "f:1", counts),
-    oasst: lambda scored, counts: next(oasst.compare(
-        [(oasst.Thread(Turn("user", "q"), None), oasst.Message(f"{i}", "q", Turn("assistant", text), -score, {}, ""))
-         for i, (text, score) in enumerate(scored)], counts), None),
-}  # fmt: skip
+        {"question": "q", "answers": [{"text": text, "pm_score": score} for text, score in scored]}, "f:1", counts
+    ),
+    ultrafeedback: lambda scored, counts: ultrafeedback.read_rated(
+        test_ultrafeedback.row(*(test_ultrafeedback.completion(text, *[str(score)] * 4) for text, score in scored)),
+        "f:1",
+        counts,
+    ),
+    oasst: lambda scored, counts: next(
+        oasst.compare(
+            [
+                (
+                    oasst.Thread(Turn("user", "q"), None),
+                    oasst.Message(f"{i}", "q", Turn("assistant", text), -score, {}, ""),
+                )
+                for i, (text, score) in enumerate(scored)
+            ],
+            counts,
+        ),
+        None,
+    ),
+}
 
 
 @pytest.mark.parametrize("importer", RANKINGS, ids=lambda importer: importer.__name__.split(".")[1])
@@ -272,8 +346,9 @@ def test_any_ranked_replies_keep_the_invariants_or_are_dropped_once(importer, sc
     made = RANKINGS[importer](scored, counts)
     assert sum("dropped: " in reason for reason in counts) == (made is None)
     if made is not None:
-        check_invariants([made], lambda row: [option[0].content for option in row.options],
-                         [text for text, _ in scored], str)  # fmt: skip
+        check_invariants(
+            [made], lambda row: [option[0].content for option in row.options], [text for text, _ in scored], str
+        )
         scores = [dict(scored)[option[0].content] for option in made.options]
         assert made.ranks == tuple(sorted(set(scores), reverse=True).index(score) for score in scores)
     else:
@@ -303,8 +378,9 @@ def test_groups_of_the_test_file_leave_the_training_rows(tmp_path):
     for name, some in (("train", rows[:8]), ("test", rows[6:])):
         (tmp_path / "in" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     report = hh_rlhf.prepare(tmp_path / "in", tmp_path / "out", validation=0.3)
-    groups = {name: {row.group for row in read_comparisons(tmp_path / "out" / f"{name}.jsonl")}
-              for name in report["splits"]}  # fmt: skip
+    groups = {
+        name: {row.group for row in read_comparisons(tmp_path / "out" / f"{name}.jsonl")} for name in report["splits"]
+    }
     assert groups.keys() == {"train", "validation", "test"} and len(groups["test"]) == 3
     assert not any(groups[a] & groups[b] for a, b in itertools.combinations(groups, 2))
     assert report["removed, their group is in a later split"] == 2
@@ -317,8 +393,11 @@ def test_two_processes_write_the_same_files_in_the_order_of_the_source(tmp_path,
     for processes in (1, 2):
         report = hh_rlhf.prepare(tmp_path / "in.jsonl", tmp_path / f"{processes}", validation=0.5, processes=processes)
     names = {path.name for path in (tmp_path / "1").iterdir()}
-    assert names == {"train.jsonl", "validation.jsonl", "report.json"} == {
-        path.name for path in (tmp_path / "2").iterdir()}  # fmt: skip
+    assert (
+        names
+        == {"train.jsonl", "validation.jsonl", "report.json"}
+        == {path.name for path in (tmp_path / "2").iterdir()}
+    )
     assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes() for name in names)
     for split in ("train", "validation"):
         asked = [row.context[0].content for row in read_comparisons(tmp_path / "2" / f"{split}.jsonl")]
@@ -337,12 +416,14 @@ def test_reasons_keep_the_numbers_of_a_rule_and_none_of_a_row(tmp_path):
         "weight: expected a number above 0": lambda n: native(n, weight=-n),
         "target: expected one probability for each option, which sum to 1": lambda n: native(n, target=[n] * n),
         "target: expected no more on options that are ranked lower": lambda n: native(
-            n, ranking=[[i] for i in reversed(range(n))]),
+            n, ranking=[[i] for i in reversed(range(n))]
+        ),
         "ranking: expected groups that hold the place of each option, from 0, once": lambda n: native(
-            n, ranking=[[n]]),
+            n, ranking=[[n]]
+        ),
         "labels.options: expected a list with an entry for each option": lambda n: native(n, labels={"options": []}),
         "ranks: expected one for each response": lambda n: {"prompt": "q", "responses": ["a"] * n, "ranks": []},
-    }  # fmt: skip
+    }
     rows = [native(2), *(make(n) for make in wrong.values() for n in range(2, 7))]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)

@@ -215,8 +215,11 @@ def test_permuted_dialogues_join_the_train_split_and_no_held_out_scenario(tmp_pa
     assert rows[: len(logged)] == logged
     assert len(rows) - len(logged) == report["item_permutations"]["added"] > 0
     assert {row.group for row in rows} == {row.group for row in logged}
-    held_out = {row.turns[0].content for name in ("tune", "validation")
-                for row in read_trajectories(tmp_path / "out" / f"{name}.jsonl")}  # fmt: skip
+    held_out = {
+        row.turns[0].content
+        for name in ("tune", "validation")
+        for row in read_trajectories(tmp_path / "out" / f"{name}.jsonl")
+    }
     assert report["item_permutations"]["left_out"] > 0
     assert not held_out & {row.turns[0].content for row in rows}
     assert plain_report["splits"]["tune"] == report["splits"]["tune"]

@@ -24,6 +24,7 @@ def test_rows_linked_by_an_id_or_by_their_words_are_one_group_in_any_order():
 
 def test_without_an_id_the_words_are_the_group_and_without_words_the_id():
     opening = Trajectory((Turn("assistant", "a"),))
-    (bare, identified, asked) = join_groups({"all": [
-        opening, Trajectory(opening.turns, group="p"), row("one", "")]})["all"]  # fmt: skip
+    (bare, identified, asked) = join_groups({"all": [opening, Trajectory(opening.turns, group="p"), row("one", "")]})[
+        "all"
+    ]
     assert (bare.group, identified.group, asked.group) == ("", "p", root_group((Turn("user", "one"),)))

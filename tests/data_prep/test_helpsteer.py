@@ -18,20 +18,38 @@ def rated(prompt, response, *ratings, **more):
 
 
 def preferred(strength, split="train", **more):
-    return {"split": split, "prompt": LONG, "response_1": "one", "response_2": "two", "preference_strength": strength,
-            "preference_statement": "s", "preference_elaboration": "e", "three_most_similar_preferences": [
-                {"statement": "s", "elaboration": "e", "strength": strength}], **more}  # fmt: skip
+    return {
+        "split": split,
+        "prompt": LONG,
+        "response_1": "one",
+        "response_2": "two",
+        "preference_strength": strength,
+        "preference_statement": "s",
+        "preference_elaboration": "e",
+        "three_most_similar_preferences": [{"statement": "s", "elaboration": "e", "strength": strength}],
+        **more,
+    }
 
 
 def third(preference, **more):
-    return {"domain": "general", "language": "english", "context": [{"role": "user", "content": "q"}],
-            "response1": "one", "response2": "two", "overall_preference": preference,
-            "individual_preference": [{"score": preference, "reasoning": "r", "feedback1": "a", "feedback2": "b"}],
-            **more}  # fmt: skip
+    return {
+        "domain": "general",
+        "language": "english",
+        "context": [{"role": "user", "content": "q"}],
+        "response1": "one",
+        "response2": "two",
+        "overall_preference": preference,
+        "individual_preference": [{"score": preference, "reasoning": "r", "feedback1": "a", "feedback2": "b"}],
+        **more,
+    }
 
 
-KEPT = [rated("q", "good", 4, 3, 4, 2, 1), rated("q", "bad", 1, 3, 4, 2, 3), rated(LONG, "x", 2, 2, 2, 2, 2),
-        rated(LONG, "y", 2, 1, 1, 1, 1)]  # fmt: skip
+KEPT = [
+    rated("q", "good", 4, 3, 4, 2, 1),
+    rated("q", "bad", 1, 3, 4, 2, 3),
+    rated(LONG, "x", 2, 2, 2, 2, 2),
+    rated(LONG, "y", 2, 1, 1, 1, 1),
+]
 
 
 def run(tmp_path, rows, **settings):
@@ -47,9 +65,15 @@ def test_responses_to_one_prompt_are_ranked_by_a_rating_and_keep_all_of_them(tmp
     assert one.labels["options"][0] == {**dict(zip(RATINGS, (4, 3, 4, 2, 1), strict=True)), "rating": 4}
     assert (two.target, two.ranking) == ((0.5, 0.5), ((0, 1),))
     assert [(turn.role, turn.content) for turn in two.context] == [
-        ("user", "c#"), ("assistant", "A language."), ("user", "More, please")]
-    assert report["assembled"] == {"responses compared": 4, "responses not compared": 1,
-                                   "sets of responses dropped: fewer than two ranked responses": 1}  # fmt: skip
+        ("user", "c#"),
+        ("assistant", "A language."),
+        ("user", "More, please"),
+    ]
+    assert report["assembled"] == {
+        "responses compared": 4,
+        "responses not compared": 1,
+        "sets of responses dropped: fewer than two ranked responses": 1,
+    }
     assert [row.total_return for row in to_trajectories([one], "rating", normalise="none")] == [4, 1]
     made, _ = run(tmp_path, KEPT, rating="verbosity")
     assert [row.target for row in made["train"]] == [(0.0, 1.0), (1.0, 0.0)]
@@ -57,8 +81,10 @@ def test_responses_to_one_prompt_are_ranked_by_a_rating_and_keep_all_of_them(tmp
 
 @pytest.mark.parametrize("row, field", [(preferred, "preference_strength"), (third, "overall_preference")])
 def test_a_preference_has_a_side_and_a_strength(tmp_path, row, field):
-    prompts = {preferred: lambda text: {"prompt": text}, third: lambda text: {"context": [
-        {"role": "user", "content": text}]}}  # fmt: skip
+    prompts = {
+        preferred: lambda text: {"prompt": text},
+        third: lambda text: {"context": [{"role": "user", "content": text}]},
+    }
     rows = [row(value, **prompts[row](f"q{value}")) for value in (-3, 0, 1)]
     made, _ = run(tmp_path, rows)
     assert [row.target for row in made["train"]] == [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)]
@@ -67,8 +93,9 @@ def test_a_preference_has_a_side_and_a_strength(tmp_path, row, field):
 
 
 def test_preferences_name_their_own_split(tmp_path):
-    made, report = run(tmp_path, [preferred(1, prompt=f"q{i}", split=("train", "val")[i % 2]) for i in range(6)],
-                       validation=0.5)  # fmt: skip
+    made, report = run(
+        tmp_path, [preferred(1, prompt=f"q{i}", split=("train", "val")[i % 2]) for i in range(6)], validation=0.5
+    )
     assert {split: len(rows) for split, rows in made.items()} == {"train": 3, "validation": 3}
 
 
@@ -84,12 +111,15 @@ def test_published_folders_have_train_and_validation(tmp_path):
 
 def test_rows_that_cannot_be_used_are_dropped_for_a_reason(tmp_path):
     bad = {
-        "empty response": [rated("q", " ", 1, 1, 1, 1, 1)], "empty prompt": [rated(" ", "a", 1, 1, 1, 1, 1)],
+        "empty response": [rated("q", " ", 1, 1, 1, 1, 1)],
+        "empty prompt": [rated(" ", "a", 1, 1, 1, 1, 1)],
         "helpfulness: expected a number": [rated("q", "a", [4, 3], 1, 1, 1, 1), rated("q", "a", None, 1, 1, 1, 1)],
         "preference_strength: expected -3 to 3": [preferred(4)],
         "split: expected one of train, val, validation": [preferred(1, split="dev")],
-        "fewer than two ranked responses": [third(1, response2="one")], "one text with two ranks": [],
-        "context: expected a list of messages": [third(1, context="q")]}  # fmt: skip
+        "fewer than two ranked responses": [third(1, response2="one")],
+        "one text with two ranks": [],
+        "context: expected a list of messages": [third(1, context="q")],
+    }
     bad["one text with two ranks"] = bad.pop("fewer than two ranked responses")
     rows = [row for some in bad.values() for row in some]
     _, report = run(tmp_path, [*KEPT, *rows])

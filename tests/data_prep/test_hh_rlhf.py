@@ -25,8 +25,10 @@ KEPT = [
     pair(" Change the water “daily”.", " Dunno."),
     pair(" One turn only.", " Or none.", "\n\nHuman: One question?\n\nAssistant:"),
     pair(" First half.\n\nAssistant: Second half.", " Nothing."),
-    {"chosen": TALK + "\n\nAssistant: Mind the leaves.\n\nHuman: And then?\n\nAssistant: Water.",
-     "rejected": TALK + "\n\nAssistant: Mind the leaves.\n\nHuman: And then?\n\nAssistant: Sun."},
+    {
+        "chosen": TALK + "\n\nAssistant: Mind the leaves.\n\nHuman: And then?\n\nAssistant: Water.",
+        "rejected": TALK + "\n\nAssistant: Mind the leaves.\n\nHuman: And then?\n\nAssistant: Sun.",
+    },
     pair(" Sure. Human: thanks Assistant: welcome", " No. Human: why?"),
     pair(" Tag after one line:\nAssistant: still me", " Short."),
     pair(" Blank lines.\n\n\n", " Others.", "\n\nHuman: Triple?\n\n\nHuman: Again?\n\nAssistant:"),
@@ -37,18 +39,24 @@ DROPPED = {
     "empty reply": [pair(" ", " Something."), pair(" Something else.", "")],
     "identical replies": [pair(" Same.", " Same. ")],
     "the sides differ before the agent's reply": [
-        {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: x"}],
+        {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: x"}
+    ],
     "the sides differ before the last reply": [
-        {"chosen": ASK + " a", "rejected": ASK + " b\n\nHuman: so?\n\nAssistant: c"}],
+        {"chosen": ASK + " a", "rejected": ASK + " b\n\nHuman: so?\n\nAssistant: c"}
+    ],
     "one side goes on where the other ends": [
-        {"chosen": ASK + " a", "rejected": ASK + " a\n\nHuman: go\n\nAssistant: b"}],
+        {"chosen": ASK + " a", "rejected": ASK + " a\n\nHuman: go\n\nAssistant: b"}
+    ],
     "a side that does not end with the agent": [{"chosen": ASK + " a\n\nHuman: bye", "rejected": ASK + " b"}],
     "chosen: expected a transcript of Human and Assistant": [
-        {"chosen": "just text", "rejected": ASK + " a"}, {"rejected": ASK + " a"}, {"chosen": None, "rejected": "x"},
-        {"chosen": "Assistant: I open\n\nHuman: no", "rejected": ASK}],
+        {"chosen": "just text", "rejected": ASK + " a"},
+        {"rejected": ASK + " a"},
+        {"chosen": None, "rejected": "x"},
+        {"chosen": "Assistant: I open\n\nHuman: no", "rejected": ASK},
+    ],
     "rejected: expected a transcript of Human and Assistant": [{"chosen": ASK + " a", "rejected": [ASK + " b"]}],
     "row: expected an object": [[1]],
-}  # fmt: skip
+}
 
 
 def write(path, rows):
@@ -59,15 +67,19 @@ def write(path, rows):
 def transcripts(comparison):
     """One text per option, as the source writes it."""
     tag = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
-    return ["".join(tag[turn.role] + turn.content for turn in (*comparison.context, *option))
-            for option in comparison.options]  # fmt: skip
+    return [
+        "".join(tag[turn.role] + turn.content for turn in (*comparison.context, *option))
+        for option in comparison.options
+    ]
 
 
 def normalise(text):
     """What the importer declares: white space at the ends of turns, and tags that repeat the speaker, do not count."""
     pieces = re.split(r"\n\n(Human|Assistant):", text)
-    kept = [pieces[i + 1] if i and pieces[i] == pieces[i - 2] else f"{pieces[i]}: {pieces[i + 1]}"
-            for i in range(1, len(pieces), 2)]  # fmt: skip
+    kept = [
+        pieces[i + 1] if i and pieces[i] == pieces[i - 2] else f"{pieces[i]}: {pieces[i + 1]}"
+        for i in range(1, len(pieces), 2)
+    ]
     return " ".join(" ".join(kept).split())
 
 
@@ -93,7 +105,11 @@ def test_the_invariants_of_an_importer_hold():
 def test_only_the_last_reply_is_trained_and_the_first_question_is_the_group():
     first, *_, other = [read_transcripts(row, "f:1", Counter()) for row in KEPT[:3]]
     assert [(turn.role, turn.is_trainable) for turn in (*first.context, *first.options[0])] == [
-        ("user", False), ("assistant", False), ("user", False), ("assistant", True)]
+        ("user", False),
+        ("assistant", False),
+        ("user", False),
+        ("assistant", True),
+    ]
     shouted = pair(" a", " b", ASK.replace("How do I keep tulips fresh?", " how do I keep TULIPS fresh"))
     assert read_transcripts(shouted, "f:1", Counter()).group == first.group == other.group
     assert first.target == (1.0, 0.0) and first.source == "hh-rlhf"
@@ -112,6 +128,8 @@ def test_the_real_file_shares_an_identical_context_in_every_row(tmp_path):
     assert report["imported"] + sum(report["dropped"].values()) == report["rows"]
     if hashlib.sha256(path.read_bytes()).hexdigest().startswith("ebfaaed21162a4de"):  # harmless-base/test.jsonl.gz
         assert (report["rows"], report["dropped"]) == (2312, {"empty reply": 4})
-    groups = [{row.group for row in read_comparisons(tmp_path / "out" / f"{split}.jsonl")}
-              for split in ("train", "validation")]  # fmt: skip
+    groups = [
+        {row.group for row in read_comparisons(tmp_path / "out" / f"{split}.jsonl")}
+        for split in ("train", "validation")
+    ]
     assert groups[0] and groups[1] and not groups[0] & groups[1]

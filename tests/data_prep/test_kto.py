@@ -12,14 +12,25 @@ USER = {"role": "user", "content": "Sky?"}
 KEPT = [
     {"prompt": "Sky?", "completion": "Blue.", "label": True, "worker": "w1"},
     {"prompt": "Sky?", "completion": "Sky? Green.</s>", "label": False},
-    {"prompt": [USER, {"role": "assistant", "content": "Which?"}, {"role": "user", "content": "Ours."}],
-     "completion": [{"role": "assistant", "content": "Blue."}], "label": 1},
+    {
+        "prompt": [USER, {"role": "assistant", "content": "Which?"}, {"role": "user", "content": "Ours."}],
+        "completion": [{"role": "assistant", "content": "Blue."}],
+        "label": 1,
+    },
     {"prompt": TALK, "completion": " Blue.", "label": "False"},
-    {"prompt": [USER], "completion": [{"role": "assistant", "content": "look()"}, {"role": "tool", "content": "blue"},
-                                      {"role": "assistant", "content": "Blue."}], "label": False, "group": "g"},
+    {
+        "prompt": [USER],
+        "completion": [
+            {"role": "assistant", "content": "look()"},
+            {"role": "tool", "content": "blue"},
+            {"role": "assistant", "content": "Blue."},
+        ],
+        "label": False,
+        "group": "g",
+    },
     {"prompt": "sky", "completion": "Blue.", "label": True},
     {"prompt": "Sky?", "completion": "Blue.", "label": False},
-]  # fmt: skip
+]
 DROPPED = {
     "no label": [{"prompt": "p", "completion": "c", "label": None}, {"prompt": "p", "completion": "c"}],
     "empty reply": [{"prompt": "p", "completion": " ", "label": True}, {"prompt": "p", "completion": "p", "label": 0}],
@@ -29,9 +40,10 @@ DROPPED = {
     "completion: expected a list of messages": [{"prompt": "p", "completion": 3, "label": True}],
     "a completion without an agent turn": [{"prompt": "p", "completion": [USER], "label": True}],
     "a reward beside the label": [
-        {"prompt": "p", "completion": [{"role": "assistant", "content": "c", "reward": 2}], "label": True}],
+        {"prompt": "p", "completion": [{"role": "assistant", "content": "c", "reward": 2}], "label": True}
+    ],
     "row: expected an object": [3],
-}  # fmt: skip
+}
 
 
 def run(tmp_path, rows):
@@ -49,8 +61,12 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
     made, report = run(tmp_path, rows)
     assert (report["rows"], report["imported"], len(made)) == (len(rows), len(KEPT), len(KEPT))
     assert report["dropped"] == {reason: len(rows) for reason, rows in DROPPED.items()}
-    assert report["repaired"] == {"prompt removed from the start of a reply": 1, "end token removed from a reply": 1,
-                                  "label 1 or 0 taken as true or false": 1, "label written as a word": 1}  # fmt: skip
+    assert report["repaired"] == {
+        "prompt removed from the start of a reply": 1,
+        "end token removed from a reply": 1,
+        "label 1 or 0 taken as true or false": 1,
+        "label written as a word": 1,
+    }
     assert json.loads((tmp_path / "out" / "report.json").read_text())["dropped"] == report["dropped"]
 
 
@@ -60,11 +76,21 @@ def test_only_the_reply_is_credited_with_its_label(tmp_path):
     assert said(made[0]) == [user, ("assistant", "Blue.", True, 1.0)]
     assert said(made[1]) == [user, ("assistant", " Green.", True, -1.0)]
     assert said(made[2])[1:] == [
-        ("assistant", "Which?", False, None), ("user", "Ours.", False, None), ("assistant", "Blue.", True, 1.0)]
-    assert said(made[3]) == [("user", "Hi", False, None), ("assistant", "Hello.", False, None), user,
-                             ("assistant", "Blue.", True, -1.0)]  # fmt: skip
+        ("assistant", "Which?", False, None),
+        ("user", "Ours.", False, None),
+        ("assistant", "Blue.", True, 1.0),
+    ]
+    assert said(made[3]) == [
+        ("user", "Hi", False, None),
+        ("assistant", "Hello.", False, None),
+        user,
+        ("assistant", "Blue.", True, -1.0),
+    ]
     assert said(made[4])[1:] == [
-        ("assistant", "look()", True, None), ("tool", "blue", False, None), ("assistant", "Blue.", True, -1.0)]
+        ("assistant", "look()", True, None),
+        ("tool", "blue", False, None),
+        ("assistant", "Blue.", True, -1.0),
+    ]
     assert made[0].labels == {"label": True, "worker": "w1"} and made[0].source == "kto"
     assert made[0].group == made[1].group == made[2].group == made[5].group != made[4].group == "g"
 

@@ -8,19 +8,46 @@ from data_prep.lmrl_gym import prepare
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import read_trajectories
 
-BUYER = {"personality": "polite", "preferred_brands": "a Ford", "preferred_type": "SUV",
-         "preferred_features": ["sunroof"], "budget": 20000}  # fmt: skip
-SALE = {"buyer_info": BUYER, "lines": [
-    {"role": "Dealer", "text": "Hello."}, {"role": "Buyer", "text": "Hi."}, {"role": "Dealer", "text": "18,000?"},
-    {"role": "Dealer", "text": "A deal."}, {"role": "Buyer", "text": "Bought."}],
-    "output": {"car_bought": True, "msrp": 16000, "buy_price": 18000}}  # fmt: skip
-WORDLE = {"sequence": [["Wordle:\n", 0.0], ["c r a n e\n", 1.0], ["b y b b g\n", 0.0], ["s l a t e\n", 1.0],
-                       ["g g g g g\n", 0.0]], "reward": [-1.0, 0.0, 0.0, 0.0], "done": True}  # fmt: skip
+BUYER = {
+    "personality": "polite",
+    "preferred_brands": "a Ford",
+    "preferred_type": "SUV",
+    "preferred_features": ["sunroof"],
+    "budget": 20000,
+}
+SALE = {
+    "buyer_info": BUYER,
+    "lines": [
+        {"role": "Dealer", "text": "Hello."},
+        {"role": "Buyer", "text": "Hi."},
+        {"role": "Dealer", "text": "18,000?"},
+        {"role": "Dealer", "text": "A deal."},
+        {"role": "Buyer", "text": "Bought."},
+    ],
+    "output": {"car_bought": True, "msrp": 16000, "buy_price": 18000},
+}
+WORDLE = {
+    "sequence": [
+        ["Wordle:\n", 0.0],
+        ["c r a n e\n", 1.0],
+        ["b y b b g\n", 0.0],
+        ["s l a t e\n", 1.0],
+        ["g g g g g\n", 0.0],
+    ],
+    "reward": [-1.0, 0.0, 0.0, 0.0],
+    "done": True,
+}
 QUIZ = {"lines": ["Is it alive? No.", "Really? Is it a car? Yes."], "correct": True, "word": ["Car"]}
-NAV = {"text_history": ["You are in a hall.", "go west", "A kitchen.", "open fridge", "Done."], "rewards": [0, 1],
-       "dones": [False, True]}  # fmt: skip
-PARTIAL = {"text_history": ["wall\n", "move up\n", "hall\n", "move left\n"], "rewards": [0, -1, 0, -1],
-           "dones": [0, 0, 0, 0]}  # fmt: skip
+NAV = {
+    "text_history": ["You are in a hall.", "go west", "A kitchen.", "open fridge", "Done."],
+    "rewards": [0, 1],
+    "dones": [False, True],
+}
+PARTIAL = {
+    "text_history": ["wall\n", "move up\n", "hall\n", "move left\n"],
+    "rewards": [0, -1, 0, -1],
+    "dones": [0, 0, 0, 0],
+}
 
 
 def move(state, action, reward=-1, done=False, name="state"):
@@ -40,11 +67,13 @@ KEPT = {  # row -> texts, rewards, terminated
     "sale": (SALE, ["Beginning of Conversation", "Hello.", "Hi.", "18,000? A deal.", "Bought."], [0, 1.0], True),
     "no sale": ({**SALE, "output": {"car_bought": False, "msrp": 16000, "buy_price": None}}, None, [0, -0.25], True),
     "talk that was cut": ({**SALE, "output": None}, None, [0, 0], False),
-}  # fmt: skip
+}
 DROPPED = {
     "a game without a move": [[]],
-    "a game without an action, or with an empty one": [{**NAV, "text_history": ["x"], "rewards": [0]},
-                                                       [move("s", "\n")]],
+    "a game without an action, or with an empty one": [
+        {**NAV, "text_history": ["x"], "rewards": [0]},
+        [move("s", "\n")],
+    ],
     "a game that does not say whether it is done": [{**WORDLE, "done": None}],
     "rewards: expected one for each": [{**NAV, "rewards": [0, 1, 0]}],
     "rewards: expected 0 there": [{**PARTIAL, "rewards": [1, 0, 0, 0]}],
@@ -53,7 +82,7 @@ DROPPED = {
     "lines: role: expected one of Buyer, Dealer, Seller": [{**SALE, "lines": [{"role": "Bank", "text": "x"}]}],
     "output: msrp: expected a number above 0": [{**SALE, "output": {**SALE["output"], "msrp": 0}}],
     "moves: reward: expected a number": [[move("s", "a", None)]],
-}  # fmt: skip
+}
 
 
 def run(tmp_path, rows, **settings):

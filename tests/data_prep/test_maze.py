@@ -58,8 +58,11 @@ def test_only_the_last_step_may_leave_its_part_and_a_cut_keeps_its_observation(e
 
 
 def test_every_cell_and_move_is_in_the_logs_and_some_episodes_are_the_solvers(episodes):
-    seen = {(cell, turn.content) for episode in episodes
-            for cell, turn in zip(positions(episode), (t for t in episode.turns if t.is_trainable), strict=False)}
+    seen = {
+        (cell, turn.content)
+        for episode in episodes
+        for cell, turn in zip(positions(episode), (t for t in episode.turns if t.is_trainable), strict=False)
+    }
     assert len(seen) == 4 * len(STARTS)
     solvers = sum(episode.labels["player"] == "solver" for episode in episodes)
     assert abs(solvers - SOLVER_SHARE * 300) < 25  # four standard deviations of 6.2
@@ -68,7 +71,8 @@ def test_every_cell_and_move_is_in_the_logs_and_some_episodes_are_the_solvers(ep
 def test_partial_logs_hold_the_same_moves(episodes):
     partial = logs("partial", 20, seed=1)
     assert [[t.content for t in e.turns if t.is_trainable] for e in partial] == [
-        [t.content for t in e.turns if t.is_trainable] for e in episodes[:20]]
+        [t.content for t in e.turns if t.is_trainable] for e in episodes[:20]
+    ]
     assert not any("You are at" in turn.content for episode in partial for turn in episode.turns)
 
 
@@ -85,7 +89,8 @@ def test_prepare_writes_what_it_reports_and_repeats_itself(tmp_path):
     assert report["reached_goal"] + report["cut_by_leaving"] + report["cut_by_length"] == 60
     assert report["mean_return"] == pytest.approx(sum(row.total_return for row in both) / 60)
     assert Counter(path.name for path in (tmp_path / "a").iterdir()) == Counter(
-        ["train.jsonl", "validation.jsonl", "report.json"])
+        ["train.jsonl", "validation.jsonl", "report.json"]
+    )
     prepare(tmp_path / "b", episodes=60, seed=2)
     assert (tmp_path / "a" / "train.jsonl").read_bytes() == (tmp_path / "b" / "train.jsonl").read_bytes()
 

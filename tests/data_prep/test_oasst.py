@@ -14,20 +14,42 @@ from tests.comparisons import check_invariants
 def message(name, parent=None, rank=None, role=None, **fields):
     """A message that says its id; ids of prompters start with q."""
     role = role or ("prompter" if name.startswith("q") else "assistant")
-    return {"message_id": name, "parent_id": parent, "text": f"text {name}", "role": role, "lang": "en", "rank": rank,
-            "deleted": False, "review_result": True, "tree_state": "ready_for_export", **fields}  # fmt: skip
+    return {
+        "message_id": name,
+        "parent_id": parent,
+        "text": f"text {name}",
+        "role": role,
+        "lang": "en",
+        "rank": rank,
+        "deleted": False,
+        "review_result": True,
+        "tree_state": "ready_for_export",
+        **fields,
+    }
 
 
-HUB = {"labels": {"name": ["quality", "spam", "humor"], "value": [0.75, 0.0, None], "count": [3, 3, 0]},
-       "emojis": {"name": ["+1", "_skip_reply", "-1"], "count": [3, 1, 1]}}  # fmt: skip
+HUB = {
+    "labels": {"name": ["quality", "spam", "humor"], "value": [0.75, 0.0, None], "count": [3, 3, 0]},
+    "emojis": {"name": ["+1", "_skip_reply", "-1"], "count": [3, 1, 1]},
+}
 EXPORT = {"labels": {"quality": {"value": 0.25, "count": 2}}, "emojis": {"-1": 2}, "synthetic": True}
 MESSAGES = [
-    message("b", "q1", 1.0, **EXPORT), message("q1", text="Hello?"), message("a", "q1", 0.0, **HUB),
-    message("c", "q1", 2, lang="de"), message("d", "q1"),
-    message("q2", "a"), message("e", "q2", 0), message("f", "q2", 0), message("g", "q2", 1, text="text f"),
-    message("h", "q2", 0, text="text e"), message("q3", "b"), message("i", "q3", 0),
-    message("q9", text="Hello"), message("z", "q9", 1), message("y", "q9", 0),
-]  # fmt: skip
+    message("b", "q1", 1.0, **EXPORT),
+    message("q1", text="Hello?"),
+    message("a", "q1", 0.0, **HUB),
+    message("c", "q1", 2, lang="de"),
+    message("d", "q1"),
+    message("q2", "a"),
+    message("e", "q2", 0),
+    message("f", "q2", 0),
+    message("g", "q2", 1, text="text f"),
+    message("h", "q2", 0, text="text e"),
+    message("q3", "b"),
+    message("i", "q3", 0),
+    message("q9", text="Hello"),
+    message("z", "q9", 1),
+    message("y", "q9", 0),
+]
 LEFT_OUT = {
     "deleted": [message("x1", "q1", 0, deleted=True)],
     "failed its review": [message("x2", "q1", 0, review_result=False)],
@@ -35,20 +57,30 @@ LEFT_OUT = {
     "no text": [message("x3", "q1", 0, text=" \n")],
     "given again": [message("a", "q1", 5, text="other")],
     "what they reply to is not there": [
-        message("qa", "x1"), message("x4", "qa", 0), message("x5", "nobody", 0), message("x6", "x7"),
-        message("x7", "x6"), message("x8", "x8")],
-}  # fmt: skip
+        message("qa", "x1"),
+        message("x4", "qa", 0),
+        message("x5", "nobody", 0),
+        message("x6", "x7"),
+        message("x7", "x6"),
+        message("x8", "x8"),
+    ],
+}
 
 
 def tree(messages, root):
     """The rows of a tree as the export nests them."""
+
     def node(one):
         replies = [node(other) for other in messages if other["parent_id"] == one["message_id"]]
         return {name: value for name, value in one.items() if name not in ("parent_id", "tree_state")} | {
-            "replies": replies}  # fmt: skip
+            "replies": replies
+        }
 
-    return {"message_tree_id": root, "tree_state": "ready_for_export",
-            "prompt": node(next(one for one in messages if one["message_id"] == root))}  # fmt: skip
+    return {
+        "message_tree_id": root,
+        "tree_state": "ready_for_export",
+        "prompt": node(next(one for one in messages if one["message_id"] == root)),
+    }
 
 
 def run(tmp_path, rows, importer=oasst, read=read_comparisons, **settings):
@@ -64,11 +96,17 @@ def words(comparison):
 def test_ranked_replies_to_one_message_are_one_comparison(tmp_path):
     made, _ = run(tmp_path, MESSAGES)
     assert [words(one) for one in made] == [
-        ["Hello? / text b", "Hello? / text a", "Hello? / text c"], ["Hello / text z", "Hello / text y"]]
+        ["Hello? / text b", "Hello? / text a", "Hello? / text c"],
+        ["Hello / text z", "Hello / text y"],
+    ]
     assert made[0].ranking == ((1,), (0,), (2,)) and made[0].group == made[1].group
     assert made[0].labels["options"][1] == {
-        "message_id": "a", "lang": "en", "rank": 0.0, "labels": {"quality": 0.75, "spam": 0.0},
-        "emojis": {"+1": 3, "_skip_reply": 1, "-1": 1}}  # fmt: skip
+        "message_id": "a",
+        "lang": "en",
+        "rank": 0.0,
+        "labels": {"quality": 0.75, "spam": 0.0},
+        "emojis": {"+1": 3, "_skip_reply": 1, "-1": 1},
+    }
 
 
 def test_every_message_is_used_or_left_out_for_a_reason(tmp_path):
@@ -77,10 +115,13 @@ def test_every_message_is_used_or_left_out_for_a_reason(tmp_path):
     assert report["rows"] == report["imported"] == len(rows) and len(made) == 2
     assert report["assembled"] == {
         **{f"messages left out: {reason}": len(rows) for reason, rows in LEFT_OUT.items()},
-        "messages of prompters": 4, "replies compared": 5, "replies not compared": 6,
+        "messages of prompters": 4,
+        "replies compared": 5,
+        "replies not compared": 6,
         "sets of replies repaired: response without a rank left out": 1,
         "sets of replies dropped: one text with two ranks": 1,
-        "sets of replies dropped: fewer than two ranked responses": 1}  # fmt: skip
+        "sets of replies dropped: fewer than two ranked responses": 1,
+    }
     once = [n for name, n in report["assembled"].items() if not name.startswith("sets of replies ")]
     assert sum(once) == len(rows)
 
@@ -98,7 +139,7 @@ def test_rows_that_are_no_messages_are_dropped(tmp_path):
         "emojis: expected an object": [message("x", emojis=["+1"])],
         "prompt: replies: expected a list": [tree([message("q1")], "q1") | {"prompt": message("q1", replies="none")}],
         "thread: expected an object": [{"thread_id": "t", "thread": ["x"]}],
-    }  # fmt: skip
+    }
     _, report = run(tmp_path, MESSAGES + [row for rows in broken.values() for row in rows])
     assert report["dropped"] == {reason: len(rows) for reason, rows in broken.items()}
     with pytest.raises(InputError, match="found no ranked replies to one message"):
@@ -134,13 +175,19 @@ def test_rated_replies_are_scored_and_what_came_before_is_context(tmp_path):
     rows = [*MESSAGES, message("j", "q2", **HUB)]
     made, report = run(tmp_path, rows, oasst_ratings, read_trajectories)
     assert {row.turns[-1].content: row.turns[-1].reward for row in made} == {
-        "text a": 0.75, "text b": 0.25, "text j": 0.75}  # fmt: skip
+        "text a": 0.75,
+        "text b": 0.25,
+        "text j": 0.75,
+    }
     last = next(row for row in made if row.turns[-1].content == "text j")
     assert [(turn.role, turn.is_trainable, turn.reward) for turn in last.turns] == [
-        ("user", False, None), ("assistant", False, None), ("user", False, None), ("assistant", True, 0.75)]
+        ("user", False, None),
+        ("assistant", False, None),
+        ("user", False, None),
+        ("assistant", True, 0.75),
+    ]
     assert len({row.group for row in made}) == 1 and last.labels["message_id"] == "j"
-    assert report["assembled"] == {
-        "messages of prompters": 4, "replies scored": 3, "replies without quality": 9}  # fmt: skip
+    assert report["assembled"] == {"messages of prompters": 4, "replies scored": 3, "replies without quality": 9}
 
 
 def test_thumbs_are_the_balance_of_up_and_down(tmp_path):
@@ -158,8 +205,12 @@ def test_a_chain_takes_time_of_its_length(tmp_path):
     start = time.perf_counter()
     report = oasst.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
     assert time.perf_counter() - start < 5  # of the square of its length: 15 s and more
-    assert report["assembled"] == {"messages of prompters": 2000, "replies compared": 2, "replies not compared": 1999,
-                                   "sets of replies dropped: fewer than two ranked responses": 1999}  # fmt: skip
+    assert report["assembled"] == {
+        "messages of prompters": 2000,
+        "replies compared": 2,
+        "replies not compared": 1999,
+        "sets of replies dropped: fewer than two ranked responses": 1999,
+    }
     (row,) = read_comparisons(tmp_path / "out" / "train.jsonl")
     assert [turn.content for turn in row.context] == [f"text {name}" for name in ids[:-1]]
 
@@ -168,11 +219,20 @@ def test_labels_that_could_not_be_read_back_are_dropped_with_their_set(tmp_path)
     deep = 0
     for _ in range(198):
         deep = [deep]
-    rows = [message("q"), message("a", "q", 0), message("b", "q", 1, detoxify={"x": deep}),
-            message("q1"), message("c", "q1", 0), message("d", "q1", 1)]  # fmt: skip
+    rows = [
+        message("q"),
+        message("a", "q", 0),
+        message("b", "q", 1, detoxify={"x": deep}),
+        message("q1"),
+        message("c", "q1", 0),
+        message("d", "q1", 1),
+    ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = oasst.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
     assert report["assembled"] == {
-        "messages of prompters": 2, "replies compared": 2, "replies not compared": 2,
-        "sets of replies dropped: JSON: expected less nesting": 1}  # fmt: skip
+        "messages of prompters": 2,
+        "replies compared": 2,
+        "replies not compared": 2,
+        "sets of replies dropped: JSON: expected less nesting": 1,
+    }
     assert len(read_comparisons(tmp_path / "out" / "train.jsonl")) == 1

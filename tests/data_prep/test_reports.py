@@ -17,7 +17,10 @@ def test_a_data_set_comes_whole_with_its_report_last(tmp_path):
             write(folder, text)
         assert (tmp_path / "out" / "validation.jsonl").read_text() == text
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "report.json", "train.jsonl", "validation.jsonl"]  # fmt: skip
+        "report.json",
+        "train.jsonl",
+        "validation.jsonl",
+    ]
 
 
 def test_an_error_leaves_what_was_there(tmp_path):

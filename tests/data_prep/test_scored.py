@@ -14,10 +14,12 @@ KEPT = [
     {"conversations": [{"from": "human", "value": "q2"}, {"from": "gpt", "value": "a"}], "reward": "2"},
     {"prompt": "Q!", "completion": "a", "label": "True"},
     {"prompt": "r", "response": "a", "reward": None, "group": "g"},
-]  # fmt: skip
-DROPPED = {"reward: expected a number": [{"messages": SAID, "reward": "good"}],
-           "message without content": [{"messages": [{"role": "user"}], "reward": 1}],
-           "fields: expected messages, or prompt, completion and reward or label": [{"text": "x"}]}  # fmt: skip
+]
+DROPPED = {
+    "reward: expected a number": [{"messages": SAID, "reward": "good"}],
+    "message without content": [{"messages": [{"role": "user"}], "reward": 1}],
+    "fields: expected messages, or prompt, completion and reward or label": [{"text": "x"}],
+}
 
 
 def run(tmp_path, rows, **settings):

@@ -12,11 +12,23 @@ from tests.comparisons import check_invariants
 
 
 def row(first="Boil it.", second="Fry it.", votes=(8, 2), written=(200, 100), post="p1", **fields):
-    return {"post_id": post, "domain": "askculinary_train", "upvote_ratio": 0.98, "history": f"How to cook {post}?",
-            "c_root_id_A": "a1", "c_root_id_B": "b1", "created_at_utc_A": written[0], "created_at_utc_B": written[1],
-            "score_A": votes[0], "score_B": votes[1], "human_ref_A": first, "human_ref_B": second,
-            "labels": int(votes[0] > votes[1]), "seconds_difference": 100.0,
-            "score_ratio": max(votes) / min(votes)} | fields  # fmt: skip
+    return {
+        "post_id": post,
+        "domain": "askculinary_train",
+        "upvote_ratio": 0.98,
+        "history": f"How to cook {post}?",
+        "c_root_id_A": "a1",
+        "c_root_id_B": "b1",
+        "created_at_utc_A": written[0],
+        "created_at_utc_B": written[1],
+        "score_A": votes[0],
+        "score_B": votes[1],
+        "human_ref_A": first,
+        "human_ref_B": second,
+        "labels": int(votes[0] > votes[1]),
+        "seconds_difference": 100.0,
+        "score_ratio": max(votes) / min(votes),
+    } | fields
 
 
 KEPT = [
@@ -38,7 +50,7 @@ DROPPED = {
     "created_at_utc_B: expected a number": [row(created_at_utc_B=None)],
     "post_id: expected text": [row(post_id=3)],
     "human_ref_A: expected text": [row(None)],
-}  # fmt: skip
+}
 
 
 def run(tmp_path, rows, **settings):
@@ -59,8 +71,10 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
 def test_votes_and_times_are_labels_and_the_ratio_is_the_strength(tmp_path):
     first = run(tmp_path, KEPT)[1][0]
     assert first.labels["strength"] == pytest.approx(math.log(4))
-    assert first.labels["options"] == [{"c_root_id": "a1", "score": 8, "created_at_utc": 200},
-                                       {"c_root_id": "b1", "score": 2, "created_at_utc": 100}]  # fmt: skip
+    assert first.labels["options"] == [
+        {"c_root_id": "a1", "score": 8, "created_at_utc": 200},
+        {"c_root_id": "b1", "score": 2, "created_at_utc": 100},
+    ]
     assert first.labels["domain"] == "askculinary_train"
 
 
@@ -83,5 +97,9 @@ def test_a_ratio_may_be_asked_for_and_settings_out_of_range_are_refused(tmp_path
 
 def test_the_invariants_of_an_importer_hold(tmp_path):
     _, made = run(tmp_path, KEPT)
-    check_invariants(made, lambda one: [option[0].content for option in one.options],
-                     [one[name] for one in KEPT for name in ("human_ref_A", "human_ref_B")], str)  # fmt: skip
+    check_invariants(
+        made,
+        lambda one: [option[0].content for option in one.options],
+        [one[name] for one in KEPT for name in ("human_ref_A", "human_ref_B")],
+        str,
+    )

@@ -31,8 +31,10 @@ KEPT = [
 ]  # fmt: skip
 DROPPED = {
     "fewer than two ranked responses": [
-        {"question": "q", "answers": []}, {"question": "q", "answers": [answer("a", 1)]},
-        {"question": "q", "answers": [answer("a", 1), answer("b", None)]}],
+        {"question": "q", "answers": []},
+        {"question": "q", "answers": [answer("a", 1)]},
+        {"question": "q", "answers": [answer("a", 1), answer("b", None)]},
+    ],
     "one text with two ranks": [{"question": "q", "answers": [answer("a", 1), answer("<p>a</p>", 2)]}],
     "empty question": [{"question": "<p> </p>", "answers": [answer("a", 1), answer("b", 2)]}],
     "HTML that cannot be read": [{"question": "<p>q</p><![x[y]]>", "answers": [answer("a", 1), answer("b", 2)]}],
@@ -42,7 +44,7 @@ DROPPED = {
     "answers: body: expected text": [{"question": "q", "answers": [{"pm_score": 1}, answer("a", 1)]}],
     "answers: pm_score: expected a number": [{"question": "q", "answers": [answer("a", "1"), answer("b", 1)]}],
     "answers: pm_score: expected a whole number": [{"question": "q", "answers": [answer("a", 0.5), answer("b", 1)]}],
-}  # fmt: skip
+}
 
 
 def words(comparison):
@@ -55,16 +57,23 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
     report = prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
     assert (report["rows"], report["imported"]) == (len(rows), len(KEPT))
     assert report["dropped"] == {reason: len(rows) for reason, rows in DROPPED.items()}
-    assert report["repaired"] == {"HTML made text": 11, "response without a rank left out": 1,
-                                  "empty response left out": 1,
-                                  "response given twice with one rank merged": 1}  # fmt: skip
+    assert report["repaired"] == {
+        "HTML made text": 11,
+        "response without a rank left out": 1,
+        "empty response left out": 1,
+        "response given twice with one rank merged": 1,
+    }
     assert len(read_comparisons(tmp_path / "out" / "train.jsonl")) == len(KEPT)
 
 
 def test_the_invariants_of_an_importer_hold():
     made = [read_question(row, "f:1", Counter()) for row in KEPT]
-    known = [f"{plain_text(row.get('question') or 'Milk & eggs?' + chr(10) * 2 + 'Which first?')} "
-             f"{plain_text(one.get('text') or one['body'])}" for row in KEPT for one in row["answers"]]  # fmt: skip
+    known = [
+        f"{plain_text(row.get('question') or 'Milk & eggs?' + chr(10) * 2 + 'Which first?')} "
+        f"{plain_text(one.get('text') or one['body'])}"
+        for row in KEPT
+        for one in row["answers"]
+    ]
     check_invariants(made, words, known, str)
 
 
@@ -81,20 +90,40 @@ def test_answers_are_ranked_by_score_with_ties_and_keep_their_authors():
     assert merged.ranking == ((0,), (1,))
 
 
-@pytest.mark.parametrize(("votes", "accepted", "score"), [
-    (-1, False, -1), (-7, True, -1), (0, False, 0), (0, True, 1), (1, False, 1), (2, False, 2), (4, False, 2),
-    (5, False, 3), (7, True, 4), (1000, False, 10)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("votes", "accepted", "score"),
+    [
+        (-1, False, -1),
+        (-7, True, -1),
+        (0, False, 0),
+        (0, True, 1),
+        (1, False, 1),
+        (2, False, 2),
+        (4, False, 2),
+        (5, False, 3),
+        (7, True, 4),
+        (1000, False, 10),
+    ],
+)
 def test_votes_become_scores_by_the_rule_of_askell(votes, accepted, score):
     assert vote_score(votes, accepted) == score
 
 
-@pytest.mark.parametrize(("source", "expected"), [
-    ("<p>Use <code>a &lt; b</code> or\n  <a href='x'>this</a>.</p>\n\n<p>Next</p>", "Use `a < b` or this.\n\nNext"),
-    ("<p>So:</p>\n\n<pre><code>if a:\n    b\n</code></pre>\n\n<p>ok</p>", "So:\n\n```\nif a:\n    b\n```\n\nok"),
-    ("<ul>\n<li>one</li>\n<li><p>two</p></li>\n</ul>\nend<br>line", "- one\n- two\n\nend\nline"),
-    ("no <b>tag</b> &lt; of ours", "no <b>tag</b> &lt; of ours"),
-    ("<p>cut <pre>a  b", "cut\n\n```\na  b"), ("a</pre> b", "a b"), ("<p></p><li>", "-"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (
+            "<p>Use <code>a &lt; b</code> or\n  <a href='x'>this</a>.</p>\n\n<p>Next</p>",
+            "Use `a < b` or this.\n\nNext",
+        ),
+        ("<p>So:</p>\n\n<pre><code>if a:\n    b\n</code></pre>\n\n<p>ok</p>", "So:\n\n```\nif a:\n    b\n```\n\nok"),
+        ("<ul>\n<li>one</li>\n<li><p>two</p></li>\n</ul>\nend<br>line", "- one\n- two\n\nend\nline"),
+        ("no <b>tag</b> &lt; of ours", "no <b>tag</b> &lt; of ours"),
+        ("<p>cut <pre>a  b", "cut\n\n```\na  b"),
+        ("a</pre> b", "a b"),
+        ("<p></p><li>", "-"),
+    ],
+)
 def test_html_is_read_as_text(source, expected):
     assert plain_text(source) == expected
 

@@ -16,9 +16,11 @@ KEPT = [
     {"prompt": "3 + 3?", "completions": ["Hm.", "So", "6", "\n"], "labels": [None, 1, "false", True], "group": "g"},
 ]
 DROPPED = {
-    "no step with a label": [{"prompt": "p", "completions": ["a"], "labels": [None]},
-                             {"prompt": "p", "completions": [], "labels": []},
-                             {"prompt": "p", "completions": [" "], "labels": [True]}],
+    "no step with a label": [
+        {"prompt": "p", "completions": ["a"], "labels": [None]},
+        {"prompt": "p", "completions": [], "labels": []},
+        {"prompt": "p", "completions": [" "], "labels": [True]},
+    ],
     "labels: expected one for each completion": [{"prompt": "p", "completions": ["a", "b"], "labels": [True]}],
     "labels: expected true, false or null": [{"prompt": "p", "completions": ["a"], "labels": [-1]}],
     "labels: expected a list": [{"prompt": "p", "completions": ["a"], "labels": True}],
@@ -26,7 +28,7 @@ DROPPED = {
     "completions: expected text": [{"prompt": "p", "completions": [None], "labels": [True]}],
     "prompt: expected text or messages": [{"completions": ["a"], "labels": [True]}],
     "prompt: expected a list of messages": [{"prompt": 3, "completions": ["a"], "labels": [True]}],
-}  # fmt: skip
+}
 
 
 def run(tmp_path, rows, **settings):
@@ -40,18 +42,27 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
     made, report = run(tmp_path, rows)
     assert (report["rows"], report["imported"], len(made)) == (len(rows), len(KEPT), len(KEPT))
     assert report["dropped"] == {reason: len(rows) for reason, rows in DROPPED.items()}
-    assert report["repaired"] == {"white space around a step removed": 2, "empty step left out": 1,
-                                  "labels 1 or 0 taken as true or false": 1,
-                                  "labels written as a word": 1}  # fmt: skip
+    assert report["repaired"] == {
+        "white space around a step removed": 2,
+        "empty step left out": 1,
+        "labels 1 or 0 taken as true or false": 1,
+        "labels written as a word": 1,
+    }
     assert report["kept as it is"] == {"a right step behind a wrong one": 1}
 
 
 def test_every_step_is_a_turn_that_earns_its_own_reward(tmp_path):
     made, _ = run(tmp_path, KEPT)
     assert [(turn.content, turn.is_trainable, turn.reward) for turn in made[0].turns] == [
-        ("2 + 2?", False, None), ("2 and 2", True, 1.0), ("is 4.", True, 1.0)]
+        ("2 + 2?", False, None),
+        ("2 and 2", True, 1.0),
+        ("is 4.", True, 1.0),
+    ]
     assert [(turn.content, turn.is_trainable, turn.reward) for turn in made[2].turns[1:]] == [
-        ("Hm.", False, None), ("So", True, 1.0), ("6", True, -1.0)]
+        ("Hm.", False, None),
+        ("So", True, 1.0),
+        ("6", True, -1.0),
+    ]
     assert made[0].labels == {"correct": True, "labels": [True, True]}
     assert made[0].group == made[1].group != made[2].group == "g"
     table = token_table(made[1], RENDERER)

@@ -32,7 +32,7 @@ DROPPED = {
     "summary: expected an object": [row(summary=["x"])],
     "empty summary": [row(" ")],
     "info: expected a post or an article": [row(info={"id": "t3"})],
-}  # fmt: skip
+}
 
 
 def run(tmp_path, rows, **settings):

@@ -15,8 +15,15 @@ ARTICLE = {"id": "0f3", "article": "A bridge was closed.", "site": "herald", "ti
 
 def row(first=" Cat sleeps.", second="A cat is asleep.", info=POST, choice=0, **fields):
     summaries = [{"text": first, "policy": "sup1", "note": None}, {"text": second, "policy": "ref", "note": "ok"}]
-    return {"info": info, "summaries": summaries, "choice": choice, "worker": "w1", "batch": "batch3",
-            "split": "train", "extra": {"confidence": None}} | fields  # fmt: skip
+    return {
+        "info": info,
+        "summaries": summaries,
+        "choice": choice,
+        "worker": "w1",
+        "batch": "batch3",
+        "split": "train",
+        "extra": {"confidence": None},
+    } | fields
 
 
 def without(name, **fields):
@@ -47,7 +54,7 @@ DROPPED = {
     "extra: confidence: expected 1 to 9": [row(extra={"confidence": 0})],
     "split: expected one of train, valid1, valid2, test": [row(split="valid3")],
     "row: expected an object": [[row()]],
-}  # fmt: skip
+}
 
 
 def run(tmp_path, rows, **settings):
@@ -67,7 +74,10 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
     assert report["repaired"] == {"white space removed at the ends of a summary": 4}
     assert report["kept as it is"] == {"confidence in the other summary than the chosen one": 1}
     assert {name: split["comparisons"] for name, split in report["splits"].items()} == {
-        "train": 4, "validation": 1, "test": 1}  # fmt: skip
+        "train": 4,
+        "validation": 1,
+        "test": 1,
+    }
     assert report["checks"]["annotators named"] == 1
     # ref: chosen in 3 of 6, and no reply of sup1 beats one of ref more often
     assert report["baselines"]["the summary that a person wrote"]["accuracy"] == 0.5
@@ -85,9 +95,17 @@ def test_the_fields_that_are_there_tell_what_is_summarised(tmp_path):
     assert first.labels["options"] == [{"policy": "sup1"}, {"policy": "ref", "note": "ok"}]
 
 
-@pytest.mark.parametrize(("confidence", "choice", "target"), [
-    (8, 1, (0.125, 0.875)), (9, 1, (0, 1)), (1, 0, (1, 0)), (5, 1, (0.5, 0.5)), (3, 1, (0, 1)), (None, 0, (1, 0)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("confidence", "choice", "target"),
+    [
+        (8, 1, (0.125, 0.875)),
+        (9, 1, (0, 1)),
+        (1, 0, (1, 0)),
+        (5, 1, (0.5, 0.5)),
+        (3, 1, (0, 1)),
+        (None, 0, (1, 0)),
+    ],
+)
 def test_confidence_is_a_label_and_the_target_only_if_asked_for(tmp_path, confidence, choice, target):
     one = row(choice=choice, split="valid2", extra={"confidence": confidence})
     run(tmp_path, [one])
@@ -107,5 +125,9 @@ def test_a_post_of_two_splits_stays_in_the_later_one_even_with_another_id(tmp_pa
 
 def test_the_invariants_of_an_importer_hold():
     made = [read_choice(one, "f:1", Counter(), soft=True)[1] for one in KEPT]
-    check_invariants(made, lambda one: [option[0].content for option in one.options],
-                     [summary["text"] for one in KEPT for summary in one["summaries"]], str.strip)  # fmt: skip
+    check_invariants(
+        made,
+        lambda one: [option[0].content for option in one.options],
+        [summary["text"] for one in KEPT for summary in one["summaries"]],
+        str.strip,
+    )

@@ -15,9 +15,12 @@ def test_logs_are_the_toys_own_and_splits_share_no_episode(tmp_path):
 
 @pytest.mark.parametrize(
     "settings, message",
-    [({"task": "maze"}, "task: found 'maze', expected one that has logs"), ({"task": "wlk"}, "expected 'walk'"),
-     ({"task": "walk", "episodes": 0}, "episodes: found 0")],
-)  # fmt: skip
+    [
+        ({"task": "maze"}, "task: found 'maze', expected one that has logs"),
+        ({"task": "wlk"}, "expected 'walk'"),
+        ({"task": "walk", "episodes": 0}, "episodes: found 0"),
+    ],
+)
 def test_what_has_no_logs_is_refused_and_leaves_nothing(tmp_path, settings, message):
     with pytest.raises(InputError, match=message):
         prepare(tmp_path / "out", **settings)

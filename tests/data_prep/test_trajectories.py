@@ -96,8 +96,10 @@ def test_files_of_another_kind_are_one_line_errors(tmp_path, importer):
 
 
 def test_pairs_for_the_baselines_hold_every_scored_turn_at_most_once_and_the_better_one_first():
-    rows = [Trajectory((Turn("user", "q"), Turn("assistant", f"{i}", reward=float(i % 2)), Turn("assistant", "free")))
-            for i in range(100)]  # fmt: skip
+    rows = [
+        Trajectory((Turn("user", "q"), Turn("assistant", f"{i}", reward=float(i % 2)), Turn("assistant", "free")))
+        for i in range(100)
+    ]
     pairs = scored_pairs(rows)
     said = [[int(option[0].content) for option in row.options] for row, _, _ in pairs]
     assert 10 < len(pairs) < 40  # half of 50 pairs differ

@@ -14,19 +14,39 @@ from tests.comparisons import check_invariants
 
 def completion(response, *ratings, **fields):
     """Ratings of helpfulness, honesty, instruction following and truthfulness."""
-    annotations = {aspect: {"Rating": rating, "Rationale": "because"}
-                   for aspect, rating in zip(ASPECTS, ratings, strict=False)}  # fmt: skip
-    return {"model": f"m{len(response)}", "principle": "honesty", "custom_system_prompt": "Be honest.",
-            "response": response, "annotations": annotations, "overall_score": 5.0, "critique": "ok", **fields}
+    annotations = {
+        aspect: {"Rating": rating, "Rationale": "because"} for aspect, rating in zip(ASPECTS, ratings, strict=False)
+    }
+    return {
+        "model": f"m{len(response)}",
+        "principle": "honesty",
+        "custom_system_prompt": "Be honest.",
+        "response": response,
+        "annotations": annotations,
+        "overall_score": 5.0,
+        "critique": "ok",
+        **fields,
+    }
 
 
 def row(*completions, instruction="Name a bird.", source="flan", **fields):
-    return {"source": source, "instruction": instruction, "models": ["m"], "completions": list(completions),
-            "correct_answers": ["Wren"], "incorrect_answers": None, **fields}  # fmt: skip
+    return {
+        "source": source,
+        "instruction": instruction,
+        "models": ["m"],
+        "completions": list(completions),
+        "correct_answers": ["Wren"],
+        "incorrect_answers": None,
+        **fields,
+    }
 
 
-FOUR = [completion("Wren", "5", "5", "5", "4"), completion("A robin.", "5", "5", "4", "5"),
-        completion("Bat", "1", "2", "2", "1", overall_score=10), completion("Eagle!", "3", "4", "4", "4")]  # fmt: skip
+FOUR = [
+    completion("Wren", "5", "5", "5", "4"),
+    completion("A robin.", "5", "5", "4", "5"),
+    completion("Bat", "1", "2", "2", "1", overall_score=10),
+    completion("Eagle!", "3", "4", "4", "4"),
+]
 KEPT = [
     row(*FOUR),
     row(*FOUR[:2], completion("Gull", "1", "N/A", "1", "1"), instruction="And by the sea?"),
@@ -38,17 +58,22 @@ DROPPED = {
     "empty instruction": [row(*FOUR, instruction=" ")],
     "instruction: expected text": [row(*FOUR, instruction=None)],
     "no aspect that every rated completion is rated for": [
-        row(completion("a"), completion("b")), row(), row(completion("a", "1"), completion("b", None, "1"))],
+        row(completion("a"), completion("b")),
+        row(),
+        row(completion("a", "1"), completion("b", None, "1")),
+    ],
     "fewer than two ranked responses": [row(FOUR[0]), row(FOUR[0], completion("b"))],
     "one text with two ranks": [row(FOUR[0], completion("Wren", "1", "1", "1", "1"))],
     "completions: expected a list": [{**row(), "completions": None}],
     "completions: response: expected text": [row(FOUR[0], {**FOUR[1], "response": None})],
     "completions: annotations: expected an object": [row(FOUR[0], {**FOUR[1], "annotations": ["4"]})],
     "completions: annotations: honesty: expected an object": [
-        row(FOUR[0], {**FOUR[1], "annotations": {"honesty": "4"}})],
+        row(FOUR[0], {**FOUR[1], "annotations": {"honesty": "4"}})
+    ],
     "completions: annotations: helpfulness: Rating: expected 1 to 5 or N/A": [
-        row(FOUR[0], completion("b", rating, "1", "1", "1")) for rating in ("7", "good", True, [4], 10**400)],
-}  # fmt: skip
+        row(FOUR[0], completion("b", rating, "1", "1", "1")) for rating in ("7", "good", True, [4], 10**400)
+    ],
+}
 
 
 def run(tmp_path, rows, **settings):
@@ -69,7 +94,9 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
     assert report["repaired"] == {
         "overall_score 10 beside ratings of at most 2 taken as 1": 1,
         "aspects left out that not every rated completion is rated for": 1,
-        "response without a rank left out": 2, "empty response left out": 1}  # fmt: skip
+        "response without a rank left out": 2,
+        "empty response left out": 1,
+    }
 
 
 def test_completions_are_ranked_by_the_mean_of_the_aspects_all_are_rated_for():
@@ -81,10 +108,14 @@ def test_completions_are_ranked_by_the_mean_of_the_aspects_all_are_rated_for():
     assert words(some) == ["Name a bird. Wren", "Name a bird. Jay"] and some.target == (1.0, 0.0)
     assert [option["model"] for option in some.labels["options"]] == ["m4", "m3"]
     assert made.labels["options"][2] == {
-        "model": "m3", "principle": "honesty", "custom_system_prompt": "Be honest.", "critique": "ok",
-        "overall_score": 1, "ratings": {"helpfulness": 1.0, "honesty": 2.0, "instruction_following": 2.0,
-                                        "truthfulness": 1.0},
-        "rating": 1.5}  # fmt: skip
+        "model": "m3",
+        "principle": "honesty",
+        "custom_system_prompt": "Be honest.",
+        "critique": "ok",
+        "overall_score": 1,
+        "ratings": {"helpfulness": 1.0, "honesty": 2.0, "instruction_following": 2.0, "truthfulness": 1.0},
+        "rating": 1.5,
+    }
     scored = to_trajectories([made, unrated], reward="rating", normalise="none")
     assert [row.total_return for row in scored] == pytest.approx([4.75, 4.75, 1.5, 3.75, 14 / 3, 14 / 3, 1])
     assert (made.labels["source"], made.labels["correct_answers"], made.source) == ("flan", ["Wren"], "ultrafeedback")

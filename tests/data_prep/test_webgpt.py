@@ -15,9 +15,17 @@ QUOTES = {"title": ["Tides (sea.org)", "Moon"], "extract": ["The moon pulls.", "
 def row(first="The moon pulls [1]. It is far [1, 2].", second="Because of wind.", score=0.5, question=None, **fields):
     question = question or {"full_text": "Why are there tides?", "dataset": "eli5", "id": "q1"}
     tokens = {"prefix": [1, 2], "completion": [3]}
-    return {"question": question, "answer_0": first, "answer_1": second, "score_0": score, "score_1": -score,
-            "quotes_0": QUOTES, "quotes_1": {"title": [], "extract": []}, "tokens_0": tokens,
-            "tokens_1": tokens} | fields  # fmt: skip
+    return {
+        "question": question,
+        "answer_0": first,
+        "answer_1": second,
+        "score_0": score,
+        "score_1": -score,
+        "quotes_0": QUOTES,
+        "quotes_1": {"title": [], "extract": []},
+        "tokens_0": tokens,
+        "tokens_1": tokens,
+    } | fields
 
 
 def asked(text, name):
@@ -41,7 +49,7 @@ DROPPED = {
     "question: full_text: expected text": [row(question={"id": "q"})],
     "question: id: expected text": [row(question={"full_text": "Why?"})],
     "answer_0: expected text": [row(None)],
-}  # fmt: skip
+}
 
 
 def run(tmp_path, rows, **settings):
@@ -63,7 +71,11 @@ def test_scores_are_probabilities_and_rewards_and_a_tie_stays(tmp_path):
     _, made = run(tmp_path, KEPT)
     assert [one.target for one in made] == [(0.75, 0.25), (0.5, 0.5), (0, 1), (0.75, 0.25)]
     assert [[option["score"] for option in one.labels["options"]] for one in made] == [
-        [0.5, -0.5], [0, 0], [-1, 1], [0.5, -0.5]]  # fmt: skip
+        [0.5, -0.5],
+        [0, 0],
+        [-1, 1],
+        [0.5, -0.5],
+    ]
     rewards = [one.total_return for one in to_trajectories(made, reward="prob", normalise="none")]
     assert rewards == [0.5, -0.5, 0, 0, -1, 1, 0.5, -0.5]  # the scores
     assert made[0].group == made[1].group == made[3].group != made[2].group  # q1 and q3 ask the same
@@ -84,12 +96,15 @@ def test_marks_go_without_the_quotes_and_stay_behind_them(tmp_path):
     assert answer.content == "The moon pulls [1]. It is far [1, 2]." and len(made[2].options[0]) == 1
 
 
-@pytest.mark.parametrize(("broken", "reason"), [
-    ({"title": ["a"], "extract": []}, "quotes_0: expected one for each extract"),
-    ({"title": [1], "extract": ["a"]}, "quotes_0: title: expected text"),
-    ({"title": "a"}, "quotes_0: title: expected a list"),
-    ("a", "quotes_0: expected an object"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ({"title": ["a"], "extract": []}, "quotes_0: expected one for each extract"),
+        ({"title": [1], "extract": ["a"]}, "quotes_0: title: expected text"),
+        ({"title": "a"}, "quotes_0: title: expected a list"),
+        ("a", "quotes_0: expected an object"),
+    ],
+)
 def test_broken_quotes_matter_only_where_they_are_read(tmp_path, broken, reason):
     rows = [row(), row("other", quotes_0=broken)]
     assert not run(tmp_path, rows)[0]["dropped"]
@@ -98,5 +113,9 @@ def test_broken_quotes_matter_only_where_they_are_read(tmp_path, broken, reason)
 
 def test_the_invariants_of_an_importer_hold(tmp_path):
     _, made = run(tmp_path, KEPT, quotes=True)
-    check_invariants(made, lambda one: [option[-1].content for option in one.options],
-                     [one[name] for one in KEPT for name in ("answer_0", "answer_1")], str)  # fmt: skip
+    check_invariants(
+        made,
+        lambda one: [option[-1].content for option in one.options],
+        [one[name] for one in KEPT for name in ("answer_0", "answer_1")],
+        str,
+    )

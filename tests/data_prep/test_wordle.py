@@ -30,9 +30,13 @@ def adversarial(tmp_path_factory):
     return made(tmp_path_factory.mktemp("adversarial"), logs="adversarial", episodes=100, seed=3)
 
 
-@pytest.mark.parametrize("settings", [
-    {"words": "forty", "spelling": "halves", "duplicates": "simplified"}, {"logs": "branching"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"words": "forty", "spelling": "halves", "duplicates": "simplified"},
+        {"logs": "branching"},
+    ],
+)
 def test_every_game_is_what_the_environment_plays(tmp_path, settings):
     _, games = made(tmp_path, episodes=30, seed=1, **settings)
     settings = {name: value for name, value in settings.items() if name != "logs"}
@@ -58,7 +62,8 @@ def test_report_adds_up_and_repeats_itself(tmp_path):
     assert report["sd_return"] == pytest.approx(statistics.pstdev(returns))
     assert len({game.group for game in games}) == 200
     assert {(game.task, game.source, game.labels["player"]) for game in games} == {
-        ("wordle", "scripted", "random_mixture")}  # fmt: skip
+        ("wordle", "scripted", "random_mixture")
+    }
     prepare(tmp_path / "b", words="forty", episodes=200, seed=2)
     assert (tmp_path / "a" / "train.jsonl").read_bytes() == (tmp_path / "b" / "train.jsonl").read_bytes()
     _, others = made(tmp_path / "c", words="forty", episodes=200, seed=3)

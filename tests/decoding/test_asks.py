@@ -22,8 +22,11 @@ def decimal_logs(seed, n=60):
         return float(plus) if rng.random() < 0.5 else float(plus - minus)
 
     def log():
-        turns = [turn for _ in range(rng.integers(1, TURNS + 1))
-                 for turn in (Turn("user", "go"), Turn("assistant", "on", reward=reward()))]  # fmt: skip
+        turns = [
+            turn
+            for _ in range(rng.integers(1, TURNS + 1))
+            for turn in (Turn("user", "go"), Turn("assistant", "on", reward=reward()))
+        ]
         return Trajectory(tuple(turns), terminated=bool(rng.random() < 0.5), task=str(rng.choice(["a", "b"])))
 
     return [log() for _ in range(n)]

@@ -34,8 +34,13 @@ def conditioned(heads=True, logs=LOGS, **block):
     """Weights far from uniform, so that mistakes show."""
     model = attach(build_model(SPEC, RENDERER.tokenizer), ValueHeadsConfig("linear") if heads else None)
     scale = ReturnScale.fit(logs, per=block.pop("per", "global"))
-    block = {"condition": "embedding", "bins": scale.bins, "discount_per_turn": 1.0, "scale": scale.to_dict(),
-             "opening": list(RENDERER.agent_opening)} | block
+    block = {
+        "condition": "embedding",
+        "bins": scale.bins,
+        "discount_per_turn": 1.0,
+        "scale": scale.to_dict(),
+        "opening": list(RENDERER.agent_opening),
+    } | block
     attach_returns(model, block)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -145,9 +150,14 @@ def expected_log_probs(prompt, reply, w, beta, temperature, top_k, support):
 
 @pytest.mark.parametrize(
     "w, beta, temperature, top_k, support",
-    [(0.0, 0.0, 0.7, 9, 0.0), (1.5, 0.0, 1.0, NULL, 0.0), (0.5, 1.0, 0.6, NULL, 0.01), (0.0, 2.0, 1.0, 7, 0.0),
-     (2.0, -0.5, 1.3, 12, 0.02)],
-)  # fmt: skip
+    [
+        (0.0, 0.0, 0.7, 9, 0.0),
+        (1.5, 0.0, 1.0, NULL, 0.0),
+        (0.5, 1.0, 0.6, NULL, 0.01),
+        (0.0, 2.0, 1.0, 7, 0.0),
+        (2.0, -0.5, 1.3, 12, 0.02),
+    ],
+)
 def test_guidance_is_the_formula_on_both_rows(monkeypatch, w, beta, temperature, top_k, support):
     player = policy(ask=4.0, condition_scale=w, beta=beta, temperature=temperature, top_k=top_k, support=support)
     prompts, sample = [], player.sampler.sample
@@ -161,9 +171,14 @@ def test_guidance_is_the_formula_on_both_rows(monkeypatch, w, beta, temperature,
 
 @pytest.mark.parametrize(
     "form, streams",
-    [({"ask": 4.0}, 1), ({"condition_scale": 1.0}, 1), ({"ask": 4.0, "condition_scale": 1.0}, 2),
-     ({"ask": 4.0, "beta": 1.0}, 2), ({"beta": 1.0}, 1)],
-)  # fmt: skip
+    [
+        ({"ask": 4.0}, 1),
+        ({"condition_scale": 1.0}, 1),
+        ({"ask": 4.0, "condition_scale": 1.0}, 2),
+        ({"ask": 4.0, "beta": 1.0}, 2),
+        ({"beta": 1.0}, 1),
+    ],
+)
 def test_rows_are_read_twice_only_where_a_return_is_told_and_something_guides(monkeypatch, form, streams):
     player, rows = policy(**form), []
     forward = player.sampler.forward
@@ -197,8 +212,11 @@ def best_q(model, prompt):
     """Of the tokens with at least .02 of the likeliest one's probability, the best smaller Q."""
     outputs, hidden = model.forward_with_hidden(input_ids=torch.tensor([prompt]))
     probability = outputs.logits[0, -1].softmax(-1)
-    return max(min(head[token].item() for head in model.q_values(hidden[0, -1]))
-               for token in range(len(probability)) if probability[token] >= 0.02 * probability.max())  # fmt: skip
+    return max(
+        min(head[token].item() for head in model.q_values(hidden[0, -1]))
+        for token in range(len(probability))
+        if probability[token] >= 0.02 * probability.max()
+    )
 
 
 def test_auto_asks_once_for_the_best_q_where_no_return_is_told_and_then_takes_off_what_is_earned(monkeypatch):
@@ -243,8 +261,10 @@ def test_auto_with_a_run_asks_for_the_best_q_that_this_run_sees(tmp_path, monkey
     critic = attach(build_model({**SPEC, "n_embd": 8}, RENDERER.tokenizer), ValueHeadsConfig(kind="mlp"))
     for parameter in critic.value_heads.parameters():
         torch.nn.init.normal_(parameter)
-    critic.config.offline_lmrl |= {"reward_scale": {"shift": 0.0, "scale": 3.0, "scored_turns": 0},
-                                   "window": {"context": 1, "stride": 1, "max_length": 32}}  # fmt: skip
+    critic.config.offline_lmrl |= {
+        "reward_scale": {"shift": 0.0, "scale": 3.0, "scored_turns": 0},
+        "window": {"context": 1, "stride": 1, "max_length": 32},
+    }
     critic.eval().save_pretrained(tmp_path / "critic")
     RENDERER.tokenizer.save_pretrained(tmp_path / "critic")
     player = policy(conditioned(heads=False), ask=f"auto:{tmp_path / 'critic'}")

@@ -17,8 +17,17 @@ from offline_lmrl.evaluation.offline import read_logs
 from offline_lmrl.models.guided import build_model
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3 4 5 6 7 8 9"], 300)
-SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64, "initializer_range": 0.2,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+SPEC = {
+    "model_type": "gpt2",
+    "n_layer": 1,
+    "n_embd": 16,
+    "n_head": 2,
+    "n_positions": 64,
+    "initializer_range": 0.2,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 
 
 def user(text):
@@ -41,8 +50,14 @@ LOGS = [
 def critic(folder, kind="tied", logs=LOGS, **settings):
     """A run whose value heads are far from constant; target and online heads differ."""
     torch.manual_seed(0)
-    args = ILQLConfig(output_dir=str(folder), max_length=64, use_cpu=True, report_to="none", value_heads=kind,
-                      **{"reward_scale": 4.0, **settings})  # fmt: skip
+    args = ILQLConfig(
+        output_dir=str(folder),
+        max_length=64,
+        use_cpu=True,
+        report_to="none",
+        value_heads=kind,
+        **{"reward_scale": 4.0, **settings},
+    )
     run = ILQLTrainer(build_model(SPEC, TOKENIZER), args, logs, None, TOKENIZER)
     for parameter in run.model.value_heads.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -88,8 +103,12 @@ def test_the_q_label_is_the_smaller_target_of_the_closing_token(tmp_path):
     first, one, cut, finished = returns(relabel(LOGS, judge, "q"))
     judge.sampling = type(judge.sampling)(q_reduce="min")
     steps = read_logs(judge, LOGS)
-    closing = [steps.q[(steps.trajectory == i) & (steps.turn == k)][-1] for i in range(3) for k in (1, 3, 5)
-               if (i, k) not in ((1, 3), (1, 5))]  # fmt: skip
+    closing = [
+        steps.q[(steps.trajectory == i) & (steps.turn == k)][-1]
+        for i in range(3)
+        for k in (1, 3, 5)
+        if (i, k) not in ((1, 3), (1, 5))
+    ]
     assert [*first, *one, *cut] == pytest.approx(closing, abs=1e-4)
     assert finished[-1] == pytest.approx(steps.v[(steps.trajectory == 3) & (steps.turn == 5)][-1], abs=1e-4)
     assert returns(relabel(LOGS, judge)) != [first, one, cut, finished]

@@ -10,9 +10,13 @@ from offline_lmrl.data.trajectory import Trajectory, Turn
 from tests.decoding.test_conditioned_play import HISTORIES, MODEL, RENDERER, conditioned, play, policy, prompts_of
 
 DEMONSTRATION = Trajectory(  # returns to go 3 and 2, whose slots show as 4 and 3
-    (Turn("user", "move"), Turn("assistant", "left", reward=1.0), Turn("user", "at"),
-     Turn("assistant", "go", reward=2.0))
-)  # fmt: skip
+    (
+        Turn("user", "move"),
+        Turn("assistant", "left", reward=1.0),
+        Turn("user", "at"),
+        Turn("assistant", "go", reward=2.0),
+    )
+)
 OTHER = Trajectory((Turn("user", "at"), Turn("assistant", "right", reward=0.0)))
 
 

@@ -26,17 +26,29 @@ RENDERER = Renderer(train_tokenizer(["move left", "move right", "you are at 1, 2
 SPEC = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}
 LOGS = [Trajectory((Turn("user", "at"), Turn("assistant", "go", reward=float(r)))) for r in range(5)]
 HISTORIES = [[Turn("user", "you are at 1, 2")], [Turn("user", "move")]]
-BINS = {"returns": {"edges": [0.5], "means": [0.0, 1.0]}, "reward": {"edges": [0.1, 0.5], "means": [0.0, 0.3, 1.0]},
-        "after": {"edges": [0.5], "means": [0.0, 1.0]}, "ended": {"edges": [], "means": [0.0]},
-        "discount_per_turn": 0.5}  # fmt: skip
+BINS = {
+    "returns": {"edges": [0.5], "means": [0.0, 1.0]},
+    "reward": {"edges": [0.1, 0.5], "means": [0.0, 0.3, 1.0]},
+    "after": {"edges": [0.5], "means": [0.0, 1.0]},
+    "ended": {"edges": [], "means": [0.0]},
+    "discount_per_turn": 0.5,
+}
 
 
 def planning_model(heads=True):
     """Weights far from uniform, so that mistakes show."""
     model = attach(build_model(SPEC, RENDERER.tokenizer), ValueHeadsConfig("linear"))
     scale = ReturnScale.fit(LOGS)
-    attach_returns(model, {"condition": "embedding", "bins": scale.bins, "discount_per_turn": 1.0,
-                           "scale": scale.to_dict(), "opening": list(RENDERER.agent_opening)})  # fmt: skip
+    attach_returns(
+        model,
+        {
+            "condition": "embedding",
+            "bins": scale.bins,
+            "discount_per_turn": 1.0,
+            "scale": scale.to_dict(),
+            "opening": list(RENDERER.agent_opening),
+        },
+    )
     if heads:
         attach_return_heads(model, BINS)
     model.config.offline_lmrl["reward_scale"] = {"shift": 0.0, "scale": 2.0, "scored_turns": 0}
@@ -130,8 +142,11 @@ def test_caches_change_no_plan(monkeypatch, context):
 def spy(monkeypatch, sampler):
     """Records the prompts that a sampler is given, one list per call."""
     fed, sample = [], sampler.sample
-    monkeypatch.setattr(sampler, "sample", lambda prompts, *args, **more: (
-        fed.append(list(prompts)), sample(prompts, *args, **more))[1])  # fmt: skip
+    monkeypatch.setattr(
+        sampler,
+        "sample",
+        lambda prompts, *args, **more: (fed.append(list(prompts)), sample(prompts, *args, **more))[1],
+    )
     return fed
 
 
@@ -145,8 +160,11 @@ def test_what_is_imagined_is_read_after_the_same_ids_as_in_training(
     planner.heads = Fixed(0.0, 0.0, 0.0)
     proposed, imagined = spy(monkeypatch, player.sampler), spy(monkeypatch, planner.environment("user"))
     plans, score = [], PlannerSession._score
-    monkeypatch.setattr(PlannerSession, "_score", lambda self, beams, *rest: (
-        plans.append(beams[0].turns), score(self, beams, *rest))[1])  # fmt: skip
+    monkeypatch.setattr(
+        PlannerSession,
+        "_score",
+        lambda self, beams, *rest: (plans.append(beams[0].turns), score(self, beams, *rest))[1],
+    )
     past = [turn for i in range(2) for turn in (Turn("user", f"at {i}"), Turn("assistant", "move left"))]
     planner.start([5]).reply([0], [[*past, Turn("user", "you are at 1, 2")]])
 

@@ -86,7 +86,8 @@ def test_another_tokenizer_is_refused(run):
 def test_a_run_of_another_rendering_scheme_is_rendered_anew_and_said(run, caplog):
     config = json.loads((run / "config.json").read_text())
     config["offline_lmrl"] = {k: v for k, v in config["offline_lmrl"].items() if k != "template_text"} | {
-        "tokenizer": "0123456789abcdef"}  # fmt: skip
+        "tokenizer": "0123456789abcdef"
+    }
     (run / "config.json").write_text(json.dumps(config))
     policy = LanguagePolicy.load(run, device="cpu")
     assert f"{run}: trained under rendering scheme 1, now 2" in caplog.text
@@ -133,8 +134,14 @@ def test_greedy_guided_play_equals_generate(model, renderer):
     ((reply,),) = generate_texts(policy, [dialogue("you are at 1, 2")])
     asked = renderer.encode_turn(Turn("user", "you are at 1, 2")).ids
     prompt = [*renderer.preamble_of(()), *asked, *renderer.agent_opening]
-    ids = model.generate(torch.tensor([prompt]), beta=3.0, do_sample=False, max_new_tokens=8,
-                         eos_token_id=renderer.close_id, pad_token_id=0)
+    ids = model.generate(
+        torch.tensor([prompt]),
+        beta=3.0,
+        do_sample=False,
+        max_new_tokens=8,
+        eos_token_id=renderer.close_id,
+        pad_token_id=0,
+    )
     assert list(reply.token_ids) == ids[0, len(prompt) :].tolist()
     assert reply.text == renderer.decode(reply.token_ids)
 

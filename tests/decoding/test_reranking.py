@@ -80,7 +80,8 @@ def test_rows_keep_their_seed_when_others_have_ended_and_options_bind_all_sample
 def test_equal_scores_leave_the_first_sample():
     indifferent = Function(lambda context, option: 1.0)
     assert BestOfN(Dice(), indifferent, 5).start([3]).reply([0], questions(1)) == Dice().start([3]).reply(
-        [0], questions(1))  # fmt: skip
+        [0], questions(1)
+    )
 
 
 @pytest.mark.parametrize("coverage", [0.3, 0.7])

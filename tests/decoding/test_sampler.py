@@ -227,8 +227,19 @@ def test_a_ragged_batch_gives_each_row_what_it_gets_alone(settings):
 
 def llama(cls=LlamaForCausalLM, config=LlamaConfig, **options):
     torch.manual_seed(0)
-    return cls(config(vocab_size=24, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                      num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.6, **options)).eval()
+    return cls(
+        config(
+            vocab_size=24,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            initializer_range=0.6,
+            **options,
+        )
+    ).eval()
 
 
 def mistral():
@@ -288,6 +299,7 @@ def test_the_accelerator_rhythm_gives_the_same_replies(monkeypatch):
 
 
 # Greedy, stops, options
+
 
 def test_greedy_equals_generate():
     model = tiny()
@@ -363,6 +375,7 @@ def test_options_that_cannot_be_said_are_refused():
 
 # Caches between turns
 
+
 def play(model, memory, turns=4, rows=(0, 1, 2), **settings):
     """Three rows of a dialogue whose environment says something of another length to each row in each turn."""
     windows = {row: [row + 1] * (row + 2) for row in rows}
@@ -371,8 +384,9 @@ def play(model, memory, turns=4, rows=(0, 1, 2), **settings):
     for turn in range(turns):
         asked = [row for row in rows if (row, turn) != (1, 2)]  # one row misses one turn
         prompts = [windows[row] for row in asked]
-        replies = sample(model, prompts, asked, memory, asked, [counters[row] for row in asked],
-                         max_new_tokens=5, **settings)
+        replies = sample(
+            model, prompts, asked, memory, asked, [counters[row] for row in asked], max_new_tokens=5, **settings
+        )
         for row, reply in zip(asked, replies, strict=True):
             counters[row] += len(reply.log_prob)
             windows[row] = windows[row] + list(reply.token_ids or []) + [turn + 3] * (1 + (row + turn) % 3)
@@ -427,6 +441,7 @@ def test_models_with_sliding_layers_play_without_memory():
 
 # The door
 
+
 def test_the_model_is_left_in_its_mode():
     model = tiny()
     model.train()
@@ -449,9 +464,24 @@ def test_a_model_without_a_cache_is_refused():
 
 @pytest.mark.parametrize(
     "name, value",
-    [("temperature", -0.1), ("top_k", 0), ("top_k", 2.5), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -1),
-     ("support", 2), ("beta", float("nan")), ("beta", "high"), ("candidates", 0), ("clip", float("inf")),
-     ("max_new_tokens", 0), ("max_new_tokens", None), ("q_reduce", "max"), ("stop", ("",)), ("temperature", True)],
+    [
+        ("temperature", -0.1),
+        ("top_k", 0),
+        ("top_k", 2.5),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -1),
+        ("support", 2),
+        ("beta", float("nan")),
+        ("beta", "high"),
+        ("candidates", 0),
+        ("clip", float("inf")),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", None),
+        ("q_reduce", "max"),
+        ("stop", ("",)),
+        ("temperature", True),
+    ],
 )
 def test_settings_out_of_range_name_the_key(name, value):
     with pytest.raises(InputError, match=f"^{name}: found "):

@@ -109,8 +109,11 @@ def test_a_rule_that_is_read_stands_before_the_dialogue():
 
     rule = Rule(Function(forbidden), "never say up")
     assert rule.score(ASKED, said("up", "left")) == pytest.approx([0.25, 1.0])
-    spec = {"kind": "sparrow", "preference": f"{__name__}:nought",
-            "rules": [{"kind": "rule", "scorer": f"{__name__}:nought", "text": "be brief"}]}  # fmt: skip
+    spec = {
+        "kind": "sparrow",
+        "preference": f"{__name__}:nought",
+        "rules": [{"kind": "rule", "scorer": f"{__name__}:nought", "text": "be brief"}],
+    }
     assert load_scorer(spec).score(ASKED, said("up")) == pytest.approx([0.25])
 
 
@@ -131,8 +134,11 @@ def test_a_reward_model_scores_what_its_head_reads_and_adds_its_bias_once(head):
         with torch.no_grad():
             values = head_of(model)(model.base_model(torch.tensor([ids]))[0])[0, :, 0].tolist()
         ends = np.cumsum([len(RENDERER.preamble_of(())), *(len(part.ids) for part in parts)])
-        turns = [values[start + part.action_start : start + part.action_stop] for start, part, turn in
-                 zip(ends, parts, (*ASKED, *option), strict=False) if turn.role == "assistant"]  # fmt: skip
+        turns = [
+            values[start + part.action_start : start + part.action_stop]
+            for start, part, turn in zip(ends, parts, (*ASKED, *option), strict=False)
+            if turn.role == "assistant"
+        ]
         return {"terminal": turns[-1][-1], "turn": sum(turn[-1] for turn in turns), "token": sum(map(sum, turns))}
 
     assert found == pytest.approx([per_token(option)[head] + 0.5 for option in (said("left")[0], two_turns)], abs=1e-5)
@@ -186,8 +192,10 @@ def test_likelihood_and_advantages_are_those_of_the_logs():
 
 def test_the_utterance_head_is_read_behind_the_closing_token():
     policy = judge(utterance=True)
-    ids = [*RENDERER.preamble_of(()), *(token for turn in (*ASKED, Turn("assistant", "up")) for token in
-                                 RENDERER.encode_turn(turn).ids)]  # fmt: skip
+    ids = [
+        *RENDERER.preamble_of(()),
+        *(token for turn in (*ASKED, Turn("assistant", "up")) for token in RENDERER.encode_turn(turn).ids),
+    ]
     assert ids[-1] == RENDERER.close_id
     with torch.no_grad():
         _, hidden = policy.model.forward_with_hidden(input_ids=torch.tensor([ids]))
@@ -211,37 +219,49 @@ def test_a_file_that_names_itself_is_refused(tmp_path):
         load_scorer(file)
 
 
-@pytest.mark.parametrize(("spec", "message"), [
-    ({"kind": "regexp", "pattern": "x"}, "scorer.kind: found 'regexp', expected one of reward_model, "),
-    ({"kind": "regex", "pattern": "("}, "pattern: found .*expected a regular expression"),
-    ({"kind": "regex", "pattern": "x", "most": True}, "scorer: regex has no setting 'most', expected pattern, must"),
-    ({"kind": "veto", "rules": []}, "scorer.preference: missing"),
-    ("tests.decoding.test_scorers:nothing", "scorer.function: .*expected package.module:function"),
-    ("nowhere.yaml", "^scorer: nowhere.yaml: found No such file or directory, expected a YAML file of a scorer"),
-    ("{kind: [regex]}", "scorer.kind: found .'regex'., expected one of reward_model, "),
-    ("{kind: regex, pattern: 5}", "scorer.pattern: found 5, expected text"),
-    ("{kind: regex, pattern: x, must: maybe}", "scorer.must: found 'maybe', expected true or false"),
-    ("{kind: python, function: 3}", "scorer.function: found 3, expected text"),
-    ("{kind: reward_model, run: null}", "scorer.run: found None, expected text"),
-    ("{kind: ensemble, scorers: runs/a}", "scorer.scorers: found 'runs/a', expected a list"),
-    ({**TWO, "kind": "ensemble", "k": "nan"}, "scorer.k: found 'nan', expected a number"),
-    ({**TWO, "kind": "ensemble", "k": math.nan}, "scorer.k: found nan, expected a finite number"),
-    ({**TWO, "kind": "sum", "weights": ["a", "b"]}, "scorer.weights: found 'a', expected a number"),
-    ({**TWO, "kind": "sum", "weights": [1]}, "weights: found 1 for 2 scorers"),
-    ({**TWO, "kind": "sum", "weights": 3}, "scorer.weights: found 3, expected a list"),
-    ("os:environ", "os:environ: found _Environ, expected a function of .context, option"),
-    ("{kind: reward_model, run: runs/a, device: gpu}", "device: found 'gpu' .*, expected one that torch has, such as"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"kind": "regexp", "pattern": "x"}, "scorer.kind: found 'regexp', expected one of reward_model, "),
+        ({"kind": "regex", "pattern": "("}, "pattern: found .*expected a regular expression"),
+        (
+            {"kind": "regex", "pattern": "x", "most": True},
+            "scorer: regex has no setting 'most', expected pattern, must",
+        ),
+        ({"kind": "veto", "rules": []}, "scorer.preference: missing"),
+        ("tests.decoding.test_scorers:nothing", "scorer.function: .*expected package.module:function"),
+        ("nowhere.yaml", "^scorer: nowhere.yaml: found No such file or directory, expected a YAML file of a scorer"),
+        ("{kind: [regex]}", "scorer.kind: found .'regex'., expected one of reward_model, "),
+        ("{kind: regex, pattern: 5}", "scorer.pattern: found 5, expected text"),
+        ("{kind: regex, pattern: x, must: maybe}", "scorer.must: found 'maybe', expected true or false"),
+        ("{kind: python, function: 3}", "scorer.function: found 3, expected text"),
+        ("{kind: reward_model, run: null}", "scorer.run: found None, expected text"),
+        ("{kind: ensemble, scorers: runs/a}", "scorer.scorers: found 'runs/a', expected a list"),
+        ({**TWO, "kind": "ensemble", "k": "nan"}, "scorer.k: found 'nan', expected a number"),
+        ({**TWO, "kind": "ensemble", "k": math.nan}, "scorer.k: found nan, expected a finite number"),
+        ({**TWO, "kind": "sum", "weights": ["a", "b"]}, "scorer.weights: found 'a', expected a number"),
+        ({**TWO, "kind": "sum", "weights": [1]}, "weights: found 1 for 2 scorers"),
+        ({**TWO, "kind": "sum", "weights": 3}, "scorer.weights: found 3, expected a list"),
+        ("os:environ", "os:environ: found _Environ, expected a function of .context, option"),
+        (
+            "{kind: reward_model, run: runs/a, device: gpu}",
+            "device: found 'gpu' .*, expected one that torch has, such as",
+        ),
+    ],
+)
 def test_a_scorer_that_cannot_be_made_is_an_error_in_one_line(spec, message):
     with pytest.raises(InputError, match=message):
         load_scorer(spec)
 
 
-@pytest.mark.parametrize(("function", "message"), [
-    ("math:sqrt", "math:sqrt: raised TypeError: .*2 given.*, expected a number for .context, option., here 'up'"),
-    (f"{__name__}:nothing_said", "nothing_said: found None, expected a number"),
-    (f"{__name__}:praise", "praise: found '3.5', expected a number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("math:sqrt", "math:sqrt: raised TypeError: .*2 given.*, expected a number for .context, option., here 'up'"),
+        (f"{__name__}:nothing_said", "nothing_said: found None, expected a number"),
+        (f"{__name__}:praise", "praise: found '3.5', expected a number"),
+    ],
+)
 def test_a_function_that_gives_no_number_is_an_error_in_one_line(function, message):
     with pytest.raises(InputError, match=message):
         load_scorer(function).score(ASKED, said("up"))
@@ -284,16 +304,25 @@ def test_rows_keep_what_their_scorer_was_made_from(tmp_path):
     one = {"kind": "sum", "scorers": [f"{__name__}:length"] * 2, "weights": [1.0, 0.5]}
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(one))
     row = Comparison(ASKED, tuple(said("up", "left")), (1.0, 0.0))
-    for given, origin in ((f"{__name__}:length",) * 2, (one, one), (yaml.safe_dump(one, default_flow_style=True), one),
-                          (tmp_path / "one.yaml", one),
-                          ({"kind": "sum", "scorers": [tmp_path / "one.yaml"] * 2},
-                           {"kind": "sum", "scorers": [str(tmp_path / "one.yaml")] * 2})):  # fmt: skip
+    for given, origin in (
+        (f"{__name__}:length",) * 2,
+        (one, one),
+        (yaml.safe_dump(one, default_flow_style=True), one),
+        (tmp_path / "one.yaml", one),
+        (
+            {"kind": "sum", "scorers": [tmp_path / "one.yaml"] * 2},
+            {"kind": "sum", "scorers": [str(tmp_path / "one.yaml")] * 2},
+        ),
+    ):
         scorer = load_scorer(given)
-        rows = [*relabel_comparisons([row], scorer), *relabel_trajectories([Trajectory(row.context + row.options[0])],
-                                                                           scorer)]  # fmt: skip
+        rows = [
+            *relabel_comparisons([row], scorer),
+            *relabel_trajectories([Trajectory(row.context + row.options[0])], scorer),
+        ]
         assert [made.labels["scorer"] for made in rows] == [origin] * 2
         assert {json.dumps(made.labels["preference"]["reward"]) for made in to_trajectories([row], scorer)} == {
-            json.dumps(origin)}  # fmt: skip
+            json.dumps(origin)
+        }
 
 
 def test_what_is_longer_than_the_window_is_left_out_and_counted():
@@ -354,8 +383,9 @@ def placed(head, normalise, context=None):
 
 
 @pytest.mark.parametrize("normalise", ["none", "centre", "standard"])
-@pytest.mark.parametrize(("head", "context"), [("terminal", None), ("turn", None), ("token", None), ("turn", 1),
-                                               ("token", 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("head", "context"), [("terminal", None), ("turn", None), ("token", None), ("turn", 1), ("token", 2)]
+)
 def test_rewards_of_turns_add_up_to_the_score_of_the_whole(head, context, normalise):
     torch.manual_seed(0)
     scorer, counts = placed(head, normalise, context), [Counter(), Counter()]
@@ -380,10 +410,15 @@ def test_rewards_of_turns_add_up_for_every_combination_of_scorers():
     rules = [regex_rule("right"), Rule(heads[0], "be brief")]
     trajectories = random_trajectories(20, seed=2)
     for scorer in (
-        Ensemble(heads, k=0.7), Ensemble([weighted_sum(heads[:2]), heads[2]]), values, Likelihood(policy),
-        weighted_sum([*heads, values], [1.0, -2.0, 0.5, 3.0]), veto(heads[1], rules[:1], floor=-4.0),
-        sparrow(heads[2], rules), Function(lambda context, option: len(option) ** 2),
-    ):  # fmt: skip
+        Ensemble(heads, k=0.7),
+        Ensemble([weighted_sum(heads[:2]), heads[2]]),
+        values,
+        Likelihood(policy),
+        weighted_sum([*heads, values], [1.0, -2.0, 0.5, 3.0]),
+        veto(heads[1], rules[:1], floor=-4.0),
+        sparrow(heads[2], rules),
+        Function(lambda context, option: len(option) ** 2),
+    ):
         whole, dense = (relabel_trajectories(trajectories, scorer, place) for place in ("terminal", "turn"))
         assert [row.total_return for row in dense] == pytest.approx([row.total_return for row in whole], abs=1e-5)
 

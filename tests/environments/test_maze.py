@@ -51,8 +51,9 @@ def test_optimum_without_positions_lies_between_the_published_one_and_the_full_o
 
 def test_full_observation_has_three_sentences_and_partial_only_the_walls():
     assert Maze("full", start=(5, 3)).reset(0)[0].content == (
-        "The goal is at 8, 6. You are at 5, 3. There are walls left, below.")
-    turn, = Maze("partial", start=(5, 6)).reset(0)
+        "The goal is at 8, 6. You are at 5, 3. There are walls left, below."
+    )
+    (turn,) = Maze("partial", start=(5, 6)).reset(0)
     assert (turn.role, turn.content) == ("user", "There is a wall above.")
 
 
@@ -113,8 +114,7 @@ def test_best_player_earns_the_optimum():
         total, ended = 0.0, False
         while not ended:
             row, column = maze.position
-            ways = {action: remaining.get((row + down, column + right), 99)
-                    for action, (down, right) in MOVES.items()}
+            ways = {action: remaining.get((row + down, column + right), 99) for action, (down, right) in MOVES.items()}
             _, reward, ended, _ = maze.step(min(ways, key=ways.get))
             total += reward
         returns.append(total)

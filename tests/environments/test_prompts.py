@@ -67,8 +67,10 @@ def test_a_scorer_scores_each_reply_in_its_context():
 
 
 def test_logged_dialogues_give_the_turns_before_the_last_reply(tmp_path):
-    messages = [{"role": r, "content": c} for r, c in
-                (("user", "q"), ("assistant", "a"), ("user", "again"), ("assistant", "last"))]  # fmt: skip
+    messages = [
+        {"role": r, "content": c}
+        for r, c in (("user", "q"), ("assistant", "a"), ("user", "again"), ("assistant", "last"))
+    ]
     (tmp_path / "log.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     (turns,) = PromptEnvironment(tmp_path / "log.jsonl", lengths).reset([0])
     assert [turn.content for turn in turns] == ["q", "a", "again"]

@@ -129,8 +129,10 @@ class Echo:
         return [[Turn("user", str(seed))] for seed in seeds]
 
     def step(self, rows, texts):
-        return [StepResult([], float(text == str(self.seeds[row])), True, False)
-                for row, text in zip(rows, texts, strict=True)]
+        return [
+            StepResult([], float(text == str(self.seeds[row])), True, False)
+            for row, text in zip(rows, texts, strict=True)
+        ]
 
     def options(self, row):
         return ["7", "8"] if self.seeds[row] == 7 else None

@@ -111,8 +111,9 @@ def test_gamble_pays_nothing_for_another_text():
 
 def test_gamble_logs_both_choices_with_their_mean_pay():
     logs = Gamble().logs(4000, seed=0)
-    pay = {choice: [log.total_return for log in logs if log.turns[-1].content == choice] for choice in
-           ("safe", "gamble")}
+    pay = {
+        choice: [log.total_return for log in logs if log.turns[-1].content == choice] for choice in ("safe", "gamble")
+    }
     assert 1874 < len(pay["safe"]) < 2126  # half of 4000, give or take four standard deviations of 31.6
     assert set(pay["safe"]) == {5}
     assert 0.7 < sum(pay["gamble"]) / len(pay["gamble"]) < 1.3  # mean 1, standard error 0.07

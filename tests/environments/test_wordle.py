@@ -46,13 +46,16 @@ def play(game, seed, texts):
     return first, [game.step(text) for text in texts]
 
 
-@pytest.mark.parametrize("guess, secret, real, simplified", [
-    ("crane", "cargo", "gyybb", "gyybb"),  # no letter twice: the rules agree
-    ("eerie", "crane", "bbybg", "yyybg"),  # crane's one e is taken by the last place
-    ("level", "eagle", "yybyb", "yybyy"),  # eagle has two e and one l, which the first place takes
-    ("eagle", "level", "ybbyy", "ybbyy"),
-    ("sense", "geese", "bgbgg", "ygbgg"),  # its one s is green
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "guess, secret, real, simplified",
+    [
+        ("crane", "cargo", "gyybb", "gyybb"),  # no letter twice: the rules agree
+        ("eerie", "crane", "bbybg", "yyybg"),  # crane's one e is taken by the last place
+        ("level", "eagle", "yybyb", "yybyy"),  # eagle has two e and one l, which the first place takes
+        ("eagle", "level", "ybbyy", "ybbyy"),
+        ("sense", "geese", "bgbgg", "ygbgg"),  # its one s is green
+    ],
+)
 def test_colours_by_hand(guess, secret, real, simplified):
     assert (coloured(guess, secret, "real"), coloured(guess, secret, "simplified")) == (real, simplified)
 
@@ -67,7 +70,8 @@ def test_table_and_sets_agree_with_brute_force(duplicates):
         guess, told = rng.choice(known.words), COLOURS[known.table[rng.randrange(833), rng.randrange(833)]]
         fitting = known.consistent(known.index[guess], CODES[told])
         assert [known.words[j] for j in known.members(fitting)] == [
-            word for word in known.words if by_hand(guess, word, duplicates) == told]  # fmt: skip
+            word for word in known.words if by_hand(guess, word, duplicates) == told
+        ]
         assert fitting.bit_count() == len(known.members(fitting))
     assert known.members(known.everything).tolist() == list(range(833))
 

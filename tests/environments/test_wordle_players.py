@@ -28,11 +28,18 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "wordle"
 
 # Mean returns over 4,096 games by words and rule, as measured: about five games of each word, or a hundred of forty.
 MEANS = {
-    ("common", "real"): {"optimal": -2.109, "start_word": -2.394, "repeat": -5.231, "random_mixture": -4.343,
-                         "consistent": -2.613, "uniform": -5.983, "wrong": -5.993},
+    ("common", "real"): {
+        "optimal": -2.109,
+        "start_word": -2.394,
+        "repeat": -5.231,
+        "random_mixture": -4.343,
+        "consistent": -2.613,
+        "uniform": -5.983,
+        "wrong": -5.993,
+    },
     ("common", "simplified"): {"optimal": -2.110, "random_mixture": -4.363},
     ("forty", "real"): {"optimal": -1.376, "random_mixture": -3.386},
-}  # fmt: skip
+}
 # The chance is numpy's, whose streams may change between versions: two independent means of 4,096 games differ by four
 # standard errors of √2 · s.d. / 64 at most, and the largest s.d. is 1.8.
 TOLERANCE = {"optimal": 0.005} | dict.fromkeys(["start_word", "consistent"], 0.09)  # no chance; s.d. .9
@@ -80,7 +87,8 @@ def test_published_scores_are_those_of_the_published_returns():
     scale = ScoreScale(-6, -4.121715, -1.935)
     shown = yaml.safe_load((CONFIGS / "compare.yaml").read_text())["reference"]
     assert {name: columns["normalised"] for name, columns in shown.items()} == {
-        name: pytest.approx(scale.normalise(value), abs=0.06) for name, value in raw.items()}  # fmt: skip
+        name: pytest.approx(scale.normalise(value), abs=0.06) for name, value in raw.items()
+    }
 
 
 def test_mean_over_all_secrets_is_that_of_a_secret_drawn_anew_at_every_guess():

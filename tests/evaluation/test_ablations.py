@@ -8,8 +8,11 @@ from offline_lmrl.evaluation.config import CompareConfig
 
 CONFIG = CompareConfig.read(config_path("ablations/ppo_details"))
 DEFAULT = CONFIG.methods["default"].args
-TOGGLES = {name: {key: value for key, value in method.args.items() if DEFAULT.get(key, "") != value}
-           for name, method in CONFIG.methods.items() if name not in ("clone", "default", "all_off")}  # fmt: skip
+TOGGLES = {
+    name: {key: value for key, value in method.args.items() if DEFAULT.get(key, "") != value}
+    for name, method in CONFIG.methods.items()
+    if name not in ("clone", "default", "all_off")
+}
 
 
 @pytest.mark.parametrize("name", TOGGLES)

@@ -18,8 +18,11 @@ def point(ask, achieved, turns=100):
 
 
 def test_a_point_says_what_was_told_and_what_came_of_it():
-    told = [{"ask": 4.0, "bin": 2, "clipped": False}, {"ask": 6.0, "bin": 2, "clipped": True},
-            {"ask": 5.0, "bin": 1, "clipped": False}]  # fmt: skip
+    told = [
+        {"ask": 4.0, "bin": 2, "clipped": False},
+        {"ask": 6.0, "bin": 2, "clipped": True},
+        {"ask": 5.0, "bin": 1, "clipped": False},
+    ]
     rows = [{"cluster": i, "score": 3 + 2 * i, "labels": labels} for i, labels in enumerate(told)]
     scale = SimpleNamespace(table=lambda task: SimpleNamespace(counts=(10, 20, 30)))
     policy = SimpleNamespace(sampling=SimpleNamespace(ask="auto"), slots=SimpleNamespace(scale=scale), task="")
@@ -33,7 +36,10 @@ def test_the_table_shows_obedience_and_bins_that_are_hardly_learnt():
     # asked 0, 2, 4 and achieved 1, 2, 3: a correlation of 1, and (1 + 0 + 1) / 3 apart
     lines = ask_table([point(0, 1.0), point(2, 2.0, turns=29), point(4, 3.0)]).splitlines()
     assert [line.split()[:4] for line in lines[1:4]] == [
-        ["0", "0.000", "0", "100"], ["2", "2.000", "2", "29"], ["4", "4.000", "4", "100"]]  # fmt: skip
+        ["0", "0.000", "0", "100"],
+        ["2", "2.000", "2", "29"],
+        ["4", "4.000", "4", "100"],
+    ]
     assert [("hardly learnt" in line) for line in lines[1:4]] == [False, True, False]
     assert lines[4] == "correlation 1.000, mean distance 0.667"
     assert "correlation" not in ask_table([point(0, 1.0), point(2, 2.0)])
@@ -41,8 +47,14 @@ def test_the_table_shows_obedience_and_bins_that_are_hardly_learnt():
 
 def test_rows_say_what_the_table_says():
     rows = ask_rows([point(0, 1.0), point(2, 2.0), point(4, 3.0)])
-    assert rows[1] == {"ask": 2, "asked": 2.0, "bin": 2, "training_turns": 100, "clipped": 0.0,
-                       "achieved": {"mean": 2.0, "low": 1.0, "high": 3.0, "n": 8}}  # fmt: skip
+    assert rows[1] == {
+        "ask": 2,
+        "asked": 2.0,
+        "bin": 2,
+        "training_turns": 100,
+        "clipped": 0.0,
+        "achieved": {"mean": 2.0, "low": 1.0, "high": 3.0, "n": 8},
+    }
     assert rows[3] == {"correlation": pytest.approx(1.0), "mean_distance": pytest.approx(2 / 3)} and len(rows) == 4
 
 
@@ -54,14 +66,31 @@ def test_the_curve_is_a_picture(tmp_path):
 
 def test_the_command_asks_for_one_return_after_the_other(tmp_path, capsys):
     write_trajectories(tmp_path / "train.jsonl", Count().logs(40, seed=0))
-    model = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16,
-             "num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 128}  # fmt: skip
+    model = {
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+    }
     run = tmp_path / "run"
-    settings = [f"--{key}={value}" for key, value in {
-        "algorithm": "return_conditioned", "model.scratch": model, "model.vocab_size": 300,
-        "data.train": tmp_path / "train.jsonl", "args.output_dir": run, "args.max_steps": 1, "args.use_cpu": True,
-        "args.max_length": 96, "args.save_strategy": "no", "args.disable_tqdm": True,
-    }.items()]  # fmt: skip
+    settings = [
+        f"--{key}={value}"
+        for key, value in {
+            "algorithm": "return_conditioned",
+            "model.scratch": model,
+            "model.vocab_size": 300,
+            "data.train": tmp_path / "train.jsonl",
+            "args.output_dir": run,
+            "args.max_steps": 1,
+            "args.use_cpu": True,
+            "args.max_length": 96,
+            "args.save_strategy": "no",
+            "args.disable_tqdm": True,
+        }.items()
+    ]
     assert main(["train", *settings]) in (0, None)
     capsys.readouterr()
     play = ["evaluate", str(run), "--environment", "count", "--episodes", "4", "--max_new_tokens", "2"]

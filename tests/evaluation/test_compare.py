@@ -60,8 +60,9 @@ class Gambler:
 
 def evaluate_offline(_, logs, betas, kl_budget):
     by_beta = [{"beta": beta, "kl": KL[beta], "changed": 0.0} for beta in betas]
-    return OfflineReport(len(logs), 0, {}, None, kl_budget, calibration=[], by_beta=by_beta,
-                         beta=choose_beta(by_beta, kl_budget))  # fmt: skip
+    return OfflineReport(
+        len(logs), 0, {}, None, kl_budget, calibration=[], by_beta=by_beta, beta=choose_beta(by_beta, kl_budget)
+    )
 
 
 @pytest.fixture
@@ -100,11 +101,14 @@ def world(tmp_path, monkeypatch):
             "ilql": {"algorithm": "ilql", "from": "bc", "args": {"expectile": 0.5}},
         },
         "evaluation": {
-            "episodes": 30, "betas": [1, 2, 4, 8], "kl_budget": 0.1, "score": {"min": -1, "mean": 3, "max": 6},
+            "episodes": 30,
+            "betas": [1, 2, 4, 8],
+            "kl_budget": 0.1,
+            "score": {"min": -1, "mean": 3, "max": 6},
             "selection": {"episodes": 12, "first_seed": 500},
         },
         "reference": {"PPO": {"score": 5.0}},
-    }  # fmt: skip
+    }
     paths = {"out": tmp_path / "out", "path": tmp_path / "compare.yaml"}
     return SimpleNamespace(settings=settings, trained=trained, critics=critics, **paths)
 
@@ -200,8 +204,10 @@ def test_rows_hold_what_the_report_shows(world):
 
 
 def test_the_curve_of_a_run_that_played_is_kept_thinned(tmp_path):
-    rows = [{"step": i, "environment_steps": 10 * i, "reward_queries": i, "score": 0.5, "kl": None, "loss": 1.0}
-            for i in range(120)]  # fmt: skip
+    rows = [
+        {"step": i, "environment_steps": 10 * i, "reward_queries": i, "score": 0.5, "kl": None, "loss": 1.0}
+        for i in range(120)
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"train_runtime": 1}]))
     curve = compare.learning_curve(tmp_path)
     assert [row["environment_steps"] for row in curve] == list(range(0, 1200, 30))
@@ -327,8 +333,11 @@ def test_repeats_are_for_sampled_play_only(world):
         ("methods__bc__sampling", {"temprature": 1}, "'temprature'; did you mean 'temperature'"),
         ("methods__bc__sampling", {"ask": "best"}, "ask: found 'best', expected a finite number"),
         ("methods__bc__planner", {"scorer": "bc"}, "methods.bc.planner.scorer: found 'bc', without value heads"),
-        ("methods__bc", {"algorithm": "return_conditioned", "sampling": {"ask": "auto:bc"}},
-         "methods.bc.sampling.ask: found 'bc', without value heads"),
+        (
+            "methods__bc",
+            {"algorithm": "return_conditioned", "sampling": {"ask": "auto:bc"}},
+            "methods.bc.sampling.ask: found 'bc', without value heads",
+        ),
         ("evaluation__sampling", {"top_p": 2}, "top_p: found 2"),
         ("partner", {"algorithm": "bc", "sampling": {"topp": 1}}, "sampling has no setting 'topp'"),
         ("model__scrach", {}, "methods.bc.model: found 'scrach'"),
@@ -445,8 +454,12 @@ def test_the_real_trainer_and_policy_fit_together(world, monkeypatch):
     run(world, evaluation={"episodes": 3, "betas": [1], "sampling": {"max_new_tokens": 2}, "selection": selection})
     rows = runs(world)
     assert [(row["method"], row["beta_chosen"]) for row in rows] == [
-        ("bc", None), ("bc", None), *[("ilql", "offline"), ("ilql", "returns")] * 2, ("iql", None), ("iql", None),
-    ]  # fmt: skip
+        ("bc", None),
+        ("bc", None),
+        *[("ilql", "offline"), ("ilql", "returns")] * 2,
+        ("iql", None),
+        ("iql", None),
+    ]
     cost = {row["method"]: row["cost"]["training_tokens"] for row in rows}
     assert cost["iql"] == pytest.approx(cost["ilql"] + cost["bc"], rel=0.1)  # itself, the critic, and bc once
     assert all(row["cost"]["training_tokens"] > 0 and row["cost"]["training_seconds"] > 0 for row in rows)
@@ -462,8 +475,10 @@ def test_a_method_may_play_anothers_run_in_its_own_way(world):
     run(world)
     assert [call[0] for call in world.trained] == ["bc-0", "ilql-0"]
     cold = [row for row in runs(world) if row["method"] == "cold"]
-    assert [(row["decode"], row["beta"], row["beta_chosen"]) for row in cold] == [("sampled", 0, None),
-                                                                                 ("greedy", 0, None)]  # fmt: skip
+    assert [(row["decode"], row["beta"], row["beta_chosen"]) for row in cold] == [
+        ("sampled", 0, None),
+        ("greedy", 0, None),
+    ]
     assert all(row["run"].endswith("ilql-0") and row["algorithm"] == "ilql" for row in cold)
     assert ("ilql-0", 0.5, 0.0) in [played[:3] for played in Gambler.played]
     with pytest.raises(InputError, match="cold: method.0.sampling.temperature: found 0.5, expected 0.7"):
@@ -485,13 +500,24 @@ def test_rewards_are_the_labels_or_another_methods_run_of_the_same_seed(world, t
         "bc": {"algorithm": "bc", "preference": {"reward": "sign"}},
         "ilql": {"algorithm": "ilql", "judge": "reward_model", "preference": {"normalise": "none"}},
         "reward_model": {"algorithm": "reward_model", "evaluate": False},
-    }  # fmt: skip
+    }
     run(world, seeds=[0, 1])
     judges = [str(world.out / "runs" / f"reward_model-{seed}") for seed in (0, 1)]
-    assert preferences == [(f"{name}-{seed}", made) for seed in (0, 1) for name, made in (
-        ("bc", {"reward": "sign"}), ("reward_model", None), ("ilql", {"normalise": "none", "reward": judges[seed]}))]
-    assert {row["kind"] for row in read_results(world.out / "results.jsonl")} == {"comparison", "optimum", "published",
-                                                                                 "run"}  # fmt: skip
+    assert preferences == [
+        (f"{name}-{seed}", made)
+        for seed in (0, 1)
+        for name, made in (
+            ("bc", {"reward": "sign"}),
+            ("reward_model", None),
+            ("ilql", {"normalise": "none", "reward": judges[seed]}),
+        )
+    ]
+    assert {row["kind"] for row in read_results(world.out / "results.jsonl")} == {
+        "comparison",
+        "optimum",
+        "published",
+        "run",
+    }
     run(world, seeds=[0, 1], methods__reward_model__args={"processes": 2})  # what only makes it faster may change
     with pytest.raises(InputError, match="ilql: method.0.preference.normalise: found 'none', expected 'group'"):
         run(world, methods__ilql__preference={"normalise": "group"})
@@ -520,15 +546,19 @@ def test_a_planned_row_stands_beside_the_others_and_its_scorer_is_the_same_seeds
     world.settings |= {
         "model": {"scratch": tiny, "vocab_size": 270},
         "args": {"max_steps": 1, "use_cpu": True, "max_length": 32, "save_strategy": "no", "disable_tqdm": True},
-        "methods": {"bc": {"algorithm": "bc", "planner": planned},
-                    "ilql": {"algorithm": "ilql", "evaluate": False, "args": {"expectile": 0.5}}},
+        "methods": {
+            "bc": {"algorithm": "bc", "planner": planned},
+            "ilql": {"algorithm": "ilql", "evaluate": False, "args": {"expectile": 0.5}},
+        },
         "evaluation": {"episodes": 3, "sampling": {"max_new_tokens": 2}},
-    }  # fmt: skip
+    }
     run(world)
     rows = runs(world)
     assert [(row["decode"], row["beta_chosen"]) for row in rows] == [
-        ("sampled", None), ("greedy", None), ("planned", None),
-    ]  # fmt: skip
+        ("sampled", None),
+        ("greedy", None),
+        ("planned", None),
+    ]
     assert rows[2]["labels"]["planned_tokens"] > 0 and rows[2]["config"]["planner"]["expand"] == 2
     assert rows[2]["cost"]["generated_tokens"] == pytest.approx(3 * rows[2]["labels"]["planned_tokens"])  # 3 episodes
     assert rows[2]["cost"]["training_tokens"] == 2 * rows[0]["cost"]["training_tokens"]  # that of its scorer too
@@ -546,10 +576,12 @@ def test_workers_give_the_rows_that_one_process_gives(world, tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     tiny = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 32}
     world.settings |= {
-        "seeds": [1, 0], "methods": {"bc": {"algorithm": "bc"}}, "model": {"scratch": tiny, "vocab_size": 270},
+        "seeds": [1, 0],
+        "methods": {"bc": {"algorithm": "bc"}},
+        "model": {"scratch": tiny, "vocab_size": 270},
         "args": {"max_steps": 1, "use_cpu": True, "max_length": 32, "save_strategy": "no", "disable_tqdm": True},
         "evaluation": {"episodes": 3, "sampling": {"max_new_tokens": 2}},
-    }  # fmt: skip
+    }
     measured = []
     for workers in (1, 2):
         run(world, workers=workers, output=str(tmp_path / f"out{workers}"))
@@ -586,10 +618,13 @@ def test_what_learns_by_playing_gives_replies_as_long_as_it_is_measured_by(world
     }
     run(world)
     assert lengths == {
-        "ppo-0": {"max_new_tokens": 5}, "hot-0": {"max_new_tokens": 5, "temperature": 2.0},
-        "long-0": {"max_new_tokens": 9}, "short-0": {"max_new_tokens": 3},
-        "rounds-0": {"max_new_tokens": 5, "support": 0.1}, "bc-0": None,
-    }  # fmt: skip
+        "ppo-0": {"max_new_tokens": 5},
+        "hot-0": {"max_new_tokens": 5, "temperature": 2.0},
+        "long-0": {"max_new_tokens": 9},
+        "short-0": {"max_new_tokens": 3},
+        "rounds-0": {"max_new_tokens": 5, "support": 0.1},
+        "bc-0": None,
+    }
     (ppo, *_) = [row for row in runs(world) if row["method"] == "ppo"]
     assert ppo["config"]["method"][0]["args"]["sampling"] == {"max_new_tokens": 5}
     del world.settings["evaluation"]["sampling"]
@@ -680,8 +715,10 @@ def test_a_method_that_fails_in_play_keeps_the_rows_it_has_and_its_run_serves_ot
         patch.setattr(Gambler, "reply", reply)
         with pytest.raises(Failed, match="^bc-0 failed: RuntimeError: out of memory; `offline-lmrl compare"):
             run(world)
-    assert [(row["method"], row["decode"]) for row in runs(world)] == [("bc", "sampled"), *[
-        ("ilql", decode) for decode in ("sampled", "greedy") for _ in ("offline", "returns")]]  # fmt: skip
+    assert [(row["method"], row["decode"]) for row in runs(world)] == [
+        ("bc", "sampled"),
+        *[("ilql", decode) for decode in ("sampled", "greedy") for _ in ("offline", "returns")],
+    ]
     run(world)
     assert [row["decode"] for row in runs(world) if row["method"] == "bc"] == ["sampled", "greedy"]
 
@@ -700,9 +737,11 @@ def test_results_that_cannot_be_saved_and_signals_stop_everything(world, monkeyp
 
 @pytest.mark.parametrize(
     ("error", "code", "line"),
-    [(InputError("data: found x, expected y"), 2, "error: ilql-0 failed: data: found x, expected y; "),
-     (RuntimeError("no\nroom"), 1, "error: ilql-0 failed: RuntimeError: no room; ")],
-)  # fmt: skip
+    [
+        (InputError("data: found x, expected y"), 2, "error: ilql-0 failed: data: found x, expected y; "),
+        (RuntimeError("no\nroom"), 1, "error: ilql-0 failed: RuntimeError: no room; "),
+    ],
+)
 def test_the_command_names_the_method_that_failed_behind_the_table(world, monkeypatch, capsys, error, code, line):
     failing(world, monkeypatch, ilql=error)
     world.path.write_text(json.dumps(world.settings))
@@ -739,8 +778,9 @@ class Fragile(Gamble):
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_failures_of_training_and_of_play_are_the_same_in_one_process_and_in_several(world, tmp_path, monkeypatch,
-                                                                                     workers):  # fmt: skip
+def test_failures_of_training_and_of_play_are_the_same_in_one_process_and_in_several(
+    world, tmp_path, monkeypatch, workers
+):
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.syspath_prepend(tmp_path)
@@ -749,20 +789,24 @@ def test_failures_of_training_and_of_play_are_the_same_in_one_process_and_in_sev
     (tmp_path / "fragile").touch()
     tiny = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 128}
     world.settings |= {
-        "environment": {"name": "fragile_world:Fragile"}, "training_environment": {"fragile": "fragile"},
+        "environment": {"name": "fragile_world:Fragile"},
+        "training_environment": {"fragile": "fragile"},
         "model": {"scratch": tiny, "vocab_size": 270},
         "args": {"max_steps": 1, "use_cpu": True, "max_length": 128, "save_strategy": "no", "disable_tqdm": True},
         "methods": {
-            "bc": {"algorithm": "bc"}, "ppo": {"algorithm": "ppo", "from": "bc", "args": {"episodes": 2}},
+            "bc": {"algorithm": "bc"},
+            "ppo": {"algorithm": "ppo", "from": "bc", "args": {"episodes": 2}},
             "after": {"algorithm": "bc", "from": "ppo"},
             "long": {"run_of": "bc", "sampling": {"max_new_tokens": 100}},
         },
         "evaluation": {"episodes": 3, "sampling": {"max_new_tokens": 1}},
-    }  # fmt: skip
+    }
     with pytest.raises(Failed) as raised:
         run(world, workers=workers)
-    assert str(raised.value).startswith("ppo-0, long-0 failed: RuntimeError: the machine is full; "
-                                        "after-0 skipped because of ppo; `offline-lmrl compare")  # fmt: skip
+    assert str(raised.value).startswith(
+        "ppo-0, long-0 failed: RuntimeError: the machine is full; "
+        "after-0 skipped because of ppo; `offline-lmrl compare"
+    )
     assert [(row["method"], row["decode"]) for row in runs(world)] == [("bc", "sampled"), ("bc", "greedy")]
     assert "bc, sampled" in (world.out / "report" / "report.md").read_text()
     (tmp_path / "fragile").unlink()

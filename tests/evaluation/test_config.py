@@ -106,8 +106,10 @@ def test_selection_may_share_seeds_when_its_environment_is_another(file):
         ({"methods.ilql.critic": "ilq"}, "methods.ilql.critic: found 'ilq', .*; did you mean 'ilql'?"),
         ({"methods.start.critic": "ilql"}, "methods.start: found the circle start <- ilql <- start"),
         ({"methods.bc.critic": "bc"}, "methods.bc: found the circle bc <- bc"),
-        ({"methods.bc": {"algorithm": "iql", "critic": "ilql", "args": {"critic": "x"}}},
-         "methods.bc.args.critic: found beside `critic`"),
+        (
+            {"methods.bc": {"algorithm": "iql", "critic": "ilql", "args": {"critic": "x"}}},
+            "methods.bc.args.critic: found beside `critic`",
+        ),
         ({"methods.bc.planner": {"scorer": "ilq"}}, "methods.bc.planner.scorer: found 'ilq', .*did you mean 'ilql'?"),
         ({"methods.bc.sampling": {"ask": "auto:ilq"}}, "methods.bc.sampling.ask: found 'ilq', .*did you mean 'ilql'?"),
         ({"methods.bc.planner": 4}, "methods.bc.planner: found 4, expected a mapping"),

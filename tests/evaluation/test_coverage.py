@@ -42,13 +42,17 @@ def test_intervals_cover_and_are_no_wider_than_need_be(seeds, shape, repeats=100
     widths, missed = [], []
     for cluster_sd in CLUSTER_SD:
         for seed_sd in SEED_SD:
-            found = [played(rng, seeds, shape, seed_sd, cluster_sd * rng.normal(size=shape[0])).estimate()
-                     for _ in range(repeats)]  # fmt: skip
+            found = [
+                played(rng, seeds, shape, seed_sd, cluster_sd * rng.normal(size=shape[0])).estimate()
+                for _ in range(repeats)
+            ]
             covered = np.mean([estimate.low <= 0 <= estimate.high for estimate in found])
             width = np.mean([estimate.high - estimate.low for estimate in found])
             widths.append(width / (2 * textbook(seeds, shape, seed_sd, cluster_sd)))
-            print(f"{seeds} seeds, {shape[0]} clusters x {shape[1]}, seed sd {seed_sd}, cluster sd {cluster_sd}: "
-                  f"covers {covered:.3f}, {widths[-1]:.2f} of the textbook's width")  # fmt: skip
+            print(
+                f"{seeds} seeds, {shape[0]} clusters x {shape[1]}, seed sd {seed_sd}, cluster sd {cluster_sd}: "
+                f"covers {covered:.3f}, {widths[-1]:.2f} of the textbook's width"
+            )
             if covered < 0.92:
                 missed.append((seed_sd, cluster_sd, covered))
     assert not missed
@@ -67,8 +71,10 @@ def test_equal_methods_are_seldom_called_different(seeds, shape, repeats=1000):
                 scenario = cluster_sd * rng.normal(size=shape[0])  # hard for both
                 one, other = (played(rng, seeds, shape, seed_sd, scenario) for _ in range(2))
                 false += (one - other).estimate().sure
-            print(f"{seeds} seeds, {shape[0]} clusters x {shape[1]}, seed sd {seed_sd}, cluster sd {cluster_sd}: "
-                  f"{false / repeats:.3f} false")  # fmt: skip
+            print(
+                f"{seeds} seeds, {shape[0]} clusters x {shape[1]}, seed sd {seed_sd}, cluster sd {cluster_sd}: "
+                f"{false / repeats:.3f} false"
+            )
             assert false / repeats <= 0.06 + 2 * math.sqrt(0.06 * 0.94 / repeats)  # the simulation's own noise
 
 

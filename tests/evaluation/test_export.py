@@ -27,13 +27,25 @@ from tests.tiny import TOKENIZERS
 TOKENIZER = train_tokenizer(["move left", "move right", "you are at 1, 2"], 270)
 RENDERER = Renderer(TOKENIZER)
 SPEC = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "max_position_embeddings": 128}  # fmt: skip
-SPECS = {"gpt2": SPEC, "llama": {"model_type": "llama"} | SIZES, "cohere": {"model_type": "cohere"} | SIZES,
-         "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 8} | SIZES}  # fmt: skip
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+}
+SPECS = {
+    "gpt2": SPEC,
+    "llama": {"model_type": "llama"} | SIZES,
+    "cohere": {"model_type": "cohere"} | SIZES,
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 8} | SIZES,
+}
 CAPPED = {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0} | SIZES
-LOGS = [Trajectory((Turn("user", "at"), Turn("assistant", text, reward=float(r))))
-        for r, text in enumerate(["go", "left", "right", "move", "up"])]  # fmt: skip
+LOGS = [
+    Trajectory((Turn("user", "at"), Turn("assistant", text, reward=float(r))))
+    for r, text in enumerate(["go", "left", "right", "move", "up"])
+]
 HISTORY = [Turn("user", "you are at 1, 2")]
 EXACT = {"beta": 1.5, "q_reduce": "mean", "support": 0.0, "candidates": None, "clip": None}
 
@@ -49,10 +61,14 @@ def shaken(model):
 
 def save_run(folder, model, tokenizer=TOKENIZER, **blocks):
     renderer = Renderer(tokenizer, blocks.get("template", "auto"))
-    model.config.offline_lmrl = (getattr(model.config, "offline_lmrl", None) or {}) | {
-        "algorithm": "ilql",
-        "tokenizer": renderer.fingerprint,
-    } | blocks  # fmt: skip
+    model.config.offline_lmrl = (
+        (getattr(model.config, "offline_lmrl", None) or {})
+        | {
+            "algorithm": "ilql",
+            "tokenizer": renderer.fingerprint,
+        }
+        | blocks
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -67,11 +83,23 @@ def told_run(folder, tokenizer=TOKENIZER, heads=None, template="auto", text=None
     """A run that is told returns 0..4, one bin each."""
     model = shaken(attach(build_model(SPEC, tokenizer), heads))
     scale, renderer = ReturnScale.fit(logs, per=per), Renderer(tokenizer, template)
-    block = {"condition": "text" if text else "embedding", "text": text or "", "bins": scale.bins,
-             "discount_per_turn": 1.0, "scale": scale.to_dict(), "opening": list(renderer.agent_opening)}  # fmt: skip
+    block = {
+        "condition": "text" if text else "embedding",
+        "text": text or "",
+        "bins": scale.bins,
+        "discount_per_turn": 1.0,
+        "scale": scale.to_dict(),
+        "opening": list(renderer.agent_opening),
+    }
     sampling = {"ask": 3.0} | form
-    return save_run(folder, attach_returns(model, block), tokenizer, algorithm="return_conditioned",
-                    template=template, sampling=sampling)  # fmt: skip
+    return save_run(
+        folder,
+        attach_returns(model, block),
+        tokenizer,
+        algorithm="return_conditioned",
+        template=template,
+        sampling=sampling,
+    )
 
 
 def plain(folder):
@@ -131,19 +159,26 @@ def test_the_checkpoint_replies_as_the_run_does(tmp_path):
     policy = LanguagePolicy.load(run, temperature=0.0, max_new_tokens=8)
     (expected,) = policy.start([0]).reply([0], [HISTORY])
     model, tokenizer = plain(report.folder)
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": HISTORY[0].content}], tokenize=False,
-                                           add_generation_prompt=True)  # fmt: skip
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": HISTORY[0].content}], tokenize=False, add_generation_prompt=True
+    )
     read = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     written = model.generate(**read, max_new_tokens=8)[0, read["input_ids"].shape[1] :]
     assert tuple(written.tolist()) == expected.token_ids
     assert model.generation_config.eos_token_id == RENDERER.close_id
 
 
-@pytest.mark.parametrize("form, settings", [
-    ({"q_reduce": "min"}, "--q_reduce mean"), ({"support": 0.3, "clip": 0.0}, "--support 0 --clip null"),
-    ({"candidates": 4}, "--candidates null"), ({"top_k": 3}, "--top_k null"), ({"top_p": 0.9}, "--top_p null"),
-    ({"min_p": 0.1, "temperature": 0.0}, "--min_p null"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "form, settings",
+    [
+        ({"q_reduce": "min"}, "--q_reduce mean"),
+        ({"support": 0.3, "clip": 0.0}, "--support 0 --clip null"),
+        ({"candidates": 4}, "--candidates null"),
+        ({"top_k": 3}, "--top_k null"),
+        ({"top_p": 0.9}, "--top_p null"),
+        ({"min_p": 0.1, "temperature": 0.0}, "--min_p null"),
+    ],
+)
 def test_guidance_that_does_not_fold_is_refused_before_the_model_is_read(tmp_path, monkeypatch, form, settings):
     run, path = valued_run(tmp_path / "run", **form), tmp_path / "plain"
     found = ", ".join(f"{name} {value}" for name, value in form.items() if name != "temperature")
@@ -174,8 +209,15 @@ def test_of_one_head_the_minimum_folds(tmp_path):
     assert_close(found, guided(run, prompt_of(), 1.5), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("form", [{"support": 0.3}, {"support": 0.3, "temperature": 0.5, "top_k": 4},
-                                  {"support": 0.2, "min_p": 0.4}, {"top_p": 0.7, "top_k": 9}])  # fmt: skip
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"support": 0.3},
+        {"support": 0.3, "temperature": 0.5, "top_k": 4},
+        {"support": 0.2, "min_p": 0.4},
+        {"top_p": 0.7, "top_k": 9},
+    ],
+)
 def test_filters_of_a_policy_without_guidance_are_those_of_generate(tmp_path, form):
     run = valued_run(tmp_path / "run", beta=0.0, **form)
     export(run, tmp_path / "plain")
@@ -191,8 +233,14 @@ def test_filters_of_a_policy_without_guidance_are_those_of_generate(tmp_path, fo
 
 def test_the_base_models_own_way_of_decoding_does_not_come_along(tmp_path):
     model = shaken(attach(build_model(SPEC, TOKENIZER), ValueHeadsConfig("tied")))
-    model.generation_config.update(repetition_penalty=3.0, no_repeat_ngram_size=1, do_sample=True, top_k=2,
-                                   eos_token_id=[2, 7], suppress_tokens=[40])  # fmt: skip
+    model.generation_config.update(
+        repetition_penalty=3.0,
+        no_repeat_ngram_size=1,
+        do_sample=True,
+        top_k=2,
+        eos_token_id=[2, 7],
+        suppress_tokens=[40],
+    )
     run = save_run(tmp_path / "run", model, sampling=EXACT | {"temperature": 0.0})
     export(run, tmp_path / "plain")
     model, _ = plain(tmp_path / "plain")
@@ -262,7 +310,8 @@ def test_ten_thousand_sampled_tokens_hold_no_reserved_id(tmp_path):
     rows = len(TOKENIZER)
     # Made likely, so that only what suppresses them keeps them out.
     model.get_output_embeddings().register_forward_hook(
-        lambda module, read, logits: logits + 50.0 * (torch.arange(logits.shape[-1]) >= rows))  # fmt: skip
+        lambda module, read, logits: logits + 50.0 * (torch.arange(logits.shape[-1]) >= rows)
+    )
     prompt = torch.tensor([[*prompt_of()[: -len(RENDERER.agent_opening)], rows + 3, *RENDERER.agent_opening]] * 2_000)
     torch.manual_seed(0)
     written = model.generate(prompt, max_new_tokens=5, min_new_tokens=5)[:, prompt.shape[1] :]

@@ -14,19 +14,24 @@ from offline_lmrl.models.guided import attach, load_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3 4 5 6 7 8 9"], 300)
-TOKENS = {"vocab_size": 300, "vocab_size_per_layer_input": 300, "pad_token_id": 0, "bos_token_id": 1,
-          "eos_token_id": 2}  # fmt: skip
+TOKENS = {
+    "vocab_size": 300,
+    "vocab_size_per_layer_input": 300,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 SMALL = {
     32: "hidden_size d_model n_embd embedding_size dim embed_dim word_embed_proj_dim attention_hidden_size lru_width",
     2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_attention_heads n_head "
-       "n_heads num_heads decoder_attention_heads encoder_attention_heads num_key_value_heads num_experts_per_tok "
-       "num_experts_per_token moe_topk top_k_experts",
+    "n_heads num_heads decoder_attention_heads encoder_attention_heads num_key_value_heads num_experts_per_tok "
+    "num_experts_per_token moe_topk top_k_experts",
     48: "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner moe_intermediate_size ffn_hidden_size "
-        "shared_expert_intermediate_size shared_intermediate_size moe_shared_expert_intermediate_size",
+    "shared_expert_intermediate_size shared_intermediate_size moe_shared_expert_intermediate_size",
     4: "n_routed_experts num_experts num_local_experts moe_num_experts",
     16: "head_dim v_head_dim q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim linear_key_head_dim "
-        "linear_value_head_dim global_head_dim rotary_dim hidden_size_per_layer_input",
-}  # fmt: skip
+    "linear_value_head_dim global_head_dim rotary_dim hidden_size_per_layer_input",
+}
 SIZES = {name: value for value, names in SMALL.items() for name in names.split()}
 SCALES = {"logit_scale": 0.3, "logits_scaling": 3.0, "lm_head_multiplier": 0.5}
 BETA = 4.0

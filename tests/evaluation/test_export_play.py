@@ -65,8 +65,17 @@ class PlainEngine:
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     spec = SPEC | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    fitted(ReturnConditionedConfig, ReturnConditionedTrainer, folder, Count().logs(400, 0), 0, 60, spec=spec,
-           per_device_train_batch_size=32, learning_rate=5e-3)  # fmt: skip
+    fitted(
+        ReturnConditionedConfig,
+        ReturnConditionedTrainer,
+        folder,
+        Count().logs(400, 0),
+        0,
+        60,
+        spec=spec,
+        per_device_train_batch_size=32,
+        learning_rate=5e-3,
+    )
     return folder
 
 
@@ -111,8 +120,9 @@ def test_a_real_chat_model_writes_the_same_before_and_after_export(tmp_path):
     policy, changed = LanguagePolicy.load(tmp_path / "run", **exact, max_new_tokens=24), 0
     for history, reply in zip(histories, policy.start([0] * 4).reply(range(4), histories), strict=True):
         message = {"role": "user", "content": history[0].content}
-        prompt = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_tensors="pt",
-                                               return_dict=True)  # fmt: skip
+        prompt = tokenizer.apply_chat_template(
+            [message], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         after, before = (m.generate(**prompt, max_new_tokens=24, do_sample=False)[0] for m in (plain, own))
         length = prompt["input_ids"].shape[1]
         assert tuple(after[length:].tolist()) == reply.token_ids

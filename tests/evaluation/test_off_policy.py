@@ -47,9 +47,18 @@ def clone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone")
     transformers.set_seed(0)
     logs = [ENDS[0]] * 1 + [ENDS[1]] * 6 + [ENDS[2]] * 3
-    args = BCConfig(output_dir=str(folder), max_steps=120, per_device_train_batch_size=16, learning_rate=1e-2,
-                    context=1, max_length=16, save_strategy="no", use_cpu=True, disable_tqdm=True,
-                    report_to="none")  # fmt: skip
+    args = BCConfig(
+        output_dir=str(folder),
+        max_steps=120,
+        per_device_train_batch_size=16,
+        learning_rate=1e-2,
+        context=1,
+        max_length=16,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+    )
     run = BCTrainer(build_model(SPEC, TOKENIZER), args, logs, None, TOKENIZER)
     run.train()
     run.save_model(str(folder))
@@ -96,8 +105,10 @@ def test_fitted_q_goes_on_behind_a_cut(policy):
 def test_fits_are_drawn_anew_and_the_same_again(policy):
     logs = numbered([ENDS[0]] * 4 + [ENDS[2]] * 4)
     seen = []
-    first, again = (fitted_q_evaluation(policy, logs, 3, fits=2, batch_size=4, progress=lambda *n: seen.append(n))
-                    for _ in range(2))  # fmt: skip
+    first, again = (
+        fitted_q_evaluation(policy, logs, 3, fits=2, batch_size=4, progress=lambda *n: seen.append(n))
+        for _ in range(2)
+    )
     assert first == again and seen[:6] == [(i, 6) for i in range(1, 7)] and first.fits[0] != first.fits[1]
 
 
@@ -164,8 +175,10 @@ def test_hot_play_is_weighed_to_the_score_of_warm_play():
     hot = LanguagePolicy(build_model(SPEC, TOKENIZER), Renderer(TOKENIZER), form, context=1, max_length=16)
     warm = hot.with_sampling(temperature=0.7)
     (best,) = rollout(hot.with_sampling(temperature=0.0), lambda: Echo(""), [0])
-    logs, play = (rollout(policy, lambda: Echo(best.turns[-1].content), range(first, first + 1000))
-                  for policy, first in ((hot, 0), (warm, 5000)))  # fmt: skip
+    logs, play = (
+        rollout(policy, lambda: Echo(best.turns[-1].content), range(first, first + 1000))
+        for policy, first in ((hot, 0), (warm, 5000))
+    )
     plain, truth = (np.mean([t.total_return for t in played]) for played in (logs, play))
     found = importance_sampling(warm, logs)
     assert abs(found.score.mean - truth) < 0.06 and truth - plain > 0.1 and 30 < found.effective < 1000

@@ -70,9 +70,15 @@ class Table:
 
 
 def table_policy(heads=True, scale=1.0, **sampling):
-    return SimpleNamespace(model=Table(heads, scale), renderer=RENDERER, window=WindowRule(), prompt=None,
-                           spec=PromptSpec(), shared_prompt=NO_PROMPT,
-                           sampling=SamplingConfig(**sampling))  # fmt: skip
+    return SimpleNamespace(
+        model=Table(heads, scale),
+        renderer=RENDERER,
+        window=WindowRule(),
+        prompt=None,
+        spec=PromptSpec(),
+        shared_prompt=NO_PROMPT,
+        sampling=SamplingConfig(**sampling),
+    )
 
 
 def said(text, reward, group="g", terminated=True):
@@ -157,13 +163,19 @@ def test_calibration_sets_predictions_beside_returns():
 
 def test_ranking_counts_the_pairs_of_a_group_in_the_right_order():
     logs = [
-        said("b", 1.0, "right"), said("a", 0.0, "right"),
-        said("b", 0.0, "wrong"), said("a", 1.0, "wrong"),
-        said("a", 0.0, "tied"), said("a", 1.0, "tied"),
-        said("b", 1.0, "equal"), said("a", 1.0, "equal"),  # equal returns say nothing
-        said("b", 0.0, "cut"), said("a", 9.0, "cut", terminated=False),
-        said("b", 0.0, ""), said("a", 9.0, ""),  # rows without a group are not one group
-    ]  # fmt: skip
+        said("b", 1.0, "right"),
+        said("a", 0.0, "right"),
+        said("b", 0.0, "wrong"),
+        said("a", 1.0, "wrong"),
+        said("a", 0.0, "tied"),
+        said("a", 1.0, "tied"),
+        said("b", 1.0, "equal"),
+        said("a", 1.0, "equal"),  # equal returns say nothing
+        said("b", 0.0, "cut"),
+        said("a", 9.0, "cut", terminated=False),
+        said("b", 0.0, ""),
+        said("a", 9.0, ""),  # rows without a group are not one group
+    ]
     accuracy = ranking_accuracy(read_logs(table_policy(), logs), logs)
     assert accuracy.mean == 0.5 and accuracy.n == 3  # (1 + 0 + ½) / 3
     assert ranking_accuracy(read_logs(table_policy(), logs[:2]), logs[:2]).mean == 1.0

@@ -11,14 +11,26 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.evaluation.page import write_report
 
 METHODS = {"bc": None, "ilql": "bc", "asked": "bc", "ppo": "bc"}
-METHOD = {"algorithm": "bc", "model": {}, "args": {}, "sampling": {}, "planner": None, "betas": None, "critic": None,
-          "run_of": None}  # fmt: skip
+METHOD = {
+    "algorithm": "bc",
+    "model": {},
+    "args": {},
+    "sampling": {},
+    "planner": None,
+    "betas": None,
+    "critic": None,
+    "run_of": None,
+}
 CONFIG = {
-    "environment": {"name": "gamble"}, "data": {"train": "train.jsonl", "validation": None},
-    "model": {"vocab_size": 9}, "args": {"learning_rate": 0.25}, "partner": None, "evaluation": {"episodes": 4},
+    "environment": {"name": "gamble"},
+    "data": {"train": "train.jsonl", "validation": None},
+    "model": {"vocab_size": 9},
+    "args": {"learning_rate": 0.25},
+    "partner": None,
+    "evaluation": {"episodes": 4},
     "seeds": [0, 1],
     "methods": {name: METHOD | {"start_from": start, "args": {"max_steps": 7}} for name, start in METHODS.items()},
-}  # fmt: skip
+}
 MADE = {"command": "offline-lmrl compare gamble", "commit": None, "versions": {"torch": "2.7"}}
 MADE["machine"] = {"cores": 2}
 # What every episode of a seed scores: all alike, so that every interval is a point.
@@ -54,8 +66,12 @@ def results():
     runs = []
     for seed in (0, 1):
         for decode in ("sampled", "greedy"):
-            runs += [run("bc", seed, decode), run("ilql", seed, decode, "offline"),
-                     run("ilql", seed, decode, "returns"), run("asked", seed, decode)]  # fmt: skip
+            runs += [
+                run("bc", seed, decode),
+                run("ilql", seed, decode, "offline"),
+                run("ilql", seed, decode, "returns"),
+                run("asked", seed, decode),
+            ]
         runs.append(run("ppo", seed))
     return [
         {"kind": "comparison", "baseline": "bc", "labels": None, "config": CONFIG},
@@ -98,16 +114,28 @@ def test_a_report_drawn_again_from_the_rows_alone_is_the_same_byte_for_byte(draw
 
 
 def test_every_figure_that_the_rows_give_is_drawn_twice_and_the_rest_named(drawn):
-    names = {"score", "kl", "environment_steps", "reward_queries", "training_tokens", "generated_tokens", "asked",
-             "calibration", "wins", "wins_greedy"}  # fmt: skip
+    names = {
+        "score",
+        "kl",
+        "environment_steps",
+        "reward_queries",
+        "training_tokens",
+        "generated_tokens",
+        "asked",
+        "calibration",
+        "wins",
+        "wins_greedy",
+    }
     files = {f"{name}.{end}" for name in names for end in ("svg", "png")}
     assert {path.name for path in (drawn / "figures").iterdir()} == files
     text, page = (drawn / "report.md").read_text(), (drawn / "report.html").read_text()
     not_drawn = text.partition("What is not drawn")[2].partition("##")[0]
     assert re.findall(r"- ([^:]+):", not_drawn) == [
-        "Proxy and gold score against √KL", "Data quality × method", "Accuracy and calibration of a reward model",
+        "Proxy and gold score against √KL",
+        "Data quality × method",
+        "Accuracy and calibration of a reward model",
         "Accuracy against coverage",
-    ]  # fmt: skip
+    ]
     for name in names:
         assert f"(figures/{name}.svg)" in text and f'id="{name}-figure_1"' in page
 
@@ -159,10 +187,18 @@ def test_numbers_are_those_of_the_rows(drawn):
     text = (drawn / "report.md").read_text()
     found = {line["method"]: line for line in lines_of(text, "Results")}
     assert found["ilql, greedy, β offline"] == {
-        "method": "ilql, greedy, β offline", "score [95%]": "3.00 [3.00, 3.00]", "beta": "4 (offline)",
-        "per seed": "3.00 3.00", "minus bc": "2.00 [2.00, 2.00]*", "seeds": "0 1", "regime": "labels only",
-        "agent turns": "2.0", "invalid": "0.0%", "episodes": "8", "ask": "",
-    }  # fmt: skip
+        "method": "ilql, greedy, β offline",
+        "score [95%]": "3.00 [3.00, 3.00]",
+        "beta": "4 (offline)",
+        "per seed": "3.00 3.00",
+        "minus bc": "2.00 [2.00, 2.00]*",
+        "seeds": "0 1",
+        "regime": "labels only",
+        "agent turns": "2.0",
+        "invalid": "0.0%",
+        "episodes": "8",
+        "ask": "",
+    }
     assert found["ilql, sampled, β by returns"]["score [95%]"] == "3.25 [3.25, 3.25]"
     assert found["behaviour"]["score [95%]"] == "0.50 [0.25, 0.75]"
     assert found["PPO (published)"]["score [95%]"] == "4.00"
@@ -170,7 +206,11 @@ def test_numbers_are_those_of_the_rows(drawn):
     assert set(cost) == set(found) - {"behaviour", "optimum", "PPO (published)"}
     ppo = cost["ppo, sampled"]
     assert (ppo["training tokens"], ppo["training s"], ppo["environment steps"], ppo["reward queries"]) == (
-        "1.23M", "61", "500", "400")  # fmt: skip
+        "1.23M",
+        "61",
+        "500",
+        "400",
+    )
     assert (ppo["seeds"], ppo["regime"], ppo["generated"], ppo["played tokens"]) == ("0 1", "environment", "40", "900")
     (sampled, _) = lines_of(text, "β chosen offline against")
     assert sampled["by returns minus offline [95%]"] == "0.25 [0.25, 0.25]" and sampled["β by returns"] == "4 4"
@@ -240,14 +280,24 @@ def test_without_matplotlib_the_report_has_tables_and_says_how_to_get_figures(tm
 
 def test_rows_without_the_numbers_of_a_figure_leave_it_out_with_the_reason(tmp_path):
     gone = {"kl": None, "calibration": None, "curve": [], "labels": {}, "samples": []}
-    rows = [results()[0], *({k: v for k, v in row.items() if k not in ("scores", "made")} | gone
-                            for row in (run("bc", 0), run("ilql", 0, chosen="offline")))]  # fmt: skip
+    rows = [
+        results()[0],
+        *(
+            {k: v for k, v in row.items() if k not in ("scores", "made")} | gone
+            for row in (run("bc", 0), run("ilql", 0, chosen="offline"))
+        ),
+    ]
     report = write_report(write(tmp_path, rows))
     drawn = {path.stem for path in (report / "figures").iterdir()}
     assert drawn == {"score", "training_tokens", "generated_tokens"}
     text = (report / "report.md").read_text()
-    for reason in ("no row has a KL", "no row has Q beside", "no method here was asked", "no method here played or",
-                   "fewer than two settings have the scores"):  # fmt: skip
+    for reason in (
+        "no row has a KL",
+        "no row has Q beside",
+        "no method here was asked",
+        "no method here played or",
+        "fewer than two settings have the scores",
+    ):
         assert reason in text
     assert "Ten fixed dialogues" not in text and "Made by" not in text
 

@@ -42,17 +42,30 @@ def test_an_episode_is_one_row():
     result = evaluate_policy(Speaker(), Counting, [3, 4, 5])
     labels = {"invalid": 0, "start": [0, 7], "odd": False, "score": 3}
     assert result.episodes[1] == {
-        "seed": 4, "repeat": 0, "cluster": 4, "score": 4.0, "turns": 2, "tokens": 4, "invalid": 0, "truncated": False,
+        "seed": 4,
+        "repeat": 0,
+        "cluster": 4,
+        "score": 4.0,
+        "turns": 2,
+        "tokens": 4,
+        "invalid": 0,
+        "truncated": False,
         "labels": labels,
-    }  # fmt: skip
+    }
     assert [row["truncated"] for row in result.episodes] == [False, False, True]
     assert [t.total_return for t in result.trajectories] == [2.0, 4.0, 6.0]
 
 
 def test_the_summary_is_the_mean_over_episodes_with_rates_per_turn():
     summary = evaluate_policy(Speaker("two"), Counting, [0, 1, 2]).summary()
-    assert summary == {"n": 3, "turns": 2.0, "tokens": 4.0, "invalid_rate": 1.0, "truncated_rate": 1 / 3,
-                       "labels": {"odd": 1 / 3}}  # fmt: skip
+    assert summary == {
+        "n": 3,
+        "turns": 2.0,
+        "tokens": 4.0,
+        "invalid_rate": 1.0,
+        "truncated_rate": 1 / 3,
+        "labels": {"odd": 1 / 3},
+    }
 
 
 class Noting(Speaker):

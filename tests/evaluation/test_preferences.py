@@ -23,9 +23,13 @@ def numbers(context, option):
 
 
 # Pairs: 2 against 1 and 5 against 5 in one group, then soft .25 for 0 against 3, a tie, and 1 against 2, 2
-ROWS = [compare(("2....", "1."), (1.0, 0.0), "a"), compare(("5.", "5."), (1.0, 0.0), "a"),
-        compare(("0.", "3.."), (0.25, 0.75), "b"), compare(("1.", "9."), (0.5, 0.5), "b"),
-        compare(("1.", "2.", "2.."), (1.0, 0.0, 0.0), "c")]  # fmt: skip
+ROWS = [
+    compare(("2....", "1."), (1.0, 0.0), "a"),
+    compare(("5.", "5."), (1.0, 0.0), "a"),
+    compare(("0.", "3.."), (0.25, 0.75), "b"),
+    compare(("1.", "9."), (0.5, 0.5), "b"),
+    compare(("1.", "2.", "2.."), (1.0, 0.0, 0.0), "c"),
+]
 
 
 def test_accuracy_and_its_baselines_by_hand():

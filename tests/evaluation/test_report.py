@@ -11,11 +11,24 @@ COMPARISON = {"kind": "comparison", "baseline": "bc", "labels": None}
 def run(method, seed, cells, decode="sampled", beta=0.0, chosen=None, **changes):
     total, count = sum(cell[1] for cell in cells), sum(cell[2] for cell in cells)
     row = {
-        "kind": "run", "method": method, "seed": seed, "decode": decode, "beta": beta, "beta_chosen": chosen,
-        "score": total / count, "n": count, "normalised": None, "labels": {}, "turns": 2.0, "tokens": 10.0,
-        "invalid_rate": 0.0, "regime": "labels only", "cells": cells, "config": {},
+        "kind": "run",
+        "method": method,
+        "seed": seed,
+        "decode": decode,
+        "beta": beta,
+        "beta_chosen": chosen,
+        "score": total / count,
+        "n": count,
+        "normalised": None,
+        "labels": {},
+        "turns": 2.0,
+        "tokens": 10.0,
+        "invalid_rate": 0.0,
+        "regime": "labels only",
+        "cells": cells,
+        "config": {},
         "cost": {"training_tokens": 1_234_567, "training_seconds": 60.0, "generated_tokens": 900},
-    }  # fmt: skip
+    }
     return row | changes
 
 
@@ -69,16 +82,24 @@ def test_greedy_play_is_compared_with_greedy_play():
 
 
 def test_betas_that_differ_between_seeds_are_all_shown_and_marked():
-    rows = [COMPARISON, run("ilql", 0, [["a", 1.0, 1]], beta=4.0, chosen="returns"),
-            run("ilql", 1, [["a", 1.0, 1]], beta=16.0, chosen="returns")]  # fmt: skip
+    rows = [
+        COMPARISON,
+        run("ilql", 0, [["a", 1.0, 1]], beta=4.0, chosen="returns"),
+        run("ilql", 1, [["a", 1.0, 1]], beta=16.0, chosen="returns"),
+    ]
     assert columns(table(rows))[0]["beta"] == "4/16 (returns)"
 
 
 def test_behaviour_optimum_and_published_rows_stand_around_the_methods():
     rows = [
         COMPARISON | {"labels": ["agreement"]},
-        {"kind": "behaviour", "method": "behaviour", "score": 5.0, "interval": [4.0, 6.0],
-         "labels": {"agreement": 0.8}},
+        {
+            "kind": "behaviour",
+            "method": "behaviour",
+            "score": 5.0,
+            "interval": [4.0, 6.0],
+            "labels": {"agreement": 0.8},
+        },
         {"kind": "optimum", "method": "optimum", "score": 9.0, "labels": {}},
         run("bc", 0, [["a", 5.0, 1]], labels={"agreement": 0.75, "side": 0.5}),
         {"kind": "published", "method": "RL", "score": 7.1, "labels": {"agreement": 0.899}},

@@ -29,8 +29,15 @@ def logs(tmp_path):
 
 
 def learn(folder, data, algorithm="bc", rounds=2, environment=WORLD, model=None, **settings):
-    settings = {"max_steps": 2, "max_length": 32, "save_strategy": "no", "disable_tqdm": True, "report_to": "none",
-                "use_cpu": True, **settings}  # fmt: skip
+    settings = {
+        "max_steps": 2,
+        "max_length": 32,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+        "use_cpu": True,
+        **settings,
+    }
     args = load_algorithm(algorithm)[0](output_dir=str(folder), **settings)
     collect = CollectConfig(rounds, episodes=6, sampling={"max_new_tokens": 3})
     model = model or ModelConfig(scratch=SCRATCH, vocab_size=270)
@@ -99,11 +106,14 @@ def test_rounds_that_cannot_be_say_why(tmp_path, logs, settings, message):
 def test_a_comparison_trains_in_rounds_and_counts_what_was_played(tmp_path, logs):
     plain = {"algorithm": "bc", "args": {"max_steps": 1}}
     settings = {
-        "environment": WORLD, "data": {"train": logs.train}, "output": str(tmp_path / "out"), "seeds": (0,),
+        "environment": WORLD,
+        "data": {"train": logs.train},
+        "output": str(tmp_path / "out"),
+        "seeds": (0,),
         "model": {"scratch": SCRATCH, "vocab_size": 270},
         "args": {"max_length": 32, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True},
         "evaluation": EvaluationConfig(episodes=2, sampling={"max_new_tokens": 3}),
-    }  # fmt: skip
+    }
     collect = {"rounds": 1, "episodes": 5, "sampling": {"max_new_tokens": 3}}
     config = CompareConfig(methods={"bc": plain, "iterated": {**plain, "collect": collect}}, **settings)
     run_compare(config)

@@ -18,8 +18,16 @@ from offline_lmrl.models.guided import build_model
 
 pytestmark = pytest.mark.gates
 
-SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 16,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+SPEC = {
+    "model_type": "gpt2",
+    "n_layer": 1,
+    "n_embd": 32,
+    "n_head": 2,
+    "n_positions": 16,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 S0 = (Turn("user", "0"),)
 S1 = (*S0, Turn("assistant", "b", reward=0.0), Turn("user", "1"))
 # Eight episodes hold the shares exactly, and a batch is all of their windows (12 of one turn): sampling adds no noise.
@@ -35,11 +43,26 @@ def learnt(folder, context, **settings):
     transformers.set_seed(0)
     tokenizer = train_tokenizer(["0 1 a b"], 264)
     args = ILQLConfig(
-        output_dir=str(folder), max_steps=1000, per_device_train_batch_size=12, learning_rate=2e-3, weight_decay=0.0,
-        lr_scheduler_kwargs={"min_lr_rate": 0.0}, adam_beta2=0.98, max_grad_norm=100.0, target_rate=0.1,
-        discount_per_turn=0.9, conservative_weight=0.0, reward_scale=1.0, context=context, max_length=16,
-        save_strategy="no", use_cpu=True, disable_tqdm=True, report_to="none", **settings,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=1000,
+        per_device_train_batch_size=12,
+        learning_rate=2e-3,
+        weight_decay=0.0,
+        lr_scheduler_kwargs={"min_lr_rate": 0.0},
+        adam_beta2=0.98,
+        max_grad_norm=100.0,
+        target_rate=0.1,
+        discount_per_turn=0.9,
+        conservative_weight=0.0,
+        reward_scale=1.0,
+        context=context,
+        max_length=16,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        **settings,
+    )
     run = ILQLTrainer(build_model(SPEC, tokenizer), args, EPISODES, None, tokenizer)
     run.train()
     values = []

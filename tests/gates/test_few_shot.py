@@ -16,8 +16,13 @@ pytestmark = pytest.mark.gates
 
 # A convolution over six tokens tells an answer which cue it was given to, so one layer of attention can look it up;
 # attention alone finds that out after many times as many steps.
-CONVOLUTION = {**SPEC, "model_type": "lfm2", "layer_types": ["conv", "full_attention"], "conv_L_cache": 6,
-               "block_auto_adjust_ff_dim": False}  # fmt: skip
+CONVOLUTION = {
+    **SPEC,
+    "model_type": "lfm2",
+    "layer_types": ["conv", "full_attention"],
+    "conv_L_cache": 6,
+    "block_auto_adjust_ff_dim": False,
+}
 
 
 class Shown:
@@ -37,8 +42,18 @@ def test_a_new_rule_is_followed_behind_its_demonstration_alone(tmp_path, seed):
     write_trajectories(tmp_path / "shown.jsonl", training.demonstrations(4, seed))
     logs = training.logs(10_000, seed) + training.demonstrations(8, seed + 7)
     prompt = PromptSpec(max_tokens=48, demonstrations=str(tmp_path / "shown.jsonl"))
-    run = fitted(ReturnConditionedConfig, ReturnConditionedTrainer, tmp_path / "run", logs, seed, 1500,
-                 spec=CONVOLUTION, learning_rate=3e-3, condition_dropout=0.0, prompt=prompt)  # fmt: skip
+    run = fitted(
+        ReturnConditionedConfig,
+        ReturnConditionedTrainer,
+        tmp_path / "run",
+        logs,
+        seed,
+        1500,
+        spec=CONVOLUTION,
+        learning_rate=3e-3,
+        condition_dropout=0.0,
+        prompt=prompt,
+    )
     policy = LanguagePolicy(run.model, run.renderer, SamplingConfig(max_new_tokens=4, ask="max"), max_length=96)
 
     def right(policy, game):

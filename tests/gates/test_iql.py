@@ -21,8 +21,17 @@ WINDOW = {"context": 1, "max_length": 32, "per_device_train_batch_size": 128}
 def extracted(folder, logs, seed, critic_steps, steps, inverse_temperature, expectile=0.8):
     """A plain policy behind an ILQL critic of the same logs."""
     fitted(ILQLConfig, ILQLTrainer, folder / "ilql", logs, seed, critic_steps, expectile=expectile, **WINDOW, **ILQL)
-    fitted(IQLConfig, IQLTrainer, folder / "iql", logs, seed, steps, critic=str(folder / "ilql"),
-           inverse_temperature=inverse_temperature, **WINDOW)  # fmt: skip
+    fitted(
+        IQLConfig,
+        IQLTrainer,
+        folder / "iql",
+        logs,
+        seed,
+        steps,
+        critic=str(folder / "ilql"),
+        inverse_temperature=inverse_temperature,
+        **WINDOW,
+    )
     return folder / "iql"
 
 

@@ -72,8 +72,17 @@ def is_right(estimate, value):
 
 def estimates(folder, seed):
     """The value of a clone, what play and both estimates say of it, and the mean return of the logs they read."""
-    fitted(BCConfig, BCTrainer, folder, skilled_logs(seed), seed, 400, context=1, max_length=32,
-           per_device_train_batch_size=128)  # fmt: skip
+    fitted(
+        BCConfig,
+        BCTrainer,
+        folder,
+        skilled_logs(seed),
+        seed,
+        400,
+        context=1,
+        max_length=32,
+        per_device_train_batch_size=128,
+    )
     policy = LanguagePolicy.load(folder, device="cpu", support=0.02, max_new_tokens=4)
     hot = policy.with_sampling(temperature=2.0)
     logs = rollout(hot, lambda: Corridor(seed), range(EPISODES))
@@ -83,8 +92,10 @@ def estimates(folder, seed):
         for trajectories in (rollout(policy, lambda: Corridor(seed), range(EPISODES, 2 * EPISODES)), logs)
     )
     weighted, fit = importance_sampling(policy, logs), fitted_q_evaluation(policy, logs)
-    print(f"\nseed {seed}: value {value:.3f} (played {played:.3f}), weighted importance sampling {weighted}, fitted Q "
-          f"evaluation {fit}, mean return of the logs {logged:.3f}")  # fmt: skip
+    print(
+        f"\nseed {seed}: value {value:.3f} (played {played:.3f}), weighted importance sampling {weighted}, fitted Q "
+        f"evaluation {fit}, mean return of the logs {logged:.3f}"
+    )
     return value, played, weighted.score.mean, fit.value, logged
 
 

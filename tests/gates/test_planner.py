@@ -23,8 +23,17 @@ def mean_return(policy, episodes):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_two_turns_of_looking_ahead_leave_the_bait(tmp_path, seed):
     logs = TalkTrap().logs(12_000, seed)  # one in 320 shows what pays after a greeting
-    run = fitted(ReturnConditionedConfig, ReturnConditionedTrainer, tmp_path, logs, seed, 3000, condition_dropout=1.0,
-                 return_weight=1.0, environment_weight=1.0)  # fmt: skip
+    run = fitted(
+        ReturnConditionedConfig,
+        ReturnConditionedTrainer,
+        tmp_path,
+        logs,
+        seed,
+        3000,
+        condition_dropout=1.0,
+        return_weight=1.0,
+        environment_weight=1.0,
+    )
     policy = LanguagePolicy(run.model, run.renderer, SamplingConfig(max_new_tokens=4, ask=None), max_length=96)
     assert mean_return(policy, 400) <= 0.5
     assert mean_return(Planner(policy, width=16, expand=64, depth=1), 64) < 0.5
@@ -44,17 +53,31 @@ def imagined_right(planner):
 @pytest.mark.parametrize(("seed", "environment_weight"), [(0, 1.0), (1, 1.0), (0, 0.0)])
 def test_with_one_turn_in_view_a_walk_is_imagined_node_by_node(tmp_path, seed, environment_weight):
     logs, episodes = Walk().logs(1000, seed), range(100)
-    run = fitted(ReturnConditionedConfig, ReturnConditionedTrainer, tmp_path, logs, seed, 600, condition_dropout=1.0,
-                 return_weight=1.0, environment_weight=environment_weight, context=1, max_length=32, reward_scale=10,
-                 per_device_train_batch_size=128)  # fmt: skip
+    run = fitted(
+        ReturnConditionedConfig,
+        ReturnConditionedTrainer,
+        tmp_path,
+        logs,
+        seed,
+        600,
+        condition_dropout=1.0,
+        return_weight=1.0,
+        environment_weight=environment_weight,
+        context=1,
+        max_length=32,
+        reward_scale=10,
+        per_device_train_batch_size=128,
+    )
     sampling = SamplingConfig(max_new_tokens=4, support=0.02, ask=None)
     policy = LanguagePolicy(run.model, run.renderer, sampling, context=1, max_length=32)
     # Of the six edges at one node a plan must not miss the one to the goal: hence so many proposals.
     near, far = (Planner(policy, width=8, expand=32, depth=depth) for depth in (1, 3))
     returns = [[t.total_return for t in rollout(planner, Walk, episodes)] for planner in (near, far)]
     gain = mean_interval([b - a for a, b in zip(*returns, strict=True)], [seed % 20 for seed in episodes])
-    print(f"seed {seed}: imagined right {imagined_right(far):.3f}, depth 1 {mean_interval(returns[0])}, "
-          f"depth 3 {mean_interval(returns[1])}, gain {gain}")  # fmt: skip
+    print(
+        f"seed {seed}: imagined right {imagined_right(far):.3f}, depth 1 {mean_interval(returns[0])}, "
+        f"depth 3 {mean_interval(returns[1])}, gain {gain}"
+    )
     learnt = environment_weight > 0
     assert (imagined_right(far) >= 0.99) == learnt
     assert (gain.high >= 0) == learnt  # on what nobody learnt to imagine no plan can be built

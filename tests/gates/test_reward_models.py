@@ -27,8 +27,16 @@ from offline_lmrl.ops.preferences import bradley_terry_loss
 
 pytestmark = pytest.mark.gates
 
-SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 48,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+SPEC = {
+    "model_type": "gpt2",
+    "n_layer": 1,
+    "n_embd": 32,
+    "n_head": 2,
+    "n_positions": 48,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 LONGER = {**SPEC, "n_positions": 64}
 SPREAD = {**SPEC, "initializer_range": 0.1}  # learns by heart sooner
 DEEP = {"spec": {**SPREAD, "n_embd": 64, "n_layer": 2}, "learning_rate": 2e-3}
@@ -40,8 +48,16 @@ TOKENIZER = train_tokenizer([*REPLIES[::7], *CUES, "neither a nor b"], 300)
 
 def fitted(folder, rows, seed, steps, *, model=None, spec=SPEC, **settings):
     """A scorer, in units of log odds, that has learnt from these comparisons."""
-    common = {"max_length": 48, "per_device_train_batch_size": 32, "learning_rate": 3e-3, "normalise": "none",
-              "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "report_to": "none"}  # fmt: skip
+    common = {
+        "max_length": 48,
+        "per_device_train_batch_size": 32,
+        "learning_rate": 3e-3,
+        "normalise": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
     transformers.set_seed(seed)
     args = RewardModelConfig(output_dir=str(folder), max_steps=steps, seed=seed, **common | settings)
     model = model or build_reward_model(spec, TOKENIZER, args.head)
@@ -144,22 +160,31 @@ def segments(n, seed):
     rng = np.random.default_rng(seed)
     worth = dict(zip(LETTERS, np.random.default_rng(seed % 1000).permutation([0.0, 1.0] * 4), strict=True))
     said = [rng.choice(list(LETTERS), rng.integers(2, 6)) for _ in range(n)]
-    return [tuple(turn for letter in letters for turn in (Turn("user", "next"), Turn("assistant", str(letter))))
-            for letters in said], worth  # fmt: skip
+    return [
+        tuple(turn for letter in letters for turn in (Turn("user", "next"), Turn("assistant", str(letter))))
+        for letters in said
+    ], worth
 
 
 def test_turns_that_are_read_alone_are_credited_for_themselves(tmp_path):
     # Segments are compared by the sum of their letters' worth, which is never told (Christiano et al. 2017). A turn
     # that sees the turns before it is credited for those too; with context: 1 it sees the question alone.
     alone = {"head": "turn", "context": 1}
-    settings = {"context 1": alone, "context 1, standardised": alone | {"normalise": "standard"},
-                "shared history": {"head": "turn"}, "terminal": {}}  # fmt: skip
+    settings = {
+        "context 1": alone,
+        "context 1, standardised": alone | {"normalise": "standard"},
+        "shared history": {"head": "turn"},
+        "terminal": {},
+    }
     found = {name: [] for name in settings}
     for seed in SEEDS:
         said, worth = segments(400, seed)
         totals = [sum(worth[turn.content] for turn in one if turn.is_trainable) for one in said]
-        rows = [Comparison((), (said[i], said[i + 1]), tuple(0.5 + 0.5 * np.sign([lead, -lead])))
-                for i in range(0, 400, 2) for lead in [totals[i] - totals[i + 1]]]  # fmt: skip
+        rows = [
+            Comparison((), (said[i], said[i + 1]), tuple(0.5 + 0.5 * np.sign([lead, -lead])))
+            for i in range(0, 400, 2)
+            for lead in [totals[i] - totals[i + 1]]
+        ]
         fresh = [Trajectory(one) for one in segments(300, 1000 + seed)[0]]
         for name, correlations in found.items():
             scorer = fitted(tmp_path, rows, seed, 100, spec=LONGER, max_length=64, **settings[name])

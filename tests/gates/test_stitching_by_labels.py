@@ -14,8 +14,13 @@ from tests.gates.small import fitted
 pytestmark = pytest.mark.gates
 
 WINDOW = {"context": 1, "max_length": 32, "per_device_train_batch_size": 128}
-VALUES = {"expectile": 0.8, "target_rate": 0.05, "discount_per_turn": 1.0, "conservative_weight": 0.01,
-          "value_weight": 10.0}  # fmt: skip
+VALUES = {
+    "expectile": 0.8,
+    "target_rate": 0.05,
+    "discount_per_turn": 1.0,
+    "conservative_weight": 0.01,
+    "value_weight": 10.0,
+}
 
 
 def played(run, make_environment, episodes, **sampling):
@@ -33,8 +38,9 @@ def test_labels_of_a_critic_stitch_where_logged_returns_do_not(tmp_path, seed):
         return Corridor(code_seed=seed)
 
     def conditioned(name, **settings):
-        return fitted(ReturnConditionedConfig, ReturnConditionedTrainer, tmp_path / name, logs, seed, 600, **WINDOW,
-                      **settings)  # fmt: skip
+        return fitted(
+            ReturnConditionedConfig, ReturnConditionedTrainer, tmp_path / name, logs, seed, 600, **WINDOW, **settings
+        )
 
     logs = make().logs(20_000, seed)
     ask_one = played(conditioned("dt"), make, 320, ask=1.0)
@@ -50,8 +56,9 @@ def test_a_high_ask_takes_the_gamble_and_labels_of_q_do_not(tmp_path, seed):
     logs = Gamble().logs(4000, seed)
 
     def gambles(name, ask, **settings):
-        run = fitted(ReturnConditionedConfig, ReturnConditionedTrainer, tmp_path / name, logs, seed, 300, **WINDOW,
-                     **settings)  # fmt: skip
+        run = fitted(
+            ReturnConditionedConfig, ReturnConditionedTrainer, tmp_path / name, logs, seed, 300, **WINDOW, **settings
+        )
         return share(played(run, Gamble, 400, ask=ask), lambda t: t.labels["choice"] == "gamble")
 
     assert gambles("dt", 10.0) > 0.9  # what was lucky once is what earns 10, as the logs tell it

@@ -19,8 +19,18 @@ ILQL = {"target_rate": 0.05, "discount_per_turn": 1.0, "conservative_weight": 0.
 def play(folder, logs, make_environment, config, trainer, steps, seed, episodes, **sampling):
     """The episodes played after training on the logs with one seed."""
     settings = ILQL | sampling.pop("settings") if config is ILQLConfig else {}
-    run = fitted(config, trainer, folder, logs, seed, steps, context=1, max_length=32, per_device_train_batch_size=128,
-                 **settings)  # fmt: skip
+    run = fitted(
+        config,
+        trainer,
+        folder,
+        logs,
+        seed,
+        steps,
+        context=1,
+        max_length=32,
+        per_device_train_batch_size=128,
+        **settings,
+    )
     policy = LanguagePolicy(run.model, run.renderer, SamplingConfig(max_new_tokens=6, **sampling), context=1)
     return rollout(policy, make_environment, range(episodes))
 
@@ -38,8 +48,22 @@ def test_corridor_needs_stitching(tmp_path, seed):
         return Corridor(code_seed=seed)
 
     def ilql(name, **settings):
-        return mean_return(play(tmp_path / name, logs, make, ILQLConfig, ILQLTrainer, 1500, seed, 16,
-                                settings=settings, temperature=0.0, beta=30.0, support=0.02))  # fmt: skip
+        return mean_return(
+            play(
+                tmp_path / name,
+                logs,
+                make,
+                ILQLConfig,
+                ILQLTrainer,
+                1500,
+                seed,
+                16,
+                settings=settings,
+                temperature=0.0,
+                beta=30.0,
+                support=0.02,
+            )
+        )
 
     assert ilql("ilql", expectile=0.8) >= 0.9
     assert ilql("monte_carlo", expectile=0.8, monte_carlo=1.0) < 0.5  # returns from a start are all 0
@@ -58,8 +82,20 @@ class LuckyTrainer(ILQLTrainer):
 
 def share_of_safe(folder, seed, expectile, trainer, steps=300):
     settings = {"expectile": expectile}
-    played = play(folder, Gamble().logs(4000, seed), Gamble, ILQLConfig, trainer, steps, seed, 400,
-                  settings=settings, temperature=1.0, beta=30.0, support=0.02)  # fmt: skip
+    played = play(
+        folder,
+        Gamble().logs(4000, seed),
+        Gamble,
+        ILQLConfig,
+        trainer,
+        steps,
+        seed,
+        400,
+        settings=settings,
+        temperature=1.0,
+        beta=30.0,
+        support=0.02,
+    )
     return sum(t.labels["choice"] == "safe" for t in played) / len(played)
 
 

@@ -142,8 +142,10 @@ def test_heads_go_on_the_model_inside_an_adapter_and_come_back(tmp_path):
     train_one_step(model)
     moved = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
     assert {name.split(".value_heads.")[-1].split(".")[0] for name in moved if "lora_" not in name} == {
-        "q", "target_q", "v"
-    }  # fmt: skip
+        "q",
+        "target_q",
+        "v",
+    }
     assert any("lora_" in name for name in moved)
     model.save_pretrained(tmp_path / "run")
     save_heads(model, tmp_path / "run")

@@ -232,8 +232,16 @@ def test_weights_with_the_names_of_an_old_checkpoint_are_read(tmp_path):
 
 
 def test_a_model_from_scratch_takes_its_sizes_from_the_tokenizer():
-    model = build_model({"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                         "intermediate_size": 24}, Tokenizer())  # fmt: skip
+    model = build_model(
+        {
+            "model_type": "llama",
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+        },
+        Tokenizer(),
+    )
     assert model.config.vocab_size == VOCABULARY and model.config.pad_token_id == 0
     assert model.value_heads is None and set(model(**tiny_batch())) == {"log_prob"}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

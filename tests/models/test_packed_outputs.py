@@ -82,8 +82,9 @@ def test_no_gradient_reaches_targets_or_what_is_marked_so(kind):
     model, batch = guided_model(kind=kind, utterance=True), tiny_batch()
     packed = model(**batch, conservative=True)
     for name, values in packed.items():
-        assert values.requires_grad == (name not in ("target_q", "next_v", "end_v") and "_target" not in name
-                                        and "_next" not in name), name  # fmt: skip
+        assert values.requires_grad == (
+            name not in ("target_q", "next_v", "end_v") and "_target" not in name and "_next" not in name
+        ), name
     sum(values.sum() for values in packed.values()).backward()
     for name, parameter in model.value_heads.named_parameters():
         assert (parameter.grad is None) == ("target" in name), name

@@ -56,10 +56,21 @@ def test_folded_logits_are_the_guided_distribution(family, kind, tmp_path, monke
 
 
 def test_what_a_family_ties_beside_the_embeddings_is_saved_where_it_is_read(tmp_path):
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5,
-             "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
-             "num_attention_heads": 2, "num_key_value_heads": 2, "n_mamba_heads": 2, "attention_hidden_size": 32,
-             "attention_head_dim": 16, "mamba_d_state": 4, "initializer_range": 0.2, "pad_token_id": 0}  # fmt: skip
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 5,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "n_mamba_heads": 2,
+        "attention_hidden_size": 32,
+        "attention_head_dim": 16,
+        "mamba_d_state": 4,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+    }
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model("zamba", **sizes))  # two layers share their weights
     model = attach(base, ValueHeadsConfig("tied")).eval()
@@ -74,8 +85,15 @@ def test_what_a_family_ties_beside_the_embeddings_is_saved_where_it_is_read(tmp_
 @pytest.mark.parametrize("family, scale", [("gpt2", 1.0), ("cohere", 0.25), ("granite", 1 / 3)])
 def test_the_scale_of_logits_is_found(family, scale):
     if family == "granite":
-        sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-                 "num_attention_heads": 2, "num_key_value_heads": 1, "logits_scaling": 3.0}  # fmt: skip
+        sizes = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "logits_scaling": 3.0,
+        }
         model = attach(AutoModelForCausalLM.from_config(AutoConfig.for_model("granite", **sizes)), None)
     else:
         model = attach(tiny_model(family), None)
@@ -130,8 +148,15 @@ def test_spelt_returns_read_the_rows_of_the_table(family, tmp_path):
 
 
 def test_an_embedding_that_scales_its_rows_is_given_what_it_scales_to_the_table():
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}  # fmt: skip
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **sizes)).eval()
     embedding = base.get_input_embeddings()
     assert_close(embedding(IDS), 4 * embedding.weight[IDS])  # √16

@@ -11,9 +11,13 @@ from offline_lmrl.models.return_heads import BinHead, fit_bins
 from tests.models.test_return_embedding import BLOCK, NULL
 from tests.tiny_models import FAMILIES, tiny_batch, tiny_model
 
-BINS = {"returns": {"edges": [0.5], "means": [0.0, 1.0]}, "reward": {"edges": [0.1, 0.5], "means": [0.0, 0.3, 1.0]},
-        "after": {"edges": [], "means": [0.0]}, "ended": {"edges": [0.5], "means": [0.0, 1.0]},
-        "discount_per_turn": 1.0}  # fmt: skip
+BINS = {
+    "returns": {"edges": [0.5], "means": [0.0, 1.0]},
+    "reward": {"edges": [0.1, 0.5], "means": [0.0, 0.3, 1.0]},
+    "after": {"edges": [], "means": [0.0]},
+    "ended": {"edges": [0.5], "means": [0.0, 1.0]},
+    "discount_per_turn": 1.0,
+}
 
 
 def with_heads(family="gpt2"):
@@ -68,8 +72,10 @@ def test_returns_are_read_before_a_turn_and_the_rest_behind_its_last_token(famil
     model, batch = with_heads(family), turns_batch([NULL, NULL])
     packed = model(**batch)
     _, hidden = model.forward_with_hidden(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    opening, closing = (torch.stack([hidden[r, s] for r, s in places]) for places in (
-        [(0, 1), (0, 5), (1, 2)], [(0, 3), (0, 7), (1, 5)]))  # fmt: skip
+    opening, closing = (
+        torch.stack([hidden[r, s] for r, s in places])
+        for places in ([(0, 1), (0, 5), (1, 2)], [(0, 3), (0, 7), (1, 5)])
+    )
     heads, expected = model.return_heads, 0.0
     for name, states, values in (
         ("returns", opening, [1.3, 1.0, 0.0]),

@@ -40,8 +40,9 @@ def slow_q(head, kind, hidden, matrix, i, a):
 def test_q_equals_its_formula_for_all_tokens_and_for_candidates(kind):
     heads, matrix = make(kind)
     hidden, candidates = torch.randn(N, WIDTH), torch.randint(VOCABULARY, (N, 3))
-    expected = torch.tensor([[[slow_q(heads.q, kind, h, matrix, i, a) for a in range(VOCABULARY)] for h in hidden]
-                             for i in range(HEADS)])  # fmt: skip
+    expected = torch.tensor(
+        [[[slow_q(heads.q, kind, h, matrix, i, a) for a in range(VOCABULARY)] for h in hidden] for i in range(HEADS)]
+    )
     assert_close(heads.q(hidden, matrix), expected)
     picked = expected.gather(-1, candidates.expand(HEADS, -1, -1))
     assert_close(heads.q(hidden, matrix, candidates), picked)
@@ -121,8 +122,10 @@ def test_a_linear_head_folds_into_the_lm_head(kind):
 def test_targets_approach_constant_online_heads_geometrically(kind):
     heads, _ = make(kind)
     pairs = [(heads.q, heads.target_q), (heads.utterance_q, heads.utterance_target_q)]
-    gap = [[o - t.clone() for o, t in zip(online.parameters(), target.parameters(), strict=True)]
-           for online, target in pairs]  # fmt: skip
+    gap = [
+        [o - t.clone() for o, t in zip(online.parameters(), target.parameters(), strict=True)]
+        for online, target in pairs
+    ]
     for _ in range(3):
         heads.update_targets(0.1)
     for (online, target), before in zip(pairs, gap, strict=True):  # error (1 − .1)³ = .729

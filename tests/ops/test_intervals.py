@@ -6,7 +6,7 @@ from offline_lmrl.ops.intervals import student_t, wilson
 @pytest.mark.parametrize(
     ("df", "quantile"),  # of published tables, two-sided 95 %
     [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (29, 2.04523), (1e9, 1.95996)],
-)  # fmt: skip
+)
 def test_the_quantile_of_t_is_that_of_the_tables(df, quantile):
     assert student_t(df) == pytest.approx(quantile, rel=2e-5)
 

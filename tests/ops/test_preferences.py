@@ -323,8 +323,19 @@ def test_known_pairs_take_the_target_first_and_the_ranking_where_it_is_silent():
     rank = torch.tensor([0, 1, 2, 3, 3, 0, 1, 1])  # the second comparison: the best of three, the rest unknown
     pairs = known_pairs(target, rank, torch.tensor([0, 0, 0, 0, 0, 1, 1, 1]))
     found = dict(zip(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True), pairs.prob.tolist(), strict=True))
-    assert found == {(0, 1): 0.75, (0, 2): 1.0, (0, 3): 1.0, (0, 4): 1.0, (1, 2): 1.0, (1, 3): 1.0, (1, 4): 1.0,
-                     (2, 3): 1.0, (2, 4): 1.0, (5, 6): 1.0, (5, 7): 1.0}  # fmt: skip
+    assert found == {
+        (0, 1): 0.75,
+        (0, 2): 1.0,
+        (0, 3): 1.0,
+        (0, 4): 1.0,
+        (1, 2): 1.0,
+        (1, 3): 1.0,
+        (1, 4): 1.0,
+        (2, 3): 1.0,
+        (2, 4): 1.0,
+        (5, 6): 1.0,
+        (5, 7): 1.0,
+    }
     assert pairs.comparison.tolist() == [0] * 9 + [1] * 2 and pairs.comparisons == 2
 
 

@@ -26,9 +26,7 @@ def test_losses_equal_the_numbers_worked_by_hand():
 def test_twin_heads_are_summed():
     target = torch.tensor([0.099, 1.0])
     assert_close(q_loss(TAKEN.expand(2, 2), target).mean(), torch.tensor(1.171801))
-    assert_close(
-        conservative_loss(Q.logsumexp(-1).expand(2, 2), TAKEN.expand(2, 2)).mean(), torch.tensor(1.516032)
-    )
+    assert_close(conservative_loss(Q.logsumexp(-1).expand(2, 2), TAKEN.expand(2, 2)).mean(), torch.tensor(1.516032))
 
 
 def test_expectile_half_is_half_the_squared_error_and_weights_are_asymmetric():

@@ -21,9 +21,12 @@ RENAMED: dict[str, str] = {}  # configuration keys and checkpoint fields: the na
 def record(checkout: Path, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True)
     environment = os.environ | {
-        "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "120",
+        "PYTHONPATH": str(checkout),
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "COLUMNS": "120",
         "PYTHONHASHSEED": "0",
-    }  # fmt: skip
+    }
     script = Path(__file__).with_name("record.py")
     subprocess.run([sys.executable, script, folder], env=environment, cwd=checkout, check=True)
     return json.loads((folder / "record.json").read_text())

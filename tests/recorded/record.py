@@ -21,13 +21,26 @@ import yaml
 from safetensors import safe_open
 
 LLAMA = {
-    "model_type": "llama", "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
 ARGS = {
-    "max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 0.01, "max_length": 96, "logging_steps": 2,
-    "save_steps": 4, "use_cpu": True, "report_to": "none", "disable_tqdm": True,
-}  # fmt: skip
+    "max_steps": 8,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 0.01,
+    "max_length": 96,
+    "logging_steps": 2,
+    "save_steps": 4,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 TIMES = re.compile(r"time|second|made|commit|machine|created")  # keys of what differs between two runs of one checkout
 PLAYED = ["--environment", "walk", "--episodes", 20, "--max_new_tokens", 4]
 
@@ -51,13 +64,15 @@ RUNS: dict[str, dict[str, Any]] = {
         "args": {"return_weight": 1.0, "environment_weight": 0.5, "condition_dropout": 0.3},
     },
     "ppo": {
-        "algorithm": "ppo", "model": {"path": "run:bc"}, "environment": {"name": "walk"},
+        "algorithm": "ppo",
+        "model": {"path": "run:bc"},
+        "environment": {"name": "walk"},
         "args": {"episodes": 8, "sampling": {"max_new_tokens": 4}, "logging_steps": None},
     },
     "reward model": {"algorithm": "reward_model", "data": "pairs", "args": {"head": "terminal"}},
     "reward model, turns": {"algorithm": "reward_model", "data": "pairs", "args": {"head": "turn", "bootstrap": 1}},
     "reward model, tokens": {"algorithm": "reward_model", "data": "pairs", "args": {"head": "token"}},
-}  # fmt: skip
+}
 
 # How each run is decoded beside sampled and greedy play of all: name -> (run, flags).
 DECODINGS: dict[str, tuple[str, list]] = {
@@ -217,8 +232,16 @@ def decode(recorder: Recorder) -> None:
         recorder.command(f"{name}, shown", "evaluate", recorder.run_of(name), "--data", held_out, *shown, "--show", 1)
     for name, (run, flags) in DECODINGS.items():
         played(recorder, name, run, flags)
-    recorder.command("replies", "generate", recorder.run_of("ilql, tied"), "--beta", 2, "--max_new_tokens", 6,
-                     stdin="Where to?\nAnd now?\n")  # fmt: skip
+    recorder.command(
+        "replies",
+        "generate",
+        recorder.run_of("ilql, tied"),
+        "--beta",
+        2,
+        "--max_new_tokens",
+        6,
+        stdin="Where to?\nAnd now?\n",
+    )
     recorder.files("played", folder)
 
 
@@ -252,8 +275,12 @@ def score(recorder: Recorder) -> None:
 
 
 def leave(recorder: Recorder) -> None:
-    folding = {"bc": [], "ilql, linear": ["--beta", 1, "--q_reduce", "first", "--support", 0],
-               "ilql, tied": ["--beta", 1, "--q_reduce", "mean", "--support", 0], "returns": []}  # fmt: skip
+    folding = {
+        "bc": [],
+        "ilql, linear": ["--beta", 1, "--q_reduce", "first", "--support", 0],
+        "ilql, tied": ["--beta", 1, "--q_reduce", "mean", "--support", 0],
+        "returns": [],
+    }
     for name, flags in folding.items():
         output = recorder.folder / "exported" / recorder.run_of(name).name
         recorder.command(f"export of {name}", "export", recorder.run_of(name), "--output", output, *flags)
@@ -263,16 +290,25 @@ def leave(recorder: Recorder) -> None:
 def compare(recorder: Recorder) -> None:
     folder = recorder.folder
     settings = {
-        "environment": {"name": "walk"}, "output": str(folder / "compared"), "seeds": [0, 1],
+        "environment": {"name": "walk"},
+        "output": str(folder / "compared"),
+        "seeds": [0, 1],
         "data": {"train": str(folder / "data/train.jsonl"), "validation": str(folder / "data/validation.jsonl")},
-        "model": {"scratch": LLAMA, "vocab_size": 280}, "args": {**ARGS, "max_steps": 3, "save_strategy": "no"},
+        "model": {"scratch": LLAMA, "vocab_size": 280},
+        "args": {**ARGS, "max_steps": 3, "save_strategy": "no"},
         "methods": {
-            "bc": {"algorithm": "bc"}, "ilql": {"algorithm": "ilql", "from": "bc"},
+            "bc": {"algorithm": "bc"},
+            "ilql": {"algorithm": "ilql", "from": "bc"},
             "told": {"algorithm": "return_conditioned", "from": "bc", "sampling": {"ask": "max"}},
         },
-        "evaluation": {"episodes": 8, "betas": [1, 4], "offline_rows": 4, "sampling": {"max_new_tokens": 4},
-                       "selection": {"episodes": 4}},
-    }  # fmt: skip
+        "evaluation": {
+            "episodes": 8,
+            "betas": [1, 4],
+            "offline_rows": 4,
+            "sampling": {"max_new_tokens": 4},
+            "selection": {"episodes": 4},
+        },
+    }
     (folder / "compare.yaml").write_text(yaml.safe_dump(settings))
     recorder.command("compare", "compare", folder / "compare.yaml")
     for name in ("results.jsonl", "table.md", "report/report.md", "report/manifest.json"):
@@ -298,8 +334,13 @@ def refuse(recorder: Recorder) -> None:
     folder, train = recorder.folder, recorder.folder / "bc.yaml"
     elsewhere = ["--args.output_dir", folder / "x"]
     rows = {
-        "no json": "{", "a list": "[]", "a number": "7", "empty": "", "nothing known": '{"a": 1}',
-        "no role": '{"messages": [{"content": "a"}]}', "no messages": '{"messages": []}',
+        "no json": "{",
+        "a list": "[]",
+        "a number": "7",
+        "empty": "",
+        "nothing known": '{"a": 1}',
+        "no role": '{"messages": [{"content": "a"}]}',
+        "no messages": '{"messages": []}',
         "an unknown role": '{"messages": [{"role": "robot", "content": "a"}]}',
         "a reward that is text": '{"messages": [{"role": "assistant", "content": "a", "reward": "high"}]}',
         "a reward that is no number": '{"messages": [{"role": "assistant", "content": "a", "reward": NaN}]}',
@@ -308,7 +349,7 @@ def refuse(recorder: Recorder) -> None:
         "one reply of a pair": '{"prompt": "a", "chosen": "b"}',
         "one reply alone": '{"prompt": "a", "responses": ["b"]}',
         "ranks that do not fit": '{"prompt": "a", "responses": ["b", "c"], "ranks": [1]}',
-    }  # fmt: skip
+    }
     for name, text in rows.items():
         file = folder / "bad" / f"{re.sub(r'[^a-z]+', '_', name)}.jsonl"
         file.parent.mkdir(exist_ok=True)
@@ -316,32 +357,54 @@ def refuse(recorder: Recorder) -> None:
         recorder.command(f"check of {name}", "check", file)
         recorder.command(f"training on {name}", "train", train, "--data.train", file, *elsewhere)
     overrides = {
-        "args.max_step": 3, "args.max_steps": "many", "args.learning_rate": -1, "args.context": 0,
-        "args.max_length": 0, "args.keep_share": 2, "args.template": "mine", "args.save_strategy": "sometimes",
+        "args.max_step": 3,
+        "args.max_steps": "many",
+        "args.learning_rate": -1,
+        "args.context": 0,
+        "args.max_length": 0,
+        "args.keep_share": 2,
+        "args.template": "mine",
+        "args.save_strategy": "sometimes",
         "model.path": folder / "none",
-        "model.vocab_size": 3, "model.scratch.model_type": "gpt9", "data.train": folder / "none.jsonl",
-        "algorithm": "dqn", "data.reward": "stars",
-        "args.per_device_train_batch_size": 0, "args.seed": "x", "models.path": "y",
-    }  # fmt: skip
+        "model.vocab_size": 3,
+        "model.scratch.model_type": "gpt9",
+        "data.train": folder / "none.jsonl",
+        "algorithm": "dqn",
+        "data.reward": "stars",
+        "args.per_device_train_batch_size": 0,
+        "args.seed": "x",
+        "models.path": "y",
+    }
     for key, value in overrides.items():
         name = recorder.plain(f"training with {key} {value}")[0]
         recorder.command(name, "train", train, f"--{key}", value, *elsewhere)
     run = recorder.run_of("ilql, tied")
     others = [
-        ["evaluate", run], ["evaluate", folder / "none", "--environment", "walk"],
+        ["evaluate", run],
+        ["evaluate", folder / "none", "--environment", "walk"],
         ["evaluate", run, "--environment", "wlk"],
-        ["evaluate", run, "--data", folder / "none.jsonl"], ["evaluate", run, *PLAYED, "--beta", -1],
-        ["evaluate", run, *PLAYED, "--temperature", -1], ["evaluate", run, *PLAYED, "--top_p", 2],
-        ["evaluate", run, *PLAYED, "--ask", "max"], ["evaluate", run, *PLAYED, "--asks", "[max]"],
-        ["generate", run, "--prompts", folder / "none.txt"], ["generate", run, "--best_of", 0],
-        ["export", run, "--output", folder / "y"], ["export", folder / "none", "--output", folder / "y"],
+        ["evaluate", run, "--data", folder / "none.jsonl"],
+        ["evaluate", run, *PLAYED, "--beta", -1],
+        ["evaluate", run, *PLAYED, "--temperature", -1],
+        ["evaluate", run, *PLAYED, "--top_p", 2],
+        ["evaluate", run, *PLAYED, "--ask", "max"],
+        ["evaluate", run, *PLAYED, "--asks", "[max]"],
+        ["generate", run, "--prompts", folder / "none.txt"],
+        ["generate", run, "--best_of", 0],
+        ["export", run, "--output", folder / "y"],
+        ["export", folder / "none", "--output", folder / "y"],
         ["relabel", folder / "data", "--scorer", folder / "none", "--output", folder / "y"],
         ["relabel", folder / "none", "--scorer", run, "--output", folder / "y"],
         ["select", folder / "data", "--scorer", run, "--output", folder / "y"],
-        ["compare", folder / "none.yaml"], ["compare", folder / "compare.yaml", "--seeds", "[]"],
-        ["compare", folder / "compare.yaml", "--baseline", "none"], ["config", "maze/none"], ["prepare", "nothing"],
-        ["train"], ["tain", train], ["prepare", "toys", "--task", "chess", "--output", folder / "y"],
-    ]  # fmt: skip
+        ["compare", folder / "none.yaml"],
+        ["compare", folder / "compare.yaml", "--seeds", "[]"],
+        ["compare", folder / "compare.yaml", "--baseline", "none"],
+        ["config", "maze/none"],
+        ["prepare", "nothing"],
+        ["train"],
+        ["tain", train],
+        ["prepare", "toys", "--task", "chess", "--output", folder / "y"],
+    ]
     for argv in others:
         recorder.command(f"refused: {recorder.plain(' '.join(map(str, argv)))[0]}", *argv)
 
