@@ -77,7 +77,14 @@ def test_the_algorithm_of_the_guide_learns(examples, tmp_path):
 
 def test_every_algorithm_and_what_pages_name_is_importable_from_the_package():
     names = {name for _, *pair in ALGORITHMS.values() for name in pair}
-    names |= {"make_environment", "relabel_trajectories", "evaluate_policy", "run_compare", "to_comparisons", "export"}
+    names |= {
+        "make_environment",
+        "relabel_trajectories",
+        "evaluate_policy",
+        "run_compare",
+        "preference_rows",
+        "export",
+    }
     for page in PAGES:
         for line in re.findall(r"from offline_lmrl import (.+)", page.read_text(encoding="utf-8")):
             names |= {name.strip() for name in line.split(",")}
