@@ -44,17 +44,6 @@ def entropy(logits: Tensor) -> Tensor:
     return logits.logsumexp(-1) - (logits.softmax(-1) * finite).sum(-1)
 
 
-def scores_at_ends(score: Tensor, sequence: Tensor) -> Tensor:
-    """Lays one score per sequence on the last agent token of that sequence, 0 elsewhere.
-
-    Args:
-      score: (M,), one per turn or episode. sequence: (N,) long, which of the M each token belongs to, in their order.
-    Returns: (N,).
-    """
-    check_shapes("m, n", score, sequence)
-    return torch.where(_is_last(sequence), score[sequence], 0.0)
-
-
 def kl_shaped_reward(reward: Tensor, kl: Tensor, kl_weight: float) -> Tensor:
     """r_t − β · kl_t, what PPO maximises. Ziegler et al. 2019, section 2, their reward R laid over tokens.
 

@@ -32,34 +32,15 @@ class Pairs(NamedTuple):
     comparisons: int
 
 
-def pairs_from_target(target: Tensor, comparison: Tensor) -> Pairs:
-    """Every unordered pair of one comparison, with prob = t_i / (t_i + t_j) (Luce 1959, the choice axiom).
-
-    For two options prob is the target itself; a one-hot target gives best against rest. Options that both have
-    probability 0 say nothing about each other and make no pair.
-
-    Args: target, comparison (M,).
-    """
-    check_shapes("m, m", target, comparison)
-    first, second = _pairs_within(comparison)
-    known = target[first] + target[second] > 0
-    first, second = first[known], second[known]
-    prob = target[first] / (target[first] + target[second])
-    return Pairs(first, second, prob, comparison[first], _count(comparison))
-
-
-def pairs_from_rank(rank: Tensor, comparison: Tensor) -> Pairs:
-    """Every unordered pair of one comparison, with prob 1, 0, or ½ where both have one rank. Args: (M,) long each."""
-    check_shapes("m, m", rank, comparison)
-    first, second = _pairs_within(comparison)
-    prob = 0.5 + 0.5 * (rank[second] - rank[first]).sign()
-    return Pairs(first, second, prob, comparison[first], _count(comparison))
-
-
 def known_pairs(target: Tensor, rank: Tensor, comparison: Tensor) -> Pairs:
-    """Every unordered pair of one comparison whose order is known: prob as in `pairs_from_target` where the target has
-    anything on either, else 1 or 0 as the ranks say. Equal ranks without any target make no pair, since options that
-    nobody ordered look like that too. Args: (M,) each."""
+    """Make every unordered pair of options of one comparison whose order is known.
+
+    If the target is above 0 for either option, prob = t_i / (t_i + t_j) (Luce 1959, the choice axiom): for two options
+    the target itself. Otherwise it is 1 or 0 as the ranks say. Equal ranks without any target make no pair, since
+    options that nobody ordered look like that too.
+
+    Args: target, rank, comparison (M,) each.
+    """
     check_shapes("m, m, m", target, rank, comparison)
     first, second = _pairs_within(comparison)
     total, order = target[first] + target[second], (rank[second] - rank[first]).sign()
@@ -143,45 +124,6 @@ def plackett_luce_loss(score: Tensor, rank: Tensor, comparison: Tensor) -> Tenso
     loss = at_least_float32(chosen_from - score)
     loss = torch.where(is_last, 1 - 1 / size.to(loss.dtype), 1.0) * loss
     return loss.new_zeros(_count(comparison)).index_add(0, comparison, loss)
-
-
-def fit_bradley_terry(wins: Tensor, prior_std: float = 1.0) -> Tensor:
-    """Latent strengths behind comparisons:  argmax_s  Σ_ij w_ij log σ(s_i − s_j) − Σ_i s_i² / (2 std²).
-
-    Bradley & Terry 1952 with a normal prior, without which an option that never loses would be infinitely strong.
-    Newton's method, each step at most 1 in any difference, which never overshoots as the curvature of log σ changes
-    by less than a factor e on the way. Strengths of a group sum to 0.
-
-    Args:
-      wins: (G,K,K) for G groups: how often (weights and halves allowed) option i was preferred to j; the diagonal is
-        ignored. Rows and columns of 0 fill smaller groups and keep strength 0.
-      prior_std: spread of strengths to be expected, in nats of log odds.
-    Returns: (G,K) fp64.
-    Raises: ValueError where 200 steps do not suffice, as with weights over ten decades and hardly any prior.
-    """
-    check_shapes("g k k", wins)
-    wins = wins.double()
-    compared = wins + wins.mT
-    eye = torch.eye(wins.shape[-1], dtype=wins.dtype, device=wins.device)
-    strength = wins.new_zeros(wins.shape[:-1])
-    for _ in range(200):
-        prob = torch.sigmoid(strength[:, :, None] - strength[:, None])
-        gradient = (wins - compared * prob).sum(-1) - strength / prior_std**2
-        coupling = compared * prob * (1 - prob) * (1 - eye)
-        curvature = torch.diag_embed(coupling.sum(-1) + prior_std**-2) - coupling
-        step = torch.linalg.solve(curvature, gradient)
-        spread = step.amax(-1, keepdim=True) - step.amin(-1, keepdim=True)
-        strength = strength + step / spread.clamp(min=1)
-        if spread.amax() < 1e-6:  # quadratic by then: what is left is far smaller
-            return strength
-    raise ValueError(f"wins: no convergence in 200 steps, strengths differ by {spread.amax():.1g} still")
-
-
-def centred_per_group(value: Tensor, group: Tensor) -> Tensor:
-    """value − mean of its group, which takes away how hard the prompt was. Args: value (M,), group (M,) long in
-    0..G−1, such as `comparison`. Returns: (M,)."""
-    check_shapes("m, m", value, group)
-    return value - _mean_per(value, group, _count(group))[group]
 
 
 def gain_and_bias(score: Tensor, mean: float = 0.0, std: float = 1.0) -> tuple[float, float]:

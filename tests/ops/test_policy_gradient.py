@@ -18,7 +18,6 @@ from offline_lmrl.ops.policy_gradient import (
     policy_statistics,
     replace_unfinished,
     scale_scores,
-    scores_at_ends,
     tensorflow_adam_eps,
     value_loss,
     value_statistics,
@@ -61,15 +60,9 @@ def test_entropy_by_hand_and_with_forbidden_tokens():
     assert_close(logits.grad, torch.tensor([-0.1732868, 0.0866434, 0.0866434, 0.0]))
 
 
-def test_scores_lie_on_the_last_token_of_ragged_sequences():
-    sequence = torch.tensor([0, 0, 0, 1, 2, 2])
-    laid = scores_at_ends(torch.tensor([5.0, -1.0, 2.0]), sequence)
-    assert_close(laid, torch.tensor([0.0, 0.0, 5.0, -1.0, 0.0, 2.0]))
-
-
 def test_shaped_rewards_of_three_tokens_sum_to_the_score_less_the_divergence():
     log_prob, ref_log_prob = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -1.0, -0.5])
-    reward = scores_at_ends(torch.tensor([3.0]), torch.tensor([0, 0, 0]))
+    reward = torch.tensor([0.0, 0.0, 3.0])
     shaped = kl_shaped_reward(reward, kl_k1(log_prob, ref_log_prob), 0.1)
     # kl = .5, -1, 0
     assert_close(shaped, torch.tensor([-0.05, 0.1, 3.0]))

@@ -6,6 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from offline_lmrl.ops.preferences import (
+    Pairs,
     abstention_threshold,
     all_pairs_loss,
     best_of_k_loss,
@@ -14,13 +15,9 @@ from offline_lmrl.ops.preferences import (
     best_of_n_kl_bound,
     bradley_terry_loss,
     calibration_error,
-    centred_per_group,
     centring_bias,
-    fit_bradley_terry,
     gain_and_bias,
     known_pairs,
-    pairs_from_rank,
-    pairs_from_target,
     plackett_luce_loss,
     regression_loss,
     rule_adjusted_score,
@@ -30,6 +27,19 @@ from offline_lmrl.ops.preferences import (
 SCORE = torch.tensor([4.0, 2.0, 1.0, 1.0]).log()
 RANK = torch.tensor([0, 1, 1, 2])
 ONE = torch.zeros(4, dtype=torch.long)
+
+
+def pairs_from_target(target, comparison):
+    return known_pairs(target, torch.zeros_like(comparison), comparison)
+
+
+def pairs_from_rank(rank, comparison):
+    """All pairs, a tie at ½, which `known_pairs` leaves out where nobody gave it a target."""
+    first, second = torch.combinations(torch.arange(len(rank))).T
+    same = comparison[first] == comparison[second]
+    first, second = first[same], second[same]
+    prob = 0.5 + 0.5 * (rank[second] - rank[first]).sign()
+    return Pairs(first, second, prob, comparison[first], int(comparison.max()) + 1)
 
 
 def test_pair_loss_by_hand_with_a_tie_a_soft_label_and_a_margin():
@@ -184,45 +194,6 @@ def test_gradients_of_the_listwise_losses_sum_to_zero_and_are_finite_at_extremes
         loss_of(score).sum().backward()
         assert score.grad.isfinite().all() and score.grad.abs().max() > 0.5
         assert_close(score.grad.sum(), torch.tensor(0.0))
-
-
-def test_latent_strengths_of_two_options_have_their_closed_form():
-    # the difference of ln 3 (σ = ¾) is reached where ¼ w₁ - ¾ w₂ = ½ ln 3, with w₂ = 1
-    wins = torch.tensor([[[0.0, 3 + 2 * math.log(3)], [1.0, 0.0]]])
-    assert_close(fit_bradley_terry(wins), torch.tensor([[0.5, -0.5]], dtype=torch.float64) * math.log(3))
-
-
-def test_latent_strengths_are_recovered_from_expected_wins():
-    strength = torch.tensor([[1.5, 0.2, -0.5, -1.2]], dtype=torch.float64)
-    wins = 1e6 * torch.sigmoid(strength[:, :, None] - strength[:, None])
-    assert_close(fit_bradley_terry(wins), strength, atol=1e-4, rtol=0)
-
-
-def test_latent_strengths_of_sure_winners_stay_finite_and_maximise_the_posterior():
-    wins = torch.zeros(2, 4, 4)
-    wins[0, 0, 1:] = 1e5  # the first always wins; the others never met
-    wins[1, 0, 1] = 1.0  # a smaller group, filled with zeros
-    for prior_std in (1.0, 100.0):
-        strength = fit_bradley_terry(wins, prior_std).requires_grad_()
-        lead = strength[:, :, None] - strength[:, None]
-        posterior = (wins * torch.nn.functional.logsigmoid(lead)).sum() - strength.square().sum() / 2 / prior_std**2
-        posterior.backward()
-        assert strength.grad.abs().max() < 1e-6
-        assert_close(strength.sum(-1).detach(), torch.zeros(2, dtype=torch.float64), atol=1e-6, rtol=0)
-        assert strength[0, 0] > strength[0, 1] and strength[1, 2] == strength[1, 3] == 0
-
-
-def test_latent_strengths_are_found_where_full_newton_steps_would_run_away():
-    wins = torch.zeros(1, 4, 4)
-    wins[0, 0, 2] = wins[0, 2, 1] = 1e6
-    wins[0, 3, 0], wins[0, 3, 1] = 1e2, 1e5
-    strength = fit_bradley_terry(wins)[0]
-    assert strength.argsort(descending=True).tolist() == [3, 0, 2, 1]
-
-
-def test_scores_are_centred_within_their_group():
-    value, group = torch.tensor([1.0, 5.0, 3.0, 10.0]), torch.tensor([0, 1, 0, 1])
-    assert_close(centred_per_group(value, group), torch.tensor([-1.0, -2.5, 1.0, 2.5]))
 
 
 def test_normalised_scores_have_the_mean_and_spread_asked_for_and_stay():
