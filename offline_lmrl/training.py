@@ -533,6 +533,7 @@ class BaseTrainer(transformers.Trainer):
           count: False adds nothing but makes the entries, so that this rank can take part in joining the sums.
         """
         for name, values in logged.items():
+            # A rank that does not count adds an empty slice: all ranks must have the same entries to reduce.
             values = values.detach().float()[: None if count else 0]
             pair = torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
@@ -700,6 +701,7 @@ class BaseTrainer(transformers.Trainer):
         number = None if self.signals is None else self.signals.agreed(self.args.world_size)
         if number is not None and step < self.state.max_steps:
             if not due or self.args.save_only_model:
+                # A stopped run must be resumable, so save optimizer and schedule in any case.
                 only, self.args.save_only_model = self.args.save_only_model, False
                 self._save_checkpoint(model, trial)
                 self.args.save_only_model = only

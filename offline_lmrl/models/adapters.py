@@ -80,6 +80,7 @@ def check_settings(name: str | Path, block: Any) -> None:
             raise InputError(f"{where}.{key}: found {shown(given)}, expected kind and heads in it")
         for field, value in given.items():
             kind = (int, float) if type(known[field]) is float else type(known[field])
+            # In Python, True and False are ints too: accept a bool only for a bool.
             fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
             if known[field] is not None and not fits:
                 raise InputError(

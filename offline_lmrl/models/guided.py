@@ -86,7 +86,7 @@ class Guided:
         heads = settings(config).get("return_heads")
         self._add_parts(ValueHeadsConfig(**stored) if stored else None, _table_rows(config), heads)
         self.post_init()
-        if self.value_heads is not None:
+        if self.value_heads is not None:  # post_init has drawn target heads of their own
             self.update_targets(1.0)
             self.freeze_targets()
 
@@ -103,8 +103,8 @@ class Guided:
     def get_decoder(self) -> nn.Module:
         """Return the module that maps tokens to the hidden states that enter the LM head.
 
-        This is the base's own answer if it contains the input embedding and not the LM head; otherwise the first
-        child module of which that is true.
+        This is the first module that contains the input embedding but not the LM head, among the base's own answer
+        and the model's direct children.
 
         Raises: InputError if there is no such module.
         """
@@ -299,7 +299,9 @@ class Guided:
         form = _sampling_form(self.config)
         if isinstance(beta, Tensor):
             beta = beta.view(-1, 1, 1)  # (B,1,1), to broadcast over positions and vocabulary
+        # Filter first: outside the data's support, Q was never trained.
         scores = support_filter(logits.float(), form.get("support", 0.0))
+        # V cancels in the softmax unless the advantage is clipped.
         v = None if form.get("clip") is None else self.v_values(hidden)
         options = {"beta": beta, "q_reduce": form.get("q_reduce", "min"), "clip": form.get("clip")}
         if form.get("candidates") is None:

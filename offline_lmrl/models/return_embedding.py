@@ -55,6 +55,7 @@ class ReturnEmbedding(Head):
           embedding: the model's own, for ordinary ids.
         Returns: (B,T,width), in the dtype of `embedding`.
         """
+        # Both lookups run at all positions; ids of the other kind are set to a valid one there, and not used.
         reserved = input_ids - embedding.weight.shape[0]
         known = reserved < 0
         own = embedding(input_ids.masked_fill(~known, 0))

@@ -190,6 +190,7 @@ class QHead:
         return chunked_logsumexp(self.features(hidden), self.rows(matrix), self.bias) + self.offset(hidden)
 
 
+# Q_i(s,a) = c · M_i h · E[a] + w_i · h + b_i, where E is the live LM head.
 class TiedQ(QHead, Head):
     def __init__(self, heads: int, width: int, vocabulary: int, initial_value: float):
         super().__init__()
@@ -220,7 +221,7 @@ class TiedQ(QHead, Head):
         return torch.einsum("nd,hd->hn", hidden, self.state_weight) + self.state_bias.unsqueeze(1)
 
     def rows(self, matrix: Tensor, candidates: Tensor | None = None) -> Tensor:
-        matrix = matrix.detach().unsqueeze(0)
+        matrix = matrix.detach().unsqueeze(0)  # the loss of Q must not change the LM head
         return (matrix if candidates is None else _pick(matrix, candidates)).float()
 
 
@@ -243,6 +244,7 @@ class OwnRows(QHead):
             self.bias = nn.Parameter(bias, self.bias.requires_grad)
 
 
+# Q_i(s,a) = W_i[a] · h + a constant.
 class LinearQ(OwnRows, Head):
     def __init__(self, heads: int, width: int, vocabulary: int, initial_value: float):
         super().__init__()
@@ -263,6 +265,7 @@ class LinearQ(OwnRows, Head):
         return self.constant.view(1, 1)
 
 
+# Q_i(s,a) = W_i[a] · relu(A_i h + a_i) + bias_i[a].
 class MLPQ(OwnRows, TwoLayers):
     def __init__(self, heads: int, width: int, vocabulary: int, initial_value: float):
         super().__init__(heads, width)

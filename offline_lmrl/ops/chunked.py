@@ -25,7 +25,7 @@ def chunked_logsumexp(
     chunk = max(1, max_elements // (heads * weight.shape[1]))
     if rows <= chunk:
         return _logsumexp(features, weight, bias)
-    parts = [
+    parts = [  # nothing in a chunk is random, so the state of the random number generators need not be saved
         checkpoint(_logsumexp, part, weight, bias, use_reentrant=False, preserve_rng_state=False)
         for part in features.split(chunk, dim=1)
     ]

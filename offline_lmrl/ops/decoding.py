@@ -161,7 +161,7 @@ def uniform(seed: Tensor, counter: Tensor) -> Tensor:
       counter: (B,) int64.
     Returns: (B,) fp64, with 53 random bits.
     """
-    golden = -0x61C8864680B583EB
+    golden = -0x61C8864680B583EB  # SplitMix64's increment, 0x9E3779B97F4A7C15, as int64
     bits = _mix(_mix(seed + golden) + counter * golden)
     return ((bits >> 11) & 0x1FFFFFFFFFFFFF).double() / 2.0**53
 
@@ -176,6 +176,7 @@ def sample_from(scores: Tensor, u: Tensor) -> Tensor:
     """
     cdf = at_least_float32(scores).softmax(-1).cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1:].contiguous()
+    # right=True finds the first token with cdf > u · total, so that u = 0 skips leading tokens without mass.
     drawn = torch.searchsorted(cdf, u.to(cdf.dtype).unsqueeze(-1) * total, right=True)
     last = torch.searchsorted(cdf, total)  # the last token with mass, because u · total may round up to total
     return torch.minimum(drawn, last).squeeze(-1)

@@ -133,6 +133,7 @@ def generalized_advantage(
     """
     check_shapes("n, n, n", td_target, v, episode)
     advantage = (td_target - v).detach()
+    # A factor of 0 at the last token of an episode keeps sums from crossing into the next episode.
     decay = torch.where(_is_last(episode), 0.0, gae_lambda * torch.as_tensor(discount, dtype=v.dtype, device=v.device))
     # Each entry holds the sum over `reach` steps, and `decay` the factor of the step after them. Adding the sum that
     # begins there doubles the reach, so log₂ N rounds suffice instead of N.

@@ -282,6 +282,7 @@ def best_of_n(prob: Tensor, score: Tensor, n: int) -> Tensor:
     below = mass[torch.searchsorted(ordered, score.contiguous())]
     up_to = mass[torch.searchsorted(ordered, score.contiguous(), right=True)]
     won = (up_to / mass[-1]) ** n - (below / mass[-1]) ** n
+    # Equal scores share the mass of their score; prob = 0 would divide 0 by 0.
     return torch.where(prob > 0, prob / (up_to - below) * won, 0.0)
 
 
@@ -371,5 +372,6 @@ def _mean_per(value: Tensor, index: Tensor, count: int) -> Tensor:
 
 def _segment_logsumexp(value: Tensor, index: Tensor, count: int) -> Tensor:
     """Return (count,), log Σ e^value over the entries of each index."""
+    # The peak only prevents overflow. It cancels, so no gradient has to pass through it.
     peak = value.new_full((count,), -torch.inf).scatter_reduce(0, index, value.detach(), "amax")
     return peak + value.new_zeros(count).index_add(0, index, (value - peak[index]).exp()).log()
