@@ -344,7 +344,8 @@ class Guided:
         The LM head runs at the N states of `steps` and the E states of `environment` only.
         """
         row, state, action = steps["row"], steps["state"], steps["action"]
-        inputs = {name: value for name, value in kwargs.items() if value is not None}  # peft adds Nones
+        # peft passes arguments that nobody gave, as None.
+        inputs = {name: value for name, value in kwargs.items() if value is not None}
         if self.training and condition_dropout > 0:
             inputs["input_ids"] = self._without_conditions(inputs["input_ids"], condition_dropout)
         extra = None

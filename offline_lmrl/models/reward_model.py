@@ -236,7 +236,7 @@ def fold(model: PreTrainedModel, gain: float, bias: float) -> None:
 
 
 def _with_read(model: PreTrainedModel, head: str) -> PreTrainedModel:
-    model.__class__ = reward_class(type(model))  # in place, so that loaded weights stay where they are
+    model.__class__ = reward_class(type(model))
     block = settings(model.config)
     model.config.offline_lmrl = block | {"reward": {"bias": 0.0, **block.get("reward", {}), "head": head}}
     return model
