@@ -1,5 +1,8 @@
-"""The one base of every offline trainer: transformers' Trainer with packed batches, exact counts, target updates,
-checkpoints that are whole or absent, and losses that do not depend on how a batch was split."""
+"""The base of all offline trainers, built on transformers' Trainer.
+
+It adds packed batches, exact counts, target updates, checkpoints that are either complete or absent, and losses that
+do not depend on how a batch is split over micro-batches and ranks.
+"""
 
 import json
 import math
@@ -72,14 +75,16 @@ CONFIG_FILES = ("config.json", "adapter_config.json")  # a folder without them i
 
 @dataclass
 class BaseConfig(TrainingArguments):
-    """What every algorithm takes beside the fields of `transformers.TrainingArguments`.
+    """The settings of every algorithm, in addition to the fields of `transformers.TrainingArguments`.
 
-    context: most turns that the policy sees before its own; None = all. 1 makes a fully observed game Markov.
-    stride: turns by which that window moves at a time (data/windows.py).
-    max_length: most tokens of a window; whole oldest turns are dropped, never the reply.
-    template: `auto` (dialogues as the tokenizer's chat template prints them, or plain where it has none), `assembled`
-      (its texts around turns, but what was read never changes: where the template rewrites earlier turns, this is
-      faster and differs from what engines print), or `plain` (a line per turn with the speaker's name).
+    Args:
+      context: the most turns that the policy sees before its own; None = all. With 1, a fully observed game is Markov.
+      stride: the number of turns by which that window moves at a time (data/windows.py).
+      max_length: the most tokens of a window; whole turns are dropped, oldest first, but never the reply.
+      template: how dialogues become text. `auto`: as the tokenizer's chat template prints them, or as `plain` if it
+        has none. `assembled`: the template's texts around turns, but earlier text never changes; this is faster if
+        the template rewrites earlier turns, and then differs from what other engines print. `plain`: one line per
+        turn, with the speaker's name.
     """
 
     context: int | None = None
@@ -94,19 +99,19 @@ class BaseConfig(TrainingArguments):
     lr_scheduler_type: str = "cosine_with_min_lr"
     lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
     logging_steps: float = 50
-    logging_nan_inf_filter: bool = False  # it would cost a host sync per step
-    remove_unused_columns: bool = False  # a batch is packed steps, not forward's own arguments
+    logging_nan_inf_filter: bool = False  # the filter would cost a host sync per step
+    remove_unused_columns: bool = False  # a batch holds packed steps, which forward does not name
     ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self) -> None:
-        WindowRule(self.context, self.stride, self.max_length)  # checks the ranges
+        WindowRule(self.context, self.stride, self.max_length)  # made only for its range checks
         if self.template not in TEMPLATES:
             raise InputError(f"template: found {shown(self.template)}, expected one of {', '.join(TEMPLATES)}")
         try:
             super().__post_init__()
         except InputError:
             raise
-        except Exception as error:  # whatever is raised here is about the settings
+        except Exception as error:  # the settings are the only input, so any error is about them
             raise InputError(f"args: {' '.join(str(error).split()) or type(error).__name__}") from error
         check_range(
             self,
@@ -132,10 +137,12 @@ class BaseConfig(TrainingArguments):
 
 @dataclass
 class OfflineConfig(BaseConfig):
-    """What every algorithm takes that learns from scored trajectories.
+    """The settings of every algorithm that learns from scored trajectories.
 
-    reward_scale: divisor of rewards; None = the range of the training returns.
-    prompt: demonstrations of the same task that stand before every window (data/demonstrations.py); None = no prompts.
+    Args:
+      reward_scale: the divisor of rewards; None = the range of the training returns.
+      prompt: few-shot demonstrations of the same task before every window (data/demonstrations.py); None = no
+        demonstrations.
     """
 
     reward_scale: float | None = None
@@ -152,16 +159,19 @@ class OfflineConfig(BaseConfig):
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
-        """As TrainingArguments', with plain values for the prompt too."""
+        """Return the fields as plain values, as TrainingArguments does, those of the demonstrations included."""
         return super().to_dict() | {"prompt": self.prompt and asdict(self.prompt)}
 
 
 def check_schedule(args: TrainingArguments) -> None:
-    """Raise an InputError for settings of which no schedule can be made: now, not when training starts."""
+    """Check that a learning rate schedule can be built from the settings, before training starts.
+
+    Raises: InputError if not.
+    """
     try:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
         get_scheduler(args.lr_scheduler_type, optimizer, 0, 2, args.lr_scheduler_kwargs)
-    except Exception as error:  # whatever is raised here is about these settings
+    except Exception as error:  # these settings are the only input, so any error is about them
         raise InputError(
             f"lr_scheduler_kwargs: found {shown(args.lr_scheduler_kwargs)} ({error}), expected what "
             f"lr_scheduler_type {args.lr_scheduler_type} takes"
@@ -169,7 +179,10 @@ def check_schedule(args: TrainingArguments) -> None:
 
 
 def check_trackers(args: TrainingArguments) -> None:
-    """Raise an InputError for a tracker that is not known or not installed: now, not when training starts."""
+    """Check that the experiment trackers in `report_to` are known and installed, before training starts.
+
+    Raises: InputError if one is not.
+    """
     for name in args.report_to or ():
         if name not in INTEGRATION_TO_CALLBACK:
             raise InputError(
@@ -186,24 +199,45 @@ def check_trackers(args: TrainingArguments) -> None:
 
 
 def check_range(config: object, **bounds: tuple[float, float]) -> None:
-    """Raise an InputError that names the first field of `config` that is no number in its closed range."""
+    """Check that fields of `config` are numbers in closed ranges.
+
+    Args:
+      bounds: field name -> (lowest, highest allowed value).
+    Raises: InputError that names the first field outside its range, or None.
+    """
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
         if value is None or not low <= value <= high:
             raise InputError(f"{name}: found {value}, expected {low} to {high}")
 
 
-KNOWN_TURN = "a finished turn of which it is known what follows"  # what it earned is a target
+KNOWN_TURN = "a finished turn of which it is known what follows"  # its reward is a training target
 
 
 def require_targets(name: str, weight: float, targets: int, what: str) -> None:
-    """Raise an InputError where a weight is above 0 and nothing in the training data is a target of its loss."""
+    """Check that a loss with a weight above 0 has targets in the training data.
+
+    Args:
+      name: the setting, for the error.
+      weight: the weight of the loss.
+      targets: the number of its targets in the training data.
+      what: the kind of target, for the error.
+    Raises: InputError if the weight is above 0 and there are no targets.
+    """
     if weight > 0 and not targets:
         raise InputError(f"{name}: found {weight:g}, expected 0, as no window of the training data holds {what}")
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler[int]):
-    """A shuffle in which neighbours have like lengths; a function of (seed, epoch) alone, so resuming is exact."""
+    """A shuffle in which neighbours have similar lengths.
+
+    The order depends on (seed, epoch) alone, so that resuming is exact.
+
+    Args:
+      lengths: tokens per row.
+      batch_size: rows per step over all ranks; a pool of 50 such batches is sorted by length.
+      seed: of the shuffle.
+    """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
         self.lengths, self.pool, self.seed, self.epoch = torch.as_tensor(lengths), 50 * batch_size, seed, 0
@@ -221,15 +255,22 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
         pools = [pool[self.lengths[pool].argsort(descending=True, stable=True)] for pool in shuffled.split(self.pool)]
         batches = [batch for pool in pools for batch in pool.split(self.batch_size)]
         full = [batch for batch in batches if len(batch) == self.batch_size]
-        order = torch.randperm(len(full), generator=generator)  # else every pool would run from long to short
+        order = torch.randperm(len(full), generator=generator)  # else lengths would fall within each pool
         rest = [batch for batch in batches if len(batch) < self.batch_size]
         return iter(torch.cat([*(full[i] for i in order), *rest]).tolist())
 
 
 class EvenBatches(torch.utils.data.BatchSampler):
-    """Full batches, as many as a multiple of `ranks`; what an epoch lacks at its end is filled up with `surplus`.
+    """A batch sampler that gives every rank the same number of full batches.
 
-    accelerate would repeat the epoch's first rows there, which would then count twice.
+    The end of an epoch is filled up with the index `surplus`. accelerate would repeat the epoch's first rows there,
+    which would then count twice.
+
+    Args:
+      sampler: the order of the rows.
+      batch_size: indices per batch.
+      ranks: the number of batches is a multiple of it.
+      surplus: the filling index, which must be no row (see `collate_even`).
     """
 
     def __init__(self, sampler: torch.utils.data.Sampler[int], batch_size: int, ranks: int, surplus: int):
@@ -245,9 +286,9 @@ class EvenBatches(torch.utils.data.BatchSampler):
 
 
 def collate_even(items: Sequence[WindowRef | ComparisonRef]) -> Mapping[str, Any]:
-    """The data collator for `EvenBatches`: leaves out items behind the dataset's end.
+    """Collate a batch of `EvenBatches`, without the items after the end of the dataset.
 
-    Every rank has to run forward, so a batch of nothing else becomes one that counts for nothing.
+    Every rank must run forward, so a batch of such items alone becomes one without weight in the loss.
     """
     dataset = items[0].dataset
     real = [item.index for item in items if item.index < len(dataset)]
@@ -255,20 +296,26 @@ def collate_even(items: Sequence[WindowRef | ComparisonRef]) -> Mapping[str, Any
 
 
 class TargetUpdates(TrainerCallback):
-    """Polyak step of the target heads, once per optimizer step; none where the loss scaler skipped the step."""
+    """A callback that averages the target heads (a Polyak step) after every optimizer step.
+
+    It leaves out steps that the loss scaler skipped.
+
+    Args:
+      rate: target ← rate · online + (1 − rate) · target.
+    """
 
     def __init__(self, rate: float):
         self.rate, self.count = rate, 0
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
-        if getattr(optimizer, "step_was_skipped", False):  # accelerate's; Trainer calls this either way
+        if getattr(optimizer, "step_was_skipped", False):  # set by accelerate; Trainer calls this method in both cases
             return
         getattr(model, "module", model).update_targets(self.rate)
         self.count += 1
 
 
 class LossBar(ProgressCallback):
-    """The progress bar with the loss behind it, on stderr: stdout belongs to what a command was asked for."""
+    """A progress bar that also shows the loss. It prints to stderr, because stdout is for a command's results."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
@@ -276,7 +323,7 @@ class LossBar(ProgressCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every logged row to metrics.jsonl in the run directory."""
+    """A callback that appends every logged row to metrics.jsonl in the run directory."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if state.is_world_process_zero:
@@ -284,7 +331,7 @@ class MetricsFile(TrainerCallback):
 
 
 class ResumedAverages(TrainerCallback):
-    """Gives a trainer back, before its first step, what it had added up since its last row of metrics."""
+    """A callback that restores the running sums of metrics of a resumed trainer before its first step."""
 
     def __init__(self, trainer: "BaseTrainer"):
         self.trainer = trainer
@@ -294,23 +341,27 @@ class ResumedAverages(TrainerCallback):
 
 
 class BaseTrainer(transformers.Trainer):
-    """Trains a model on a packed data set, whose batches are one dict of tensors and give one loss per item.
+    """A trainer on a packed data set: each batch is one dict of tensors and gives one loss per item.
 
-    A subclass says how data and model are made ready (`prepare`), what it minimises (`losses`) and what is counted
-    (`items_in`); for `run.train` also how it reads its data and makes its model.
+    A subclass defines how data and model are prepared (`prepare`), the loss (`losses`) and the items that it is
+    averaged over (`items_in`). For `run.train`, it also defines how data are read (`read`) and models are made
+    (`new_model`, `open_model`).
 
     Args:
       model: a model, or a folder or hub name of one.
-      train_dataset, eval_dataset: rows of data, or a path or hub name.
-      processing_class: the tokenizer; by default the one that lies with the model.
-      peft_config: trains an adapter instead of the trunk.
+      args: the settings.
+      train_dataset: rows of data, or a path or hub name.
+      eval_dataset: the same for held-out data; None = no evaluation.
+      processing_class: the tokenizer; None = the one saved with the model.
+      peft_config: train an adapter of this kind instead of the trunk; None = train the trunk.
+      kwargs: further arguments of transformers.Trainer.
     """
 
-    loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole optimizer step
+    loss_is_scaled_for_ga = True  # compute_loss divides by the items of all micro-batches, so Trainer must not
     algorithm = ""
-    plays = False  # in an environment
+    plays = False  # whether training plays in an environment
     regime = "labels only"
-    signals: Signals | None = None  # at which training stops, behind a checkpoint
+    signals: Signals | None = None  # training stops at these, after writing a checkpoint
 
     def __init__(
         self,
@@ -352,7 +403,7 @@ class BaseTrainer(transformers.Trainer):
         self._held_at = -1  # the step whose checkpoint waits for the end of its epoch
         self._freeze_unreached()
 
-    # What a subclass says of itself.
+    # Methods for subclasses to define.
 
     @staticmethod
     def read(
@@ -361,68 +412,79 @@ class BaseTrainer(transformers.Trainer):
         counts: Counter[str] | None = None,
         reward: str | None = None,
     ) -> Sequence[Any]:
-        """The rows of data at a path or hub name, read as `args` say; rows are returned as they are.
+        """Read the rows of data at a path or hub name; return a sequence of rows as it is.
 
-        counts: gets repairs and drops by reason. reward: the column of the scores, as in `read_trajectories`.
+        Args:
+          args: the settings, which may choose how data are read.
+          source: a path, a hub name, or rows.
+          counts: receives the numbers of repaired and dropped rows by reason; None = they are not counted.
+          reward: the column of the scores, as in `read_trajectories`.
         """
         raise TypeError("this trainer does not say what it reads")
 
     @staticmethod
     def new_model(args: BaseConfig, spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """A model from scratch; see `build_model` for `spec`."""
+        """Build a model with fresh weights; `spec` is as in `build_model`."""
         raise TypeError("this trainer does not say what it trains")
 
     @staticmethod
     def open_model(args: BaseConfig, path: str, trust_remote_code: bool) -> PreTrainedModel:
-        """The model in a folder, or of a hub name."""
+        """Load the model of a folder or hub name."""
         raise TypeError("this trainer does not say what it trains")
 
     def prepare(
         self, model: PreTrainedModel | str, args: BaseConfig, train: Any, held_out: Any, peft_config: Any
     ) -> tuple[torch.nn.Module, Dataset, Dataset | None]:
-        """The model with all its parts, and the encoded data; `counts` gets what was left out of them."""
+        """Return the model with all its parts, the encoded training data, and the encoded held-out data or None.
+
+        `self.counts` receives the numbers of dropped rows by reason. Arguments are those of the constructor, where
+        `train` is called `train_dataset` and `held_out` is called `eval_dataset`.
+        """
         raise TypeError(f"{type(self).__name__} does not say what it trains")
 
     def losses(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss per item, (N,), and what to log: name -> (N,) or (K,), averaged over what they count."""
+        """Return the loss per item, (N,), and values to log: name -> (N,) or (K,), each averaged over its entries."""
         raise TypeError(f"{type(self).__name__} does not say what it minimises")
 
     def items_in(self, batch: Mapping[str, Any]) -> int:
-        """What the loss is averaged over."""
+        """Return the number of items in a batch; the loss is averaged over items."""
         raise TypeError(f"{type(self).__name__} does not say what it counts")
 
     def costs(self) -> dict[str, int]:
-        """Optimizer steps, and tokens read as often as they were."""
+        """Return the optimizer steps so far and the training tokens, each counted as often as it was read."""
         return {
             "steps": self.state.global_step,
             "training_tokens": round(self.state.epoch * self.train_dataset.tokens),
         }
 
     def outcome(self) -> dict[str, float]:
-        """What is measured when training ends, for complete.json."""
+        """Return measurements made at the end of training, for complete.json."""
         return {}
 
     def plan(self) -> dict[str, int]:
-        """What `train` would read, and its optimizer steps."""
+        """Return the size of the training data and the number of optimizer steps, without training."""
         return {**self.train_dataset.facts(), "optimizer steps": self.total_steps}
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """The number of optimizer steps of the whole run."""
         args = self.args
         if args.max_steps > 0:
             return args.max_steps
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return math.ceil(-(-len(self.train_dataset) // rows) * args.num_train_epochs)
 
-    # The shared machinery.
+    # Shared by all subclasses.
 
     def check_model(self, model: PreTrainedModel, args: BaseConfig) -> None:
-        """Whether the model can read what will be rendered for it. Raises: InputError where it cannot."""
+        """Check that the model can read the rendered data. Raises: InputError if it cannot."""
         check_model(model, self.renderer, args.max_length)
 
     def _freeze_unreached(self) -> None:
-        """Freezes what the loss does not reach: of the longest row, as some parts are for long texts alone."""
+        """Freeze parameters that the loss does not reach.
+
+        This is measured on the longest row, because some models have parts that only long texts use.
+        """
         batch = self.train_dataset.batch([int(self.train_dataset.lengths.argmax())])
         batch = send_to_device(batch, self.model.device)
         with probing(self.model), torch.random.fork_rng():
@@ -431,12 +493,12 @@ class BaseTrainer(transformers.Trainer):
             self.accelerator.ddp_handler.find_unused_parameters = True
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """As Trainer's, but each row goes to one rank only, for any number of ranks."""
+        """Return Trainer's loader, changed so that each row goes to exactly one rank."""
         loader = super().get_train_dataloader()
         shard = loader.batch_sampler
         if isinstance(shard, BatchSamplerShard) and not shard.drop_last:
             ranks = 1 if shard.split_batches else shard.num_processes
-            shard.sampler = shard.batch_sampler.sampler  # there a resumed loader looks for the sampler's set_epoch
+            shard.sampler = shard.batch_sampler.sampler  # where a resumed loader looks for set_epoch
             shard.batch_sampler = EvenBatches(shard.sampler, shard.batch_size, ranks, surplus=len(loader.dataset))
         return loader
 
@@ -448,40 +510,46 @@ class BaseTrainer(transformers.Trainer):
         return super()._get_train_sampler(train_dataset)
 
     def _get_eval_sampler(self, eval_dataset):
-        # Whatever the training order: evaluation_loop batches itself.
+        # Independent of the training order, because evaluation_loop makes its own batches.
         return torch.utils.data.SequentialSampler(eval_dataset)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """Items of the optimizer step: all micro-batches, all ranks."""
+        """Return the number of items of the optimizer step, over all micro-batches and all ranks."""
         count = torch.tensor([sum(map(self.items_in, batch_samples))], device=device)
         return self.accelerator.gather(count).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         per_item, logged = self.losses(model, inputs)
         self._add_up(logged)
-        # DDP averages gradients over ranks, the count is global: multiply once by the world size.
+        # DDP averages gradients over ranks, but the count is a sum over ranks: multiply once by the world size.
         loss = per_item.sum() * self.args.world_size / num_items_in_batch
         return (loss, logged) if return_outputs else loss
 
     def _add_up(self, logged: Mapping[str, Tensor], count: bool = True) -> None:
-        """count: whether the values count, or a rank only takes part where sums are joined."""
+        """Add the values of each metric, and how many there are, to the running sums.
+
+        Args:
+          logged: name -> values of any length.
+          count: False adds nothing but makes the entries, so that this rank can take part in joining the sums.
+        """
         for name, values in logged.items():
+            # A rank that does not count adds an empty slice: all ranks must have the same entries to reduce.
             values = values.detach().float()[: None if count else 0]
             pair = torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def _averages(self, prefix: str = "") -> dict[str, float]:
-        """Every metric as sum / count over all ranks since the last call."""
+        """Return sum / count of every metric over all ranks since the last call, with `prefix` before each name."""
         if not self._sums:
             return {}
         total = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum")
         names, self._sums = list(self._sums), {}
-        # Of a metric that counted nothing there is no average: none of the windows had what it is about.
+        # A metric with a count of 0 has no average and is left out: no window had values for it.
         rows = zip(names, total.tolist(), strict=True)
         return {prefix + name: added / count for name, (added, count) in rows if count}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "train_loss" in logs:  # which is that of the whole run, however often it was stopped
+        if "train_loss" in logs:  # Trainer divides by the steps since a resume
             logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
         super().log(logs | self._averages() if "loss" in logs else logs, start_time)
 
@@ -489,14 +557,14 @@ class BaseTrainer(transformers.Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        """Means over the items of the whole set, the same for any batch size and number of ranks."""
+        """Compute means over the items of the whole set; they do not depend on batch size or number of ranks."""
         training_sums, self._sums = self._sums, {}
         dataset, size = dataloader.dataset, self.args.eval_batch_size
         model = self._wrap_model(self.model, training=False).eval()
         starts = range(0, len(dataset), size)
         for turn in range(-(-len(starts) // self.args.world_size)):
             number = turn * self.args.world_size + self.args.process_index
-            # Every rank runs forward equally often (sharded models need that); a surplus pass is not counted.
+            # Sharded models need every rank to run forward equally often; a surplus pass is not counted.
             start = starts[number % len(starts)]
             batch = self._prepare_inputs(dataset.batch(range(start, min(start + size, len(dataset)))))
             with self.compute_loss_context_manager():
@@ -507,10 +575,13 @@ class BaseTrainer(transformers.Trainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataset))
 
     def compare_with_template(self, dialogues: Sequence[Sequence[Turn]]) -> None:
-        """Count the dialogues, the first of the data, that the stock chat template prints otherwise.
+        """Check on some dialogues that they are rendered as the tokenizer's own chat template prints them.
 
-        Raises: InputError where `counts` names a kind of dialogue that is rendered otherwise, unless that was asked
-        for (`template: assembled`).
+        `self.counts` receives a difference, if there is one.
+
+        Args:
+          dialogues: turns of the first rows of the data.
+        Raises: InputError if, with `template: auto`, any dialogue of the data is counted as rendered otherwise.
         """
         if (difference := first_difference(self.renderer, dialogues)) is not None:
             self.counts[difference] += 1
@@ -520,12 +591,18 @@ class BaseTrainer(transformers.Trainer):
                     f"template: found {n} {line}, expected template: assembled to train on them all the same, or plain"
                 )
 
-    # Going on: exactly, or not at all.
+    # Resuming: exactly, or not at all.
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """As Trainer's. From a checkpoint training goes on to the bits, rows and sums of a run that never stopped.
+        """Train, as Trainer does, but resume exactly.
 
-        Raises: InputError where a checkpoint is not complete, is damaged, or is one of another number of processes.
+        A resumed run has the same weights, metrics and sums, bit for bit, as one that was never stopped.
+
+        Args:
+          resume_from_checkpoint: a checkpoint folder; True = the newest complete one; None or False = start anew.
+          kwargs: further arguments of Trainer's method.
+        Raises: InputError if the checkpoint is incomplete or damaged, if it was written by another number of
+          processes, or if there is none for True.
         """
         checkpoint = self.last_checkpoint() if resume_from_checkpoint is True else resume_from_checkpoint or None
         if resume_from_checkpoint is True and checkpoint is None:
@@ -534,7 +611,7 @@ class BaseTrainer(transformers.Trainer):
         if self._resumed is not None:
             state = self._check_resumable(self._resumed)
             step, best = state.global_step, state.best_model_checkpoint
-            self.args.eval_on_start = False  # that was at step 0
+            self.args.eval_on_start = False  # that evaluation was made at step 0
         self._remove_leftover(Path(self.args.output_dir) / STAGING)
         if self.args.should_save:
             keep_metrics_until(self.args.output_dir, step)
@@ -544,21 +621,23 @@ class BaseTrainer(transformers.Trainer):
             output = super().train(checkpoint and str(checkpoint), **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
-                if getattr(callback, "training_bar", None) is not None:  # an error's line goes below it
+                if getattr(callback, "training_bar", None) is not None:  # so that an error is printed below the bar
                     callback.training_bar.close()
                     callback.training_bar = None
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint of the run that training can go on from. Raises: InputError where that is one of
-        another number of processes."""
+        """Return the newest complete checkpoint of the run; None = there is none.
+
+        Raises: InputError if it was written by another number of processes.
+        """
         checkpoint = last_complete(self.args.output_dir, self.lacking)
         if checkpoint is not None:
             check_processes(checkpoint, self._processes(checkpoint), self.args.world_size)
         return checkpoint
 
     def lacking(self, checkpoint: Path) -> list[str]:
-        """What of that which exact resuming reads is not in the checkpoint."""
+        """Return the names of files that exact resuming needs and the checkpoint does not have."""
         if hasattr(self.model, "peft_config"):
             parts = [name for name in PARTS if getattr(self.model, name, None) is not None]
             weights = ["adapter_model.safetensors", SETTINGS_FILE, *(f"{name}.safetensors" for name in parts)]
@@ -572,7 +651,7 @@ class BaseTrainer(transformers.Trainer):
         return missing(checkpoint, needed)
 
     def _rank_files(self, checkpoint: Path) -> list[str]:
-        """The files that each process wrote, of as many as wrote the checkpoint."""
+        """Return the names of the per-process files, for the number of processes that wrote the checkpoint."""
         first = checkpoint / "averages-0.json"
         ranks = range(self._processes(checkpoint) if first.exists() else 1)
         states = ["rng_state.pth"] if len(ranks) == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
@@ -584,7 +663,7 @@ class BaseTrainer(transformers.Trainer):
             return int(read_object(file, DAMAGED)["processes"])
 
     def _check_resumable(self, checkpoint: Path) -> TrainerState:
-        """The state in a checkpoint. Raises: InputError where training cannot go on from it exactly."""
+        """Return the trainer state of a checkpoint. Raises: InputError if training cannot resume exactly from it."""
         if names := self.lacking(checkpoint):
             raise InputError(f"{checkpoint}: found no {', '.join(names)}, expected {DAMAGED}")
         check_processes(checkpoint, self._processes(checkpoint), self.args.world_size)
@@ -596,16 +675,20 @@ class BaseTrainer(transformers.Trainer):
         return state
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        """As Trainer's, which would take a step beyond the last one where it goes on from the last checkpoint."""
+        """Run an epoch as Trainer does, or stop if all steps are done.
+
+        After resuming from the checkpoint of the last step, Trainer would take one more step.
+        """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
-        """As Trainer's, but a checkpoint is the last that is written at a step, and then a signal stops training.
+        """Log, save and evaluate as Trainer does, but write a step's checkpoint last, then stop if a signal came.
 
-        Behind the last step of an epoch Trainer calls this again, for what is due at the end of the epoch.
+        Trainer calls this once more after the last step of an epoch, for everything due at the end of the epoch. The
+        checkpoint of that step is therefore held back until the second call.
         """
         step, due = self.state.global_step, self.control.should_save
         last = self.control.should_training_stop or float(self.state.epoch).is_integer()
@@ -618,13 +701,14 @@ class BaseTrainer(transformers.Trainer):
         number = None if self.signals is None else self.signals.agreed(self.args.world_size)
         if number is not None and step < self.state.max_steps:
             if not due or self.args.save_only_model:
+                # A stopped run must be resumable, so save optimizer and schedule in any case.
                 only, self.args.save_only_model = self.args.save_only_model, False
                 self._save_checkpoint(model, trial)
                 self.args.save_only_model = only
             raise stopped(number, self.args.output_dir, step, self.state.max_steps)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """As Trainer's, and beside it what is added up since the last row of metrics."""
+        """Save the random state as Trainer does, and the running sums since the last row of metrics."""
         super()._save_rng_state(output_dir)
         sums = {name: pair.tolist() for name, pair in self._sums.items()}
         found = {
@@ -638,7 +722,7 @@ class BaseTrainer(transformers.Trainer):
         file.write_text(json.dumps(found), encoding="utf-8")
 
     def restore_averages(self) -> None:
-        """The inverse of what `_save_rng_state` adds, where training goes on from a checkpoint."""
+        """Restore the running sums that `_save_rng_state` saved, if training resumed from a checkpoint."""
         self._sums = {}
         if self._resumed is None:
             return
@@ -650,10 +734,10 @@ class BaseTrainer(transformers.Trainer):
             self._globalstep_last_logged = int(found["logged_at"])
             self._sums = {name: torch.tensor(pair, device=device) for name, pair in found["sums"].items()}
 
-    # Checkpoints: whole or absent.
+    # Checkpoints: complete or absent.
 
     def _get_output_dir(self, trial) -> str:
-        """Trainer writes checkpoints below this folder; while one is written, it has another name."""
+        """Return the folder below which Trainer writes checkpoints: a staging folder, from which they are moved."""
         return os.path.join(super()._get_output_dir(trial), STAGING)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -663,7 +747,7 @@ class BaseTrainer(transformers.Trainer):
         with filling(staging, staging.parent / name):
             super()._save_checkpoint(model, trial)
         best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == staging:  # Trainer saw it there; from now on it lies here:
+        if best is not None and Path(best).parent == staging:  # Trainer recorded the staging path
             self.state.best_model_checkpoint = str(staging.parent / Path(best).name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -676,8 +760,8 @@ class BaseTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes beside the folder first; the model's config, without which nothing loads, moves in last."""
-        if _internal_call:  # part of a checkpoint, which is staged as a whole
+        """Save the model in a staging folder first, then move it into its folder (`move_model`)."""
+        if _internal_call:  # part of a checkpoint, which is staged itself
             return super().save_model(output_dir, _internal_call=True)
         folder = Path(output_dir or self.args.output_dir)
         staging = folder / STAGING
@@ -689,7 +773,7 @@ class BaseTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
 
     def _remove_leftover(self, staging: Path) -> None:
-        """What a kill left half written."""
+        """Remove a staging folder that a killed process left half written."""
         if self.args.should_save and staging.exists():
             shutil.rmtree(staging)
         self.accelerator.wait_for_everyone()
@@ -700,8 +784,10 @@ class BaseTrainer(transformers.Trainer):
             save_heads(self.model, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """As Trainer's, but a checkpoint that lacks weights is an error, not a warning; heads beside an adapter are
-        read."""
+        """Load weights as Trainer does, and the heads saved beside an adapter.
+
+        Raises: InputError if the checkpoint is damaged or lacks weights, about which Trainer would only warn.
+        """
         model, checkpoint = model or self.model, Path(resume_from_checkpoint)
         for file in checkpoint.glob("*.safetensors"):
             with reading(file, DAMAGED), safetensors.safe_open(file, "pt"):
@@ -717,7 +803,7 @@ class BaseTrainer(transformers.Trainer):
         scheduler, optimizer = (
             None if checkpoint is None else Path(checkpoint) / f"{name}.pt" for name in ("scheduler", "optimizer")
         )
-        if scheduler is not None:  # a few numbers; Trainer reads it behind the optimizer, so its error says which
+        if scheduler is not None:  # read first, which is cheap, so that an error names the right file
             with reading(scheduler, DAMAGED):
                 torch.load(scheduler, weights_only=True)
         with reading(optimizer, DAMAGED):
@@ -728,20 +814,23 @@ class BaseTrainer(transformers.Trainer):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)  # Trainer's own way leaves heads behind
+        self._load_from_checkpoint(self.state.best_model_checkpoint)  # Trainer's own method would not load heads
 
 
 class OfflineTrainer(BaseTrainer):
-    """Trains a guided model on scored trajectories.
+    """A trainer of a guided model on scored trajectories.
 
-    A subclass says which terms it minimises (`loss_terms`), what forward must return for them (`forward_options`), how
-    rewards are laid over tokens (`step_rule`) and which parts the model needs (`prepare_model`).
+    A subclass defines the loss (`loss_terms`), the outputs of forward that it needs (`forward_options`), how rewards
+    are distributed over tokens (`step_rule`) and the parts that the model needs (`prepare_model`).
 
     Args:
       model: a causal LM, or a folder or hub name of one.
-      train_dataset, eval_dataset: trajectories, or a path or hub name that `read_trajectories` takes.
-      processing_class: the tokenizer; by default the one that lies with the model.
-      peft_config: trains an adapter instead of the trunk; heads are trained and saved in full beside it.
+      args: the settings.
+      train_dataset: trajectories, or a path or hub name for `read_trajectories`.
+      eval_dataset: the same for held-out data; None = no evaluation.
+      processing_class: the tokenizer; None = the one saved with the model.
+      peft_config: train an adapter of this kind instead of the trunk, with heads trained and saved in full beside it;
+        None = train the trunk.
     """
 
     rows_for_next_v = False
@@ -800,29 +889,29 @@ class OfflineTrainer(BaseTrainer):
     def open_model(args: OfflineConfig, path: str, trust_remote_code: bool) -> PreTrainedModel:
         return load_model(path, trust_remote_code=trust_remote_code)
 
-    # What an algorithm says of itself.
+    # Methods for algorithms to define.
 
     def select(self, trajectories: Sequence[Trajectory], args: OfflineConfig) -> Sequence[Trajectory]:
-        """The trajectories that are trained on."""
+        """Return the trajectories to train on."""
         return trajectories
 
     def step_rule(self, args: OfflineConfig) -> StepRule:
         return StepRule()
 
     def fit_scale(self, model: PreTrainedModel, train: Sequence[Trajectory], args: OfflineConfig) -> RewardScale:
-        """The unit of rewards, before anything is encoded."""
+        """Return the scale of rewards; it is fitted before any row is encoded."""
         return RewardScale.fit(train, args.reward_scale, discounted=self.step_rule(args).discounted)
 
     def slots(self, model: PreTrainedModel, train: Sequence[Trajectory], args: OfflineConfig) -> SlotsOfLog | None:
-        """What stands before the agent's turns (data/conditioning.py); None = nothing."""
+        """Return the return ids before the agent's turns (data/conditioning.py); None = no conditioning."""
         return None
 
     def prepare_model(self, model: PreTrainedModel, args: OfflineConfig, windows: WindowDataset) -> PreTrainedModel:
-        """The guided model with the parts that this algorithm needs."""
+        """Return the guided model with the parts that this algorithm needs."""
         return attach(model, None)
 
     def stored_blocks(self, args: OfflineConfig) -> Mapping[str, Any]:
-        """Further entries of the `offline_lmrl` block of config.json."""
+        """Return further entries for the `offline_lmrl` block of config.json."""
         return {}
 
     def forward_options(self) -> Mapping[str, Any]:
@@ -831,10 +920,16 @@ class OfflineTrainer(BaseTrainer):
     def loss_terms(
         self, outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss per action token, (N,), and what to log: name -> (N,) or (K,), averaged over what they count."""
+        """Return the loss per action token, and values to log.
+
+        Args:
+          outputs: of the guided model's forward (see `guided_class`).
+          steps: the packed action steps, (N,) each.
+        Returns: the loss (N,), and name -> (N,) or (K,), each averaged over its entries.
+        """
         raise TypeError(f"{type(self).__name__} does not say what it minimises")
 
-    # What all of them share.
+    # Shared by all algorithms.
 
     def _windows(self, trajectories: Sequence[Trajectory], args: OfflineConfig, counts: Counter[str]) -> WindowDataset:
         prompts = None
@@ -842,7 +937,7 @@ class OfflineTrainer(BaseTrainer):
             shown = self.demonstrations(args.prompt.demonstrations)
             prompts = encode_prompts(args.prompt, trajectories, shown, self.renderer, self.encoder.slots)
         columns = encode_trajectories(trajectories, self.encoder, counts, prompts)
-        pad_id = self.renderer.close_id  # any id: the attention mask, never the id, says what is padding
+        pad_id = self.renderer.close_id  # any id will do, because padding is defined by the attention mask
         return WindowDataset(
             columns,
             pad_id,
@@ -852,18 +947,18 @@ class OfflineTrainer(BaseTrainer):
         )
 
     def demonstrations(self, source: str | None) -> Sequence[Trajectory] | None:
-        """What prompts are drawn from; None = the rows themselves."""
+        """Return the trajectories from which demonstrations are drawn; None = from the training rows themselves."""
         return None if source is None else read_trajectories(source)
 
     def rows_for_end_v(self, args: OfflineConfig) -> bool:
         return False
 
     def learns_replies(self, args: OfflineConfig) -> bool:
-        """Whether windows also hold the environment's replies, as targets."""
+        """True if windows also hold the environment's replies, as targets."""
         return False
 
     def items_in(self, batch: Mapping[str, Any]) -> int:
-        """Action tokens."""
+        """Return the number of action tokens."""
         return len(batch["steps"]["row"])
 
     def losses(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -875,7 +970,10 @@ class OfflineTrainer(BaseTrainer):
 
 
 def check_model(model: PreTrainedModel, renderer: Renderer, max_length: int) -> None:
-    """Whether the model can read what will be rendered for it. Raises: InputError where it cannot."""
+    """Check that the model can read windows of `max_length` tokens that `renderer` makes.
+
+    Raises: InputError if it has too few positions or embeddings, or was trained with another tokenizer or template.
+    """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and max_length > limit:
         raise InputError(f"max_length: found {max_length}, expected at most the model's {limit} positions")
@@ -892,7 +990,10 @@ def check_model(model: PreTrainedModel, renderer: Renderer, max_length: int) -> 
 
 
 def with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
-    """The model inside an adapter that is trained in its place, heads in full beside it. Raises: InputError."""
+    """Return the model inside a trainable adapter; heads stay trainable in full.
+
+    Raises: InputError if the model has an adapter already, or cannot take this one.
+    """
     if hasattr(model, "peft_config"):
         raise InputError("lora: found a model with an adapter already; leave lora out to train that one, or merge it")
     peft = require_peft()
@@ -916,7 +1017,7 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
 
 @torch.no_grad()
 def _linear_layers_with_several_outputs(model: PreTrainedModel) -> list[str]:
-    """Names of linear layers that return more than a tensor: routers of some mixtures of experts."""
+    """Return the names of linear layers that return more than one tensor, such as routers of mixtures of experts."""
     found: list[str] = []
     handles = [
         module.register_forward_hook(
@@ -934,8 +1035,10 @@ def _linear_layers_with_several_outputs(model: PreTrainedModel) -> list[str]:
 
 
 def _check_whole(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Every weight of the model is in the checkpoint, tied ones once; mixture-of-experts files, which Trainer restores
-    in part only, fail here."""
+    """Check that every weight of the model is in the checkpoint, tied ones once.
+
+    Mixture-of-experts files fail here, because Trainer restores them only in part. Raises: InputError.
+    """
     stored: set[str] = set()
     for file in checkpoint.glob("*.safetensors"):
         with safetensors.safe_open(file, "pt") as content:
@@ -948,13 +1051,15 @@ def _check_whole(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def tokenizer_beside(model: PreTrainedModel | str) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies with a model. Raises: InputError where there is none."""
+    """Return the tokenizer saved with a model. Raises: InputError if there is none."""
     return load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
 
 
 def move_model(staging: Path, folder: Path) -> None:
-    """Moves a written model into the folder around it; the config, without which nothing loads, goes first and comes
-    last."""
+    """Move a written model from `staging` into `folder`, which contains it.
+
+    Delete the old config first and move the new one last, so that a half-finished move cannot be loaded.
+    """
     for name in CONFIG_FILES:
         (folder / name).unlink(missing_ok=True)
     for path in sorted(staging.iterdir(), key=lambda path: path.name in CONFIG_FILES):
@@ -964,7 +1069,16 @@ def move_model(staging: Path, folder: Path) -> None:
 
 
 def check_processes(checkpoint: Path, found: int, here: int) -> None:
-    """Raises InputError where a checkpoint was written by another number of processes: a step reads rows by each."""
+    """Check that a checkpoint was written by as many processes as run now.
+
+    Another number would change the rows of a step, because each process reads its own.
+
+    Args:
+      checkpoint: its folder, for the error.
+      found: the number of processes that wrote it.
+      here: the number of processes now.
+    Raises: InputError if the numbers differ.
+    """
     if found != here:
         raise InputError(
             f"{checkpoint}: found a checkpoint of a run by {found} process(es), expected one by {here}, "

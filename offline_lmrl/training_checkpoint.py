@@ -1,7 +1,7 @@
-"""The folder of a run while it is trained: checkpoints that are whole or absent, rows of metrics, and stopping.
+"""The folder of a run during training: checkpoints that are complete or absent, rows of metrics, and stopping.
 
-A checkpoint is complete when everything is in it that resuming to the same bits reads. Checkpoints come and go by a
-rename, so a kill leaves none in part; what it leaves lies in `.saving`.
+A checkpoint is complete if it holds everything that training needs to resume bit for bit. Checkpoints are added and
+removed by a rename, so a killed process leaves none in part. Its unfinished files are in the folder `.saving`.
 """
 
 import json
@@ -24,7 +24,7 @@ from offline_lmrl.data.io import write_text
 
 STAGING = ".saving"
 METRICS = "metrics.jsonl"
-CLOSING = "train_runtime"  # of all rows the last one alone has it
+CLOSING = "train_runtime"  # a key of the last row only
 DAMAGED = "a whole checkpoint: remove its folder to go on from the one before, or from the beginning"
 
 log = logging.getLogger(__name__)
@@ -35,15 +35,17 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """Those in a run's folder, complete or not, by their steps."""
+    """Return the checkpoints in a run's folder, complete or not, in the order of their steps."""
     found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted((path for path in found if path.is_dir()), key=step_of)
 
 
 def last_complete(folder: str | Path, lacking: Callable[[Path], Sequence[str]]) -> Path | None:
-    """The newest complete checkpoint; a line says why newer ones are not taken.
+    """Return the newest complete checkpoint, and log why newer ones are not used; None = none is complete.
 
-    lacking: the names of what a checkpoint does not hold of what resuming reads.
+    Args:
+      folder: the run's.
+      lacking: returns the names of files that a checkpoint lacks and resuming needs.
     """
     refused = ""
     for checkpoint in reversed(checkpoints(folder)):
@@ -59,7 +61,7 @@ def last_complete(folder: str | Path, lacking: Callable[[Path], Sequence[str]]) 
 
 
 def missing(checkpoint: Path, patterns: Sequence[str]) -> list[str]:
-    """The patterns that no file of the checkpoint fits, and the shards of its weights that are not there."""
+    """Return the patterns that match no file of the checkpoint, and the names of missing shards of its weights."""
     found = [pattern for pattern in patterns if not any(checkpoint.glob(pattern))]
     for index in checkpoint.glob("*.safetensors.index.json"):
         with reading(index, DAMAGED):
@@ -70,7 +72,11 @@ def missing(checkpoint: Path, patterns: Sequence[str]) -> list[str]:
 
 @contextmanager
 def filling(folder: Path, target: Path) -> Iterator[None]:
-    """Around what fills a staging folder: an error is one about `target`, and leaves nothing on what may be full."""
+    """A context in which a staging folder is filled.
+
+    An error in writing becomes an InputError that names `target`. After any error the folder is removed, because the
+    disk may be full.
+    """
     try:
         with writing(target):
             yield
@@ -80,7 +86,7 @@ def filling(folder: Path, target: Path) -> Iterator[None]:
 
 
 def publish(written: Path, checkpoint: Path) -> None:
-    """Give a written checkpoint its name; one that has it already goes."""
+    """Rename the written folder to `checkpoint`, after its files are on the disk; replace one of that name."""
     with writing(checkpoint):
         sync(written)
         if checkpoint.exists():
@@ -90,15 +96,22 @@ def publish(written: Path, checkpoint: Path) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint at once: a kill while its files go leaves none in part."""
+    """Remove a checkpoint by a rename first, so that a kill while its files are deleted leaves no part of it."""
     with staging(checkpoint) as folder:
         os.replace(checkpoint, folder / checkpoint.name)
 
 
 def rotate(folder: str | Path, newest: int, limit: int | None, best: str | None = None) -> None:
-    """Remove the oldest checkpoints up to the step `newest`, so that `limit` are left; the best one stays.
+    """Remove the oldest checkpoints up to the step `newest`, so that `limit` of them are left.
 
-    A checkpoint of a later step is one that was not taken when training went on from an earlier one.
+    Checkpoints of later steps are neither counted nor removed: they were left when training resumed from an earlier
+    one.
+
+    Args:
+      folder: the run's.
+      newest: the present step; the newest checkpoint up to it is kept.
+      limit: the number to keep; None or 0 = all.
+      best: the path of the best checkpoint, which is kept too.
     """
     mine = [path for path in checkpoints(folder) if step_of(path) <= newest]
     if limit is None or limit < 1 or not mine:
@@ -121,12 +134,12 @@ def append_metrics(folder: str | Path, row: Mapping[str, Any]) -> None:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, less one that a kill cut. Raises: InputError where a row is damaged."""
+    """Read the rows of metrics.jsonl, without an unfinished last one. Raises: InputError if a row is damaged."""
     path, rows = Path(folder) / METRICS, []
     with reading(path, "a row of metrics as JSON per line; remove it, or the run"):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
-        if line.endswith("\n"):
+        if line.endswith("\n"):  # else a kill cut the row
             with reading(f"{path}:{number}", "a row of metrics as JSON; remove the row, or the run"):
                 rows.append(json.loads(line))
                 if not isinstance(rows[-1], dict):
@@ -135,7 +148,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def keep_metrics_until(folder: str | Path, step: int) -> None:
-    """Drop the rows that a run which goes on from this step writes again; all of them at step 0."""
+    """Drop the rows after `step` and the closing row, which a run resumed at `step` writes again; at 0, drop all."""
     path = Path(folder) / METRICS
     if path.exists():
         rows = read_metrics(folder) if step > 0 else []
@@ -148,7 +161,7 @@ def keep_metrics_until(folder: str | Path, step: int) -> None:
 
 
 class Signals:
-    """What arrived of SIGTERM and SIGINT; a second SIGINT interrupts at once."""
+    """The last SIGTERM or SIGINT that arrived; a second SIGINT raises KeyboardInterrupt at once."""
 
     number: int | None = None
 
@@ -161,11 +174,14 @@ class Signals:
         self.number = number
 
     def agreed(self, processes: int) -> int | None:
-        """The signal that any process got, the same in all of them, which have to ask at the same steps."""
+        """Return a signal that any of the processes got, or None; the answer is the same in all of them.
+
+        All processes must call this at the same steps.
+        """
         if processes == 1:
             return self.number
         if self.group is None:
-            self.group = torch.distributed.new_group(backend="gloo")  # so that no accelerator is waited for
+            self.group = torch.distributed.new_group(backend="gloo")  # on the CPU, to wait for no accelerator
         number = torch.tensor(self.number or 0)
         torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self.group)
         return int(number) or None
@@ -173,7 +189,10 @@ class Signals:
 
 @contextmanager
 def noted_signals() -> Iterator[Signals]:
-    """Leave it to training when to stop at a signal. In a thread, which gets no signals, there are none."""
+    """A context in which SIGTERM and SIGINT are only recorded, so that training decides when to stop.
+
+    In a thread other than the main one, which gets no signals, nothing is recorded.
+    """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals
@@ -187,6 +206,13 @@ def noted_signals() -> Iterator[Signals]:
 
 
 def stopped(number: int, folder: str | Path, step: int, steps: int) -> Stopped:
-    """What ends training at a signal, once a checkpoint is written."""
+    """Return the exception that ends training at a signal, after a checkpoint is written.
+
+    Args:
+      number: the signal's.
+      folder: the run's.
+      step: the present step.
+      steps: of the whole run.
+    """
     by = signal.Signals(number).name
     return Stopped(f"{folder}: stopped by {by} at step {step} of {steps}; the same command goes on from there", number)

@@ -1,7 +1,7 @@
-"""The base of trainers with a loop of their own, on accelerate: the optimizer, averaged weights, and the run's folder.
+"""The base of trainers that run their own loop, on accelerate: optimizer, averaged weights, and the run's folder.
 
-The folder is that of any other run: metrics.jsonl, checkpoints that are whole or absent and go on to the same bits,
-and the model at its top.
+The folder has the same contents as that of any other run: metrics.jsonl, the model, and checkpoints that are complete
+or absent and from which training resumes bit for bit.
 """
 
 import contextlib
@@ -42,19 +42,22 @@ from offline_lmrl.training_checkpoint import (
 
 
 class LoopTrainer:
-    """What a trainer is made of that plays in a loop of its own.
+    """The base class of trainers that run their own loop and generate their data.
 
-    A subclass gives itself a policy and a module around it (`set_up`), loops in `train`, and says what else the next
-    iteration depends on (`memory`, `remember`). What is random depends on seed and iteration alone.
+    A subclass calls `set_up` with a policy and the module around it, runs the loop in `train`, and saves and restores
+    its extra state (`memory`, `remember`). Its random numbers must depend on seed and iteration alone.
 
     Args:
-      find_unused_parameters: whether some are not reached by every loss.
+      args: the settings.
+      processing_class: the tokenizer.
+      policy: the model that plays.
+      find_unused_parameters: whether some losses do not reach all parameters.
     """
 
     algorithm = ""
     plays = True
     regime = "environment"
-    signals: Signals | None = None  # at which training stops, behind a checkpoint
+    signals: Signals | None = None  # training stops at these, after writing a checkpoint
 
     def __init__(
         self,
@@ -64,7 +67,7 @@ class LoopTrainer:
         find_unused_parameters: bool,
     ):
         self.args = args
-        self.device = args.device  # before the accelerator: it resets what accelerate shares between objects
+        self.device = args.device  # before the accelerator, as it resets state that accelerate shares
         self.accelerator = Accelerator(
             mixed_precision="bf16" if args.bf16 else "no",
             cpu=args.use_cpu,
@@ -76,9 +79,12 @@ class LoopTrainer:
         self.iteration, self.updates = 0, 0
 
     def set_up(self, module: nn.Module, policy: nn.Module, average: bool) -> None:
-        """Takes what is trained (module) and saved (policy), and prepares optimizer and schedule.
+        """Set the module and the policy, and make optimizer and schedule.
 
-        average: whether averaged weights are kept, which are then the ones that are saved.
+        Args:
+          module: holds all trained parameters.
+          policy: the part of it that is saved as the run's model.
+          average: whether to keep averaged weights, which are then saved instead of the trained ones.
         """
         args, self.module, self.policy = self.args, module, policy
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -99,35 +105,38 @@ class LoopTrainer:
         )
         self.wrapped, self.optimizer = self.accelerator.prepare(module, optimizer)
 
-    # What a subclass says of itself.
+    # Methods for subclasses to define.
 
     def memory(self) -> dict[str, Any]:
-        """What the next iteration depends on beside weights, optimizer, schedule and counts, as plain values."""
+        """Return extra state to save so that training resumes exactly, as plain values for JSON.
+
+        Weights, optimizer, schedule and counts are saved anyway.
+        """
         return {}
 
     def remember(self, memory: Mapping[str, Any]) -> None:
-        """The inverse of `memory`."""
+        """Restore the state that `memory` returned."""
 
-    # Accounts.
+    # Metrics and counts.
 
     def mean(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Over the processes."""
+        """Average every metric over the processes."""
         if self.args.world_size == 1 or not metrics:
             return dict(metrics)
         values = torch.tensor(list(metrics.values()), device=self.args.device)
         return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
 
     def costs(self) -> dict[str, int]:
-        """What the run took, for complete.json."""
+        """Return the number of iterations and the other totals of the run so far, for complete.json."""
         return {"steps": self.iteration} | dict(self.totals)
 
     def outcome(self) -> dict[str, float]:
-        """What is measured when training ends, for complete.json."""
+        """Return measurements made at the end of training, for complete.json."""
         return {}
 
     @property
     def total_steps(self) -> int:
-        """Iterations of the whole run."""
+        """The number of iterations of the whole run."""
         return self.args.max_steps
 
     @property
@@ -140,24 +149,27 @@ class LoopTrainer:
         return self.args.disable_tqdm or not self.accelerator.is_main_process
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Appends a row to metrics.jsonl; null where there is no number (variance explained of returns all alike)."""
+        """Append a row to metrics.jsonl.
+
+        A number that is not finite is written as null, such as the explained variance of returns that do not vary.
+        """
         if self.args.should_save:
             known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             append_metrics(self.args.output_dir, {"step": self.iteration, **known})
 
-    # Going on, and stopping.
+    # Resuming and stopping.
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint of the run that training can go on from."""
+        """Return the newest complete checkpoint of the run; None = there is none."""
         return last_complete(self.args.output_dir, self.lacking)
 
     def lacking(self, checkpoint: Path) -> list[str]:
-        """What of that which exact resuming reads is not in the checkpoint."""
+        """Return the names of files that exact resuming needs and the checkpoint does not have."""
         average = ["average.safetensors"] if self.average is not None else []
         return missing(checkpoint, ["trained.safetensors", *average, "optimizer.pt", "loop.json"])
 
     def begin(self, checkpoint: str | Path | None) -> None:
-        """Reads the checkpoint, if one is given, and drops what an earlier try wrote beyond it."""
+        """Load the checkpoint, if one is given, and drop the rows of metrics that were written after it."""
         if checkpoint is not None:
             self.load(Path(checkpoint))
         if self.args.should_save:
@@ -168,7 +180,7 @@ class LoopTrainer:
         self.accelerator.wait_for_everyone()
 
     def finish_iteration(self) -> None:
-        """Saves a checkpoint where one is due or a signal came, which then stops training behind it."""
+        """Save a checkpoint if one is due or a signal came; after a signal, stop training. Raises: Stopped."""
         number = None if self.signals is None else self.signals.agreed(self.args.world_size)
         last = self.iteration == self.args.max_steps
         stops = number is not None and not last
@@ -180,11 +192,14 @@ class LoopTrainer:
     # Saving.
 
     def saves(self, last: bool) -> bool:
-        """Whether a checkpoint is due."""
+        """True if a checkpoint is due; `last`: this is the last iteration."""
         return self.args.save_strategy == "steps" and (last or self.iteration % int(self.args.save_steps) == 0)
 
     def save_checkpoint(self) -> None:
-        """Everything that the next iteration depends on, and the policy as `save_model` writes it; whole or absent."""
+        """Save everything that the next iteration depends on, and the policy as `save_model` writes it.
+
+        The checkpoint is written in a staging folder, so that it is complete or absent.
+        """
         if self.args.should_save:
             folder, name = Path(self.args.output_dir), f"checkpoint-{self.iteration}"
             shutil.rmtree(folder / STAGING, ignore_errors=True)
@@ -219,7 +234,11 @@ class LoopTrainer:
         self.accelerator.wait_for_everyone()
 
     def load(self, checkpoint: Path) -> None:
-        """The inverse of `save_checkpoint`. Raises: InputError where that is not complete, or damaged."""
+        """Restore what `save_checkpoint` saved.
+
+        Raises: InputError if the checkpoint is incomplete or damaged, or is of another run's weights or number of
+          processes.
+        """
         if names := self.lacking(checkpoint):
             raise InputError(f"{checkpoint}: found no {', '.join(names)}, expected {DAMAGED}")
         loop = checkpoint / "loop.json"
@@ -235,7 +254,7 @@ class LoopTrainer:
         if self.average is not None:
             with reading(checkpoint / "average.safetensors", DAMAGED):
                 average = load_file(checkpoint / "average.safetensors")
-                self.average = {name: average[name].to(self.args.device) for name in self.trained}  # in their order
+                self.average = {name: average[name].to(self.args.device) for name in self.trained}  # same order
         with reading(checkpoint / "optimizer.pt", DAMAGED):
             state = torch.load(checkpoint / "optimizer.pt", map_location=self.args.device, weights_only=True)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -248,11 +267,11 @@ class LoopTrainer:
                 raise ValueError(f"iteration {self.iteration}")
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """The policy alone, its averaged weights where there are any: a plain model of its base class."""
+        """Save the policy alone, with averaged weights if there are any, as a plain model of its base class."""
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             staging = folder / STAGING
-            shutil.rmtree(staging, ignore_errors=True)  # what a kill left half written
+            shutil.rmtree(staging, ignore_errors=True)  # left half written by a killed process
             with filling(staging, folder):
                 staging.mkdir(parents=True)
                 self._write_policy(staging)
@@ -268,7 +287,7 @@ class LoopTrainer:
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
-        """The averaged weights in the place of the trained ones."""
+        """A context in which the averaged weights, if there are any, replace the trained ones."""
         if self.average is None:
             yield
             return

@@ -1,1 +1,1 @@
-"""The guided model: a causal LM class with value heads beside its LM head; import the modules by name."""
+"""Models: causal LMs with value heads beside the LM head, reward models, and actor-critics; import them by module."""

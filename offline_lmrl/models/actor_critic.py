@@ -1,4 +1,4 @@
-"""A policy and V of its states in one module: what an optimizer trains and processes share where a policy plays."""
+"""A policy and V of its states in one module, for training by playing (PPO)."""
 
 import contextlib
 
@@ -12,13 +12,13 @@ from offline_lmrl.models.value_heads import ScalarHead
 
 
 class ActorCritic(nn.Module):
-    """Policy and V in one forward, which is what processes share and the optimizer trains.
+    """Policy and V in one forward pass: one module to train, and to share between processes.
 
     Args:
       policy: a guided model without value heads, or a PeftModel around one.
-      value_model: whose hidden states V reads: a guided model, or a reward model (`load_reward_model`, without an
-        adapter) at whose score V starts; None = the policy. From the others V starts at 0.
-      reward_scale: V = score / reward_scale.
+      value_model: the model whose hidden states V is computed from; None = the policy. It is a guided model or a
+        reward model (`load_reward_model`, without an adapter). V starts at the score of a reward model, else at 0.
+      reward_scale: the divisor of the reward model's score: V starts at score / reward_scale.
     """
 
     def __init__(self, policy: nn.Module, value_model: PreTrainedModel | None, reward_scale: float = 1.0):
@@ -35,12 +35,16 @@ class ActorCritic(nn.Module):
         self.value_head.to(policy.device)
         if score:
             self.value_head.start_at(score.weight[0] / reward_scale, score_bias(value_model) / reward_scale)
-        self.eval()  # for good: dropout would make the policy another one than the one that played
+        self.eval()  # permanently: with dropout, the policy would differ from the one that played
 
     def forward(self, batch: TokenBatch, *, next_v: bool = False, value_only: bool = False) -> dict[str, Tensor]:
-        """For the N steps of a batch: "logits" (N,V) of the policy, "v" (N,), and with `next_v` "next_v" (N,).
+        """Compute the policy's logits and V at the N steps of a batch.
 
-        value_only: only the value head gets a gradient, and there are no logits unless V reads them along.
+        Args:
+          batch: rows of tokens with packed steps.
+          next_v: also compute V of the next states.
+          value_only: let gradients reach the value head only.
+        Returns: "logits" (N,V), "v" (N,), and with `next_v` "next_v" (N,).
         """
         steps, ids, mask = batch["steps"], batch["input_ids"], batch["attention_mask"]
         place, windows = (steps["row"], steps["state"]), batch["windows"]

@@ -1,7 +1,10 @@
-"""LoRA around a guided model: peft freezes the heads and the table of returns and saves neither, so this module does.
+"""LoRA around a guided model: this module trains and saves the heads and the return embedding.
 
-LoRA itself never lands on a head: the heads hold bare parameters, not the linear layers that adapters look for. The
-head of a reward model is such a layer; there peft trains and saves it in full (`modules_to_save`).
+peft would freeze them and save none. It never adapts a head either, because heads hold bare parameters and not the
+linear layers that adapters look for. The head of a reward model is such a layer; peft trains and saves it in full
+(`modules_to_save`).
+
+The module also reads and checks the settings that training stores with a model, the `offline_lmrl` block.
 """
 
 import json
@@ -25,7 +28,7 @@ from offline_lmrl.models.return_heads import ReturnHeads
 from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
 
 PARTS = ("value_heads", "return_embedding", "return_heads")  # the submodules that a guided model adds
-# Not config.json: in a folder that has one, transformers would look for the weights of a whole model.
+# Not config.json: transformers looks for the weights of a whole model in a folder that has one.
 SETTINGS_FILE = "offline_lmrl.json"
 _STORED = {
     "window": WindowRule,
@@ -37,7 +40,7 @@ _STORED = {
 
 
 def require_peft() -> ModuleType:
-    """The peft package, an extra. Raises: InputError that says what to install."""
+    """Return the peft package, an optional dependency. Raises: InputError that names the command to install it."""
     try:
         import peft
     except ImportError as error:
@@ -46,12 +49,18 @@ def require_peft() -> ModuleType:
 
 
 def settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """The `offline_lmrl` block of a config, {} where there is none."""
+    """Return the `offline_lmrl` block of a config; {} if there is none."""
     return getattr(config, "offline_lmrl", None) or {}
 
 
 def check_settings(name: str | Path, block: Any) -> None:
-    """Raises: InputError where the block of a run holds what training does not write."""
+    """Check that the `offline_lmrl` block of a model has the form that training writes.
+
+    Args:
+      name: the model's, for the error.
+      block: the block as read from JSON.
+    Raises: InputError if it has another form.
+    """
     where = f"model: {name}: offline_lmrl"
     if not isinstance(block, dict):
         raise InputError(f"{where}: found {shown(block)}, expected an object")
@@ -71,6 +80,7 @@ def check_settings(name: str | Path, block: Any) -> None:
             raise InputError(f"{where}.{key}: found {shown(given)}, expected kind and heads in it")
         for field, value in given.items():
             kind = (int, float) if type(known[field]) is float else type(known[field])
+            # In Python, True and False are ints too: accept a bool only for a bool.
             fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
             if known[field] is not None and not fits:
                 raise InputError(
@@ -83,7 +93,7 @@ def check_settings(name: str | Path, block: Any) -> None:
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """The block that `save_heads` wrote. Raises: InputError if it is not there, or not whole."""
+    """Read the block that `save_heads` wrote into a LoRA folder. Raises: InputError if it is missing or damaged."""
     path = Path(folder) / SETTINGS_FILE
     if not path.exists():
         raise InputError(f"model: {path}: not found, so this LoRA folder was not written by offline_lmrl")
@@ -94,8 +104,10 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def saved_settings(path_or_name: str | Path) -> dict[str, Any]:
-    """Read the block of a folder or hub name, of a LoRA folder too, without its weights. Raises: InputError where
-    there is no model."""
+    """Read the `offline_lmrl` block of a folder (LoRA or not) or hub name, without loading weights.
+
+    Raises: InputError if there is no model, or if the block is damaged.
+    """
     if (Path(path_or_name) / "adapter_config.json").exists():
         return read_settings(path_or_name)
     with opening(path_or_name, "model"):
@@ -105,7 +117,10 @@ def saved_settings(path_or_name: str | Path) -> dict[str, Any]:
 
 
 def _parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The submodules of a guided model that peft knows nothing of, by name."""
+    """Return the submodules of a guided model that peft does not handle, by name.
+
+    Raises: InputError if peft wraps one of them, because `modules_to_save` names it.
+    """
     parts = {name: getattr(model, name) for name in PARTS if getattr(model, name, None) is not None}
     for name, part in parts.items():
         if not isinstance(part, ValueHeads | ReturnEmbedding | ReturnHeads):
@@ -114,7 +129,7 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def unfreeze_heads(model: nn.Module) -> None:
-    """After `get_peft_model`: online heads and the table of returns train, targets do not."""
+    """Make online heads and the return embedding trainable again after `get_peft_model`; targets stay frozen."""
     parts = _parts(model)
     for part in parts.values():
         part.requires_grad_(True)
@@ -123,11 +138,10 @@ def unfreeze_heads(model: nn.Module) -> None:
 
 
 def save_heads(model: nn.Module, folder: str | Path) -> None:
-    """Writes the heads and the table of returns, if there are any, and the config's `offline_lmrl` block beside the
-    adapter files."""
+    """Write the heads and the return embedding, if any, and the `offline_lmrl` block into an adapter's folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".writing"
+    temporary = folder / ".writing"  # renamed when complete, so that no file is ever half written
     for name, part in _parts(model).items():
         save_file({key: tensor.contiguous() for key, tensor in part.state_dict().items()}, temporary)
         os.replace(temporary, folder / f"{name}.safetensors")
@@ -136,7 +150,7 @@ def save_heads(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_heads(model: nn.Module, folder: str | Path) -> None:
-    """Reads what `save_heads` wrote into the model's parts. Raises: InputError where a file is not there."""
+    """Load the weights that `save_heads` wrote into the model's parts. Raises: InputError if a file is missing."""
     for name, part in _parts(model).items():
         path = Path(folder) / f"{name}.safetensors"
         if not path.exists():

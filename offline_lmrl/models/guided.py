@@ -1,13 +1,14 @@
-"""The guided model: the user's own causal LM class with Q and V heads, guided logits, rows for returns, and packed
-per-step outputs.
+"""The guided model: the user's own causal LM class with Q and V heads, guided logits, an embedding for requested
+returns, and packed per-step outputs.
 
-`guided_class(GPT2LMHeadModel)` is a subclass of GPT2LMHeadModel: parameter names stay, so the base class loads the
-same folder as the plain policy, and `generate`, caches, PEFT and sharding keep working. What is added lies in the
-submodules `value_heads` and `return_embedding` and in the `offline_lmrl` block of config.json.
+`guided_class(GPT2LMHeadModel)` is a subclass of GPT2LMHeadModel. Parameter names do not change, so the base class can
+load the same folder as a plain policy, and `generate`, caches, PEFT and sharding keep working. The added weights are
+in the submodules `value_heads`, `return_embedding` and `return_heads`, the added settings in the `offline_lmrl` block
+of config.json.
 
-Hidden states are kept by a forward hook on the decoder and taken by `forward_with_hidden`. The hook is a plain
-function that stores on the module it is called with, so a deep copy never writes into its original. Packed logits come
-from a pre-hook on the LM head that passes only the wanted positions: soft cap and scale are then the base's own.
+A forward hook on the decoder stores the hidden states, and `forward_with_hidden` returns them. The hook is a plain
+function that stores them on the module it is called with, so a deep copy never writes into its original. For packed
+logits, a pre-hook on the LM head selects the needed positions; the base's own code then applies soft cap and scale.
 """
 
 import difflib
@@ -50,7 +51,7 @@ MOST_LAYERS = 10_000
 
 
 def _table_rows(config: PreTrainedConfig) -> int | None:
-    """Bins of the return embedding that a config asks for; None = no table (returns as text need none)."""
+    """Return the number of bins of the return embedding; None = no embedding, as for returns written as text."""
     block = settings(config).get("returns") or {}
     return block["bins"] if block.get("condition") == "embedding" else None
 
@@ -64,7 +65,7 @@ def _keep_hidden(module: nn.Module, args: tuple, output: Any) -> None:
 
 
 def _scale_gradient(hidden: Tensor, scale: float) -> Tensor:
-    """scale · h + (1 − scale) · h.detach(): the values of h, `scale` times its gradient."""
+    """Return scale · h + (1 − scale) · h.detach(), which has the values of h and `scale` times its gradient."""
     return hidden.detach() if scale == 0 else hidden.detach().lerp(hidden, scale)
 
 
@@ -74,7 +75,10 @@ def _several_ranks() -> bool:
 
 
 class Guided:
-    """What `guided_class` puts before a causal LM class; without value heads a plain policy with packed outputs."""
+    """The mixin that `guided_class` adds to a causal LM class.
+
+    Without value heads, the model is a plain policy with packed outputs.
+    """
 
     def __init__(self, config: PreTrainedConfig, *inputs, **kwargs):
         super().__init__(config, *inputs, **kwargs)
@@ -82,7 +86,7 @@ class Guided:
         heads = settings(config).get("return_heads")
         self._add_parts(ValueHeadsConfig(**stored) if stored else None, _table_rows(config), heads)
         self.post_init()
-        if self.value_heads is not None:
+        if self.value_heads is not None:  # post_init has drawn target heads of their own
             self.update_targets(1.0)
             self.freeze_targets()
 
@@ -91,16 +95,18 @@ class Guided:
     ) -> None:
         self.get_decoder().last_hidden = None
         self.get_decoder().register_forward_hook(_keep_hidden)
-        # Sized by the LM head's matrix: some decoders end in a projection, so hidden_size is not always its width.
+        # Take the width from the LM head: some decoders end in a projection, so hidden_size may be another width.
         self.value_heads = value_heads and ValueHeads(value_heads, *self.get_output_embeddings().weight.shape)
         self.return_embedding = bins and ReturnEmbedding(bins, self.get_input_embeddings().weight.shape[1])
         self.return_heads = return_heads and ReturnHeads(return_heads, self.get_output_embeddings().weight.shape[1])
 
     def get_decoder(self) -> nn.Module:
-        """The module that reads the tokens and hands hidden states on towards the LM head: the base's answer where it
-        is that, else the part of the model that holds the embedding and not the LM head.
+        """Return the module that maps tokens to the hidden states that enter the LM head.
 
-        Raises: InputError where there is no such part.
+        This is the first module that contains the input embedding but not the LM head, among the base's own answer
+        and the model's direct children.
+
+        Raises: InputError if there is no such module.
         """
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         for module in (super().get_decoder(), *self.children()):
@@ -119,7 +125,10 @@ class Guided:
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As the base's; target heads that are not on disk start equal to the online ones, and all are frozen."""
+        """Load as the base class does, then freeze the target heads.
+
+        Target heads that are missing on disk become copies of the online heads.
+        """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if model.value_heads is not None:
             if any("target_q" in key for key in info["missing_keys"]):
@@ -128,7 +137,7 @@ class Guided:
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
-        """As the base's; config.json names the base class, which other engines know."""
+        """Save as the base class does, but name the base class in config.json, because other engines know it."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         self.config.architectures = [self.base_name]
         if is_main_process:
@@ -147,16 +156,21 @@ class Guided:
         ask: float | str | Sequence[float | str] | None = None,
         **kwargs,
     ):
-        """As the base's, guided. beta: a number, or one per row (B,); None takes the stored sampling form's, else 0.
+        """Generate as the base class does, with value guidance and a requested return.
 
-        The stored support, candidates, clip and q_reduce apply; `temperature`, `top_k` and `top_p` of `generate` then
-        act on the guided distribution.
+        The stored `support`, `candidates`, `clip` and `q_reduce` apply. The arguments `temperature`, `top_k` and
+        `top_p` of `generate` then act on the guided distribution.
 
-        ask: for a model with a table of returns, what is asked of the agent: a number in reward units, or "max" or
-        "p90", or one per row; None takes the stored form's. Prompts then end with the agent's opening, and every agent
-        turn in them is told the same return, as their rewards are not known here: where earlier turns earned
-        something, take it off the ask, or play with LanguagePolicy, which does. Logits processors see new tokens only.
-        Prompts with reserved ids of their own are left as they are.
+        With `ask`, prompts must end with the agent's opening, and logits processors see only the new tokens. Every
+        agent turn in a prompt is conditioned on the same return, because the rewards of earlier turns are unknown
+        here: subtract them from `ask`, or use LanguagePolicy, which does. If any prompt contains reserved ids, all
+        prompts stay as they are and `ask` is ignored.
+
+        Args:
+          beta: the weight of value guidance, one number or one per row (B,); None = the stored value, else 0.
+          ask: the requested return, for a model with a return embedding: a number in reward units, a name such as
+            "max" or "p90", or one of these per row; None = the stored value.
+        Raises: InputError if `ask` is combined with `beta` or a stored `condition_scale` other than 0.
         """
         form = _sampling_form(self.config)
         beta = form.get("beta", 0.0) if beta is None else beta
@@ -175,6 +189,7 @@ class Guided:
         options = kwargs | {"inputs_embeds": embeddings, "attention_mask": mask}
         output = super().generate(None, *args[1:], beta=0.0, **options)
         new = output if isinstance(output, Tensor) else output.sequences
+        # Given embeddings, generate returns new tokens only; num_return_sequences may make several rows of a prompt.
         whole = torch.cat([ids.repeat_interleave(len(new) // len(ids), 0), new], dim=1)
         if isinstance(output, Tensor):
             return whole
@@ -182,8 +197,11 @@ class Guided:
         return output
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs):
-        """As the base's. `generate` takes embeddings only where they are named here; some families pass them on with
-        all else."""
+        """Prepare inputs as the base class does.
+
+        `inputs_embeds` is an explicit parameter because `generate` accepts embeddings only if the signature names
+        them; some families only have **kwargs for them.
+        """
         if inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
@@ -191,7 +209,14 @@ class Guided:
     def _asked(
         self, ids: Tensor, mask: Tensor | None, ask: float | str | Sequence[float | str]
     ) -> tuple[Tensor, Tensor]:
-        """Embeddings (B,T,d) and mask (B,T) of prompts with a slot before every opening of the agent, left-padded."""
+        """Insert the requested return before every opening of the agent, and embed the prompts.
+
+        Args:
+          ids: prompts, (B,S).
+          mask: (B,S), 0 for padding; None = no padding.
+          ask: one requested return for all rows, or one per row.
+        Returns: embeddings (B,T,d) and mask (B,T), padded on the left.
+        """
         if self.return_embedding is None:
             raise InputError(
                 f"ask: found {shown(ask)}, but this model has no table of returns (algorithm: "
@@ -212,7 +237,7 @@ class Guided:
         return self.return_embedding(padded, self.get_input_embeddings()), mask
 
     def forward_with_hidden(self, *args, **kwargs) -> tuple[Any, Tensor]:
-        """The base's own outputs, and the decoder's last hidden states (B,T,d)."""
+        """Run the base's forward; return its outputs and the decoder's last hidden states (B,T,d)."""
         args, kwargs = self._embedded(args, kwargs)
         outputs = super().forward(*args, **kwargs)
         decoder = self.get_decoder()
@@ -220,8 +245,10 @@ class Guided:
         return outputs, hidden
 
     def _embedded(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Where there is a table of returns, inputs_embeds instead of input_ids; a hook on the model's embedding would
-        see ids that it has no row for."""
+        """Replace input_ids by inputs_embeds if the model has a return embedding.
+
+        The model's own embedding has no rows for the reserved ids, so its lookup must never see them.
+        """
         ids = args[0] if args else kwargs.get("input_ids")
         if self.return_embedding is None or ids is None:
             return args, kwargs
@@ -230,7 +257,14 @@ class Guided:
         return args, kwargs | ids | {"inputs_embeds": embeddings}
 
     def q_values(self, hidden: Tensor, candidates: Tensor | None = None, target: bool = True) -> Tensor:
-        """Q in fp32 of every token, (..., d) -> (H, ..., V), or of candidates (..., K), token ids: (H, ..., K)."""
+        """Compute Q of all tokens, or of some.
+
+        Args:
+          hidden: (..., d).
+          candidates: token ids (..., K) per state; None = the whole vocabulary.
+          target: use the target heads instead of the online ones.
+        Returns: (H, ..., V) or (H, ..., K), fp32.
+        """
         head = self.value_heads.target_q if target else self.value_heads.q
         lead = hidden.shape[:-1]
         if candidates is not None:
@@ -239,11 +273,11 @@ class Guided:
         return q.view(q.shape[0], *lead, q.shape[-1])
 
     def v_values(self, hidden: Tensor) -> Tensor:
-        """V, (..., d) -> (...). fp32."""
+        """Compute V, (..., d) -> (...), fp32."""
         return self.value_heads.v(hidden.reshape(-1, hidden.shape[-1])).view(hidden.shape[:-1])
 
     def update_targets(self, rate: float) -> None:
-        """target ← rate · online + (1 − rate) · target, once per optimizer step."""
+        """Set target ← rate · online + (1 − rate) · target; call it once per optimizer step."""
         self.value_heads.update_targets(rate)
         self.value_heads.follow(self.get_output_embeddings().weight)
 
@@ -252,14 +286,22 @@ class Guided:
             head.requires_grad_(False)
 
     def _guided_logits(self, logits: Tensor, hidden: Tensor, beta: float | Tensor) -> Tensor:
-        """logits (B,T,V) + β · advantage on what support and candidates leave, −inf elsewhere; hidden (B,T,d). A row
-        whose β is 0 keeps its logits."""
+        """Return logits + β · advantage for the tokens that `support` and `candidates` keep, and −inf for others.
+
+        Args:
+          logits: (B,T,V).
+          hidden: (B,T,d).
+          beta: β, one number or one per row (B,); a row whose β is 0 keeps its logits.
+        Returns: (B,T,V), fp32.
+        """
         if self.value_heads is None:
             raise InputError(f"beta: found {beta}, but this model has no value heads; train them, or use 0")
         form = _sampling_form(self.config)
         if isinstance(beta, Tensor):
-            beta = beta.view(-1, 1, 1)  # one per row
+            beta = beta.view(-1, 1, 1)  # (B,1,1), to broadcast over positions and vocabulary
+        # Filter first: outside the data's support, Q was never trained.
         scores = support_filter(logits.float(), form.get("support", 0.0))
+        # V cancels in the softmax unless the advantage is clipped.
         v = None if form.get("clip") is None else self.v_values(hidden)
         options = {"beta": beta, "q_reduce": form.get("q_reduce", "min"), "clip": form.get("clip")}
         if form.get("candidates") is None:
@@ -271,7 +313,14 @@ class Guided:
         return torch.where(beta == 0, logits.float(), guided) if isinstance(beta, Tensor) else guided
 
     def packed_logits(self, row: Tensor, state: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (N,V) behind the states (row, state) alone, each (N,), and the last hidden states (B,T,d) of all."""
+        """Compute logits at N states only, and the hidden states of all positions.
+
+        Args:
+          row: (N,), the batch row of each state.
+          state: (N,), the position of each state in its row: tokens 0..state have been read.
+          inputs: `input_ids`, `attention_mask` and the like, of the whole batch.
+        Returns: logits (N,V) of the token after each state, and the last hidden states (B,T,d).
+        """
         head = self.get_output_embeddings()
         handle = head.register_forward_pre_hook(lambda module, args: (args[0][row, state].unsqueeze(0),))
         try:
@@ -290,16 +339,20 @@ class Guided:
         condition_dropout: float,
         environment: Mapping[str, Tensor] | None,
     ) -> dict[str, Tensor]:
-        """Per-step outputs; the LM head sees the N states only, and E more of the environment's."""
+        """Compute the per-step outputs; arguments and outputs are those of `forward` (see `guided_class`).
+
+        The LM head runs at the N states of `steps` and the E states of `environment` only.
+        """
         row, state, action = steps["row"], steps["state"], steps["action"]
-        inputs = {name: value for name, value in kwargs.items() if value is not None}  # peft names more than is given
+        # peft passes arguments that nobody gave, as None.
+        inputs = {name: value for name, value in kwargs.items() if value is not None}
         if self.training and condition_dropout > 0:
             inputs["input_ids"] = self._without_conditions(inputs["input_ids"], condition_dropout)
         extra = None
         if windows:
             extra = self._rows_behind(inputs, windows)
             inputs = {name: value[:windows] for name, value in inputs.items()}
-        if environment is not None:
+        if environment is not None:  # one pass of the LM head for both kinds of states
             row, state = (torch.cat([steps[name], environment[name]]) for name in ("row", "state"))
             action = torch.cat([action, inputs["input_ids"][environment["row"], environment["state"] + 1]])
         logits, hidden = self.packed_logits(row, state, **inputs)
@@ -315,7 +368,11 @@ class Guided:
         return packed | self._packed_values(hidden, read, steps, scale, conservative)
 
     def _packed_outcomes(self, input_ids: Tensor, hidden: Tensor, steps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The return heads' log-probability of what the M turns earned, and whether no return was asked for there."""
+        """Score the outcomes of the M turns that close in the batch with the return heads.
+
+        Returns: "outcome_log_prob" (M,), and "outcome_counts" (M,) bool, which is True for a turn with a known outcome
+          in a row without a requested return.
+        """
         turns = {name: column[steps["closes_turn"]] for name, column in steps.items()}
         row = turns["row"]
         log_prob = self.return_heads.log_prob(
@@ -325,17 +382,18 @@ class Guided:
         return {"outcome_log_prob": log_prob, "outcome_counts": null}
 
     def _without_conditions(self, input_ids: Tensor, share: float) -> Tensor:
-        """Null for every return in a random share of the rows: so the policy without a condition is learnt too."""
+        """Replace all returns by null in a random share of the rows (B,T), to train the null condition too."""
         null = self.get_input_embeddings().weight.shape[0]
         dropped = torch.rand(len(input_ids), 1, device=input_ids.device) < share
+        # Bins have the ids above null, so that the clamp maps them to null and leaves all other ids as they are.
         return torch.where(dropped, input_ids.clamp(max=null), input_ids)
 
     @torch.no_grad()
     def _rows_behind(self, inputs: Mapping[str, Tensor], windows: int) -> Tensor | None:
-        """Hidden states of the rows that only serve V of a next state; None where there are none.
+        """Return hidden states of the rows after the windows, which only serve V of a next state; None = no such rows.
 
-        Ranks of a sharded model must run the decoder equally often, so among several a rank without such rows reads
-        one row for nothing. A plain policy has no such rows on any rank.
+        All ranks of a sharded model must run the decoder equally often. With several ranks, a rank without such rows
+        therefore reads one row and ignores the result. A plain policy has no such rows on any rank.
         """
         extra = {name: value[windows:] for name, value in inputs.items()}
         wanted = len(extra["input_ids"]) > 0
@@ -351,7 +409,15 @@ class Guided:
     def _packed_values(
         self, hidden: Tensor, read: Tensor, steps: Mapping[str, Tensor], scale: float, conservative: bool
     ) -> dict[str, Tensor]:
-        """hidden: of the windows, (B,T,d). read: of all rows, without gradient, where next states are looked up."""
+        """Compute Q, V and their targets at the N steps; keys and shapes as in `forward`.
+
+        Args:
+          hidden: hidden states of the windows, (B,T,d).
+          read: hidden states of all rows, without gradient, in which next states are looked up.
+          steps: the packed action steps, (N,) each.
+          scale: the share of the gradient that reaches the trunk.
+          conservative: also compute "logsumexp_q".
+        """
         heads, matrix = self.value_heads, self.get_output_embeddings().weight
         action = steps["action"].unsqueeze(1)
         states = _scale_gradient(hidden[steps["row"], steps["state"]], scale)  # (N,d)
@@ -370,7 +436,14 @@ class Guided:
     def _packed_utterances(
         self, hidden: Tensor, read: Tensor, closing: Mapping[str, Tensor], scale: float
     ) -> dict[str, Tensor]:
-        """Q of a whole turn is read behind its closing token, V before its first."""
+        """Compute Q and V of whole turns: Q after the closing token of a turn, V before its first token.
+
+        Args:
+          hidden: hidden states of the windows, (B,T,d).
+          read: hidden states of all rows, without gradient.
+          closing: the M steps that close a turn, (M,) each.
+          scale: the share of the gradient that reaches the trunk.
+        """
         heads, row = self.value_heads, closing["row"]
         turns = _scale_gradient(hidden[row, closing["state"] + 1], scale)  # (M,d)
         opens = _scale_gradient(hidden[row, closing["open_state"]], scale)
@@ -383,7 +456,7 @@ class Guided:
 
 @functools.cache
 def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The subclass "Guided" + base name of a causal LM class; a guided class is its own."""
+    """Return the guided subclass of a causal LM class, named "Guided" + base name; return a guided class as it is."""
     if issubclass(base, Guided):
         return base
 
@@ -399,21 +472,31 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         environment=None,
         **kwargs,
     ):
-        """The base's forward with two more uses.
+        """Run the base's forward, with guided logits (`beta`) or with packed per-step outputs (`steps`).
 
-        beta: a number or (B,); logits become logits + β · advantage under the stored sampling form; None and 0 leave
-        the base's own.
-        steps: packed action steps (data/batching.py). The result is then a dict: "log_prob" (N,) and with value heads
-        "q" (H,N), "v" (N,), and without gradient "target_q" (N,) (the minimum), "next_v" (N,), "end_v" (N,). With
-        utterance heads also, for the M steps that close a turn, "utterance_q" (H,M), "utterance_v" (M,), and without
-        gradient "utterance_target_q" (M,), "utterance_next_v" (M,).
-        Inputs are then input_ids and attention_mask, by name. windows: number of rows that have steps; the rows behind
-        them only serve V of a next state and are read without gradient. None: all rows have steps.
-        conservative: also "logsumexp_q" (H,N). value_grad_scale: share of the values' gradient that reaches the trunk.
-        condition_dropout: share of rows whose returns become null in training mode, drawn anew each time.
-        environment: row and state (E,) of tokens of the environment's turns; also "environment_log_prob" (E,).
-        With return heads also, for the M steps that close a turn, "outcome_log_prob" (M,) and "outcome_counts" (M,),
-        False where a return is asked for, which tells what the heads are to say.
+        Without `steps`, the outputs are the base's, with guided logits if `beta` is given. With `steps`, inputs must
+        be the keywords input_ids and attention_mask, and the result is a dict of tensors for the N steps (those
+        marked * carry no gradient):
+
+            always             "log_prob" (N,)
+            value heads        "q" (H,N), "v" (N,), "target_q"* (N,) the minimum over heads, "next_v"* (N,),
+                               "end_v"* (N,), and with `conservative` "logsumexp_q" (H,N)
+            utterance heads    "utterance_q" (H,M), "utterance_v" (M,), "utterance_target_q"* (M,),
+                               "utterance_next_v"* (M,), for the M steps that close a turn
+            return heads       "outcome_log_prob" (M,) and "outcome_counts" (M,); the latter is False for turns in rows
+                               with a requested return, which would reveal the outcome, and for unknown outcomes
+            environment        "environment_log_prob" (E,)
+
+        Args:
+          beta: β, one number or one per row (B,); logits become logits + β · advantage under the stored decoding
+            settings. None and 0 = the base's logits.
+          steps: packed action steps (data/batching.py), (N,) each.
+          windows: number of rows that have steps; the rows after them only serve V of a next state and are read
+            without gradient. None = all rows have steps.
+          value_grad_scale: share of the values' gradient that reaches the trunk.
+          conservative: whether to compute "logsumexp_q".
+          condition_dropout: share of rows whose returns become null in training mode, drawn anew in each call.
+          environment: "row" and "state" (E,) before each token of the environment's turns.
         """
         if steps is not None:
             return self._packed(kwargs, steps, windows, value_grad_scale, conservative, condition_dropout, environment)
@@ -424,7 +507,7 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             outputs.logits = self._guided_logits(outputs.logits, kept, beta)
         return outputs
 
-    # generate and Trainer read the signature: without the base's names GPT-2 loses its position ids, silently.
+    # generate and Trainer inspect the signature: without the base's names, GPT-2 would silently lose its position ids.
     own = [p for p in inspect.signature(forward).parameters.values() if p.kind is p.KEYWORD_ONLY]
     signature = inspect.signature(base.forward)
     parameters = sorted([*signature.parameters.values(), *own], key=lambda parameter: parameter.kind)
@@ -432,26 +515,27 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     parts = {
         "forward": forward,
         "base_name": base.__name__,
-        "__module__": base.__module__,  # elsewhere transformers takes a class for custom code, and skips its buffers
+        "__module__": base.__module__,  # in another module it would count as custom code, whose buffers are skipped
         "__doc__": f"{base.__name__} with value heads and rows for returns; see `Guided`.",
         "_keep_in_fp32_modules_strict": {*(base._keep_in_fp32_modules_strict or ()), *PARTS},
     }
     name = f"Guided{base.__name__}"
-    # Old checkpoints, as those of Pythia, name some weights otherwise; transformers looks that up by the class's name.
+    # Old checkpoints, such as Pythia's, have other names for some weights; transformers maps them by class name.
     if (renamed := get_checkpoint_conversion_mapping(base.__name__)) is not None:
         register_checkpoint_conversion_mapping(name, renamed, overwrite=True)
     return type(name, (Guided, base), parts)
 
 
 def _without_adapter(model: nn.Module) -> PreTrainedModel:
-    """The model itself, or the one inside a PeftModel."""
+    """Return the model itself, or the one inside a PeftModel."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def attach(model: PreTrainedModel, value_heads: ValueHeadsConfig | None) -> PreTrainedModel:
-    """Turns a causal LM, or the one in a PeftModel, into a guided one in place; returns the same object.
+    """Turn a causal LM, or the one inside a PeftModel, into a guided model in place, and return the same object.
 
-    value_heads: fresh heads instead of those that are there, if any; None leaves them as they are.
+    Args:
+      value_heads: make fresh value heads, which replace existing ones; None = leave the model's heads as they are.
     """
     inner = _without_adapter(model)
     if not isinstance(inner, Guided):
@@ -467,10 +551,11 @@ def attach(model: PreTrainedModel, value_heads: ValueHeadsConfig | None) -> PreT
 
 
 def attach_returns(model: PreTrainedModel, block: Mapping[str, Any]) -> PreTrainedModel:
-    """Conditions a guided model on returns in place; returns the same object.
+    """Make a guided model return-conditioned in place, and return the same object.
 
-    block: becomes the config's block `returns` (`Slots.from_block`). Where it says `condition: embedding` the model
-    gets a fresh table for its `bins`.
+    Args:
+      block: the entry `returns` of the config's `offline_lmrl` block (`Slots.from_block`). With
+        `condition: embedding`, the model gets a fresh return embedding for its `bins`.
     """
     inner = _without_adapter(model)
     inner.config.offline_lmrl = settings(inner.config) | {"returns": dict(block)}
@@ -482,9 +567,10 @@ def attach_returns(model: PreTrainedModel, block: Mapping[str, Any]) -> PreTrain
 
 
 def attach_return_heads(model: PreTrainedModel, block: Mapping[str, Any]) -> PreTrainedModel:
-    """Gives a guided model fresh return heads in place; returns the same object.
+    """Add fresh return heads to a guided model in place, and return the same object.
 
-    block: becomes the config's block `return_heads` (`ReturnHeads`).
+    Args:
+      block: the entry `return_heads` of the config's `offline_lmrl` block (`ReturnHeads`).
     """
     inner = _without_adapter(model)
     inner.config.offline_lmrl = settings(inner.config) | {"return_heads": dict(block)}
@@ -494,14 +580,16 @@ def attach_return_heads(model: PreTrainedModel, block: Mapping[str, Any]) -> Pre
 
 
 def slots_of(model: PreTrainedModel, renderer: Renderer) -> Slots | None:
-    """How returns are told to a model; None where it was not trained with any."""
+    """Return the ids that encode requested returns for a model; None if it is not return-conditioned."""
     block = settings(model.config).get("returns")
     return block and Slots.from_block(block, model.get_input_embeddings().weight.shape[0], renderer)
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Takes heads and table of returns off a guided model in place, and their blocks out of its config; returns the
-    same object."""
+    """Remove the heads and the return embedding of a guided model in place, and return the same object.
+
+    Their entries, and `sampling`, are removed from the config's `offline_lmrl` block too.
+    """
     inner = _without_adapter(model)
     inner.value_heads = inner.return_embedding = inner.return_heads = None
     gone = ("value_heads", "returns", "return_heads", "sampling")
@@ -510,13 +598,13 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def from_scratch(auto_class: type, spec: Mapping[str, Any], tokenizer, **extra: Any) -> PreTrainedModel:
-    """A model of a causal LM's family with fresh weights, sized by the tokenizer.
+    """Build a model of a causal LM's family with fresh fp32 weights, with the vocabulary size of the tokenizer.
 
     Args:
-      auto_class: what it is for: one of transformers' auto classes for models.
+      auto_class: the auto class of transformers that decides the head, such as AutoModelForCausalLM.
       spec: {"model_type": "gpt2", "n_layer": 2, ...}, fields of that type's transformers config.
-      extra: further fields, that nobody chose.
-    Raises: InputError naming the field.
+      extra: further config fields, set by the caller and not by the user.
+    Raises: InputError that names the wrong field.
     """
     fields = dict(spec)
     model_type = fields.pop("model_type", None)
@@ -540,7 +628,7 @@ def from_scratch(auto_class: type, spec: Mapping[str, Any], tokenizer, **extra: 
         return auto_class.from_config(config, dtype=torch.float32)
     except InputError:
         raise
-    except Exception as error:  # whatever is raised here is about the fields
+    except Exception as error:  # the fields are the only input, so any error is about them
         if wrong := re.search(r"Field '(\w+)' expected (.+?), got", str(error)):
             found = shown((sizes | fields).get(wrong[1]))
             raise InputError(f"model.scratch.{wrong[1]}: found {found}, expected {wrong[2]}") from error
@@ -552,7 +640,7 @@ def from_scratch(auto_class: type, spec: Mapping[str, Any], tokenizer, **extra: 
 
 
 def _require_room(auto_class: type, config: PreTrainedConfig) -> None:
-    """Raises: InputError for a model that this machine cannot hold, before it tries to."""
+    """Check that the model fits into this machine's memory, before any is allocated. Raises: InputError if not."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
     if layers > MOST_LAYERS:
         raise InputError(f"model.scratch: found {layers} layers, expected at most {MOST_LAYERS}")
@@ -568,12 +656,15 @@ def _require_room(auto_class: type, config: PreTrainedConfig) -> None:
 
 
 def build_model(spec: Mapping[str, Any], tokenizer) -> PreTrainedModel:
-    """A guided model with fresh weights, without value heads; arguments and errors as `from_scratch`."""
+    """Build a guided model with fresh weights and no value heads; arguments and errors as in `from_scratch`."""
     return attach(from_scratch(AutoModelForCausalLM, spec, tokenizer), None)
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
-    """The device of this name; None = the first accelerator, else the CPU. Raises: InputError where there is none."""
+    """Return the device of this name; None = the first GPU, or the CPU if there is none.
+
+    Raises: InputError if torch has no such device.
+    """
     try:
         return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -588,13 +679,18 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A guided model from a folder or hub name of any causal LM, guided or not, or from a LoRA folder.
+    """Load a guided model from the folder or hub name of any causal LM, guided or not, or from a LoRA folder.
 
-    Heads on disk are loaded; where there are none, `value_heads` asks for fresh ones. A LoRA folder gives the
-    PeftModel around the guided model (it passes on attributes and methods), with adapter and online heads trainable.
+    A LoRA folder gives the PeftModel around the guided model (which forwards attributes and methods to it), with
+    trainable adapter and online heads.
 
-    Raises: InputError where there is no model or a reward model, where the config names heads whose weights are
-    missing, and where other heads than those on disk are asked for.
+    Args:
+      path_or_name: the folder or hub name.
+      value_heads: make fresh value heads if there are none on disk; None = load what is there.
+      dtype: of the trunk; heads are always fp32.
+      trust_remote_code: as in transformers.
+    Raises: InputError if there is no model, if it is a reward model, if the config names heads whose weights are
+      missing, or if `value_heads` differs in form from the heads on disk.
     """
     name = str(path_or_name)
     if os.path.isfile(os.path.join(name, "adapter_config.json")):
@@ -621,7 +717,7 @@ def load_model(
 
 
 def _require_token_ids(name: str, model: PreTrainedModel) -> None:
-    """Raises: InputError where config.json or generation_config.json names special tokens by what is no id."""
+    """Check that the special tokens in config.json and generation_config.json are ids. Raises: InputError if not."""
     for source in (model.config, model.generation_config):
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
             found = getattr(source, field, None)
@@ -631,8 +727,11 @@ def _require_token_ids(name: str, model: PreTrainedModel) -> None:
 
 
 def _causal_lm_class(config: PreTrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:
-    """The class that the auto class would choose, remote code too. The text part of some models has a config of its
-    own that the auto class does not know; there the class is the causal LM that config.json names."""
+    """Return the class that AutoModelForCausalLM would choose, remote code included.
+
+    The text part of some models has a config class that the auto class does not know; for these, return the causal LM
+    that config.json names.
+    """
     named = getattr(transformers, (config.architectures or [""])[0], None)
     if type(config) not in AutoModelForCausalLM._model_mapping and named and named.__name__.endswith("ForCausalLM"):
         return named
@@ -654,7 +753,7 @@ def _load_adapter(folder: Path, **options) -> nn.Module:
     block = read_settings(folder)
     _require_no_reward_model(folder, block)
     stored = block.get("value_heads")
-    model = load_model(base, **options)  # its own heads, if any, are not those that lie with the adapter
+    model = load_model(base, **options)  # any heads of the base are replaced by those saved beside the adapter
     model = detach(model)
     if stored:
         model = attach(model, ValueHeadsConfig(**stored))
@@ -671,7 +770,14 @@ def _load_adapter(folder: Path, **options) -> nn.Module:
 
 
 def check_same_heads(name: str, asked: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
-    """Raises: InputError where the heads asked for are not of the form of those that are there."""
+    """Check that requested value heads have the form of the stored ones (kind, number, utterance heads).
+
+    Args:
+      name: the model's name, for the error.
+      asked: the requested ValueHeadsConfig as a dict.
+      stored: the same for the model's own heads.
+    Raises: InputError if they differ.
+    """
     for field in ("kind", "heads", "utterance"):
         if asked[field] != stored[field]:
             raise InputError(

@@ -1,9 +1,10 @@
-"""A guided model as a plain checkpoint: values folded into the LM head, returns as rows of the model's own embedding.
+"""A guided model as a plain checkpoint: Q is added to the LM head, returns become rows of the model's own embedding.
 
-V and all that depends on the state alone cancel in the softmax, and heads that are linear in the hidden state h are a
-matrix over the vocabulary, Q(s,a) = W_Q[a] · h + …, so that log π + β · Q are the logits of W + β/s · W_Q where the
-base's logits are s · W h. The number s is measured on the model, as families scale in many places. Where the way from
-h to the logits is no such scale (a transform before the LM head, a soft cap after it) Q does not fold.
+Terms that depend on the state alone, such as V, cancel in the softmax. Heads that are linear in the hidden state h are
+a matrix over the vocabulary, Q(s,a) = W_Q[a] · h + (a term of the state). If the base's logits are s · W h, then
+log π + β · Q are, up to such a term, the logits of an LM head with the matrix W + β/s · W_Q. The number s is measured
+on the model, because families of models scale in many places. If logits are no such multiple (there is a transform
+before the LM head or a soft cap after it), Q cannot be added in this way.
 """
 
 from collections.abc import Sequence
@@ -18,15 +19,18 @@ from offline_lmrl.models.guided import detach
 from offline_lmrl.models.value_heads import QHead
 from offline_lmrl.ops.decoding import reduce_q
 
-SMALL, LARGE = 0.01, 100.0  # outputs of the LM head at which logits are compared: a soft cap bends the large ones
+SMALL, LARGE = 0.01, 100.0  # test outputs of the LM head; a soft cap changes only large ones
 
 
 def q_matrix(head: QHead, matrix: Tensor, q_reduce: str) -> Tensor:
-    """W_Q (V,d) fp32 with reduce(Q)(s,a) = W_Q[a] · h + a term of the state alone.
+    """Return W_Q (V,d), fp32, for which reduce(Q)(s,a) = W_Q[a] · h + a term of the state alone.
 
     Args:
-      head: tied or linear. matrix: the LM head's (V,d), which the head reads. q_reduce: mean or first.
+      head: a tied or linear head.
+      matrix: the LM head's, (V,d).
+      q_reduce: "mean" or "first".
     """
+    # The head is linear, so its features of the unit vectors are the columns of its map.
     unit = torch.eye(matrix.shape[1], device=matrix.device)
     with torch.no_grad():
         return reduce_q(torch.einsum("hnk,hvk->hvn", head.features(unit), head.rows(matrix)), q_reduce)
@@ -34,10 +38,12 @@ def q_matrix(head: QHead, matrix: Tensor, q_reduce: str) -> Tensor:
 
 @torch.no_grad()
 def head_scale(model: PreTrainedModel) -> float:
-    """Measure s in logits = s · W h + a constant, h being the decoder's last hidden states, on a guided model.
+    """Measure s in logits = s · W h + a constant, where h are the decoder's last hidden states of a guided model.
 
-    The LM head's output is compared with W h, and then replaced by made-up numbers, small and large, with which the
-    logits are compared, as a soft cap does not show in small ones. Raises: InputError where either is no multiple.
+    The LM head's output is compared with W h. It is then replaced by test outputs, small and large, and the logits are
+    compared with these; large ones are needed because a soft cap hardly changes small ones.
+
+    Raises: InputError if, in either comparison, one is not a multiple of the other.
     """
     head = model.get_output_embeddings()
     step = torch.linspace(-SMALL, SMALL, head.weight.shape[0], device=head.weight.device)
@@ -69,7 +75,7 @@ def head_scale(model: PreTrainedModel) -> float:
 
 
 def _multiple(x: Tensor, y: Tensor) -> float | None:
-    """The number c in x = c · y; None where there is none, as where one holds nan or they differ in shape."""
+    """Return the number c in x = c · y; None if there is none, or if a value is nan, or if shapes differ."""
     if x.shape != y.shape:
         return None
     x, y = x.flatten().double(), y.flatten().double()
@@ -79,12 +85,12 @@ def _multiple(x: Tensor, y: Tensor) -> float | None:
 
 @torch.no_grad()
 def fold(model: PreTrainedModel, rows: Tensor) -> None:
-    """Adds rows (V,d) to the LM head's matrix, which is its own from now on where it was the embedding's."""
+    """Add `rows` (V,d) to the LM head's matrix; if it is tied to the embedding, untie it first."""
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight + rows.to(head.weight.dtype))
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
-    # The flag unties whatever else a family shares, such as layers of Zamba: each place gets weights of its own.
+    # The flag also unties other shared weights, such as the layers of Zamba, so give each place a copy of its own.
     seen: set[nn.Parameter] = set()
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -95,17 +101,23 @@ def fold(model: PreTrainedModel, rows: Tensor) -> None:
 
 @torch.no_grad()
 def spell_returns(model: PreTrainedModel, returns: Tensor, ids: Sequence[int]) -> None:
-    """Gives token ids the rows (n,d) of a table of returns, and keeps `generate` from emitting them.
+    """Store a return embedding in the rows of some token ids, and keep `generate` from emitting these ids.
 
-    An LM head of its own gets their mean row, whose logit is never the largest: engines differ in what they suppress.
-    Raises: InputError where the embedding does more than scale its rows.
+    An untied LM head gets the mean row of the other tokens for these ids. Their logits are then never the largest,
+    for engines that ignore `suppress_tokens`.
+
+    Args:
+      model: changed in place; its embedding is enlarged if necessary.
+      returns: rows of the return embedding, (n,d).
+      ids: the n token ids; all ids below the least of them are ordinary tokens.
+    Raises: InputError if the model's embedding does more than look up rows and scale them.
     """
     if max(ids) >= model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     known = torch.arange(min(ids), device=embedding.weight.device)
     read, stored = embedding(known).float(), embedding.weight[known].float()
-    # Rows of the table are what the embedding returns, and some families scale in there.
+    # `returns` are outputs of the embedding module, which scales stored rows in some families.
     scale = (read * stored).sum() / stored.square().sum()
     if not torch.allclose(read, scale * stored, rtol=1e-4, atol=1e-6):
         raise InputError(
@@ -121,7 +133,7 @@ def spell_returns(model: PreTrainedModel, returns: Tensor, ids: Sequence[int]) -
 
 
 def plain(model: nn.Module) -> PreTrainedModel:
-    """The model without its parts and settings, an adapter merged into it; in place."""
+    """Merge the adapter, if any, and remove heads, return embedding and settings, in place; return the model."""
     if hasattr(model, "peft_config"):
         _untie(model)
         model = model.merge_and_unload()
@@ -131,8 +143,10 @@ def plain(model: nn.Module) -> PreTrainedModel:
 
 
 def _untie(model: nn.Module) -> None:
-    """Gives a PeftModel's LM head a matrix of its own where the embedding's has an adapter on either side: merged into
-    a shared matrix it would act on both."""
+    """Untie the LM head of a PeftModel from the embedding if either has an adapter.
+
+    An adapter that is merged into a shared matrix would act on both.
+    """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if hasattr(head, "base_layer") or hasattr(embedding, "base_layer"):
         bare = getattr(head, "base_layer", head)

@@ -1,4 +1,4 @@
-"""The renderer of a model: with the text that was derived for it, and every token that ends its replies."""
+"""The renderer of a model, with the template text stored for it and the tokens that end its replies."""
 
 import json
 import logging
@@ -17,25 +17,27 @@ from offline_lmrl.models.adapters import SETTINGS_FILE, settings
 
 
 def reply_ends(model: nn.Module) -> tuple[int, ...]:
-    """The ids that end a reply of the model, by its generation config."""
+    """Return the ids that end a reply of the model, from its generation config."""
     generation = getattr(model, "generation_config", None)
     ends = getattr(generation, "eos_token_id", None)
     return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
 
 
 def rendering_block(renderer: Renderer) -> dict[str, Any]:
-    """The entries of a model's `offline_lmrl` block from which `renderer_of` makes the same renderer again."""
+    """Return the entries of the `offline_lmrl` block from which `renderer_of` rebuilds the same renderer."""
     return {"template": renderer.template, "template_text": renderer.text.to_dict(), "tokenizer": renderer.fingerprint}
 
 
 def renderer_of(tokenizer: PreTrainedTokenizerBase, model: nn.Module, where: str | Path) -> Renderer:
-    """The renderer of a run, or of any model with its tokenizer.
+    """Return the renderer of a run, or of any model with its tokenizer.
 
-    A run of another rendering scheme is rendered anew by its template, which is logged.
+    If the run was trained under another rendering scheme, make a new renderer from its template and log a warning.
 
     Args:
+      tokenizer: the model's.
+      model: a guided model, or any other.
       where: the run's name, for errors.
-    Raises: InputError where the tokenizer is not the one that the model was trained with.
+    Raises: InputError if the model was trained with another tokenizer or template.
     """
     block = settings(model.config)
     expected, text = block.get("tokenizer"), None
@@ -59,11 +61,16 @@ def renderer_of(tokenizer: PreTrainedTokenizerBase, model: nn.Module, where: str
 def training_renderer(
     tokenizer: PreTrainedTokenizerBase, model: nn.Module, template: str, output_dir: str | Path
 ) -> Renderer:
-    """The renderer of a training run: that of its last checkpoint, or of the run that it starts from, or a new one.
+    """Return the renderer of a training run: of its last checkpoint, else of the run that it starts from, else new.
 
-    A template may print the date, so what was derived once is kept.
+    The stored template text is used again, because a template may print the date.
 
-    Raises: InputError where the checkpoint was rendered under another scheme.
+    Args:
+      tokenizer: the model's.
+      model: the model that training starts from.
+      template: the setting `template`.
+      output_dir: the run's folder.
+    Raises: InputError if the checkpoint was rendered under another scheme.
     """
     start = settings(model.config)
     checkpoint = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
@@ -82,7 +89,7 @@ def training_renderer(
 
 
 def scheme_of(block: Mapping[str, Any]) -> int | None:
-    """The rendering scheme of a run; None where the block names no tokenizer."""
+    """Return the rendering scheme of a run; None if its block names no tokenizer."""
     fingerprint = block.get("tokenizer")
     if not isinstance(fingerprint, str):
         return None
@@ -96,12 +103,12 @@ def _stored_text(block: Mapping[str, Any], where: str | Path) -> TemplateText:
 
 
 def _stored_block(folder: Path) -> dict[str, Any]:
-    """The `offline_lmrl` block in a checkpoint, {} where it holds none."""
+    """Read the `offline_lmrl` block of a checkpoint; {} if there is none."""
     for name, key in ((SETTINGS_FILE, None), ("config.json", "offline_lmrl")):
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            continue  # whoever loads the checkpoint says what is wrong with it
+            continue  # the code that loads the checkpoint reports the fault
         found = found.get(key) if key is not None and isinstance(found, dict) else found
         return found if isinstance(found, dict) else {}
     return {}

@@ -1,7 +1,7 @@
-"""Rows for reserved ids: how a causal LM is told the return that is asked of it, without a larger vocabulary.
+"""An embedding of reserved ids, which conditions a causal LM on a requested return without a larger vocabulary.
 
-With R rows in the model's own embedding, id R is null (no return is asked for) and R+1.. are the bins. The rows are
-put into `inputs_embeds` for such ids; the LM head has R rows as before, so no reserved id can be emitted.
+If the model's own embedding has R rows, id R is null (no return is requested) and R+1, R+2, ... are the bins. Rows of
+reserved ids are inserted into `inputs_embeds`. The LM head keeps its R rows, so no reserved id can be emitted.
 """
 
 import torch
@@ -13,13 +13,14 @@ from offline_lmrl.models.value_heads import Head
 
 
 class ReturnEmbedding(Head):
-    """One row for null and one for each bin. fp32.
+    """An embedding with one row for null and one for each bin, fp32.
 
-    Bins are ordinal: e_b = base + Σ_{i≤b} δ_i, so neighbours share what they learn and rare bins borrow. The δ start
-    small: over all bins they add up to about the spread of the model's own embeddings.
+    Bins are ordinal: e_b = base + Σ_{i≤b} δ_i, so that neighbours share what they learn and rare bins profit from
+    others. The δ start small: their sum over all bins is about the spread of the model's own embeddings.
 
     Args:
-      bins: at least 2. width: of the model's embeddings.
+      bins: the number of bins, at least 2.
+      width: of the model's embeddings.
     """
 
     def __init__(self, bins: int, width: int):
@@ -30,8 +31,10 @@ class ReturnEmbedding(Head):
 
     @torch.no_grad()
     def reset(self, embedding: nn.Module) -> None:
-        """Fresh rows: null and base are the mean of the model's embeddings, as they come out of its module, because
-        some families scale them there."""
+        """Fill in fresh rows: null and base become the mean of the model's embeddings.
+
+        The mean is over outputs of the embedding module, because some families scale stored rows there.
+        """
         device = next(embedding.parameters()).device
         rows = embedding(torch.arange(embedding.weight.shape[0], device=device)).float()
         mean = rows.mean(0).to(self.base.device)
@@ -40,12 +43,19 @@ class ReturnEmbedding(Head):
         init.normal_(self.delta, std=rows.std(0).mean().item() * len(self.delta) ** -0.5)
 
     def rows(self) -> Tensor:
-        """(1 + bins, width), null first."""
+        """Return all rows, (1 + bins, width), null first."""
         bins = torch.cat([self.base.unsqueeze(0), self.delta]).cumsum(0)
         return torch.cat([self.null.unsqueeze(0), bins])
 
     def forward(self, input_ids: Tensor, embedding: nn.Module) -> Tensor:
-        """Embeddings of ids (B,T), own and reserved ones: (B,T,width) in the dtype of the model's embedding."""
+        """Embed ordinary and reserved ids (B,T).
+
+        Args:
+          input_ids: (B,T).
+          embedding: the model's own, for ordinary ids.
+        Returns: (B,T,width), in the dtype of `embedding`.
+        """
+        # Both lookups run at all positions; ids of the other kind are set to a valid one there, and not used.
         reserved = input_ids - embedding.weight.shape[0]
         known = reserved < 0
         own = embedding(input_ids.masked_fill(~known, 0))

@@ -1,13 +1,15 @@
-"""Heads that say what a turn earns and what follows, each as a distribution over bins (Janner et al. 2021, Trajectory
-Transformer): the mean of that distribution is the number.
+"""Heads that predict a turn's reward and the return before and after it.
 
-    returns   before the agent's first token      R_t, what is still to come
-    reward    behind the turn's closing token     r_t, what the turn paid
-    after     behind the turn's closing token     R_{t+1}, what comes after it
-    ended     behind the turn's closing token     1 where the turn ended the episode, else 0
+Each head predicts a distribution over bins (Janner et al. 2021, Trajectory Transformer), whose mean is the prediction.
 
-They are trained and read where no return is asked for: elsewhere R̂_t is in their context, which tells R_t and, with
-R̂_{t+1}, also r_t. All numbers are in scaled reward units.
+    head      state                               predicted number
+    returns   before the agent's first token      R_t, the return from this turn on
+    reward    after the turn's closing token      r_t, the reward of the turn
+    after     after the turn's closing token      R_{t+1}, the return from the next turn on
+    ended     after the turn's closing token      1 if the turn ended the episode, else 0
+
+The heads are trained and used under the null condition only. With a requested return R̂_t in the context, R_t would be
+known, and with R̂_{t+1} also r_t. All numbers are in scaled reward units.
 """
 
 from collections.abc import Mapping
@@ -26,18 +28,24 @@ HEADS = ("returns", "reward", "after", "ended")
 
 
 def fit_heads(steps: Mapping[str, np.ndarray], most: int, discount_per_turn: float) -> dict[str, Any]:
-    """The block of heads for turns like these, at most so many bins.
+    """Fit the bins of all heads to the training data; return the block `return_heads` of a model's settings.
 
-    steps: columns of the action steps (data/batching.py) that close turns and have a target; at least one.
+    Args:
+      steps: columns of the action steps (data/batching.py) that close turns and have a target; at least one step.
+      most: the most bins of a head.
+      discount_per_turn: γ of the returns, which is stored with the bins.
     """
     earned = outcomes(steps)
     return {name: fit_bins(earned[name], most) for name in HEADS} | {"discount_per_turn": discount_per_turn}
 
 
 def fit_bins(values: np.ndarray, most: int) -> dict[str, list[float]]:
-    """The `edges` between bins, rising, and the `means` of the values in each of them.
+    """Fit bins to values.
 
-    A bin per distinct value where there are at most `most`, else as many of equal width, less those that are empty.
+    If there are at most `most` distinct values, each gets a bin. Otherwise there are `most` bins of equal width,
+    without the empty ones.
+
+    Returns: `edges`, the K − 1 rising borders between bins, and `means`, the mean of the values in each of the K bins.
     """
     edges = fit_edges(values, "unique" if len(distinct(values)[0]) <= most else "linear", most)
     bins = np.searchsorted(edges, values, side="right")
@@ -45,9 +53,11 @@ def fit_bins(values: np.ndarray, most: int) -> dict[str, list[float]]:
 
 
 class BinHead(TwoLayers):
-    """Logits of the bins, d -> 2d -> K. All bins are equally likely before training.
+    """A head that gives logits of K bins, d -> 2d -> K. All bins are equally likely before training.
 
-    bins: as `fit_bins` gives them.
+    Args:
+      bins: `edges` and `means`, as `fit_bins` returns them.
+      width: d.
     """
 
     def __init__(self, bins: Mapping[str, list[float]], width: int):
@@ -62,26 +72,33 @@ class BinHead(TwoLayers):
         init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden (N,d) -> (N,K) in fp32."""
+        """Map hidden states (N,d) to logits (N,K), fp32."""
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(self.features(hidden.float())[0], self.weight, self.bias)
 
     def mean(self, hidden: Tensor) -> Tensor:
-        """The expected number, (N,d) -> (N,)."""
+        """Return the expected number, (N,d) -> (N,)."""
         probability = self(hidden).softmax(-1)
         return probability @ probability.new_tensor(self.means)
 
     def log_prob(self, hidden: Tensor, values: Tensor) -> Tensor:
-        """Of the bins that values (N,) lie in: (N,)."""
+        """Return the log-probability of the bins that contain the values.
+
+        Args:
+          hidden: (N,d).
+          values: (N,).
+        Returns: (N,), nats.
+        """
         bins = torch.bucketize(values.float(), values.new_tensor(self.edges, dtype=torch.float32), right=True)
         return -F.cross_entropy(self(hidden), bins, reduction="none")
 
 
 class ReturnHeads(nn.Module):
-    """The heads of HEADS as submodules of these names.
+    """The four heads, as submodules with the names in HEADS.
 
-    block: their bins by name, and the discount_per_turn of their returns (`fit_heads`); it is the block `return_heads`
-      of a model's settings.
+    Args:
+      block: their bins by name (`fit_heads`), which is the block `return_heads` of a model's settings.
+      width: d.
     """
 
     def __init__(self, block: Mapping[str, Any], width: int):
@@ -90,26 +107,48 @@ class ReturnHeads(nn.Module):
             self.add_module(name, BinHead(block[name], width))
 
     def log_prob(self, opening: Tensor, closing: Tensor, outcome: Mapping[str, Tensor]) -> Tensor:
-        """Of what turns earned, the sum over heads: states (M,d) before and behind them, numbers (M,) -> (M,)."""
+        """Return the log-probability of the outcomes of M turns, summed over the heads.
+
+        Args:
+          opening: hidden states before the first token of each turn, (M,d).
+          closing: hidden states after the closing token, (M,d).
+          outcome: the true number for each head, (M,) each, as from `outcomes`.
+        Returns: (M,), nats.
+        """
         total = self.returns.log_prob(opening, outcome["returns"])
         return total + sum(getattr(self, name).log_prob(closing, outcome[name]) for name in HEADS[1:])
 
     def expert(self, opening: Tensor, inverse_temperature: float) -> Tensor:
-        """The mean of R_t under p(R_t|s) · exp(κ · R_t), (N,d) -> (N,): κ = 0 gives what is usual, a large κ the best.
+        """Return the mean of R_t under the distribution proportional to p(R_t|s) · exp(κ · R_t).
 
-        Multi-Game Decision Transformers (Lee et al. 2022) draw R_t from it instead.
+        κ = 0 gives the expected return of the data, a large κ the best return.
+        Deviation: Multi-Game Decision Transformers (Lee et al. 2022) draw R_t from this distribution instead.
+
+        Args:
+          opening: hidden states before the first token of the turns, (N,d).
+          inverse_temperature: κ, per scaled reward unit.
+        Returns: (N,), in scaled reward units.
         """
         logits = self.returns(opening)
         means = logits.new_tensor(self.returns.means)
         return (logits + inverse_temperature * means).softmax(-1) @ means
 
     def outcome(self, closing: Tensor) -> Tensor:
-        """Expected reward of the turn, return after it, and probability that it ended the episode: (N,d) -> (N,3)."""
+        """Predict the outcome of turns from the states after their closing tokens, (N,d).
+
+        Returns: (N,3): expected reward of the turn, expected return after it, probability that it ended the episode.
+        """
         return torch.stack([getattr(self, name).mean(closing) for name in HEADS[1:]], dim=-1)
 
 
 def outcomes(steps: Mapping[str, Any]) -> dict[str, Any]:
-    """What the turns that these steps close earned, by name of the head; steps of one turn have its whole return."""
+    """Compute the true number of every head.
+
+    Args:
+      steps: the packed action steps that close turns, (M,) each. The `return_to_go` of each step is R_t of its whole
+        turn.
+    Returns: name of the head -> (M,).
+    """
     return {
         "returns": steps["return_to_go"],
         "reward": steps["reward"],

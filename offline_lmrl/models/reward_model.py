@@ -1,19 +1,23 @@
-"""Reward models: a trunk with one number per token, read at some of the agent's tokens; their sum is a reply's score.
+"""Reward models: a trunk with one number per token, summed over some of the agent's tokens to the score of a reply.
+
+There are three kinds of head, which sum over different tokens:
 
     terminal   the last token of the reply (Ziegler et al. 2019, Stiennon et al. 2020)
     turn       the last token of each agent turn
     token      every agent token: per-step rewards from comparisons (Christiano et al. 2017)
 
-A reply is read as a whole, after its context. With a window of `context` turns (turn and token), each of its agent
-turns is read on its own, after the turns that a policy with that window sees there (data/windows.py): its score
-then depends on nothing older. Christiano et al. score each step of a segment by its own observation.
+A reply is read as a whole, after its context. With a window of `context` turns (turn and token heads only), each agent
+turn of the reply is read in a row of its own, after the turns that a policy with that window sees (data/windows.py).
+Its score then depends on nothing older. Christiano et al. score each step of a segment by its own observation.
 
-A terminal model is a plain ...ForSequenceClassification with one label, the others are ...ForTokenClassification:
-class names, weights and config are those of transformers, which loads them without this project. With LoRA the folder
-holds the adapter and the head in peft's own form, and our block beside it (models/adapters.py). A classification class
-of its own reads the last token that is not config.pad_token_id, so the pad token must not be what closes a turn.
-What is added is `forward(..., read=mask)` and the config's block `offline_lmrl.reward`: head and bias. The bias is
-added by the scorer (decoding/scorers.py), once per reply, as these heads have none, or one per token.
+A terminal model is a plain ...ForSequenceClassification with one label, the others are ...ForTokenClassification.
+Class names, weights and config are those of transformers, which loads them without this project. With LoRA, the folder
+holds the adapter and the head in peft's own form, and our block beside it (models/adapters.py). Without this project,
+a classification class scores the last token that is not config.pad_token_id, so the pad token must not be the one that
+closes a turn.
+
+This module adds `forward(..., read=mask)` and the config's block `offline_lmrl.reward`, which holds head and bias. The
+scorer adds the bias once per reply (decoding/scorers.py), because the heads have none, or one per token.
 """
 
 import functools
@@ -48,11 +52,17 @@ HEADS = {
 
 
 class Reward:
-    """What `reward_class` puts before a classification class."""
+    """The mixin that `reward_class` adds to a classification class."""
 
     def forward(self, *args, read: Tensor | None = None, **kwargs):
-        """The base's; with `read` (B,T) instead the scores (B,), fp32, without bias: the sum over the tokens that are
-        read. A dropout before the head, as token classification has it, is left out there."""
+        """Run the base's forward, or with `read` compute scores.
+
+        Scores leave out the dropout that token classification applies before its head.
+
+        Args:
+          read: (B,T) bool, the tokens to sum over; None = the base's forward.
+        Returns: the base's outputs, or scores (B,), fp32, without the bias of the config.
+        """
         if read is None:
             return super().forward(*args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs)[0]
@@ -63,13 +73,16 @@ class Reward:
 
 @functools.cache
 def reward_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A classification class with `read`; it keeps its name, which is what config.json tells other engines, and its
-    module: elsewhere transformers takes a class for custom code, and skips its buffers."""
+    """Return a subclass of a classification class, with the argument `read` in its forward.
+
+    It keeps the name of the base, which config.json stores for other engines. It also keeps the module, because
+    transformers takes a class of another module for custom code and skips its buffers.
+    """
     return type(base.__name__, (Reward, base), {"__module__": base.__module__, "__doc__": Reward.__doc__})
 
 
 def head_of(model: PreTrainedModel) -> nn.Linear:
-    """The layer that gives one number per token. Raises: InputError where there is none."""
+    """Return the linear layer that gives one number per token. Raises: InputError if there is none."""
     for name in HEAD_NAMES:
         layer = getattr(model, name, None)
         if hasattr(layer, "modules_to_save"):  # peft's wrapper around the copy that is trained
@@ -83,7 +96,10 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
 
 
 def reset_head(model: PreTrainedModel) -> None:
-    """N(0, 1/√(d+1)) and bias 0: scores of about unit variance (Ziegler et al. 2019, their code)."""
+    """Draw the head's weights from N(0, σ = 1/√(d+1)) and set its bias to 0.
+
+    Scores then have about unit variance (Ziegler et al. 2019, their code).
+    """
     head = head_of(model)
     nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
     if head.bias is not None:
@@ -91,7 +107,7 @@ def reset_head(model: PreTrainedModel) -> None:
 
 
 def read_mask(batch: ComparisonBatch, head: str) -> Tensor:
-    """(B,T) bool: the tokens at which a head is read."""
+    """Return (B,T) bool, True for the tokens that the kind of head sums over."""
     if head == "terminal":
         positions = torch.arange(batch["input_ids"].shape[1], device=batch["last"].device)
         return positions == batch["last"].unsqueeze(1)
@@ -104,28 +120,30 @@ def reads_by_turn(head: str, window: WindowRule) -> bool:
 
 
 def option_scores(model: nn.Module, batch: ComparisonBatch, head: str) -> Tensor:
-    """The scores (M,) of the options of a batch, fp32, without bias: the sums over their rows."""
+    """Return the scores (M,) of the options of a batch, fp32, without bias; an option's rows are summed."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     score = model(**inputs, read=read_mask(batch, head))
     return score.new_zeros(len(batch["comparison"])).index_add(0, batch["option"], score)
 
 
 def score_bias(model: nn.Module) -> float:
-    """What a terminal score, or that of one turn, is beside w · h: the head's own bias, if it has one, and that of
-    normalisation."""
+    """Return the constant b in a score w · h + b at one token: the head's own bias, if any, plus the config's.
+
+    The config's bias is the one set by normalisation (`fold`).
+    """
     own = head_of(model).bias
     return settings(model.config)["reward"]["bias"] + (0.0 if own is None else own.item())
 
 
 def with_head_beside(peft_config: Any, model: PreTrainedModel) -> Any:
-    """The peft config with the head trained and saved in full, and no adapter on it."""
+    """Return the peft config, changed so that the head is trained and saved in full and gets no adapter."""
     name = next(name for name in HEAD_NAMES if getattr(model, name, None) is head_of(model))
     saved = {*(peft_config.modules_to_save or ()), name}
     return replace(peft_config, modules_to_save=sorted(saved), exclude_modules=[name])
 
 
 def build_reward_model(spec: Mapping[str, Any], tokenizer, head: str) -> PreTrainedModel:
-    """A reward model with fresh weights; arguments and errors as `from_scratch`."""
+    """Build a reward model with fresh weights and the given kind of head; other arguments as in `from_scratch`."""
     model = _with_read(from_scratch(HEADS[head], spec, tokenizer, num_labels=1), head)
     reset_head(model)
     return model
@@ -134,11 +152,17 @@ def build_reward_model(spec: Mapping[str, Any], tokenizer, head: str) -> PreTrai
 def load_reward_model(
     path_or_name: str | Path, head: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A reward model from a folder or hub name: of a reward model, of any classifier of sequences with one label, or,
-    where `head` says which to add, of a causal LM, guided or not. Weights are fp32. A LoRA folder gives the PeftModel
-    around the model, with adapter and head trainable.
+    """Load a reward model, with fp32 weights, from a folder or hub name.
 
-    Raises: InputError where there is no such model, and where it has another head than the one asked for.
+    This can be a reward model, any sequence classifier with one label, or, if `head` is given, a causal LM (guided or
+    not), which then gets a fresh head. A LoRA folder gives the PeftModel around the model, with trainable adapter and
+    head.
+
+    Args:
+      path_or_name: the folder or hub name.
+      head: the kind of head that the model must have or get; None = the stored one.
+      trust_remote_code: as in transformers.
+    Raises: InputError if there is no such model, or if its head is of another kind than `head`.
     """
     name = str(path_or_name)
     if os.path.isfile(os.path.join(name, "adapter_config.json")):
@@ -174,7 +198,7 @@ def load_reward_model(
 
 
 def is_reward_model(path_or_name: str | Path) -> bool:
-    """True if the folder or hub name is one that `load_reward_model` opens without being told a head."""
+    """True if `load_reward_model` can load the folder or hub name without the argument `head`."""
     name = str(path_or_name)
     if os.path.isfile(os.path.join(name, "adapter_config.json")):
         return "reward" in read_settings(name)
@@ -199,7 +223,10 @@ def _load_adapter(folder: Path, head: str | None, trust_remote_code: bool) -> nn
 
 
 def fold(model: PreTrainedModel, gain: float, bias: float) -> None:
-    """score ← gain · score + bias, from raw scores: the gain goes into the head, the bias into the config."""
+    """Normalise scores in place: score ← gain · (raw score) + bias.
+
+    The gain is multiplied into the head; the bias replaces that of the config.
+    """
     head = head_of(model)
     with torch.no_grad():
         for parameter in head.parameters():
@@ -216,7 +243,7 @@ def _with_read(model: PreTrainedModel, head: str) -> PreTrainedModel:
 
 
 def _stored_head(config: Any) -> str | None:
-    """The head that the folder of this config has; None = none."""
+    """Return the kind of head that a model with this config has; None = none."""
     stored = settings(config).get("reward", {}).get("head")
     if stored is None and any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         return "terminal"

@@ -1,6 +1,6 @@
-"""Parameters that a loss does not reach, such as the vision tower of a model that reads text.
+"""Parameters that a loss does not reach, such as the vision tower of a multimodal model on text.
 
-They are frozen before anything is trained: an optimizer would keep state for them, and processes that share gradients
+They are frozen before training: otherwise the optimizer would keep state for them, and processes that share gradients
 would wait for theirs for ever.
 """
 
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 
 def freeze_unreached(model: nn.Module, output: Tensor) -> bool:
-    """Freezes what a number that the model gave was not computed from, as its autograd graph says.
+    """Freeze the parameters that an output of the model does not depend on, by its autograd graph.
 
-    One of several experts may be left out by the tokens of one batch and read by those of another: a parameter stays
-    free where its like is reached, that is, one of the same name in modules of the same classes but for numbers.
+    An expert of a mixture may be unused by one batch and used by another. A parameter therefore stays trainable if a
+    similar one is reached: one whose name differs only in numbers, in modules of the same classes.
 
     Args:
-      output: of a forward pass whose parts of the model are those that training runs.
-    Returns: whether some that stay free were not reached this time.
+      model: the model.
+      output: the result of a forward pass that runs the same parts of the model as training does.
+    Returns: True if some parameters that stay trainable were not reached this time.
     """
     reached = set(map(id, _leaves(output)))
     modules = dict(model.named_modules())
@@ -40,13 +41,13 @@ def freeze_unreached(model: nn.Module, output: Tensor) -> bool:
 
 
 def _leaves(output: Tensor) -> Iterator[Tensor]:
-    """The parameters that a tensor was computed from."""
+    """Yield the parameters (and other leaves with a gradient) that a tensor was computed from."""
     waiting, seen = [output.grad_fn], set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
+        if hasattr(node, "variable"):  # an AccumulateGrad node, which holds the leaf
             yield node.variable
         waiting += [before for before, _ in node.next_functions]

@@ -1,25 +1,30 @@
 """Twin Q heads, their targets and V, read from the hidden states of a causal LM (Snell et al. 2023, ILQL).
 
 A Q head is linear in its features: Q_i(s,a) = z_i(s) · row_i[a] + bias_i[a] + offset_i(s), for heads i = 1..H that are
-computed together. What the three kinds choose:
+computed together. There are three kinds:
 
     kind     features z_i(s)            row_i[a]                    bias_i[a]   offset_i(s)
     tied     c · M_i h          (d)     E[a], the LM head's row     none        w_i · h + b_i
     linear   h                  (d)     W_i[a]                      none        one stored constant
     mlp      relu(A_i h + a_i)  (2d)    W_i[a]                      learnt      0
 
-tied and linear are linear in h and fold into the LM head (tied as β·c·E·M); mlp is the papers'. All start at
-`initial_value`: w and the rows of mlp are 0; M and the rows of linear are so small (TIE_BREAK) that Q lies within
-about 1e-3 of it where h has unit variance. At 0 the twins would be equal and get equal gradients for ever, so that
-the minimum of both would be either. How far twins of a kind that is linear in h drift apart is another matter: what
-the data fix they learn alike; the first layers of mlp differ from the start.
+tied and linear are linear in h, so that they can be added to the LM head (tied as β·c·E·M). mlp is the papers' kind.
 
-tied reads the live E without gradient: the policy's loss moves it, Q's never does. Its target averages M, w and b
-only, a deviation from a full target copy. The number c = 1 / (root mean square length of E's rows) is there because
-an Adam step changes Q in proportion to that length, which is .02·√d in a fresh model and anything in a trained one.
-Fitted to noisy values of four tokens per state at widths 64, 128 and 768, unit rows followed the learning curve of a
-linear head; rows as they are were 4 to 10 times slower at width 64 when fresh, and diverged at width 768 once ten
-times longer. c is stored and follows E at every target update: in forward it would cost a pass over E per token.
+Initialisation. All heads start at `initial_value`: w and the rows of mlp are 0. M and the rows of linear are random,
+but so small (TIE_BREAK) that Q differs from `initial_value` by only about 1e-3 if h has unit variance. With zeros
+instead, the twins would be equal and get equal gradients for ever, so that the minimum of both would be either one.
+The small difference does not make the twins of tied and linear drift far apart: where the data determine Q, both learn
+the same. The twins of mlp have different first layers from the start.
+
+tied reads the live E without gradient: the policy's loss changes E, the loss of Q never does. Its target averages M, w
+and b only, a deviation from a full target copy.
+
+The number c = 1 / (root mean square length of E's rows) is needed because an Adam step changes Q in proportion to that
+length, which is .02·√d in a fresh model and can be any number in a trained one. This was measured by fitting noisy
+values of four tokens per state at widths 64, 128 and 768. With rows scaled to unit length, learning curves were those
+of a linear head. With unscaled rows, learning was 4 to 10 times slower for fresh rows at width 64, and diverged for
+rows ten times longer at width 768. c is stored, and computed anew at every target update: in forward, it would cost a
+pass over E per token.
 """
 
 import functools
@@ -33,13 +38,15 @@ from transformers import initialization as init
 from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.ops.chunked import chunked_logsumexp
 
-TIE_BREAK = 2e-4  # standard deviation of fresh Q values of one head around initial_value, h of unit variance
+TIE_BREAK = 2e-4  # standard deviation of a fresh head's Q around initial_value, for h of unit variance
 
 
 def _in_fp32(method: Callable) -> Callable:
-    """Casts the hidden states and leaves autocast: advantages are small differences of large values.
+    """A decorator for methods of heads: cast hidden states to fp32 and disable autocast.
 
-    Raises: InputError for hidden states of another width than the LM head's, by which heads are sized.
+    Advantages are small differences of large values, for which half precision does not suffice.
+
+    Raises: InputError, when the method is called, if the width of the hidden states is not that of the LM head.
     """
 
     @functools.wraps(method)
@@ -60,27 +67,36 @@ def _parameter(*shape: int) -> nn.Parameter:
 
 
 def _pick(table: Tensor, candidates: Tensor) -> Tensor:
-    """(H,V,...) at token ids (N,C) -> (H,N,C,...); several times faster in backward than plain indexing."""
+    """Look up token ids (N,C) in a table (H,V,...); return (H,N,C,...).
+
+    The backward pass is several times faster than that of plain indexing.
+    """
     return table.index_select(1, candidates.flatten()).unflatten(1, candidates.shape)
 
 
 class Head(nn.Module):
-    """Stays fp32 in a model that is cast, because Polyak steps of .005 are lost in bf16.
+    """The base class of heads, which stay in fp32 when the model is cast: bf16 would lose Polyak steps of .005.
 
-    Subclasses define `reset()`: fresh parameters. It fills through transformers' initialisers, which leave alone what
-    was read from disk.
+    Subclasses define `reset()`, which fills in fresh parameters. It uses transformers' initialisers, because these
+    skip parameters that were loaded from disk.
     """
 
     def _apply(self, fn, recurse=True):
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
+            # Follow a move to another device, but not a cast to another dtype.
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(move, recurse)
 
 
 class TwoLayers(Head):
-    """The first layer that mlp Q heads and scalar heads have in common, d -> 2d for each of the heads."""
+    """The first layer of mlp Q heads and scalar heads, d -> 2d for each of the H heads.
+
+    Args:
+      heads: H.
+      width: d.
+    """
 
     def __init__(self, heads: int, width: int):
         super().__init__()
@@ -98,7 +114,13 @@ class TwoLayers(Head):
 
 
 class ScalarHead(TwoLayers):
-    """One number per state, d -> 2d -> 1: V, and Q and V of whole turns."""
+    """H heads that give one number per state, d -> 2d -> 1: V, and Q and V of whole turns.
+
+    Args:
+      heads: H.
+      width: d.
+      initial_value: the output before training.
+    """
 
     def __init__(self, heads: int, width: int, initial_value: float):
         super().__init__(heads, width)
@@ -113,11 +135,14 @@ class ScalarHead(TwoLayers):
 
     @torch.no_grad()
     def start_at(self, weight: Tensor, bias: float) -> None:
-        """Start a single head at w · h + b, exactly: relu(w · h) − relu(−w · h) by its first two hidden units. The
-        others keep their first layer and count for nothing yet, as in a fresh head.
+        """Set a single head (H = 1) to w · h + b, exactly.
+
+        Its first two hidden units compute relu(w · h) − relu(−w · h) = w · h. The others keep their first layer and
+        have output weight 0, as in a fresh head.
 
         Args:
           weight: w, (d,).
+          bias: b.
         """
         self.hidden_weight[0, :2] = torch.stack([weight, -weight])
         self.weight[0, :2] = torch.tensor([1.0, -1.0])
@@ -125,20 +150,32 @@ class ScalarHead(TwoLayers):
 
     @_in_fp32
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden (N,d) -> (H,N)."""
+        """Map hidden states (N,d) to values (H,N)."""
         return torch.einsum("hnk,hk->hn", self.features(hidden), self.weight) + self.bias.unsqueeze(1)
 
 
 class QHead:
-    """H heads over the vocabulary, from the parts in the module's table, which the three kinds below supply:
+    """The forward pass of H Q heads over the vocabulary; the parts are those of the module's table.
 
-    features(hidden (N,d)) -> (H,N,K); offset(hidden) -> broadcasts against (H,N); rows(matrix) -> (H or 1,V,K), and of
-    candidates (N,C) -> (H or 1,N,C,K); `bias`: (H,V) or None. `matrix` is the LM head's (V,d); only tied reads it.
+    The three kinds below supply the parts, where `matrix` (V,d) is the LM head's, and only tied heads use it:
+
+        features(hidden (N,d))               z, (H,N,K)
+        rows(matrix)                         row, (H,V,K) or (1,V,K) if the heads share it
+        rows(matrix, candidates (N,C))       the same for some token ids per state, (H,N,C,K) or (1,N,C,K)
+        bias                                 (H,V) or None
+        offset(hidden (N,d))                 broadcasts against (H,N)
     """
 
     @_in_fp32
     def forward(self, hidden: Tensor, matrix: Tensor, candidates: Tensor | None = None) -> Tensor:
-        """hidden (N,d) -> (H,N,V); with candidates (N,C), token ids per state, only those: (H,N,C)."""
+        """Compute Q.
+
+        Args:
+          hidden: (N,d).
+          matrix: the LM head's, (V,d).
+          candidates: token ids (N,C) per state; None = the whole vocabulary.
+        Returns: (H,N,V) or (H,N,C), fp32.
+        """
         if candidates is None:
             q = torch.einsum("hnk,hvk->hnv", self.features(hidden), self.rows(matrix))
             bias = None if self.bias is None else self.bias.unsqueeze(1)
@@ -149,10 +186,11 @@ class QHead:
 
     @_in_fp32
     def logsumexp(self, hidden: Tensor, matrix: Tensor) -> Tensor:
-        """log Σ_a exp Q_i(s,a): (N,d) -> (H,N), without a table of all Q."""
+        """Compute log Σ_a exp Q_i(s,a), (N,d) -> (H,N), without a table of all Q."""
         return chunked_logsumexp(self.features(hidden), self.rows(matrix), self.bias) + self.offset(hidden)
 
 
+# Q_i(s,a) = c · M_i h · E[a] + w_i · h + b_i, where E is the live LM head.
 class TiedQ(QHead, Head):
     def __init__(self, heads: int, width: int, vocabulary: int, initial_value: float):
         super().__init__()
@@ -172,7 +210,7 @@ class TiedQ(QHead, Head):
 
     @torch.no_grad()
     def follow(self, matrix: Tensor) -> None:
-        """Sets c from the present LM head."""
+        """Set c from the present LM head's matrix (V,d)."""
         length = torch.linalg.vector_norm(matrix, dtype=torch.float32) / matrix.shape[0] ** 0.5
         self.row_scale.copy_(1 / length.clamp(min=1e-6))
 
@@ -183,19 +221,19 @@ class TiedQ(QHead, Head):
         return torch.einsum("nd,hd->hn", hidden, self.state_weight) + self.state_bias.unsqueeze(1)
 
     def rows(self, matrix: Tensor, candidates: Tensor | None = None) -> Tensor:
-        matrix = matrix.detach().unsqueeze(0)
+        matrix = matrix.detach().unsqueeze(0)  # the loss of Q must not change the LM head
         return (matrix if candidates is None else _pick(matrix, candidates)).float()
 
 
 class OwnRows(QHead):
-    """Rows that are parameters of the head, hence sized by the vocabulary."""
+    """A Q head whose rows are its own parameters, so that their number is the vocabulary's size."""
 
     def rows(self, matrix: Tensor, candidates: Tensor | None = None) -> Tensor:
         return self.weight if candidates is None else _pick(self.weight, candidates)
 
     @torch.no_grad()
     def resize(self, vocabulary: int) -> None:
-        """Follows a resized LM head: rows beyond the new size go, new ones answer `initial_value`."""
+        """Change the vocabulary size: drop rows beyond it, or add rows whose Q is `initial_value`."""
         kept = min(vocabulary, self.weight.shape[1])
         weight = self.weight.new_zeros(self.weight.shape[0], vocabulary, self.weight.shape[2])
         weight[:, :kept] = self.weight[:, :kept]
@@ -206,6 +244,7 @@ class OwnRows(QHead):
             self.bias = nn.Parameter(bias, self.bias.requires_grad)
 
 
+# Q_i(s,a) = W_i[a] · h + a constant.
 class LinearQ(OwnRows, Head):
     def __init__(self, heads: int, width: int, vocabulary: int, initial_value: float):
         super().__init__()
@@ -226,6 +265,7 @@ class LinearQ(OwnRows, Head):
         return self.constant.view(1, 1)
 
 
+# Q_i(s,a) = W_i[a] · relu(A_i h + a_i) + bias_i[a].
 class MLPQ(OwnRows, TwoLayers):
     def __init__(self, heads: int, width: int, vocabulary: int, initial_value: float):
         super().__init__(heads, width)
@@ -247,13 +287,14 @@ Q_HEADS = {"tied": TiedQ, "linear": LinearQ, "mlp": MLPQ}
 
 @dataclass(frozen=True)
 class ValueHeadsConfig:
-    """Which heads a guided model carries.
+    """The value heads of a guided model.
 
     Args:
-      kind: "tied", "linear" or "mlp" (see the module).
-      heads: H, the online Q heads; there are as many targets. 2 is the papers' double Q.
-      initial_value: what Q and V answer before training, in scaled reward units; best the data's mean return-to-go.
-      utterance: whether Q and V of whole turns come along.
+      kind: "tied", "linear" or "mlp", as described at the top of models/value_heads.py.
+      heads: H, the number of online Q heads, and of target heads; 2 is the papers' double Q.
+      initial_value: the output of Q and V before training, in scaled reward units; the mean return-to-go of the data
+        is best.
+      utterance: whether there are also heads for Q and V of whole turns.
     """
 
     kind: str = "tied"
@@ -269,7 +310,15 @@ class ValueHeadsConfig:
 
 
 class ValueHeads(nn.Module):
-    """All heads of a model: q, target_q, v, and with `utterance` also utterance_q, utterance_target_q, utterance_v."""
+    """The value heads of a model: q, target_q and v.
+
+    With `utterance` there are also utterance_q, utterance_target_q and utterance_v.
+
+    Args:
+      config: their kind and number.
+      vocabulary: V, rows of the LM head.
+      width: d, columns of the LM head.
+    """
 
     def __init__(self, config: ValueHeadsConfig, vocabulary: int, width: int):
         super().__init__()
@@ -288,7 +337,7 @@ class ValueHeads(nn.Module):
         return [head for name, head in self.named_children() if "target" in name]
 
     def follow(self, matrix: Tensor) -> None:
-        """Keeps up with the LM head (V,d): its size, and its scale for tied heads."""
+        """Adapt the heads to a changed LM head's matrix (V,d): to its size, and for tied heads to its scale."""
         for head in (self.q, self.target_q):
             if isinstance(head, TiedQ):
                 head.follow(matrix)
@@ -297,7 +346,7 @@ class ValueHeads(nn.Module):
 
     @torch.no_grad()
     def update_targets(self, rate: float) -> None:
-        """target ← rate · online + (1 − rate) · target; a rate of 1 copies."""
+        """Set target ← rate · online + (1 − rate) · target; a rate of 1 copies."""
         pairs = [(self.q, self.target_q)]
         if hasattr(self, "utterance_q"):
             pairs.append((self.utterance_q, self.utterance_target_q))

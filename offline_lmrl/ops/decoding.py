@@ -1,8 +1,9 @@
 """Distributions over the next token: warpers on π, the support filter, guidance by Q and V, and reproducible draws.
 
-The order is fixed: π is filtered and tempered first, because Q is only trained where the data is, and guidance is
-added on the survivors: log π(a|s) + β·clip(reduce(Q) − V) (Snell et al. 2023, ILQL, section on policy extraction).
-All functions take any leading shape (...) before the vocabulary, so (B, V) and (B, T, V) are both fine.
+The order is fixed. First π is filtered and divided by the temperature, because Q is trained only on tokens like those
+of the data. Then guidance is added on the remaining tokens: log π(a|s) + β·clip(reduce(Q) − V) (Snell et al. 2023,
+ILQL, section on policy extraction). Filters, warping and guidance take any leading shape (...) before the vocabulary,
+such as (B, V) or (B, T, V).
 """
 
 import torch
@@ -14,10 +15,14 @@ Q_REDUCTIONS = ("min", "mean", "first")
 
 
 def support_filter(log_prob: Tensor, support: float) -> Tensor:
-    """Drops (sets to −inf) tokens with π(a|s) < support · max π(·|s); 0 keeps all and the best token always stays.
+    """Set tokens with π(a|s) < support · max π(·|s) to −inf; the best token always stays.
 
-    The threshold of discrete BCQ (Fujimoto et al. 2019). Unnormalised logits serve as well as log-probabilities,
-    as only differences to the best are read. Args and result: (..., V); what stays is not renormalised.
+    This is the threshold of discrete BCQ (Fujimoto et al. 2019).
+
+    Args:
+      log_prob: (..., V), log-probabilities or unnormalised logits, as only differences to the best token matter.
+      support: the threshold in [0, 1]; 0 keeps all tokens.
+    Returns: (..., V), not renormalised.
     """
     if support <= 0.0:
         return log_prob
@@ -31,7 +36,7 @@ def _top_k_filter(log_prob: Tensor, k: int) -> Tensor:
 
 
 def _top_p_filter(log_prob: Tensor, top_p: float) -> Tensor:
-    """The smallest set of best tokens that holds at least top_p of the probability."""
+    """Keep the smallest set of best tokens with a total probability of at least top_p; set the others to −inf."""
     prob, order = log_prob.softmax(-1).sort(-1, descending=True)
     before = prob.cumsum(-1) - prob  # mass of the better tokens: 0 for the best, which therefore always stays
     dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
@@ -46,15 +51,20 @@ def warp_log_probs(
     min_p: float | None = None,
     support: float = 0.0,
 ) -> Tensor:
-    """log π after warping: support filter at temperature 1, then temperature, top-k, top-p, min-p, renormalised.
+    """Compute log π after warping: support filter at temperature 1, then temperature, top-k, top-p and min-p.
 
-    The support filter comes first because it says where data is, whatever temperature is asked for; the others follow
-    the order of transformers' `generate`. min-p keeps tokens with at least min_p times the best probability
-    (Nguyen et al. 2024) at that temperature. Temperature 0 (greedy) is taken as 1 here: the caller takes the argmax.
+    The support filter is applied first because it estimates which tokens the data cover, which does not depend on the
+    temperature. The others are in the order of transformers' `generate`.
 
     Args:
       logits: (..., V); −inf marks tokens that a constraint forbids.
-    Returns: (..., V) normalised log-probabilities, fp32 or float64, −inf where dropped.
+      temperature: the divisor of log π; 0 (greedy) counts as 1 here, and the caller takes the argmax.
+      top_k: keep the k best tokens; None = all.
+      top_p: keep the smallest set of best tokens with this probability; None = all.
+      min_p: keep tokens with at least min_p times the best probability at this temperature (Nguyen et al. 2024);
+        None = all.
+      support: the threshold of `support_filter`; 0 = all.
+    Returns: (..., V) normalised log-probabilities, fp32 or float64; −inf for dropped tokens.
     """
     log_prob = support_filter(at_least_float32(logits), support)
     if temperature not in (0.0, 1.0):
@@ -69,7 +79,12 @@ def warp_log_probs(
 
 
 def reduce_q(q: Tensor, q_reduce: str) -> Tensor:
-    """One Q from H heads, (H, ...) -> (...): "min" (the papers'), "mean", or "first" (both of these fold)."""
+    """Reduce Q of H heads to one, (H, ...) -> (...).
+
+    Args:
+      q: (H, ...).
+      q_reduce: "min" (the papers'), "mean", or "first"; the last two are linear, so Q can be added to an LM head.
+    """
     if q_reduce == "min":
         return q.amin(0)
     if q_reduce == "mean":
@@ -87,16 +102,15 @@ def guide(
     q_reduce: str = "min",
     clip: float | None = None,
 ) -> Tensor:
-    """Unnormalised guided scores  log π(a|s) + β · clip(reduce(Q(s,a)) − V(s)).
-
-    `clip` caps the advantage from above (0.0 only punishes tokens below V). V cancels in a softmax, so it is only
-    needed with a clip; without one, pass None.
+    """Compute unnormalised guided scores  log π(a|s) + β · clip(reduce(Q(s,a)) − V(s)).
 
     Args:
       log_prob: (..., V) log π after warping (or logits); −inf stays −inf.
-      q: (H, ..., V) one row per head, in the units of the value heads.
-      v: (...) or None.
-      beta: a number, or a tensor that broadcasts against (..., V), such as (B, 1).
+      q: (H, ..., V), one row per head, in the units of the value heads.
+      v: V(s), (...); needed only with `clip`, because V cancels in a softmax otherwise. None = it is not subtracted.
+      beta: β, a number or a tensor that broadcasts against (..., V), such as (B, 1).
+      q_reduce: how the H heads become one Q (`reduce_q`).
+      clip: the upper limit of the advantage; 0.0 only punishes tokens below V; None = no limit.
     Returns: (..., V).
     """
     advantage = reduce_q(q, q_reduce)
@@ -110,14 +124,17 @@ def guide(
 
 
 def condition_shift(conditional: Tensor, null: Tensor, scale: float, temperature: float = 1.0) -> Tensor:
-    """What a condition R adds to log π(a|s):  (1 + w) · (log π(a|s,R) − log π(a|s)) / T.
+    """Compute the change of log π(a|s) by a requested return R:  (1 + w) · (log π(a|s,R) − log π(a|s)) / T.
 
-    The sum is classifier-free guidance (Ho and Salimans 2022, on log-probabilities), (1+w)·log π(·|R) − w·log π, at
-    temperature T; 0 counts as 1, as in `warp_log_probs`.
+    With log π added, this is classifier-free guidance (Ho and Salimans 2022, on log-probabilities) at temperature T,
+    (1+w)·log π(·|R) − w·log π.
 
     Args:
-      conditional, null: (..., V) logits with the condition and without. scale: w; 0 leaves log π(·|R).
-    Returns: (..., V) fp32 or float64.
+      conditional: logits with the requested return, (..., V).
+      null: logits under the null condition, (..., V).
+      scale: w; 0 gives the sum log π(·|R).
+      temperature: T; 0 counts as 1, as in `warp_log_probs`.
+    Returns: (..., V), fp32 or float64.
     """
     conditional, null = at_least_float32(conditional), at_least_float32(null)
     difference = conditional.log_softmax(-1) - null.log_softmax(-1)
@@ -125,24 +142,32 @@ def condition_shift(conditional: Tensor, null: Tensor, scale: float, temperature
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele et al. 2014) on int64 that wraps; shifts are made logical by masks."""
+    """Apply the finaliser of SplitMix64 (Steele et al. 2014) to int64 with wrap-around.
+
+    SplitMix64 is defined on unsigned numbers. The masks turn int64's arithmetic shifts into logical ones.
+    """
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
 def uniform(seed: Tensor, counter: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1) that depend on nothing but their own (seed, counter).
+    """Return uniform numbers in [0, 1), each a function of its own (seed, counter) alone.
 
-    A row's randomness is its own, whatever batch it is in. Args: (B,) int64 each. Returns: (B,) fp64, 53 random bits.
+    The random numbers of a row therefore do not depend on the batch that it is in.
+
+    Args:
+      seed: (B,) int64.
+      counter: (B,) int64.
+    Returns: (B,) fp64, with 53 random bits.
     """
-    golden = -0x61C8864680B583EB
+    golden = -0x61C8864680B583EB  # SplitMix64's increment, 0x9E3779B97F4A7C15, as int64
     bits = _mix(_mix(seed + golden) + counter * golden)
     return ((bits >> 11) & 0x1FFFFFFFFFFFFF).double() / 2.0**53
 
 
 def sample_from(scores: Tensor, u: Tensor) -> Tensor:
-    """Inverse CDF: the first token whose cumulative softmax(scores) exceeds u.
+    """Draw tokens by the inverse CDF: the first token whose cumulative softmax(scores) exceeds u.
 
     Args:
       scores: (B, V) unnormalised log-probabilities; −inf is never drawn.
@@ -151,6 +176,7 @@ def sample_from(scores: Tensor, u: Tensor) -> Tensor:
     """
     cdf = at_least_float32(scores).softmax(-1).cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1:].contiguous()
+    # right=True finds the first token with cdf > u · total, so that u = 0 skips leading tokens without mass.
     drawn = torch.searchsorted(cdf, u.to(cdf.dtype).unsqueeze(-1) * total, right=True)
-    last = torch.searchsorted(cdf, total)  # the last token with mass: u · total may round up to total
+    last = torch.searchsorted(cdf, total)  # the last token with mass, because u · total may round up to total
     return torch.minimum(drawn, last).squeeze(-1)

@@ -1,24 +1,28 @@
-"""The quantile of Student's t and the interval of a share: what an interval needs that numpy and torch lack."""
+"""Confidence intervals: the quantile of Student's t and the interval of a share, which numpy and torch do not have."""
 
 import math
 from functools import lru_cache
 
 import torch
 
-NODES = 4_001  # of the quantile's integral; it is then right to 1e-5 of itself
+NODES = 4_001  # of the grid for the integral in `student_t`, whose relative error is then at most 1e-5
 
 
 @lru_cache(maxsize=4096)  # a report asks for hundreds of intervals of few shapes
 def student_t(df: float, level: float = 0.95) -> float:
-    """The x with P(|T| ≤ x) = level for Student's T with `df` degrees of freedom, a number of at least 1.
+    """Return the x with P(|T| ≤ x) = level for Student's T.
 
-    T = √df · tan θ, where θ has a density proportional to cos^(df − 1) θ on (−π/2, π/2), which a fixed grid integrates
-    for every df.
+    T = √df · tan θ, where θ has a density proportional to cos^(df − 1) θ on (−π/2, π/2). A fixed grid can integrate
+    this density for every df.
+
+    Args:
+      df: degrees of freedom, at least 1, not necessarily a whole number.
+      level: the probability of the interval.
     """
     if not df >= 1:
         raise ValueError(f"df: found {df}, expected at least 1")
-    df = min(df, 1e6)  # beyond, the density is narrower than the grid resolves and T is normal
-    reach = min(math.pi / 2, 12 / math.sqrt(df))  # the density beyond 12 standard deviations is 0
+    df = min(df, 1e6)  # with more, T is normal, and the density is too narrow for the grid
+    reach = min(math.pi / 2, 12 / math.sqrt(df))  # after 12 standard deviations, the density is 0
     angle = torch.linspace(0, reach, NODES, dtype=torch.float64)
     density = ((df - 1) * angle.cos().clamp(min=1e-300).log()).exp()
     mass = torch.cumulative_trapezoid(density, angle)
@@ -29,8 +33,14 @@ def student_t(df: float, level: float = 0.95) -> float:
 
 
 def wilson(share: float, n: float, quantile: float) -> tuple[float, float]:
-    """The ends of the interval of a share (Wilson 1927) of `n` independent outcomes, within 0 and 1."""
+    """Return the lower and upper end, in [0, 1], of Wilson's interval for a share (Wilson 1927).
+
+    Args:
+      share: the observed share.
+      n: the number of independent outcomes.
+      quantile: the half width in standard errors, such as 1.96.
+    """
     z2 = quantile**2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = quantile * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # rounding
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # rounding may exclude the share

@@ -1,4 +1,4 @@
-"""Floating point precision of what the functions in this folder compute: fp32, or float64 where that is given."""
+"""The floating point precision of the functions in this folder: fp32, or float64 for float64 inputs."""
 
 import torch
 from torch import Tensor

@@ -1,10 +1,10 @@
 """Preferences and scores: losses of reward models, their normalisation, best-of-n, combined scores, abstention.
 
-A batch of comparisons is packed: scores (M,) of all options of all C comparisons, and `comparison` (M,) long, which of
-0..C−1 each option belongs to. Options of a comparison may lie anywhere, K may differ. Losses return one number per
-comparison, (C,), however many options it has: all pairs of one prompt are one element of the batch (Ouyang et al.
-2022, InstructGPT, on reward modelling). What is known of the order comes as `target` (M,), the probability that each
-option is the best of its comparison, or as `rank` (M,) long, 0 = best, equal = tied.
+A batch of comparisons is packed: scores (M,) of all options of all C comparisons, and `comparison` (M,) long, the
+index in 0..C−1 of each option's comparison. The options of a comparison may be anywhere in the M, and their number K
+may differ between comparisons. Losses return one number per comparison, (C,), for any K: all pairs of one prompt are
+one element of the batch (Ouyang et al. 2022, InstructGPT, on reward modelling). Labels are `target` (M,), the
+probability that each option is the best of its comparison, or `rank` (M,) long, 0 = best, equal = tied.
 """
 
 import math
@@ -19,10 +19,14 @@ from offline_lmrl.ops.shapes import check_shapes
 
 
 class Pairs(NamedTuple):
-    """P pairs of options to be compared; made without scores, so once per batch.
+    """P pairs of options to compare. They do not depend on scores, so they are made once per batch.
 
-    first, second: (P,) which of the M options. prob: (P,) that `first` is preferred; ½ is a tie.
-    comparison: (P,) which of the C comparisons the pair belongs to. comparisons: C.
+    Args:
+      first: (P,) long, the index of the pair's first option among the M.
+      second: (P,) long, the same for its second option.
+      prob: (P,), the probability that `first` is preferred; ½ = a tie.
+      comparison: (P,) long, the index of the pair's comparison.
+      comparisons: C, the number of comparisons.
     """
 
     first: Tensor
@@ -33,13 +37,15 @@ class Pairs(NamedTuple):
 
 
 def known_pairs(target: Tensor, rank: Tensor, comparison: Tensor) -> Pairs:
-    """Make every unordered pair of options of one comparison whose order is known.
+    """Return the unordered pairs within comparisons whose order is known.
 
-    If the target is above 0 for either option, prob = t_i / (t_i + t_j) (Luce 1959, the choice axiom): for two options
-    the target itself. Otherwise it is 1 or 0 as the ranks say. Equal ranks without any target make no pair, since
-    options that nobody ordered look like that too.
+    If either option has a target above 0, prob = t_i / (t_i + t_j) (Luce 1959, the choice axiom); for two options this
+    is the target itself. Otherwise prob is 1 or 0, by the ranks. Two options with targets of 0 and equal ranks make no pair, because unordered options look like this too.
 
-    Args: target, rank, comparison (M,) each.
+    Args:
+      target: (M,).
+      rank: (M,) long, 0 = best.
+      comparison: (M,) long.
     """
     check_shapes("m, m, m", target, rank, comparison)
     first, second = _pairs_within(comparison)
@@ -52,16 +58,16 @@ def known_pairs(target: Tensor, rank: Tensor, comparison: Tensor) -> Pairs:
 def bradley_terry_loss(
     difference: Tensor, prob: Tensor, margin: Tensor | float = 0.0, error_rate: float = 0.0
 ) -> Tensor:
-    """−[p log P̃ + (1 − p) log(1 − P̃)]  with  P̃ = (1 − ε) σ(Δ − m) + ε/2.
+    """Compute −[p log P̃ + (1 − p) log(1 − P̃)]  with  P̃ = (1 − ε) σ(Δ − m) + ε/2.
 
-    Bradley & Terry 1952; soft p for ties and unsure labels, and the floor ε (0.1 in the paper) for labels given at
-    random, are Christiano et al. 2017, on fitting the reward function. With ε > 0 the loss is at most −log(ε/2), and
-    the gradient of a label that is contradicted with confidence vanishes.
+    Bradley & Terry 1952. Soft p for ties and uncertain labels, and the share ε of random labels (0.1 in the paper),
+    are from Christiano et al. 2017, on fitting the reward function. With ε > 0, the loss is at most −log(ε/2), and the
+    gradient of a label that the scores contradict with confidence vanishes.
 
     Args:
-      difference: (P,) score of the first option minus that of the second.
-      prob: (P,) p, that the first is preferred.
-      margin: m, by how much the first should lead, negative where the second should: (P,) or one number.
+      difference: Δ, (P,), the score of the first option minus that of the second.
+      prob: p, (P,), the probability that the first is preferred.
+      margin: m, the lead that the first option should have, negative if the second should lead: (P,) or one number.
       error_rate: ε in [0, 1).
     Returns: (P,) nats.
     """
@@ -71,13 +77,15 @@ def bradley_terry_loss(
 
 
 def all_pairs_loss(score: Tensor, pairs: Pairs, margin: Tensor | None = None, error_rate: float = 0.0) -> Tensor:
-    """Mean of `bradley_terry_loss` over the pairs of each comparison; Ouyang et al. 2022 (InstructGPT), their factor
-    1 / C(K,2). A comparison without pairs gives 0.
+    """Compute the mean of `bradley_terry_loss` over the pairs of each comparison.
+
+    Ouyang et al. 2022 (InstructGPT), their factor 1 / C(K,2). A comparison without pairs gives 0.
 
     Args:
       score: (M,).
-      margin: (M,) or None; in a pair, the first should lead by its own margin less that of the second.
-      error_rate: ε in [0, 1), see there.
+      pairs: the pairs to compare.
+      margin: (M,); in a pair, the first option should lead by its own margin minus that of the second. None = 0.
+      error_rate: ε in [0, 1), as in `bradley_terry_loss`.
     Returns: (C,) nats.
     """
     check_shapes("m", score)
@@ -89,8 +97,16 @@ def all_pairs_loss(score: Tensor, pairs: Pairs, margin: Tensor | None = None, er
 
 
 def best_of_k_loss(score: Tensor, target: Tensor, comparison: Tensor) -> Tensor:
-    """−Σ_i t_i log softmax_i(score) over the options of each comparison. Ziegler et al. 2019, the loss of their reward
-    model on the best of four. Two options: Bradley–Terry. Args: (M,) each. Returns: (C,) nats."""
+    """Compute −Σ_i t_i log softmax_i(score) over the options of each comparison.
+
+    Ziegler et al. 2019, the loss of their reward model on the best of four. For two options it is Bradley–Terry.
+
+    Args:
+      score: (M,).
+      target: t, (M,).
+      comparison: (M,) long.
+    Returns: (C,) nats.
+    """
     check_shapes("m, m, m", score, target, comparison)
     count = _count(comparison)
     loss = target * (_segment_logsumexp(score, comparison, count)[comparison] - score)
@@ -98,24 +114,36 @@ def best_of_k_loss(score: Tensor, target: Tensor, comparison: Tensor) -> Tensor:
 
 
 def regression_loss(score: Tensor, rating: Tensor) -> Tensor:
-    """½ (score − rating)². Ziegler et al. 2019, their code, the label type of a scalar rating. Args, result: (M,)."""
+    """Compute ½ (score − rating)². Ziegler et al. 2019, their code, the label type of a scalar rating.
+
+    Args:
+      score: (M,).
+      rating: (M,), in the same unit.
+    Returns: (M,).
+    """
     check_shapes("m, m", score, rating)
     return 0.5 * (score - rating).square()
 
 
 def plackett_luce_loss(score: Tensor, rank: Tensor, comparison: Tensor) -> Tensor:
-    """−log P(ranking) = Σ_i [ log Σ_{j not above i} e^{s_j} − s_i ]: the best is chosen from all, the next from those
-    left, and so on. Plackett 1975, Luce 1959; two options: Bradley–Terry.
+    """Compute −log P(ranking) = Σ_i [ log Σ_{j not above i} e^{s_j} − s_i ].
 
-    Tied options are each chosen from all that are not above them, their equals included (as Breslow 1974 does it for
-    survival times), which draws their scores together. A last group of g tied options counts g − 1 times instead of
-    g, since in any order of them the last choice is forced: then a tie of two options is Bradley–Terry at p = ½.
-    If the order of the rest is unknown rather than tied, take `best_of_k_loss`.
+    The best option is chosen from all, the next from the remaining ones, and so on (Plackett 1975, Luce 1959). For two
+    options it is Bradley–Terry.
 
-    Args: score (M,); rank, comparison (M,) long.
+    Each tied option is chosen from all options not above it, its equals included (as Breslow 1974 does for survival
+    times), which draws the scores of tied options together. A last group of g tied options is weighted with g − 1
+    choices instead of g, because in any order of them the last choice is forced. A tie of two options is then
+    Bradley–Terry at p = ½. If the order of the remaining options is unknown and not tied, use `best_of_k_loss`.
+
+    Args:
+      score: s, (M,).
+      rank: (M,) long, 0 = best, equal = tied.
+      comparison: (M,) long.
     Returns: (C,) nats.
     """
     check_shapes("m, m, m", score, rank, comparison)
+    # All ordered pairs (option, other) within a comparison, each option with itself included.
     option, other = torch.nonzero(comparison[:, None] == comparison, as_tuple=True)
     left, tied = rank[other] >= rank[option], rank[other] == rank[option]
     size = torch.bincount(option[tied], minlength=len(score))
@@ -127,13 +155,16 @@ def plackett_luce_loss(score: Tensor, rank: Tensor, comparison: Tensor) -> Tenso
 
 
 def gain_and_bias(score: Tensor, mean: float = 0.0, std: float = 1.0) -> tuple[float, float]:
-    """(g, b) that give g · score + b this mean and (population) standard deviation:  g = std / σ,  b = mean − g · μ.
+    """Return (g, b) for which g · score + b has the given mean and standard deviation.
 
-    Ziegler et al. 2019, who normalise on samples of the reference policy, so that one KL weight means the same for
-    all reward models.
+    g = std / σ and b = mean − g · μ, with the mean μ and the population standard deviation σ of the scores. Ziegler et
+    al. 2019 normalise on samples of the reference policy, so that one KL weight means the same for all reward models.
 
-    Args: score (M,).
-    Raises: ValueError where the scores do not vary.
+    Args:
+      score: (M,).
+      mean: of the normalised scores.
+      std: of the normalised scores.
+    Raises: ValueError if the scores do not vary.
     """
     check_shapes("m", score)
     score = score.detach().double()
@@ -145,19 +176,28 @@ def gain_and_bias(score: Tensor, mean: float = 0.0, std: float = 1.0) -> tuple[f
 
 
 def centring_bias(score: Tensor) -> float:
-    """b that gives score + b the mean 0 on texts of reference (Stiennon et al. 2020, human summaries); Bradley–Terry
-    leaves the location free. Args: score (M,)."""
+    """Return b for which score + b has mean 0 on reference texts (Stiennon et al. 2020: human summaries).
+
+    Bradley–Terry losses do not determine this constant.
+
+    Args:
+      score: (M,), of the reference texts.
+    """
     check_shapes("m", score)
     return -score.detach().double().mean().item()
 
 
 def best_of_n(prob: Tensor, score: Tensor, n: int) -> Tensor:
-    """Distribution of the best of n draws:  P(y) = F(y)^n − F(y⁻)^n, F the distribution function of the score.
+    """Compute the distribution of the best of n draws:  P(y) = F(y)^n − F(y⁻)^n.
 
-    Beirami et al. 2024, section on the derivation of the best-of-n policy, for distinct scores; among equal scores
-    the first draw wins, so that they share their mass as they do in `prob`.
+    F is the distribution function of the score. Beirami et al. 2024, section on the derivation of the best-of-n
+    policy, for distinct scores. Among equal scores the first draw wins, so that they share their mass in proportion to
+    `prob`.
 
-    Args: prob (V,) of an enumerable policy, score (V,).
+    Args:
+      prob: (V,), the probabilities of all answers of a policy.
+      score: (V,), the scores of these answers.
+      n: the number of draws.
     Returns: (V,) fp64.
     """
     check_shapes("v, v", prob, score)
@@ -167,29 +207,34 @@ def best_of_n(prob: Tensor, score: Tensor, n: int) -> Tensor:
     below = mass[torch.searchsorted(ordered, score.contiguous())]
     up_to = mass[torch.searchsorted(ordered, score.contiguous(), right=True)]
     won = (up_to / mass[-1]) ** n - (below / mass[-1]) ** n
+    # Equal scores share the mass of their score; prob = 0 would divide 0 by 0.
     return torch.where(prob > 0, prob / (up_to - below) * won, 0.0)
 
 
 def best_of_n_kl(prob: Tensor, score: Tensor, n: int) -> Tensor:
-    """Exact KL of `best_of_n` to the policy it draws from, in nats. Args: as there. Returns: scalar fp64."""
+    """Compute the exact KL of `best_of_n` to the policy `prob`, in nats; arguments as there. Returns: scalar fp64."""
     best = best_of_n(prob, score, n)
     return (torch.xlogy(best, best) - torch.xlogy(best, prob.double())).sum()
 
 
 def best_of_n_kl_bound(n: int) -> float:
-    """log n − (n − 1)/n, in nats: an upper bound of `best_of_n_kl` (Beirami et al. 2024), reached only where single
-    answers are rare, and far off where they are few."""
+    """Return log n − (n − 1)/n, in nats, an upper bound of `best_of_n_kl` (Beirami et al. 2024).
+
+    The bound is reached only if every single answer is improbable. It is far too large if there are few answers.
+    """
     return math.log(n) - (n - 1) / n
 
 
 def rule_adjusted_score(preference: Tensor, average: Tensor | float, kept: Tensor) -> Tensor:
-    """e^R / (e^R + e^{average}) · (Π_i p_i)^{1/n}: preference against the average, times how surely all rules hold.
+    """Compute e^R / (e^R + e^{average}) · (Π_i p_i)^{1/n}.
 
-    Glaese et al. 2022 (Sparrow), their score for reranking. A rule that is surely broken gives 0.
+    This is the probability of being preferred to an average answer, times the geometric mean of the probabilities that
+    the rules are kept. A rule that is certainly broken gives 0. Glaese et al. 2022 (Sparrow), their reranking score.
 
     Args:
-      preference: (K,) R, scores of a preference model. average: mean of such scores, a number or (K,).
-      kept: (K,R) probability that each of R ≥ 1 rules is kept.
+      preference: R, (K,), the scores of a preference model.
+      average: the mean of such scores, a number or (K,).
+      kept: p, (K,n), the probability that each of n ≥ 1 rules is kept.
     Returns: (K,) in [0, 1].
     """
     check_shapes("k, k r", preference, kept)
@@ -197,11 +242,14 @@ def rule_adjusted_score(preference: Tensor, average: Tensor | float, kept: Tenso
 
 
 def calibration_error(prob: Tensor, outcome: Tensor, bins: int = 10) -> Tensor:
-    """Σ_b (n_b / N) · |mean p − mean outcome| over equally wide bins of p. Guo et al. 2017, expected calibration
-    error.
+    """Compute the expected calibration error  Σ_b (n_b / N) · |mean p − mean outcome|  over equally wide bins of p.
+
+    Guo et al. 2017.
 
     Args:
-      prob: (N,) predicted, in [0, 1]. outcome: (N,) what came: 0, 1, or a share such as ½ for a tie.
+      prob: p, (N,), the predictions in [0, 1].
+      outcome: (N,), the true outcomes: 0, 1, or a share such as ½ for a tie.
+      bins: the number of bins.
     Returns: scalar in [0, 1].
     """
     check_shapes("n, n", prob, outcome)
@@ -211,12 +259,14 @@ def calibration_error(prob: Tensor, outcome: Tensor, bins: int = 10) -> Tensor:
 
 
 def abstention_threshold(score: Tensor, coverage: float) -> float:
-    """Threshold above or at which that share of the scores lies: answer where score ≥ threshold.
+    """Return the threshold for which the share `coverage` of scores is at or above it: answer if score ≥ threshold.
 
-    Menick et al. 2022 (GopherCite), one threshold for all questions. With equal scores at the threshold the share is
-    larger. Coverage below half a score gives infinity: never answer.
+    Menick et al. 2022 (GopherCite), one threshold for all questions. If several scores equal the threshold, the share
+    is larger. If the coverage is less than half of one score, the threshold is infinite, so no question is answered.
 
-    Args: score (N,) of held-out answers; coverage in [0, 1].
+    Args:
+      score: (N,), of held-out answers.
+      coverage: in [0, 1].
     """
     check_shapes("n", score)
     if not 0 <= coverage <= 1:
@@ -234,7 +284,7 @@ def _pairs_within(comparison: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_sigmoid(x: Tensor, error_rate: float) -> Tensor:
-    """log((1 − ε) σ(x) + ε/2), where σ(x) may underflow."""
+    """Compute log((1 − ε) σ(x) + ε/2), also if σ(x) underflows."""
     if error_rate == 0:
         return F.logsigmoid(x)
     return torch.logaddexp(F.logsigmoid(x) + math.log1p(-error_rate), x.new_tensor(math.log(error_rate / 2)))
@@ -246,6 +296,7 @@ def _mean_per(value: Tensor, index: Tensor, count: int) -> Tensor:
 
 
 def _segment_logsumexp(value: Tensor, index: Tensor, count: int) -> Tensor:
-    """(count,) log Σ e^value over the entries of each index."""
+    """Return (count,), log Σ e^value over the entries of each index."""
+    # The peak only prevents overflow. It cancels, so no gradient has to pass through it.
     peak = value.new_full((count,), -torch.inf).scatter_reduce(0, index, value.detach(), "amax")
     return peak + value.new_zeros(count).index_add(0, index, (value - peak[index]).exp()).log()

@@ -1,7 +1,8 @@
-"""Returns of reward sequences. Time is the last axis; a step's discount is what V after that step is multiplied with.
+"""Returns of reward sequences by plain recursion; time is the last axis.
 
-A step's discount is 0 after a terminal action; else γ per token, times γ per turn where a turn closes. Training takes
-its returns packed from data/episodes.py, which goes over turns, not tokens; these are the same by plain recursion.
+The discount of a step is the factor of V after that step: 0 after a terminal action, else γ per token, multiplied by γ
+per turn if the step closes a turn. Training uses the same returns in packed form from data/episodes.py, which iterates
+over turns and not over tokens.
 """
 
 import torch
@@ -11,10 +12,10 @@ from offline_lmrl.ops.shapes import check_shapes
 
 
 def discounted_return(reward: Tensor, discount: Tensor) -> Tensor:
-    """Return of the whole sequence:  Σ_t (Π_{k<t} γ_k) r_t.
+    """Compute the return of the whole sequence:  Σ_t (Π_{k<t} γ_k) r_t.
 
     Args:
-      reward: (B,T) paid for the action of step t.
+      reward: (B,T) r_t, for the action of step t.
       discount: (B,T) γ_t between step t and step t+1.
     Returns: (B,) in reward units.
     """
@@ -22,25 +23,29 @@ def discounted_return(reward: Tensor, discount: Tensor) -> Tensor:
 
 
 def return_to_go(reward: Tensor, discount: Tensor, end_value: Tensor | None = None) -> Tensor:
-    """Return from every step on:  G_t = r_t + γ_t · G_{t+1},  G_T = end_value.
+    """Compute the return from every step on:  G_t = r_t + γ_t · G_{t+1},  G_T = end_value.
 
     Args:
-      reward: (B,T). discount: (B,T), as in `discounted_return`.
-      end_value: (B,) V where a cut log ends; None = 0.
+      reward: (B,T).
+      discount: (B,T), as in `discounted_return`.
+      end_value: (B,) V at the end of a log that was cut; None = 0.
     Returns: (B,T) in reward units.
     """
     following = torch.zeros_like(reward) if end_value is None else end_value[:, None].expand_as(reward)
-    # With λ = 1 no V inside the sequence counts, only the last column, which is read at the end.
+    # With λ = 1, all columns of V but the last have weight 0.
     return lambda_return(reward, following, discount, 1.0)
 
 
 def lambda_return(reward: Tensor, next_v: Tensor, discount: Tensor, mix: float) -> Tensor:
-    """λ-return:  G_t = r_t + γ_t · ((1−λ) V_{t+1} + λ G_{t+1}),  with G_T = V_T. Sutton & Barto 2018, section 12.1.
+    """Compute the λ-return:  G_t = r_t + γ_t · ((1−λ) V_{t+1} + λ G_{t+1}),  with G_T = V_T.
 
-    λ = 0 is the one-step target, λ = 1 the Monte-Carlo return bootstrapped at the end of the log.
+    Sutton & Barto 2018, section 12.1. λ = 0 gives the one-step target, λ = 1 the Monte-Carlo return with V at the end
+    of the log.
 
     Args:
-      reward: (B,T). next_v: (B,T) V(s_{t+1}). discount: (B,T), 0 after a terminal action.
+      reward: (B,T).
+      next_v: (B,T) V(s_{t+1}).
+      discount: (B,T), 0 after a terminal action.
       mix: λ in [0, 1].
     Returns: (B,T) detached, in reward units.
     """
@@ -54,23 +59,30 @@ def lambda_return(reward: Tensor, next_v: Tensor, discount: Tensor, mix: float) 
 
 
 def monte_carlo_mixture(td_target: Tensor, monte_carlo: Tensor, share: float) -> Tensor:
-    """(1 − share) · TD target + share · Monte-Carlo return; all (N,) detached, in reward units.
+    """Mix two targets:  (1 − share) · TD target + share · Monte-Carlo return.
 
-    share = 1 gives one-step values: V and Q of the behaviour policy, no stitching.
+    share = 1 gives V and Q of the behaviour policy, without stitching.
+
+    Args:
+      td_target: (N,), in reward units.
+      monte_carlo: (N,), in reward units.
+      share: in [0, 1].
+    Returns: (N,) detached, in reward units.
     """
     check_shapes("n, n", td_target, monte_carlo)
     return ((1 - share) * td_target + share * monte_carlo).detach()
 
 
 def qdt_returns_to_go(reward: Tensor, next_v: Tensor, discount: float = 1.0) -> Tensor:
-    """Relabelled return-to-go per agent turn:  R_t = r_t + γ · max(R_{t+1}, V(s_{t+1})),  R_{T+1} = V(s_{T+1}).
+    """Relabel the return-to-go per agent turn:  R_t = r_t + γ · max(R_{t+1}, V(s_{t+1})),  R_{T+1} = V(s_{T+1}).
 
-    Yamagata et al. 2023 (Q-learning Decision Transformer), after d3rlpy's reproduction: what the turn earns if the
-    better of the log and the critic goes on behind it. The maximum keeps lucky rewards.
+    Yamagata et al. 2023 (Q-learning Decision Transformer), after d3rlpy's reproduction. R_t is the return of the turn
+    if either the log or the policy of V continues after it, whichever is better. The maximum keeps lucky rewards.
 
     Args:
-      reward: (B,T) of each agent turn. next_v: (B,T) V where the agent speaks next; last 0 after a terminal turn, V of
-        the state in which a cut log ends. Shorter rows are padded on the left.
+      reward: (B,T), one per agent turn; shorter rows are padded on the left.
+      next_v: (B,T) V of the state in which the agent speaks next. The last entry is 0 after a terminal turn, and V of
+        the final state if the log was cut.
       discount: γ per turn.
     Returns: (B,T) detached, in the units of the rewards.
     """

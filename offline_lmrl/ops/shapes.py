@@ -1,12 +1,15 @@
-"""Shapes, checked at the door of the losses and returns: there a wrong axis would broadcast in silence."""
+"""Shape checks at the start of losses and returns, where a wrong axis would broadcast silently."""
 
 from torch import Tensor
 
 
 def check_shapes(spec: str, *tensors: Tensor) -> None:
-    """Raise a ValueError unless the tensors have the named shapes: `check_shapes("h n, n", q, reward)`.
+    """Check that tensors have the named shapes: `check_shapes("h n, n", q, reward)`.
 
-    One comma-separated group of axis names per tensor; an axis named twice must have one size.
+    Args:
+      spec: a comma-separated list with the axis names of each tensor; axes of the same name must have the same size.
+      tensors: as many as `spec` names.
+    Raises: ValueError if a tensor has another shape.
     """
     sizes: dict[str, int] = {}
     for names, tensor in zip(spec.split(","), tensors, strict=True):

@@ -1,6 +1,8 @@
-"""Losses of Q and V over packed action steps: N steps, H twin heads. Each returns one number per step, (N,); the
-caller sums them and divides by the number of agent tokens in the optimizer step, so that every term has the same
-normaliser."""
+"""Losses of Q and V over packed action steps: N steps, H twin heads.
+
+Each loss returns one number per step, (N,). The caller sums them and divides by the number of agent tokens in the
+optimizer step, so that every term has the same normaliser.
+"""
 
 import torch
 from torch import Tensor
@@ -10,16 +12,16 @@ from offline_lmrl.ops.shapes import check_shapes
 
 
 def td_target(reward: Tensor, next_v: Tensor, bootstrap: Tensor, discount: Tensor | float) -> Tensor:
-    """One-step target for Q:  y = r + γ · b · V(s′), without gradient.
+    """Compute the one-step target for Q:  y = r + γ · b · V(s′), without gradient.
 
     Kostrikov et al. 2021 (IQL), the Q loss of section 4.2; Snell et al. 2022 (ILQL) apply it per token.
-    Deviation: γ may differ per step, so that a discount per turn is 1 inside an utterance.
+    Deviation: γ may differ per step, so that a discount per turn can be 1 inside an utterance.
 
     Args:
-      reward: (N,) paid for this action token; zero except where a turn closes.
-      next_v: (N,) V at the state where the agent acts next.
-      bootstrap: (N,) 1.0 if V(s′) counts, 0.0 after a terminal action; 1.0 at a cut-off end.
-      discount: γ of this step: one number per action token, or (N,).
+      reward: (N,) r of this action token; zero except for tokens that close a turn.
+      next_v: (N,) V of the state in which the agent acts next.
+      bootstrap: (N,) b, 1.0 if V(s′) counts, 0.0 after a terminal action; 1.0 at the end of a log that was cut.
+      discount: γ of this step, one number for all or (N,).
     Returns: (N,) detached targets, in reward units.
     """
     check_shapes("n, n, n", reward, next_v, bootstrap)
@@ -27,10 +29,11 @@ def td_target(reward: Tensor, next_v: Tensor, bootstrap: Tensor, discount: Tenso
 
 
 def q_loss(q: Tensor, target: Tensor) -> Tensor:
-    """Σ_i (Q_i(s,a) − y)², summed over the twin heads, without ½ (Snell et al. 2022).
+    """Compute Σ_i (Q_i(s,a) − y)², summed over the twin heads, without ½ (Snell et al. 2022).
 
     Args:
-      q: (H,N) online heads at the taken action. target: (N,) detached.
+      q: (H,N) online heads at the taken action.
+      target: (N,) y, detached.
     Returns: (N,).
     """
     check_shapes("h n, n", q, target)
@@ -38,12 +41,15 @@ def q_loss(q: Tensor, target: Tensor) -> Tensor:
 
 
 def expectile_loss(v: Tensor, target_q: Tensor, expectile: float) -> Tensor:
-    """|τ − 1{u < 0}| · u²  with  u = Q̄(s,a) − V(s). Kostrikov et al. 2021 (IQL), section 4.1, expectile regression.
+    """Compute the expectile loss  |τ − 1{u < 0}| · u²  with  u = Q̄(s,a) − V(s).
 
-    τ = ½ gives half the squared error (SARSA); τ → 1 approaches the maximum over actions in the data.
+    Kostrikov et al. 2021 (IQL), section 4.1. τ = ½ gives half the squared error (SARSA); for τ → 1, V approaches the
+    maximum over actions in the data.
 
     Args:
-      v: (N,) online V. target_q: (N,) minimum of the target heads at the taken action. expectile: τ in (0, 1).
+      v: (N,) online V.
+      target_q: (N,) Q̄, the minimum of the target heads at the taken action.
+      expectile: τ in (0, 1).
     Returns: (N,); no gradient reaches target_q.
     """
     check_shapes("n, n", v, target_q)
@@ -54,11 +60,13 @@ def expectile_loss(v: Tensor, target_q: Tensor, expectile: float) -> Tensor:
 
 
 def conservative_loss(logsumexp_q: Tensor, q: Tensor) -> Tensor:
-    """Σ_i [ logsumexp_a Q_i(s,a) − Q_i(s,a_data) ]: cross-entropy of Q on the data's token. Kumar et al. 2020 (CQL),
-    as Snell et al. 2022 use it.
+    """Compute Σ_i [ logsumexp_a Q_i(s,a) − Q_i(s,a_data) ], the cross-entropy of Q on the data's token.
+
+    Kumar et al. 2020 (CQL), as Snell et al. 2022 use it.
 
     Args:
-      logsumexp_q: (H,N) over the vocabulary. q: (H,N) at the taken action.
+      logsumexp_q: (H,N) over the vocabulary.
+      q: (H,N) at the taken action.
     Returns: (N,).
     """
     check_shapes("h n, h n", logsumexp_q, q)
@@ -66,10 +74,12 @@ def conservative_loss(logsumexp_q: Tensor, q: Tensor) -> Tensor:
 
 
 def awr_weight(advantage: Tensor, inverse_temperature: float, max_weight: float = 100.0) -> Tensor:
-    """min(exp(β · A), max_weight), detached. Peng et al. 2019 (AWR); the clip is IQL's (100).
+    """Compute the weights  min(exp(β · A), max_weight). Peng et al. 2019 (AWR); the clip is IQL's (100).
 
     Args:
-      advantage: (N,) Q̄ − V, in scaled reward units. inverse_temperature: β ≥ 0; 0 gives weights of 1.
-    Returns: (N,).
+      advantage: (N,) A = Q̄ − V, in scaled reward units.
+      inverse_temperature: β ≥ 0; 0 gives weights of 1.
+      max_weight: the largest weight.
+    Returns: (N,), detached.
     """
     return (inverse_temperature * advantage).exp().clamp(max=max_weight).detach()
