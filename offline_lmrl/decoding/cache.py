@@ -147,7 +147,7 @@ class CacheMemory:
         share = len(rows) / cache.layers[0].keys.shape[0]
         if sum(held.values()) + share * _bytes((layer.keys, layer.values) for layer in cache.layers) > self.max_bytes:
             return
-        # If all rows of the batch are stored together, they are stored in the batch's order, without a copy.
+        # If all rows of the batch are stored at once, `chosen` is the identity, and nothing has to be copied.
         whole = len(rows) == cache.layers[0].keys.shape[0]
         layers = [
             (layer.keys, layer.values) if whole else (layer.keys[chosen], layer.values[chosen])
