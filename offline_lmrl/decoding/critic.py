@@ -83,8 +83,8 @@ def relabel(
 
     Args:
       trajectories: a list, or a path or hub name that `read_trajectories` takes.
-      critic: a run with value heads. Train it with an expectile of at least .8: a low V gives low returns, and the
-        model would then be asked for too little.
+      critic: a run with value heads. It should be trained with an expectile of at least .8, since a V that is too low
+        gives labels that are too low.
       label: "max" or "q".
       discount_per_turn: γ of the returns, the same as of the model that is trained on them.
       batch_size: windows per forward pass.

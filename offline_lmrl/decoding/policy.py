@@ -61,7 +61,7 @@ class LanguagePolicy:
       prompt: few-shot demonstrations (data/demonstrations.py), which come before the window of every row, in the given
         order; None = none. Each is cut to the part that the model was trained with, or kept whole if it was trained
         without demonstrations.
-      critics: the runs loaded so far for requests "auto:RUN", by name; None = none yet.
+      critics: the runs loaded for requests "auto:RUN", by name, to which new ones are added; None = a new dictionary.
 
     Raises: InputError if the settings need something that the model lacks.
     """
@@ -244,7 +244,8 @@ class LanguagePolicy:
 
         Args:
           asks: the requested return of each row.
-        Raises: InputError if a model without returns gets a request, or if a request needs heads that the model lacks.
+        Raises: InputError if a model without returns gets a request, if a request is unknown, or if it needs heads
+          that the model lacks.
         """
         if "auto" in asks and getattr(self.model, "value_heads", None) is None:
             raise InputError(

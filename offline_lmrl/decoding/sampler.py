@@ -242,6 +242,7 @@ class Sampler:
           options: the only texts allowed for each prompt; None = any text.
           memory: holds the caches of earlier turns and receives those of this one; None = no reuse.
           rows: the key of each prompt in `memory`, 0 or more; None = 0, 1, ...
+        Raises: InputError if a list of options is empty, or if an option is longer than max_new_tokens.
         """
         guided = self.null is not None and (self.config.beta != 0.0 or self.config.condition_scale != 0.0)
         told = guided and any(token > self.null for prompt in prompts for token in prompt)
@@ -273,7 +274,7 @@ class Sampler:
           head: maps hidden states (N, d) and logits (N, V) to a tensor (N, ...).
           prompts: token ids, at least one each.
           memory: as in `sample`.
-          rows: as in `sample`.
+          rows: the key of each prompt in `memory`; None = 0, 1, ... A row under the null condition has the key ~row.
         Returns: one number or nested list per prompt.
         """
         run = _Run(
@@ -291,10 +292,14 @@ class Sampler:
             return run.read(head)
 
     def _usable(self, memory: CacheMemory | None) -> CacheMemory | None:
+        # Sliding windows and recurrent states cannot be cut to the first tokens of a prompt, so they are not reused.
         return memory if memory is not None and is_kept_per_token(new_cache(self.model, 0)) else None
 
     def _option_ids(self, texts: Sequence[str] | None) -> list[tuple[int, ...]] | None:
-        """Return the ids of each allowed text, closing token included; None = any text is allowed."""
+        """Return the ids of each allowed text, closing token included; None = any text is allowed.
+
+        Raises: InputError if there are no texts, or if one is longer than max_new_tokens.
+        """
         if texts is None:
             return None
         if not texts:
@@ -360,6 +365,7 @@ class Sampler:
         )
         vocabulary_of = None  # (B, K) token id of each column; None = column c is token c
         if config.beta != 0.0 or config.condition_scale != 0.0:
+            # Tokens beyond top_k are −inf already, so they need no Q either.
             shortlist = min(config.candidates or logits.shape[-1], config.top_k or logits.shape[-1])
             if shortlist < logits.shape[-1]:
                 log_prob, vocabulary_of = log_prob.topk(shortlist, dim=-1)
@@ -499,6 +505,7 @@ class _Run:
         unread = [torch.tensor(prompt[known:]) for prompt, known in zip(prompts, kept, strict=True)]
         ids = pad_sequence(unread, batch_first=True, padding_side="left").to(device)
         real = pad_sequence([torch.ones_like(new) for new in unread], batch_first=True, padding_side="left").to(device)
+        # Both parts are padded on the left, so a row may also have padding between its cached and its new tokens.
         mask = torch.cat([mask, real.bool()], dim=1)
         padded = any(len(self.prompts[i]) < mask.shape[1] for i in read)
         position = (mask.cumsum(-1) - 1).clamp(min=0)  # padding does not count; the clamp is for padding itself

@@ -153,7 +153,7 @@ class Lexicon:
 
     @functools.cached_property
     def by_information(self) -> list[str]:
-        """All words, sorted by expected information as a first guess, largest first."""
+        """The words, sorted by expected information as a first guess, largest first."""
         everything = np.arange(len(self.words))
         bits = [round(self.information(guess, everything), 9) for guess in everything]
         return [self.words[guess] for guess in np.argsort(np.negative(bits), stable=True)]
