@@ -27,10 +27,10 @@ for an interval, and seed 5, on which the kinds of request were explored:
     max once                          −75.5  −72.1  −75.0
 
 V is close to what the logs earn, so requesting V requests usual play; and if V is requested anew before every turn,
-the request does not increase after a bad turn. The best Q before every turn helps only if Q is accurate: the maze's
-critic is about 15 too low at the far starts. Therefore auto is the only request computed from values that beat BC on
-all these seeds. p90, which needs no values, earned more on nearly all of them and is the default. Negotiation has not
-been measured.
+the request does not become more demanding after a bad turn. The best Q before every turn helps only if Q is accurate:
+the maze's critic is about 15 too low at the far starts. Therefore auto is the only request computed from values that
+beat BC on all these seeds. p90, which needs no values, earned more on nearly all of them and is the default.
+Negotiation has not been measured.
 """
 
 import logging

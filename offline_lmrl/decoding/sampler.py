@@ -393,7 +393,7 @@ class Sampler:
 
         if not stop or not stopped(len(tokens)):
             return None
-        # Once some tokens contain a stop text, longer ones do too, so bisection finds the smallest number.
+        # If the first n tokens contain a stop text, so do the first n + 1: bisection finds the smallest such n.
         count = bisect.bisect_left(range(len(tokens)), True, key=stopped)
         text = self.renderer.decode(tokens[:count])
         return count, text[: min(text.index(mark) for mark in stop if mark in text)]
