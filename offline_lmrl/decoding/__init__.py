@@ -1,1 +1,1 @@
-"""The one sampler: filters on the policy, guidance on the survivors, batches with caches across turns."""
+"""Decoding: the sampler, the policies built on it, planning, scorers, reranking and relabelling."""

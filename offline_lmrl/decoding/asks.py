@@ -1,8 +1,11 @@
-"""What return is asked of each row of a session: given once, updated with every reward, told to the model in slots.
+"""The requested return of each row in a session: set once, updated after every reward, passed to the model in slots.
 
-What earned most: exact expected returns of sampled play, one per training seed; differences from BC are means with a
-95 % t interval over the seeds. Settings were tuned on other seeds. The random walk (configs/walk/compare.yaml: bc,
-ilql, return_conditioned; the best return is −2.50), seeds 0 to 4:
+A slot is the token ids before the opening of an agent turn that encode the return requested there.
+
+The tables below compare the requests. They show exact expected returns of sampled play, one column per training seed;
+the last column is the mean difference from BC with its 95 % t interval over the seeds. Settings were tuned on other
+seeds. The random walk (configs/walk/compare.yaml: bc, ilql, return_conditioned; the best return is −2.50), seeds 0 to
+4:
 
     BC                                −7.33  −7.66  −7.63  −7.21  −7.35
     V before every turn               −9.97  −9.93 −10.00  −9.98  −9.95    −2.53 [−2.78, −2.28]
@@ -12,8 +15,8 @@ ilql, return_conditioned; the best return is −2.50), seeds 0 to 4:
     p90 once (the default)            −4.54  −4.58  −4.96  −5.15  −5.08     2.57 [2.06, 3.08]
     max once                          −4.08  −4.02  −4.40  −4.32  −4.47     3.17 [2.79, 3.56]
 
-The fully observed maze (configs/maze/full.yaml: bc, critic, dt; the best is −6.84), seeds 0 and 1, too few for
-an interval, and 5, on which kinds of ask were explored:
+The fully observed maze (configs/maze/full.yaml: bc, critic, dt; the best is −6.84), seeds 0 and 1, which are too few
+for an interval, and seed 5, on which the kinds of request were explored:
 
     BC                                −80.4  −83.3  −83.2
     V before every turn               −87.2  −98.6  −93.4
@@ -23,10 +26,11 @@ an interval, and 5, on which kinds of ask were explored:
     p90 once (the default)            −75.7  −72.2  −75.1
     max once                          −75.5  −72.1  −75.0
 
-V lies near what the logs earn, so asking for it is asking for usual play, and an ask of V that is renewed before every
-turn never grows urgent. Renewed, the best Q helps only where Q is near the truth: the maze's critic is some 15 too low
-at the far starts. So auto is the one ask from values that was above BC on all these seeds. p90, which needs no values,
-earned more on nearly all of them and is the default. Negotiations are not measured.
+V is close to what the logs earn, so requesting V requests usual play; and if V is requested anew before every turn,
+the request does not become more demanding after a bad turn. The best Q before every turn helps only if Q is accurate:
+the maze's critic is about 15 too low at the far starts. Therefore auto is the only request computed from values that
+beat BC on all these seeds. p90, which needs no values, earned more on nearly all of them and is the default.
+Negotiation has not been measured.
 """
 
 import logging
@@ -36,20 +40,22 @@ from typing import Any
 from offline_lmrl.data.conditioning import ASK_NAMES, Ids, ReturnTable, Slots, check_ask
 from offline_lmrl.data.trajectory import Turn
 
-SAID: set[tuple[float | str, str, ReturnTable]] = set()  # asks, and the kinds of line that have been logged for them
+SAID: set[tuple[float | str, str, ReturnTable]] = set()  # request, kind and returns of each warning logged
 
 
 class Asks:
-    """The asked returns of a session's rows.
+    """The requested returns of a session's rows.
 
-    Slots of turns that were sampled in this session stay as they were, so that caches are only extended; of a history
-    that the session has not seen they follow from the ask and the rewards in it.
+    The slots of turns that were sampled in this session never change, so that caches only need to be extended. For a
+    history that the session has not seen, slots are computed from the request and the rewards in the history.
 
     Args:
-      task: of all rows, where the scale has bins per task.
-      asks: one per row: a number, a name of the data's returns, "auto", "auto:RUN" or "expert:κ" (the row is then
-        given its value where `is_read` says so), or None for the null condition.
-    Raises: InputError for an unknown ask, and for a task that is not in the training data.
+      slots: the token ids of each return bin and of the null condition.
+      task: the task of all rows, for a scale that has bins per task.
+      asks: the requested return of each row: a number in reward units, "max" or a percentile such as "p90" of the
+        training returns, None for the null condition, or "auto", "auto:RUN" or "expert:κ". For the last three, the
+        caller computes the value whenever `is_read` is True, and passes it to `before_reply`.
+    Raises: InputError if a request is unknown, or if the task is not in the training data.
     """
 
     def __init__(self, slots: Slots, task: str, asks: Sequence[float | str | None]):
@@ -62,27 +68,32 @@ class Asks:
             if line := slots.scale.asks_for_the_usual(ask, task):
                 self._say_once(ask, "usual", line)
         self.asks = [named.get(ask, ask) for ask in asks]
-        self.used: dict[int, list[float]] = {}  # returns asked for at each agent turn, the latest reply's last
-        self.read: dict[int, list[tuple[str, str]]] = {}  # the history before that reply
+        self.used: dict[int, list[float]] = {}  # per row, the return requested at each agent turn up to the latest
+        self.read: dict[int, list[tuple[str, str]]] = {}  # per row, the history before its latest reply
         self.first: dict[int, dict[str, Any]] = {}
 
     def is_read(self, row: int, history: Sequence[Turn]) -> bool:
-        """True if the coming turn's ask is to be read from heads: "expert:κ" before every turn, "auto" before the
-        first that the session sees of a history; from then on rewards alone change it."""
+        """True if the caller must compute the value of the row's request before the next turn.
+
+        That is the case for "expert:κ" before every turn, and for "auto" and "auto:RUN" before the first turn of a
+        history that is new to the session; after that turn only rewards change the value.
+        """
         ask = self.asks[row]
         return isinstance(ask, str) and (ask.startswith("expert") or not self._continues(row, history))
 
     def _continues(self, row: int, history: Sequence[Turn]) -> bool:
-        """True if the history is the one before the row's latest reply, with that reply and what came of it."""
+        """True if the history extends the one before the row's latest reply by one agent turn and what followed it."""
         used, read = self.used.get(row, []), self.read.get(row, [])
         agent_turns = sum(turn.is_trainable for turn in history)
         return len(used) == agent_turns > 0 and [(turn.role, turn.content) for turn in history[: len(read)]] == read
 
     def before_reply(self, row: int, history: Sequence[Turn], value: float | None = None) -> list[Ids]:
-        """Slots of all agent turns of the history and of the coming one, which the session remembers.
+        """Return the slots of all agent turns in the history and of the next one, and remember their returns.
 
         Args:
-          value: what an ask stands for here that `is_read`.
+          row: the row in the session.
+          history: the turns before the next agent turn.
+          value: the value of the request in reward units, if `is_read` is True for this row and history; else None.
         """
         agent = [turn for turn in history if turn.is_trainable]
         if self.asks[row] is None:
@@ -100,7 +111,12 @@ class Asks:
         return [self.slots.ids(one, self.task) for one in asked]
 
     def _note(self, row: int, ask: float, now: float) -> None:
-        """Keeps what the first reply of a row was asked for, and says once where the data do not reach so far."""
+        """Record what the first reply of a row was conditioned on; warn once if it is outside the training range.
+
+        Args:
+          ask: the return requested at the first agent turn of the history.
+          now: the return requested at the next turn.
+        """
         if row in self.first:
             return
         scale, table, given = self.slots.scale, self.slots.scale.table(self.task), self.asks[row]
@@ -116,7 +132,7 @@ class Asks:
             )
 
     def _say_once(self, ask: float | str, kind: str, line: str) -> None:
-        """Logs the line, unless one of its kind was logged for this ask of these returns."""
+        """Log a warning, unless one of this kind was logged before for the same request and training returns."""
         key = (ask, kind, self.slots.scale.table(self.task))
         if key not in SAID:
             SAID.add(key)

@@ -1,4 +1,4 @@
-"""Keys and values that outlive a turn: kept per row, so that rows may come, leave and be batched anew at will."""
+"""Caches of keys and values that are kept between turns, per row, so that rows can be batched anew every turn."""
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,15 +15,16 @@ Layer = tuple[Tensor, Tensor]  # keys and values, each (B, heads, L, width)
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values with room for `room` more tokens: one copy per reply, where DynamicLayer copies for every token.
+    """A cache layer that allocates room for `room` more tokens whenever it grows.
 
-    (Those copies took a third of the time of a rollout with long windows.)
+    It copies keys and values once per reply; DynamicLayer copies them for every token, which took a third of the time
+    of a rollout with long windows.
     """
 
     def __init__(self, room: int):
         super().__init__()
         self.room = room
-        self.buffers: list[Tensor] = []  # keys and values are views of the filled part
+        self.buffers: list[Tensor] = []  # self.keys and self.values are views of the filled part
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> Layer:
         if not self.is_initialized:
@@ -43,13 +44,15 @@ class RoomyLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.buffers = []
+        self.buffers = []  # the reordered keys and values are new tensors, without spare room
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """The name under which a model, or the one in a PeftModel, takes a cache; state-space models have their own.
+    """Return the name of the model's forward argument for a cache; in state-space models it is cache_params.
 
-    Raises: InputError where it takes none.
+    Args:
+      model: a causal LM, or a PeftModel around one.
+    Raises: InputError if the model takes no cache.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     known = inspect.signature(base.forward).parameters
@@ -60,20 +63,30 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 
 def new_cache(model: PreTrainedModel, room: int) -> DynamicCache:
-    """An empty cache of the model's own kinds of layers; plain ones keep room for the coming reply."""
+    """Return an empty cache with the kinds of layers that the model needs; plain ones become `RoomyLayer`.
+
+    Args:
+      room: tokens of the coming reply.
+    """
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 def is_kept_per_token(cache: DynamicCache) -> bool:
-    """Whether every layer holds one entry per token read; sliding windows and recurrent states do not."""
+    """True if every layer holds one entry per token; sliding windows and recurrent states do not."""
     return all(isinstance(layer, RoomyLayer) for layer in cache.layers)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """What one batch left behind; mask (B, L) tells the columns that hold a token of the row, in order."""
+    """The stored cache of one batch of B rows.
+
+    Args:
+      layers: keys and values of each layer, (B, heads, L, width).
+      mask: (B, L) True at columns that hold a token; a row's tokens are in order.
+      bytes: size of `layers`.
+    """
 
     layers: list[Layer]
     mask: Tensor
@@ -81,10 +94,12 @@ class _Block:
 
 
 class CacheMemory:
-    """The caches of a session's rows between turns. A row's cache is reused as far as its ids are those of the prompt.
+    """The caches of a session's rows between turns.
+
+    A row's cache is reused for the first tokens of the next prompt, as long as they equal the cached ids.
 
     Args:
-      max_bytes: blocks beyond this are not kept; their rows read their whole prompt again next turn.
+      max_bytes: a block that would exceed this total is not kept; its rows compute their whole prompt again next turn.
     """
 
     def __init__(self, max_bytes: int):
@@ -92,17 +107,24 @@ class CacheMemory:
         self.rows: dict[int, tuple[_Block, int, list[int]]] = {}  # row -> block, index in it, ids read
 
     def retain(self, rows: Sequence[int]) -> None:
-        """Forgets all other rows: those that are not asked for have usually finished, and would hold their block."""
+        """Drop all rows but these: the others have usually finished, and would keep their block in memory."""
         self.rows = {row: self.rows[row] for row in rows if row in self.rows}
 
     def fork(self, sources: Mapping[int, int]) -> "CacheMemory":
-        """A memory of its own in which each row begins with what its source has here; no tensor is copied."""
+        """Return a new memory in which each row starts with the cache of its source row here; no tensor is copied.
+
+        Args:
+          sources: row in the new memory -> row in this one.
+        """
         other = CacheMemory(self.max_bytes)
         other.rows = {row: self.rows[source] for row, source in sources.items() if source in self.rows}
         return other
 
     def reusable(self, row: int, prompt: Sequence[int]) -> int:
-        """How many first tokens of the prompt are cached; at least one token is always left to be read."""
+        """Return the number of first tokens of the prompt that are cached.
+
+        It is less than the prompt's length, because the model has to run on at least one token to give logits.
+        """
         if row not in self.rows:
             return 0
         ids = self.rows[row][2]
@@ -112,16 +134,20 @@ class CacheMemory:
     def park(
         self, rows: Sequence[int], ids: Sequence[list[int]], cache: DynamicCache, chosen: Tensor, mask: Tensor
     ) -> None:
-        """Keeps the caches of these rows, if there is room.
+        """Store the caches of R rows, if max_bytes allows it.
 
         Args:
-          ids: what each row has read, as many as its mask has columns set.
-          chosen: (R,) where the rows are in the cache. mask: (R, L) columns that hold a token.
+          rows: R keys under which the caches are stored.
+          ids: the ids that each row's cache holds, as many as its mask has True columns.
+          cache: the cache of a batch that contains the rows.
+          chosen: (R,) the index of each row in that cache.
+          mask: (R, L) True at columns that hold a token.
         """
         held = {id(block): block.bytes for block, _, _ in self.rows.values()}
         share = len(rows) / cache.layers[0].keys.shape[0]
         if sum(held.values()) + share * _bytes((layer.keys, layer.values) for layer in cache.layers) > self.max_bytes:
             return
+        # If all rows of the batch are stored at once, `chosen` is the identity, and nothing has to be copied.
         whole = len(rows) == cache.layers[0].keys.shape[0]
         layers = [
             (layer.keys, layer.values) if whole else (layer.keys[chosen], layer.values[chosen])
@@ -131,12 +157,16 @@ class CacheMemory:
         self.rows.update({row: (block, i, ids[i]) for i, row in enumerate(rows)})
 
     def gather(self, rows: Sequence[int], kept: Sequence[int], cache: DynamicCache) -> Tensor:
-        """Fills an empty cache with the first kept[i] tokens of each row, right-aligned.
+        """Fill an empty cache with the first kept[i] tokens of each row, right-aligned.
 
-        Returns: (B, max(kept)) bool mask of the filled columns, on the cache's device.
+        Args:
+          rows: keys of the B rows.
+          kept: tokens to take from each row; 0 for a row that has no cache here.
+          cache: the empty cache, which is changed in place.
+        Returns: (B, max(kept)) bool mask, True at the filled columns, on the cache's device.
         """
         length = max(kept)
-        places: dict[int, list[int]] = {}  # block -> the positions in `rows` that it serves
+        places: dict[int, list[int]] = {}  # id of a block -> the positions in `rows` of the rows it holds
         for i, row in enumerate(rows):
             if kept[i]:
                 places.setdefault(id(self.rows[row][0]), []).append(i)
@@ -153,14 +183,21 @@ class CacheMemory:
         return torch.arange(length, device=device) >= length - torch.tensor(kept, device=device).unsqueeze(-1)
 
     def _copies(self, rows: Sequence[int], kept: Sequence[int], places: list[int]) -> tuple:
-        """One block and, for every token to copy from it, the row and column it comes from and goes to."""
+        """Find the tokens to copy for rows that one block holds.
+
+        Args:
+          rows: as in `gather`.
+          kept: as in `gather`.
+          places: positions in `rows` of the rows that the block holds.
+        Returns: the block, and four (N,): row and column of each token in the block, and in the new cache.
+        """
         block = self.rows[rows[places[0]]][0]
         device = block.mask.device
         source = torch.tensor([self.rows[rows[i]][1] for i in places], device=device)
         target = torch.tensor(places, device=device)
         count = torch.tensor([kept[i] for i in places], device=device)
         real = block.mask[source]
-        order = real.cumsum(-1)  # 1 for a row's first token
+        order = real.cumsum(-1)  # 1 at a row's first token, 2 at its second
         row, column = (real & (order <= count.unsqueeze(-1))).nonzero(as_tuple=True)
         to_column = max(kept) - count[row] + order[row, column] - 1
         return block, source[row], column, target[row], to_column

@@ -1,22 +1,23 @@
-"""Replies restricted to given texts: a trie of token ids that lives on the device, so no token costs a host sync."""
+"""Decoding restricted to given texts: a trie of token ids on the device, so that no token waits for the host."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-FREE = 0  # the node without edges: nothing is forbidden; rows without options and finished rows stay there
+FREE = 0  # a node without edges, at which any token is allowed: for rows without options and finished rows
 
 
 class TokenTrie:
-    """The allowed continuations of every row of a batch; rows with the same options share their nodes.
+    """A trie of the allowed replies of every row of a batch; rows with the same options share their nodes.
 
-    Edges are stored sorted by node: those of node n are edge_offset[n] .. edge_offset[n + 1] − 1.
+    Edges are stored sorted by node: node n has the edges edge_offset[n] .. edge_offset[n + 1] − 1.
 
     Args:
-      options: per row the token ids of each allowed reply, closing token included, or None for a free row.
+      options: per row, the token ids of each allowed reply, closing token included, or None if any reply is allowed.
+      device: where the trie is stored.
     Attributes:
-      start: (B,) node before the first token.
+      start: (B,) each row's node before its first token.
     """
 
     def __init__(self, options: Sequence[Sequence[Sequence[int]] | None], device: torch.device):
@@ -39,14 +40,14 @@ class TokenTrie:
         self.most_edges = max(counts)
 
     def _edges(self, node: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, children and validity of each node's edges, (B, most_edges)."""
+        """Return token and child of each node's edges, and True for edges that exist, (B, most_edges) each."""
         edge = self.edge_offset[node].unsqueeze(-1) + torch.arange(self.most_edges, device=node.device)
         valid = edge < self.edge_offset[node + 1].unsqueeze(-1)
-        edge = edge.clamp(max=len(self.edge_token) - 1)
+        edge = edge.clamp(max=len(self.edge_token) - 1)  # edges that do not exist may be out of range
         return self.edge_token[edge], self.edge_child[edge], valid
 
     def mask(self, logits: Tensor, node: Tensor) -> Tensor:
-        """Logits (B, V) with −inf wherever the row's node (B,) has no edge; a FREE row is left as it is."""
+        """Set the logits (B, V) to −inf wherever the row's node (B,) has no edge; rows at FREE are not changed."""
         if self.most_edges == 0:
             return logits
         token, _, valid = self._edges(node)
@@ -55,16 +56,16 @@ class TokenTrie:
         return logits.masked_fill(~allowed, -torch.inf)
 
     def step(self, node: Tensor, token: Tensor) -> Tensor:
-        """The node (B,) after this token (B,); FREE once an option is complete."""
+        """Return the node (B,) after this token (B,); FREE once an option is complete."""
         if self.most_edges == 0:
             return node
         tokens, children, valid = self._edges(node)
         taken = valid & (tokens == token.unsqueeze(-1))
-        return (children * taken).sum(-1)
+        return (children * taken).sum(-1)  # at most one edge is taken; none gives 0, which is FREE
 
 
 def _insert(nodes: list[dict[int, int]], options: tuple[tuple[int, ...], ...]) -> int:
-    """Adds a trie of these options and returns its root; an option's last token, the closing one, leads to FREE."""
+    """Add a trie of these options to `nodes` and return its root; an option's last token leads to FREE."""
     root = len(nodes)
     nodes.append({})
     for option in options:

@@ -1,4 +1,4 @@
-"""A trained model with value heads as a judge of logs: what Q and V say of every step, and returns relabelled."""
+"""Q and V of every logged step, computed by a trained model with value heads, and logs relabelled with them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -27,8 +27,10 @@ READ = ("target_q", "v", "next_v")
 
 
 def log_encoder(policy: LanguagePolicy) -> EpisodeEncoder:
-    """Encodes logs as the policy's training did: its windows, reward scale and discounts. To a model that is
-    conditioned on returns they look as if none was asked for, which is where values are learnt."""
+    """Return an encoder that encodes logs as the policy's training did: with its windows, reward scale and discounts.
+
+    For a return-conditioned model it encodes them with the null condition, under which the values were trained.
+    """
     saved, slots = settings(policy.model.config), slots_of(policy.model, policy.renderer)
     scale, rule = RewardScale(**saved.get("reward_scale", {})), StepRule(**saved.get("step_rule", {}))
     return EpisodeEncoder(policy.renderer, policy.window, rule, scale, slots and slots.nulls)
@@ -38,18 +40,19 @@ def log_encoder(policy: LanguagePolicy) -> EpisodeEncoder:
 def read_values(
     model: nn.Module, windows: WindowDataset, batch_size: int = 32, share: tuple[int, int] = (0, 1)
 ) -> dict[str, np.ndarray]:
-    """One pass over logs: for each step `target_q` (minimum over the target heads) of its action, `v`, and `next_v`.
+    """Compute `target_q` (minimum over the target heads) of the action, `v` and `next_v` at each of N logged steps.
 
     Args:
       model: a guided model with value heads; it is left in eval mode.
-      windows: encoded as the model's own training did; `next_v` needs its `next_rows`.
-      share: (i, n): reads only every n-th batch from the i-th on and leaves zeros elsewhere.
-    Returns: arrays (N,) in the order of the windows' steps, in scaled reward units.
+      windows: encoded as in the model's own training; `next_v` needs its `next_rows`.
+      batch_size: windows per forward pass.
+      share: (i, n): compute only every n-th batch, starting with the i-th, and leave zeros elsewhere.
+    Returns: arrays (N,) by name, in the order of the windows' steps, in scaled reward units.
     """
     model.eval()
     offsets = windows.flat["state"][1]
     values = {name: np.zeros(windows.action_tokens, dtype=np.float32) for name in READ}
-    order = np.argsort(-windows.lengths, kind="stable")  # like lengths together: little padding
+    order = np.argsort(-windows.lengths, kind="stable")  # similar lengths together: little padding
     for first in range(share[0] * batch_size, len(order), share[1] * batch_size):
         index = order[first : first + batch_size]
         batch = windows.batch(index)
@@ -69,20 +72,25 @@ def relabel(
     discount_per_turn: float = 1.0,
     batch_size: int = 32,
 ) -> list[Trajectory]:
-    """The trajectories with `labels["return_to_go"]`, one number per agent turn in reward units; the rest as it was.
+    """Set `labels["return_to_go"]` of trajectories, one number per agent turn in reward units, from a critic's Q or V.
 
     "max": R_t = r_t + γ · max(R_{t+1}, V(s_{t+1})), backwards (`qdt_returns_to_go`). It stitches, and keeps luck.
-    "q": Q(s_t, a_t), the minimum over target heads at the turn's last token. It averages luck out, at the price of
-    trusting Q. Where a log is cut behind a finished agent turn, whose reward has no next state, both are V before the
-    turn's last token. Q and V are discounted as in the critic's training.
+    "q": Q(s_t, a_t), the minimum over target heads at the turn's last token. It averages luck out, but depends on Q
+    being accurate.
+
+    If a log is cut after a finished agent turn, there is no next state for that turn's reward; both labels are then V
+    before the turn's last token. Q and V are discounted as in the critic's training.
 
     Args:
-      trajectories: themselves, or a path or hub name that `read_trajectories` takes.
-      critic: a run with value heads, trained with an expectile of at least .8: a low V asks for too little.
-      discount_per_turn: γ of the returns, as the model that is trained on them has it.
+      trajectories: a list, or a path or hub name that `read_trajectories` takes.
+      critic: a run with value heads. It should be trained with an expectile of at least .8, since a V that is too low
+        gives labels that are too low.
+      label: "max" or "q".
+      discount_per_turn: γ of the returns, the same as of the model that is trained on them.
       batch_size: windows per forward pass.
-    Raises: InputError for an unknown label, a critic without value heads or trained behind demonstrations, and agent
-      turns that do not fit its window.
+    Returns: the trajectories with the label; all else is unchanged.
+    Raises: InputError if the label is unknown, if the critic has no value heads or was trained with few-shot
+      demonstrations, or if agent turns do not fit into its window.
     """
     if label not in ("max", "q"):
         raise InputError(f"label: found {shown(label)}, expected 'max' or 'q'")
@@ -96,10 +104,11 @@ def relabel(
     values = read_values(policy.model, windows, batch_size)
     flat = {name: column for name, (column, _) in columns.items()}
     last = flat["closes_turn"].astype(bool)
-    last[columns["state"][1][1:] - 1] = True  # a turn that is cut in the middle ends its window
+    # A turn without a closing token, because it was cut in the middle, is the last of its window.
+    last[columns["state"][1][1:] - 1] = True
     known = torch.from_numpy(flat["has_target"][last].astype(bool))
     target_q, v, next_v = (torch.from_numpy(values[name][last]) for name in READ)
-    # Where a log is cut behind a finished agent turn, V before its last token stands for all that is still to come.
+    # If a log is cut after a finished agent turn, V before its last token is used for the whole remaining return.
     reward = torch.where(known, torch.from_numpy(flat["reward"][last]), v)
     next_v = torch.where(known, next_v * torch.from_numpy(flat["bootstrap"][last]), 0.0)
     agent_turns = [sum(turn.is_trainable for turn in t.turns) for t in trajectories]

@@ -1,14 +1,19 @@
-"""Looking ahead before every reply: a beam search over dialogues that the model itself imagines (Janner, Li, Levine
-2021, Trajectory Transformer, section 3.2), with utterances in the place of actions.
+"""Planning before every reply: a beam search over dialogues that the model itself imagines (Janner, Li, Levine 2021,
+Trajectory Transformer, section 3.2), with utterances instead of actions.
 
     score of a beam after its k-th utterance = Σ_{i<k} γ^i r_i + γ^k V
 
-Every beam proposes some replies, drawn from the policy as it decodes (top_p and the like keep them probable: the score
-has no likelihood in it). Each is scored at its last token, as values inside a turn cannot be compared; the best beams
-stay, and what the environment says to them is imagined, greedily, by the same model. It reads the utterance after the
-window that it was chosen on, the same ids as in training. After `depth` utterances the first one of the best beam is
-said; the next turn plans anew. The model reads its null condition throughout, which is where its heads have learnt: a
-return in view would tell them what they are to say.
+Here r_i is the expected reward of utterance i, from 0, and V the expected return after the k-th. A scorer, if there is
+one, gives the last reward and V as one number.
+
+Each beam proposes several replies, drawn from the policy with its own decoding settings (top_p and similar filters
+keep them probable, since the score contains no likelihood). Each reply is scored at its last token, because values
+inside a turn cannot be compared. The best beams are kept, and the same model imagines, greedily, the environment's
+answer to them. For that, the utterance follows the window that it was chosen on, the same ids as in training. After
+`depth` utterances, the first utterance of the best beam becomes the reply; the next turn plans anew.
+
+The model is under the null condition throughout, because its heads were trained there: a return in the context would
+give away the outcome that they predict.
 """
 
 import logging
@@ -31,11 +36,14 @@ from offline_lmrl.models.adapters import settings
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """How replies are planned.
+    """The settings of the beam search that plans replies.
 
-    width: beams that stay after each utterance. expand: replies that each beam proposes. depth: utterances.
-    scorer: what rates a beam's last utterance: heads (the model's own return heads), or a run with value heads; in a
-      comparison the name of the method whose run of the same seed that is.
+    Args:
+      width: beams kept after each utterance, at least 1.
+      expand: replies that each beam proposes, at least 1.
+      depth: agent utterances to look ahead, at least 1.
+      scorer: rates a beam's last utterance: heads (the model's own return heads), or a run with value heads; in a
+        comparison, the name of a method, whose run of the same seed is taken.
     """
 
     width: int = 16
@@ -50,8 +58,10 @@ class PlannerConfig:
                 raise InputError(f"{name}: found {shown(value)}, expected a whole number from 1")
 
     def planner(self, policy: LanguagePolicy) -> "Planner":
-        """The policy behind this planning. Raises: InputError as `Planner`, `load_critic` and
-        `require_no_prompt`."""
+        """Return a planner with these settings that draws its proposals from `policy`.
+
+        Raises: InputError as `Planner`, `load_critic` and `require_no_prompt` do.
+        """
         scorer = None
         if self.scorer != "heads":
             scorer = Critic(require_no_prompt(load_critic(self.scorer, device=policy.model.device)))
@@ -61,15 +71,21 @@ class PlannerConfig:
 class Planner:
     """A language model that plans its replies; implements Policy.
 
-    With width and expand 1 there is nothing to choose, and it says what the policy says that is asked for nothing.
+    With width and expand 1 there is nothing to choose: the replies are those of the policy under the null condition.
 
     Args:
-      policy: proposes, by its own decoding form less the ask, and imagines the environment. To look ahead it needs
-        return heads and training on the environment's replies (return_conditioned, return_weight, environment_weight).
-      scorer: rates a beam's last utterance, (turns before it) -> [(utterance,)]: what it pays and all that follows, in
-        reward units, such as a `Critic`, or a function of the environment (decoding/scorers.py). None = the model's
-        own return heads. What earlier utterances of a beam pay is the heads' to say in any case.
-      width, expand, depth: as in `PlannerConfig`.
+      policy: draws the proposals, with its own decoding settings but without its requested return, and imagines the
+        environment. For depth above 1 it needs return heads and training on the environment's replies
+        (return_conditioned, return_weight, environment_weight).
+      scorer: rates a beam's last utterance, given the turns before it, by its reward and the return after it, in
+        reward units; such as a `Critic`, or a function of the environment (decoding/scorers.py). None = the model's
+        own return heads. The rewards of a beam's earlier utterances always come from the return heads.
+      width: as in `PlannerConfig`.
+      expand: as in `PlannerConfig`.
+      depth: as in `PlannerConfig`.
+
+    Raises: InputError if expand is above 1 at temperature 0, where all proposals would be equal, or if return heads
+      are needed and the model has none.
     """
 
     def __init__(
@@ -93,7 +109,7 @@ class Planner:
         self.no_room = False
 
     def say_no_room(self) -> None:
-        """Log, once, that some plans end early."""
+        """Warn, once per planner, that some plans end early for lack of room."""
         if not self.no_room:
             self.no_room = True
             logging.getLogger(__name__).warning(
@@ -103,11 +119,14 @@ class Planner:
             )
 
     def start(self, seeds: Sequence[int]) -> "PlannerSession":
-        """A session with one row per seed."""
+        """Start a session with one row per seed."""
         return PlannerSession(self, seeds)
 
     def environment(self, role: str) -> Sampler:
-        """Speaks as the environment, greedily."""
+        """Return the sampler that imagines the environment's turns in this role, greedily.
+
+        Raises: InputError for the role "tool", or if the chat template has no token that ends a turn of this role.
+        """
         if role not in self.samplers:
             if role == "tool":
                 raise InputError(
@@ -127,10 +146,18 @@ class Planner:
 
 @dataclass
 class _Beam:
-    """Turns that were played and, behind them, imagined.
+    """A beam: the turns played so far, followed by imagined turns.
 
-    first: the first utterance imagined, and first_key: where the memory of the first proposals has its cache.
-    key: where the present memory has the beam's. paid: Σ γ^i r_i over its utterances, said of them.
+    Args:
+      row: the row of the session that is planned for.
+      turns: played and imagined turns.
+      key: key of the beam's cache in the current memory.
+      first: the first imagined utterance; None before there is one.
+      first_key: key of that utterance's cache in the memory of the first level.
+      paid: Σ γ^i r_i over the imagined utterances, in reward units.
+      said: number of imagined utterances.
+      score: as in the docstring of this file, in reward units.
+      ended: True if the beam cannot grow: the episode probably ended, or the window is full.
     """
 
     row: int
@@ -145,9 +172,12 @@ class _Beam:
 
 
 class PlannerSession:
-    """Rows of one batch of dialogues; implements Session. Between turns it keeps the caches of what was said.
+    """A session over the rows of one batch of dialogues; implements Session.
 
-    fingerprint: of the tokenizer and template that the replies' token_ids belong to.
+    Between turns it keeps the caches of the chosen replies.
+
+    Attributes:
+      fingerprint: of the tokenizer and template that the replies' token_ids belong to.
     """
 
     def __init__(self, planner: Planner, seeds: Sequence[int]):
@@ -164,7 +194,10 @@ class PlannerSession:
         histories: Sequence[Sequence[Turn]],
         options: Sequence[Sequence[str] | None] | None = None,
     ) -> list[Reply]:
-        """The next agent turn of each of these rows; `options` restrict what is said, not what is imagined later."""
+        """Plan the next agent turn of each of these rows.
+
+        `options` restrict the reply itself, not the utterances that are imagined after it.
+        """
         beams = [_Beam(row, list(history), row) for row, history in zip(rows, histories, strict=True)]
         beams, memory = self._proposals(beams, self.memory, 0, options)
         first_memory, beams = memory, self._best(beams)
@@ -177,7 +210,7 @@ class PlannerSession:
                 break
             longer, memory = self._proposals(open_beams, memory, level)
             beams = self._best([beam for beam in beams if beam.ended] + longer)
-        chosen = {beam.row: beam for beam in reversed(beams)}  # beams of a row stand best first
+        chosen = {beam.row: beam for beam in reversed(beams)}  # best first, so the last one stored is the best
         self.memory = first_memory.fork({row: chosen[row].first_key for row in rows})
         for row in rows:
             self.drawn[row] += len(chosen[row].first.log_prob)
@@ -185,11 +218,11 @@ class PlannerSession:
         return [chosen[row].first for row in rows]
 
     def labels(self, row: int) -> dict[str, Any]:
-        """`scores` of the plans that were followed, per turn, and the `planned_tokens` of all that were drawn."""
+        """Return labels of a row: `scores` of the chosen plans, per turn, and `planned_tokens`, all tokens drawn."""
         return {"scores": self.scores.get(row, []), "planned_tokens": self.planned_tokens[row]}
 
     def _best(self, beams: Sequence[_Beam]) -> list[_Beam]:
-        """The `width` best of each row, best first."""
+        """Return the `width` best beams of each row, best first."""
         kept: dict[int, list[_Beam]] = {}
         for beam in sorted(beams, key=lambda beam: -beam.score):
             if len(kept.setdefault(beam.row, [])) < self.planner.width:
@@ -203,10 +236,19 @@ class PlannerSession:
         level: int,
         options: Sequence[Sequence[str] | None] | None = None,
     ) -> tuple[list[_Beam], CacheMemory]:
-        """The beams with each of their different next utterances, scored, and the memory that has their caches."""
+        """Extend each beam by `expand` sampled utterances, of which equal texts count once, and score the results.
+
+        Args:
+          beams: the beams to extend.
+          memory: holds their caches.
+          level: utterances imagined before this one.
+          options: the only texts allowed for the utterances of each beam; None = any text.
+        Returns: the longer beams, and the memory that holds their caches.
+        """
         planner, policy, n = self.planner, self.policy, self.planner.expand
         windows = [policy.null_window(beam.turns, policy.sampling.max_new_tokens) for beam in beams]
         memory = memory.fork({i * n + j: beam.key for i, beam in enumerate(beams) for j in range(n)})
+        # Every proposal of a row has its own seed: levels are width · n apart, and beams of one level n apart.
         seeds, place = [], dict.fromkeys((beam.row for beam in beams), level * planner.width * n)
         for beam in beams:
             seeds += [self.seeds[beam.row] + (place[beam.row] + j) * SAMPLE_STRIDE for j in range(n)]
@@ -236,7 +278,12 @@ class PlannerSession:
         return longer, memory
 
     def _score(self, beams: Sequence[_Beam], ends: Sequence[list[int]], memory: CacheMemory) -> None:
-        """Of beams whose last utterance is new; ends: what the model reads up to its last token."""
+        """Score beams by their last utterance, which is new; the beams are changed in place.
+
+        Args:
+          ends: per beam, the ids up to and including the last token of that utterance.
+          memory: holds the caches of the beams.
+        """
         planner, gamma = self.planner, self.planner.discount
         outcomes: Sequence[Sequence[float]] = [(0.0, 0.0, 0.0)] * len(beams)
         if planner.heads is not None:
@@ -254,11 +301,13 @@ class PlannerSession:
             beam.ended = ended >= 0.5
 
     def _imagined(self, beams: Sequence[_Beam], memory: CacheMemory) -> tuple[list[_Beam], CacheMemory]:
-        """The beams with what the environment says to them, and the memory that has their caches.
+        """Extend each beam by the environment's imagined answer.
 
-        A beam whose reply max_length cannot hold ends there, and is left out: training has seen no such reply either.
+        A beam ends if max_length leaves no room for the answer: training leaves out such an answer, too.
+
+        Returns: the longer beams without those that ended, and the memory that holds their caches.
         """
-        # All rows play one game, so their environment has one role.
+        # All rows play one game, so the environment's role is the same in all.
         role, policy = _speaker(beams[0].turns), self.policy
         reserve = policy.sampling.max_new_tokens
         found = [(beam, policy.null_reply_window(beam.turns, role, reserve)) for beam in beams]
@@ -280,10 +329,12 @@ class PlannerSession:
 
 
 class Critic:
-    """A run with value heads as a scorer of replies: min Q̄ at the closing token, what the reply pays and all that
-    follows, in reward units; of rewards that were shifted, less a constant. Implements Scorer.
+    """A scorer of replies that uses the Q heads of a run: min Q̄ at the closing token; implements Scorer.
 
-    Raises: InputError for a model without value heads.
+    The score is the expected reward of the reply plus the return after it, in reward units. If the run's training
+    shifted the rewards, a constant is missing from the score.
+
+    Raises: InputError if the model has no value heads.
     """
 
     def __init__(self, critic: LanguagePolicy):
@@ -296,7 +347,7 @@ class Critic:
         return self.score_each([(context, options)])[0]
 
     def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
-        """Scores (K,) of each row's options, one agent turn each."""
+        """Return the scores (K,) of each row's K options; an option is one agent turn."""
         critic, prompts = self.critic, []
         for context, options in rows:
             turns = [critic.renderer.encode_turn(replace(reply, token_ids=None)) for (reply,) in options]
@@ -314,5 +365,5 @@ class Critic:
 
 
 def _speaker(turns: Sequence[Turn]) -> str:
-    """The role of the environment's latest turn."""
+    """Return the role of the environment's latest turn, or "user" if it has none."""
     return next((turn.role for turn in reversed(turns) if turn.role not in ("assistant", "system")), "user")

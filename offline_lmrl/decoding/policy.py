@@ -1,4 +1,4 @@
-"""A language model as a player: what it sees of a dialogue, how it decodes, and what it keeps between turns."""
+"""A language model as a policy: the window it sees of a dialogue, its decoding, and its caches between turns."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -29,12 +29,15 @@ from offline_lmrl.models.guided import find_device, load_model, settings, slots_
 from offline_lmrl.models.renderers import renderer_of
 from offline_lmrl.ops.decoding import reduce_q, support_filter
 
-ASK_SUPPORT = 0.02  # of the best first token's probability: less likely ones are no candidates for the best Q
-SAMPLE_STRIDE = 2**32  # between the seeds of one history's samples: more than any range of seeds
+ASK_SUPPORT = 0.02  # the best Q ignores first tokens with less than this share of the largest probability
+SAMPLE_STRIDE = 2**32  # difference between the seeds of one history's samples: larger than any range of seeds
 
 
 class PromptIds(NamedTuple):
-    """A demonstration prompt as tokens: with the returns of its own episodes, and with none; equal without slots."""
+    """Few-shot demonstrations as token ids, in two versions that are equal for a model without returns.
+
+    told: with the returns of the demonstrated episodes. null: with the null condition in their place.
+    """
 
     told: Ids
     null: Ids
@@ -47,14 +50,20 @@ class LanguagePolicy:
     """A causal LM with its renderer, window and decoding; implements Policy.
 
     Args:
-      context, stride, max_length: the window of data/windows.py, as in training; max_length None takes the model's
-        number of positions, or 1024 where it names none. The reply's max_new_tokens are kept free in it.
-      task: what is played, for a model that was trained with returns per task.
-      prompt: demonstrations of what is played, which all rows read before everything else (data/demonstrations.py), in
-        the order given; None = no prompt. Of each the part is shown that the model was trained behind, else all of it.
-      critics: where runs are kept whose Q is asked for, by their names; None = nowhere yet.
+      model: the causal LM.
+      renderer: turns a dialogue into token ids.
+      sampling: how replies are decoded; None = the defaults of SamplingConfig.
+      context: most turns of history in a window (data/windows.py), as in training; None = limited by max_length alone.
+      stride: turns by which the start of the window moves at a time, as in training.
+      max_length: most tokens of a window, of which max_new_tokens stay free for the reply; None = the number of
+        positions in the model's config, or 1024 if it has none.
+      task: name of the played task, for a model that was trained with returns per task.
+      prompt: few-shot demonstrations (data/demonstrations.py), which come before the window of every row, in the given
+        order; None = none. Each is cut to the part that the model was trained with, or kept whole if it was trained
+        without demonstrations.
+      critics: the runs loaded for requests "auto:RUN", by name, to which new ones are added; None = a new dictionary.
 
-    Raises InputError where the settings ask for what the model does not have.
+    Raises: InputError if the settings need something that the model lacks.
     """
 
     def __init__(
@@ -77,7 +86,7 @@ class LanguagePolicy:
         self.sampler = Sampler(model, renderer, self.sampling)
         self.slots, self.task = slots_of(model, renderer), task
         self.critics = {} if critics is None else critics
-        self.asks([self.sampling.ask])  # what cannot be asked for shows here
+        self.asks([self.sampling.ask])  # raises now if the model cannot be given this request
         self.spec = PromptSpec(**(settings(model.config).get("prompt") or {}))
         self.prompt, self.shared_prompt = prompt, self.read_prompt(prompt)
 
@@ -91,13 +100,16 @@ class LanguagePolicy:
         prompt: Sequence[Trajectory] | None = None,
         **sampling: Any,
     ) -> "LanguagePolicy":
-        """The policy of a run directory, or of any causal LM folder or hub name.
+        """Load the policy of a run, or of any causal LM.
 
         Args:
-          device: None = the first accelerator, else the CPU. task, prompt: as in the class.
-          sampling: settings that replace those saved with the run.
+          run: a run directory, or the folder or hub name of a causal LM.
+          device: where the model is put; None = the first accelerator, else the CPU.
+          task: as in the class.
+          prompt: as in the class.
+          sampling: fields of SamplingConfig that replace those saved with the run.
 
-        Raises InputError where there is no model or tokenizer, or not the tokenizer that the model was trained with.
+        Raises: InputError if there is no model or tokenizer, or if the model was trained with another tokenizer.
         """
         device = find_device(device)
         model = load_model(run).to(device)
@@ -109,7 +121,7 @@ class LanguagePolicy:
             return cls(model, renderer, form, **(saved.get("window") or {}), task=task, prompt=prompt)
 
     def with_sampling(self, **changes: Any) -> "LanguagePolicy":
-        """The same model with other fields of its sampling form."""
+        """Return a policy with the same model, and with these fields of its SamplingConfig changed."""
         sampling = replace(self.sampling, **changes)
         same = {**asdict(self.window), "task": self.task, "prompt": self.prompt, "critics": self.critics}
         return LanguagePolicy(self.model, self.renderer, sampling, **same)
@@ -120,12 +132,15 @@ class LanguagePolicy:
         asks: Sequence[float | str | None] | None = None,
         prompts: Sequence[Sequence[Trajectory] | None] | None = None,
     ) -> "LanguageSession":
-        """A session with one row per seed.
+        """Start a session with one row per seed.
 
-        asks: the return asked of each row; None = that of the sampling form for all.
-        prompts: the demonstrations of each row, None for a row without any; None = the policy's own prompt for all.
+        Args:
+          seeds: the seed of each row's random numbers.
+          asks: the requested return of each row; None = that of the SamplingConfig for all rows.
+          prompts: the few-shot demonstrations of each row, None for a row without any; None = the policy's own
+            demonstrations for all rows.
 
-        Raises: InputError as `asks` and `read_prompt`.
+        Raises: InputError as `asks` and `read_prompt` do, or if there is not one entry of `prompts` per seed.
         """
         if prompts is not None and len(prompts) != len(seeds):
             raise InputError(f"prompts: found {len(prompts)}, expected one for each of {len(seeds)} rows")
@@ -134,9 +149,11 @@ class LanguagePolicy:
         return LanguageSession(self, seeds, asks, read)
 
     def read_prompt(self, demonstrations: Sequence[Trajectory] | None) -> PromptIds:
-        """The prompt of these demonstrations. Random parts of the same demonstrations are always the same.
+        """Return the token ids of these few-shot demonstrations; None gives no ids.
 
-        Raises: InputError for what is no list of demonstrations, and where no room is left for a reply.
+        If a random part of each is shown, the same demonstrations always give the same parts.
+
+        Raises: InputError if this is not a list of demonstrations, or if it leaves no room for a reply.
         """
         if demonstrations is None:
             return NO_PROMPT
@@ -157,26 +174,43 @@ class LanguagePolicy:
         return PromptIds(told, null)
 
     def null_window(self, turns: Sequence[Turn], reserve: int, prompt: Ids | None = None) -> list[int]:
-        """What it sees before its coming turn where no return is asked for, behind this prompt, or its own; `reserve`
-        tokens are kept free for that turn."""
+        """Return the ids that the policy sees before its next turn, under the null condition.
+
+        Args:
+          turns: the dialogue so far.
+          reserve: tokens to keep free for the next turn.
+          prompt: ids of few-shot demonstrations; None = the policy's own, with the null condition.
+        """
         prompt = self.shared_prompt.null if prompt is None else prompt
         return policy_window(turns, self.renderer, self.window, reserve, self._null_slots(turns, coming=1), prompt)
 
     def null_reply_window(self, turns: Sequence[Turn], role: str, reserve: int) -> list[int] | None:
-        """Ids that it reads before the environment speaks in this role after the agent's last turn, where no return is
-        asked for, after its own prompt; `reserve` tokens are kept free for the reply. None where they do not fit."""
+        """Return the ids that the policy sees before the environment's next turn, under the null condition.
+
+        The policy's own few-shot demonstrations come first.
+
+        Args:
+          turns: the dialogue so far, which ends with an agent turn.
+          role: the role of the environment's turn.
+          reserve: tokens to keep free for that turn.
+        Returns: ids, or None if they do not fit into the window.
+        """
         slots, prompt = self._null_slots(turns), self.shared_prompt.null
         return reply_window(turns, role, self.renderer, self.window, reserve, slots, prompt)
 
     def _null_slots(self, turns: Sequence[Turn], coming: int = 0) -> list[Ids] | None:
-        """The null slot for every agent turn among these, and for the coming ones."""
+        """Return one null slot per agent turn in `turns` and `coming` more; None for a model without returns."""
         if self.slots is None:
             return None
         return [self.slots.null] * (coming + sum(turn.is_trainable for turn in turns))
 
     def critic(self, run: str) -> "LanguagePolicy":
-        """A run with value heads that reads without a prompt, on this model's device; loaded once. Where its Q counts
-        later turns otherwise than this model's returns do, that is said then."""
+        """Return a run with value heads, on this model's device; it is loaded on first use.
+
+        Logs a warning if its Q discounts later turns by another factor than this model's returns do.
+
+        Raises: InputError as `load_critic` and `require_no_prompt` do.
+        """
         if run not in self.critics:
             critic = self.critics[run] = require_no_prompt(load_critic(run, device=self.model.device))
             found = StepRule(**settings(critic.model.config).get("step_rule", {})).discount_per_turn
@@ -188,22 +222,30 @@ class LanguagePolicy:
         return self.critics[run]
 
     def head_of(self, ask: str) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the function that maps hidden states (N, d) and logits (N, V) before an agent turn to the return that
-        "auto" or "expert:κ" asks for there, (N,), in scaled units."""
+        """Return the function that computes the requested return of "auto", "auto:RUN" or "expert:κ".
+
+        It maps hidden states (N, d) and logits (N, V) before an agent turn to returns (N,), in scaled units.
+        """
         if ask.startswith("auto"):
             return self._best_q
         inverse_temperature = float(ask.partition(":")[2])
         return lambda hidden, _: self.model.return_heads.expert(hidden, inverse_temperature)
 
     def _best_q(self, hidden: Tensor, logits: Tensor) -> Tensor:
-        """max_a of the smaller Q, (N,), over the first tokens of the turn that π supports: elsewhere Q saw no data."""
+        """Return max_a min over heads of Q(s, a), (N,), over the first tokens a of the turn that π supports.
+
+        Q is not trained on unsupported tokens.
+        """
         q = reduce_q(self.model.q_values(hidden), "min")
         return q.masked_fill(support_filter(logits, ASK_SUPPORT) == -torch.inf, -torch.inf).amax(-1)
 
     def asks(self, asks: Sequence[float | str | None]) -> Asks | None:
-        """Keeps account of these asks, one per row; None for a model that knows nothing of returns.
+        """Return the object that tracks the requested return of each row; None for a model without returns.
 
-        Raises: InputError where such a model is asked for one, and for asks that this model cannot understand.
+        Args:
+          asks: the requested return of each row.
+        Raises: InputError if a model without returns gets a request, if a request is unknown, or if it needs heads
+          that the model lacks.
         """
         if "auto" in asks and getattr(self.model, "value_heads", None) is None:
             raise InputError(
@@ -230,7 +272,10 @@ class LanguagePolicy:
 
 
 def load_critic(run: str | Path, *, device: str | torch.device | None = None) -> LanguagePolicy:
-    """A run with value heads, as `LanguagePolicy.load`, asked for nothing. Raises: InputError where it has none."""
+    """Load a run with value heads, under the null condition; arguments as in `LanguagePolicy.load`.
+
+    Raises: InputError if the run has no value heads.
+    """
     critic = LanguagePolicy.load(run, device=device, ask=None)
     if getattr(critic.model, "value_heads", None) is None:
         raise InputError(f"critic: {run}: found a model without value heads, expected one that has them (an ILQL run)")
@@ -238,7 +283,10 @@ def load_critic(run: str | Path, *, device: str | torch.device | None = None) ->
 
 
 def require_no_prompt(critic: LanguagePolicy) -> LanguagePolicy:
-    """The critic itself. Raises: InputError for one trained behind demonstrations, where it is to read without any."""
+    """Return the critic unchanged.
+
+    Raises: InputError if it was trained with few-shot demonstrations: here it sees the dialogue alone.
+    """
     if settings(critic.model.config).get("prompt") is not None:
         raise InputError(
             "critic: found a model trained behind demonstrations, expected one trained without a prompt: "
@@ -248,9 +296,12 @@ def require_no_prompt(critic: LanguagePolicy) -> LanguagePolicy:
 
 
 class LanguageSession:
-    """Rows of one batch of dialogues; implements Session. Caches live here while the windows of a row grow.
+    """A session over the rows of one batch of dialogues; implements Session.
 
-    fingerprint: of the tokenizer and template that the replies' token_ids belong to.
+    It keeps the cache of each row between turns, to reuse it while the row's window only grows at its end.
+
+    Attributes:
+      fingerprint: of the tokenizer and template that the replies' token_ids belong to.
     """
 
     def __init__(
@@ -261,11 +312,11 @@ class LanguageSession:
         prompts: Sequence[PromptIds],
     ):
         self.policy, self.seeds, self.asks = policy, list(seeds), policy.asks(asks)
-        # To a row that is asked for nothing no demonstration tells its return either.
+        # In a row without a requested return, the demonstrations are under the null condition too.
         self.prompts = [p.null if ask is None else p.told for p, ask in zip(prompts, asks, strict=True)]
         self.null_prompts = [prompt.null for prompt in prompts]
         self.fingerprint = policy.renderer.fingerprint
-        self.drawn = [0] * len(self.seeds)  # tokens so far: no draw of a row's seed is used twice
+        self.drawn = [0] * len(self.seeds)  # tokens drawn per row, so that no random number of its seed is used twice
         self.memory = _memory(policy)
 
     def reply(
@@ -274,7 +325,11 @@ class LanguageSession:
         histories: Sequence[Sequence[Turn]],
         options: Sequence[Sequence[str] | None] | None = None,
     ) -> list[Reply]:
-        """The next agent turn of each of these rows. Rows that are not asked lose their cache, not their dialogue."""
+        """Draw the next agent turn of each of these rows.
+
+        Rows that are left out lose their cache. They can still be passed later, at the cost of reading their window
+        anew.
+        """
         slots: list[list[Ids] | None] = [None] * len(rows)
         if self.asks is not None:
             slots = list(map(self.asks.before_reply, rows, histories, self._values(rows, histories)))
@@ -295,8 +350,11 @@ class LanguageSession:
         return replies
 
     def _values(self, rows: Sequence[int], histories: Sequence[Sequence[Turn]]) -> list[float | None]:
-        """For rows whose ask is read from heads before this turn: the best Q ("auto", "auto:RUN") or the return of an
-        expert ("expert:κ"), read where no return is asked for, in reward units; None for the others."""
+        """Compute the requested returns that depend on the state before this turn, under the null condition.
+
+        Returns: in reward units, per row, the best Q for "auto" and "auto:RUN" or the expert return for "expert:κ";
+          None for a row whose request does not depend on this state.
+        """
         reading: dict[str, list[tuple[int, Sequence[Turn]]]] = {}
         for row, history in zip(rows, histories, strict=True):
             if self.asks.is_read(row, history):
@@ -311,14 +369,14 @@ class LanguageSession:
         reserve = self.policy.sampling.max_new_tokens
         if run := critic_of(kind):
             reader = self.policy.critic(run)
-            other = reader.renderer.fingerprint != self.fingerprint  # then ids that were sampled mean nothing to it
+            other = reader.renderer.fingerprint != self.fingerprint  # another tokenizer: sampled ids are invalid there
             told = [[replace(t, token_ids=None) for t in history] if other else history for _, history in reading]
             windows = [reader.null_window(history, reserve) for history in told]
         else:
             reader = self.policy
             windows = [reader.null_window(history, reserve, self.null_prompts[row]) for row, history in reading]
-        memory = self.memory if kind.startswith("expert") else None  # the others are read once
-        keys = [~row for row, _ in reading]  # where the sampler keeps what it read with null returns
+        memory = self.memory if kind.startswith("expert") else None  # "auto" is computed once per row
+        keys = [~row for row, _ in reading]  # under these keys the sampler keeps caches under the null condition
         values = reader.sampler.read(reader.head_of(kind), windows, memory, keys)
         scale = RewardScale(**settings(reader.model.config).get("reward_scale", {}))
         return {
@@ -327,28 +385,35 @@ class LanguageSession:
         }
 
     def labels(self, row: int) -> dict[str, Any]:
-        """Of a row that a return was asked of: `ask`, the `bin` that stood for it at the first reply, and whether it
-        was `clipped`, that is, outside the training data."""
+        """Return labels of a row with a requested return: `ask`, `bin` and `clipped`, at its first reply.
+
+        `ask` is the requested return, `bin` the bin that represents it, and `clipped` is True if the return is outside
+        the range of the training data. Empty for a row without a requested return.
+        """
         return {} if self.asks is None else dict(self.asks.first.get(row, {}))
 
 
 def critic_of(ask: float | str | None) -> str | None:
-    """The run whose Q is asked for, if one is named: auto:RUN."""
+    """Return RUN of a request "auto:RUN", else None."""
     return ask.removeprefix("auto:") if isinstance(ask, str) and ask.startswith("auto:") else None
 
 
 def _memory(policy: LanguagePolicy) -> CacheMemory | None:
-    """Where a session keeps caches; None for windows of one turn, which never grow."""
+    """Return a new store for a session's caches; None for windows of one turn, which never grow."""
     return None if policy.window.context == 1 else CacheMemory(CACHE_BYTES)
 
 
 def generate_texts(
     policy: Policy, histories: Sequence[Sequence[Turn]], n: int = 1, seeds: Sequence[int] | None = None
 ) -> list[list[Reply]]:
-    """n independent replies to each history; sample j does not depend on n.
+    """Draw n independent replies to each history; sample j does not depend on n.
 
     Args:
-      seeds: one per history, from 0 to 2³²; None numbers the histories.
+      policy: draws the replies.
+      histories: the dialogues to reply to.
+      n: replies per history, at least 1.
+      seeds: one per history, from 0 to 2³²; None = 0, 1, ...
+    Returns: per history, its n replies.
     """
     if n < 1:
         raise InputError(f"n: found {n}, expected at least 1")

@@ -1,6 +1,8 @@
-"""A few tokens through a model before it learns or plays: what it says of a row must depend on that row alone, not on
-the rows beside it, on padding, or on whether a cache was used. Some families of transformers break that, and nothing
-but wrong numbers would tell.
+"""A check of a model on a few tokens before it is trained or played.
+
+The model's output for a row must depend on that row alone: not on the other rows of the batch, on padding, or on
+whether a cache is used. Some model families of transformers break this, and they do so without an error: the numbers
+are wrong.
 """
 
 import os
@@ -19,17 +21,18 @@ from offline_lmrl.decoding.cache import is_kept_per_token, new_cache
 from offline_lmrl.decoding.sampler import Sampler, SamplingConfig, evaluating
 
 TEXT = "Twelve sly wolves quickly jumped over my boxing dog, and ran."
-LONG, SHORT = 11, 6  # tokens of the two rows; no family reads in blocks of which both are multiples
+LONG, SHORT = 11, 6  # tokens of the two rows; no family processes blocks of a size that divides both
 # Nats, or shares of the spread of log-probabilities; in 180 families rounding is below 2e-5, faults are above 3e-3.
 TOLERANCE = 1e-3
 
 
 def check_plays(model: nn.Module, renderer: Renderer) -> None:
-    """Reads with a cache, in a left-padded batch and piece by piece, as the sampler does.
+    """Check the model's log-probabilities in a left-padded batch, run piece by piece with a cache, as in the sampler.
 
     Args:
       model: a guided model, or a PeftModel around one.
-    Raises: InputError naming the model's class where its log-probabilities are not those of each row alone.
+      renderer: encodes the check's text.
+    Raises: InputError, with the name of the model's class, if they differ from those of each row alone.
     """
     if not _is_first():
         return
@@ -39,7 +42,7 @@ def check_plays(model: nn.Module, renderer: Renderer) -> None:
         sampler, cache = Sampler(model, renderer, SamplingConfig()), new_cache(model, 0)
         ids, mask = _batch(rows, "left")
         position = (mask.cumsum(-1) - 1).clamp(min=0)
-        several = is_kept_per_token(cache)  # only such a cache gets more than one token at a time later on
+        several = is_kept_per_token(cache)  # other caches only ever get one token per call after the first
         cuts = (0, LONG - (3 if several else 2), LONG - 1, LONG)
         for start, stop in pairwise(cuts):
             part = slice(start, stop)
@@ -49,9 +52,12 @@ def check_plays(model: nn.Module, renderer: Renderer) -> None:
 
 
 def check_trains(model: nn.Module, renderer: Renderer) -> None:
-    """Reads a right-padded batch, as trainers do, and whether that works in training mode too.
+    """Check the model's log-probabilities in a right-padded batch, as in training, and that training mode works too.
 
-    Args and raises: as `check_plays`.
+    Args:
+      model: as in `check_plays`.
+      renderer: as in `check_plays`.
+    Raises: InputError as `check_plays` does.
     """
     if not _is_first():
         return
@@ -69,7 +75,10 @@ def check_trains(model: nn.Module, renderer: Renderer) -> None:
 
 
 def check_scores(model: PreTrainedModel, renderer: Renderer) -> None:
-    """As `check_trains`, for a reward model (`Reward` in models/reward_model.py) and its scores."""
+    """Check the scores of a reward model (`Reward` in models/reward_model.py) in a right-padded batch.
+
+    Raises: InputError as `check_plays` does.
+    """
     if not _is_first():
         return
     rows = _rows(model, renderer)
@@ -81,7 +90,7 @@ def check_scores(model: PreTrainedModel, renderer: Renderer) -> None:
 
 
 def _is_first() -> bool:
-    """Whether this is the first process of its machine: sharding fills the weights of the others later."""
+    """True in the first process of a machine; with sharding, the others get their weights only later."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -92,14 +101,17 @@ def _rows(model: nn.Module, renderer: Renderer) -> list[Tensor]:
 
 
 def _batch(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
-    """Ids and mask, (2, LONG). Padding is a token that says something: a pad token's embedding may happen to be 0."""
+    """Return ids and mask of the two rows, (2, LONG) each, padded on this side.
+
+    Padding is an ordinary token: the embedding of a pad token may be 0, which would hide a fault.
+    """
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     padding = rows[0][0].item()
     return pad_sequence(rows, batch_first=True, padding_value=padding, padding_side=side), mask.bool()
 
 
 def _alone(model: nn.Module, rows: list[Tensor]) -> list[Tensor]:
-    """Log-probabilities (T,V) of each row, read alone and without a cache."""
+    """Return the log-probabilities (T, V) of each row, run alone and without a cache."""
     batches = [ids.unsqueeze(0) for ids in rows]
     return [
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float().log_softmax(-1)
@@ -109,6 +121,7 @@ def _alone(model: nn.Module, rows: list[Tensor]) -> list[Tensor]:
 
 def _check(model: nn.Module, found: Tensor, expected: Tensor, how: str) -> None:
     if found.shape == expected.shape:
+        # Equal entries may both be −inf, whose difference is NaN.
         apart = torch.where(found == expected, 0.0, (found - expected).abs()).max().item()
         if apart <= TOLERANCE * max(1.0, expected[expected.isfinite()].std().item()):
             return
@@ -129,7 +142,7 @@ def _name(model: nn.Module) -> str:
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """Eval mode. What the model's own code raises meanwhile is said in one line."""
+    """A context manager: put the model in eval mode, and turn any exception of its code into a one-line InputError."""
     try:
         with evaluating(model):
             yield

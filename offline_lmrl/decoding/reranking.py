@@ -1,9 +1,9 @@
-"""Best-of-n with a scorer over any policy, abstention, and rejection sampling back to training data.
+"""Best-of-n with a scorer over any policy, abstention, and rejection sampling, which gives training data.
 
-Nakano et al. 2021 (WebGPT): the best of n samples by a reward model. Menick et al. 2022 (GopherCite): no answer where
-even the best scores too low, by one threshold for all questions; and candidates that read different documents in turn.
-What best-of-n does to a policy that can be
-enumerated is in ops/preferences.py (`best_of_n`, `best_of_n_kl` and its bound log n − (n − 1)/n).
+Nakano et al. 2021 (WebGPT) take the best of n samples by a reward model. Menick et al. 2022 (GopherCite) give no
+answer if even the best sample scores below a threshold, the same for all questions; and they draw the candidates from
+different documents in turn. For policies that can be enumerated, ops/preferences.py computes the distribution of the
+best of n and its KL divergence (`best_of_n`, `best_of_n_kl` and its bound log n − (n − 1)/n).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,25 +19,27 @@ from offline_lmrl.data.protocols import Policy, Reply, Scorer, Session
 from offline_lmrl.data.trajectory import Trajectory, Turn, as_context
 from offline_lmrl.ops.preferences import abstention_threshold
 
-CANDIDATE_STRIDE = 2**48  # between the seeds of one reply's candidates: more than `generate_texts` asks for
+CANDIDATE_STRIDE = 2**48  # between the seeds of one reply's candidates: larger than any seed of `generate_texts`
 
 
 class BestOfN:
-    """Draws n replies from a policy and says the one that scores best, the first of equals; implements Policy.
+    """A policy that draws n replies from another one and returns the best by a scorer; implements Policy.
 
-    A reply's labels hold `score`, that of the best candidate in the scorer's unit, `n`, and `abstained`.
+    Of equal scores, the first reply is returned. Its labels hold `score` (the best score, in the scorer's unit), `n`,
+    and `abstained`.
 
-    Works over any policy: cloned, guided, conditioned on returns. It costs n times its tokens and n scores per turn. A
-    reply's log_prob stays that of the policy it was drawn from, which is not that of being chosen.
+    It works with any policy: cloned, guided, or conditioned on returns. A turn costs n times that policy's tokens, and
+    n scores. A reply's log_prob is its log-probability under that policy, not the log-probability of being chosen.
 
     Args:
-      policy, scorer: see data/protocols.py.
+      policy: draws the replies.
+      scorer: scores them.
       n: replies per turn, at least 1.
-      threshold: a best score below this is not said but `abstention` is; None = always answer.
-      abstention: what is said then.
-      contexts: gives, for a history, several that candidates 0, 1, ... are drawn from in turn, such as one for each
-        document to answer from; None = the history itself. The scorer reads the history as it is, and so does who
-        learns from the reply, whose log_prob is that in the context it was drawn from.
+      threshold: if the best score is below this, the reply is `abstention`; None = always answer.
+      abstention: the reply in that case.
+      contexts: maps a history to up to n histories from which candidates 0, 1, ... are drawn in turn, such as one for
+        each document to answer from; None = the history itself. The scorer sees the history itself. A rollout stores
+        the history itself too, although log_prob is that in the context the reply was drawn from.
     """
 
     def __init__(
@@ -55,25 +57,28 @@ class BestOfN:
         self.threshold, self.abstention, self.contexts = threshold, abstention, contexts
 
     def read_by(self, history: Sequence[Turn]) -> list[Sequence[Turn]]:
-        """What each of the n candidates reads, in turn (round robin)."""
+        """Return the history that each of the n candidates is drawn from, in turn (round robin).
+
+        Raises: InputError if `contexts` gives no history or more than n.
+        """
         contexts = [history] if self.contexts is None else list(self.contexts(history))
         if not 1 <= len(contexts) <= self.n:
             raise InputError(f"contexts: found {len(contexts)}, expected 1 to n ({self.n}), so that each is read")
         return [contexts[j % len(contexts)] for j in range(self.n)]
 
     def start(self, seeds: Sequence[int]) -> "BestOfNSession":
-        """A session with one row per seed; the first candidate is what the policy would say."""
+        """Start a session with one row per seed; the first candidate is the reply that the policy alone would give."""
         drawn_from = [seed + j * CANDIDATE_STRIDE for seed in seeds for j in range(self.n)]
         return BestOfNSession(self, self.policy.start(drawn_from))
 
 
 class BestOfNSession:
-    """Rows of one batch; each is n rows of the policy's session. Implements Session."""
+    """A session over the rows of one batch, each of which is n rows of the policy's session; implements Session."""
 
     def __init__(self, reranked: BestOfN, session: Session):
         self.reranked, self.session = reranked, session
         self.fingerprint = getattr(session, "fingerprint", None)
-        self.scores: dict[int, list[float]] = {}  # of the best candidate, per turn
+        self.scores: dict[int, list[float]] = {}  # per row, the best candidate's score at each turn
         self.abstained: dict[int, int] = {}
 
     def reply(
@@ -82,7 +87,7 @@ class BestOfNSession:
         histories: Sequence[Sequence[Turn]],
         options: Sequence[Sequence[str] | None] | None = None,
     ) -> list[Reply]:
-        """The best of n next agent turns of each of these rows."""
+        """Return the best of n next agent turns of each of these rows."""
         drawn = self.candidates(rows, histories, options)
         return [self._chosen(row, *found) for row, found in zip(rows, drawn, strict=True)]
 
@@ -92,7 +97,7 @@ class BestOfNSession:
         histories: Sequence[Sequence[Turn]],
         options: Sequence[Sequence[str] | None] | None = None,
     ) -> list[tuple[list[Reply], np.ndarray]]:
-        """Per row its n replies and their scores (n,)."""
+        """Draw and score n replies per row; return, per row, the replies and their scores (n,)."""
         n = self.reranked.n
         texts = None if options is None else [own for own in options for _ in range(n)]
         replies = self.session.reply(
@@ -117,7 +122,10 @@ class BestOfNSession:
         return replace(said, labels={"score": float(scores[best]), "n": len(replies), "abstained": abstained})
 
     def labels(self, row: int) -> dict[str, Any]:
-        """The policy's own of the row's first sample, with `scores` of what scored best and `abstained`, in turns."""
+        """Return the policy's labels of the row's first candidate, with `scores` and `abstained`.
+
+        `scores` holds the best score of each turn, and `abstained` is the number of turns without an answer.
+        """
         own = self.session.labels(row * self.reranked.n) if hasattr(self.session, "labels") else {}
         return {**own, "scores": self.scores.get(row, []), "abstained": self.abstained.get(row, 0)}
 
@@ -125,11 +133,15 @@ class BestOfNSession:
 def calibrated_threshold(
     reranked: BestOfN, histories: Sequence[Sequence[Turn]], coverage: float, seeds: Sequence[int] | None = None
 ) -> float:
-    """The threshold at which that share of held-out histories is answered (`abstention_threshold`).
+    """Return the threshold at which a given share of held-out histories is answered (`abstention_threshold`).
 
     Args:
-      coverage: in [0, 1]. seeds: one per history; None numbers them.
-    Raises: InputError for a share outside [0, 1].
+      reranked: draws and scores the replies.
+      histories: the held-out histories.
+      coverage: the share to answer, in [0, 1].
+      seeds: one per history; None = 0, 1, ...
+    Returns: a threshold in the scorer's unit.
+    Raises: InputError if the share is outside [0, 1].
     """
     session = reranked.start(range(len(histories)) if seeds is None else seeds)
     drawn = session.candidates(range(len(histories)), histories)
@@ -142,10 +154,18 @@ def calibrated_threshold(
 def rejection_sample(
     reranked: BestOfN, histories: Sequence[Sequence[Turn]], keep: int = 1, seeds: Sequence[int] | None = None
 ) -> list[Trajectory]:
-    """The best `keep` of n replies to each history as trajectories, with their scores as rewards: data for cloning.
+    """Return the best `keep` of n replies to each history as trajectories, with scores as rewards: data for cloning.
 
-    Replies of equal text count once, those below the threshold not at all, so a history may give fewer, or none.
-    `labels` hold `seed`, `rank` among the n (0 = best), `n`, and, where the policy has a tokenizer, its fingerprint.
+    Replies of equal text count once, and replies below the threshold are dropped, so a history may give fewer than
+    `keep`, or none. `labels` hold `seed`, `rank` among the different texts (0 = best), `n`, and `tokenizer`, the
+    fingerprint of the policy's tokenizer, if it has one.
+
+    Args:
+      reranked: draws and scores the replies.
+      histories: the turns before the replies.
+      keep: most replies per history, 1 to n.
+      seeds: one per history; None = 0, 1, ...
+    Raises: InputError if `keep` is outside 1 to n.
     """
     if not 1 <= keep <= reranked.n:
         raise InputError(f"keep: found {keep}, expected 1 to n ({reranked.n})")

@@ -1,12 +1,14 @@
-"""The token loop: log π(a|s) + (1+w)·Δ_R + β·clip(reduce(Q) − V), in batches, with caches that live across turns.
+"""The token loop: draw tokens by log π(a|s) + (1+w)·Δ_R + β·clip(reduce(Q) − V), in batches, with caches across turns.
 
-Filters act on π first and guidance on the survivors, because Q is only trained where the data is (Snell et al. 2023,
-ILQL; the official code filters before guidance too). With `candidates` guidance is computed only for the policy's best
-k tokens. Every row draws from its own hash of (seed, token count), so its sample does not depend on its batch.
+Filters act on π first. Guidance acts on the tokens that survive them, because Q is only trained where there is data
+(Snell et al. 2023, ILQL; the official code also filters before guidance). With `candidates`, guidance is computed only
+for the policy's k most probable tokens. Each row's random numbers are a hash of its own (seed, token count), so its
+sample does not depend on the batch it is in.
 
-Where a return R is asked for, Δ_R = log π(a|s,R) − log π(a|s), and at w = β = 0 the sum is log π(a|s,R): that needs
-the rows with R alone, and filters act on it. Otherwise each row is read twice, in one batch and cache: with its
-returns, and with null in their place, for π(a|s), on which filters then act, and for Q and V, which learnt there.
+With a requested return R, Δ_R = log π(a|s,R) − log π(a|s). At w = β = 0 the sum is log π(a|s,R): one forward pass
+conditioned on R is enough, and the filters act on π(a|s,R). Otherwise each row passes through the model twice, in one
+batch and one cache: once with its returns and once with the null condition in their place. The second pass gives
+π(a|s), on which the filters then act, and Q and V, which were trained under the null condition.
 """
 
 import bisect
@@ -30,38 +32,45 @@ from offline_lmrl.decoding.cache import CacheMemory, cache_argument, is_kept_per
 from offline_lmrl.decoding.constraints import TokenTrie
 from offline_lmrl.ops.decoding import Q_REDUCTIONS, condition_shift, guide, sample_from, uniform, warp_log_probs
 
-FINISHED_SHARE = 0.25  # finished rows leave the batch once they are this share of it
-MOST_TOKENS = 32_768  # rows × (prompt + longest reply) of one batch
-MOST_LOGITS = 2**25  # rows × vocabulary of one batch
-ENOUGH_ROWS = 64  # a batch of so many rows is closed where prompts become half as long
-CACHE_BYTES = 2**31  # what a session keeps between turns
+FINISHED_SHARE = 0.25  # finished rows are removed from the batch once they make up this share of it
+MOST_TOKENS = 32_768  # limit on rows × (prompt + longest reply) in one batch
+MOST_LOGITS = 2**25  # limit on rows × vocabulary in one batch
+ENOUGH_ROWS = 64  # a batch with this many rows is closed at the first prompt with less than half as much to read
+CACHE_BYTES = 2**31  # limit on the caches that a session keeps between turns
 
 
 def sync_every(device: torch.device) -> int:
-    """Tokens between two looks at what is finished: each look waits for an accelerator, but costs a CPU nothing."""
+    """Return the number of tokens between two checks for finished rows.
+
+    A check waits for an accelerator to catch up; on a CPU it costs nothing.
+    """
     return 1 if device.type == "cpu" else 8
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen.
+    """The settings by which the next token is chosen.
 
-    temperature: divides log π; 0 is greedy (arg max of the guided scores).
-    top_k, top_p, min_p: filters on π at that temperature; None = off.
-    support: drops tokens with π(a|s) < support · max π(·|s), at temperature 1 (discrete BCQ); 0 = off.
-    beta: weight of the guidance; 0 = plain policy.
-    q_reduce: how Q heads are joined: min, mean or first.
-    candidates: guidance on the policy's best k tokens only, the others are dropped; None = all. Unused without
-      guidance.
-    clip: cap of the advantage Q − V from above; None = no cap (V then cancels and is not computed).
-    ask: the return asked of the agent, for a model that was trained with returns. From its first turn on, less what
-      it earns: a number in reward units, "p90" or "max" (of the training returns), "auto" (the best Q where the agent
-      starts), or "auto:RUN" (the best Q of another run there). Anew before every turn: "expert:3" (what comes of a
-      state, good returns preferred e^3 to 1: `ReturnHeads.expert`). None = none is asked. decoding/asks.py says what
-      earned most.
-    condition_scale: w ≥ 0 of return guidance, (1 + w)·log π(·|ask) − w·log π(·); 0 = plain conditioning.
-    max_new_tokens: longest reply in tokens, closing token included.
-    stop: texts that end a reply; the text is cut before the first of them.
+    Args:
+      temperature: divides log π; 0 is greedy (argmax of the guided scores).
+      top_k: keep only the k most probable tokens of π, at that temperature; None = off.
+      top_p: keep the smallest set of most probable tokens that holds this share of π, at that temperature; None = off.
+      min_p: drop tokens with less than min_p times the largest probability of π, at that temperature; None = off.
+      support: drop tokens with π(a|s) < support · max π(·|s), at temperature 1 (discrete BCQ); 0 = off.
+      beta: weight of value guidance; 0 = the plain policy.
+      q_reduce: how the Q heads are combined: min, mean or first.
+      candidates: guide only the policy's k most probable tokens and drop the others; None = all. Unused without
+        guidance.
+      clip: upper limit on the advantage Q − V; None = no limit (V then cancels and is not computed).
+      ask: the requested return, for a model that was trained with returns. Requested at the agent's first turn, and
+        then reduced by each reward it earns: a number in reward units, "p90" or "max" (of the training returns),
+        "auto" (the best Q at the agent's first turn), or "auto:RUN" (the best Q of another run there). Computed anew
+        before every turn: "expert:3" (the expected return after weighting each return R, in scaled units, by
+        exp(3 · R): `ReturnHeads.expert`). None = no return is requested. The docstring of decoding/asks.py compares
+        their results.
+      condition_scale: w ≥ 0 of return guidance, (1 + w)·log π(·|ask) − w·log π(·); 0 = plain conditioning.
+      max_new_tokens: longest reply in tokens, closing token included.
+      stop: texts that end a reply; the reply's text is cut before the first of them.
     """
 
     temperature: float = 1.0
@@ -108,12 +117,15 @@ class SamplingConfig:
             raise InputError(f"stop: found {shown(self.stop)}, expected texts that are not empty")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the settings as plain values for JSON."""
         return asdict(self) | {"stop": list(self.stop)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SamplingConfig":
-        """The inverse of `to_dict`; absent keys take their defaults, unknown ones raise InputError."""
+        """Rebuild the settings from the output of `to_dict`; absent keys take their defaults.
+
+        Raises: InputError if a key is unknown.
+        """
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
@@ -124,12 +136,25 @@ class SamplingConfig:
 
 @dataclass
 class _Batch:
-    """Rows that are decoded together. Tensors are (B, ...), on the model's device.
+    """A batch of B rows that are decoded together. All tensors are on the model's device.
 
-    index: place among the call's prompts. counter: tokens drawn from this seed before. node: in the trie of options.
-    length: tokens read before the reply, in `width` columns. drawn: tokens of the reply so far.
-    mask: (B, width + max_new_tokens), False at padding. tokens, log_prob, policy_log_prob: (B, max_new_tokens).
-    streams: 2 where rows are also read with null returns. The cache has streams · B rows then, and so have logits.
+    Args:
+      index: (B,) index of each row's prompt in the call.
+      seed: (B,) seed of each row's random numbers.
+      counter: (B,) tokens drawn from this seed in earlier calls.
+      node: (B,) current node in the trie of allowed options.
+      length: (B,) tokens of the prompt, without padding.
+      drawn: (B,) tokens of the reply so far.
+      finished: (B,) True once the reply has ended.
+      mask: (B, width + max_new_tokens) False at padding.
+      tokens: (B, max_new_tokens) ids drawn.
+      log_prob: (B, max_new_tokens) of each token, under the distribution it was drawn from, in nats.
+      policy_log_prob: (B, max_new_tokens) of each token, under the unguided policy, in nats.
+      cache: keys and values of streams · B rows.
+      width: columns of the prompts, padding included.
+      padded: True if any prompt has padding in those columns.
+      streams: 2 if each row also passes through the model under the null condition, else 1. Cache and logits have
+        streams · B rows; the rows under the null condition come last.
     """
 
     index: Tensor
@@ -149,27 +174,28 @@ class _Batch:
     streams: int
 
     def in_cache(self, rows: Tensor) -> Tensor:
-        """Where the cache has these rows, all of one stream behind all of the other."""
+        """Return the cache rows (streams · R,) of these R batch rows: first all of stream 0, then all of stream 1."""
         return torch.cat([rows + stream * len(self.index) for stream in range(self.streams)])
 
     def select(self, rows: Tensor) -> "_Batch":
-        """Only these rows. The cache changes in place."""
-        self.cache.reorder_cache(self.in_cache(rows))  # unlike batch_select_indices, recurrent layers have it too
+        """Return a batch of only these rows; the cache is changed in place."""
+        self.cache.reorder_cache(self.in_cache(rows))  # recurrent layers lack batch_select_indices, but have this
         chosen = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **chosen)
 
 
 class Sampler:
-    """Draws replies from a model.
+    """A sampler that draws replies from a model.
 
     Args:
-      model: any causal LM of transformers; guidance (beta other than 0) needs `forward_with_hidden` and `q_values`,
-        and with a clip `v_values`, as the guided model has them.
-      renderer: names the tokens that close a reply, and turns ids into text.
-      close_id: the one token that closes a turn that is not the agent's; None for the agent's.
+      model: any causal LM of transformers. Guidance (beta other than 0) needs the methods `forward_with_hidden` and
+        `q_values` of a guided model, and `v_values` if clip is set.
+      renderer: holds the ids that close a reply, and decodes ids to text.
+      config: how tokens are chosen.
+      close_id: the id that closes the turns of another role than the agent; None = the renderer's, for the agent.
 
-    Raises InputError where beta asks for value heads, or condition_scale for a null condition, that the model does not
-    have, or the model has no cache of keys and values.
+    Raises: InputError if beta is not 0 and the model has no value heads, if condition_scale is not 0 and the model has
+      no null condition, or if the model takes no cache.
     """
 
     def __init__(
@@ -185,7 +211,7 @@ class Sampler:
                 f"condition_scale: found {config.condition_scale}, expected 0, as {name} has no null "
                 "condition to guide it away from (algorithm: return_conditioned, condition: embedding)"
             )
-        # Ids above are returns.
+        # A conditioned model has extra ids after the vocabulary: the null condition first, then one per return bin.
         self.null = model.get_input_embeddings().weight.shape[0] if conditioned else None
         self.cache_argument = cache_argument(model)
         self.model, self.renderer, self.config = model, renderer, config
@@ -205,15 +231,18 @@ class Sampler:
         memory: CacheMemory | None = None,
         rows: Sequence[int] | None = None,
     ) -> list[Reply]:
-        """One reply per prompt. The model is in eval mode meanwhile and as it was afterwards.
+        """Draw one reply per prompt, with the model in eval mode; its mode is restored afterwards.
 
-        A reply that a stop text ended has no token_ids, as they would spell more than its text.
+        A reply that a stop text ended has no token_ids: they would decode to more than its text.
 
         Args:
-          prompts: ids up to and including the agent's opening; at least one each.
-          seeds: one per prompt. counters: tokens already drawn from that seed; None = 0.
-          options: the only texts allowed for each prompt, None = any.
-          memory: keeps caches for the next turn, under the session's `rows`, one per prompt.
+          prompts: token ids up to and including the agent's opening; at least one id each.
+          seeds: one per prompt.
+          counters: tokens already drawn from each seed; None = 0.
+          options: the only texts allowed for each prompt; None = any text.
+          memory: holds the caches of earlier turns and receives those of this one; None = no reuse.
+          rows: the key of each prompt in `memory`, 0 or more; None = 0, 1, ...
+        Raises: InputError if a list of options is empty, or if an option is longer than max_new_tokens.
         """
         guided = self.null is not None and (self.config.beta != 0.0 or self.config.condition_scale != 0.0)
         told = guided and any(token > self.null for prompt in prompts for token in prompt)
@@ -239,9 +268,14 @@ class Sampler:
         memory: CacheMemory | None = None,
         rows: Sequence[int] | None = None,
     ) -> list[Any]:
-        """What a head says at the end of each prompt, as plain numbers; further arguments as in `sample`.
+        """Apply a head to the model's output after the last token of each prompt.
 
-        head: of hidden states (N,d) and logits (N,V), gives (N, ...).
+        Args:
+          head: maps hidden states (N, d) and logits (N, V) to a tensor (N, ...).
+          prompts: token ids, at least one each.
+          memory: as in `sample`.
+          rows: the key of each prompt in `memory`; None = 0, 1, ... A row under the null condition has the key ~row.
+        Returns: one number or nested list per prompt.
         """
         run = _Run(
             sampler=self,
@@ -258,10 +292,14 @@ class Sampler:
             return run.read(head)
 
     def _usable(self, memory: CacheMemory | None) -> CacheMemory | None:
+        # Sliding windows and recurrent states cannot be cut to the first tokens of a prompt, so they are not reused.
         return memory if memory is not None and is_kept_per_token(new_cache(self.model, 0)) else None
 
     def _option_ids(self, texts: Sequence[str] | None) -> list[tuple[int, ...]] | None:
-        """Ids of each allowed text, closing token included."""
+        """Return the ids of each allowed text, closing token included; None = any text is allowed.
+
+        Raises: InputError if there are no texts, or if one is longer than max_new_tokens.
+        """
         if texts is None:
             return None
         if not texts:
@@ -282,9 +320,16 @@ class Sampler:
     def forward(
         self, ids: Tensor, mask: Tensor | None, position: Tensor, cache: DynamicCache, with_hidden: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """After the last token of ids (B, T): logits (B, V) fp32, and the hidden state (B, d) if it is asked for."""
+        """Run the model on ids (B, T), which follow what the cache holds.
+
+        Args:
+          mask: (B, cached + T) True at real tokens; None = no padding anywhere.
+          position: (B, T) position ids.
+          with_hidden: also return the hidden state.
+        Returns: logits (B, V) fp32 and hidden state (B, d), or None, after the last token.
+        """
         if self.cache_argument == "cache_params" and mask is not None:
-            mask = mask[:, -ids.shape[1] :]  # a state holds no columns that could be padding
+            mask = mask[:, -ids.shape[1] :]  # a recurrent state has no columns, so there is no padding left to mask
         inputs = {
             "input_ids": ids,
             "attention_mask": mask,
@@ -301,18 +346,26 @@ class Sampler:
     def draw(
         self, logits: Tensor, hidden: Tensor | None, u: Tensor, trie: TokenTrie, node: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The next token (B,), its log-prob under the distribution it is drawn from, and its log π (given its return).
+        """Choose the next token of each row.
 
-        logits (S·B, V), hidden (S·B, d): of S streams, with null returns last.
+        Args:
+          logits: (S·B, V) for S streams; the rows under the null condition come last.
+          hidden: (S·B, d) hidden states; read only if beta is not 0.
+          u: (B,) uniform random numbers in [0, 1).
+          trie: the allowed options.
+          node: (B,) each row's node in the trie.
+        Returns: three (B,): token ids; their log-probabilities under the distribution they are drawn from; and their
+          log-probabilities under the unguided policy (conditioned on the requested return, if any).
         """
         config, rows, streams = self.config, len(u), len(logits) // len(u)
-        null, logits = logits[-rows:], logits[:rows]
+        null, logits = logits[-rows:], logits[:rows]  # the same rows if there is one stream
         allowed = trie.mask(null, node)
         log_prob = warp_log_probs(
             allowed, config.temperature, config.top_k, config.top_p, config.min_p, config.support
         )
-        vocabulary_of = None  # (B, K) the tokens that columns stand for; None = all
+        vocabulary_of = None  # (B, K) token id of each column; None = column c is token c
         if config.beta != 0.0 or config.condition_scale != 0.0:
+            # Tokens beyond top_k are −inf already, so they need no Q either.
             shortlist = min(config.candidates or logits.shape[-1], config.top_k or logits.shape[-1])
             if shortlist < logits.shape[-1]:
                 log_prob, vocabulary_of = log_prob.topk(shortlist, dim=-1)
@@ -331,7 +384,7 @@ class Sampler:
         return token.squeeze(-1), log_prob.gather(-1, column).squeeze(-1), policy_log_prob
 
     def stop_at(self, tokens: list[int]) -> tuple[int, str] | None:
-        """Number of tokens until the first stop text is complete, and the text before it; None if there is none."""
+        """Find the first stop text: return the number of tokens that complete it and the text before it, else None."""
         stop = self.config.stop
 
         def stopped(count: int) -> bool:
@@ -340,6 +393,7 @@ class Sampler:
 
         if not stop or not stopped(len(tokens)):
             return None
+        # If the first n tokens contain a stop text, so do the first n + 1: bisection finds the smallest such n.
         count = bisect.bisect_left(range(len(tokens)), True, key=stopped)
         text = self.renderer.decode(tokens[:count])
         return count, text[: min(text.index(mark) for mark in stop if mark in text)]
@@ -347,7 +401,7 @@ class Sampler:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode, and afterwards what it was before."""
+    """A context manager that puts a model in eval mode and restores each module's mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -359,9 +413,9 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @dataclass
 class _Run:
-    """One call of `Sampler.sample` or `read`. All lists are per prompt.
+    """The state of one call of `Sampler.sample` or `Sampler.read`. All lists have one entry per prompt.
 
-    A row's cache with null returns is kept under the key ~row.
+    In `memory`, the cache of a row under the null condition has the key ~row.
     """
 
     sampler: Sampler
@@ -375,7 +429,7 @@ class _Run:
     with_hidden: bool
 
     def replies(self) -> list[Reply]:
-        """All replies, in the order of the prompts."""
+        """Decode all prompts and return the replies, in the order of the prompts."""
         self.done: list[Reply | None] = [None] * len(self.prompts)
         self.kept = self.cached()
         for chunk in self.chunks():
@@ -383,7 +437,7 @@ class _Run:
         return self.done
 
     def read(self, head: Callable[[Tensor, Tensor], Tensor]) -> list[Any]:
-        """What the head says behind every prompt."""
+        """Return the head's output after every prompt, in the order of the prompts."""
         found: list[Any] = [None] * len(self.prompts)
         self.kept = self.cached()
         for chunk in self.chunks():
@@ -394,7 +448,7 @@ class _Run:
         return found
 
     def cached(self) -> list[int]:
-        """Tokens of each prompt that are cached already, in all streams."""
+        """Return, per prompt, the number of first tokens that every stream has cached."""
         if self.memory is None:
             return [0] * len(self.prompts)
         self.memory.retain([*self.rows, *(~row for row in self.rows)])
@@ -402,14 +456,18 @@ class _Run:
         return [min(kept[i :: len(self.prompts)]) for i in range(len(self.prompts))]
 
     def streams_of(self, rows: Sequence[int], prompts: Sequence[list[int]]) -> tuple[list[int], list[list[int]]]:
-        """Keys and prompts of all streams, one behind the other."""
+        """Return the memory keys and prompts of stream 0, followed by those of the null stream if there is one."""
         if self.streams == 1:
             return list(rows), list(prompts)
         null = self.sampler.null
+        # All ids above `null` are returns, so the minimum replaces each return by the null condition.
         return [*rows, *(~row for row in rows)], [*prompts, *([min(t, null) for t in ids] for ids in prompts)]
 
     def chunks(self) -> Iterator[list[int]]:
-        """Prompts by the length that is still to be read, equal ones together, in batches that fit in memory."""
+        """Yield the indices of the prompts in batches that fit in memory.
+
+        Prompts are sorted by the number of tokens that are not cached, longest first, with equal prompts together.
+        """
         most_rows, most_tokens = self.sampler.most_rows // self.streams or 1, MOST_TOKENS // self.streams
         unread = [len(prompt) - kept for prompt, kept in zip(self.prompts, self.kept, strict=True)]
         order = sorted(range(len(self.prompts)), key=lambda i: (-unread[i], self.prompts[i]))
@@ -426,7 +484,13 @@ class _Run:
             yield chunk
 
     def prefill(self, chunk: list[int], node: Tensor) -> tuple[_Batch, Tensor, Tensor | None]:
-        """Reads what is new in each prompt; equal prompts are read once."""
+        """Run the model on the tokens of each prompt that are not cached; equal prompts are run once.
+
+        Args:
+          chunk: indices of B prompts.
+          node: (B,) each row's first node in the trie of options.
+        Returns: the batch, logits (S·B, V) and hidden states (S·B, d), or None, after each prompt, for S streams.
+        """
         device = self.sampler.model.device
         first: dict[tuple[int, ...], int] = {}
         for i in chunk:
@@ -441,12 +505,14 @@ class _Run:
         unread = [torch.tensor(prompt[known:]) for prompt, known in zip(prompts, kept, strict=True)]
         ids = pad_sequence(unread, batch_first=True, padding_side="left").to(device)
         real = pad_sequence([torch.ones_like(new) for new in unread], batch_first=True, padding_side="left").to(device)
+        # Both parts are padded on the left, so a row may also have padding between its cached and its new tokens.
         mask = torch.cat([mask, real.bool()], dim=1)
         padded = any(len(self.prompts[i]) < mask.shape[1] for i in read)
-        position = (mask.cumsum(-1) - 1).clamp(min=0)
+        position = (mask.cumsum(-1) - 1).clamp(min=0)  # padding does not count; the clamp is for padding itself
         position = position[:, -ids.shape[1] :]
         logits, hidden = self.sampler.forward(ids, mask if padded else None, position, cache, self.with_hidden)
 
+        # Copy what was computed once per distinct prompt to all rows that share the prompt.
         place = {prompt: n for n, prompt in enumerate(first)}
         repeat = torch.tensor([place[tuple(self.prompts[i])] for i in chunk], device=device)
         all_streams = torch.cat([repeat + stream * len(read) for stream in range(self.streams)])
@@ -475,7 +541,10 @@ class _Run:
         return batch, logits[all_streams], None if hidden is None else hidden[all_streams]
 
     def decode(self, chunk: list[int]) -> None:
-        """The token loop. A finished row draws on, without effect, until the next look at the device."""
+        """Draw the replies of these prompts, token by token.
+
+        Between two checks for finished rows, finished rows keep drawing tokens, which are discarded.
+        """
         sampler, most = self.sampler, self.sampler.config.max_new_tokens
         trie = TokenTrie([self.options[i] for i in chunk], sampler.model.device)
         batch, logits, hidden = self.prefill(chunk, trie.start)
@@ -503,7 +572,13 @@ class _Run:
             )
 
     def without_finished(self, batch: _Batch, step: int, everyone: bool) -> _Batch | None:
-        """The batch less its finished rows, once they are enough; None if nobody is left. step: the last one drawn."""
+        """Remove finished rows from the batch, if they are at least FINISHED_SHARE of it.
+
+        Args:
+          step: index of the last token drawn.
+          everyone: remove all rows, finished or not, because max_new_tokens is reached.
+        Returns: the batch of the remaining rows; None if there are none.
+        """
         if self.sampler.config.stop:
             stopped = [self.sampler.stop_at(tokens) is not None for tokens in batch.tokens[:, : step + 1].tolist()]
             batch.finished |= torch.tensor(stopped, device=batch.finished.device)
@@ -516,7 +591,7 @@ class _Run:
         return batch.select(torch.tensor(staying, device=batch.finished.device)) if staying else None
 
     def leave(self, batch: _Batch, leaving: list[int], step: int) -> None:
-        """Turns rows into replies and parks their caches, which have read all tokens drawn but the last step's."""
+        """Store the replies and caches of these rows; the model has not yet read the token of the last step."""
         rows = torch.tensor(leaving, device=batch.finished.device)
         places = batch.index[rows].tolist()
         drawn = batch.drawn[rows].tolist()
@@ -527,14 +602,20 @@ class _Run:
         self.park(batch, leaving, tokens, step)
 
     def park(self, batch: _Batch, leaving: list[int], tokens: list[list[int]], step: int) -> None:
-        """Keeps the caches of rows of which `step` columns behind the prompt were read."""
+        """Store the caches of these rows in `memory`, if there is one.
+
+        Args:
+          leaving: indices in the batch.
+          tokens: ids of each row's reply.
+          step: columns after the prompt that the cache holds.
+        """
         if self.memory is None:
             return
         rows = torch.tensor(leaving, device=batch.index.device)
         places = batch.index[rows].tolist()
         mask = batch.mask[rows, : batch.width + step]
         columns = torch.arange(step, device=rows.device)
-        mask[:, batch.width :] = columns < batch.drawn[rows].unsqueeze(-1)
+        mask[:, batch.width :] = columns < batch.drawn[rows].unsqueeze(-1)  # hides what was drawn after the end
         ids = [self.prompts[place] + row[:step] for place, row in zip(places, tokens, strict=True)]
         keys, ids = self.streams_of([self.rows[place] for place in places], ids)
         self.memory.park(keys, ids, batch.cache, batch.in_cache(rows), mask.repeat(batch.streams, 1))

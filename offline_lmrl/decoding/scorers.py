@@ -1,6 +1,6 @@
-"""What rates replies: reward models, their ensembles, rules, value heads, likelihood, functions, and combinations.
+"""Scorers of replies: reward models, their ensembles, rules, value heads, likelihood, functions, and combinations.
 
-All implement `Scorer` (data/protocols.py): `score(context, options)` gives one number per option. Those that run a
+All implement `Scorer` (data/protocols.py): `score(context, options)` returns one number per option. Scorers that run a
 model also have `score_each(rows)`, for many contexts at once. `load_scorer` makes one from a name or a small mapping:
 
     runs/reward                                          a reward model
@@ -8,7 +8,7 @@ model also have `score_each(rows)`, for many contexts at once. `load_scorer` mak
     {kind: ensemble, scorers: [runs/a, runs/b], k: 1.0}  mean − k · standard deviation
     {kind: sparrow, preference: runs/reward, rules: [{kind: regex, pattern: "https?://"}]}
 
-Ids that a reply was sampled with are not trusted here, since they may be another tokenizer's: text is encoded anew.
+The token ids stored with a reply are ignored, since they may belong to another tokenizer: text is encoded anew.
 """
 
 import inspect
@@ -44,15 +44,23 @@ from offline_lmrl.models.reward_model import load_reward_model, read_mask, reads
 from offline_lmrl.ops.preferences import rule_adjusted_score
 
 TOO_LONG = "dropped: a reply longer than the scorer's window"
-MOST_TOKENS = 4096  # rows × longest row of one forward pass
+MOST_TOKENS = 4096  # limit on rows × longest row in one forward pass
 
 
 class RowScorer:
-    """Runs a model over rows of tokens; a subclass says what is read of a batch of them (`read`).
+    """Base class of scorers that run a model over rows of tokens; a subclass turns a batch into scores (`read`).
 
-    An option's score is the sum over its rows, plus `bias`. Its row is context + option; with `by_turn` it has one for
-    each agent turn, after what the window shows there. An option that the window cannot hold raises an InputError;
-    turns of the context that it cannot hold are left out.
+    The score of an option is the sum over its rows, plus `bias`. An option has one row, context + option; with
+    `by_turn` it has one row per agent turn, each with the turns that the window shows before it. Turns of the context
+    that do not fit into the window are left out.
+
+    Args:
+      model: put in eval mode.
+      renderer: turns a dialogue into token ids.
+      window: the window rule of the rows.
+      by_turn: one row per agent turn instead of one per option.
+
+    Raises: InputError, when it scores, if an option does not fit into the window.
     """
 
     bias = 0.0
@@ -65,13 +73,13 @@ class RowScorer:
 
     @torch.inference_mode()
     def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
-        """Scores (K,) of each row's options."""
+        """Return the scores (K,) of the K options of each row."""
         encoded = [self._encode(*row) for row in rows]
-        # Options that begin alike, as those of `relabel_trajectories`, share rows by turn: each is read once.
+        # With `by_turn`, options that share a beginning (as in `relabel_trajectories`) share rows: run each only once.
         distinct = {_key(row): row for options in encoded for option in options for row in option}
         places, flat = {key: place for place, key in enumerate(distinct)}, list(distinct.values())
         index = [[places[_key(row)] for row in option] for options in encoded for option in options]
-        order = sorted(range(len(flat)), key=lambda i: -len(flat[i][0]))  # like lengths together: little padding
+        order = sorted(range(len(flat)), key=lambda i: -len(flat[i][0]))  # similar lengths together: little padding
         found, start = np.zeros(len(flat)), 0
         while start < len(order):
             size = max(1, MOST_TOKENS // len(flat[order[start]][0]))
@@ -85,7 +93,7 @@ class RowScorer:
         return self._rows(context, options) is not None
 
     def read(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """One number per row, (B,), of a batch with the fields input_ids to last of `ComparisonBatch`."""
+        """Return one number per row, (B,); the batch has the fields input_ids to last of `ComparisonBatch`."""
         raise TypeError(f"{type(self).__name__} does not say what it reads")
 
     def _rows(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]):
@@ -115,13 +123,17 @@ def _batch(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
         "attention_mask": mask,
         "action_mask": kinds > 0,
         "closing_mask": kinds > 1,
+        # argmax on the reversed row finds the last action token
         "last": kinds.shape[1] - 1 - (kinds > 0)[:, ::-1].argmax(axis=1),
     }
     return {name: torch.from_numpy(values).to(device) for name, values in batch.items()}
 
 
 class RewardModel(RowScorer):
-    """A run of algorithm reward_model, or any ...ForSequenceClassification with one label: its score plus its bias."""
+    """A scorer with a reward model: its score plus its bias.
+
+    The model is a run of algorithm reward_model, or any ...ForSequenceClassification with one label.
+    """
 
     def __init__(self, model: PreTrainedModel, renderer: Renderer, window: WindowRule):
         head = settings(model.config)["reward"]["head"]
@@ -133,12 +145,20 @@ class RewardModel(RowScorer):
 
     @property
     def shift(self) -> float:
-        """What is added to every sum over turns; 0 of a terminal score, which is no such sum."""
+        """The constant that is added to each sum over turns or tokens; 0 for a terminal score, which is no sum."""
         return 0.0 if settings(self.model.config)["reward"]["head"] == "terminal" else self.bias
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | None = None) -> "RewardModel":
-        """Raises: InputError where there is no reward model, or another tokenizer than it was trained with."""
+        """Load a reward model from a folder or hub name.
+
+        Without a window saved in its settings, max_length is the number of positions in its config, or 1024.
+
+        Args:
+          path: folder or hub name.
+          device: where the model is put; None = the first accelerator, else the CPU.
+        Raises: InputError if there is no reward model, or if it was trained with another tokenizer.
+        """
         device = find_device(device)
         model = load_reward_model(path).to(device)
         saved, renderer = settings(model.config), renderer_of(load_tokenizer(path), model, path)
@@ -152,7 +172,10 @@ class RewardModel(RowScorer):
 
 
 class PolicyScorer(RowScorer):
-    """A causal LM as a judge. Raises: InputError for one that is conditioned on returns, as it knows none here."""
+    """Base class of scorers that run a causal LM.
+
+    Raises: InputError if the model is conditioned on returns, because no return is known here.
+    """
 
     def __init__(self, policy: LanguagePolicy):
         super().__init__(policy.model, policy.renderer, policy.window)
@@ -160,13 +183,16 @@ class PolicyScorer(RowScorer):
             raise InputError("scorer: found a model that is conditioned on returns, expected one that is not")
 
     def _states(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Row, state and token (N,) of the options' agent tokens: the token stands behind its state."""
+        """Return, for the N agent tokens of the options, row, state and token id, each (N,).
+
+        The state is the column before the token, whose output predicts it.
+        """
         row, place = batch["action_mask"].nonzero(as_tuple=True)
         return row, place - 1, batch["input_ids"][row, place]
 
 
 class Likelihood(PolicyScorer):
-    """log π(option | context), the sum over its agent tokens, or their mean where `mean` is set."""
+    """A scorer by log π(option | context) in nats: the sum over the agent tokens, or with `mean` their mean."""
 
     def __init__(self, policy: LanguagePolicy, mean: bool = False):
         super().__init__(policy)
@@ -182,10 +208,15 @@ class Likelihood(PolicyScorer):
 
 
 class ValueHeads(PolicyScorer):
-    """Q heads of an ILQL run, in reward units: Σ over agent tokens of min Q̄(s,a) − V(s), or min Q̄ of the whole reply.
+    """A scorer with the value heads of an ILQL run, in reward units.
 
-    of: advantage, or utterance for the heads that a run with utterance_weight > 0 has. Snell et al. 2022 (ILQL) rerank
-      by these.
+    The score is Σ over agent tokens of min Q̄(s,a) − V(s), or min Q̄ of the whole reply.
+
+    Args:
+      policy: the run.
+      of: advantage = the sum; utterance = Q of the whole reply, from heads that only runs with utterance_weight > 0
+        have. Snell et al. 2022 (ILQL) rerank by these.
+    Raises: InputError if `of` is neither, or if the run lacks the heads for whole replies.
     """
 
     def __init__(self, policy: LanguagePolicy, of: Literal["advantage", "utterance"] = "advantage"):
@@ -211,9 +242,12 @@ class ValueHeads(PolicyScorer):
 
 
 class Function:
-    """A function of (context turns, option turns) that gives a number: gold functions, rules in Python.
+    """A scorer that calls a Python function, such as a toy's true reward or a rule.
 
-    name: what errors call it. Raises: InputError for what is no function; `score` does for what is no finite number.
+    Args:
+      function: maps (context turns, option turns) to a number.
+      name: the function's name in error messages.
+    Raises: InputError if this is not a function; `score` raises it if the function fails or returns no finite number.
     """
 
     def __init__(self, function: Callable[[Sequence[Turn], Sequence[Turn]], float], name: str = "scorer"):
@@ -227,7 +261,7 @@ class Function:
     def _number(self, context: Sequence[Turn], option: Sequence[Turn]) -> float:
         try:
             found = self.function(context, option)
-            found = found.item() if hasattr(found, "item") else found  # of numpy or torch
+            found = found.item() if hasattr(found, "item") else found  # a scalar of numpy or torch
         except Exception as error:
             reason = " ".join(str(error).split())
             raise InputError(
@@ -238,7 +272,13 @@ class Function:
 
 
 def regex_rule(pattern: str, must: bool = False) -> Function:
-    """1 where the rule is kept, else 0: no agent turn of the option holds the pattern, or with `must` one does."""
+    """Return a scorer that gives 1 if a rule is kept and 0 if it is broken.
+
+    Args:
+      pattern: a regular expression that no agent turn of the option may contain.
+      must: the opposite rule: at least one agent turn has to contain it.
+    Raises: InputError if the pattern is not a regular expression.
+    """
     try:
         found = re.compile(pattern).search
     except re.error as error:
@@ -247,11 +287,16 @@ def regex_rule(pattern: str, must: bool = False) -> Function:
 
 
 class Rule:
-    """Probability that a rule is kept, by a reward model that reads the rule as a system turn before all others.
+    """A scorer that gives the probability that a rule is kept, by a reward model.
 
-    So one model serves every rule, also those that it was not trained on (Glaese et al. 2022, Sparrow): it learns from
-    comparisons of a reply that keeps a rule with one that breaks it, each with the rule's text in front. Deviation:
-    σ of the score, so 0 has to lie between kept and broken (`normalise: centre`).
+    The reward model gets the rule as a system turn before all other turns. Therefore one model serves every rule,
+    including rules that it was not trained on (Glaese et al. 2022, Sparrow): it is trained on comparisons of a reply
+    that keeps a rule with one that breaks it, each after the rule's text. Deviation: the probability is σ(score), so
+    scores have to be above 0 for a kept rule and below 0 for a broken one (`normalise: centre`).
+
+    Args:
+      scorer: the reward model.
+      text: the rule.
     """
 
     def __init__(self, scorer: Scorer, text: str):
@@ -270,9 +315,13 @@ class Rule:
 
 
 class Ensemble:
-    """mean − k · standard deviation over scorers that are each normalised on their own (Christiano et al. 2017).
+    """A scorer by mean − k · standard deviation over several scorers (Christiano et al. 2017).
 
-    k > 0 distrusts what they disagree on, which offline data cannot settle.
+    Each scorer has to be normalised on its own.
+
+    Args:
+      scorers: at least 2.
+      k: above 0, options on which the scorers disagree, which offline data cannot settle, score lower.
     """
 
     def __init__(self, scorers: Sequence[Scorer], k: float = 0.0):
@@ -294,14 +343,18 @@ class Ensemble:
         return [member.mean(0) - self.k * member.std(0) for member in self.members(rows)]
 
     def members(self, rows: Sequence[Scored]) -> list[np.ndarray]:
-        """Per row what each member says, (members, K)."""
+        """Return the scores of each member, (members, K), per row of K options."""
         return [np.stack(found) for found in zip(*(score_rows(rows, one) for one in self.scorers), strict=True)]
 
 
 class Combined:
-    """A preference and what else counts, by `how`, a function of (preference (K,), others (K, R)) -> (K,).
+    """A scorer that combines a preference score with R other scores.
 
-    shift: what of it belongs to no turn of a reply (`relabel_trajectories`).
+    Args:
+      preference: the main scorer.
+      others: R scorers.
+      how: maps the scores of K options, preference (K,) and others (K, R), to the combined scores (K,).
+      shift: the constant part of the combined score, which no turn of a reply earned (`relabel_trajectories`).
     """
 
     def __init__(
@@ -328,7 +381,13 @@ class Combined:
 
 
 def weighted_sum(scorers: Sequence[Scorer], weights: Sequence[float] | None = None) -> Combined:
-    """Σ_i w_i · s_i; weights None = all 1."""
+    """Return a scorer by Σ_i w_i · s_i.
+
+    Args:
+      scorers: at least 2.
+      weights: w, one per scorer; None = all 1.
+    Raises: InputError if there is not one weight per scorer, or fewer than 2 scorers.
+    """
     weights = [1.0] * len(scorers) if weights is None else weights
     if len(weights) != len(scorers) or len(scorers) < 2:
         raise InputError(f"weights: found {len(weights)} for {len(scorers)} scorers, expected one for each of several")
@@ -338,16 +397,25 @@ def weighted_sum(scorers: Sequence[Scorer], weights: Sequence[float] | None = No
 
 
 def veto(preference: Scorer, rules: Sequence[Scorer], floor: float, threshold: float = 0.5) -> Combined:
-    """The preference where every rule is kept with at least this probability, else `floor`."""
+    """Return a scorer that gives the preference score if every rule is kept, else `floor`.
+
+    A rule counts as kept if its score, a probability, is at least `threshold`.
+    """
     _require_rules(rules)
     shift = getattr(preference, "shift", 0.0)
     return Combined(preference, rules, lambda score, kept: np.where((kept >= threshold).all(1), score, floor), shift)
 
 
 def sparrow(preference: Scorer, rules: Sequence[Scorer], average: float = 0.0) -> Combined:
-    """Preference against the average times how surely all rules are kept (`rule_adjusted_score`; Glaese et al. 2022).
+    """Return a scorer by σ(preference − average) times the geometric mean of the rules' probabilities.
 
-    average: the mean score of replies; 0 for a reward model that is centred.
+    Glaese et al. 2022 (Sparrow); see `rule_adjusted_score`.
+
+    Args:
+      preference: scores replies.
+      rules: give the probability that a rule is kept; at least one.
+      average: the mean preference score of replies; 0 for a centred reward model.
+    Raises: InputError if there are no rules; when it scores, if the rules' scores are not probabilities.
     """
     _require_rules(rules)
 
@@ -368,7 +436,7 @@ def _value_heads(run: str, of: str = "advantage", device: str | None = None) -> 
     return ValueHeads(require_no_prompt(load_critic(run, device=device)), of)
 
 
-# kind -> what makes it; `_setting` says of what type a parameter is by its name
+# kind -> a function that makes the scorer; `_setting` checks the type of each parameter by its name
 KINDS: dict[str, Callable[..., Scorer]] = {
     "reward_model": lambda run, device=None: RewardModel.load(run, device=device),
     "likelihood": lambda run, mean=False, device=None: Likelihood(LanguagePolicy.load(run, device=device), mean),
@@ -384,10 +452,12 @@ KINDS: dict[str, Callable[..., Scorer]] = {
 
 
 def load_scorer(spec: str | Path | Mapping[str, Any]) -> Scorer:
-    """A scorer from a mapping with `kind` and what that kind takes, such a mapping as YAML text or file, the folder or
-    hub name of a reward model, or package.module:function. Its `origin` is that mapping or name.
+    """Make a scorer from its specification, which the scorer keeps as its `origin`.
 
-    Raises: InputError that names the key.
+    Args:
+      spec: a mapping with `kind` and that kind's parameters; such a mapping as YAML text or a YAML file; the folder or
+        hub name of a reward model; or package.module:function.
+    Raises: InputError that names the wrong key.
     """
     origin = spec = _without_paths(spec)
     if isinstance(spec, str):
@@ -415,7 +485,7 @@ def load_scorer(spec: str | Path | Mapping[str, Any]) -> Scorer:
 
 
 def _without_paths(spec: Any) -> Any:
-    """The same with text for paths, as labels keep it."""
+    """Return the specification with every Path as text, so that labels can store it."""
     if isinstance(spec, Mapping):
         return {name: _without_paths(value) for name, value in spec.items()}
     if isinstance(spec, list | tuple):
@@ -424,7 +494,10 @@ def _without_paths(spec: Any) -> Any:
 
 
 def _setting(name: str, value: Any, parameter: inspect.Parameter) -> Any:
-    """What a kind takes for a value of the specification; one name means the same to all kinds."""
+    """Check a value of the specification and convert it to what the scorer takes, such as nested scorers.
+
+    A parameter name has the same meaning in all kinds.
+    """
     where = f"scorer.{name}"
     if value is None and parameter.default is None:
         return None
@@ -445,7 +518,7 @@ def _setting(name: str, value: Any, parameter: inspect.Parameter) -> Any:
 
 
 def _read_yaml(text: str) -> Mapping[str, Any]:
-    """The mapping in a YAML file, or in YAML that starts with a brace."""
+    """Return the mapping in YAML text, which starts with a brace, or in a YAML file of this name."""
     try:
         return yaml_mapping(text, shown(text), "a scorer") if text.startswith("{") else read_yaml(text, "a scorer")
     except InputError as error:
@@ -453,13 +526,16 @@ def _read_yaml(text: str) -> Mapping[str, Any]:
 
 
 def fits(scorer: Scorer, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> bool:
-    """Whether these options are not too long for the scorer; one without a window takes all."""
+    """True if the options fit into the scorer's window, or if it has none."""
     own = getattr(scorer, "fits", None)
     return own is None or own(context, options)
 
 
 def fitting(comparisons: Sequence[Comparison], scorer: Scorer, counts: Counter[str]) -> list[Comparison]:
-    """The comparisons that the scorer can read whole; `counts` gets the others. Raises: InputError if none is left."""
+    """Return the comparisons whose replies all fit into the scorer's window; `counts` receives the number of others.
+
+    Raises: InputError if none is left.
+    """
     kept = [row for row in comparisons if fits(scorer, row.context, row.options)]
     counts[TOO_LONG] += len(comparisons) - len(kept)
     if not kept:
@@ -468,9 +544,12 @@ def fitting(comparisons: Sequence[Comparison], scorer: Scorer, counts: Counter[s
 
 
 def relabel_comparisons(comparisons: Sequence[Comparison], scorer: Scorer) -> list[Comparison]:
-    """The comparisons with what the scorer says instead of what people said: target softmax(scores), as Bradley and
-    Terry have it, and the ranking by score. `labels["scores"]` keeps the scores, `labels["scorer"]` their `origin_of`,
-    `labels["target"]` the old target."""
+    """Replace the human judgements of comparisons by a scorer's.
+
+    The target becomes softmax(scores), as in the Bradley-Terry model, and the ranking follows the scores.
+    `labels["scores"]` holds the scores, `labels["scorer"]` the scorer's `origin_of`, and `labels["target"]` the old
+    target.
+    """
     rows = score_rows([(row.context, row.options) for row in comparisons], scorer)
     return [_relabelled(row, scores, origin_of(scorer)) for row, scores in zip(comparisons, rows, strict=True)]
 
@@ -490,12 +569,17 @@ def relabel_trajectories(
     place: Literal["terminal", "turn"] = "terminal",
     counts: Counter[str] | None = None,
 ) -> list[Trajectory]:
-    """The trajectories with scores as rewards; `labels["scorer"]` keeps whose (`origin_of`), `labels["rewards"]` what
-    was logged, per agent turn.
+    """Replace the rewards of trajectories by scores.
 
-    place: terminal: all that follows the first prompt is scored at once, and the last agent turn earns it; turn: each
-      agent turn earns what it adds to the score of what ends with the agent turn before it. Both have the same sum.
-    counts: gets the trajectories that are left out as a reply is longer than the scorer's window.
+    `labels["scorer"]` holds the scorer's `origin_of`, and `labels["rewards"]` the old rewards, one per agent turn.
+
+    Args:
+      trajectories: each with at least one agent turn.
+      scorer: scores all turns from the first agent turn on, given the turns before it.
+      place: terminal = the last agent turn earns the score of the whole; turn = each agent turn earns the score of the
+        trajectory up to it, less the score up to the agent turn before it. Both have the same sum.
+      counts: receives the number of trajectories that are left out because a reply does not fit the scorer's window.
+    Raises: InputError for another place, a trajectory without agent turns, or if none is left.
     """
     if place not in ("terminal", "turn"):
         raise InputError(f"place: found {shown(place)}, expected terminal or turn")
@@ -506,7 +590,7 @@ def relabel_trajectories(
         if not agent:
             raise InputError("relabel: found a trajectory without an agent turn, expected at least one")
         turns, start = [replace(turn, reward=None) for turn in trajectory.turns], agent[0]
-        # Options of one row: all are read behind the same turns of the prompt, however many of those the window drops.
+        # As options of one row, all beginnings are scored after the same context, even if the window drops part of it.
         stops = [*(i + 1 for i in agent[:-1] if place == "turn"), len(turns)]
         row = (as_context(turns[:start]), [turns[start:stop] for stop in stops])
         if not fits(scorer, *row):
@@ -517,10 +601,10 @@ def relabel_trajectories(
         paid.append(agent if place == "turn" else agent[-1:])
     if not kept:
         raise InputError(f"relabel: found no trajectory that the scorer can read ({dict(counts)})")
-    # Differences of scores add up to the score of the whole for every scorer, also one that is no sum over turns. The
-    # shift of normalisation belongs to no turn: in equal parts it leaves each turn nearly its own worth, and the sum
-    # does not depend on how many turns there are. (On the first turn alone it would hide what that turn is worth; once
-    # for every turn, as a reward model adds it to whatever it reads, a shift below 0 would teach to hang up.)
+    # Differences of scores add up to the score of the whole for every scorer, even one that is no sum over turns. The
+    # shift of normalisation belongs to no turn. Divided equally, it changes each turn's reward little, and the sum
+    # does not depend on the number of turns. (Added to the first turn alone, it would hide what that turn earns. Added
+    # once per turn, as a reward model adds it to whatever it scores, a negative shift would reward short dialogues.)
     shift = getattr(scorer, "shift", 0.0)
     rewards = [(np.diff(scores, prepend=shift) + shift / len(scores)).tolist() for scores in score_rows(rows, scorer)]
     origin = origin_of(scorer)
@@ -537,10 +621,11 @@ def _rescored(trajectory: Trajectory, rewards: Mapping[int, float], origin: Any)
 
 
 def most_disputed(comparisons: Sequence[Comparison], ensemble: Ensemble, n: int) -> list[Comparison]:
-    """The n pairs of options whose predicted preference σ(s_i − s_j) the members of an ensemble disagree on most, by
-    variance, most first; at most one pair of each comparison. Christiano et al. 2017 ask for labels of those.
+    """Return the n pairs of options on which the members of an ensemble disagree most, as comparisons, most first.
 
-    `labels["disagreement"]` is the standard deviation. Ties keep the order of the data.
+    Disagreement is the variance, over members, of the predicted preference σ(s_i − s_j). Each comparison gives at most
+    one pair. Christiano et al. 2017 collect labels for such pairs. `labels["disagreement"]` is the standard deviation.
+    Ties keep the order of the data.
     """
     found = []
     members = ensemble.members([(row.context, row.options) for row in comparisons])
@@ -548,7 +633,7 @@ def most_disputed(comparisons: Sequence[Comparison], ensemble: Ensemble, n: int)
         prob = np.exp(-np.logaddexp(0, scores[:, None, :] - scores[:, :, None]))  # [:, i, j]: σ(s_i − s_j)
         spread = np.triu(prob.std(0), 1)
         i, j = np.unravel_index(spread.argmax(), spread.shape)
-        j = max(int(j), int(i) + 1)  # where all agree
+        j = max(int(j), int(i) + 1)  # if all agree, argmax is the pair (0, 0)
         pair = row.select([int(i), j])
         found.append(replace(pair, labels={**pair.labels, "disagreement": float(spread.max())}))
     return sorted(found, key=lambda pair: -pair.labels["disagreement"])[:n]

@@ -1,4 +1,4 @@
-"""Tasks in text that a policy can play: games, toys, a negotiation, or your own."""
+"""Text environments that a policy can play: games, toys, a negotiation, prompt sets, or your own."""
 
 import difflib
 import functools
@@ -28,27 +28,29 @@ ENVIRONMENTS = {
 
 
 def make_environment(name: str, **settings: Any) -> VectorEnvironment | Callable[[], Environment]:
-    """What `rollout` takes: the environment itself if it plays many episodes at once, else a factory of it.
+    """Make an environment for `rollout`: itself if it plays many episodes at once, else a factory of it.
 
     Args:
-      name: one of ENVIRONMENTS, or "package.module:Class" of your own, also in the working folder.
+      name: one of ENVIRONMENTS, or "package.module:Class" of your own; the working folder is searched too.
       settings: the arguments of its class.
 
-    Raises InputError for a name that is not known (naming the nearest) and for settings the class does not take.
+    Raises: InputError if the name is unknown (naming the nearest one), or if the class does not take the settings.
     """
     factory = functools.partial(_find(name), **settings)
     try:
         inspect.signature(factory.func).bind(**settings)
     except TypeError as error:
         raise InputError(f"environment {name}: {error}") from error
-    environment = factory()  # also where only a factory is needed: wrong settings show now, not in the first episode
+    environment = factory()  # even if only the factory is returned, so that wrong settings raise now
     return environment if is_vector(environment) else factory
 
 
 def task_of(environment: VectorEnvironment | Callable[[], Environment]) -> Callable[[int], str]:
-    """What names the task of an episode by its seed; `environment` is whatever `rollout` takes.
+    """Return the function that maps the seed of an episode to the name of its task.
 
-    Raises: InputError where nothing does.
+    Args:
+      environment: an environment or a factory of it, as `rollout` takes it.
+    Raises: InputError if the environment does not name tasks.
     """
     made = environment() if callable(environment) else environment
     if not hasattr(made, "task"):
@@ -60,7 +62,7 @@ def task_of(environment: VectorEnvironment | Callable[[], Environment]) -> Calla
 
 
 def is_vector(environment: Any) -> bool:
-    """Whether this is a VectorEnvironment: its `step` takes rows and texts, that of an Environment one text."""
+    """True for a VectorEnvironment, whose `step` takes rows and texts; the `step` of an Environment takes one text."""
     parameters = inspect.signature(environment.step).parameters.values()
     return sum(parameter.default is parameter.empty for parameter in parameters) == 2
 

@@ -1,11 +1,11 @@
 """The double-T maze of LMRL-Gym (Abdulhai et al. 2023) as a text game, re-implemented from its rules.
 
-Cells are (row, column) from 0. The goal is (8, 6), the other 25 free cells are the starts. A step costs 1, the step
-that reaches the goal nothing, a text that is no action 4; after 100 steps the episode is cut, which is no end of the
-game: it is `truncated` and never `terminated`.
+Cells are (row, column) from 0. The goal is (8, 6); the other 25 free cells are the starts. A step costs 1, but the
+step that reaches the goal costs nothing; a text that is no action costs 4. After 100 steps the episode is cut: it is
+then `truncated` and not `terminated`.
 
-Full observation names the goal, the position and the walls, so that a policy that sees one turn (`context: 1`) plays
-a Markov game. Partial observation names the walls only; the published policies see the last 40 texts then.
+Full observation names the goal, the position and the walls, so that the game is Markov for a policy that sees one turn
+(`context: 1`). Partial observation names only the walls; there, the published policies see the last 40 texts.
 """
 
 from collections import Counter
@@ -29,18 +29,18 @@ FREE: frozenset[Cell] = frozenset(
 )
 STARTS: tuple[Cell, ...] = tuple(sorted(FREE - {GOAL}))
 MAX_STEPS = 100
-# Returns that the published scale maps to 0, 50 and 100: the worst play, the mean of the published logs, the best.
+# Returns that the published scale maps to 0, 50 and 100: of the worst play, the published logs (mean), the best play.
 SCALES = {"full": (-101.0, -83.0, -6.84), "partial": (-101.0, -83.0, -25.75)}
 
 
 def move(cell: Cell, action: str) -> Cell:
-    """The cell that one of the four MOVES leads to; walking into a wall leaves the position."""
+    """Return the cell that one of the four MOVES leads to; a move into a wall does not change the cell."""
     row, column = cell[0] + MOVES[action][0], cell[1] + MOVES[action][1]
     return (row, column) if (row, column) in FREE else cell
 
 
 def observation(cell: Cell, observed: Literal["full", "partial"]) -> str:
-    """What the player is told in `cell`: three short sentences (full) or the last of them, the walls (partial)."""
+    """Return the observation text in `cell`: goal, position and walls (full), or the walls only (partial)."""
     walls = [side for side, (down, right) in SIDES.items() if (cell[0] + down, cell[1] + right) not in FREE]
     text = f"There {'is a wall' if len(walls) == 1 else 'are walls'} {', '.join(walls)}."
     if observed == "full":
@@ -49,7 +49,10 @@ def observation(cell: Cell, observed: Literal["full", "partial"]) -> str:
 
 
 def normalised(score: float, observed: Literal["full", "partial"] = "full") -> float:
-    """Published score of a mean return: piecewise linear through (−101, 0), (−83, 50) and (the best return, 100)."""
+    """Return the published score, 0 to 100, of a mean return.
+
+    It is piecewise linear through (−101, 0), (−83, 50) and (the best return, 100).
+    """
     low, middle, high = SCALES[observed]
     if score < middle:
         return 50 * (score - low) / (middle - low)
@@ -57,10 +60,10 @@ def normalised(score: float, observed: Literal["full", "partial"] = "full") -> f
 
 
 def distances() -> dict[Cell, int]:
-    """Steps from every free cell to the goal, by breadth-first search."""
+    """Return the number of steps from every free cell to the goal, by breadth-first search."""
     found, frontier = {GOAL: 0}, [GOAL]
-    for cell in frontier:  # grows while it is read
-        for action in MOVES:  # moves are undone by moves, so the search may run from the goal
+    for cell in frontier:  # the list grows during the loop
+        for action in MOVES:  # every move has an opposite move, so the search can start at the goal
             neighbour = move(cell, action)
             if neighbour not in found:
                 found[neighbour] = found[cell] + 1
@@ -69,12 +72,12 @@ def distances() -> dict[Cell, int]:
 
 
 class Maze:
-    """One player in the maze; implements Environment.
+    """The maze with one player; implements Environment.
 
     Args:
       observed: "full" or "partial".
-      start: (row, column) of every episode; None takes STARTS[seed % 25], so that seeds 0..799 are 32 episodes from
-        each of the 25 starts.
+      start: (row, column) where every episode starts; None = STARTS[seed % 25], so that seeds 0..799 are 32 episodes
+        from each of the 25 starts.
     """
 
     behaviour = -83.0  # mean return of the published logs; the logs of `prepare maze` report their own
@@ -88,13 +91,16 @@ class Maze:
         self.start = None if start is None else tuple(start)
 
     def reset(self, seed: int) -> Sequence[Turn]:
-        """Start an episode and give its first observation, a user turn."""
+        """Start an episode and return its first observation, a user turn."""
         self.first = self.position = self.start or STARTS[seed % len(STARTS)]
         self.steps = self.invalid = 0
         return self._observe()
 
     def step(self, text: str) -> StepResult:
-        """Play one of the four MOVES (white space around it is ignored); the last step's observation is kept."""
+        """Play one of the four MOVES; white space around the text is ignored.
+
+        An episode that is cut still returns the observation after its last step.
+        """
         action = text.strip()
         self.steps += 1
         if action in MOVES:
@@ -107,14 +113,14 @@ class Maze:
         return StepResult(self._observe(), reward, False, self.steps == MAX_STEPS)
 
     def labels(self) -> dict[str, object]:
-        """Number of texts that were no action, and the start cell of the episode."""
+        """Return the number of texts that were no action, and the start cell of the episode."""
         return {"invalid": self.invalid, "start": list(self.first)}
 
     def optimum(self) -> float:
-        """Mean return over the starts of the best player: −6.84 for full observation.
+        """Return the mean return, over the starts, of the best player: −6.84 for full observation.
 
-        For partial observation it is the best player that remembers everything it has seen, who does not know its
-        start; the published scale puts 100 at −25.75 there, far below.
+        For partial observation, the best player does not know its start but remembers all that it has seen. Its return
+        is far above −25.75, which the published scale maps to 100.
         """
         return optimum(self.observed, STARTS if self.start is None else (self.start,))
 
@@ -122,20 +128,24 @@ class Maze:
         return (Turn("user", observation(self.position, self.observed)),)
 
 
-Belief = tuple[tuple[Cell, int], ...]  # cells where the player may be, each with the number of starts that led there
+Belief = tuple[tuple[Cell, int], ...]  # cells where the player may be, each with the number of starts that lead there
 
 
 def optimum(observed: Literal["full", "partial"], starts: Sequence[Cell] = STARTS) -> float:
-    """Exact mean return of the best player with perfect memory, over `starts`.
+    """Return the exact mean return, over `starts`, of the best player with perfect memory.
 
-    Moves and observations are certain, so what the player knows is a set of weighted cells. The expected number of
-    paid steps from it obeys  cost(b) = min_a [ steps of b not arriving under a + Σ cost(parts of b told apart) ]; it
-    is iterated from 0 to its fixed point. Full observation tells all cells apart, which is breadth-first search.
+    Moves and observations are deterministic, so the player's belief b is a set of weighted cells, and its expected
+    number of paid steps obeys
+
+        cost(b) = min_a [ weight of b that action a does not move to the goal + Σ_parts cost(part) ],
+
+    where the parts are the beliefs after a, one per observation. The equation is iterated from 0 to its fixed point.
+    With full observation every part is one cell, and this is breadth-first search.
     """
     first = _told_apart(Counter(starts), lambda cell: observation(cell, observed))
     choices: dict[Belief, list[tuple[int, list[Belief]]]] = {}
     frontier = list(first)
-    for belief in frontier:  # grows while it is read
+    for belief in frontier:  # the list grows during the loop
         if belief in choices:
             continue
         choices[belief] = []
@@ -155,7 +165,7 @@ def optimum(observed: Literal["full", "partial"], starts: Sequence[Cell] = START
 
 
 def _told_apart(weights: Counter[Cell], observe: Callable[[Cell], Hashable]) -> list[Belief]:
-    """Split weighted cells into the sets that one observation each leaves possible."""
+    """Split weighted cells into one belief per observation."""
     parts: dict[Hashable, list[tuple[Cell, int]]] = {}
     for cell, weight in sorted(weights.items()):
         parts.setdefault(observe(cell), []).append((cell, weight))

@@ -1,8 +1,8 @@
 """Deal or no deal (Lewis et al. 2017): two sides divide books, hats and balls by talking.
 
-Counts are public, values are private, and every pool is worth 10 to each side. Either side ends the talk by saying
-`<selection>`; then both divide, each for itself. If what they take adds up to the pool, each earns the value of what
-it took; otherwise both earn 0. The turn functions here make the views of logs, agent and partner: one form for all.
+Counts are public, values are private, and every pool is worth 10 to each side. Either side ends the talk with the turn
+`<selection>`; then each side states its division. If what both take adds up to the pool, each side earns the value of
+what it takes; otherwise both earn 0. Logs, agent and partner all get their turns from the functions in this file.
 """
 
 import itertools
@@ -19,7 +19,7 @@ ITEMS = ("books", "hats", "balls")
 SELECTION = "<selection>"
 NO_AGREEMENT = "no agreement"
 DIVIDE = Turn("environment", "divide")
-# Keeps the partner's random numbers apart from those of an agent that samples with the seeds of the episodes.
+# Added to an episode's seed for the partner, so that an agent with the same seed draws other random numbers.
 PARTNER_SEEDS = 2**32
 
 Triple = tuple[int, int, int]  # a number for each of ITEMS
@@ -27,20 +27,25 @@ Triple = tuple[int, int, int]  # a number for each of ITEMS
 
 @dataclass(frozen=True)
 class Scenario:
-    """A pool to divide and what each side would get for one item of a kind: values[0] and values[1]."""
+    """A pool to divide.
+
+    Args:
+      counts: number of items of each kind.
+      values: what one item of each kind is worth, for side 0 and for side 1.
+    """
 
     counts: Triple
     values: tuple[Triple, Triple]
 
     @property
     def key(self) -> str:
-        """Name of the scenario, the same whichever side comes first: the group of all its dialogues."""
+        """The name of the scenario, used as the group of all its dialogues; it does not depend on the sides' order."""
         sides = sorted(" ".join(map(str, values)) for values in self.values)
         return f"{' '.join(map(str, self.counts))} / {' / '.join(sides)}"
 
 
 def scenario_turn(counts: Triple, values: Triple) -> Turn:
-    """What one side knows before the talk: "books 1 worth 0, hats 4 worth 2, balls 1 worth 2"."""
+    """Return the turn that tells one side its scenario: "books 1 worth 0, hats 4 worth 2, balls 1 worth 2"."""
     return Turn(
         "user",
         ", ".join(f"{item} {count} worth {value}" for item, count, value in zip(ITEMS, counts, values, strict=True)),
@@ -48,9 +53,9 @@ def scenario_turn(counts: Triple, values: Triple) -> Turn:
 
 
 def division_text(division: Triple | None) -> str:
-    """How a side says what it takes: "take books 0, hats 4, balls 1", or "no agreement" for None.
+    """Return the text by which a side takes a division: "take books 0, hats 4, balls 1"; "no agreement" for None.
 
-    Each number stands behind its item, as in the opening turn, so a model can look both up by name.
+    Each number follows the name of its item, as in the opening turn, so that a model can look both up by name.
     """
     if division is None:
         return NO_AGREEMENT
@@ -58,25 +63,25 @@ def division_text(division: Triple | None) -> str:
 
 
 def divisions(counts: Triple) -> dict[str, Triple | None]:
-    """Everything a side may say when it divides, and what it means."""
+    """Return all texts that a side may use to divide the pool, and the division that each one means."""
     choices: list[Triple | None] = list(itertools.product(*(range(count + 1) for count in counts)))
     return {division_text(division): division for division in [*choices, None]}
 
 
 def worth(division: Triple, values: Triple) -> int:
-    """Σ items · value."""
+    """Return the value of a division to a side: Σ number · value over the kinds of items."""
     return sum(number * value for number, value in zip(division, values, strict=True))
 
 
 def fits(counts: Triple, first: Triple | None, second: Triple | None) -> bool:
-    """Whether two divisions add up to the pool."""
+    """True if two divisions add up to the pool; False if one of them is None (no agreement)."""
     if first is None or second is None:
         return False
     return all(a + b == count for a, b, count in zip(first, second, counts, strict=True))
 
 
 def is_pareto_optimal(scenario: Scenario, scores: tuple[int, int]) -> bool:
-    """Whether no division of the pool gives one side more and the other no less than `scores`."""
+    """True if no division of the pool gives one side more than in `scores` and the other side no less."""
     for first in itertools.product(*(range(count + 1) for count in scenario.counts)):
         second = tuple(count - number for count, number in zip(scenario.counts, first, strict=True))
         other = worth(first, scenario.values[0]), worth(second, scenario.values[1])
@@ -86,7 +91,10 @@ def is_pareto_optimal(scenario: Scenario, scores: tuple[int, int]) -> bool:
 
 
 def read_scenarios(path: str | Path) -> list[Scenario]:
-    """Read `[{"counts": [1, 4, 1], "values": [[0, 2, 2], [4, 1, 2]]}, ...]`. Raises InputError naming the entry."""
+    """Read scenarios from a JSON file: `[{"counts": [1, 4, 1], "values": [[0, 2, 2], [4, 1, 2]]}, ...]`.
+
+    Raises: InputError that names the file or the wrong entry.
+    """
     try:
         entries = parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -99,7 +107,7 @@ def read_scenarios(path: str | Path) -> list[Scenario]:
 
 
 def scenario_entry(scenario: Scenario) -> dict[str, Any]:
-    """The scenario as `read_scenarios` reads it."""
+    """Return the scenario as an entry of the JSON file that `read_scenarios` reads."""
     return {"counts": list(scenario.counts), "values": [list(values) for values in scenario.values]}
 
 
@@ -119,16 +127,16 @@ def _is_triple(value: Any) -> bool:
 
 @dataclass
 class _Dialogue:
-    """One episode under way; the agent plays `side`, the partner the other."""
+    """The state of one episode; the agent plays `side`, and the partner plays the other side."""
 
     scenario: Scenario
     side: int
-    order: str  # who speaks first: "agent" or "partner"
-    partner_history: list[Turn]  # the dialogue as the partner sees it: its own turns are the assistant's
-    dividing: bool = False
-    turns: int = 0  # of both sides, up to and including the selection
+    order: str  # the side that speaks first: "agent" or "partner"
+    partner_history: list[Turn]  # the dialogue as the partner sees it, with its own turns in the role of assistant
+    dividing: bool = False  # True after the selection
+    turns: int = 0  # number of turns of both sides, up to and including the selection
     agent_words: int = 0
-    invalid: int = 0  # empty turns and divisions that are none
+    invalid: int = 0  # number of the agent's empty turns, and 1 if its division is not a possible one
     scores: tuple[int, int] = (0, 0)  # agent, partner
     agreement: bool = False
     options: dict[str, Triple | None] = field(init=False)
@@ -146,10 +154,11 @@ class _Dialogue:
             self.invalid += not text
 
     def hear_partner(self, reply: Reply) -> list[Turn]:
-        """Take the partner's turn; returns what the agent sees of it."""
+        """Add the partner's turn, and return the turns that the agent sees of it."""
         self.turns += 1
         text = reply.text.strip()
-        # A turn that the length limit ended stays closed in the partner's view, as all turns it has learnt from are.
+        # If the length limit ended the turn, its ids lack the closing token. It is then encoded anew from its text,
+        # with that token, because all turns in the partner's training data have it.
         token_ids = reply.token_ids if reply.closed else None
         self.partner_history.append(Turn("assistant", reply.text, token_ids=token_ids))
         if text == SELECTION:
@@ -158,7 +167,7 @@ class _Dialogue:
         return [Turn("user", text)]
 
     def settle(self, agent_text: str, partner_text: str) -> None:
-        """Score two divisions; a text that is none of the options fits nothing."""
+        """Score two divisions; a text that is none of the options gives no agreement."""
         self.invalid += agent_text not in self.options
         agent, partner = self.options.get(agent_text), self.options.get(partner_text)
         self.agreement = fits(self.scenario.counts, agent, partner)
@@ -172,18 +181,18 @@ class _Dialogue:
 
 
 class Negotiation:
-    """The agent plays one side and a frozen partner the other; implements VectorEnvironment.
+    """A negotiation in which the agent plays one side and a frozen partner the other; implements VectorEnvironment.
 
-    A seed names an episode. With n scenarios and both orders, seeds 0..4n−1 are every scenario from both sides in both
-    orders: seed % n is the scenario, then come the side and who speaks first; seeds from 4n on repeat them with other
-    random numbers for the partner.
+    The seed determines the episode. With n scenarios and both orders, seeds 0..4n−1 are every scenario from both sides
+    in both orders: seed % n is the scenario, seed // n % 2 the side, and seed // 2n % 2 the order. Seeds from 4n on
+    repeat these with other random numbers for the partner.
 
     Args:
       scenarios: a file for `read_scenarios`, or scenarios.
       partner: a run directory, loaded on the first reset, or any Policy. It is never trained here.
-      first: who speaks first: "agent", "partner", or "both" orders.
+      first: the side that speaks first: "agent", "partner", or "both" orders.
       max_turns: turns of both sides, selection included, after which a dialogue is cut with score 0.
-      partner_sampling: settings that replace those saved in the partner's run directory.
+      partner_sampling: fields of SamplingConfig that replace those saved in the partner's run directory.
     """
 
     def __init__(
@@ -209,13 +218,13 @@ class Negotiation:
 
     @property
     def episodes(self) -> int:
-        """Number of different episodes: scenarios × 2 sides × orders."""
+        """The number of different episodes: scenarios × 2 sides × orders."""
         return len(self.scenarios) * 2 * len(self.orders)
 
     def reset(self, seeds: Sequence[int]) -> list[Sequence[Turn]]:
-        """Start an episode per seed; a partner that speaks first has spoken in what comes back."""
+        """Start one episode per seed and return its first turns, the partner's too if the partner speaks first."""
         if isinstance(self.partner, str | Path):
-            # Here and not above: the decoder needs the model libraries, which rules and logs do without.
+            # Imported here, because it imports the model libraries, which rules and logs do not need.
             from offline_lmrl.decoding.policy import LanguagePolicy
 
             self.partner = LanguagePolicy.load(self.partner, **self.partner_sampling)
@@ -228,7 +237,7 @@ class Negotiation:
         return openings
 
     def step(self, rows: Sequence[int], texts: Sequence[str]) -> list[StepResult]:
-        """Take the agent's turns: something said, the selection, or after "divide" its division."""
+        """Take the agent's turns: a message, the selection, or, after "divide", a division."""
         texts = [text.strip() for text in texts]
         selected = set()
         for row, text in zip(rows, texts, strict=True):
@@ -253,12 +262,12 @@ class Negotiation:
         return results
 
     def options(self, row: int) -> list[str] | None:
-        """The divisions that are possible, when the coming turn is one."""
+        """Return the possible divisions if the next turn has to be one, else None."""
         dialogue = self.dialogues[row]
         return list(dialogue.options) if dialogue.dividing else None
 
     def labels(self, row: int) -> dict[str, Any]:
-        """Outcome of an episode: scores, agreement, length, and which episode it was."""
+        """Return the outcome of an episode (scores, agreement, length) and its scenario, side and order."""
         dialogue = self.dialogues[row]
         in_order = dialogue.scores if dialogue.side == 0 else dialogue.scores[::-1]
         return {
@@ -282,7 +291,7 @@ class Negotiation:
         return _Dialogue(scenario, side, order, [scenario_turn(scenario.counts, scenario.values[1 - side])])
 
     def _ask_partner(self, rows: Sequence[int]) -> dict[int, Reply]:
-        """One batch of partner turns, by row; those that divide choose among the possible divisions."""
+        """Draw the partner's next turn in each of these rows; a partner that divides chooses a possible division."""
         if not rows:
             return {}
         histories = [self.dialogues[row].partner_history for row in rows]

@@ -1,8 +1,8 @@
-"""Replies whose true worth is known and hidden: what preferences of them teach can be measured, and exactly.
+"""A task with a known but hidden true reward (gold), to measure exactly what a model learns from preferences.
 
-The worth of a reply is linear in its letters and pairs of letters, and people compare replies by it with noise, flips
-and ties. So a reward model has something to be wrong about, and all 4,096 replies to each of four prompts can be
-listed: optimum, expectations and divergences are sums, not samples.
+The gold of a reply is a sum of terms for its letters and pairs of adjacent letters. Simulated people compare replies
+by gold with noise, flips and ties, so a reward model can be wrong. All 4,096 replies to each of four prompts can be
+enumerated, so optimum, expectations and divergences are exact sums, not estimates from samples.
 """
 
 import functools
@@ -19,15 +19,16 @@ from offline_lmrl.environments.scripted import check_episodes, scripted_episode
 from offline_lmrl.environments.toys_conditioned import CUES, LETTERS
 
 LENGTH = 4
-REPLIES = tuple(" ".join(letters) for letters in itertools.product(LETTERS, repeat=LENGTH))  # as in the table of gold
+REPLIES = tuple(" ".join(letters) for letters in itertools.product(LETTERS, repeat=LENGTH))  # columns of the table
 
 
 class PrefGold:
     """One prompt, w to z, and one reply of four letters a to h, "c a a g"; the reward is the reply's gold.
 
-    gold = Σ_t u[y_t] + v[y_{t−1}, y_t], y_0 the prompt, with normal u and v, shifted and scaled to mean 0 and standard
-    deviation 1 over all prompts and replies. Any other text has the lowest gold there is. The behaviour draws letters
-    independently, some more often than others, whatever they are worth. Implements Environment.
+    gold = Σ_t u[y_t] + v[y_{t−1}, y_t], where y_0 is the prompt and u and v are normal random numbers. Gold is shifted
+    and scaled to mean 0 and standard deviation 1 over all prompts and replies. Any other text gets the lowest gold of
+    the table. The behaviour policy draws each letter independently, with unequal shares that do not depend on gold.
+    Implements Environment.
 
     Args:
       gold_seed: draws u, v and the behaviour; logs and play must agree on it.
@@ -37,30 +38,30 @@ class PrefGold:
         self.table, self.letter_shares = _hidden(gold_seed)
 
     def reset(self, seed: int) -> Sequence[Turn]:
-        """Prompt seed % 4."""
+        """Start an episode with prompt seed % 4."""
         self.prompt, self.invalid = CUES[seed % len(CUES)], 0
         return (Turn("user", self.prompt),)
 
     def step(self, text: str) -> StepResult:
-        """Take the reply (white space between letters is free); the episode ends."""
+        """Take the reply, with any white space between the letters; the episode ends."""
         self.invalid = int(" ".join(text.split()) not in _PLACES)
         return StepResult((), self.gold(self.prompt, text), True, False)
 
     def labels(self) -> dict[str, object]:
-        """The prompt, and whether the text was no reply."""
+        """Return the prompt, and as `invalid` 1 if the text was not four letters a to h, else 0."""
         return {"prompt": self.prompt, "invalid": self.invalid}
 
     def gold(self, prompt: str, text: str) -> float:
-        """What the reply is worth."""
+        """Return the gold of a reply to a prompt; the lowest gold of the table if the text is not a valid reply."""
         place = _PLACES.get(" ".join(text.split()))
         return float(self.table.min() if place is None else self.table[CUES.index(prompt), place])
 
     def optimum(self) -> float:
-        """The best expected return: the mean over prompts of the best reply's gold."""
+        """Return the best expected return: the mean over prompts of the best reply's gold."""
         return float(self.table.max(axis=1).mean())
 
     def logs(self, episodes: int, seed: int) -> list[Trajectory]:
-        """Replies of the behaviour with their gold, which those who learn from preferences never see."""
+        """Return episodes of the behaviour policy with gold as reward; preference methods must not use this reward."""
         check_episodes(episodes)
         rng = np.random.default_rng(seed)
         return [
@@ -77,12 +78,19 @@ class PrefGold:
     def comparisons(
         self, n: int, seed: int, *, options: int = 2, temperature: float = 0.5, flips: float = 0.1, tie: float = 0.1
     ) -> list[Comparison]:
-        """What people say of different replies of the behaviour to one prompt; each comparison is its own group.
+        """Simulate human comparisons of different replies, drawn by the behaviour policy, to one prompt.
 
-        Replies are ranked by gold / temperature plus Gumbel noise: P(i is better than j) = σ((g_i − g_j)/temperature),
-        Plackett–Luce for more (Yellott 1977). A share `flips` of the rankings is then turned upside down. Neighbours
-        in a ranking that are no further apart than `tie` in gold are tied. `labels["options"]` keep the gold.
+        Replies are ranked by gold / temperature plus Gumbel noise: P(i is better than j) = σ((g_i − g_j)/temperature)
+        for two, Plackett–Luce for more (Yellott 1977). Then some rankings are reversed, and ties are made. Each
+        comparison is its own group; `labels["options"]` holds the gold of each reply.
 
+        Args:
+          n: number of comparisons, at least 1.
+          seed: of the random numbers.
+          options: replies per comparison, at least 2.
+          temperature: of the noise, above 0, in units of gold.
+          flips: probability that a ranking is reversed, in [0, 1].
+          tie: neighbours in a ranking are tied if their gold differs by at most this.
         Raises: InputError for settings out of range.
         """
         if n < 1 or options < 2 or temperature <= 0 or not 0 <= flips <= 1 or tie < 0:
@@ -123,11 +131,11 @@ class PrefGold:
         )
 
     def _draw(self, rng: np.random.Generator) -> int:
-        """The place of a reply of the behaviour."""
+        """Draw a reply of the behaviour policy; return its index in REPLIES."""
         return int(rng.choice(len(LETTERS), size=LENGTH, p=self.letter_shares) @ _STRIDES)
 
     def behaviour(self) -> np.ndarray:
-        """(4096,) probability of each reply, to any prompt."""
+        """Return the behaviour policy's probability of each reply, (4096,); it is the same for all prompts."""
         return functools.reduce(np.multiply.outer, [self.letter_shares] * LENGTH).ravel()
 
 
@@ -137,7 +145,7 @@ _STRIDES = len(LETTERS) ** np.arange(LENGTH)[::-1]
 
 @functools.cache
 def _hidden(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """gold (4, 4096) and the shares of the letters (8,)."""
+    """Draw the gold table (4, 4096), prompts × replies, and the behaviour policy's shares of the letters (8,)."""
     rng = np.random.default_rng(seed)
     alone, pairs = rng.normal(size=len(LETTERS)), rng.normal(size=(len(CUES) + len(LETTERS), len(LETTERS)))
     table = np.zeros((len(CUES), *[len(LETTERS)] * LENGTH))

@@ -1,4 +1,4 @@
-"""A prompt set with something that scores replies: a task of one turn, so RLHF and games share every line."""
+"""A prompt set with a reward for replies, as a task of one turn, so that RLHF and games share all code."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,30 +14,30 @@ from offline_lmrl.data.preferences import score_rows
 from offline_lmrl.data.protocols import Scorer, StepResult, imported
 from offline_lmrl.data.trajectory import Turn, finite, shown, turn_from_record
 
-SLOW = 2.0  # seconds of scoring after which its progress is shown
+SLOW = 2.0  # seconds of scoring after which a progress bar appears
 
-# Of a batch: the turns before each reply, the replies, and what the prompt set knows of each prompt.
+# Maps the turns before each reply of a batch, the replies, and the further columns of each prompt's row to rewards.
 RewardFunction = Callable[[list[tuple[Turn, ...]], list[str], list[Mapping[str, Any]]], Sequence[float]]
 
 
 class PromptEnvironment:
-    """One prompt, one reply, one score; implements VectorEnvironment.
+    """An environment with one prompt, one reply and one reward per episode; implements VectorEnvironment.
 
-    Seeds 0 to n − 1 see each of the n prompts once in a shuffled order, the next n in another one.
+    Seeds 0 to n − 1 give each of the n prompts once, in a shuffled order; the next n seeds give them in another order.
 
     Args:
-      prompts: a file or folder of rows `prompt` (a text, or messages) with any further columns, or of `messages`, of
-        which those before the agent's last turn are the prompt; or the prompts themselves, as texts or turns.
-      reward: a Scorer; or a function of (contexts, texts, labels), one entry per reply, that gives one number per
-        reply; or the name of such a function or Scorer class as package.module:name, also in the working folder.
-        Labels are the further columns of the prompt's row.
-      batch_size: replies that are scored at once; progress shows where scoring takes long.
-      seed: of the order.
+      prompts: a file or folder of rows with `prompt` (a text, or messages) or `messages` (of which those before the
+        agent's last turn are the prompt), and any further columns; or the prompts themselves, as texts or turns.
+      reward: a Scorer; or a function of (contexts, texts, labels), one entry per reply, that returns one number per
+        reply; or the name of such a function or Scorer class as package.module:name, which may be in the working
+        folder. Labels are the further columns of the prompt's row.
+      batch_size: replies that are scored at once.
+      seed: of the shuffled order.
 
     Attributes:
-      counts: prompts that were left out, by reason.
+      counts: number of prompts that were left out, by reason.
 
-    Raises: InputError for prompts that cannot be read, and where the reward is not one finite number per reply.
+    Raises: InputError if the prompts cannot be read; when it scores, if the reward is not one finite number per reply.
     """
 
     def __init__(
@@ -54,7 +54,8 @@ class PromptEnvironment:
         if not (hasattr(self.reward, "score") or callable(self.reward)):
             raise InputError(f"reward: found {shown(reward)}, expected a function or a Scorer")
         rows = _read(prompts) if isinstance(prompts, str | Path) else [(_turns(prompt), {}) for prompt in prompts]
-        unique = {context: labels for context, labels in reversed(rows)}  # of equal ones the first
+        # Reversed, so that the first of equal prompts is kept.
+        unique = {context: labels for context, labels in reversed(rows)}
         self.prompts = list(reversed(unique.items()))
         self.counts = Counter({"prompts dropped: seen before": len(rows) - len(unique)})
         if not self.prompts:
@@ -113,7 +114,11 @@ def _number(value: Any, text: str) -> float:
 
 
 def _turns(prompt: Any, where: str = "prompts") -> tuple[Turn, ...]:
-    """The turns before the reply, from a text, turns, or messages."""
+    """Return the turns before the reply, from a text, turns, or messages.
+
+    Args:
+      where: the place of the prompt, for error messages.
+    """
     if isinstance(prompt, str):
         return (Turn("user", prompt),)
     if not isinstance(prompt, Sequence):
@@ -127,7 +132,7 @@ def _turns(prompt: Any, where: str = "prompts") -> tuple[Turn, ...]:
 
 
 def _read(source: str | Path) -> list[tuple[tuple[Turn, ...], dict[str, Any]]]:
-    """Prompts of a file or folder, each with the further columns of its row."""
+    """Read the prompts of a file or folder, each with the further columns of its row."""
     parts = raw_splits(source)
     if len(parts) > 1:
         raise InputError(f"{source}: found the splits {', '.join(parts)}, expected the file of one of them")
@@ -149,6 +154,6 @@ def _read(source: str | Path) -> list[tuple[tuple[Turn, ...], dict[str, Any]]]:
 
 
 def _find(name: str) -> Any:
-    """A function, or an instance of a class without arguments, from its dotted name."""
+    """Import a function or class from its dotted name; of a class, return an instance made without arguments."""
     found = imported(name, "reward")
     return found() if isinstance(found, type) else found

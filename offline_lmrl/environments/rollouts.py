@@ -1,4 +1,4 @@
-"""Many episodes in one batch: a policy plays an environment, and what comes out is training data again."""
+"""Rollouts: a policy plays many episodes of an environment in one batch, and they are stored as trajectories."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,14 +8,14 @@ from offline_lmrl.data.protocols import Environment, Policy, Reply, StepResult, 
 from offline_lmrl.data.trajectory import Trajectory, Turn, finite, shown
 from offline_lmrl.environments import is_vector
 
-MAX_TURNS = 1000  # an environment that never ends must not hold up an evaluation for ever
+MAX_TURNS = 1000  # so that an evaluation ends even if the environment never does
 
 
 class SideBySide:
-    """One Environment per row, stepped one after the other; implements VectorEnvironment.
+    """A vector environment made of one Environment per row, stepped one after the other; implements VectorEnvironment.
 
     Args:
-      factory: makes a new Environment, as a class does.
+      factory: makes a new Environment, such as its class.
     """
 
     def __init__(self, factory: Callable[[], Environment]):
@@ -47,23 +47,29 @@ def rollout(
     prompts: Callable[[int], Sequence[Trajectory] | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Trajectory]:
-    """One episode per seed, which is the environment's and the policy's; no episode depends on the others.
+    """Play one episode per seed; no episode depends on the others.
 
-    Agent turns carry their reward and, where the policy has them, token_ids and behaviour_log_prob. `labels` are the
-    environment's, with "seed", "tokenizer" (fingerprint of the renderer the ids belong to) and "policy_log_prob" (per
-    agent turn and token, under π without filters and guidance at the same temperature), "options" where the
-    environment left only some texts to choose from (by index of the turn, as text), and with the session's own labels,
-    if it has any (what return was asked for, say). An episode that was cut, by the environment or by max_turns, is not
-    `terminated` and keeps its last observation.
+    Agent turns hold their reward and, if the policy gives them, token_ids and behaviour_log_prob. An episode that was
+    cut, by the environment or by max_turns, is not `terminated` and keeps its last observation. `labels` holds the
+    environment's labels, the session's own labels, if any (such as the requested return), and:
+
+      "seed": the seed.
+      "tokenizer": fingerprint of the renderer that the ids belong to. This label and the next two are only stored for
+        policies with a tokenizer.
+      "policy_log_prob": log π per agent turn and token, without filters and guidance, at the same temperature.
+      "options": the allowed texts of turns that the environment restricted, by index of the turn, as text.
 
     Args:
+      policy: the player.
       environment: a VectorEnvironment, or a factory of Environments, such as a class; `make_environment` gives these.
+      seeds: the seed of each episode, for the environment and for the policy.
       batch_size: episodes that are played at once.
-      max_turns: agent turns after which an episode is cut; None = the environment decides.
-      prompts: the demonstrations that the episode of a seed is played behind, None for none, for a policy that reads
-        some (`task_prompts` in data/demonstrations.py); None = the policy's own prompt in all episodes.
-      progress: called with (episodes done, episodes in all) whenever some have ended.
-    Raises: InputError where the environment pays something else than a finite number.
+      max_turns: agent turns after which an episode is cut; None = no limit.
+      prompts: maps a seed to the few-shot demonstrations of its episode, or to None for no demonstrations
+        (`task_prompts` in data/demonstrations.py); None = the policy's own demonstrations in all episodes.
+      progress: called with (episodes done, all episodes) whenever some have ended.
+    Returns: one trajectory per seed, in the order of the seeds.
+    Raises: InputError if the environment gives a reward that is not a finite number.
     """
     if max_turns is not None and max_turns < 1:
         raise InputError(f"max_turns: found {max_turns}, expected at least 1, or null")
@@ -92,7 +98,12 @@ def _as_vector(environment: Any) -> VectorEnvironment:
 
 
 class _Episodes:
-    """A batch of episodes from reset to end. `live`: rows that still play; `ended`: rows that the last turn ended."""
+    """A batch of episodes from reset to end.
+
+    Attributes:
+      live: rows whose episode has not ended.
+      ended: rows whose episode ended with the last turn.
+    """
 
     def __init__(
         self,
@@ -113,7 +124,7 @@ class _Episodes:
         self.turns_played = 0
 
     def play_turn(self, max_turns: int | None) -> None:
-        """One agent turn in every live episode and what the environment makes of it."""
+        """Play one agent turn in every live episode, and add the environment's answer."""
         options = None
         if hasattr(self.environment, "options"):
             options = [self.environment.options(row) for row in self.live]

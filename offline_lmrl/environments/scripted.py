@@ -1,4 +1,4 @@
-"""Scripted play: episodes of a fixed behaviour, and policies whose first turns are given."""
+"""Scripted play: episodes of a fixed behaviour, and policies whose first turns are fixed."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,11 +11,13 @@ from offline_lmrl.data.trajectory import Trajectory, Turn
 def scripted_episode(
     environment: Environment, opening: Sequence[Turn], choose: Callable[[], str], **fields: Any
 ) -> Trajectory:
-    """Play an episode that has begun with `opening` to its end; a cut one keeps its last observation.
+    """Play an episode of an environment that was just reset; an episode that is cut keeps its last observation.
 
     Args:
-      choose: gives the agent's next text.
-      fields: those of the trajectory beyond turns, terminated and source.
+      environment: the environment.
+      opening: the turns that its reset returned.
+      choose: returns the agent's next text.
+      fields: further fields of the trajectory, such as group and task.
     """
     turns, ended = list(opening), False
     while not ended:
@@ -27,22 +29,22 @@ def scripted_episode(
 
 
 def check_episodes(episodes: int) -> None:
-    """Raises InputError for fewer than one episode."""
+    """Check that there is at least one episode. Raises: InputError if not."""
     if episodes < 1:
         raise InputError(f"episodes: found {episodes}, expected at least 1")
 
 
 class Forced:
-    """Says the given texts in its first turns and leaves the others to a policy; implements Policy.
+    """A policy whose first turns are fixed texts, and whose other turns come from another policy; implements Policy.
 
-    It shows what a policy makes of a past that it did not choose, such as rewards that were earned for it.
+    It shows how a policy acts after a history that it did not choose, such as one with given rewards.
     """
 
     def __init__(self, policy: Policy, texts: Sequence[str]):
         self.policy, self.texts = policy, texts
 
     def start(self, seeds: Sequence[int]) -> Session:
-        """A session with one row per seed."""
+        """Start a session with one row per seed."""
         return _ForcedSession(self.policy.start(seeds), self.texts)
 
 
@@ -56,7 +58,7 @@ class _ForcedSession:
         histories: Sequence[Sequence[Turn]],
         options: Sequence[Sequence[str] | None] | None = None,
     ) -> list[Reply]:
-        said = sum(turn.is_trainable for turn in histories[0])  # rows of a rollout are at the same turn
+        said = sum(turn.is_trainable for turn in histories[0])  # all rows of a rollout are at the same turn
         if said < len(self.texts):
             return [Reply(self.texts[said]) for _ in rows]
         return self.session.reply(rows, histories, options)

@@ -1,10 +1,10 @@
 """Small tasks with known answers: each has logs, an environment and its exact optimum.
 
-Corridor asks for stitching: no logged episode from a start earns anything, and yet the logs hold the whole way.
-Gamble asks for the mean: luck in the logs must not be taken for skill.
-TalkTrap asks for looking ahead: what pays at once costs more than it pays.
-Walk asks for the shortest way through a graph that only random walks have shown.
-Count, Count1 and Talk ask for obedience to an asked return, HiddenRule for following a demonstration.
+Corridor tests stitching: no logged episode from a start earns anything, but together the logs contain the whole path.
+Gamble tests whether a method learns the mean: luck in the logs must not be mistaken for skill.
+TalkTrap tests looking ahead: the choice that pays at once loses more later than it pays.
+Walk tests finding the shortest path through a graph from logs of random walks.
+Count, Count1 and Talk test whether a policy earns the requested return, HiddenRule whether it follows a demonstration.
 """
 
 import functools
@@ -28,14 +28,15 @@ LONGEST_WALK = 10
 
 
 class Corridor:
-    """Three binary choices from one of 16 starts, then one at the junction that all of them share.
+    """Three binary choices from one of 16 starts, then one more at a junction that all starts share.
 
-    Each start has its own secret code of three choices. It leads to the junction; any other ends the episode with 0.
-    At the junction "1" ends with reward 1 and "0" with 0; so does any other text, anywhere. The observation is the
-    start and the choices so far, or the junction: one turn of context makes the game Markov. Implements Environment.
+    Each start has its own secret code of three choices, which leads to the junction; any other three choices end the
+    episode with 0. At the junction, "1" ends the episode with reward 1 and "0" with 0. A text other than "0" and "1"
+    ends the episode with 0, anywhere. The observation is the start and the choices so far, or the junction, so one
+    turn of context makes the game Markov. Implements Environment.
 
     Args:
-      code_seed: draws the 16 codes; logs and play must agree on it.
+      code_seed: seed of the 16 codes, which must be the same for logs and play.
     """
 
     def __init__(self, code_seed: int = 0):
@@ -44,11 +45,11 @@ class Corridor:
         self.codes = ["".join(map(str, row)) for row in bits]
 
     def reset(self, seed: int) -> Sequence[Turn]:
-        """Enter at start seed % 16."""
+        """Start an episode at start seed % 16."""
         return self._enter(seed % STARTS)
 
     def step(self, text: str) -> StepResult:
-        """Take the choice "0" or "1" (white space around it is ignored)."""
+        """Take the choice "0" or "1"; white space around it is ignored."""
         choice = text.strip()
         if choice not in ("0", "1"):
             self.invalid += 1
@@ -63,17 +64,18 @@ class Corridor:
         return StepResult(self._observe(), 0.0, False, False)
 
     def labels(self) -> dict[str, object]:
-        """The start, whether the junction was reached, and the number of texts that were no choice."""
+        """Return the start, whether the junction was reached, and the number of texts that were no choice."""
         return {"start": self.start, "reached": self.at_junction, "invalid": self.invalid}
 
     def optimum(self) -> float:
-        """The best return, from every start: the code, then "1"."""
+        """Return the best return, which is the same from every start: the code, then "1"."""
         return 1.0
 
     def logs(self, episodes: int, seed: int) -> list[Trajectory]:
-        """Half of the episodes start at the junction and take "1"; half choose at random from a random start.
+        """Return logs in which half of the episodes start at the junction and half at a random start.
 
-        Those that find the code take "0" at the junction, so that no episode from a start has a return above 0.
+        The first half take "1". The others choose at random, and take "0" if they reach the junction, so that no
+        episode from a start has a return above 0.
         """
         check_episodes(episodes)
         rng = np.random.default_rng(seed)
@@ -104,7 +106,7 @@ class Corridor:
 
 
 class Gamble:
-    """One choice: "safe" pays 5, "gamble" pays 10 with probability .1 and else 0. Any other text pays 0.
+    """A game of one choice: "safe" pays 5; "gamble" pays 10 with probability .1, else 0; any other text pays 0.
 
     Implements Environment.
     """
@@ -112,25 +114,25 @@ class Gamble:
     chance, prize, safe = 0.1, 10.0, 5.0
 
     def reset(self, seed: int) -> Sequence[Turn]:
-        """The question; the seed decides whether a gamble would be lucky."""
+        """Start an episode and return its question; the seed decides whether a gamble would win."""
         return self._enter(np.random.default_rng(seed))
 
     def step(self, text: str) -> StepResult:
-        """Take the choice (white space around it is ignored); the episode ends."""
+        """Take the choice and end the episode; white space around the text is ignored."""
         self.choice = text.strip()
         reward = {"safe": self.safe, "gamble": self.prize * self.lucky}.get(self.choice, 0.0)
         return StepResult((), reward, True, False)
 
     def labels(self) -> dict[str, object]:
-        """What was chosen, and whether it was neither of the two."""
+        """Return the chosen text, and as `invalid` 1 if it was neither "safe" nor "gamble", else 0."""
         return {"choice": self.choice, "invalid": int(self.choice not in ("safe", "gamble"))}
 
     def optimum(self) -> float:
-        """The best expected return: the larger of 5 and .1 · 10."""
+        """Return the best expected return: the larger of 5 and .1 · 10."""
         return max(self.safe, self.chance * self.prize)
 
     def logs(self, episodes: int, seed: int) -> list[Trajectory]:
-        """Both choices equally often."""
+        """Return logs of a behaviour policy that makes both choices with equal probability."""
         check_episodes(episodes)
         rng = np.random.default_rng(seed)
         return [
@@ -150,26 +152,26 @@ class Gamble:
 
 
 class TalkTrap:
-    """Two turns: "bait" pays .3 at once and spoils the second turn; "patient" pays nothing and opens it.
+    """A game of two turns, in which "bait" pays .3 at once but loses the 1 that the second turn can pay.
 
-    The environment greets with one of w to z. After "patient" it replies with another of them, which the greeting
-    decides, and one of the letters a to h, which the reply decides, pays 1. After "bait", or any other text, it
-    replies "bad", and nothing pays any more. The behaviour says "bait" with probability .7 and "patient" with .1,
-    else a letter, and then any letter: patience earns it .125, so its own values choose the bait. Implements
-    Environment.
+    The environment greets with one of w to z. After "patient", which pays nothing, it replies with another of these
+    letters, determined by the greeting; one of the letters a to h, determined by this reply, then pays 1. After
+    "bait", or any other text, it replies "bad", and no letter pays. The behaviour policy first says "bait" with
+    probability .7, "patient" with .1, or else a random letter, and then a random letter. After "patient" it earns .125
+    on average, so under its own values "bait" is better. Implements Environment.
     """
 
     bait = 0.3
-    replies = {"w": "y", "x": "w", "y": "z", "z": "x"}  # to patience, by greeting
-    right = {"w": "c", "x": "h", "y": "a", "z": "f"}  # what pays, by reply
-    words = ("bait", "patient", *LETTERS)  # what the behaviour may say first
+    replies = {"w": "y", "x": "w", "y": "z", "z": "x"}  # greeting -> reply to "patient"
+    right = {"w": "c", "x": "h", "y": "a", "z": "f"}  # reply -> the letter that pays
+    words = ("bait", "patient", *LETTERS)  # first texts of the behaviour policy
 
     def reset(self, seed: int) -> Sequence[Turn]:
-        """Greeting seed % 4."""
+        """Start an episode with greeting seed % 4."""
         return self._enter(tuple(self.replies)[seed % len(self.replies)])
 
     def step(self, text: str) -> StepResult:
-        """Take the word of the first turn, then the letter of the second (white space around them is ignored)."""
+        """Take the word of the first turn, or the letter of the second; white space around the text is ignored."""
         word = text.strip()
         if self.reply is None:
             self.invalid += word not in self.words
@@ -179,18 +181,18 @@ class TalkTrap:
         return StepResult((), self._second(self.reply, word), True, False)
 
     def labels(self) -> dict[str, object]:
-        """Whether patience opened the second turn, and the number of texts that the behaviour never says."""
+        """Return whether the first text was "patient", and the number of texts that the behaviour never says."""
         return {"patient": self.reply != BAD, "invalid": self.invalid}
 
     def optimum(self) -> float:
-        """The best return, mean over greetings: backwards, the letter after each reply, then the first word."""
+        """Return the best return, mean over greetings, computed backwards: best letter first, then best first word."""
         later = {reply: max(self._second(reply, letter) for letter in LETTERS) for reply in (BAD, *self.right)}
         outcomes = {greeting: [self._first(greeting, word) for word in self.words] for greeting in self.replies}
         best = [max(reward + later[reply] for reward, reply in choices) for choices in outcomes.values()]
         return sum(best) / len(best)
 
     def logs(self, episodes: int, seed: int) -> list[Trajectory]:
-        """Episodes of the behaviour."""
+        """Return episodes of the behaviour policy."""
         check_episodes(episodes)
         rng = np.random.default_rng(seed)
         shares = [0.7, 0.1, *[0.2 / len(LETTERS)] * len(LETTERS)]
@@ -214,7 +216,7 @@ class TalkTrap:
         return (Turn("user", greeting),)
 
     def _first(self, greeting: str, word: str) -> tuple[float, str]:
-        """Reward and reply."""
+        """Return the reward of the first word, and the environment's reply to it."""
         if word == "patient":
             return 0.0, self.replies[greeting]
         return self.bait * (word == "bait"), BAD
@@ -224,27 +226,30 @@ class TalkTrap:
 
 
 class Walk:
-    """The way to the goal a through a directed graph of 21 nodes, a to u, whose edges are not told.
+    """A walk to the goal, node a, through a directed graph of 21 nodes, a to u, whose edges are not shown.
 
-    The player is told the node it is at and names the next one; a step costs 1, the last one too. A text that is no
-    edge from there ends the walk and costs 10, as much as a whole one, so that giving up never pays. After 10 steps a
-    walk is cut, which is no end of the game: it is `truncated` and never `terminated`. One turn of context makes the
-    game Markov. Implements Environment.
+    The observation is the current node, and the player names the next one. Each step costs 1, the last one too. A text
+    that is not a node to which an edge leads ends the walk and costs 10, as much as the longest walk, so that giving
+    up never pays. After 10 steps a walk is cut: it is then `truncated` and not `terminated`. One turn of context makes
+    the game Markov. Implements Environment.
 
     Args:
-      graph_seed: draws the graph; logs and play must agree on it. Each edge is there with probability .1, none leaves
-        the goal, and what is drawn is rejected until the goal can be reached from everywhere.
+      graph_seed: seed of the graph, which must be the same for logs and play. Each edge exists with probability .1,
+        except from the goal; graphs are drawn until the goal can be reached from every node.
     """
 
     def __init__(self, graph_seed: int = 0):
         self.edges, self.distances = _graph(graph_seed)
 
     def reset(self, seed: int) -> Sequence[Turn]:
-        """Enter at one of the 20 nodes other than the goal: 1 + seed % 20."""
+        """Start an episode at one of the 20 nodes other than the goal: number 1 + seed % 20."""
         return self._enter(NODES[1 + seed % (len(NODES) - 1)])
 
     def step(self, text: str) -> StepResult:
-        """Go to a node (white space around it is ignored); the last step's observation is kept."""
+        """Go to a node; white space around its name is ignored.
+
+        A walk that is cut still returns the observation after its last step.
+        """
         node = text.strip()
         if node not in self.edges[self.node]:
             self.invalid += 1
@@ -256,7 +261,10 @@ class Walk:
         return StepResult(self._observe(), -1.0, False, self.steps == LONGEST_WALK)
 
     def labels(self) -> dict[str, object]:
-        """Where the walk began, the fewest steps from there, whether it arrived, and the number of missing edges."""
+        """Return the start of the walk, the fewest steps from there to the goal, whether it arrived, and `invalid`.
+
+        `invalid` is the number of texts that named no edge.
+        """
         return {
             "start": self.start,
             "shortest": self.distances[self.start],
@@ -265,7 +273,10 @@ class Walk:
         }
 
     def optimum(self) -> float:
-        """The best return, mean over starts: V(node, n steps left) = max(−10, max over edges of V(next, n−1) − 1)."""
+        """Return the best return, mean over starts.
+
+        V(node, n steps left) = max(−10, max over edges of V(next, n−1) − 1).
+        """
         value = dict.fromkeys(NODES, 0.0)
         for _ in range(LONGEST_WALK):
             value = {GOAL: 0.0} | {
@@ -275,7 +286,7 @@ class Walk:
         return sum(value.values()) / (len(NODES) - 1)
 
     def logs(self, episodes: int, seed: int) -> list[Trajectory]:
-        """Random walks: from any start along any of the edges, all alike."""
+        """Return random walks; start and edges are drawn uniformly."""
         check_episodes(episodes)
         rng = np.random.default_rng(seed)
         return [
@@ -300,7 +311,7 @@ class Walk:
 
 @functools.cache
 def _graph(seed: int) -> tuple[Mapping[str, Sequence[str]], Mapping[str, int]]:
-    """The nodes that edges lead to, and the fewest steps to the goal, for each node."""
+    """Draw the graph; return, for each node, the nodes that its edges lead to, and the fewest steps to the goal."""
     rng = np.random.default_rng(seed)
     distances: dict[str, int] = {}
     while len(distances) < len(NODES):
@@ -313,9 +324,9 @@ def _graph(seed: int) -> tuple[Mapping[str, Sequence[str]], Mapping[str, int]]:
 
 
 def _distances(edges: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Fewest steps to the goal from every node that it can be reached from, by breadth-first search."""
+    """Return the fewest steps to the goal from every node that can reach it, by breadth-first search."""
     found, frontier = {GOAL: 0}, [GOAL]
-    for node in frontier:  # grows while it is read
+    for node in frontier:  # the list grows during the loop
         for before in NODES:
             if node in edges[before] and before not in found:
                 found[before] = found[node] + 1

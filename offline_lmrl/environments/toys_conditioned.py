@@ -1,7 +1,7 @@
-"""Tasks for policies that are told what to do: by the return asked of them, or by a demonstration.
+"""Tasks for policies that are conditioned on a requested return or on a demonstration.
 
-Count, Count1 and Talk have logs of every return, so a policy that learnt from them can be asked for each of them.
-HiddenRule cannot be played without having seen its rule at work.
+Count, Count1 and Talk have logs with every possible return, so a policy trained on them can be given each as a
+request. HiddenRule can only be played after a demonstration of its rule.
 """
 
 import functools
@@ -25,22 +25,22 @@ HELD_OUT = 336  # a fifth of the 1,680 rules
 
 
 class Count:
-    """Eight turns of one letter, a to h: "g" pays 1, the others nothing, and neither does any other text.
+    """A game of eight turns of one letter, a to h: "g" pays 1; any other letter or text pays nothing.
 
-    The behaviour draws a share p ~ U(0, 1) for the episode, says "g" with probability p and else one of the other
-    letters, all alike: its returns are uniform on 0..8. As all episodes are equally long, length says nothing about
-    the return. Implements Environment.
+    The behaviour policy draws p ~ U(0, 1) for the episode and then, in each turn, says "g" with probability p, else
+    one of the other letters, drawn uniformly. Its returns are uniform on 0..8. All episodes have the same length, so
+    length does not reveal the return. Implements Environment.
     """
 
     name, turns, letters = "count", 8, 1
 
     def reset(self, seed: int) -> Sequence[Turn]:
-        """The first prompt; all seeds are alike."""
+        """Start an episode; all seeds give the same one."""
         self.left, self.invalid = self.turns, 0
         return (NEXT,)
 
     def step(self, text: str) -> StepResult:
-        """Take the letters of one turn, separated by white space; too few, too many or others pay nothing."""
+        """Take the letters of one turn, separated by white space; a wrong number or other letters pay nothing."""
         said = text.split()
         valid = len(said) == self.letters and set(said) <= set(LETTERS)
         reward = float(said.count(PAID)) if valid else 0.0
@@ -49,18 +49,18 @@ class Count:
         return StepResult((NEXT,) if self.left else (), reward, not self.left, False)
 
     def labels(self) -> dict[str, object]:
-        """The number of turns that paid nothing for their form."""
+        """Return `invalid`, the number of turns with a wrong number of letters or with other letters."""
         return {"invalid": self.invalid}
 
     def optimum(self) -> float:
-        """The best return, backwards over the letters: V(n letters left) = max over letters of pay + V(n − 1)."""
+        """Return the best return, computed backwards: V(n letters left) = max over letters of pay + V(n − 1)."""
         value = 0.0
         for _ in range(self.turns * self.letters):
             value = max((letter == PAID) + value for letter in LETTERS)
         return value
 
     def logs(self, episodes: int, seed: int) -> list[Trajectory]:
-        """Episodes of the behaviour."""
+        """Return episodes of the behaviour policy."""
         check_episodes(episodes)
         rng = np.random.default_rng(seed)
         trajectories = []
@@ -74,18 +74,18 @@ class Count:
         return trajectories
 
     def _shares(self, rng: np.random.Generator) -> Iterable[float]:
-        """p of each turn."""
+        """Draw the probability p of "g" for each turn; here it is the same in all turns."""
         return itertools.repeat(rng.random(), self.turns)
 
 
 class Count1(Count):
-    """Count in one turn of eight letters, "a g g b h g c g": it pays their number of g."""
+    """A Count with one turn of eight letters, such as "a g g b h g c g", which pays 1 for each g."""
 
     name, turns, letters = "count1", 1, 8
 
 
 class Talk(Count):
-    """Two turns of Count1; the behaviour draws p for each, so the first says nothing about the second."""
+    """Two turns of Count1; the behaviour policy draws p for each turn anew, so the turns are independent."""
 
     name, turns, letters = "talk", 2, 8
 
@@ -94,23 +94,25 @@ class Talk(Count):
 
 
 class AskPlayer:
-    """Plays Count, Count1 or Talk for a return: "g" with probability r/m, where r is still asked of m letters.
+    """A player of Count, Count1 or Talk that earns a requested return; implements Policy.
 
-    It earns every whole ask exactly. In Count and Count1 it is the behaviour given its return: under p ~ U(0, 1) all
-    orders of r paid and m − r unpaid letters are equally likely. In Talk, where p is drawn anew, it is so in the last
-    turn only. Implements Policy.
+    It says "g" with probability r/m, where r is the return still to be earned with m letters left. It earns every
+    whole number from 0 to 8 (16 in Talk) exactly. In Count and Count1 it is the behaviour policy conditioned on its
+    return: under p ~ U(0, 1), all orders of r paid and m − r unpaid letters are equally likely. In Talk, where p is
+    drawn anew, this holds in the last turn only.
 
     Args:
       toy: Count, Count1 or Talk.
-      ask: the return asked for.
-      update: take what earlier turns earned off the ask; False holds it, which shows what the update is worth.
+      ask: the requested return.
+      update: subtract the rewards of earlier turns from the request; False keeps the request constant, to measure how
+        much this update matters.
     """
 
     def __init__(self, toy: type[Count], ask: float, update: bool = True):
         self.toy, self.ask, self.update = toy, ask, update
 
     def start(self, seeds: Sequence[int]) -> "_AskSession":
-        """A session with one row per seed."""
+        """Start a session with one row per seed."""
         return _AskSession(self, seeds)
 
 
@@ -140,17 +142,18 @@ class _AskSession:
 
 
 class HiddenRule:
-    """Four cues, w to z, each once in random order, and one answer a to h to each; the right one pays 1.
+    """A game of four cues, w to z, in random order, each with one right answer, a to h, which pays 1.
 
-    What is right is the task: a rule gives each cue an answer of its own, 1,680 rules in all. The texts do not tell
-    what an answer earned, so without a demonstration of the same task one answer is as good as another: over all
-    rules one in eight is right. Implements Environment.
+    The task is a rule: a different right answer for each cue, which gives 1,680 rules. The texts do not show which
+    answers earned a reward, so without a demonstration of the same rule the player can only guess: over all rules, one
+    answer in eight is right. Implements Environment.
 
-    With n rules, seeds 0..24n−1 are every rule with every order of the cues; seeds n apart have the same rule.
+    With n rules, seeds 0..24n−1 are every rule with every order of the cues; seeds that differ by n have the same
+    rule.
 
     Args:
-      held_out: play the 336 rules that are kept from training, instead of the 1,344 others.
-      split_seed: draws the rules that are kept; training and test must agree on it.
+      held_out: play the 336 rules that are held out from training, instead of the 1,344 others.
+      split_seed: seed of this split, which must be the same for training and test.
     """
 
     def __init__(self, held_out: bool = False, split_seed: int = 0):
@@ -158,12 +161,12 @@ class HiddenRule:
         self.rules = kept if held_out else training
 
     def reset(self, seed: int) -> Sequence[Turn]:
-        """The first cue of rule seed % n."""
+        """Start an episode of rule seed % n and return its first cue."""
         number, again = seed % len(self.rules), seed // len(self.rules)
         return self._enter(self.rules[number], ORDERS[(number + again) % len(ORDERS)])
 
     def step(self, text: str) -> StepResult:
-        """Take an answer (white space around it is ignored) and give the next cue."""
+        """Take an answer and return the next cue; white space around the answer is ignored."""
         answer = text.strip()
         self.invalid += answer not in LETTERS
         reward = _right(self.rule, self.cues[0], answer)
@@ -171,20 +174,20 @@ class HiddenRule:
         return StepResult(self._observe(), reward, not self.cues, False)
 
     def labels(self) -> dict[str, object]:
-        """The task, as in the trajectories of the same rule, and the number of texts that were no answer."""
+        """Return the task name, as in trajectories of the same rule, and the number of texts that were no answer."""
         return {"task": task_name(self.rule), "invalid": self.invalid}
 
     def optimum(self) -> float:
-        """The best return of a player who knows the rule, mean over rules: the best answer to every cue."""
+        """Return the best return of a player who knows the rule, mean over rules: the best answer to every cue."""
         best = [max(_right(rule, cue, answer) for answer in LETTERS) for rule in self.rules for cue in CUES]
         return sum(best) / len(self.rules)
 
     def task(self, seed: int) -> str:
-        """The task of the episode of this seed: demonstrations for it carry the same."""
+        """Return the task name of this seed's episode; demonstrations for it have the same task."""
         return task_name(self.rules[seed % len(self.rules)])
 
     def logs(self, episodes: int, seed: int) -> list[Trajectory]:
-        """Random rules; answers are right with probability .7 and else one of the seven wrong ones."""
+        """Return episodes of random rules; an answer is right with probability .7, else any of the seven others."""
         check_episodes(episodes)
         rng = np.random.default_rng(seed)
 
@@ -198,7 +201,7 @@ class HiddenRule:
         ]
 
     def demonstrations(self, per_rule: int, seed: int) -> list[Trajectory]:
-        """Episodes with all four answers right, `per_rule` of each rule, rule by rule in the order of the seeds."""
+        """Return `per_rule` episodes of each rule with all four answers right; rules are in the order of the seeds."""
         if per_rule < 1:
             raise InputError(f"per_rule: found {per_rule}, expected at least 1")
         rng = np.random.default_rng(seed)
@@ -224,13 +227,13 @@ class HiddenRule:
 
 
 def task_name(rule: str) -> str:
-    """The task of a rule, which is written as the answers to w, x, y and z: "hidden_rule-cafe"."""
+    """Return the task name of a rule, such as "hidden_rule-cafe", with the answers to w, x, y and z."""
     return f"hidden_rule-{rule}"
 
 
 @functools.cache
 def _split_rules(seed: int) -> tuple[list[str], list[str]]:
-    """The rules for training and those held out, each in random order."""
+    """Return the rules for training and the held-out rules, each list in random order."""
     rules = ["".join(answers) for answers in itertools.permutations(LETTERS, len(CUES))]
     shuffled = [rules[i] for i in np.random.default_rng(seed).permutation(len(rules))]
     return shuffled[HELD_OUT:], shuffled[:HELD_OUT]
@@ -241,5 +244,5 @@ def _right(rule: str, cue: str, answer: str) -> float:
 
 
 def _letter(rng: np.random.Generator, share: float) -> str:
-    """The paid letter with this probability, else one of the others."""
+    """Draw the paid letter with probability `share`, else one of the other letters, uniformly."""
     return PAID if rng.random() < share else UNPAID[rng.integers(len(UNPAID))]

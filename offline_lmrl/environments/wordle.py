@@ -1,23 +1,24 @@
 """Wordle as a text game (Snell et al. 2022, ILQL; Abdulhai et al. 2023, LMRL-Gym), re-implemented from its rules.
 
-A secret word of five letters, six tries. Each guess costs 1, the one that finds the secret nothing, so a return is
-−(guesses − 1) or, lost, −6; both are ends of the game. Guesses and colours are spelled in pieces with spaces between:
-`c r a n e` is answered by `b y b b g`, black for a letter that is not there, yellow for one elsewhere, green for one
-in its place.
+The player has six tries to find a secret word of five letters. Each guess costs 1, but the guess that finds the secret
+costs nothing, so the return of a won game is −(guesses − 1) and that of a lost game −6; both games are `terminated`.
+Guesses and colours are spelled in pieces with spaces between them: `c r a n e` is answered by `b y b b g`, with black
+for a letter that is not in the secret, yellow for a letter at another place, and green for a letter at its place.
 
-Two rules for letters that occur more than once. "real": a letter of the secret colours one letter of the guess, greens
-first, then yellows from the left. "simplified", the rule of the published systems: every letter of the guess that
-occurs in the secret is yellow at least, so `eerie` against `crane` has three yellows that are black under "real".
+There are two rules for letters that occur more than once. Under "real", each letter of the secret colours one letter
+of the guess: greens first, then yellows from the left. Under "simplified", the rule of the published systems, every
+letter of the guess that occurs in the secret is at least yellow. For example, `eerie` against `crane` has two yellows
+that are black under "real".
 
-Deviations: a secret is drawn once and kept, where the published code draws it anew from the consistent words at every
-guess, which gives the same distribution of games; a guess has to be in the list, as in LMRL-Gym (the ILQL code takes
-any five letters), and one that is not costs a try and tells nothing.
+Deviations: the secret is drawn once per game. The published code draws it anew from the consistent words at every
+guess, which gives the same distribution of games. A guess has to be in the list, as in LMRL-Gym (the ILQL code takes
+any five letters); a guess that is not costs a try and gives no information.
 
-Published for the list of 431 words, simplified rule, over 4,096 games: −4.12 on average for the logged player (a
-consistent word with probability .34, else any word; s.d. 1.59, 4.82 turns, success .70) and −1.935 for the greatest
-expected information. That list is not shipped here; with it, `offline-lmrl prepare wordle --words FILE --duplicates
-simplified --episodes 4096 --logs optimal --output DIR` reports −1.943 (s.d. .63), and `--logs random_mixture` −4.102
-(s.d. 1.59, 4.80 turns, success .70).
+Published results for the list of 431 words, simplified rule, over 4,096 games: mean return −4.12 for the player of the
+logs (a consistent word with probability .34, else any word; s.d. 1.59, 4.82 turns, success .70), and −1.935 for the
+player that guesses the word with the greatest expected information. That list is not shipped here. With it,
+`offline-lmrl prepare wordle --words FILE --duplicates simplified --episodes 4096 --logs optimal --output DIR` reports
+−1.943 (s.d. .63), and `--logs random_mixture` −4.102 (s.d. 1.59, 4.80 turns, success .70).
 """
 
 import functools
@@ -35,23 +36,26 @@ from offline_lmrl.data.trajectory import Turn
 
 LETTERS = 5
 TRIES = 6
-# Ours to ship, chosen by hand: 833 ordinary words, and 40 made of 13 first and 8 second pieces.
+# Lists that we may ship, chosen by hand: 833 ordinary words, and 40 words made of 13 first and 8 second pieces.
 LISTS = {name: Path(__file__).parent / "words" / f"{name}.txt" for name in ("common", "forty")}
 SPELLINGS = {"letters": (1, 1, 1, 1, 1), "halves": (2, 3)}  # lengths of the pieces
-COLOURS = tuple(map("".join, itertools.product("byg", repeat=LETTERS)))  # by code: base 3, the first letter leads
+# Indexed by code, a number in base 3 whose first digit is the first letter's colour.
+COLOURS = tuple(map("".join, itertools.product("byg", repeat=LETTERS)))
 CODES = {text: code for code, text in enumerate(COLOURS)}
 OPENING = "Wordle:"
 UNKNOWN = "unknown word"
 
 Duplicates = Literal["real", "simplified"]
-WordSet = int  # bit j says whether word j is in it
+WordSet = int  # bit j is 1 if word j is in the set
 
 
 def read_words(source: str, counts: Counter | None = None) -> tuple[str, ...]:
-    """The words of a list of ours, by its name, or of a text file with white space between words; sorted, each once.
+    """Return the words of a list, sorted, each once.
 
-    counts: gets {reason: n} for what is left out.
-    Raises InputError for a file that cannot be read or that leaves fewer than two words.
+    Args:
+      source: the name of a list that is shipped (LISTS), or a text file with white space between words.
+      counts: receives the number of entries that are left out, by reason.
+    Raises: InputError if the file cannot be read, or if fewer than two words are left.
     """
     path = LISTS.get(source, Path(source))
     try:
@@ -72,33 +76,41 @@ def read_words(source: str, counts: Counter | None = None) -> tuple[str, ...]:
 
 
 def colour_codes(guess: np.ndarray, secrets: np.ndarray, duplicates: Duplicates) -> np.ndarray:
-    """What each secret answers to a guess, as index into COLOURS.
+    """Return the answer to a guess under each of n secrets, as an index into COLOURS.
 
     Args:
-      guess: (5,) letters as numbers. secrets: (n, 5).
+      guess: (5,) letters as numbers.
+      secrets: (n, 5) letters as numbers.
+      duplicates: the rule for letters that occur more than once.
     Returns: (n,) uint8.
     """
     green = secrets == guess
     code = np.zeros(len(secrets), int)
     for place in range(LETTERS):
-        same = secrets == guess[place]  # (n, 5): where the secrets have this letter
+        same = secrets == guess[place]  # (n, 5): True where a secret has this letter
         if duplicates == "real":
             claimed = (~green[:, :place] & (guess[:place] == guess[place])).sum(1)
-            yellow = (same & ~green).sum(1) > claimed  # copies that no green has taken, beyond those to the left
+            # Greens aside, yellow if the secret has more copies of the letter than the guess has further left.
+            yellow = (same & ~green).sum(1) > claimed
         else:
             yellow = same.any(1)
-        code = 3 * code + np.where(green[:, place], 2, yellow)
+        code = 3 * code + np.where(green[:, place], 2, yellow)  # black 0, yellow 1, green 2
     return code.astype(np.uint8)
 
 
 class Lexicon:
-    """The words of a game, the colours of all their pairs, and sets of words as bits of one number.
+    """The words of a game, and the colours of all pairs of guess and secret.
 
-    Such sets are intersected with `&`, counted with `bit_count` and looked up in dictionaries, in a microsecond.
+    A set of words is an integer, with one bit per word. Such sets are intersected with `&`, counted with `bit_count`
+    and looked up in dictionaries, each in a microsecond.
 
+    Args:
+      words: n different words, sorted.
+      duplicates: the rule for letters that occur more than once.
     Attributes:
-      words: n of them, sorted; a word is spoken of by its place here. index: word -> place.
-      table: (n, n) uint8, the code of guess i where j is the secret.
+      words: the words; elsewhere a word is given by its index in this tuple.
+      index: word -> its index.
+      table: (n, n) uint8, at [i, j] the code of the answer to guess i if j is the secret.
       everything: the set of all words.
       order: (n,) the secrets of the episode seeds 0 .. n − 1, a fixed shuffle.
     """
@@ -113,32 +125,35 @@ class Lexicon:
         self._informative: dict[WordSet, int] = {}
 
     def consistent(self, guess: int, code: int) -> WordSet:
-        """The secrets that answer `guess` with this code."""
+        """Return the set of secrets under which the answer to `guess` has this code."""
         return int.from_bytes(np.packbits(self.table[guess] == code, bitorder="little").tobytes(), "little")
 
     def members(self, words: WordSet) -> np.ndarray:
-        """The places of the words in a set, ascending; (k,) int."""
+        """Return the indices of the words in a set, ascending, (k,) int."""
         size = len(self.words)
         bits = np.frombuffer(words.to_bytes(-(-size // 8), "little"), np.uint8)
         return np.flatnonzero(np.unpackbits(bits, count=size, bitorder="little"))
 
     def information(self, guess: int, secrets: np.ndarray) -> float:
-        """Expected information, in bits, of a guess about a secret among `secrets` (k,): its answers' entropy."""
+        """Return the expected information of a guess about a uniform secret among `secrets` (k,), in bits.
+
+        It is the entropy of the answers.
+        """
         share = np.bincount(self.table[guess, secrets]) / len(secrets)
         share = share[share > 0]
         return -float((share * np.log2(share)).sum())
 
     def most_informative(self, words: WordSet) -> int:
-        """The word of a set that tells most about which of them is the secret; the first of equals."""
+        """Return the word of a set with the most expected information on a secret in the set; the first of equals."""
         if words not in self._informative:
             members = self.members(words)
-            bits = [round(self.information(guess, members), 9) for guess in members]  # rounded, so that equals are
+            bits = [round(self.information(guess, members), 9) for guess in members]  # rounded, so that ties are exact
             self._informative[words] = int(members[np.argmax(bits)])
         return self._informative[words]
 
     @functools.cached_property
     def by_information(self) -> list[str]:
-        """All words, those first that tell most as a first guess."""
+        """The words, sorted by expected information as a first guess, largest first."""
         everything = np.arange(len(self.words))
         bits = [round(self.information(guess, everything), 9) for guess in everything]
         return [self.words[guess] for guess in np.argsort(np.negative(bits), stable=True)]
@@ -146,19 +161,19 @@ class Lexicon:
 
 @functools.cache
 def lexicon(words: str, duplicates: Duplicates) -> Lexicon:
-    """The lexicon of a list, made once in a process."""
+    """Return the lexicon of a list; it is made once per process."""
     return Lexicon(read_words(words), duplicates)
 
 
 class Wordle:
-    """One game; implements Environment.
+    """A game of Wordle; implements Environment.
 
     Args:
-      words: a list of ours ("common", "forty") or a text file of words: guesses and secrets.
+      words: the list of guesses and secrets: "common", "forty", or a text file of words.
       duplicates: "real" or "simplified", the rule for letters that occur more than once.
-      spelling: "letters" (`c r a n e`) or "halves" (`cr ane`), of guesses and colours.
-      secret: of every game; None takes a fixed shuffle of the list, so that as many seeds in a row as there are words
-        play each word once.
+      spelling: "letters" (`c r a n e`) or "halves" (`cr ane`), for guesses and colours.
+      secret: the secret of every game; None = given by the seed, in a fixed shuffle of the n words, so that any n
+        consecutive seeds play each word once.
     """
 
     def __init__(
@@ -178,7 +193,7 @@ class Wordle:
         self.pieces, self.fixed = SPELLINGS[spelling], secret
 
     def reset(self, seed: int) -> Sequence[Turn]:
-        """Start a game; the opening tells nothing."""
+        """Start a game; the opening turn gives no information."""
         words = self.lexicon
         self.secret = self.fixed or words.words[words.order[seed % len(words.words)]]
         self.tries = self.invalid = 0
@@ -186,7 +201,7 @@ class Wordle:
         return (Turn("user", OPENING),)
 
     def step(self, text: str) -> StepResult:
-        """Guess a word; white space is ignored wherever it stands. The last guess is not answered."""
+        """Guess a word; all white space in it is ignored. The guess that ends the game gets no answer."""
         guess, words = "".join(text.split()), self.lexicon
         known = guess in words.index
         self.tries += 1
@@ -198,10 +213,10 @@ class Wordle:
         return StepResult((Turn("user", told),), -1.0, False, False)
 
     def labels(self) -> dict[str, object]:
-        """The secret, whether it was found, and the number of texts that were no word of the list."""
+        """Return the secret, whether it was found, and the number of texts that were no word of the list."""
         return {"secret": self.secret, "won": self.won, "invalid": self.invalid}
 
     def spell(self, text: str) -> str:
-        """A word or its colours in pieces."""
+        """Return a word, or its colours, in pieces with spaces between them."""
         ends = list(itertools.accumulate(self.pieces, initial=0))
         return " ".join(text[start:end] for start, end in itertools.pairwise(ends))

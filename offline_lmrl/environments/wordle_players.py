@@ -1,4 +1,4 @@
-"""Scripted players of Wordle (those of the ILQL code, Snell et al. 2022): makers of logs and marks to compare with."""
+"""Scripted players of Wordle, as in the ILQL code (Snell et al. 2022): they make logs and serve as baselines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +11,17 @@ from offline_lmrl.data.protocols import Reply, Session
 from offline_lmrl.data.trajectory import Turn
 from offline_lmrl.environments.wordle import CODES, COLOURS, TRIES, UNKNOWN, Lexicon, Wordle, WordSet
 
-OPENINGS = 28  # as many as the published list of opening words has
+OPENINGS = 28  # the length of the published list of opening words
 
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What a player knows before a guess.
+    """A player's knowledge before a guess.
 
-    lexicon: the words of the game. consistent: those that fit all colours. tries: (guess, colours) so far; the colours
-    of a guess that is not in the list are "".
+    Args:
+      lexicon: the words of the game.
+      consistent: the words that fit all colours so far.
+      tries: (guess, colours) so far; the colours of a guess that is not in the list are "".
     """
 
     lexicon: Lexicon
@@ -27,28 +29,28 @@ class Knowledge:
     tries: tuple[tuple[str, str], ...] = ()
 
     def after(self, guess: str, colours: str) -> "Knowledge":
-        """With one more answer."""
+        """Return the knowledge after one more guess and its colours."""
         words, consistent = self.lexicon, self.consistent
         if colours:
             consistent &= words.consistent(words.index[guess], CODES[colours])
         return Knowledge(words, consistent, (*self.tries, (guess, colours)))
 
     def draw(self, words: WordSet, rng: np.random.Generator) -> str:
-        """A word of a set, uniformly."""
+        """Draw a word of a set, uniformly."""
         members = self.lexicon.members(words)
         return self.lexicon.words[members[rng.integers(len(members))]]
 
 
 class Player(Protocol):
-    """Chooses a guess."""
+    """A player, which chooses each guess."""
 
     def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
-        """The next word."""
+        """Return the next guess."""
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """Any word of the list."""
+    """A player that guesses any word of the list, uniformly."""
 
     def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
         return known.draw(known.lexicon.everything, rng)
@@ -56,7 +58,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Consistent:
-    """A word that fits all colours."""
+    """A player that guesses a word that fits all colours, uniformly."""
 
     def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
         return known.draw(known.consistent, rng)
@@ -64,7 +66,7 @@ class Consistent:
 
 @dataclass(frozen=True)
 class Wrong:
-    """A word that contradicts the colours; any word while none does."""
+    """A player that guesses a word that contradicts the colours, or any word while no word does."""
 
     def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
         everything = known.lexicon.everything
@@ -73,7 +75,10 @@ class Wrong:
 
 @dataclass(frozen=True)
 class Optimal:
-    """The consistent word with the greatest expected information about the secret: myopic, so not quite the best."""
+    """A player that guesses the consistent word with the greatest expected information about the secret.
+
+    It looks only one guess ahead, so it is not quite optimal.
+    """
 
     def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
         return known.lexicon.words[known.lexicon.most_informative(known.consistent)]
@@ -81,9 +86,9 @@ class Optimal:
 
 @dataclass(frozen=True)
 class StartWord:
-    """One of the 28 most informative openings, then another player's words.
+    """A player that opens with one of the 28 most informative words, and then plays as another player.
 
-    The published list of openings is fixed; this one follows from the words in play, so it fits any list.
+    The published list of openings is fixed; this one is computed from the words of the game, so it fits any list.
     """
 
     then: Player = Consistent()
@@ -97,7 +102,10 @@ class StartWord:
 
 @dataclass(frozen=True)
 class Repeat:
-    """Repeats its first `first_n` words, which are another player's: lost unless one of them is the secret."""
+    """A player whose first `first_n` words are another player's, and which then repeats these words at random.
+
+    It loses unless one of them is the secret.
+    """
 
     first: Player = Optimal()
     first_n: int = 2
@@ -110,7 +118,7 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Before every guess `share` is the probability of the first player, else the second one chooses."""
+    """A player that plays each guess as `first` with probability `share`, else as `second`."""
 
     share: float
     first: Player
@@ -122,9 +130,12 @@ class Mixture:
 
 @dataclass(frozen=True)
 class MonteCarlo:
-    """The consistent word with the best mean return over `samples` games played on in thought by another player.
+    """A player that guesses the consistent word with the best mean return over simulated games.
 
-    candidates: at most so many words, drawn among the consistent ones, are tried.
+    Args:
+      player: plays the simulated games after the guess.
+      samples: simulated games per word.
+      candidates: most words to try; they are drawn from the consistent ones.
     """
 
     player: Player = Consistent()
@@ -139,7 +150,7 @@ class MonteCarlo:
         return known.lexicon.words[members[np.argmax(returns)]]
 
     def _imagined(self, known: Knowledge, guess: int, rng: np.random.Generator) -> int:
-        """Return-to-go of a game in which a consistent word is the secret and `guess` comes next."""
+        """Simulate a game with a random consistent secret and `guess` as next guess; return its return-to-go."""
         words, before = known.lexicon, len(known.tries)
         secret = words.index[known.draw(known.consistent, rng)]
         while guess != secret:
@@ -152,7 +163,7 @@ class MonteCarlo:
 
 @dataclass(frozen=True)
 class User:
-    """A person at the keyboard, who may say anything."""
+    """A person at the keyboard, who may enter any text."""
 
     def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
         if known.tries:
@@ -178,13 +189,16 @@ PLAYERS: dict[str, Player] = {
 
 
 class Scripted:
-    """A player at a game's words and spelling; implements Policy. It reads the past alone, whoever played it."""
+    """A policy that plays as a Wordle player, with the words and spelling of a game; implements Policy.
+
+    It depends on the history alone, whoever made the guesses in it.
+    """
 
     def __init__(self, player: Player, game: Wordle):
         self.player, self.game = player, game
 
     def start(self, seeds: Sequence[int]) -> Session:
-        """A session with one row, and one source of chance, per seed."""
+        """Start a session with one row, and one random generator, per seed."""
         return _ScriptedSession(self, seeds)
 
 
