@@ -21,8 +21,7 @@ class StepRule:
     """The rule that assigns rewards, discounts and next states to tokens.
 
     discount_per_token: γ of every step, from one action token to the next.
-    discount_per_turn: an extra factor on the step that closes a turn; the discount of that step is the product of
-      both.
+    discount_per_turn: an extra factor on the step that closes a turn; that step's discount is the product of both.
     bootstrap_from_turn: False: the next state of a token is the state of the next token. True: it is the first state
       of the agent's next turn, and the turn's reward is brought forward (an n-step target to the end of the turn).
     """
@@ -61,9 +60,9 @@ class Window(NamedTuple):
     """A row of tokens, the steps that are trained in it, and up to two rows in which only V is computed.
 
     input_ids: the row that holds the trained turns.
-    next_ids: the row up to the agent's next turn, whose last state gives V(s′); empty where input_ids already holds
-      it.
-    end_ids: the row whose last state gives the V that closes a cut log; empty where another row holds it.
+    next_ids: the row up to the agent's next turn, whose last state gives V(s′); empty where input_ids holds that state.
+    end_ids: the row whose last state gives the V that closes a cut log; empty where another row holds that state, or the
+      episode terminated.
     environment: the states in input_ids whose next token belongs to the environment's reply to a turn that is trained
       there; empty unless the encoder keeps replies.
     steps: one per trained action token.
