@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TEMPLATES = ("auto", "assembled", "plain")
-# The version of the rendering. Version 1 always printed a default system text, and had one form per turn and no tool
-# calls.
+# The version of the rendering. Version 1 always printed a default system text, and had no forms and no tool calls.
 SCHEME = 2
 
 

@@ -6,10 +6,9 @@ forward in steps of `stride` turns, and only as far as needed to keep at most `c
 one window (and one cache), but the history varies between context − stride + 1 and context turns.
 
 If `context` alone determines the window, training and live play start at the same turn. If max_length binds, they may
-differ: training counts the tokens of the logged turn; live play cannot know the reply, so it counts the agent's
-  opening
-and the longest possible reply (`reserve`, the sampler's max_new_tokens). A logged turn shorter than that may then be
-trained with older turns in view that the agent would not see live; a longer one with fewer turns.
+differ. Training counts the tokens of the logged turn. Live play cannot know the reply, so it counts the tokens of the
+agent's opening and of the longest possible reply (`reserve`, the sampler's max_new_tokens). A logged turn shorter than
+that may then be trained with older turns in view that the agent would not see live; a longer one with fewer turns.
 
 A window may also hold the environment's reply to its last agent turn, as a target (data/episodes.py). The reply
 follows the same turns as the agent's turn; if max_length binds, the oldest turns are dropped until both fit.
