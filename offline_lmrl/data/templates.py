@@ -100,8 +100,7 @@ def plain_template(bos: str, eos: str) -> TemplateText:
 
 
 def appended_only(text: TemplateText) -> TemplateText:
-    """Return the same text with the past form as the only form of the agent's turn, so that printed turns never
-    change.
+    """Return the same text with only the past form of the agent's turn, so that printed turns never change.
 
     A generation prompt with which past turns do not begin (for example, because it opens a thought) is replaced by
     their opening.
