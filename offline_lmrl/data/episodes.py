@@ -60,9 +60,10 @@ class Window(NamedTuple):
     """A row of tokens, the steps that are trained in it, and up to two rows in which only V is computed.
 
     input_ids: the row that holds the trained turns.
-    next_ids: the row up to the agent's next turn, whose last state gives V(s′); empty where input_ids holds that state.
-    end_ids: the row whose last state gives the V that closes a cut log; empty where another row holds that state, or the
-      episode terminated.
+    next_ids: the row up to the agent's next turn, whose last state gives V(s′); empty where input_ids holds that
+      state.
+    end_ids: the row whose last state gives the V that closes a cut log; empty where another row holds that state, or
+      the episode terminated.
     environment: the states in input_ids whose next token belongs to the environment's reply to a turn that is trained
       there; empty unless the encoder keeps replies.
     steps: one per trained action token.
@@ -158,8 +159,8 @@ class _Episode:
     def _replies(self, terminated: bool) -> dict[int, int]:
         """Return, per agent turn, the index after the last turn of the environment's reply to it.
 
-        The last agent turn of a terminated episode has no reply. A turn that does not fit in a window together with
-        its reply is left out.
+        A turn without a reply maps to the index after itself; the last agent turn of a terminated episode never has
+        one. A turn that does not fit in a window together with its reply is left out.
         """
         answered = {}
         for index, following in zip(self.agent_turns, [*self.agent_turns[1:], None], strict=True):
@@ -243,8 +244,9 @@ class _Episode:
         ids = [*self.preamble, *(token for piece in pieces for token in piece)]
         places = [*range(self.head), *range(max(span.first, self.head), span.answered)]
         ends = accumulate(map(len, pieces), initial=len(self.preamble))
-        # The first action is at the same offset in every form of a turn, but for the shorter or longer opening
-        # directly after system turns. So the offset counts from the end of the piece for all speakers but the agent.
+        # `ends` begins with the end of the preamble, so its value at i is where piece i starts. The first action is at
+        # the same offset in every form of a turn, except that the opening directly after system turns may be shorter
+        # or longer. Therefore the offset counts from the end of the piece for all speakers but the agent.
         starts = (
             end + len(piece) - len(self.encoded[i].ids) if self.from_environment[i] else end
             for i, piece, end in zip(places, pieces, ends, strict=False)
