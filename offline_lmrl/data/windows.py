@@ -69,7 +69,7 @@ def first_visible(
     Args:
       lengths: number of tokens of each turn, up to and including turn `index`.
       head: number of leading system turns.
-      fixed: number of tokens in the preamble and the leading system turns.
+      fixed: number of tokens in the preamble, the demonstrations and the leading system turns.
       reply: number of tokens of the environment's reply that the window holds after the turn. They count towards
         max_length only. The caller makes sure that turn and reply fit together.
     Returns: an index in head..index, or None if not even the turn alone fits. The result is monotone in `index` and
@@ -102,7 +102,7 @@ def cut_windows(
       stays: True for each turn that later windows hold with the same tokens. Once a visible turn does not stay, the
         next agent turn starts a new window.
       head: number of leading system turns.
-      fixed: number of tokens in the preamble and the leading system turns.
+      fixed: number of tokens in the preamble, the demonstrations and the leading system turns.
       answered: agent turn -> index after the environment's reply that its window also holds. Agent turns without a
         reply may be missing.
     Returns: the windows, and the indices of the agent turns that do not fit and are dropped.
