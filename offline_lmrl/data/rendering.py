@@ -148,7 +148,7 @@ class Renderer:
         }
         self._controls = {added[name]["id"] for name in controls}
         if tokenizer.unk_token != tokenizer.eos_token:
-            self._controls.discard(tokenizer.unk_token_id)  # it stands for characters the tokenizer lacks
+            self._controls.discard(tokenizer.unk_token_id)  # content that the tokenizer cannot spell gives it
         self._kept_controls = self._controls - {added[name]["id"] for name in THINK if name in added}
         self._inside_control = _inside(controls)
         self.printer = Printer(text, stock, template == "assembled", controls, list(added))
@@ -318,7 +318,7 @@ class Renderer:
             ids += self._form_ids(form, role)
         return [*ids, *self.opening_after(turns)] if prompt else ids
 
-    # Where the stock template prints something else.
+    # Differences from the stock template.
 
     def is_control(self, token: int) -> bool:
         """True if the token structures dialogues, so that no content encodes to it."""
@@ -356,11 +356,12 @@ class Renderer:
         shown = [self.tokenizer.convert_ids_to_tokens(some[i : i + 4]) for some in (stock_ids, ids)]
         return f"token {i}: same text, the template's tokens are {shown[0]}, the assembly's {shown[1]}"
 
-    # Text as tokens.
+    # Conversion of text to tokens.
 
     def _form_ids(self, form: Form, role: str) -> tuple[int, ...]:
         before = (self.text.closing["user"] if role == "assistant" else self.text.past[1]) or "x"
         ids: tuple[int, ...] = ()
+        # After content, "x" represents any text, so that the ids of a closing do not depend on the content.
         for is_content, text in form:
             if text:
                 ids += self._content_ids(text) if is_content else self._template_ids(before, text)
