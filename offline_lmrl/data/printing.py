@@ -165,7 +165,7 @@ class Printer:
         own = self.own_prompt(turns)
         return ours + slot + (self.text.prompt if own is None else own)
 
-    # Where the stock template prints something else.
+    # Differences from the stock template.
 
     @functools.cached_property
     def mismatches(self) -> dict[str, str]:
@@ -184,8 +184,7 @@ class Printer:
 
     @property
     def prompt_mismatch(self) -> str | None:
-        """A line that describes a generation prompt with which no finished agent turn begins; None if there is no
-        fault.
+        """A line on the generation prompt if finished agent turns do not begin with it; None if they do.
 
         With such a prompt, training on logs does not cover the state in which an inference engine begins a reply.
         """
@@ -303,7 +302,7 @@ class Printer:
                 printed.append("refused")
         return printed
 
-    # Turns.
+    # Conversion of turns to text.
 
     def texts(self, turns: Sequence[Turn]) -> list[TurnText]:
         texts: list[TurnText] = []
@@ -456,6 +455,7 @@ class Printer:
             return None
         (body, closing), (past_body, past_closing) = forms
         printed, printed_past = (pieces[1].removeprefix(self.text.closing["user"]) for pieces in (prompted, past))
+        # Before tool results, the template may print the agent's turn in its live or in its past form.
         loop_body = next((text for text in (body, past_body) if printed.startswith(text)), None)
         if loop_body is None:
             return None
@@ -465,7 +465,7 @@ class Printer:
         around = ["" if dropped else opening, *prompted[2:]]
         usual = around[-1].endswith(self.text.prompt)
         if dropped:
-            # The text after the turn is the prompt, or nothing.
+            # Without results, the text after the turn must be the prompt, or nothing.
             usual, around = opening == self.text.prompt, [""] * (len(tools) + 1)
             if not usual and opening:
                 return None
@@ -474,6 +474,8 @@ class Printer:
             around[-1] = around[-1].removesuffix(self.text.prompt)
         follows = None
         if not usual:
+            # Without a generation prompt after the results, past[-3] is the text from the last result to the next
+            # words.
             follows = "", past[-3].removeprefix(around[-1])
         after = loop_closing + opening
         if self._appends or dropped or not printed_past.endswith(after):
@@ -550,7 +552,7 @@ def _any_of(texts: set[str]) -> re.Pattern:
 
 def _strip(text: str, sides: tuple[str, str]) -> str:
     left, right = sides
-    if set(left) >= set(WHITE_SPACE):  # the template strips by str.strip, which also removes Unicode spaces
+    if set(left) >= set(WHITE_SPACE):  # assume that the template uses strip(), which also removes Unicode spaces
         text = text.lstrip()
     elif left:
         text = text.lstrip(left)
