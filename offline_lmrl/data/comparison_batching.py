@@ -399,6 +399,7 @@ def _row(
         pieces[-1] = (*pieces[-1], *last.actions[len(pieces[-1]) - last.action_start :])
     ids = [*renderer.preamble_of(turns), *(token for piece in pieces for token in piece)]
     kinds, place = [_NOT_ACTION] * len(ids), len(ids)
+    # Count from the end, because `pieces` lacks the turns that the window cut off between system turns and context.
     for index in range(len(turns) - 1, start - 1, -1):
         turn, piece = encoded[index], pieces[index - len(turns)]
         place -= len(piece)
