@@ -19,7 +19,7 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.trajectory import Trajectory
 
 ROWS = ("input_ids", "next_ids", "end_ids")
-LISTS = (*ROWS, "environment")  # of whole windows; all other columns have a value per step
+LISTS = (*ROWS, "environment")  # columns of whole windows; all other columns have one value per step
 STEP_CODES = {float: "f", bool: "b", int: "i"}
 FlatLists = tuple[np.ndarray, np.ndarray]  # the values of all lists, concatenated; (lists + 1,) offsets of the lists
 
@@ -31,7 +31,7 @@ class ActionSteps(TypedDict):
     state: column of the state in that row.
     action: id of the token that the agent chose there. It is the token at (row, state + 1), except for a closing
       action that the template prints as another token, or not at all, once the dialogue continues.
-    reward: scaled reward between this state and the next.
+    reward: scaled reward paid between this state and the next.
     discount: γ between this state and the next.
     next_row: batch row of the next state.
     next_state: column of the next state.
@@ -129,7 +129,7 @@ class WindowDataset(torch.utils.data.Dataset):
 
     @property
     def closing_steps(self) -> np.ndarray:
-        """A mask (N,) of the steps that close a turn and have a known next state or end of the episode."""
+        """A mask (N,) of the steps that close a turn and have a target."""
         return self.flat["closes_turn"][0].astype(bool) & self.flat["has_target"][0].astype(bool)
 
     def facts(self) -> dict[str, int]:
