@@ -235,7 +235,7 @@ class ReturnScale:
 
     @property
     def bins(self) -> int:
-        """The largest number of bins of any table, which is how many embedding rows the model needs."""
+        """The largest number of bins of any table; the model needs a slot for each."""
         return max(len(table.counts) for table in self.tables.values())
 
     def table(self, task: str = "") -> ReturnTable:
