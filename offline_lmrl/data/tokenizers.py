@@ -22,9 +22,9 @@ CHAT_TEMPLATE = (
 def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or hub name, with the class with which it was saved.
 
-    For model types whose repositories on the hub often name a wrong class (for example qwen2), AutoTokenizer uses
-    another class than the saved one, and that class may tokenise text differently. From version 5 on, transformers
-    writes `backend` next to the class name; if it is present, the class name is right.
+    For model types that are known for wrong class names on the hub (for example qwen2), AutoTokenizer uses another
+    class than the saved one, and that class may tokenise text differently. From version 5 on, transformers writes
+    `backend` next to the class name; if it is present, the class name is right.
 
     Raises: InputError if there is no tokenizer.
     """
