@@ -61,7 +61,7 @@ class ComparisonRef(NamedTuple):
 
 
 class ComparisonDataset(torch.utils.data.Dataset):
-    """A data set of comparisons as flat arrays, made by `encode_comparisons`.
+    """A data set of comparisons as flat arrays, made by `encode_comparisons` or `encode_scored`.
 
     Its length, and therefore a batch size, counts comparisons.
 
@@ -390,7 +390,7 @@ def _row(
     """Return token ids and kinds of a row: a context and, from turn `start` on, a reply.
 
     If the template prints no closing, the agent's closing token is appended at the end of the row, because scores are
-    computed there; inside an option, the token before the next turn closes the agent's turn instead. An agent turn
+    computed there; inside an option, the last token before the next turn counts as the closing instead. An agent turn
     that the template prints differently once others follow has no actions; `counts` records such turns.
     """
     pieces = renderer.window_ids(turns, encoded, first, len(turns), live=True)
