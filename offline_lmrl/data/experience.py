@@ -14,7 +14,7 @@ from offline_lmrl.data.trajectory import Trajectory
 
 
 class _Numbering:
-    """A wrapper of an encoder that records which trajectory each window came from."""
+    """A wrapper around an encoder that records which trajectory each window came from."""
 
     def __init__(self, encoder: EpisodeEncoder):
         self.encoder, self.number, self.of_window = encoder, -1, []
