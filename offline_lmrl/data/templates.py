@@ -150,7 +150,7 @@ class ChatTemplate:
                 )
         except InputError:
             raise
-        except Exception as error:  # a template is a program of others and may raise anything
+        except Exception as error:  # a template is third-party code and may raise anything
             raise InputError(f"chat template: {str(error) or type(error).__name__}") from error
 
     def turns(self, turns: Sequence[Turn], prompt: bool = False) -> str:
