@@ -1,7 +1,8 @@
-"""From trajectories to batches of packed action steps.
+"""Turn trajectories into batches of packed action steps.
 
-One index convention: state (row, t) is "tokens 0..t of that row have been read"; its action is token t+1. Rendering
-and index arithmetic happen once, in `encode_trajectories`; a batch is then a few gathers over flat arrays.
+There is one index convention: in state (row, t) the model has read tokens 0..t of that row, and its action is token
+t+1. Rendering and index arithmetic happen once, in `encode_trajectories`; a batch is then a few gathers over flat
+arrays.
 """
 
 from array import array
@@ -18,23 +19,31 @@ from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.trajectory import Trajectory
 
 ROWS = ("input_ids", "next_ids", "end_ids")
-LISTS = (*ROWS, "environment")  # of whole windows; all other columns have a value per step
+LISTS = (*ROWS, "environment")  # columns of whole windows; all other columns have one value per step
 STEP_CODES = {float: "f", bool: "b", int: "i"}
-FlatLists = tuple[np.ndarray, np.ndarray]  # values of all lists behind one another, and where each list starts
+FlatLists = tuple[np.ndarray, np.ndarray]  # the values of all lists, concatenated; (lists + 1,) offsets of the lists
 
 
 class ActionSteps(TypedDict):
-    """The batch as an MDP: N agent tokens, packed, no padding, no prompt. Each entry is (N,).
+    """The batch as an MDP: N agent tokens, packed, without padding or prompt tokens. Each entry is (N,).
 
-    row, state: where the state is read. action: token id that the agent chose there; the one at (row, state + 1), but
-      for a closing action of which the template prints another token, or none, once the dialogue goes on.
-    reward: scaled, paid before the next state is reached. discount: γ up to the next state.
-    next_row, next_state: where V of the next state is read. bootstrap: 1 where it counts, 0 after a terminal action.
-    has_target: False only for the last action of a log that was cut right behind a finished agent turn.
-    closes_turn: the action ends its turn. turn: index of the turn in its trajectory.
-    open_state: first state of the turn.
-    return_to_go: discounted scaled rewards to the end of the log; end_row, end_state, end_discount: where and with
-    which factor V closes it (0 where the episode terminated).
+    row: batch row of the state.
+    state: column of the state in that row.
+    action: id of the token that the agent chose there. It is the token at (row, state + 1), except for a closing
+      action that the template prints as another token, or not at all, once the dialogue continues.
+    reward: scaled reward paid between this state and the next.
+    discount: γ between this state and the next.
+    next_row: batch row of the next state.
+    next_state: column of the next state.
+    bootstrap: 1 if V of the next state counts, 0 after a terminal action.
+    has_target: False only for the last action of a log that was cut right after a finished agent turn.
+    closes_turn: True if the action ends its turn.
+    turn: index of the turn in its trajectory.
+    open_state: column of the turn's first state.
+    return_to_go: sum of the discounted scaled rewards to the end of the log.
+    end_row: batch row of the state whose V closes a cut log.
+    end_state: column of the state whose V closes a cut log.
+    end_discount: discount of that V; 0 if the episode terminated.
     """
 
     row: Tensor
@@ -56,32 +65,33 @@ class ActionSteps(TypedDict):
 
 
 class TokenBatch(TypedDict):
-    """B rows of T tokens. The first rows are the windows; the rows after them are read only for V of a next state."""
+    """B rows of T tokens. The first rows are the windows; later rows only serve to compute V of other states."""
 
     input_ids: Tensor  # (B,T) long
     attention_mask: Tensor  # (B,T) bool
-    action_mask: Tensor  # (B,T) bool: the agent wrote token t, and is credited for it here
+    action_mask: Tensor  # (B,T) bool: token t was chosen by the agent and is trained in this window
     steps: ActionSteps
     windows: int  # number of rows that have steps
-    environment: NotRequired[dict[str, Tensor]]  # row, state: (E,), before the tokens of the environment's replies
+    environment: NotRequired[dict[str, Tensor]]  # row, state: (E,), before each token of the replies
 
 
 class WindowRef(NamedTuple):
-    """One item of a `WindowDataset`: the collator gathers all items of a batch at once."""
+    """A reference to one item of a `WindowDataset`; the collator gathers all items of a batch at once."""
 
     dataset: "WindowDataset"
     index: int
 
 
 class WindowDataset(torch.utils.data.Dataset):
-    """Windows as flat arrays of values and offsets, so that a batch is a few numpy gathers.
+    """A data set of windows, stored as flat arrays of values and offsets, so that a batch is a few numpy gathers.
 
     Args:
-      columns: name -> list column; LISTS and the fields of `Step`, one list per window. Further columns with a value
-        per step come along in a batch's steps under their name.
-      pad_id: fills the right of shorter rows; the attention mask, not the id, says what is real.
-      next_rows, end_rows: whether rows that only serve V of the next state, or of the end of a cut log, come along.
-      replies: whether a batch says where the environment's replies are; windows hold them if the encoder kept them.
+      columns: name -> column with one list per window, for all of LISTS and all fields of `Step`. Further columns with
+        one value per step are added to the steps of a batch under their name.
+      pad_id: the id that fills shorter rows on the right. Only the attention mask distinguishes padding from tokens.
+      next_rows: True: a batch includes the rows that only serve to compute V of the next state.
+      end_rows: True: a batch includes the rows that only serve to compute V at the end of a cut log.
+      replies: True: a batch includes the positions of the environment's replies, which the encoder must have kept.
     """
 
     def __init__(
@@ -104,7 +114,7 @@ class WindowDataset(torch.utils.data.Dataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        """(len,) tokens per window."""
+        """The number of tokens of each window, (len,)."""
         return np.diff(self.flat["input_ids"][1])
 
     @property
@@ -113,13 +123,13 @@ class WindowDataset(torch.utils.data.Dataset):
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows that an epoch reads, those that only serve V of a next state included."""
+        """The number of tokens in an epoch, including the rows that only serve to compute V."""
         read = {"input_ids": True, "next_ids": self.next_rows, "end_ids": self.end_rows}
         return sum(len(self.flat[name][0]) for name, used in read.items() if used)
 
     @property
     def closing_steps(self) -> np.ndarray:
-        """(N,) bool over all steps: those that close a turn of which it is known what follows."""
+        """A mask (N,) of the steps that close a turn and have a target."""
         return self.flat["closes_turn"][0].astype(bool) & self.flat["has_target"][0].astype(bool)
 
     def facts(self) -> dict[str, int]:
@@ -127,11 +137,11 @@ class WindowDataset(torch.utils.data.Dataset):
 
     @property
     def mean_return(self) -> float:
-        """Mean scaled return-to-go over all action tokens: where value heads start."""
+        """The mean scaled return-to-go over all action tokens, to which value heads are initialised."""
         return float(self.flat["return_to_go"][0].mean())
 
     def batch(self, indices: Sequence[int]) -> TokenBatch:
-        """The windows as one padded batch with packed steps; extra rows stand behind the windows."""
+        """Return these windows as one padded batch with packed steps; extra rows come after the windows."""
         index = np.asarray(indices)
         rows = [pick(self.flat["input_ids"], index)]
         next_row = end_row = None
@@ -144,17 +154,19 @@ class WindowDataset(torch.utils.data.Dataset):
         column = {name: pick(self.flat[name], index) for name in self.flat if name not in LISTS}
         row = np.repeat(np.arange(len(index)), column["state"][1])
         step = {name: values for name, (values, _) in column.items()}
+        # OWN, NEXT and END of episodes.py select the window's own row, its next row or its end row.
         own = np.zeros_like(row)
         places = [row, own if next_row is None else next_row[row], own if end_row is None else end_row[row]]
         steps = {name: step[name] for name in step if not name.endswith("_extra")}
         steps["row"] = row
         steps["next_row"] = np.choose(step["next_extra"], places)
         steps["end_row"] = np.choose(step["end_extra"], places)
-        # Without the extra rows nobody reads V there; the index still has to exist.
+        # Without the extra rows V is never used there, but the index must still be valid.
         for name, extra, present in (("next", "next_extra", self.next_rows), ("end", "end_extra", self.end_rows)):
             if not present:
                 steps[f"{name}_state"] = np.where(step[extra] == 0, step[f"{name}_state"], 0)
-        # A closing action may lie in no row, or another token in its place.
+        # A closing action may be missing from its row (at the row's end) or be printed as another token: mask only
+        # true actions.
         inside = step["state"] + 1 < input_ids.shape[1]
         place = row[inside], step["state"][inside] + 1
         action_mask = np.zeros_like(attention_mask)
@@ -173,7 +185,7 @@ class WindowDataset(torch.utils.data.Dataset):
         return batch
 
     def surplus_batch(self) -> TokenBatch:
-        """One window without steps, for a rank that has nothing to learn but must run forward."""
+        """Return one window without steps, for a rank that has no data left but must run a forward pass."""
         batch = self.batch([0])
         batch["action_mask"] = torch.zeros_like(batch["action_mask"])
         batch["steps"] = {name: values[:0] for name, values in batch["steps"].items()}
@@ -183,26 +195,27 @@ class WindowDataset(torch.utils.data.Dataset):
 
 
 def collate_windows(items: Sequence[WindowRef]) -> TokenBatch:
-    """The data collator: items of one `WindowDataset`."""
+    """Collate items of one `WindowDataset` into a batch."""
     return items[0].dataset.batch([item.index for item in items])
 
 
 def pick(flat: FlatLists, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values of the chosen lists, concatenated, and their lengths."""
+    """Return the values of the chosen lists, concatenated, and the length of each list."""
     values, offsets = flat
     places, lengths = places_of(offsets, index)
     return values[places], lengths
 
 
 def places_of(offsets: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the values of the chosen lists stand, concatenated, and their lengths."""
+    """Return the positions of the chosen lists' values, concatenated, and the length of each list."""
     lengths = offsets[index + 1] - offsets[index]
+    # Position j of the result is j plus a shift per list: its offset less the total length of the lists before it.
     starts = np.repeat(offsets[index] - np.concatenate([[0], lengths.cumsum()[:-1]]), lengths)
     return starts + np.arange(lengths.sum()), lengths
 
 
 def _append_rows(rows: list, extra: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Adds the non-empty lists as rows; returns for each window the row its list became (0 where it is empty)."""
+    """Append the non-empty lists to `rows`; return the batch row of each window's list, 0 if the list is empty."""
     values, lengths = extra
     present = lengths > 0
     first = sum(len(lengths) for _, lengths in rows)
@@ -229,12 +242,13 @@ def encode_trajectories(
     counts: Counter[str],
     prompts: Iterable[tuple[int, ...]] | None = None,
 ) -> dict[str, FlatLists]:
-    """Renders every trajectory once and returns the columns of a `WindowDataset`.
+    """Render every trajectory once and return the columns of a `WindowDataset`.
 
     Args:
-      counts: receives what was dropped or has no target, by reason.
-      prompts: per trajectory the ids that all its windows begin with (data/demonstrations.py); None = no prompts.
-    Raises: InputError where nothing can be trained on.
+      counts: updated in place with the number of dropped items and of steps without a target, by reason.
+      prompts: per trajectory, the ids of the few-shot demonstrations with which all its windows begin
+        (data/demonstrations.py); None = no demonstrations.
+    Raises: InputError if no agent turn fits.
     """
     values = {name: array("i") for name in LISTS} | {
         name: array(STEP_CODES[kind]) for name, kind in Step.__annotations__.items()

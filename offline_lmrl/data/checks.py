@@ -1,4 +1,4 @@
-"""What is in a data set, and what will make learning from it fail: the facts behind `offline-lmrl check`."""
+"""Describe a data set and warn of what would make learning from it fail, for `offline-lmrl check`."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +22,16 @@ if TYPE_CHECKING:
 _QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
 _BINS = 10
 _LONGEST = 5
-TEMPLATE_ROWS = 100  # that are compared with the stock template, which is slow
+TEMPLATE_ROWS = 100  # number of rows compared with the stock template, which is slow
 
 
 class LongRow(NamedTuple):
-    """One of the longest rows: its number from 1, its length in tokens (without a renderer: characters), its group."""
+    """One of the longest rows.
+
+    row: its number, counted from 1.
+    length: in tokens; in characters if there is no renderer.
+    group: its group.
+    """
 
     row: int
     length: int
@@ -34,7 +39,7 @@ class LongRow(NamedTuple):
 
 
 class TokenRow(NamedTuple):
-    """One token as it is trained on; the reward sits on the token that closes the turn that earned it."""
+    """One token of a trained row; the reward of a turn is at the token that closes the turn."""
 
     index: int
     text: str
@@ -45,10 +50,10 @@ class TokenRow(NamedTuple):
 
 @dataclass(frozen=True)
 class SplitReport:
-    """Facts about one split; returns are undiscounted sums of raw rewards, shares are in 0..1.
+    """A summary of one split. Returns are undiscounted sums of raw rewards; shares are from 0 to 1.
 
-    `histogram` holds (low, high, rows), with low == high where there are few distinct returns. Fields about tokens are
-    None without a renderer, `truncated` also without a length limit.
+    `histogram` contains (low, high, number of rows) per bin, with low == high if there are few distinct returns.
+    Fields about tokens are None without a renderer; `truncated` is also None without a length limit.
     """
 
     rows: int
@@ -70,7 +75,13 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Facts per split, groups that occur in two splits, what the reader repaired and dropped, and warnings."""
+    """The result of `check`.
+
+    splits: a summary of each split.
+    shared_groups: for each pair of splits with common groups, the number of these groups.
+    counts: repairs and drops by the reader, by reason.
+    warnings: one line each.
+    """
 
     splits: dict[str, SplitReport]
     shared_groups: dict[str, int]
@@ -78,14 +89,14 @@ class CheckReport:
     warnings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values for JSON."""
+        """Return the report as plain values for JSON."""
         report = asdict(self)
         for split in report["splits"].values():
             split["longest"] = [LongRow(*row)._asdict() for row in split["longest"]]
         return report
 
     def print(self, console: "Console") -> None:
-        """Prints the report as tables."""
+        """Print the report as tables."""
         from rich.text import Text
 
         console.print(_facts_table(self.splits))
@@ -107,13 +118,14 @@ def check(
     max_length: int | None = None,
     counts: Mapping[str, int] | None = None,
 ) -> CheckReport:
-    """Describes a data set and warns of what would make learning from it fail.
+    """Describe a data set and warn of what would make learning from it fail.
 
     Args:
       trajectories_by_split: at least one row per split.
-      renderer: adds token counts and the comparison with the stock chat template.
-      max_length: tokens a row may have before its oldest turns are dropped; needs a renderer.
-      counts: repairs and drops by reason, as the reader counted them.
+      renderer: used to count tokens and to compare with the stock chat template; None = do neither.
+      max_length: maximum number of tokens of a row, beyond which its oldest turns are dropped; needs a renderer. None
+        = no limit.
+      counts: repairs and drops by the reader, by reason; None = none.
     """
     counts = dict(counts or {})
     splits, warnings = {}, []
@@ -136,7 +148,7 @@ def check(
 
 
 def score_columns(trajectories: Sequence[Trajectory]) -> list[str]:
-    """The other columns that may hold a score: numbers or truth values where they are there, and not all the same."""
+    """Return the labels that may be a score: all values present are numbers or booleans, and not all are equal."""
     values: dict[str, list[Any]] = defaultdict(list)
     for trajectory in trajectories:
         for name, value in trajectory.labels.items():
@@ -148,7 +160,7 @@ def score_columns(trajectories: Sequence[Trajectory]) -> list[str]:
 
 
 def token_table(trajectory: Trajectory, renderer: "Renderer") -> list[TokenRow]:
-    """One row per token of the whole trajectory as training renders it, preamble (role "") included."""
+    """Return one row per token of the whole trajectory as rendered for training; the preamble has the role ""."""
     turns = with_own_token_ids(trajectory, renderer.fingerprint).turns
     encoded = renderer.encode(turns)
     rows = [(token, "", False, None) for token in renderer.preamble_of(turns)]
@@ -191,7 +203,7 @@ def _describe(trajectories: Sequence[Trajectory], renderer: "Renderer | None", m
 
 
 def _token_counts(trajectory: Trajectory, renderer: "Renderer") -> tuple[int, int]:
-    """All tokens and the agent's, of the whole row."""
+    """Return the numbers of all tokens and of the agent's tokens in the whole row."""
     turns = with_own_token_ids(trajectory, renderer.fingerprint).turns
     encoded = renderer.encode(turns)
     ids = renderer.window_ids(turns, encoded, 0, len(turns), True)
@@ -203,7 +215,7 @@ def _histogram(returns: np.ndarray) -> list[tuple[float, float, int]]:
     values, rows = np.unique(returns.round(9), return_counts=True)
     if len(values) <= _BINS:
         return [(float(value), float(value), int(n)) for value, n in zip(values, rows, strict=True)]
-    # Equal bins, of which fewer are left where floats between the ends are rare.
+    # Bins of equal width. If few floats exist between the two ends, some edges coincide, which leaves fewer bins.
     edges = np.unique(np.linspace(returns.min(), returns.max(), _BINS + 1))
     rows, _ = np.histogram(returns, bins=edges)
     return [(float(low), float(high), int(n)) for low, high, n in zip(edges, edges[1:], rows, strict=False)]
@@ -231,9 +243,9 @@ def _warnings(
 
 
 def first_difference(renderer: "Renderer", dialogues: Sequence[Sequence[Turn]]) -> str | None:
-    """One line on the dialogues among the first that the stock chat template prints otherwise; None if there are none.
+    """Return one line on the dialogues that the stock chat template prints differently; None if there are none.
 
-    The stock template is slow, so only the first TEMPLATE_ROWS are compared.
+    Only the first TEMPLATE_ROWS dialogues are compared, because the stock template is slow.
     """
     found = {
         number: text
@@ -250,7 +262,7 @@ def first_difference(renderer: "Renderer", dialogues: Sequence[Sequence[Turn]]) 
 
 
 def _can_stitch(trajectories: Sequence[Trajectory]) -> bool:
-    """Whether some observation, the turns since the agent last spoke, gets different replies in different rows."""
+    """True if some observation (the turns since the agent last spoke) has different replies in different rows."""
     seen: dict[tuple, dict[str, int]] = defaultdict(dict)  # observation -> reply -> the first row that gave it
     for row, trajectory in enumerate(trajectories):
         for observation, reply in _observed(trajectory.turns):
@@ -262,7 +274,7 @@ def _can_stitch(trajectories: Sequence[Trajectory]) -> bool:
 
 
 def _observed(turns: Sequence[Turn]) -> Iterator[tuple[tuple, str]]:
-    """Each agent turn's text with what was said since the agent last spoke, where anything was."""
+    """Yield (observation, reply) for each agent turn that follows at least one turn of another speaker."""
     observation: list[tuple[str, str]] = []
     for turn in turns:
         if not turn.is_trainable:

@@ -1,8 +1,8 @@
-"""From comparisons to batches: each option as rows of tokens, rendered once, gathered by comparison.
+"""Turn comparisons into batches: each option is rendered once as rows of tokens, and a batch gathers comparisons.
 
-An option is one row, context and reply. Or, where each of its agent turns is judged on its own (`by_turn`), it is one
-row per agent turn: what a policy with the same window rule sees before that turn, and the turn (data/windows.py).
-A scored trajectory is a comparison of one option, whose target is its return.
+An option is one row: context and reply. With `by_turn`, where each agent turn is judged separately, an option is one
+row per agent turn: the turns that a policy with the same window rule sees before that turn, and the turn itself
+(data/windows.py). A scored trajectory is a comparison with one option, whose target is its return.
 """
 
 import sys
@@ -29,47 +29,52 @@ from offline_lmrl.data.trajectory import Trajectory, Turn, leading_system_turns,
 from offline_lmrl.data.windows import WindowRule, first_visible
 
 _NOT_ACTION, _ACTION, _CLOSING = 0, 1, 2
-_CHUNK = 500  # comparisons that a process renders at once
+_CHUNK = 500  # number of comparisons that a process renders at a time
 
 
 class ComparisonBatch(TypedDict):
-    """C comparisons of M = ΣK options, as B rows of T tokens. The options of a comparison stand together, in order,
-    and so do the rows of an option.
+    """A batch of C comparisons with M = ΣK options in total, as B rows of T tokens.
 
-    A row is context + option, so B = M, and the context is the same in all rows of a comparison, truncation included;
-    or it is one agent turn of an option, after what that turn sees.
+    The options of a comparison are adjacent and in order, and so are the rows of an option. Without `by_turn`, a row
+    is context + option, so B = M, and all rows of a comparison have the same context, truncated at the same turn. With
+    `by_turn`, a row is one agent turn of an option, after the turns visible to it.
     """
 
     input_ids: Tensor  # (B,T) long
     attention_mask: Tensor  # (B,T) bool
-    action_mask: Tensor  # (B,T) bool: the agent wrote token t of the option; where a head per token is read
-    closing_mask: Tensor  # (B,T) bool: token t is the last of its agent turn; where a head per turn is read
-    last: Tensor  # (B,) long: the option's last action token, where a terminal head is read
+    action_mask: Tensor  # (B,T) bool: the agent wrote token t of the option; a head per token is applied here
+    closing_mask: Tensor  # (B,T) bool: token t is the last of its agent turn; a head per turn is applied here
+    last: Tensor  # (B,) long: column of the row's last action token; a terminal head is applied here
     option: Tensor  # (B,) long: row -> option, 0 to M − 1
     comparison: Tensor  # (M,) long: option -> comparison, 0 to C − 1
-    target: Tensor  # (M,) float: probability that this option is the best of its comparison; its return where alone
-    rank: Tensor  # (M,) long: place of this option's group in the ranking, 0 = best
+    target: Tensor  # (M,) float: probability that this option is the best of its comparison; if alone, its return
+    rank: Tensor  # (M,) long: rank of this option's group of ties, 0 = best
     weight: Tensor  # (C,) float
-    strength: Tensor  # (C,) float: `labels["strength"]`, 0 where it is not known
+    strength: Tensor  # (C,) float: `labels["strength"]`, 0 if unknown
 
 
 class ComparisonRef(NamedTuple):
-    """One item of a `ComparisonDataset`: the collator gathers all items of a batch at once."""
+    """A reference to one item of a `ComparisonDataset`; the collator gathers all items of a batch at once."""
 
     dataset: "ComparisonDataset"
     index: int
 
 
 class ComparisonDataset(torch.utils.data.Dataset):
-    """Comparisons as flat arrays; made by `encode_comparisons`. Its length, and so a batch size, counts comparisons.
+    """A data set of comparisons as flat arrays, made by `encode_comparisons` or `encode_scored`.
+
+    Its length, and therefore a batch size, counts comparisons.
 
     Args:
-      input_ids, actions: one list per row: tokens, and for each token whether it is no action, one, or one that closes
-        its turn.
-      row_offsets: (options + 1,) where the rows of each option start, and where the last one's end.
-      offsets: (len + 1,) where the options of each comparison start, and where the last one's end.
-      target, rank: one value per option. weight, strength: one value per comparison.
-      pad_id: fills the right of shorter rows; the attention mask, not the id, says what is real.
+      input_ids: one list of token ids per row.
+      actions: one list per row with the kind of each token: no action, an action, or an action that closes its turn.
+      row_offsets: (options + 1,) index of each option's first row, then the number of rows.
+      offsets: (len + 1,) index of each comparison's first option, then the number of options.
+      target: (options,) as in `ComparisonBatch`.
+      rank: (options,) as in `ComparisonBatch`.
+      weight: (len,) as in `ComparisonBatch`.
+      strength: (len,) as in `ComparisonBatch`.
+      pad_id: the id that fills shorter rows on the right. Only the attention mask distinguishes padding from tokens.
     """
 
     def __init__(
@@ -96,19 +101,19 @@ class ComparisonDataset(torch.utils.data.Dataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        """(len,) tokens of each comparison's longest row."""
+        """The number of tokens of each comparison's longest row, (len,)."""
         return np.maximum.reduceat(np.diff(self.input_ids[1]), self.row_offsets[self.offsets[:-1]])
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows, which an epoch reads."""
+        """The number of tokens in an epoch, over all rows."""
         return len(self.input_ids[0])
 
     def facts(self) -> dict[str, int]:
         return {"comparisons": len(self), "options": len(self.target), "tokens": self.tokens}
 
     def batch(self, indices: Sequence[int]) -> ComparisonBatch:
-        """These comparisons as one padded batch."""
+        """Return these comparisons as one padded batch."""
         index = np.asarray(indices)
         options, sizes = places_of(self.offsets, index)
         rows, parts = places_of(self.row_offsets, options)
@@ -130,14 +135,14 @@ class ComparisonDataset(torch.utils.data.Dataset):
         }
 
     def surplus_batch(self) -> ComparisonBatch:
-        """One comparison of weight 0, for a rank that has nothing to learn but must run forward."""
+        """Return one comparison of weight 0, for a rank that has no data left but must run a forward pass."""
         batch = self.batch([0])
         batch["weight"] = torch.zeros_like(batch["weight"])
         return batch
 
 
 def collate_comparisons(items: Sequence[ComparisonRef]) -> ComparisonBatch:
-    """The data collator: items of one `ComparisonDataset`."""
+    """Collate items of one `ComparisonDataset` into a batch."""
     return items[0].dataset.batch([item.index for item in items])
 
 
@@ -149,16 +154,17 @@ def encode_comparisons(
     processes: int = 1,
     by_turn: bool = False,
 ) -> ComparisonDataset:
-    """Renders every comparison once; all that a batch needs lies in files without a name in the temporary folder.
+    """Render every comparison once and return a data set that reads from anonymous files in the temporary folder.
 
-    Where a comparison is longer than `window` allows, all its options lose the same oldest turns of the context, and
-    never a token of their own; a comparison with an option that does not fit is dropped as a whole.
+    If a comparison is longer than `window` allows, all its options lose the same oldest turns of the context, and
+    never a token of their own. If one option alone does not fit, the whole comparison is dropped.
 
     Args:
-      counts: receives what was dropped or lost turns, by reason.
-      processes: how many render at once.
-      by_turn: one row per agent turn of an option, each behind what `window` lets it see, instead of one per option.
-    Raises: InputError where no comparison is left.
+      counts: updated in place with the number of comparisons that were dropped or lost turns, by reason.
+      processes: number of processes that render in parallel.
+      by_turn: False: one row per option. True: one row per agent turn of an option, each after the turns that `window`
+        lets it see.
+    Raises: InputError if no comparison is left.
     """
     return _dataset(comparisons, partial(_compared, renderer, window, by_turn), renderer.close_id, counts, processes)
 
@@ -171,20 +177,22 @@ def encode_scored(
     processes: int = 1,
     by_turn: bool = False,
 ) -> ComparisonDataset:
-    """Scored trajectories as comparisons of one option: all from the first agent turn on, with the return as target.
+    """Render scored trajectories as comparisons of one option: the turns from the first agent turn on.
 
-    Args, Raises: as `encode_comparisons`.
+    The target of the option is the trajectory's return. Arguments and errors are those of `encode_comparisons`.
     """
     return _dataset(trajectories, partial(_rated, renderer, window, by_turn), renderer.close_id, counts, processes)
 
 
 class _Rendered(NamedTuple):
-    """Some comparisons: values per token, per row, per option and per comparison, of the kinds in _CODES.
+    """Some rendered comparisons: values per token, per row, per option and per comparison, with the types in _CODES.
 
-    token_ends, row_ends, option_ends: tokens up to the end of each row, rows up to the end of each option, and options
-    up to the end of each comparison.
-    All are arrays where they are made, then files, where ends count from the very first comparison on and have a 0 in
-    front, and at last what is read from those.
+    token_ends: per row, the number of tokens up to its end.
+    row_ends: per option, the number of rows up to its end.
+    option_ends: per comparison, the number of options up to its end.
+
+    The fields are arrays in the processes that render. They are then appended to files, in which the ends count from
+    the very first comparison and start with a 0. Finally they are memory maps of these files.
     """
 
     input_ids: Any
@@ -199,8 +207,8 @@ class _Rendered(NamedTuple):
 
 
 _CODES = "ibqqfiqff"
-Row = tuple[list[int], list[int]]  # tokens, and what each token is
-# (rows of each option, target, ranks, weight, strength) of a comparison; None: it does not fit.
+Row = tuple[list[int], list[int]]  # token ids, and the kind of each token
+# The rows of each option, target, ranks, weight and strength of a comparison; None if it does not fit.
 _Encoded = tuple[list[list[Row]], Sequence[float], Sequence[int], float, float] | None
 
 
@@ -251,7 +259,7 @@ def _dataset(
     with in_temporary_folder(), ExitStack() as opened:
         files = _Rendered(*(opened.enter_context(tempfile.TemporaryFile()) for _ in _CODES))
         for file in (files.token_ends, files.row_ends, files.option_ends):
-            file.write(bytes(8))  # the first list starts at 0
+            file.write(bytes(8))  # the first offset is 0
         for part, mine in map_in_order(partial(_rendered, rows, encode), places, processes):
             counts.update(mine)
             ends = {
@@ -275,9 +283,9 @@ def _dataset(
 def fitting(
     comparisons: Iterable[Comparison], renderer: Renderer, window: WindowRule, counts: Counter[str]
 ) -> list[Comparison]:
-    """The comparisons whose options all fit: what is left out of one side must not stay in as the other.
+    """Return the comparisons whose options all fit; arguments as for `encode_comparisons`.
 
-    Args: as `encode_comparisons`.
+    A comparison is dropped as a whole, so that one side is never kept without the other.
     """
     return [row for row in comparisons if _own_rows(row, renderer, window, counts) is not None]
 
@@ -285,7 +293,7 @@ def fitting(
 def _own_rows(
     comparison: Comparison, renderer: Renderer, window: WindowRule, counts: Counter[str], by_turn: bool = False
 ) -> list[list[Row]] | None:
-    """`encode_options` of a comparison, whose sampled ids are used where they are this renderer's."""
+    """Return `encode_options` of a comparison; its sampled ids are used if they are those of this renderer."""
     turns = [
         with_own_token_ids(
             Trajectory((*comparison.context, *option), labels=comparison.labels), renderer.fingerprint
@@ -304,10 +312,14 @@ def encode_options(
     counts: Counter[str],
     by_turn: bool = False,
 ) -> list[list[Row]] | None:
-    """Per option its rows: tokens, and what each token is (no action, an action, an action that closes its turn).
+    """Return the rows of each option: token ids, and the kind of each token (see `ComparisonDataset`).
 
-    Sampled ids, if there are any, must be this renderer's. None where an option does not fit; `counts` is told of that
-    and of lost turns. by_turn: as in `encode_comparisons`.
+    Args:
+      context: turns that all options share.
+      options: the turns of each option. Sampled ids, if any, must be those of this renderer.
+      counts: updated in place if an option does not fit or the context loses turns.
+      by_turn: as for `encode_comparisons`.
+    Returns: one list of rows per option, or None if an option does not fit.
     """
     rows = [[*context, *option] for option in options]
     counts.update({line for row in rows for line in renderer.printer.faults_in(row)})
@@ -326,7 +338,7 @@ def encode_options(
     ]
 
 
-# (first turn of the reply, first turn that is seen behind the leading system turns, end of the reply) of each row
+# For each row: first turn of the reply, first visible turn after the leading system turns, end of the reply.
 _Spans = list[tuple[int, int, int]]
 
 
@@ -337,8 +349,11 @@ def _cut_as_one_turn(
     renderer: Renderer,
     window: WindowRule,
 ) -> list[_Spans] | None:
-    """One row per option, from turn `start` on. All options together are one coming turn, as long as the longest of
-    them, so the context stays the same for all. None where that does not fit."""
+    """Return the span of one row per option, whose reply starts at turn `start`; None if an option does not fit.
+
+    The window is cut as if all options were one next turn, as long as the longest option, so that all options have the
+    same context.
+    """
     head = leading_system_turns(rows[0][:start])
     before = [turn.longest for turn in encoded[0][:start]]
     longest = max(sum(turn.longest for turn in turns[start:]) for turns in encoded)
@@ -354,7 +369,7 @@ def _cut_by_turn(
     renderer: Renderer,
     window: WindowRule,
 ) -> list[_Spans] | None:
-    """One row per agent turn from turn `start` on, cut as the window of a policy. None where one does not fit."""
+    """Return the spans of one row per agent turn from `start`, cut as a policy's window; None if one is too long."""
     cuts = []
     for row, turns in zip(rows, encoded, strict=True):
         head, lengths = leading_system_turns(row), [turn.longest for turn in turns]
@@ -372,11 +387,11 @@ def _row(
     renderer: Renderer,
     counts: Counter[str],
 ) -> tuple[list[int], list[int]]:
-    """A context and, from turn `start` on, a reply: tokens, and what each token is.
+    """Return token ids and kinds of a row: a context and, from turn `start` on, a reply.
 
-    Where the template prints no closing, the agent's closing token ends the row: scores are read there. Inside an
-    option it is the token before the next turn. A turn of the agent's that the template prints otherwise once others
-    follow holds no actions, which is counted.
+    If the template prints no closing, the agent's closing token is appended at the end of the row, because scores are
+    computed there; inside an option, the last token before the next turn counts as the closing instead. An agent turn
+    that the template prints differently once others follow has no actions; `counts` records such turns.
     """
     pieces = renderer.window_ids(turns, encoded, first, len(turns), live=True)
     if turns[-1].role == "assistant":
@@ -384,6 +399,7 @@ def _row(
         pieces[-1] = (*pieces[-1], *last.actions[len(pieces[-1]) - last.action_start :])
     ids = [*renderer.preamble_of(turns), *(token for piece in pieces for token in piece)]
     kinds, place = [_NOT_ACTION] * len(ids), len(ids)
+    # Count from the end, because `pieces` lacks the turns that the window cut off between system turns and context.
     for index in range(len(turns) - 1, start - 1, -1):
         turn, piece = encoded[index], pieces[index - len(turns)]
         place -= len(piece)

@@ -1,8 +1,9 @@
-"""Returns as a condition: returns-to-go in floats, the scale that bins them, and the slot that tells the model.
+"""Condition a model on returns: returns-to-go as floats, the scale that bins them, and the slots that encode them.
 
-A slot stands directly before the opening of every agent turn: `[slot] opening text closing`. It holds the return that
-is still to come, as one reserved id behind the model's vocabulary (models/return_embedding.py) or as plain text. The
-float is what is kept and updated; it is binned only here, at the input, as bins cannot be subtracted.
+A slot comes directly before the opening of every agent turn: `[slot] opening text closing`. It encodes the return that
+is still to come, as one reserved id after the model's vocabulary (models/return_embedding.py) or as plain text.
+Returns are stored and updated as floats, because bins cannot be subtracted; they are binned only here, at the model's
+input.
 """
 
 import bisect
@@ -20,16 +21,20 @@ from offline_lmrl.data.trajectory import Trajectory
 
 KINDS = ("auto", "unique", "linear", "quantile")
 ASK_NAMES = re.compile(r"max|p(\d|[1-9]\d|100)")
-STATE_ASKS = re.compile(r"auto(:.+)?|expert:(\d+(\.\d+)?)")  # what they are depends on where the agent is
-LABEL = "return_to_go"  # relabelled returns, one per agent turn, take the place of the logged ones
+STATE_ASKS = re.compile(r"auto(:.+)?|expert:(\d+(\.\d+)?)")  # requests whose value depends on the state
+LABEL = "return_to_go"  # label with relabelled returns, one per agent turn, which replace the logged ones
 Ids = tuple[int, ...]
 
 
 def returns_to_go(trajectory: Trajectory, discount_per_turn: float = 1.0) -> list[float]:
-    """Per agent turn, in logged units: its reward and those of all later turns, R_k = r_k + γ · R_{k+1}.
+    """Return the return-to-go of each agent turn, R_k = r_k + γ · R_{k+1}, in logged units.
 
-    A turn that is not scored pays 0; of a cut log only what was logged counts. `labels["return_to_go"]` is given back
-    as it is, if it is there. Raises: InputError where that is not one finite number per agent turn.
+    An unscored turn counts as reward 0. For a cut log, only logged rewards count. If the label "return_to_go" exists,
+    its values are returned unchanged.
+
+    Args:
+      discount_per_turn: γ.
+    Raises: InputError if the label is not one finite number per agent turn.
     """
     rewards = [turn.reward or 0.0 for turn in trajectory.turns if turn.is_trainable]
     labelled = trajectory.labels.get(LABEL)
@@ -47,7 +52,10 @@ def returns_to_go(trajectory: Trajectory, discount_per_turn: float = 1.0) -> lis
 
 
 def check_ask(ask: float | str | None) -> None:
-    """Raises: InputError for what cannot be asked for: neither None, a finite number, nor a known name."""
+    """Check that a requested return is None, a finite number or a known name.
+
+    Raises: InputError if it is none of these.
+    """
     number = isinstance(ask, int | float) and not isinstance(ask, bool) and math.isfinite(ask)
     named = isinstance(ask, str) and (ASK_NAMES.fullmatch(ask) or STATE_ASKS.fullmatch(ask))
     if not (ask is None or number or named):
@@ -57,7 +65,10 @@ def check_ask(ask: float | str | None) -> None:
 
 
 def check_binning(kind: str, bins: int, per: str) -> None:
-    """Raises: InputError for a setting of `ReturnScale.fit` that it does not know."""
+    """Check the settings of `ReturnScale.fit`.
+
+    Raises: InputError for an unknown `kind` or `per`, or fewer than 2 bins.
+    """
     for name, value, known in (("binning", kind, KINDS), ("per", per, ("global", "task"))):
         if value not in known:
             raise InputError(f"{name}: found {shown(value)}, expected one of {', '.join(known)}")
@@ -67,12 +78,13 @@ def check_binning(kind: str, bins: int, per: str) -> None:
 
 @dataclass(frozen=True)
 class ReturnTable:
-    """The bins of one scale. Bin b holds the returns from edges[b − 1] up to, but not with, edges[b].
+    """The bins of one scale. Bin b holds the returns in [edges[b − 1], edges[b]).
 
-    edges: between neighbouring bins, rising (`fit_edges`). least, most: of the returns at turn starts in the training
-      split.
-    quantiles: p0, p1, ..., p100 of the returns of whole trajectories, from which asks are named.
-    counts: training turns per bin.
+    edges: the edges between neighbouring bins, increasing (`fit_edges`).
+    least: the smallest return at a turn start in the training split.
+    most: the largest return at a turn start in the training split.
+    quantiles: p0, p1, ..., p100 of the returns of whole trajectories, the values of the requests "p0" to "p100".
+    counts: number of training turns per bin.
     """
 
     edges: tuple[float, ...]
@@ -83,7 +95,15 @@ class ReturnTable:
 
     @classmethod
     def fit(cls, at_turns: np.ndarray, of_trajectories: np.ndarray, kind: str, bins: int) -> "ReturnTable":
-        """From returns at turn starts, at least two distinct ones, and those of whole trajectories."""
+        """Fit the bins.
+
+        Args:
+          at_turns: (N,) returns at turn starts, at least two of them distinct.
+          of_trajectories: (M,) returns of whole trajectories.
+          kind: as for `fit_edges`.
+          bins: as for `fit_edges`.
+        Raises: InputError if kind is "unique" and there are more than `bins` distinct returns.
+        """
         number = len(distinct(at_turns)[0])
         if kind == "unique" and number > bins:
             raise InputError(
@@ -98,22 +118,25 @@ class ReturnTable:
 
 
 def rounding_error(values: np.ndarray) -> float:
-    """The difference up to which two of the values are taken for one number.
+    """Return the difference up to which two of the values count as the same number.
 
-    More than sums of them in different order differ by, and far less than anybody tells apart.
+    It is larger than the rounding error between sums of the same rewards in different order, and far smaller than any
+    difference that matters.
     """
     return max(1e-9 * float(np.ptp(values)), 64 * float(np.finfo(values.dtype).eps) * float(np.abs(values).max()))
 
 
 def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the smallest and the largest entry of each distinct number, rising, (K,) each.
+    """Return the smallest and the largest entry of each distinct number, in increasing order, (K,) each.
 
-    Entries that differ by rounding alone are one number: .7 − .1 and .6, or sums of the same rewards in another order.
+    Entries that differ only by rounding count as one number: .7 − .1 and .6, or sums of the same rewards in another
+    order.
     """
     ordered, tolerance = np.sort(values), rounding_error(values)
     starts = np.flatnonzero(np.append(True, np.diff(ordered) > tolerance))
     stops = np.append(starts[1:], len(ordered))
-    # Dense values make chains of small steps that are no rounding any more: each such run is cut from its least on.
+    # Dense values can form chains of small steps whose total exceeds any rounding error. Cut each such run into pieces
+    # no wider than the tolerance, starting from its smallest value.
     wide = ordered[stops - 1] - ordered[starts] > tolerance
     cut = []
     for start, stop in zip(starts[wide].tolist(), stops[wide].tolist(), strict=True):
@@ -126,16 +149,19 @@ def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit_edges(values: np.ndarray, kind: str, bins: int) -> np.ndarray:
-    """Return edges between bins, rising, each half-way between two neighbouring distinct numbers.
+    """Return the edges between bins, increasing, each half-way between two neighbouring distinct numbers.
 
-    In play a return is the ask less the rewards so far, in training the sum of those ahead: they agree up to rounding,
-    which an edge on a number would turn into another bin, and no edge here does.
+    During play, a return is the requested return minus the rewards so far; in training, it is the sum of the rewards
+    ahead. The two agree up to rounding. If an edge were equal to one of the numbers, rounding could change the bin, so
+    edges are placed between numbers.
 
     Args:
-      kind: unique (one bin per distinct number), linear (equal widths from the least to the most) or quantile (equally
-        full). A number on a cut belongs to the bin above it; bins without a number are left out.
-      bins: how many to aim for, at least 2; unused for unique.
-    Returns: (B − 1,), none where all numbers are the same.
+      values: (N,) returns.
+      kind: "unique" (one bin per distinct number), "linear" (equal widths from the smallest to the largest) or
+        "quantile" (equally many values per bin). A number on a cut belongs to the bin above it. Empty bins are left
+        out.
+      bins: number of bins to aim for, at least 2; unused for "unique".
+    Returns: (B − 1,) edges; empty if all numbers are the same.
     """
     first, last = distinct(values)
     between = (last[:-1] + first[1:]) / 2
@@ -143,18 +169,18 @@ def fit_edges(values: np.ndarray, kind: str, bins: int) -> np.ndarray:
         return between
     shares = np.linspace(0, 1, bins + 1)[1:-1]
     cuts = first[0] + shares * (last[-1] - first[0]) if kind == "linear" else np.quantile(values, shares)
-    below = np.searchsorted(last, cuts - rounding_error(values))  # so many numbers lie below each cut
-    below = np.unique(below[below > 0]) if below.any() else np.array([1])  # nearly all are the least number
+    below = np.searchsorted(last, cuts - rounding_error(values))  # how many numbers are below each cut
+    below = np.unique(below[below > 0]) if below.any() else np.array([1])  # nearly all values are the minimum
     return between[below - 1]
 
 
 @dataclass(frozen=True)
 class ReturnScale:
-    """Which bin a return belongs to, fitted on the training split and saved with the weights.
+    """A map from returns to bins, fitted on the training split and saved with the weights.
 
-    kind: unique, linear or quantile, as `fit_edges` takes them.
-    per: global, or task: bins of each task are fitted on its own returns.
-    tables: task -> its bins; "" where the scale is global.
+    kind: "unique", "linear" or "quantile", as for `fit_edges`.
+    per: "global", or "task" if the bins of each task are fitted on its own returns.
+    tables: task -> its bins; the only key is "" if the scale is global.
     """
 
     kind: str
@@ -170,12 +196,15 @@ class ReturnScale:
         per: str = "global",
         discount_per_turn: float = 1.0,
     ) -> "ReturnScale":
-        """From the returns-to-go at the starts of all agent turns.
+        """Fit the scale to the returns-to-go at the starts of all agent turns.
 
         Args:
-          kind: "auto" is unique where there are at most `bins` distinct returns, else linear.
-          bins: most bins, at least 2.
-        Raises: InputError where nothing is scored, or all returns (of a task) are the same.
+          kind: "unique", "linear" or "quantile" (`fit_edges`); "auto" means "unique" if there are at most `bins`
+            distinct returns, else "linear".
+          bins: maximum number of bins, at least 2.
+          per: "global", or "task" for separate bins per task.
+          discount_per_turn: γ of the returns.
+        Raises: InputError if no turn is scored, or if all returns (of one task) are the same.
         """
         check_binning(kind, bins, per)
         if not any(LABEL in t.labels or any(turn.reward is not None for turn in t.turns) for t in trajectories):
@@ -206,11 +235,14 @@ class ReturnScale:
 
     @property
     def bins(self) -> int:
-        """Rows that the model needs: the bins of the finest table."""
+        """The largest number of bins of any table; the model needs a slot for each."""
         return max(len(table.counts) for table in self.tables.values())
 
     def table(self, task: str = "") -> ReturnTable:
-        """The bins of a task. Raises: InputError for a task that is not in the training data."""
+        """Return the bins of a task.
+
+        Raises: InputError if the scale is per task and the training data do not contain the task.
+        """
         name = task if self.per == "task" else ""
         if name not in self.tables:
             known = ", ".join(map(repr, sorted(self.tables)[:8]))
@@ -221,31 +253,39 @@ class ReturnScale:
         return self.tables[name]
 
     def bin_of(self, value: float, task: str = "") -> int:
-        """The bin of a return, from 0; beyond the data the first or the last. Raises: InputError for NaN."""
+        """Return the bin of a return, counted from 0; outside the data the first or the last bin.
+
+        Raises: InputError for NaN.
+        """
         if math.isnan(value):
             raise InputError("ask: found nan, expected a number")
         return bisect.bisect_right(self.table(task).edges, value)
 
     def clipped(self, value: float, task: str = "") -> bool:
-        """Whether a return lies outside those of the training data, where its bin says less than it."""
+        """True if the return is outside the training range, so that its bin is only the nearest one."""
         table = self.table(task)
         slack = 1e-6 * (table.most - table.least)
         return not table.least - slack <= value <= table.most + slack
 
     def named_ask(self, name: str, task: str = "") -> float:
-        """A return of whole training trajectories: "max", or "p90" for the 90th percentile.
+        """Return a quantile of the returns of whole training trajectories.
 
-        Raises: InputError for another name.
+        Args:
+          name: "max", or "p0" to "p100" for a percentile.
+        Raises: InputError for any other name.
         """
         if not ASK_NAMES.fullmatch(name):
             raise InputError(f"ask: found {shown(name)}, expected max, or p0 to p100")
         return self.table(task).quantiles[100 if name == "max" else int(name.removeprefix("p"))]
 
     def asks_for_the_usual(self, name: str, task: str = "") -> str | None:
-        """Return a line about a percentile above the 50th whose bin is that of the median, if a better bin exists.
+        """Return a warning if a percentile above the 50th has the same bin as the median, and a better bin exists.
 
-        This happens where fewer than one log in ten earns more than the others: p90 then asks for no more than they
-        earn. None for every other ask. Raises: InputError as `named_ask`.
+        This happens if, for example, fewer than one log in ten earns more than the rest: "p90" then requests no more
+        than the rest earn.
+
+        Returns: one line, or None if there is nothing to warn of.
+        Raises: InputError as `named_ask`.
         """
         asked, median, best = (self.named_ask(one, task) for one in (name, "p50", "max"))
         percent = 100 if name == "max" else int(name.removeprefix("p"))
@@ -257,7 +297,7 @@ class ReturnScale:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         tables = {
             task: {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(table).items()}
             for task, table in self.tables.items()
@@ -266,7 +306,7 @@ class ReturnScale:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ReturnScale":
-        """The inverse of `to_dict`."""
+        """Build the scale from the values of `to_dict`."""
         tables = {
             task: ReturnTable(**{name: tuple(x) if isinstance(x, list) else x for name, x in table.items()})
             for task, table in values["tables"].items()
@@ -275,17 +315,21 @@ class ReturnScale:
 
 
 def texts_of(block: Mapping[str, Any]) -> list[str]:
-    """What stands for each bin in a model's `returns` block with conditions as text."""
+    """Return the text of each bin for a `returns` block whose returns are encoded as text."""
     return [block["text"].format(bin=b + 1, bins=block["bins"]) for b in range(block["bins"])]
 
 
 def with_slots(
     prompt: Sequence[int], opening: Sequence[int], slot: Ids, past_opening: Sequence[int] | None = None
 ) -> list[int]:
-    """A prompt that ends with the agent's opening, with the same slot before that and every earlier one.
+    """Insert the same slot before every opening of the agent in a prompt that ends with such an opening.
 
-    past_opening: ids before the agent's earlier turns; None = the opening.
-    Raises: InputError where it ends otherwise.
+    Args:
+      prompt: ids that end with `opening`.
+      opening: ids before the agent's next turn.
+      slot: the ids to insert.
+      past_opening: ids before the agent's earlier turns; None = the same as `opening`.
+    Raises: InputError if the prompt does not end with `opening`.
     """
     n, opening = len(opening), list(opening)
     past = opening if past_opening is None else list(past_opening)
@@ -304,9 +348,12 @@ def with_slots(
 
 @dataclass(frozen=True)
 class Slots:
-    """The ids that tell a return to the model, and where a log has which.
+    """The ids that encode returns for the model, and functions that choose them for a log.
 
-    scale: bins returns. null: no return is asked for. bins: ids of each bin. discount_per_turn: γ of the returns.
+    scale: the map from returns to bins.
+    null: the ids used if no return is requested.
+    bins: the ids of each bin.
+    discount_per_turn: γ of the returns.
     """
 
     scale: ReturnScale
@@ -316,12 +363,13 @@ class Slots:
 
     @classmethod
     def from_block(cls, block: Mapping[str, Any], vocabulary: int, renderer: Renderer | None) -> "Slots":
-        """What the `returns` block of a model's settings describes.
+        """Build the slots from the `returns` block of a model's settings.
 
         Args:
-          vocabulary: rows of the model's embedding; its reserved ids begin there, null first.
-          renderer: only read for conditions as text, which have nothing where no return is asked for.
-        Raises: InputError where the tokenizer does not tell two of the texts apart.
+          block: the `returns` block.
+          vocabulary: number of rows of the model's embedding. The reserved ids start at this number, null first.
+          renderer: encodes returns as text, with no ids for null; unused if returns are encoded by reserved ids.
+        Raises: InputError if the tokenizer gives two of the texts the same ids.
         """
         scale = ReturnScale.from_dict(block["scale"])
         if block["condition"] == "embedding":
@@ -337,29 +385,38 @@ class Slots:
         return cls(scale, null, bins, block["discount_per_turn"])
 
     def ids(self, value: float | None, task: str = "") -> Ids:
-        """The slot of a return; None is null."""
+        """Return the slot of a return; None gives the null slot."""
         return self.null if value is None else self.bins[self.scale.bin_of(value, task)]
 
     def of_log(self, trajectory: Trajectory) -> list[Ids]:
-        """One slot per agent turn, and null for a turn behind the log's end, of whose return nothing is known."""
+        """Return one slot per agent turn, and the null slot for a turn after the end, whose return is unknown."""
         returns = returns_to_go(trajectory, self.discount_per_turn)
         return [*(self.ids(value, trajectory.task) for value in returns), self.null]
 
     def nulls(self, trajectory: Trajectory) -> list[Ids]:
-        """As `of_log`, with null everywhere: how the logs look to a policy that is asked for nothing."""
+        """Return as many slots as `of_log`, all null, as for a policy from which no return is requested."""
         return [self.null] * (1 + sum(turn.is_trainable for turn in trajectory.turns))
 
     def backwards(self, value: float, rewards: Sequence[float | None]) -> list[float]:
-        """The inverse of `remaining`: what was asked for at each agent turn if `value` is left for the coming one."""
+        """Return the requested return at each past agent turn; the inverse of `remaining`.
+
+        Args:
+          value: the requested return at the next turn, in logged units.
+          rewards: the reward of each past agent turn; None counts as 0.
+        """
         returns = [value]
         for reward in reversed(rewards):
             returns.append((reward or 0.0) + self.discount_per_turn * returns[-1])
         return returns[:0:-1]
 
     def remaining(self, asked: float, rewards: Sequence[float | None]) -> list[float]:
-        """What is still asked for at each agent turn and at the coming one, R ← (R − r) / γ after every reward.
+        """Return the requested return at each past agent turn and at the next one, R ← (R − r) / γ after every reward.
 
-        Rounding grows by 1 / γ per turn: under γ = .5 some fifty turns use up the digits of a float.
+        The rounding error grows by 1 / γ per turn: with γ = .5, it uses up the digits of a float in about fifty turns.
+
+        Args:
+          asked: the requested return at the first turn, in logged units.
+          rewards: the reward of each past agent turn; None counts as 0.
         """
         returns = [asked]
         for reward in rewards:

@@ -1,11 +1,11 @@
-"""Demonstration prompts (Prompt-DT: Xu et al. 2022): other episodes of the same task, read before a window.
+"""Few-shot demonstrations (Prompt-DT: Xu et al. 2022): other episodes of the same task, put before a window.
 
-They stand behind the renderer's preamble, before everything of the window itself, and stay whole while old turns of
-the window are dropped. No step lies in them, so they carry no loss. A model that is conditioned on returns reads them
-with their own slots. Nothing but their turns marks where one ends and the next begins.
+They follow the renderer's preamble and precede the rest of the window. They stay whole when old turns of the window
+are dropped. They contain no steps, so they contribute no loss. For a return-conditioned model they contain their own
+slots. There is no separator between demonstrations other than their turns.
 
-Deviations from the paper: a demonstration is given whole unless a part is asked for (the paper's code: its last
-steps); prompt and window share one embedding; each row keeps its demonstrations in all epochs.
+Deviations from the paper: a demonstration is whole unless `part` selects a part (the paper's code: its last steps);
+demonstrations and window share one embedding; each row keeps its demonstrations in all epochs.
 """
 
 from bisect import bisect_left
@@ -25,7 +25,7 @@ Ids = tuple[int, ...]
 
 
 class Shown(NamedTuple):
-    """Turns first..stop−1 of a demonstration."""
+    """A part of a demonstration: the turns first..stop−1 of a trajectory."""
 
     trajectory: Trajectory
     first: int
@@ -34,17 +34,18 @@ class Shown(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """Which demonstrations a row is trained behind, and what is shown of them. A row without a prompt has none of it.
+    """The settings that choose and truncate the few-shot demonstrations of each training row.
 
-    n: demonstrations per row, all different and of the row's task.
-    part: whole, or `turns` agent turns in a row with what was said before each: the first, the last, the best (largest
-      sum of rewards, the earliest of equals) or random ones. turns: how many; of a demonstration with fewer, all.
-    max_tokens: most tokens of all n together, slots included.
-    exclude_self: a row is never its own demonstration, where the data are their own demonstrations.
-    drop: share of the rows that is trained without a prompt, 0 to 1.
-    demonstrations: file, folder or hub name of trajectories; None = the rows of the same data.
-    seed: which rows get which demonstrations is a function of it and the row's number alone, the same in every epoch
-      and after every resumption.
+    n: number of demonstrations per row, all different and all of the row's task.
+    part: whole, or `turns` consecutive agent turns with the turns before each: the first, the last, the best (largest
+      sum of rewards; the earliest if equal) or random ones.
+    turns: number of agent turns in a part; a demonstration with fewer is shown whole.
+    max_tokens: maximum number of tokens of all n demonstrations together, slots included.
+    exclude_self: never show a row itself as a demonstration; without effect if `demonstrations` are other data.
+    drop: share of the rows that are trained without demonstrations, 0 to 1.
+    demonstrations: file, folder or hub name of trajectories; None = the training rows themselves.
+    seed: seed of the choice. A row's demonstrations depend only on the seed and the row's number, so they are the same
+      in every epoch and after every resumption.
     """
 
     n: int = 1
@@ -68,9 +69,9 @@ class PromptSpec:
             raise InputError(f"prompt.seed: found {self.seed}, expected at least 0")
 
     def cut(self, demonstration: Trajectory, rng: np.random.Generator) -> Shown:
-        """The part of a demonstration that is shown; `rng` chooses random turns."""
+        """Return the part of a demonstration that is shown; `rng` is used only for part "random"."""
         agent = [index for index, turn in enumerate(demonstration.turns) if turn.is_trainable]
-        last = len(agent) - self.turns  # the latest place where that many agent turns begin
+        last = len(agent) - self.turns  # the last index at which so many agent turns can begin
         if self.part == "whole" or last < 0:
             return Shown(demonstration, 0, len(demonstration.turns))
         place = {"first": 0, "last": last}.get(self.part)
@@ -85,10 +86,10 @@ class PromptSpec:
 def draw_prompts(
     spec: PromptSpec, trajectories: Sequence[Trajectory], demonstrations: Sequence[Trajectory] | None = None
 ) -> Iterator[tuple[Shown, ...]]:
-    """The prompt of every trajectory, in their order; () for those that are trained without one.
+    """Yield the demonstrations of each trajectory, in order; () for a trajectory that is trained without any.
 
     Args:
-      demonstrations: what is drawn from; None = the trajectories themselves.
+      demonstrations: the trajectories to draw from; None = `trajectories`.
     Raises: InputError for a row without a task, and for a task with too few demonstrations.
     """
     pool = trajectories if demonstrations is None else demonstrations
@@ -113,18 +114,19 @@ def draw_prompts(
             continue
         drawn = rng.choice(available, spec.n, replace=False)
         if excludes:
-            drawn += drawn >= bisect_left(known, row)  # steps over the row itself
+            drawn += drawn >= bisect_left(known, row)  # skip the row itself
         yield tuple(spec.cut(pool[known[place]], rng) for place in drawn)
 
 
 def task_prompts(
     spec: PromptSpec, demonstrations: Sequence[Trajectory], task: Callable[[int], str]
 ) -> Callable[[int], list[Trajectory]]:
-    """What an episode is played behind, as a function of its seed: `spec.n` demonstrations of its task, all different.
+    """Return a function from an episode's seed to the `spec.n` different demonstrations of its task for live play.
 
     Args:
-      spec: `n` and `seed` are read; a part is shown where the policy does so. task: of the episode of a seed.
-    Raises: InputError, when called, for a task with too few demonstrations.
+      spec: only `n` and `seed` are used here; the policy itself cuts out the part to show.
+      task: a function from an episode's seed to its task.
+    Raises: InputError, when the returned function is called, for a task with too few demonstrations.
     """
     of_task: dict[str, list[Trajectory]] = defaultdict(list)
     for demonstration in demonstrations:
@@ -143,10 +145,12 @@ def task_prompts(
 def prompt_ids(
     shown: Sequence[Shown], renderer: Renderer, slots: Callable[[Trajectory], Sequence[Ids]] | None = None
 ) -> Ids:
-    """The ids of a prompt.
+    """Return the ids of the few-shot demonstrations.
 
     Args:
-      slots: gives what stands before the opening of each agent turn, as in `EpisodeEncoder`; None = nothing.
+      shown: the demonstrations, in order.
+      slots: a function of a trajectory that returns the ids before the opening of each agent turn, as for
+        `EpisodeEncoder`; None = no ids.
     """
     ids: list[int] = []
     for trajectory, first, stop in shown:
@@ -167,9 +171,9 @@ def encode_prompts(
     renderer: Renderer,
     slots: Callable[[Trajectory], Sequence[Ids]] | None,
 ) -> Iterator[Ids]:
-    """The ids of the prompt of every trajectory; arguments as in `draw_prompts` and `prompt_ids`.
+    """Yield the ids of each trajectory's demonstrations; arguments as for `draw_prompts` and `prompt_ids`.
 
-    Raises: InputError also for a prompt of more than max_tokens.
+    Raises: InputError as `draw_prompts`, and for demonstrations of more than max_tokens.
     """
     for row, part in enumerate(draw_prompts(spec, trajectories, demonstrations)):
         ids = prompt_ids(part, renderer, slots)

@@ -1,4 +1,4 @@
-"""One trajectory as windows of tokens and steps: the index arithmetic of rewards, next states and cut ends."""
+"""Cut one trajectory into windows of tokens and steps: the index arithmetic of rewards, next states and cut ends."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,17 +13,17 @@ from offline_lmrl.data.windows import Span, WindowRule, answered_ids, cut_window
 
 SlotsOfLog = Callable[[Trajectory], Sequence[tuple[int, ...]]]
 RE_ENCODED = "trajectories encoded anew: their sampled ids are of another tokenizer, template or rendering scheme"
-OWN, NEXT, END = 0, 1, 2  # in which row a state is read: the window's, the next window's opening, the end of a cut log
+OWN, NEXT, END = 0, 1, 2  # the row that holds a state: the window, up to the next agent turn, the end of a cut log
 
 
 @dataclass(frozen=True)
 class StepRule:
-    """How rewards and next states are laid over tokens.
+    """The rule that assigns rewards, discounts and next states to tokens.
 
-    discount_per_token: γ of every step, from one action token to the next. discount_per_turn: one more factor on the
-      step that closes a turn, so that step's discount is the product of both.
-    bootstrap_from_turn: False: a token's next state is the next token's; True: the first state of the agent's next
-      turn, with the turn's reward brought forward (an n-step target to the end of the turn).
+    discount_per_token: γ of every step, from one action token to the next.
+    discount_per_turn: an extra factor on the step that closes a turn; that step's discount is the product of both.
+    bootstrap_from_turn: False: the next state of a token is the state of the next token. True: it is the first state
+      of the agent's next turn, and the turn's reward is brought forward (an n-step target to the end of the turn).
     """
 
     discount_per_token: float = 1.0
@@ -32,12 +32,12 @@ class StepRule:
 
     @property
     def discounted(self) -> bool:
-        """Whether a reward counts for less the later it is paid."""
+        """True if a reward counts for less the later it is paid."""
         return min(self.discount_per_token, self.discount_per_turn) < 1
 
 
 class Step(NamedTuple):
-    """One action token; `ActionSteps` (batching.py) says what each entry means. *_extra: OWN, NEXT or END."""
+    """One action token; `ActionSteps` (batching.py) explains the fields. next_extra, end_extra: OWN, NEXT or END."""
 
     state: int
     action: int
@@ -57,10 +57,16 @@ class Step(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A row of tokens, the steps that are trained in it, and up to two rows that only serve V.
+    """A row of tokens, the steps that are trained in it, and up to two rows in which only V is computed.
 
-    environment: states in the row whose next token belongs to the environment's reply to a turn that is trained there;
-      none unless the encoder keeps replies.
+    input_ids: the row that holds the trained turns.
+    next_ids: the row up to the agent's next turn, whose last state gives V(s′); empty where input_ids holds that
+      state.
+    end_ids: the row whose last state gives the V that closes a cut log; empty where another row holds that state, or
+      the episode terminated.
+    environment: the states in input_ids whose next token belongs to the environment's reply to a turn that is trained
+      there; empty unless the encoder keeps replies.
+    steps: one per trained action token.
     """
 
     input_ids: list[int]
@@ -71,13 +77,17 @@ class Window(NamedTuple):
 
 
 class EpisodeEncoder:
-    """Cuts trajectories into windows. Same renderer, window rule and reward scale as the policy that plays later.
+    """An encoder that cuts trajectories into windows.
+
+    The renderer, window rule and reward scale must be those of the policy that plays later.
 
     Args:
-      slots: gives the ids that stand before the opening of each agent turn, and of the one that would follow the
-        trajectory (`Slots` in data/conditioning.py has two such methods); None = none.
-      replies: whether a window also holds what the environment replies to its last agent turn, as targets of a model
-        of the environment. What a finished episode ends with is no reply: nobody acts after it.
+      steps: the rule for rewards, discounts and next states.
+      slots: a function of the trajectory that returns the ids to put before the opening of each agent turn, and before
+        the one that would follow the log (`Slots` in data/conditioning.py has two such methods); None = no ids.
+      replies: True: a window also holds the environment's reply to its last agent turn, as training targets for a
+        model of the environment. The text after the last agent turn of a finished episode is not a reply: nobody acts
+        on it.
     """
 
     def __init__(
@@ -94,9 +104,11 @@ class EpisodeEncoder:
         self.replies = replies
 
     def encode(self, trajectory: Trajectory, counts: Counter[str], prompt: tuple[int, ...] = ()) -> Iterator[Window]:
-        """All windows of a trajectory; `counts` receives what was dropped or has no target, by reason.
+        """Yield all windows of a trajectory.
 
-        prompt: ids that every window begins with, behind the preamble (data/demonstrations.py).
+        Args:
+          counts: updated in place with the number of dropped items and of steps without a target, by reason.
+          prompt: ids of the few-shot demonstrations, put after the preamble in every window (data/demonstrations.py).
         """
         episode = _Episode(self, trajectory, prompt)
         counts.update(self.renderer.printer.faults_in(trajectory.turns))
@@ -115,6 +127,8 @@ class EpisodeEncoder:
 
 
 class _Episode:
+    # The intermediate results for one trajectory: encoded turns, spans, and returns after each turn.
+
     def __init__(self, encoder: EpisodeEncoder, trajectory: Trajectory, prompt: tuple[int, ...]):
         self.renderer, self.rule, self.gammas = encoder.renderer, encoder.window, encoder.steps
         turns = with_own_token_ids(trajectory, encoder.renderer.fingerprint).turns
@@ -143,8 +157,11 @@ class _Episode:
         self.after = self._returns_after_turns() if self.spans else {}
 
     def _replies(self, terminated: bool) -> dict[int, int]:
-        """Index after the turns with which the environment answers each agent turn, where an agent turn follows, or
-        would follow the log, and where the reply fits in a window with the turn."""
+        """Return, per agent turn, the index after the last turn of the environment's reply to it.
+
+        A turn without a reply maps to the index after itself; the last agent turn of a terminated episode never has
+        one. A turn that does not fit in a window together with its reply is left out.
+        """
         answered = {}
         for index, following in zip(self.agent_turns, [*self.agent_turns[1:], None], strict=True):
             stop = index + 1
@@ -154,26 +171,29 @@ class _Episode:
             needed = self.fixed + sum(self.lengths[index:stop])
             if needed <= self.rule.max_length:
                 answered[index] = stop
-            else:  # a turn that does not fit itself is counted elsewhere
+            else:  # count only replies of turns that fit alone; the other turns are counted as dropped
                 self.left_out += self.fixed + self.lengths[index] <= self.rule.max_length
         return answered
 
     def _kind_of_end(self, terminated: bool) -> str:
-        """terminated, or how the log was cut: behind an `observation`, a `finished` or inside an `unfinished` agent
-        turn."""
+        """Return "terminated", or how the log was cut.
+
+        "observation": after a turn of another speaker; "finished": after a complete agent turn; "unfinished": inside
+        an agent turn.
+        """
         if terminated:
             return "terminated"
         last = self.agent_turns[-1] if self.agent_turns else -1
         if last < self.length - 1:
             return "observation"
-        if last in self.dropped:  # V cannot be read inside a turn that does not fit: the log ends before it
+        if last in self.dropped:  # V cannot be computed inside a turn that does not fit, so end the log before it
             self.agent_turns.pop()
             self.length = last
             return "observation"
         return "finished" if self.encoded[last].closed else "unfinished"
 
     def lost_to_length(self, span: Span) -> bool:
-        """Whether max_length, not context, decided where the window starts."""
+        """True if max_length, rather than context, determined where the window starts."""
         roomy = first_visible(replace(self.rule, max_length=10**9), self.lengths, span.stop - 1, self.head, self.fixed)
         return span.first != roomy
 
@@ -184,7 +204,7 @@ class _Episode:
         return len(self.encoded[index].actions)
 
     def _returns_after_turns(self) -> dict[int, tuple[float, float]]:
-        """For every agent turn: discounted return behind it, and the factor of the V that closes a cut log."""
+        """Map every agent turn to the discounted return after it and the discount of the V that closes a cut log."""
         after = {}
         total, factor = 0.0, float(self.end != "terminated")
         for index in reversed(self.agent_turns):
@@ -193,10 +213,16 @@ class _Episode:
         return after
 
     def _return_from(self, index: int, k: int, total: float, factor: float) -> tuple[float, float]:
-        """Return, and factor of the end's V, from action k of a turn, given both behind the turn."""
+        """Return the discounted return from action k of a turn and the discount of the V that closes the log.
+
+        Args:
+          total: the discounted return after the turn.
+          factor: the discount of the closing V as seen from after the turn.
+        """
         gamma, left = self.gammas.discount_per_token, self._actions(index) - k
         if self.end == "finished" and index == self.agent_turns[-1]:
-            return 0.0, gamma ** (left - 1)  # V closes the log at the state of the last action, whose reward stays out
+            # V at the state of the last action closes the log, so the reward of that action must not count as well.
+            return 0.0, gamma ** (left - 1)
         behind = gamma**left * self._turn_discount(index)
         return gamma ** (left - 1) * self.reward[index] + behind * total, behind * factor
 
@@ -205,12 +231,12 @@ class _Episode:
         return 1.0 if inside else self.gammas.discount_per_turn
 
     def _tokens(self, first: int, stop: int) -> list[int]:
-        """Ids of the preamble, the prompt, the leading system turns and turns first..stop−1, as history."""
+        """Return the ids of preamble, demonstrations, leading system turns and turns first..stop−1 in history form."""
         pieces = self.renderer.window_ids(self.turns, self.encoded, first, stop, live=False)
         return [*self.preamble, *(token for ids in pieces for token in ids)]
 
     def _row(self, span: Span) -> tuple[list[int], dict[int, int]]:
-        """Ids of a window, and per turn the state before the first token that its speaker chose."""
+        """Return the ids of a window and, per turn index, the state before the first token that the speaker chose."""
         if span.answered > span.stop:
             pieces = answered_ids(self.renderer, self.turns, self.encoded, span.first, span.stop, span.answered)
         else:
@@ -218,7 +244,9 @@ class _Episode:
         ids = [*self.preamble, *(token for piece in pieces for token in piece)]
         places = [*range(self.head), *range(max(span.first, self.head), span.answered)]
         ends = accumulate(map(len, pieces), initial=len(self.preamble))
-        # The place of a turn's first action is the same in all its forms but for the opening after system turns.
+        # `ends` begins with the end of the preamble, so its value at i is where piece i starts. The first action is at
+        # the same offset in every form of a turn, except that the opening directly after system turns may be shorter
+        # or longer. Therefore the offset counts from the end of the piece for all speakers but the agent.
         starts = (
             end + len(piece) - len(self.encoded[i].ids) if self.from_environment[i] else end
             for i, piece, end in zip(places, pieces, ends, strict=False)
@@ -226,19 +254,19 @@ class _Episode:
         return ids, {i: start + self.encoded[i].action_start - 1 for i, start in zip(places, starts, strict=True)}
 
     def _opening(self, index: int) -> tuple[int, ...]:
-        """Ids read before the agent's turn `index`: of the log, or the one that would follow it."""
+        """Return the opening ids of the agent's turn `index`: one of the log, or the one that would follow it."""
         if index < self.length and index not in self.dropped:
             return self.encoded[index].ids[: self.encoded[index].action_start]
         return (*self.slots[index], *self.renderer.opening_after(self.turns[:index]))
 
     def _visible_at(self, index: int) -> int:
-        """First turn seen when the agent acts at `index`: a turn of the log, or the one that would follow it."""
+        """Return the first turn that the agent sees at `index`: a turn of the log or the one that would follow it."""
         if index < self.length and index not in self.dropped:
             lengths, reply = self.lengths, self._reply_length(index)
         else:  # only the opening is read there
             lengths, reply = [*self.lengths[:index], len(self._opening(index))], 0
         first = first_visible(self.rule, lengths, index, self.head, self.fixed, reply)
-        assert first is not None  # a whole agent turn fitted, so an opening does
+        assert first is not None  # a whole agent turn fits in a window, so its opening does too
         return first
 
     def window(self, span: Span) -> Window:
@@ -251,7 +279,8 @@ class _Episode:
         if upcoming < self.length or self.end == "observation":
             first = self._visible_at(upcoming)
             opened = [*self._tokens(first, upcoming), *self._opening(upcoming)]
-            # All that is read before the closing action, or with the reply to it.
+            # If the next turn's context repeats this row up to the closing action (or up to the end of the reply), the
+            # row is extended to hold the next opening as well. Otherwise V(s′) needs a row of its own.
             kept = state[last] + self._actions(last) if span.answered == span.stop else len(input_ids)
             if first == span.first and opened[:kept] == input_ids[:kept]:
                 input_ids, follows = opened, (OWN, len(opened) - 1)
@@ -267,32 +296,37 @@ class _Episode:
         for index, after in zip(inside, [*inside[1:], None], strict=True):
             place = follows if after is None else (OWN, state[after])
             steps += self._steps(state[index], index, place, end)
-        # A reply counts in the window of the turn that it answers alone: contents and closings, not openings.
+        # A reply is a target only in the window that trains the turn it answers: its content and closing, not its
+        # opening, which the environment does not choose.
         replies = [turn for index in inside for turn in range(index + 1, self.answered.get(index, index + 1))]
         environment = [state[turn] + k for turn in replies for k in range(self._actions(turn))]
         return Window(input_ids, next_ids, end_ids, environment, steps)
 
     def _end_ids(self) -> list[int]:
-        """The row in which V closes the log, for windows before the last."""
+        """Return the row whose last state gives the V that closes the log, for windows before the last one."""
         if self.end == "terminated":
             return []
         last = self.agent_turns[-1]
         if self.end == "observation":
             return [*self._tokens(self._visible_at(self.length), self.length), *self._opening(self.length)]
+        # After a finished turn no later state was logged, so V is taken at the state of the closing action.
         read = self.encoded[last].action_stop - (self.end == "finished")
         return [*self._tokens(self._visible_at(last), last), *self.encoded[last].ids[:read]]
 
     def _steps(self, opening: int, index: int, follows: tuple[int, int], end: tuple[int, int]) -> Iterator[Step]:
+        # opening: the state before the turn's first action. follows: row (OWN or NEXT) and column of the first state
+        # of the agent's next turn. end: row (OWN, NEXT or END) and column of the state whose V closes a cut log.
         actions, gamma = self.encoded[index].actions, self.gammas.discount_per_token
         n = len(actions)
         is_last = index == self.agent_turns[-1]
         bootstrap, turn_discount = 1.0, self._turn_discount(index)
-        reward, reach = self.reward[index], n  # V of the place that follows is `reach` actions behind the opening
+        reward, reach = self.reward[index], n  # the state `follows` is `reach` actions after the opening
         if is_last and self.end == "terminated":
             bootstrap = 0.0
         elif is_last and self.end == "unfinished":
             follows = (OWN, opening + n)
         elif is_last and self.end == "finished":
+            # No state after the closing action was logged: V is taken before it, and it gets no target itself.
             follows, reward, reach, turn_discount = (OWN, opening + n - 1), 0.0, n - 1, 1.0
         for k in range(n):
             has_target = k < reach

@@ -1,4 +1,4 @@
-"""Episodes as a policy has just played them, step by step: what online algorithms read, credit and learn from."""
+"""Episodes that a policy has just played, as arrays with one number per step, for online algorithms."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from offline_lmrl.data.trajectory import Trajectory
 
 
 class _Numbering:
-    """An encoder that remembers which trajectory every window came from."""
+    """A wrapper around an encoder that records which trajectory each window came from."""
 
     def __init__(self, encoder: EpisodeEncoder):
         self.encoder, self.number, self.of_window = encoder, -1, []
@@ -28,10 +28,12 @@ class _Numbering:
 
 @dataclass
 class Experience:
-    """Episodes to learn from: windows whose columns hold what was read and credited, one number per step.
+    """Played episodes to learn from: windows, with columns of further results, one number per step.
 
-    windows: with rows for next states, until V has been read there. episode: (N,) which trajectory each step is from.
-    n: of the trajectories. kept: (N, V/8) bits of the tokens that filters left to the sampler; None = all.
+    windows: include rows for next states until V has been computed there.
+    episode: (N,) index of the trajectory of each step.
+    n: number of trajectories.
+    kept: (N, V/8) bits: the tokens that the sampler's filters kept; None = all tokens.
     """
 
     windows: WindowDataset
@@ -43,7 +45,12 @@ class Experience:
     def of(
         cls, trajectories: Sequence[Trajectory], encoder: EpisodeEncoder, counts: Counter[str], pad_id: int
     ) -> "Experience":
-        """As played, none of it read yet. counts, pad_id: as for `encode_trajectories` and `WindowDataset`."""
+        """Encode trajectories as played, without further columns.
+
+        Args:
+          counts: as for `encode_trajectories`.
+          pad_id: as for `WindowDataset`.
+        """
         numbering = _Numbering(encoder)
         columns = encode_trajectories(trajectories, numbering, counts)
         windows = WindowDataset(columns, pad_id, next_rows=True, end_rows=False)
@@ -51,7 +58,7 @@ class Experience:
         return cls(windows, episode, len(trajectories))
 
     def column(self, name: str) -> Tensor:
-        """(N,)"""
+        """Return a column, (N,)."""
         return torch.from_numpy(np.asarray(self.windows.flat[name][0]))
 
     def add(self, **columns: Tensor | np.ndarray) -> None:
@@ -59,22 +66,22 @@ class Experience:
         self.windows.flat = {**self.windows.flat, **{n: (np.asarray(c), offsets) for n, c in columns.items()}}
 
     def tokens(self) -> Iterator[tuple[int, int, int]]:
-        """Per step: trajectory, turn in it, and token of that turn."""
+        """Yield, for each step, the indices of its trajectory, of the turn in it, and of the action in that turn."""
         turn, state, start = (self.windows.flat[name][0] for name in ("turn", "state", "open_state"))
         return zip(self.episode.tolist(), turn.tolist(), (state - start).tolist(), strict=True)
 
     def places(self, index: np.ndarray) -> np.ndarray:
-        """Positions among the N of the steps of these windows."""
+        """Return the positions, among the N steps, of the steps of these windows."""
         return places_of(self.windows.flat["state"][1], index)[0]
 
     def keep(self, places: np.ndarray, kept: Tensor) -> None:
-        """Notes which tokens filters left at these places, (n, V) bool."""
+        """Store which tokens the filters kept, (n, V) bool, at n of the N steps."""
         if self.kept is None:
             self.kept = np.zeros((len(self.episode), -(-kept.shape[1] // 8)), dtype=np.uint8)
         self.kept[places] = np.packbits(kept.cpu().numpy(), axis=1)
 
     def kept_at(self, places: np.ndarray, vocabulary: int) -> Tensor | None:
-        """The inverse of `keep`, (n, V); None = all are left everywhere."""
+        """Return the tokens that `keep` stored for these steps, (n, V) bool; None = all tokens at all steps."""
         if self.kept is None:
             return None
         bits = np.unpackbits(self.kept[places], axis=1, count=vocabulary)

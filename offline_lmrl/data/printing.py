@@ -1,4 +1,4 @@
-"""Turns as text: what the chat template prints of a dialogue, piece by piece, and where that cannot be followed."""
+"""Print turns as text the way the chat template does, piece by piece, and report where this differs from it."""
 
 import functools
 import json
@@ -15,13 +15,14 @@ from offline_lmrl.data.trajectory import Turn, leading_system_turns
 MISMATCH = "dialogues that are rendered otherwise than the chat template prints them"
 THINK = ("<think>", "</think>")
 
-Form = tuple[tuple[bool, str], ...]  # (is it content?, text): opening first, closing last
+Form = tuple[tuple[bool, str], ...]  # (is content, text) pairs: opening first, closing last
 
 
 class TurnText(NamedTuple):
     """A turn as text, in the forms of `EncodedTurn`.
 
-    as_is: the template prints it as it prints any other. prompt: read before it; None = the usual one.
+    as_is: True if the template prints the turn's content unchanged between the usual opening and closing.
+    prompt: the generation prompt before an agent's turn; None = the usual one.
     """
 
     ids: Form
@@ -32,7 +33,13 @@ class TurnText(NamedTuple):
     prompt: str | None = None
 
     def opened(self, prompt: str, before: str, usual: Sequence[str]) -> "TurnText":
-        """An agent's turn after another prompt than the usual ones, with `before` as the text before its words."""
+        """Return an agent's turn as printed after an unusual prompt.
+
+        Args:
+          prompt: the generation prompt before the turn.
+          before: the text before the agent's words.
+          usual: the openings that the two replace.
+        """
 
         def change(form: Form) -> Form:
             pieces = list(form)
@@ -49,11 +56,14 @@ class TurnText(NamedTuple):
 
 
 class Block(NamedTuple):
-    """An agent's turn that tools answer.
+    """An agent's turn together with the text around the tool results that answer it.
 
-    around: the text before, between and after the results. quoted: results are printed as in JSON. strips: white space
-    that they lose. dropped: the template prints nothing of them. follows: prompt, and text before the words, of an
-    agent's turn after them; None = the usual ones.
+    agent: the agent's turn.
+    around: the text before, between and after the results.
+    quoted: True if results are printed as JSON strings.
+    strips: the white space that results lose on the left and on the right.
+    dropped: True if the template does not print results at all.
+    follows: the prompt of an agent's turn after the results, and the text before its words; None = the usual ones.
     """
 
     agent: TurnText
@@ -67,13 +77,16 @@ class Block(NamedTuple):
 def in_window(
     turns: Sequence[Turn], speaks_as_user: Callable[[Turn], bool], first: int, stop: int, live: bool
 ) -> Iterator[tuple[int, str]]:
-    """The turns of a window, the leading system turns and turns first..stop−1, and the form that each has there.
+    """Yield the index and the form of each turn of a window: the leading system turns and turns first..stop−1.
 
-    live: a last turn of the agent's is in the form that it is trained in.
+    Args:
+      turns: all turns of the dialogue.
+      speaks_as_user: tells which turns are printed as a user's.
+      live: True: an agent turn at the end of the window is in the form in which it is trained.
     """
     head = leading_system_turns(turns)
     places = [*range(head), *range(max(first, head), stop)]
-    # The result of a tool is no new question, whoever the template lets speak it.
+    # A tool's result is not a new question, even if the template prints it as a user's turn.
     last_user = next((i for i in reversed(places) if speaks_as_user(turns[i]) and turns[i].role != "tool"), -1)
     for n, i in enumerate(places):
         if turns[i].role == "system":
@@ -88,19 +101,21 @@ def in_window(
 
 
 class Printer:
-    """Turns as text under one template.
+    """A printer of turns as text under one template.
 
     Args:
-      text: the text around turns. stock: the chat template; None for the plain one.
-      appends: what was printed never changes (`template: assembled`).
-      controls: tokens that structure the dialogue; added: all added tokens of the tokenizer.
+      text: the text around turns.
+      stock: the chat template; None for the plain template.
+      appends: True: a printed turn never changes later (`template: assembled`).
+      controls: the tokens that structure the dialogue.
+      added: all added tokens of the tokenizer.
     """
 
     def __init__(
         self, text: TemplateText, stock: ChatTemplate | None, appends: bool, controls: set[str], added: Sequence[str]
     ):
         self.text, self._stock, self._appends = text, stock, appends
-        # Where an agent's text holds one of these, the template may do more with it than print it.
+        # If an agent's text contains one of these, the template may do more than print it.
         self._marks = _any_of({*THINK, *(name for name in added if not name.isspace())})
         self._typed = re.compile(f"{_any_of(controls - set(THINK)).pattern}|Probe\\d+Word|Held\\d+Word")
         self._ending = re.compile(f"({_any_of(controls).pattern})\\s*$")
@@ -108,23 +123,27 @@ class Printer:
         self._printed_block = functools.lru_cache(maxsize=1 << 12)(self._print_block)
 
     def speaks_as_user(self, turn: Turn) -> bool:
-        """Whether the turn is printed as a user's."""
+        """True if the turn is printed as a user's."""
         return turn.role == "user" or turn.role in self.text.user_roles
 
     def preamble(self, turns: Sequence[Turn]) -> str:
-        """The text before the first of these turns: with the template's own system text where they bring none."""
+        """Return the text before the first turn, with the template's default system text if the turns have none."""
         if turns and turns[0].tools is not None and self._with_tools(turns[0]) is not None:
-            return ""  # the turn holds it
+            return ""  # the system turn contains the preamble
         return self.text.preamble["system" if turns and turns[0].role == "system" else "default"]
 
     def own_prompt(self, turns: Sequence[Turn]) -> str | None:
-        """The text read before an agent's turn that follows these; None = the usual prompt, as after all but tools."""
+        """Return the generation prompt after these turns; None = the usual one, as after any turn but a tool's."""
         if not turns or turns[-1].role != "tool":
             return None
         return self.texts([*turns, Turn("assistant", "x")])[-1].prompt
 
     def dialogue(self, turns: Sequence[Turn], prompt: bool) -> list[tuple[str, Form]]:
-        """Role and text of every turn of a dialogue; with `prompt`, of one in which the agent speaks next."""
+        """Return the role and the text of every turn of a dialogue.
+
+        Args:
+          prompt: True: the agent speaks next, so that no turn is in its live form.
+        """
         texts = self.texts(turns)
         window = in_window(turns, self.speaks_as_user, 0, len(turns), live=not prompt)
         forms = [(turns[i].role, getattr(texts[i], name)) for i, name in window]
@@ -134,21 +153,26 @@ class Printer:
         return forms
 
     def printed(self, turns: Sequence[Turn], prompt: bool = False, slot: str = "") -> str:
-        """The dialogue as text; `prompt` adds the opening of the agent's next turn, with `slot` before it."""
+        """Return the dialogue as text.
+
+        Args:
+          prompt: True: add the opening of the agent's next turn.
+          slot: text put before that opening.
+        """
         ours = self.preamble(turns) + "".join(text for _, form in self.dialogue(turns, prompt) for _, text in form)
         if not prompt:
             return ours
         own = self.own_prompt(turns)
         return ours + slot + (self.text.prompt if own is None else own)
 
-    # Where the stock template prints something else.
+    # Differences from the stock template.
 
     @functools.cached_property
     def mismatches(self) -> dict[str, str]:
-        """Kinds of dialogue that are not rendered as the stock template prints them, with the first difference.
+        """Map each kind of dialogue that is not printed as the stock template does to its first difference.
 
-        Keys: "plain" (user and agent alone), "system", "thoughts", "tools": what a dialogue must hold to be of the
-        kind. Probe dialogues are compared, up to three turns and a prompt, and not their tokens.
+        The kinds are "plain" (user and agent alone), "system", "thoughts" and "tools", named after what such a
+        dialogue contains. The texts of probe dialogues are compared (`cells`), but not their tokens.
         """
         found: dict[str, str] = {}
         for kind, name, turns, prompt in cells():
@@ -160,8 +184,10 @@ class Printer:
 
     @property
     def prompt_mismatch(self) -> str | None:
-        """One line where the generation prompt is no beginning of a finished turn: what is learnt from logs is then
-        learnt elsewhere than where an engine begins a reply."""
+        """A line on the generation prompt if finished agent turns do not begin with it; None if they do.
+
+        With such a prompt, training on logs does not cover the state in which an inference engine begins a reply.
+        """
         if self.text.live[0].startswith(self.text.prompt):
             return None
         return (
@@ -170,7 +196,7 @@ class Printer:
         )
 
     def _is_unusual(self, turns: Sequence[Turn]) -> bool:
-        """Whether the dialogue holds what the probe dialogues do not cover in every combination."""
+        """True if the dialogue contains something that the probe dialogues do not cover in every combination."""
         roles = ["user" if self.speaks_as_user(turn) else turn.role for turn in turns]
         apart = any(
             turn.thinking
@@ -189,7 +215,7 @@ class Printer:
 
     @functools.cached_property
     def unprinted(self) -> frozenset[str]:
-        """The kinds of text that are rendered nowhere: "thoughts", "tool calls", "tool results", "lists of tools"."""
+        """The kinds of text that are never printed: "thoughts", "tool calls", "tool results", "lists of tools"."""
         user, thought, call = (
             Turn("user", _word(0)),
             Turn("assistant", "So", thinking=_word(1)),
@@ -205,9 +231,9 @@ class Printer:
         return frozenset(name for name, (turns, word) in shown.items() if word not in self.printed(turns))
 
     def faults_in(self, turns: Sequence[Turn]) -> list[str]:
-        """What of a dialogue is rendered otherwise than the stock template prints it, or not at all: one line each.
+        """Return one line for each part of a dialogue that is not printed, or not as the stock template prints it.
 
-        Those of the first kind begin with MISMATCH.
+        The lines about a difference from the stock template begin with MISMATCH.
         """
         held = {
             "thoughts": any(turn.thinking for turn in turns),
@@ -237,7 +263,7 @@ class Printer:
         return lines
 
     def differences(self, turns: Sequence[Turn], prompt: bool) -> str | None:
-        """One line on the first difference between this text and what the stock template prints; None if none."""
+        """Return one line on the first difference from what the stock template prints; None if there is none."""
         if self._stock is None:
             return None
         try:
@@ -251,7 +277,10 @@ class Printer:
         return f"character {i}: the template prints {_shown(stock, i)}, the assembly has {_shown(ours, i)}"
 
     def stock(self, turns: Sequence[Turn], prompt: bool) -> str:
-        """The stock template's own text for a dialogue. Raises InputError where it refuses that."""
+        """Return the stock template's own text for a dialogue.
+
+        Raises: InputError if the template refuses the dialogue.
+        """
         return self._stock.turns(
             [
                 replace(turn, role="user") if turn.role == "environment" and self.speaks_as_user(turn) else turn
@@ -262,7 +291,7 @@ class Printer:
 
     @functools.cached_property
     def probes(self) -> list[str] | None:
-        """What the stock template prints of the probe dialogues; None for the plain template."""
+        """The stock template's text for each probe dialogue; None for the plain template."""
         if self._stock is None:
             return None
         printed = []
@@ -273,11 +302,11 @@ class Printer:
                 printed.append("refused")
         return printed
 
-    # Turns.
+    # Conversion of turns to text.
 
     def texts(self, turns: Sequence[Turn]) -> list[TurnText]:
         texts: list[TurnText] = []
-        opened: tuple[str, str] | None = None  # of an agent's turn after tools: prompt, and text before the words
+        opened: tuple[str, str] | None = None  # for an agent's turn after tools: prompt, text before the words
         head = leading_system_turns(turns)
         holds_tools = head > 0 and turns[head - 1].tools is not None
         while len(texts) < len(turns):
@@ -289,14 +318,18 @@ class Printer:
             if opened is not None and turns[start].role == "assistant":
                 block[0] = block[0].opened(*opened, (self.text.prompt, self.text.live[0], self.text.past[0]))
             if holds_tools and self.speaks_as_user(turns[start]) and self._stock is not None:
-                # What the tools print may stand in the first user turn; its opening belongs to the system turn.
+                # Templates may print the list of tools inside the first user turn. The system turn's form then
+                # contains the opening of that user turn.
                 block[0] = block[0]._replace(after_system=((False, ""), *block[0].ids[1:]))
             texts, opened = texts + block, follows
         return texts
 
     def _block(self, turn: Turn, tools: Sequence[Turn]) -> tuple[list[TurnText], tuple[str, str] | None]:
-        """An agent's turn with the tool results that answer it, or any other turn alone; and the prompt and the text
-        before the words of an agent's turn that follows, where they are not the usual ones."""
+        """Return the texts of an agent's turn with the tool results that answer it, or of any other turn alone.
+
+        Returns: the texts, and the prompt and the text before the words for an agent's turn that follows, or None if
+          these are the usual ones.
+        """
         block = None
         if tools and self._stock is not None:
             answers = tuple(replace(tool, content=probe(10 + i)) for i, tool in enumerate(tools))
@@ -314,13 +347,14 @@ class Printer:
         return texts, block.follows
 
     def _other(self, turn: Turn) -> TurnText:
-        """A turn that is not the agent's."""
+        """Return the text of a turn that is not the agent's."""
         text, content = self.text, _strip(turn.content, self.text.strips.get(turn.role, ("", "")))
         if turn.tools is not None:
             form = self._with_tools(turn)
             if form is not None:
                 last, opening = form[-2][1], self.text.opening["user"]
-                # Some templates print the tools inside the user's turn, which is closed before anybody else speaks.
+                # Some templates print the tools inside the user's turn. If another speaker follows, that turn must be
+                # closed first.
                 closed = last.removesuffix(opening) if last.endswith(opening) else last + self.text.closing["user"]
                 bare = (*form[:-2], (False, closed), form[-1])
                 return TurnText(bare, bare, form, bare)
@@ -349,8 +383,10 @@ class Printer:
         return (False, before.removesuffix(fixed + lead)), (False, fixed), (True, lead + content), (False, after)
 
     def before_content(self, before: str) -> tuple[str, str]:
-        """The text between the generation prompt and the agent's words: what is the template's own, and white space
-        that belongs to the words' tokens."""
+        """Split the text between the generation prompt and the agent's words.
+
+        Returns: the template's own text, and the white space after it, which is tokenised together with the words.
+        """
         between = before.removeprefix(self.text.prompt) if before.startswith(self.text.prompt) else ""
         lead = between if between.isspace() else " " if between.endswith(" ") else ""
         return between.removesuffix(lead), lead
@@ -360,8 +396,10 @@ class Printer:
         return self.text.opening["user"] + self.text.lead["user"]
 
     def _with_tools(self, turn: Turn) -> Form | None:
-        """A leading system turn that holds tools, from the preamble to the opening of the user's turn; None where no
-        template prints it."""
+        """Return a leading system turn with tools, from the preamble to the opening of the user's turn.
+
+        Returns: the form, or None if the template does not print the turn.
+        """
         if self._stock is None:
             return None
         turn, names = self._held(turn)
@@ -369,7 +407,7 @@ class Printer:
         return None if pieces is None else self._segments(pieces[0].removesuffix(self.text.lead["user"]), "", names)
 
     def _print_turn(self, turn: Turn) -> TurnText | None:
-        """An agent's turn as the template itself prints it between probes; None where it refuses that."""
+        """Return an agent's turn as the template itself prints it between probes; None if the template refuses it."""
         turn, names = self._held(turn)
         printed = self._print_forms(turn)
         if printed is None:
@@ -378,7 +416,7 @@ class Printer:
         return TurnText(live, past, past, past, as_is=False)
 
     def _print_forms(self, turn: Turn) -> tuple[tuple[str, str], tuple[str, str]] | None:
-        """Text up to the closing, and closing, of an agent's turn: live and past."""
+        """Return (text up to the closing, closing) of an agent's turn, in the live and in the past form."""
         user, later = Turn("user", probe(0)), (Turn("user", probe(1)), Turn("assistant", probe(2)))
         live = self._stock.around([user, turn])
         if live is None:
@@ -392,14 +430,18 @@ class Printer:
         return (body, closing), (body if self._appends else past_body, past_closing)
 
     def _split(self, text: str, closing: str) -> tuple[str, str]:
-        """A turn's text and its closing: the template's usual one, or a control token at the end."""
+        """Split a turn's text from its closing: the template's usual closing, or a control token at the end."""
         if not text.endswith(closing):
             ending = self._ending.search(text)
             closing = "" if ending is None else text[ending.start() :]
         return text.removesuffix(closing), closing
 
     def _print_block(self, turn: Turn, tools: tuple[Turn, ...]) -> "Block | None":
-        """An agent's turn and the tool results, probes, that answer it; None where the template refuses them."""
+        """Return an agent's turn and the text around the tool results that answer it; None if the template refuses.
+
+        Args:
+          tools: tool turns whose contents are probes.
+        """
         turn, names = self._held(turn)
         user, later = Turn("user", probe(0)), (Turn("assistant", probe(1)), Turn("user", probe(2)))
         forms = self._print_forms(turn)
@@ -413,6 +455,7 @@ class Printer:
             return None
         (body, closing), (past_body, past_closing) = forms
         printed, printed_past = (pieces[1].removeprefix(self.text.closing["user"]) for pieces in (prompted, past))
+        # Before tool results, the template may print the agent's turn in its live or in its past form.
         loop_body = next((text for text in (body, past_body) if printed.startswith(text)), None)
         if loop_body is None:
             return None
@@ -422,7 +465,7 @@ class Printer:
         around = ["" if dropped else opening, *prompted[2:]]
         usual = around[-1].endswith(self.text.prompt)
         if dropped:
-            # The text after the turn is the prompt, or nothing.
+            # Without results, the text after the turn must be the prompt, or nothing.
             usual, around = opening == self.text.prompt, [""] * (len(tools) + 1)
             if not usual and opening:
                 return None
@@ -431,6 +474,8 @@ class Printer:
             around[-1] = around[-1].removesuffix(self.text.prompt)
         follows = None
         if not usual:
+            # Without a generation prompt after the results, past[-3] is the text from the last result to the next
+            # words.
             follows = "", past[-3].removeprefix(around[-1])
         after = loop_closing + opening
         if self._appends or dropped or not printed_past.endswith(after):
@@ -446,7 +491,7 @@ class Printer:
         return Block(agent, around, quoted, strips, dropped, follows)
 
     def _drops(self, turn: Turn, tools: Sequence[Turn]) -> bool:
-        """Whether the template prints nothing of tool results."""
+        """True if the template prints nothing for tool results."""
         user = Turn("user", probe(0))
         try:
             return self._stock.turns([user, turn, *tools], True) == self._stock.turns([user, turn], True)
@@ -454,7 +499,11 @@ class Printer:
             return False
 
     def _changed_results(self, turn: Turn, tool: Turn) -> tuple[bool, tuple[str, str]]:
-        """Whether a tool's result is quoted as in JSON, and the white space that it loses on both sides."""
+        """Return how the template changes a tool's result.
+
+        Returns: True if the result is printed as a JSON string, and the white space that it loses on the left and on
+          the right.
+        """
         user, word = Turn("user", probe(0)), tool.content
         plain = self._stock.turns([user, turn, tool], True)
 
@@ -471,7 +520,7 @@ class Printer:
         )
 
     def _held(self, turn: Turn) -> tuple[Turn, list[str]]:
-        """The turn with a word in place of every control token typed in it, and what the words stand for."""
+        """Return the turn with a placeholder word for every control token typed in it, and the tokens so replaced."""
         names: list[str] = []
 
         def hold(match: re.Match) -> str:
@@ -486,7 +535,7 @@ class Printer:
         return replace(turn, **fields), names
 
     def _segments(self, text: str, closing: str, names: Sequence[str], opening: str = "") -> Form:
-        """What the template printed as a form: its text, with typed control tokens as content."""
+        """Return text that the template printed as a form, in which typed control tokens count as content."""
         opening = opening if text.startswith(opening) else ""
         pieces = _HELD.split(text.removeprefix(opening))
         inner = [(i % 2 == 1, names[int(piece)] if i % 2 else piece) for i, piece in enumerate(pieces)]
@@ -497,13 +546,13 @@ _HELD = re.compile(r"Held(\d+)Word")
 
 
 def _any_of(texts: set[str]) -> re.Pattern:
-    """Matches any of these texts, the longest first."""
+    """Return a pattern that matches any of these texts, trying the longest first."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
 def _strip(text: str, sides: tuple[str, str]) -> str:
     left, right = sides
-    if set(left) >= set(WHITE_SPACE):  # then any white space, that of other scripts too
+    if set(left) >= set(WHITE_SPACE):  # assume that the template uses strip(), which also removes Unicode spaces
         text = text.lstrip()
     elif left:
         text = text.lstrip(left)
@@ -513,7 +562,7 @@ def _strip(text: str, sides: tuple[str, str]) -> str:
 
 
 def unsampled(turn: Turn) -> Turn:
-    """The turn without what was sampled, credited and paid, which no template prints."""
+    """Return the turn without sampled ids, credit and reward, which no template prints."""
     if turn.role == "assistant" or turn.token_ids is not None:
         return replace(turn, trainable=None, reward=None, token_ids=None, behaviour_log_prob=None)
     return turn
@@ -538,9 +587,9 @@ _TOOLS = [
 
 @functools.cache
 def cells() -> tuple[tuple[str, str, tuple[Turn, ...], bool], ...]:
-    """Probe dialogues to compare with the stock template: kind, name, turns, and whether a prompt follows.
+    """Return the probe dialogues to compare with the stock template: kind, name, turns, and True if a prompt follows.
 
-    Fingerprints are taken of what is printed of them: whoever changes them raises SCHEME (rendering.py).
+    The fingerprint of a renderer covers the texts printed for them, so a change here must raise SCHEME (rendering.py).
     """
     user, agent, more, again = (Turn(role, _word(i)) for i, role in enumerate(("user", "assistant") * 2))
     third, system = Turn("user", _word(4)), Turn("system", _word(5))
@@ -584,7 +633,7 @@ def _word(i: int) -> str:
 
 
 def first_difference(first: Sequence, second: Sequence) -> int:
-    """The place where two sequences differ first; the length of the shorter one where it begins the other."""
+    """Return the first index at which two sequences differ; if one begins the other, the length of the shorter."""
     pairs = zip(first, second, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 

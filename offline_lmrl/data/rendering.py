@@ -1,14 +1,15 @@
-"""The one place where text becomes tokens, in training and in generation alike.
+"""Convert text to tokens, by the same code in training and in generation.
 
-Every turn is tokenised on its own, as opening + content + closing, and appended. Openings and closings are the
-template's text with its special tokens active; in content, special tokens stay text, so nobody can close a turn or
+Every turn is tokenised on its own, as opening + content + closing, and appended. Openings and closings are text of the
+template, in which special tokens are active. In content, special tokens are plain text, so nobody can close a turn or
 open another one by typing.
 
-A dialogue is printed as the stock chat template prints it (`template: auto`). Templates may print an agent's turn
-otherwise once the dialogue goes on: without its thought, or with another closing. Then the turn has several forms
-(templates.py); where they differ in more than the closing, a row of training data ends with the turn, and the next
-agent turn gets a row of its own, whose history is in the past form. `template: assembled` only ever appends.
-`Printer.mismatches` (printing.py) and `Renderer.differences` say where the result differs from the stock template.
+With `template: auto`, a dialogue is printed as the stock chat template prints it. Once a dialogue continues, a
+template may print an agent's turn differently: without its thought, or with another closing. Such a turn has several
+forms (templates.py). If the forms differ in more than the closing, a row of training data ends with the turn, and the
+next agent turn gets a row of its own, whose history is in the past form. With `template: assembled`, tokens are only
+ever appended. `Printer.mismatches` (printing.py) and `Renderer.differences` report where the result differs from the
+stock template.
 """
 
 import functools
@@ -30,20 +31,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TEMPLATES = ("auto", "assembled", "plain")
-SCHEME = 2  # of rendering; 1 printed a default system text always, knew one form of a turn and no tool calls
+# The version of the rendering. Version 1 always printed a default system text, and had no forms and no tool calls.
+SCHEME = 2
 
 
 class EncodedTurn(NamedTuple):
     """The tokens of one turn, in every form that a window may hold.
 
     Attributes:
-      ids: opening, content and closing as the last turn of a dialogue, which is what an agent is trained to write.
-      action_start: ids[action_start:] begin with what the speaker chose.
-      actions: the tokens that the speaker chose, the closing token last. Other forms may have another token in its
-        place; where the template prints no closing, it lies behind `ids`.
+      ids: opening, content and closing as the last turn of a dialogue. An agent is trained on this form.
+      action_start: index in `ids` of the first token that the speaker chose.
+      actions: the tokens that the speaker chose, the closing token last. Other forms may have another token in place
+        of the closing one. If the template prints no closing, the closing token is not in `ids` but would follow them.
       closed: False for a sampled agent turn that was cut before its closing token.
-      loop, past: ids once other turns follow, and once a user's turn does; of a system turn, directly before one.
-      after_system: ids directly after the leading system turns.
+      loop: the form once other turns follow.
+      past: the form once a user's turn follows; for a system turn, the form directly before a user's turn.
+      after_system: the form directly after the leading system turns.
     """
 
     ids: tuple[int, ...]
@@ -56,22 +59,22 @@ class EncodedTurn(NamedTuple):
 
     @property
     def action_stop(self) -> int:
-        """Place behind the last action, counted in `ids`; one beyond them where the template prints no closing."""
+        """The index in `ids` after the last action; one past their end if the template prints no closing."""
         return self.action_start + len(self.actions)
 
     @property
     def stays(self) -> bool:
-        """Whether all later windows hold the same tokens, but for the closing action and what follows it."""
+        """True if all later windows hold the same tokens, except for the closing action and what follows it."""
         kept = self.action_stop - self.closed
         return self.ids[:kept] == self.loop[:kept] and self.loop == self.past
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest form, which is what a window rule counts."""
+        """The number of tokens of the longest form, which a window rule counts."""
         return max(map(len, (self.ids, self.loop, self.past)))
 
     def behind(self, prefix: tuple[int, ...]) -> "EncodedTurn":
-        """The turn with ids before its opening."""
+        """Return the turn with the ids `prefix` put before its opening."""
         if not prefix:
             return self
         forms = {name: (*prefix, *getattr(self, name)) for name in ("ids", "loop", "past", "after_system")}
@@ -79,24 +82,29 @@ class EncodedTurn(NamedTuple):
 
 
 class Renderer:
-    """Turns as tokens under one tokenizer and template.
+    """A renderer that converts turns to tokens with one tokenizer and template.
+
+    A role that the template lacks is rendered as a user.
 
     Args:
       tokenizer: a fast tokenizer.
-      template: "auto": as the tokenizer's chat template prints a dialogue, or "plain" where it has none; "assembled":
-        the same texts around turns, but what was read never changes; "plain": a line per turn with the speaker's name,
-        the agent's turn ended by EOS.
-      text: what was derived from the template before and saved with a run; None = derive it now.
+      template: "auto": print a dialogue as the tokenizer's chat template does, or as "plain" if it has none.
+        "assembled": use the same texts around turns, but never change a turn once it has been printed. "plain": print
+        one line per turn with the speaker's name, and end the agent's turn with EOS.
+      text: the text around turns that was derived from the template earlier and saved with a run; None = derive it
+        now.
       ends: further ids that end a reply (the model's `generation_config.eos_token_id`).
 
     Attributes:
-      text: the text around turns. printer: prints dialogues, and says where the stock template prints something else.
-      agent_opening: ids of the generation prompt, read before an agent turn; never empty.
-      close_id: the token that ends an agent turn. close_ids: all that do.
-      fingerprint: equal for equal tokenizer and printed text, also after saving and loading; begins with the scheme.
+      text: the text around turns.
+      printer: prints dialogues, and reports where the stock template prints something else.
+      agent_opening: ids of the generation prompt, which comes before an agent turn; never empty.
+      close_id: the token that ends an agent turn.
+      close_ids: all tokens that end an agent turn.
+      fingerprint: a string that is equal for equal tokenizers and printed texts, also after saving and loading; it
+        begins with the scheme.
 
-    Roles that the template lacks are rendered as the user's. Raises InputError for a tokenizer or template that cannot
-    be used.
+    Raises: InputError for a tokenizer or template that cannot be used.
     """
 
     def __init__(
@@ -124,7 +132,7 @@ class Renderer:
             text = appended_only(text) if template == "assembled" else text
         self.text = text
 
-        # Added tokens that structure the dialogue: all special ones, and the others that the template prints.
+        # The added tokens that structure the dialogue: all special tokens, and any others that the template prints.
         printed = "\0".join(
             [
                 *text.preamble.values(),
@@ -140,7 +148,7 @@ class Renderer:
         }
         self._controls = {added[name]["id"] for name in controls}
         if tokenizer.unk_token != tokenizer.eos_token:
-            self._controls.discard(tokenizer.unk_token_id)  # what the tokenizer cannot spell, not something typed
+            self._controls.discard(tokenizer.unk_token_id)  # content that the tokenizer cannot spell gives it
         self._kept_controls = self._controls - {added[name]["id"] for name in THINK if name in added}
         self._inside_control = _inside(controls)
         self.printer = Printer(text, stock, template == "assembled", controls, list(added))
@@ -160,7 +168,7 @@ class Renderer:
                 f"{len(self._template_ids('x', text.live[1]))} tokens), expected a tokenizer with an "
                 "eos_token"
             )
-        # Where the template prints no closing token, the agent closes its turn with EOS, which no history holds.
+        # If the template prints no closing token, the agent closes its turn with EOS, which history does not contain.
         self.close_id = chosen[-1] if chosen else tokenizer.eos_token_id
         self.close_ids = frozenset({self.close_id, *self.ends})
         self._before_close = self._backend.decode(list(chosen[:-1]), skip_special_tokens=False)
@@ -174,60 +182,64 @@ class Renderer:
 
     @property
     def past_opening(self) -> tuple[int, ...]:
-        """Ids before the agent's words in history."""
+        """The ids before the agent's words in history."""
         before = self.text.past[0]
         if before.startswith(self.text.prompt):
             return self.agent_opening
         return self._template_ids(self.text.closing["user"] or "x", before)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Copies and other processes derive the ids again; the caches do not travel.
+        # Copies and other processes derive the ids again; the caches are not pickled.
         return Renderer, (self.tokenizer, self.template, self.text, self.ends)
 
     def preamble_of(self, turns: Sequence[Turn]) -> tuple[int, ...]:
-        """Ids before the first of these turns: with the template's own system text where they bring none."""
+        """Return the ids before the first turn, with the template's default system text if the turns have none."""
         return self._template_ids("", self.printer.preamble(turns))
 
     def opening(self, role: str) -> tuple[int, ...]:
-        """Ids printed before a turn of this role."""
+        """Return the ids printed before a turn of this role."""
         if role == "assistant":
             return self.agent_opening
         return self._template_ids(self.text.past[1] or "x", self.text.opening[role])
 
     def closing(self, role: str) -> tuple[int, ...]:
-        """Ids printed after a turn of this role; of the agent, as its last turn, with the closing action."""
+        """Return the ids printed after a turn of this role; for the agent, as in its last turn."""
         if role != "assistant":
             return self._template_ids("x", self.text.closing[role])
         chosen, rest = self._closing_ids(self.text.live[1])
         return (*(chosen or (self.close_id,)), *rest)
 
     def encode_content(self, text: str) -> list[int]:
-        """Ids of an agent's text as `encode` writes them between opening and closing; `decode` is the inverse.
+        """Return the ids that `encode` puts between opening and closing for an agent's text; `decode` is the inverse.
 
-        Special tokens typed in the text stay text. Raises InputError if the tokenizer cannot keep them apart.
+        Special tokens typed in the text stay text.
+
+        Raises: InputError if the tokenizer cannot distinguish typed text from special tokens.
         """
         fixed, lead = self.printer.before_content(self.text.live[0])
         return [*self._template_ids(self.text.prompt, fixed), *self._content_ids(lead + text)]
 
     def encode_turn(self, turn: Turn) -> EncodedTurn:
-        """A turn alone as tokens."""
+        """Encode one turn on its own."""
         return self.encode([turn])[0]
 
     def encode(self, turns: Sequence[Turn]) -> list[EncodedTurn]:
-        """The turns of a dialogue, or of a part of one, as tokens; `in_window` says which form a window holds.
+        """Encode the turns of a dialogue or of a part of one; `in_window` selects the form that a window holds.
 
-        An agent turn's `token_ids` (sampled content and closing token) are used as they are; without a closing token
-        the turn is unfinished, and nothing is appended. The caller removes ids of another tokenizer first.
+        An agent turn's `token_ids` (sampled content and closing token) are used unchanged. If they lack the closing
+        token, the turn is unfinished and nothing is appended. The caller must first remove ids of another tokenizer.
         """
         return [self._encoded(turn, text) for turn, text in zip(turns, self.printer.texts(turns), strict=True)]
 
     def window_ids(
         self, turns: Sequence[Turn], encoded: Sequence[EncodedTurn], first: int, stop: int, live: bool
     ) -> list[tuple[int, ...]]:
-        """Ids of every turn of a window: the leading system turns and turns first..stop−1 of a dialogue.
+        """Return the ids of each turn of a window: the leading system turns and turns first..stop−1 of a dialogue.
 
         Args:
-          encoded: the dialogue's turns. live: a last turn of the agent's is in the form that it is trained in.
+          turns: all turns of the dialogue.
+          encoded: the same turns, encoded.
+          live: True: an agent turn at the end of the window is in the form in which it is trained.
         """
         window = in_window(turns, self.printer.speaks_as_user, first, stop, live)
         return [getattr(encoded[i], form) for i, form in window]
@@ -248,7 +260,7 @@ class Renderer:
             past = loop if text.past is text.loop else self._form_ids(text.past, turn.role)
             body = ids[start : len(ids) - len(rest)]
             return EncodedTurn(ids, start, body if chosen else (*body, self.close_id), True, loop, past, past)
-        # Sampled ids stand in for the text that they spell, also in history where that shows the same text.
+        # Sampled ids replace the text that they spell, also in history if the same text is printed there.
         start, sampled = len(opening), (*opening, *turn.token_ids)
         if not (turn.token_ids and turn.token_ids[-1] in self.close_ids):
             return EncodedTurn(sampled, start, turn.token_ids, False, sampled, sampled, sampled)
@@ -257,9 +269,12 @@ class Renderer:
         return EncodedTurn(ids, start, turn.token_ids, True, loop, past, past)
 
     def _history_ids(self, turn: Turn, form: Form, text: TurnText) -> tuple[int, ...]:
-        """A sampled turn in history: as sampled, closed as the template closes it, unless that prints other text."""
+        """Return a sampled turn's ids in history: the sampled ids with the template's closing.
+
+        If the template prints another text there than was sampled, the ids are those of the template's text.
+        """
         kept = turn.token_ids[:-1]
-        # Control tokens that were sampled are no text that could be printed again.
+        # Sampled control tokens have no text from which they could be encoded again, so the sampled ids are kept.
         same = (text.as_is and self.text.live[0] == self.text.past[0]) or not self._kept_controls.isdisjoint(kept)
         if not same:
             spelt = self._backend.decode(list(kept), skip_special_tokens=False).removesuffix(self._before_close)
@@ -271,17 +286,18 @@ class Renderer:
         return (*self._opening_ids(text.prompt), *kept, *self._template_ids("x", form[-1][1]))
 
     def opening_after(self, turns: Sequence[Turn]) -> tuple[int, ...]:
-        """Ids read before an agent's turn that follows these: the generation prompt. After the result of a tool some
-        templates print none."""
+        """Return the generation prompt's ids after these turns; some templates print none after a tool's result."""
         return self._opening_ids(self.printer.own_prompt(turns))
 
     def _opening_ids(self, prompt: str | None) -> tuple[int, ...]:
         return self.agent_opening if prompt is None else self._template_ids("x", prompt)
 
     def decode(self, ids: Sequence[int], role: str = "assistant") -> str:
-        """The text of a turn's sampled ids, without its closing token and what follows that.
+        """Return the text of a turn's sampled ids, up to the closing token.
 
-        role: the speaker's. Of others than the agent `ids` are the content alone, without what closes their turn.
+        Args:
+          ids: the sampled ids; for speakers other than the agent only the content, without the closing.
+          role: the speaker.
         """
         ids = list(ids)
         if role != "assistant":
@@ -292,39 +308,42 @@ class Renderer:
         return text.removeprefix(self._live_lead)
 
     def tokens(self, turns: Sequence[Turn], prompt: bool = False) -> list[int]:
-        """The dialogue as ids, without sampled ones; `prompt` adds the opening of the agent's next turn."""
+        """Return the ids of a dialogue, encoded from its text rather than from sampled ids.
+
+        Args:
+          prompt: True: add the opening of the agent's next turn.
+        """
         ids = list(self.preamble_of(turns))
         for role, form in self.printer.dialogue([unsampled(turn) for turn in turns], prompt):
             ids += self._form_ids(form, role)
         return [*ids, *self.opening_after(turns)] if prompt else ids
 
-    # Where the stock template prints something else.
+    # Differences from the stock template.
 
     def is_control(self, token: int) -> bool:
-        """Whether the token structures dialogues and no text gives it."""
+        """True if the token structures dialogues, so that no content encodes to it."""
         return token in self._controls
 
     @property
     def closing_stays(self) -> bool:
-        """Whether history holds the token that closes an agent's turn."""
+        """True if history contains the token that closes an agent's turn."""
         chosen = self._closing_ids(self.text.live[1])[0]
         return bool(chosen) and self._closing_ids(self.text.past[1])[0] == chosen
 
     def notice(self, turns: Sequence[Turn]) -> None:
-        """Log what the printer finds fault with in a dialogue, each line once."""
+        """Log the faults that the printer finds in a dialogue; each line is logged only once."""
         for line in self.printer.faults_in(turns):
             if line not in self._noticed:
                 self._noticed.add(line)
                 logging.getLogger(__name__).warning(line)
 
     def differences(self, turns: Sequence[Turn], prompt: bool | None = None) -> str | None:
-        """One line on the first difference between this rendering and what the stock template prints; None if none.
+        """Return one line on the first difference from what the stock template prints; None if there is none.
 
-        The plain template has no stock to differ from.
+        For the plain template there is no stock template, so the result is None.
 
         Args:
-          prompt: compare with the prompt of the agent's next turn; None = where the dialogue does not end with the
-            agent.
+          prompt: True: compare with the generation prompt added; None = add it unless the agent speaks last.
         """
         prompt = turns[-1].role != "assistant" if prompt is None else prompt
         difference = self.printer.differences(turns, prompt)
@@ -337,11 +356,12 @@ class Renderer:
         shown = [self.tokenizer.convert_ids_to_tokens(some[i : i + 4]) for some in (stock_ids, ids)]
         return f"token {i}: same text, the template's tokens are {shown[0]}, the assembly's {shown[1]}"
 
-    # Text as tokens.
+    # Conversion of text to tokens.
 
     def _form_ids(self, form: Form, role: str) -> tuple[int, ...]:
         before = (self.text.closing["user"] if role == "assistant" else self.text.past[1]) or "x"
         ids: tuple[int, ...] = ()
+        # After content, "x" represents any text, so that the ids of a closing do not depend on the content.
         for is_content, text in form:
             if text:
                 ids += self._content_ids(text) if is_content else self._template_ids(before, text)
@@ -351,22 +371,28 @@ class Renderer:
         return ids
 
     def _closing_ids(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ids of an agent's closing: up to the token that the agent chooses, () where there is none, and after it."""
+        """Split the ids of an agent's closing after the token that the agent chooses.
+
+        Returns: the ids up to and including that token, () if there is none, and the ids after it.
+        """
         ids = self._template_ids("x", text)
         stop = next((i for i, token in enumerate(ids) if token in self._controls), None)
         if stop is None and self.tokenizer.eos_token_id is None and len(ids) == 1:
-            stop = 0  # without EOS the end of the line closes the turn
+            stop = 0  # without an EOS token, the end of the line closes the turn
         return (ids[: stop + 1], ids[stop + 1 :]) if stop is not None else ((), ids)
 
     def _stock_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
 
     def _encode_template(self, before: str, text: str) -> tuple[int, ...]:
-        """Ids of template text as they come out where it follows `before`: some tokenizers mark the start of a text,
-        or of what follows a special token, with a space."""
+        """Return the ids of template text when it follows the text `before`.
+
+        The preceding text matters: some tokenizers put a space at the start of a text or after a special token.
+        """
         if not text:
             return ()
         head, whole = self._stock_ids(before), self._stock_ids(before + text)
+        # If the two texts merge into one token at the seam, no suffix of `whole` belongs to `text` alone.
         if whole[: len(head)] == head:
             return tuple(whole[len(head) :])
         return tuple(self._stock_ids(text))
@@ -374,7 +400,8 @@ class Renderer:
     def _encode_content(self, text: str) -> tuple[int, ...]:
         ids = self._backend.encode(text, add_special_tokens=False).ids
         if not self._controls.isdisjoint(ids):
-            # Unigram and whole-word models have special tokens in their plain vocabulary too: cut these in two.
+            # Unigram and whole-word models also have special tokens in their plain vocabulary. Cutting a typed special
+            # token in two keeps the model from finding it.
             pieces = self._inside_control.split(text)
             ids = [token for piece in pieces for token in self._backend.encode(piece, add_special_tokens=False).ids]
         for token in ids:
@@ -388,7 +415,7 @@ class Renderer:
 
 
 def _content_backend(description: dict[str, Any], controls: set[str]) -> Tokenizer:
-    """The tokenizer for content: control tokens are text, and no space is added in front of a piece of text."""
+    """Return the tokenizer for content: it reads control tokens as text and adds no space in front of a text."""
     description = dict(description, truncation=None, padding=None)
     description["added_tokens"] = [
         token | {"special": token["content"] in controls} for token in description["added_tokens"]
@@ -404,8 +431,10 @@ def _content_backend(description: dict[str, Any], controls: set[str]) -> Tokeniz
 
 
 def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normalizer or pre-tokenizer that puts no space in front of the text; later members of a sequence see words,
-    where the space belongs to the word."""
+    """Return the normalizer or pre-tokenizer without the space that it adds in front of the text.
+
+    In a sequence only the first member is changed: later members see words, and there the space belongs to the word.
+    """
     match part:
         case {"type": "Sequence"}:
             key = "normalizers" if "normalizers" in part else "pretokenizers"
@@ -421,7 +450,7 @@ def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _without_strip(decoder: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The decoder that does not remove the space which `_without_prefix` no longer puts in."""
+    """Return the decoder without the step that removes the leading space, which `_without_prefix` no longer adds."""
     match decoder:
         case {"type": "Sequence"}:
             return decoder | {"decoders": [_without_strip(part) for part in decoder["decoders"]]}
@@ -433,13 +462,13 @@ def _without_strip(decoder: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _inside(controls: set[str]) -> re.Pattern:
-    """Matches the place behind the first character of every control token."""
+    """Return a pattern that matches the position after the first character of every control token."""
     places = [f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in sorted(controls) if len(name) > 1]
     return re.compile("|".join(places) or "(?!)")
 
 
 def _fingerprint(description: dict[str, Any], text: TemplateText, stock: list[str] | None) -> str:
-    # Truncation and padding change with every call; the post-processor is not used here.
+    # Truncation and padding change with every tokenizer call, and the post-processor is not used here.
     unused = ("truncation", "padding", "post_processor")
     fixed = {key: value for key, value in description.items() if key not in unused}
     parts = json.dumps([fixed, text.to_dict(), stock], sort_keys=True)

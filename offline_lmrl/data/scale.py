@@ -1,4 +1,4 @@
-"""One reward transform for trainer, sampler and evaluator."""
+"""The reward transform that trainer, sampler and evaluator share."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,14 +9,17 @@ from offline_lmrl.data.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class RewardScale:
-    """(reward − shift) / scale, applied to every scored turn; Q and V are learnt in these units.
+    """The transform (reward − shift) / scale, applied to every scored turn; Q and V are learnt in these units.
 
-    The scale is the range of the training returns, so 10·r and r give the same policy. A shift is safe only where it
-    moves all returns by one constant: nothing is discounted (else it counts for less the later a turn is scored) and
-    every finished episode has the same number of scored turns (else it pays for longer or shorter episodes). There it
-    is the mean reward, so that r − 1 and r give the same policy; elsewhere, where it would change the task, it is 0.
+    The scale is the range of the training returns, so that 10·r and r give the same policy. A shift is safe only if it
+    changes all returns by the same constant. This requires that nothing is discounted (otherwise the shift would count
+    for less the later a turn is scored) and that every finished episode has the same number of scored turns (otherwise
+    the shift would reward longer or shorter episodes). If the shift is safe, it is the mean reward, so that r − 1 and
+    r give the same policy. If not, it would change the task, so it is 0.
 
-    scored_turns: of every finished episode, where the shift is safe; else 0.
+    shift: in logged units.
+    scale: in logged units, above 0.
+    scored_turns: number of scored turns in every finished episode if the shift is safe; else 0.
     """
 
     shift: float = 0.0
@@ -29,11 +32,11 @@ class RewardScale:
 
     @classmethod
     def fit(cls, trajectories: Sequence[Trajectory], scale: float | None = None, *, discounted: bool) -> "RewardScale":
-        """From the training split.
+        """Fit shift and scale to the training split.
 
         Args:
-          scale: overrides the fitted range (in the units of the logged rewards).
-          discounted: whether any step's discount is below 1 (`StepRule.discounted`).
+          scale: replaces the fitted range, in the units of the logged rewards; None = fit it.
+          discounted: True if any step's discount is below 1 (`StepRule.discounted`).
         """
         scored = [[turn.reward for turn in t.turns if turn.reward is not None] for t in trajectories]
         counts = {len(rewards) for rewards, t in zip(scored, trajectories, strict=True) if t.terminated}
@@ -48,18 +51,23 @@ class RewardScale:
         return cls(shift, scale, max(counts) if fixed else 0)
 
     def apply(self, reward: float | None) -> float:
-        """Scaled reward of a turn; an unscored turn (None) pays 0 in either unit."""
+        """Return the scaled reward of a turn; the reward of an unscored turn (None) is 0 in either unit."""
         return 0.0 if reward is None else (reward - self.shift) / self.scale
 
     def apply_to_return(self, total: float) -> float:
-        """Scaled return of a whole episode, in which every scored turn was shifted."""
+        """Return the scaled return of a whole episode, in which the reward of every scored turn is shifted."""
         return (total - self.scored_turns * self.shift) / self.scale
 
     def invert_return(self, total: float, scored_before: int = 0) -> float:
-        """The return in logged units of a scaled return-to-go from a turn before which `scored_before` turns of the
-        episode were scored; what lies ahead has the other scored turns in it, each shifted."""
+        """Convert a scaled return-to-go to the units of the logged rewards.
+
+        Args:
+          total: the scaled return-to-go.
+          scored_before: number of scored turns already played. Their shifts are not part of the return-to-go, so only
+            the shifts of the remaining scored turns are undone.
+        """
         return total * self.scale + (self.scored_turns - scored_before) * self.shift
 
     def to_dict(self) -> dict[str, float]:
-        """Plain values for JSON; `RewardScale(**block)` reads them back."""
+        """Return plain values for JSON; `RewardScale(**values)` is the inverse."""
         return asdict(self)

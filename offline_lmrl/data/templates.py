@@ -1,13 +1,12 @@
-"""The text that a chat template prints around turns.
+"""Find the text that a chat template prints around turns.
 
-A chat template is a program from messages to text. It is run on dialogues of unique probe words; the text between the
-probes is what the template adds. From a plain dialogue of user and assistant this gives, once, the text around every
-kind of turn (`TemplateText`), which is saved with a run and used from there. Turns whose text the template itself
-rewrites (thoughts, tool calls, white space at the edges) are printed by the template one at a time, between probes.
+A chat template is a program that maps messages to text. We run it on dialogues of unique probe words; the text between
+the probes is what the template adds. A plain dialogue of user and assistant gives the text around every kind of turn
+(`TemplateText`). It is derived once, saved with a run and reused. Turns whose text the template itself rewrites
+(thoughts, tool calls, white space at the edges) are printed by the template one at a time, between probes.
 
-An agent's turn has two forms. The *live* one is the last turn of a finished dialogue: what the agent is trained to
-write. The *past* one is what the template prints once the dialogue has gone on: it may lack a thought, or close
-otherwise.
+An agent's turn has two forms. The *live* form is the last turn of a finished dialogue; the agent is trained to write
+it. The *past* form is printed once the dialogue continues; it may lack a thought, or have another closing.
 """
 
 import json
@@ -25,7 +24,7 @@ from offline_lmrl.data.trajectory import ROLES, Turn
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_SECONDS = 5  # for one dialogue
+_SECONDS = 5  # time limit for printing one dialogue
 PLAIN_DIALOGUE = ("user", "assistant", "user", "assistant")
 WHITE_SPACE = " \t\n\r\v\f"
 
@@ -35,18 +34,21 @@ class TemplateText:
     """The text around turns.
 
     Attributes:
-      preamble: text before the first turn. "system": where that is a system turn; "default": elsewhere, with the
-        system text that the template puts in by itself.
-      opening, lead, closing: of the roles that are not the agent's. `lead` is white space that belongs to the text's
-        own tokens ("User:" is followed by the one token " Hi").
-      user_after_system: opening of a user turn directly after the system turns.
-      user_last: closing of a user turn that ends a dialogue without a generation prompt.
-      prompt: the generation prompt, read before the agent's turn.
-      live, past: the text before and after an agent's words, in both forms.
+      preamble: the text before the first turn. "system": if that is a system turn; "default": otherwise, with the
+        system text that the template adds by itself.
+      opening: the text before a turn, for each role except the agent's.
+      lead: white space after the opening that is tokenised together with the content ("User:" is followed by the
+        single token " Hi").
+      closing: the text after a turn, for each role except the agent's.
+      user_after_system: the opening of a user turn directly after the system turns.
+      user_last: the closing of a user turn that ends a dialogue without a generation prompt.
+      prompt: the generation prompt, which comes before the agent's turn.
+      live: the text before and after the agent's words in the live form.
+      past: the text before and after the agent's words in the past form.
       strips: per role, the white space that the template removes on the left and on the right.
-      user_roles: the roles printed as the user's, as the template lacks them.
-      parts: whether the template takes content as a list of parts only.
-      date: the day, YYYY-MM-DD, that a template with a clock was derived on; "" for one without.
+      user_roles: the roles that the template lacks, and which are therefore printed as the user's.
+      parts: True if the template accepts content only as a list of parts.
+      date: the day, YYYY-MM-DD, on which a template that prints the date was derived; "" for any other template.
     """
 
     preamble: dict[str, str]
@@ -64,19 +66,22 @@ class TemplateText:
     date: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TemplateText":
-        """The inverse of `to_dict`."""
+        """Build the text from the values of `to_dict`."""
         pairs = {name: tuple(values[name]) for name in ("live", "past", "user_roles")}
         strips = {role: tuple(sides) for role, sides in values["strips"].items()}
         return cls(**{**values, **pairs, "strips": strips})
 
 
 def plain_template(bos: str, eos: str) -> TemplateText:
-    """A line per turn with the speaker's name; the agent's turn ends with `eos`, or with its line where that is ""."""
+    """Return a template of one line per turn with the speaker's name.
+
+    The agent's turn ends with `eos`, or with a line break if `eos` is "".
+    """
     others = [role for role in ROLES if role != "assistant"]
     opening = {role: f"{role.capitalize()}:" for role in others}
     around = "Assistant: ", eos or "\n"
@@ -95,9 +100,10 @@ def plain_template(bos: str, eos: str) -> TemplateText:
 
 
 def appended_only(text: TemplateText) -> TemplateText:
-    """The same text with one form of the agent's turn, the past one, so that nothing that was read ever changes.
+    """Return the same text with only the past form of the agent's turn, so that printed turns never change.
 
-    A generation prompt that past turns do not begin with (it opens a thought, say) is replaced by their opening.
+    A generation prompt with which past turns do not begin (for example, because it opens a thought) is replaced by
+    their opening.
     """
     before, after = text.past
     prompt = text.prompt if before.startswith(text.prompt) else before.rstrip(" ")
@@ -109,9 +115,10 @@ class ChatTemplate:
     """A tokenizer's chat template as a program.
 
     Args:
-      tokenizer: has the template. tokens: the tokenizer's added tokens, never cut in the middle.
-      date: the day that a template with a clock prints; "" = today.
-      parts: give it content as a list of parts.
+      tokenizer: the tokenizer that holds the template.
+      tokens: the tokenizer's added tokens, which are never cut in the middle.
+      date: the day, YYYY-MM-DD, that a template prints as today's date; "" = the real date.
+      parts: True: pass content to the template as a list of parts.
     """
 
     def __init__(
@@ -122,9 +129,12 @@ class ChatTemplate:
         self._unit = re.compile("|".join([*map(re.escape, longest_first), "."]), flags=re.DOTALL)
 
     def messages(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False, tools: Any = None) -> str:
-        """The text printed for messages; `prompt` adds the generation prompt, `tools` a list of tool schemas.
+        """Return the text printed for messages.
 
-        Raises InputError with the template's own words where it refuses the dialogue.
+        Args:
+          prompt: True: add the generation prompt.
+          tools: a list of tool schemas; None = no tools.
+        Raises: InputError, with the template's own message, if the template refuses the dialogue.
         """
         chat = [dict(message) for message in messages]
         if self.parts:
@@ -140,13 +150,15 @@ class ChatTemplate:
                 )
         except InputError:
             raise
-        except Exception as error:  # whatever is raised here, the template raises
+        except Exception as error:  # a template is third-party code and may raise anything
             raise InputError(f"chat template: {str(error) or type(error).__name__}") from error
 
     def turns(self, turns: Sequence[Turn], prompt: bool = False) -> str:
-        """The text printed for turns, with their tool calls, thoughts and tools; errors as `messages`.
+        """Return the text printed for turns, with their tool calls, thoughts and tools.
 
-        Arguments of tool calls are given as an object, or, where the template asks for that, as JSON text.
+        Arguments of tool calls are passed as an object, or as JSON text if the template refuses objects.
+
+        Raises: InputError as `messages`.
         """
         tools = next((json.loads(turn.tools) for turn in turns if turn.tools), None)
         messages = [message_of(turn) for turn in turns if turn.content or not turn.tools]
@@ -162,8 +174,10 @@ class ChatTemplate:
         return self.messages(messages, prompt, tools)
 
     def around(self, turns: Sequence[Turn], prompt: bool = False) -> list[str] | None:
-        """The text before, between and after the contents that are probes; None where the template refuses the
-        dialogue, or loses, doubles or reorders a probe."""
+        """Return the texts before, between and after the contents that are probes.
+
+        Returns: None if the template refuses the dialogue, or loses, repeats or reorders a probe.
+        """
         try:
             text = self.turns(turns, prompt)
         except InputError:
@@ -173,22 +187,22 @@ class ChatTemplate:
         return pieces if _PROBE.findall(text) == probes else None
 
     def around_roles(self, roles: Sequence[str], prompt: bool = False) -> list[str] | None:
-        """`around` for a dialogue of probes by these roles."""
+        """Return `around` for a dialogue of probes spoken by these roles."""
         return self.around([Turn(role, probe(i)) for i, role in enumerate(roles)], prompt)
 
     def shared_prefix(self, first: str, *others: str) -> str:
-        """The longest common start; added tokens are not cut."""
+        """Return the longest common prefix that cuts no added token."""
         units = [self._unit.findall(text) for text in (first, *others)]
         return "".join(row[0] for row in takewhile(lambda row: len(set(row)) == 1, zip(*units, strict=False)))
 
     def shared_suffix(self, first: str, second: str) -> str:
-        """The longest common end; added tokens are not cut."""
+        """Return the longest common suffix that cuts no added token."""
         units = [self._unit.findall(text)[::-1] for text in (first, second)]
         return "".join([row[0] for row in takewhile(lambda row: row[0] == row[1], zip(*units, strict=False))][::-1])
 
     @cached_property
     def has_clock(self) -> bool:
-        """Whether the template prints today's date."""
+        """True if the template prints today's date."""
         return "strftime_now" in json.dumps(self.tokenizer.chat_template)
 
     @property
@@ -201,12 +215,12 @@ _PROBE = re.compile(r"Probe\d+Word")
 
 
 def probe(i: int) -> str:
-    """A word that stands for a content."""
+    """Return the probe word number i, which takes the place of a turn's content."""
     return f"Probe{i}Word"
 
 
 def message_of(turn: Turn) -> dict[str, Any]:
-    """A turn as chat templates take it. A thought has two names in use."""
+    """Return a turn as a message for chat templates. A thought is passed under both names that templates use."""
     message: dict[str, Any] = {"role": turn.role, "content": turn.content}
     if turn.thinking is not None:
         message |= {"reasoning_content": turn.thinking, "thinking": turn.thinking}
@@ -216,7 +230,10 @@ def message_of(turn: Turn) -> dict[str, Any]:
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call as {"type", "function": {"name", "arguments"}}, arguments an object where they are JSON of one."""
+    """Return a tool call as {"type", "function": {"name", "arguments"}}.
+
+    If the arguments are JSON text of an object, they become that object.
+    """
     function = dict(call.get("function") or call)
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
@@ -230,13 +247,13 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def derive_template(template: ChatTemplate) -> TemplateText:
-    """The text that a chat template prints around turns.
+    """Derive the text that a chat template prints around turns.
 
-    A template that prints no generation prompt (it would be empty) lends the agent what it prints before the agent's
-    words, so that a state before the agent's first token always exists. A role that the template refuses, leaves out
-    or prints inside another's turn is printed as a user's.
+    If the template prints no generation prompt, the text before the agent's words serves as one, so that a state
+    before the agent's first token always exists. A role that the template refuses, leaves out or prints inside
+    another's turn is printed as a user's.
 
-    Raises InputError if the template does not print a plain dialogue.
+    Raises: InputError if the template does not print a plain dialogue.
     """
     if template.has_clock and not template.date:
         template.date = date.today().isoformat()
@@ -258,8 +275,9 @@ def derive_template(template: ChatTemplate) -> TemplateText:
     if not prompt:
         prompt = live_before.removesuffix(" ")
 
-    # The end of a dialogue, or of a user turn, shows where the agent's closing stops at the earliest: a default system
-    # text closes like a turn, and so would share more than the user's opening with the text between agent and user.
+    # The agent's closing contains at least the end of the dialogue, or the end of a user turn. Remove that part before
+    # looking for the user's opening as a common suffix: a default system text ends with the same closing, so the
+    # common suffix would otherwise contain the closing too.
     closing = next((text for text in (tail, user_closing) if text and before_user.startswith(text)), "")
     user_opening = template.shared_suffix(head, before_user.removeprefix(closing))
     past_after = before_user.removesuffix(user_opening)
@@ -300,11 +318,13 @@ def derive_template(template: ChatTemplate) -> TemplateText:
 def _user_closing(
     template: ChatTemplate, before_past: str, before_live: str, bare: str, prompted: str
 ) -> tuple[str, str]:
-    """The user's closing and the generation prompt, "" where the template has none.
+    """Return the user's closing and the generation prompt, "" if the template has none.
 
     Args:
-      before_past, before_live: printed between user and agent; bare, prompted: printed after a last user turn,
-        without and with the generation prompt.
+      before_past: the text between user and agent, for an earlier agent turn.
+      before_live: the text between user and agent, for the last agent turn.
+      bare: the text after a last user turn, without the generation prompt.
+      prompted: the text after a last user turn, with the generation prompt.
     """
     has_prompt = prompted != bare
     following = prompted if has_prompt else before_live
@@ -315,8 +335,12 @@ def _user_closing(
 
 
 def _system_text(template: ChatTemplate, user_opening: str) -> tuple[str, str, str, str] | None:
-    """Opening and closing of a system turn, the preamble before it, and the opening of the user turn after it; None
-    if the template has no system turn. The template may print the turn bare, or inside the user's."""
+    """Return the texts around a system turn; None if the template has no system turn.
+
+    The template may print the turn without any text around it, or inside the user's turn.
+
+    Returns: opening and closing of the system turn, the preamble before it, and the opening of the user turn after it.
+    """
     pieces = template.around_roles(("system", *PLAIN_DIALOGUE))
     if pieces is None:
         return None
@@ -326,15 +350,18 @@ def _system_text(template: ChatTemplate, user_opening: str) -> tuple[str, str, s
     twice = template.around_roles(("system", "system", *PLAIN_DIALOGUE))
     opening = "" if twice is None else twice[1].removeprefix(closing)
     if not opening or not head.endswith(opening):
-        # BOS may be the token that opens turns; then it belongs to the system turn's opening.
+        # If BOS is also the token that opens turns, it belongs to the system turn's opening, not to the preamble.
         opening = head.removeprefix("" if bos and user_opening.startswith(bos) else bos)
     return opening, closing, head.removesuffix(opening) if opening else head, after
 
 
 def _reply_text(template: ChatTemplate, role: str, past_before: str, past_after: str) -> tuple[str, str] | None:
-    """Opening and closing of a role that answers the agent; None if it has none of its own, or is taken for the agent
-    by a template that only asks whether the user speaks."""
-    # The agent's turn after it is not the last one: templates print more there, for example an empty thought.
+    """Return opening and closing of a role that replies to the agent.
+
+    Returns: None if the role has none of its own, or if the template prints it as the agent, because it distinguishes
+      only the user from everybody else.
+    """
+    # The agent's turn after it must not be the last one: templates print more there, for example an empty thought.
     pieces = template.around_roles(("user", "assistant", role, "assistant", "user", "assistant"))
     if pieces is None or not (pieces[2].startswith(past_after) and pieces[3].endswith(past_before)):
         return None
@@ -345,7 +372,7 @@ def _reply_text(template: ChatTemplate, role: str, past_before: str, past_after:
 
 
 def _stripped(template: ChatTemplate, user_roles: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Per role, the white space that gets lost on the left and on the right of a text."""
+    """Return, per role, the white space that the template removes on the left and on the right of a text."""
     strips = {}
     for role, roles in (
         ("user", PLAIN_DIALOGUE),

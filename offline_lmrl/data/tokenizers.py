@@ -1,4 +1,4 @@
-"""A tokenizer trained on the task's own texts, for models from scratch."""
+"""Load a tokenizer, or train one on the task's own texts for models from scratch."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +12,7 @@ from offline_lmrl.data.trajectory import ROLES
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 ROLE_TOKENS = tuple(f"<{role}>" for role in ROLES)
-# One token opens a turn and one closes it: short contexts, and nothing of the text is spent on markers.
+# One token opens a turn and one token closes it, which keeps contexts short and turn markers out of the text.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
@@ -20,11 +20,13 @@ CHAT_TEMPLATE = (
 
 
 def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name. Raises InputError where there is none.
+    """Load the tokenizer of a folder or hub name, with the class with which it was saved.
 
-    AutoTokenizer takes another class than the one that was saved where a model's type is known for wrong names on the
-    hub (qwen2, for one), and that class may read text otherwise. From version 5 on, transformers writes `backend`
-    beside the name of the class, and there the name is right.
+    For model types that are known for wrong class names on the hub (for example qwen2), AutoTokenizer uses another
+    class than the saved one, and that class may tokenise text differently. From version 5 on, transformers writes
+    `backend` next to the class name; if it is present, the class name is right.
+
+    Raises: InputError if there is no tokenizer.
     """
     with opening(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -32,23 +34,23 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
         saved = tokenizer_class_from_name(config.get("tokenizer_class") or "") if "backend" in config else None
         if saved is not None and type(tokenizer) is not saved:
             tokenizer = saved.from_pretrained(name)
-        tokenizer("a b", add_special_tokens=False)  # settings that fit no call show here
-    if tokenizer.vocab_size == 0:  # what some classes make of a folder without tokenizer files
+        tokenizer("a b", add_special_tokens=False)  # unusable settings raise an error only in a call
+    if tokenizer.vocab_size == 0:  # some classes load a folder without tokenizer files
         raise InputError(f"{name}: found no tokenizer files, expected those that the model was trained with")
     return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (Sennrich et al. 2016, over UTF-8 bytes) with the special tokens <pad>, <bos>, <eos> as ids 0, 1,
-    2, one token per role behind them, and a chat template made of these.
+    """Train a byte-level BPE tokenizer (Sennrich et al. 2016, over UTF-8 bytes).
 
-    Lossless for every text: all 256 bytes are tokens, nothing is normalised and no space is added in front. Equal
-    texts give equal tokenizers.
+    The special tokens <pad>, <bos>, <eos> have the ids 0, 1, 2, followed by one token per role; the chat template uses
+    these tokens. Encoding is lossless for every text: all 256 bytes are tokens, nothing is normalised and no space is
+    added in front. Equal texts give equal tokenizers.
 
     Args:
-      vocab_size: tokens at most, special ones included; fewer where the texts have no more pairs to merge.
-
-    Raises InputError if the vocabulary cannot hold the bytes and special tokens.
+      vocab_size: maximum number of tokens, special tokens included. There are fewer if the texts have no more pairs to
+        merge.
+    Raises: InputError if the vocabulary cannot hold the bytes and special tokens.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = [*SPECIAL_TOKENS, *ROLE_TOKENS]

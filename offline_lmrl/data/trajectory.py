@@ -1,8 +1,8 @@
 """A scored dialogue or game: `Turn`, `Trajectory`, and their form on disk.
 
-A trajectory is the episode of an agent in text. The turns the agent is credited for are `trainable`; each may carry
-the reward it earned, in the raw units of the log. A record is the same thing as one plain dict, without loss: what a
-line of JSON Lines and a row of Parquet hold.
+A trajectory is one episode of an agent that acts by text. The turns for which the agent is credited are `trainable`;
+each may have the reward that it earned, in the raw units of the log. A record is the same data as one plain dict,
+without loss, as stored in one line of JSON Lines or one row of Parquet.
 """
 
 import json
@@ -28,28 +28,30 @@ OPTIONAL_TURN_FIELDS = (
     "tool_call_id",
 )
 LARGEST_NUMBER = 1e30
-MAX_NESTING = 200  # trees of replies nest two levels per turn; what JSON, pickle and repr can walk ends near 900
+MAX_NESTING = 200  # trees of replies nest two levels per turn; JSON, pickle and repr fail at a depth near 900
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one speaker said at once.
+    """One uninterrupted contribution of one speaker.
 
     Attributes:
       role: the speaker, one of ROLES.
-      content: the text, as it is; it may be empty.
-      trainable: the agent is credited or blamed for this text; None means (role == "assistant").
-      reward: what the turn earned, finite, on trainable turns only; None = not scored, counts as 0.
-      token_ids: the ids as sampled, closing token included, when known; the text need not encode to them again.
+      content: the text, unchanged; may be empty.
+      trainable: True if the agent is credited or blamed for this text; None means (role == "assistant").
+      reward: the reward that the turn earned, finite, only on trainable turns; None = not scored, counts as 0.
+      token_ids: the ids as sampled, closing token included; None = unknown. Encoding the text may give other ids.
       behaviour_log_prob: log-probability of each of `token_ids` under the policy that acted, in nats.
-      thinking: the agent's thought before its words, where the log keeps it apart (`reasoning_content`, `thinking`).
-      tool_calls: the agent's calls as JSON text, a list of {"function": {"name", "arguments"}, "id"?}; a
-        list is taken too. The chat template prints them.
-      tools: on a leading system turn, the schemas of the tools that the dialogue has, as JSON text or a list. With
-        empty content it is no system text, only the place where the tools are kept.
-      name, tool_call_id: on a tool's turn, which tool answers and which call.
+      thinking: the agent's thought before its words, if the log stores it separately (`reasoning_content`,
+        `thinking`).
+      tool_calls: the agent's tool calls as JSON text of a list of {"function": {"name", "arguments"}, "id"?}; a list
+        is also accepted. The chat template prints them.
+      tools: on a leading system turn, the schemas of the tools available in the dialogue, as JSON text or a list. If
+        the content is empty, the turn is not a system text but only holds the tools.
+      name: on a tool's turn, the name of the tool.
+      tool_call_id: on a tool's turn, the id of the call that it answers.
 
-    Raises InputError that names the field.
+    Raises: InputError that names the invalid field.
     """
 
     role: str
@@ -109,12 +111,12 @@ class Turn:
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the agent is credited for this turn."""
+        """True if the agent is credited for this turn."""
         return self.role == "assistant" if self.trainable is None else self.trainable
 
     @property
     def said(self) -> tuple[str, ...]:
-        """Role and text, and thought, calls and tools where there are any: equal for turns that say the same."""
+        """The role and all text (content, thought, calls, tools); equal for turns with equal text."""
         apart = (self.thinking or "", self.tool_calls or "", self.tools or "")
         return (self.role, self.content, *(apart if any(apart) else ()))
 
@@ -125,12 +127,13 @@ class Trajectory:
 
     Attributes:
       turns: at least one.
-      terminated: the episode ended by itself; False = the log was cut, so values bootstrap past its end.
-      group: root prompt or conversation, the unit of every split; "" = none known.
-      task: identity of the task; source: where the row comes from.
-      labels: every raw human signal and private fact, values that JSON can hold; never rendered.
+      terminated: True: the episode ended by itself. False: the log was cut, so values bootstrap past its end.
+      group: the root prompt or conversation; rows of one group stay in one split. "" = unknown.
+      task: identity of the task.
+      source: the origin of the row.
+      labels: raw human signals and private facts, as values that JSON can store; never rendered.
 
-    Raises InputError that names the field.
+    Raises: InputError that names the invalid field.
     """
 
     turns: tuple[Turn, ...]
@@ -155,14 +158,14 @@ class Trajectory:
 
     @property
     def total_return(self) -> float:
-        """Undiscounted sum of the rewards; a turn that is not scored counts as 0."""
+        """The undiscounted sum of the rewards; an unscored turn counts as 0."""
         return math.fsum(turn.reward for turn in self.turns if turn.reward is not None)
 
 
 def to_record(trajectory: Trajectory) -> dict[str, Any]:
-    """The trajectory as a plain dict for disk; fields of a turn that are None are left out, labels are a JSON string.
+    """Return the trajectory as a plain dict for disk, without the None fields of turns, and with labels as JSON text.
 
-    Raises InputError if the labels cannot be written as JSON.
+    Raises: InputError if the labels cannot be written as JSON.
     """
     return {
         "messages": messages_of(trajectory.turns),
@@ -175,7 +178,7 @@ def to_record(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Turns as plain dicts; fields that are None are left out."""
+    """Return turns as plain dicts, without fields that are None."""
     messages = []
     for turn in turns:
         message: dict[str, Any] = {"role": turn.role, "content": turn.content}
@@ -188,7 +191,10 @@ def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def labels_text(labels: Mapping[str, Any]) -> str:
-    """Labels as a JSON string; `read_labels` is the inverse. Raises InputError for values that JSON cannot hold."""
+    """Return labels as JSON text; `read_labels` is the inverse.
+
+    Raises: InputError for values that JSON cannot store.
+    """
     try:
         return json.dumps(dict(labels), sort_keys=True)
     except (TypeError, ValueError) as error:
@@ -196,13 +202,12 @@ def labels_text(labels: Mapping[str, Any]) -> str:
 
 
 def from_record(record: Mapping[str, Any], where: str) -> Trajectory:
-    """The trajectory of one record, the inverse of `to_record`; absent and null fields take their defaults.
+    """Build the trajectory of one record, as the inverse of `to_record`; absent and null fields get their defaults.
 
     Args:
-      record: `messages` with `terminated, group, task, source, labels`; labels a JSON string or an object.
-      where: "file:row", put in front of every error.
-
-    Raises InputError for a field of the wrong type, a row without an agent turn, and an agent turn without any text.
+      record: a dict with `messages`, `terminated`, `group`, `task`, `source` and `labels` (JSON text or an object).
+      where: "file:row", put in front of every error message.
+    Raises: InputError for a field of the wrong type, a row without an agent turn, or an agent turn without any text.
     """
     messages = record.get("messages")
     if not isinstance(messages, Sequence) or isinstance(messages, str):
@@ -212,9 +217,12 @@ def from_record(record: Mapping[str, Any], where: str) -> Trajectory:
 
 
 def turn_from_record(message: Any, where: str, allow_empty: bool = False) -> Turn:
-    """The turn of one message; `where` is "file:row: field" and goes in front of every error.
+    """Build the turn of one message.
 
-    allow_empty: take an agent's turn without any text too.
+    Args:
+      where: "file:row: field", put in front of every error message.
+      allow_empty: True: accept an agent turn without any text.
+    Raises: InputError for an invalid field.
     """
     if not isinstance(message, Mapping):
         raise InputError(f"{where}: found {shown(message)}, expected an object with role and content")
@@ -222,7 +230,7 @@ def turn_from_record(message: Any, where: str, allow_empty: bool = False) -> Tur
         turn = Turn(message.get("role"), message.get("content"), *(message.get(name) for name in OPTIONAL_TURN_FIELDS))
     except InputError as error:
         raise InputError(f"{where}.{error}") from error
-    # An agent that closes its turn at once was still sampled; a log without a word of it has nothing to learn from.
+    # An empty text with sampled ids is a real action, the closing token. Without ids there is nothing to learn from.
     spoke = turn.content or turn.token_ids or turn.tool_calls
     if turn.is_trainable and not spoke and not allow_empty:
         raise InputError(f"{where}.content: found empty text, expected the text of the agent's turn")
@@ -230,7 +238,7 @@ def turn_from_record(message: Any, where: str, allow_empty: bool = False) -> Tur
 
 
 def build_trajectory(turns: Sequence[Turn], record: Mapping[str, Any], where: str) -> Trajectory:
-    """A trajectory of these turns with the other fields of a record; errors as in `from_record`."""
+    """Build a trajectory from these turns and the other fields of a record; errors as for `from_record`."""
     fields = {name: record[name] for name in ("terminated", "group", "task", "source") if record.get(name) is not None}
     try:
         labels = read_labels(record.get("labels"))
@@ -244,19 +252,19 @@ def build_trajectory(turns: Sequence[Turn], record: Mapping[str, Any], where: st
 
 
 def leading_system_turns(turns: Sequence[Turn]) -> int:
-    """How many turns at the start are system turns: they stay in every window."""
+    """Return the number of system turns at the start, which stay in every window."""
     return next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
 
 
 def as_context(turns: Iterable[Turn]) -> list[Turn]:
-    """The turns as what is only read: nobody is credited for any of them."""
+    """Return the turns as mere context: none of them is trainable, and none has a reward."""
     return [replace(turn, trainable=False, reward=None) if turn.is_trainable else turn for turn in turns]
 
 
 def with_own_token_ids(trajectory: Trajectory, fingerprint: str) -> Trajectory:
-    """The trajectory itself if its sampled ids belong to this renderer, else a copy without ids and log-probs.
+    """Return the trajectory itself if its sampled ids belong to this renderer, else a copy without ids and log-probs.
 
-    The fingerprint of the renderer that sampled is in `labels["tokenizer"]`; ids of unknown origin are not trusted.
+    `labels["tokenizer"]` is the fingerprint of the renderer that sampled the ids; ids of unknown origin are dropped.
     """
     if trajectory.labels.get("tokenizer") == fingerprint or all(turn.token_ids is None for turn in trajectory.turns):
         return trajectory
@@ -266,8 +274,10 @@ def with_own_token_ids(trajectory: Trajectory, fingerprint: str) -> Trajectory:
 
 
 def parse_json(text: str) -> Any:
-    """What JSON text holds. Raises ValueError, saying why in a few words, for text that does not parse or nests deeper
-    than MAX_NESTING."""
+    """Return the value of JSON text.
+
+    Raises: ValueError, with a short reason, for text that does not parse or is nested deeper than MAX_NESTING.
+    """
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -278,7 +288,7 @@ def parse_json(text: str) -> Any:
 
 
 def nests_too_deep(value: Any) -> bool:
-    """Whether lists and objects lie in one another more than MAX_NESTING deep."""
+    """True if lists and objects are nested more than MAX_NESTING levels deep."""
     level = [value] if isinstance(value, list | tuple | dict) else []
     for _ in range(MAX_NESTING):
         if not level:
@@ -293,7 +303,7 @@ def nests_too_deep(value: Any) -> bool:
 
 
 def names_in(value: Any) -> Iterator[Any]:
-    """The names in the objects of a value, at every level."""
+    """Yield the keys of the objects in a value, at every level."""
     level = [value]
     while level:
         objects = [one for one in level if isinstance(one, dict)]
@@ -307,7 +317,10 @@ def names_in(value: Any) -> Iterator[Any]:
 
 
 def require_labels(labels: Any) -> None:
-    """Raises InputError for labels that are no object, or nest so deep that they could be written and not read."""
+    """Check that labels are an object that can be written and read again.
+
+    Raises: InputError for labels that are not an object, or are nested so deep that they could not be read again.
+    """
     if not isinstance(labels, Mapping):
         raise InputError(f"labels: found {shown(labels)}, expected an object")
     if nests_too_deep(dict(labels)):
@@ -315,7 +328,10 @@ def require_labels(labels: Any) -> None:
 
 
 def require_text(name: str, value: Any) -> None:
-    """Raises InputError unless the value is text that UTF-8 can hold (JSON can spell half a surrogate pair)."""
+    """Check that a value is text that UTF-8 can encode (JSON text can contain half a surrogate pair).
+
+    Raises: InputError if it is not.
+    """
     if not isinstance(value, str):
         raise InputError(f"{name}: found {shown(value)}, expected text")
     try:
@@ -325,8 +341,11 @@ def require_text(name: str, value: Any) -> None:
 
 
 def finite(name: str, value: Any) -> float:
-    """The value as a float; raises InputError unless it is a finite number, small enough to be added up with others
-    and for training in 32 bits."""
+    """Return the value as a float.
+
+    Raises: InputError unless it is a finite number of at most LARGEST_NUMBER in size, so that sums of such numbers,
+      and training in 32 bits, do not overflow.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InputError(f"{name}: found {shown(value)}, expected a number")
     try:
@@ -341,7 +360,10 @@ def finite(name: str, value: Any) -> float:
 
 
 def require_list(name: str, value: Any) -> Sequence:
-    """The value itself; raises InputError unless it is a list or a tuple, say, but no text."""
+    """Return the value itself.
+
+    Raises: InputError unless it is a sequence other than text, such as a list or a tuple.
+    """
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise InputError(f"{name}: found {shown(value)}, expected a list")
     return value
@@ -355,7 +377,11 @@ def _token_ids(value: Any) -> tuple[int, ...]:
 
 
 def _objects_text(name: str, value: Any) -> str | None:
-    """A list of objects, or the JSON text of one, as JSON text, keys in their order; None for an empty list."""
+    """Return a list of objects, given as a list or as JSON text, as JSON text with the keys in their order.
+
+    Returns: None for an empty list.
+    Raises: InputError if the value is not a list of objects, or a tool call has no name.
+    """
     if isinstance(value, str):
         try:
             value = parse_json(value)
@@ -377,7 +403,10 @@ def _objects_text(name: str, value: Any) -> str | None:
 
 
 def read_labels(value: Any) -> dict[str, Any]:
-    """Labels from a JSON string, an object or null."""
+    """Return labels given as JSON text, an object or null.
+
+    Raises: InputError for anything else.
+    """
     if isinstance(value, str) and value:
         try:
             value = parse_json(value)

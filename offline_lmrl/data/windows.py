@@ -1,17 +1,17 @@
-"""What the policy sees of an episode: one rule that cuts training windows and shortens a live dialogue alike.
+"""The turns that the policy sees before a reply: one rule that cuts training windows and live dialogues alike.
 
-Agent turn i sees the turns from `first_visible(i)` on, and every leading system turn. The start moves in steps of
-`stride` turns, as little as keeps at most `context` turns of history and at most `max_length` tokens. With stride 1
-that is exactly "the last k turns"; a larger stride lets many agent turns share one window (and one cache) at the price
-of a history that varies between context − stride + 1 and context turns.
+Agent turn i sees every leading system turn and the turns from `first_visible(i)` on. The first visible turn moves
+forward in steps of `stride` turns, and only as far as needed to keep at most `context` turns of history and at most
+`max_length` tokens. With stride 1 the agent sees exactly the last k turns. With a larger stride many agent turns share
+one window (and one cache), but the history varies between context − stride + 1 and context turns.
 
-Where `context` alone decides, training and live play start at the same turn. Where max_length binds they may not:
-training counts the tokens of the logged turn, live play, which cannot know them, those of the agent's opening and of
-the longest reply (`reserve`, the sampler's max_new_tokens). A logged turn that is shorter may then be trained with
-older turns in view that the agent would not see live, a longer one with fewer.
+If `context` alone determines the window, training and live play start at the same turn. If max_length binds, they may
+differ. Training counts the tokens of the logged turn. Live play cannot know the reply, so it counts the tokens of the
+agent's opening and of the longest possible reply (`reserve`, the sampler's max_new_tokens). A logged turn shorter than
+that may then be trained with older turns in view that the agent would not see live; a longer one with fewer turns.
 
-A window may also hold the environment's reply to its last agent turn, as a target (data/episodes.py). The reply is
-read after the same turns as the agent's turn; where max_length binds, oldest turns make room for both.
+A window may also hold the environment's reply to its last agent turn, as a target (data/episodes.py). The reply
+follows the same turns as the agent's turn; if max_length binds, the oldest turns are dropped until both fit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,11 +26,11 @@ from offline_lmrl.data.trajectory import Turn, leading_system_turns
 
 @dataclass(frozen=True)
 class WindowRule:
-    """How much of an episode is one context.
+    """The limits on how much of an episode the policy sees at once.
 
-    context: most turns of history before an agent turn; None = all. 1 makes a fully observed game Markov.
-    stride: turns by which the window's start moves at a time, 1 ≤ stride ≤ context.
-    max_length: most tokens of a window; whole oldest turns are dropped, never the reply itself.
+    context: maximum number of turns of history before an agent turn; None = all. 1 makes a fully observed game Markov.
+    stride: number of turns by which the window's start moves at a time, 1 ≤ stride ≤ context.
+    max_length: maximum number of tokens in a window. The oldest turns are dropped whole; the reply itself never is.
     """
 
     context: int | None = None
@@ -47,9 +47,12 @@ class WindowRule:
 
 
 class Span(NamedTuple):
-    """One window: the leading system turns, then turns first..stop−1; agent turns from `credited` on are trained.
+    """One window: the leading system turns, then turns first..stop−1. All fields are turn indices.
 
-    answered: the window also holds turns stop..answered−1, with which the environment answers the last agent turn.
+    first: the first turn after the leading system turns.
+    credited: agent turns from here on are trained in this window.
+    stop: one after the window's last agent turn.
+    answered: the window also holds turns stop..answered−1, the environment's reply to the last agent turn.
     """
 
     first: int
@@ -61,21 +64,22 @@ class Span(NamedTuple):
 def first_visible(
     rule: WindowRule, lengths: Sequence[int], index: int, head: int, fixed: int, reply: int = 0
 ) -> int | None:
-    """First turn that agent turn `index` sees.
+    """Return the index of the first turn that agent turn `index` sees.
 
     Args:
-      lengths: tokens of each turn up to and including turn `index`.
-      head: number of leading system turns; fixed: their tokens and the preamble's.
-      reply: tokens of the environment's reply that the window holds after the turn. They count for max_length only,
-        and turn and reply fit together.
-    Returns: a turn in head..index, or None where not even the turn alone fits. The rule is monotone in index and does
-      not depend on earlier windows, so training and a live dialogue that give the same lengths agree.
+      lengths: number of tokens of each turn, up to and including turn `index`.
+      head: number of leading system turns.
+      fixed: number of tokens in the preamble, the demonstrations and the leading system turns.
+      reply: number of tokens of the environment's reply that the window holds after the turn. They count towards
+        max_length only. The caller makes sure that turn and reply fit together.
+    Returns: an index in head..index, or None if not even the turn alone fits. The result is monotone in `index` and
+      does not depend on earlier windows, so training and live play agree whenever the lengths are equal.
     """
     if fixed + lengths[index] > rule.max_length:
         return None
     first = min(head, index)
     if rule.context is not None and index - first > rule.context:
-        first += -(-(index - first - rule.context) // rule.stride) * rule.stride
+        first += -(-(index - first - rule.context) // rule.stride) * rule.stride  # −(−a // b) rounds a / b up
     while first < index and fixed + sum(lengths[first : index + 1]) + reply > rule.max_length:
         first = min(first + rule.stride, index)
     return first
@@ -90,16 +94,22 @@ def cut_windows(
     fixed: int,
     answered: Mapping[int, int],
 ) -> tuple[list[Span], list[int]]:
-    """All windows of an episode, and the agent turns that cannot fit (dropped, to be counted).
+    """Cut an episode into windows.
 
     Args:
-      lengths: tokens of each turn. agent: whether the turn is the agent's (trainable). stays: whether later windows
-        hold a turn as it was read and trained; a window that would show one otherwise is another window.
-      answered: agent turn -> index after the environment's reply that its window holds too; absent without one.
+      lengths: number of tokens of each turn.
+      agent: True for each trainable turn of the agent.
+      stays: True for each turn that later windows hold with the same tokens. Once a visible turn does not stay, the
+        next agent turn starts a new window.
+      head: number of leading system turns.
+      fixed: number of tokens in the preamble, the demonstrations and the leading system turns.
+      answered: agent turn -> index after the environment's reply that its window also holds. Agent turns without a
+        reply may be missing.
+    Returns: the windows, and the indices of the agent turns that do not fit and are dropped.
     """
     spans: list[Span] = []
     dropped = []
-    changing = list(accumulate((-1 if same else i for i, same in enumerate(stays)), max))  # the last one up to i
+    changing = list(accumulate((-1 if same else i for i, same in enumerate(stays)), max))  # last changing turn ≤ i
     for index in (i for i, is_agent in enumerate(agent) if is_agent):
         stop = answered.get(index, index + 1)
         first = first_visible(rule, lengths, index, head, fixed, sum(lengths[index + 1 : stop]))
@@ -115,11 +125,11 @@ def cut_windows(
 def answered_ids(
     renderer: Renderer, turns: Sequence[Turn], encoded: Sequence[EncodedTurn], first: int, stop: int, answered: int
 ) -> list[tuple[int, ...]]:
-    """Ids of every turn of a window that ends with the agent's turn stop−1 and its reply, turns stop..answered−1.
+    """Return the ids of each turn of a window that ends with agent turn stop−1 and its reply, turns stop..answered−1.
 
-    The reply is read after what the agent read and wrote. Where the template prints only the closing of the agent's
-    turn differently once the dialogue goes on, it is closed as in history; where it rewrites the turn, or one before
-    it, the tokens stay as they were.
+    The reply must follow the tokens that the agent saw and wrote. If, once the dialogue continues, the template
+    changes only the closing of the agent's turn, that closing is the one in history. If it rewrites the turn or an
+    earlier one, the tokens that the agent saw and wrote are kept.
     """
     written = renderer.window_ids(turns, encoded, first, stop, live=True)
     history = renderer.window_ids(turns, encoded, first, answered, live=False)
@@ -138,14 +148,15 @@ def policy_window(
     slots: Sequence[tuple[int, ...]] | None = None,
     prompt: Sequence[int] = (),
 ) -> list[int]:
-    """Ids the agent sees before its coming turn: preamble, prompt, visible turns, its own opening.
+    """Return the ids that the agent sees before its next turn: preamble, demonstrations, visible turns, its opening.
 
     Args:
-      prompt: ids that stay whatever is dropped behind them (data/demonstrations.py).
-      slots: ids before the opening of each agent turn, the coming one's last; None = none.
-      reserve: tokens kept free for the reply (max_new_tokens). Where max_length binds, the window starts where
-        training would start it for a turn of the opening and that many tokens, however long the reply turns out.
-    Raises: InputError where the prompt and the leading system turns alone leave no room.
+      turns: the dialogue so far.
+      reserve: number of tokens kept free for the reply (max_new_tokens). If max_length binds, the window starts where
+        training would start it for a turn of the opening and this many tokens, whatever the reply's real length.
+      slots: the ids before the opening of each agent turn, those of the next turn last; None = no ids.
+      prompt: ids of the few-shot demonstrations (data/demonstrations.py), which are never dropped.
+    Raises: InputError if the demonstrations and the leading system turns leave no room for the reply.
     """
     renderer.notice(turns)
     opening = renderer.opening_after(turns)
@@ -175,13 +186,18 @@ def reply_window(
     slots: Sequence[tuple[int, ...]] | None = None,
     prompt: Sequence[int] = (),
 ) -> list[int] | None:
-    """Ids read before the environment's reply to the last of these turns, the agent's: that turn's own window, the
-    turn, and the opening of a turn of this role. Training windows hold the same ids before a logged reply. None where
-    turn and reply alone do not fit; training leaves such a reply out.
+    """Return the ids that come before the environment's reply to the last turn, which is the agent's.
+
+    They are the window of the agent's turn, the turn itself, and the opening of a turn of role `role`. Training
+    windows hold the same ids before a logged reply.
 
     Args:
-      slots: ids before the opening of each agent turn; None = none. prompt: as for `policy_window`.
-      reserve: tokens kept free for the reply.
+      turns: the dialogue so far, up to and including the agent's turn.
+      role: the speaker of the reply.
+      reserve: number of tokens kept free for the reply.
+      slots: the ids before the opening of each agent turn; None = no ids.
+      prompt: as for `policy_window`.
+    Returns: the ids, or None if turn and reply alone do not fit; training leaves such a reply out.
     """
     renderer.notice(turns)
     said = [*turns, Turn(role, "")]
@@ -198,7 +214,7 @@ def reply_window(
 def _encoded(
     turns: Sequence[Turn], renderer: Renderer, slots: Sequence[tuple[int, ...]] | None, prompt: Sequence[int]
 ) -> tuple[list[EncodedTurn], tuple[int, ...], int, int]:
-    """The turns with their slots, the ids before them, the number of leading system turns, and the tokens of both."""
+    """Return the encoded turns with slots, the ids before them, and the `head` and `fixed` of `first_visible`."""
     encoded = renderer.encode(turns)
     if slots is not None:
         for index, slot in zip((i for i, turn in enumerate(turns) if turn.is_trainable), slots, strict=True):
