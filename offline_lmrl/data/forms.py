@@ -17,7 +17,8 @@ else). `weight: 0` on a message of the agent means that it is not trained on.
 
 Content that is a list of text parts is joined. Tool calls, a thought (`reasoning_content` or `thinking`), and a column
 `tools` are stored apart from the text, for the chat template; the column goes to the leading system turn. A message
-whose content is neither text nor text parts drops its row. A value of the wrong type is an error.
+drops its row if it has neither content nor tool calls, or if its content is an object or has a part that is not text.
+Any other value of the wrong type is an error.
 """
 
 import hashlib
@@ -391,8 +392,9 @@ def _turn(message: Any, where: str, repairs: Counter, allow_empty: bool) -> Turn
 
 
 def _named(message: Mapping, where: str, repairs: Counter) -> dict[str, Any]:
-    """Rename a message's fields to ours: ShareGPT's `from` and `value`, other roles, `weight`, rewards written as
-    text.
+    """Rename a message's fields to ours.
+
+    Handles ShareGPT's `from` and `value`, other names of roles, `weight`, and rewards written as text.
     """
     message = {name: value for name, value in message.items() if value is not None}
     for other, name in (("from", "role"), ("value", "content")):
