@@ -71,8 +71,9 @@ class Comparison:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """(K,) rank of each option, 0 = best; tied options share a rank. Without a ranking, options are ordered by
-        target.
+        """(K,) rank of each option: 0 = best, tied options share a rank.
+
+        Without a ranking, options are ordered by target.
         """
         if self.ranking is not None:
             place = {option: rank for rank, tied in enumerate(self.ranking) for option in tied}

@@ -227,9 +227,9 @@ def _check_facts(counts: Counter) -> dict[str, Any]:
 def merge_repeats(comparisons: Sequence[Comparison], counts: Counter[str]) -> list[Comparison]:
     """Merge comparisons of the same replies to one context in one group: average targets by weight, add weights.
 
-    A reply that is preferred in one comparison and rejected in another so gets a soft target. The labels of the others
-    are kept in `labels["merged"]` unless they would nest too deep. If the comparisons disagree on the ranking or the
-    strength, both are removed.
+    A reply that is preferred in one comparison and rejected in another thus gets a soft target. The labels of the
+    others are kept in `labels["merged"]` unless they would nest too deep. If the comparisons disagree on the ranking
+    or the strength, both are removed.
 
     Args:
       counts: receives the number of comparisons merged into others, how many of those contradict the first, and the
@@ -308,8 +308,9 @@ _FEATURES: dict[str, Feature] = {
 
 
 def _quantiles(counts: Counter, kind: str) -> dict[str, float]:
-    """Return median, 95% quantile and maximum of the lengths counted under (kind, length), interpolated as
-    np.quantile.
+    """Return median, 95% quantile and maximum of the lengths counted under (kind, length).
+
+    Interpolates as np.quantile does, without expanding the counts.
     """
     lengths = sorted(key[1] for key in counts if key[0] == kind)
     ends = np.cumsum([counts[kind, length] for length in lengths])
