@@ -49,14 +49,14 @@ def prepare(
     """Read judge annotations and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file of annotations, a folder of those or a hub name.
-      output: folder, made if it is missing.
+      input: a .jsonl, .jsonl.gz or .parquet file of annotations, a folder of such files or a hub name.
+      output: folder to write to; created if needed.
       reference: whether the output that all others were judged against is an option too.
       min_gap: write pairs instead, of options whose preferences over the reference differ by at least this.
       validation: share of the instructions that goes to validation.
-      group: column of what must stay in one split; null = the instruction.
-      seed: of the split.
-    Returns: counts and facts, as in report.json; in `assembled` every instruction and every output is counted once,
+      group: column that identifies what must stay in one split; null = the instruction.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json; in `assembled` every instruction and every output is counted once,
       so that imported rows = outputs that are no reference + rows averaged with another.
     Raises: InputError for a min_gap below 0, if nothing can be read, nothing is left or the output cannot be written.
     """

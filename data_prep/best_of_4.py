@@ -45,13 +45,13 @@ def prepare(
 
     Args:
       input: a file of labels, a folder of them or a hub name.
-      output: folder, made if it is missing.
+      output: folder to write to; created if needed.
       tokenizer: folder or hub name of the tokenizer that wrote the ids, GPT-2's for the public files.
       pad: the id that fills queries and samples up.
       validation: share of the queries that goes to validation.
-      group: column of what must stay in one split, a customer say; null = the query.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      group: column that identifies what must stay in one split, such as a customer; null = the query.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     loaded = load_tokenizer(tokenizer)
@@ -66,7 +66,13 @@ def prepare(
 def read_samples(
     row: Mapping, where: str, counts: Counter[str], tokenizer: PreTrainedTokenizerBase, pad: int = PAD
 ) -> Comparison:
-    """The comparison of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    """Return the comparison of one row.
+
+    Args:
+      counts: receives the repairs.
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     query, *samples = (_decoded(row, name, where, counts, tokenizer, pad) for name in ("query", *SAMPLES))
     best = whole(row, "best", where)
     if best not in range(len(samples)):

@@ -54,13 +54,13 @@ def prepare(
     """Read chats with reactions and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those or a hub name. A row has `messages` and `reaction:
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files or a hub name. A row has `messages` and `reaction:
         {turn, value}`, value 1 or -1, or `reactions`, a list of those; or it is a reaction of ComparIA.
-      output: folder, made if it is missing.
-      validation: share of the groups (first user turns) that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = the first user turn.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      output: folder to write to; created if needed.
+      validation: share of the groups (first user turns) that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the first user turn.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     made, report = import_rows(input, read_chat, group)
@@ -75,7 +75,13 @@ def prepare(
 
 
 def read_chat(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
-    """The trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    """Return the trajectory of one row.
+
+    Args:
+      counts: receives the repairs.
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     if row.get("messages") is None and row.get("model_pos") is not None:
         row = _from_comparia(row, where)
     if row.get("messages") is None or (row.get("reaction") is None and row.get("reactions") is None):

@@ -59,13 +59,13 @@ def prepare(
     """Read ratings or preferences and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those, a datasets folder or a hub name.
-      output: folder, made if it is missing.
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files, a datasets folder or a hub name.
+      output: folder to write to; created if needed.
       rating: what rated responses are ranked by.
-      validation: share of the groups (first user turns) that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = the first user turn.
-      seed: of the split.
-    Returns: counts and facts, as in report.json; in `assembled` every rated response is counted once.
+      validation: share of the groups (first user turns) that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the first user turn.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json; in `assembled` every rated response is counted once.
     Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
     """
     found, report = import_rows(input, read_row, group)

@@ -39,13 +39,13 @@ def prepare(
 
     Args:
       input: a file of harmless-base, helpful-base, ..., or the folder with its train and test file.
-      output: folder, made if it is missing.
+      output: folder to write to; created if needed.
       validation: share of the groups (first human turns) of the training rows that goes to validation.
-      group: column of what must stay in one split, a customer say; null = the first human turn.
+      group: column that identifies what must stay in one split, such as a customer; null = the first human turn.
       allow_empty: keep rows in which a reply is empty.
-      seed: of the split.
-      processes: how many read rows at once.
-    Returns: counts and facts, as in report.json.
+      seed: random seed of the split.
+      processes: number of processes that read rows.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     return convert(

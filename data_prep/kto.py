@@ -34,12 +34,12 @@ def prepare(
     """Read prompt/completion/label and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those, a datasets folder or a hub name.
-      output: folder, made if it is missing.
-      validation: share of the groups (first user turns) that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = the first user turn.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files, a datasets folder or a hub name.
+      output: folder to write to; created if needed.
+      validation: share of the groups (first user turns) that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the first user turn.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     made, report = import_rows(input, read_labelled, group)
@@ -54,7 +54,13 @@ def prepare(
 
 
 def read_labelled(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
-    """The trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    """Return the trajectory of one row.
+
+    Args:
+      counts: receives the repairs.
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     for name in ("prompt", "completion"):
         if row.get(name) is None:
             raise InputError(f"{where}: {name}: found none, expected text or messages")

@@ -35,7 +35,7 @@ def prepare(
     """Play the scripted players and write train.jsonl, validation.jsonl (10% of the episodes) and report.json.
 
     Args:
-      output: folder, made if it is missing.
+      output: folder to write to; created if needed.
       observed: what an observation tells; the moves are the same for both.
       episodes: number of episodes, 1,240 in the published logs.
       seed: of the players and of the split.

@@ -71,13 +71,13 @@ def prepare(
     """Read messages, threads or trees and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those or a hub name.
-      output: folder, made if it is missing.
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files or a hub name.
+      output: folder to write to; created if needed.
       languages: keep messages in these only, by their tags (en, pt-BR, ...).
-      validation: share of the groups (first messages) that goes to validation, where the source has no such split.
+      validation: share of the groups (first messages) that goes to validation if the source has no validation split.
       group: column of a reply, or of its tree, that says what must stay in one split; null = the first message.
-      seed: of the split.
-    Returns: counts and facts, as in report.json; in `assembled` every message is counted once.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json; in `assembled` every message is counted once.
     Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
     """
     replies, report = import_replies(input, languages, group)

@@ -21,7 +21,7 @@ def prepare(
     """Draw labelled pairs and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      output: folder, made if it is missing.
+      output: folder to write to; created if needed.
       pairs: how many.
       temperature: of the labels, in standard deviations of gold: P(first is better) = σ(difference / temperature).
       flips: share of the labels that are turned round.
@@ -29,7 +29,7 @@ def prepare(
       gold_seed: of the toy.
       validation: share of the pairs that goes to validation.
       seed: of the pairs and of the split.
-    Returns: counts and facts, as in report.json.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError for settings out of range or an output that cannot be written.
     """
     rows = PrefGold(gold_seed).comparisons(pairs, seed, temperature=temperature, flips=flips, tie=tie)

@@ -27,14 +27,14 @@ def prepare(
     """Read pairs, ranked responses or comparisons and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those, a datasets folder or a hub name.
-      output: folder, made if it is missing.
-      validation: share of the groups (first user turns) that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = the first user turn.
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files, a datasets folder or a hub name.
+      output: folder to write to; created if needed.
+      validation: share of the groups (first user turns) that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the first user turn.
       allow_empty: keep comparisons with an empty reply.
-      seed: of the split.
-      processes: how many read rows at once.
-    Returns: counts and facts, as in report.json.
+      seed: random seed of the split.
+      processes: number of processes that read rows.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     return convert(

@@ -39,13 +39,13 @@ def prepare(
 
     Args:
       input: the public file, a folder with it or a hub name.
-      output: folder, made if it is missing.
+      output: folder to write to; created if needed.
       reward: rating (what the attacker said, 0 to 4, negated) or harmlessness (a preference model's score of the most
         harmful reply, without bounds).
       validation: share of the groups (first messages) that goes to validation.
-      group: column of what must stay in one split, a customer say; null = the first message.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      group: column that identifies what must stay in one split, such as a customer; null = the first message.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
 
@@ -57,7 +57,13 @@ def prepare(
 
 
 def read_attempt(row: Mapping, where: str, counts: Counter[str], reward: str = "rating") -> Trajectory:
-    """The trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    """Return the trajectory of one row.
+
+    Args:
+      counts: receives the repairs.
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     if not is_transcript(row.get("transcript")):
         raise InputError(
             f"{where}: transcript: found {shown(row.get('transcript'))}, expected a transcript of Human and Assistant"

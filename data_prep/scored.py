@@ -29,13 +29,13 @@ def prepare(
     """Read scored conversations or replies and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a file of JSON Lines, JSON, CSV, TSV or Parquet, a folder of those, a datasets folder or a hub name.
-      output: folder, made if it is missing.
+      input: a file of JSON Lines, JSON, CSV, TSV or Parquet, a folder of such files, a datasets folder or a hub name.
+      output: folder to write to; created if needed.
       reward: the column that holds the score of a row; null = `reward`, or `label` beside a prompt.
-      validation: share of the groups that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = `group`, or the first user turn.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      validation: share of the groups that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = `group`, or the first user turn.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read, no row has the column `reward`, or the output cannot be written.
     """
 

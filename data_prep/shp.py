@@ -41,13 +41,13 @@ def prepare(
 
     Args:
       input: a file, the folder of a domain with its train, validation and test file, or a hub name.
-      output: folder, made if it is missing.
+      output: folder to write to; created if needed.
       min_ratio: drop pairs whose votes are in a lower ratio.
       max_pairs: of one post; null for all.
-      validation: share of the posts that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = the post.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      validation: share of the posts that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the post.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError for settings out of range, if nothing can be read or the output cannot be written.
     """
     if min_ratio < 1:
@@ -70,7 +70,10 @@ def prepare(
 
 
 def read_pair(row: Mapping, where: str, min_ratio: float = 1.0) -> Comparison:
-    """The comparison of one row. Raises Drop, and InputError for wrong types."""
+    """Return the comparison of one row.
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     post, *comments = (text(row, name, where) for name in ("history", "human_ref_A", "human_ref_B"))
     if not post.strip() or not all(comment.strip() for comment in comments):
         raise Drop("empty post or comment")

@@ -47,20 +47,24 @@ def prepare(
     """Read questions with answers and votes and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those or a hub name.
-      output: folder, made if it is missing.
-      validation: share of the groups (questions) that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = the question.
-      seed: of the split.
-      processes: how many read rows at once.
-    Returns: counts and facts, as in report.json.
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files or a hub name.
+      output: folder to write to; created if needed.
+      validation: share of the groups (questions) that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the question.
+      seed: random seed of the split.
+      processes: number of processes that read rows.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     return convert(input, read_question, output, validation, seed, processes, group)
 
 
 def read_question(row: Mapping, where: str, counts: Counter[str]) -> Comparison | None:
-    """The comparison of one question; `counts` gets repairs, or the reason where it is None."""
+    """Return the comparison of one question, or None if it is dropped.
+
+    Args:
+      counts: receives the repairs, or the reason why the row is dropped.
+    """
     if row.get("question") is None and row.get("title") is not None:
         title = html.unescape(fields.text(row, "title", where))  # escaped, but without tags
         question = f"{title}\n\n{_plain(fields.text(row, 'body', where), counts)}"

@@ -38,14 +38,14 @@ def prepare(
     """Read prompt/completions/labels and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those, a datasets folder or a hub name.
-      output: folder, made if it is missing.
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files, a datasets folder or a hub name.
+      output: folder to write to; created if needed.
       right: what a right step earns.
       wrong: what a wrong step earns, less than a right one.
-      validation: share of the groups (prompts) that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = the prompt.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      validation: share of the groups (prompts) that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the prompt.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     if not wrong < right:
@@ -59,7 +59,13 @@ def prepare(
 
 
 def read_steps(row: Mapping, where: str, counts: Counter[str], right: float = 1.0, wrong: float = -1.0) -> Trajectory:
-    """The trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    """Return the trajectory of one row.
+
+    Args:
+      counts: receives the repairs.
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     if row.get("prompt") is None:
         raise InputError(f"{where}: prompt: found none, expected text or messages")
     steps, values = fields.items(row, "completions", where), fields.items(row, "labels", where)

@@ -45,16 +45,16 @@ def prepare(
 
     Args:
       input: a file of ratings, a folder of them or a hub name.
-      output: folder, made if it is missing.
+      output: folder to write to; created if needed.
       overall: weight of this axis in the reward; a row without a rating on an axis that has a weight is dropped.
       accuracy: weight of this axis.
       coverage: weight of this axis.
       coherence: weight of this axis.
       centre: subtract the mean reward of the post.
       validation: share of the posts that goes to validation, where rows are of the train split and none of that one.
-      group: column of what must stay in one split, a customer say; null = the post.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      group: column that identifies what must stay in one split, such as a customer; null = the post.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if all weights are 0, nothing can be read or the output cannot be written.
     """
     given = dict(zip(AXES, (overall, accuracy, coverage, coherence), strict=True))
@@ -75,7 +75,13 @@ def prepare(
 def read_rating(
     row: Mapping, where: str, counts: Counter[str], weights: Mapping[str, float]
 ) -> tuple[str, Trajectory]:
-    """Split and trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    """Return the split and trajectory of one row.
+
+    Args:
+      counts: receives the repairs.
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     context, known = read_info(row, where)
     summary = inner(row, "summary", where)
     words = read_summary(summary, f"{where}: summary", counts)

@@ -43,12 +43,12 @@ def prepare(
 
     Args:
       input: a batch, a folder of them or a hub name.
-      output: folder, made if it is missing.
+      output: folder to write to; created if needed.
       soft: make the target of the worker's confidence where it is known: (confidence − 1) / 8 for the second summary.
       validation: share of the posts that goes to validation, where no row is of that split.
-      group: column of what must stay in one split, a customer say; null = the post.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      group: column that identifies what must stay in one split, such as a customer; null = the post.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
 
@@ -74,7 +74,13 @@ def prepare(
 
 
 def read_choice(row: Mapping, where: str, counts: Counter[str], soft: bool = False) -> tuple[str, Comparison]:
-    """Split and comparison of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    """Return the split and comparison of one row.
+
+    Args:
+      counts: receives the repairs.
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     context, known = read_info(row, where)
     summaries = objects(row, "summaries", where)
     if len(summaries) != 2:

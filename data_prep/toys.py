@@ -14,7 +14,7 @@ def prepare(output: str | Path, *, task: str, episodes: int = 500, seed: int = 0
     """Write train.jsonl, validation.jsonl, a tenth as many episodes more, and report.json.
 
     Args:
-      output: folder, made if it is missing.
+      output: folder to write to; created if needed.
       task: corridor, gamble, count, count1, talk, talk_trap, hidden_rule or walk.
       episodes: number of training episodes.
       seed: of the behaviour; validation has the next one.

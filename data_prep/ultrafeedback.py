@@ -45,21 +45,25 @@ def prepare(
     """Read instructions with rated completions and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those or a hub name.
-      output: folder, made if it is missing.
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files or a hub name.
+      output: folder to write to; created if needed.
       truthful_qa: keep the questions of TruthfulQA.
-      validation: share of the groups (instructions) that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = the instruction.
-      seed: of the split.
-      processes: how many read rows at once.
-    Returns: counts and facts, as in report.json.
+      validation: share of the groups (instructions) that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the instruction.
+      seed: random seed of the split.
+      processes: number of processes that read rows.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     return convert(input, partial(read_rated, truthful_qa=truthful_qa), output, validation, seed, processes, group)
 
 
 def read_rated(row: Mapping, where: str, counts: Counter[str], truthful_qa: bool = False) -> Comparison | None:
-    """The comparison of one instruction; `counts` gets repairs, or the reason where it is None."""
+    """Return the comparison of one instruction, or None if it is dropped.
+
+    Args:
+      counts: receives the repairs, or the reason why the row is dropped.
+    """
     instruction = fields.text(row, "instruction", where)
     if not instruction.strip():
         raise Drop("empty instruction")

@@ -39,12 +39,12 @@ def prepare(
 
     Args:
       input: the public file, a folder with it or a hub name.
-      output: folder, made if it is missing.
+      output: folder to write to; created if needed.
       quotes: put the quotes of an answer before it, and keep the marks that cite them.
       validation: share of the questions that goes to validation.
-      group: column of what must stay in one split, a customer say; null = the question.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      group: column that identifies what must stay in one split, such as a customer; null = the question.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
 
@@ -56,7 +56,13 @@ def prepare(
 
 
 def read_answers(row: Mapping, where: str, counts: Counter[str], quotes: bool = False) -> Comparison:
-    """The comparison of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    """Return the comparison of one row.
+
+    Args:
+      counts: receives the repairs.
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     question = inner(row, "question", where)
     asked = text(question, "full_text", f"{where}: question")
     if not asked.strip():

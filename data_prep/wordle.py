@@ -54,7 +54,7 @@ def prepare(
     """Play scripted players and write train.jsonl, validation.jsonl (10% of the games) and report.json.
 
     Args:
-      output: folder, made if it is missing.
+      output: folder to write to; created if needed.
       logs: optimal, start_word, repeat, random_mixture (the published logs), consistent, uniform, wrong, monte_carlo,
         user (you, at the keyboard), adversarial or branching.
       words: common (833 words), forty, or a text file of words.
