@@ -1,10 +1,10 @@
-"""Single replies with a thumb, in the form of KTO (Ethayarajh et al. 2024) and TRL's unpaired preferences.
+"""Convert single replies with a thumb to trajectories, in the form of KTO (Ethayarajh et al. 2024) and TRL.
 
-A row is `prompt, completion, label`; what is made of it:
-- The reply earns 1 where the label is true and −1 where it is false, on its last agent turn; nothing else is credited.
-- Prompt and completion are text, messages or a transcript; a completion that repeats its prompt loses it.
-- No label is no opinion, and its row is dropped: it is not a bad reply.
-- The report says how the classes are balanced and which weights would even them out: KTO's λ, with n_D λ_D = n_U λ_U.
+A row is `prompt, completion, label`, TRL's unpaired preference. How rows are read:
+- The reply earns 1 if the label is true and −1 if it is false, on its last agent turn; no other turn is credited.
+- Prompt and completion are text, messages or a transcript; a prompt repeated at the start of a completion is removed.
+- A row without a label is dropped: it is not a bad reply.
+- The report gives the balance of the classes and the weights that would balance them: KTO's λ, with n_D λ_D = n_U λ_U.
 """
 
 from collections import Counter
@@ -31,7 +31,7 @@ def prepare(
     group: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Read prompt/completion/label and write train.jsonl, validation.jsonl and report.json.
+    """Read rows of prompt, completion and label and write train.jsonl, validation.jsonl and report.json.
 
     Args:
       input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files, a datasets folder or a hub name.

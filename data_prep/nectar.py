@@ -1,8 +1,8 @@
-"""Nectar (Zhu et al. 2023; berkeley-nest/Nectar) to comparisons of seven replies ranked by a model.
+"""Convert Nectar (Zhu et al. 2023; berkeley-nest/Nectar) to comparisons of seven replies ranked by a model.
 
 A row is `prompt`, a transcript that ends with an open "Assistant:", and `answers`, objects with `answer`, `model` and
-`rank`, 1 the best. All answers make one comparison; who wrote each stays in the labels, and so do `source`, the list
-of where the prompt comes from, and `good_natured`.
+`rank` (1 = best). All answers make one comparison. The labels hold the author of each, `source` (the list of origins
+of the prompt) and `good_natured`.
 """
 
 from collections import Counter

@@ -1,11 +1,11 @@
-"""Red-team attempts on a model (Ganguli et al. 2022; anthropics/hh-rlhf, red-team-attempts) to scored trajectories.
+"""Convert red-team attempts (Ganguli et al. 2022; anthropics/hh-rlhf, red-team-attempts) to scored trajectories.
 
-A row is one transcript and how it went. What is made of it:
-- The public file is one JSON list, whatever its suffix says.
-- The rating, from 0 to 4, is of the whole attempt and high where the model was broken: every reply is credited, and
-  the last one earns −rating. The preference model's score is low where a reply was harmful, and is taken as it is.
-- Turns are split and merged as in hh-rlhf. A last message that nobody answered is removed.
-- The group is the first message; everything else that is known is in the labels, the member as `annotator`.
+A row is one transcript and its rating. How rows are read:
+- The public file is one JSON list, whatever its suffix.
+- The rating, from 0 to 4, is of the whole attempt and high if the attack succeeded. Every reply is credited, and the
+  last one earns −rating. The preference model's score is low if a reply was harmful, and is used unchanged.
+- Turns are split and merged as in hh-rlhf. A last message without a reply is removed.
+- The group is the first message. All other fields are in the labels, the team member as `annotator`.
 """
 
 from collections import Counter
@@ -40,8 +40,8 @@ def prepare(
     Args:
       input: the public file, a folder with it or a hub name.
       output: folder to write to; created if needed.
-      reward: rating (what the attacker said, 0 to 4, negated) or harmlessness (a preference model's score of the most
-        harmful reply, without bounds).
+      reward: rating (the attacker's, 0 to 4, negated) or harmlessness (a preference model's score of the most harmful
+        reply, unbounded).
       validation: share of the groups (first messages) that goes to validation.
       group: column that identifies what must stay in one split, such as a customer; null = the first message.
       seed: random seed of the split.
