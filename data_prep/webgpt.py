@@ -1,12 +1,14 @@
-"""Comparisons of two answers with sources (Nakano et al. 2021; openai/webgpt_comparisons).
+"""Convert comparisons of two answers with sources (Nakano et al. 2021; openai/webgpt_comparisons).
 
-A row is a `question` and two answers, each with the quotes it was written from and its score: by how much it is
-preferred, from −1 to 1. What is made of it:
-- P(the first is better) = (1 + score_0) / 2, so a score of 0 is a tie and stays. As the target holds the strength
-  of the preference, the labels do not have it again; the scores as they are stand in `labels["options"]`.
-- An answer cites its quotes as [1], [2]. Without the quotes these marks say nothing, and are removed; with `quotes`,
-  they stay, and each answer comes behind a tool's turn with its quotes, for which nobody is credited.
-- The group is the question: all rows of one id or of the same words. The token ids repeat the texts and are not read.
+A row is a `question` and two answers, each with the quotes it was written from and its score, which is how much it is
+preferred, from −1 to 1. How rows are read:
+- P(the first is better) = (1 + score_0) / 2, so a score of 0 is a tie, which is kept. The target contains the strength
+  of the preference, so the labels do not repeat it; `labels["options"]` holds the raw scores.
+- An answer cites its quotes as [1], [2]. By default the quotes are left out, and the citation marks are removed as
+  meaningless. With `quotes`, the marks stay, and each answer follows a tool turn with its quotes, for which nobody is
+  credited.
+- The group is the question: all rows with one id or with the same words. The token ids repeat the texts and are not
+  read.
 """
 
 import re
@@ -102,7 +104,7 @@ def _answer(row: Mapping, i: int, where: str, quotes: bool, counts: Counter[str]
 
 
 def _quotes(row: Mapping, name: str, where: str) -> str:
-    """The quotes with the numbers that an answer cites; empty where it has none."""
+    """Return the quotes with the numbers that the answer cites, or "" if it has none."""
     if row.get(name) is None:
         return ""
     place = f"{where}: {name}"
