@@ -188,6 +188,7 @@ def _finish(
         with ExitStack() as opened, atomic_output(made / f"{name}.jsonl") as temporary:
             parts = [opened.enter_context(path.open(encoding="utf-8")) for path in folder.glob(f"{name}.bucket-*")]
             file = opened.enter_context(temporary.open("w", encoding="utf-8"))
+            # Each part is sorted by the place of its rows, so merging restores the order of the source.
             file.writelines(
                 line.partition(" ")[2] for line in heapq.merge(*parts, key=lambda line: int(line.partition(" ")[0]))
             )
@@ -206,7 +207,7 @@ def _settle(
             name, place, record = json.loads(line)
             row = read_comparison(record, str(bucket), Counter(), allow_empty=True)
             made[name].append(row)
-            places.setdefault(_words(row), place)
+            places.setdefault(_words(row), place)  # merged comparisons take the place of their first row
     counts: Counter = Counter()
     splits, counts["removed"] = separate(
         {name: merge_repeats(rows, counts) for name, rows in made.items()}, validation, seed

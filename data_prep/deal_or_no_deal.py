@@ -252,7 +252,7 @@ def permutations(side: Side) -> list[Side]:
     for order in itertools.permutations(range(len(ITEMS))):
 
         def moved(triple: Triple, order: tuple[int, ...] = order) -> Triple:
-            return tuple(triple[item] for item in order)
+            return tuple(triple[item] for item in order)  # item k moves to index order.index(k)
 
         def renamed(match: re.Match[str], order: tuple[int, ...] = order) -> str:
             return ITEMS[order.index(ITEMS.index(match[0] + "s"))].removesuffix("s")
@@ -267,7 +267,7 @@ def permutations(side: Side) -> list[Side]:
             labels={**side.labels, "partner_values": list(scenario.values[1])},
         )
         versions.setdefault((scenario, talk, version.division), version)
-    return list(versions.values())[1:]
+    return list(versions.values())[1:]  # the first order is the logged one
 
 
 def _talk(text: str) -> tuple[tuple[str, str], ...]:

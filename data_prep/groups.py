@@ -18,7 +18,7 @@ def join_groups(made: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
 
     def find(key: tuple[bool, str]) -> tuple[bool, str]:
         while parents.setdefault(key, key) != key:
-            parents[key] = parents[parents[key]]
+            parents[key] = parents[parents[key]]  # union-find with path halving
             key = parents[key]
         return key
 

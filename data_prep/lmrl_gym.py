@@ -168,7 +168,7 @@ def _moves(moves: Sequence[Move]) -> Trajectory:
 def _history(row: Mapping, where: str) -> list[tuple[str, bool, float]]:
     texts = _texts(row, "text_history", where)
     rewards = _numbers(row, "rewards", where)
-    if len(rewards) == len(texts) // 2:
+    if len(rewards) == len(texts) // 2:  # one reward per action
         rewards = [0.0 if i % 2 == 0 else rewards[i // 2] for i in range(len(texts))]
     return _parts(texts, [i % 2 == 1 for i in range(len(texts))], rewards, "rewards", where)
 
@@ -182,6 +182,7 @@ def _sequence(row: Mapping, where: str) -> list[tuple[str, bool, float]]:
         texts.append(fields.text({here: part[0]}, here, where))
         acts.append(thumb(part[1], here, where, Counter()))
     rewards = _numbers(row, "reward", where)
+    # Some logs have no reward for the first text.
     return _parts(texts, acts, [0.0] * (len(texts) - len(rewards) == 1) + rewards, "reward", where)
 
 

@@ -319,6 +319,7 @@ def _quantiles(counts: Counter, kind: str) -> dict[str, float]:
 
     def quantile(level: float) -> float:
         place = level * (ends[-1] - 1)
+        # Sorted value number r, from 0, is the first length whose cumulative count exceeds r.
         low, high = (lengths[rank] for rank in np.searchsorted(ends, (math.floor(place), math.ceil(place)), "right"))
         return float(low + (high - low) * (place % 1))
 

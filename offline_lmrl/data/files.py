@@ -228,6 +228,7 @@ def _lock(path: Path) -> int | None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between open and flock, another process may have removed the folder or put another in its place.
         if _identity(path) != (os.fstat(descriptor).st_dev, os.fstat(descriptor).st_ino):
             raise FileNotFoundError(path)
     except (BlockingIOError, FileNotFoundError):

@@ -316,7 +316,7 @@ def raw_splits(source: str | Path, split: str | None = None) -> dict[str, RawRow
 def holds_comparisons(source: str | Path) -> bool:
     """True if the first row of a source is a comparison.
 
-    Raises: InputError if there is no first row that can be read.
+    Raises: InputError if the source or its first row cannot be read.
     """
     where, row = next((first for rows in raw_splits(source).values() for first in rows), ("", None))
     row = row and parsed(row, where)
@@ -402,7 +402,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
             if lines.peek(4).removeprefix(_BOM).startswith(b"["):
-                # Public .json and .jsonl files hold either one list, or one row per line that is itself a list.
+                # Whatever its suffix, such a file is one list of rows, or has one row per line that is itself a list.
                 try:
                     whole = _elements(lines.read().removeprefix(_BOM))
                 except (ValueError, RecursionError):
@@ -422,6 +422,7 @@ def _elements(text: bytes) -> list[bytes]:
 
     Raises: ValueError if the text is not exactly one list.
     """
+    # Each element stays text, so that `parsed` checks it as it checks a line of JSON Lines.
     text, decoder, space, found = text.decode(), json.JSONDecoder(), re.compile(r"[ \t\r\n]*"), []
     place = space.match(text, 1).end()
     while text[place : place + 1] != "]" or found:
@@ -438,6 +439,7 @@ def _elements(text: bytes) -> list[bytes]:
 
 def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a CSV or TSV file as (header, cells), named by the line on which they begin."""
+    # A quoted cell may hold line breaks: a row begins at line `start` and ends at line `number`.
     number, start = 0, 1
 
     def text(lines: Iterable[bytes]) -> Iterator[str]:
@@ -598,7 +600,7 @@ def _numbered(rows: Iterable[Any], source: str, what: str) -> Iterator[tuple[str
     found = iter(rows)
     for number in count(1):
         with reading(f"{source}:{number}", what):
-            row = next(found, found)
+            row = next(found, found)  # the iterator itself marks the end, since a row may be None
         if row is found:
             return
         yield f"{source}:{number}", row

@@ -45,7 +45,7 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], processes
                 failure = error
             else:
                 running.append(pool.submit(_apply, item))
-                if len(running) > 2 * processes:
+                if len(running) > 2 * processes:  # enough to keep all processes busy
                     yield running.popleft().result()
         while running:
             yield running.popleft().result()

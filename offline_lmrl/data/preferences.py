@@ -128,7 +128,8 @@ def fit_scores(comparisons: Sequence[Comparison]) -> dict[tuple, float]:
     better, worse, wins = (np.array(column) for column in zip(*pairs, strict=True))
     scores, size = np.zeros(len(places)), len(places)
     for _ in range(100):  # Newton's method on a strictly concave function, damped to steps of at most 1
-        lost = 1 / (1 + np.exp(scores[better] - scores[worse]))
+        lost = 1 / (1 + np.exp(scores[better] - scores[worse]))  # the model's probability that `worse` wins
+        # The prior ½ Σ s² contributes −scores to the gradient and the identity to the negated Hessian.
         gradient = (np.bincount(better, wins * lost, size) - np.bincount(worse, wins * lost, size)) - scores
         curvature = np.eye(size)
         bend = wins * lost * (1 - lost)
@@ -361,7 +362,7 @@ def _share_beaten(value: float, ordered: np.ndarray) -> float:
     if len(ordered) == 1:
         return 0.5
     below, upto = (int(np.searchsorted(ordered, value, side)) for side in ("left", "right"))
-    return (below + (upto - below - 1) / 2) / (len(ordered) - 1)
+    return (below + (upto - below - 1) / 2) / (len(ordered) - 1)  # −1: the value does not tie with itself
 
 
 def _trajectory(row: Comparison, i: int, reward: float, place: str, how: Mapping[str, Any]) -> Trajectory:

@@ -99,7 +99,7 @@ def _count(text: str) -> None:
     No value is built, so any text can be checked.
     """
     whole: dict[str, tuple[int, int]] = {}  # anchor -> (values, levels) of what it names
-    open_values: list[tuple[str | None, int, int]] = [(None, 0, 0)]
+    open_values: list[tuple[str | None, int, int]] = [(None, 0, 0)]  # (anchor, values, levels) of open collections
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.CollectionStartEvent):
             open_values.append((event.anchor, 1, 1))
