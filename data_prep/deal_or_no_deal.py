@@ -86,7 +86,7 @@ class Side:
     scenario: Scenario
     talk: tuple[tuple[str, str], ...]  # (YOU or THEM, words), the selection last
     outcome: str
-    division: Triple | None  # None also where the outcome has none
+    division: Triple | None  # None if the outcome has none, or it was not logged
     labels: Mapping[str, Any]
 
 
@@ -283,7 +283,7 @@ def _talk(text: str) -> tuple[tuple[str, str], ...]:
 def _with_outcome(side: Side, repairs: Counter[str]) -> Side:
     """Read the logged selection: the items that this side took, and whether the two selections fit.
 
-    The plain form holds one division, and `agree` says whether the partner's fits; the tagged form holds both.
+    The plain form holds one division, and a flag `agree` if the partner's fits; the tagged form holds both divisions.
     """
     selection, reward, flag = (side.labels[name] for name in ("logged_selection", "logged_reward", "logged_flag"))
     words = selection.split(" ")

@@ -35,7 +35,7 @@ def describe(comparisons: Sequence[Comparison], features: Mapping[str, Feature] 
 
     `baselines` holds how often the option with more of a feature is preferred, over all pairs of options of one
     comparison that are not ties. A reward model that does no better has learnt nothing beyond that feature. `checks`
-    counts what other tools stumble over.
+    counts properties of the data that other tools handle badly.
 
     Args:
       features: further baselines by name.
@@ -98,7 +98,10 @@ def facts(counts: Counter) -> dict[str, Any]:
 
 
 def pitfalls(rows: Sequence[Comparison | Trajectory]) -> dict[str, Any]:
-    """Count what other tools stumble over. The replies of a trajectory are its trainable turns."""
+    """Count properties of the data that other tools handle badly.
+
+    The replies of a trajectory are its trainable turns.
+    """
     return _check_facts(_count_pitfalls(rows))
 
 

@@ -76,7 +76,7 @@ class Stopped(KeyboardInterrupt):
     """A signal ended a command, which left nothing half done.
 
     Attributes:
-      line: a line that says how to continue.
+      line: the message that tells the user how to continue; "" = none.
       number: the signal.
     """
 

@@ -265,7 +265,7 @@ def read_reply(side: Any, context: list[Turn], prompt: Any, where: str, field: s
 
     Args:
       context: the turns of the prompt.
-      prompt: the text or messages that `context` was read from; None = a reply that is text does not repeat it.
+      prompt: the text or messages that `context` was read from; None = replies given as text do not repeat it.
     """
     if isinstance(side, str):
         text = read_text(side)

@@ -1,7 +1,7 @@
 """Convert comparisons to scored trajectories and to the rows of other trainers, and trajectories back to comparisons.
 
 `to_trajectories` makes one scored trajectory of every option; no other code turns preference into reward. A preference
-says which of two replies to one prompt is better and nothing about the prompt. Rewards are therefore centred within
+compares two replies to one prompt and contains no information about the prompt. Rewards are therefore centred within
 each group by default: otherwise a high return would mark easy prompts, which a return-conditioned model would then
 learn. (In ILQL, V absorbs the difficulty of a prompt.)
 """
@@ -50,9 +50,9 @@ def to_trajectories(
         model fitted to all comparisons of a group (`fit_scores`). "rating": the option's own `rating` in
         `labels["options"]`. A scorer: its score of the option.
       place: which turns get the reward. "terminal": the last agent turn of the option. "turn": equal parts on each of
-        its agent turns. A turn's reward is paid with its closing token. There is no "token": one label on a reply says
-        nothing about its tokens, and an equal part on each has the same return. Dense rewards come from a reward
-        model.
+        its agent turns. A turn's reward is paid with its closing token. There is no "token": one label on a reply has
+        no information about its tokens, and an equal part on each has the same return. Dense rewards come from a
+        reward model.
       normalise: "none". "global": to mean 0 and standard deviation 1 over all options. "group": minus the group's
         mean. "rank": the share of the group's other options that it beats, ties counted half, in [0, 1] (1/2 if it is
         alone).
