@@ -52,7 +52,7 @@ def prepare(
     Args:
       input: a .jsonl, .jsonl.gz or .parquet file of annotations, a folder of such files or a hub name.
       output: folder to write to; created if needed.
-      reference: keep the output that all others were judged against as an option.
+      reference: keep the reference, the output that all others were judged against, as an option.
       min_gap: write pairs of options instead, whose preferences over the reference differ by at least this
         probability; null = write whole comparisons.
       validation: share of the instructions that goes to validation.

@@ -57,7 +57,7 @@ class Thread(NamedTuple):
     before: "Thread | None"
 
 
-Reply = tuple[Thread | None, Message]  # a reply and the turns before it
+Reply = tuple[Thread | None, Message]  # the turns before a reply, and the reply
 
 
 def prepare(
