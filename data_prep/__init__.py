@@ -1,1 +1,1 @@
-"""Raw logs to scored trajectories on disk, one module per public format or scripted game."""
+"""Importers that write training data to disk, one module per public format or scripted game."""

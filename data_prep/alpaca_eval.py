@@ -1,9 +1,10 @@
-"""Judge annotations in the form of AlpacaEval (Li et al. 2023; tatsu-lab/alpaca_eval) to comparisons.
+"""Convert judge annotations in the form of AlpacaEval (Li et al. 2023; tatsu-lab/alpaca_eval) to comparisons.
 
-A row says how likely a judge prefers `output_2` to `output_1` for one `instruction`: preference − 1, from 1 to 2; 0 is
-a tie, null an annotation that failed. Where all rows of an instruction have one output in common, the reference, they
-become one comparison of all its outputs: with p the preference for an output over the reference, its target is in
-proportion to its odds p / (1 − p), the reference's to 1 (Luce's choice, which gives back every p). Others stay pairs.
+A row holds how likely a judge prefers `output_2` to `output_1` for one `instruction`: preference − 1, with preference
+from 1 to 2; 0 is a tie, null a failed annotation. If all rows of an instruction share one output, the reference, they
+become one comparison of all its outputs. With p the preference for an output over the reference, the output's target
+is proportional to its odds p / (1 − p) and the reference's to 1 (Luce's choice rule, which reproduces every p). Other
+rows stay pairs.
 """
 
 import math
@@ -22,11 +23,11 @@ from offline_lmrl.data.preference_forms import root_group
 from offline_lmrl.data.trajectory import Turn
 
 KEPT = ("annotator", "dataset")  # columns that go to the labels; several values of one comparison are joined
-_CERTAIN = 1e-9  # the least probability either way: odds of a judge that is sure are not known
+_CERTAIN = 1e-9  # bound on p and 1 - p: at 0 or 1 the odds would be 0 or infinite
 
 
 class Judged(NamedTuple):
-    """One row: two outputs by name of who wrote them, and P(the second is better)."""
+    """One row: two outputs, the names of their authors, and P(the second is better)."""
 
     instruction: str
     outputs: tuple[str, str]
@@ -49,15 +50,16 @@ def prepare(
     """Read judge annotations and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file of annotations, a folder of those or a hub name.
-      output: folder, made if it is missing.
-      reference: whether the output that all others were judged against is an option too.
-      min_gap: write pairs instead, of options whose preferences over the reference differ by at least this.
+      input: a .jsonl, .jsonl.gz or .parquet file of annotations, a folder of such files or a hub name.
+      output: folder to write to; created if needed.
+      reference: keep the reference, the output that all others were judged against, as an option.
+      min_gap: write pairs of options instead, whose preferences over the reference differ by at least this
+        probability; null = write whole comparisons.
       validation: share of the instructions that goes to validation.
-      group: column of what must stay in one split; null = the instruction.
-      seed: of the split.
-    Returns: counts and facts, as in report.json; in `assembled` every instruction and every output is counted once,
-      so that imported rows = outputs that are no reference + rows averaged with another.
+      group: column that identifies what must stay in one split; null = the instruction.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json. Its `assembled` counts every instruction and every output
+      once, so that imported rows = outputs other than references + rows averaged with another.
     Raises: InputError for a min_gap below 0, if nothing can be read, nothing is left or the output cannot be written.
     """
     if min_gap is not None and not min_gap >= 0:
@@ -97,7 +99,13 @@ def prepare(
 
 
 def read_judged(row: Mapping, where: str, counts: Counter[str], group: str | None = None) -> Judged:
-    """One row; `counts` gets its repairs. Raises Drop, and InputError for values of the wrong type."""
+    """Return one row.
+
+    Args:
+      counts: receives the repairs.
+      group: column of the group; None = no group.
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     instruction, *outputs = (fields.text(row, name, where) for name in ("instruction", "output_1", "output_2"))
     generators = (fields.text(row, name, where) if name in row else "" for name in ("generator_1", "generator_2"))
     preference = _preference(row, where, counts)
@@ -111,7 +119,14 @@ def read_judged(row: Mapping, where: str, counts: Counter[str], group: str | Non
 
 
 def assemble(rows: Sequence[Judged], reference: bool, min_gap: float | None, counts: Counter[str]) -> list[Comparison]:
-    """The comparisons of one instruction."""
+    """Return the comparisons of one instruction.
+
+    Args:
+      rows: all rows of the instruction.
+      reference: keep the reference as an option.
+      min_gap: see `prepare`.
+      counts: receives outputs and instructions that are used or left out, by reason.
+    """
     common = set(rows[0].outputs).intersection(*(row.outputs for row in rows))
     counts["instructions"] += 1
     counts["instructions without a common reference, kept as pairs"] += not common
@@ -136,7 +151,7 @@ def assemble(rows: Sequence[Judged], reference: bool, min_gap: float | None, cou
 
 
 def _compare(rows: Sequence[Judged], reference: str, counts: Counter[str]) -> Comparison:
-    """One comparison of the reference, first, and all outputs that were judged against it."""
+    """Return one comparison of the reference, which comes first, and all outputs judged against it."""
     preferences: dict[str, list[float]] = defaultdict(list)
     authors: dict[str, list[str]] = defaultdict(list)
     for row in rows:
@@ -184,7 +199,7 @@ def _preference(row: Mapping, where: str, counts: Counter[str]) -> float:
 
 
 def _mean_preferences(rows: Iterable[Judged]) -> dict[str, float]:
-    """How often each author of a second output is preferred to the first."""
+    """Return, by author, the mean preference for the second output over the first."""
     values = defaultdict(list)
     for row in rows:
         values[row.generators[1]].append(row.preference)

@@ -1,11 +1,12 @@
-"""The best of four samples as token ids (Ziegler et al. 2019; openai/lm-human-preferences) to comparisons.
+"""Convert best-of-four samples in token ids (Ziegler et al. 2019; openai/lm-human-preferences) to comparisons.
 
-A row is a `query`, `sample0` to `sample3` and the place of the `best`, all as GPT-2 ids. What is made of it:
-- Ids are decoded with the tokenizer that is given. Padding at the ends goes first: its id is outside the vocabulary.
-- Texts were cut at a number of tokens, so an end may be a part of a character: it is removed. Ids that give no text
-  elsewhere drop the row.
-- Samples of the same words are one option; four of them compare nothing. Only the best is known, so the target is
-  one-hot over the options, and they have no ranking.
+A row is a `query`, `sample0` to `sample3` and the index of the `best`, all as GPT-2 ids. How rows are read:
+- Padding at both ends is removed first, because its id is outside the vocabulary. The given tokenizer decodes the
+  rest.
+- Texts were cut at a number of tokens, so their last character may be incomplete; it is removed. A row whose ids do
+  not decode to text elsewhere is dropped.
+- Samples with the same words are one option. A row with fewer than two different samples is dropped. Only the best is
+  known, so the target is one-hot over the options, and there is no ranking.
 - The group is the query.
 """
 
@@ -45,13 +46,13 @@ def prepare(
 
     Args:
       input: a file of labels, a folder of them or a hub name.
-      output: folder, made if it is missing.
-      tokenizer: folder or hub name of the tokenizer that wrote the ids, GPT-2's for the public files.
-      pad: the id that fills queries and samples up.
+      output: folder to write to; created if needed.
+      tokenizer: folder or hub name of the tokenizer that made the ids; GPT-2's for the public files.
+      pad: the id used as padding of queries and samples.
       validation: share of the queries that goes to validation.
-      group: column of what must stay in one split, a customer say; null = the query.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      group: column that identifies what must stay in one split, such as a customer; null = the query.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     loaded = load_tokenizer(tokenizer)
@@ -66,7 +67,13 @@ def prepare(
 def read_samples(
     row: Mapping, where: str, counts: Counter[str], tokenizer: PreTrainedTokenizerBase, pad: int = PAD
 ) -> Comparison:
-    """The comparison of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    """Return the comparison of one row.
+
+    Args:
+      counts: receives the repairs.
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     query, *samples = (_decoded(row, name, where, counts, tokenizer, pad) for name in ("query", *SAMPLES))
     best = whole(row, "best", where)
     if best not in range(len(samples)):
@@ -75,7 +82,7 @@ def read_samples(
         raise Drop("empty query")
     if not samples[best].strip():
         raise Drop("the best sample is empty")
-    places: dict[tuple[str, ...], int] = {}  # what an option says -> the first sample that says it
+    places: dict[tuple[str, ...], int] = {}  # words of an option -> the first sample with these words
     for place, sample in enumerate(samples):
         if not sample.strip():
             counts["repaired: empty sample left out"] += 1

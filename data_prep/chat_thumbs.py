@@ -1,17 +1,17 @@
-"""Chats in which people gave some replies a thumb, to dialogues in which only those replies are scored.
+"""Convert chats in which people rated some replies with a thumb to dialogues in which only those replies are scored.
 
-Two forms are read: `messages` with `reaction` or `reactions` (`turn, value`, 1 or −1, and whatever else), and the
-reactions of ComparIA (`conversation_a, conversation_b, model_pos, msg_index, response_content, liked, disliked`). What
-is made of a row:
-- The reply that got the thumb earns 1 or −1. All other turns are context: no thumb is no neutral one.
-- `turn` counts messages from 0. Where it does not point at a reply of the agent, the log may have counted without the
-  system message; where the text of the reply was logged too, it decides.
-- A reaction that is neither up nor down, on no reply of the agent or contradicted by another is left out. A row
-  without any other is dropped.
-- What follows the last reply with a thumb is cut off; nobody is credited for it.
+Two forms are read: `messages` with `reaction` or `reactions` (`turn, value`, 1 or −1, and any other fields), and the
+reactions of ComparIA (`conversation_a, conversation_b, model_pos, msg_index, response_content, liked, disliked`). How
+rows are read:
+- A reply with a thumb earns 1 or −1. All other turns are context: a missing thumb is not a neutral one.
+- `turn` counts messages from 0. If it is not the index of an agent's reply, the log may have counted without the
+  system message. If the text of the reply was logged too, only a reply with this text is meant.
+- A reaction is left out if it is neither up nor down, is not on a reply of the agent, or contradicts another. A row
+  with no other reaction is dropped.
+- The turns after the last reply with a thumb are cut off, since nobody is credited for them.
 
-People react to what stands out, so shares of thumbs are not shares of good replies. The report says how many replies
-got one.
+People react to replies that stand out, so shares of thumbs are not shares of good replies. The report gives the number
+of replies with a thumb.
 """
 
 from collections import Counter
@@ -54,13 +54,13 @@ def prepare(
     """Read chats with reactions and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those or a hub name. A row has `messages` and `reaction:
-        {turn, value}`, value 1 or -1, or `reactions`, a list of those; or it is a reaction of ComparIA.
-      output: folder, made if it is missing.
-      validation: share of the groups (first user turns) that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = the first user turn.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files or a hub name. A row has `messages` and
+        `reaction: {turn, value}`, value 1 or -1, or `reactions`, a list of those; or it is a reaction of ComparIA.
+      output: folder to write to; created if needed.
+      validation: share of the groups (first user turns) that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the first user turn.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     made, report = import_rows(input, read_chat, group)
@@ -75,7 +75,13 @@ def prepare(
 
 
 def read_chat(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
-    """The trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    """Return the trajectory of one row.
+
+    Args:
+      counts: receives the repairs.
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     if row.get("messages") is None and row.get("model_pos") is not None:
         row = _from_comparia(row, where)
     if row.get("messages") is None or (row.get("reaction") is None and row.get("reactions") is None):
@@ -129,7 +135,7 @@ def read_chat(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
 
 
 def _from_comparia(row: Mapping, where: str) -> dict[str, Any]:
-    """The row in the other form, with the text of the reply in its reaction."""
+    """Return the row in the form with `messages` and `reaction`; the reaction contains the text of the reply."""
     side = row["model_pos"]
     if side not in ("a", "b"):
         raise InputError(f"{where}: model_pos: found {shown(side)}, expected a or b")
@@ -149,7 +155,7 @@ def _from_comparia(row: Mapping, where: str) -> dict[str, Any]:
 
 
 def _value(reaction: Mapping, where: str, counts: Counter[str]) -> float:
-    """1 or −1."""
+    """Return the reaction's value, 1 or −1."""
     if reaction.get("value") is not None:
         value = fields.number(reaction, "value", where)
     else:
@@ -161,7 +167,7 @@ def _value(reaction: Mapping, where: str, counts: Counter[str]) -> float:
 
 
 def _turn(reaction: Mapping, turns: Sequence[Turn], where: str, counts: Counter[str]) -> int:
-    """Which turn the reaction is on."""
+    """Return the index of the turn that the reaction is on."""
     place = fields.whole(reaction, "turn", where)
     said = None if reaction.get("text") is None else fields.text(reaction, "text", where).strip()
     replies = [

@@ -1,11 +1,11 @@
-"""What the importers of preferences share: rows in, comparisons in splits and a report out.
+"""Shared code of the importers of preferences: read rows, write comparisons in splits, and report counts.
 
 Every row becomes a comparison or is dropped for a named reason, and the counts add up: rows = imported + Σ dropped,
 and imported = the comparisons of all splits + those merged into others + those removed because their group is in a
 later split.
 
-Comparisons wait on disk, in buckets by group, until all are read: what is merged, split and counted needs its own
-group only, so memory holds a bucket and not the data. A bucket holds its groups whole.
+Comparisons are stored on disk, in buckets by group, until all rows are read. Merging, splitting and counting need one
+group at a time, and a bucket holds its groups whole, so memory holds one bucket and not the data.
 """
 
 import heapq
@@ -32,7 +32,7 @@ from offline_lmrl.data.parallel import chunks, map_in_order
 from offline_lmrl.data.preference_forms import read_comparison
 from offline_lmrl.data.trajectory import Trajectory, shown
 
-_BUCKETS = 512  # by group: of a million comparisons each holds some thousand
+_BUCKETS = 512  # by group: with a million comparisons, each holds a few thousand
 _CHUNK = 500  # rows that a process reads at once
 _FOUND = re.compile(r"(?P<field>.*?): found .*, expected (?P<expected>.*)", re.DOTALL)
 
@@ -46,11 +46,18 @@ def convert(
     processes: int = 1,
     group: str | None = None,
 ) -> dict[str, Any]:
-    """`import_rows` and `publish` where each row makes one comparison: in a memory that does not grow with the rows.
+    """Import rows that each make one comparison, and write splits and report, as `import_rows` and `publish` do.
+
+    Memory does not grow with the number of rows.
 
     Args:
-      read, group: as in `import_rows`.
-      processes: how many read rows at once.
+      read: see `import_rows`.
+      output: folder to write to.
+      validation: see `separate`.
+      seed: see `separate`.
+      processes: number of processes that read rows.
+      group: see `import_rows`.
+    Returns: the content of report.json.
     """
     parts = raw_splits(source)
     counts: Counter[str] = Counter()
@@ -66,15 +73,15 @@ def convert(
 def import_rows(
     source: str | Path, read: Callable[[Any, str, Counter], Any], group: str | None = None, lists: bool = False
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """What `read` makes of each row of a source, by split, and the counts.
+    """Apply `read` to each row of a source; return the results by split, and the counts.
 
     Args:
-      read: takes an object, "file:row" and a counter of its repairs. It drops a row by raising Drop, or by returning
-        None once it has counted the drop. A row that it refuses with an InputError is dropped too, and counted under
-        the error's field and what was expected there.
-      group: the column that holds the group of what `read` makes; None = the group that it gives.
-      lists: whether a row may be a list, which has no columns.
-    Raises: InputError for a source that cannot be read, or of which no row can be used.
+      read: function of an object, "file:row" and a counter for its repairs. It drops a row by raising Drop, or by
+        returning None after it has counted the drop. A row that it refuses with an InputError is dropped too, and
+        counted under the error's field and what was expected there.
+      group: the column that holds the group of the result of `read`; None = the group that `read` sets.
+      lists: accept a row that is a list, which has no columns.
+    Raises: InputError if the source cannot be read, or none of its rows can be used.
     """
     made: dict[str, list[Any]] = {}
     counts: Counter[str] = Counter()
@@ -85,20 +92,25 @@ def import_rows(
 
 
 def check_share(validation: float) -> None:
-    """Raises InputError unless a share of the groups can go to validation, so that some are left to train on."""
+    """Check that the validation share is at least 0 and below 1, so that some groups are left to train on.
+
+    Raises: InputError if it is not.
+    """
     if not 0 <= validation < 1:
         raise InputError(f"validation: found {validation}, expected 0 to below 1")
 
 
 def separate(made: Mapping[str, list[Row]], validation: float, seed: int) -> tuple[dict[str, list[Row]], int]:
-    """The rows of a source in splits that share no group, and how many rows had to leave for that.
+    """Make splits that share no group; return them and the number of rows that were removed for that.
 
-    A source without splits, or with a train split but no validation, gets a share `validation` of its groups as one.
-    A group that is in two splits leaves all but the last.
+    A source without splits, or with a train split but no validation split, gets a share `validation` of its groups as
+    validation split. A group in several splits is kept only in the last of them.
 
     Args:
-      made: rows by split of the source, "all" where it has none.
-    Raises: InputError for a share that is not from 0 to below 1.
+      made: rows by split of the source; "all" if it has no splits.
+      validation: share of the groups, from 0 to below 1.
+      seed: random seed of the split.
+    Raises: InputError if the share is out of range.
     """
     check_share(validation)
     splits = {
@@ -125,13 +137,15 @@ def publish(
     seed: int,
     features: Mapping[str, Feature] | None = None,
 ) -> dict[str, Any]:
-    """Merges repeats, splits by group, writes <split>.jsonl and report.json; returns the report.
+    """Merge repeats, split by group, and write <split>.jsonl and report.json.
 
     Args:
       rows: comparisons by split of the source.
-      report: what comes before in the report.
-      validation, seed: as in `separate`.
+      report: the first entries of the report.
+      validation: see `separate`.
+      seed: see `separate`.
       features: further baselines by name.
+    Returns: the report.
     """
     with prepared(output) as made, staging(Path(output) / "buckets") as folder:
         _spill((_line(name, place, row) for name, some in rows.items() for place, row in enumerate(some)), folder)
@@ -149,7 +163,10 @@ def _finish(
     processes: int,
     features: Mapping[str, Feature],
 ) -> dict[str, Any]:
-    """From the buckets in `folder` to files and report in `made`. A group is in one bucket: each is done by itself."""
+    """Merge, split and count the buckets in `folder`; write the splits and the report to `made`.
+
+    A group is in one bucket, so each bucket is processed by itself.
+    """
     settle = partial(_settle, names=names, validation=validation, seed=seed, features=features)
     counts: Counter = Counter()
     for mine in map_in_order(settle, sorted(folder.glob("bucket-*")), processes):
@@ -171,6 +188,7 @@ def _finish(
         with ExitStack() as opened, atomic_output(made / f"{name}.jsonl") as temporary:
             parts = [opened.enter_context(path.open(encoding="utf-8")) for path in folder.glob(f"{name}.bucket-*")]
             file = opened.enter_context(temporary.open("w", encoding="utf-8"))
+            # Each part is sorted by the place of its rows, so merging restores the order of the source.
             file.writelines(
                 line.partition(" ")[2] for line in heapq.merge(*parts, key=lambda line: int(line.partition(" ")[0]))
             )
@@ -181,7 +199,7 @@ def _finish(
 def _settle(
     bucket: Path, names: Sequence[str], validation: float, seed: int, features: Mapping[str, Feature]
 ) -> Counter:
-    """Merges and splits the comparisons of one bucket, and writes them beside it, in the order of the source."""
+    """Merge and split the comparisons of one bucket, and write them beside it, in the order of the source."""
     made: dict[str, list[Comparison]] = {name: [] for name in names}
     places: dict[tuple, int] = {}
     with bucket.open(encoding="utf-8") as lines:
@@ -189,7 +207,7 @@ def _settle(
             name, place, record = json.loads(line)
             row = read_comparison(record, str(bucket), Counter(), allow_empty=True)
             made[name].append(row)
-            places.setdefault(_words(row), place)
+            places.setdefault(_words(row), place)  # merged comparisons take the place of their first row
     counts: Counter = Counter()
     splits, counts["removed"] = separate(
         {name: merge_repeats(rows, counts) for name, rows in made.items()}, validation, seed
@@ -221,7 +239,7 @@ def _convert(
 
 
 def _line(name: str, place: int, row: Comparison) -> tuple[int, str]:
-    """A line of a bucket, and the number of the bucket."""
+    """Return the number of the comparison's bucket, and the line that is stored there."""
     return zlib.crc32(group_key(row).encode()) % _BUCKETS, json.dumps([name, place, to_record(row)])
 
 
@@ -239,7 +257,10 @@ def _words(row: Comparison) -> tuple:
 
 
 def _counted(source: str | Path, counts: Counter[str]) -> dict[str, Any]:
-    """The head of a report. Raises InputError where no row was imported."""
+    """Return the first entries of a report.
+
+    Raises: InputError if no row was imported.
+    """
     dropped = _part(counts, "dropped: ")
     if not counts["imported"]:
         why = "; ".join(f"{reason}: {n}" for reason, n in Counter(dropped).most_common(3)) or "no rows"
@@ -262,10 +283,13 @@ def read_raw(
     group: str | None = None,
     lists: bool = False,
 ) -> Any:
-    """What `read` makes of a row, as in `import_rows`, or None where it is dropped; `counts` gets the row, its repairs
-    or why it is dropped, and how often it was imported."""
+    """Apply `read` to a row as described in `import_rows`; return its result, or None if the row is dropped.
+
+    Args:
+      counts: receives the row, its repairs or the reason why it is dropped, and whether it was imported.
+    """
     counts["rows"] += 1
-    mine: Counter[str] = Counter()  # the repairs of a row that is dropped do not count
+    mine: Counter[str] = Counter()  # separate, because the repairs of a dropped row are not counted
     try:
         row = parsed(row, where, mine)
         if not isinstance(row, Mapping | list if lists else Mapping):
@@ -278,8 +302,8 @@ def read_raw(
         counts[f"dropped: {drop}"] += 1
         return None
     except InputError as error:
-        # The reason must not hold what is particular to the row, or there are as many reasons as rows: that is in
-        # what was found, and in the places of lists.
+        # Remove what is specific to the row (the found value, indices into lists) from the reason; otherwise there
+        # would be as many reasons as rows.
         text = str(error).removeprefix(f"{where}: ")
         match = _FOUND.fullmatch(text)
         reason = f"{match['field']}: expected {match['expected']}" if match else text
@@ -291,7 +315,7 @@ def read_raw(
 
 
 def _in_group(one: Any, group: str) -> Any:
-    """What was made of a row, or a split and that, with another group."""
+    """Return the result of `read` with another group. The result is a row, or a tuple that ends with one."""
     if isinstance(one, tuple) and isinstance(one[-1], Trajectory | Comparison):
         return (*one[:-1], replace(one[-1], group=group))
     return replace(one, group=group)

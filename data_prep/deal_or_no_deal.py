@@ -1,20 +1,21 @@
-"""Deal or no deal (Lewis et al. 2017; facebookresearch/end-to-end-negotiator) to scored trajectories.
+"""Convert Deal or no deal (Lewis et al. 2017; facebookresearch/end-to-end-negotiator) to scored trajectories.
 
 Both public line forms are read: the plain one of data.txt and the tagged one of train.txt, val.txt and test.txt. A
 line is a dialogue as one side saw it. It becomes that side's episode in the form of
-`offline_lmrl.environments.negotiation`: what it knows, what is said, "divide", what it takes, with the reward there.
+`offline_lmrl.environments.negotiation`: the side's values, the dialogue, "divide", and the items that the side takes,
+with the reward on that last turn.
 
-What the logs say and what is made of it:
-- The reward is the value of what the side took if both selections add up to the pool, and else 0, whatever the line's
-  `reward=` says.
+How the logs are read:
+- The reward is the value of the items that the side took if both selections add up to the pool, and otherwise 0,
+  whatever the line's `reward=` is.
 - A disconnect is a cut before the division: the episode ends with "divide" and is not terminated.
-- The tagged form hides selections that do not fit behind `<disagree>`. The division is unknown then, but what it
-  earned is not: the episode ends where the talk ends, and the reward 0 is on the side's last turn.
+- The tagged form replaces selections that do not fit by `<disagree>`. The division is then unknown, but its reward is
+  known to be 0: the episode ends with the dialogue, and the reward 0 is on the side's last turn.
 - The partner's values and selection are labels and never in a turn.
-- Scenario (counts and both sides' values, in either order) is the group, so that both sides of a dialogue and all
+- The scenario (counts and both sides' values, in either order) is the group, so that both sides of a dialogue and all
   dialogues over one scenario stay together.
-- Books, hats and balls are names only: a dialogue stays one when they change places in values, words and division
-  alike. `permute_items` adds those versions to the training split.
+- Books, hats and balls are only names: a dialogue stays valid if they are exchanged consistently in values, words and
+  division. `permute_items` adds the exchanged versions to the training split.
 """
 
 import hashlib
@@ -43,7 +44,7 @@ from offline_lmrl.environments.negotiation import (
     worth,
 )
 
-# Where several files hold the same split, the first is read: data.txt and train.txt are the same dialogues.
+# If several files of a split exist, the first is read: data.txt and train.txt are the same dialogues.
 FILES = {"train": ("data.txt", "train.txt"), "validation": ("val.txt",), "test": ("test.txt",)}
 
 _HELD_OUT = 200  # scenarios, of nearly 1,900 in the public file
@@ -61,7 +62,7 @@ _TAGGED = re.compile(
 _TURN = re.compile(r"(YOU|THEM): (\S.*)")
 _ITEM = re.compile(rf"item[0-5]=({_NUMBER})")
 _ITEM_NAME = re.compile(r"\b(book|hat|ball)(?=s?\b)")
-# What stands in place of a division, in both forms, and the outcome it means.
+# Text that replaces a division, in both forms -> outcome
 _OUTCOMES = {
     "no agreement": "no agreement",
     "<no_agreement>": "no agreement",
@@ -72,7 +73,7 @@ _OUTCOMES = {
 
 
 class Unreadable(ValueError):
-    """A line that is dropped; the message is the reason it is counted under."""
+    """The line is dropped; the message is the reason under which it is counted."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Side:
     scenario: Scenario
     talk: tuple[tuple[str, str], ...]  # (YOU or THEM, words), the selection last
     outcome: str
-    division: Triple | None  # None also where the outcome has none
+    division: Triple | None  # None if the outcome has none, or it was not logged
     labels: Mapping[str, Any]
 
 
@@ -97,21 +98,21 @@ def prepare(
     permute_items: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Read the public files and write <split>.jsonl, scenarios_<split>.json for play, and report.json.
+    """Read the public files and write <split>.jsonl, scenarios_<split>.json for playing, and report.json.
 
-    data.txt (or train.txt) becomes train and tune, val.txt validation, test.txt test. All dialogues of a scenario
-    that is in tune, validation or test leave train.
+    data.txt (or train.txt) becomes train and tune, val.txt validation, and test.txt test. All dialogues of a scenario
+    that is in tune, validation or test are removed from train.
 
     Args:
-      input: folder with any of the public files, or one file; one of another name counts as data.txt.
-      output: folder, made if it is missing.
-      held_out_scenarios: number of scenarios of data.txt that go to tune, to choose settings on; null = 200, or a
-        fifth of a small file's.
+      input: folder with any of the public files, or one file; a file with another name is read as data.txt.
+      output: folder to write to; created if needed.
+      held_out_scenarios: number of scenarios of data.txt that go to tune, for choosing settings; null = 200, or a
+        fifth of them in a small file.
       permute_items: add to train every dialogue with its items in each other order, in the group of the dialogue; a
         version whose scenario is in tune, validation or test is left out.
-      seed: which ones.
-    Returns: counts per file (lines = kept + the drops by reason) and per split, as in report.json.
-    Raises: InputError if nothing can be read, too few scenarios are there, or the output cannot be written.
+      seed: random seed that selects the scenarios of tune.
+    Returns: counts per file (lines = kept + the drops by reason) and per split, the content of report.json.
+    Raises: InputError if nothing can be read, there are too few scenarios, or the output cannot be written.
     """
     files = _files(Path(input))
     report: dict[str, Any] = {"files": {}}
@@ -148,9 +149,11 @@ def prepare(
 
 
 def read_log(path: Path) -> tuple[list[Side], dict[str, Any]]:
-    """What one file holds, and its counts: lines = kept + Σ dropped; repairs and outcomes are of kept lines.
+    """Read one file; return its sides and its counts.
 
-    Raises InputError if the file cannot be read or has no line of either form.
+    The counts add up: lines = kept + Σ dropped. Repairs and outcomes are of kept lines.
+
+    Raises: InputError if the file cannot be read or has no line of either form.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -182,9 +185,11 @@ def read_log(path: Path) -> tuple[list[Side], dict[str, Any]]:
 
 
 def parse_line(line: str, repairs: Counter[str]) -> Side:
-    """Read a line of either form; `repairs` counts what is not taken as the line says it.
+    """Read a line of either form.
 
-    Raises Unreadable.
+    Args:
+      repairs: counts the lines whose logged reward is not used as it is.
+    Raises: Unreadable if the line cannot be used.
     """
     if not line:
         raise Unreadable("blank line")
@@ -195,7 +200,7 @@ def parse_line(line: str, repairs: Counter[str]) -> Side:
     if own[::2] != partner[::2]:
         raise Unreadable("the two sides have different counts")
     scenario = Scenario(tuple(own[::2]), (tuple(own[1::2]), tuple(partner[1::2])))
-    logged = match.groupdict()  # the plain form has two fields more
+    logged = match.groupdict()  # only the plain form has reward and flag
     side = _with_outcome(
         Side(
             scenario,
@@ -217,7 +222,7 @@ def parse_line(line: str, repairs: Counter[str]) -> Side:
 
 
 def to_trajectory(side: Side, source: str) -> Trajectory:
-    """The episode of this side; the reward is on its last turn."""
+    """Return the episode of this side, with the reward on its last turn."""
     turns = [scenario_turn(side.scenario.counts, side.scenario.values[0])]
     turns += [Turn("assistant" if speaker == "YOU" else "user", words) for speaker, words in side.talk]
     if side.outcome == "division not logged":
@@ -239,15 +244,15 @@ def to_trajectory(side: Side, source: str) -> Trajectory:
 
 
 def permutations(side: Side) -> list[Side]:
-    """The same dialogue with its items in each of the five other orders; what was logged stays as it was.
+    """Return the dialogue with its items in each of the five other orders. The labels of the logged selection stay.
 
-    Two orders may give the same side (when no word, count or value tells two items apart); it comes once.
+    If two orders give the same side (no word, count or value distinguishes two items), it is returned once.
     """
     versions = {}
     for order in itertools.permutations(range(len(ITEMS))):
 
         def moved(triple: Triple, order: tuple[int, ...] = order) -> Triple:
-            return tuple(triple[item] for item in order)
+            return tuple(triple[item] for item in order)  # item k moves to index order.index(k)
 
         def renamed(match: re.Match[str], order: tuple[int, ...] = order) -> str:
             return ITEMS[order.index(ITEMS.index(match[0] + "s"))].removesuffix("s")
@@ -262,7 +267,7 @@ def permutations(side: Side) -> list[Side]:
             labels={**side.labels, "partner_values": list(scenario.values[1])},
         )
         versions.setdefault((scenario, talk, version.division), version)
-    return list(versions.values())[1:]
+    return list(versions.values())[1:]  # the first order is the logged one
 
 
 def _talk(text: str) -> tuple[tuple[str, str], ...]:
@@ -276,9 +281,9 @@ def _talk(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def _with_outcome(side: Side, repairs: Counter[str]) -> Side:
-    """Read the logged selection: what this side took, and whether it fits.
+    """Read the logged selection: the items that this side took, and whether the two selections fit.
 
-    The plain form holds one division, and `agree` says whether the partner's fits; the tagged form holds both.
+    The plain form holds one division, and a flag `agree` if the partner's fits; the tagged form holds both divisions.
     """
     selection, reward, flag = (side.labels[name] for name in ("logged_selection", "logged_reward", "logged_flag"))
     words = selection.split(" ")
@@ -303,7 +308,7 @@ def _with_outcome(side: Side, repairs: Counter[str]) -> Side:
 
 
 def _files(source: Path) -> dict[str, Path]:
-    """Split name -> file."""
+    """Return the file of each split."""
     if source.is_dir():
         found = {
             split: [source / name for name in names if (source / name).is_file()] for split, names in FILES.items()
@@ -317,7 +322,11 @@ def _files(source: Path) -> dict[str, Path]:
 
 
 def _held_out(rows: Sequence[Trajectory], number: int | None, seed: int, path: Path) -> set[str]:
-    """Groups drawn by hash, so that they do not depend on the order of the lines; null = as many as suit the file."""
+    """Draw groups by hash, so that they do not depend on the order of the lines.
+
+    Args:
+      number: of groups; None = 200, or a fifth of the groups if that is less.
+    """
     groups = sorted({row.group for row in rows}, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
     if number is None:
         number = min(_HELD_OUT, len(groups) // 5)

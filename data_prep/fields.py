@@ -1,4 +1,7 @@
-"""Fields of raw rows: of the type an importer needs, or an InputError "where: name: found X, expected Y"."""
+"""Read fields of raw rows with the type that an importer needs.
+
+A field of another type raises InputError "where: name: found X, expected Y".
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,7 +12,10 @@ from offline_lmrl.data.trajectory import finite, require_list, shown
 
 
 def text(record: Mapping, name: str, where: str) -> str:
-    """Text, which may be empty. Raises Drop too, for text that UTF-8 cannot hold."""
+    """Return a text, which may be empty.
+
+    Raises: Drop if UTF-8 cannot hold it, InputError if it is not text.
+    """
     value = record.get(name)
     if not isinstance(value, str):
         raise InputError(f"{where}: {name}: found {shown(value)}, expected text")
@@ -17,7 +23,7 @@ def text(record: Mapping, name: str, where: str) -> str:
 
 
 def number(record: Mapping, name: str, where: str) -> float:
-    """A finite number."""
+    """Return a finite number."""
     try:
         return finite(name, record.get(name))
     except InputError as error:
@@ -25,7 +31,7 @@ def number(record: Mapping, name: str, where: str) -> float:
 
 
 def whole(record: Mapping, name: str, where: str) -> int:
-    """A number without a fraction; Parquet with nulls and pandas make 3 a 3.0."""
+    """Return a number without a fraction. A float counts: Parquet with nulls and pandas turn 3 into 3.0."""
     value = number(record, name, where)
     if value != int(value):
         raise InputError(f"{where}: {name}: found {value}, expected a whole number")
@@ -33,7 +39,7 @@ def whole(record: Mapping, name: str, where: str) -> int:
 
 
 def items(record: Mapping, name: str, where: str) -> Sequence[Any]:
-    """A list."""
+    """Return a list."""
     try:
         return require_list(name, record.get(name))
     except InputError as error:
@@ -41,7 +47,7 @@ def items(record: Mapping, name: str, where: str) -> Sequence[Any]:
 
 
 def objects(record: Mapping, name: str, where: str) -> Sequence[Mapping]:
-    """A list of objects."""
+    """Return a list of objects."""
     values = items(record, name, where)
     for i, value in enumerate(values):
         if not isinstance(value, Mapping):
@@ -50,7 +56,7 @@ def objects(record: Mapping, name: str, where: str) -> Sequence[Mapping]:
 
 
 def inner(record: Mapping, name: str, where: str) -> Mapping:
-    """An object."""
+    """Return an object."""
     value = record.get(name)
     if not isinstance(value, Mapping):
         raise InputError(f"{where}: {name}: found {shown(value)}, expected an object")
@@ -58,7 +64,7 @@ def inner(record: Mapping, name: str, where: str) -> Mapping:
 
 
 def group(record: Mapping, name: str, where: str) -> str:
-    """The text or whole number in a column that says which rows stay together."""
+    """Return the text or whole number that identifies which rows stay together, as text."""
     value = record.get(name)
     if is_whole(value):
         return str(int(value))
@@ -68,5 +74,5 @@ def group(record: Mapping, name: str, where: str) -> str:
 
 
 def facts(record: Mapping, names: Iterable[str]) -> dict[str, str | float]:
-    """The texts, numbers and flags under some names, for the labels; anything else is left out."""
+    """Return the texts, numbers and flags under some names, for the labels; other values are left out."""
     return {name: record[name] for name in names if isinstance(record.get(name), str | int | float)}

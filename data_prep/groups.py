@@ -1,4 +1,4 @@
-"""Groups of sources that have an id of their own for the prompt."""
+"""Join the groups of sources that have their own id for each prompt."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,15 +9,16 @@ from offline_lmrl.data.trajectory import Trajectory
 
 
 def join_groups(made: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
-    """The rows with one group for all that the source's id, now their group, or their first user turn links.
+    """Give one group to all rows linked by the source's id (their group so far) or by their first user turn.
 
-    The id alone misses what was posted twice, the words alone what was edited.
+    Links are followed through other rows. The id alone misses prompts that were posted twice; the words alone miss
+    prompts that were edited.
     """
     parents: dict[tuple[bool, str], tuple[bool, str]] = {}
 
     def find(key: tuple[bool, str]) -> tuple[bool, str]:
         while parents.setdefault(key, key) != key:
-            parents[key] = parents[parents[key]]
+            parents[key] = parents[parents[key]]  # union-find with path halving
             key = parents[key]
         return key
 
@@ -29,7 +30,7 @@ def join_groups(made: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
         for row in rows:
             roots = [find(key) for key in links(row)]
             for root in roots:
-                parents[root] = min(roots)  # in any order of the rows the least, and words before ids
+                parents[root] = min(roots)  # independent of the order of rows; words come before ids
     return {
         name: [replace(row, group=find(links(row)[0])[1]) if links(row) else row for row in rows]
         for name, rows in made.items()

@@ -1,13 +1,13 @@
-"""HelpSteer2 and HelpSteer3 (Wang et al. 2024, 2025; nvidia/HelpSteer2, nvidia/HelpSteer3) to comparisons.
+"""Convert HelpSteer2 and HelpSteer3 (Wang et al. 2024, 2025; nvidia/HelpSteer2, nvidia/HelpSteer3) to comparisons.
 
-Three of their layouts are read, by their columns:
+Three of their layouts are read; the columns determine which one a row has:
 - `prompt, response, helpfulness, correctness, coherence, complexity, verbosity` (HelpSteer2 and HelpSteer): a row
   rates one response from 0 to 4. All responses to a prompt make one comparison, ranked by one of the five ratings,
-  where equal ratings tie; the labels keep all of them, and that one as the option's `rating`.
-- `prompt, response_1, response_2, preference_strength, split` (preference of HelpSteer2): the row names its split.
-- `context, response1, response2, overall_preference` (preference of HelpSteer3): the context is messages.
+  where equal ratings tie. The labels hold all five, and the one used as the option's `rating`.
+- `prompt, response_1, response_2, preference_strength, split` (preferences of HelpSteer2): the row names its split.
+- `context, response1, response2, overall_preference` (preferences of HelpSteer3): the context is messages.
 
-A preference is from −3 (the first response is much better) to 3 (the second is); 0 is a tie, and its distance from 0
+A preference is from −3 (the first response is much better) to 3 (the second is); 0 is a tie, and its absolute value is
 the strength. A prompt of several turns has `<extra_id_1>Assistant` and `<extra_id_1>User` between them. Responses
 whose prompt has no other response are left out. The lists of single annotators (disagreements) are not read.
 """
@@ -39,7 +39,7 @@ _PAIRS = (
 
 @dataclass(frozen=True)
 class Rated:
-    """One response to a prompt with its ratings by name."""
+    """One response to a prompt, and its ratings by name."""
 
     prompt: tuple[Turn, ...]
     response: str
@@ -59,13 +59,13 @@ def prepare(
     """Read ratings or preferences and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those, a datasets folder or a hub name.
-      output: folder, made if it is missing.
-      rating: what rated responses are ranked by.
-      validation: share of the groups (first user turns) that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = the first user turn.
-      seed: of the split.
-    Returns: counts and facts, as in report.json; in `assembled` every rated response is counted once.
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files, a datasets folder or a hub name.
+      output: folder to write to; created if needed.
+      rating: the rating by which responses are ranked.
+      validation: share of the groups (first user turns) that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the first user turn.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json. Its `assembled` counts every rated response once.
     Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
     """
     found, report = import_rows(input, read_row, group)
@@ -84,7 +84,10 @@ def prepare(
 
 
 def read_row(row: Mapping, where: str, counts: Counter[str]) -> Rated | tuple[str, Comparison] | None:
-    """A rated response, or a comparison and the split that its row names. Raises Drop, InputError for wrong types."""
+    """Return a rated response, or a comparison and the split that its row names ("" = none).
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     for names in _PAIRS:
         if set(names) <= row.keys():
             return _pair(row, names, where, counts)
@@ -99,7 +102,12 @@ def read_row(row: Mapping, where: str, counts: Counter[str]) -> Rated | tuple[st
 
 
 def compare(rows: Iterable[Rated], rating: str, counts: Counter[str]) -> Iterator[Comparison]:
-    """One comparison of all responses to each prompt; `counts` gets every response, and why sets are left out."""
+    """Yield one comparison of all responses to each prompt.
+
+    Args:
+      rating: the name of the rating by which responses are ranked.
+      counts: receives every response, and the reasons why sets of responses are left out.
+    """
     together: dict[tuple, list[Rated]] = defaultdict(list)
     for row in rows:
         together[row.group, row.prompt].append(row)

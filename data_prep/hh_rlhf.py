@@ -1,11 +1,13 @@
-"""hh-rlhf (Bai et al. 2022; anthropics/hh-rlhf) to comparisons.
+"""Convert hh-rlhf (Bai et al. 2022; anthropics/hh-rlhf) to comparisons.
 
-A row is two transcripts, `chosen` and `rejected`. What is made of them:
-- Turns are split at "\\n\\nHuman:" and "\\n\\nAssistant:" only; a tag elsewhere is something the model wrote, stays
-  text and is counted. Turns are stripped; turns of one speaker in a row are one that was split, and are merged.
-- Only the last reply was judged. All turns before it are context, the same on both sides, or the row is dropped.
+A row is two transcripts, `chosen` and `rejected`. How rows are read:
+- Turns are split at "\\n\\nHuman:" and "\\n\\nAssistant:" only. A tag elsewhere was written by the model; it stays
+  text and is counted. Turns are stripped. Consecutive turns of one speaker are one turn that was split, and are
+  merged.
+- Only the last reply was judged. All turns before it are context, and must be the same on both sides, or the row is
+  dropped.
 - An empty reply may have been preferred as harmless; it is kept only with `allow_empty`.
-- The group is the first human turn: many rows are branches of one conversation.
+- The group is the first human turn, since many rows are branches of one conversation.
 """
 
 import re
@@ -35,17 +37,17 @@ def prepare(
     seed: int = 0,
     processes: int = 1,
 ) -> dict[str, Any]:
-    """Read transcripts and write train.jsonl, validation.jsonl (and test.jsonl of a test file) and report.json.
+    """Read transcripts and write train.jsonl, validation.jsonl (test.jsonl if there is a test file) and report.json.
 
     Args:
-      input: a file of harmless-base, helpful-base, ..., or the folder with its train and test file.
-      output: folder, made if it is missing.
+      input: a file of harmless-base, helpful-base, ..., or the folder with its train and test files.
+      output: folder to write to; created if needed.
       validation: share of the groups (first human turns) of the training rows that goes to validation.
-      group: column of what must stay in one split, a customer say; null = the first human turn.
+      group: column that identifies what must stay in one split, such as a customer; null = the first human turn.
       allow_empty: keep rows in which a reply is empty.
-      seed: of the split.
-      processes: how many read rows at once.
-    Returns: counts and facts, as in report.json.
+      seed: random seed of the split.
+      processes: number of processes that read rows.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     return convert(
@@ -54,9 +56,12 @@ def prepare(
 
 
 def read_transcripts(row: Mapping, where: str, counts: Counter[str], allow_empty: bool = False) -> Comparison | None:
-    """The comparison of one row, or None where `counts` is told why not.
+    """Return the comparison of one row, or None if it is dropped.
 
-    Raises InputError for what is no pair of transcripts.
+    Args:
+      counts: receives the repairs, or the reason why the row is dropped.
+      allow_empty: keep a row with an empty reply.
+    Raises: InputError if the row is not a pair of transcripts.
     """
     for side in SIDES:
         if not is_transcript(row.get(side)):

@@ -1,10 +1,10 @@
-"""Single replies with a thumb, in the form of KTO (Ethayarajh et al. 2024) and TRL's unpaired preferences.
+"""Convert single replies with a thumb to trajectories, in the form of KTO (Ethayarajh et al. 2024) and TRL.
 
-A row is `prompt, completion, label`; what is made of it:
-- The reply earns 1 where the label is true and −1 where it is false, on its last agent turn; nothing else is credited.
-- Prompt and completion are text, messages or a transcript; a completion that repeats its prompt loses it.
-- No label is no opinion, and its row is dropped: it is not a bad reply.
-- The report says how the classes are balanced and which weights would even them out: KTO's λ, with n_D λ_D = n_U λ_U.
+A row is `prompt, completion, label`, TRL's unpaired preference. How rows are read:
+- The reply earns 1 if the label is true and −1 if it is false, on its last agent turn; no other turn is credited.
+- Prompt and completion are text, messages or a transcript; a prompt repeated at the start of a completion is removed.
+- A row without a label is dropped: it is not a bad reply.
+- The report gives the balance of the classes and the weights that would balance them: KTO's λ, with n_D λ_D = n_U λ_U.
 """
 
 from collections import Counter
@@ -31,15 +31,15 @@ def prepare(
     group: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Read prompt/completion/label and write train.jsonl, validation.jsonl and report.json.
+    """Read rows of prompt, completion and label and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those, a datasets folder or a hub name.
-      output: folder, made if it is missing.
-      validation: share of the groups (first user turns) that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = the first user turn.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files, a datasets folder or a hub name.
+      output: folder to write to; created if needed.
+      validation: share of the groups (first user turns) that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the first user turn.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     made, report = import_rows(input, read_labelled, group)
@@ -54,7 +54,13 @@ def prepare(
 
 
 def read_labelled(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
-    """The trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    """Return the trajectory of one row.
+
+    Args:
+      counts: receives the repairs.
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     for name in ("prompt", "completion"):
         if row.get(name) is None:
             raise InputError(f"{where}: {name}: found none, expected text or messages")

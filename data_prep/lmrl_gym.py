@@ -1,20 +1,21 @@
-"""The published logs of LMRL-Gym (Abdulhai et al. 2023) to scored games.
+"""Convert the published logs of LMRL-Gym (Abdulhai et al. 2023) to scored games.
 
-A row's layout is told by its fields:
-- a list of `state, action, reward, done`: Maze fully observed, Chess Endgames. Or one of these per row, with its state
-  as `from_state` (Chess): the rows up to the next `done`, or to an empty line, are one game, and boards and moves are
-  spelt letter by letter, as the task plays them.
+A row's fields determine its layout:
+- A list of `state, action, reward, done`: Maze fully observed, Chess Endgames. In a variant, each row is one of these,
+  with its state in `from_state` (Chess): the rows up to the next `done`, or to an empty line, are one game, and boards
+  and moves are spelt letter by letter, as the task plays them.
 - `text_history, rewards, dones`: Maze partially observed, Text-Nav. Every second text is an action; there is a reward
   for each text or for each action.
-- `sequence, reward, done`: Wordle, and what other tasks were converted to. A text comes with whether it is an action;
-  rewards are one per text, the first may be missing.
-- `lines, correct, word`: Twenty Questions and Guess My City. A line is a question and its answer; a question earns −1,
-  and the last one 0 where it is correct. Twenty questions, or a correct one, end the game; others are cut.
-- `buyer_info, lines, output`: Car Dealer. The agent is the dealer, whose last turn earns what the output says; without
-  an output the talk was cut.
+- `sequence, reward, done`: Wordle, and logs converted from other tasks. Each text has a flag that marks actions. There
+  is one reward per text; the first may be missing.
+- `lines, correct, word`: Twenty Questions and Guess My City. A line is a question and its answer. A question earns −1;
+  the last one earns 0 if it is correct. Twenty questions, or a correct one, end the game; other games are cut.
+- `buyer_info, lines, output`: Car Dealer. The agent is the dealer, whose last turn earns the reward computed from the
+  output; without an output the dialogue was cut.
 
-Line breaks at the end of texts go: a turn ends by itself. Texts of the agent in a row are one turn. `done` is taken as
-it is written, and Text-Nav and Maze write it where a game was only cut: `max_steps` is for them (15 and 100).
+Line breaks at the end of texts are removed, since a turn has its own end. Consecutive texts of the agent are one turn.
+`done` is taken as logged. Text-Nav and Maze also log it for games that were only cut; `max_steps` corrects that (15
+and 100).
 """
 
 import re
@@ -44,7 +45,7 @@ _LAYOUTS = (
 
 @dataclass(frozen=True)
 class Move:
-    """One action of a game that is spread over rows. `line` is its place in the file."""
+    """One action of a game whose moves are separate rows. `line` is the row's number in the file."""
 
     state: str
     action: str
@@ -67,15 +68,16 @@ def prepare(
     """Read games and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a published file, or a folder with train and eval.
-      output: folder, made if it is missing.
-      reward: of Car Dealer: fancy (the price over the mean of budget and list price) or revenue (the price / 1000).
-      max_steps: a game of this many actions was cut there, whatever its `done` says, unless its last action earned
-        more than any other; null = as `done` says.
-      validation: share of the games that goes to validation, where the source has no such split.
-      group: column of what must stay in one split; null = every game for itself.
-      seed: of the split.
-    Returns: counts and facts, as in report.json; `games` counts what several rows make.
+      input: a published file, or a folder with a train and an eval file.
+      output: folder to write to; created if needed.
+      reward: the reward in Car Dealer: fancy (the price over the mean of budget and list price) or revenue (the price
+        / 1000).
+      max_steps: number of actions after which a game was cut, whatever its `done` is. A game whose last action earned
+        more than any other ended by itself. null = `done` decides.
+      validation: share of the games that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split; null = each game is its own group.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json; `games` counts moves, games joined from them, and games cut.
     Raises: InputError for a max_steps below 1, if nothing can be read or the output cannot be written.
     """
     if max_steps is not None and max_steps < 1:
@@ -95,7 +97,13 @@ def prepare(
 
 
 def read_game(row: Mapping | list, where: str, counts: Counter[str], reward: str = "fancy") -> Trajectory | Move:
-    """The game of one row, or a move of one. Raises Drop, and InputError for wrong types."""
+    """Return the game of one row, or one move of a game.
+
+    Args:
+      counts: receives the repairs.
+      reward: see `prepare`.
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     if isinstance(row, list):
         moves = [_move(move, f"{where}: moves[{i}]", i) for i, move in enumerate(row)]
         if not moves:
@@ -123,7 +131,10 @@ def read_game(row: Mapping | list, where: str, counts: Counter[str], reward: str
 
 
 def join(moves: Iterable[Move], counts: Counter[str]) -> Iterator[Trajectory]:
-    """Games of moves that follow one another, up to the one that is done or has another place behind it."""
+    """Yield the games made of consecutive moves.
+
+    A game ends with a move that is done, at a gap between lines, or where the group changes.
+    """
     game: list[Move] = []
     for move in moves:
         if game and (game[-1].done or move.line != game[-1].line + 1 or move.group != game[-1].group):
@@ -157,7 +168,7 @@ def _moves(moves: Sequence[Move]) -> Trajectory:
 def _history(row: Mapping, where: str) -> list[tuple[str, bool, float]]:
     texts = _texts(row, "text_history", where)
     rewards = _numbers(row, "rewards", where)
-    if len(rewards) == len(texts) // 2:
+    if len(rewards) == len(texts) // 2:  # one reward per action
         rewards = [0.0 if i % 2 == 0 else rewards[i // 2] for i in range(len(texts))]
     return _parts(texts, [i % 2 == 1 for i in range(len(texts))], rewards, "rewards", where)
 
@@ -171,6 +182,7 @@ def _sequence(row: Mapping, where: str) -> list[tuple[str, bool, float]]:
         texts.append(fields.text({here: part[0]}, here, where))
         acts.append(thumb(part[1], here, where, Counter()))
     rewards = _numbers(row, "reward", where)
+    # Some logs have no reward for the first text.
     return _parts(texts, acts, [0.0] * (len(texts) - len(rewards) == 1) + rewards, "reward", where)
 
 
@@ -211,8 +223,11 @@ def _sale(row: Mapping, where: str, kind: str) -> list[tuple[str, bool, float]]:
 
 
 def _earned(row: Mapping, where: str, kind: str) -> float:
-    """What a sale earns the dealer: fancy, the price / ((budget + list price) / 2), and −(budget − list price) / list
-    price without a sale; revenue, the price / 1000."""
+    """Return the dealer's reward for a sale.
+
+    "fancy": the price / ((budget + list price) / 2); without a sale −(budget − list price) / list price. "revenue":
+    the price / 1000.
+    """
     output, buyer = fields.inner(row, "output", where), fields.inner(row, "buyer_info", where)
     here = f"{where}: output"
     bought = thumb(output.get("car_bought"), "car_bought", here, Counter())
@@ -228,7 +243,7 @@ def _earned(row: Mapping, where: str, kind: str) -> float:
 
 
 def _game(said: Iterable[tuple[str, bool, float]], done: bool, labels: Mapping[str, Any]) -> Trajectory:
-    """A game of (text, whether it is an action, its reward); actions in a row are one turn."""
+    """Build a game from (text, whether it is an action, its reward); consecutive actions are one turn."""
     turns: list[Turn] = []
     for text, act, reward in said:
         text = text.rstrip("\n")
@@ -244,7 +259,10 @@ def _game(said: Iterable[tuple[str, bool, float]], done: bool, labels: Mapping[s
 
 
 def _cut(game: Trajectory, max_steps: int | None, counts: Counter[str]) -> Trajectory:
-    """The game in a group of its own, and not terminated where it has as many actions as a game may have."""
+    """Set the game's group, and mark the game as not terminated if it was cut at max_steps.
+
+    A game without a group gets a hash of its content.
+    """
     game = replace(game, group=game.group or content_key(game)[:16])
     *before, last = (turn.reward for turn in game.turns if turn.reward is not None)
     if not game.terminated or max_steps is None or len(before) + 1 < max_steps or last > max(before, default=0):

@@ -1,8 +1,8 @@
-"""Logs of scripted players in the double-T maze: a data set that only stitching solves.
+"""Generate logs of scripted players in the double-T maze: a data set that can only be solved by stitching.
 
-85% of the episodes are uniformly random walks, 15% a suboptimal solver, each confined to one of three parts of the
-maze that share row 5: the left T, the right T, and the lower part with the goal. So no episode that starts in an upper
-bar reaches the goal, but the parts together hold every step of the way.
+85% of the episodes are uniformly random walks, and 15% are played by a suboptimal solver. Each is confined to one of
+three parts of the maze that share row 5: the left T, the right T, and the lower part with the goal. No episode that
+starts in an upper bar reaches the goal, but together the parts contain every step of the way.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ PARTS: dict[str, frozenset[Cell]] = {
     "lower": frozenset(cell for cell in FREE if cell[0] >= 5),
 }
 SOLVER_SHARE = 0.15
-SOLVER_SKILL = 0.3  # how often the solver takes a shortest way; its other moves are random
+SOLVER_SKILL = 0.3  # probability that the solver moves along a shortest way; its other moves are random
 VALIDATION_SHARE = 0.1
 
 
@@ -35,12 +35,12 @@ def prepare(
     """Play the scripted players and write train.jsonl, validation.jsonl (10% of the episodes) and report.json.
 
     Args:
-      output: folder, made if it is missing.
-      observed: what an observation tells; the moves are the same for both.
+      output: folder to write to; created if needed.
+      observed: full or partial observations; the moves are the same for both.
       episodes: number of episodes, 1,240 in the published logs.
-      seed: of the players and of the split.
-    Returns: counts and means of the logs, as in report.json. `mean_return` sums what was logged, so the episodes cut
-      on leaving their part make it better than what their players would score in the whole maze.
+      seed: random seed of the players and of the split.
+    Returns: counts and means of the logs, the content of report.json. Episodes that are cut when they leave their part
+      make `mean_return` higher than the return of the same players in the whole maze.
     Raises: InputError for fewer than one episode or an output that cannot be written.
     """
     if episodes < 1:
@@ -50,14 +50,17 @@ def prepare(
     report = _report(trajectories)
     with prepared(output) as folder:
         for name, rows in split_by_group(trajectories, shares, seed).items():
-            if rows:  # a handful of episodes may leave a split without any
+            if rows:  # with few episodes a split may be empty
                 write_trajectories(folder / f"{name}.jsonl", rows)
         write_json(folder / REPORT, report)
     return report
 
 
 def logs(observed: Literal["full", "partial"], episodes: int, seed: int) -> list[Trajectory]:
-    """Episodes of the scripted players; part and player are in the labels, each episode is its own group."""
+    """Play episodes of the scripted players.
+
+    Part and player are in the labels; each episode is its own group.
+    """
     rng = np.random.default_rng(seed)
     remaining = distances()
 
@@ -75,7 +78,7 @@ def logs(observed: Literal["full", "partial"], episodes: int, seed: int) -> list
         start = starts[rng.integers(len(starts))]
         player, name = (solve, "solver") if rng.random() < SOLVER_SHARE else (walk, "walk")
         turns, end = _play(Maze(observed, start), player, PARTS[part])
-        # The point of this data: the way from a bar to the goal is in it, but never in one episode.
+        # The data must contain the way from a bar to the goal, but never within one episode.
         assert not (start in UPPER_BARS and end == "goal"), f"episode {episode} runs from {start} to the goal"
         trajectories.append(
             Trajectory(
@@ -91,7 +94,10 @@ def logs(observed: Literal["full", "partial"], episodes: int, seed: int) -> list
 
 
 def _play(maze: Maze, player: Callable[[Cell], str], part: frozenset[Cell]) -> tuple[tuple[Turn, ...], str]:
-    """One episode; it ends with "goal", or is cut by "leaving" the part or by "length", observation included."""
+    """Play one episode, and return its turns and its end.
+
+    It ends with "goal", or is cut by "leaving" the part or by "length". The last observation is included.
+    """
     turns, end = list(maze.reset(seed=0)), ""
     while not end:
         action = player(maze.position)

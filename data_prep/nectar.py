@@ -1,8 +1,8 @@
-"""Nectar (Zhu et al. 2023; berkeley-nest/Nectar) to comparisons of seven replies ranked by a model.
+"""Convert Nectar (Zhu et al. 2023; berkeley-nest/Nectar) to comparisons of seven replies ranked by a model.
 
 A row is `prompt`, a transcript that ends with an open "Assistant:", and `answers`, objects with `answer`, `model` and
-`rank`, 1 the best. All answers make one comparison; who wrote each stays in the labels, and so do `source`, the list
-of where the prompt comes from, and `good_natured`.
+`rank` (1 = best). All answers make one comparison. The labels hold the author of each, `source` (the list of origins
+of the prompt) and `good_natured`.
 """
 
 from collections import Counter
@@ -29,20 +29,24 @@ def prepare(
     """Read prompts with ranked answers and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .parquet, .jsonl or .jsonl.gz file, a folder of those, a datasets folder or a hub name.
-      output: folder, made if it is missing.
-      validation: share of the groups (first user turns) that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = the first user turn.
-      seed: of the split.
-      processes: how many read rows at once.
-    Returns: counts and facts, as in report.json.
+      input: a .parquet, .jsonl or .jsonl.gz file, a folder of such files, a datasets folder or a hub name.
+      output: folder to write to; created if needed.
+      validation: share of the groups (first user turns) that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the first user turn.
+      seed: random seed of the split.
+      processes: number of processes that read rows.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     return convert(input, read_ranked, output, validation, seed, processes, group)
 
 
 def read_ranked(row: Mapping, where: str, counts: Counter[str]) -> Comparison | None:
-    """The comparison of one prompt; `counts` gets repairs, or the reason where it is None."""
+    """Return the comparison of one prompt, or None if it is dropped.
+
+    Args:
+      counts: receives the repairs, or the reason why the row is dropped.
+    """
     prompt, answers = fields.text(row, "prompt", where), fields.objects(row, "answers", where)
     here = [f"{where}: answers[{i}]" for i in range(len(answers))]
     said = [fields.text(answer, "answer", place) for answer, place in zip(answers, here, strict=True)]

@@ -1,12 +1,13 @@
-"""OpenAssistant conversation trees (Köpf et al. 2023) to comparisons of the replies to one message.
+"""Convert OpenAssistant conversation trees (Köpf et al. 2023) to comparisons of the replies to one message.
 
-The three export forms are read, in any order of the rows: messages with `message_id` and `parent_id` (also as Parquet
-from the hub), threads, and whole trees. What is made of them:
-- Replies of the assistant to one message that people ranked are one comparison; 0 is best. What was said from the root
-  to that message is its context.
-- Deleted messages, those that failed their review, of trees that are not ready, in other languages than asked for and
-  without text are left out, and so is all that was said in reply to them: its context is not known.
-- A tree is one group, and so are trees that open with the same words.
+The three export forms are read, with rows in any order: messages with `message_id` and `parent_id` (also as Parquet
+from the hub), threads, and whole trees. How they are read:
+- Replies of the assistant to one message that people ranked are one comparison; rank 0 is best. The messages from the
+  root to that message are its context.
+- Messages are left out if they were deleted, failed their review, are in a tree that is not ready, are in another
+  language than requested, or have no text. All replies to such a message are left out too, since their context is
+  unknown.
+- A tree is one group, together with all trees whose first message has the same words.
 """
 
 from collections import Counter, defaultdict
@@ -38,25 +39,25 @@ _KEPT = {
 
 
 class Message(NamedTuple):
-    """One message; `unusable` says why it is left out, or is empty."""
+    """One message; `unusable` is the reason why it is left out, or ""."""
 
     id: str
     parent: str | None
     turn: Turn
     rank: float | None
-    labels: Mapping[str, Any]  # what is known of it; among it `labels`: quality, toxicity, ..., and `emojis`, by name
+    labels: Mapping[str, Any]  # facts by name, with `labels` (quality, toxicity, ...) and `emojis` as mappings
     unusable: str
     group: str = ""
 
 
 class Thread(NamedTuple):
-    """A turn and the turns before it, which replies to one message share: a chain takes memory of its length once."""
+    """A turn and the turns before it. Replies share these turns, so memory holds each turn of a tree once."""
 
     turn: Turn
     before: "Thread | None"
 
 
-Reply = tuple[Thread | None, Message]  # what was said before it
+Reply = tuple[Thread | None, Message]  # the turns before a reply, and the reply
 
 
 def prepare(
@@ -71,13 +72,13 @@ def prepare(
     """Read messages, threads or trees and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those or a hub name.
-      output: folder, made if it is missing.
-      languages: keep messages in these only, by their tags (en, pt-BR, ...).
-      validation: share of the groups (first messages) that goes to validation, where the source has no such split.
-      group: column of a reply, or of its tree, that says what must stay in one split; null = the first message.
-      seed: of the split.
-    Returns: counts and facts, as in report.json; in `assembled` every message is counted once.
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files or a hub name.
+      output: folder to write to; created if needed.
+      languages: tags (en, pt-BR, ...) of the languages whose messages are kept; null = all.
+      validation: share of the groups (first messages) that goes to validation if the source has no validation split.
+      group: column of a reply, or of its tree, that identifies what must stay in one split; null = the first message.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json. Its `assembled` counts every message once.
     Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
     """
     replies, report = import_replies(input, languages, group)
@@ -91,7 +92,13 @@ def prepare(
 def import_replies(
     source: str | Path, languages: Collection[str] | None, group: str | None = None
 ) -> tuple[dict[str, list[Reply]], dict[str, Any]]:
-    """The assistant's replies by split, and the report so far; `assembled` counts all other messages."""
+    """Return the assistant's replies by split, and the report so far; its `assembled` counts all other messages.
+
+    Args:
+      source: see `prepare`, `input`.
+      languages: keep messages in these languages; None = all.
+      group: column of a reply or of its tree that holds the group; None = no group.
+    """
 
     def read(row: Mapping, where: str, counts: Counter[str]) -> list[Message]:
         found = [
@@ -113,7 +120,11 @@ def import_replies(
 
 
 def connect(messages: Iterable[Message], counts: Counter[str]) -> Iterator[Reply]:
-    """The assistant's replies whose context is known, parents first; `counts` gets all other messages."""
+    """Yield the assistant's replies whose context is known, parents first.
+
+    Args:
+      counts: receives all other messages, by reason.
+    """
     known: dict[str, Message] = {}
     for message in messages:
         if known.setdefault(message.id, message) is not message:
@@ -125,7 +136,7 @@ def connect(messages: Iterable[Message], counts: Counter[str]) -> Iterator[Reply
         else:
             children[message.parent].append(message)
     reached: list[Reply] = [(None, root) for root in children[None]]
-    for before, message in reached:  # grows as it goes
+    for before, message in reached:  # the loop appends to the list: breadth-first search
         thread = Thread(message.turn, before)
         reached += [(thread, reply) for reply in children.get(message.id, ())]
         if message.turn.role == "user":
@@ -136,7 +147,7 @@ def connect(messages: Iterable[Message], counts: Counter[str]) -> Iterator[Reply
 
 
 def turns_of(thread: Thread | None) -> list[Turn]:
-    """The turns of a thread, first to last."""
+    """Return the turns of a thread, first to last."""
     turns = []
     while thread is not None:
         turns.append(thread.turn)
@@ -145,14 +156,18 @@ def turns_of(thread: Thread | None) -> list[Turn]:
 
 
 def compare(replies: Iterable[Reply], counts: Counter[str]) -> Iterator[Comparison]:
-    """One comparison of all ranked replies to each message; `counts` gets all replies, and why sets are left out."""
+    """Yield one comparison of all ranked replies to each message.
+
+    Args:
+      counts: receives all replies, and the reasons why sets of replies are left out.
+    """
     siblings: dict[str, list[Reply]] = defaultdict(list)
     for before, reply in replies:
         siblings[reply.parent or f"root {reply.id}"].append((before, reply))
     for together in siblings.values():
         messages = [message for _, message in together]
         mine: Counter[str] = Counter()
-        # Most replies are the only one to their message: what was said before those need not be read.
+        # Most replies are the only one to their message; their context is not needed.
         compared = sum(message.rank is not None for message in messages) > 1
         made = read_raw(
             {
@@ -175,7 +190,7 @@ def compare(replies: Iterable[Reply], counts: Counter[str]) -> Iterator[Comparis
 
 
 def _records(row: Mapping, where: str) -> Iterator[tuple[str, Mapping, Any]]:
-    """Each message of a row with where it is and the id of the message before it."""
+    """Yield each message of a row with its place for errors and the id of its parent."""
     if row.get("message_id") is not None:
         yield where, row, row.get("parent_id")
     elif row.get("thread") is not None:
@@ -185,7 +200,7 @@ def _records(row: Mapping, where: str) -> Iterator[tuple[str, Mapping, Any]]:
             parent = record.get("message_id")
     elif row.get("prompt") is not None:
         found = [(f"{where}: prompt", fields.inner(row, "prompt", where), None)]
-        for here, record, parent in found:  # grows as it goes
+        for here, record, parent in found:  # the loop appends to the list: breadth-first search
             yield here, record, parent
             replies = fields.objects(record, "replies", here) if record.get("replies") is not None else ()
             found += [(f"{where}: replies[{i}]", reply, record.get("message_id")) for i, reply in enumerate(replies)]
@@ -226,8 +241,10 @@ def _message(
 
 
 def _by_name(record: Mapping, field: str, key: str, where: str) -> dict[str, float]:
-    """name -> number, nulls left out: of the exports, {name: {value, count}} or {name: count}, and of the hub,
-    {name: [...], value: [...], count: [...]}."""
+    """Return {name: number}, without nulls.
+
+    Exports hold {name: {value, count}} or {name: count}; the hub holds {name: [...], value: [...], count: [...]}.
+    """
     if record.get(field) is None:
         return {}
     found = fields.inner(record, field, where)

@@ -1,10 +1,10 @@
-"""OpenAssistant conversation trees (Köpf et al. 2023) to scored replies: how good people found each one by itself.
+"""Convert OpenAssistant conversation trees (Köpf et al. 2023) to scored replies, each rated by itself.
 
-Messages are read and left out as in `data_prep.oasst`. Every reply of the assistant that was rated becomes a
-trajectory: what was said from the root to it is context that nobody is credited for, and the reply earns
-- "quality": the mean quality its reviewers gave it, in [0, 1], or
+Messages are read and left out as in `data_prep.oasst`. Every rated reply of the assistant becomes a trajectory. The
+messages from the root to the reply are context, for which nobody is credited. The reply earns
+- "quality": the mean quality that its reviewers gave it, in [0, 1], or
 - "thumbs": (up − down) / (up + down) of its thumbs, in [−1, 1].
-A reply that nobody rated is no bad reply; it is left out and counted.
+A reply without a rating is not a bad reply; it is left out and counted.
 """
 
 from collections import Counter
@@ -33,14 +33,14 @@ def prepare(
     """Read messages, threads or trees and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those or a hub name.
-      output: folder, made if it is missing.
-      reward: what a reply earns.
-      languages: keep messages in these only, by their tags (en, pt-BR, ...).
-      validation: share of the groups (first messages) that goes to validation, where the source has no such split.
-      group: column of a reply, or of its tree, that says what must stay in one split; null = the first message.
-      seed: of the split.
-    Returns: counts and facts, as in report.json; in `assembled` every message is counted once.
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files or a hub name.
+      output: folder to write to; created if needed.
+      reward: the reward of a reply: quality (its mean rating, in [0, 1]) or thumbs ((up − down) / (up + down)).
+      languages: tags (en, pt-BR, ...) of the languages whose messages are kept; null = all.
+      validation: share of the groups (first messages) that goes to validation if the source has no validation split.
+      group: column of a reply, or of its tree, that identifies what must stay in one split; null = the first message.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json. Its `assembled` counts every message once.
     Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
     """
     replies, report = import_replies(input, languages, group)
@@ -52,7 +52,12 @@ def prepare(
 
 
 def rate(replies: Iterable[Reply], reward: Literal["quality", "thumbs"], counts: Counter[str]) -> Iterator[Trajectory]:
-    """A trajectory of each reply that was rated; `counts` gets all replies."""
+    """Yield a trajectory of each rated reply.
+
+    Args:
+      reward: see `prepare`.
+      counts: receives all replies.
+    """
     for before, reply in replies:
         score = _quality(reply) if reward == "quality" else _thumbs(reply)
         if score is None:

@@ -1,4 +1,4 @@
-"""Preferences with a known, hidden worth behind them: comparisons of the toy pref_gold, as people might label it."""
+"""Generate comparisons of the toy pref_gold, whose replies have a known but hidden value, with human-like labels."""
 
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,16 @@ def prepare(
     """Draw labelled pairs and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      output: folder, made if it is missing.
-      pairs: how many.
-      temperature: of the labels, in standard deviations of gold: P(first is better) = σ(difference / temperature).
-      flips: share of the labels that are turned round.
-      tie: pairs no further apart in gold are ties.
-      gold_seed: of the toy.
+      output: folder to write to; created if needed.
+      pairs: number of pairs.
+      temperature: noise of the labels, in standard deviations of gold: P(first is better) = σ(difference /
+        temperature).
+      flips: share of the labels that are reversed.
+      tie: largest difference in gold at which a pair is a tie.
+      gold_seed: random seed of the toy.
       validation: share of the pairs that goes to validation.
-      seed: of the pairs and of the split.
-    Returns: counts and facts, as in report.json.
+      seed: random seed of the pairs and of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError for settings out of range or an output that cannot be written.
     """
     rows = PrefGold(gold_seed).comparisons(pairs, seed, temperature=temperature, flips=flips, tie=tie)

@@ -1,7 +1,7 @@
-"""Preference rows in any common form (offline_lmrl/data/preference_forms.py) to comparisons.
+"""Convert preference rows in any common form (offline_lmrl/data/preference_forms.py) to comparisons.
 
-Rows of the project's own form keep their context and options; where two replies are identical or one is empty they are
-dropped. (Of ranked responses such a one is left out.)
+Rows of the project's own form keep their context and options, but are dropped if two replies are identical or one is
+empty. (A ranked response that is empty or identical to another is only left out.)
 """
 
 from collections import Counter
@@ -27,14 +27,14 @@ def prepare(
     """Read pairs, ranked responses or comparisons and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those, a datasets folder or a hub name.
-      output: folder, made if it is missing.
-      validation: share of the groups (first user turns) that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = the first user turn.
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files, a datasets folder or a hub name.
+      output: folder to write to; created if needed.
+      validation: share of the groups (first user turns) that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the first user turn.
       allow_empty: keep comparisons with an empty reply.
-      seed: of the split.
-      processes: how many read rows at once.
-    Returns: counts and facts, as in report.json.
+      seed: random seed of the split.
+      processes: number of processes that read rows.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     return convert(
@@ -43,7 +43,13 @@ def prepare(
 
 
 def read_preference(row: Any, where: str, counts: Counter[str], allow_empty: bool = False) -> Comparison | None:
-    """`read_comparison`, with the same checks on the replies of every form. Raises Drop."""
+    """Return the comparison of `read_comparison`, after the same checks of the replies in every form.
+
+    Args:
+      counts: receives the repairs, or the reason why the row is dropped.
+      allow_empty: keep comparisons with an empty reply.
+    Raises: Drop if a check fails.
+    """
     comparison = read_comparison(row, where, counts, allow_empty)
     if comparison is not None:
         require_replies(comparison.options, allow_empty)

@@ -1,11 +1,11 @@
-"""Red-team attempts on a model (Ganguli et al. 2022; anthropics/hh-rlhf, red-team-attempts) to scored trajectories.
+"""Convert red-team attempts (Ganguli et al. 2022; anthropics/hh-rlhf, red-team-attempts) to scored trajectories.
 
-A row is one transcript and how it went. What is made of it:
-- The public file is one JSON list, whatever its suffix says.
-- The rating, from 0 to 4, is of the whole attempt and high where the model was broken: every reply is credited, and
-  the last one earns −rating. The preference model's score is low where a reply was harmful, and is taken as it is.
-- Turns are split and merged as in hh-rlhf. A last message that nobody answered is removed.
-- The group is the first message; everything else that is known is in the labels, the member as `annotator`.
+A row is one transcript and its rating. How rows are read:
+- The public file is one JSON list, whatever its suffix.
+- The rating, from 0 to 4, is of the whole attempt and high if the attack succeeded. Every reply is credited, and the
+  last one earns −rating. The preference model's score is low if a reply was harmful, and is used unchanged.
+- Turns are split and merged as in hh-rlhf. A last message without a reply is removed.
+- The group is the first message. All other fields are in the labels, the team member as `annotator`.
 """
 
 from collections import Counter
@@ -39,13 +39,13 @@ def prepare(
 
     Args:
       input: the public file, a folder with it or a hub name.
-      output: folder, made if it is missing.
-      reward: rating (what the attacker said, 0 to 4, negated) or harmlessness (a preference model's score of the most
-        harmful reply, without bounds).
+      output: folder to write to; created if needed.
+      reward: rating (the attacker's, 0 to 4, negated) or harmlessness (a preference model's score of the most harmful
+        reply, unbounded).
       validation: share of the groups (first messages) that goes to validation.
-      group: column of what must stay in one split, a customer say; null = the first message.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      group: column that identifies what must stay in one split, such as a customer; null = the first message.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
 
@@ -57,7 +57,13 @@ def prepare(
 
 
 def read_attempt(row: Mapping, where: str, counts: Counter[str], reward: str = "rating") -> Trajectory:
-    """The trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    """Return the trajectory of one row.
+
+    Args:
+      counts: receives the repairs.
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     if not is_transcript(row.get("transcript")):
         raise InputError(
             f"{where}: transcript: found {shown(row.get('transcript'))}, expected a transcript of Human and Assistant"

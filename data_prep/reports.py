@@ -1,4 +1,4 @@
-"""JSON beside prepared data: counts that add up, and what play needs to know."""
+"""Write the JSON files beside prepared data."""
 
 import json
 import os
@@ -13,22 +13,24 @@ from offline_lmrl.data.io import REPORT, write_text
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write indented JSON; the file is there whole or not at all."""
+    """Write indented JSON to a file that exists whole or not at all."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager
 def prepared(output: str | Path) -> Iterator[Path]:
-    """Give a folder to write a data set and its report to, which then move into `output`, the report last.
+    """Yield a folder for a data set and its report, and move its files into `output` afterwards, the report last.
 
-    An error before that leaves what was in `output`, and a kill during the move a folder without a report, which is
-    not finished. Raises: InputError where `output` cannot be written, or another process is at work there.
+    If an error occurs before the move, `output` stays as it was. A kill during the move leaves a folder without a
+    report, which counts as not finished.
+
+    Raises: InputError if `output` cannot be written, or another process holds it.
     """
     output = Path(output)
     with locked(output), writing(output), staging(output / REPORT) as folder:
         try:
             yield folder
-        except InputError as error:  # about a file that was to come into `output`
+        except InputError as error:  # name the user's folder instead of the staging folder
             raise InputError(str(error).replace(str(folder), str(output))) from error
         (output / REPORT).unlink(missing_ok=True)
         for path in sorted(folder.iterdir(), key=lambda path: path.name == REPORT):
@@ -36,7 +38,10 @@ def prepared(output: str | Path) -> Iterator[Path]:
 
 
 def require_no_other_splits(output: str | Path, splits: Collection[str]) -> None:
-    """Raises InputError where the folder holds splits of an earlier run: their groups may be in the new ones too."""
+    """Check that the folder holds no splits of an earlier run, whose groups may be in the new splits too.
+
+    Raises: InputError if it does.
+    """
     others = sorted(path.name for path in Path(output).glob("*.jsonl") if path.stem not in splits)
     if others:
         raise InputError(

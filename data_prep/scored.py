@@ -1,6 +1,6 @@
-"""Scored rows in any common form (offline_lmrl/data/forms.py) to trajectories in splits.
+"""Convert scored rows in any common form (offline_lmrl/data/forms.py) to trajectories in splits.
 
-Nothing is changed but what those forms change and count. A row without a group is in that of its first user turn.
+Nothing is changed except what those forms repair and count. The group of a row without one is its first user turn.
 """
 
 from collections import Counter
@@ -29,13 +29,14 @@ def prepare(
     """Read scored conversations or replies and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a file of JSON Lines, JSON, CSV, TSV or Parquet, a folder of those, a datasets folder or a hub name.
-      output: folder, made if it is missing.
-      reward: the column that holds the score of a row; null = `reward`, or `label` beside a prompt.
-      validation: share of the groups that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = `group`, or the first user turn.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      input: a file of JSON Lines, JSON, CSV, TSV or Parquet, a folder of such files, a datasets folder or a hub name.
+      output: folder to write to; created if needed.
+      reward: the column that holds the score of a row; null = `reward`, or `label` in rows with a prompt.
+      validation: share of the groups that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = `group`, or the first user
+        turn.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read, no row has the column `reward`, or the output cannot be written.
     """
 

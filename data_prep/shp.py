@@ -1,11 +1,11 @@
-"""Comments on one post and their votes (Ethayarajh et al. 2022; stanfordnlp/SHP and SHP-2) to comparisons.
+"""Convert comments on a post and their votes (Ethayarajh et al. 2022; stanfordnlp/SHP and SHP-2) to comparisons.
 
-A row is a post, `history`, with two comments A and B, and `labels`, 1 where A got more votes. What is made of it:
-- Votes speak for a comment only if it did not have more time to collect them: a row whose preferred comment is the
-  older one is dropped, and one whose votes contradict its label.
-- log(score_ratio) is the strength. A ratio near 1 is noise: `min_ratio`.
-- One post may have hundreds of pairs over a few comments; those of the highest ratios are kept, `max_pairs` of a post.
-- The group is the post: all rows of one id or of the same words.
+A row is a post, `history`, with two comments A and B, and `labels`, which is 1 if A got more votes. How rows are read:
+- Votes are evidence for a comment only if it did not have more time to collect them. A row is dropped if its preferred
+  comment is the older one, or if its votes contradict its label.
+- log(score_ratio) is the strength. A ratio near 1 is noise; `min_ratio` drops it.
+- One post may have hundreds of pairs of a few comments; the `max_pairs` pairs with the highest ratios are kept.
+- The group is the post: all rows with one id or with the same words.
 """
 
 import math
@@ -40,14 +40,14 @@ def prepare(
     """Read pairs of comments and write train.jsonl, validation.jsonl, test.jsonl and report.json.
 
     Args:
-      input: a file, the folder of a domain with its train, validation and test file, or a hub name.
-      output: folder, made if it is missing.
-      min_ratio: drop pairs whose votes are in a lower ratio.
-      max_pairs: of one post; null for all.
-      validation: share of the posts that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = the post.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      input: a file, the folder of a domain with its train, validation and test files, or a hub name.
+      output: folder to write to; created if needed.
+      min_ratio: smallest ratio of the votes of a pair that is kept, from 1 up.
+      max_pairs: largest number of pairs of one post; null = all.
+      validation: share of the posts that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the post.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError for settings out of range, if nothing can be read or the output cannot be written.
     """
     if min_ratio < 1:
@@ -70,7 +70,10 @@ def prepare(
 
 
 def read_pair(row: Mapping, where: str, min_ratio: float = 1.0) -> Comparison:
-    """The comparison of one row. Raises Drop, and InputError for wrong types."""
+    """Return the comparison of one row.
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     post, *comments = (text(row, name, where) for name in ("history", "human_ref_A", "human_ref_B"))
     if not post.strip() or not all(comment.strip() for comment in comments):
         raise Drop("empty post or comment")
@@ -106,7 +109,11 @@ def read_pair(row: Mapping, where: str, min_ratio: float = 1.0) -> Comparison:
 
 
 def strongest(rows: Sequence[Comparison], most: int) -> list[Comparison]:
-    """Of each post the pairs of the highest ratios, in their order."""
+    """Keep, for each post, the pairs with the highest ratios, in their order.
+
+    Args:
+      most: number of pairs kept per post.
+    """
     by_post = defaultdict(list)
     for place, row in enumerate(rows):
         by_post[group_key(row)].append(place)

@@ -1,11 +1,13 @@
-"""Stack Exchange: the answers to a question, ordered by their votes, as one comparison.
+"""Convert Stack Exchange questions to comparisons of their answers, ordered by votes.
 
-Two forms are read: that of the public preference data (`question, answers[{text, pm_score, selected}]`) and what the
-Stack Exchange API returns (`title, body, answers[{body, score, is_accepted}]`). What is made of them:
-- Votes become the score of Askell et al. 2021 (`vote_score`). A `pm_score` is that already, so being accepted is in it
-  and is not counted again. Equal scores tie; an answer without a score is left out.
-- HTML becomes text: paragraphs, lists and line breaks stay, code is fenced or in backticks, links keep their words.
-- Ids, authors and raw votes of the answers are in `labels["options"]`, as the licence asks for attribution.
+Two forms are read: that of the public preference data (`question, answers[{text, pm_score, selected}]`) and that of
+the Stack Exchange API (`title, body, answers[{body, score, is_accepted}]`). How rows are read:
+- Votes become the score of Askell et al. 2021 (`vote_score`). A `pm_score` already is that score and contains the
+  bonus for the accepted answer, so the bonus is not added again. Equal scores tie; an answer without a score is left
+  out.
+- HTML becomes text: paragraphs, lists and line breaks stay, code is fenced or in backticks, and links keep their
+  words.
+- Ids, authors and raw votes of the answers are in `labels["options"]`, since the licence asks for attribution.
 """
 
 import html
@@ -47,22 +49,26 @@ def prepare(
     """Read questions with answers and votes and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those or a hub name.
-      output: folder, made if it is missing.
-      validation: share of the groups (questions) that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = the question.
-      seed: of the split.
-      processes: how many read rows at once.
-    Returns: counts and facts, as in report.json.
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files or a hub name.
+      output: folder to write to; created if needed.
+      validation: share of the groups (questions) that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the question.
+      seed: random seed of the split.
+      processes: number of processes that read rows.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     return convert(input, read_question, output, validation, seed, processes, group)
 
 
 def read_question(row: Mapping, where: str, counts: Counter[str]) -> Comparison | None:
-    """The comparison of one question; `counts` gets repairs, or the reason where it is None."""
+    """Return the comparison of one question, or None if it is dropped.
+
+    Args:
+      counts: receives the repairs, or the reason why the row is dropped.
+    """
     if row.get("question") is None and row.get("title") is not None:
-        title = html.unescape(fields.text(row, "title", where))  # escaped, but without tags
+        title = html.unescape(fields.text(row, "title", where))  # titles are escaped, but have no tags
         question = f"{title}\n\n{_plain(fields.text(row, 'body', where), counts)}"
     else:
         question = _plain(fields.text(row, "question", where), counts)
@@ -90,25 +96,31 @@ def read_question(row: Mapping, where: str, counts: Counter[str]) -> Comparison 
 
 
 def vote_score(votes: int, accepted: bool) -> int:
-    """log2(1 + votes), rounded, + 1 for the accepted answer; −1 below 0 votes. Askell et al. 2021, section 4.1."""
+    """Return the score of an answer: log2(1 + votes), rounded, + 1 if it is accepted; −1 below 0 votes.
+
+    Askell et al. 2021, section 4.1.
+    """
     return -1 if votes < 0 else round(math.log2(1 + votes)) + accepted
 
 
 def plain_text(text: str) -> str:
-    """HTML as text; text without a tag of HTML as it is."""
+    """Convert HTML to text; return text without an HTML tag unchanged.
+
+    Raises: Drop if the HTML cannot be read.
+    """
     if not _TAG.search(text):
         return text
     reader = _Reader()
     try:
         reader.feed(text)
         reader.close()
-    except AssertionError as error:  # how html.parser refuses a declaration that it does not know
+    except AssertionError as error:  # html.parser raises it for an unknown declaration
         raise Drop("HTML that cannot be read") from error
     return re.sub(r"\n{3,}", "\n\n", "".join(reader.parts)).strip()
 
 
 class _Reader(HTMLParser):
-    """Gathers the text in `parts`."""
+    """A parser that collects the text in `parts`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,13 +144,13 @@ class _Reader(HTMLParser):
         return self.parts[-1] if self.parts else "\n"
 
     def _mark(self, tag: str) -> None:
-        if self.in_pre != (tag == "</pre>"):  # in code only its end is a mark, and nowhere else
+        if self.in_pre != (tag == "</pre>"):  # inside <pre> only </pre> is a mark; outside, </pre> is none
             return
         self.in_pre = tag == "<pre>"
         mark = _MARKS.get(tag, "")
         if mark == "`":
             self.parts.append(mark)
-        elif mark and not self._last.endswith("- "):  # many items open with a paragraph
+        elif mark and not self._last.endswith("- "):  # many list items start with <p>, which needs no line break
             self.parts += [self.parts.pop().rstrip() if self.parts else "", mark]
 
 
@@ -150,7 +162,7 @@ def _plain(text: str, counts: Counter[str]) -> str:
 
 
 def _rank(answer: Mapping, where: str) -> int | None:
-    """Minus the score: the lowest is best."""
+    """Return minus the score, since the lowest rank is best."""
     if answer.get("pm_score") is not None:
         return -fields.whole(answer, "pm_score", where)
     if answer.get("score") is None:

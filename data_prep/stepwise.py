@@ -1,12 +1,13 @@
-"""Solutions in steps with a label each (Lightman et al. 2023), in the form of TRL's stepwise supervision.
+"""Convert solutions in labelled steps (Lightman et al. 2023) to trajectories, in TRL's form of stepwise supervision.
 
-A row is `prompt, completions, labels`; what is made of it:
-- Every step is a turn of the agent and earns 1 where its label is true and −1 where it is false. A longer solution of
-  right steps then earns more; with `right` 0, only mistakes count.
-- A step without a label is context: nobody said whether it is right.
-- White space around a step, which separates it from the next, goes; a turn ends by itself.
-- Some sources stop at the first mistake, others go on: right steps behind a wrong one are kept, and such rows counted.
-- Whether the last answer is right is another fact. A column for it stays in the labels and earns nothing.
+A row is `prompt, completions, labels`. How rows are read:
+- Every step is a turn of the agent and earns 1 if its label is true and −1 if it is false. A longer solution of right
+  steps thus earns more; with `right` 0, only mistakes count.
+- A step without a label is context, since nobody judged it.
+- White space around a step, which separates it from the next, is removed; a turn has its own end.
+- Some sources stop at the first mistake, others continue. Right steps after a wrong one are kept, and rows with such
+  steps are counted.
+- The correctness of the final answer is another fact. A column for it stays in the labels and earns nothing.
 """
 
 from collections import Counter
@@ -35,17 +36,17 @@ def prepare(
     group: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Read prompt/completions/labels and write train.jsonl, validation.jsonl and report.json.
+    """Read rows of prompt, completions and labels and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those, a datasets folder or a hub name.
-      output: folder, made if it is missing.
-      right: what a right step earns.
-      wrong: what a wrong step earns, less than a right one.
-      validation: share of the groups (prompts) that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = the prompt.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files, a datasets folder or a hub name.
+      output: folder to write to; created if needed.
+      right: reward of a right step.
+      wrong: reward of a wrong step; less than `right`.
+      validation: share of the groups (prompts) that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the prompt.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     if not wrong < right:
@@ -59,7 +60,13 @@ def prepare(
 
 
 def read_steps(row: Mapping, where: str, counts: Counter[str], right: float = 1.0, wrong: float = -1.0) -> Trajectory:
-    """The trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    """Return the trajectory of one row.
+
+    Args:
+      counts: receives the repairs.
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     if row.get("prompt") is None:
         raise InputError(f"{where}: prompt: found none, expected text or messages")
     steps, values = fields.items(row, "completions", where), fields.items(row, "labels", where)

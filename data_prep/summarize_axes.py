@@ -1,9 +1,9 @@
-"""Ratings of summaries on axes (Stiennon et al. 2020; openai/summarize-from-feedback, folder `axis_evals`).
+"""Convert ratings of summaries (Stiennon et al. 2020; openai/summarize-from-feedback, `axis_evals`) to trajectories.
 
-A row is `info` as in the comparisons, and one `summary` with the `axes` on which a worker rated it, each from 1 to 7.
-It becomes one trajectory with a weighted sum of axes as reward. A rating says how good a summary is and also how easy
-its post was, so rewards are centred by post unless told otherwise; axes, raw reward and what was subtracted are in the
-labels. White space, splits and groups are as in `summarize_comparisons`.
+A row is `info`, as in the comparisons, and one `summary` with the `axes` on which a worker rated it, each from 1 to 7.
+It becomes one trajectory, whose reward is a weighted sum of axes. A rating depends on the quality of the summary and
+also on the difficulty of its post, so rewards are centred by post by default. The labels hold the axes, the raw reward
+and the subtracted mean. White space, splits and groups are treated as in `summarize_comparisons`.
 """
 
 import math
@@ -45,16 +45,18 @@ def prepare(
 
     Args:
       input: a file of ratings, a folder of them or a hub name.
-      output: folder, made if it is missing.
-      overall: weight of this axis in the reward; a row without a rating on an axis that has a weight is dropped.
-      accuracy: weight of this axis.
-      coverage: weight of this axis.
-      coherence: weight of this axis.
+      output: folder to write to; created if needed.
+      overall: weight of this axis in the reward; a row without a rating on an axis with a weight other than 0 is
+        dropped.
+      accuracy: weight of this axis in the reward.
+      coverage: weight of this axis in the reward.
+      coherence: weight of this axis in the reward.
       centre: subtract the mean reward of the post.
-      validation: share of the posts that goes to validation, where rows are of the train split and none of that one.
-      group: column of what must stay in one split, a customer say; null = the post.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      validation: share of the posts that goes to validation if there are rows of the train split and none of the
+        validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the post.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if all weights are 0, nothing can be read or the output cannot be written.
     """
     given = dict(zip(AXES, (overall, accuracy, coverage, coherence), strict=True))
@@ -75,7 +77,13 @@ def prepare(
 def read_rating(
     row: Mapping, where: str, counts: Counter[str], weights: Mapping[str, float]
 ) -> tuple[str, Trajectory]:
-    """Split and trajectory of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    """Return the split and trajectory of one row.
+
+    Args:
+      counts: receives the repairs.
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     context, known = read_info(row, where)
     summary = inner(row, "summary", where)
     words = read_summary(summary, f"{where}: summary", counts)
@@ -103,7 +111,11 @@ def read_rating(
 def centred(
     made: Mapping[str, Sequence[Trajectory]], post: Callable[[Trajectory], str] = group_key
 ) -> dict[str, list[Trajectory]]:
-    """The rows with the mean reward of their post subtracted, whatever split its other rows are in."""
+    """Subtract from each reward the mean reward of the row's post, over all splits.
+
+    Args:
+      post: function that returns the key of a row's post.
+    """
     raws = defaultdict(list)
     for rows in made.values():
         for row in rows:

@@ -1,13 +1,15 @@
-"""Comparisons of two summaries (Stiennon et al. 2020; openai/summarize-from-feedback, folder `comparisons`).
+"""Convert comparisons of two summaries (Stiennon et al. 2020; openai/summarize-from-feedback, folder `comparisons`).
 
-A row is `info`, two `summaries`, and the `choice` of a worker. What is made of it:
-- What is summarised is a post of a forum or an article of a site; the fields that are there tell, not the batch name.
-- White space at the ends of a summary is removed: in some batches it tells who wrote it.
-- The worker's confidence is a point on one scale of 9 for both sides (the paper's appendix C), here from 1, surely the
-  first summary, to 9, surely the second (read off the repository's example). It is kept in the labels; `soft` makes
-  the target of it. Where it is on the other side than the choice, the choice holds, and the row is counted.
-- valid1 chose models and becomes the validation split, valid2 gave final figures and becomes the test split.
-- The group is the post: all rows of one id or of the same words.
+A row is `info`, two `summaries`, and the `choice` of a worker. How rows are read:
+- The text to summarise is a forum post or an article of a site; the fields present determine which, not the batch
+  name.
+- White space at the ends of a summary is removed: in some batches it reveals the author.
+- The worker's confidence is a point on one scale of 9 for both sides (the paper's appendix C), here from 1 (surely the
+  first summary) to 9 (surely the second), as in the repository's example. It is kept in the labels; `soft` makes the
+  target from it. If it contradicts the choice, the choice is used, and the row is counted.
+- valid1 was used to choose models and becomes the validation split; valid2 was used for final figures and becomes the
+  test split.
+- The group is the post: all rows with one id or with the same words.
 """
 
 import math
@@ -42,13 +44,13 @@ def prepare(
     """Read comparisons of summaries and write train.jsonl, validation.jsonl, test.jsonl and report.json.
 
     Args:
-      input: a batch, a folder of them or a hub name.
-      output: folder, made if it is missing.
-      soft: make the target of the worker's confidence where it is known: (confidence − 1) / 8 for the second summary.
-      validation: share of the posts that goes to validation, where no row is of that split.
-      group: column of what must stay in one split, a customer say; null = the post.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      input: a file with a batch, a folder of such files or a hub name.
+      output: folder to write to; created if needed.
+      soft: make the target from the worker's confidence if known: (confidence − 1) / 8 for the second summary.
+      validation: share of the posts that goes to validation if no row is of the validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the post.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
 
@@ -74,7 +76,13 @@ def prepare(
 
 
 def read_choice(row: Mapping, where: str, counts: Counter[str], soft: bool = False) -> tuple[str, Comparison]:
-    """Split and comparison of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    """Return the split and comparison of one row.
+
+    Args:
+      counts: receives the repairs.
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     context, known = read_info(row, where)
     summaries = objects(row, "summaries", where)
     if len(summaries) != 2:
@@ -108,7 +116,7 @@ def read_choice(row: Mapping, where: str, counts: Counter[str], soft: bool = Fal
 
 
 def read_info(row: Mapping, where: str) -> tuple[tuple[Turn, ...], dict[str, Any]]:
-    """What is to be summarised as a turn, and what is known of the row and its worker."""
+    """Return the turn with the text to summarise, and the facts about the row and its worker."""
     info, place = inner(row, "info", where), f"{where}: info"
     kinds = [name for name in ("post", "article") if info.get(name) is not None]
     if len(kinds) != 1:
@@ -121,7 +129,7 @@ def read_info(row: Mapping, where: str) -> tuple[tuple[Turn, ...], dict[str, Any
 
 
 def read_summary(summary: Mapping, where: str, counts: Counter[str]) -> str:
-    """The text of a summary without white space at its ends."""
+    """Return the text of a summary without white space at its ends."""
     words = text(summary, "text", where)
     if not words.strip():
         raise Drop("empty summary")
@@ -131,7 +139,7 @@ def read_summary(summary: Mapping, where: str, counts: Counter[str]) -> str:
 
 
 def read_split(row: Mapping, where: str) -> str:
-    """The split of the project that the row's own stands for."""
+    """Return our split for the split that the row names."""
     split = text(row, "split", where)
     if split not in SPLITS:
         raise InputError(f"{where}: split: found {shown(split)}, expected one of {', '.join(SPLITS)}")
@@ -139,7 +147,7 @@ def read_split(row: Mapping, where: str) -> str:
 
 
 def by_own_split(found: Mapping[str, Sequence[tuple[str, Row]]]) -> dict[str, list[Row]]:
-    """Rows by the split that each names, whatever file it was in."""
+    """Return rows by the split that each names, whichever file they are from."""
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS.values()}
     for rows in found.values():
         for split, row in rows:
@@ -148,7 +156,7 @@ def by_own_split(found: Mapping[str, Sequence[tuple[str, Row]]]) -> dict[str, li
 
 
 def win_rates(rows: Sequence[Comparison]) -> dict[str | None, float]:
-    """How often the summaries of each policy are preferred."""
+    """Return, for each policy, the share of comparisons in which its summary is preferred."""
     wins = defaultdict(list)
     for row in rows:
         for option, probability in zip(row.labels["options"], row.target, strict=True):

@@ -1,4 +1,4 @@
-"""Logs of a toy's own behaviour, for configs that start from a clone of it."""
+"""Generate logs of a toy's own scripted behaviour, for configs that start from a clone of it."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ VALIDATION_SHARE = 0.1
 
 
 def prepare(output: str | Path, *, task: str, episodes: int = 500, seed: int = 0) -> dict[str, float]:
-    """Write train.jsonl, validation.jsonl, a tenth as many episodes more, and report.json.
+    """Write train.jsonl, validation.jsonl (a tenth as many further episodes) and report.json.
 
     Args:
-      output: folder, made if it is missing.
+      output: folder to write to; created if needed.
       task: corridor, gamble, count, count1, talk, talk_trap, hidden_rule or walk.
       episodes: number of training episodes.
-      seed: of the behaviour; validation has the next one.
+      seed: random seed of the training episodes; the validation episodes have the next one.
     Returns: the number of episodes and their mean return.
     Raises: InputError for a task without logs, fewer than one episode, or an output that cannot be written.
     """

@@ -1,6 +1,6 @@
-"""What the importers of scored replies share: trajectories in splits and a report out.
+"""Shared code of the importers of scored replies: write trajectories in splits, and report counts.
 
-Rows come in by `comparisons.import_rows`, and the counts add up: rows = imported + Σ dropped, and imported = the
+Rows are read by `comparisons.import_rows`, and the counts add up: rows = imported + Σ dropped, and imported = the
 trajectories of all splits + those removed because their group is in a later split.
 """
 
@@ -23,12 +23,14 @@ from offline_lmrl.data.trajectory import Trajectory
 def publish(
     made: Mapping[str, list[Trajectory]], output: str | Path, report: Mapping[str, Any], validation: float, seed: int
 ) -> dict[str, Any]:
-    """Splits by group, writes <split>.jsonl and report.json; returns the report.
+    """Split by group, and write <split>.jsonl and report.json.
 
     Args:
       made: trajectories by split of the source.
-      report: what comes before in the report.
-      validation, seed: as in `comparisons.separate`.
+      report: the first entries of the report.
+      validation: see `comparisons.separate`.
+      seed: see `comparisons.separate`.
+    Returns: the report.
     """
     splits, removed = separate(made, validation, seed)
     splits = {name: rows for name, rows in splits.items() if rows}
@@ -54,9 +56,10 @@ def publish(
 
 
 def scored_pairs(rows: Sequence[Trajectory]) -> list[tuple[Comparison, int, int]]:
-    """Scored turns, two and two at random (each once, so that pairs are independent), where their rewards differ.
+    """Pair scored turns at random, and return the pairs whose rewards differ, each as (comparison, better, worse).
 
-    Nobody compared them: they only say what goes with a higher reward, whatever the prompt.
+    Each turn is used once, so the pairs are independent. Nobody compared these turns: the pairs only show which
+    features go with a higher reward, whatever the prompt.
     """
     turns = [turn for row in rows for turn in row.turns if turn.reward is not None]
     random.Random(0).shuffle(turns)

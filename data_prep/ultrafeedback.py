@@ -1,15 +1,16 @@
-"""UltraFeedback (Cui et al. 2023; openbmb/UltraFeedback) to comparisons of all completions of an instruction.
+"""Convert UltraFeedback (Cui et al. 2023; openbmb/UltraFeedback) to comparisons of all completions of an instruction.
 
-What is made of a row:
+How rows are read:
 - A completion's score is the mean of its ratings for helpfulness, honesty, instruction following and truthfulness, as
-  its authors advise; the completions are ranked by it and equal scores tie. No rejected one is drawn, so no seed
-  decides what is compared. The labels keep it as the option's `rating`, for rewards that say how good each one is.
-- Ratings are text, and some are "N/A". Only aspects that every rated completion has a rating for are averaged; a
-  completion without any rating is left out.
-- `overall_score` is not used. Some published versions have 10 where the critic meant 1; beside ratings of at most 2
-  on average it is kept in the labels as 1.
-- Questions of TruthfulQA, which is a benchmark, are dropped unless they are asked for.
-- The system prompt that a completion was sampled with differs between completions, so it is a label and no context.
+  its authors advise. The completions are ranked by it, and equal scores tie. No rejected completion is drawn at
+  random, so no seed decides what is compared. The labels hold the score as the option's `rating`, for rewards that
+  measure the quality of each option.
+- Ratings are text, and some are "N/A". Only aspects rated in every rated completion are averaged; a completion without
+  any rating is left out.
+- `overall_score` is not used. Some published versions have 10 where the critic meant 1; beside ratings of at most 2 on
+  average it is kept in the labels as 1.
+- Questions of TruthfulQA, which is a benchmark, are dropped by default.
+- Completions of one instruction were sampled with different system prompts, so these are labels and not context.
 """
 
 import math
@@ -45,21 +46,27 @@ def prepare(
     """Read instructions with rated completions and write train.jsonl, validation.jsonl and report.json.
 
     Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of those or a hub name.
-      output: folder, made if it is missing.
+      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files or a hub name.
+      output: folder to write to; created if needed.
       truthful_qa: keep the questions of TruthfulQA.
-      validation: share of the groups (instructions) that goes to validation, where the source has no such split.
-      group: column of what must stay in one split, a customer say; null = the instruction.
-      seed: of the split.
-      processes: how many read rows at once.
-    Returns: counts and facts, as in report.json.
+      validation: share of the groups (instructions) that goes to validation if the source has no validation split.
+      group: column that identifies what must stay in one split, such as a customer; null = the instruction.
+      seed: random seed of the split.
+      processes: number of processes that read rows.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     return convert(input, partial(read_rated, truthful_qa=truthful_qa), output, validation, seed, processes, group)
 
 
 def read_rated(row: Mapping, where: str, counts: Counter[str], truthful_qa: bool = False) -> Comparison | None:
-    """The comparison of one instruction; `counts` gets repairs, or the reason where it is None."""
+    """Return the comparison of one instruction, or None if it is dropped.
+
+    Args:
+      counts: receives the repairs, or the reason why the row is dropped.
+      truthful_qa: keep the questions of TruthfulQA.
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     instruction = fields.text(row, "instruction", where)
     if not instruction.strip():
         raise Drop("empty instruction")
@@ -97,7 +104,7 @@ def read_rated(row: Mapping, where: str, counts: Counter[str], truthful_qa: bool
 
 
 def _ratings(completion: Mapping, where: str) -> dict[str, float]:
-    """Aspect -> rating from 1 to 5, of the aspects that have one."""
+    """Return the ratings, from 1 to 5, of the aspects that have one."""
     found = {}
     annotations = _object(completion, "annotations", where)
     for aspect in ASPECTS:

@@ -1,12 +1,14 @@
-"""Comparisons of two answers with sources (Nakano et al. 2021; openai/webgpt_comparisons).
+"""Convert comparisons of two answers with sources (Nakano et al. 2021; openai/webgpt_comparisons).
 
-A row is a `question` and two answers, each with the quotes it was written from and its score: by how much it is
-preferred, from −1 to 1. What is made of it:
-- P(the first is better) = (1 + score_0) / 2, so a score of 0 is a tie and stays. As the target holds the strength
-  of the preference, the labels do not have it again; the scores as they are stand in `labels["options"]`.
-- An answer cites its quotes as [1], [2]. Without the quotes these marks say nothing, and are removed; with `quotes`,
-  they stay, and each answer comes behind a tool's turn with its quotes, for which nobody is credited.
-- The group is the question: all rows of one id or of the same words. The token ids repeat the texts and are not read.
+A row is a `question` and two answers, each with the quotes it was written from and its score, which is how much it is
+preferred, from −1 to 1. How rows are read:
+- P(the first is better) = (1 + score_0) / 2, so a score of 0 is a tie, which is kept. The target contains the strength
+  of the preference, so the labels do not repeat it; `labels["options"]` holds the raw scores.
+- An answer cites its quotes as [1], [2]. By default the quotes are left out, and the citation marks are removed as
+  meaningless. With `quotes`, the marks stay, and each answer follows a tool turn with its quotes, for which nobody is
+  credited.
+- The group is the question: all rows with one id or with the same words. The token ids repeat the texts and are not
+  read.
 """
 
 import re
@@ -39,12 +41,12 @@ def prepare(
 
     Args:
       input: the public file, a folder with it or a hub name.
-      output: folder, made if it is missing.
+      output: folder to write to; created if needed.
       quotes: put the quotes of an answer before it, and keep the marks that cite them.
       validation: share of the questions that goes to validation.
-      group: column of what must stay in one split, a customer say; null = the question.
-      seed: of the split.
-    Returns: counts and facts, as in report.json.
+      group: column that identifies what must stay in one split, such as a customer; null = the question.
+      seed: random seed of the split.
+    Returns: counts and facts, the content of report.json.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
 
@@ -56,7 +58,13 @@ def prepare(
 
 
 def read_answers(row: Mapping, where: str, counts: Counter[str], quotes: bool = False) -> Comparison:
-    """The comparison of one row; `counts` gets its repairs. Raises Drop, and InputError for wrong types."""
+    """Return the comparison of one row.
+
+    Args:
+      counts: receives the repairs.
+
+    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
+    """
     question = inner(row, "question", where)
     asked = text(question, "full_text", f"{where}: question")
     if not asked.strip():
@@ -96,7 +104,7 @@ def _answer(row: Mapping, i: int, where: str, quotes: bool, counts: Counter[str]
 
 
 def _quotes(row: Mapping, name: str, where: str) -> str:
-    """The quotes with the numbers that an answer cites; empty where it has none."""
+    """Return the quotes with the numbers that the answer cites, or "" if it has none."""
     if row.get(name) is None:
         return ""
     place = f"{where}: {name}"

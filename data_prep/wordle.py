@@ -1,10 +1,11 @@
-"""Logs of scripted Wordle players, after those of the published systems.
+"""Generate logs of scripted Wordle players, modelled on those of the published systems.
 
-A player's name gives its games. Two sets branch off from games of the expert, the player of greatest information:
-- adversarial (ILQL, section 5): from every expert game of at least 3 turns, 5 games that share its first two words and
-  then repeat them, and 5 games of their own by a player who is consistent half of the time. So the best opening looks
-  bad on average, which misleads values that look one step ahead, and not those that bootstrap.
-- branching: from every state of an expert game, one game that goes on with words that contradict the colours.
+Most logs are games of one player, by its name. Two sets branch off from games of the expert, the player with the
+greatest information:
+- adversarial (ILQL, section 5): for every expert game of at least 3 turns, 5 games that share its first two words and
+  then repeat them, and 5 games of their own by a player who is consistent half of the time. The best opening therefore
+  looks bad on average. This misleads values that look one step ahead, but not values that bootstrap.
+- branching: from every state of an expert game, one game that continues with words that contradict the colours.
 """
 
 import dataclasses
@@ -36,9 +37,9 @@ from offline_lmrl.environments.wordle_players import (
 )
 
 VALIDATION_SHARE = 0.1
-COPIES = 5  # games of each kind that an expert game has beside it in the adversarial set
+COPIES = 5  # games of each kind per expert game in the adversarial set
 SHARED_TURNS = 2
-BRANCH_SEEDS = 2**32  # branches count their seeds from multiples of this, far from the games'
+BRANCH_SEEDS = 2**32  # seeds of branches start at multiples of this, far from the seeds of games
 
 
 def prepare(
@@ -54,17 +55,17 @@ def prepare(
     """Play scripted players and write train.jsonl, validation.jsonl (10% of the games) and report.json.
 
     Args:
-      output: folder, made if it is missing.
+      output: folder to write to; created if needed.
       logs: optimal, start_word, repeat, random_mixture (the published logs), consistent, uniform, wrong, monte_carlo,
         user (you, at the keyboard), adversarial or branching.
       words: common (833 words), forty, or a text file of words.
-      duplicates: real or simplified (the published systems'), the rule for letters that occur more than once.
+      duplicates: rule for letters that occur more than once: real or simplified (that of the published systems).
       spelling: letters (`c r a n e`) or halves (`cr ane`).
-      episodes: games; of the expert alone where others branch off. The published logs are a million.
-      seed: of the players and of the split.
-    Returns: counts and means of the logs, as in report.json.
+      episodes: number of games; in adversarial and branching, of expert games. The published logs have a million.
+      seed: random seed of the players and of the split.
+    Returns: counts and means of the logs, the content of report.json.
     Raises: InputError for fewer than one episode, unknown logs, words that cannot be read, or an output that cannot be
-    written.
+      written.
     """
     check_episodes(episodes)
     counts: Counter[str] = Counter()
@@ -83,7 +84,7 @@ def prepare(
     report = {"words": len(known), **left_out, **_report(trajectories)}
     with prepared(output) as folder:
         for name, rows in split_by_group(trajectories, shares, seed).items():
-            if rows:  # a handful of games may leave a split without any
+            if rows:  # with few games a split may be empty
                 write_trajectories(folder / f"{name}.jsonl", rows)
         write_json(folder / REPORT, report)
     return report
@@ -122,7 +123,7 @@ BRANCHING = {"adversarial": _adversarial, "branching": _branching}
 def _branches(
     name: str, player: Player, said: Sequence[str], expert: Trajectory, game: functools.partial, seeds: Sequence[int]
 ) -> Iterator[Trajectory]:
-    """Games with the expert's secret that begin with the texts `said`, in the expert's group."""
+    """Yield games with the expert's secret that begin with the texts `said`, in the expert's group."""
     same = functools.partial(game, secret=expert.labels["secret"])
     policy = Forced(Scripted(player, same()), said)
     for trajectory in rollout(policy, same, seeds):

@@ -1,4 +1,4 @@
-"""Alternative replies to one context, and which of them people prefer: `Comparison`, and its form on disk."""
+"""`Comparison`: alternative replies to one context with people's preference among them, and its form on disk."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,21 +22,24 @@ from offline_lmrl.data.trajectory import (
 
 @dataclass(frozen=True)
 class Comparison:
-    """K replies to one context.
+    """K replies to one context, with the probability that each is the best.
 
     Attributes:
-      context: the turns before every option; nobody is credited for them here, so an agent's turn among them has
-        trainable = False. May be empty: the agent opens.
-      options: K >= 2 continuations, each with at least one agent turn; a preference is no reward, so none has one.
-      target: (K,) probability that each option is the best; one-hot, uniform over the tied, or soft. Sums to 1.
-      ranking: groups of tied options, best first, that hold every option once, when known.
+      context: the turns before every option. Nobody is credited for them here, so an agent turn among them has
+        trainable = False. May be empty: then the agent opens the dialogue.
+      options: K >= 2 continuations, each with at least one agent turn. Their turns have no rewards, because a
+        preference is not a reward.
+      target: (K,) probability that each option is the best: one-hot, uniform over the tied options, or soft. Sums to
+        1.
+      ranking: groups of tied options, best first, which together hold every option once; None = unknown.
       weight: how much the comparison counts, above 0.
-      group: root prompt or conversation, the unit of every split; "" = none known. source: where the row comes from.
-      labels: every raw human signal, values that JSON can hold; never rendered. `labels["options"]`, if there, is a
-        list with one entry per option (its author, its votes); `labels["strength"]`, if there, says by how much the
+      group: root prompt or conversation, the unit of every split; "" = unknown.
+      source: the origin of the row.
+      labels: every raw human signal, as values that JSON can hold; never rendered. `labels["options"]`, if present, is
+        a list with one entry per option (its author, its votes). `labels["strength"]`, if present, is by how much the
         better option is better, from 0 up.
 
-    Raises InputError that names the field.
+    Raises: InputError that names the field.
     """
 
     context: tuple[Turn, ...]
@@ -68,7 +71,10 @@ class Comparison:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """(K,) the place of each option's group, 0 = best; without a ranking, options are ordered by target."""
+        """(K,) rank of each option: 0 = best, tied options share a rank.
+
+        Without a ranking, options are ordered by target.
+        """
         if self.ranking is not None:
             place = {option: rank for rank, tied in enumerate(self.ranking) for option in tied}
             return tuple(place[i] for i in range(len(self.options)))
@@ -76,9 +82,9 @@ class Comparison:
         return tuple(levels.index(probability) for probability in self.target)
 
     def preference(self, i: int, j: int) -> float:
-        """P(option i is better than option j) = target[i] / (target[i] + target[j]), Luce's choice between the two.
+        """Return P(option i is better than option j) = target[i] / (target[i] + target[j]) (Luce's choice rule).
 
-        Where the target has nothing on either, the ranking decides: 1, 0, or 1/2 for a tie.
+        If both targets are 0, the ranking decides: 1, 0, or 1/2 for a tie.
         """
         mine, other = self.target[i], self.target[j]
         if mine + other > 0:
@@ -87,10 +93,13 @@ class Comparison:
         return (1 + (ranks[i] < ranks[j]) - (ranks[i] > ranks[j])) / 2
 
     def select(self, places: Sequence[int]) -> "Comparison":
-        """The comparison of these options in this order: a permutation, a pair, or what is left without some.
+        """Return the comparison of the options at these places, in this order.
 
-        The target is renormalised where options are left out; where it has nothing on those kept, it is uniform over
+        If options are left out, the target is renormalised; if it is 0 on all that are kept, it becomes uniform over
         the best ranked of them.
+
+        Args:
+          places: indices of options: a permutation, a pair, or any other selection.
         """
         target = [self.target[i] for i in places]
         if len(places) < len(self.options):
@@ -113,9 +122,9 @@ class Comparison:
 
 
 def to_record(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as a plain dict for disk: context and options as messages, labels as a JSON string.
+    """Return the comparison as a plain dict for disk: context and options as messages, labels as a JSON string.
 
-    Raises InputError if the labels cannot be written as JSON.
+    Raises: InputError if the labels cannot be written as JSON.
     """
     ranking = None if comparison.ranking is None else [list(tied) for tied in comparison.ranking]
     options = [messages_of(option) for option in comparison.options]
@@ -134,9 +143,12 @@ def to_record(comparison: Comparison) -> dict[str, Any]:
 def build_comparison(
     context: Sequence[Turn], options: Sequence[Sequence[Turn]], record: Mapping[str, Any], where: str
 ) -> Comparison:
-    """A comparison of these turns with the other fields of a record; absent and null fields take their defaults.
+    """Build a comparison of these turns and the other fields of a record; absent and null fields take their defaults.
 
-    Raises InputError with `where` in front for what `Comparison` refuses.
+    Args:
+      where: the start of error messages, "file:row".
+
+    Raises: InputError if `Comparison` refuses the values.
     """
     names = ("target", "ranking", "weight", "group", "source")
     fields = {name: record[name] for name in names if record.get(name) is not None}

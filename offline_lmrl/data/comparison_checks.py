@@ -1,4 +1,4 @@
-"""What is in a set of comparisons, and what a reward model could learn from it besides quality."""
+"""Describe a set of comparisons, and measure which features besides quality a reward model could learn from it."""
 
 import math
 import re
@@ -31,11 +31,11 @@ _CUTS = (512, 1024, 2048)
 
 
 def describe(comparisons: Sequence[Comparison], features: Mapping[str, Feature] | None = None) -> dict[str, Any]:
-    """Facts as plain values for JSON.
+    """Summarise comparisons as plain values for JSON.
 
-    `baselines` says how often the option with more of a feature is the preferred one, over all pairs of options of one
-    comparison that are no tie; a reward model that does no better has learnt nothing else. `checks` counts what other
-    tools break on.
+    `baselines` holds how often the option with more of a feature is preferred, over all pairs of options of one
+    comparison that are not ties. A reward model that does no better has learnt nothing beyond that feature. `checks`
+    counts properties of the data that other tools handle badly.
 
     Args:
       features: further baselines by name.
@@ -44,7 +44,7 @@ def describe(comparisons: Sequence[Comparison], features: Mapping[str, Feature] 
 
 
 def tally(comparisons: Sequence[Comparison], features: Mapping[str, Feature] | None = None) -> Counter:
-    """The counts that `facts` are made of; those of two sets that share no group add up to those of both."""
+    """Count everything that `facts` needs. The counts of two sets that share no group add up to the counts of both."""
     pairs = [(row, i, j) for row in comparisons for i, j in combinations(range(len(row.options)), 2)]
     decided = [(row, i, j) for row, i, j in pairs if row.preference(i, j) != 0.5]
     counts = _count_pitfalls(comparisons)
@@ -69,7 +69,7 @@ def tally(comparisons: Sequence[Comparison], features: Mapping[str, Feature] | N
 
 
 def facts(counts: Counter) -> dict[str, Any]:
-    """What `describe` says, from the counts of `tally`."""
+    """Return the summary that `describe` documents, from the counts of `tally`."""
     sizes = sorted(key for key in counts if key[0] == "size")
     compared = sum(key[1] * n for key, n in counts.items() if key[0] == "reply")
     competed: dict[str, Counter] = defaultdict(Counter)
@@ -98,19 +98,25 @@ def facts(counts: Counter) -> dict[str, Any]:
 
 
 def pitfalls(rows: Sequence[Comparison | Trajectory]) -> dict[str, Any]:
-    """Counts of what other tools break on; the replies of a trajectory are its trainable turns."""
+    """Count properties of the data that other tools handle badly.
+
+    The replies of a trajectory are its trainable turns.
+    """
     return _check_facts(_count_pitfalls(rows))
 
 
 def baselines(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """`prefer` for every feature by name."""
+    """Return the result of `prefer` for every feature, by name."""
     return {name: prefer(pairs, feature) for name, feature in _FEATURES.items()}
 
 
 def prefer(pairs: Iterable[Pair], feature: Feature) -> dict[str, Any]:
-    """How often the option with more of a feature is preferred: wins, losses, ties of the feature; the accuracy that
-    counts such ties half, and its 95% interval: Wilson's (1927) for the `_effective` number of pairs, since those of a
-    group are not independent, with t's quantile for as many groups as its variance is taken from."""
+    """Measure how often the option with more of a feature is the preferred one.
+
+    Returns: the numbers of wins, losses and ties of the feature; the accuracy, in which a tie counts half; and its 95%
+      interval. The interval is Wilson's (1927) for the `_effective` number of pairs, since the pairs of a group are
+      not independent, with the quantile of Student's t for as many groups as its variance is estimated from.
+    """
     return _accuracy(_compete(_by_group(pairs), feature))
 
 
@@ -122,7 +128,7 @@ def _by_group(pairs: Iterable[Pair]) -> list[list[Pair]]:
 
 
 def _compete(groups: Iterable[Sequence[Pair]], feature: Feature) -> Counter[tuple[int, int, int]]:
-    """How many groups have so many wins, losses and ties; of none there are none."""
+    """Count groups by their (wins, losses, ties). A zero entry is included, so the result is never empty."""
     counts = Counter({(0, 0, 0): 0})
     for pairs in groups:
         found = Counter(_outcome(pair, feature) for pair in pairs)
@@ -150,17 +156,17 @@ def _accuracy(groups: Mapping[tuple[int, int, int], int]) -> dict[str, Any]:
 
 
 def _varies(share: float, groups: int) -> bool:
-    """Whether the outcomes of groups say how alike those of one are."""
+    """True if the variation between groups shows how alike the outcomes within a group are."""
     return share not in (0, 1) and groups > 1
 
 
 def _effective(groups: Mapping[tuple[int, int, int], int], share: float, pairs: int) -> float:
-    """How many independent pairs would say as much: p(1 − p) / variance, at most as many as there are.
+    """Estimate how many independent pairs would be as informative: p(1 − p) / variance, at most the number of pairs.
 
-    The variance is the jackknife's over the G groups, (G − 1)/G · Σ_g ((w_g − p n_g) / (1 − n_g/n))² / n² of w_g wins
-    among n_g of n pairs, where a tie is a coin: half a win, with a variance of 1/4.
-    Where every pair has the same outcome, or one group holds them all, nothing says how alike the pairs of a group
-    are; then they count as wholly alike, which makes n² / Σ n_g².
+    The variance is the jackknife's over the G groups, (G − 1)/G · Σ_g ((w_g − p n_g) / (1 − n_g/n))² / n², with w_g
+    wins among n_g of n pairs. A tie is a coin flip: half a win, with a variance of 1/4.
+    If every pair has the same outcome, or one group holds all pairs, the data do not show how alike the pairs of a
+    group are. They then count as fully dependent, which gives n² / Σ n_g².
     """
     many = sum(groups.values())
     if not _varies(share, many):
@@ -174,7 +180,11 @@ def _effective(groups: Mapping[tuple[int, int, int], int], share: float, pairs: 
 
 
 def _shared_start(first: str, second: str) -> list[str]:
-    """What is cut where the context is taken to end with the last character that both sides share."""
+    """Name the damage if a prompt were cut off as the longest common prefix of both replies, character by character.
+
+    Returns: names of counts: none if the replies share no text at their start, else "inside a reply", and "inside a
+      word" if the cut is within a word of either reply.
+    """
     shared = commonprefix([first, second])
     if not shared.strip():
         return []
@@ -189,7 +199,7 @@ def _count_pitfalls(rows: Sequence[Comparison | Trajectory]) -> Counter:
         counts["groups"] += 1
         counts["rows"] += n
         counts["siblings"] += n if n > 1 else 0
-        # Each of n siblings is left alone in the test rows only if all others are drawn too.
+        # A row has no sibling in the other 80% only if all its n - 1 siblings are drawn too: 0.2 ** (n - 1).
         counts["expected siblings"] += n * (1 - 0.2 ** (n - 1))
     for row in rows:
         for before, text in _replies(row):
@@ -218,13 +228,15 @@ def _check_facts(counts: Counter) -> dict[str, Any]:
 
 
 def merge_repeats(comparisons: Sequence[Comparison], counts: Counter[str]) -> list[Comparison]:
-    """Comparisons of one group of the same replies to one context as one: targets averaged by weight, weights added.
+    """Merge comparisons of the same replies to one context in one group: average targets by weight, add weights.
 
-    So one that is preferred here and rejected there gets a soft target. The labels of the others stay in
-    `labels["merged"]`, if they can lie there; a ranking or a strength on which they do not agree goes.
+    A reply that is preferred in one comparison and rejected in another thus gets a soft target. The labels of the
+    others are kept in `labels["merged"]` unless they would nest too deep. If the comparisons disagree on the ranking
+    or the strength, both are removed.
 
     Args:
-      counts: gets the comparisons that went into others, those of them that contradicted, and labels left out.
+      counts: receives the number of comparisons merged into others, how many of those contradict the first, and the
+        number of labels left out.
     """
     together: dict[tuple, list[Comparison]] = {}
     for row in comparisons:
@@ -268,7 +280,7 @@ def _merged(rows: Sequence[Comparison], counts: Counter[str]) -> Comparison:
 
 
 def _replies(row: Comparison | Trajectory) -> list[tuple[int, str]]:
-    """Each reply with the number of characters before it."""
+    """Return each reply with the number of characters before it."""
     if isinstance(row, Comparison):
         before = len(_text(row.context))
         return [(before, _text(option)) for option in row.options]
@@ -299,7 +311,10 @@ _FEATURES: dict[str, Feature] = {
 
 
 def _quantiles(counts: Counter, kind: str) -> dict[str, float]:
-    """Of the lengths that are counted under (kind, length), as np.quantile has them."""
+    """Return median, 95% quantile and maximum of the lengths counted under (kind, length).
+
+    Interpolates as np.quantile does, without expanding the counts.
+    """
     lengths = sorted(key[1] for key in counts if key[0] == kind)
     ends = np.cumsum([counts[kind, length] for length in lengths])
     if not lengths:
@@ -307,6 +322,7 @@ def _quantiles(counts: Counter, kind: str) -> dict[str, float]:
 
     def quantile(level: float) -> float:
         place = level * (ends[-1] - 1)
+        # Sorted value number r, from 0, is the first length whose cumulative count exceeds r.
         low, high = (lengths[rank] for rank in np.searchsorted(ends, (math.floor(place), math.ceil(place)), "right"))
         return float(low + (high - low) * (place % 1))
 

@@ -1,4 +1,4 @@
-"""The one error for bad input from outside, and the words for values of the wrong type."""
+"""The one error for bad input, and helpers that print values and libraries' errors in its form."""
 
 import os
 import re
@@ -14,16 +14,16 @@ from typing import Any
 LONGEST_MESSAGE = 2000
 _SHOWN = 60  # characters of a value
 _LISTED = 20  # names
-_BITS = 1000  # of a whole number that is printed; beyond some 14,000 Python prints none
+_BITS = 1000  # of the largest whole number that is printed; Python refuses to print beyond about 14,000
 
 
 class InputError(ValueError):
-    """A file, row, setting or name from outside that cannot be used.
+    """A file, row, setting or name given by the user that cannot be used.
 
-    The message is one line that says where, which field, what was found and what was expected, for example
-    `logs.jsonl:7: messages[2].reward: found nan, expected a finite number`. The command line prints it as it is and
-    exits with code 2. What was found goes in by `shown`. Of a message that is longer than LONGEST_MESSAGE all the
-    same, as one with a library's own words may be, the middle is left out.
+    The message is one line with the place, the field, what was found and what was expected, for example `logs.jsonl:7:
+    messages[2].reward: found nan, expected a finite number`. Print the found value with `shown`. The command line
+    prints the message unchanged and exits with code 2. A message longer than LONGEST_MESSAGE, for example with a
+    library's own text in it, loses its middle.
     """
 
     def __init__(self, message: str):
@@ -34,8 +34,10 @@ class InputError(ValueError):
 
 
 def shown(value: Any) -> str:
-    """A value as an error prints it: one short line, as fast for a large one, or one that holds itself, as for a
-    small one."""
+    """Return a value as an error prints it: one short line.
+
+    The time is bounded even for a large value or one that contains itself.
+    """
     text = ""
     for part in _parts(value):
         text += part
@@ -45,14 +47,14 @@ def shown(value: Any) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names from outside, as an error lists them: plain ones as they are, others as values."""
+    """Return names from the user as an error lists them: plain names unchanged, others as `shown` prints them."""
     names = list(names)
     plain = [name if re.fullmatch(rf"[\w.-]{{1,{_SHOWN}}}", name) else shown(name) for name in names[:_LISTED]]
     return ", ".join([*plain, "..."] if len(names) > _LISTED else plain)
 
 
 def _parts(value: Any) -> Iterator[str]:
-    """The text that `repr` gives, piece by piece; of text and bytes the beginning."""
+    """Yield the text of `repr` piece by piece, but only the beginning of text and bytes."""
     if isinstance(value, str | bytes):
         yield repr(value[: _SHOWN + 1])
     elif isinstance(value, int) and value.bit_length() > _BITS:
@@ -71,7 +73,12 @@ def _parts(value: Any) -> Iterator[str]:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended a command, which left nothing half done: the line that says how it goes on, and the signal."""
+    """A signal ended a command, which left nothing half done.
+
+    Attributes:
+      line: the message that tells the user how to continue; "" = none.
+      number: the signal.
+    """
 
     def __init__(self, line: str, number: int):
         super().__init__(line, number)
@@ -79,9 +86,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class Failed(RuntimeError):
-    """A part of a command failed after the program had printed its traceback, and the rest of the command was done.
+    """A part of a command failed after its traceback was printed, while the rest of the command finished.
 
-    The message is one line that says which part; the command line prints it as it is and exits with code 1.
+    The message is one line that names the part. The command line prints it unchanged and exits with code 1.
     """
 
 
@@ -91,10 +98,13 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def opening(name: str | Path, what: str) -> Iterator[None]:
-    """Around a library's call that opens the model or the tokenizer (`what`) of a folder or hub name. Whatever the
-    library raises is about what it read.
+    """Context manager: turn any exception raised while loading a model or tokenizer into one InputError.
 
-    Raises: InputError that shows the name and the first line of what the library says about it.
+    Args:
+      name: the folder or hub name that is loaded.
+      what: "model", "tokenizer" or a similar noun for the message.
+
+    Raises: InputError with the name and the first line of the library's message.
     """
     try:
         yield
@@ -102,7 +112,7 @@ def opening(name: str | Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         first = _first_line(error)
-        if os.path.isdir(name):  # False for what no path can be
+        if os.path.isdir(name):  # False, without an error, for a name that cannot be a path
             raise InputError(
                 f"{name}: found a folder whose {what} cannot be read ({first}), "
                 f"expected a {what} that transformers opens"
@@ -114,10 +124,15 @@ def opening(name: str | Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Around a program from outside (`what`), such as a chat template, which may have no end. Threads other than the
-    main one cannot be stopped and are not.
+    """Context manager: stop code from outside, such as a chat template, that might never end.
 
-    Raises: InputError where it takes longer.
+    Works in the main thread only; other threads cannot be interrupted, and run without a limit.
+
+    Args:
+      seconds: the limit.
+      what: the name of that code in the message.
+
+    Raises: InputError if the code takes longer.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -132,15 +147,19 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGALRM, before)
-        # What somebody else waits for comes when it would have come.
+        # Restore an outer timer with the time that it has left; 0 would cancel it, so at least 1 ms.
         signal.setitimer(signal.ITIMER_REAL, left and max(left - (time.monotonic() - start), 1e-3))
 
 
 @contextmanager
 def reading(where: str | Path, what: str) -> Iterator[None]:
-    """Around a library's call that reads data (`what`). Whatever the library raises is about what it read.
+    """Context manager: turn any exception raised while a library reads data into one InputError.
 
-    Raises: InputError that says where, and the first line of what the library says.
+    Args:
+      where: the place that the message names.
+      what: a noun for the data, such as "a Parquet file".
+
+    Raises: InputError with the place and the first line of the library's message.
     """
     try:
         yield
@@ -152,9 +171,10 @@ def reading(where: str | Path, what: str) -> Iterator[None]:
 
 
 def in_our_words(message: str, prefix: str = "") -> str:
-    """jsonargparse's error about a value of the wrong type as `key: found x, expected y`; other messages as they are.
+    """Rewrite jsonargparse's error about a wrong type as `key: found x, expected y`; return other messages unchanged.
 
-    prefix: what stands before the key, its dot included.
+    Args:
+      prefix: text put before the key, its dot included.
     """
     message = " ".join(message.split())
     if ours := re.search(r"Errors: - (\S+: found .*) - Expected a <class 'NoneType'>", message):
@@ -168,18 +188,18 @@ def in_our_words(message: str, prefix: str = "") -> str:
     if not (given and expected):
         return f"{key}: {rest}"
     plain = _plain_type(expected[1] or expected[2])
-    if re.fullmatch(r"[+-]?(nan|inf(inity)?)", given[1], re.IGNORECASE):  # which Python counts among the floats
+    if re.fullmatch(r"[+-]?(nan|inf(inity)?)", given[1], re.IGNORECASE):  # a float too, so "expected float" misleads
         plain = re.sub(r"\bfloat\b", "a finite number", plain)
     return f"{key}: found {_short(given[1])}, expected {plain}"
 
 
 def _short(text: str) -> str:
-    """A value as jsonargparse prints it, no longer than `shown` shows one."""
+    """Shorten a value that jsonargparse printed to the length that `shown` allows."""
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def _plain_type(text: str) -> str:
-    """A type as jsonargparse prints it, for people: <class 'int'>, <class 'NoneType'> -> int or null."""
+    """Rewrite a type that jsonargparse printed for people: <class 'int'>, <class 'NoneType'> -> int or null."""
     text = re.sub(r"<(?:class|enum) '(?:\w+\.)*(\w+)'>", r"\1", text)
     text = text.replace("typing.", "").replace("NoneType", "null")
     if choices := re.fullmatch(r"Literal\[(.*)\]", text):

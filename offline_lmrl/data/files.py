@@ -1,7 +1,8 @@
-"""Output on disk: whole or absent, by one command at a time, and without a trace of those that were killed.
+"""Write output that is whole or absent, by one command at a time, without leftovers of killed commands.
 
-Whoever writes holds an flock on the folder it works in, which ends with the process, however that ends. What lies in
-a folder of ours that nobody holds was left by a kill: `sweep` removes it, and puts back what it had moved aside.
+A command holds an flock on the folder that it works in; the lock ends with the process, however the process ends. A
+staging folder of ours that no process holds was therefore left by a killed command: `sweep` removes it and restores
+what that command had moved aside.
 """
 
 import fcntl
@@ -21,9 +22,9 @@ from safetensors import SafetensorError
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.trajectory import shown
 
-ASIDE = "replaced"  # in a staging folder: what its output takes the place of
+ASIDE = "replaced"  # name, in a staging folder, of the old output that is being replaced
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?:\d+|\w{8})\.(?P<kind>tmp|old)")
-# Libraries in Rust and C++ say in words that a file could not be written.
+# Libraries in Rust and C++ report a failed write only in the text of their error.
 _ERRNO = re.compile(r"os error (\d+)")
 _WRITE_FAILED = re.compile(r"PytorchStreamWriter|inline_container|iostream error")
 _held: dict[tuple[int, int], int] = {}  # (device, inode) of a folder -> its locked descriptor
@@ -31,7 +32,7 @@ _held: dict[tuple[int, int], int] = {}  # (device, inode) of a folder -> its loc
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Raise what keeps `path` from being written as one InputError that names it, whichever library writes."""
+    """Context manager: turn any error that prevents writing `path`, from whichever library, into one InputError."""
     try:
         yield
     except OSError as error:
@@ -53,7 +54,11 @@ def _unwritable(path: str | Path, reason: str) -> InputError:
 
 @contextmanager
 def reading(path: str | Path, advice: str = "a whole file") -> Iterator[None]:
-    """Raise whatever a file of ours makes a reader raise as one InputError that names it, and says what to do."""
+    """Context manager: turn any exception from reading a file of ours into one InputError that names the file.
+
+    Args:
+      advice: what the message says was expected, such as a hint at what to do.
+    """
     try:
         yield
     except InputError:
@@ -65,7 +70,13 @@ def reading(path: str | Path, advice: str = "a whole file") -> Iterator[None]:
 
 
 def read_object(path: str | Path, advice: str = "a whole file") -> dict[str, Any]:
-    """The JSON object in a file of ours. Raises: InputError where it is damaged."""
+    """Return the JSON object in a file of ours.
+
+    Args:
+      advice: see `reading`.
+
+    Raises: InputError if the file is damaged.
+    """
     with reading(path, advice):
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(found, dict):
@@ -74,9 +85,9 @@ def read_object(path: str | Path, advice: str = "a whole file") -> dict[str, Any
 
 
 def differences(found: Any, expected: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
-    """Every setting, by dotted name, in which two resolved configs disagree, with its value in both.
+    """Return the settings, by dotted name, in which two resolved configs differ, as (found, expected).
 
-    At the top only what is expected is compared; a setting that is not there is null.
+    At the top level only the names in `expected` are compared. A missing setting counts as None.
     """
     if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
         found, expected = dict(enumerate(found)), dict(enumerate(expected))
@@ -92,7 +103,7 @@ def differences(found: Any, expected: Any, where: str = "") -> dict[str, tuple[A
 
 
 def say_differences(found: Any, expected: Any) -> str:
-    """All settings that two resolved configs disagree on, in one line; "" where they agree."""
+    """Describe in one line all settings in which two resolved configs differ; return "" if they agree."""
     return "; ".join(
         f"{name}: found {shown(there)}, expected {shown(here)}"
         for name, (there, here) in differences(found, expected).items()
@@ -100,13 +111,13 @@ def say_differences(found: Any, expected: Any) -> str:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or all files of a folder, on the disk."""
+    """Flush a file, or all files in a folder, to the disk."""
     for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
         sync_entry(entry)
 
 
 def sync_entry(path: Path) -> None:
-    """Have a file on the disk, or the names in a folder."""
+    """Flush one file to the disk, or the list of names in one folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -116,7 +127,10 @@ def sync_entry(path: Path) -> None:
 
 @contextmanager
 def staging(path: Path) -> Iterator[Path]:
-    """Give an empty folder beside `path` to make it in. It is gone afterwards, with those that kills left there."""
+    """Yield an empty folder beside `path` in which to build the output.
+
+    The folder is removed afterwards; leftovers of killed commands for the same output are removed first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, path.name)
     while True:
@@ -135,10 +149,12 @@ def staging(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Hold a folder for this process; what kills left in it is removed. Within this process it may be held again.
+    """Hold a folder for this process, and remove what killed commands left in it.
 
-    The folder is made, and it and those above it are gone afterwards where they are new and empty.
-    Raises: InputError where another process holds it.
+    The same process may hold the folder more than once. The folder is created if needed; new folders that are empty in
+    the end are removed again, parents included.
+
+    Raises: InputError if another process holds the folder.
     """
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -162,17 +178,21 @@ def locked(folder: str | Path) -> Iterator[None]:
         if descriptor is not None:
             _release(_held.pop(place))
         for path in made:
-            with suppress(OSError):  # which says that there is something in it now
+            with suppress(OSError):  # it is not empty: keep it
                 path.rmdir()
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Remove what killed commands left in a folder, of the output `name` or of all, or put it back."""
+    """Remove what killed commands left in a folder, or restore an output that they had moved aside.
+
+    Args:
+      name: only leftovers of this output; None means of every output.
+    """
     for path in folder.iterdir():
         found = _LEFTOVER.fullmatch(path.name)
         if found is None or name not in (None, found["name"]):
             continue
-        with suppress(FileNotFoundError, BlockingIOError):  # somebody is at work there
+        with suppress(FileNotFoundError, BlockingIOError):  # another command is using or sweeping it
             descriptor = _lock(path)
             if descriptor is not None:
                 target = folder / found["name"]
@@ -184,7 +204,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 
 def _clear(path: Path, target: Path) -> None:
-    """Remove a staging folder, or a file; what it had moved aside goes back where nothing took its place."""
+    """Remove a staging folder or file. An output moved aside in it is restored if nothing replaced it."""
     if (path / ASIDE).exists() and not target.exists():
         (path / ASIDE).rename(target)
     if path.is_dir():
@@ -199,13 +219,16 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _lock(path: Path) -> int | None:
-    """The descriptor that holds a file or folder; None, with a warning, on a file system that knows no such locks.
+    """Lock a file or folder and return the descriptor that holds the lock.
 
-    Raises: BlockingIOError where another process holds it, FileNotFoundError where it was removed meanwhile.
+    Returns: the descriptor; None, with a warning, if the file system does not support such locks.
+
+    Raises: BlockingIOError if another process holds it. FileNotFoundError if it was removed meanwhile.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between open and flock, another process may have removed the folder or put another in its place.
         if _identity(path) != (os.fstat(descriptor).st_dev, os.fstat(descriptor).st_ino):
             raise FileNotFoundError(path)
     except (BlockingIOError, FileNotFoundError):
@@ -226,7 +249,7 @@ def _release(descriptor: int | None) -> None:
 
 
 def _forget() -> None:
-    """In a forked child: leave the folders to its parent, so that they are free when that one ends."""
+    """Close the inherited locks in a forked child, so that the folders are free as soon as the parent ends."""
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()

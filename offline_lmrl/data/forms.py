@@ -1,23 +1,24 @@
-"""The row forms that logs come in, read as trajectories. Nothing is repaired or dropped without being counted.
+"""Read log rows of several forms as trajectories. Every repair and every dropped row is counted.
 
     messages: [{role, content, reward?, trainable?, token_ids?, behaviour_log_prob?}]     the project's own form
     messages, reward                one number for the whole conversation
     prompt, completion, reward      reward: a number, or null = not scored
     prompt, completion, label       label: true = 1.0, false = 0.0, null = not scored
 
-`prompt` and `completion` are text (a user turn, an agent turn) or lists of messages; the score of a row goes to its
-last agent turn, and agent turns in the prompt are context: nobody scored them. The setting `data.reward` names another
-column that holds the score. All forms may carry `terminated, group, task, source, labels`; without a group, a prompt
-form's group is a hash of its prompt. Other columns are kept in `labels`, where a column of that name is not there
-already. A row in which the agent abstained (`generate --threshold`) is dropped.
+`prompt` and `completion` are text (a user turn, an agent turn) or lists of messages. The score of a row goes to its
+last agent turn. Agent turns in the prompt are context and have no score. The setting `data.reward` names another
+column that holds the score. All forms may contain `terminated, group, task, source, labels`. Without a group, the
+group of a row with a prompt is a hash of the prompt. Other columns are kept in `labels`, unless `labels` already has
+an entry of that name. A row in which the agent abstained (`generate --threshold`) is dropped.
 
 Other spellings are read too, and counted: `conversations` with `from` and `value` (ShareGPT), `response` for
-`completion`, other names of roles, numbers, true and false and lists written as text (all that a CSV file can hold).
-`weight: 0` on a message of the agent says that it is not trained on.
+`completion`, other names of roles, and numbers, true and false and lists written as text (a CSV file can hold nothing
+else). `weight: 0` on a message of the agent means that it is not trained on.
 
 Content that is a list of text parts is joined. Tool calls, a thought (`reasoning_content` or `thinking`), and a column
-`tools` are kept apart for the chat template; the column goes to the leading system turn. A message whose content is
-anything else that is not text drops its row; a value of the wrong type is an error.
+`tools` are stored apart from the text, for the chat template; the column goes to the leading system turn. A message
+drops its row if it has neither content nor tool calls, or if its content is an object or has a part that is not text.
+Any other value of the wrong type is an error.
 """
 
 import hashlib
@@ -70,15 +71,15 @@ class Drop(Exception):
 
 
 def read_row(row: Any, where: str, counts: Counter, reward: str | None = None) -> Trajectory | None:
-    """The trajectory of one row in any accepted form, or None if the row is dropped.
+    """Read the trajectory of one row in any accepted form; return None if the row is dropped.
 
     Args:
       row: one object of a log.
-      where: "file:row", put in front of every error.
-      counts: gets one count per repair of a kept row, or the reason of the drop.
-      reward: the column (or label) that holds the score of a row; None = `reward`, or `label` beside a prompt.
+      where: "file:row", the start of every error message.
+      counts: receives one count per repair of a kept row, or one under the reason why the row is dropped.
+      reward: the column (or label) that holds a row's score. None means `reward`, or `label` in a row with a prompt.
 
-    Raises InputError for comparisons, unknown forms and values of the wrong type.
+    Raises: InputError for comparisons, unknown forms and values of the wrong type.
     """
     if not isinstance(row, Mapping):
         raise InputError(f"{where}: row: found {shown(row)}, expected an object")
@@ -100,7 +101,7 @@ def read_row(row: Any, where: str, counts: Counter, reward: str | None = None) -
 
 
 def with_tools(turns: Sequence[Turn], tools: Any, where: str) -> list[Turn]:
-    """The turns with a row's list of tools on the leading system turn, which is made where there is none."""
+    """Put a row's list of tools on the leading system turn, which is created if there is none."""
     has_system = bool(turns) and turns[0].role == "system"
     try:
         leading = replace(turns[0] if has_system else Turn("system", ""), tools=tools)
@@ -110,7 +111,7 @@ def with_tools(turns: Sequence[Turn], tools: Any, where: str) -> list[Turn]:
 
 
 def _abstained(row: Mapping, where: str) -> bool:
-    """Whether `generate` wrote the row for a reply that its scorer held back."""
+    """True if `generate` wrote the row for a reply that its scorer withheld."""
     try:
         return read_labels(row.get("labels")).get("abstained") is True
     except InputError as error:
@@ -118,7 +119,7 @@ def _abstained(row: Mapping, where: str) -> bool:
 
 
 def extra_columns(row: Mapping, names: set[str], repairs: Counter) -> dict[str, Any]:
-    """The columns of a row that go to the labels; what JSON cannot hold is left out and counted."""
+    """Return the columns of a row that go to the labels. Values that JSON cannot hold are left out and counted."""
     extra = {}
     for name in sorted(names):
         try:
@@ -131,7 +132,7 @@ def extra_columns(row: Mapping, names: set[str], repairs: Counter) -> dict[str, 
 def _turns(
     row: Mapping, present: set[str], where: str, repairs: Counter, reward: str | None
 ) -> tuple[list[Turn], str, set[str]]:
-    """The turns, the group where the row gives none, and the fields used up."""
+    """Return the turns, the group ("" for a dialogue), and the names of the columns that were used."""
     for fields in COMPARISON_FIELDS:
         if set(fields) <= present:
             raise InputError(
@@ -160,8 +161,10 @@ def _turns(
 
 
 def read_dialogue(row: Mapping, name: str, where: str, repairs: Counter) -> tuple[list[Turn], set[str]]:
-    """The turns of a column that holds a dialogue, and the columns used up: a ShareGPT row may have its system text in
-    a column of its own."""
+    """Read the turns of a column that holds a dialogue; return them and the names of the columns that were used.
+
+    A ShareGPT row may have its system text in a column of its own.
+    """
     turns, used = read_messages(row[name], where, name, repairs), {name}
     if name != "messages" and isinstance(row.get("system"), str) and not any(turn.role == "system" for turn in turns):
         used.add("system")
@@ -172,7 +175,7 @@ def read_dialogue(row: Mapping, name: str, where: str, repairs: Counter) -> tupl
 
 
 def read_prompt(value: Any, where: str, repairs: Counter) -> list[Turn]:
-    """The turns of a prompt, text or conversational; agent turns in it are context."""
+    """Read the turns of a prompt, which is text or messages. Its agent turns are context (trainable = False)."""
     if isinstance(value, str):
         return [Turn("user", read_text(value))] if value else []  # without a prompt the agent opens
     if isinstance(value, Sequence):
@@ -196,7 +199,7 @@ def _completion(value: Any, where: str, field: str, repairs: Counter) -> list[Tu
 def _prompt_score(
     row: Mapping, turns: Sequence[Turn], where: str, repairs: Counter, reward: str | None
 ) -> float | None:
-    """The score of a row with a prompt, which says that it has one."""
+    """Return the score of a row with a prompt. Such a row must have a `reward` or a `label`, even if it is null."""
     if reward is None and "reward" not in row and "label" not in row:
         known = {*_ROW_FIELDS, "prompt", *COMPLETIONS}
         columns = likely_scores(name for name, value in row.items() if name not in known and is_score(value))
@@ -210,8 +213,11 @@ def _prompt_score(
 
 
 def _score(row: Mapping, turns: Sequence[Turn], column: str | None, where: str, repairs: Counter) -> float | None:
-    """The number under `reward`, or in the named column; true counts 1 and false 0. In rows that were prepared with
-    this column it is a label: the turns have the rewards then."""
+    """Return the number under `reward`, or in the named column; true counts 1 and false 0. None = not scored.
+
+    Rows that were prepared with the named column keep it in the labels. Their turns already have the rewards, so the
+    result is None.
+    """
     name = "reward" if column is None else column
     value = row.get(name)
     try:
@@ -227,25 +233,29 @@ def _score(row: Mapping, turns: Sequence[Turn], column: str | None, where: str, 
 
 
 def no_score(name: str) -> str:
-    """The count of rows that lack the column of the score."""
+    """Return the name of the count of rows that lack the score's column."""
     return f"kept: no {name!r} in the row, so it is not scored"
 
 
 def is_score(value: Any) -> bool:
-    """Whether a value of a column can be a score."""
+    """True if a value of a column can be a score."""
     if isinstance(value, str):
         return bool(_NUMBER.fullmatch(value.strip())) or value.strip().casefold() in _WORDS
     return isinstance(value, int | float)
 
 
 def likely_scores(names: Iterable[str]) -> list[str]:
-    """Of columns that can hold a score, those whose name says so; if there are none, the first three."""
+    """Return the columns whose name suggests a score; if there are none, the first three.
+
+    Args:
+      names: columns whose values can be scores.
+    """
     names = list(names)
     return [name for name in names if name.casefold() in _SCORE_NAMES] or names[:3]
 
 
 def reward_hint(columns: Sequence[str]) -> str:
-    """The end of a message that no score was found: the setting that takes it from another column."""
+    """Return the end of an error message about a missing score: the setting that reads it from another column."""
     if not columns:
         return ""
     first, *others = map(shown, columns)
@@ -254,7 +264,7 @@ def reward_hint(columns: Sequence[str]) -> str:
 
 
 def _scored(turns: list[Turn], score: float | None, field: str, where: str, repairs: Counter) -> list[Turn]:
-    """The turns with the row's score on the last of the agent's."""
+    """Return the turns with the row's score on the agent's last turn."""
     agent = [i for i, turn in enumerate(turns) if turn.is_trainable]
     if score is None or not agent:
         return turns
@@ -267,7 +277,7 @@ def _scored(turns: list[Turn], score: float | None, field: str, where: str, repa
 
 
 def thumb(value: Any, name: str, where: str, repairs: Counter) -> bool | None:
-    """A label that is true, false or null, also where it is written as a word or as 1 and 0."""
+    """Return a label that is true, false or None. It may also be written as a word or as 1 or 0."""
     if isinstance(value, bool | None):
         return value
     field = name.partition("[")[0]
@@ -281,7 +291,10 @@ def thumb(value: Any, name: str, where: str, repairs: Counter) -> bool | None:
 
 
 def as_number(name: str, value: Any, repairs: Counter) -> float:
-    """A finite number, also where it is written as text; true is 1 and false 0. Raises InputError without a place."""
+    """Return a finite number, which may also be written as text; true is 1 and false 0.
+
+    Raises: InputError without a place, which the caller adds.
+    """
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         repairs[f"repaired: {name} written as text"] += 1
         value = float(value)
@@ -294,7 +307,7 @@ def as_number(name: str, value: Any, repairs: Counter) -> float:
 
 
 def as_list(value: Any, repairs: Counter) -> Any:
-    """The list that text spells in JSON; any other value as it is."""
+    """Parse text that spells a list in JSON; return any other value unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = parse_json(value)
@@ -305,13 +318,15 @@ def as_list(value: Any, repairs: Counter) -> Any:
 
 
 def is_whole(value: Any) -> bool:
-    """True for a number without a fraction; Parquet with nulls makes 3 a 3.0."""
+    """True for a number without a fraction. A float counts: Parquet turns 3 into 3.0 in a column with nulls."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0
 
 
 def given_fields(row: Mapping, names: Collection[str], where: str, repairs: Counter) -> dict[str, Any]:
-    """The fields of a row under some of its own names that are not null. A whole number as group becomes text;
-    `terminated` and `weight` may be written as text."""
+    """Return those of the named fields of a row that are not null.
+
+    A whole number as group, task or source becomes text; `terminated` and `weight` may be written as text.
+    """
     given = {name: row[name] for name in names if row.get(name) is not None}
     for name in ("group", "task", "source"):
         if is_whole(given.get(name)):
@@ -328,10 +343,13 @@ def given_fields(row: Mapping, names: Collection[str], where: str, repairs: Coun
 
 
 def read_messages(messages: Any, where: str, field: str, repairs: Counter, allow_empty: bool = False) -> list[Turn]:
-    """The turns of a list of messages.
+    """Read the turns of a list of messages.
 
-    Raises Drop for content that is not text, InputError for values of the wrong type and, unless `allow_empty`, for
-    an agent's turn without text.
+    Args:
+      allow_empty: accept an agent turn without text.
+
+    Raises: Drop for content that is not text. InputError for values of the wrong type and, unless `allow_empty`, for
+      an agent turn without text.
     """
     messages = as_list(messages, repairs)
     if not isinstance(messages, Sequence) or isinstance(messages, str):
@@ -340,7 +358,10 @@ def read_messages(messages: Any, where: str, field: str, repairs: Counter, allow
 
 
 def prompt_messages(messages: Any, where: str, field: str) -> list[Turn]:
-    """The turns of a prompt that has to be answered, so that nothing can be dropped. Raises InputError."""
+    """Read the turns of a prompt that must be answered, so that its row cannot be dropped.
+
+    Raises: InputError also where `read_messages` raises Drop.
+    """
     try:
         return read_messages(messages, where, field, Counter())
     except Drop as drop:
@@ -353,7 +374,7 @@ def _turn(message: Any, where: str, repairs: Counter, allow_empty: bool) -> Turn
     message = _named(message, where, repairs)
     plain = {**message, "content": _content(message, repairs), "thinking": _thought(message, where)}
     if plain.get("tool_calls") and not isinstance(plain["tool_calls"], str):
-        # Arrow fills every field that some other row has with null, so a null in a call says nothing.
+        # Arrow adds every field that any row has to all rows, as null, so a null in a call means "absent".
         plain["tool_calls"] = _without_nulls(plain["tool_calls"])
     elif not plain.get("tool_calls"):
         plain.pop("tool_calls", None)
@@ -361,7 +382,7 @@ def _turn(message: Any, where: str, repairs: Counter, allow_empty: bool) -> Turn
         repairs[REWARD_REMOVED] += 1
         del plain["reward"]
     left_out = message.keys() - _MESSAGE_FIELDS
-    if message.get("role") != "tool":  # whoever else has a name: templates do not print it
+    if message.get("role") != "tool":  # templates print names of tools only
         left_out |= message.keys() & {"name", "tool_call_id"}
     for name in left_out:
         plain.pop(name)
@@ -371,7 +392,10 @@ def _turn(message: Any, where: str, repairs: Counter, allow_empty: bool) -> Turn
 
 
 def _named(message: Mapping, where: str, repairs: Counter) -> dict[str, Any]:
-    """The message under our names: ShareGPT's `from` and `value`, other roles, `weight`, rewards written as text."""
+    """Rename a message's fields to ours.
+
+    Handles ShareGPT's `from` and `value`, other names of roles, `weight`, and rewards written as text.
+    """
     message = {name: value for name, value in message.items() if value is not None}
     for other, name in (("from", "role"), ("value", "content")):
         if other in message and name not in message:
@@ -395,13 +419,13 @@ def _named(message: Mapping, where: str, repairs: Counter) -> dict[str, Any]:
 
 
 def _role(message: Mapping) -> Any:
-    """The role of a message under our name for it, where we have one."""
+    """Return our name for the role of a message, or the role itself if we have none."""
     role = message.get("role", message.get("from"))
     return _ROLE_NAMES.get(role.strip().casefold(), role) if isinstance(role, str) else role
 
 
 def _content(message: Mapping, repairs: Counter) -> Any:
-    """The content as one text; values that are no kind of content at all are returned as they are, to be refused."""
+    """Return the content as one text. A value that cannot be content is returned unchanged, and refused later."""
     content = message.get("content")
     if isinstance(content, list | tuple):
         content = "".join(_part(part) for part in content)
@@ -416,7 +440,7 @@ def _content(message: Mapping, repairs: Counter) -> Any:
 
 
 def _thought(message: Mapping, where: str) -> str | None:
-    """An agent's thought, under either of the names in use; an empty one says nothing."""
+    """Return an agent's thought under either of its two field names. An empty thought counts as none."""
     thoughts = {message[name] for name in ("thinking", "reasoning_content") if isinstance(message.get(name), str)}
     thoughts = {thought for thought in map(read_text, thoughts) if thought}
     if len(thoughts) > 1:
@@ -434,7 +458,10 @@ def _part(part: Any) -> str:
 
 
 def read_text(text: str) -> str:
-    """The text itself; raises Drop where UTF-8 cannot hold it."""
+    """Return the text itself.
+
+    Raises: Drop if UTF-8 cannot hold it.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Data on disk: JSON Lines, Parquet, CSV, `datasets` folders and hub names; splits by group; fingerprints."""
+"""Read and write data (JSON Lines, Parquet, CSV, `datasets` folders, hub names), split it by group and hash it."""
 
 import csv
 import errno
@@ -34,7 +34,7 @@ from offline_lmrl.data.trajectory import to_record as trajectory_record
 
 Row = TypeVar("Row", Trajectory, Comparison)
 Kept = TypeVar("Kept", bound=Sequence)
-RawRows = Iterable[tuple[str, Any]]  # ("file:row", what `parsed` takes)
+RawRows = Iterable[tuple[str, Any]]  # ("file:row", a raw row for `parsed`)
 
 _TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", *_TABLES)
@@ -46,25 +46,25 @@ _LFS_POINTER = b"version https://git-lfs"
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK = 500  # rows that a process reads at once
-REPORT = "report.json"  # what `prepare` writes last: a folder without it is not finished
+REPORT = "report.json"  # `prepare` writes it last: a folder without it is not finished
 _DATASETS_FOLDER = "a datasets folder"
 
 
 def read_trajectories(
     source: str | Path, *, split: str | None = None, counts: Counter | None = None, reward: str | None = None
 ) -> list[Trajectory]:
-    """The trajectories of a file, a folder or a hub dataset, in any scored form of `offline_lmrl.data.forms`.
+    """Read the trajectories of a file, a folder or a hub dataset, in any scored form of `offline_lmrl.data.forms`.
 
     Args:
-      source: a file of JSON (a row per line, or one list), CSV or TSV (.gz too) or Parquet, a folder of those, a
-        folder written by `datasets`' save_to_disk, or a hub name `owner/name`. In a folder, .json beside other data is
-        no data.
-      split: which split to read, where the source has several: a folder with a file named train, validation or test
-        is a folder of splits, any other is one data set in parts.
-      counts: gets {reason: n} for every repair and drop.
-      reward: the column that holds the score of a row, where it is not `reward` or `label`.
+      source: a file (JSON with a row per line or one list, CSV, TSV, each also as .gz, or Parquet), a folder of such
+        files, a folder that `save_to_disk` of `datasets` wrote, or a hub name `owner/name`. In a folder, .json files
+        beside other data are ignored.
+      split: the split to read. Needed if the source has several. A folder with a file named train, validation or test
+        is a folder of splits; in any other folder the files are parts of one data set.
+      counts: receives {reason: number of rows} for every repair and every dropped row.
+      reward: the column that holds a row's score, if it is not `reward` or `label`.
 
-    Raises InputError `file:row: field: found X, expected Y`.
+    Raises: InputError `file:row: field: found X, expected Y`.
     """
     return _scored(_part(source, split), str(source), counts, reward)
 
@@ -72,16 +72,20 @@ def read_trajectories(
 def read_comparisons(
     source: str | Path, *, split: str | None = None, counts: Counter | None = None
 ) -> list[Comparison]:
-    """The comparisons of a source in any form of `offline_lmrl.data.preference_forms`, as `read_trajectories`."""
+    """Read the comparisons of a source, in any form of `offline_lmrl.data.preference_forms`.
+
+    Args: see `read_trajectories`.
+    """
     return _read(_part(source, split), str(source), counts, read_comparison)
 
 
 class Stored(Sequence[Row]):
-    """Rows that lie in a file without a name in the temporary folder and are read when they are looked at, so that
-    memory holds eight bytes of each. Processes that are forked read them too.
+    """A list of rows that is kept on disk and read row by row, so that memory holds 8 bytes per row.
+
+    The rows are in an unnamed temporary file, which forked processes can read too.
 
     Args:
-      pickled: the rows, each pickled; `store` takes them as they are.
+      pickled: the pickled rows, in order. `store` pickles them first.
     """
 
     def __init__(self, pickled: Iterable[bytes]):
@@ -100,13 +104,13 @@ class Stored(Sequence[Row]):
         if isinstance(places, range):
             return [self[i] for i in places]
         start = self._ends[places]
-        # At a place of its own, whoever else reads: processes share where the file stands.
+        # pread takes its own offset: forked processes share the file's position, so seek and read would race.
         return pickle.loads(os.pread(self._file.fileno(), self._ends[places + 1] - start, start))
 
 
 @contextmanager
 def in_temporary_folder() -> Iterator[None]:
-    """Around what writes files there. Raises InputError where it has no room for them."""
+    """Context manager: turn "no space left" in the temporary folder into an InputError that names the folder."""
     try:
         yield
     except OSError as error:
@@ -119,14 +123,18 @@ def in_temporary_folder() -> Iterator[None]:
 
 
 def store(rows: Iterable[Row]) -> Stored[Row]:
-    """Rows as they come, for more of them than memory holds."""
+    """Write rows to disk one at a time, for more rows than fit in memory."""
     return Stored(map(pickle.dumps, rows))
 
 
 def store_comparisons(
     source: str | Path, *, split: str | None = None, counts: Counter | None = None, processes: int = 1
 ) -> Stored[Comparison]:
-    """What `read_comparisons` reads, by so many processes, for data that memory does not hold."""
+    """Read comparisons as `read_comparisons` does, with several processes, for more rows than fit in memory.
+
+    Args:
+      processes: how many processes read rows at once; 1 uses only this one.
+    """
     mine: Counter = Counter()
 
     def pickled() -> Iterator[bytes]:
@@ -141,13 +149,16 @@ def store_comparisons(
 def read_splits(
     source: str | Path, *, counts: Counter | None = None, reward: str | None = None
 ) -> dict[str, list[Trajectory]]:
-    """Every split of a source by its name, as `read_trajectories`; a source without splits has one, named "all"."""
+    """Read every split of a source as `read_trajectories` reads one.
+
+    Returns: trajectories by the name of the split. A source without splits has one, named "all".
+    """
     counts = Counter() if counts is None else counts
     return {name: _scored(rows, f"{source} ({name})", counts, reward) for name, rows in raw_splits(source).items()}
 
 
 def read_comparison_splits(source: str | Path, *, counts: Counter | None = None) -> dict[str, list[Comparison]]:
-    """Every split of a source of comparisons by its name, as `read_splits`."""
+    """Read every split of a source of comparisons, as `read_splits` reads trajectories."""
     counts = Counter() if counts is None else counts
     return {
         name: _read(rows, f"{source} ({name})", counts, read_comparison) for name, rows in raw_splits(source).items()
@@ -155,21 +166,26 @@ def read_comparison_splits(source: str | Path, *, counts: Counter | None = None)
 
 
 def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
-    """Writes trajectories without loss; what was there is replaced once everything is written.
+    """Write trajectories without loss. An existing file is replaced only after everything is written.
 
-    The suffix decides: .jsonl, .jsonl.gz, .parquet, else a folder that `datasets.load_from_disk` reads.
-    Raises InputError if there is nothing to write or the path cannot be written.
+    Args:
+      path: the suffix decides the format: .jsonl, .jsonl.gz, .parquet, or else a folder for `datasets.load_from_disk`.
+
+    Raises: InputError if there is nothing to write or the path cannot be written.
     """
     _write(Path(path), [trajectory_record(trajectory) for trajectory in trajectories], "trajectories")
 
 
 def write_comparisons(path: str | Path, comparisons: Iterable[Comparison]) -> None:
-    """Writes comparisons without loss, as `write_trajectories` writes trajectories."""
+    """Write comparisons without loss, as `write_trajectories` writes trajectories."""
     _write(Path(path), [comparison_record(comparison) for comparison in comparisons], "comparisons")
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes plain rows as JSON Lines, gzipped where the suffix says .gz; errors as `write_trajectories`."""
+    """Write plain rows as JSON Lines, gzipped if the suffix is .gz.
+
+    Raises: InputError if there is nothing to write or the path cannot be written.
+    """
     path, rows = Path(path), list(rows)
     if not rows:
         raise InputError(f"{path}: found no rows to write, expected at least one")
@@ -178,12 +194,14 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def split_by_group(rows: Iterable[Row], shares: Mapping[str, float], seed: int) -> dict[str, list[Row]]:
-    """Splits so that no group is in two splits, by a hash of seed and group: adding rows moves no other row.
+    """Split rows so that no group is in two splits, by a hash of seed and group. New rows never move old ones.
+
+    A row without a group is placed by a hash of its own content.
 
     Args:
-      shares: name -> share of the groups, summing to 1; every name is in the result, in this order.
+      shares: each split's share of the groups. The shares sum to 1, and the result has these names in this order.
 
-    Rows without a group go by their own content. Raises InputError for shares that are not a distribution.
+    Raises: InputError if the shares are negative or do not sum to 1.
     """
     if not all(share >= 0 for share in shares.values()) or not math.isclose(math.fsum(shares.values()), 1.0):
         raise InputError(f"shares: found {dict(shares)}, expected shares from 0 up that sum to 1")
@@ -198,12 +216,12 @@ def split_by_group(rows: Iterable[Row], shares: Mapping[str, float], seed: int) 
 
 
 def group_key(row: Trajectory | Comparison) -> str:
-    """What must stay in one split: the group, or for a row without one its own content."""
+    """Return the key of the rows that must stay in one split: the group, or a hash of the row if it has no group."""
     return row.group or "row:" + content_key(row)
 
 
 def shared_groups(first: Sequence[Row], second: Sequence[Row]) -> set[str]:
-    """The groups that are in both sets of rows; only those of the second are held in memory."""
+    """Return the groups that are in both sets of rows. Memory holds only the groups of the second."""
     keys = {group_key(row) for row in second}
     return keys.intersection(map(group_key, first))
 
@@ -214,8 +232,11 @@ def in_one_group(rows: Sequence[Row]) -> bool:
 
 
 def content_key(row: Trajectory | Comparison) -> str:
-    """Hash of what was said, earned and how it ended, or of the replies compared in whatever order; rows of one key
-    are duplicates."""
+    """Hash the content of a row; rows with equal keys are duplicates.
+
+    A trajectory's content is its turns, their rewards, and whether it terminated. A comparison's is its context and
+    its options in any order.
+    """
     if isinstance(row, Comparison):
         content = [_said(row.context), sorted(map(_said, row.options))]
     else:
@@ -224,7 +245,7 @@ def content_key(row: Trajectory | Comparison) -> str:
 
 
 def fingerprint(rows: Iterable[Trajectory | Comparison]) -> str:
-    """sha256 over the canonical records, in order: equal exactly if the data are."""
+    """Return the sha256 over the canonical records in order. It is equal exactly if the data are equal."""
     digest = hashlib.sha256()
     for row in rows:
         record = comparison_record(row) if isinstance(row, Comparison) else trajectory_record(row)
@@ -234,10 +255,11 @@ def fingerprint(rows: Iterable[Trajectory | Comparison]) -> str:
 
 @contextmanager
 def atomic_output(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path` to write a file or a folder to; renamed at the end, removed on any error.
+    """Yield a temporary path beside `path` for a file or a folder; rename it at the end, remove it on any error.
 
-    A folder takes the place only of a `datasets` folder or an empty one. Raises InputError if the path cannot be
-    written.
+    A new folder replaces only a `datasets` folder or an empty one.
+
+    Raises: InputError if the path cannot be written.
     """
     path = Path(path)
     if not path.name:
@@ -252,14 +274,19 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file that is there whole or not at all; errors as `atomic_output`."""
+    """Write a text file that exists whole or not at all.
+
+    Raises: InputError if the path cannot be written.
+    """
     with atomic_output(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def is_prepared(data: str | Path, output: str | Path) -> bool:
-    """Whether data are there and, where they lie in the folder that `prepare` writes, it came to its end. What a kill
-    left in that folder is removed."""
+    """True if the data exist and, if they are in the folder `output` that `prepare` writes, `prepare` finished.
+
+    Leftovers of killed commands in `output` are removed first.
+    """
     place, folder = Path(data).resolve(), Path(output).resolve()
     if folder.is_dir():
         sweep(folder)
@@ -267,17 +294,17 @@ def is_prepared(data: str | Path, output: str | Path) -> bool:
 
 
 def raw_splits(source: str | Path, split: str | None = None) -> dict[str, RawRows]:
-    """The splits of a source, each as raw rows for `parsed`, read when they are iterated over.
+    """Return the splits of a source by name, each as raw rows for `parsed` that are read during iteration.
 
     Args:
-      split: the only split needed, where a hub dataset has several.
+      split: the only split to load from a hub dataset with several; None loads all.
     """
     path = Path(source)
     if path.is_file():
         return {"all": _file_rows(path)}
     if path.is_dir() and str(source):  # no text would be the current folder
         return _dataset_parts(path) if _is_dataset(path) else _folder_parts(path)
-    # A relative path whose folder is here was meant as a path; so were names with a suffix of ours.
+    # If the folder before the slash exists, or the name has a known suffix, a path was meant and not a hub name.
     if _HUB_NAME.fullmatch(str(source)) and not path.parent.exists() and not path.name.endswith(_SUFFIXES):
         return _hub_parts(str(source), split)
     raise InputError(
@@ -287,7 +314,10 @@ def raw_splits(source: str | Path, split: str | None = None) -> dict[str, RawRow
 
 
 def holds_comparisons(source: str | Path) -> bool:
-    """Whether the first row of a source is a comparison. Raises InputError where there is none that can be read."""
+    """True if the first row of a source is a comparison.
+
+    Raises: InputError if the source or its first row cannot be read.
+    """
     where, row = next((first for rows in raw_splits(source).values() for first in rows), ("", None))
     row = row and parsed(row, where)
     return isinstance(row, Mapping) and any(row.get(name) is not None for name, *_ in COMPARISON_FIELDS)
@@ -311,7 +341,10 @@ def _read(
 
 
 def _scored(rows: RawRows, source: str, counts: Counter | None, reward: str | None) -> list[Trajectory]:
-    """Trajectories whose score is in the column `reward`. Raises InputError where no row has such a column."""
+    """Read trajectories whose score is in the column `reward`.
+
+    Raises: InputError if no row has this column.
+    """
     mine: Counter = Counter()
     made = _read(rows, source, mine, partial(read_row, reward=reward))
     if reward is not None and mine[no_score(reward)] == len(made):
@@ -369,7 +402,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
             if lines.peek(4).removeprefix(_BOM).startswith(b"["):
-                # Public files of either suffix are one list, or rows of one list per line.
+                # Whatever its suffix, such a file is one list of rows, or has one row per line that is itself a list.
                 try:
                     whole = _elements(lines.read().removeprefix(_BOM))
                 except (ValueError, RecursionError):
@@ -385,7 +418,11 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _elements(text: bytes) -> list[bytes]:
-    """The elements of one JSON list, each as text. Raises ValueError where it is not one list."""
+    """Return the elements of one JSON list, each as text.
+
+    Raises: ValueError if the text is not exactly one list.
+    """
+    # Each element stays text, so that `parsed` checks it as it checks a line of JSON Lines.
     text, decoder, space, found = text.decode(), json.JSONDecoder(), re.compile(r"[ \t\r\n]*"), []
     place = space.match(text, 1).end()
     while text[place : place + 1] != "]" or found:
@@ -401,7 +438,8 @@ def _elements(text: bytes) -> list[bytes]:
 
 
 def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a file of CSV or TSV: (header, cells), named by the line that they begin in."""
+    """Yield the rows of a CSV or TSV file as (header, cells), named by the line on which they begin."""
+    # A quoted cell may hold line breaks: a row begins at line `start` and ends at line `number`.
     number, start = 0, 1
 
     def text(lines: Iterable[bytes]) -> Iterator[str]:
@@ -413,7 +451,7 @@ def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
             first = lines.peek(4096).splitlines()[:1] or [b""]
-            # A spreadsheet whose language writes 1,5 for 1.5 separates cells by semicolons.
+            # Spreadsheets separate cells by semicolons in languages that write 1,5 for 1.5.
             wide = b";" in first[0] and b"," not in first[0]
             delimiter = "\t" if ".tsv" in path.suffixes else ";" if wide else ","
             header = None
@@ -437,22 +475,25 @@ def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _cells(header: list[str], cells: list[str], where: str) -> dict[str, str | None]:
-    """A row of a table as an object of texts; an empty cell is null."""
+    """Return a row of a table as a dict of texts; an empty cell is None."""
     if len(cells) != len(header):
         raise InputError(f"{where}: row: found {len(cells)} cells, expected {len(header)} as in the header")
     return {name: cell or None for name, cell in zip(header, cells, strict=True)}
 
 
 def parsed(row: Any, where: str, counts: Counter | None = None) -> Any:
-    """A raw row, read from JSON or from the cells of a table where it is one of those.
+    """Return a raw row as plain values: parse JSON bytes, or turn the cells of a table into a dict.
 
-    counts: gets the keys that an object has twice.
+    Args:
+      row: JSON as bytes, (header, cells) of a table, or plain values.
+      where: the start of error messages, "file:row".
+      counts: receives the number of keys that a JSON object has twice.
 
-    Raises InputError where the row cannot be used.
+    Raises: InputError if the row cannot be used.
     """
     if isinstance(row, tuple):
         return _cells(*row, where)
-    may_hold_half_a_pair = not isinstance(row, bytes) or b"\\u" in row  # which JSON can only spell so
+    may_hold_half_a_pair = not isinstance(row, bytes) or b"\\u" in row  # UTF-8 text needs an escape for it
     row = _loaded(row, where, counts) if isinstance(row, bytes) else row
     if nests_too_deep(row):
         raise _too_deep(where)
@@ -488,13 +529,13 @@ def _too_deep(where: str) -> InputError:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """By pyarrow alone: notes on how other libraries show the columns are left aside, however they look."""
+    """Yield the rows of a Parquet file by pyarrow alone; metadata of other libraries is ignored, however malformed."""
     import pyarrow.parquet
 
     def rows() -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(_CHUNK):
-                batch.validate(full=True)  # what is read of a damaged file may point anywhere
+                batch.validate(full=True)  # offsets in a damaged file may point outside its buffers
                 yield from batch.to_pylist(maps_as_pydicts="strict")
 
     yield from _numbered(rows(), str(path), "a Parquet file")
@@ -502,7 +543,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _folder_parts(folder: Path) -> dict[str, RawRows]:
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.endswith(_SUFFIXES)]
-    # Beside data of another suffix it is a report on them.
+    # A .json file beside data of another suffix is a report on the data.
     files = [path for path in files if path.suffix != ".json"] or files
     if not files:
         raise InputError(f"{folder}: found no data files, expected {', '.join(_SUFFIXES)} or a datasets folder")
@@ -530,7 +571,7 @@ def _dataset_parts(folder: Path) -> dict[str, RawRows]:
     with reading(folder, _DATASETS_FOLDER):
         loaded = datasets.load_from_disk(folder)
         for part in loaded.values() if isinstance(loaded, Mapping) else [loaded]:
-            part.data.validate(full=True)  # what is read of a damaged file may point anywhere
+            part.data.validate(full=True)  # offsets in a damaged file may point outside its buffers
     return _named_parts(loaded, str(folder))
 
 
@@ -559,7 +600,7 @@ def _numbered(rows: Iterable[Any], source: str, what: str) -> Iterator[tuple[str
     found = iter(rows)
     for number in count(1):
         with reading(f"{source}:{number}", what):
-            row = next(found, found)
+            row = next(found, found)  # the iterator itself marks the end, since a row may be None
         if row is found:
             return
         yield f"{source}:{number}", row
@@ -583,7 +624,10 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]], compressed: bool
 
 
 def _dataset(records: list[dict[str, Any]]):
-    """The records as a `datasets.Dataset`; every field has a declared type, so a column of nulls keeps its own."""
+    """Return the records as a `datasets.Dataset`.
+
+    Every field has a declared type, so a column of nulls keeps its type.
+    """
     from datasets import Dataset, Features, List, Value
 
     text, number, whole = Value("string"), Value("float64"), Value("int64")

@@ -1,4 +1,4 @@
-"""Work spread over processes, in the order of what it is done to."""
+"""Map a function over items with several processes, in order."""
 
 import multiprocessing
 import os
@@ -11,17 +11,21 @@ from typing import Any
 
 from offline_lmrl.data.errors import InputError
 
-_held: list[Callable[[Any], Any]] = []  # in a child: what it applies
+_held: list[Callable[[Any], Any]] = []  # in a child: the function that it applies
 
 
 def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], processes: int) -> Iterator[Any]:
-    """`map(function, items)` by so many processes; 1 is this one.
+    """Yield `map(function, items)`, computed by several processes, in order.
 
-    Items are taken only as they are needed, unlike by `Pool.imap`, so memory holds a few. They and the results travel
-    by pickle; the children inherit the function with all that it holds, rows and tokenizers, which is never
-    pickled. A child that dies ends it all with BrokenProcessPool. Errors come as from `map`: after all results before.
+    Unlike `Pool.imap`, this takes items only as they are needed, so memory holds few of them. Items and results are
+    pickled. The function is not: the forked children inherit it with everything it holds, such as rows and tokenizers.
+    If a child dies, BrokenProcessPool ends the iteration. An error of `items` or `function` is raised where `map`
+    would raise it: after all earlier results.
 
-    Raises: InputError for fewer than one, for several on a system that does not fork, and for more than it can.
+    Args:
+      processes: number of processes; 1 = no child processes.
+
+    Raises: InputError for fewer than one process, for several on a system that does not fork, and if a fork fails.
     """
     if processes < 1:
         raise InputError(f"processes: found {processes}, expected at least 1")
@@ -41,7 +45,7 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], processes
                 failure = error
             else:
                 running.append(pool.submit(_apply, item))
-                if len(running) > 2 * processes:
+                if len(running) > 2 * processes:  # enough to keep all processes busy
                     yield running.popleft().result()
         while running:
             yield running.popleft().result()
@@ -52,7 +56,7 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], processes
 
 
 def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """The items in lists of `size`, the last one shorter, taken as they are needed."""
+    """Yield the items in lists of `size` (the last may be shorter), taken as they are needed."""
     items = iter(items)
     while chunk := list(islice(items, size)):
         yield chunk
@@ -63,7 +67,7 @@ def _forked(function: Callable[[Any], Any], processes: int) -> ProcessPoolExecut
     before = set(multiprocessing.active_children())
     try:
         pool.submit(len, ())  # the first call forks all
-    except OSError as error:  # nobody else would stop those that were forked before it
+    except OSError as error:  # the pool does not stop the children that it forked before the failure
         for child in set(multiprocessing.active_children()) - before:
             child.terminate()
         raise InputError(f"processes: found {error.strerror}, expected fewer of them") from error
@@ -76,7 +80,7 @@ def _begin(function: Callable[[Any], Any]) -> None:
 
 
 def end_with_parent() -> None:
-    """In a child: end when its parent does, even by signal 9, for which nobody would take its result."""
+    """Make this child process exit when its parent does, even by signal 9, since nobody would take its results."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()

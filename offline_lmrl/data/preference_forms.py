@@ -1,19 +1,19 @@
-"""The row forms that preferences come in, read as comparisons. Nothing is repaired or dropped without being counted.
+"""Read preference rows of several forms as comparisons. Every repair and every dropped row is counted.
 
     context, options, target [, ranking, weight]     the project's own form; context and each option are messages
     prompt, chosen, rejected                         explicit: text or messages on each side
     chosen, rejected                                 implicit: each side is a whole conversation
     prompt, responses, ranks (or rank)               the lowest rank is best, equal ranks tie, null = unranked
 
-A prompt may also be `messages` or ShareGPT's `conversations`, and a side one message; `forms` says which spellings of
-messages, numbers and lists are read. All forms may carry `weight, group, source, labels`; other columns are kept in
-`labels`, a column `margin` as `labels["strength"]`. Without a group, a row's group is a hash of its first user turn,
-blind to case, punctuation and white space, so that no split parts the branches of one conversation. Where responses
-are left out, so are their entries of `labels["options"]`.
+A prompt may also be in a column `messages` or ShareGPT's `conversations`, and a side may be one message; `forms` lists
+the spellings of messages, numbers and lists that are read. All forms may contain `weight, group, source, labels`.
+Other columns are kept in `labels`; a column `margin` becomes `labels["strength"]`. Without a group, a row's group is a
+hash of its first user turn, ignoring case, punctuation and white space, so that no split separates the branches of one
+conversation. If responses are left out, so are their entries in `labels["options"]`.
 
-The context is what all sides have in common, found by turn, never by character. Text with "Human:" and "Assistant:"
-tags is a transcript: its turns are stripped, turns of one speaker that follow one another are merged, and only the
-last reply is compared. Other text without a prompt has no turns to find: the whole of it is the agent's.
+The context is the turns that all sides share; sides are compared turn by turn, never character by character. Text with
+"Human:" and "Assistant:" tags is a transcript: its turns are stripped, consecutive turns of one speaker are merged,
+and only the last reply is compared. Other text without a prompt has no turns to find: all of it is the agent's.
 """
 
 import hashlib
@@ -38,7 +38,8 @@ from offline_lmrl.data.forms import (
 )
 from offline_lmrl.data.trajectory import Turn, as_context, finite, read_labels, shown
 
-# What tokenizers put at the end of a reply; as text inside it, it is one more thing to learn that nobody said.
+# End tokens of common tokenizers. As text at the end of a logged reply they would be trained on, though nobody wrote
+# them.
 END_TOKENS = (
     "</s>",
     "<|endoftext|>",
@@ -58,16 +59,16 @@ _FORMS = "context, options and target, or prompt, chosen and rejected, or prompt
 
 
 def read_comparison(row: Any, where: str, counts: Counter, allow_empty: bool = False) -> Comparison | None:
-    """The comparison of one row in any accepted form, or None if the row is dropped.
+    """Read the comparison of one row in any accepted form; return None if the row is dropped.
 
     Args:
       row: one object of a log.
-      where: "file:row", put in front of every error.
-      counts: gets one count per repair of a kept row, or the reason of the drop.
-      allow_empty: keep rows with an empty reply. Rows of the project's own form are read as they are, as what was
-        written is; an importer asks `require_replies` of them too.
+      where: "file:row", the start of every error message.
+      counts: receives one count per repair of a kept row, or one under the reason why the row is dropped.
+      allow_empty: keep rows with an empty reply. Rows of the project's own form may have one in any case, so that
+        written data can be read back; importers check these with `require_replies`.
 
-    Raises InputError for unknown forms and values of the wrong type.
+    Raises: InputError for unknown forms and values of the wrong type.
     """
     if not isinstance(row, Mapping):
         raise InputError(f"{where}: row: found {shown(row)}, expected an object")
@@ -97,9 +98,11 @@ def read_comparison(row: Any, where: str, counts: Counter, allow_empty: bool = F
 
 
 def transcript(text: str, repairs: Counter) -> list[Turn]:
-    """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ...", stripped; turns of one speaker in a row are merged.
+    """Split "\\n\\nHuman: ...\\n\\nAssistant: ..." into stripped turns; consecutive turns of one speaker are merged.
 
-    A tag anywhere but behind a blank line is text. Raises Drop for text before the first tag.
+    A tag counts only after a blank line; elsewhere it is part of the text.
+
+    Raises: Drop for text before the first tag.
     """
     head, *pieces = _TAG.split("\n\n" + read_text(text).lstrip())
     if head.strip():
@@ -116,25 +119,25 @@ def transcript(text: str, repairs: Counter) -> list[Turn]:
 
 
 def is_transcript(text: Any) -> bool:
-    """Whether text has both speaker tags where a transcript has them."""
+    """True if a value is text that starts with "Human:" and has an "Assistant:" after a blank line."""
     return isinstance(text, str) and text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
 
 
 def root_group(context: Sequence[Turn]) -> str:
-    """Hash of the first user turn, blind to case, punctuation and white space; "" without one."""
+    """Hash the first user turn, ignoring case, punctuation and white space; return "" if there is none."""
     first = next((turn.content for turn in context if turn.role == "user"), None)
     return "" if first is None else hashlib.sha256(normalised(first).encode()).hexdigest()[:16]
 
 
 def normalised(text: str) -> str:
-    """Text blind to case, punctuation and white space; text without a word in it only to white space around it."""
+    """Return text without case, punctuation and extra white space; text without any word is only stripped."""
     return " ".join(re.findall(r"\w+", text.casefold())) or text.strip()
 
 
 def _parts(
     row: Mapping, present: set[str], where: str, repairs: Counter, allow_empty: bool
 ) -> tuple[list[Turn], list[list[Turn]], dict[str, Any], set[str]]:
-    """Context, options, target and ranking, and the fields used up."""
+    """Return the context, the options, further fields (target, ranking, labels) and the names of the columns used."""
     if {"context", "options", "target"} <= present:
         context = read_messages(row["context"], where, "context", repairs, allow_empty=True)
         options = [
@@ -160,7 +163,7 @@ def _parts(
 def _pair(row: Mapping, where: str, repairs: Counter, allow_empty: bool) -> tuple[list[Turn], list[list[Turn]]]:
     prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
     if is_transcript(prompt) and all(isinstance(side, str) for side in sides):
-        # "... Assistant:" and the reply are one transcript that was cut in two.
+        # A prompt that ends in "Assistant:" and its reply are two halves of one transcript.
         sides = [side if side.startswith(prompt) else prompt + side for side in sides]
         prompt = None
     if prompt is None and all(map(is_transcript, sides)):
@@ -183,7 +186,10 @@ def _pair(row: Mapping, where: str, repairs: Counter, allow_empty: bool) -> tupl
 def _ranked(
     row: Mapping, column: str, where: str, repairs: Counter, allow_empty: bool
 ) -> tuple[list[Turn], list[list[Turn]], list[float], dict[str, Any]]:
-    """Context, options, their ranks and the row's labels, with `labels["options"]` of these options only."""
+    """Return the context, the options, their ranks and the row's labels.
+
+    `labels["options"]` keeps only the entries of these options.
+    """
     responses, ranks = (_list(row[name], where, name, repairs) for name in ("responses", column))
     if len(responses) != len(ranks):
         raise InputError(
@@ -218,15 +224,22 @@ def _ranked(
 
 
 def _repeated(prompt: Any, sides: Sequence) -> Any:
-    """The prompt, if it can be what replies start with. To "Hello", one reply of "Hello there" among others is a reply
-    that is whole; a transcript is no reply in any case."""
+    """Return the prompt if replies may repeat it at their start, else None.
+
+    If only some of several text replies start with a plain-text prompt, they are whole replies, such as "Hello there"
+    to "Hello". A transcript prompt is removed in any case: no reply starts like a transcript.
+    """
     texts = [side for side in sides if isinstance(side, str) and side]
     is_told = is_transcript(prompt) or not isinstance(prompt, str) or all(text.startswith(prompt) for text in texts)
     return prompt if is_told else None
 
 
 def _labels_of(row: Mapping, places: Sequence[int], size: int, where: str) -> dict[str, Any]:
-    """The row's labels; of `labels["options"]`, if it has an entry for each of `size` responses, those at `places`."""
+    """Return the row's labels. If `labels["options"]` has an entry per response, keep those at `places`.
+
+    Args:
+      size: the number of responses in the row.
+    """
     try:
         labels = read_labels(row.get("labels"))
     except InputError as error:
@@ -238,7 +251,7 @@ def _labels_of(row: Mapping, places: Sequence[int], size: int, where: str) -> di
 
 
 def read_context(prompt: Any, where: str, repairs: Counter) -> list[Turn]:
-    """The turns of a prompt: text, messages or a transcript that may end with an open "Assistant:"."""
+    """Read the turns of a prompt: text, messages, or a transcript that may end with an open "Assistant:"."""
     if not is_transcript(prompt):
         return read_prompt(prompt, where, repairs)
     turns = transcript(prompt, repairs)
@@ -248,7 +261,12 @@ def read_context(prompt: Any, where: str, repairs: Counter) -> list[Turn]:
 
 
 def read_reply(side: Any, context: list[Turn], prompt: Any, where: str, field: str, repairs: Counter) -> list[Turn]:
-    """The turns of one side behind the context, which it may repeat; `prompt` is what the context was read from."""
+    """Read the turns of one side, without the context that it may repeat at its start.
+
+    Args:
+      context: the turns of the prompt.
+      prompt: the text or messages that `context` was read from; None = replies given as text do not repeat it.
+    """
     if isinstance(side, str):
         text = read_text(side)
         if isinstance(prompt, str) and prompt and text.startswith(prompt):
@@ -271,7 +289,10 @@ def read_reply(side: Any, context: list[Turn], prompt: Any, where: str, field: s
 
 
 def _split(sides: Sequence[list[Turn]], allow_empty: bool) -> tuple[list[Turn], list[list[Turn]]]:
-    """The turns that all sides begin with, and what each goes on with. Raises Drop where that is no comparison."""
+    """Split sides into the turns that all begin with and the remaining turns of each.
+
+    Raises: Drop if the remaining turns cannot be compared.
+    """
     said, common = [_said(side) for side in sides], 0
     while all(len(side) > common and side[common] == said[0][common] for side in said):
         common += 1
@@ -287,7 +308,13 @@ def _split(sides: Sequence[list[Turn]], allow_empty: bool) -> tuple[list[Turn], 
 
 
 def require_replies(options: Sequence[Sequence[Turn]], allow_empty: bool) -> None:
-    """Raises Drop where two options say the same but for white space or, unless `allow_empty`, one says nothing."""
+    """Check that no two options are equal up to white space and that none is empty.
+
+    Args:
+      allow_empty: accept empty options.
+
+    Raises: Drop if the check fails.
+    """
     words = [[[text.split() for text in turn.said] for turn in option] for option in options]
     if any(words.count(option) > 1 for option in words):
         raise Drop("identical replies")

@@ -1,8 +1,9 @@
-"""The one place where preference becomes reward, and the way back to preference rows.
+"""Convert comparisons to scored trajectories and to the rows of other trainers, and trajectories back to comparisons.
 
-`to_trajectories` makes one scored trajectory of every option. A preference says which of two replies to one prompt is
-better and nothing about the prompt, so rewards are centred by group unless told otherwise: else a high return would
-select easy prompts, which is what a return-conditioned model then learns. (ILQL takes that up in V.)
+`to_trajectories` makes one scored trajectory of every option; no other code turns preference into reward. A preference
+compares two replies to one prompt and contains no information about the prompt. Rewards are therefore centred within
+each group by default: otherwise a high return would mark easy prompts, which a return-conditioned model would then
+learn. (In ILQL, V absorbs the difficulty of a prompt.)
 """
 
 import json
@@ -38,30 +39,34 @@ def to_trajectories(
     normalise: Normalise = "group",
     counts: Counter[str] | None = None,
 ) -> list[Trajectory]:
-    """One trajectory per option, its context untrained, with what was preferred as reward.
+    """Make one trajectory per option, with a reward computed from the preference and an untrained context.
 
-    Let w be the mean over the other options of P(this one is better) (`Comparison.preference`); of a pair, w is p.
+    Let w be the mean over the other options of P(this one is better) (`Comparison.preference`); for a pair, w is p.
 
     Args:
-      reward: "prob": 2w − 1, in [−1, 1]; "sign": its sign, so a tie earns 0; "strength": `labels["strength"]` times
-        2w − 1; "rank": how many options are ranked below it less how many above it, over K − 1, so 1 for the best and
-        −1 for the last; "bt": latent scores of a Bradley–Terry model fitted to all comparisons of a group
-        (`fit_scores`); "rating": the option's own `rating` in `labels["options"]`; or a scorer.
-      place: "terminal": on the last agent turn of the option; "turn": in equal parts on each of its agent turns.
-        A turn's reward is paid with its closing token. There is no "token": one label on a reply says nothing about
-        its tokens, and an equal part on each has the same return; dense rewards come from a reward model.
-      normalise: "none"; "global": to mean 0 and standard deviation 1 over all options; "group": minus the group's
-        mean; "rank": the share of the group's other options that it beats, ties half, in [0, 1] (alone: 1/2).
-      counts: gets one count per option or comparison that is left out, by reason.
+      reward: how the reward is computed. "prob": 2w − 1, in [−1, 1]. "sign": the sign of 2w − 1, so a tie earns 0.
+        "strength": `labels["strength"]` times 2w − 1. "rank": the number of options ranked below it minus the number
+        ranked above it, over K − 1, so 1 for the best and −1 for the last. "bt": latent scores of a Bradley–Terry
+        model fitted to all comparisons of a group (`fit_scores`). "rating": the option's own `rating` in
+        `labels["options"]`. A scorer: its score of the option.
+      place: which turns get the reward. "terminal": the last agent turn of the option. "turn": equal parts on each of
+        its agent turns. A turn's reward is paid with its closing token. There is no "token": one label on a reply has
+        no information about its tokens, and an equal part on each has the same return. Dense rewards come from a
+        reward model.
+      normalise: "none". "global": to mean 0 and standard deviation 1 over all options. "group": minus the group's
+        mean. "rank": the share of the group's other options that it beats, ties counted half, in [0, 1] (1/2 if it is
+        alone).
+      counts: receives one count per option or comparison that is left out, by reason.
 
-    A row's labels are the comparison's, with this option's entry of `labels["options"]` as `option`, and under
-    `preference` its place among the options, its target and weight, and how its reward was made: kind or scorer
-    (`origin_of`), place, normalisation, the raw reward, and the constants in reward = (raw − shift) / scale.
+    A trajectory's labels are the comparison's, with this option's entry of `labels["options"]` under `option`. Its
+    label `preference` holds the option's place among the options, its target and weight, and how its reward was made:
+    kind or scorer (`origin_of`), place, normalisation, the raw reward, and the constants in reward = (raw − shift) /
+    scale.
 
-    Rewards sit on whole turns, and training drops oldest turns or a whole reply that does not fit, so none is moved or
-    lost; to drop both sides of such a pair, take `fitting` (comparison_batching.py) first.
+    Rewards belong to whole turns, and training drops the oldest turns or a whole reply that does not fit, so no reward
+    is moved or lost. To drop both sides of such a pair, apply `fitting` (comparison_batching.py) first.
 
-    Raises InputError for settings that are none of these, scores that are not finite, and if nothing is left.
+    Raises: InputError for unknown settings, for scores that are not finite, and if no trajectory is left.
     """
     kinds = RewardKind.__args__
     if isinstance(reward, str) and reward not in kinds:
@@ -99,11 +104,13 @@ def to_trajectories(
 
 
 def fit_scores(comparisons: Sequence[Comparison]) -> dict[tuple, float]:
-    """Bradley–Terry scores s of the replies in one group: maximises Σ weight · P(i ≻ j) · log σ(s_i − s_j) − ½ Σ s².
+    """Fit Bradley–Terry scores s of the replies in one group.
 
-    All pairs of a comparison count, each 1/(K−1) as much, so that every option of it counts once. The standard normal
-    prior keeps replies that always win finite, and makes the scores of replies that are compared with one another, in
-    one go or over others, sum to 0. Bradley and Terry 1952; the prior is ours.
+        maximise  Σ weight · P(i ≻ j) · log σ(s_i − s_j) − ½ Σ s²
+
+    Every pair of a comparison counts with factor 1/(K−1), so that each option of the comparison counts once. The
+    standard normal prior keeps the scores of replies that always win finite. It also makes scores sum to 0 over
+    replies that are connected by comparisons, directly or through others. Bradley and Terry 1952; the prior is ours.
 
     Returns: (context, option) -> score.
     """
@@ -121,7 +128,8 @@ def fit_scores(comparisons: Sequence[Comparison]) -> dict[tuple, float]:
     better, worse, wins = (np.array(column) for column in zip(*pairs, strict=True))
     scores, size = np.zeros(len(places)), len(places)
     for _ in range(100):  # Newton's method on a strictly concave function, damped to steps of at most 1
-        lost = 1 / (1 + np.exp(scores[better] - scores[worse]))
+        lost = 1 / (1 + np.exp(scores[better] - scores[worse]))  # the model's probability that `worse` wins
+        # The prior ½ Σ s² contributes −scores to the gradient and the identity to the negated Hessian.
         gradient = (np.bincount(better, wins * lost, size) - np.bincount(worse, wins * lost, size)) - scores
         curvature = np.eye(size)
         bend = wins * lost * (1 - lost)
@@ -137,12 +145,14 @@ def fit_scores(comparisons: Sequence[Comparison]) -> dict[tuple, float]:
 
 
 def origin_of(scorer: Scorer) -> Any:
-    """What a scorer was made from, as its user gave it; its class where it does not know."""
+    """Return the scorer's `origin` (what it was made from, as its user gave it), or its class name if it has none."""
     return getattr(scorer, "origin", type(scorer).__name__)
 
 
 def score_rows(rows: Sequence[Scored], scorer: Scorer) -> list[np.ndarray]:
-    """Scores (K,) of the K options of each row, many rows at once where the scorer can.
+    """Score the K options of each row, with many rows at once if the scorer has `score_each`.
+
+    Returns: one array (K,) per row.
 
     Raises: InputError for scores that are not one finite number per option.
     """
@@ -159,13 +169,13 @@ def score_rows(rows: Sequence[Scored], scorer: Scorer) -> list[np.ndarray]:
 
 
 def to_comparisons(trajectories: Iterable[Trajectory], counts: Counter[str] | None = None) -> list[Comparison]:
-    """Replies to one context as one comparison, ranked by return; the way back from `to_trajectories`.
+    """Combine replies to one context into one comparison, ranked by return; the inverse of `to_trajectories`.
 
-    The context of a trajectory is what comes before its first agent turn. Trajectories of one context and the same
-    words are one option, with their mean return. `labels["options"]` keeps the returns.
+    The context of a trajectory is the turns before its first agent turn. Trajectories with one context and the same
+    words are one option, with their mean return. `labels["options"]` holds the returns.
 
     Args:
-      counts: gets one count per trajectory that nothing can be compared with.
+      counts: receives one count per trajectory whose context has no other reply.
     """
     returns: dict[tuple[Turn, ...], dict[tuple[Turn, ...], list[Trajectory]]] = defaultdict(lambda: defaultdict(list))
     for trajectory in trajectories:
@@ -198,11 +208,15 @@ def to_comparisons(trajectories: Iterable[Trajectory], counts: Counter[str] | No
 
 
 def binarised(comparisons: Iterable[Comparison], good: str = "good:", bad: str = "bad:") -> Iterator[Comparison]:
-    """Every pair A ≻ B as two comparisons of one reply with itself: good A ≻ bad A, and bad B ≻ good B. A system turn
-    in front of the reply says which it is. Pairs that are ties are left out.
+    """Make of every pair A ≻ B two comparisons of a reply with itself: good A ≻ bad A, and bad B ≻ good B.
 
-    Askell et al. 2021, on binarising ranked data: a reward model that is first trained on these, from votes say, and
-    then on ranked pairs learns the latter from fewer.
+    A system turn before the reply marks it as good or bad. Tied pairs are left out.
+    Askell et al. 2021, on binarising ranked data: a reward model that is first trained on such pairs (made of votes,
+    for example) then learns from fewer ranked pairs.
+
+    Args:
+      good: text of the system turn that marks a good reply.
+      bad: text of the system turn that marks a bad one.
     """
     for row in comparisons:
         for i, j in combinations(range(len(row.options)), 2):
@@ -217,10 +231,11 @@ def binarised(comparisons: Iterable[Comparison], good: str = "good:", bad: str =
 
 
 def preference_rows(comparisons: Iterable[Comparison], counts: Counter[str] | None = None) -> Iterator[dict[str, Any]]:
-    """`prompt, chosen, rejected` as messages: what TRL's DPO and reward trainers take. One row per pair of options.
+    """Yield rows `prompt, chosen, rejected` of messages for TRL's DPO and reward trainers, one per pair of options.
 
     Args:
-      counts: gets one count per pair that is a tie, or whose replies hold turns of others, which TRL would train on.
+      counts: receives one count per dropped pair: a tie, or replies that contain turns of others, which TRL would
+        train on.
     """
     counts = Counter() if counts is None else counts
     for row in comparisons:
@@ -244,12 +259,12 @@ def preference_rows(comparisons: Iterable[Comparison], counts: Counter[str] | No
 def label_rows(
     trajectories: Iterable[Trajectory], threshold: float = 0.0, counts: Counter[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """`prompt, completion, label` as messages: what TRL's KTO trainer takes.
+    """Yield rows `prompt, completion, label` of messages for TRL's KTO trainer.
 
     Args:
       threshold: the label is return > threshold.
-      counts: gets one count per row whose return is the threshold, neither good nor bad, or whose completion holds
-        turns of others, which TRL would train on.
+      counts: receives one count per dropped row: its return equals the threshold, so it is neither good nor bad, or
+        its completion contains turns of others, which TRL would train on.
     """
     counts = Counter() if counts is None else counts
     for row in trajectories:
@@ -268,8 +283,13 @@ def label_rows(
 
 
 def sft_rows(trajectories: Iterable[Trajectory], minimum: float = -math.inf) -> Iterator[dict[str, Any]]:
-    """`prompt, completion` as messages: what TRL's SFT trainer takes. One row per agent turn of the trajectories whose
-    return is at least `minimum`; an agent turn that closed at once has no text to show and no row."""
+    """Yield rows `prompt, completion` of messages for TRL's SFT trainer, one per agent turn.
+
+    An agent turn without text or tool calls has no row.
+
+    Args:
+      minimum: the smallest return of a trajectory that is used.
+    """
     for row in trajectories:
         if row.total_return >= minimum:
             for i, turn in enumerate(row.turns):
@@ -278,7 +298,7 @@ def sft_rows(trajectories: Iterable[Trajectory], minimum: float = -math.inf) -> 
 
 
 def _known(rows: Sequence[Comparison], known: Sequence[bool], reason: str, counts: Counter[str]) -> list[Comparison]:
-    """The rows that are known; `counts` gets the others, if there are any."""
+    """Return the rows marked as known, and count the others under `reason`."""
     if not all(known):
         counts[reason] += len(rows) - sum(known)
     return [row for row, is_known in zip(rows, known, strict=True) if is_known]
@@ -315,7 +335,7 @@ def _reward_of(row: Comparison, kind: str) -> list[float]:
 def _normalised(
     raw: Sequence[Sequence[float]], keys: Sequence[str], normalise: Normalise
 ) -> list[list[tuple[float, Mapping[str, float]]]]:
-    """Per comparison and option the reward and the constants that made it."""
+    """Return, per comparison and option, the reward and the constants (shift, scale) that made it."""
     if normalise == "global":
         everything = [value for values in raw for value in values]
         shift, scale = float(np.mean(everything)), float(np.std(everything)) or 1.0
@@ -342,7 +362,7 @@ def _share_beaten(value: float, ordered: np.ndarray) -> float:
     if len(ordered) == 1:
         return 0.5
     below, upto = (int(np.searchsorted(ordered, value, side)) for side in ("left", "right"))
-    return (below + (upto - below - 1) / 2) / (len(ordered) - 1)
+    return (below + (upto - below - 1) / 2) / (len(ordered) - 1)  # −1: the value does not tie with itself
 
 
 def _trajectory(row: Comparison, i: int, reward: float, place: str, how: Mapping[str, Any]) -> Trajectory:
@@ -359,7 +379,7 @@ def _trajectory(row: Comparison, i: int, reward: float, place: str, how: Mapping
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Turns as chat templates take them; an environment speaks as the user."""
+    """Return turns as messages for chat templates; the environment's turns become the user's."""
     return [
         message_of(turn) | ({"role": "user"} if turn.role == "environment" else {})
         for turn in turns
@@ -368,6 +388,6 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def _tools(turns: Sequence[Turn]) -> dict[str, Any]:
-    """The column of tools of a row with these turns."""
+    """Return the column `tools` of a row with these turns, as a dict that is empty if no turn has tools."""
     tools = next((turn.tools for turn in turns if turn.tools is not None), None)
     return {} if tools is None else {"tools": json.loads(tools)}

@@ -1,7 +1,7 @@
-"""What players, environments and scorers look like from outside: structural types, no base classes to inherit.
+"""Structural types for players, environments and scorers; no base classes to inherit.
 
-An episode alternates: the environment gives turns, the agent replies with one text, the environment steps. Everything
-comes in batches over rows, and each row has its own seed, so an episode does not depend on its neighbours.
+In an episode the environment gives turns, the agent replies with one text, and the environment steps, and so on. All
+calls are batched over rows. Each row has its own seed, so an episode does not depend on the others in the batch.
 """
 
 import importlib
@@ -18,7 +18,14 @@ from offline_lmrl.data.trajectory import Turn
 
 
 class StepResult(NamedTuple):
-    """What follows an agent turn: the reply, the reward of that turn, and whether the episode ended or was cut."""
+    """The environment's answer to an agent turn.
+
+    Attributes:
+      turns: the environment's turns that follow.
+      reward: the reward of the agent turn.
+      terminated: the episode ended.
+      truncated: the episode was cut off.
+    """
 
     turns: Sequence[Turn]
     reward: float
@@ -27,56 +34,60 @@ class StepResult(NamedTuple):
 
 
 class Environment(Protocol):
-    """One episode at a time.
+    """An environment that plays one episode at a time.
 
-    Three methods are optional: `labels() -> dict`, facts for the table once the episode is over (invalid actions,
-    say), `options() -> list[str] | None`, the only texts allowed for the coming agent turn, and `task(seed) -> str`,
-    the task of the episode of a seed, whose demonstrations are of use in it.
+    Three methods are optional:
+    - `labels() -> dict`: facts for the results table once the episode is over (invalid actions, for example).
+    - `options() -> list[str] | None`: the only texts allowed for the coming agent turn; None = any text.
+    - `task(seed) -> str`: the task of the episode with this seed, used to choose its demonstrations.
     """
 
     def reset(self, seed: int) -> Sequence[Turn]:
-        """Starts the episode of this seed; returns the turns before the agent's first."""
+        """Start the episode of this seed; return the turns before the agent's first."""
 
     def step(self, text: str) -> StepResult:
-        """Takes the agent's text."""
+        """Play the agent's text."""
 
 
 class VectorEnvironment(Protocol):
-    """Many episodes at once; `rows` index into the seeds of the last reset, and a finished row is not stepped again.
+    """An environment that plays many episodes at once.
 
+    `rows` index into the seeds of the last reset. A finished row is not stepped again.
     `labels(row)`, `options(row)` and `task(seed)` are optional, as in `Environment`.
     """
 
     def reset(self, seeds: Sequence[int]) -> list[Sequence[Turn]]:
-        """Starts one episode per seed; returns each one's turns before the agent's first."""
+        """Start one episode per seed; return each episode's turns before the agent's first."""
 
     def step(self, rows: Sequence[int], texts: Sequence[str]) -> list[StepResult]:
-        """Takes one text for each of these rows; results in the same order."""
+        """Play one text in each of these rows; return the results in the same order."""
 
 
 class Scorer(Protocol):
-    """Rates alternative continuations of one context: reward models, rules, Q heads.
+    """A reward model, rule or Q head that rates alternative continuations of one context.
 
-    Optional: `score_each(rows)`, for many pairs of context and options at once, which `score_rows`
-    (data/preferences.py) uses where it is there; and `origin`, what it was made from (the name of a run, a
-    specification), values that JSON can hold, which is kept beside the rewards that it gives.
+    Two members are optional:
+    - `score_each(rows)`: score many pairs of context and options at once. `score_rows` (data/preferences.py) uses it
+      if present.
+    - `origin`: what the scorer was made from (the name of a run, a specification), as values that JSON can hold. It is
+      stored beside the rewards that the scorer gives.
     """
 
     def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
-        """One raw score per option, shape (K,); higher is better."""
+        """Return one raw score per option, shape (K,); higher is better."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One agent turn as sampled.
+    """One sampled agent turn.
 
     Attributes:
-      text: the turn's text, closing token removed.
-      token_ids: the sampled ids, closing token included; None for players without a tokenizer.
-      log_prob: per id, under the distribution it was sampled from, in nats.
-      policy_log_prob: per id, under the unguided policy at the same temperature, in nats.
+      text: the turn's text without its closing token.
+      token_ids: the sampled ids with the closing token; None for players without a tokenizer.
+      log_prob: log probability of each id under the distribution it was sampled from, in nats.
+      policy_log_prob: log probability of each id under the unguided policy at the same temperature, in nats.
       closed: the closing token was sampled; False = the length limit ended the turn.
-      labels: facts about how it was chosen, such as its score, that JSON can hold.
+      labels: facts about how the reply was chosen, such as its score, as values that JSON can hold.
     """
 
     text: str
@@ -88,10 +99,11 @@ class Reply:
 
 
 class Session(Protocol):
-    """One batch of episodes from their first turn to their last; it may keep caches per row.
+    """One batch of episodes from their first turn to their last. A session may keep caches per row.
 
-    Optional: `fingerprint`, of the tokenizer that the replies' token_ids belong to, and `labels(row) -> dict`, facts
-    for the table once the episode is over (the return that was asked for, say).
+    Two members are optional:
+    - `fingerprint`: that of the tokenizer to which the replies' token_ids belong.
+    - `labels(row) -> dict`: facts for the results table once the episode is over (the requested return, for example).
     """
 
     def reply(
@@ -100,21 +112,33 @@ class Session(Protocol):
         histories: Sequence[Sequence[Turn]],
         options: Sequence[Sequence[str] | None] | None = None,
     ) -> list[Reply]:
-        """The next agent turn of each of these rows, given all turns so far; `options` restrict it to given texts."""
+        """Return the next agent turn of each of these rows.
+
+        Args:
+          histories: all turns so far of each row.
+          options: the texts to which each row's reply is restricted; None = any text.
+        """
 
 
 class Policy(Protocol):
     """A player: a language model with its decoding, or a script.
 
-    `start` of one that reads demonstrations first also takes `prompts`, a list of them or None for each row.
+    The `start` of a policy that reads demonstrations first also takes `prompts`: for each row its list of
+    demonstrations, or None.
     """
 
     def start(self, seeds: Sequence[int]) -> Session:
-        """A session with one row per seed."""
+        """Return a session with one row per seed."""
 
 
 def imported(name: str, field: str) -> Any:
-    """What is called package.module:name, also in the working folder. Raises: InputError that names the field."""
+    """Import the object called package.module:name; modules in the working folder are found too.
+
+    Args:
+      field: the setting that the error names.
+
+    Raises: InputError if it cannot be imported or does not exist.
+    """
     module_name, _, attribute = name.partition(":")
     wanted = "expected package.module:function or package.module:Class"
     if os.getcwd() not in sys.path:

@@ -1,7 +1,8 @@
-"""YAML from outside, as plain values: of a settings file, of a scorer, and of what is given on the command line.
+"""Read YAML from users (settings files, scorers, command-line values) as plain values.
 
-jsonargparse reads it (unlike plain PyYAML it takes `1e-5` for a number); this refuses first what would not come to an
-end, and afterwards what is no setting. Importing this module makes jsonargparse read the command line so as well.
+jsonargparse parses it, since unlike plain PyYAML it reads `1e-5` as a number. Before that, this module refuses text
+that would expand without end; after that, values that no setting can have. Importing this module makes jsonargparse
+use the same checks on the command line.
 """
 
 from pathlib import Path
@@ -13,30 +14,36 @@ from jsonargparse import get_loader, set_loader
 from offline_lmrl.data.errors import InputError, shown
 from offline_lmrl.data.trajectory import MAX_NESTING
 
-MAX_VALUES = 100_000  # with each alias counted as what it stands for
-MAX_WHOLE = 2**63  # torch, Arrow and numpy hold none from here on
+MAX_VALUES = 100_000  # each alias counts as many values as it refers to
+MAX_WHOLE = 2**63  # torch, Arrow and numpy cannot hold numbers from here on
 
 _read = get_loader("yaml")
 
 
 def load_yaml(text: str) -> Any:
-    """The value that a YAML text holds: mappings with names that are text, lists, text, numbers, true, false, null.
+    """Return the value of a YAML text: mappings with text as names, lists, text, numbers, true, false or null.
 
-    Raises: yaml.YAMLError for text that is none, and as `require_an_end`.
+    Raises: yaml.YAMLError for text that is not YAML or holds other values; its subclass NoEnd as in `require_an_end`.
     """
     try:
         _count(text)
         value = _read(text)
-    except TypeError as error:  # jsonargparse's, about null as the only name
+    except TypeError as error:  # jsonargparse raises it for a mapping whose only name is null
         raise yaml.YAMLError("the name None, expected text") from error
-    except (ValueError, LookupError) as error:  # of a number, a date or a truth value; of text that UTF-8 lacks
+    except (ValueError, LookupError) as error:  # a bad number, date or truth value, or text that UTF-8 cannot hold
         raise yaml.YAMLError(f"a value that cannot be read: {error}") from error
     _require_plain(value)
     return value
 
 
 def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
-    """The mapping in a YAML file of `what`. Raises: InputError."""
+    """Return the mapping in a YAML file.
+
+    Args:
+      what: a noun for its content in error messages.
+
+    Raises: InputError if the file cannot be read or is not a mapping.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -49,7 +56,14 @@ def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
 
 
 def yaml_mapping(text: str, where: str, what: str) -> dict[str, Any]:
-    """The mapping in a YAML text of `what`. Raises: InputError with `where` in front."""
+    """Return the mapping in a YAML text.
+
+    Args:
+      where: the start of error messages.
+      what: a noun for its content in error messages.
+
+    Raises: InputError if the text is not a mapping in YAML.
+    """
     try:
         value = load_yaml(text)
     except yaml.YAMLError as error:
@@ -60,25 +74,32 @@ def yaml_mapping(text: str, where: str, what: str) -> dict[str, Any]:
 
 
 class NoEnd(yaml.YAMLError):
-    """More values, or deeper nested ones, than settings have."""
+    """The text has more values, or deeper nested ones, than settings can have."""
 
 
 def require_an_end(text: str) -> None:
-    """Raises: NoEnd for a text that, read as YAML, gives more or deeper nested values than settings have; aliases
-    count as what they stand for, so that one that holds itself has no end. jsonargparse reads some texts without
-    asking `load_yaml`."""
+    """Check that a text, read as YAML, has no more and no deeper nested values than settings can have.
+
+    An alias counts as many values as it refers to, so one that contains itself never ends. jsonargparse reads some
+    texts without calling `load_yaml`.
+
+    Raises: NoEnd if the check fails.
+    """
     try:
         _count(text)
     except NoEnd:
         raise
     except (yaml.YAMLError, ValueError):
-        return  # no YAML, or no UTF-8
+        return  # text that is not YAML or not UTF-8 gives no values
 
 
 def _count(text: str) -> None:
-    """Counts values while the text is scanned; nothing is built, so that nothing can be too large or too deep."""
+    """Count values while the text is scanned; raise NoEnd for too many or too deep ones.
+
+    No value is built, so any text can be checked.
+    """
     whole: dict[str, tuple[int, int]] = {}  # anchor -> (values, levels) of what it names
-    open_values: list[tuple[str | None, int, int]] = [(None, 0, 0)]
+    open_values: list[tuple[str | None, int, int]] = [(None, 0, 0)]  # (anchor, values, levels) of open collections
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.CollectionStartEvent):
             open_values.append((event.anchor, 1, 1))
@@ -103,7 +124,7 @@ def _count(text: str) -> None:
 
 
 def too_large(value: Any) -> bool:
-    """Whether a whole number that is no 64-bit one stands anywhere in plain values."""
+    """True if plain values contain a whole number that does not fit into 64 bits."""
     if isinstance(value, list | tuple | dict):
         return any(map(too_large, value.values() if isinstance(value, dict) else value))
     return isinstance(value, int) and abs(value) >= MAX_WHOLE
