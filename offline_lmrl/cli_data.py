@@ -60,7 +60,7 @@ def prepare(argv: Sequence[str]) -> None:
     source = _source(argv[0])
     needed = " ".join(f"--{name} {name.upper()}" for name in _required(source))
     report = call(f"prepare {argv[0]} {needed} [--key value ...]", source, argv[1:], positional=False)
-    # The numbers of written and dropped rows come last, so that they do not scroll away.
+    # Facts of the data come first; splits and removed rows come last, so that they do not scroll away.
     names = list(report)
     splits = names.index("splits") if "splits" in names else len(names)
     print_report({name: report[name] for name in names[splits + 1 :] + names[splits : splits + 1] + names[:splits]})
