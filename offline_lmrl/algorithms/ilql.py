@@ -252,6 +252,7 @@ class ILQLTrainer(OfflineTrainer):
         logged = {f"loss/{name}": values for name, values in losses.items()}
         if args.utterance_weight > 0:
             losses_of_replies = utterance_losses(outputs, steps, args)
+            # (M,) losses of replies are added at the tokens that close their turns.
             total = total.index_add(0, steps["closes_turn"].nonzero()[:, 0], args.utterance_weight * losses_of_replies)
             logged["loss/utterance"] = losses_of_replies
         logged["value/q"] = outputs["q"].mean(0)
