@@ -149,6 +149,7 @@ class ReturnConditionedTrainer(OfflineTrainer):
     ):
         self.shown: Sequence[Trajectory] | None = None  # demonstrations with the critic's labels
         if args.critic is not None:
+            # Before super().__init__, which fits the bins to the returns of the data.
             critic = load_critic(args.critic, device=args.device)
             train_dataset, eval_dataset, self.shown = (
                 logs and relabel(logs, critic, args.relabel, args.discount_per_turn)
@@ -243,11 +244,13 @@ class ReturnConditionedTrainer(OfflineTrainer):
         args, loss = self.args, -outputs["log_prob"]
         logged = {"loss/policy": loss}
         if args.return_weight > 0:
+            # False for turns whose returns are in the context, from which the heads could copy them.
             counts = outputs["outcome_counts"]
             place = steps["closes_turn"].nonzero()[:, 0][counts]
             logged["loss/returns"] = -outputs["outcome_log_prob"][counts]
             loss = loss.index_add(0, place, args.return_weight * logged["loss/returns"])
         if args.environment_weight > 0:
             logged["loss/environment"] = -outputs["environment_log_prob"]
+            # Tokens of replies are no action tokens: their summed loss is spread evenly over the N action tokens.
             loss = loss + args.environment_weight * logged["loss/environment"].sum() / max(len(loss), 1)
         return loss, logged
