@@ -434,6 +434,7 @@ class PPOTrainer(LoopTrainer):
     def play(self, bar: tqdm | None = None) -> list[Trajectory]:
         """Play this process's share of the iteration's episodes; no seed is used twice in a run."""
         args = self.args
+        # Iterations, and runs that differ in their seed alone, get disjoint ranges of episode seeds.
         first = args.first_seed + (args.seed * args.max_steps + self.iteration) * args.episodes
         seeds = list(range(first, first + args.episodes))[args.process_index :: args.world_size]
         told = None if bar is None else lambda done, total: bar.set_postfix(played=f"{done}/{total}")
@@ -498,6 +499,7 @@ class PPOTrainer(LoopTrainer):
             if allowed is not None:
                 logits = logits.masked_fill(~self._mask([allowed[i] for i in places]), -torch.inf)
             if filtered or allowed is not None:
+                # Updates normalise over the same tokens as the sampler did, so that ρ is 1 before the first step.
                 kept = warp_log_probs(logits, play.temperature, play.top_k, play.top_p, play.min_p, play.support)
                 kept = kept > -torch.inf
                 experience.keep(places, kept)
@@ -643,11 +645,12 @@ class PPOTrainer(LoopTrainer):
             chunks += [(None, logged[start : start + size]) for start in range(0, len(logged), size)]
             offsets = self.ptx.flat["state"][1]
             counts[1] = known.new_tensor((offsets[logged + 1] - offsets[logged]).sum())
+        # The divisors of the two losses over all processes: steps with a target, and logged action tokens.
         counts = self.accelerator.reduce(torch.stack(counts).to(args.device), "sum").clamp(min=1)
         read: list[dict[str, Tensor]] = []
         losses: Counter[str] = Counter()
         for number, (source, chunk) in enumerate(chunks):
-            last = number == len(chunks) - 1
+            last = number == len(chunks) - 1  # gradients are averaged over processes once, with the last chunk
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 if source is None:
                     terms = self.ptx_terms(chunk)
