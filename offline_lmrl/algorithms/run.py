@@ -242,6 +242,7 @@ def resolved_config(
         for name, value in args.to_dict().items()
         if isinstance(value, str | int | float | dict | list | None) and name not in SPEED
     }
+    # Through JSON, so that tuples are lists as in the config.yaml with which this is compared.
     return json.loads(
         json.dumps({"algorithm": algorithm, "model": asdict(model), "data": asdict(data), **played, "args": values})
     )
@@ -384,7 +385,7 @@ def train(
         return folder
     with ExitStack() as held:
         _hold(folder, args, held)
-        there = run_there(folder, config)
+        there = run_there(folder, config)  # again under the lock: another process may have trained meanwhile
         world = open_environment(algorithm, environment, players or {})
         trainer = build_trainer(algorithm, model, rows, validation, args, world)
         checkpoint = None if there == "none" else trainer.last_checkpoint()
