@@ -281,7 +281,7 @@ class RewardModelTrainer(BaseTrainer):
         encode = encode_scored if scored else encode_comparisons
         by_turn = reads_by_turn(args.head, args.window)
         encoded = encode(rows, self.renderer, args.window, counts, args.processes, by_turn)
-        encoded.weight = encoded.weight / encoded.weight.mean()
+        encoded.weight = encoded.weight / encoded.weight.mean()  # the scale of weights does not change the loss
         return encoded
 
     def _standardise(self, train: ComparisonDataset, *others: ComparisonDataset | None) -> None:
