@@ -69,6 +69,7 @@ class Parser(ArgumentParser):
                     action.help = SUPPRESS
                 else:
                     action.help = texts.get(action.dest, action.help)
+            # The sort is stable: inherited fields move to the end, all else keeps its order.
             group._group_actions.sort(key=lambda action: action.dest in inherited)
 
     def add_overrides(self, cls: type, title: str, skip: Collection[str] = ()) -> None:
