@@ -244,7 +244,7 @@ class ReturnConditionedTrainer(OfflineTrainer):
         args, loss = self.args, -outputs["log_prob"]
         logged = {"loss/policy": loss}
         if args.return_weight > 0:
-            # False for turns whose returns are in the context, from which the heads could copy them.
+            # False for turns without a target, and where the context holds returns, which the heads could copy.
             counts = outputs["outcome_counts"]
             place = steps["closes_turn"].nonzero()[:, 0][counts]
             logged["loss/returns"] = -outputs["outcome_log_prob"][counts]
