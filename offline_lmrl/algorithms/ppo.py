@@ -321,12 +321,12 @@ class PPOTrainer(LoopTrainer):
         if args.value_model != "shared":
             value_model = copy.deepcopy(policy) if args.value_model == "copy" else self._open_value_model()
             value_model = value_model.to(self.device).requires_grad_(True)
-        self.reference = None  # the policy with its adapter off
+        self.reference = None  # None = the policy with its adapter off
         if peft_config is None:
             self.reference = copy.deepcopy(policy).eval().requires_grad_(False)
         else:
             policy = with_adapter(policy, peft_config)
-        transformers.set_seed(args.seed)  # the value head's first layer
+        transformers.set_seed(args.seed)  # ActorCritic draws the value head's first layer
         module = ActorCritic(policy, value_model, self.scale)
         self._freeze_unreached(module)
         self.set_up(module, policy, average=args.ema > 0)
