@@ -477,7 +477,7 @@ def dry_run(
       and counts of dropped data.
     """
     args, counts = copy.copy(args), Counter()
-    with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer makes this folder
+    with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer creates output_dir
         world = open_environment(algorithm, environment, {})
         trainer = build_trainer(algorithm, model, *read_data(algorithm, data, args, counts), args, world)
     parameters = sum(p.numel() for p in trainer.model.parameters())
