@@ -89,7 +89,7 @@ def _select(data: str, *, scorer: str, output: Path, n: int = 100, split: str | 
       scorer: an ensemble, as a YAML file or a mapping: "{kind: ensemble, scorers: [runs/a, runs/b]}".
       output: file or datasets folder.
       n: number of pairs, at most one of each comparison.
-      split: name of the split to read, for data with several; null = all rows.
+      split: name of the split to read, for data with several.
     """
     from offline_lmrl.data.io import read_comparisons, write_comparisons
     from offline_lmrl.decoding.scorers import Ensemble, fitting, load_scorer, most_disputed
