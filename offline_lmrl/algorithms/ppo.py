@@ -110,8 +110,8 @@ class PPOConfig(OfflineConfig):
       minibatches: optimizer steps per pass [1].
       per_device_train_batch_size: windows per forward pass; it changes no gradient.
       clip_range: ε; the ratio of new to old probability is clipped to 1 ± ε [.2].
-      value_clip_range: bound of V's change from its value at the rollout, in the clipped value loss and in scaled
-        reward units; null = no clipping [.2].
+      value_clip_range: largest distance, in scaled reward units, of the clipped V in the value loss from V at the
+        rollout; null = no clipping [.2].
       value_weight: c_v, weight of the value loss [.1].
       entropy_weight: c_e, weight of the entropy bonus [0].
       gae_lambda: λ of generalised advantage estimation, 0 to 1 [.95].
