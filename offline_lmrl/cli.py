@@ -1,8 +1,8 @@
-"""The console script: finds the command, runs it, and turns what goes wrong into one line and an exit code.
+"""The console script. It runs the named command and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 the program failed, or a part of it (with its traceback), 2 an input or a setting cannot be used,
+Exit codes: 0 done, 1 the program or a part of it failed (with a traceback), 2 an input or a setting cannot be used,
 130 interrupted, 143 terminated.
-Commands are loaded when they are called, so that this help answers at once.
+Commands are imported when they are called, so that the help is printed at once.
 """
 
 import os
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"offline-lmrl {__version__}")
         return 0
     if not sys.stderr.isatty():
-        # In a log file the bars of downloads and weight loading are noise around the one line that matters.
+        # In a log file the progress bars of downloads and weight loading would bury the output.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         _require_text(arguments)
@@ -68,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _refuse(str(error))
         return 1
     except BrokenPipeError:
-        # The reader (head, less) has gone; without this the interpreter complains when it flushes at exit.
+        # The reader (head, less) has closed the pipe: without this the interpreter fails when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a file of the user's, or a library's word on a model or data set that is not there
+    except OSError as error:  # about a file of the user, or from a library about a missing model or data set
         said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         return _refuse(str(InputError(said)))
     except Stopped as stop:
@@ -85,12 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Have SIGTERM end the command as SIGINT does, so that it cleans up behind itself."""
+    """Make SIGTERM raise an exception, as SIGINT does, so that the command cleans up before it ends."""
 
     def stop(number: int, frame: object) -> None:
         raise Stopped("", number)
 
-    if threading.current_thread() is not threading.main_thread():  # which gets no signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     before = signal.signal(signal.SIGTERM, stop)
@@ -101,7 +101,10 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _require_text(arguments: Sequence[str]) -> None:
-    """Raises: InputError for what no file can hold, and so neither config nor report: found now, not when saving."""
+    """Check now, not when a config or report is saved, that all arguments can be written to a text file.
+
+    Raises: InputError for an argument with a NUL character or text that is not UTF-8.
+    """
     for argument in arguments:
         try:
             usable = b"\0" not in argument.encode()

@@ -18,7 +18,7 @@ from offline_lmrl.data.terminal import visible
 if TYPE_CHECKING:
     from offline_lmrl.data.rendering import Renderer
 
-# what follows `prepare` -> module and function; imported on use
+# name of a source in `prepare SOURCE` -> module and function; modules are imported when they are used
 SOURCES = {
     "maze": ("data_prep.maze", "prepare"),
     "toys": ("data_prep.toys", "prepare"),
@@ -53,21 +53,21 @@ Turn a known source of logs into scored trajectories or comparisons. Sources: {"
 
 
 def prepare(argv: Sequence[str]) -> None:
-    """`prepare SOURCE --output DIR`: its settings are the parameters of that source's function."""
+    """Run the command `prepare SOURCE --output DIR`; its settings are the parameters of the source's function."""
     if not argv or argv[0] in ("-h", "--help"):
         print(PREPARE_HELP)
         return
     source = _source(argv[0])
     needed = " ".join(f"--{name} {name.upper()}" for name in _required(source))
     report = call(f"prepare {argv[0]} {needed} [--key value ...]", source, argv[1:], positional=False)
-    # What is in the data first, then in its splits, so that where the rows went does not scroll away.
+    # Facts of the data come first; splits and removed rows come last, so that they do not scroll away.
     names = list(report)
     splits = names.index("splits") if "splits" in names else len(names)
     print_report({name: report[name] for name in names[splits + 1 :] + names[splits : splits + 1] + names[:splits]})
 
 
 def prepare_from_settings(settings: Mapping[str, Any]) -> None:
-    """The same from the `prepare` block of a comparison: `command` and the settings of that source."""
+    """Run `prepare` from the `prepare` block of a config: `command` and the settings of that source."""
     settings = dict(settings)
     source = _source(settings.pop("command"))
     missing = [f"prepare.{name}" for name in _required(source) if settings.get(name) is None]
@@ -77,7 +77,12 @@ def prepare_from_settings(settings: Mapping[str, Any]) -> None:
 
 
 def _source(name: str) -> Callable[..., Mapping[str, Any]]:
-    """The function of a source. It refuses at once what no source can use: some of them read for long first."""
+    """Return the function of a source, wrapped in checks that hold for every source.
+
+    The checks come first because some sources read data for a long time before they would fail.
+
+    Raises: InputError if the source is unknown.
+    """
     if name not in SOURCES:
         raise InputError(f"source: found {shown(name)}, expected one of {', '.join(SOURCES)}{nearest(name, SOURCES)}")
     from data_prep.comparisons import check_share
@@ -101,13 +106,21 @@ def _source(name: str) -> Callable[..., Mapping[str, Any]]:
 
 
 def _require_apart(source: Path, output: Path) -> None:
-    """Raises InputError where what is written could take the place of what is read."""
+    """Check that the output cannot replace the input.
+
+    Raises: InputError if it could.
+    """
     if output.resolve() in (source.resolve(), source.resolve().parent if source.is_file() else None):
         raise InputError(f"output: found {output}, where the input lies, expected another folder")
 
 
 def check_output(output: Path, *read: str | None) -> None:
-    """Says before the work what writing would say after it, and that the output is, or lies in, what is read."""
+    """Check before the work that the output can be written.
+
+    Args:
+      read: paths or names of the inputs; None entries are skipped.
+    Raises: InputError if the path cannot be written, equals an input, or is inside one.
+    """
     folder = output.parent
     while not folder.exists():
         folder = folder.parent
@@ -120,7 +133,7 @@ def check_output(output: Path, *read: str | None) -> None:
 
 
 def check_output_file(output: Path, *read: str | None) -> None:
-    """`check_output` for what is one file."""
+    """Check an output as `check_output` does, and that it is not an existing folder."""
     check_output(output, *read)
     if output.is_dir():
         raise InputError(f"output: found the folder {output}, expected a file")
@@ -131,7 +144,10 @@ def _required(source: Callable[..., Any]) -> list[str]:
 
 
 def print_report(report: Mapping[str, Any], indent: str = "") -> None:
-    """`name: value` per line, a nested report further in, and what is nested in that on one line if it is flat."""
+    """Print a report as one `name: value` per line.
+
+    A nested report is indented; a report nested in that one is printed on one line if it is flat.
+    """
     for name, value in report.items():
         if isinstance(value, Mapping) and value:
             print(visible(f"{indent}{name}:"))
@@ -151,7 +167,7 @@ def _plain(value: Any) -> Any:
 
 
 def check(argv: Sequence[str]) -> None:
-    """`check DATA`, or `check DATA DATA` for splits that lie in files of their own."""
+    """Run the command `check DATA [DATA ...]`; several sources are splits of one data set."""
     parser = Parser("check DATA [DATA ...] [--key value ...]")
     parser.add_argument(
         "data",
@@ -171,15 +187,17 @@ def _check(
     max_length: int | None = None,
     row: int = 1,
 ) -> None:
-    """Say what is in a data set and what will make learning from it fail.
+    """Report the contents of a data set and the faults that will make learning from it fail.
 
     Args:
       data: files, folders or hub names of scored trajectories or of comparisons.
-      reward: the column that holds the score of a row; null = `reward`, or `label` beside a prompt.
-      tokenizer: folder or hub name; adds token counts, a comparison with the chat template, and a row token by token.
-      template: auto (as the chat template prints, or plain without one), assembled (only appends) or plain.
-      max_length: count rows with more tokens than this; needs a tokenizer.
-      row: the row of the first split that is shown token by token, from 1; of scored trajectories only.
+      reward: column that holds the score of a row; null = `reward`, or `label` in rows with a prompt.
+      tokenizer: folder or hub name of a tokenizer; adds token counts, a comparison with the chat template, and one row
+        printed token by token. null = no tokens.
+      template: form of dialogues: auto (as the chat template prints them, or plain without one), assembled (the chat
+        template's texts around turns, so that later turns only append) or plain.
+      max_length: largest length of a row in tokens; longer rows are counted. Needs a tokenizer; null = no count.
+      row: number of the row to print token by token, from 1, in the first split; for scored trajectories only.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -218,8 +236,10 @@ def _check(
 
 
 def _splits(data: Sequence[str], read: Callable[[str], dict[str, list[Any]]]) -> dict[str, list[Any]]:
-    """The splits of one source by their names; of several sources by names that say which they are of, short if they
-    differ."""
+    """Read the splits of all sources, by name.
+
+    With several sources, a name includes the source: its last path component if these differ, else the whole.
+    """
     found = {source: read(source) for source in data}
     if len(found) == 1:
         return found[data[0]]
@@ -265,7 +285,7 @@ def _renderer(tokenizer: str, template: str):
 
 
 def config(argv: Sequence[str]) -> None:
-    """`config` lists the shipped configs, `config TASK/METHOD` prints one."""
+    """Run the command `config`, which lists the shipped configs, or `config TASK/METHOD`, which prints one."""
     name, rest = split_file(argv)
     Parser("config [TASK/METHOD]", "List the shipped configs, or print one.").parse(rest)
     shipped = shipped_configs()
@@ -278,14 +298,17 @@ def config(argv: Sequence[str]) -> None:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """task/method -> file: inside an installed package, beside it in a clone."""
+    """Return the files of all shipped configs by "task/method": inside an installed package, beside it in a clone."""
     installed = Path(__file__).parent / "configs"
     folder = installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
 
 
 def config_path(name: str) -> str:
-    """The file of a config, given as a path or as the name of a shipped one."""
+    """Return the file of a config, given as a path or as the name of a shipped config.
+
+    Raises: InputError if it is neither.
+    """
     shipped = shipped_configs()
     if Path(name).exists() or name.endswith((".yaml", ".yml")):
         return name

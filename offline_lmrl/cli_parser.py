@@ -1,7 +1,7 @@
-"""How commands read their settings: typed by the functions and dataclasses they go to, with errors of one line.
+"""Parsing of a command's settings, typed by the functions and dataclasses that receive them, with one-line errors.
 
-jsonargparse does the parsing; this adds the file that comes before the settings, the nearest right key, and help texts
-for dataclasses whose docstrings say `field: what it is`.
+jsonargparse does the parsing. This module adds a settings file before the command line's settings, a suggestion for a
+misspelt key, and help texts of dataclass fields from docstring entries of the form `field: text`.
 """
 
 import difflib
@@ -21,13 +21,13 @@ from offline_lmrl.data.yaml_text import load_yaml, read_yaml, require_an_end, to
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown name: "; did you mean 'x'?", or nothing where no known name is near."""
-    known, name = list(known), name[:200]  # more is no misspelling, and takes its time to compare
+    """Return a suggestion that ends an error about an unknown name: "; did you mean 'x'?", "" if none is near."""
+    known, name = list(known), name[:200]  # a longer name is no misspelling and is slow to compare
     leaf = name.rpartition(".")[2]
     # The right name under the wrong group (`learning_rate` for `args.learning_rate`) is nearer than any spelling.
     near = [other for other in known if other.rpartition(".")[2] == leaf]
     near = near or difflib.get_close_matches(name, known, n=1)
-    near = near or difflib.get_close_matches(name.partition(".")[0], known, n=1)  # the key of a free mapping
+    near = near or difflib.get_close_matches(name.partition(".")[0], known, n=1)  # a key inside a free mapping
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -35,7 +35,12 @@ class Parser(ArgumentParser):
     """A command's parser: raises InputError instead of printing its usage, and takes no abbreviations."""
 
     def __init__(self, usage: str = "", description: str | None = None, **more: Any):
-        """more: what jsonargparse gives the parsers that it makes of this one, for dataclasses that may be null."""
+        """Create the parser of one command.
+
+        Args:
+          usage: the command line without the program's name.
+          more: extra arguments that jsonargparse passes when it creates sub-parsers for optional dataclasses.
+        """
         usage = f"offline-lmrl {usage}"
         super().__init__(prog="offline-lmrl", usage=usage, description=description, allow_abbrev=False, **more)
 
@@ -45,7 +50,13 @@ class Parser(ArgumentParser):
     def add_dataclass(
         self, cls: type, key: str | None = None, base: type | None = None, show_base: bool = True
     ) -> None:
-        """Add a dataclass as `--key.field`; fields that only `base` states come last in the help, or not at all."""
+        """Add the fields of a dataclass as `--key.field`.
+
+        Args:
+          key: prefix of the fields; None = no prefix.
+          base: base class whose fields come last in the help, unless a subclass declares them again; None = none.
+          show_base: show these fields in the help at all.
+        """
         self.add_class_arguments(cls, key)
         prefix = f"{key}." if key else ""
         texts = field_help(cls, prefix)
@@ -53,23 +64,28 @@ class Parser(ArgumentParser):
         for group in self._action_groups:
             for action in group._group_actions:
                 if action.dest in (self.groups or {}) or action.dest.endswith(".help"):
-                    action.help = SUPPRESS  # a group from a file of its own, help of a nested class: not our commands
+                    action.help = SUPPRESS  # options of jsonargparse: a file for a group, help of a nested class
                 elif action.dest in inherited and not show_base:
                     action.help = SUPPRESS
                 else:
                     action.help = texts.get(action.dest, action.help)
+            # The sort is stable: inherited fields move to the end, all else keeps its order.
             group._group_actions.sort(key=lambda action: action.dest in inherited)
 
     def add_overrides(self, cls: type, title: str, skip: Collection[str] = ()) -> None:
-        """Add the fields of a dataclass as `--field`; the result has only those that were given."""
+        """Add the fields of a dataclass as `--field`; the parsed result holds only fields that were given."""
         hints, texts, group = get_type_hints(cls), field_help(cls), self.add_argument_group(title)
         for field in (field for field in fields(cls) if field.name not in skip):
             group.add_argument(f"--{field.name}", type=hints[field.name], default=SUPPRESS, help=texts.get(field.name))
 
     def parse(self, argv: Sequence[str], settings: Mapping[str, Any] | None = None, source: str = "") -> Namespace:
-        """The built values of a file's settings with the command line over them.
+        """Parse the settings of a file and the command line, which wins, and build the dataclasses.
 
-        Raises: InputError that names the key, and the file where the value came from there.
+        Args:
+          argv: the command line after the command and its file.
+          settings: the settings of the file; None = no file.
+          source: name of the file, for errors.
+        Raises: InputError that names the key, and the file if the value is from the file.
         """
         start = None
         if settings:
@@ -91,11 +107,18 @@ class Parser(ArgumentParser):
             return self.instantiate(values)
         except InputError:
             raise
-        except ValueError as error:  # what a dataclass says about its own fields
+        except ValueError as error:  # raised by a dataclass about its own fields
             self.error(str(error), error)
 
     def _restated(self, argv: Sequence[str], start: Namespace | None) -> list[str]:
-        """A file's groups that may be null, as arguments, where more follow: jsonargparse does not merge the two."""
+        """Move optional groups of the file to arguments if the command line also sets fields of them.
+
+        jsonargparse would not merge the two sources.
+
+        Args:
+          start: parsed settings of the file; the moved groups become None in it.
+        Returns: the arguments that set the moved groups.
+        """
         arguments = []
         for action in self._actions if start is not None else ():
             optional = type(None) in get_args(getattr(action, "_typehint", None))
@@ -114,7 +137,7 @@ class Parser(ArgumentParser):
         return self.parse_object(stated, _skip_required=True)
 
     def _refuse_nulls(self, values: Namespace) -> None:
-        """jsonargparse takes null for "not given" whatever the type, and would hand it on."""
+        """Refuse null for settings whose type does not allow it: jsonargparse accepts null for every type."""
         for action in self._actions:
             typed = getattr(action, "_typehint", None)
             if typed is None or action.default is None or action.dest not in values or values[action.dest] is not None:
@@ -147,8 +170,10 @@ def call(
     """Call a function with arguments from the command line.
 
     Args:
-      positional: whether its required parameters are given without a name.
-      settings: arguments by name, from a config; the command line wins.
+      usage: the command line without the program's name, for help and errors.
+      argv: the command line after the command.
+      settings: arguments by name, from a config; the command line wins. None = no config.
+      positional: give required parameters without a name.
     """
     parser = Parser(usage)
     parser.add_function_arguments(function, as_positional=positional)
@@ -156,18 +181,21 @@ def call(
 
 
 def split_file(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The FILE.yaml before the settings, if there is one, and the settings."""
+    """Split a command line into the FILE.yaml before the settings (None if there is none) and the settings."""
     has_file = bool(argv) and not argv[0].startswith("-")
     return (argv[0], list(argv[1:])) if has_file else (None, list(argv))
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; unlike plain PyYAML, `1e-5` is a number."""
+    """Read the mapping in a YAML file; unlike in plain PyYAML, `1e-5` is a number."""
     return read_yaml(path, "settings")
 
 
 def overrides_of(argv: Sequence[str]) -> dict[str, Any]:
-    """`--a.b value` or `--a.b=value` pairs as {"a.b": value}, each value read as YAML."""
+    """Parse `--a.b value` and `--a.b=value` pairs to {"a.b": value}, with values in YAML.
+
+    Raises: InputError if an argument is no such pair or a value is no YAML.
+    """
     given, rest = {}, list(argv)
     while rest:
         key, equals, value = rest.pop(0).partition("=")
@@ -185,9 +213,10 @@ def overrides_of(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def field_help(cls: type, prefix: str = "") -> dict[str, str]:
-    """Dotted field -> its text, from the docstrings of a dataclass, its bases, and the dataclasses in its fields.
+    """Collect the help texts of a dataclass's fields by dotted name, from docstrings or the fields' metadata.
 
-    A docstring says "field: text", or "one, two: text for both".
+    The docstrings are those of the dataclass, its bases and the dataclasses in its fields. An entry is "field: text",
+    or "one, two: text for both", and ends at an empty line.
     """
     texts = {field.name: field.metadata["help"] for field in fields(cls) if "help" in field.metadata}
     known = "|".join(field.name for field in fields(cls))
@@ -204,7 +233,7 @@ def field_help(cls: type, prefix: str = "") -> dict[str, str]:
 
 
 def _only_in(base: type, cls: type) -> set[str]:
-    """The fields of `base` that no class between it and `cls` states again, with a new default say."""
+    """Return the fields of `base` that no class between it and `cls` declares again, for example for a new default."""
     between = cls.__mro__[: cls.__mro__.index(base)]
     return {field.name for field in fields(base)} - {
         name for parent in between for name in parent.__dict__.get("__annotations__", ())

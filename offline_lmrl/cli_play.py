@@ -30,22 +30,22 @@ if TYPE_CHECKING:
     from offline_lmrl.decoding.policy import LanguagePolicy
     from offline_lmrl.evaluation.play import EvaluationResult
 
-PROMPTS_AT_ONCE = 256  # what is generated between two movements of the progress bar
+PROMPTS_AT_ONCE = 256  # prompts per call of the sampler; the progress bar moves once for each call
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """`evaluate RUN --environment NAME` or `--data HELDOUT`."""
+    """Run the command `evaluate RUN (--environment NAME | --data HELDOUT)`."""
     _call("evaluate RUN (--environment NAME | --data HELDOUT) [--key value ...]", _evaluate, argv)
 
 
 def generate(argv: Sequence[str]) -> None:
-    """`generate RUN --prompts FILE`, or `--chat`."""
+    """Run the command `generate RUN [--prompts FILE] [--chat]`."""
     flags = {"chat": "talk to the run turn by turn, on stdin and stdout, until the input ends"}
     _call("generate RUN [--prompts FILE] [--output FILE] [--chat] [--key value ...]", _generate, argv, flags)
 
 
 def export(argv: Sequence[str]) -> None:
-    """`export RUN --output DIR`."""
+    """Run the command `export RUN --output DIR`."""
     _call("export RUN --output DIR [--key value ...]", _export, argv, without=("ask", "max_new_tokens", "stop"))
 
 
@@ -56,11 +56,12 @@ def _call(
     flags: Mapping[str, str] | None = None,
     without: Collection[str] = (),
 ) -> None:
-    """Call a function of a run; the fields of SamplingConfig that are given go into its parameter `sampling`.
+    """Call a command's function; fields of SamplingConfig in `argv` are passed as its parameter `sampling`.
 
     Args:
-      flags: parameters that take no value on the command line, with their help.
-      without: fields of SamplingConfig that are not offered.
+      usage: the command line without the program's name, for help and errors.
+      flags: help texts by name of the parameters that take no value on the command line; None = none.
+      without: fields of SamplingConfig that the command does not accept.
     """
     from offline_lmrl.decoding.sampler import SamplingConfig
 
@@ -71,7 +72,7 @@ def _call(
     parser.add_overrides(SamplingConfig, "Decoding; what is not given is as saved with the run", without)
     values = parser.parse(argv).as_dict()
     sampling = {field.name: values.pop(field.name) for field in fields(SamplingConfig) if field.name in values}
-    SamplingConfig(**sampling)  # a number out of range shows before the model is loaded
+    SamplingConfig(**sampling)  # reports a number out of range before the model is loaded
     function(**values, sampling=sampling)
 
 
@@ -103,31 +104,32 @@ def _evaluate(
     """Measure a run in an environment, on held-out logs, or both; a reward model on held-out comparisons.
 
     Args:
-      run: a run directory, or a folder or hub name of a causal LM; for comparisons a scorer, as `relabel` takes it.
+      run: a run directory, or a folder or hub name of a causal LM; for comparisons, a scorer as in `relabel`.
       environment: maze, wordle, negotiation, corridor, gamble, count, count1, talk, talk_trap, hidden_rule, walk, or
-        your own as package.module:Class (its code runs).
-      settings: the environment's own arguments, as --settings.observed partial.
-      episodes: how many are played.
-      seed: the first episode's; the others follow.
-      repeats: decodings of every episode.
-      cluster: label that dependent episodes share, for the interval; null = every episode for itself.
-      batch_size: episodes played side by side.
-      output: file for the played episodes, which can be trained on; with asks for what they achieve, as JSON Lines;
-        for comparisons what is printed, as JSON.
-      data: held-out trajectories; says what logs alone can say. Or comparisons: says how often the scorer agrees.
-      reward: the column that holds the score of a row of data; null = `reward`, or `label` beside a prompt.
-      betas: weights of the guidance that are tried on the logs.
-      kl_budget: the largest of them that moves the policy no further than this, in nats per token, is recommended.
+        your own as package.module:Class (its code runs); null = no play.
+      settings: arguments of the environment, such as --settings.observed partial.
+      episodes: number of episodes to play.
+      seed: seed of the first episode; the following episodes have the following seeds.
+      repeats: number of decodings of every episode.
+      cluster: label whose value dependent episodes share, for the interval; null = all episodes are independent.
+      batch_size: number of episodes played in parallel.
+      output: file for the played episodes, which can be trained on. With asks, a JSON Lines file for the results of
+        each requested return. For comparisons, a JSON file for the printed report.
+      data: held-out trajectories, for the measures that need only logs; or held-out comparisons, to measure how often
+        the scorer agrees with them.
+      reward: column of data that holds the score of a row; null = `reward`, or `label` in rows with a prompt.
+      betas: weights of value guidance to try on the logs.
+      kl_budget: largest KL from the unguided policy, in nats per token; the largest of betas within it is recommended.
       fqe: optimizer steps of fitted Q evaluation on the logs, an estimate of the run's score; 0 = none.
-      show: print this row of the data token by token instead, from 1.
-      asks: returns to ask for one after the other, as [0, p50, max]; prints what each achieves, and where the extra
-        `plots` is installed draws it, beside the output or into asks.png in the run's folder.
-      planner: plans every reply ahead, with no return asked for; --planner.help names its settings.
-      demonstrations: trajectories; every episode is played, and every log read, behind some of its task, as many as
-        the run was trained behind. Without them nothing is shown in play, and logs are read as in training.
-      task: what is played, for a run that was trained with returns per task.
-      device: null = the first accelerator, else the CPU.
-      split: of data with several, which.
+      show: number of a row of data, from 1, to print token by token instead of the measures on logs.
+      asks: returns to request one after the other, such as [0, p50, max]. Prints the return that each achieves. If the
+        extra `plots` is installed, also draws them, beside the output or into asks.png in the run's folder.
+      planner: plan every reply ahead, with no requested return; --planner.help lists its settings.
+      demonstrations: trajectories to show as few-shot demonstrations of the same task, as many as in training, before
+        each played episode and each log. null = none in play, and those of training for logs.
+      task: task that is played, for a run that was trained with returns per task.
+      device: device of the model, such as cpu or cuda:0; null = the first accelerator, else the CPU.
+      split: name of the split to read, for data with several.
     """
     given = dict(locals())
     from offline_lmrl.data.demonstrations import task_prompts
@@ -173,7 +175,7 @@ def _evaluate(
 
 
 def _say(data: str | None, counts: Mapping[str, int]) -> None:
-    """What the reader repaired and dropped."""
+    """Print to stderr how many rows the reader repaired and dropped, by reason."""
     for reason, n in counts.items():
         print(f"{data}: {reason}: {n}", file=sys.stderr)
 
@@ -191,7 +193,10 @@ def _check_measures(
     sampling: Mapping[str, Any],
     **_: Any,
 ) -> None:
-    """Raises: InputError where settings of `_evaluate` do not go together."""
+    """Check that the settings of `_evaluate` can be combined.
+
+    Raises: InputError if they cannot.
+    """
     from offline_lmrl.data.conditioning import check_ask
 
     if environment is None and data is None:
@@ -312,27 +317,27 @@ def _generate(
     *,
     sampling: Mapping[str, Any],
 ) -> None:
-    """Reply to prompts, or talk.
+    """Reply to prompts, or chat.
 
     Args:
       run: a run directory, or a folder or hub name of a causal LM.
       prompts: file, or - for stdin: one prompt per line, plain text or JSON with `prompt` or `messages`.
-      output: file, or - for stdout: JSON Lines with the messages, the reply's token ids and log-probabilities, and
-        where a scorer chose it, in the labels, its score, of how many it is the best, and whether it abstained.
-      n: replies to each prompt.
-      seed: of the first prompt; the others follow.
-      scorer: what chooses the best of several replies, as `relabel` takes it.
-      best_of: of how many.
-      threshold: replies that score less are not given.
-      coverage: sets the threshold at which this share of the prompts in held_out is answered.
-      held_out: file of prompts, as `prompts`.
-      abstention: what is said instead [I don't know.]; such a row is no reply, so it is not trained and reading drops
-        it, counted.
-      contexts: package.module:function (its code runs) that gives, for the turns so far, several dialogues (lists of
-        turns) which the replies are drawn from in turn, such as one for each document to answer from; the scorer reads
-        the turns.
-      task: what is talked about, for a run that was trained with returns per task.
-      device: null = the first accelerator, else the CPU.
+      output: file, or - for stdout: JSON Lines with the messages and the reply's token ids and log-probabilities. If a
+        scorer chose the reply, its labels hold the score, the number of replies compared, and whether it abstained.
+      n: number of replies to each prompt.
+      seed: seed of the first prompt; the following prompts have the following seeds.
+      scorer: scorer that chooses the best of several replies, as in `relabel`; null = none.
+      best_of: number of replies from which the scorer chooses.
+      threshold: least score of a reply that is given; below it, the run abstains. null = always reply.
+      coverage: share of the prompts in held_out to answer, 0 to 1; it sets the threshold. null = threshold as given.
+      held_out: file of prompts for coverage, in the form of `prompts`.
+      abstention: text given instead of a reply whose score is below the threshold [I don't know.]. Such a row is not
+        trained on: reading drops and counts it.
+      contexts: package.module:function (its code runs) that maps the turns so far to several dialogues (lists of
+        turns), such as one per document to answer from. Replies are sampled from these in turn; the scorer scores them
+        after the turns so far. null = the turns so far.
+      task: task of the prompts, for a run that was trained with returns per task.
+      device: device of the model, such as cpu or cuda:0; null = the first accelerator, else the CPU.
     """
     from offline_lmrl.data.io import atomic_output
     from offline_lmrl.data.protocols import imported
@@ -368,7 +373,7 @@ def _generate(
     replies = list(_replies(player, policy.renderer.fingerprint, histories, n, seed))
     rows = [json.dumps(to_record(row), ensure_ascii=False) + "\n" for row in replies]
     if output == "-":
-        sys.stdout.writelines(map(visible, rows))  # the same rows as JSON
+        sys.stdout.writelines(map(visible, rows))  # escapes terminal control characters; the JSON keeps its meaning
     else:
         with atomic_output(output) as temporary:
             temporary.write_text("".join(rows), encoding="utf-8")
@@ -380,29 +385,31 @@ def _generate(
 def _export(run: str, *, output: Path, device: str | None = None, sampling: Mapping[str, Any]) -> None:
     """Write a run as a plain checkpoint of its base model, which other engines serve, and a README.md about it.
 
-    A checkpoint that would play otherwise than the run is not written. Values fold exactly with q_reduce mean or first
-    and without support, candidates, clip, top_k, top_p and min_p; a policy without guidance always does.
+    A checkpoint that would play differently from the run is not written. Value guidance can be added exactly to the
+    checkpoint's weights with q_reduce mean or first and without support, candidates, clip, top_k, top_p and min_p; a
+    policy without guidance can always be exported.
 
     Args:
       run: a run directory.
       output: a folder that does not exist yet.
-      device: null = the first accelerator, else the CPU.
+      device: device of the model, such as cpu or cuda:0; null = the first accelerator, else the CPU.
     """
     from offline_lmrl.data.files import sweep
     from offline_lmrl.evaluation.export import export as export_run
 
     if output.parent.is_dir():
-        sweep(output.parent, output.name)  # even where a killed export had written all, and this one is refused
+        sweep(output.parent, output.name)  # first, so that leftovers of a killed export go even if this one is refused
     print(export_run(run, output, device=device, **sampling))
     print(output)
 
 
 def read_prompts(source: str) -> list[list[Turn]]:
-    """A dialogue per line of a file, or of stdin for "-".
+    """Read one dialogue per line of a file, or of stdin for "-".
 
-    A line is a user turn as plain text, or JSON with `messages`, spelt as logs may be, or with `prompt` as text or
-    messages.
-    Raises: InputError "source:line: field: ..." for what cannot be read, and where there is no prompt.
+    A line is a user turn as plain text, or JSON with `prompt` (text or messages) or with `messages` or one of the
+    other field names that logs may use for it.
+
+    Raises: InputError "source:line: field: ..." if a line cannot be read or there is no prompt.
     """
     try:
         text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
@@ -436,7 +443,7 @@ def _prompt(line: str, where: str) -> list[Turn]:
 def _replies(
     policy: "Policy", tokenizer: str, histories: Sequence[Sequence[Turn]], n: int, seed: int
 ) -> Iterator[Trajectory]:
-    """A trajectory per reply, which alone is trained; where the policy abstained, nothing is."""
+    """Yield a trajectory per reply, of which only the reply is trainable, or nothing if the policy abstained."""
     from offline_lmrl.decoding.policy import generate_texts
 
     with _progress("generating", len(histories)) as progress:
@@ -465,7 +472,7 @@ def _chat(policy: "Policy", seed: int) -> None:
 
 
 def _ask() -> str | None:
-    """The next line that says something, None at the end of the input."""
+    """Read the next line of stdin that is not blank; None at the end of the input."""
     try:
         while not (text := input("> " if sys.stdin.isatty() else "").strip()):
             continue
@@ -476,7 +483,10 @@ def _ask() -> str | None:
 
 @contextmanager
 def _progress(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """What takes (done, in all) and moves a bar on stderr, which is gone at the end and absent in a log file."""
+    """Show a progress bar on stderr, removed at the end and not shown in a log file; yield its update function.
+
+    The function takes the numbers of items (done, in all).
+    """
     from rich.console import Console
     from rich.progress import Progress
 

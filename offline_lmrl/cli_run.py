@@ -27,7 +27,7 @@ method that fails does not stop the others: it is named at the end, and the same
 
 
 def train(argv: Sequence[str]) -> None:
-    """`train FILE.yaml`: one algorithm on one data set; prints the run directory."""
+    """Run the command `train FILE.yaml`: one algorithm on one data set; print the run directory."""
     values = train_settings(argv)
 
     from accelerate import PartialState
@@ -50,7 +50,7 @@ def train(argv: Sequence[str]) -> None:
             folder = run.train(*run_settings)
         except Stopped as stop:
             _leave_together()
-            if PartialState().is_main_process:  # which alone says it
+            if PartialState().is_main_process:  # only this process reports the stop
                 raise
             sys.exit(128 + stop.number)
         if PartialState().is_main_process:
@@ -59,7 +59,7 @@ def train(argv: Sequence[str]) -> None:
 
 
 def _leave_together() -> None:
-    """A rank that leaves early takes the others' connections down with it."""
+    """Wait for all ranks, then close their connections: a rank that exits early would break the others'."""
     from accelerate import PartialState
 
     ranks = PartialState()
@@ -68,8 +68,11 @@ def _leave_together() -> None:
 
 
 def train_settings(argv: Sequence[str]) -> "Namespace":
-    """The `algorithm, model, data, prepare, environment, args` and `dry_run` of a train file and what follows it,
-    built and checked."""
+    """Build and check the settings of a train file and of the command line after it.
+
+    Returns: `algorithm`, `model`, `data`, `prepare`, `environment`, `args` and `dry_run`.
+    Raises: InputError if the algorithm is missing, or a setting cannot be used.
+    """
     file, rest = split_file(argv)
     settings = {} if file is None else read_settings(config_path(file))
     asks_help = bool({"-h", "--help", "--help_all"} & set(rest))
@@ -106,7 +109,7 @@ def train_settings(argv: Sequence[str]) -> "Namespace":
 
 
 def _algorithm(argv: Sequence[str], settings: dict, file: str | None) -> str | None:
-    """The algorithm's name, which decides what the other settings are."""
+    """Find the name of the algorithm before parsing, because it determines which other settings exist."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--algorithm", nargs="?")
     name = early.parse_known_args(argv)[0].algorithm or settings.get("algorithm")
@@ -116,7 +119,10 @@ def _algorithm(argv: Sequence[str], settings: dict, file: str | None) -> str | N
 
 
 def compare(argv: Sequence[str]) -> None:
-    """`compare FILE.yaml`: several methods over seeds, one table and a report; `compare FOLDER`: the report alone."""
+    """Run the command `compare FILE.yaml`: several methods over seeds, one table and a report.
+
+    `compare FOLDER` writes only the report, from the results in that folder.
+    """
     file, rest = split_file(argv)
     if file is not None and Path(file).is_dir():
         if rest:

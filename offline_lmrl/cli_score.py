@@ -11,12 +11,12 @@ from offline_lmrl.data.errors import InputError, shown
 
 
 def relabel(argv: Sequence[str]) -> None:
-    """`relabel DATA --scorer SCORER --output PATH`."""
+    """Run the command `relabel DATA --scorer SCORER --output PATH`."""
     call("relabel DATA --scorer SCORER --output PATH [--key value ...]", _relabel, argv)
 
 
 def select(argv: Sequence[str]) -> None:
-    """`select DATA --scorer ENSEMBLE --output PATH`."""
+    """Run the command `select DATA --scorer ENSEMBLE --output PATH`."""
     call("select DATA --scorer ENSEMBLE --output PATH [--key value ...]", _select, argv)
 
 
@@ -35,11 +35,14 @@ def _relabel(
       data: a file, folder or hub name of trajectories or of comparisons.
       scorer: folder or hub name of a reward model, package.module:function (its code runs), a YAML file, or a mapping
         such as "{kind: ensemble, scorers: [runs/a, runs/b], k: 1}".
-      output: file (.jsonl, .jsonl.gz, .parquet) or datasets folder; for data with several splits a folder.
-      place: of trajectories' rewards: on the last agent turn [default], or on each turn what it adds to the score,
-        with an equal part of the shift of a normalised reward model. The sums are the same.
-      make: what comparisons become: targets [default] or rewards.
-      normalise: those rewards: as scored [default], put on one scale over all or per group, or a rank in the group.
+      output: file (.jsonl, .jsonl.gz, .parquet) or datasets folder; for data with several splits, a folder.
+      place: turns of a trajectory that get rewards. terminal = the last agent turn gets the whole score [default];
+        turn = each agent turn gets its contribution to the score, and an equal part of the shift of a normalised
+        reward model. The sums are the same.
+      make: result for comparisons: targets (comparisons with new targets) or rewards (trajectories) [targets].
+      normalise: change of the rewards that --make rewards gives to comparisons: none (as scored) [default], global (to
+        mean 0 and standard deviation 1 over all), group (minus the mean of the group) or rank (the share of the
+        group's other options that it beats, 0 to 1).
     """
     from offline_lmrl.data.io import (
         holds_comparisons,
@@ -79,14 +82,14 @@ def _relabel(
 
 
 def _select(data: str, *, scorer: str, output: Path, n: int = 100, split: str | None = None) -> None:
-    """Write the pairs of replies that an ensemble of reward models disagrees on most: what to label next.
+    """Write the pairs of replies on which an ensemble of reward models disagrees most, to label them next.
 
     Args:
-      data: a file, folder or hub name of comparisons; their targets are not looked at.
+      data: a file, folder or hub name of comparisons; their targets are not used.
       scorer: an ensemble, as a YAML file or a mapping: "{kind: ensemble, scorers: [runs/a, runs/b]}".
       output: file or datasets folder.
-      n: how many pairs, at most one of each comparison.
-      split: of data with several, which.
+      n: number of pairs, at most one of each comparison.
+      split: name of the split to read, for data with several.
     """
     from offline_lmrl.data.io import read_comparisons, write_comparisons
     from offline_lmrl.decoding.scorers import Ensemble, fitting, load_scorer, most_disputed

@@ -1,10 +1,10 @@
-"""The algorithms: offline all but ppo. Adding one is a file beside these and a line here."""
+"""The algorithms, all of them offline except ppo. A new one needs a file in this folder and a line in `ALGORITHMS`."""
 
 from importlib import import_module
 
 from offline_lmrl.data.errors import InputError, shown
 
-# name -> module, config class, trainer class; imported on use
+# name -> module, config class, trainer class; modules are imported when an algorithm is used
 ALGORITHMS = {
     "bc": ("behaviour_cloning", "BCConfig", "BCTrainer"),
     "ilql": ("ilql", "ILQLConfig", "ILQLTrainer"),
@@ -16,7 +16,11 @@ ALGORITHMS = {
 
 
 def load_algorithm(name: str) -> tuple[type, type]:
-    """(config class, trainer class) of an algorithm. Raises: InputError for an unknown name."""
+    """Import an algorithm by name.
+
+    Returns: its config class and its trainer class.
+    Raises: InputError if the name is unknown.
+    """
     if name not in ALGORITHMS:
         raise InputError(f"algorithm: found {shown(name)}, expected one of {', '.join(ALGORITHMS)}")
     module, config, trainer = ALGORITHMS[name]

@@ -2,9 +2,9 @@
 
     L = −log π(a|s), averaged over the agent's action tokens of the trajectories that are kept.
 
-BC keeps all. Filtered BC (%BC: Chen et al. 2021, Decision Transformer; Snell et al. 2022) keeps the best by total
-return: a share, or all at or above a threshold; over all data or within each group. It is the baseline to beat: start
-it from a BC checkpoint where the best episodes alone do not cover every situation.
+BC keeps all trajectories. Filtered BC (%BC: Chen et al. 2021, Decision Transformer; Snell et al. 2022) keeps the best
+by total return: a share of them, over all data or within each group, and those at or above a threshold. It is the
+baseline to beat. If the best episodes alone do not cover every situation, start it from a BC checkpoint.
 """
 
 import math
@@ -20,11 +20,12 @@ from offline_lmrl.training import OfflineConfig, OfflineTrainer
 
 @dataclass
 class BCConfig(OfflineConfig):
-    """Settings of behaviour cloning.
+    """The settings of behaviour cloning.
 
-    keep_share: share of trajectories that is kept, best returns first, (0, 1]; 1 = plain BC.
-    keep_above: least total return that is kept, in logged units; None = no threshold.
-    per_group: take the share within each group instead of over all data.
+    Args:
+      keep_share: share of trajectories to keep, best total returns first, in (0, 1]; 1 = plain BC.
+      keep_above: least total return of a trajectory to keep, in the units of the logged rewards; None = no threshold.
+      per_group: take keep_share within each group instead of over all data.
     """
 
     keep_share: float = 1.0
@@ -40,10 +41,15 @@ class BCConfig(OfflineConfig):
 def keep_best(
     trajectories: Sequence[Trajectory], share: float = 1.0, above: float | None = None, per_group: bool = False
 ) -> list[Trajectory]:
-    """The best trajectories by total return, in their original order; ties at the edge go to the earlier ones.
+    """Select the best trajectories by total return, in their original order; of equal ones the earlier come first.
 
-    A cut trajectory counts with the reward that was logged. At least one per group (or overall) is kept by the share.
-    Raises: InputError where the threshold keeps none.
+    The total return of a trajectory that was cut off is the sum of its logged rewards.
+
+    Args:
+      share: share to keep, in (0, 1]; at least one trajectory per group (or overall) passes it.
+      above: least total return to keep, in reward units; None = no threshold.
+      per_group: take the share within each group instead of over all trajectories.
+    Raises: InputError if the threshold leaves none.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index, trajectory in enumerate(trajectories):
@@ -51,7 +57,7 @@ def keep_best(
     kept = set()
     for members in groups.values():
         best = sorted(members, key=lambda index: -trajectories[index].total_return)
-        # rounded, since .07 · 100 is a hair above 7
+        # Rounded before ceil, because .07 · 100 in floating point is a hair above 7.
         kept.update(best[: math.ceil(round(share * len(members), 9))])
     chosen = [t for i, t in enumerate(trajectories) if i in kept and (above is None or t.total_return >= above)]
     if not chosen:
@@ -61,7 +67,7 @@ def keep_best(
 
 
 class BCTrainer(OfflineTrainer):
-    """Trains a plain policy; see `OfflineTrainer` for the arguments."""
+    """A trainer of a plain policy; see `OfflineTrainer` for the arguments."""
 
     algorithm = "bc"
 
@@ -69,7 +75,7 @@ class BCTrainer(OfflineTrainer):
         return keep_best(trajectories, args.keep_share, args.keep_above, args.per_group)
 
     def prepare_model(self, model, args: BCConfig, windows):
-        return detach(super().prepare_model(model, args, windows))  # heads of another policy would be stale
+        return detach(super().prepare_model(model, args, windows))  # value heads fit the trunk before this training
 
     def loss_terms(self, outputs, steps):
         loss = -outputs["log_prob"]

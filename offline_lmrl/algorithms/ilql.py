@@ -1,7 +1,7 @@
 """Implicit Language Q-Learning (Snell, Kostrikov, Su, Yang, Levine 2022), after IQL (Kostrikov, Nair, Levine 2021).
 
-State s_t: tokens 0..t were read; action a_t: token t+1. Over the agent's N action tokens, with twin heads Q_i, their
-target copies Q̄_i and V:
+The state s_t is the prefix of tokens 0..t, and the action a_t is token t+1. Over the agent's N action tokens, with
+twin heads Q_i, their target copies Q̄_i and V:
 
     y   = r + γ · b · V(s′)                                      b = 0 after a terminal action
     L_Q = Σ_i (Q_i(s,a) − y)²          L_V = |τ − 1{u<0}| · u²,  u = min_i Q̄_i(s,a) − V(s)
@@ -10,16 +10,17 @@ target copies Q̄_i and V:
 Decoding: log π(a|s) + β · (min Q̄(s,a) − V(s)) on the tokens that π supports (ops/decoding.py).
 
 Deviations from the paper, each a number or a default of the config:
-- one trunk serves π, Q and V; targets are averaged heads on that live trunk (the paper's code keeps three trunks);
-- `bootstrap_from_turn` brings a turn's reward forward to each of its tokens and bootstraps from the agent's next turn:
-  an n-step target that crosses long turns in one update. It is off by default, because the first tokens' Q then
-  averages over how the logged turn went on: where the choice falls behind a common first token ("move left",
-  "move up"), V at the turn's opening would not improve on the behaviour policy;
-- discount 1 inside a turn and γ between turns, so long answers are not penalised (the paper: .99 per token);
-- a Monte-Carlo share mixes the return-to-go into y (the paper's code can replace V's target with it);
-- rewards pass a fitted scale, heads start at the mean return of the training data;
-- L_π counts action tokens, as all terms do (the paper's code divides it by all tokens).
-SARSA is `expectile: 0.5`; one-step values are `monte_carlo: 1`.
+- One trunk serves π, Q and V. The targets are averaged heads on that live trunk (the paper's code keeps three trunks).
+- `bootstrap_from_turn` credits a turn's reward to each of its tokens and bootstraps from the agent's next turn: an
+  n-step target that crosses long turns in one update. It is off by default, because Q of the first tokens then
+  averages over the logged rest of the turn: where alternatives share their first token ("move left", "move up"), V at
+  the start of the turn would not improve on the behaviour policy.
+- The discount is 1 inside a turn and γ between turns, so that long answers are not penalised (the paper: .99 per
+  token).
+- A Monte-Carlo share mixes the return-to-go into y (the paper's code can replace V's target with it).
+- Rewards are scaled by a fitted scale, and the heads start at the mean return of the training data.
+- L_π is averaged over action tokens, as all terms are (the paper's code divides it by all tokens).
+`expectile: 0.5` gives SARSA, and `monte_carlo: 1` gives one-step values.
 """
 
 from collections.abc import Mapping
@@ -50,25 +51,37 @@ from offline_lmrl.training import (
 
 @dataclass
 class ILQLConfig(OfflineConfig):
-    """Settings of ILQL. Numbers in brackets are the paper's code.
+    """The settings of ILQL. Numbers in square brackets are those of the paper's code.
 
-    value_heads: tied, linear or mlp [mlp] (models/value_heads.py). A model that brings heads goes on with them, in the
-      unit of their rewards; their form must be the one asked for, and initial_value is then unused.
-    initial_value: what Q and V say before training, as a logged return of a whole episode (the heads start at its
-      scaled value); None = the mean scaled return-to-go of the training data. The best possible return suits tasks in
-      which every step costs: values then sink to the truth everywhere at once, while from below they would have to
-      rise from the few episodes that reached the goal.
-    expectile: τ of V in [0.5, 1) [.7 to .9]; .5 evaluates the behaviour policy (SARSA).
-    discount_per_token: γ of every step between action tokens [.99]. discount_per_turn: γ between two agent turns; the
-      step that closes a turn is discounted by the product of both.
-    bootstrap_from_turn: False: the next state of a token is the next token's; True: the agent's next turn [false].
-    monte_carlo: share of the return-to-go in Q's target, 0 to 1; 1 = one-step values [0].
-    target_rate: Polyak step of the target heads per optimizer step [.005]; larger where rate × steps < 5.
-    conservative_weight: weight of L_C [1e-4 to 1]. value_weight: of L_Q and L_V [1]. policy_weight: of L_π [1].
-    inverse_temperature: β_w in L_π's weights [0: plain behaviour cloning].
-    value_grad_scale: share of the value losses' gradient that enters the trunk, 0 to 1 [1].
-    utterance_weight: weight of the heads that score whole replies (for reranking); 0 leaves them out.
-    beta, q_reduce, support, candidates, clip: the decoding form saved with the run (decoding/sampler.py).
+    Args:
+      value_heads: form of the heads for Q and V: tied, linear or mlp [mlp] (models/value_heads.py). A model that
+        already has heads keeps them and the scale of their rewards; their form must then equal this setting, and
+        initial_value is unused.
+      initial_value: value that Q and V predict before training, given as the return of a whole episode in units of the
+        logged rewards (the heads start at its scaled value). None = the mean scaled return-to-go of the training data.
+        The best possible return suits tasks in which every step costs: values then sink to the truth everywhere at
+        once, whereas low values would have to rise from the few episodes that reached the goal.
+      expectile: τ of V in [0.5, 1) [.7 to .9]; .5 evaluates the behaviour policy (SARSA).
+      discount_per_token: γ of every step between action tokens, 0 to 1 [.99].
+      discount_per_turn: γ between two agent turns, 0 to 1. The step that closes a turn is discounted by the product of
+        discount_per_token and discount_per_turn.
+      bootstrap_from_turn: the state from which a token's target bootstraps. False = the state at the next token; True
+        = the start of the agent's next turn [false].
+      monte_carlo: share of the return-to-go in Q's target, 0 to 1; 1 = one-step values [0].
+      target_rate: Polyak step of the target heads per optimizer step [.005]. Raise it for a short run, in which
+        target_rate × steps would be below 5.
+      conservative_weight: weight of the conservative loss L_C; 0 = none [1e-4 to 1].
+      value_weight: weight of the value losses L_Q and L_V [1].
+      policy_weight: weight of the policy loss L_π [1].
+      inverse_temperature: β_w in the weights of L_π [0: plain behaviour cloning].
+      value_grad_scale: share of the value losses' gradient that enters the trunk, 0 to 1 [1].
+      utterance_weight: weight of the losses of the heads that score whole replies (for reranking); 0 = no such heads.
+      beta: weight of value guidance in decoding; saved with the run (decoding/sampler.py).
+      q_reduce: reduction over the twin Q heads in decoding: min, mean or first; saved with the run.
+      support: least probability of a token under π, as a share of the likeliest token's, that decoding may choose; 0 =
+        all tokens. Saved with the run.
+      candidates: number of likeliest tokens under π that decoding chooses among; None = no limit. Saved with the run.
+      clip: upper bound of the advantage Q − V in decoding; None = no bound. Saved with the run.
     """
 
     value_heads: Literal["tied", "linear", "mlp"] = "tied"
@@ -113,17 +126,19 @@ class ILQLConfig(OfflineConfig):
 
 
 def sampling_form(config: ILQLConfig) -> dict[str, Any]:
-    """The decoding form that is saved with the run."""
+    """Return the SamplingConfig fields that are saved with the run."""
     return {name: getattr(config, name) for name in ("beta", "q_reduce", "support", "candidates", "clip")}
 
 
 def ilql_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: ILQLConfig) -> dict[str, Tensor]:
-    """The four terms per action token, each (N,), unweighted; value terms are 0 where a step has no target.
+    """Compute the four loss terms per action token, without their weights in the total loss.
 
     Args:
-      outputs: packed quantities of the guided model's forward (models/guided.py): log_prob, q, target_q, v, next_v,
-        end_v, and logsumexp_q where the conservative term is on.
+      outputs: packed outputs of the guided model's forward (models/guided.py): log_prob, q, target_q, v, next_v,
+        end_v, and logsumexp_q if conservative_weight is above 0.
       steps: `ActionSteps`.
+    Returns: q, v, policy and, if its weight is above 0, conservative, each (N,). Value terms are 0 at steps without a
+      target.
     """
     target = td_target(steps["reward"], outputs["next_v"], steps["bootstrap"], steps["discount"])
     if config.monte_carlo > 0:
@@ -144,8 +159,13 @@ def ilql_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], conf
 
 
 def utterance_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: ILQLConfig) -> Tensor:
-    """Q and V of whole replies, one step per agent turn (M of them): the TD and expectile losses above with the reply
-    as the action (Snell et al. 2022, the per-utterance variant). Returns (M,)."""
+    """Compute the losses of Q and V of whole replies, one step for each of the M agent turns.
+
+    These are the TD and expectile losses of the module docstring with a reply as the action (Snell et al. 2022, the
+    per-utterance variant).
+
+    Returns: (M,), 0 at turns without a target.
+    """
     close = steps["closes_turn"]
     bootstrap = steps["bootstrap"][close]
     target = td_target(steps["reward"][close], outputs["utterance_next_v"], bootstrap, config.discount_per_turn)
@@ -155,7 +175,7 @@ def utterance_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor],
 
 
 class ILQLTrainer(OfflineTrainer):
-    """Trains policy, Q and V together on scored trajectories; see `OfflineTrainer` for the arguments."""
+    """A trainer of policy, Q and V together on scored trajectories; see `OfflineTrainer` for the arguments."""
 
     algorithm = "ilql"
     rows_for_next_v = True
@@ -172,7 +192,11 @@ class ILQLTrainer(OfflineTrainer):
         return StepRule(args.discount_per_token, args.discount_per_turn, args.bootstrap_from_turn)
 
     def fit_scale(self, model, train, args: ILQLConfig) -> RewardScale:
-        """That of the heads which came along, if any, because they answer in its unit."""
+        """Reuse the reward scale stored with existing value heads, whose outputs are in that unit; else fit one.
+
+        Raises: InputError if `reward_scale` differs from the stored scale, or if the shift of the stored scale would
+          change this task.
+        """
         fitted = super().fit_scale(model, train, args)
         stored = settings(model.config).get("reward_scale")
         if getattr(model, "value_heads", None) is None or stored is None:
@@ -192,14 +216,17 @@ class ILQLTrainer(OfflineTrainer):
         return found
 
     def slots(self, model, train, args: ILQLConfig):
-        """A model that is conditioned on returns learns values where none is asked for: elsewhere they would leak."""
+        """Return null slots, so that a return-conditioned model learns values under the null condition.
+
+        A return in the context would leak the outcome. None for a model that is not conditioned on returns.
+        """
         slots = slots_of(model, self.renderer)
         return slots and slots.nulls
 
     def prepare_model(self, model, args: ILQLConfig, windows: WindowDataset):
         utterance, ends = args.utterance_weight > 0, int(windows.closing_steps.sum())
         require_targets("utterance_weight", args.utterance_weight, ends, KNOWN_TURN)
-        if getattr(model, "value_heads", None) is not None:  # goes on with the heads that came along
+        if getattr(model, "value_heads", None) is not None:  # keep training existing heads
             there = settings(model.config)["value_heads"]
             check_same_heads("the model", there | {"kind": args.value_heads, "utterance": utterance}, there)
             return model
@@ -225,6 +252,7 @@ class ILQLTrainer(OfflineTrainer):
         logged = {f"loss/{name}": values for name, values in losses.items()}
         if args.utterance_weight > 0:
             losses_of_replies = utterance_losses(outputs, steps, args)
+            # (M,) losses of replies are added at the tokens that close their turns.
             total = total.index_add(0, steps["closes_turn"].nonzero()[:, 0], args.utterance_weight * losses_of_replies)
             logged["loss/utterance"] = losses_of_replies
         logged["value/q"] = outputs["q"].mean(0)

@@ -1,17 +1,19 @@
-"""Policy extraction of IQL (Kostrikov, Nair, Levine 2021, section 4.3): advantage-weighted regression (Peng et al.
-2019) from a frozen critic into a plain policy, which needs no heads at decoding.
+"""Policy extraction of IQL (Kostrikov, Nair, Levine 2021, section 4.3).
+
+Advantage-weighted regression (Peng et al. 2019) from a frozen critic into a plain policy, which decodes without heads:
 
     L = −min(exp(β_w · (min_i Q̄_i(s,a) − V(s))), c) · log π(a|s)            over the agent's N action tokens
 
-β_w is what the paper calls an inverse temperature; c = 100 in the paper's code. Weights carry no gradient. The critic,
-usually an ILQL run, learnt Q and V before; it reads the same windows, so every action token has one fixed weight.
+The paper calls β_w an inverse temperature, and its code sets c = 100. Weights carry no gradient. The critic, usually
+an ILQL run, has learnt Q and V before. It evaluates the same windows as the policy, so every action token has one
+fixed weight.
 
 Deviations from the paper:
-- the critic is trained first and frozen, instead of beside the policy (the policy never enters its losses);
-- advantages are in the critic's scaled reward units, as in ILQL's own weighted loss: β_w is per range of the training
-  returns, which the paper's tasks scale each in its own way;
-- an action is a token, not a reply, so weights vary along a reply.
-Weights of 1 (`inverse_temperature: 0`) are behaviour cloning.
+- The critic is trained first and frozen, instead of beside the policy (the policy never enters its losses).
+- Advantages are in the critic's scaled reward units, as in ILQL's own weighted loss: β_w is per range of the training
+  returns. In the paper each task scales returns in its own way.
+- An action is a token, not a reply, so weights vary along a reply.
+`inverse_temperature: 0` makes all weights 1, which is behaviour cloning.
 """
 
 from collections import Counter
@@ -37,12 +39,14 @@ from offline_lmrl.training import OfflineConfig, OfflineTrainer, check_range
 
 @dataclass
 class IQLConfig(OfflineConfig):
-    """Settings of the extraction. Numbers in brackets are the paper's.
+    """The settings of policy extraction. Numbers in square brackets are the paper's.
 
-    critic: folder or hub name of a run with value heads. Its context, stride, max_length, template and tokenizer must
-      be the ones used here; its reward scale and discounts are taken over.
-    inverse_temperature: β_w, per range of the training returns [3; 10 for AntMaze]; larger keeps fewer actions.
-    weight_clip: c, the largest weight of a token [100].
+    Args:
+      critic: folder or hub name of a run with value heads; required. Its context, stride, max_length, template, prompt
+        and tokenizer must equal those of this run, which uses the critic's reward scale and discounts.
+      inverse_temperature: β_w, per range of the training returns; a larger value puts weight on fewer actions; 0 =
+        behaviour cloning [3; 10 for AntMaze].
+      weight_clip: c, the largest weight of a token [100].
     """
 
     critic: str | None = None
@@ -57,19 +61,21 @@ class IQLConfig(OfflineConfig):
 
 
 def iql_loss(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: IQLConfig) -> tuple[Tensor, Tensor]:
-    """Loss and weight per action token, each (N,).
+    """Compute the loss and the weight of each action token.
 
     Args:
-      outputs: log_prob (N,) of the policy. steps: `ActionSteps` with the critic's `advantage` (N,), scaled.
+      outputs: log_prob (N,) of the policy.
+      steps: `ActionSteps` with the critic's `advantage` (N,) in scaled reward units.
+    Returns: loss and weight, each (N,).
     """
     weight = awr_weight(steps["advantage"], config.inverse_temperature, config.weight_clip)
     return -weight * outputs["log_prob"], weight
 
 
 class IQLTrainer(OfflineTrainer):
-    """Trains a plain policy; see `OfflineTrainer` for the arguments.
+    """A trainer of a plain policy; see `OfflineTrainer` for the arguments.
 
-    The critic reads all windows once, while the trainer is built, the ranks taking turns; then it is let go.
+    The critic evaluates all windows once, while the trainer is built, each rank a share of them. Then it is released.
     """
 
     algorithm = "iql"
@@ -115,8 +121,9 @@ class IQLTrainer(OfflineTrainer):
         windows = super()._windows(trajectories, args, counts)
         share = args.process_index, args.world_size
         values = read_values(self.critic.model, windows, args.per_device_eval_batch_size, share)
-        # Each rank read its share and has zeros elsewhere.
+        # Each rank has zeros outside its share, so the sum over ranks is the whole.
         advantage = reduce(torch.from_numpy(values["target_q"] - values["v"]).to(args.device), "sum")
+        # A column beside the others, with the same offsets, so that batches carry each step's advantage.
         windows.flat = {**windows.flat, "advantage": (advantage.cpu().numpy(), windows.flat["state"][1])}
         return windows
 

@@ -1,19 +1,24 @@
 """Proximal policy optimisation (Schulman et al. 2017) for language, as RLHF runs it (Ziegler et al. 2019).
 
-The only algorithm here that makes its own data. One iteration is `iterate`, top to bottom: the sampler plays
-episodes, these become the packed steps of the offline algorithms (token ids as sampled, nothing is tokenised again),
-one pass reads log-probabilities and V of all steps, and K epochs of minibatches follow. Over the agent's N tokens:
+PPO is the only algorithm here that generates its own data. `iterate` is one iteration, top to bottom: the sampler
+plays episodes, which become packed steps as in the offline algorithms (the sampled token ids are kept, nothing is
+tokenised again); one pass computes log-probabilities and V of all steps; K epochs of minibatches follow. Over the
+agent's N tokens:
 
-    r_t = score on the token that closes a turn − β · (log π − log π_ref)          A: GAE of r and V, beyond env. text
+    r_t = score on the token that closes a turn − β · (log π − log π_ref)          A: GAE of r and V, across env. text
     L   = max(−A ρ, −A clip(ρ, 1 ± ε)) + c_v · ½ max((V − G)², (V_clipped − G)²) − c_e · H  [+ γ · −log π(log)]
 
-π_ref is the model at the start: a frozen copy, or under a fresh adapter the same model with the adapter off. ρ is
-taken against log-probabilities that the learner itself reads before the first step, at the sampler's temperature and
-under its filters; the sampler's own must agree with them, and π with π_ref, or the run stops before it has learnt.
+π_ref is the model at the start: a frozen copy or, when a fresh adapter is trained, the same model with the adapter
+off. The ratio ρ = π / π_old takes π_old from the learner itself: its log-probabilities before the first step of the
+iteration, at the sampler's temperature and under its filters. In the first iteration these must agree with the
+sampler's own log-probabilities, and π with π_ref; otherwise the run stops before anything is learnt.
 
-Deviations from the papers and from OpenAI's code, each a setting: an episode may have many turns, each with its
-reward; what the environment cuts bootstraps V, what it ends does not; advantages are whitened per iteration and
-process; the reward keeps its unit unless `scale_scores`; AdamW's ε is 1e-5, PyTorch's way unless `tensorflow_eps`.
+Deviations from the papers and from OpenAI's code, each a setting:
+- An episode may have many turns, each with its own reward.
+- An episode that is cut off bootstraps V at its end; one that the environment ends does not.
+- Advantages are whitened per iteration and process.
+- The reward keeps its unit unless `scale_scores` is set.
+- AdamW's ε is 1e-5 and is applied as in PyTorch unless `tensorflow_eps` is set.
 """
 
 import contextlib
@@ -83,51 +88,63 @@ from offline_lmrl.training import (
 from offline_lmrl.training_loop import LoopTrainer
 
 KL_ESTIMATORS = {"k1": kl_k1, "k3": kl_k3}
-OVERSHOOT = 1.5  # an update stops where its approx_kl is beyond so many times `stop_kl`
-SAMPLER_GAP = {False: 1e-3, True: 0.05}  # nats per token between sampler and learner, by bf16
+OVERSHOOT = 1.5  # an update stops when its approx_kl exceeds this multiple of `stop_kl`
+SAMPLER_GAP = {False: 1e-3, True: 0.05}  # largest mean gap of sampler and learner, nats per token, by bf16
 SUMS = ("episodes", "environment_steps", "reward_queries", "generated_tokens", "training_tokens")
 
 
 @dataclass
 class PPOConfig(OfflineConfig):
-    """Settings of PPO. Numbers in brackets are OpenAI's (Ziegler et al. 2019).
+    """The settings of PPO. Numbers in square brackets are OpenAI's (Ziegler et al. 2019).
 
-    Of the inherited settings PPO reads those of windows and rewards (context, stride, max_length, template,
-    reward_scale: a plain divisor, 1 where it is not given), output_dir, seed, max_steps, per_device_train_batch_size,
-    learning_rate, lr_scheduler_type, lr_scheduler_kwargs, warmup_steps, weight_decay, adam_beta1, adam_beta2,
-    adam_epsilon, max_grad_norm, save_strategy, save_steps, save_total_limit, bf16, use_cpu and disable_tqdm.
+    Of the inherited settings PPO uses context, stride, max_length, template, reward_scale (a plain divisor, 1 if not
+    given), output_dir, seed, max_steps, per_device_train_batch_size, learning_rate, lr_scheduler_type,
+    lr_scheduler_kwargs, warmup_steps, weight_decay, adam_beta1, adam_beta2, adam_epsilon, max_grad_norm,
+    save_strategy, save_steps, save_total_limit, bf16, use_cpu and disable_tqdm.
 
-    max_steps: iterations, each a rollout and its update; learning rate, warm-up and saving count in them.
-    episodes: episodes of an iteration, over all processes [512].
-    epochs: passes over an iteration's windows [4]. minibatches: optimizer steps of a pass [1].
-    per_device_train_batch_size: windows that are read at once; it changes no gradient.
-    clip_range: ε of the ratio [.2]. value_clip_range: of V, in scaled reward units; null = no clipping [.2].
-    value_weight: c_v [.1]. entropy_weight: c_e [0].
-    gae_lambda: λ [.95]. discount_per_token: γ of every step [1]. discount_per_turn: γ between two agent turns.
-    whiten_advantages: mean 0 and variance 1 over an iteration. whiten_rewards: variance 1, mean kept, of the rewards
-      with their KL; where lengths differ that pays for length [true].
-    kl_weight: β, the first one where it adapts [.15]. kl_estimator: k1 or k3 [k1].
-    kl_target: nats per episode that β is steered to; null = β is fixed [6]. kl_horizon: in episodes [10,000].
-    stop_kl: an update stops where its approx_kl per token is above 1.5 of this; null = never.
-    max_kl: the run stops where the KL of an iteration's episodes to the reference is above this, in nats per episode:
-      the policy has left the language it started from; null = never.
-    scale_scores: divides scores by their running standard deviation. clip_scores: cap of their size behind that;
-      null = none.
-    unfinished_score: what a turn without its closing token earns instead of its score; null = its score [-1].
-    unfinished_penalty: what such a turn loses.
-    value_model: what V reads: shared (the policy's hidden states), copy (a copy of the policy's trunk, trained for V
-      alone), or the folder or hub name of a model whose trunk is trained for V. V starts at 0, but from a reward model
-      with head terminal or turn at its score / reward_scale (Stiennon et al. 2020, Ouyang et al. 2022): once a turn's
-      closing token is read V is the score of that turn; before, what the model says of a turn so far.
-    value_warmup: first iterations in which only the value head learns.
-    ema: decay per optimizer step of averaged weights, which are then the ones that are saved; 0 = none.
-    ptx_weight: γ of the language model's loss on logged data, PPO-ptx of Ouyang et al. 2022; 0 = none.
-    ptx_examples: logged windows for every window of a minibatch.
-    tensorflow_eps: scales adam_epsilon to what TensorFlow's Adam makes of it.
-    sampling: SamplingConfig fields for the play, saved with the run.
-    max_turns: agent turns after which an episode is cut, whatever its environment thinks.
-    first_seed: episode seeds count on from here; those of evaluation and selection lie below.
-    save_rollouts: keeps every episode in rollouts/, data that `train` reads.
+    Args:
+      max_steps: number of iterations, each a rollout and its update. Learning rate, warm-up and saving are scheduled
+        in iterations.
+      episodes: episodes per iteration, over all processes [512].
+      epochs: passes over the windows of an iteration [4].
+      minibatches: optimizer steps per pass [1].
+      per_device_train_batch_size: windows per forward pass; it changes no gradient.
+      clip_range: ε; the ratio of new to old probability is clipped to 1 ± ε [.2].
+      value_clip_range: largest distance, in scaled reward units, of the clipped V in the value loss from V at the
+        rollout; null = no clipping [.2].
+      value_weight: c_v, weight of the value loss [.1].
+      entropy_weight: c_e, weight of the entropy bonus [0].
+      gae_lambda: λ of generalised advantage estimation, 0 to 1 [.95].
+      discount_per_token: γ of every step, 0 to 1 [1].
+      discount_per_turn: γ between two agent turns, 0 to 1.
+      whiten_advantages: normalise the advantages of an iteration to mean 0 and variance 1.
+      whiten_rewards: scale the rewards, KL included, to variance 1 and keep their mean. If lengths differ, this
+        rewards or penalises length [true].
+      kl_weight: β, weight of the KL to the reference; its starting value if kl_target is set [.15].
+      kl_estimator: estimator of the KL per token, k1 or k3 (`kl_k1`, `kl_k3`) [k1].
+      kl_target: KL in nats per episode towards which β is adapted; null = β stays fixed [6].
+      kl_horizon: number of episodes over which β adapts [10,000].
+      stop_kl: an update stops when its approx_kl, in nats per token, exceeds 1.5 times this; null = never.
+      max_kl: the run stops with an error when an iteration's KL to the reference exceeds this, in nats per episode,
+        because the policy has then left the language from which it started; null = never.
+      scale_scores: divide scores by their running standard deviation.
+      clip_scores: largest absolute value of a score, applied after scale_scores; null = no clipping.
+      unfinished_score: score of a turn that lacks its closing token; null = the score that it was given [-1].
+      unfinished_penalty: amount subtracted from the score of a turn that lacks its closing token.
+      value_model: model from whose hidden states V is computed: shared (the policy), copy (a copy of the policy's
+        trunk, trained for V alone), or the folder or hub name of a model whose trunk is trained for V. V starts at 0,
+        or, from a reward model with head terminal or turn, at its score / reward_scale (Stiennon et al. 2020, Ouyang
+        et al. 2022): at a turn's closing token V is then the score of that turn, and before it the model's score of
+        the turn so far.
+      value_warmup: number of first iterations in which only the value head learns.
+      ema: decay per optimizer step of averaged weights, which are saved instead of the last ones; 0 = no average.
+      ptx_weight: γ, weight of the language-model loss on logged data (PPO-ptx, Ouyang et al. 2022); 0 = none.
+      ptx_examples: logged windows per window of a minibatch.
+      tensorflow_eps: rescale adam_epsilon at every step to its effect in TensorFlow's Adam.
+      sampling: SamplingConfig fields for the rollouts, saved with the run.
+      max_turns: number of agent turns after which an episode is cut off, even if the environment would continue.
+      first_seed: first episode seed of training; the seeds of evaluation and selection are below it.
+      save_rollouts: write every episode to rollouts/, as data that `train` can read.
     """
 
     max_steps: int = 200
@@ -219,21 +236,24 @@ class PPOConfig(OfflineConfig):
 
 
 def log_distribution(logits: Tensor, temperature: float, kept: Tensor | None) -> Tensor:
-    """log π at the temperature of the rollout, of the tokens that its filters kept. fp32.
+    """Return log π at the temperature of the rollout, over the tokens that its filters kept.
 
     Args:
-      logits: (N,V). kept: (N,V) bool; None = all. Returns: (N,V), −inf where not kept.
+      logits: (N, V).
+      kept: (N, V) bool, False for tokens that were filtered out; None = all are kept.
+    Returns: (N, V) fp32, −inf for tokens that are not kept.
     """
     scores = logits.float() / temperature
     return (scores if kept is None else scores.masked_fill(~kept, -torch.inf)).log_softmax(-1)
 
 
 def ppo_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: PPOConfig) -> dict[str, Tensor]:
-    """The terms of L per agent token, each (N,), with their weights; 0 where a step has no target.
+    """Compute the weighted terms of L per agent token.
 
     Args:
-      outputs: v (N,); log_prob (N,) where the policy learns too, and entropy (N,) where that has a weight.
+      outputs: v (N,); log_prob (N,) unless only V learns; and entropy (N,) if entropy_weight is above 0.
       steps: `ActionSteps` with behaviour_log_prob, behaviour_v, advantage and returns, each (N,).
+    Returns: value and, if given, policy and entropy, each (N,), 0 at steps without a target.
     """
     known, clip = steps["has_target"], config.value_clip_range or math.inf
     loss = value_loss(outputs["v"], steps["behaviour_v"], steps["returns"], clip)
@@ -247,18 +267,20 @@ def ppo_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], confi
 
 
 class PPOTrainer(LoopTrainer):
-    """Trains a policy by playing.
+    """A trainer of a policy that plays in an environment.
 
     Args:
-      model: a causal LM, or a folder or hub name of one. Value heads and a table of returns are taken off.
-      environment: whatever `rollout` takes; a prompt set with a scorer is one (environments/prompts.py).
-      ptx_dataset: logged trajectories for `ptx_weight`.
-      processing_class: the tokenizer; by default the one that lies with the model.
-      peft_config: trains an adapter instead of the trunk; the reference is then the model without it.
+      model: a causal LM, or a folder or hub name of one. Value heads and a table of returns are removed from it.
+      args: the settings.
+      environment: any environment that `rollout` takes, such as prompts with a scorer (environments/prompts.py).
+      ptx_dataset: logged trajectories for `ptx_weight`; None = no such data.
+      processing_class: the tokenizer; None = the one stored with the model.
+      peft_config: configuration of an adapter that is trained instead of the trunk; the reference is then the model
+        without the adapter. None = the trunk is trained.
     """
 
     algorithm = "ppo"
-    # Logged data and models are those of the offline algorithms.
+    # Logged data and models are opened as in the offline algorithms.
     read = staticmethod(OfflineTrainer.read)
     new_model = staticmethod(OfflineTrainer.new_model)
     open_model = staticmethod(OfflineTrainer.open_model)
@@ -299,12 +321,12 @@ class PPOTrainer(LoopTrainer):
         if args.value_model != "shared":
             value_model = copy.deepcopy(policy) if args.value_model == "copy" else self._open_value_model()
             value_model = value_model.to(self.device).requires_grad_(True)
-        self.reference = None  # the policy with its adapter off
+        self.reference = None  # None = the policy with its adapter off
         if peft_config is None:
             self.reference = copy.deepcopy(policy).eval().requires_grad_(False)
         else:
             policy = with_adapter(policy, peft_config)
-        transformers.set_seed(args.seed)  # the value head's first layer
+        transformers.set_seed(args.seed)  # ActorCritic draws the value head's first layer
         module = ActorCritic(policy, value_model, self.scale)
         self._freeze_unreached(module)
         self.set_up(module, policy, average=args.ema > 0)
@@ -321,8 +343,11 @@ class PPOTrainer(LoopTrainer):
         self.tokens_read = 0  # by this process since the last row of metrics
 
     def _open_value_model(self) -> PreTrainedModel:
-        """The model that `value_model` names. Raises: InputError where it reads other tokens than the policy, or is a
-        reward model at whose score no V can start."""
+        """Load the model that `value_model` names.
+
+        Raises: InputError if its tokens differ from the policy's, or if it is a reward model at whose score V cannot
+          start.
+        """
         args, name = self.args, self.args.value_model
         is_reward = is_reward_model(name)
         model = load_reward_model(name) if is_reward else load_model(name)
@@ -352,7 +377,10 @@ class PPOTrainer(LoopTrainer):
         return model.merge_and_unload() if hasattr(model, "peft_config") else model
 
     def _freeze_unreached(self, module: ActorCritic) -> None:
-        """Freezes what neither policy nor V reaches: of a long made-up dialogue, as some parts are for long texts."""
+        """Freeze the parameters that get no gradient from the policy's logits or from V.
+
+        The test dialogue is long, because some parts of a model are used for long texts only.
+        """
         long = "a " * (self.args.max_length // 4)
         dialogue = Trajectory((Turn("user", long), Turn("assistant", "b", reward=0.0)))
         columns = encode_trajectories([dialogue], self.encoder, Counter())
@@ -362,7 +390,7 @@ class PPOTrainer(LoopTrainer):
             self.accelerator.ddp_handler.find_unused_parameters = True
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
-        """All iterations, from the checkpoint on if one is given; metrics and checkpoints go to output_dir."""
+        """Run all iterations, or those after the given checkpoint; write metrics and checkpoints to output_dir."""
         args = self.args
         self.begin(resume_from_checkpoint)
         self.remove_rollouts_from(self.iteration)
@@ -374,7 +402,7 @@ class PPOTrainer(LoopTrainer):
         self.log({"train_runtime": time.monotonic() - started})
 
     def iterate(self, bar: tqdm) -> None:
-        """One iteration: play, learn, and a row of metrics."""
+        """Run one iteration: play episodes, learn from them, and log a row of metrics."""
         args, at = self.args, time.monotonic()
         trajectories = self.play(bar)
         played = time.monotonic()
@@ -404,8 +432,9 @@ class PPOTrainer(LoopTrainer):
     # Acting.
 
     def play(self, bar: tqdm | None = None) -> list[Trajectory]:
-        """This process's share of the iteration's episodes, as played: each seed once in a run."""
+        """Play this process's share of the iteration's episodes; no seed is used twice in a run."""
         args = self.args
+        # Iterations, and runs that differ in their seed alone, get disjoint ranges of episode seeds.
         first = args.first_seed + (args.seed * args.max_steps + self.iteration) * args.episodes
         seeds = list(range(first, first + args.episodes))[args.process_index :: args.world_size]
         told = None if bar is None else lambda done, total: bar.set_postfix(played=f"{done}/{total}")
@@ -418,13 +447,16 @@ class PPOTrainer(LoopTrainer):
         return trajectories
 
     def remove_rollouts_from(self, iteration: int) -> None:
-        """Drops the episodes that the run plays again."""
+        """Delete the stored episodes of this iteration and later ones, which a resumed run plays again."""
         for file in sorted(Path(self.args.output_dir).glob("rollouts/iteration-*.jsonl")):
             if self.args.should_save and int(file.stem.split("-")[1]) >= iteration:
                 file.unlink()
 
     def scored(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """The trajectories with scores as they are learnt from: unfinished turns, then scale, then clip."""
+        """Return the trajectories with the scores that PPO learns from.
+
+        The order is: unfinished turns, then `scale_scores`, then `clip_scores`.
+        """
         args, ends = self.args, self.renderer.close_ids
         turns = [turn for t in trajectories for turn in t.turns if turn.is_trainable]
         score = torch.tensor([turn.reward or 0.0 for turn in turns], dtype=torch.float64)
@@ -447,7 +479,7 @@ class PPOTrainer(LoopTrainer):
 
     @torch.no_grad()
     def observe(self, trajectories: Sequence[Trajectory]) -> Experience:
-        """Encodes episodes and reads, per step, log-probabilities of policy and reference, V, and V behind it."""
+        """Encode episodes and compute, per step, log π, log π_ref, V of this state and V of the next one."""
         args, play = self.args, self.args.play
         experience = Experience.of(trajectories, self.encoder, self.counts, self.renderer.close_id)
         windows, allowed = experience.windows, self._allowed(trajectories, experience)
@@ -456,7 +488,7 @@ class PPOTrainer(LoopTrainer):
             name: np.zeros(len(experience.episode), dtype=np.float32)
             for name in ("behaviour_log_prob", "ref_log_prob", "behaviour_v", "next_v", "entropy")
         }
-        order = np.argsort(-windows.lengths, kind="stable")  # like lengths together: little padding
+        order = np.argsort(-windows.lengths, kind="stable")  # windows of similar length share a batch: less padding
         size = args.per_device_train_batch_size
         for index in (order[start : start + size] for start in range(0, len(order), size)):
             batch, places = self._batch(windows, index), experience.places(index)
@@ -467,6 +499,7 @@ class PPOTrainer(LoopTrainer):
             if allowed is not None:
                 logits = logits.masked_fill(~self._mask([allowed[i] for i in places]), -torch.inf)
             if filtered or allowed is not None:
+                # Updates normalise over the same tokens as the sampler did, so that ρ is 1 before the first step.
                 kept = warp_log_probs(logits, play.temperature, play.top_k, play.top_p, play.min_p, play.support)
                 kept = kept > -torch.inf
                 experience.keep(places, kept)
@@ -484,7 +517,7 @@ class PPOTrainer(LoopTrainer):
         sampled = [trajectories[episode].turns[turn].behaviour_log_prob[k] for episode, turn, k in experience.tokens()]
         found["sampled_log_prob"] = np.asarray(sampled, dtype=np.float32)
         experience.add(**found, place=np.arange(len(experience.episode)))
-        windows.next_rows = False  # what lies behind has been read
+        windows.next_rows = False  # next_v is stored now, so updates need no rows for next states
         return experience
 
     def _reference_logits(self, batch: TokenBatch) -> Tensor:
@@ -495,7 +528,10 @@ class PPOTrainer(LoopTrainer):
             return (self.reference or self.policy).packed_logits(steps["row"], steps["state"], **inputs)[0]
 
     def _allowed(self, trajectories: Sequence[Trajectory], experience: Experience) -> list[set[int] | None] | None:
-        """Per step, the tokens that the environment's options left; None = all, or no options anywhere."""
+        """Return, per step, the tokens that the environment's options allowed.
+
+        None for a step = all tokens; None instead of a list = no episode has options.
+        """
         if not any(t.labels.get("options") for t in trajectories):
             return None
         ids_of_option = self.player.sampler.ids_of_option
@@ -504,20 +540,21 @@ class PPOTrainer(LoopTrainer):
             said = trajectories[episode].turns[turn].token_ids
             options = trajectories[episode].labels.get("options", {}).get(str(turn))
             ids = options and [ids_of_option[text] for text in options]
+            # Allowed next tokens are those of the options that start with the k tokens sampled so far.
             found.append(ids and {option[k] for option in ids if option[:k] == said[:k] and len(option) > k})
         return found
 
     def _mask(self, allowed: Sequence[set[int] | None]) -> Tensor:
-        """(n, V)"""
+        """Return the allowed tokens of n steps as a bool mask (n, V)."""
         mask = torch.zeros(len(allowed), self.vocabulary, dtype=torch.bool)
         for row, tokens in zip(mask, allowed, strict=True):
             row[slice(None) if tokens is None else sorted(tokens)] = True
         return mask.to(self.args.device)
 
     def check_start(self, experience: Experience) -> None:
-        """Before anything is learnt the policy is its own reference, and says what the sampler said of it.
+        """Check, before the first update, that the policy equals its reference and that sampler and learner agree.
 
-        Raises: InputError that names which of the two is not so.
+        Raises: InputError if either does not hold; it names which.
         """
         log_prob = experience.column("behaviour_log_prob")
         kl = (log_prob - experience.column("ref_log_prob")).abs().max().item()
@@ -537,7 +574,7 @@ class PPOTrainer(LoopTrainer):
     # Crediting.
 
     def credit(self, experience: Experience) -> dict[str, float]:
-        """Adds advantages and returns; what the iteration was like before its update."""
+        """Add advantages and returns to the experience; return metrics of the iteration before its update."""
         args = self.args
         column, known = experience.column, experience.column("has_target").bool()
         log_prob, ref_log_prob = column("behaviour_log_prob"), column("ref_log_prob")
@@ -550,6 +587,7 @@ class PPOTrainer(LoopTrainer):
         episode = torch.from_numpy(experience.episode)[known]
         advantage, returns = generalized_advantage(target, v[known], discount[known], episode, args.gae_lambda)
         explained = value_statistics(v[known], v[known], returns, math.inf)["explained_variance"].item()
+        # Steps without a target have no advantage: they are left out above and get zeros here.
         full = torch.zeros(2, len(known))
         full[:, known] = torch.stack([whiten(advantage) if args.whiten_advantages else advantage, returns])
         experience.add(advantage=full[0].numpy(), returns=full[1].numpy())
@@ -568,7 +606,7 @@ class PPOTrainer(LoopTrainer):
     # Learning.
 
     def update(self, experience: Experience) -> dict[str, float]:
-        """K epochs of minibatches over shuffled windows; a window is never taken apart."""
+        """Run K epochs of minibatches over shuffled windows, none of which is split; return mean statistics."""
         args, rows = self.args, []
         dice = np.random.default_rng([args.seed, self.iteration, args.process_index])
         if len(experience.windows) < args.minibatches:
@@ -590,7 +628,13 @@ class PPOTrainer(LoopTrainer):
     def minibatch(
         self, experience: Experience, index: np.ndarray, dice: np.random.Generator
     ) -> dict[str, float] | None:
-        """One optimizer step on these windows; None, and no step, where the policy is too far for `stop_kl`."""
+        """Take one optimizer step on these windows and return its statistics.
+
+        Args:
+          index: numbers of the windows in `experience`.
+          dice: generator that draws the logged windows for `ptx_weight`.
+        Returns: None, without a step, if `stop_kl` is exceeded.
+        """
         args, size = self.args, self.args.per_device_train_batch_size
         warming = self.iteration < args.value_warmup
         chunks = [(experience, index[start : start + size]) for start in range(0, len(index), size)]
@@ -601,11 +645,12 @@ class PPOTrainer(LoopTrainer):
             chunks += [(None, logged[start : start + size]) for start in range(0, len(logged), size)]
             offsets = self.ptx.flat["state"][1]
             counts[1] = known.new_tensor((offsets[logged + 1] - offsets[logged]).sum())
+        # The divisors of the two losses over all processes: steps with a target, and logged action tokens.
         counts = self.accelerator.reduce(torch.stack(counts).to(args.device), "sum").clamp(min=1)
         read: list[dict[str, Tensor]] = []
         losses: Counter[str] = Counter()
         for number, (source, chunk) in enumerate(chunks):
-            last = number == len(chunks) - 1
+            last = number == len(chunks) - 1  # gradients are averaged over processes once, with the last chunk
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 if source is None:
                     terms = self.ptx_terms(chunk)
@@ -620,7 +665,7 @@ class PPOTrainer(LoopTrainer):
         clip = args.value_clip_range or math.inf
         statistics = policy_statistics(outputs["log_prob"], outputs["behaviour_log_prob"], args.clip_range)
         statistics |= value_statistics(outputs["v"], outputs["behaviour_v"], outputs["returns"], clip)
-        del statistics["explained_variance"]  # that of the whole iteration says more
+        del statistics["explained_variance"]  # `credit` logs it over the whole iteration
         if args.stop_kl is not None:
             approx_kl = self.accelerator.reduce(statistics["approx_kl"], "mean")
             if approx_kl > OVERSHOOT * args.stop_kl:
@@ -632,7 +677,13 @@ class PPOTrainer(LoopTrainer):
     def ppo_terms(
         self, experience: Experience, index: np.ndarray, warming: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The weighted terms of L per step, each (N,), and what was compared, (N,) of the steps with a target."""
+        """Compute the weighted terms of L on these windows.
+
+        Args:
+          warming: True while only the value head learns.
+        Returns: the terms by name, each (N,), and the detached inputs of the statistics by name, one number per step
+          with a target.
+        """
         args, batch = self.args, self._batch(experience.windows, index)
         steps, known = batch["steps"], batch["steps"]["has_target"]
         kept = experience.kept_at(steps["place"].cpu().numpy(), self.vocabulary)
@@ -649,7 +700,7 @@ class PPOTrainer(LoopTrainer):
         return losses, {name: value.detach()[known] for name, value in compared.items()}
 
     def ptx_terms(self, index: np.ndarray) -> dict[str, Tensor]:
-        """γ · −log π of the agent's logged tokens, (N,)."""
+        """Return γ · −log π of the agent's logged tokens in these windows, (N,)."""
         batch = self._batch(self.ptx, index)
         with self.accelerator.autocast():
             logits = self.wrapped(batch)["logits"].float()
@@ -659,7 +710,11 @@ class PPOTrainer(LoopTrainer):
         }
 
     def step(self) -> float:
-        """One optimizer step on the gradients at hand, and the average behind it; the norm before clipping."""
+        """Take an optimizer step on the accumulated gradients, then update the averaged weights.
+
+        Returns: the gradient norm before clipping.
+        Raises: InputError if that norm is not finite.
+        """
         args = self.args
         norm = self.accelerator.clip_grad_norm_(list(self.trained.values()), args.max_grad_norm or math.inf)
         if not math.isfinite(norm := float(norm)):
@@ -686,10 +741,10 @@ class PPOTrainer(LoopTrainer):
         moved = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
         return batch | moved | {"steps": {name: value.to(device) for name, value in batch["steps"].items()}}
 
-    # Accounts.
+    # Accounting.
 
     def episode_metrics(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        """Means of the episodes as the environment scored them, and what they add to the totals."""
+        """Return means over the episodes as the environment scored them, and add their counts to the totals."""
         turns = [turn for t in trajectories for turn in t.turns if turn.is_trainable]
         tokens = sum(len(turn.token_ids) for turn in turns)
         scored = sum(turn.reward is not None for turn in turns)
@@ -709,7 +764,7 @@ class PPOTrainer(LoopTrainer):
         )
 
     def plan(self) -> dict[str, int]:
-        """What `train` would do."""
+        """Return the numbers of iterations, episodes and optimizer steps that `train` would run."""
         args = self.args
         return {
             "iterations": args.max_steps,

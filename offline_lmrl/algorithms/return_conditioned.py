@@ -2,29 +2,30 @@
 
     L = −log π(a | s, R̂)          R̂_k = r_k + γ R̂_{k+1}, the return-to-go at the start of the agent's turn k
 
-averaged over the agent's action tokens. R̂ stands before the opening of every agent turn, binned: as one reserved id
-with a row of its own (models/return_embedding.py) or as plain text. In play the asked return takes its place and is
-updated with every reward that comes in, R̂ ← (R̂ − r) / γ (decoding/asks.py). Labels of preference are the case of two
-bins: rewards +1 and −1 give a "good" and a "bad" control token.
+averaged over the agent's action tokens. R̂ is binned and placed before the opening of every agent turn, as one
+reserved id with its own embedding row (models/return_embedding.py) or as plain text. In play the requested return
+takes its place and is updated with every reward received, R̂ ← (R̂ − r) / γ (decoding/asks.py). Preference labels are
+the case of two bins: rewards +1 and −1 give a "good" and a "bad" control token.
 
 Deviations from the paper, all for text and pretrained models:
-- one id per turn instead of an embedded number per step, in ordinal bins; the LM and its vocabulary stay as they are;
-- in a share of the rows the condition is null, so the same weights are the plain policy too, and guidance between both
-  is possible (Ho and Salimans 2022, Classifier-Free Diffusion Guidance);
-- the loss is the LM's own cross-entropy over the agent's tokens.
+- There is one id per turn, in ordinal bins, instead of an embedded number per step. The LM and its vocabulary stay as
+  they are.
+- In a share of the windows the condition is null, so the same weights are also the plain policy, and guidance between
+  both is possible (Ho and Salimans 2022, Classifier-Free Diffusion Guidance).
+- The loss is the LM's own cross-entropy over the agent's tokens.
 
-With a `critic` it is the Q-learning Decision Transformer (QDT: Yamagata, Khalil, Santos-Rodriguez 2023): before
-training, the critic's V or Q rewrites R̂ where it knows of something better than what was logged (`relabel` in
-decoding/critic.py). That restores stitching.
+With a `critic` the algorithm is the Q-learning Decision Transformer (QDT: Yamagata, Khalil, Santos-Rodriguez 2023):
+before training, the critic's V or Q replaces logged returns R̂ (`relabel` in decoding/critic.py; by default where V is
+above the logged return). That restores stitching.
 
-With `return_weight` the model also learns what turns earn (models/return_heads.py), and with `environment_weight` what
-the environment replies: the Trajectory Transformer (Janner, Li, Levine 2021) for text, which decoding/planner.py plans
-with. Its heads learn on the rows without a condition alone, as R̂_k and R̂_{k+1} together tell r_k, and always from the
-returns as they were logged.
+With `return_weight` the model also learns the outcomes of turns (models/return_heads.py), and with
+`environment_weight` the environment's replies. Together they are the Trajectory Transformer (Janner, Li, Levine 2021)
+for text, with which decoding/planner.py plans. The return heads learn only in windows without a condition, because
+R̂_k and R̂_{k+1} together reveal r_k, and always from the returns as logged.
 
-A model that brings value heads keeps them, frozen. They answer for the trunk they were trained on, and this training
-moves it: fit them again behind it, with `algorithm: ilql` from this run and policy_weight 0, value_grad_scale 0,
-weight_decay 0, which leaves the policy as it is and reads values where no return is asked for.
+Value heads that the model already has are kept and frozen. They fit the trunk on which they were trained, and this
+training changes the trunk. To fit them again afterwards, start `algorithm: ilql` from this run with policy_weight 0,
+value_grad_scale 0 and weight_decay 0: the policy stays as it is, and values are learnt under the null condition.
 """
 
 from collections.abc import Sequence
@@ -47,34 +48,48 @@ from offline_lmrl.models.guided import attach_return_heads, attach_returns
 from offline_lmrl.models.return_heads import fit_heads
 from offline_lmrl.training import KNOWN_TURN, OfflineConfig, OfflineTrainer, check_range, require_targets
 
-TABLE_RATE = 10.0  # learning rate of the return table, as a multiple of the model's: its rows start from nothing
+TABLE_RATE = 10.0  # learning rate of the return table, as a multiple of the model's: its rows are not pretrained
 
 
 @dataclass
 class ReturnConditionedConfig(OfflineConfig):
-    """Settings of return conditioning.
+    """The settings of return conditioning. Numbers in square brackets are the paper's.
 
-    bins: most bins of the returns; 2 to 8 suit small data.
-    binning: unique, linear, quantile, or auto: unique where there are at most `bins` distinct returns, else linear
-      (data/conditioning.py). per: one scale for all data (global), or one per task.
-    discount_per_turn: γ of the returns, between two agent turns [1].
-    critic: folder or hub name of a run with value heads that relabels the returns, those of a prompt's demonstrations
-      too; None = as logged. relabel: max, its V where that is above the logged return, or q, its Q
-      (decoding/critic.py).
-    condition: embedding (reserved ids), or text: `text` in front of the agent's turn, filled with `bin` and `bins`.
-    condition_dropout: share of windows that are trained without a condition; with text there is no null, hence none.
-    return_weight: of the cross-entropies of the return heads, per turn of a window without a condition; 0 leaves the
-      heads out. With condition_dropout 1 it is a plain policy that has them.
-    environment_weight: of the cross-entropy of each token of what the environment replies to the agent's turn, read
-      after the turn and all that the agent saw; windows then hold these replies too, which costs their tokens.
-    ask: the return that is asked for in play. Once, and then less what was earned: a number, p90 or max of the
-      training returns, or auto (the best Q at the start; decoding/asks.py has what each earned). Before every turn:
-      expert:κ (`ReturnHeads.expert`). condition_scale: w of return guidance in play.
-      beta, q_reduce, support, candidates, clip: of value guidance, for a model with value heads. All are the decoding
-      form saved with the run (decoding/sampler.py).
+    A model that was already trained with returns keeps its bins, and bins, binning, per, discount_per_turn, condition
+    and text are unused.
 
-    A model that was trained with returns before goes on with its bins; bins, binning, per, discount_per_turn,
-    condition and text are then unused.
+    Args:
+      bins: largest number of bins of the returns; 2 to 8 suit small data.
+      binning: unique, linear, quantile or auto (data/conditioning.py). auto = unique if there are at most `bins`
+        distinct returns, else linear.
+      per: global = one scale of returns for all data; task = one for each task.
+      discount_per_turn: γ of the returns, between two agent turns, above 0 and at most 1 [1].
+      critic: folder or hub name of a run with value heads, whose values replace the logged returns of the data and of
+        few-shot demonstrations. None = returns as logged.
+      relabel: max = use the critic's V where it is above the logged return; q = use the critic's Q
+        (decoding/critic.py).
+      condition: embedding = one reserved id per bin; text = the setting `text`.
+      text: text placed before each agent turn with condition: text. {bin} and {bins} are replaced by the number of
+        the bin and by the number of bins.
+      condition_dropout: share of windows that are trained under the null condition, 0 to 1. Unused with condition:
+        text, which has no null.
+      return_weight: weight of the cross-entropies of the return heads, per turn of a window without a condition; 0 =
+        no return heads. With condition_dropout 1 the result is a plain policy with return heads.
+      environment_weight: weight of the cross-entropy of each token that the environment replies to the agent's turn,
+        given that turn and all that the agent saw; 0 = none. Above 0, windows also hold these replies and are longer
+        by their tokens.
+      ask: requested return in play. A number, p90 or max of the training returns, or auto (the best Q at the start) is
+        requested once, and rewards earned are then subtracted; decoding/asks.py lists what each earned. expert:κ is
+        computed anew before every turn (`ReturnHeads.expert`). None = no request. Saved with the run.
+      condition_scale: weight w of return guidance in play, 0 or more; 0 = plain conditioning. Saved with the run.
+      beta: weight of value guidance in play, for a model with value heads; 0 = none. Saved with the run
+        (decoding/sampler.py).
+      q_reduce: reduction over the Q heads in play: min, mean or first. Saved with the run.
+      support: least probability of a token under π, as a share of the likeliest token's, that decoding may choose; 0 =
+        all tokens. Saved with the run.
+      candidates: number of likeliest tokens under π that value-guided decoding chooses among; None = no limit. Saved
+        with the run.
+      clip: upper bound of the advantage Q − V in decoding; None = no bound. Saved with the run.
     """
 
     bins: int = 32
@@ -119,13 +134,13 @@ class ReturnConditionedConfig(OfflineConfig):
 
 
 def sampling_form(config: ReturnConditionedConfig) -> dict[str, Any]:
-    """The decoding form that is saved with the run."""
+    """Return the SamplingConfig fields that are saved with the run."""
     names = ("ask", "condition_scale", "beta", "q_reduce", "support", "candidates", "clip")
     return {name: getattr(config, name) for name in names}
 
 
 class ReturnConditionedTrainer(OfflineTrainer):
-    """Trains a policy that is told the return to go for; see `OfflineTrainer` for the arguments."""
+    """A trainer of a policy that is conditioned on the requested return; see `OfflineTrainer` for the arguments."""
 
     algorithm = "return_conditioned"
 
@@ -134,6 +149,7 @@ class ReturnConditionedTrainer(OfflineTrainer):
     ):
         self.shown: Sequence[Trajectory] | None = None  # demonstrations with the critic's labels
         if args.critic is not None:
+            # Before super().__init__, which fits the bins to the returns of the data.
             critic = load_critic(args.critic, device=args.device)
             train_dataset, eval_dataset, self.shown = (
                 logs and relabel(logs, critic, args.relabel, args.discount_per_turn)
@@ -148,7 +164,10 @@ class ReturnConditionedTrainer(OfflineTrainer):
         return StepRule(discount_per_turn=args.discount_per_turn)
 
     def fit_scale(self, model, train, args: ReturnConditionedConfig) -> RewardScale:
-        """That of the heads which came along, if any, because they answer in its unit; returns are in logged units."""
+        """Reuse the reward scale stored with existing value or return heads, whose outputs are in that unit; else fit.
+
+        The returns of the condition do not depend on it: they are in the units of the logged rewards.
+        """
         stored = settings(model.config).get("reward_scale")
         heads = (getattr(model, name, None) for name in ("value_heads", "return_heads"))
         if stored is None or all(part is None for part in heads):
@@ -207,7 +226,8 @@ class ReturnConditionedTrainer(OfflineTrainer):
         return {"sampling": sampling_form(args)}
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        """As Trainer's, with a group of its own for the table of returns: TABLE_RATE times the rate, no decay."""
+        """Create Trainer's optimizer with an extra group for the return table: TABLE_RATE times the rate, no decay."""
+        # A second call returns the optimizer that exists; conditions as text have no table.
         if self.optimizer is not None or self.model.return_embedding is None:
             return super().create_optimizer(*args, **kwargs)
         optimizer, table = super().create_optimizer(*args, **kwargs), list(self.model.return_embedding.parameters())
@@ -224,11 +244,13 @@ class ReturnConditionedTrainer(OfflineTrainer):
         args, loss = self.args, -outputs["log_prob"]
         logged = {"loss/policy": loss}
         if args.return_weight > 0:
+            # False for turns without a target, and where the context holds returns, which the heads could copy.
             counts = outputs["outcome_counts"]
             place = steps["closes_turn"].nonzero()[:, 0][counts]
             logged["loss/returns"] = -outputs["outcome_log_prob"][counts]
             loss = loss.index_add(0, place, args.return_weight * logged["loss/returns"])
         if args.environment_weight > 0:
             logged["loss/environment"] = -outputs["environment_log_prob"]
+            # Tokens of replies are no action tokens: their summed loss is spread evenly over the N action tokens.
             loss = loss + args.environment_weight * logged["loss/environment"].sum() / max(len(loss), 1)
         return loss, logged

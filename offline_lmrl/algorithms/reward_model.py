@@ -1,27 +1,28 @@
 """Reward models from comparisons or ratings (Christiano 2017, Ziegler 2019, Stiennon 2020, Ouyang 2022, and others).
 
-An option's score s is the sum of the head over the tokens it reads (models/reward_model.py). With t the probability
-that an option is the best of its comparison (one-hot, a tie, or soft), one comparison costs
+An option's score s is the sum of the head's outputs over the tokens that it scores (models/reward_model.py). Let t be
+the probability that an option is the best of its comparison (one-hot, a tie, or soft). The loss of one comparison is
 
     pairs          mean over its pairs of  −[p log P̃ + (1 − p) log(1 − P̃)],  P̃ = (1 − ε) σ(s_i − s_j − m) + ε/2
     best_of_k      −Σ_i t_i log softmax_i(s)
     plackett_luce  −log P(ranking)
 
-(ops/preferences.py); two options are Bradley–Terry in all three. Scored trajectories, a rating of one reply each, cost
+(ops/preferences.py). With two options all three are Bradley–Terry. A scored trajectory is a rating of one reply; its
+loss is
 
     regression     ½ (s − rating)², ratings with mean 0 and standard deviation 1
 
-A batch counts comparisons, so all pairs of one prompt are one element of it, and the loss is their mean, each times
-its weight over the mean weight of the data.
+Batch sizes count comparisons, so all pairs of one prompt are one element. The loss of a batch is the mean over its
+comparisons, each multiplied by its weight divided by the mean weight of the data.
 
-After training, the scores of `reference` replies get mean 0 and standard deviation 1 (`normalise: standard`; Ziegler
-et al. 2019 take samples of the reference policy), or mean 0 (`centre`; Stiennon et al. 2020 take human summaries), as
-preferences leave the location free; without such replies it is the training data's options. With `none`, those learnt
-from ratings have the ratings' unit.
+Preferences leave the location of scores free. After training, the scores of `reference` replies are therefore shifted
+and scaled to mean 0 and standard deviation 1 (`normalise: standard`; Ziegler et al. 2019 use samples of the reference
+policy) or shifted to mean 0 (`centre`; Stiennon et al. 2020 use human summaries). Without `reference`, the options of
+the training data are used. With `none`, a model trained on ratings scores in the ratings' unit.
 
-An ensemble is several runs, each with its own `seed` and `bootstrap`: each learns from groups of comparisons drawn
-with replacement, and is judged on the groups that it did not draw, 1/e of them (Christiano et al. 2017, who draw
-single comparisons; those of one conversation are alike, so one would not test another).
+An ensemble is several runs, each with its own `seed` and `bootstrap`. Each run learns from groups of comparisons drawn
+with replacement and is evaluated on the groups that it did not draw, 1/e of them (Christiano et al. 2017 draw single
+comparisons; comparisons of one conversation are alike, so one would not test another).
 """
 
 from collections import Counter
@@ -70,33 +71,39 @@ from offline_lmrl.ops.preferences import (
 )
 from offline_lmrl.training import BaseConfig, BaseTrainer, check_range, with_adapter
 
-NORMALISED_ON = 1000  # comparisons
+NORMALISED_ON = 1000  # largest number of comparisons on which scores are normalised
 
 Rows = Sequence[Comparison] | Sequence[Trajectory]
 
 
 @dataclass
 class RewardModelConfig(BaseConfig):
-    """Settings of a reward model.
+    """The settings of a reward model. Numbers in square brackets are from papers.
 
-    head: terminal (the reply's last token), turn (the last token of each of its agent turns) or token (each of them);
-      a score is the sum over what is read.
-    context: with head turn or token, each agent turn is read on its own, after at most so many turns (itself not
-      counted) and the leading system turns: what a policy with the same `context` sees before it. With 1 a turn is
-      judged by what it answers (Christiano et al. 2017); None = a reply is read as a whole, turns share its history.
-    loss: pairs, best_of_k or plackett_luce; the last needs a ranking wherever there are more than two options. Or
-      regression, for scored trajectories.
-    error_rate: ε of pairs, the share of labels that were given at random [.1 in Christiano et al.; 0 elsewhere].
-    margin: m of pairs, per unit of `labels.strength` and of the difference of the targets; 0 = none.
-    binarise: learn from every reply marked good and marked bad instead, for pre-training on cheap preferences such as
-      votes (Askell et al. 2021; `binarised`); the run that learns from the target's preferences starts from that one.
-    bootstrap: seed of a sample of the data's groups with replacement, as many as there are. After training `oob_loss`,
-      `oob_accuracy` and `oob_cross_entropy` (of the labels, in nats per comparison, without margin and weights) of the
-      groups that were not drawn are in metrics.jsonl and complete.json. None = the data as they are.
-    normalise: scores after training: none, centre (mean 0) or standard (mean 0 and standard deviation 1). The shift is
-      that of a whole reply; where `relabel` gives each turn a reward, each has an equal part. With none there is none.
-    reference: trajectories whose replies get these scores, such as what `generate` writes; None = the training data.
-    processes: how many render the data at once, and read comparisons; it changes no number.
+    Args:
+      head: tokens of a reply that are scored: terminal (its last token), turn (the last token of each of its agent
+        turns) or token (every agent token). The reply's score is the sum over these tokens.
+      context: with head turn or token, score each agent turn on its own, after at most this many turns before it and
+        the leading system turns, as a policy with the same `context` sees it. With 1 a turn is scored after the turn
+        that it answers (Christiano et al. 2017). None = a reply is scored as a whole, and its turns share its history.
+      loss: pairs, best_of_k or plackett_luce for comparisons, or regression for scored trajectories. plackett_luce
+        needs a ranking in every comparison of more than two options.
+      error_rate: ε of loss pairs, the share of labels assumed to be random, 0 to .999 [.1 in Christiano et al.; 0
+        elsewhere].
+      margin: m of loss pairs, in score units per unit of `labels.strength` and of the difference of the targets; 0 =
+        none.
+      binarise: replace each pair by two comparisons of a reply marked good with the same reply marked bad, to
+        pre-train on cheap preferences such as votes (Askell et al. 2021; `binarised`). A run on the preferences of
+        interest then starts from this one.
+      bootstrap: seed of a sample of the data's groups, drawn with replacement, as many as there are. After training,
+        metrics.jsonl and complete.json hold `oob_loss`, `oob_accuracy` and `oob_cross_entropy` (of the labels, in nats
+        per comparison, without margin and weights) on the groups that were not drawn. None = train on all data.
+      normalise: change of the scores after training: none (as learnt; after loss regression in the ratings' unit),
+        centre (to mean 0) or standard (to mean 0 and standard deviation 1). The shift is that of a whole reply; if
+        `relabel` rewards each turn, each gets an equal part of it.
+      reference: file, folder or hub name of trajectories, such as the output of `generate`, whose replies get the
+        mean and standard deviation named in `normalise`. None = the training data.
+      processes: number of processes that read comparisons and render the data; results do not depend on it.
     """
 
     head: Literal["terminal", "turn", "token"] = "terminal"
@@ -136,14 +143,14 @@ def pairs_loss(score: Tensor, batch: Mapping[str, Tensor], config: RewardModelCo
 
 
 def cross_entropy(score: Tensor, batch: Mapping[str, Tensor], config: RewardModelConfig) -> Tensor:
-    """−log P(labels) per comparison under the model of the loss, which knows no margin. (C,) nats."""
+    """Return −log P(labels) per comparison, (C,) in nats, under the model of the loss and without its margin."""
     if config.loss == "pairs":
         pairs = known_pairs(batch["target"], batch["rank"], batch["comparison"])
         return all_pairs_loss(score, pairs, None, config.error_rate)
     return LOSSES[config.loss](score, batch, config)
 
 
-# score (M,), batch, config -> (C,)
+# maps (score (M,) of options, batch, config) to the loss per comparison (C,)
 LOSSES: dict[str, Callable[[Tensor, Mapping[str, Tensor], RewardModelConfig], Tensor]] = {
     "pairs": pairs_loss,
     "best_of_k": lambda score, batch, config: best_of_k_loss(score, batch["target"], batch["comparison"]),
@@ -153,7 +160,7 @@ LOSSES: dict[str, Callable[[Tensor, Mapping[str, Tensor], RewardModelConfig], Te
 
 
 def accuracy(score: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Of every pair that is no tie whether the better option scores higher, equal scores half. (P,)."""
+    """Return 1 for each pair whose better option scores higher, ½ at equal scores, else 0: (P,), ties left out."""
     pairs = known_pairs(batch["target"], batch["rank"], batch["comparison"])
     counted = (pairs.prob != 0.5) & (batch["weight"] > 0)[pairs.comparison]
     lead = (score[pairs.first] - score[pairs.second]).sign() * (pairs.prob - 0.5).sign()
@@ -161,9 +168,10 @@ def accuracy(score: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def bootstrap_sample(rows: Rows, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the rows whose groups are drawn, with replacement and as many as there are, and places of the others.
+    """Draw as many groups as there are, with replacement.
 
-    A row that is drawn n times is there n times.
+    Returns: the indices of the rows in drawn groups, an index n times if its group was drawn n times, and the indices
+      of all other rows.
     """
     groups: dict[str, int] = {}
     group = np.fromiter((groups.setdefault(group_key(row), len(groups)) for row in rows), np.int64, len(rows))
@@ -172,9 +180,10 @@ def bootstrap_sample(rows: Rows, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class RewardModelTrainer(BaseTrainer):
-    """Trains a reward model on comparisons, or on scored trajectories; see `BaseTrainer` for the arguments.
+    """A trainer of a reward model on comparisons or scored trajectories; see `BaseTrainer` for the other arguments.
 
-    model: a reward model, or a folder or hub name of one or of a causal LM, whose trunk then gets a fresh head.
+    Args:
+      model: a reward model, or a folder or hub name of one or of a causal LM, whose trunk then gets a fresh head.
     """
 
     algorithm = "reward_model"
@@ -223,7 +232,7 @@ class RewardModelTrainer(BaseTrainer):
         if left_out:
             try:
                 self.left_out = self._encode(left_out, args, Counter())
-            except InputError as error:  # none of them fits, say, which does not concern training
+            except InputError as error:  # for example, none of them fits max_length: training can go on without them
                 self.counts[f"comparisons that bootstrap left out, useless to judge the run ({error})"] = len(left_out)
         self.out_of_bag: dict[str, float] = {}
         first = islice(rows, TEMPLATE_ROWS)
@@ -251,7 +260,7 @@ class RewardModelTrainer(BaseTrainer):
         return model, encoded, held_out
 
     def _pad_id(self) -> int:
-        """A token that closes no turn: transformers' classifiers read the last token that is not this one."""
+        """Return a token id that closes no turn: transformers' classifiers score the last token that is not this."""
         tokenizer = self.renderer.tokenizer
         candidates = (tokenizer.pad_token_id, *tokenizer.all_special_ids, 0, 1)
         return next(token for token in candidates if token not in (None, self.renderer.close_id))
@@ -272,11 +281,14 @@ class RewardModelTrainer(BaseTrainer):
         encode = encode_scored if scored else encode_comparisons
         by_turn = reads_by_turn(args.head, args.window)
         encoded = encode(rows, self.renderer, args.window, counts, args.processes, by_turn)
-        encoded.weight = encoded.weight / encoded.weight.mean()
+        encoded.weight = encoded.weight / encoded.weight.mean()  # the scale of weights does not change the loss
         return encoded
 
     def _standardise(self, train: ComparisonDataset, *others: ComparisonDataset | None) -> None:
-        """Puts ratings on the scale of the training ratings, which `rating` keeps as (mean, standard deviation)."""
+        """Standardise all ratings with the mean and standard deviation of the training ratings; store these two.
+
+        Raises: InputError if the training ratings do not differ.
+        """
         self.rating = float(train.target.mean()), float(train.target.std())
         if not self.rating[1] > 0:
             raise InputError(f"loss: found regression on ratings that are all {self.rating[0]:g}, expected several")
@@ -284,7 +296,7 @@ class RewardModelTrainer(BaseTrainer):
             data.target = (data.target - self.rating[0]) / self.rating[1]
 
     def items_in(self, batch: Mapping[str, Any]) -> int:
-        """Comparisons, without those that only keep a rank busy."""
+        """Count the comparisons of a batch without those of weight 0, which only fill the batch of a rank."""
         return int((batch["weight"] > 0).sum())
 
     def losses(self, model, batch):
@@ -299,8 +311,10 @@ class RewardModelTrainer(BaseTrainer):
         return loss * batch["weight"], logged
 
     def train(self, *args, **kwargs):
-        """As Trainer's; then the run is judged on what `bootstrap` left out, and scores are normalised. Checkpoints
-        hold them as they were learnt."""
+        """Train as Trainer does, evaluate on the groups that `bootstrap` left out, then normalise the scores.
+
+        Checkpoints hold the weights before normalisation.
+        """
         result = super().train(*args, **kwargs)
         if self.left_out is not None:
             found = self.evaluate(self.left_out, metric_key_prefix="oob")
@@ -316,9 +330,9 @@ class RewardModelTrainer(BaseTrainer):
 
     @torch.no_grad()
     def normalise(self) -> None:
-        """Gives the scores of the reference replies, or of a sample of them, the location and spread asked for.
+        """Shift and scale the head as `normalise` says, from the scores of at most NORMALISED_ON reference replies.
 
-        Raises: InputError where they do not differ, so that no gain gives them a spread.
+        Raises: InputError if these scores do not differ, so that no gain gives them a spread.
         """
         model = self.accelerator.unwrap_model(self.model).eval()
         if self.args.normalise == "none":

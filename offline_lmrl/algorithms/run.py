@@ -1,6 +1,6 @@
 """One training run as a folder: resolved config, metrics, checkpoints, and the final model at its top.
 
-The command line and `compare` call `train`; it is the same path as building a trainer in Python.
+The command line and `compare` call `train`, which builds the same trainer as a Python program would.
 """
 
 import copy
@@ -48,23 +48,26 @@ from offline_lmrl.training_checkpoint import checkpoints, noted_signals, step_of
 log = logging.getLogger(__name__)
 
 Rows = Sequence[Trajectory] | Sequence[Comparison]
-SPEED = ("processes",)  # changes no result, and is no part of what a run is
-LENGTH = ("args.max_steps", "args.num_train_epochs")  # in which a run may grow
-COMPLETE = "complete.json"  # what a run writes last
+SPEED = ("processes",)  # settings that change no result and are left out of the resolved config
+LENGTH = ("args.max_steps", "args.num_train_epochs")  # settings that may be larger when a run is extended
+COMPLETE = "complete.json"  # written last, so it marks a complete run
 PREFERENCE = ("reward", "place", "normalise")  # settings of `to_trajectories`
 
 
 @dataclass
 class ModelConfig:
-    """Where the model comes from: exactly one of `path` and `scratch`.
+    """The origin of the model: exactly one of `path` and `scratch`.
 
-    path: folder or hub name of a causal LM, or a run of this project (its heads come along); for a reward model its
-      trunk.
-    scratch: a small model with fresh weights: `model_type` and the fields of that family's config.
-    tokenizer: folder or hub name; None = the one at `path`, or one trained on the training data (scratch).
-    vocab_size: size of a tokenizer trained here.
-    lora: fields of peft.LoraConfig: trains an adapter (and the heads) instead of the trunk of the model at `path`.
-    trust_remote_code: whether code that lies with the model may run.
+    Args:
+      path: folder or hub name of a causal LM, or a run of this project, whose heads are loaded too. A reward model
+        takes its trunk from it.
+      scratch: `model_type` and config fields of a small model with fresh weights.
+      tokenizer: folder or hub name of a tokenizer; None = the one at `path` or, with scratch, one trained on the
+        training data.
+      vocab_size: vocabulary size of a tokenizer trained here, in tokens.
+      lora: fields of peft.LoraConfig, to train an adapter (and the heads) instead of the trunk of the model at `path`;
+        None = train the trunk.
+      trust_remote_code: allow code that is stored with the model to run.
     """
 
     path: str | None = None
@@ -88,13 +91,15 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Scored trajectories, for a reward model comparisons: a file, a folder or a hub name.
+    """The data: scored trajectories, or for a reward model comparisons, each as a file, a folder or a hub name.
 
-    train: what is learnt from; None where an environment is all there is (ppo).
-    validation: what eval_loss is measured on; None = nothing.
-    preference: makes scored trajectories of comparisons: `reward` (sign, prob, strength, rank, bt, rating, or a scorer
-      as `relabel` takes it), `place` and `normalise` of `to_trajectories`; None = the data are what is learnt from.
-    reward: the column that holds the score of a row; None = `reward`, or `label` beside a prompt.
+    Args:
+      train: data to learn from; None = no logs, for ppo, which plays in an environment.
+      validation: data on which eval_loss is measured; None = no validation.
+      preference: settings that turn comparisons into scored trajectories: `reward` (sign, prob, strength, rank, bt,
+        rating, or a scorer as in `relabel`), `place` and `normalise` of `to_trajectories`. None = learn from the data
+        as they are.
+      reward: column that holds the score of a row; None = `reward`, or `label` in rows with a prompt.
     """
 
     train: str | None = None
@@ -111,7 +116,7 @@ class DataConfig:
 
 
 def build_tokenizer(config: ModelConfig, rows: Rows) -> PreTrainedTokenizerBase:
-    """The tokenizer that the model config names, or one trained on the text of the data."""
+    """Load the tokenizer that the model config names, or train one on the text of the data."""
     if config.tokenizer is not None or config.path is not None:
         name = config.tokenizer or config.path
         return load_tokenizer(name, trust_remote_code=config.trust_remote_code)
@@ -123,10 +128,12 @@ def _turns(row: Trajectory | Comparison) -> Iterator[Turn]:
 
 
 def read_data(algorithm: str, data: DataConfig, args: BaseConfig, counts: Counter[str]) -> tuple[Rows, Rows | None]:
-    """The training and the validation data; nothing where an algorithm that plays is given none.
+    """Read the training and the validation data.
 
-    args: says by how many processes, where an algorithm has such a setting.
-    counts: gets what was repaired and left out by reason, and what is wrong with the groups.
+    Args:
+      args: the algorithm's settings, some of which have the number of reading `processes`.
+      counts: is filled with the numbers of repaired and dropped rows by reason, and with faults of the groups.
+    Returns: training rows and validation rows; ([], None) for an algorithm that plays and has no data.train.
     """
     trainer_class = load_algorithm(algorithm)[1]
     if data.train is None:
@@ -153,7 +160,7 @@ def read_data(algorithm: str, data: DataConfig, args: BaseConfig, counts: Counte
 
 
 def scored(source: str, preference: Mapping[str, Any], counts: Counter[str]) -> list[Trajectory]:
-    """The comparisons of a source as scored trajectories; see `DataConfig.preference`."""
+    """Read comparisons and turn them into scored trajectories; see `DataConfig.preference`."""
     rows, settings = read_comparisons(source, counts=counts), dict(preference)
     if settings.get("reward", "sign") not in get_args(RewardKind):
         settings["reward"] = load_scorer(settings["reward"])
@@ -162,7 +169,7 @@ def scored(source: str, preference: Mapping[str, Any], counts: Counter[str]) -> 
 
 
 def scorer_runs(preference: Mapping[str, Any] | None) -> list[str]:
-    """What may be folders of runs in the scorer that makes rewards."""
+    """List all texts in the scorer that makes rewards, each of which may be the folder of a run."""
 
     def texts(value: Any) -> Iterator[str]:
         if isinstance(value, str):
@@ -181,7 +188,11 @@ def build_trainer(
     args: BaseConfig,
     environment: Any = None,
 ) -> BaseTrainer:
-    """Builds tokenizer and model, and wires the trainer. environment: what `open_environment` returns."""
+    """Build the tokenizer, the model and the trainer.
+
+    Args:
+      environment: the result of `open_environment`; None for an algorithm that learns from data.
+    """
     trainer_class = load_algorithm(algorithm)[1]
     transformers.set_seed(args.seed)  # fresh weights and heads follow the run's seed
     tokenizer = build_tokenizer(model, rows)
@@ -202,7 +213,14 @@ def build_trainer(
 
 
 def open_environment(algorithm: str, environment: Mapping[str, Any] | None, players: Mapping[str, Any]) -> Any:
-    """What the algorithm plays in; None for one that learns from data. Raises: InputError where that does not fit."""
+    """Open the environment that the algorithm plays in.
+
+    Args:
+      environment: `name` and settings of `make_environment`; None = none.
+      players: further arguments of `make_environment` that are no plain values.
+    Returns: None for an algorithm that learns from data.
+    Raises: InputError if an environment is missing, or given to an algorithm that learns from data.
+    """
     if not load_algorithm(algorithm)[1].plays:
         if environment is not None:
             raise InputError(
@@ -217,13 +235,14 @@ def open_environment(algorithm: str, environment: Mapping[str, Any] | None, play
 def resolved_config(
     algorithm: str, model: ModelConfig, data: DataConfig, args: BaseConfig, environment: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Everything that decides the run, as plain values."""
+    """Return all settings that determine the run's result, as plain values."""
     played = {} if environment is None else {"environment": dict(environment)}
     values = {
         name: value
         for name, value in args.to_dict().items()
         if isinstance(value, str | int | float | dict | list | None) and name not in SPEED
     }
+    # Through JSON, so that tuples are lists as in the config.yaml with which this is compared.
     return json.loads(
         json.dumps({"algorithm": algorithm, "model": asdict(model), "data": asdict(data), **played, "args": values})
     )
@@ -238,8 +257,16 @@ def contents(
     reference: str | None = None,
     value_model: str | None = None,
 ) -> dict[str, str | None]:
-    """sha256 of what lies behind the paths of a run: data, demonstrations, replies of reference, and the weights of
-    local folders that it starts from or learns from."""
+    """Hash the inputs that a run names by path, so that a changed input is noticed when the run is resumed.
+
+    Args:
+      critic: folder or hub name of the run whose values this run learns from; None = none.
+      demonstrations: source of few-shot demonstrations; None = none.
+      reference: source of the replies on which a reward model is normalised; None = none.
+      value_model: folder or hub name of the run from which PPO's V starts; None = none.
+    Returns: sha256 by name of data, demonstrations, reference and the weights in local folders; None for validation
+      data or starting weights that are not there.
+    """
     found = {
         "train": fingerprint(rows),
         "validation": None if validation is None else fingerprint(validation),
@@ -253,7 +280,7 @@ def contents(
 
 
 def weights_hash(folder: str | None) -> str | None:
-    """sha256 of the weights in a local folder, None where there are none."""
+    """Return the sha256 of the weights in a local folder, None if there are none."""
     files = sorted(Path(folder).glob("*.safetensors")) if folder else []
     if not files:
         return None
@@ -265,27 +292,28 @@ def weights_hash(folder: str | None) -> str | None:
 
 
 def critic_of(args: BaseConfig) -> str | None:
-    """The run whose values this one learns from; None where the algorithm takes none."""
+    """Return the setting `critic`, the run whose values this one learns from; None if there is none."""
     return getattr(args, "critic", None)
 
 
 def value_model_of(args: BaseConfig) -> str | None:
-    """The run from which PPO's V starts; None where the algorithm has none, or V starts from the policy."""
+    """Return the run from which PPO's V starts; None if V uses the policy or a copy, or for another algorithm."""
     name = getattr(args, "value_model", None)
     return None if name in ("shared", "copy") else name
 
 
 def demonstrations_of(args: BaseConfig) -> str | None:
-    """Where the prompts of this run come from; None where there are none, or the data are their own."""
+    """Return the source of few-shot demonstrations; None if there are none or they come from the training data."""
     prompt = getattr(args, "prompt", None)
     return prompt and prompt.demonstrations
 
 
 def run_there(folder: Path, config: dict[str, Any]) -> Literal["none", "same", "shorter"]:
-    """What the folder holds: no run yet, this run, or this run with fewer steps, which it can be extended to.
+    """Compare the run in a folder with a config.
 
-    A run that died before its first checkpoint is none. Raises: InputError that names all settings in which the run
-    there is another one.
+    Returns: "none" = no run, or one that died before its first checkpoint; "same" = this run; "shorter" = this run
+      with fewer steps, which can be extended.
+    Raises: InputError if the folder holds another run; it names all settings that differ.
     """
     file = folder / "config.yaml"
     if not file.exists():
@@ -308,7 +336,7 @@ def _is_longer(name: str, there: Any, here: Any) -> bool:
 
 
 def _hold(folder: Path, args: BaseConfig, held: ExitStack) -> None:
-    """Holds the folder for this run, by the process that writes there; all of them are refused together."""
+    """Lock the folder in the process that writes there, and raise in all processes if that fails."""
     refused: list[InputError | None] = [None]
     if args.should_save:
         try:
@@ -331,16 +359,17 @@ def train(
     settings: Mapping[str, Any] | None = None,
     costs: Mapping[str, int] | None = None,
 ) -> Path:
-    """Runs, resumes from the newest complete checkpoint, or returns at once where the run is complete.
+    """Train a run, or resume it from its newest complete checkpoint; a complete run is returned at once.
 
-    What is left out of the data is logged before anything is learnt, and kept in `complete.json`.
+    Counts of dropped data are logged before training starts, and stored in `complete.json`.
 
     Args:
       environment: `name` and settings of `make_environment`, for an algorithm that plays.
-      players: further settings of it that are no plain values, such as a partner's policy.
-      settings, costs: what led to its data, for its config, and what that took, for its costs.
-    Returns: the run directory; it opens with `LanguagePolicy.load`, or as a reward model with `load_scorer`, and with
-    transformers.
+      players: further arguments of `make_environment` that are no plain values, such as a partner's policy.
+      settings: settings with which the data were made, added to the run's config.
+      costs: costs of making the data, added to the costs in `complete.json`.
+    Returns: the run directory. `LanguagePolicy.load` opens it, or `load_scorer` if it is a reward model; transformers
+      opens it too.
     """
     folder = Path(args.output_dir)
     counts: Counter[str] = Counter()
@@ -352,11 +381,11 @@ def train(
     )
     if run_there(folder, config) == "same" and (folder / COMPLETE).exists():
         if args.should_save:
-            sweep(folder)  # whoever was killed had written the last file
+            sweep(folder)  # a process that was killed after complete.json may have left temporary files
         return folder
     with ExitStack() as held:
         _hold(folder, args, held)
-        there = run_there(folder, config)
+        there = run_there(folder, config)  # again under the lock: another process may have trained meanwhile
         world = open_environment(algorithm, environment, players or {})
         trainer = build_trainer(algorithm, model, rows, validation, args, world)
         checkpoint = None if there == "none" else trainer.last_checkpoint()
@@ -365,9 +394,9 @@ def train(
                 f"{folder}: found no complete checkpoint, expected one to extend the run from: take "
                 "another output_dir, or save_strategy: steps from the start"
             )
-        trainer.accelerator.wait_for_everyone()  # whoever reads the folder has read it
+        trainer.accelerator.wait_for_everyone()  # all processes have read the folder before it changes
         if trainer.args.should_save:
-            (folder / COMPLETE).unlink(missing_ok=True)  # of the shorter run
+            (folder / COMPLETE).unlink(missing_ok=True)  # left by a shorter run that is now extended
             write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
             _say_start(trainer, folder, checkpoint, there == "shorter")
             for reason, n in (+counts + trainer.counts).items():
@@ -392,7 +421,7 @@ def train(
 
 
 def _say_start(trainer: BaseTrainer, folder: Path, checkpoint: Path | None, extended: bool) -> None:
-    """One line on where training goes on, and where the run is extended one on its schedule."""
+    """Log the step from which training resumes, and warn that the schedule of an extended run changes."""
     if checkpoint is None:
         return
     step, steps = step_of(checkpoint), trainer.total_steps
@@ -408,7 +437,10 @@ def _say_start(trainer: BaseTrainer, folder: Path, checkpoint: Path | None, exte
 
 
 def read_report(folder: str | Path) -> dict[str, Any]:
-    """The complete.json of a run. Raises: InputError where it is damaged."""
+    """Read the complete.json of a run.
+
+    Raises: InputError if it is damaged.
+    """
     file = Path(folder) / COMPLETE
     advice = "what a finished run writes; remove it, and train again to finish the run"
     report = read_object(file, advice)
@@ -420,8 +452,10 @@ def read_report(folder: str | Path) -> dict[str, Any]:
 
 
 def runs_before(*folders: str | None) -> dict[str, int]:
-    """Tokens read in training by the runs that lie in these folders and by those before them, by folder: a run that
-    several ways lead to is there once."""
+    """Return the training tokens of the runs in these folders and of the runs that they build on, by folder.
+
+    A run that is reached in several ways is counted once. Folders without a complete run are skipped.
+    """
     found: dict[str, int] = {}
     for folder in filter(None, folders):
         if (Path(folder) / COMPLETE).exists():
@@ -437,9 +471,13 @@ def dry_run(
     args: BaseConfig,
     environment: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Builds everything and says what would run: rows, tokens, steps, parameters, memory (bytes; fp32, AdamW)."""
+    """Build everything without training.
+
+    Returns: the trainer's plan (such as rows, tokens and steps), numbers of parameters, memory in bytes (fp32, AdamW),
+      and counts of dropped data.
+    """
     args, counts = copy.copy(args), Counter()
-    with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer makes this folder
+    with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer creates output_dir
         world = open_environment(algorithm, environment, {})
         trainer = build_trainer(algorithm, model, *read_data(algorithm, data, args, counts), args, world)
     parameters = sum(p.numel() for p in trainer.model.parameters())
