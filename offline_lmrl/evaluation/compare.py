@@ -258,8 +258,9 @@ class _Comparison:
                 )
 
     def _check_reply_lengths(self, name: str, args: Any) -> None:
-        """Check that the longest reply fits in `max_length`, both in the play that a method learns from and in the
-        play that measures it.
+        """Check that the longest reply of a method fits in `max_length`.
+
+        This holds for the play that it learns from and for the play that measures it.
 
         Raises: InputError that names the setting.
         """
@@ -298,8 +299,9 @@ class _Comparison:
         return f"{found[0] if found else 'evaluation.sampling'}.max_new_tokens"
 
     def open_results(self) -> None:
-        """Load the runs from an existing results.jsonl, compute the fixed rows anew, and write the file and its
-        folders.
+        """Start from an existing results.jsonl, if there is one.
+
+        Its runs are kept, the fixed rows are computed anew, and the file, its folders and config.json are written.
 
         Raises: InputError if a row was made with other settings.
         """
@@ -505,8 +507,10 @@ class _Comparison:
         return self.config.evaluation.betas if method.betas is None else method.betas
 
     def trained(self, name: str, seed: int) -> Path:
-        """Return the run directory of a method and seed. Train it first, after the runs that it needs, if it is not
-        complete."""
+        """Return the run directory of a method and seed.
+
+        Runs that are not complete are trained first, in the order in which they need each other.
+        """
         if (name, seed) not in self.runs:
             method, folder = self.config.methods[name], self.folder / "runs" / f"{name}-{seed}"
             if method.run_of is not None:
@@ -519,8 +523,10 @@ class _Comparison:
         return self.runs[name, seed]
 
     def is_trained(self, name: str, seed: int) -> bool:
-        """Train a method and first those that it needs. Return False, and note the failure, if one of them fails or
-        failed before."""
+        """Train a method, after those that it needs; return True if all of them succeed.
+
+        Otherwise the failure is noted, and a method that failed before is not tried again.
+        """
         method, run = self.config.methods[name], (name, seed)
         before = (method.start_from, method.critic, method.judge) if method.run_of is None else (method.run_of,)
         for other in filter(None, before):
@@ -618,8 +624,10 @@ class _Comparison:
                 raise
 
     def train_side_by_side(self) -> None:
-        """Train each seed in a worker process. The partner is trained first if a method learns by playing against it,
-        else at the same time."""
+        """Train each seed in a worker process.
+
+        The partner is trained before them if a method learns by playing against it, else at the same time.
+        """
         waiting: list[int | None] = list(self.config.seeds)
         if self.config.partner is not None:
             if any(_plays(method) for method in self.config.methods.values()):
@@ -689,8 +697,7 @@ class _Comparison:
                 yield row
 
     def _lacks(self, name: str, seed: int, judge: str | None) -> bool:
-        """True if the run of `judge`, which rates the method's plans or supplies its ask, is missing; the failure is
-        then noted."""
+        """True if the run of `judge` (which rates the plans or supplies the ask) is missing, which is then noted."""
         if judge is None or self.is_trained(judge, seed):
             return False
         self.unmeasured[name, seed] = self._because_of(judge, seed)
@@ -747,8 +754,7 @@ class _Comparison:
         if selecting:
             environment = environment | settings.selection.environment
             seeds = range(settings.selection.first_seed, settings.selection.first_seed + settings.selection.episodes)
-        # Greedy play is a function of the episode seed: a second decoding seed would repeat it word for word. Choosing
-        # β uses one repeat.
+        # Greedy play is a function of the episode seed: a second decoding seed would repeat it word for word.
         repeats = 1 if selecting or policy.sampling.temperature == 0 else settings.repeats
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         hidden = not self.console.is_terminal
@@ -807,8 +813,10 @@ class _Run:
         return tried, tokens
 
     def kl(self, decode: str, result: EvaluationResult) -> float | None:
-        """Return the KL of sampled play. None for other play, which does not draw from the distribution that its
-        log-probabilities describe."""
+        """Return the KL of sampled play; None for other play.
+
+        Other play does not draw from the distribution that its log-probabilities describe.
+        """
         return result.kl() if decode == "sampled" and self.loaded.sampling.temperature > 0 else None
 
     def row(self, setting: _Setting) -> Row:
@@ -867,8 +875,10 @@ class _Run:
 
 
 def _logs(source: str, reward: str | None) -> list[Trajectory]:
-    """Read logged trajectories. The options of comparisons become trajectories with default rewards from the labels,
-    whatever reward a method itself makes of them.
+    """Read logged trajectories, or make them of comparisons.
+
+    Each option of a comparison becomes a trajectory. Its reward is the default of `to_trajectories`, whatever reward a
+    method itself learns from.
 
     Args:
       source: file or folder.
@@ -930,7 +940,7 @@ def learning_curve(run: Path) -> list[Row]:
     CURVE_POINTS.
     """
     rows = [{name: row[name] for name in CURVE} for row in read_metrics(run) if "environment_steps" in row]
-    # k = ⌈len / CURVE_POINTS⌉, and 1 where there is no row
+    # k = ⌈len / CURVE_POINTS⌉, or 1 if there are no rows
     return rows[:: -(-len(rows) // CURVE_POINTS) or 1]
 
 

@@ -14,7 +14,7 @@ from offline_lmrl.data.errors import InputError, in_our_words, shown
 from offline_lmrl.data.yaml_text import read_yaml
 from offline_lmrl.evaluation.metrics import ScoreScale
 
-TRAINING = {"model", "args", "from", "critic", "preference", "judge", "collect"}  # training settings of a method
+TRAINING = {"model", "args", "from", "critic", "preference", "judge", "collect"}  # excluded by `run_of`
 NAME = r"\w[\w.+=,@ -]{0,99}"  # a method's name, which is also part of file names
 ELSEWHERE = ("path", "scratch", "vocab_size", "tokenizer")  # model settings that `from` decides
 

@@ -275,7 +275,7 @@ def _samples(policy: LanguagePolicy, saved: Mapping[str, Any], ids: Sequence[int
       ids: the checkpoint's tokens for returns; empty if it has none.
     """
     longest, rows = policy.window.max_length, policy.model.get_input_embeddings().weight.shape[0]
-    columns = min([rows, *ids])
+    columns = min([rows, *ids])  # below this, ids mean the same to run and checkpoint and are no returns
     known = torch.arange(columns + len(ids))
     known[columns:] += rows - columns  # the run's reserved ids follow the embedding's rows
     shape = (DRAWN[0], min(DRAWN[1], longest))
@@ -340,8 +340,10 @@ def _difference(
 
 
 def _example_ids(policy: LanguagePolicy, saved: Mapping[str, Any]) -> list[int]:
-    """Return the ids of the example prompt as the run reads it, with the highest return if it was trained with
-    returns."""
+    """Return the ids of the example prompt as the run reads it.
+
+    A run that was trained with returns gets the highest one.
+    """
     slots = [policy.slots.bins[-1]] if "returns" in saved else None
     return policy_window(EXAMPLE, policy.renderer, WindowRule(max_length=UNLIMITED), slots=slots)
 

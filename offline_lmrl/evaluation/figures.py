@@ -138,8 +138,10 @@ def _legend(figure: Figure, results: Results, keys: Iterable[Key]) -> None:
 
 
 def _ends(estimates: Sequence[Estimate]) -> np.ndarray:
-    """Return the lengths of the intervals below and above their means, (2, n); 0 for an unknown interval, so that no
-    bar is drawn."""
+    """Return the lengths of the intervals below and above their means, (2, n).
+
+    They are 0 for an unknown interval, so that no bar is drawn.
+    """
     known = [estimate.interval or (estimate.mean, estimate.mean) for estimate in estimates]
     means = np.array([estimate.mean for estimate in estimates])
     return np.stack([means - [low for low, _ in known], [high for _, high in known] - means])

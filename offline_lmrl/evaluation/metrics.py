@@ -147,6 +147,7 @@ class Cells:
         if df is None or mean in (0.0, 1.0):
             n, df = episodes**2 / float(np.square(self.count.sum(0)).sum()), math.inf
         else:
+            # n independent outcomes of this mean would have variance mean · (1 − mean) / n
             n = min(episodes, mean * (1 - mean) / variance) if variance > 0 else episodes
         low, high = wilson(mean, n, student_t(df))
         return Estimate(mean, low, high, round(episodes), len(self.seeds))
@@ -169,6 +170,7 @@ class Cells:
             seeds, clusters = (self.total.sum(axis) / self.count.sum(axis) for axis in (1, 0))
         effects = seeds[:, None] + clusters - self.mean
         rest = self.total - self.count * np.nan_to_num(effects)
+        # The residual of s · c cells has only (s − 1)(c − 1) degrees of freedom.
         s, c = (np.count_nonzero(self.count.sum(axis)) for axis in (1, 0))
         return float(np.square(rest).sum() / self.count.sum() ** 2 * s * c / ((s - 1) * (c - 1)))
 

@@ -249,7 +249,7 @@ class _Logs:
             expected = (steps["probability"] * target_q).sum(-1)
             next_v = heads.v(steps["next_features"])[0]
         target = td_target(steps["reward"], next_v, steps["bootstrap"], steps["discount"])
-        known = steps["has_target"]
+        known = steps["has_target"]  # False for the last action of a cut log: its next state is unknown
         loss = q_loss(q, target) * known + (heads.v(features)[0] - expected).square()
         return loss, expected, (q[0] - target).detach() * known
 

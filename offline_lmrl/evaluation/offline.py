@@ -168,6 +168,7 @@ def _measured(
     state = torch.tensor([step.state for _, step in steps], device=device)
     token = torch.tensor([step.action for _, step in steps], device=device)
     parts: dict[str, list[Tensor]] = {"token": [token]}
+    # In chunks, because Q and the filters need several tensors of the size of the logits at these states.
     for chunk in torch.arange(len(steps), device=device).split(max(1, CHUNK // outputs.logits.shape[-1])):
         logits, states = outputs.logits[row[chunk], state[chunk]].float(), hidden[row[chunk], state[chunk]]
         for name, values in _of_states(policy, logits, states, token[chunk], betas, unit):
@@ -176,8 +177,9 @@ def _measured(
 
 
 def acting_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor | None, v: Tensor | None) -> Tensor:
-    """Return the log-probabilities that the policy's play draws from, (n, V). Greedy play has 0 at its best token and
-    −∞ elsewhere.
+    """Return the log-probabilities that the policy's play draws from, (n, V).
+
+    Greedy play has 0 at its best token and −∞ elsewhere.
 
     Args:
       logits: (n, V), at n states.
@@ -192,8 +194,7 @@ def acting_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor | None, v:
 
 
 def values_at(policy: LanguagePolicy, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return Q (H, n, V) and V (n,) at hidden states (n, d), in scaled reward units; (None, None) without value
-    heads."""
+    """Return Q (H, n, V) and V (n,) at hidden states (n, d), scaled; (None, None) without value heads."""
     if not _has_heads(policy):
         return None, None
     return policy.model.q_values(hidden), policy.model.v_values(hidden)

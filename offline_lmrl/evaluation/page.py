@@ -120,8 +120,9 @@ def refuse_mixed(rows: Sequence[Row], source: Path) -> None:
 
 
 def manifest(results: Results, source: bytes) -> dict[str, Any]:
-    """Return the origin of the rows: config, data, seeds, and one entry in `made` for each group of rows that share a
-    command, commit, machine and library versions.
+    """Return the origin of the rows: config, data fingerprints, seeds, and what made them.
+
+    `made` has one entry for each group of rows that share a command, commit, machine and library versions.
 
     Args:
       source: bytes of results.jsonl, of which the manifest stores the hash.
@@ -248,8 +249,10 @@ def _only(line: Line, names: Sequence[str]) -> Line:
 
 
 def _settings(results: Results) -> list[Line]:
-    """Return the lines of the table, with the whole setting in the first column: a narrow screen then shows it next to
-    the score."""
+    """Return the lines of the table, with the whole setting in the first column.
+
+    A narrow screen then shows it next to the score.
+    """
     lines = table_lines(results)
     first = len(results.of("behaviour", "optimum"))
     for line, key in zip(lines[first:], results.groups, strict=False):  # published rows come last
@@ -296,8 +299,10 @@ def _matrix(found: Mapping[tuple[Key, Key], Estimate]) -> list[Line]:
 
 
 def _dialogues(results: Results) -> list[tuple[int, list[Row], list[tuple[Key, Row]]]]:
-    """Return the fixed dialogues by episode: its seed, the opening turns that all settings share, and each setting's
-    sample."""
+    """Return the fixed dialogues, one tuple per episode.
+
+    It holds the episode seed, the opening turns that all settings share, and each setting with its sample.
+    """
     told: dict[int, list[tuple[Key, Row]]] = {}
     for key, runs in results.groups.items():
         for sample in next((run["samples"] for run in runs if run.get("samples")), ()):

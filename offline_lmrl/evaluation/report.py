@@ -137,9 +137,12 @@ class Results:
         return {key: cells.estimate() for key, cells in self.cells.items()}
 
     def difference(self, key: Key, other: Key) -> Estimate | None:
-        """Return the paired difference, key − other; None if the two share no training seed or differ in their number
-        of episodes."""
+        """Return the paired difference, key − other.
+
+        None if the two share no training seed, or differ in their number of episodes.
+        """
         mine, theirs = self.cells[key], self.cells[other]
+        # Sampled play may repeat the episodes, while greedy play has each once; these two cannot be paired.
         if not set(mine.seeds) & set(theirs.seeds) or mine.count.sum(1)[0] != theirs.count.sum(1)[0]:
             return None
         return (mine - theirs).estimate()
