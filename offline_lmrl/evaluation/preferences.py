@@ -34,8 +34,8 @@ def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     Returns: plain values by name, among them
       "accuracy": share of pairs whose better option scores higher; equal scores count half. The 95% interval is over
         groups, because pairs of one prompt are not independent, and describes this scorer alone.
-      "baselines": the same share for length, and, if `labels["options"]` name the `generator` of every option, for the
-        author that wins more often among these very pairs.
+      "baselines": the same share for choosing by length, and, if `labels["options"]` name the `generator` of every
+        option, for choosing the author that wins more often among these very pairs.
       "difference": accuracy of the scorer minus that of the best baseline, paired.
       "cross entropy": mean −[p log σ(Δ) + (1 − p) log σ(−Δ)] in nats; .693 for a scorer that gives equal scores.
       "calibration error": that of σ(Δ) against p. Each pair enters in both orders, because many logs put the better
@@ -97,8 +97,8 @@ def best_of_n_curve(
       score: (V,), the score that chooses the best of n.
       gold: (V,), the true reward.
       ns: values of n.
-    Returns: one row per `n`: "kl" from the policy to the best of n, in nats; "bound", log n − (n − 1)/n, which it
-      does not exceed; and the means "score" and "gold".
+    Returns: one row per `n`: "kl", KL(best of n ‖ policy) in nats; "bound", log n − (n − 1)/n, which "kl" does not
+      exceed; and "score" and "gold", their means over the best of n.
     """
     rows = []
     for n in ns:
