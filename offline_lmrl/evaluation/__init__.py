@@ -1,1 +1,1 @@
-"""Metrics with intervals, what logs alone can say, and the comparison of methods; import the submodules by name."""
+"""Metrics with intervals, evaluation by logs and by play, and comparisons of methods. Import submodules by name."""

@@ -1,6 +1,7 @@
-"""What a return-conditioned policy earns for what it is asked: the curve that shows whether asking works.
+"""The achieved return of a return-conditioned policy as a function of the requested one, which shows whether
+conditioning works.
 
-The asks are stated before the play; a curve shows how a policy answers and is no way to choose the ask of a headline.
+The asks are fixed before play. The curve shows how a policy responds; do not use it to choose the ask of a headline.
 """
 
 from collections import Counter
@@ -15,16 +16,19 @@ from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.evaluation.metrics import Estimate
 from offline_lmrl.evaluation.play import EvaluationResult, evaluate_policy
 
-FEW_TURNS = 30  # training turns under which a bin has hardly been learnt
+FEW_TURNS = 30  # a bin with fewer training turns is marked as hardly learnt
 
 
 @dataclass(frozen=True)
 class AskPoint:
-    """One ask over many episodes.
+    """The result of one ask over many episodes.
 
-    ask: as given. asked: the mean return it stood for at the first turn, in logged units. bin: the one told there most
-    often. training_turns: in that bin. clipped: share of episodes whose ask lay outside the training data.
-    achieved: the score.
+    ask: the ask as it was given: a number or a name such as "p90".
+    asked: return requested at the first turn, mean over episodes, in reward units.
+    bin: the bin that the first turn was conditioned on most often.
+    training_turns: number of training turns in that bin.
+    clipped: share of episodes in which the requested return was outside the training data.
+    achieved: the mean score.
     """
 
     ask: float | str
@@ -38,10 +42,13 @@ class AskPoint:
 def ask_curve(
     policy: LanguagePolicy, environment: Any, asks: Sequence[float | str], seeds: Sequence[int], **play: Any
 ) -> list[AskPoint]:
-    """Plays the same episodes for every ask.
+    """Play the same episodes with every ask.
 
     Args:
-      environment, play: as `evaluate_policy` takes them.
+      environment: as in `evaluate_policy`.
+      asks: numbers in reward units, or names such as "p90".
+      seeds: episode seeds.
+      play: further arguments of `evaluate_policy`.
     Raises: InputError for an ask that the model cannot understand, before anything is played.
     """
     asking = [policy.with_sampling(ask=ask) for ask in asks]
@@ -49,7 +56,7 @@ def ask_curve(
 
 
 def ask_point(policy: LanguagePolicy, result: EvaluationResult) -> AskPoint:
-    """What came of the ask in the policy's sampling form."""
+    """Summarise episodes that were played with the ask in `policy.sampling`."""
     told = [row["labels"] for row in result.episodes]
     used = Counter(labels["bin"] for labels in told).most_common(1)[0][0]
     return AskPoint(
@@ -63,7 +70,10 @@ def ask_point(policy: LanguagePolicy, result: EvaluationResult) -> AskPoint:
 
 
 def ask_table(points: Sequence[AskPoint]) -> str:
-    """asked → achieved, a line per ask; with three asks or more also how closely the second follows the first."""
+    """Return a text table of asked and achieved returns, one line per ask.
+
+    With three asks or more, a last line holds the correlation of the two and their mean distance.
+    """
     lines = [f"{'ask':>8} {'asked':>9} {'bin':>5} {'training turns':>15} {'clipped':>8}   achieved [95%]"]
     for point in points:
         few = "  (hardly learnt)" if point.training_turns < FEW_TURNS else ""
@@ -77,8 +87,11 @@ def ask_table(points: Sequence[AskPoint]) -> str:
 
 
 def ask_rows(points: Sequence[AskPoint]) -> list[dict[str, Any]]:
-    """What `ask_table` says, as plain values: a row per ask, its `achieved` as mean, low, high (null without an
-    interval) and n, and a last one with `correlation` and `mean_distance`."""
+    """Return the contents of `ask_table` as plain values: one row per ask, and a last one with `correlation` and
+    `mean_distance`.
+
+    `achieved` holds mean, low, high and n; low and high are None without an interval.
+    """
     rows = []
     for point in points:
         low, high = point.achieved.interval or (None, None)
@@ -88,7 +101,10 @@ def ask_rows(points: Sequence[AskPoint]) -> list[dict[str, Any]]:
 
 
 def _obedience(points: Sequence[AskPoint]) -> list[dict[str, float]]:
-    """How closely what was achieved follows what was asked; nothing for fewer than three points, or equal ones."""
+    """Return a row with the correlation of asked and achieved returns and their mean absolute distance.
+
+    The list is empty for fewer than three points, or if all asked or all achieved returns are equal.
+    """
     asked, achieved = _axes(points)
     if len(points) < 3 or asked.std() == 0 or achieved.std() == 0:
         return []
@@ -97,7 +113,12 @@ def _obedience(points: Sequence[AskPoint]) -> list[dict[str, float]]:
 
 
 def draw_asks(points: Sequence[AskPoint], path: Path) -> None:
-    """Writes the curve as a picture. Raises: ModuleNotFoundError without matplotlib (extra `plots`)."""
+    """Write the curve as a picture.
+
+    Args:
+      path: file, whose suffix decides the format.
+    Raises: ModuleNotFoundError without matplotlib (extra `plots`).
+    """
     from matplotlib.figure import Figure
 
     points = sorted(points, key=lambda point: point.asked)

@@ -1,8 +1,10 @@
-"""Train and evaluate several methods over seeds: one results file, one table, resumable at every row.
+"""Train and evaluate several methods over several seeds. The result is one file of rows and one table; an interrupted
+comparison resumes after the last row that it wrote.
 
-Every method plays the same episodes, sampled and greedy, and planned where it has a `planner`. Value-guided methods
-are measured at two values of β: the one that logs alone suggest (a KL budget) and the one that play on other episodes
-prefers; never at one chosen on the reported episodes. What is already in results.jsonl is not measured again.
+Every method plays the same episodes: sampled, greedy, and planned if it has a `planner`. Value-guided methods are
+measured at up to two values of β: one chosen from held-out logs alone (by a KL budget), and one chosen by its score on
+other episodes. β is never chosen on the reported episodes. Rows that results.jsonl already holds are not measured
+again.
 """
 
 import json
@@ -58,8 +60,10 @@ from offline_lmrl.evaluation.rounds import train_in_rounds
 from offline_lmrl.training_checkpoint import read_metrics
 
 SAMPLES = 10
-SCHEME = 2  # of what a row means beside its settings: rises where the same settings come to train or play otherwise
-CURVE = ("environment_steps", "reward_queries", "score", "kl")  # kept of the metrics of a run that played
+# Version of the row format. Increase it when a code change makes the same settings train or play differently: rows of
+# the old version are then refused instead of being mixed with new ones.
+SCHEME = 2
+CURVE = ("environment_steps", "reward_queries", "score", "kl")  # metrics of a run that played, copied into its rows
 CURVE_POINTS = 50
 TEMPERATURES = {"sampled": {}, "greedy": {"temperature": 0.0}}
 PLANNED = "planned"
@@ -73,17 +77,21 @@ def run_compare(
     prepare: Callable[[Mapping[str, Any]], object] | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Runs what is missing of a comparison and prints its table.
+    """Train and measure whatever a comparison still lacks, then print its table.
+
+    `config.output` then holds results.jsonl (report.py describes its rows), table.md, config.json, episodes/ (one row
+    per episode), samples/ (ten dialogues per setting, the same episodes for every method), runs/ and report/ (page.py
+    describes its files).
 
     Args:
-      prepare: called with `config.prepare` where the data are missing or not finished, to make them.
-      console: where progress goes; stderr by default. The table goes to stdout.
-    Returns: the page in report/ (page.py says what else lies there), in `config.output`, which then also holds
-      results.jsonl (report.py says what its rows are), table.md, config.json, episodes/ (a row per episode), samples/
-      (ten dialogues per setting, the same episodes for all) and runs/.
-    Raises: InputError where the settings are wrong, the folder holds results of other settings, or another process is
-      at work there. Where a method fails the others are trained, measured and reported first: then InputError if all
-      that failed found something it cannot use, else Failed.
+      config: the comparison.
+      prepare: function that makes the data. It is called with `config.prepare` if the training data are missing or
+        unfinished; None = never.
+      console: receives the progress messages; None = stderr. The table goes to stdout.
+    Returns: path of report/report.html.
+    Raises: InputError if the settings are wrong, the folder holds results of other settings, or another process is
+      writing to it. If a method fails, the others are still trained, measured and reported; afterwards InputError is
+      raised if bad input caused every failure, and Failed otherwise.
     """
     comparison = _Comparison(config, console or Console(stderr=True))
     comparison.check_settings()
@@ -125,10 +133,11 @@ def _begin_worker(threads: int) -> None:
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why a method has no run, or not all rows, of a seed.
+    """The reason why a method lacks its run, or some of its rows, for one seed.
 
-    line: what was found. unusable: True if that is an input or a setting, False if the program failed. cause: the
-    method that failed, for one that was skipped because it needs that one's run; else None.
+    line: the error message, in one line.
+    unusable: True if an input or a setting was wrong, False if the program failed.
+    cause: for a method that was skipped, the failed method whose run it needs; None if it failed itself.
     """
 
     line: str
@@ -140,7 +149,11 @@ Failures = dict[tuple[str, int], _Failure]  # by method and seed
 
 
 def _train_seed(config: CompareConfig, seed: int | None) -> Failures:
-    """In a process of its own: what the comparison needs of one seed; None is the partner."""
+    """Train all methods for one seed, in a worker process, and return those that failed.
+
+    Args:
+      seed: a training seed; None trains the partner instead.
+    """
     comparison = _Comparison(config, _quiet())
     try:
         if seed is None:
@@ -149,14 +162,18 @@ def _train_seed(config: CompareConfig, seed: int | None) -> Failures:
             for name in config.trained:
                 comparison.is_trained(name, seed)
     except Stopped as stop:
-        comparison.say(stop.line)  # the parent hears of one process at most
+        comparison.say(stop.line)  # here, because the parent receives the exception of one worker at most
         raise Stopped("", stop.number) from stop
     return comparison.untrained
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """One way of decoding. chosen: None, "offline" or "returns": what chose β."""
+    """One way of decoding a method.
+
+    decode: "sampled", "greedy" or "planned".
+    chosen: how β was chosen, "offline" or "returns"; None without value guidance.
+    """
 
     decode: str
     chosen: str | None
@@ -165,10 +182,12 @@ class _Setting:
 def _measure(
     config: CompareConfig, untrained: Failures, name: str, seed: int, settings: Sequence[_Setting]
 ) -> tuple[list[Row], Failures, Failures]:
-    """In a process of its own: the rows of a method and seed, and why there are no more: the runs that are not there,
-    and what failed in play.
+    """Measure a method with one seed, in a worker process.
 
-    untrained: the runs that are not there before.
+    Args:
+      untrained: the runs that are already known to be missing.
+      settings: the settings that have no row yet.
+    Returns: the new rows, all runs now known to be missing (with `untrained`), and the failures during play.
     """
     comparison = _Comparison(config, _quiet())
     comparison.untrained = untrained
@@ -177,7 +196,7 @@ def _measure(
 
 
 def _quiet() -> Console:
-    """For processes side by side: lines, but no bars, which would overwrite one another."""
+    """A console for worker processes. It prints lines but no progress bars, which would overwrite one another."""
     return Console(stderr=True, force_terminal=False)
 
 
@@ -195,10 +214,13 @@ class _Comparison:
     def say(self, text: str) -> None:
         self.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
-    # Settings and results that exist.
+    # Settings, and results of earlier calls.
 
     def check_settings(self) -> None:
-        """Builds what every run will be given, so that a slip in the last method does not surface after hours."""
+        """Build the settings of every run now, so that a mistake in the last method shows before hours of training.
+
+        Raises: InputError that names the setting.
+        """
         for name, method in self.config.methods.items():
             *_, args = self._entry(f"methods.{name}", method, self.config.seeds[0], Path())
             self._planner(name)
@@ -215,11 +237,14 @@ class _Comparison:
                     f"training_environment: found {sorted(elsewhere)}, expected a method that learns by "
                     "playing, or none"
                 )
-            if self.config.partner is None:  # who is trained later
+            if self.config.partner is None:  # with a partner, the environment cannot be built before it is trained
                 make_environment(**self.config.environment | elsewhere)
 
     def _check_judges(self, name: str) -> None:
-        """What a method takes V or Q from has them: it trains them, or starts from what does."""
+        """Check that every method from which `name` takes V or Q has value heads, its own or those of its start.
+
+        Raises: InputError that names the setting.
+        """
         method = self.config.methods[name]
         judges = {"critic": method.critic, "planner.scorer": method.scorer, "sampling.ask": method.asks}
         for key, judge in judges.items():
@@ -233,7 +258,12 @@ class _Comparison:
                 )
 
     def _check_reply_lengths(self, name: str, args: Any) -> None:
-        """The window of a method holds its longest reply, in the play that it learns from and is measured by."""
+        """Check that the longest reply of a method fits in `max_length`.
+
+        This holds for the play that it learns from and for the play that measures it.
+
+        Raises: InputError that names the setting.
+        """
         method, saved = self.config.methods[name], getattr(args, "sampling", {})
         measured, forms = SamplingConfig.from_dict({**saved, **self._play(method)}), {}
         if _plays(method):
@@ -249,11 +279,15 @@ class _Comparison:
                 )
 
     def _play(self, method: Any) -> dict[str, Any]:
-        """SamplingConfig fields with which a method (or the partner) is measured."""
+        """Return the SamplingConfig fields that are used when a method (or the partner) is measured."""
         return {**(self.config.evaluation.sampling if isinstance(method, MethodConfig) else {}), **method.sampling}
 
     def _reply_length_key(self, name: str, learning: bool) -> str:
-        """The setting that decides max_new_tokens in the play that a method learns from, or is measured by."""
+        """Return the dotted name of the setting that decides max_new_tokens, for use in error messages.
+
+        Args:
+          learning: True for the play that the method learns from, False for the play that measures it.
+        """
         method, own = self.config.methods[name], f"methods.{name}."
         places = {f"{own}sampling": method.sampling}
         if learning and _collects(method):
@@ -265,8 +299,13 @@ class _Comparison:
         return f"{found[0] if found else 'evaluation.sampling'}.max_new_tokens"
 
     def open_results(self) -> None:
-        """Reads results.jsonl where there is one, and writes its rows that are not measured anew."""
-        self._runs_in(self.folder / "report" / "results.jsonl")  # which the new report would replace
+        """Start from an existing results.jsonl, if there is one.
+
+        Its runs are kept, the fixed rows are computed anew, and the file, its folders and config.json are written.
+
+        Raises: InputError if a row was made with other settings.
+        """
+        self._runs_in(self.folder / "report" / "results.jsonl")  # check only: the new report will overwrite it
         kept = self._runs_in(self.folder / "results.jsonl")
         for name in ("episodes", "samples", "runs"):
             with writing(self.folder / name):
@@ -276,7 +315,10 @@ class _Comparison:
         write_text(self.folder / "config.json", json.dumps(_plain(asdict(self.config)), indent=1) + "\n")
 
     def _runs_in(self, path: Path) -> list[Row]:
-        """The runs of a results file, none where there is no such file; all of them of these settings."""
+        """Return the rows of kind "run" in a results file, or an empty list if there is no file.
+
+        Raises: InputError if a run was made with other settings.
+        """
         runs = [row for row in read_results(path) if row["kind"] == "run"] if path.exists() else []
         for row in runs:
             difference = say_differences(row["config"], _plain(self.identity(row["method"], row["decode"])))
@@ -288,7 +330,8 @@ class _Comparison:
         return runs
 
     def _save(self) -> None:
-        """The whole file, renamed into place: a kill leaves the rows of before or after, never half a row."""
+        """Write results.jsonl and rename it into place, so that a kill leaves the old rows or the new ones, never half
+        a row."""
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
         write_text(self.folder / "results.jsonl", "".join(lines))
 
@@ -296,9 +339,9 @@ class _Comparison:
         config, scale = self.config, self.config.evaluation.score
         shown = {"baseline": config.baseline, "labels": config.evaluation.labels}
         yield {"kind": "comparison", **shown, "config": _plain(asdict(config))}
-        if not holds_comparisons(config.data["train"]):  # what people prefer is no return
+        if not holds_comparisons(config.data["train"]):  # a preference label is not a return
             yield self._behaviour()
-        # A partner is trained later; play against one has no known optimum.
+        # A partner is trained only later, and no optimum is known for play against one.
         optimum = None if config.partner else _optimum(make_environment(**config.environment))
         if optimum is not None:
             normalised = scale and scale.normalise(optimum)
@@ -309,12 +352,13 @@ class _Comparison:
             yield {"kind": "published", "method": name, **known, "labels": labels}
 
     def _behaviour(self) -> Row:
-        """What the logs earned."""
+        """Return the row with the mean return of the training data, its interval over groups, and its label means."""
         scale = self.config.evaluation.score
         returns = [t.total_return for t in self.train_data]
         behaviour = mean_interval(returns, [t.group or i for i, t in enumerate(self.train_data)])
         cut = sum(not t.terminated for t in self.train_data) / len(self.train_data)
-        title = f"behaviour ({cut:.0%} of the logs are cut)" if cut else "behaviour"  # then their returns are partial
+        # The return of a cut log is only partial, so the title shows how many are cut.
+        title = f"behaviour ({cut:.0%} of the logs are cut)" if cut else "behaviour"
         labels = label_means(t.labels for t in self.train_data)
         return {
             "kind": "behaviour",
@@ -338,7 +382,7 @@ class _Comparison:
     @cached_property
     def _shared_identity(self) -> dict[str, Any]:
         evaluation = asdict(self.config.evaluation)
-        for name in ("batch_size", "labels"):  # they change no number
+        for name in ("batch_size", "labels"):  # these change no number in a row
             del evaluation[name]
         return {
             "rows": SCHEME,
@@ -349,7 +393,10 @@ class _Comparison:
         }
 
     def identity(self, name: str, decode: str) -> dict[str, Any]:
-        """Everything that decides a row of this method; of a method that is no longer listed, what all rows share."""
+        """Return everything that determines a row of this method: rows with equal identity may be kept.
+
+        For a method that is no longer listed, return only the part that all rows share.
+        """
         chain, planner = self._chain(name), self._planner(name) if decode == PLANNED else None
         if planner is not None:
             scorer = self._chain(self.config.methods[name].scorer) or planner.scorer
@@ -357,12 +404,15 @@ class _Comparison:
         return self._shared_identity | ({"method": chain} if chain else {})
 
     def _planner(self, name: str) -> PlannerConfig | None:
-        """How a method plans, its scorer by name; None where it does not."""
+        """Return a method's planner settings, with its scorer as a method's name; None if it does not plan."""
         planner = self.config.methods[name].planner if name in self.config.methods else None
         return None if planner is None else build(PlannerConfig, planner, f"methods.{name}.planner.")
 
     def _chain(self, name: str | None) -> list[dict[str, Any]]:
-        """The settings of a method and of those it starts from, each with the chain of its critic."""
+        """Return the settings of a method, then those of the methods that it starts from, nearest first.
+
+        Each entry also holds the chains of its critic, its judge, and the method named in its ask.
+        """
         if name not in self.config.methods:
             return []
         method = self.config.methods[name]
@@ -397,13 +447,15 @@ class _Comparison:
         return {"model": model | dict(method.model), "args": args}
 
     def _same_reply_length(self, method: Any, sampling: Mapping[str, Any]) -> dict[str, Any]:
-        """SamplingConfig fields for the play that a method learns from: max_new_tokens as in the play that it is
-        measured by, where nothing else is said."""
+        """Return the SamplingConfig fields of the play that a method learns from.
+
+        If `sampling` has no max_new_tokens, it is copied from the play that measures the method.
+        """
         measured = {key: value for key, value in self._play(method).items() if key == "max_new_tokens"}
         return {**measured, **sampling}
 
     def _collect(self, method: Any) -> CollectConfig:
-        """How a method that learns in rounds plays in them."""
+        """Return `method.collect` with its max_new_tokens filled in by `_same_reply_length`."""
         return replace(method.collect, sampling=self._same_reply_length(method, method.collect.sampling))
 
     def _entry(
@@ -416,7 +468,17 @@ class _Comparison:
         critic: Path | None = None,
         judge: Path | None = None,
     ) -> tuple:
-        """What `train` takes for a method (or the partner)."""
+        """Build the first four arguments of `train` for a method (or the partner).
+
+        Args:
+          where: dotted name of the method's settings, for error messages.
+          folder: run directory.
+          start: run that the weights are loaded from.
+          critic: run that becomes `args.critic`.
+          judge: run of a reward model that becomes `preference.reward`.
+        Returns: algorithm, ModelConfig, DataConfig, and the algorithm's config.
+        Raises: InputError that names the setting.
+        """
         merged = self._merged(method)
         for key in ("output_dir", "seed"):
             if key in merged["args"]:
@@ -438,14 +500,17 @@ class _Comparison:
         return method.algorithm, model, DataConfig(**self.config.data, preference=preference), args
 
     def betas(self, name: str) -> tuple[float, ...]:
-        """The values of β that a method is tried with; none where its training makes no value heads."""
+        """Return the candidates for β of a method; none if its algorithm trains no value heads."""
         method = self.config.methods[name]
         if "value_heads" not in _fields(method.algorithm):
             return ()
         return self.config.evaluation.betas if method.betas is None else method.betas
 
     def trained(self, name: str, seed: int) -> Path:
-        """The run of a method and seed, trained now or earlier, after the runs it starts from and learns from."""
+        """Return the run directory of a method and seed.
+
+        Runs that are not complete are trained first, in the order in which they need each other.
+        """
         if (name, seed) not in self.runs:
             method, folder = self.config.methods[name], self.folder / "runs" / f"{name}-{seed}"
             if method.run_of is not None:
@@ -458,8 +523,10 @@ class _Comparison:
         return self.runs[name, seed]
 
     def is_trained(self, name: str, seed: int) -> bool:
-        """Train a method after those it needs; return False if one of them fails now or failed before, which is
-        noted."""
+        """Train a method, after those that it needs; return True if all of them succeed.
+
+        Otherwise the failure is noted, and a method that failed before is not tried again.
+        """
         method, run = self.config.methods[name], (name, seed)
         before = (method.start_from, method.critic, method.judge) if method.run_of is None else (method.run_of,)
         for other in filter(None, before):
@@ -471,18 +538,24 @@ class _Comparison:
         return run not in self.untrained
 
     def _because_of(self, other: str, seed: int) -> _Failure:
-        """The failure of what needs a method that failed, or that was skipped because of another."""
+        """Return the failure to note for a method that needs `other`, which failed or was skipped itself."""
         failure = self.untrained[other, seed]
         return replace(failure, cause=failure.cause or other)
 
     @contextmanager
     def _noting(self, failures: Failures, name: str, seed: int, learning: bool) -> Iterator[None]:
-        """Go on after whatever fails inside, and say at once what it was; `raise_failures` says it again."""
+        """Context manager: catch an exception, print it at once and note it for `raise_failures`.
+
+        Args:
+          failures: receives the failure under (name, seed).
+          learning: as in `_reply_length_key`.
+        """
         try:
             yield
         except Exception as error:
-            unusable = isinstance(error, InputError | OSError)  # as on the command line
+            unusable = isinstance(error, InputError | OSError)  # the same two as on the command line
             line = " ".join((str(error) if unusable else "".join(traceback.format_exception_only(error))).split())
+            # Training and play know the setting by its short name; print where it is set in the compare file.
             line = re.sub(r"(?<![\w.])max_new_tokens", self._reply_length_key(name, learning), line)
             failures[name, seed] = _Failure(line, unusable)
             if not unusable:
@@ -490,7 +563,10 @@ class _Comparison:
             self.say(f"{name}-{seed} failed: {line}")
 
     def raise_failures(self) -> None:
-        """Raises: InputError or Failed, in one line, where a method failed."""
+        """Raise one error that lists every failure, if there are any.
+
+        Raises: InputError if bad input caused all of them, else Failed.
+        """
         said: dict[str, list[str]] = defaultdict(list)
         for failures, skipped in ((self.untrained, "skipped"), (self.unmeasured, "rows skipped")):
             for (name, seed), failure in failures.items():
@@ -507,7 +583,12 @@ class _Comparison:
         )
 
     def _train(self, where: str, method: Any, seed: int, folder: Path, *others: Path | None) -> Path:
-        """others: the runs it starts from and learns from."""
+        """Train a method (or the partner), in rounds or by play if it learns so, and return its run directory.
+
+        Args:
+          where: dotted name of its settings, for error messages.
+          others: runs of its start, critic and judge, in the order of `_entry`.
+        """
         if not (folder / "complete.json").exists():
             self.say(f"training {folder.name}")
         entry = self._entry(where, method, seed, folder, *others)
@@ -520,8 +601,11 @@ class _Comparison:
 
     @contextmanager
     def _workers(self) -> Iterator[ProcessPoolExecutor]:
-        """`workers` processes, each with its share of the cores: small models use two cores better as two processes
-        than as one with two threads. Where one fails, or this process is stopped, all stop behind a checkpoint."""
+        """Context manager: a pool of `workers` processes, each with its share of the cores.
+
+        Small models use two cores better as two processes than as one process with two threads. If a worker fails or
+        this process is stopped, all workers are terminated; those that train save a checkpoint first.
+        """
         share = max(1, (os.cpu_count() or 1) // self.config.workers)
         with ProcessPoolExecutor(
             self.config.workers, get_context("spawn"), initializer=_begin_worker, initargs=(share,)
@@ -540,7 +624,10 @@ class _Comparison:
                 raise
 
     def train_side_by_side(self) -> None:
-        """Trains every seed in a process of its own, and the partner before those that play against it."""
+        """Train each seed in a worker process.
+
+        The partner is trained before them if a method learns by playing against it, else at the same time.
+        """
         waiting: list[int | None] = list(self.config.seeds)
         if self.config.partner is not None:
             if any(_plays(method) for method in self.config.methods.values()):
@@ -563,19 +650,19 @@ class _Comparison:
         return {} if self.config.partner is None else {self.config.partner.argument: self._partner_policy}
 
     def scorer(self, name: str, seed: int) -> Path | None:
-        """The run that rates a method's plans, if one does."""
+        """Return the run that rates a method's plans; None if no other run does."""
         other = self.config.methods[name].scorer
         return None if other is None else self.trained(other, seed)
 
     def planned(self, name: str, seed: int, policy: LanguagePolicy) -> Planner:
-        """The policy of a method and seed behind the method's planning."""
+        """Wrap the policy of a method and seed in the method's planner."""
         planner, scorer = self._planner(name), self.scorer(name, seed)
         return (planner if scorer is None else replace(planner, scorer=str(scorer))).planner(policy)
 
     # Evaluation.
 
     def missing(self, name: str, seed: int) -> list[_Setting]:
-        """The settings of a method and seed that have no row."""
+        """Return the settings of a method and seed that have no row yet."""
         choices: list[str | None] = [None]
         if self.betas(name):
             choices = ["offline", "returns"] if self.config.evaluation.selection else ["offline"]
@@ -590,7 +677,11 @@ class _Comparison:
         return [setting for setting in settings if (setting.decode, setting.chosen) not in done]
 
     def measure(self, name: str, seed: int, settings: Sequence[_Setting]) -> Iterator[Row]:
-        """A row per setting, as soon as it is measured, up to where one fails; none where a run is not there."""
+        """Measure the settings in order and yield each row at once; stop at the first failure.
+
+        Nothing is yielded if the run, or the run that its ask names, is missing. Planned settings are skipped if the
+        run that rates the plans is missing.
+        """
         method = self.config.methods[name]
         if not settings or not self.is_trained(name, seed) or self._lacks(name, seed, method.asks):
             return
@@ -606,7 +697,7 @@ class _Comparison:
                 yield row
 
     def _lacks(self, name: str, seed: int, judge: str | None) -> bool:
-        """True if the run that rates a method's plans, or says what it is asked for, is not there; which is noted."""
+        """True if the run of `judge` (which rates the plans or supplies the ask) is missing, which is then noted."""
         if judge is None or self.is_trained(judge, seed):
             return False
         self.unmeasured[name, seed] = self._because_of(judge, seed)
@@ -620,22 +711,23 @@ class _Comparison:
             if (settings := self.missing(name, seed))
         }
         if missing and self.config.partner is not None:
-            self.train_partner()  # without whom nothing can be measured
+            self.train_partner()  # first, because nothing can be measured without it
         for (name, seed), settings in missing.items():
             for row in self.measure(name, seed, settings):
                 self.add(row)
 
     def add(self, row: Row) -> None:
-        """Keeps a row, with what decided it, in the order of seeds and methods, whichever was measured first."""
+        """Save a row with its identity and provenance. Rows are sorted by seed and method, not by time."""
         self.rows.append({**row, "made": provenance(), "config": _plain(self.identity(row["method"], row["decode"]))})
         runs = ((seed, method) for seed in self.config.seeds for method in self.config.evaluated)
         order = {run: place for place, run in enumerate(runs)}
-        # Rows of no listed run come first; the sort leaves them, and the settings of each run, in their order.
+        # Fixed rows and runs of methods no longer listed come first (−1). The sort is stable: within a run the
+        # settings keep their order.
         self.rows.sort(key=lambda row: order.get((row["seed"], row["method"]), -1) if row["kind"] == "run" else -1)
         self._save()
 
     def measure_side_by_side(self) -> None:
-        """Measures methods and seeds in processes of their own; a kill loses what these are at."""
+        """Measure each method and seed in a worker process; a kill loses the measurements that are in progress."""
         with self._workers() as pool:
             waiting = [
                 pool.submit(_measure, self.config, self.untrained, method, seed, settings)
@@ -651,7 +743,12 @@ class _Comparison:
                     self.add(row)
 
     def play(self, policy: LanguagePolicy | Planner, title: str, selecting: bool = False) -> EvaluationResult:
-        """The reported episodes, or those on which settings are chosen."""
+        """Play the reported episodes with a progress bar.
+
+        Args:
+          title: label of the progress bar.
+          selecting: True plays the episodes on which β is chosen instead.
+        """
         settings = self.config.evaluation
         environment, seeds = self.config.environment, settings.seeds
         if selecting:
@@ -675,7 +772,10 @@ class _Comparison:
 
 
 class _Run:
-    """A trained method and seed, measured setting by setting; what settings share is computed once."""
+    """A trained method and seed that is measured setting by setting.
+
+    The model is loaded once, the logs are evaluated once, and play at the same (decoding, β) is not repeated.
+    """
 
     def __init__(self, comparison: _Comparison, name: str, seed: int, folder: Path):
         self.comparison, self.name, self.seed, self.folder = comparison, name, seed, folder
@@ -686,20 +786,23 @@ class _Run:
         self.loaded = LanguagePolicy.load(folder, **{**settings.sampling, **method.sampling, **ask, "beta": 0.0})
 
     def player(self, decode: str, beta: float) -> LanguagePolicy | Planner:
-        if decode == PLANNED:
+        if decode == PLANNED:  # proposals are sampled at β 0, which `loaded` has
             return self.comparison.planned(self.name, self.seed, self.loaded)
         return self.loaded.with_sampling(**TEMPERATURES[decode], beta=beta)
 
     @cached_property
     def logged(self) -> OfflineReport:
-        """What a fixed sample of the held-out logs says of every β, and of Q."""
+        """The report on a fixed sample of the held-out logs: guidance for every β, and the calibration of Q."""
         settings, logs = self.comparison.config.evaluation, self.comparison.validation_data
         logs = random.Random(0).sample(logs, min(settings.offline_rows, len(logs)))
         policy = self.player("sampled", 0.0)
         return evaluate_offline(policy, logs, betas=self.comparison.betas(self.name), kl_budget=settings.kl_budget)
 
     def by_returns(self, decode: str) -> tuple[list[dict[str, Any]], int]:
-        """Score and KL of each β on the selection episodes, and the tokens generated for that."""
+        """Play the selection episodes at each β.
+
+        Returns: one entry per β with its score, interval and KL, and the number of tokens generated in all.
+        """
         tried, tokens = [], 0
         for beta in self.comparison.betas(self.name):
             title = f"{self.name} seed {self.seed} {decode}: trying β {beta:g}"
@@ -710,18 +813,24 @@ class _Run:
         return tried, tokens
 
     def kl(self, decode: str, result: EvaluationResult) -> float | None:
-        """KL of sampled play; other play does not draw from the distribution it notes."""
+        """Return the KL of sampled play; None for other play.
+
+        Other play does not draw from the distribution that its log-probabilities describe.
+        """
         return result.kl() if decode == "sampled" and self.loaded.sampling.temperature > 0 else None
 
     def row(self, setting: _Setting) -> Row:
-        """Plays one setting, writes its episodes and samples, and returns its row of results.jsonl, less `config`."""
+        """Play one setting and write its episodes and samples.
+
+        Returns: the row for results.jsonl, without `config` and `made`, which `_Comparison.add` fills in.
+        """
         config = self.comparison.config
         beta, tried, selection_tokens = 0.0, None, 0
         if setting.chosen == "offline":
             tried, beta = self.logged.by_beta, self.logged.beta
         elif setting.chosen == "returns":
             tried, selection_tokens = self.by_returns(setting.decode)
-            beta = max(tried, key=lambda entry: (entry["score"], -entry["beta"]))["beta"]
+            beta = max(tried, key=lambda entry: (entry["score"], -entry["beta"]))["beta"]  # ties: the smaller β
         if (setting.decode, beta) not in self.played:
             title = f"{self.name} seed {self.seed} {setting.decode}"
             self.played[setting.decode, beta] = self.comparison.play(self.player(setting.decode, beta), title)
@@ -760,20 +869,28 @@ class _Run:
             "cells": result.cells(),
             "scores": result.scores(),
             "curve": learning_curve(self.folder) if setting.decode == "sampled" else [],
-            # The texts of one seed show what a method says; the files in samples/ have all.
+            # The first seed is enough to show how a method replies; the files in samples/ hold all seeds.
             "samples": dialogues(result, config.evaluation.seeds) if self.seed == config.seeds[0] else [],
         }
 
 
 def _logs(source: str, reward: str | None) -> list[Trajectory]:
-    """The logged replies; of comparisons with the labels as rewards, whatever a method makes of them."""
+    """Read logged trajectories, or make them of comparisons.
+
+    Each option of a comparison becomes a trajectory. Its reward is the default of `to_trajectories`, whatever reward a
+    method itself learns from.
+
+    Args:
+      source: file or folder.
+      reward: column that holds the score of a row; None = the default one.
+    """
     if holds_comparisons(source):
         return to_trajectories(read_comparisons(source))
     return read_trajectories(source, reward=reward)
 
 
 def _fields(algorithm: str) -> set[str]:
-    """The settings of an algorithm."""
+    """Return the names of an algorithm's settings."""
     return {field.name for field in fields(load_algorithm(algorithm)[0])}
 
 
@@ -782,21 +899,30 @@ def _collects(method: Any) -> bool:
 
 
 def _plays(method: Any) -> bool:
-    """Whether a method (or the partner) learns in the environment."""
+    """True if a method (or the partner) plays in the environment in order to learn."""
     return _collects(method) or load_algorithm(method.algorithm)[1].plays
 
 
 def divergence(run: Path) -> dict[str, float]:
-    """Of a run of PPO: `training_kl`, nats per episode between its last episodes' policy and the start, and
-    `ratio_max`, the largest ratio of any update."""
+    """Return how far a PPO run moved; empty for a run of another algorithm.
+
+    Returns: `training_kl`, the KL from the start policy in nats per episode, over the last training episodes; and
+      `ratio_max`, the largest probability ratio in any update.
+    """
     rows = [row for row in read_metrics(run) if "ratio_max" in row]
     return {"training_kl": rows[-1]["kl"], "ratio_max": max(row["ratio_max"] for row in rows)} if rows else {}
 
 
 def training_cost(run: Path, *judges: Path | None) -> dict[str, float]:
-    """Tokens read in training, as often as they were read and with those of the runs it started or learnt from and of
-    what rates its plans or says what it is asked for, and wall seconds of its last training process; for a run that
-    played, also its agent turns, scored replies and sampled tokens."""
+    """Return the cost of training a run.
+
+    `training_tokens` counts each token as often as it was read. It includes the runs that this one starts from or
+    learns from, and the `judges`. `training_seconds` is the wall time of its last training process. A run that played
+    also has `environment_steps` (agent turns), `reward_queries` (scored replies) and `played_tokens` (sampled tokens).
+
+    Args:
+      judges: runs that rate its plans or supply its ask; None is skipped.
+    """
     report = read_report(run)
     seconds = [row["train_runtime"] for row in read_metrics(run) if "train_runtime" in row]
     played = {name: report[name] for name in ("environment_steps", "reward_queries") if name in report}
@@ -807,14 +933,19 @@ def training_cost(run: Path, *judges: Path | None) -> dict[str, float]:
 
 
 def learning_curve(run: Path) -> list[Row]:
-    """Of a run that played, a row per iteration (every k-th of many): its accounts so far, the mean score of its
-    episodes and their KL from the start in nats per episode; nothing for one that learnt from logs."""
+    """Return one row per training iteration of a run that played; empty for a run that learnt from logs.
+
+    A row holds the environment steps and reward queries so far, the mean score of the iteration's episodes, and their
+    KL from the start policy in nats per episode. For a long run only every k-th iteration is kept, at most
+    CURVE_POINTS.
+    """
     rows = [{name: row[name] for name in CURVE} for row in read_metrics(run) if "environment_steps" in row]
+    # k = ⌈len / CURVE_POINTS⌉, or 1 if there are no rows
     return rows[:: -(-len(rows) // CURVE_POINTS) or 1]
 
 
 def _fixed_episodes(result: EvaluationResult, seeds: Sequence[int]) -> Iterator[tuple[Row, Trajectory]]:
-    """Ten episodes. Which ones depends on the episode seeds alone, so all methods show the same."""
+    """Yield ten episodes, (row, trajectory). The episode seeds alone decide which, so all methods show the same."""
     chosen = set(random.Random(0).sample(list(seeds), min(SAMPLES, len(seeds))))
     for row, trajectory in zip(result.episodes, result.trajectories, strict=True):
         if row["seed"] in chosen and row["repeat"] == 0:
@@ -822,7 +953,7 @@ def _fixed_episodes(result: EvaluationResult, seeds: Sequence[int]) -> Iterator[
 
 
 def transcripts(result: EvaluationResult, seeds: Sequence[int]) -> str:
-    """Ten episodes as text."""
+    """Return the ten fixed episodes as text."""
     blocks = []
     for row, trajectory in _fixed_episodes(result, seeds):
         head = f"episode {row['seed']}, score {row['score']:g}, {json.dumps(row['labels'], ensure_ascii=False)}"
@@ -832,7 +963,7 @@ def transcripts(result: EvaluationResult, seeds: Sequence[int]) -> str:
 
 
 def dialogues(result: EvaluationResult, seeds: Sequence[int]) -> list[Row]:
-    """The same ten episodes as results.jsonl keeps them; `turns` are (role, text)."""
+    """Return the ten fixed episodes in the form stored in results.jsonl; `turns` is a list of (role, text)."""
     return [
         {"seed": row["seed"], "score": row["score"], "turns": [(turn.role, turn.content) for turn in trajectory.turns]}
         for row, trajectory in _fixed_episodes(result, seeds)
@@ -840,11 +971,15 @@ def dialogues(result: EvaluationResult, seeds: Sequence[int]) -> list[Row]:
 
 
 def _optimum(environment: Any) -> float | None:
-    """The best possible mean score, where the environment knows it."""
+    """Return the best possible mean score, or None if the environment does not know it.
+
+    Args:
+      environment: an environment, or a function that makes one.
+    """
     environment = environment() if callable(environment) else environment
     return environment.optimum() if hasattr(environment, "optimum") else None
 
 
 def _plain(value: Any) -> Any:
-    """As it will be read back from JSON."""
+    """Return a value as it will be when it is read back from JSON (tuples become lists, keys become strings)."""
     return json.loads(json.dumps(value))

@@ -1,4 +1,4 @@
-"""What a comparison is: the typed form of a `compare` file."""
+"""The settings of a comparison: dataclasses for the contents of a `compare` file, and their checks."""
 
 import argparse
 import dataclasses
@@ -14,20 +14,21 @@ from offline_lmrl.data.errors import InputError, in_our_words, shown
 from offline_lmrl.data.yaml_text import read_yaml
 from offline_lmrl.evaluation.metrics import ScoreScale
 
-TRAINING = {"model", "args", "from", "critic", "preference", "judge", "collect"}  # of a run, beside its algorithm
-NAME = r"\w[\w.+=,@ -]{0,99}"  # of a method
-ELSEWHERE = ("path", "scratch", "vocab_size", "tokenizer")  # model settings that a start from another method decides
+TRAINING = {"model", "args", "from", "critic", "preference", "judge", "collect"}  # excluded by `run_of`
+NAME = r"\w[\w.+=,@ -]{0,99}"  # a method's name, which is also part of file names
+ELSEWHERE = ("path", "scratch", "vocab_size", "tokenizer")  # model settings that `from` decides
 
 
 @dataclass(frozen=True)
 class CollectConfig:
     """Rounds of play between rounds of offline training (rounds.py).
 
-    rounds: how often the policy plays; it is trained once before, and again behind each, from where it was.
-    episodes: that it plays in a round; all of them stay in the logs.
-    sampling: SamplingConfig fields for that play, over those saved with the run; without max_new_tokens that of the
-      evaluation holds, as for all that learn by playing.
-    first_seed: episode seeds count on from here; those of evaluation and selection lie below.
+    rounds: number of rounds of play. The policy is trained once before the first round and once after each round,
+      starting from its latest weights.
+    episodes: episodes per round; they are added to the logs and stay there.
+    sampling: SamplingConfig fields for this play, merged over those saved with the run. Without max_new_tokens the
+      value of the method's evaluation is used, as for every method that learns by playing.
+    first_seed: first episode seed of the rounds; keep it above the seeds of evaluation and selection.
     """
 
     rounds: int = 1
@@ -43,23 +44,27 @@ class CollectConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """One row group of the table: an algorithm with its settings, trained once per seed.
+    """A method, which is one group of rows in the table: an algorithm with its settings, trained once per seed.
 
-    algorithm: a name that `train` knows.
-    model, args: merged over the comparison's own `model` and `args`, key by key.
-    start_from: written `from` in YAML: the method whose checkpoint of the same seed this one starts from.
-    critic: the method whose run of the same seed is this one's `args.critic`, for algorithms that learn from one.
-    preference: where the data are preferences, how this method's rewards are made of them: `reward`, `place` and
-      `normalise` (run.py). judge: the method whose run of the same seed is that reward: a reward model.
-    evaluate: False trains it only for others to start from or learn from.
-    sampling: SamplingConfig fields for its play, merged over `evaluation.sampling`; in `ask: auto:NAME` NAME is the
-      method whose run of the same seed says what to ask for.
-    planner: PlannerConfig fields: adds a row for planned play, with proposals sampled at β 0 and no return asked for.
-    betas: its own candidates instead of `evaluation.betas`; an empty list plays without value guidance.
-    run_of: another method, whose runs this one plays with other `sampling`, `planner` or `betas`; it has no algorithm
-      and training settings of its own.
-    collect: CollectConfig fields: trains an algorithm that learns from data in rounds of play in the environment.
-    regime: what it was allowed to learn from, as the table prints it; None = what its algorithm says of itself.
+    algorithm: name of an algorithm, as in `train`.
+    model: model settings, merged key by key over the comparison's `model`.
+    args: algorithm settings, merged key by key over the comparison's `args`.
+    start_from: method whose run of the same seed supplies the initial weights; None = `model` decides. A YAML file
+      calls it `from`.
+    critic: method whose run of the same seed becomes `args.critic`, for algorithms that learn from one.
+    preference: for preference data, how rewards are made from the labels: `reward`, `place` and `normalise` (run.py).
+    judge: method whose run of the same seed, a reward model, becomes `preference.reward`.
+    evaluate: False trains the method only for others that start or learn from it; it gets no rows.
+    sampling: SamplingConfig fields for its play, merged over `evaluation.sampling`. In `ask: auto:NAME`, NAME is the
+      method whose run of the same seed supplies the requested return.
+    planner: PlannerConfig fields. They add a row for planned play, with proposals sampled at β 0 and no requested
+      return.
+    betas: candidates for β; None = `evaluation.betas`, an empty list = play without value guidance.
+    run_of: method whose runs are played again with other `sampling`, `planner` or `betas`. The method itself then has
+      no algorithm and no training settings.
+    collect: CollectConfig fields. They train an algorithm that learns from data in rounds of play in the environment.
+    regime: text in the table for the data that the method may learn from; None = its algorithm's own, or "environment"
+      with `collect`.
     """
 
     algorithm: str = ""
@@ -83,19 +88,25 @@ class MethodConfig:
 
     @property
     def asks(self) -> str | None:
-        """The method whose Q says what to ask for; None where none does."""
+        """The method whose Q supplies the requested return; None if no method does."""
         ask = str(self.sampling.get("ask"))
         return ask.removeprefix("auto:") if ask.startswith("auto:") else None
 
     @property
     def scorer(self) -> str | None:
-        """The method whose run rates its plans; None where none does."""
+        """The method whose run rates the plans; None if there is no planner or it uses the policy's own heads."""
         scorer = (self.planner or {}).get("scorer", "heads")
         return None if scorer == "heads" else scorer
 
     @classmethod
     def of(cls, name: str, entry: Any) -> "MethodConfig":
-        """From a YAML mapping, where `start_from` is called `from`."""
+        """Build a method from its entry in a YAML file, in which `start_from` is called `from`.
+
+        Args:
+          name: name of the method.
+          entry: mapping of its settings; a MethodConfig is returned as it is.
+        Raises: InputError that names the setting.
+        """
         if not (isinstance(name, str) and re.fullmatch(NAME, name)):
             raise InputError(
                 f"methods: found the name {shown(name)}, expected one of letters, digits and any of "
@@ -131,9 +142,14 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class PartnerConfig:
-    """A model that plays inside the environment, trained once with its own seed and the same for every method.
+    """A model that plays inside the environment. It is trained once and is the same for every method and seed.
 
-    argument: the environment's keyword that takes it, as a policy. sampling: its fixed SamplingConfig fields.
+    algorithm: name of an algorithm, as in `train`.
+    model: model settings, merged over the comparison's `model`.
+    args: algorithm settings, merged over the comparison's `args`.
+    seed: its training seed.
+    sampling: SamplingConfig fields for its play.
+    argument: keyword under which the environment takes the partner's policy.
     """
 
     algorithm: str = "bc"
@@ -146,9 +162,11 @@ class PartnerConfig:
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """Episodes on which β is chosen by returns: never the reported ones.
+    """Episodes on which β is chosen by returns. They are never the reported ones.
 
-    environment: keywords that differ from the reported environment's (another file of scenarios, say).
+    episodes: number of episodes per β.
+    first_seed: first episode seed.
+    environment: keywords that differ from those of the reported environment (for example another file of scenarios).
     """
 
     episodes: int = 200
@@ -162,20 +180,22 @@ class SelectionConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How every method is measured.
+    """The way in which every method is measured.
 
-    episodes, first_seed: episode seeds first_seed .. first_seed + episodes − 1, the same for all.
-    repeats: decoding seeds per episode seed for sampled play; greedy play has one.
-    betas: candidates for value-guided methods.
-    kl_budget: "chosen offline" is the largest β whose mean KL(guided ‖ π) on logged validation states is within it, in
-      nats per token. offline_rows: validation rows read for that.
-    selection: where β is chosen by returns; None leaves that setting out.
-    cluster: label that dependent episodes share (scenario, start); None = the episode seed.
-    score: ends and mean of the normalised column; None leaves it out.
-    labels: numeric labels that become columns, by name; None = all.
-    sampling: SamplingConfig fields for everyone's play, the decode budget. A method that learns by playing takes over
-      max_new_tokens, unless its own `args.sampling` (or `collect.sampling`) says another.
-    batch_size: episodes played side by side.
+    episodes: number of episode seeds; every method plays the same ones.
+    first_seed: first episode seed; the seeds are first_seed .. first_seed + episodes − 1.
+    repeats: decoding seeds per episode seed in sampled play; greedy play has one.
+    betas: candidates for β, for value-guided methods.
+    kl_budget: limit for choosing β offline, in nats per token: the largest β whose mean KL(guided ‖ π) on logged
+      validation states is within it.
+    offline_rows: validation rows used to choose β offline.
+    selection: episodes on which β is also chosen by returns; None = β is chosen offline only.
+    cluster: label that dependent episodes share (for example scenario or start); None = the episode seed.
+    score: worst, mean and best score (`min`, `mean`, `max`) for the normalised column; None = no such column.
+    labels: names of the numeric labels that become columns; None = all.
+    sampling: SamplingConfig fields for the play of every method. Methods that learn by playing also take their
+      max_new_tokens from here, unless their own `sampling`, `args.sampling` or `collect.sampling` sets it.
+    batch_size: episodes played at the same time.
     """
 
     episodes: int = 800
@@ -211,18 +231,22 @@ class EvaluationConfig:
 class CompareConfig:
     """A comparison of methods on one environment.
 
-    environment: `name` of a known environment or `package.module:Class` (its code runs), and its keywords.
-    training_environment: keywords that differ where methods play in order to learn (scenarios that nothing is reported
-      on, say).
-    data: `train` and `validation`, files or folders of trajectories.
-    methods: name -> MethodConfig or its mapping, in the table's order.
-    output: folder of results.jsonl, table.md, episodes/, samples/ and runs/.
-    prepare: `command` and its settings, run once where data.train is missing.
-    seeds: training seeds of every method; intervals of fewer than five are wide, of one they speak of that run alone.
-    model, args: what all methods share. baseline: method of the paired differences; "" = the first evaluated.
-    reference: published rows, name -> {column: number}, printed beside ours and marked.
-    workers: seeds that train, and then runs that are measured, at the same time, each in a process with its share of
-      the cores; it changes no number but the time (and the last bits that depend on the number of threads).
+    environment: `name` of a known environment or `package.module:Class` (whose code is run), and its keywords.
+    data: `train` and `validation`, files or folders of trajectories or comparisons; `reward`, the column that holds
+      the score.
+    methods: mapping from name to settings (MethodConfig), in the order of the table.
+    output: folder for results.jsonl, table.md, report/, episodes/, samples/ and runs/.
+    prepare: `command` (of `offline-lmrl prepare`) and its settings; run once if data.train is missing or unfinished.
+    seeds: training seeds of every method. Intervals over fewer than five seeds are wide; with one seed they describe
+      that run alone.
+    model: model settings that all methods share.
+    args: algorithm settings that all methods share.
+    baseline: method that the paired differences are taken against; "" = the first evaluated one.
+    reference: published results, name -> {column: number}, printed below ours and marked as published.
+    workers: number of worker processes, each with its share of the cores. They first train one seed each, then measure
+      one run each. The numbers do not depend on it, except for last bits that depend on the number of threads.
+    training_environment: environment keywords that differ when methods play in order to learn (for example scenarios
+      that are not reported).
     """
 
     environment: dict[str, Any]
@@ -268,17 +292,20 @@ class CompareConfig:
 
     @property
     def evaluated(self) -> list[str]:
-        """Names of the methods that get rows."""
+        """The names of the methods that get rows."""
         return [name for name, method in self.methods.items() if method.evaluate]
 
     @property
     def trained(self) -> list[str]:
-        """Names of the methods that play, and of those that rate plans or say what to ask for."""
+        """The names of the methods that get rows, and of those that rate their plans or supply their asks."""
         judges = [judge for name in self.evaluated for judge in (self.methods[name].scorer, self.methods[name].asks)]
         return list(dict.fromkeys([*self.evaluated, *filter(None, judges)]))
 
     def _resolved(self, name: str) -> MethodConfig:
-        """A method with what it takes over from the one whose runs it plays."""
+        """Fill in a method with `run_of`: it takes the training settings of that method and keeps its own decoding.
+
+        A method without `run_of` is returned as it is.
+        """
         method = self.methods[name]
         if method.run_of is None:
             return method
@@ -290,7 +317,13 @@ class CompareConfig:
         return replace(other, **own, **given, sampling={**other.sampling, **method.sampling})
 
     def _check_way(self, name: str, before: tuple[str, ...] = ()) -> None:
-        """What a method starts from and learns from exists, and none of it comes from the method itself."""
+        """Check that the methods which this one needs exist, that they do not need it in turn, and that no setting is
+        given in two places.
+
+        Args:
+          before: the methods that led here, for finding a circle.
+        Raises: InputError that names the setting.
+        """
         if name in before:
             circle = " <- ".join([*before, name])
             raise InputError(f"methods.{name}: found the circle {circle}, expected `from` and the like to lead out")
@@ -320,7 +353,7 @@ class CompareConfig:
         same = all(self.environment.get(key) == value for key, value in chosen.environment.items())
         reported = self.evaluation.seeds
         last = min(reported.stop, chosen.first_seed + chosen.episodes)
-        shared = last - max(reported.start, chosen.first_seed)  # without a list: a wrong number may be huge
+        shared = last - max(reported.start, chosen.first_seed)  # by arithmetic: a mistyped number may be huge
         if same and shared > 0:
             raise InputError(
                 f"evaluation.selection.first_seed: found {shared} episode seeds that are also reported, "
@@ -329,9 +362,12 @@ class CompareConfig:
 
     @classmethod
     def read(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> "CompareConfig":
-        """From a YAML file. `overrides` win over it, with dotted keys ("evaluation.episodes").
+        """Read a comparison from a YAML file.
 
-        Raises: InputError that names the key.
+        Args:
+          path: the file.
+          overrides: values that replace those in the file, by dotted key ("evaluation.episodes"); None = none.
+        Raises: InputError that names the file and the key.
         """
         raw = read_yaml(path, "settings")
         for dotted, value in (overrides or {}).items():
@@ -352,10 +388,16 @@ def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def build(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
-    """An instance of a dataclass from its mapping; `prefix` is the dotted way to it, for errors.
+    """Build a dataclass instance from a mapping and check names and types.
 
-    Parts that are dataclasses are built one by one, so that an error names its key and not a union of types. Mappings
-    of anything are taken as they are: the parser would read their texts once more ("no" as False).
+    Nested dataclasses are built one by one, so that an error names a key and not a union of types. Fields of type
+    dict[str, Any] are copied without parsing: the parser would interpret their strings again ("no" as False).
+
+    Args:
+      cls: the dataclass.
+      raw: its settings.
+      prefix: dotted name of the mapping, for error messages, with a dot at its end; "" = the top of the file.
+    Raises: InputError that names the key.
     """
     import jsonargparse
 
@@ -378,11 +420,11 @@ def build(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
     given = {key: value for key, value in raw.items() if key not in nested}
     for key in [key for key, value in given.items() if value is None]:
         if type(None) not in typing.get_args(hints[key]):
-            del given[key]  # null is "not given" where a setting does not take it
+            del given[key]  # null means "not given" for a setting that cannot be null
     for name in sorted(required - set(parts) - set(given)):
         raise InputError(f"{prefix}{name}: missing, expected {'a mapping' if name in nested else 'a value'}")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, skip=set(hints) - set(given))  # the whole of TrainingArguments would take a while
+    parser.add_class_arguments(cls, skip=set(hints) - set(given))  # adding all TrainingArguments would be slow
     try:
         plain = parser.parse_object(given).as_dict()
     except argparse.ArgumentError as error:
@@ -395,7 +437,12 @@ def _is_number(value: Any) -> bool:
 
 
 def require_known(names: Iterable[str], known: set[str], where: str) -> None:
-    """Raises InputError for the first name that is not among the known ones, with the nearest of them."""
+    """Check that all names are known.
+
+    Args:
+      where: dotted name of the setting that holds the names, for the error message.
+    Raises: InputError for the first unknown name, with the known name that is nearest to it.
+    """
     for name in names:
         if not isinstance(name, str) or name not in known:
             near = difflib.get_close_matches(str(name)[:100], sorted(known), n=1)
@@ -404,6 +451,9 @@ def require_known(names: Iterable[str], known: set[str], where: str) -> None:
 
 
 def require_at_least(name: str, value: float, least: float) -> None:
-    """Raises InputError unless value >= least; NaN is refused too."""
+    """Check that value >= least; NaN fails.
+
+    Raises: InputError that names the setting.
+    """
     if not value >= least:
         raise InputError(f"{name}: found {value}, expected at least {least}")

@@ -1,9 +1,11 @@
-"""Write a run as a plain checkpoint of its base architecture, which any engine serves, with a card about it.
+"""Export of a run as a plain checkpoint of its base architecture, which any inference engine can serve, with a model
+card.
 
-Three forms are exact, and no other is written: plain policies; Q heads that are linear in the hidden state, reduced by
-mean or first, over all tokens and without a filter or a clip; and returns as tokens of the vocabulary. A form that
-comes near is not safe: where nothing filters the policy first, Q of tokens that the data never held decides.
-The written checkpoint is loaded again and compared with the run before the folder gets its name.
+Only forms that are exact are written: plain policies; guidance by Q heads that are linear in the hidden state, reduced
+by mean or first, over all tokens and without a filter or a clip; and requested returns as tokens of the vocabulary. An
+approximate form is not safe: without the filter that the run applies to the policy first, the Q of tokens that the
+data never contained would decide. The written checkpoint is loaded again and compared with the run before the folder
+gets its name.
 """
 
 import copy
@@ -28,21 +30,24 @@ from offline_lmrl.models.adapters import saved_settings
 from offline_lmrl.models.plain import fold, head_scale, plain, q_matrix, spell_returns
 from offline_lmrl.ops.decoding import guide
 
-TOLERANCE = 1e-3  # nats by which the log-probability of a token may differ from what the run says
-DRAWN = (4, 16)  # rows and tokens of the made-up text on which checkpoint and run are compared
-REPLY = 24  # tokens that the run says after the example prompt, on which they are compared too
-UNLIMITED = 2**31  # a window that drops no turn
+TOLERANCE = 1e-3  # nats by which the log-probability of a token may differ between checkpoint and run
+DRAWN = (4, 16)  # rows and tokens of the random text on which checkpoint and run are compared
+REPLY = 24  # tokens of the run's reply to the example prompt, on which they are compared too
+UNLIMITED = 2**31  # max_length of a window that drops no turn
 EXAMPLE = (Turn("user", "How are you?"),)
 
 
 @dataclass(frozen=True)
 class Export:
-    """The written checkpoint; `str` prints it.
+    """The description of a written checkpoint; `str` formats it.
 
-    form: the decoding form that the checkpoint plays.
-    difference: the largest difference of a token's log-probability from the run's, in nats, after `states` prefixes.
-    returns: text that asks for a return, null first, where the run knows returns as tokens.
-    readable: whether a prompt with one in it is read as it was in training.
+    folder: where it was written.
+    form: the decoding settings that the checkpoint plays.
+    difference: the largest difference of a token's log-probability from the run's, in nats.
+    states: number of prefixes over which the difference was measured.
+    returns: texts of the tokens that request a return, with that of no return first; empty if the run has no such
+      tokens.
+    readable: True if the tokenizer reads the example prompt as it was read in training.
     """
 
     folder: Path
@@ -73,8 +78,11 @@ class Export:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Token ids (B, T) with the run's log-probabilities (B·T, C) of the next token, over the C columns of the
-    vocabulary that are no returns."""
+    """A text on which the checkpoint is compared with the run.
+
+    ids: (B, T), the run's token ids.
+    log_prob: (B·T, C), the run's log-probabilities of the next token, over the C tokens that are not returns.
+    """
 
     ids: Tensor
     log_prob: Tensor
@@ -88,9 +96,9 @@ def export(
     Args:
       run: a run directory.
       output: a folder that does not exist yet.
-      device: where models are read; None = the first accelerator, else the CPU.
+      device: device for the models; None = the first accelerator, else the CPU.
       sampling: settings that replace those saved with the run.
-    Raises: InputError for what is no run of a policy, a folder that exists, and what a plain checkpoint cannot play
+    Raises: InputError if `run` is not a run of a policy, `output` exists, or a plain checkpoint cannot play the run
       exactly. Nothing is written then.
     """
     output = Path(output)
@@ -99,12 +107,12 @@ def export(
     saved = saved_settings(run)
     form = SamplingConfig.from_dict({**(saved.get("sampling") or {}), **sampling})
     _check_exportable(run, saved, form, sampling.get("ask"))
-    # Whoever serves it asks for a return; here there may be no task to look a name up in, and no critic.
+    # The engine's user requests a return. Here an ask by name might need a task or another run, so it is removed.
     policy = LanguagePolicy.load(run, device=device, **{**sampling, "ask": None})
     policy.model.eval()
     tokenizer = copy.deepcopy(policy.renderer.tokenizer)
     if policy.renderer.template == "plain":
-        tokenizer.chat_template = None  # not what the run was trained with
+        tokenizer.chat_template = None  # the run was not trained with it
     embedding = policy.model.return_embedding
     table = None if embedding is None else embedding.rows()
     ids = [] if table is None else _add_tokens(tokenizer, len(table))
@@ -128,7 +136,14 @@ def export(
 def _check_exportable(
     run: str | Path, saved: Mapping[str, Any], form: SamplingConfig, ask: float | str | None
 ) -> None:
-    """Refuse, by its settings alone, a run that no plain checkpoint plays exactly. Raises: InputError."""
+    """Check, by its settings alone, that a plain checkpoint can play a run exactly.
+
+    Args:
+      saved: settings saved with the run.
+      form: its decoding settings, with those that the caller replaced.
+      ask: the ask that the caller gave; None = none.
+    Raises: InputError that names the setting.
+    """
     if ask is not None and "returns" not in saved:
         raise InputError(f"ask: found {shown(ask)}, expected none, as this model was not trained with returns")
     algorithm = saved.get("algorithm")
@@ -164,8 +179,15 @@ def _check_exportable(
 
 
 def _check_folds(form: SamplingConfig, heads: int) -> None:
-    """Refuse guidance that is not one matrix. Engines filter what the LM head says, hence after guidance, where the
-    run filters π before it. Raises: InputError that names the settings of a form that folds."""
+    """Check that guidance can be folded into the LM head as one matrix.
+
+    Filters cannot: engines apply them to the LM head's output and therefore after guidance, while the run filters π
+    before guidance.
+
+    Args:
+      heads: number of Q heads.
+    Raises: InputError that lists the settings which would have to change.
+    """
     exact = {
         "q_reduce": ("mean", "first") if heads > 1 else (form.q_reduce,),
         "support": (0.0,),
@@ -191,19 +213,25 @@ def _setting(value: Any) -> str:
 
 
 def _plain_model(model: PreTrainedModel, form: SamplingConfig) -> PreTrainedModel:
-    """Take the heads off a guided model in place, with the guidance of this form folded in. Raises: InputError where
-    something between the decoder and the logits is no plain scale."""
+    """Remove the heads from a guided model, in place, and fold this form's guidance into its LM head.
+
+    Raises: InputError if anything but the LM head and a constant factor comes between the decoder and the logits.
+    """
     rows = None
     if form.beta != 0:
         rows = q_matrix(model.value_heads.target_q, model.get_output_embeddings().weight, form.q_reduce)
     model = plain(model)
     if rows is not None:
+        # The run adds guidance after dividing by the temperature; engines divide last, so multiply it by that here.
         fold(model, (form.temperature or 1.0) * form.beta / head_scale(model) * rows)
     return model
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
-    """Ids of new special tokens, that of no return first."""
+    """Add special tokens for `count` returns to a tokenizer and return their ids, that of no return first.
+
+    Raises: InputError if the tokenizer has a token of such a name.
+    """
     names = ["<return_none>", *(f"<return_{b}>" for b in range(1, count))]
     if known := set(names) & set(tokenizer.get_vocab()):
         raise InputError(f"tokenizer: found {min(known)} among its tokens, expected none of the names of returns")
@@ -212,10 +240,11 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
 
 
 def _set_generation(model: PreTrainedModel, form: SamplingConfig, close_id: int) -> None:
-    """Tell engines where the agent's turn ends, and to draw as the run does. Of what the base model's own settings say
-    only the ids of its special tokens stay: a penalty on repetition, say, is no part of the run's policy.
+    """Replace the model's generation config, so that engines end the agent's turn and sample as the run does.
 
-    A support filter on π alone is min-p; the former is taken at temperature 1, the latter at that of the draws.
+    Of the base model's settings only the special token ids stay: a repetition penalty, for example, is not part of the
+    run's policy. A support filter without guidance becomes min-p. Support is defined at temperature 1 and min-p at the
+    sampling temperature T, so min_p = support^(1/T).
     """
     base = model.generation_config
     ends = {close_id, *(base.eos_token_id if isinstance(base.eos_token_id, list) else [base.eos_token_id])} - {None}
@@ -239,11 +268,16 @@ def _set_generation(model: PreTrainedModel, form: SamplingConfig, close_id: int)
 
 @torch.inference_mode()
 def _samples(policy: LanguagePolicy, saved: Mapping[str, Any], ids: Sequence[int]) -> list[_Sample]:
-    """Made-up tokens, with reserved ids among them, and the example prompt with what the run finds best after it."""
+    """Return the texts for the comparison: random tokens, with the reserved ids among them, and the example prompt
+    with the run's greedy reply.
+
+    Args:
+      ids: the checkpoint's tokens for returns; empty if it has none.
+    """
     longest, rows = policy.window.max_length, policy.model.get_input_embeddings().weight.shape[0]
-    columns = min([rows, *ids])
+    columns = min([rows, *ids])  # below this, ids mean the same to run and checkpoint and are no returns
     known = torch.arange(columns + len(ids))
-    known[columns:] += rows - columns  # the reserved ids
+    known[columns:] += rows - columns  # the run's reserved ids follow the embedding's rows
     shape = (DRAWN[0], min(DRAWN[1], longest))
     drawn = known[torch.randint(len(known), shape, generator=torch.Generator().manual_seed(0))]
     said = torch.tensor([_example_ids(policy, saved)[-longest:]])
@@ -254,7 +288,11 @@ def _samples(policy: LanguagePolicy, saved: Mapping[str, Any], ids: Sequence[int
 
 
 def _run_log_prob(policy: LanguagePolicy, read: Tensor) -> Tensor:
-    """The run's unnormalised log-probabilities (B·T, V) after every prefix of ids (B, T), without filters."""
+    """Return the run's unnormalised log-probabilities after every prefix, without filters, (B·T, V).
+
+    Args:
+      read: (B, T), token ids.
+    """
     form, read = policy.sampling, read.to(policy.model.device)
     outputs, hidden = policy.model.forward_with_hidden(
         input_ids=read, attention_mask=torch.ones_like(read), use_cache=False
@@ -269,16 +307,18 @@ def _run_log_prob(policy: LanguagePolicy, read: Tensor) -> Tensor:
 def _difference(
     folder: Path, policy: LanguagePolicy, samples: Sequence[_Sample], rows: int, ids: Sequence[int]
 ) -> float:
-    """The largest difference of a log-probability between the checkpoint in the folder and the run, in nats.
+    """Load the checkpoint in a folder and return the largest difference of a log-probability from the run's, in nats.
 
     Args:
-      rows: where the run's reserved ids begin. ids: the tokens that took their place.
-    Raises: InputError where the checkpoint is not the run's policy.
+      samples: texts with the run's log-probabilities.
+      rows: the first of the run's reserved ids.
+      ids: the checkpoint's tokens in the place of the reserved ids.
+    Raises: InputError if the difference is not below TOLERANCE, or transformers cannot open the checkpoint.
     """
     device, difference = policy.model.device, 0.0
     try:
         exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    except ValueError as error:  # the text part of some models has a config that no auto class knows
+    except ValueError as error:  # the text model inside some multimodal ones has a config that no auto class knows
         raise InputError(
             f"run: found a {type(policy.model.config).__name__}, which engines cannot open as a causal "
             f"LM ({str(error).splitlines()[0]}), expected a model that they can"
@@ -300,7 +340,10 @@ def _difference(
 
 
 def _example_ids(policy: LanguagePolicy, saved: Mapping[str, Any]) -> list[int]:
-    """The example prompt as the run reads it, with the highest return where it knows returns."""
+    """Return the ids of the example prompt as the run reads it.
+
+    A run that was trained with returns gets the highest one.
+    """
     slots = [policy.slots.bins[-1]] if "returns" in saved else None
     return policy_window(EXAMPLE, policy.renderer, WindowRule(max_length=UNLIMITED), slots=slots)
 
@@ -308,9 +351,13 @@ def _example_ids(policy: LanguagePolicy, saved: Mapping[str, Any]) -> list[int]:
 def _example(
     policy: LanguagePolicy, saved: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
 ) -> tuple[str, bool]:
-    """The text of a prompt with everything in its place, and whether the tokenizer reads it as it was in training."""
+    """Return the text of the example prompt, and whether the tokenizer reads it as it was read in training.
+
+    Args:
+      ids: the checkpoint's tokens for returns; empty if it has none.
+    """
     text = ""
-    if "returns" in saved:  # the highest
+    if "returns" in saved:  # the highest return
         text = tokenizer.convert_ids_to_tokens(ids[-1]) if ids else texts_of(saved["returns"])[-1]
     text = policy.renderer.printer.printed(EXAMPLE, prompt=True, slot=text)
     expected = _example_ids(policy, saved)

@@ -1,7 +1,7 @@
-"""The figures of a report, from the rows of results.jsonl alone; they need matplotlib (extra `plots`).
+"""The figures of a report, made from the rows of results.jsonl alone. They need matplotlib (extra `plots`).
 
-Colour is the method, the shape of a marker the decoding, and a hollow marker a β that was chosen by returns. A figure
-that needs a number which no row has is not drawn, and says which.
+Colour shows the method and the shape of a marker the decoding; a hollow marker is a β chosen by returns. If no row has
+a number that a figure needs, the report gives that reason instead of the figure.
 """
 
 import io
@@ -16,14 +16,14 @@ import numpy as np
 from offline_lmrl.evaluation.metrics import Estimate
 from offline_lmrl.evaluation.report import Key, Results, Row, short
 
-Axes = Figure = Any  # matplotlib's, which is imported only where something is drawn
+Axes = Figure = Any  # matplotlib's classes; it is imported only when something is drawn
 
-INK, PAPER = "#1f2328", "#ffffff"  # a page may put its own in their place
+INK, PAPER = "#1f2328", "#ffffff"  # the HTML page replaces these two by its own colours
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7b6fd0",
            "#a00000", "#00a6a6", "#66a61e", "#e7298a", "#b07aa1", "#9c755f", "#4e79a7", "#f28e2b")  # fmt: skip
-FEW_KEYS = 8  # settings up to which there is room for numbers in a matrix
+FEW_KEYS = 8  # a matrix of more settings has no space for numbers in its cells
 MARKERS = {"sampled": "o", "greedy": "s", "planned": "^"}
-WIDTH = 4.4  # inches: on a phone the letters are still to be read
+WIDTH = 4.4  # inches; narrow, so that the text is readable on a phone
 STYLE = {
     "font.size": 9,
     "svg.fonttype": "none",
@@ -42,7 +42,14 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """name: of its files. caption: what is to be known to read it."""
+    """A drawn figure.
+
+    name: stem of its file names.
+    title: its title.
+    caption: explanation that a reader needs.
+    svg: the figure as SVG.
+    png: the figure as PNG.
+    """
 
     name: str
     title: str
@@ -52,13 +59,14 @@ class Drawing:
 
 
 class Missing(Exception):
-    """Of a figure: what no row has."""
+    """The reason why a figure cannot be drawn: a number that no row has."""
 
 
 def draw(results: Results) -> tuple[list[Drawing], dict[str, str]]:
-    """The figures, and title -> reason of those that these rows cannot give.
+    """Draw all figures that the rows allow. The same rows give the same bytes.
 
-    The same rows give the same bytes. Raises: ModuleNotFoundError without matplotlib.
+    Returns: the drawn figures, and title -> reason of those that are missing.
+    Raises: ModuleNotFoundError without matplotlib.
     """
     import matplotlib
 
@@ -76,7 +84,7 @@ def draw(results: Results) -> tuple[list[Drawing], dict[str, str]]:
 
 def _files(figure: Figure) -> tuple[str, bytes]:
     svg, png = io.StringIO(), io.BytesIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # the time would make every drawing another file
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # a date would change the bytes every time
     figure.savefig(svg, format="svg", metadata=nothing)
     figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
     return svg.getvalue(), png.getvalue()
@@ -104,13 +112,17 @@ def _marker(results: Results, key: Key) -> dict[str, Any]:
 
 
 def _mark(axes: Axes, results: Results, key: Key, x: float) -> None:
-    """A setting's score with its interval at x."""
+    """Draw the score of a setting with its interval at x."""
     estimate = results.estimates[key]
     axes.errorbar(x, estimate.mean, yerr=_ends([estimate]), markersize=6, linewidth=1.5, **_marker(results, key))
 
 
 def _legend(figure: Figure, results: Results, keys: Iterable[Key]) -> None:
-    """Under the axes: a colour per method, a shape per decoding, hollow for β by returns, as far as they occur."""
+    """Draw the legend below the axes.
+
+    It has the colour of each method, the shapes of decodings if there are several, and the two choices of β if one was
+    by returns.
+    """
     from matplotlib.lines import Line2D
 
     keys, colour = list(keys), colours(results)
@@ -126,14 +138,21 @@ def _legend(figure: Figure, results: Results, keys: Iterable[Key]) -> None:
 
 
 def _ends(estimates: Sequence[Estimate]) -> np.ndarray:
-    """Lengths of the intervals' halves, (2, n); 0 of one that is not known, which draws none."""
+    """Return the lengths of the intervals below and above their means, (2, n).
+
+    They are 0 for an unknown interval, so that no bar is drawn.
+    """
     known = [estimate.interval or (estimate.mean, estimate.mean) for estimate in estimates]
     means = np.array([estimate.mean for estimate in estimates])
     return np.stack([means - [low for low, _ in known], [high for _, high in known] - means])
 
 
 def _level(axes: Axes, results: Results, line: Callable) -> None:
-    """The behaviour's and the best possible score, as far as they are known."""
+    """Draw lines at the behaviour's and the best possible score, if they are known.
+
+    Args:
+      line: `axes.axhline` or `axes.axvline`.
+    """
     for row in results.of("behaviour", "optimum"):
         if row.get("score") is not None:
             style = {"behaviour": ":", "optimum": "--"}[row["kind"]]
@@ -194,7 +213,7 @@ def _track(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
 
 
 def _root(kl: float | None) -> float:
-    """√KL; an estimate from samples may lie below 0."""
+    """Return √KL, with negative estimates (possible from samples) taken as 0 and None as NaN."""
     return math.nan if kl is None else math.sqrt(max(kl, 0.0))
 
 
@@ -204,7 +223,12 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _against(results: Results, label: str, cost: Callable[[Row], float], axes: Axes, figure: Figure) -> None:
-    """Every setting's score at its mean cost."""
+    """Draw the score of every setting at its mean cost.
+
+    Args:
+      label: name of the cost, for the x axis.
+      cost: function from a run to its cost.
+    """
     _level(axes, results, axes.axhline)
     for key, runs in results.groups.items():
         _mark(axes, results, key, _mean(map(cost, runs)))
@@ -213,7 +237,11 @@ def _against(results: Results, label: str, cost: Callable[[Row], float], axes: A
 
 
 def _count_scale(axes: Axes, zero: float | None = None) -> None:
-    """Counts in words; logarithmic where they differ by much. zero: where nothing stands on such an axis."""
+    """Label the x axis with short counts ("20k"). It becomes logarithmic if they differ by a factor of 5 or more.
+
+    Args:
+      zero: position that stands for 0 on a logarithmic axis; None = no count is 0.
+    """
     from matplotlib.ticker import MaxNLocator, NullLocator
 
     low, high = axes.dataLim.intervalx
@@ -221,7 +249,7 @@ def _count_scale(axes: Axes, zero: float | None = None) -> None:
     if zero is not None or high >= 5 * low:
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
-        low = low if zero is None else 4 * zero
+        low = low if zero is None else 4 * zero  # `return_against_play` puts 0 at a quarter of the least count
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
         ticks = [step * 10.0**power for power in powers for step in (1, 2, 5)]
     shown = {tick: short(tick) for tick in ticks if low <= tick <= high}
@@ -248,7 +276,7 @@ def return_against_play(name: str, results: Results) -> tuple[Figure, str]:
         raise Missing("the same as against environment steps: every step was scored")
     curves = [(run, row) for run in results.of("run") for row in run.get("curve") or () if row[name] > 0]
     least = min([least, *(row[name] for _, row in curves)])
-    nowhere = least / 4  # a column of its own for what asked for nothing
+    nowhere = least / 4  # where runs with a count of 0 are drawn, as a logarithmic axis has no 0
     _against(results, name.replace("_", " "), lambda run: run["cost"].get(name, 0) or nowhere, axes, figure)
     for run in results.of("run"):
         points = [row for row in run.get("curve") or () if row[name] > 0]
@@ -322,6 +350,7 @@ def win_rates(decode: str, results: Results) -> tuple[Figure, str]:
     axes.pcolormesh(places, places, np.ma.masked_invalid(shares), cmap="PuOr", vmin=0, vmax=1, alpha=0.75)
     axes.invert_yaxis()
     for (a, b), estimate in found.items() if len(keys) <= FEW_KEYS else ():
+        # `sure` asks whether the interval excludes 0; shifted by a half it asks whether it excludes a half
         sure = "*" * estimate._replace(low=estimate.low - 0.5, high=estimate.high - 0.5).sure
         text = f"{100 * estimate.mean:.0f}{sure}"
         axes.text(keys.index(b), keys.index(a), text, ha="center", va="center", color="#000000", fontsize=8)

@@ -1,19 +1,21 @@
 """Means with intervals, paired differences and normalised scores. numpy only.
 
 Episodes are crossed with training runs: every run plays the same episodes, and episodes that share a scenario (or a
-start) are not independent. A result therefore is a `Cells` table, training seed × cluster, and its mean varies with
-both. Three jackknives say how much: A leaves out seeds, B clusters, E is what is left of the cells once both are taken
-away. Where S seeds play C clusters equally often they are the mean squares of an analysis of variance over SC, and
+start) are not independent. The outcome is therefore a `Cells` table, training seed × cluster, and its mean varies with
+both. Three estimates measure this variance: A is the jackknife over seeds, B the jackknife over clusters, and E comes
+from the residual of the cells without the effects of seeds and clusters. If S seeds play C clusters equally often,
+they are the mean squares of an analysis of variance divided by S·C, and
 
-    Var(mean) = A + B − E    (A and B each hold E once too often), never taken below A or B
+    Var(mean) = A + B − E    (A and B both contain E, which counts once); at least A and at least B
     df = (a + d)² / (a² / (S − 1) + d² / (C − 1)),    a = A · (1 + 8/(S − 1)⁴),    d = (Var − A) · (1 + 8/(C − 1)⁴)
 
-The interval is t's with these degrees of freedom (Satterthwaite 1946). The factors are our own: with two seeds A rests
-on one number, which is often far too small, and the plain formula then takes it for unimportant; they were chosen by
-simulation (tests/evaluation/test_coverage.py, which holds coverage, false findings and width). A percentile bootstrap
-covers 75 % instead of 95 % at three seeds. The price: where only clusters differ, two seeds cost an interval of up to
-2.4 times the width that it would have for who knows that seeds do not. No rule that sees these mean squares alone does
-much better: the best within 1.15 times covers 88 %. With one seed the interval speaks of that run, over its clusters.
+The interval is that of Student's t with these degrees of freedom (Satterthwaite 1946). Deviation: the factors 1 + 8/…⁴
+are our own. With two seeds A rests on one number, which is often far too small, and the formula without the factors
+then gives it too little weight. They were chosen by simulation; tests/evaluation/test_coverage.py holds coverage,
+false findings and width. For comparison, a percentile bootstrap covers 75 % instead of 95 % at three seeds. The
+factors cost width: if only clusters differ, the interval from two seeds is up to 2.4 times as wide as one that assumes
+equal seeds. No rule that uses these mean squares alone does much better: the best rule within 1.15 times the width
+covers 88 %. With one seed the interval describes that run, over its clusters.
 """
 
 import math
@@ -26,16 +28,18 @@ import numpy as np
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.ops.intervals import student_t, wilson
 
-# What rollouts record about an episode that is no outcome of it.
+# Labels that rollouts record about an episode and that are not outcomes of it.
 BOOKKEEPING_LABELS = frozenset({"seed", "tokenizer", "policy_log_prob", "options"})
 
 
 class Estimate(NamedTuple):
     """A mean and its 95% interval.
 
-    low, high: the ends; infinite where a single cluster of a single seed counts, which shows no variation.
-    n: episodes.
-    seeds: training seeds; with one the interval speaks of that run over episodes, and nothing of the method.
+    mean: the mean.
+    low: lower end of the interval; −∞ if there is only one cluster of one seed, which shows no variation.
+    high: upper end; +∞ in the same case.
+    n: number of episodes.
+    seeds: number of training seeds. With one, the interval describes that run over episodes, not the method.
     """
 
     mean: float
@@ -46,16 +50,16 @@ class Estimate(NamedTuple):
 
     @property
     def interval(self) -> list[float] | None:
-        """The ends for a file of JSON, None where they are infinite."""
+        """The ends as JSON can store them; None if they are infinite."""
         return [self.low, self.high] if math.isfinite(self.low) else None
 
     @property
     def sure(self) -> bool:
-        """Whether a difference says that one method is better: several seeds, and an interval without 0."""
+        """True if a difference shows that one method is better: several seeds, and an interval without 0."""
         return self.seeds > 1 and not self.low <= 0 <= self.high
 
     def to_text(self, decimals: int) -> str:
-        """Mean and interval, without saying of what."""
+        """Return the mean and the interval as text, without "of this run"."""
         if self.interval is None:
             return f"{self.mean:.{decimals}f} (no interval: one cluster of episodes counts)"
         return f"{self.mean:.{decimals}f} [{self.low:.{decimals}f}, {self.high:.{decimals}f}]"
@@ -66,9 +70,12 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Cells:
-    """Sums of an outcome by training seed and cluster of episodes.
+    """The sums of an outcome by training seed and cluster of episodes.
 
-    seeds: S labels; clusters: C labels; total: (S, C) sum of the outcome; count: (S, C) episodes, 0 where none.
+    seeds: S training seeds.
+    clusters: C names of clusters.
+    total: (S, C), sum of the outcome over the episodes of a cell.
+    count: (S, C), number of episodes; may be 0.
     """
 
     seeds: tuple[Hashable, ...]
@@ -78,12 +85,12 @@ class Cells:
 
     @classmethod
     def of(cls, values: Iterable[tuple[Hashable, Hashable, float]]) -> "Cells":
-        """From (training seed, cluster, outcome) of every episode."""
+        """Build the table from (training seed, cluster, outcome) of every episode."""
         return cls.summed((seed, cluster, value, 1) for seed, cluster, value in values)
 
     @classmethod
     def summed(cls, sums: Iterable[tuple[Hashable, Hashable, float, int]]) -> "Cells":
-        """From (training seed, cluster, sum of the outcome, episodes), as results files keep it."""
+        """Build the table from (training seed, cluster, sum of the outcome, episodes), as stored in results files."""
         sums = list(sums)
         seeds = {seed: i for i, seed in enumerate(dict.fromkeys(row[0] for row in sums))}
         clusters = {cluster: i for i, cluster in enumerate(dict.fromkeys(row[1] for row in sums))}
@@ -94,9 +101,9 @@ class Cells:
         return cls(tuple(seeds), tuple(clusters), total, count)
 
     def __sub__(self, other: "Cells") -> "Cells":
-        """Paired difference over the training seeds both have, self − other, episode by episode.
+        """Return the paired difference self − other, episode by episode, over the training seeds that both have.
 
-        Raises: ValueError where the two did not play the same episodes.
+        Raises: ValueError if the two did not play the same episodes.
         """
         seeds = [seed for seed in self.seeds if seed in other.seeds]
         mine = [self.seeds.index(seed) for seed in seeds]
@@ -110,42 +117,47 @@ class Cells:
         return Cells(tuple(seeds), self.clusters, self.total[mine] - other.total[theirs][:, columns], count)
 
     def per_seed(self) -> dict[Hashable, float]:
-        """Mean outcome of each training seed."""
+        """Return the mean outcome of each training seed."""
         means = self.total.sum(1) / self.count.sum(1)
         return dict(zip(self.seeds, means.tolist(), strict=True))
 
     @property
     def mean(self) -> float:
-        """Mean over all episodes."""
+        """The mean over all episodes."""
         if not self.count.sum():
             raise ValueError("mean: no episodes")
         return float(self.total.sum() / self.count.sum())
 
     def estimate(self) -> Estimate:
-        """Mean over all episodes with its interval, see the top of the file."""
+        """Return the mean over all episodes with its interval, as described at the top of the file."""
         variance, df = self._variance()
         half = student_t(df) * math.sqrt(variance) if df and math.isfinite(variance) else math.inf
         return Estimate(self.mean, self.mean - half, self.mean + half, round(self.count.sum()), len(self.seeds))
 
     def share(self) -> Estimate:
-        """The same of outcomes in [0, 1], with Wilson's interval, which never leaves it and does not vanish where all
-        outcomes are alike: of as many independent outcomes as have the same variance, or, where all are 0 or all 1, as
-        there are clusters."""
+        """Return the mean of outcomes in [0, 1] with Wilson's interval.
+
+        It stays within [0, 1] and keeps a width even if all outcomes are equal. Its sample size is the number of
+        independent outcomes whose mean would have the same variance. If all outcomes are 0 or all are 1, it is the
+        number of clusters (the effective one, (Σn)² / Σn², if they have unequal numbers of episodes n).
+        """
         variance, df = self._variance()
         mean, episodes = self.mean, float(self.count.sum())
-        if df is None or mean in (0.0, 1.0):  # nothing says how alike the episodes of a cluster are: wholly
+        # Without variation nothing shows how much the episodes of a cluster depend on each other: assume wholly.
+        if df is None or mean in (0.0, 1.0):
             n, df = episodes**2 / float(np.square(self.count.sum(0)).sum()), math.inf
         else:
+            # n independent outcomes of this mean would have variance mean · (1 − mean) / n
             n = min(episodes, mean * (1 - mean) / variance) if variance > 0 else episodes
         low, high = wilson(mean, n, student_t(df))
         return Estimate(mean, low, high, round(episodes), len(self.seeds))
 
     def _variance(self) -> tuple[float, float | None]:
-        """Of the mean, and its degrees of freedom; None of one seed and one cluster."""
+        """Return the variance of the mean and its degrees of freedom; (0, None) for one seed and one cluster."""
         axes = [_jackknife(self.total.sum(axis), self.count.sum(axis)) for axis in (1, 0)]
         (a, df_a), (b, df_b) = ((v, df) if df else (0.0, None) for v, df in axes)
         if df_a is None or df_b is None:
-            return max(a, b), df_a or df_b  # one of them is 0
+            return max(a, b), df_a or df_b  # an axis with one unit has variance 0 and no df
         variance = max(a + b - self._residual(), a, b)
         parts = a * (1 + 8 / df_a**4), (variance - a) * (1 + 8 / df_b**4)
         if sum(parts) == 0:
@@ -153,18 +165,27 @@ class Cells:
         return variance, sum(parts) ** 2 / (parts[0] ** 2 / df_a + parts[1] ** 2 / df_b)
 
     def _residual(self) -> float:
-        """Variance of the mean by what is left of the cells without the effects of seeds and of clusters."""
-        with np.errstate(invalid="ignore"):  # an empty cell counts as often as it has episodes, 0 times
+        """Return E, the variance of the mean due to the residual of the cells without seed and cluster effects."""
+        with np.errstate(invalid="ignore"):  # 0/0 for an empty row or column; its cells have weight 0 below
             seeds, clusters = (self.total.sum(axis) / self.count.sum(axis) for axis in (1, 0))
         effects = seeds[:, None] + clusters - self.mean
         rest = self.total - self.count * np.nan_to_num(effects)
+        # The residual of s · c cells has only (s − 1)(c − 1) degrees of freedom.
         s, c = (np.count_nonzero(self.count.sum(axis)) for axis in (1, 0))
         return float(np.square(rest).sum() / self.count.sum() ** 2 * s * c / ((s - 1) * (c - 1)))
 
 
 def _jackknife(total: np.ndarray, count: np.ndarray) -> tuple[float, float | None]:
-    """Variance of Σ total / Σ count over K units, (K − 1)/K · Σ (the mean without unit k − mean of these)², and its
-    degrees of freedom: K − 1 of equal units, fewer where few of them hold most episodes. None of one unit."""
+    """Return the jackknife variance of Σ total / Σ count over K units, and its degrees of freedom.
+
+    With m_k the mean without unit k, the variance is (K − 1)/K · Σ_k (m_k − mean of all m_k)². The degrees of freedom
+    are K − 1 for equal units and fewer if a few units hold most episodes.
+
+    Args:
+      total: (K,), sum of the outcome per unit.
+      count: (K,), episodes per unit; units without episodes are ignored.
+    Returns: variance and degrees of freedom (at least 1); (0, None) for fewer than two units.
+    """
     total, count = total[count > 0], count[count > 0]
     if len(count) < 2:
         return 0.0, None
@@ -175,21 +196,34 @@ def _jackknife(total: np.ndarray, count: np.ndarray) -> tuple[float, float | Non
 
 
 def _without_each(values: np.ndarray) -> np.ndarray:
-    """The sum without each of K values, (K,), from those before and those after it: of a total that one value makes up
-    almost alone, subtracting that value would leave nothing but rounding."""
+    """Return the K sums that leave out one value each, (K,).
+
+    They add the sum of the values before to the sum of those after. Subtracting a value from the total instead would
+    leave only rounding error if that value makes up almost all of the total.
+    """
     before, after = np.cumsum(values[:-1]), np.cumsum(values[:0:-1])[::-1]
     return np.concatenate([[0.0], before]) + np.concatenate([after, [0.0]])
 
 
 def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
-    """Mean of one run's episodes with its interval; episodes with an equal cluster are not independent."""
+    """Return the mean over the episodes of one run with its interval.
+
+    Args:
+      values: outcome of each episode.
+      clusters: cluster of each episode; episodes of one cluster are not independent. None = all are independent.
+    """
     keys = range(len(values)) if clusters is None else clusters
     return Cells.of((0, key, value) for key, value in zip(keys, values, strict=True)).estimate()
 
 
 @dataclass(frozen=True)
 class ScoreScale:
-    """Piecewise-linear scale of LMRL-Gym (Abdulhai et al. 2023): 0 the worst, 50 the data's mean, 100 the best."""
+    """The piecewise-linear scale of LMRL-Gym (Abdulhai et al. 2023), on which min, mean and max become 0, 50 and 100.
+
+    min: worst score.
+    mean: mean score of the data.
+    max: best score.
+    """
 
     min: float
     mean: float
@@ -201,17 +235,20 @@ class ScoreScale:
             raise InputError(f"score: found {found}, expected min < mean < max")
 
     def normalise(self, score: float) -> float:
-        """Not clipped: a score beyond the ends stays visible as below 0 or above 100."""
+        """Return the score on the scale, without clipping: one beyond the ends is below 0 or above 100."""
         if score < self.mean:
             return 50.0 * (score - self.min) / (self.mean - self.min)
         return 50.0 + 50.0 * (score - self.mean) / (self.max - self.mean)
 
 
 def label_means(episodes: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean of every numeric or yes/no label over the episodes that have it.
+    """Return the mean of every numeric or boolean label over the episodes that have it.
 
-    An episode without the label, or with None, does not count: an environment that gives `score_agreed` only on
-    agreement gets the mean score when agreed. Texts and lists are facts for the reader, not for a mean.
+    An episode without the label, or with None, does not count: if an environment sets `score_agreed` only on
+    agreement, its mean is the mean score given agreement. Labels that hold text or lists are ignored.
+
+    Args:
+      episodes: labels of each episode.
     """
     values: dict[str, list[float]] = {}
     for labels in episodes:

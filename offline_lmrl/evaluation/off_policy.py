@@ -1,12 +1,16 @@
-"""What a policy would earn, estimated from logs of other policies: beside other evidence, never a headline.
+"""Estimates of a policy's return from logs of other policies. Use them beside other evidence, never as a headline.
 
     weighted importance sampling    Σ_i w_i G_i / Σ_i w_i,    w_i = Π_t π(a_t|s_t) / b(a_t|s_t)
     fitted Q evaluation             Q(s,a) ← r + γ · b · V(s′),    V(s) ← Σ_a π(a|s) · Q̄(s,a)
 
-π is the distribution that the policy's play draws from, guidance and filters included; b that of the logs, as they
-recorded it. The first (Precup, Sutton, Singh 2000) is consistent, but few long episodes carry all the weight: its
-effective sample size says how few, and its interval asks for many. The second (Le, Voloshin, Yue 2019) has less
-variance and an error nobody sees, where the fit or the logs do not cover what π would do.
+π is the distribution that the policy's play draws from, guidance and filters included. In the first line b is the
+behaviour policy's distribution, as the logs recorded it; in the second, b is 1 where V(s′) counts and 0 after a
+terminal action.
+
+Weighted importance sampling (Precup, Sutton, Singh 2000) is consistent, but with long episodes a few of them carry all
+the weight. Its effective sample size shows how few, and its interval holds only if there are many. Fitted Q evaluation
+(Le, Voloshin, Yue 2019) has less variance, but its error stays invisible if the fit or the logs do not cover what π
+would do.
 """
 
 from collections import Counter
@@ -31,16 +35,18 @@ from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
 from offline_lmrl.ops.value_learning import q_loss, td_target
 
-WINDOWS = 32  # that are read at once
-ACTIONS = 64  # of a state's tokens the most probable ones enter the expectation over π, renormalised
+WINDOWS = 32  # windows per forward pass
+ACTIONS = 64  # the expectation over π uses this many of the most probable tokens of a state, renormalised
 
 
 @dataclass(frozen=True)
 class WeightedReturn:
-    """Weighted importance sampling of the undiscounted score; `str` prints it.
+    """A weighted importance sampling estimate of the undiscounted score; `str` formats it.
 
-    score: with its interval over groups. effective: (Σw)² / Σw², in episodes of `episodes`. cut: episodes that were
-    cut, which count with what was logged.
+    score: the estimate with its interval over groups.
+    effective: effective sample size (Σw)² / Σw², in episodes.
+    episodes: number of episodes.
+    cut: number of episodes whose log was cut; they count with the return that was logged.
     """
 
     score: Estimate
@@ -55,11 +61,15 @@ class WeightedReturn:
 
 @dataclass(frozen=True)
 class FittedValue:
-    """Fitted Q evaluation of the return from the logs' starts, discounted by `discount`; `str` prints it.
+    """A fitted Q evaluation estimate of the discounted return from the logs' first states; `str` formats it.
 
-    value: mean over fits. fits: the value of each, on its own draw of groups. They have no interval: how far they lie
-    apart says nothing of the error that all fits share, which is the larger one. td_error: root mean square of
-    Q − (r + γ · b · V(s′)) on the logs, in reward units: 0 where the fit obeys its equation.
+    It has no interval: the spread of the fits does not show the error that all fits share, which is the larger one.
+
+    value: mean over fits, in reward units.
+    fits: the value of each fit, on its own bootstrap draw of groups.
+    td_error: root mean square of Q − (r + γ · b · V(s′)) on the logs, in reward units; 0 if the fit solves its
+      equation. Mean over fits.
+    discount: the discounts of the return.
     """
 
     value: float
@@ -76,18 +86,18 @@ class FittedValue:
 
 
 def importance_sampling(policy: LanguagePolicy, trajectories: Sequence[Trajectory]) -> WeightedReturn:
-    """Weighted importance sampling with one weight per episode.
+    """Estimate the policy's score by weighted importance sampling, with one weight per episode.
 
-    Raises: InputError where an agent turn has no behaviour_log_prob of the policy's own tokens or does not fit its
-      window, where a return is asked for, for a policy behind demonstrations, and where π never says what any of the
-      logs say.
+    Raises: InputError if an agent turn has no behaviour_log_prob for each of the policy's tokens, or does not fit in
+      its window; if the policy is return-conditioned or was trained with demonstrations; or if π gives every log
+      probability 0.
     """
     _require_plain(policy)
     own = [with_own_token_ids(t, policy.renderer.fingerprint).turns for t in trajectories]
     said = [{i: turn.behaviour_log_prob or () for i, turn in enumerate(turns) if turn.is_trainable} for turns in own]
-    # Where the environment left a choice of texts, π over all tokens is not what played.
+    # If the environment restricted the agent to a choice of texts, it did not play from π over all tokens.
     whole = [bool(of) and not t.labels.get("options") for of, t in zip(said, trajectories, strict=True)]
-    _require_all(ok and all(of.values()) for ok, of in zip(whole, said, strict=True))  # before anything is read
+    _require_all(ok and all(of.values()) for ok, of in zip(whole, said, strict=True))  # before the model runs
     steps = read_logs(policy, trajectories)
     tokens = Counter(zip(steps.trajectory.tolist(), steps.turn.tolist(), strict=True))
     _require_all(all(len(known) == tokens[i, turn] for turn, known in of.items()) for i, of in enumerate(said))
@@ -95,7 +105,7 @@ def importance_sampling(policy: LanguagePolicy, trajectories: Sequence[Trajector
     log_weight = np.bincount(steps.trajectory, steps.acting_log_prob, minlength=len(trajectories)) - behaviour
     if not np.isfinite(log_weight.max()):
         raise InputError("found no trajectory that this policy could have played, expected at least one")
-    weight = np.exp(log_weight - log_weight.max())
+    weight = np.exp(log_weight - log_weight.max())  # a common factor cancels in ΣwG / Σw; this one avoids overflow
     groups = [t.group or index for index, t in enumerate(trajectories)]
     returns = [t.total_return for t in trajectories]
     score = Cells.summed((0, *row) for row in zip(groups, weight * returns, weight, strict=True)).estimate()
@@ -116,16 +126,23 @@ def fitted_q_evaluation(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> FittedValue:
-    """Fits fresh Q and V heads to the value of the policy; the trunk below them stays as it is.
+    """Estimate the policy's return by fitting fresh Q and V heads on its frozen trunk.
 
-    They read its hidden states beside the mean of the embeddings so far, each dimension standardised, because a policy
-    that acts alike in two states need not tell them apart. What both leave alike Q cannot tell either. Windows and
-    discounts are those of the policy's run.
+    The input of the heads is the hidden state and the mean of the token embeddings so far, each dimension
+    standardised. The embeddings are needed because the hidden states of a policy that acts alike in two states need
+    not differ. Q cannot distinguish states that are alike in both. Windows and discounts are those of the policy's
+    run.
 
     Args:
-      steps: optimizer steps of a fit. fits: each on groups drawn anew with replacement. batch_size: agent tokens.
-      target_rate: Polyak step of Q̄ per optimizer step. progress: called with (steps done, in all).
-    Raises: InputError where a return is asked for, for a policy behind demonstrations, and where no agent turn fits.
+      steps: optimizer steps per fit.
+      fits: number of fits, each on groups drawn anew with replacement.
+      batch_size: agent tokens per optimizer step.
+      learning_rate: of Adam.
+      target_rate: Polyak step of Q̄ per optimizer step.
+      seed: seed of the draws and of the heads' initial weights.
+      progress: called with (steps done, steps in all); None = not called.
+    Raises: InputError if the policy is return-conditioned or was trained with demonstrations, or if no agent turn
+      fits.
     """
     _require_plain(policy)
     if steps < 1:
@@ -136,7 +153,7 @@ def fitted_q_evaluation(
     values, errors = [], []
     for fit in range(fits):
         rng = np.random.default_rng([seed, fit])
-        torch.manual_seed(int(rng.integers(2**31)))  # the heads' first layers
+        torch.manual_seed(int(rng.integers(2**31)))  # for the initial weights of the heads
         config = ValueHeadsConfig("mlp", heads=1, initial_value=logs.mean_return)
         heads = ValueHeads(config, vocabulary, logs.columns["features"].shape[1]).to(device)
         for head in heads.children():
@@ -178,15 +195,19 @@ def _require_plain(policy: LanguagePolicy) -> None:
 
 
 class _Logs:
-    """Logs as steps, read once.
+    """The N steps of the logs with everything that a fit needs; the trunk runs over them once.
 
-    columns: of `ActionSteps`, and features and next_features (N,d), actions that π would take (N,K), token ids, and
-    their probability (N,K).
+    encoder: makes windows and steps of the logs, with a reward scale fitted to them.
+    episode: (N,), index of the trajectory of each step.
+    mean_return: scaled, the initial value of the heads.
+    columns: by name: action, reward, discount, bootstrap and has_target of `ActionSteps`, each (N,); features and
+      next_features, (N, d), the heads' input at the state and at the next state; actions, (N, K), ids of the K tokens
+      that are most probable under π; probability, (N, K), their probabilities, which sum to 1.
     """
 
     def __init__(self, policy: LanguagePolicy, trajectories: Sequence[Trajectory]):
         self.encoder = log_encoder(policy)
-        self.encoder.scale = RewardScale.fit(trajectories, discounted=True)  # Q's unit, whatever the run's was
+        self.encoder.scale = RewardScale.fit(trajectories, discounted=True)  # without a shift, whatever the run had
         experience = Experience.of(trajectories, self.encoder, Counter(), policy.renderer.close_id)
         if not len(experience.windows):
             raise InputError("data: found no agent turn that fits, expected at least one")
@@ -202,7 +223,11 @@ class _Logs:
             self.columns[name] = (self.columns[name] - mean) / spread.clamp(min=1e-6)
 
     def drawn(self, groups: Sequence[Hashable], rng: np.random.Generator) -> np.ndarray:
-        """Steps of as many groups as there are, drawn with replacement."""
+        """Return the indices of all steps in a bootstrap draw of groups: as many as there are, with replacement.
+
+        Args:
+          groups: group of each trajectory.
+        """
         members: dict[Hashable, list[int]] = {}
         for step, episode in enumerate(self.episode.tolist()):
             members.setdefault(groups[episode], []).append(step)
@@ -210,7 +235,12 @@ class _Logs:
         return np.concatenate([lists[i] for i in rng.integers(len(lists), size=len(lists))])
 
     def losses(self, heads: ValueHeads, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, V under π, and TD error of these steps, each (n,), scaled."""
+        """Return the loss, Σ_a π(a|s) · Q̄(s,a) and the TD error at these steps.
+
+        Args:
+          index: (n,), indices of steps.
+        Returns: three tensors (n,), in scaled reward units.
+        """
         steps = {name: column[index] for name, column in self.columns.items()}
         features = steps["features"]
         q = heads.q(features, None, steps["action"].unsqueeze(-1)).squeeze(-1)  # (1,n)
@@ -219,13 +249,16 @@ class _Logs:
             expected = (steps["probability"] * target_q).sum(-1)
             next_v = heads.v(steps["next_features"])[0]
         target = td_target(steps["reward"], next_v, steps["bootstrap"], steps["discount"])
-        known = steps["has_target"]
+        known = steps["has_target"]  # False for the last action of a cut log: its next state is unknown
         loss = q_loss(q, target) * known + (heads.v(features)[0] - expected).square()
         return loss, expected, (q[0] - target).detach() * known
 
     @torch.no_grad()
     def read(self, heads: ValueHeads, batch_size: int) -> tuple[dict[int, float], float]:
-        """Value of each episode's first state, by episode, and the TD error, in reward units."""
+        """Return the value of each episode's first state, by episode, and the root mean square TD error.
+
+        Both are in reward units.
+        """
         chunks = np.array_split(np.arange(len(self.episode)), -(-len(self.episode) // batch_size))
         v, error = (
             torch.cat(part).cpu().numpy()
@@ -239,14 +272,14 @@ class _Logs:
 
 @torch.no_grad()
 def _read(policy: LanguagePolicy, batch: TokenBatch) -> dict[str, Tensor]:
-    """The columns of `_Logs` for the steps of a batch."""
+    """Return the columns of `_Logs` for the steps of a batch."""
     model, windows = policy.model.eval(), batch["windows"]
     ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
     steps = {name: value.to(model.device) for name, value in batch["steps"].items()}
     place = steps["row"], steps["state"]
     logits, hidden = model.packed_logits(*place, input_ids=ids[:windows], attention_mask=mask[:windows])
     read, embedded = hidden, model.get_input_embeddings()(ids).float()
-    if windows < len(ids):
+    if windows < len(ids):  # rows after the windows hold next states only, so they need no logits
         behind = model.get_decoder()(input_ids=ids[windows:], attention_mask=mask[windows:], use_cache=False)[0]
         read = torch.cat([hidden, behind])
     log_prob = acting_log_prob(policy, logits.float(), *values_at(policy, hidden[place]))

@@ -1,7 +1,7 @@
-"""What logs alone can say about a policy: no environment, no rewards but the logged ones.
+"""Evaluation of a policy from logs alone: no environment, and no rewards but the logged ones.
 
-Likelihood of held-out agent tokens, calibration of Q against realised returns, how well Σ(Q − V) ranks the replies of
-a group, and how far guidance moves π for each β, from which β can be chosen without playing.
+It measures the likelihood of held-out agent tokens, the calibration of Q against realised returns, how well Σ(Q − V)
+ranks the replies of a group, and how far guidance moves π for each β. The last allows choosing β without play.
 """
 
 from collections import Counter
@@ -26,21 +26,27 @@ from offline_lmrl.evaluation.metrics import Cells, Estimate
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.ops.decoding import guide, reduce_q, warp_log_probs
 
-CHUNK = 2**24  # entries of one (tokens × vocabulary) table
+CHUNK = 2**24  # largest number of entries in a (states, vocabulary) tensor; bounds memory
 
 
 @dataclass(frozen=True)
 class LoggedSteps:
-    """The agent's tokens in logs as the policy sees them; arrays (N,), in the order of the logs.
+    """The agent's tokens in logs, as the policy evaluates them. Arrays are (N,), in the order of the logs.
 
-    trajectory, turn: where the token stands. token: its id. log_prob: log π at temperature 1, in nats.
-    acting_log_prob: of the token under the distribution that the policy's play draws from, in nats.
-    q, v: reduced target Q of the token and V of its state; None without value heads. return_to_go: what the log earned
-      from this token on, discounted as in training; NaN where the log was cut. All three in reward units, less the
-      reward scale's shift per scored turn (0 unless all episodes have equally many of them).
-    kl, changed: (B, N) for B values of β: KL(guided ‖ π) in nats, π without filters at the policy's temperature, and
-      whether guidance changes the best token.
-    counts: what was left out, by reason.
+    q, v and return_to_go are in reward units, less the reward scale's shift per scored turn (which is 0 unless all
+    episodes have equally many scored turns).
+
+    trajectory: index of the token's trajectory.
+    turn: index of its turn.
+    token: its id.
+    log_prob: log π of the token at temperature 1, in nats.
+    acting_log_prob: log-probability of the token under the distribution that the policy's play draws from, in nats.
+    q: target Q of the token, reduced over the heads; None without value heads.
+    v: V of the state before the token; None without value heads.
+    return_to_go: return that the log earned from this token on, discounted as in training; NaN if the log was cut.
+    kl: (B, N) for B values of β, KL(guided ‖ π) in nats, with π at the policy's temperature and without filters.
+    changed: (B, N), 1 if guidance changes the most probable token, else 0.
+    counts: numbers of dropped turns and the like, by reason.
     """
 
     trajectory: np.ndarray
@@ -63,15 +69,17 @@ def read_logs(
     batch_size: int = 32,
     demonstrations: Sequence[Trajectory] | None = None,
 ) -> LoggedSteps:
-    """One pass of the model over the logs, with the windows, reward scale and discounts of its training.
+    """Run the model over the logs once, with the windows, reward scale and discounts of its training.
 
     Args:
-      betas: where to measure guidance; the other decoding settings are the policy's.
+      policy: the policy; a return-conditioned one is evaluated under its null condition.
+      trajectories: the logs.
+      betas: values of β at which guidance is measured; other decoding settings are the policy's. () = none.
       batch_size: windows per forward pass.
-      demonstrations: every log is read behind some of its task; None = behind the policy's own prompt, else as in its
-        training, with none left without a prompt.
-    Raises: InputError for betas on a policy without value heads, where no agent turn fits, and for a log whose task
-      has too few demonstrations.
+      demonstrations: few-shot demonstrations are drawn from these, of the task of each log. None = the policy's own
+        prompt, if it has one, else demonstrations drawn as in its training, except that no log goes without.
+    Raises: InputError if betas are given for a policy without value heads, if no agent turn fits, or if the task of a
+      log has too few demonstrations.
     """
     if betas and not _has_heads(policy):
         raise InputError(f"betas: found {list(betas)}, expected none: this policy has no value heads")
@@ -82,7 +90,7 @@ def read_logs(
     windows = [(i, window) for i, prompt in prompts for window in encoder.encode(trajectories[i], counts, prompt)]
     if not windows:
         raise InputError("data: found no agent turn that fits, expected at least one")
-    windows.sort(key=lambda item: -len(item[1].input_ids))  # like lengths together: little padding
+    windows.sort(key=lambda item: -len(item[1].input_ids))  # batches of similar lengths need little padding
     parts: list[dict[str, np.ndarray]] = []
     for first in range(0, len(windows), batch_size):
         batch = windows[first : first + batch_size]
@@ -105,7 +113,7 @@ def read_logs(
             }
         )
     flat = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
-    order = np.lexsort((flat.pop("state"), flat["turn"], flat["trajectory"]))
+    order = np.lexsort((flat.pop("state"), flat["turn"], flat["trajectory"]))  # back to the order of the logs
     flat = {name: values[..., order] for name, values in flat.items()}
     return LoggedSteps(**{"q": None, "v": None, **flat}, counts=+counts)
 
@@ -116,7 +124,12 @@ def log_prompts(
     demonstrations: Sequence[Trajectory] | None,
     slots: SlotsOfLog | None,
 ) -> Iterator[Ids]:
-    """What every log is read behind; demonstrations: as in `read_logs`, slots: as in `encode_prompts`."""
+    """Return the ids of the few-shot demonstrations before each log.
+
+    Args:
+      demonstrations: as in `read_logs`.
+      slots: as in `encode_prompts`.
+    """
     if demonstrations is None and (policy.prompt is not None or settings(policy.model.config).get("prompt") is None):
         return iter([policy.shared_prompt.null] * len(trajectories))
     spec = replace(policy.spec, drop=0.0)
@@ -137,7 +150,14 @@ def _measured(
     betas: Sequence[float],
     unit: float,
 ) -> dict[str, np.ndarray]:
-    """What the model says of these steps; `unit` turns Q and V into reward units."""
+    """Run the model over a batch of windows and return its measurements at the steps, each (n,) or (B, n).
+
+    Args:
+      rows: token ids of the windows.
+      steps: n pairs of an index into rows and a step in that window.
+      betas: B values of β.
+      unit: factor that converts Q and V to reward units.
+    """
     model = policy.model.eval()
     device = model.device
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
@@ -148,6 +168,7 @@ def _measured(
     state = torch.tensor([step.state for _, step in steps], device=device)
     token = torch.tensor([step.action for _, step in steps], device=device)
     parts: dict[str, list[Tensor]] = {"token": [token]}
+    # In chunks, because Q and the filters need several tensors of the size of the logits at these states.
     for chunk in torch.arange(len(steps), device=device).split(max(1, CHUNK // outputs.logits.shape[-1])):
         logits, states = outputs.logits[row[chunk], state[chunk]].float(), hidden[row[chunk], state[chunk]]
         for name, values in _of_states(policy, logits, states, token[chunk], betas, unit):
@@ -156,9 +177,14 @@ def _measured(
 
 
 def acting_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor | None, v: Tensor | None) -> Tensor:
-    """log of the distribution that the policy's play draws from, (n, V); greedy play is sure of its best token.
+    """Return the log-probabilities that the policy's play draws from, (n, V).
 
-    Args: logits (n, V), q (H, n, V) and v (n,) of its model at n states; see `values_at`.
+    Greedy play has 0 at its best token and −∞ elsewhere.
+
+    Args:
+      logits: (n, V), at n states.
+      q: (H, n, V) from `values_at`, scaled; None without value heads.
+      v: (n,) from `values_at`, scaled; None without value heads.
     """
     log_prob = decoding_log_prob(policy, logits, q, v, policy.sampling.beta)
     if policy.sampling.temperature > 0:
@@ -168,7 +194,7 @@ def acting_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor | None, v:
 
 
 def values_at(policy: LanguagePolicy, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Q (H, n, V) and V (n,) of hidden states (n, d), scaled; None without value heads."""
+    """Return Q (H, n, V) and V (n,) at hidden states (n, d), scaled; (None, None) without value heads."""
     if not _has_heads(policy):
         return None, None
     return policy.model.q_values(hidden), policy.model.v_values(hidden)
@@ -177,7 +203,15 @@ def values_at(policy: LanguagePolicy, hidden: Tensor) -> tuple[Tensor | None, Te
 def _of_states(
     policy: LanguagePolicy, logits: Tensor, hidden: Tensor, token: Tensor, betas: Sequence[float], unit: float
 ) -> Iterator[tuple[str, Tensor]]:
-    """Named measurements (n,) or (B, n) of n states: logits (n, V), hidden (n, d), token (n,) taken there."""
+    """Yield named measurements, each (n,) or (B, n), at n states.
+
+    Args:
+      logits: (n, V).
+      hidden: (n, d).
+      token: (n,), id of the token that the log has there.
+      betas: B values of β.
+      unit: factor that converts Q and V to reward units.
+    """
     taken = token.unsqueeze(-1)
     log_prob = logits.log_softmax(-1)
     yield "log_prob", log_prob.gather(-1, taken).squeeze(-1)
@@ -190,7 +224,7 @@ def _of_states(
         plain = (logits / (policy.sampling.temperature or 1.0)).log_softmax(-1)
         for i, beta in enumerate(betas):
             guided = decoding_log_prob(policy, logits, q, v, beta)
-            # 0 · log 0 = 0: a dropped token adds nothing
+            # A token that filters dropped has guided = −∞ and adds 0 · log 0 = 0; the mask avoids 0 · −∞ = NaN.
             measures[0, i] = (guided.exp() * (guided - plain).masked_fill(guided == -torch.inf, 0.0)).sum(-1)
             measures[1, i] = (guided.argmax(-1) != log_prob.argmax(-1)).float()
     yield "kl", measures[0]
@@ -198,7 +232,10 @@ def _of_states(
 
 
 def decoding_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor, v: Tensor, beta: float) -> Tensor:
-    """The distribution that the sampler draws from at this β, (n, V); see `Sampler.draw`."""
+    """Return the log-probabilities that the sampler draws from at this β, (n, V), as in `Sampler.draw`.
+
+    Args: as in `acting_log_prob`; q and v are not used at β 0.
+    """
     form = policy.sampling
     scores = warp_log_probs(logits, form.temperature, form.top_k, form.top_p, form.min_p, form.support)
     if beta == 0:
@@ -210,21 +247,35 @@ def decoding_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor, v: Tens
 
 
 def guidance_by_beta(steps: LoggedSteps, betas: Sequence[float]) -> list[dict[str, float]]:
-    """For each β of `read_logs`, over logged agent tokens: `kl`, mean KL(guided ‖ π) in nats per token (π at the
-    policy's temperature, without filters), and `changed`, the share of tokens where it changes the best choice. Both
-    are exact given the state (no sampling)."""
+    """Return the effect of guidance at each β, averaged over logged agent tokens.
+
+    Both measures are exact given the state (no sampling).
+
+    Args:
+      betas: the values that `read_logs` was given.
+    Returns: one entry per `beta`, with `kl`, the mean KL(guided ‖ π) in nats per token (π at the policy's temperature,
+      without filters), and `changed`, the share of tokens where guidance changes the best choice.
+    """
     means = zip(betas, steps.kl.mean(-1), steps.changed.mean(-1), strict=True)
     return [{"beta": float(beta), "kl": float(kl), "changed": float(changed)} for beta, kl, changed in means]
 
 
 def choose_beta(by_beta: Sequence[Mapping[str, float]], kl_budget: float) -> float:
-    """The largest β whose `kl` is within the budget ("chosen offline"); 0, no guidance, where none is."""
+    """Return the largest β whose `kl` is within the budget ("chosen offline"); 0, no guidance, if there is none.
+
+    Args:
+      by_beta: entries of `guidance_by_beta`.
+      kl_budget: in nats per token.
+    """
     return max((entry["beta"] for entry in by_beta if entry["kl"] <= kl_budget), default=0.0)
 
 
 def calibration(steps: LoggedSteps, bins: int = 10) -> list[dict[str, float]]:
-    """Predicted against realised: tokens in `bins` equally full bins of Q, each with its means `q` and `return_to_go`
-    and its size `n`. Logs that were cut do not count, as their return is not known."""
+    """Return predicted against realised returns: one entry for each of `bins` equally full bins of Q.
+
+    An entry holds the bin's means, `q` and `return_to_go`, and its number of tokens, `n`. Tokens of logs that were cut
+    do not count, because their return is unknown.
+    """
     known = np.flatnonzero(~np.isnan(steps.return_to_go))
     ordered = known[np.argsort(steps.q[known], kind="stable")]
     return [
@@ -235,10 +286,10 @@ def calibration(steps: LoggedSteps, bins: int = 10) -> list[dict[str, float]]:
 
 
 def ranking_accuracy(steps: LoggedSteps, trajectories: Sequence[Trajectory]) -> Estimate | None:
-    """Share of pairs that Σ(Q − V) over the agent's tokens puts in the order of their returns; a tie counts half.
+    """Return the share of pairs that Σ(Q − V) over the agent's tokens orders as their returns do; a tie counts half.
 
-    Pairs are finished trajectories of one group with unequal returns; .5 is chance. The interval is clustered by group
-    and n is the number of pairs; None where there is no such pair.
+    A pair is two finished trajectories of one group with unequal returns; .5 is chance. The interval is clustered by
+    group, and n is the number of pairs. None if there is no such pair.
     """
     score = np.bincount(steps.trajectory, steps.q - steps.v, minlength=len(trajectories))
     seen = np.bincount(steps.trajectory, minlength=len(trajectories)) > 0
@@ -257,10 +308,19 @@ def ranking_accuracy(steps: LoggedSteps, trajectories: Sequence[Trajectory]) -> 
 
 @dataclass(frozen=True)
 class OfflineReport:
-    """What held-out logs say; `str` prints it. The last four are None without value heads.
+    """The evaluation of a policy on held-out logs; `str` formats it.
 
-    log_prob: log π per agent token, in nats, clustered by group. calibration, ranking: see the functions of that name.
-    by_beta: guidance per β; beta: the one chosen offline within kl_budget.
+    The last four fields are None without value heads.
+
+    trajectories: number of logs.
+    agent_tokens: number of agent tokens evaluated.
+    counts: numbers of dropped turns and the like, by reason.
+    log_prob: log π per agent token, in nats, clustered by group.
+    kl_budget: limit for choosing β, in nats per token.
+    calibration: result of `calibration`.
+    ranking: result of `ranking_accuracy`; also None if no pair can be ranked.
+    by_beta: result of `guidance_by_beta`.
+    beta: the β chosen offline within kl_budget.
     """
 
     trajectories: int
@@ -297,8 +357,14 @@ def evaluate_offline(
     kl_budget: float,
     demonstrations: Sequence[Trajectory] | None = None,
 ) -> OfflineReport:
-    """Everything above on held-out logs; without value heads the likelihood alone. demonstrations: as in `read_logs`,
-    and raises as it does."""
+    """Evaluate a policy on held-out logs: the likelihood, and with value heads calibration, ranking and guidance.
+
+    Args:
+      betas: candidates for β; ignored without value heads.
+      kl_budget: limit for choosing β, in nats per token.
+      demonstrations: as in `read_logs`.
+    Raises: InputError as `read_logs` does.
+    """
     guided = _has_heads(policy)
     steps = read_logs(policy, trajectories, betas if guided else (), demonstrations=demonstrations)
     clusters = [trajectories[i].group or int(i) for i in steps.trajectory]
@@ -316,8 +382,14 @@ def evaluate_offline(
 
 
 def show(policy: LanguagePolicy, trajectory: Trajectory, demonstrations: Sequence[Trajectory] | None = None) -> str:
-    """One logged dialogue, the agent's turns token by token: log π, and with value heads Q, V and advantage Q − V in
-    reward units. A turn that does not fit the policy's window is printed without them."""
+    """Return one logged dialogue as text, with the agent's turns token by token.
+
+    Each token has its log π and, with value heads, Q, V and the advantage Q − V in reward units. A turn that does not
+    fit in the policy's window is printed without its tokens.
+
+    Args:
+      demonstrations: as in `read_logs`.
+    """
     steps = read_logs(policy, [trajectory], demonstrations=demonstrations)
     lines = [f"return {trajectory.total_return:g}" + ("" if trajectory.terminated else " (the log was cut)")]
     for number, turn in enumerate(trajectory.turns):

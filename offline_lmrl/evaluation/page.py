@@ -1,7 +1,7 @@
-"""The report of a comparison: one page as Markdown and as HTML, its figures, and what it was made of.
+"""The report of a comparison: one page as Markdown and as HTML, its figures, and a manifest of its origin.
 
-Everything comes from the rows of results.jsonl, which lies beside it; the same rows give the same bytes. A page is a
-list of blocks, (kind, content), that both renderers know.
+Everything is made from the rows of results.jsonl, of which the report holds a copy; the same rows give the same bytes.
+A page is a list of blocks, (kind, content), which a Markdown and an HTML renderer both understand.
 """
 
 import hashlib
@@ -49,17 +49,23 @@ NO_FIGURES = {
     "All figures": "matplotlib is not installed; after `pip install 'offline_lmrl[plots]'`, "
     "`offline-lmrl compare FOLDER` with the folder of results.jsonl draws them"
 }
-HEAD, TAIL = 12, 4  # turns shown of a dialogue that is longer than both
+HEAD, TAIL = 12, 4  # turns shown from the start and the end of a dialogue with more than HEAD + TAIL turns
 
 Block = tuple[str, Any]
 
 
 def write_report(folder: str | Path) -> Path:
-    """Writes `report/` from `folder`/results.jsonl, or draws a report anew in its own folder.
+    """Write the report of a comparison from results.jsonl.
 
-    Returns: the report's folder: report.md, report.html (one file), figures/ (SVG and PNG; none without matplotlib),
-      manifest.json (config, data fingerprints, seeds, and code, machine and command behind the rows), results.jsonl.
-    Raises: InputError where the rows come from different settings, or the report holds those of other ones.
+    The report consists of report.md, report.html (a single file), figures/ (SVG and PNG; none without matplotlib),
+    manifest.json (config, data fingerprints, seeds, and the code, machine and command that made the rows) and a copy
+    of results.jsonl.
+
+    Args:
+      folder: folder of a comparison, which gets a subfolder report/; or a report's own folder, which is redrawn.
+    Returns: the report's folder.
+    Raises: InputError if there is no results.jsonl, its rows come from different settings, or an existing report
+      holds rows of other settings.
     """
     folder = Path(folder)
     source = folder / "results.jsonl"
@@ -80,7 +86,7 @@ def write_report(folder: str | Path) -> Path:
         files |= {f"figures/{drawing.name}.svg": drawing.svg, f"figures/{drawing.name}.png": drawing.png}
     files["manifest.json"] = json.dumps(manifest(results, files["results.jsonl"]), indent=1, ensure_ascii=False) + "\n"
     files |= {"report.md": visible(as_markdown(page)), "report.html": visible(as_html(page))}
-    shutil.rmtree(report / "figures", ignore_errors=True)  # of rows that may have gone
+    shutil.rmtree(report / "figures", ignore_errors=True)  # figures that these rows no longer give would stay
     for name, content in files.items():
         with atomic_output(report / name) as temporary:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -88,7 +94,15 @@ def write_report(folder: str | Path) -> Path:
 
 
 def refuse_mixed(rows: Sequence[Row], source: Path) -> None:
-    """Raises InputError that names the settings in which rows differ that one comparison cannot have."""
+    """Check that all runs can belong to one comparison.
+
+    They must share environment, data, partner and evaluation; and the runs of one method and decoding must have equal
+    configs.
+
+    Args:
+      source: path of the results, for the error message.
+    Raises: InputError that names the settings that differ.
+    """
     shared: dict[str, Any] | None = None
     own: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
@@ -106,11 +120,17 @@ def refuse_mixed(rows: Sequence[Row], source: Path) -> None:
 
 
 def manifest(results: Results, source: bytes) -> dict[str, Any]:
-    """What the rows were made of and by; a command, commit and machine per group of rows that share them."""
+    """Return the origin of the rows: config, data fingerprints, seeds, and what made them.
+
+    `made` has one entry for each group of rows that share a command, commit, machine and library versions.
+
+    Args:
+      source: bytes of results.jsonl, of which the manifest stores the hash.
+    """
     runs = results.of("run")
     made: dict[str, dict[str, Any]] = {}
     for run in runs:
-        if "made" in run:  # rows of the first versions do not say
+        if "made" in run:  # rows of the first versions do not have it
             entry = made.setdefault(json.dumps(run["made"], sort_keys=True), {"rows": 0, **run["made"]})
             entry["rows"] += 1
     return {
@@ -122,7 +142,7 @@ def manifest(results: Results, source: bytes) -> dict[str, Any]:
     }
 
 
-# What the page says.
+# The contents of the page.
 
 
 def blocks(results: Results, drawings: Sequence[Drawing], missing: Mapping[str, str]) -> list[Block]:
@@ -176,7 +196,11 @@ def blocks(results: Results, drawings: Sequence[Drawing], missing: Mapping[str, 
 
 
 def glance(results: Results) -> list[str]:
-    """Which method, at what cost, how sure, and what it looked at; by settings that did not look at returns."""
+    """Return the list at the top of the page.
+
+    It names the highest score among the settings whose β was not chosen by returns, with its cost, the data it learnt
+    from, and how sure its lead is.
+    """
     keys = [key for key in results.groups if key.chosen != "returns"]
     if not keys:
         return ["No method has been measured yet."]
@@ -225,23 +249,30 @@ def _only(line: Line, names: Sequence[str]) -> Line:
 
 
 def _settings(results: Results) -> list[Line]:
-    """The lines of the table; the first column says all of a setting, so that a phone shows it beside the score."""
+    """Return the lines of the table, with the whole setting in the first column.
+
+    A narrow screen then shows it next to the score.
+    """
     lines = table_lines(results)
     first = len(results.of("behaviour", "optimum"))
-    for line, key in zip(lines[first:], results.groups, strict=False):  # what was published comes last
+    for line, key in zip(lines[first:], results.groups, strict=False):  # published rows come last
         line["method"] = str(key)
         del line["decoding"]
     return lines
 
 
 def _results_of(line: Line, minus: str) -> Line:
-    """Without costs, the labels last."""
+    """Return a line without its costs and with its labels last.
+
+    Args:
+      minus: name of the column of differences from the baseline.
+    """
     first = _only(line, ("method", *EVERYWHERE[:2], "per seed", "normalised", minus, *EVERYWHERE[2:]))
     return first | {name: cell for name, cell in line.items() if name not in COSTS}
 
 
 def _choices(results: Results) -> list[Line]:
-    """A line per method and decoding that has both choices of β."""
+    """Return a line for each method and decoding that was measured with both choices of β."""
     lines = []
     for key in results.groups:
         other = key._replace(chosen="returns")
@@ -268,7 +299,10 @@ def _matrix(found: Mapping[tuple[Key, Key], Estimate]) -> list[Line]:
 
 
 def _dialogues(results: Results) -> list[tuple[int, list[Row], list[tuple[Key, Row]]]]:
-    """Per episode: its number, the turns that all settings share at the start, and each setting's dialogue."""
+    """Return the fixed dialogues, one tuple per episode.
+
+    It holds the episode seed, the opening turns that all settings share, and each setting with its sample.
+    """
     told: dict[int, list[tuple[Key, Row]]] = {}
     for key, runs in results.groups.items():
         for sample in next((run["samples"] for run in runs if run.get("samples")), ()):
@@ -277,7 +311,7 @@ def _dialogues(results: Results) -> list[tuple[int, list[Row], list[tuple[Key, R
 
 
 def _shared(dialogues: Sequence[Sequence[Sequence[str]]]) -> list[Sequence[str]]:
-    """The turns that all begin with, less an agent's own."""
+    """Return the opening turns that all dialogues share, up to the first turn of an agent."""
     shared = []
     for turns in zip(*dialogues, strict=False):
         if any(turn != turns[0] for turn in turns) or turns[0][0] == "assistant":
@@ -287,7 +321,7 @@ def _shared(dialogues: Sequence[Sequence[Sequence[str]]]) -> list[Sequence[str]]
 
 
 def _shortened(turns: Sequence[Sequence[str]]) -> list[Sequence[str]]:
-    """(role, text) of each turn; of many, the middle is one line without a role."""
+    """Return (role, text) of each turn. In a long dialogue one entry without a role replaces the middle."""
     if len(turns) <= HEAD + TAIL:
         return list(turns)
     left_out = f"… {len(turns) - HEAD - TAIL} turns …"
@@ -341,7 +375,7 @@ def _configuration(results: Results) -> list[Block]:
 
 
 def _told(value: Any) -> str:
-    """Plain values as a line of text: what is null or empty is not said."""
+    """Return plain values as one line of text, without null or empty ones."""
     if isinstance(value, Mapping):
         return ", ".join(
             f"{name} {_told(v) if not isinstance(v, Mapping) else '(' + _told(v) + ')'}"
@@ -351,7 +385,7 @@ def _told(value: Any) -> str:
     return " ".join(map(_told, value)) if isinstance(value, list) else str(value)
 
 
-# How it is written.
+# The two renderers.
 
 
 def as_markdown(page: Sequence[Block]) -> str:
@@ -376,12 +410,13 @@ def _dialogues_markdown(told: Sequence[tuple[int, list, list]]) -> str:
 
 
 def _text(text: str) -> str:
-    """Our own words, names and values as one line of Markdown: nothing in it is a tag, a link or the end of a cell."""
+    """Escape the report's own words, names and values as one line of Markdown: nothing in it can act as a tag, a link
+    or the end of a table cell."""
     return re.sub(r"\||\](?=[(\[:])", r"\\\g<0>", escape(" ".join(text.split()), quote=False))
 
 
 def _quoted(text: str) -> str:
-    """Text of a log or a model as Markdown that shows it as it is."""
+    """Escape the text of a log or a model as one line of Markdown that shows it literally."""
     return re.sub(r"[][\\`*_~|#$]", r"\\\g<0>", escape(" ".join(text.split()), quote=False))
 
 
@@ -401,7 +436,7 @@ MARKDOWN = {
 
 
 def as_html(page: Sequence[Block]) -> str:
-    """One file: styles and figures inside, no script, nothing fetched."""
+    """Render the page as a single HTML file with its styles and figures, without scripts or anything to fetch."""
     body = "\n".join(HTML[kind](content) for kind, content in page)
     title = escape(next(content for kind, content in page if kind == "h1"))
     return (
@@ -441,7 +476,10 @@ def _wide(cell: str) -> str:
 
 
 def _figure_html(drawing: Drawing) -> str:
-    """The SVG as part of the page, in its ink; names inside it are made its own."""
+    """Return a figure with its SVG inlined, in the page's text colour.
+
+    Ids inside the SVG get the drawing's name as prefix: all drawings share one document.
+    """
     svg = drawing.svg[drawing.svg.index("<svg") :]
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{drawing.name}-", svg)
     svg = svg.replace(INK, "currentColor").replace(PAPER, "none")

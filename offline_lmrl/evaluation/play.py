@@ -1,4 +1,4 @@
-"""A policy played on an environment, and what each episode came to."""
+"""Play of a policy on an environment, with the outcome of each episode."""
 
 import json
 import time
@@ -12,16 +12,18 @@ from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.evaluation.metrics import BOOKKEEPING_LABELS, Cells, Estimate, label_means
 
-REPEAT_STRIDE = 1_000_003  # more than any range of episode seeds, so no two (seed, repeat) share a decoding seed
+REPEAT_STRIDE = 1_000_003  # larger than any range of episode seeds, so no two (seed, repeat) share a decoding seed
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Episodes of one policy.
+    """The episodes of one policy.
 
-    episodes: one row each: seed (of the episode), repeat (of the decoding), cluster, score (undiscounted), turns
-      and tokens (the agent's), invalid (texts that the environment refused), truncated, labels.
-    trajectories: the same episodes in full. seconds: wall time of the play.
+    episodes: one row per episode: seed (of the episode), repeat (of the decoding), cluster, score (undiscounted
+      return), turns and tokens (of the agent), invalid (number of texts that the environment refused), truncated,
+      labels.
+    trajectories: the same episodes in full.
+    seconds: wall time of the play.
     """
 
     episodes: list[dict[str, Any]]
@@ -29,26 +31,30 @@ class EvaluationResult:
     seconds: float
 
     def cells(self) -> list[tuple[Hashable, float, int]]:
-        """(cluster, sum of scores, episodes), in the order of first appearance."""
+        """Return (cluster, sum of scores, episodes) of each cluster, in the order of first appearance."""
         cells = Cells.of((0, row["cluster"], row["score"]) for row in self.episodes)
         return list(zip(cells.clusters, cells.total[0].tolist(), cells.count[0].astype(int).tolist(), strict=True))
 
     def scores(self) -> list[list[float]]:
-        """Of every cell, in the order of `cells`, its episodes' scores: what pairs two methods game by game."""
+        """Return the scores of the episodes in each cell of `cells`, in the same order.
+
+        They allow comparing two methods episode by episode.
+        """
         by_cluster: dict[Hashable, list[float]] = {}
         for row in self.episodes:
             by_cluster.setdefault(row["cluster"], []).append(row["score"])
         return list(by_cluster.values())
 
     def score(self) -> Estimate:
-        """Mean score with its interval over clusters of episodes."""
+        """Return the mean score with its interval over clusters of episodes."""
         return Cells.of((0, row["cluster"], row["score"]) for row in self.episodes).estimate()
 
     def kl(self) -> float | None:
-        """KL(what was sampled from ‖ π without filters and guidance at that temperature), in nats per episode.
+        """Return an estimate of KL(sampling distribution ‖ π), in nats per episode.
 
-        Mean of Σ log_prob − policy_log_prob over the agent's tokens (k1: unbiased, and may be below 0); None for a
-        player that gives no log-probs. It means nothing for greedy play, whose log_prob is not 0.
+        π has the same temperature, but no filters or guidance. The estimate is the mean over episodes of
+        Σ_t log_prob − policy_log_prob over the agent's tokens (k1: unbiased, and may be negative). It is None if the
+        policy gives no log-probabilities, and meaningless for greedy play, whose log_prob is not 0.
         """
         sums = []
         for trajectory in self.trajectories:
@@ -59,11 +65,11 @@ class EvaluationResult:
         return sum(sums) / len(sums)
 
     def summary(self) -> dict[str, Any]:
-        """Means over the episodes; rates are per agent turn (invalid) and per episode (truncated)."""
+        """Return means over the episodes; `invalid_rate` is per agent turn and `truncated_rate` per episode."""
         n = len(self.episodes)
         turns = sum(row["turns"] for row in self.episodes)
         labels = label_means(row["labels"] for row in self.episodes)
-        for known in ("invalid", "score"):  # have columns of their own
+        for known in ("invalid", "score"):  # these two have columns of their own
             labels.pop(known, None)
         return {
             "n": n,
@@ -77,7 +83,10 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class _Redrawn:
-    """The same policy with other dice: environments keep the episode seed, decoding gets one of its own."""
+    """A policy whose decoding uses other random numbers, while the environment keeps the episode seed.
+
+    repeat: number of the repeat, which shifts the decoding seeds.
+    """
 
     policy: Policy
     repeat: int
@@ -97,14 +106,17 @@ def evaluate_policy(
     prompts: Callable[[int], Sequence[Trajectory] | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvaluationResult:
-    """Plays every episode seed `repeats` times.
+    """Play every episode seed `repeats` times.
 
     Args:
-      environment: whatever `rollout` takes.
-      repeats: decoding seeds per episode seed; the environment's own chance stays that of the episode seed.
+      environment: as in `rollout`.
+      seeds: episode seeds.
+      repeats: decoding seeds per episode seed; the environment's randomness is the same in all of them.
       cluster: label that dependent episodes share, for the interval; None = the episode seed.
-      batch_size, prompts: as in `rollout`. progress: called with (episodes done, episodes in all).
-    Raises: InputError where an episode has no label `cluster`.
+      batch_size: episodes played at the same time.
+      prompts: as in `rollout`.
+      progress: called with (episodes done, episodes in all); None = not called.
+    Raises: InputError if an episode has no label `cluster`.
     """
     started = time.monotonic()
     rows, trajectories = [], []

@@ -1,5 +1,5 @@
-"""How well a scorer agrees with held-out preferences, with intervals, beside what needs no reading at all: length; and
-what choosing by it does to a policy that can be listed."""
+"""Evaluation of a scorer: its agreement with held-out preferences, beside baselines that need no model (length), and
+the effect of best-of-n by a score on a policy whose answers can be enumerated."""
 
 import math
 from collections import Counter, defaultdict
@@ -25,17 +25,22 @@ BASELINES = {
 
 
 def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """Facts over all pairs of options of one comparison that are no tie, as plain values.
+    """Measure how well a scorer agrees with comparisons.
 
-    "accuracy": how often the better option scores higher, equal scores half, with its 95% interval over groups (pairs
-    of one prompt are not independent), which speaks of this scorer alone. "baselines": the same for length, and, where
-    `labels["options"]` name the `generator` of all, for who wins more often among these very pairs; "difference": that
-    of the scorer less the best of them, pair by pair. "cross entropy": mean −[p log σ(Δ) + (1 − p) log σ(−Δ)] in nats,
-    .693 where it says nothing; "calibration error" of σ(Δ) against p, each pair in both orders, as many logs put the
-    better reply first. The last two ask a scorer in units of log odds. Comparisons of which an option is too long for
-    the scorer are left out of all of it, and counted.
+    A pair is two options of one comparison, without a tie; p is the probability that the first is better, and Δ its
+    score minus that of the second. The last two measures below need a scorer in units of log odds. Comparisons with an
+    option that is too long for the scorer are left out everywhere, and counted.
 
-    Raises: InputError where no comparison fits, or none has such a pair.
+    Returns: plain values by name, among them
+      "accuracy": share of pairs whose better option scores higher; equal scores count half. The 95% interval is over
+        groups, because pairs of one prompt are not independent, and describes this scorer alone.
+      "baselines": the same share for choosing by length, and, if `labels["options"]` name the `generator` of every
+        option, for choosing the author that wins more often among these very pairs.
+      "difference": accuracy of the scorer minus that of the best baseline, paired.
+      "cross entropy": mean −[p log σ(Δ) + (1 − p) log σ(−Δ)] in nats; .693 for a scorer that gives equal scores.
+      "calibration error": that of σ(Δ) against p. Each pair enters in both orders, because many logs put the better
+        reply first.
+    Raises: InputError if no comparison fits or no pair remains.
     """
     counts: Counter[str] = Counter()
     comparisons = fitting(comparisons, scorer, counts)
@@ -50,7 +55,11 @@ def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
         raise InputError("comparisons: found only ties, expected pairs of which one reply is better")
 
     def right(value) -> Cells:
-        """Of a function (comparison's place, option) -> number: how often the better option has more of it."""
+        """Count, by group, how often the better option has the higher value; equal values count half.
+
+        Args:
+          value: function (index of a comparison, index of an option) -> number.
+        """
         return Cells.of(
             (0, group_key(comparisons[place]), 0.5 + 0.5 * _sign(value(place, i) - value(place, j)) * _sign(p - 0.5))
             for place, i, j, p in pairs
@@ -79,12 +88,17 @@ def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
 def best_of_n_curve(
     prob: torch.Tensor, score: torch.Tensor, gold: torch.Tensor, ns: Sequence[int]
 ) -> list[dict[str, float]]:
-    """What best-of-n by a score makes of a policy whose answers can be listed, exactly: a row per n.
+    """Compute best-of-n by a score exactly, for a policy whose V answers can be enumerated.
 
-    "kl": of the best of n to the policy, in nats; "bound": log n − (n − 1)/n, which it does not exceed; "score" and
-    "gold": their means. Where gold falls while the score rises, the score is over-optimised (Gao et al. 2023).
+    The score is over-optimised where gold falls while the score rises (Gao et al. 2023).
 
-    Args: prob (V,) of each answer, score (V,) that chooses, gold (V,) that is meant.
+    Args:
+      prob: (V,), probability of each answer.
+      score: (V,), the score that chooses the best of n.
+      gold: (V,), the true reward.
+      ns: values of n.
+    Returns: one row per `n`: "kl", KL(best of n ‖ policy) in nats; "bound", log n − (n − 1)/n, which "kl" does not
+      exceed; and "score" and "gold", their means over the best of n.
     """
     rows = []
     for n in ns:
@@ -102,7 +116,8 @@ def best_of_n_curve(
 
 
 def _authors(pairs: Sequence[tuple], comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """A feature: the share of its pairs that the author of an option wins; none where authors are not known."""
+    """Return a baseline that rates an option by the share of pairs that its author wins; empty if an author is
+    unknown."""
 
     def author(row: Comparison, i: int) -> str | None:
         return (row.labels.get("options") or [{}] * len(row.options))[i].get("generator")

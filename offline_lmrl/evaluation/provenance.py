@@ -1,4 +1,4 @@
-"""What made a row of results: code, libraries, machine and command."""
+"""The origin of a row of results: code, libraries, machine and command."""
 
 import os
 import platform
@@ -17,8 +17,11 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 
 @cache
 def provenance() -> dict[str, Any]:
-    """Plain values, the same for the whole process: `command` as it was typed, `commit` (None outside a checkout;
-    "-dirty" behind it where files differ), `versions` by package, and `machine`, without its name."""
+    """Return the origin of results of this process, as plain values.
+
+    Returns: `command` as it was typed; `commit`, with "-dirty" appended if tracked files differ, or None outside a
+      checkout; `versions` by package; and `machine`, without its name.
+    """
     import torch
 
     return {
@@ -35,7 +38,11 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this code is a tracked part of; not of one that merely lies around its installation."""
+    """Return the commit of the checkout that tracks this file.
+
+    None if there is none: a repository that merely contains the installed package (in a virtual environment, for
+    example) does not count.
+    """
     here = Path(__file__)
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return None
@@ -43,7 +50,7 @@ def _commit() -> str | None:
 
 
 def _git(folder: Path, *command: str) -> str | None:
-    """What git says; None where it refuses or is not installed."""
+    """Run git in a folder and return its output, without outer whitespace; None if it fails or is not installed."""
     try:
         said = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
     except OSError:

@@ -1,9 +1,16 @@
-"""The tables of a comparison, drawn from the rows of results.jsonl alone.
+"""The tables of a comparison, made from the rows of results.jsonl alone.
 
-Rows, in `kind`: "comparison" (its `config`, and what tables show: baseline and label columns), "behaviour" (the
-training data), "optimum", "published" (quoted, never measured here), and "run": one method, training seed and setting.
-A run keeps its outcome as `cells`, [cluster, sum of scores, episodes], what means, intervals and paired differences
-over seeds need; `scores` are those of a cell one by one, in the same order for every method.
+The `kind` of a row is one of:
+
+    comparison    the config, and the baseline and label columns that tables show
+    behaviour     the training data
+    optimum       the best possible mean score, if the environment knows it
+    published     a result that is quoted, never measured here
+    run           one method, training seed and setting
+
+A run stores its outcome as `cells`, a list of [cluster, sum of scores, episodes], from which means, intervals and
+paired differences over seeds are computed. `scores` lists the episode scores of each cell one by one, in the same
+order for every method.
 """
 
 import json
@@ -18,10 +25,10 @@ from offline_lmrl.data.files import reading
 from offline_lmrl.data.trajectory import shown
 from offline_lmrl.evaluation.metrics import Cells, Estimate
 
-FEW_SEEDS = 5  # below this an interval over seeds is wide, and every seed's value is printed
+FEW_SEEDS = 5  # with fewer, intervals over seeds are wide, so every seed's value is printed too
 COLUMNS = ("method", "decoding", "score [95%]", "beta", "per seed", "normalised")
 
-# kind of row -> fields that every reader relies on
+# kind of row -> fields that `read_results` requires, with their types
 NEEDED = {
     "comparison": {},
     "behaviour": {"method": str},
@@ -35,7 +42,10 @@ Line = dict[str, str]  # column -> cell
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a results.jsonl. Raises: InputError "file:row: ..." for one that no comparison writes."""
+    """Read the rows of a results.jsonl.
+
+    Raises: InputError "file:row: ..." for a row that no comparison writes.
+    """
     with reading(path, "rows of results as JSON"):
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     rows = []
@@ -49,7 +59,12 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _check_row(row: Any, where: str) -> None:
-    """Raises InputError where a row lacks what all readers rely on."""
+    """Check the fields of a row that are listed in NEEDED, and the form of its cells.
+
+    Args:
+      where: "file:row", for the error message.
+    Raises: InputError that names the field.
+    """
     kind = row.get("kind") if isinstance(row, dict) else None
     if not isinstance(kind, str) or kind not in NEEDED:
         raise InputError(f"{where}: kind: found {shown(kind)}, expected one of {', '.join(NEEDED)}")
@@ -62,22 +77,27 @@ def _check_row(row: Any, where: str) -> None:
 
 
 def table(results: str | Path | Sequence[Row]) -> str:
-    """A Markdown table, aligned for terminals.
+    """Return the results as a Markdown table, aligned for terminals.
+
+    Its lines are the behaviour, the optimum, each method and setting over its seeds, and the published results. The
+    score is the mean over seeds and episodes with its 95% interval (see metrics). The difference column is paired by
+    training seed and episodes with the baseline under the same decoding; planned play is compared with the baseline's
+    sampled play if the baseline does not plan. A `*` marks an interval that excludes 0. With one training seed,
+    intervals are "of this run", over episodes, and nothing is starred. A β marked "returns" was chosen by playing.
 
     Args:
       results: path of a results.jsonl, or its rows.
-    Returns: behaviour, optimum, each method and setting over its seeds, then published rows. Score: mean over seeds
-      and episodes with its 95% interval (see metrics). The difference column is paired by training seed and episodes
-      against the baseline under the same decoding, of plans that it does not make its sampled play; `*` where its
-      interval excludes 0. With one training seed intervals are "of this run", over episodes, and nothing is starred. A
-      β marked "returns" was chosen by playing.
     """
     rows = read_results(results) if isinstance(results, str | Path) else results
     return markdown(table_lines(Results(rows)))
 
 
 class Key(NamedTuple):
-    """A method in one setting. chosen: what chose β, "offline" or "returns"; None without guidance."""
+    """A method in one setting.
+
+    decode: "sampled", "greedy" or "planned".
+    chosen: how β was chosen, "offline" or "returns"; None without value guidance.
+    """
 
     method: str
     decode: str
@@ -89,9 +109,14 @@ class Key(NamedTuple):
 
 
 class Results:
-    """Rows by what they are.
+    """The rows of a comparison, sorted by kind and setting.
 
-    shown: the row "comparison". groups: the runs of every setting, in the order of the rows. cells: their outcome.
+    rows: all rows.
+    shown: the row of kind "comparison".
+    groups: the runs of each setting, in the order of the rows.
+    cells: the outcome of each setting over its runs.
+
+    Raises: InputError if there is no row of kind "comparison".
     """
 
     def __init__(self, rows: Sequence[Row]):
@@ -112,16 +137,23 @@ class Results:
         return {key: cells.estimate() for key, cells in self.cells.items()}
 
     def difference(self, key: Key, other: Key) -> Estimate | None:
-        """Paired, key − other; None where they have no training seed in common, or other episodes."""
+        """Return the paired difference, key − other.
+
+        None if the two share no training seed, or differ in their number of episodes.
+        """
         mine, theirs = self.cells[key], self.cells[other]
+        # Sampled play may repeat the episodes, while greedy play has each once; these two cannot be paired.
         if not set(mine.seeds) & set(theirs.seeds) or mine.count.sum(1)[0] != theirs.count.sum(1)[0]:
             return None
         return (mine - theirs).estimate()
 
     @cached_property
     def wins(self) -> dict[str, dict[tuple[Key, Key], Estimate]]:
-        """For greedy play, and for everything else ("sampled"): (a, b) -> how often a scores more than b in the same
-        episode of the same training seed, a tie half."""
+        """The share of episodes in which setting a scores more than setting b, by (a, b).
+
+        Episodes are paired by training seed and episode; a tie counts half. Greedy settings are compared among each
+        other, under "greedy", and all others under "sampled".
+        """
         found: dict[str, dict[tuple[Key, Key], Estimate]] = {"sampled": {}, "greedy": {}}
         keys = [key for key, runs in self.groups.items() if all("scores" in run for run in runs)]
         for a, b in combinations(keys, 2):
@@ -135,7 +167,7 @@ class Results:
 
 
 def _wins(mine: Sequence[Row], theirs: Sequence[Row]) -> Iterator[tuple[Any, Any, float, int]]:
-    """(training seed, cluster, wins of `mine`, episodes)."""
+    """Yield (training seed, cluster, wins of `mine`, episodes) for each cell of the training seeds that both have."""
     rivals = {run["seed"]: run for run in theirs}
     for run in mine:
         if run["seed"] not in rivals:
@@ -148,7 +180,7 @@ def _wins(mine: Sequence[Row], theirs: Sequence[Row]) -> Iterator[tuple[Any, Any
 
 
 def table_lines(results: Results) -> list[Line]:
-    """A line per fixed row and setting, column -> text."""
+    """Return the lines of the table, each a mapping from column to text: one per fixed row and per setting."""
     shown, labels = results.shown, results.shown["labels"]
     lines = [_fixed_line(row, labels) for row in results.of("behaviour", "optimum")]
     lines += [_method_line(key, runs, results.cells, shown) for key, runs in results.groups.items()]
@@ -160,7 +192,11 @@ def _cells(runs: Iterable[Row]) -> Cells:
 
 
 def _fixed_line(row: Row, labels: Collection[str] | None) -> dict[str, str]:
-    """Behaviour, optimum and published rows: what they have, under the same column names."""
+    """Return the line of a behaviour, optimum or published row, with the columns that it has.
+
+    Args:
+      labels: names of the labels that become columns; None = all.
+    """
     line = {"method": f"{row['method']} (published)" if row["kind"] == "published" else row["method"]}
     if row.get("score") is not None:
         line["score [95%]"] = f"{row['score']:.2f}"
@@ -187,6 +223,7 @@ def _method_line(key: tuple, runs: Sequence[Row], cells: Mapping[tuple, Cells], 
     if runs[0]["normalised"] is not None:
         line["normalised"] = f"{_mean(run['normalised'] for run in runs):.1f}"
     baseline = shown["baseline"]
+    # the baseline under the same decoding, else without guidance, else in sampled play
     alike = ((baseline, decode, chosen), (baseline, decode, None), (baseline, "sampled", None))
     rivals = [cells[other] for other in alike if other in cells]
     if method != baseline and rivals and set(mine.seeds) & set(rivals[0].seeds):
@@ -226,15 +263,15 @@ def short(count: float) -> str:
 
 
 def columns_of(lines: Sequence[Line]) -> list[str]:
-    """The known columns first, then in order of appearance; one that nobody fills is left out."""
+    """Return the columns that at least one line fills: those of COLUMNS first, the others in order of appearance."""
     present = dict.fromkeys(name for line in lines for name in line)
-    # Lines that come late may know columns the first ones do not: the longest line decides the order of the rest.
+    # Later lines may have columns that the first ones lack, so the longest line decides the order of the rest.
     rest = max(lines, key=len, default={})
     return [name for name in dict.fromkeys([*COLUMNS, *rest, *present]) if name in present]
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    """A Markdown table with aligned columns."""
+    """Return the lines as a Markdown table with aligned columns."""
     names = columns_of(lines)
     widths = {name: max(len(name), *(len(line.get(name, "")) for line in lines)) for name in names}
 

@@ -1,6 +1,7 @@
-"""Offline learning in rounds: what was learnt plays, its scored episodes join the logs, and it learns again.
+"""Offline learning in rounds: the trained policy plays, its scored episodes are added to the logs, and it is trained
+again.
 
-The bridge between offline and online: every round costs environment steps and reward queries, which are counted.
+This is between offline and online learning. Every round costs environment steps and reward queries, which are counted.
 """
 
 import copy
@@ -33,10 +34,20 @@ def train_in_rounds(
     collect: CollectConfig,
     players: Mapping[str, Any] | None = None,
 ) -> Path:
-    """As `train`, for an algorithm that learns from data, `collect.rounds` times more, each time on all logs so far.
+    """Train an algorithm that learns from data, and `collect.rounds` times play with it and train it again on all logs
+    so far.
 
-    Returns: the run directory of the last training. Those before it are the folders round-0, round-1, ... in it, each
-    with the logs.jsonl that the next learnt from; complete.json counts what was played in all of them.
+    Args:
+      algorithm: as in `train`.
+      model: as in `train`; the later trainings start from the run before them.
+      data: as in `train`; the logs before the first round.
+      args: as in `train`.
+      environment: `name` and settings of `make_environment`.
+      collect: the rounds of play.
+      players: further settings of `make_environment` that are not plain values, such as a partner's policy.
+    Returns: the run directory of the last training. It contains those of the earlier ones, round-0, round-1, ..., each
+      with the logs.jsonl that the next training learnt from. complete.json counts the play of all rounds.
+    Raises: InputError if the algorithm plays itself, there are no data, or `data.preference` is given.
     """
     if load_algorithm(algorithm)[1].plays or data.train is None:
         raise InputError(
@@ -48,7 +59,7 @@ def train_in_rounds(
             "collect: found it beside data.preference, expected scored trajectories: what is played "
             "brings its own rewards"
         )
-    SamplingConfig.from_dict(collect.sampling)  # a slip shows before anything is trained
+    SamplingConfig.from_dict(collect.sampling)  # a mistake shows before anything is trained
     world, played = make_environment(**environment, **(players or {})), Counter()
     for number in range(collect.rounds):
         before = copy.copy(args)
@@ -65,9 +76,17 @@ def train_in_rounds(
 def _collected(
     run: Path, world: Any, data: DataConfig, args: BaseConfig, collect: CollectConfig, number: int
 ) -> tuple[Path, Counter[str]]:
-    """The logs behind a round, its episodes at their end, and what these cost; played where this run did not yet."""
+    """Play a round with a run, unless these weights have played it already.
+
+    Args:
+      run: the run directory, which receives logs.jsonl and collected.json.
+      data: the logs so far.
+      number: index of the round.
+    Returns: path of logs.jsonl, the logs so far followed by the new episodes; and the costs of the new episodes.
+    """
     logs, report, weights = run / "logs.jsonl", run / "collected.json", weights_hash(str(run))
     if not report.exists() or _read_costs(report).pop("weights", weights) != weights:  # the run was extended since
+        # No two training seeds or rounds share an episode seed.
         first = collect.first_seed + (args.seed * collect.rounds + number) * collect.episodes
         policy = LanguagePolicy.load(run, device=args.device, **collect.sampling)
         episodes = rollout(policy, world, range(first, first + collect.episodes))
