@@ -40,7 +40,8 @@ def known_pairs(target: Tensor, rank: Tensor, comparison: Tensor) -> Pairs:
     """Return the unordered pairs within comparisons whose order is known.
 
     If either option has a target above 0, prob = t_i / (t_i + t_j) (Luce 1959, the choice axiom); for two options this
-    is the target itself. Otherwise prob is 1 or 0, by the ranks. Two options with targets of 0 and equal ranks make no pair, because unordered options look like this too.
+    is the target itself. Otherwise prob is 1 or 0, by the ranks. Two options with targets of 0 and equal ranks make no
+    pair, because unordered options look like this too.
 
     Args:
       target: (M,).
