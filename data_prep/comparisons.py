@@ -101,10 +101,10 @@ def check_share(validation: float) -> None:
 
 
 def separate(made: Mapping[str, list[Row]], validation: float, seed: int) -> tuple[dict[str, list[Row]], int]:
-    """Make splits that share no group; return them and the number of rows that were removed for that.
+    """Make splits that share no group; return them and the number of rows removed to achieve this.
 
     A source without splits, or with a train split but no validation split, gets a share `validation` of its groups as
-    validation split. A group in several splits is kept only in the last of them.
+    validation split. A group in several splits is kept only in the last one (train comes first).
 
     Args:
       made: rows by split of the source; "all" if it has no splits.
@@ -257,7 +257,7 @@ def _words(row: Comparison) -> tuple:
 
 
 def _counted(source: str | Path, counts: Counter[str]) -> dict[str, Any]:
-    """Return the first entries of a report.
+    """Return the row counts that open a report: read, imported, dropped by reason, repaired.
 
     Raises: InputError if no row was imported.
     """

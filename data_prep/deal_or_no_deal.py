@@ -108,7 +108,7 @@ def prepare(
       output: folder to write to; created if needed.
       held_out_scenarios: number of scenarios of data.txt that go to tune, for choosing settings; null = 200, or a
         fifth of them in a small file.
-      permute_items: add to train every dialogue with its items in each other order, in the group of the dialogue; a
+      permute_items: add to train every dialogue with its items in every other order, in the group of the dialogue; a
         version whose scenario is in tune, validation or test is left out.
       seed: random seed that selects the scenarios of tune.
     Returns: counts per file (lines = kept + the drops by reason) and per split, the content of report.json.

@@ -43,7 +43,7 @@ def prepare(
 
 
 def read_preference(row: Any, where: str, counts: Counter[str], allow_empty: bool = False) -> Comparison | None:
-    """Return the comparison of `read_comparison`, after the same checks of the replies in every form.
+    """Read a row as `read_comparison` does, and check its replies in the same way whatever its form.
 
     Args:
       counts: receives the repairs, or the reason why the row is dropped.

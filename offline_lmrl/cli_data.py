@@ -115,11 +115,11 @@ def _require_apart(source: Path, output: Path) -> None:
 
 
 def check_output(output: Path, *read: str | None) -> None:
-    """Check before the work that the output can be written.
+    """Check, before any work is done, that the output can be written.
 
     Args:
       read: paths or names of the inputs; None entries are skipped.
-    Raises: InputError if the path cannot be written, equals an input, or is inside one.
+    Raises: InputError if the path cannot be written, equals an input, or is directly inside an input folder.
     """
     folder = output.parent
     while not folder.exists():

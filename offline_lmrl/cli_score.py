@@ -11,7 +11,7 @@ from offline_lmrl.data.errors import InputError, shown
 
 
 def relabel(argv: Sequence[str]) -> None:
-    """Run the command `relabel DATA --scorer SCORER --output PATH`."""
+    """Run the command `relabel`, which scores DATA anew with SCORER."""
     call("relabel DATA --scorer SCORER --output PATH [--key value ...]", _relabel, argv)
 
 

@@ -263,14 +263,14 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
 class EvenBatches(torch.utils.data.BatchSampler):
     """A batch sampler that gives every rank the same number of full batches.
 
-    The end of an epoch is filled up with the index `surplus`. accelerate would repeat the epoch's first rows there,
-    which would then count twice.
+    The last batches of an epoch are padded with the index `surplus`, which `collate_even` drops. accelerate would
+    repeat the epoch's first rows instead, and they would count twice.
 
     Args:
       sampler: the order of the rows.
       batch_size: indices per batch.
       ranks: the number of batches is a multiple of it.
-      surplus: the filling index, which must be no row (see `collate_even`).
+      surplus: an index that no row has (see `collate_even`).
     """
 
     def __init__(self, sampler: torch.utils.data.Sampler[int], batch_size: int, ranks: int, surplus: int):

@@ -20,7 +20,7 @@ Deviations from the paper, each a number or a default of the config:
 - A Monte-Carlo share mixes the return-to-go into y (the paper's code can replace V's target with it).
 - Rewards are scaled by a fitted scale, and the heads start at the mean return of the training data.
 - L_π is averaged over action tokens, as all terms are (the paper's code divides it by all tokens).
-`expectile: 0.5` gives SARSA, and `monte_carlo: 1` gives one-step values.
+`expectile: 0.5` gives SARSA, and `monte_carlo: 1` gives values of the behaviour policy (one step of improvement).
 """
 
 from collections.abc import Mapping
@@ -67,7 +67,8 @@ class ILQLConfig(OfflineConfig):
         discount_per_token and discount_per_turn.
       bootstrap_from_turn: the state from which a token's target bootstraps. False = the state at the next token; True
         = the start of the agent's next turn [false].
-      monte_carlo: share of the return-to-go in Q's target, 0 to 1; 1 = one-step values [0].
+      monte_carlo: share of the return-to-go in Q's target, 0 to 1; 1 = Q of the behaviour
+        policy, so one step of policy improvement [0].
       target_rate: Polyak step of the target heads per optimizer step [.005]. Raise it for a short run, in which
         target_rate × steps would be below 5.
       conservative_weight: weight of the conservative loss L_C; 0 = none [1e-4 to 1].

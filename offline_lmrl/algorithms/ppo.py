@@ -97,7 +97,7 @@ SUMS = ("episodes", "environment_steps", "reward_queries", "generated_tokens", "
 class PPOConfig(OfflineConfig):
     """The settings of PPO. Numbers in square brackets are OpenAI's (Ziegler et al. 2019).
 
-    Of the inherited settings PPO uses context, stride, max_length, template, reward_scale (a plain divisor, 1 if not
+    Of the inherited settings, PPO uses context, stride, max_length, template, reward_scale (a plain divisor, 1 if not
     given), output_dir, seed, max_steps, per_device_train_batch_size, learning_rate, lr_scheduler_type,
     lr_scheduler_kwargs, warmup_steps, weight_decay, adam_beta1, adam_beta2, adam_epsilon, max_grad_norm,
     save_strategy, save_steps, save_total_limit, bf16, use_cpu and disable_tqdm.
@@ -110,8 +110,8 @@ class PPOConfig(OfflineConfig):
       minibatches: optimizer steps per pass [1].
       per_device_train_batch_size: windows per forward pass; it changes no gradient.
       clip_range: ε; the ratio of new to old probability is clipped to 1 ± ε [.2].
-      value_clip_range: largest distance, in scaled reward units, of the clipped V in the value loss from V at the
-        rollout; null = no clipping [.2].
+      value_clip_range: the value loss clips V to within this distance, in scaled reward units, of V at the rollout;
+        null = no clipping [.2].
       value_weight: c_v, weight of the value loss [.1].
       entropy_weight: c_e, weight of the entropy bonus [0].
       gae_lambda: λ of generalised advantage estimation, 0 to 1 [.95].

@@ -217,7 +217,7 @@ def open_environment(algorithm: str, environment: Mapping[str, Any] | None, play
 
     Args:
       environment: `name` and settings of `make_environment`; None = none.
-      players: further arguments of `make_environment` that are no plain values.
+      players: further arguments of `make_environment` that are objects, such as a partner's policy.
     Returns: None for an algorithm that learns from data.
     Raises: InputError if an environment is missing, or given to an algorithm that learns from data.
     """
@@ -365,7 +365,7 @@ def train(
 
     Args:
       environment: `name` and settings of `make_environment`, for an algorithm that plays.
-      players: further arguments of `make_environment` that are no plain values, such as a partner's policy.
+      players: further arguments of `make_environment` that are objects, such as a partner's policy.
       settings: settings with which the data were made, added to the run's config.
       costs: costs of making the data, added to the costs in `complete.json`.
     Returns: the run directory. `LanguagePolicy.load` opens it, or `load_scorer` if it is a reward model; transformers

@@ -64,7 +64,7 @@ class EncodedTurn(NamedTuple):
 
     @property
     def stays(self) -> bool:
-        """True if all later windows hold the same tokens, except for the closing action and what follows it."""
+        """True if every window of a later turn repeats this turn's tokens, up to the action that closes it."""
         kept = self.action_stop - self.closed
         return self.ids[:kept] == self.loop[:kept] and self.loop == self.past
 

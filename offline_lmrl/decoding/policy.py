@@ -394,7 +394,7 @@ class LanguageSession:
 
 
 def critic_of(ask: float | str | None) -> str | None:
-    """Return RUN of a request "auto:RUN", else None."""
+    """Return RUN if the requested return is "auto:RUN" (the best Q of that run), else None."""
     return ask.removeprefix("auto:") if isinstance(ask, str) and ask.startswith("auto:") else None
 
 

@@ -415,7 +415,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 class _Run:
     """The state of one call of `Sampler.sample` or `Sampler.read`. All lists have one entry per prompt.
 
-    In `memory`, the cache of a row under the null condition has the key ~row.
+    In `memory`, the cache of a row's second stream, in which no return is requested, has the key ~row (bitwise not).
     """
 
     sampler: Sampler
@@ -591,7 +591,10 @@ class _Run:
         return batch.select(torch.tensor(staying, device=batch.finished.device)) if staying else None
 
     def leave(self, batch: _Batch, leaving: list[int], step: int) -> None:
-        """Store the replies and caches of these rows; the model has not yet read the token of the last step."""
+        """Store the replies and caches of the rows that leave the batch.
+
+        A cache lacks the token that was drawn last, because the model has not read it yet.
+        """
         rows = torch.tensor(leaving, device=batch.finished.device)
         places = batch.index[rows].tolist()
         drawn = batch.drawn[rows].tolist()

@@ -66,7 +66,7 @@ class Consistent:
 
 @dataclass(frozen=True)
 class Wrong:
-    """A player that guesses a word that contradicts the colours, or any word while no word does."""
+    """A player that guesses a word that contradicts the colours, or any word if none does (before the first guess)."""
 
     def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
         everything = known.lexicon.everything

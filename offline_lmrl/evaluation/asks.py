@@ -42,13 +42,14 @@ class AskPoint:
 def ask_curve(
     policy: LanguagePolicy, environment: Any, asks: Sequence[float | str], seeds: Sequence[int], **play: Any
 ) -> list[AskPoint]:
-    """Play the same episodes with every ask.
+    """Play the same episodes once for each requested return (ask).
 
     Args:
       environment: as in `evaluate_policy`.
       asks: numbers in reward units, or names such as "p90".
       seeds: episode seeds.
       play: further arguments of `evaluate_policy`.
+    Returns: for each ask, what was requested and what was achieved.
     Raises: InputError for an ask that the model cannot understand, before anything is played.
     """
     asking = [policy.with_sampling(ask=ask) for ask in asks]

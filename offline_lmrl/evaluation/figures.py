@@ -138,9 +138,9 @@ def _legend(figure: Figure, results: Results, keys: Iterable[Key]) -> None:
 
 
 def _ends(estimates: Sequence[Estimate]) -> np.ndarray:
-    """Return the lengths of the intervals below and above their means, (2, n).
+    """Return how far each interval reaches below and above its mean, (2, n), as error bars.
 
-    They are 0 for an unknown interval, so that no bar is drawn.
+    Both are 0 for an unknown interval, so that no bar is drawn.
     """
     known = [estimate.interval or (estimate.mean, estimate.mean) for estimate in estimates]
     means = np.array([estimate.mean for estimate in estimates])
@@ -148,7 +148,7 @@ def _ends(estimates: Sequence[Estimate]) -> np.ndarray:
 
 
 def _level(axes: Axes, results: Results, line: Callable) -> None:
-    """Draw lines at the behaviour's and the best possible score, if they are known.
+    """Draw lines at the score of the logs and at the best possible score, if they are known.
 
     Args:
       line: `axes.axhline` or `axes.axvline`.

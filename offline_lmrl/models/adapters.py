@@ -93,7 +93,10 @@ def check_settings(name: str | Path, block: Any) -> None:
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """Read the block that `save_heads` wrote into a LoRA folder. Raises: InputError if it is missing or damaged."""
+    """Read the `offline_lmrl` settings that `save_heads` wrote into a LoRA folder.
+
+    Raises: InputError if they are missing or damaged.
+    """
     path = Path(folder) / SETTINGS_FILE
     if not path.exists():
         raise InputError(f"model: {path}: not found, so this LoRA folder was not written by offline_lmrl")

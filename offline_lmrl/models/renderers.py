@@ -24,7 +24,7 @@ def reply_ends(model: nn.Module) -> tuple[int, ...]:
 
 
 def rendering_block(renderer: Renderer) -> dict[str, Any]:
-    """Return the entries of the `offline_lmrl` block from which `renderer_of` rebuilds the same renderer."""
+    """Return what `renderer_of` needs to rebuild this renderer: entries of the config's `offline_lmrl` block."""
     return {"template": renderer.template, "template_text": renderer.text.to_dict(), "tokenizer": renderer.fingerprint}
 
 

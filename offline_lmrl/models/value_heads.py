@@ -155,9 +155,10 @@ class ScalarHead(TwoLayers):
 
 
 class QHead:
-    """The forward pass of H Q heads over the vocabulary; the parts are those of the module's table.
+    """The forward pass of H Q heads over the vocabulary:  Q = z · row + bias + offset.
 
-    The three kinds below supply the parts, where `matrix` (V,d) is the LM head's, and only tied heads use it:
+    The table at the top of this module gives the parts for each kind of head. The three classes below compute them;
+    `matrix` (V,d) is the LM head's weight, which only tied heads use:
 
         features(hidden (N,d))               z, (H,N,K)
         rows(matrix)                         row, (H,V,K) or (1,V,K) if the heads share it

@@ -169,7 +169,9 @@ def policy_loss(log_prob: Tensor, behaviour_log_prob: Tensor, advantage: Tensor,
 
 
 def value_loss(v: Tensor, behaviour_v: Tensor, returns: Tensor, clip_range: float) -> Tensor:
-    """Compute ½ max((V − G)², (V_b + clip(V − V_b, ±ε) − G)²), which is OpenAI's (baselines, ppo2), not the paper's.
+    """Compute the clipped value loss  ½ max((V − G)², (V_b + clip(V − V_b, ±ε) − G)²).
+
+    It is that of OpenAI's code (baselines, ppo2); Schulman et al. 2017 do not have it.
 
     Args:
       v: V, (N,), online.
