@@ -48,8 +48,8 @@ FAULTS = (
     ),
     Fault(
         "the expectile is that of the other side",
-        "torch.where(error < 0, 1 - expectile, expectile)",
-        "torch.where(error < 0, expectile, 1 - expectile)",
+        "torch.where(error < 0, (1 - expectile) * square, expectile * square)",
+        "torch.where(error < 0, expectile * square, (1 - expectile) * square)",
         "test_value_learning.py",
     ),
     Fault("V's loss reaches the target", "target_q.detach() - v", "target_q - v", "test_value_learning.py"),
@@ -117,8 +117,8 @@ FAULTS = (
     ),
     Fault(
         "support is judged at the temperature that is asked for",
-        "log_prob = support_filter(logits.float(), support)",
-        "log_prob = support_filter(logits.float() / (temperature or 1.0), support)",
+        "support_filter(at_least_float32(logits), support)",
+        "support_filter(at_least_float32(logits) / (temperature or 1.0), support)",
         "test_decoding.py",
     ),
     Fault(
