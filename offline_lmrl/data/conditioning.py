@@ -104,13 +104,12 @@ class ReturnTable:
           bins: as for `fit_edges`.
         Raises: InputError if kind is "unique" and there are more than `bins` distinct returns.
         """
-        number = len(distinct(at_turns)[0])
-        if kind == "unique" and number > bins:
+        edges = fit_edges(at_turns, kind, bins)
+        if kind == "unique" and len(edges) >= bins:
             raise InputError(
-                f"binning: found unique and {number} distinct returns, expected at most bins "
+                f"binning: found unique and {len(edges) + 1} distinct returns, expected at most bins "
                 f"({bins}); take linear or quantile"
             )
-        edges = fit_edges(at_turns, kind, bins)
         counts = np.bincount(np.searchsorted(edges, at_turns, side="right"))
         quantiles = np.quantile(of_trajectories, np.linspace(0, 1, 101))
         least, most = float(at_turns.min()), float(at_turns.max())

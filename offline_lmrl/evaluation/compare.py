@@ -8,7 +8,6 @@ again.
 """
 
 import json
-import math
 import os
 import random
 import re
@@ -692,8 +691,8 @@ class _Comparison:
                     continue
                 row = run.row(setting)
                 beta = "" if row["beta_chosen"] is None else f" at β {row['beta']:g} ({row['beta_chosen']})"
-                low, high = row["interval"] or (-math.inf, math.inf)
-                self.say(f"{name} seed {seed} {row['decode']}{beta}: {Estimate(row['score'], low, high, row['n'])}")
+                score = Estimate.stored(row["score"], row["interval"], row["n"])
+                self.say(f"{name} seed {seed} {row['decode']}{beta}: {score}")
                 yield row
 
     def _lacks(self, name: str, seed: int, judge: str | None) -> bool:

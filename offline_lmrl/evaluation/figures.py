@@ -196,7 +196,7 @@ def return_against_kl(results: Results) -> tuple[Figure, str]:
             tried = [entry for entry in run["betas_tried"] or () if entry.get("kl") is not None and "score" in entry]
             thin = {"color": colour[key.method], "linewidth": 0.9, "alpha": 0.6}
             if tried:
-                ends = [Estimate(entry["score"], *(entry["interval"] or (-math.inf, math.inf)), 0) for entry in tried]
+                ends = [Estimate.stored(entry["score"], entry["interval"], 0) for entry in tried]
                 axes.errorbar(*_track(tried), yerr=_ends(ends), elinewidth=0.6, marker=".", **thin)
             axes.plot(*_track(run.get("curve") or ()), **thin)
         _mark(axes, results, key, _root(_mean(run["kl"] for run in runs)))
@@ -350,8 +350,7 @@ def win_rates(decode: str, results: Results) -> tuple[Figure, str]:
     axes.pcolormesh(places, places, np.ma.masked_invalid(shares), cmap="PuOr", vmin=0, vmax=1, alpha=0.75)
     axes.invert_yaxis()
     for (a, b), estimate in found.items() if len(keys) <= FEW_KEYS else ():
-        # `sure` asks whether the interval excludes 0; shifted by a half it asks whether it excludes a half
-        sure = "*" * estimate._replace(low=estimate.low - 0.5, high=estimate.high - 0.5).sure
+        sure = "*" * estimate.excludes(0.5)
         text = f"{100 * estimate.mean:.0f}{sure}"
         axes.text(keys.index(b), keys.index(a), text, ha="center", va="center", color="#000000", fontsize=8)
     names = [str(key).replace(f", {decode}", "", 1) for key in keys]

@@ -53,10 +53,20 @@ class Estimate(NamedTuple):
         """The ends as JSON can store them; None if they are infinite."""
         return [self.low, self.high] if math.isfinite(self.low) else None
 
+    @classmethod
+    def stored(cls, mean: float, interval: list[float] | None, n: int) -> "Estimate":
+        """Return the estimate of one run from its fields in a file, where `interval` is the property above."""
+        low, high = interval or (-math.inf, math.inf)
+        return cls(mean, low, high, n)
+
+    def excludes(self, value: float) -> bool:
+        """True if several seeds and an interval without `value` show that the mean of methods is another one."""
+        return self.seeds > 1 and not self.low <= value <= self.high
+
     @property
     def sure(self) -> bool:
-        """True if a difference shows that one method is better: several seeds, and an interval without 0."""
-        return self.seeds > 1 and not self.low <= 0 <= self.high
+        """True if a difference shows that one method is better."""
+        return self.excludes(0)
 
     def to_text(self, decimals: int) -> str:
         """Return the mean and the interval as text, without "of this run"."""
