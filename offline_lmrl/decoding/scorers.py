@@ -314,6 +314,11 @@ class Rule:
         return [np.exp(-np.logaddexp(0, -values)) for values in scores]
 
 
+def shift_of(scorer: Scorer) -> float:
+    """Return the part of every score that belongs to no turn of a reply; 0 for a scorer that names none."""
+    return getattr(scorer, "shift", 0.0)
+
+
 class Ensemble:
     """A scorer by mean − k · standard deviation over several scorers (Christiano et al. 2017).
 
@@ -337,7 +342,7 @@ class Ensemble:
 
     @property
     def shift(self) -> float:
-        return float(np.mean([getattr(one, "shift", 0.0) for one in self.scorers]))
+        return float(np.mean([shift_of(one) for one in self.scorers]))
 
     def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
         return [member.mean(0) - self.k * member.std(0) for member in self.members(rows)]
@@ -392,7 +397,7 @@ def weighted_sum(scorers: Sequence[Scorer], weights: Sequence[float] | None = No
     if len(weights) != len(scorers) or len(scorers) < 2:
         raise InputError(f"weights: found {len(weights)} for {len(scorers)} scorers, expected one for each of several")
     first, *rest = weights
-    shift = sum(weight * getattr(one, "shift", 0.0) for weight, one in zip(weights, scorers, strict=True))
+    shift = sum(weight * shift_of(one) for weight, one in zip(weights, scorers, strict=True))
     return Combined(scorers[0], scorers[1:], lambda score, others: first * score + others @ np.array(rest), shift)
 
 
@@ -402,7 +407,7 @@ def veto(preference: Scorer, rules: Sequence[Scorer], floor: float, threshold: f
     A rule counts as kept if its score, a probability, is at least `threshold`.
     """
     _require_rules(rules)
-    shift = getattr(preference, "shift", 0.0)
+    shift = shift_of(preference)
     return Combined(preference, rules, lambda score, kept: np.where((kept >= threshold).all(1), score, floor), shift)
 
 
@@ -605,7 +610,7 @@ def relabel_trajectories(
     # shift of normalisation belongs to no turn. Divided equally, it changes each turn's reward little, and the sum
     # does not depend on the number of turns. (Added to the first turn alone, it would hide what that turn earns. Added
     # once per turn, as a reward model adds it to whatever it scores, a negative shift would reward short dialogues.)
-    shift = getattr(scorer, "shift", 0.0)
+    shift = shift_of(scorer)
     rewards = [(np.diff(scores, prepend=shift) + shift / len(scores)).tolist() for scores in score_rows(rows, scorer)]
     origin = origin_of(scorer)
     return [

@@ -164,8 +164,7 @@ class Cells:
 
     def _variance(self) -> tuple[float, float | None]:
         """Return the variance of the mean and its degrees of freedom; (0, None) for one seed and one cluster."""
-        axes = [_jackknife(self.total.sum(axis), self.count.sum(axis)) for axis in (1, 0)]
-        (a, df_a), (b, df_b) = ((v, df) if df else (0.0, None) for v, df in axes)
+        (a, df_a), (b, df_b) = (_jackknife(self.total.sum(axis), self.count.sum(axis)) for axis in (1, 0))
         if df_a is None or df_b is None:
             return max(a, b), df_a or df_b  # an axis with one unit has variance 0 and no df
         variance = max(a + b - self._residual(), a, b)
