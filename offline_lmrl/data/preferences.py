@@ -20,8 +20,7 @@ from offline_lmrl.data.comparison import Comparison
 from offline_lmrl.data.errors import InputError
 from offline_lmrl.data.io import group_key
 from offline_lmrl.data.protocols import Scorer
-from offline_lmrl.data.templates import message_of
-from offline_lmrl.data.trajectory import Trajectory, Turn, finite, shown
+from offline_lmrl.data.trajectory import Trajectory, Turn, finite, message_of, shown
 
 RewardKind = Literal["sign", "prob", "strength", "rank", "bt", "rating"]
 Normalise = Literal["none", "global", "group", "rank"]

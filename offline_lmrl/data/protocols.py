@@ -5,6 +5,7 @@ calls are batched over rows. Each row has its own seed, so an episode does not d
 """
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,12 @@ class VectorEnvironment(Protocol):
 
     def step(self, rows: Sequence[int], texts: Sequence[str]) -> list[StepResult]:
         """Play one text in each of these rows; return the results in the same order."""
+
+
+def is_vector(environment: Any) -> bool:
+    """True for a VectorEnvironment, whose `step` takes rows and texts; the `step` of an Environment takes one text."""
+    parameters = inspect.signature(environment.step).parameters.values()
+    return sum(parameter.default is parameter.empty for parameter in parameters) == 2
 
 
 class Scorer(Protocol):

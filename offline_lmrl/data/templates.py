@@ -19,7 +19,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from offline_lmrl.data.errors import InputError, time_limit
-from offline_lmrl.data.trajectory import ROLES, Turn
+from offline_lmrl.data.trajectory import ROLES, Turn, message_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -217,33 +217,6 @@ _PROBE = re.compile(r"Probe\d+Word")
 def probe(i: int) -> str:
     """Return the probe word number i, which takes the place of a turn's content."""
     return f"Probe{i}Word"
-
-
-def message_of(turn: Turn) -> dict[str, Any]:
-    """Return a turn as a message for chat templates. A thought is passed under both names that templates use."""
-    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
-    if turn.thinking is not None:
-        message |= {"reasoning_content": turn.thinking, "thinking": turn.thinking}
-    if turn.tool_calls is not None:
-        message["tool_calls"] = [_call(call) for call in json.loads(turn.tool_calls)]
-    return message | {name: getattr(turn, name) for name in ("name", "tool_call_id") if getattr(turn, name)}
-
-
-def _call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tool call as {"type", "function": {"name", "arguments"}}.
-
-    If the arguments are JSON text of an object, they become that object.
-    """
-    function = dict(call.get("function") or call)
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments)
-        except ValueError:
-            parsed = arguments
-        arguments = parsed if isinstance(parsed, dict) else arguments
-    outer = {name: call[name] for name in ("id",) if call.get(name) is not None}
-    return {"type": "function", **outer, "function": function | {"arguments": arguments}}
 
 
 def derive_template(template: ChatTemplate) -> TemplateText:

@@ -415,3 +415,30 @@ def read_labels(value: Any) -> dict[str, Any]:
     if not isinstance(value or {}, Mapping):
         raise InputError(f"labels: found {shown(value)}, expected an object")
     return dict(value or {})
+
+
+def message_of(turn: Turn) -> dict[str, Any]:
+    """Return a turn as a message for chat templates. A thought is passed under both names that templates use."""
+    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    if turn.thinking is not None:
+        message |= {"reasoning_content": turn.thinking, "thinking": turn.thinking}
+    if turn.tool_calls is not None:
+        message["tool_calls"] = [_call(call) for call in json.loads(turn.tool_calls)]
+    return message | {name: getattr(turn, name) for name in ("name", "tool_call_id") if getattr(turn, name)}
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tool call as {"type", "function": {"name", "arguments"}}.
+
+    If the arguments are JSON text of an object, they become that object.
+    """
+    function = dict(call.get("function") or call)
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except ValueError:
+            parsed = arguments
+        arguments = parsed if isinstance(parsed, dict) else arguments
+    outer = {name: call[name] for name in ("id",) if call.get(name) is not None}
+    return {"type": "function", **outer, "function": function | {"arguments": arguments}}

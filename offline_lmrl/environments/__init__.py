@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from offline_lmrl.data.errors import InputError, shown
-from offline_lmrl.data.protocols import Environment, VectorEnvironment, imported
+from offline_lmrl.data.protocols import Environment, VectorEnvironment, imported, is_vector
 from offline_lmrl.data.trajectory import require_text
 
 ENVIRONMENTS = {
@@ -59,12 +59,6 @@ def task_of(environment: VectorEnvironment | Callable[[], Environment]) -> Calla
             "with task(seed), by which demonstrations are chosen"
         )
     return made.task
-
-
-def is_vector(environment: Any) -> bool:
-    """True for a VectorEnvironment, whose `step` takes rows and texts; the `step` of an Environment takes one text."""
-    parameters = inspect.signature(environment.step).parameters.values()
-    return sum(parameter.default is parameter.empty for parameter in parameters) == 2
 
 
 def _find(name: str) -> Callable[..., Any]:

@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.protocols import Environment, Policy, Reply, StepResult, VectorEnvironment
+from offline_lmrl.data.protocols import Environment, Policy, Reply, StepResult, VectorEnvironment, is_vector
 from offline_lmrl.data.trajectory import Trajectory, Turn, finite, shown
-from offline_lmrl.environments import is_vector
 
 MAX_TURNS = 1000  # so that an evaluation ends even if the environment never does
 

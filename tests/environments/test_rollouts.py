@@ -3,9 +3,9 @@
 import pytest
 
 from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.protocols import Reply, StepResult
+from offline_lmrl.data.protocols import Reply, StepResult, is_vector
 from offline_lmrl.data.trajectory import Turn
-from offline_lmrl.environments import ENVIRONMENTS, is_vector, make_environment
+from offline_lmrl.environments import ENVIRONMENTS, make_environment
 from offline_lmrl.environments.rollouts import MAX_TURNS, rollout
 
 
