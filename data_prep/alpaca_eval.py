@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 from data_prep import fields
 from data_prep.comparisons import import_rows, publish
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import Drop
-from offline_lmrl.data.preference_forms import root_group
-from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.forms import Drop
+from offline_lmrl.logs.preference_forms import root_group
+from offline_lmrl.logs.trajectory import Turn
 
 KEPT = ("annotator", "dataset")  # columns that go to the labels; several values of one comparison are joined
 _CERTAIN = 1e-9  # bound on p and 1 - p: at 0 or 1 the odds would be 0 or infinite

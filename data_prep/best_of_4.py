@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.comparisons import import_rows, publish
 from data_prep.fields import items, whole
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import Drop
-from offline_lmrl.data.preference_forms import root_group
-from offline_lmrl.data.tokenizers import load_tokenizer
-from offline_lmrl.data.trajectory import Turn, shown
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.forms import Drop
+from offline_lmrl.logs.preference_forms import root_group
+from offline_lmrl.logs.trajectory import Turn, shown
+from offline_lmrl.tokens.tokenizers import load_tokenizer
 
 SAMPLES = ("sample0", "sample1", "sample2", "sample3")
 PAD = 50259

@@ -22,10 +22,10 @@ from typing import Any
 
 from data_prep import fields, trajectories
 from data_prep.comparisons import import_rows
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import Drop, extra_columns, given_fields, read_messages, thumb
-from offline_lmrl.data.preference_forms import root_group
-from offline_lmrl.data.trajectory import Trajectory, Turn, build_trajectory, shown
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.forms import Drop, extra_columns, given_fields, read_messages, thumb
+from offline_lmrl.logs.preference_forms import root_group
+from offline_lmrl.logs.trajectory import Trajectory, Turn, build_trajectory, shown
 
 _TAGS = ("useful", "complete", "creative", "clear_formatting", "incorrect", "superficial", "instructions_not_followed")
 _COMPARIA = {

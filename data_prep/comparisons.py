@@ -22,15 +22,15 @@ from typing import Any
 
 from data_prep import fields
 from data_prep.reports import prepared, require_no_other_splits, write_json
-from offline_lmrl.data.comparison import Comparison, to_record
-from offline_lmrl.data.comparison_checks import Feature, facts, merge_repeats, tally
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.files import staging
-from offline_lmrl.data.forms import Drop
-from offline_lmrl.data.io import REPORT, Row, atomic_output, group_key, parsed, raw_splits, split_by_group
-from offline_lmrl.data.parallel import chunks, map_in_order
-from offline_lmrl.data.preference_forms import read_comparison
-from offline_lmrl.data.trajectory import Trajectory, shown
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.comparison import Comparison, to_record
+from offline_lmrl.logs.comparison_checks import Feature, facts, merge_repeats, tally
+from offline_lmrl.logs.files import staging
+from offline_lmrl.logs.forms import Drop
+from offline_lmrl.logs.io import REPORT, Row, atomic_output, group_key, parsed, raw_splits, split_by_group
+from offline_lmrl.logs.parallel import chunks, map_in_order
+from offline_lmrl.logs.preference_forms import read_comparison
+from offline_lmrl.logs.trajectory import Trajectory, shown
 
 _BUCKETS = 512  # by group: with a million comparisons, each holds a few thousand
 _CHUNK = 500  # rows that a process reads at once

@@ -2,7 +2,7 @@
 
 Both public line forms are read: the plain one of data.txt and the tagged one of train.txt, val.txt and test.txt. A
 line is a dialogue as one side saw it. It becomes that side's episode in the form of
-`offline_lmrl.environments.negotiation`: the side's values, the dialogue, "divide", and the items that the side takes,
+`offline_lmrl.tasks.negotiation`: the side's values, the dialogue, "divide", and the items that the side takes,
 with the reward on that last turn.
 
 How the logs are read:
@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.reports import prepared, write_json
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import REPORT, write_trajectories
-from offline_lmrl.data.trajectory import Trajectory, Turn
-from offline_lmrl.environments.negotiation import (
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import REPORT, write_trajectories
+from offline_lmrl.logs.trajectory import Trajectory, Turn
+from offline_lmrl.tasks.negotiation import (
     DIVIDE,
     ITEMS,
     SELECTION,

@@ -6,9 +6,9 @@ A field of another type raises InputError "where: name: found X, expected Y".
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import is_whole, read_text
-from offline_lmrl.data.trajectory import finite, require_list, shown
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.forms import is_whole, read_text
+from offline_lmrl.logs.trajectory import finite, require_list, shown
 
 
 def text(record: Mapping, name: str, where: str) -> str:

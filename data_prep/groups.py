@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from offline_lmrl.data.io import Row
-from offline_lmrl.data.preference_forms import root_group
-from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.logs.io import Row
+from offline_lmrl.logs.preference_forms import root_group
+from offline_lmrl.logs.trajectory import Trajectory
 
 
 def join_groups(made: Mapping[str, list[Row]]) -> dict[str, list[Row]]:

@@ -21,11 +21,11 @@ from typing import Any, Literal
 
 from data_prep import fields
 from data_prep.comparisons import import_rows, publish
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import Drop, extra_columns, read_messages, read_text
-from offline_lmrl.data.preference_forms import read_comparison
-from offline_lmrl.data.trajectory import Turn, messages_of, shown
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.forms import Drop, extra_columns, read_messages, read_text
+from offline_lmrl.logs.preference_forms import read_comparison
+from offline_lmrl.logs.trajectory import Turn, messages_of, shown
 
 RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 SPLITS = {"train": "train", "val": "validation", "validation": "validation"}

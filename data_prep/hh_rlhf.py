@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.comparisons import convert
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.preference_forms import is_transcript, read_comparison
-from offline_lmrl.data.trajectory import shown
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.preference_forms import is_transcript, read_comparison
+from offline_lmrl.logs.trajectory import shown
 
 SIDES = ("chosen", "rejected")
 _INNER_TAG = re.compile(r"\b(Human|Assistant):")

@@ -15,10 +15,10 @@ from typing import Any
 
 from data_prep import trajectories
 from data_prep.comparisons import import_rows
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import Drop, extra_columns, given_fields, thumb
-from offline_lmrl.data.preference_forms import read_context, read_reply, root_group
-from offline_lmrl.data.trajectory import Trajectory, build_trajectory
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.forms import Drop, extra_columns, given_fields, thumb
+from offline_lmrl.logs.preference_forms import read_context, read_reply, root_group
+from offline_lmrl.logs.trajectory import Trajectory, build_trajectory
 
 _FIELDS = {"prompt", "completion", "label", "group", "source", "labels"}
 

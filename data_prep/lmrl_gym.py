@@ -27,10 +27,10 @@ from typing import Any, Literal
 
 from data_prep import fields, trajectories
 from data_prep.comparisons import import_rows
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import Drop, extra_columns, thumb
-from offline_lmrl.data.io import content_key
-from offline_lmrl.data.trajectory import Trajectory, Turn, shown
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.forms import Drop, extra_columns, thumb
+from offline_lmrl.logs.io import content_key
+from offline_lmrl.logs.trajectory import Trajectory, Turn, shown
 
 SPLITS = {"eval": "validation", "val": "validation"}
 QUESTIONS = 20

@@ -13,10 +13,10 @@ from typing import Literal
 import numpy as np
 
 from data_prep.reports import prepared, write_json
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import REPORT, split_by_group, write_trajectories
-from offline_lmrl.data.trajectory import Trajectory, Turn
-from offline_lmrl.environments.maze import FREE, GOAL, MAX_STEPS, MOVES, Cell, Maze, distances, move
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import REPORT, split_by_group, write_trajectories
+from offline_lmrl.logs.trajectory import Trajectory, Turn
+from offline_lmrl.tasks.maze import FREE, GOAL, MAX_STEPS, MOVES, Cell, Maze, distances, move
 
 UPPER_BARS = frozenset(cell for cell in FREE if cell[0] == 1)
 PARTS: dict[str, frozenset[Cell]] = {

@@ -12,9 +12,9 @@ from typing import Any
 
 from data_prep import fields
 from data_prep.comparisons import convert
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.forms import extra_columns
-from offline_lmrl.data.preference_forms import read_comparison
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.forms import extra_columns
+from offline_lmrl.logs.preference_forms import read_comparison
 
 
 def prepare(

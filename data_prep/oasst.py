@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 from data_prep import fields
 from data_prep.comparisons import import_rows, publish, read_raw
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import extra_columns
-from offline_lmrl.data.preference_forms import read_comparison
-from offline_lmrl.data.trajectory import Turn, messages_of, shown
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.forms import extra_columns
+from offline_lmrl.logs.preference_forms import read_comparison
+from offline_lmrl.logs.trajectory import Turn, messages_of, shown
 
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 _KEPT = {

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from data_prep import trajectories
 from data_prep.oasst import Message, Reply, import_replies, turns_of
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.preference_forms import root_group
-from offline_lmrl.data.trajectory import Trajectory, as_context
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.preference_forms import root_group
+from offline_lmrl.logs.trajectory import Trajectory, as_context
 
 
 def prepare(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.comparisons import publish
-from offline_lmrl.environments.pref_gold import PrefGold
+from offline_lmrl.tasks.pref_gold import PrefGold
 
 
 def prepare(

@@ -1,4 +1,4 @@
-"""Convert preference rows in any common form (offline_lmrl/data/preference_forms.py) to comparisons.
+"""Convert preference rows in any common form (offline_lmrl/logs/preference_forms.py) to comparisons.
 
 Rows of the project's own form keep their context and options, but are dropped if two replies are identical or one is
 empty. (A ranked response that is empty or identical to another is only left out.)
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.comparisons import convert
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.preference_forms import read_comparison, require_replies
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.preference_forms import read_comparison, require_replies
 
 
 def prepare(

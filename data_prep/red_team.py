@@ -17,10 +17,10 @@ from typing import Any, Literal
 from data_prep import trajectories
 from data_prep.comparisons import import_rows
 from data_prep.fields import number
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import Drop, extra_columns
-from offline_lmrl.data.preference_forms import is_transcript, root_group, transcript
-from offline_lmrl.data.trajectory import Trajectory, shown
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.forms import Drop, extra_columns
+from offline_lmrl.logs.preference_forms import is_transcript, root_group, transcript
+from offline_lmrl.logs.trajectory import Trajectory, shown
 
 HIGHEST = 4
 _MEMBER, _SCORE = "red_team_member_id", "min_harmlessness_score_transcript"

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.files import locked, staging, writing
-from offline_lmrl.data.io import REPORT, write_text
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.files import locked, staging, writing
+from offline_lmrl.logs.io import REPORT, write_text
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,4 +1,4 @@
-"""Convert scored rows in any common form (offline_lmrl/data/forms.py) to trajectories in splits.
+"""Convert scored rows in any common form (offline_lmrl/logs/forms.py) to trajectories in splits.
 
 Nothing is changed except what those forms repair and count. The group of a row without one is its first user turn.
 """
@@ -11,10 +11,10 @@ from typing import Any
 
 from data_prep import trajectories
 from data_prep.comparisons import import_rows
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import no_score, read_row
-from offline_lmrl.data.preference_forms import root_group
-from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.forms import no_score, read_row
+from offline_lmrl.logs.preference_forms import root_group
+from offline_lmrl.logs.trajectory import Trajectory
 
 
 def prepare(

@@ -17,11 +17,11 @@ from typing import Any
 from data_prep.comparisons import import_rows, publish
 from data_prep.fields import facts, number, text
 from data_prep.groups import join_groups
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import Drop
-from offline_lmrl.data.io import group_key
-from offline_lmrl.data.trajectory import Turn, shown
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.forms import Drop
+from offline_lmrl.logs.io import group_key
+from offline_lmrl.logs.trajectory import Turn, shown
 
 SIDES = ("A", "B")
 _LOST = ("[deleted]", "[removed]")

@@ -21,9 +21,9 @@ from typing import Any
 
 from data_prep import fields
 from data_prep.comparisons import convert
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.forms import Drop, extra_columns
-from offline_lmrl.data.preference_forms import read_comparison
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.forms import Drop, extra_columns
+from offline_lmrl.logs.preference_forms import read_comparison
 
 _BLOCKS = ("p", "div", "blockquote", "ul", "ol", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "table", "tr")
 _MARKS = {

@@ -18,11 +18,11 @@ from data_prep.comparisons import import_rows
 from data_prep.fields import facts, inner, number
 from data_prep.groups import join_groups
 from data_prep.summarize_comparisons import by_own_split, read_info, read_split, read_summary
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import Drop
-from offline_lmrl.data.io import group_key
-from offline_lmrl.data.preference_forms import root_group
-from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.forms import Drop
+from offline_lmrl.logs.io import group_key
+from offline_lmrl.logs.preference_forms import root_group
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 
 AXES = ("overall", "accuracy", "coverage", "coherence")
 _HIGHEST = 7

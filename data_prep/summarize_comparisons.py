@@ -21,11 +21,11 @@ from typing import Any
 from data_prep.comparisons import import_rows, publish
 from data_prep.fields import facts, inner, number, objects, text, whole
 from data_prep.groups import join_groups
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import Drop
-from offline_lmrl.data.io import Row
-from offline_lmrl.data.trajectory import Turn, shown
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.forms import Drop
+from offline_lmrl.logs.io import Row
+from offline_lmrl.logs.trajectory import Turn, shown
 
 SPLITS = {"train": "train", "valid1": "validation", "valid2": "test", "test": "test"}
 _PARTS = {"subreddit": "SUBREDDIT: r/", "title": "TITLE: ", "post": "POST: ", "article": "ARTICLE: "}

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from data_prep.reports import prepared, write_json
-from offline_lmrl.data.errors import InputError, shown
-from offline_lmrl.data.io import REPORT, write_trajectories
-from offline_lmrl.environments import make_environment
+from offline_lmrl.errors import InputError, shown
+from offline_lmrl.logs.io import REPORT, write_trajectories
+from offline_lmrl.tasks import make_environment
 
 VALIDATION_SHARE = 0.1
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from data_prep.comparisons import separate
 from data_prep.reports import prepared, require_no_other_splits, write_json
-from offline_lmrl.data.checks import check
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.comparison_checks import baselines, pitfalls
-from offline_lmrl.data.io import REPORT, group_key, write_trajectories
-from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.comparison_checks import baselines, pitfalls
+from offline_lmrl.logs.io import REPORT, group_key, write_trajectories
+from offline_lmrl.logs.trajectory import Trajectory
+from offline_lmrl.tokens.checks import check
 
 
 def publish(

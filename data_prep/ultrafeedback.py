@@ -22,11 +22,11 @@ from typing import Any
 
 from data_prep import fields
 from data_prep.comparisons import convert
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import Drop, extra_columns
-from offline_lmrl.data.preference_forms import read_comparison
-from offline_lmrl.data.trajectory import shown
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.forms import Drop, extra_columns
+from offline_lmrl.logs.preference_forms import read_comparison
+from offline_lmrl.logs.trajectory import shown
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 _KEPT = {"model", "principle", "custom_system_prompt", "critique", "overall_score"}

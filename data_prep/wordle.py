@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep.reports import prepared, write_json
-from offline_lmrl.data.errors import InputError, shown
-from offline_lmrl.data.io import REPORT, split_by_group, write_trajectories
-from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.scripted import Forced, check_episodes
-from offline_lmrl.environments.wordle import Wordle, read_words
-from offline_lmrl.environments.wordle_players import (
+from offline_lmrl.errors import InputError, shown
+from offline_lmrl.logs.io import REPORT, split_by_group, write_trajectories
+from offline_lmrl.logs.trajectory import Trajectory
+from offline_lmrl.tasks.wordle import Wordle, read_words
+from offline_lmrl.tasks.wordle_players import (
     PLAYERS,
     Consistent,
     Mixture,

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.comparison_batching import encode_comparisons
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import split_by_group
-from offline_lmrl.data.preferences import to_trajectories
-from offline_lmrl.data.rendering import Renderer
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Turn
-from offline_lmrl.data.windows import WindowRule
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.io import split_by_group
+from offline_lmrl.logs.preferences import to_trajectories
+from offline_lmrl.logs.trajectory import Turn
+from offline_lmrl.tokens.comparison_batching import encode_comparisons
+from offline_lmrl.tokens.rendering import Renderer
+from offline_lmrl.tokens.tokenizers import train_tokenizer
+from offline_lmrl.tokens.windows import WindowRule
 
 RENDERER = Renderer(train_tokenizer(["hello there, how are you? Fine, 1 or 2"] * 3, 290))
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from offline_lmrl import cli
-from offline_lmrl.data.errors import LONGEST_MESSAGE
+from offline_lmrl.cli import main as cli
+from offline_lmrl.errors import LONGEST_MESSAGE
 
 
 class TooLong(BaseException):

@@ -53,10 +53,10 @@ def _serve(log: str) -> None:
 
     import torch
 
-    import offline_lmrl.algorithms.run
-    import offline_lmrl.cli_play
-    import offline_lmrl.evaluation.compare
-    import offline_lmrl.evaluation.export  # noqa: F401
+    import offline_lmrl.cli.play
+    import offline_lmrl.comparison.compare
+    import offline_lmrl.export.plain
+    import offline_lmrl.run  # noqa: F401
 
     torch.set_num_threads(1)
     events = Path(f"{log}.events")
@@ -78,7 +78,7 @@ def _serve(log: str) -> None:
 
 
 def _command(request: dict[str, Any], log: str, events: str) -> None:
-    from offline_lmrl.cli import main
+    from offline_lmrl.cli.main import main
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)

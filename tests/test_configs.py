@@ -6,12 +6,12 @@ import pytest
 from rich.console import Console
 from transformers import AutoConfig
 
-from offline_lmrl.cli_data import _source, config_path, shipped_configs
-from offline_lmrl.cli_parser import read_settings
-from offline_lmrl.cli_run import train_settings
-from offline_lmrl.environments import ENVIRONMENTS
-from offline_lmrl.evaluation.compare import _Comparison
-from offline_lmrl.evaluation.config import CompareConfig
+from offline_lmrl.cli.data import _source, config_path, shipped_configs
+from offline_lmrl.cli.parser import read_settings
+from offline_lmrl.cli.train import train_settings
+from offline_lmrl.comparison.compare import _Comparison
+from offline_lmrl.comparison.config import CompareConfig
+from offline_lmrl.tasks import ENVIRONMENTS
 
 CONFIGS = shipped_configs()
 COMPARISONS = [name for name, path in CONFIGS.items() if "methods" in read_settings(path)]

@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from offline_lmrl.algorithms import load_algorithm
-from offline_lmrl.algorithms.run import DataConfig, ModelConfig, train
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import write_trajectories
-from offline_lmrl.data.trajectory import Turn
-from offline_lmrl.data.windows import policy_window
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
-from offline_lmrl.evaluation.export import export
+from offline_lmrl.errors import InputError
+from offline_lmrl.export.plain import export
+from offline_lmrl.logs.io import write_trajectories
+from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.models.guided import load_model
+from offline_lmrl.run import DataConfig, ModelConfig, train
+from offline_lmrl.tokens.windows import policy_window
 from tests.families import FAMILIES, small_model
-from tests.test_training import TOKENIZER, logs, trainer
+from tests.training.test_trainer import TOKENIZER, logs, trainer
 
 NOT_BUILT = {"dots3_note", "gemma3n", "gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody"}
 CACHE = "read on from a cache in a batch"  # positions are counted from the start of the padding

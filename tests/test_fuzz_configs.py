@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import transformers
 
-from offline_lmrl.data.errors import LONGEST_MESSAGE, InputError
-from offline_lmrl.data.yaml_text import load_yaml
+from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.decoding.scorers import load_scorer
-from offline_lmrl.evaluation.config import CompareConfig
+from offline_lmrl.errors import LONGEST_MESSAGE, InputError
+from offline_lmrl.logs.yaml_text import load_yaml
 from tests import fuzzing
 from tests.fuzzing import run_command, time_limit
 

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 from data_prep import best_of_4
-from offline_lmrl.cli_data import SOURCES
-from offline_lmrl.data import comparison, trajectory
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import read_row
-from offline_lmrl.data.io import (
+from offline_lmrl.cli.data import SOURCES
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs import comparison, trajectory
+from offline_lmrl.logs.forms import read_row
+from offline_lmrl.logs.io import (
     parsed,
     read_comparisons,
     read_trajectories,
     write_comparisons,
     write_trajectories,
 )
-from offline_lmrl.data.preference_forms import read_comparison
+from offline_lmrl.logs.preference_forms import read_comparison
 from tests import fuzzing
 from tests.comparisons import RENDERER
 from tests.data_prep import test_comparisons, test_deal_or_no_deal, test_kto, test_stepwise, test_trajectories

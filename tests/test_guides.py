@@ -8,10 +8,10 @@ import pytest
 
 import offline_lmrl
 from offline_lmrl.algorithms import ALGORITHMS
-from offline_lmrl.cli_data import shipped_configs
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.environments.toys import Walk
+from offline_lmrl.cli.data import shipped_configs
 from offline_lmrl.models.guided import build_model
+from offline_lmrl.tasks.toys import Walk
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "configs").glob("*/*.md"))]
@@ -83,7 +83,7 @@ def test_every_algorithm_and_what_pages_name_is_importable_from_the_package():
         "evaluate_policy",
         "run_compare",
         "preference_rows",
-        "export",
+        "export_run",
     }
     for page in PAGES:
         for line in re.findall(r"from offline_lmrl import (.+)", page.read_text(encoding="utf-8")):

@@ -47,7 +47,7 @@ def test_importing_the_package_loads_no_library():
 
 
 def test_top_level_help_loads_no_library():
-    loaded = modules_after("from offline_lmrl.cli import main", "main(['--help'])")
+    loaded = modules_after("from offline_lmrl.cli.main import main", "main(['--help'])")
     assert not {"torch", "transformers", "datasets", "numpy"} & loaded
 
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 import yaml
 
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.io import write_comparisons
-from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.io import write_comparisons
+from offline_lmrl.logs.trajectory import Turn
 from tests.killing import Commands
 
 SCRATCH = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, "n_positions": 128}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
-from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_training import logs, trainer
+from tests.training.test_trainer import logs, trainer
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 END = """
@@ -18,7 +18,7 @@ torch.distributed.destroy_process_group()
 """
 EVALUATE = """
 import torch
-from tests.test_training import logs, trainer
+from tests.training.test_trainer import logs, trainer
 settings = {settings!r}
 for rows in {rows!r}:
     run = trainer(f"{folder}/{{rows}}", held_out=logs(rows), **settings)
@@ -69,7 +69,7 @@ def test_evaluation_ends_with_fewer_batches_than_ranks_and_counts_each_row_once(
 TRAIN = """
 import torch
 from tests.families import small_model
-from tests.test_training import trainer
+from tests.training.test_trainer import trainer
 torch.manual_seed(0)
 run = trainer({folder!r} + "/run", model=small_model({family!r}), algorithm={algorithm!r}, max_steps=3)
 run.train()

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from offline_lmrl.data.printing import in_window
-from offline_lmrl.data.rendering import EncodedTurn
-from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.tokens.printing import in_window
+from offline_lmrl.tokens.rendering import EncodedTurn
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 
 class OneByOne:

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from offline_lmrl.data.errors import InputError, shown
+from offline_lmrl.errors import InputError, shown
 
 # name -> module, config class, trainer class; modules are imported when an algorithm is used
 ALGORITHMS = {

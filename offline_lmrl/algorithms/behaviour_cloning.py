@@ -12,10 +12,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.guided import detach
-from offline_lmrl.training import OfflineConfig, OfflineTrainer
+from offline_lmrl.training.config import OfflineConfig
+from offline_lmrl.training.trainer import OfflineTrainer
 
 
 @dataclass

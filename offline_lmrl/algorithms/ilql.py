@@ -29,24 +29,18 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from offline_lmrl.data.batching import WindowDataset
-from offline_lmrl.data.episodes import StepRule
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.scale import RewardScale
 from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import attach, check_same_heads, slots_of
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.ops.returns import monte_carlo_mixture
 from offline_lmrl.ops.value_learning import awr_weight, conservative_loss, expectile_loss, q_loss, td_target
-from offline_lmrl.training import (
-    KNOWN_TURN,
-    OfflineConfig,
-    OfflineTrainer,
-    TargetUpdates,
-    check_range,
-    require_targets,
-)
+from offline_lmrl.tokens.batching import WindowDataset
+from offline_lmrl.tokens.episodes import StepRule
+from offline_lmrl.training.config import OfflineConfig, check_range
+from offline_lmrl.training.trainer import KNOWN_TURN, OfflineTrainer, TargetUpdates, require_targets
 
 
 @dataclass

@@ -24,17 +24,18 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
-from offline_lmrl.data.batching import WindowDataset
-from offline_lmrl.data.episodes import StepRule
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.scale import RewardScale
-from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.decoding.critic import log_encoder, read_values
 from offline_lmrl.decoding.policy import load_critic
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.scale import RewardScale
+from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import detach
 from offline_lmrl.ops.value_learning import awr_weight
-from offline_lmrl.training import OfflineConfig, OfflineTrainer, check_range
+from offline_lmrl.tokens.batching import WindowDataset
+from offline_lmrl.tokens.episodes import StepRule
+from offline_lmrl.training.config import OfflineConfig, check_range
+from offline_lmrl.training.trainer import OfflineTrainer
 
 
 @dataclass

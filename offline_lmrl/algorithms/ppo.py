@@ -39,18 +39,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offline_lmrl.data.batching import TokenBatch, WindowDataset, encode_trajectories
-from offline_lmrl.data.episodes import EpisodeEncoder, StepRule
-from offline_lmrl.data.errors import InputError, shown
-from offline_lmrl.data.experience import Experience
-from offline_lmrl.data.io import write_trajectories
-from offline_lmrl.data.protocols import Environment, VectorEnvironment
-from offline_lmrl.data.scale import RewardScale
-from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.probe import check_plays, check_trains
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.rollouts import rollout
+from offline_lmrl.errors import InputError, shown
+from offline_lmrl.logs.io import write_trajectories
+from offline_lmrl.logs.protocols import Environment, VectorEnvironment
+from offline_lmrl.logs.scale import RewardScale
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.actor_critic import ActorCritic
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import attach, detach, load_model
@@ -77,15 +74,12 @@ from offline_lmrl.ops.policy_gradient import (
     whiten,
 )
 from offline_lmrl.ops.value_learning import td_target
-from offline_lmrl.training import (
-    OfflineConfig,
-    OfflineTrainer,
-    check_model,
-    check_range,
-    tokenizer_beside,
-    with_adapter,
-)
-from offline_lmrl.training_loop import LoopTrainer
+from offline_lmrl.tokens.batching import TokenBatch, WindowDataset, encode_trajectories
+from offline_lmrl.tokens.episodes import EpisodeEncoder, StepRule
+from offline_lmrl.tokens.experience import Experience
+from offline_lmrl.training.config import OfflineConfig, check_range
+from offline_lmrl.training.loop import LoopTrainer
+from offline_lmrl.training.trainer import OfflineTrainer, check_model, tokenizer_beside, with_adapter
 
 KL_ESTIMATORS = {"k1": kl_k1, "k3": kl_k3}
 OVERSHOOT = 1.5  # an update stops when its approx_kl exceeds this multiple of `stop_kl`

@@ -34,19 +34,20 @@ from typing import Any, Literal
 
 import torch
 
-from offline_lmrl.data.batching import WindowDataset
-from offline_lmrl.data.conditioning import ReturnScale, Slots, check_binning
-from offline_lmrl.data.episodes import Step, StepRule
-from offline_lmrl.data.errors import InputError, shown
-from offline_lmrl.data.scale import RewardScale
-from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.decoding.critic import relabel
 from offline_lmrl.decoding.policy import load_critic
 from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.errors import InputError, shown
+from offline_lmrl.logs.scale import RewardScale
+from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import attach_return_heads, attach_returns
 from offline_lmrl.models.return_heads import fit_heads
-from offline_lmrl.training import KNOWN_TURN, OfflineConfig, OfflineTrainer, check_range, require_targets
+from offline_lmrl.tokens.batching import WindowDataset
+from offline_lmrl.tokens.conditioning import ReturnScale, Slots, check_binning
+from offline_lmrl.tokens.episodes import Step, StepRule
+from offline_lmrl.training.config import OfflineConfig, check_range
+from offline_lmrl.training.trainer import KNOWN_TURN, OfflineTrainer, require_targets
 
 TABLE_RATE = 10.0  # learning rate of the return table, as a multiple of the model's: its rows are not pretrained
 
@@ -60,7 +61,7 @@ class ReturnConditionedConfig(OfflineConfig):
 
     Args:
       bins: largest number of bins of the returns; 2 to 8 suit small data.
-      binning: unique, linear, quantile or auto (data/conditioning.py). auto = unique if there are at most `bins`
+      binning: unique, linear, quantile or auto (tokens/conditioning.py). auto = unique if there are at most `bins`
         distinct returns, else linear.
       per: global = one scale of returns for all data; task = one for each task.
       discount_per_turn: γ of the returns, between two agent turns, above 0 and at most 1 [1].

@@ -36,11 +36,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offline_lmrl.data.checks import TEMPLATE_ROWS
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.comparison_batching import ComparisonDataset, encode_comparisons, encode_scored
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import (
+from offline_lmrl.decoding.probe import check_scores
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.io import (
     fingerprint,
     group_key,
     holds_comparisons,
@@ -48,9 +47,8 @@ from offline_lmrl.data.io import (
     store,
     store_comparisons,
 )
-from offline_lmrl.data.preferences import binarised
-from offline_lmrl.data.trajectory import Trajectory, shown
-from offline_lmrl.decoding.probe import check_scores
+from offline_lmrl.logs.preferences import binarised
+from offline_lmrl.logs.trajectory import Trajectory, shown
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import (
     build_reward_model,
@@ -69,7 +67,10 @@ from offline_lmrl.ops.preferences import (
     plackett_luce_loss,
     regression_loss,
 )
-from offline_lmrl.training import BaseConfig, BaseTrainer, check_range, with_adapter
+from offline_lmrl.tokens.checks import TEMPLATE_ROWS
+from offline_lmrl.tokens.comparison_batching import ComparisonDataset, encode_comparisons, encode_scored
+from offline_lmrl.training.config import BaseConfig, check_range
+from offline_lmrl.training.trainer import BaseTrainer, with_adapter
 
 NORMALISED_ON = 1000  # largest number of comparisons on which scores are normalised
 

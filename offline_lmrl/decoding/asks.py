@@ -37,8 +37,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from offline_lmrl.data.conditioning import ASK_NAMES, Ids, ReturnTable, Slots, check_ask
-from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.logs.trajectory import Turn
+from offline_lmrl.tokens.conditioning import ASK_NAMES, Ids, ReturnTable, Slots, check_ask
 
 SAID: set[tuple[float | str, str, ReturnTable]] = set()  # request, kind and returns of each warning logged
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.errors import InputError
 
 Layer = tuple[Tensor, Tensor]  # keys and values, each (B, heads, L, width)
 

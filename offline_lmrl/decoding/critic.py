@@ -11,17 +11,17 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from offline_lmrl.data.batching import WindowDataset, encode_trajectories
-from offline_lmrl.data.conditioning import LABEL
-from offline_lmrl.data.episodes import EpisodeEncoder, StepRule
-from offline_lmrl.data.errors import InputError, shown
-from offline_lmrl.data.io import read_trajectories
-from offline_lmrl.data.scale import RewardScale
-from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.decoding.policy import LanguagePolicy, load_critic, require_no_prompt
+from offline_lmrl.errors import InputError, shown
+from offline_lmrl.logs.io import read_trajectories
+from offline_lmrl.logs.scale import RewardScale
+from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import slots_of
 from offline_lmrl.ops.returns import qdt_returns_to_go
+from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
+from offline_lmrl.tokens.conditioning import LABEL
+from offline_lmrl.tokens.episodes import EpisodeEncoder, StepRule
 
 READ = ("target_q", "v", "next_v")
 

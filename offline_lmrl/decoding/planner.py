@@ -23,14 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from offline_lmrl.data.errors import InputError, shown
-from offline_lmrl.data.preferences import Scored, score_rows
-from offline_lmrl.data.protocols import Reply, Scorer
-from offline_lmrl.data.scale import RewardScale
-from offline_lmrl.data.trajectory import Turn, as_context
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy, load_critic, require_no_prompt
 from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler, SamplingConfig
+from offline_lmrl.errors import InputError, shown
+from offline_lmrl.logs.preferences import Scored, score_rows
+from offline_lmrl.logs.protocols import Reply, Scorer
+from offline_lmrl.logs.scale import RewardScale
+from offline_lmrl.logs.trajectory import Turn, as_context
 from offline_lmrl.models.adapters import settings
 
 

@@ -11,23 +11,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offline_lmrl.data.conditioning import Ids
-from offline_lmrl.data.demonstrations import PromptSpec, prompt_ids
-from offline_lmrl.data.episodes import StepRule
-from offline_lmrl.data.errors import InputError, opening, shown
-from offline_lmrl.data.protocols import Policy, Reply
-from offline_lmrl.data.rendering import Renderer
-from offline_lmrl.data.scale import RewardScale
-from offline_lmrl.data.tokenizers import load_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn
-from offline_lmrl.data.windows import WindowRule, policy_window, reply_window
 from offline_lmrl.decoding.asks import Asks
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.probe import check_plays
 from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler, SamplingConfig
+from offline_lmrl.errors import InputError, opening, shown
+from offline_lmrl.logs.protocols import Policy, Reply
+from offline_lmrl.logs.scale import RewardScale
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import find_device, load_model, settings, slots_of
 from offline_lmrl.models.renderers import renderer_of
 from offline_lmrl.ops.decoding import reduce_q, support_filter
+from offline_lmrl.tokens.conditioning import Ids
+from offline_lmrl.tokens.episodes import StepRule
+from offline_lmrl.tokens.few_shot import PromptSpec, prompt_ids
+from offline_lmrl.tokens.rendering import Renderer
+from offline_lmrl.tokens.tokenizers import load_tokenizer
+from offline_lmrl.tokens.windows import WindowRule, policy_window, reply_window
 
 ASK_SUPPORT = 0.02  # the best Q ignores first tokens with less than this share of the largest probability
 SAMPLE_STRIDE = 2**32  # difference between the seeds of one history's samples: larger than any range of seeds
@@ -53,12 +53,13 @@ class LanguagePolicy:
       model: the causal LM.
       renderer: turns a dialogue into token ids.
       sampling: how replies are decoded; None = the defaults of SamplingConfig.
-      context: most turns of history in a window (data/windows.py), as in training; None = limited by max_length alone.
+      context: most turns of history in a window (tokens/windows.py), as in training; None = limited by max_length
+        alone.
       stride: turns by which the start of the window moves at a time, as in training.
       max_length: most tokens of a window, of which max_new_tokens stay free for the reply; None = the number of
         positions in the model's config, or 1024 if it has none.
       task: name of the played task, for a model that was trained with returns per task.
-      prompt: few-shot demonstrations (data/demonstrations.py), which come before the window of every row, in the given
+      prompt: few-shot demonstrations (tokens/few_shot.py), which come before the window of every row, in the given
         order; None = none. Each is cut to the part that the model was trained with, or kept whole if it was trained
         without demonstrations.
       critics: the runs loaded for requests "auto:RUN", by name, to which new ones are added; None = a new dictionary.

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.rendering import Renderer
 from offline_lmrl.decoding.cache import is_kept_per_token, new_cache
 from offline_lmrl.decoding.sampler import Sampler, SamplingConfig, evaluating
+from offline_lmrl.errors import InputError
+from offline_lmrl.tokens.rendering import Renderer
 
 TEXT = "Twelve sly wolves quickly jumped over my boxing dog, and ran."
 LONG, SHORT = 11, 6  # tokens of the two rows; no family processes blocks of a size that divides both

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.preferences import score_rows
-from offline_lmrl.data.protocols import Policy, Reply, Scorer, Session
-from offline_lmrl.data.trajectory import Trajectory, Turn, as_context
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.preferences import score_rows
+from offline_lmrl.logs.protocols import Policy, Reply, Scorer, Session
+from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context
 from offline_lmrl.ops.preferences import abstention_threshold
 
 CANDIDATE_STRIDE = 2**48  # between the seeds of one reply's candidates: larger than any seed of `generate_texts`

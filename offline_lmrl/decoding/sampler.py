@@ -23,14 +23,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-from offline_lmrl.data.conditioning import check_ask
-from offline_lmrl.data.errors import InputError, shown
-from offline_lmrl.data.protocols import Reply
-from offline_lmrl.data.rendering import Renderer
-from offline_lmrl.data.trajectory import Turn
 from offline_lmrl.decoding.cache import CacheMemory, cache_argument, is_kept_per_token, new_cache
 from offline_lmrl.decoding.constraints import TokenTrie
+from offline_lmrl.errors import InputError, shown
+from offline_lmrl.logs.protocols import Reply
+from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.ops.decoding import Q_REDUCTIONS, condition_shift, guide, sample_from, uniform, warp_log_probs
+from offline_lmrl.tokens.conditioning import check_ask
+from offline_lmrl.tokens.rendering import Renderer
 
 FINISHED_SHARE = 0.25  # finished rows are removed from the batch once they make up this share of it
 MOST_TOKENS = 32_768  # limit on rows × (prompt + longest reply) in one batch

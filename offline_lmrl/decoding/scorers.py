@@ -1,6 +1,6 @@
 """Scorers of replies: reward models, their ensembles, rules, value heads, likelihood, functions, and combinations.
 
-All implement `Scorer` (data/protocols.py): `score(context, options)` returns one number per option. Scorers that run a
+All implement `Scorer` (logs/protocols.py): `score(context, options)` returns one number per option. Scorers that run a
 model also have `score_each(rows)`, for many contexts at once. `load_scorer` makes one from a name or a small mapping:
 
     runs/reward                                          a reward model
@@ -24,24 +24,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offline_lmrl.data.batching import pad
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.comparison_batching import Row, encode_options
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.preferences import Scored, origin_of, score_rows
-from offline_lmrl.data.protocols import Scorer, imported
-from offline_lmrl.data.rendering import Renderer
-from offline_lmrl.data.scale import RewardScale
-from offline_lmrl.data.tokenizers import load_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn, as_context, finite, require_list, require_text, shown
-from offline_lmrl.data.windows import WindowRule
-from offline_lmrl.data.yaml_text import read_yaml, yaml_mapping
 from offline_lmrl.decoding.policy import LanguagePolicy, load_critic, require_no_prompt
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.preferences import Scored, origin_of, score_rows
+from offline_lmrl.logs.protocols import Scorer, imported
+from offline_lmrl.logs.scale import RewardScale
+from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, finite, require_list, require_text, shown
+from offline_lmrl.logs.yaml_text import read_yaml, yaml_mapping
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import find_device, slots_of
 from offline_lmrl.models.renderers import renderer_of
 from offline_lmrl.models.reward_model import load_reward_model, read_mask, reads_by_turn
 from offline_lmrl.ops.preferences import rule_adjusted_score
+from offline_lmrl.tokens.batching import pad
+from offline_lmrl.tokens.comparison_batching import Row, encode_options
+from offline_lmrl.tokens.rendering import Renderer
+from offline_lmrl.tokens.tokenizers import load_tokenizer
+from offline_lmrl.tokens.windows import WindowRule
 
 TOO_LONG = "dropped: a reply longer than the scorer's window"
 MOST_TOKENS = 4096  # limit on rows × longest row in one forward pass

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import parsed, raw_splits
-from offline_lmrl.data.preferences import score_rows
-from offline_lmrl.data.protocols import Scorer, StepResult, imported
-from offline_lmrl.data.trajectory import Turn, finite, shown, turn_from_record
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import parsed, raw_splits
+from offline_lmrl.logs.preferences import score_rows
+from offline_lmrl.logs.protocols import Scorer, StepResult, imported
+from offline_lmrl.logs.trajectory import Turn, finite, shown, turn_from_record
 
 SLOW = 2.0  # seconds of scoring after which a progress bar appears
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.protocols import Environment, Policy, Reply, StepResult, VectorEnvironment, is_vector
-from offline_lmrl.data.trajectory import Trajectory, Turn, finite, shown
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.protocols import Environment, Policy, Reply, StepResult, VectorEnvironment, is_vector
+from offline_lmrl.logs.trajectory import Trajectory, Turn, finite, shown
 
 MAX_TURNS = 1000  # so that an evaluation ends even if the environment never does
 
@@ -65,7 +65,7 @@ def rollout(
       batch_size: episodes that are played at once.
       max_turns: agent turns after which an episode is cut; None = no limit.
       prompts: maps a seed to the few-shot demonstrations of its episode, or to None for no demonstrations
-        (`task_prompts` in data/demonstrations.py); None = the policy's own demonstrations in all episodes.
+        (`task_prompts` in tokens/few_shot.py); None = the policy's own demonstrations in all episodes.
       progress: called with (episodes done, all episodes) whenever some have ended.
     Returns: one trajectory per seed, in the order of the seeds.
     Raises: InputError if the environment gives a reward that is not a finite number.

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.protocols import Environment, Policy, Reply, Session
-from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.protocols import Environment, Policy, Reply, Session
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 
 
 def scripted_episode(

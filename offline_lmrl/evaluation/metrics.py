@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.errors import InputError
 from offline_lmrl.ops.intervals import student_t, wilson
 
 # Labels that rollouts record about an episode and that are not outcomes of it.

@@ -21,19 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offline_lmrl.data.batching import TokenBatch
-from offline_lmrl.data.episodes import StepRule
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.experience import Experience
-from offline_lmrl.data.scale import RewardScale
-from offline_lmrl.data.trajectory import Trajectory, with_own_token_ids
 from offline_lmrl.decoding.critic import log_encoder
 from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.metrics import Cells, Estimate
 from offline_lmrl.evaluation.offline import acting_log_prob, read_logs, values_at
+from offline_lmrl.logs.scale import RewardScale
+from offline_lmrl.logs.trajectory import Trajectory, with_own_token_ids
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
 from offline_lmrl.ops.value_learning import q_loss, td_target
+from offline_lmrl.tokens.batching import TokenBatch
+from offline_lmrl.tokens.episodes import StepRule
+from offline_lmrl.tokens.experience import Experience
 
 WINDOWS = 32  # windows per forward pass
 ACTIONS = 64  # the expectation over π uses this many of the most probable tokens of a state, renormalised

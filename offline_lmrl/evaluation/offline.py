@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from offline_lmrl.data.demonstrations import Ids, encode_prompts
-from offline_lmrl.data.episodes import SlotsOfLog, Step
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import read_trajectories
-from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.decoding.critic import log_encoder
 from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.metrics import Cells, Estimate
+from offline_lmrl.logs.io import read_trajectories
+from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.ops.decoding import guide, reduce_q, warp_log_probs
+from offline_lmrl.tokens.episodes import SlotsOfLog, Step
+from offline_lmrl.tokens.few_shot import Ids, encode_prompts
 
 CHUNK = 2**24  # largest number of entries in a (states, vocabulary) tensor; bounds memory
 

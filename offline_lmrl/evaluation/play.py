@@ -6,11 +6,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from offline_lmrl.data.errors import InputError, shown
-from offline_lmrl.data.protocols import Environment, Policy, Session, VectorEnvironment
-from offline_lmrl.data.trajectory import Trajectory
 from offline_lmrl.environments.rollouts import rollout
+from offline_lmrl.errors import InputError, shown
 from offline_lmrl.evaluation.metrics import BOOKKEEPING_LABELS, Cells, Estimate, label_means
+from offline_lmrl.logs.protocols import Environment, Policy, Session, VectorEnvironment
+from offline_lmrl.logs.trajectory import Trajectory
 
 REPEAT_STRIDE = 1_000_003  # larger than any range of episode seeds, so no two (seed, repeat) share a decoding seed
 

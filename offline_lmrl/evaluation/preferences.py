@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import group_key
-from offline_lmrl.data.preferences import score_rows
-from offline_lmrl.data.protocols import Scorer
 from offline_lmrl.decoding.scorers import fitting
+from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.metrics import Cells
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.io import group_key
+from offline_lmrl.logs.preferences import score_rows
+from offline_lmrl.logs.protocols import Scorer
 from offline_lmrl.ops.preferences import best_of_n, best_of_n_kl, best_of_n_kl_bound, calibration_error
 
 BASELINES = {

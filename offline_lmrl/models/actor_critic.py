@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offline_lmrl.data.batching import TokenBatch
 from offline_lmrl.models.reward_model import Reward, head_of, score_bias
 from offline_lmrl.models.value_heads import ScalarHead
+from offline_lmrl.tokens.batching import TokenBatch
 
 
 class ActorCritic(nn.Module):

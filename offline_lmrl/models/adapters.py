@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from offline_lmrl.data.demonstrations import PromptSpec
-from offline_lmrl.data.episodes import StepRule
-from offline_lmrl.data.errors import InputError, opening, reading, shown
-from offline_lmrl.data.scale import RewardScale
-from offline_lmrl.data.windows import WindowRule
+from offline_lmrl.errors import InputError, opening, reading, shown
+from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.return_heads import ReturnHeads
 from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
+from offline_lmrl.tokens.episodes import StepRule
+from offline_lmrl.tokens.few_shot import PromptSpec
+from offline_lmrl.tokens.windows import WindowRule
 
 PARTS = ("value_heads", "return_embedding", "return_heads")  # the submodules that a guided model adds
 # Not config.json: transformers looks for the weights of a whole model in a folder that has one.

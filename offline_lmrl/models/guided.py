@@ -30,9 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
-from offline_lmrl.data.conditioning import Slots, check_ask, with_slots
-from offline_lmrl.data.errors import InputError, opening, shown
-from offline_lmrl.data.rendering import Renderer
+from offline_lmrl.errors import InputError, opening, shown
 from offline_lmrl.models.adapters import (
     PARTS,
     check_settings,
@@ -46,6 +44,8 @@ from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.return_heads import ReturnHeads, outcomes
 from offline_lmrl.models.value_heads import Head, ValueHeads, ValueHeadsConfig
 from offline_lmrl.ops.decoding import guide, support_filter
+from offline_lmrl.tokens.conditioning import Slots, check_ask, with_slots
+from offline_lmrl.tokens.rendering import Renderer
 
 MOST_LAYERS = 10_000
 
@@ -490,7 +490,7 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         Args:
           beta: β, one number or one per row (B,); logits become logits + β · advantage under the stored decoding
             settings. None and 0 = the base's logits.
-          steps: packed action steps (data/batching.py), (N,) each.
+          steps: packed action steps (tokens/batching.py), (N,) each.
           windows: number of rows that have steps; the rows after them only serve V of a next state and are read
             without gradient. None = all rows have steps.
           value_grad_scale: share of the values' gradient that reaches the trunk.

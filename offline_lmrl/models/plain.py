@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.errors import InputError
 from offline_lmrl.models.guided import detach
 from offline_lmrl.models.value_heads import QHead
 from offline_lmrl.ops.decoding import reduce_q

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
-from offline_lmrl.data.errors import InputError, reading
-from offline_lmrl.data.rendering import SCHEME, Renderer
-from offline_lmrl.data.templates import TemplateText
+from offline_lmrl.errors import InputError, reading
 from offline_lmrl.models.adapters import SETTINGS_FILE, settings
+from offline_lmrl.tokens.rendering import SCHEME, Renderer
+from offline_lmrl.tokens.templates import TemplateText
 
 
 def reply_ends(model: nn.Module) -> tuple[int, ...]:

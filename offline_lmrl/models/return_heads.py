@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from offline_lmrl.data.conditioning import distinct, fit_edges
 from offline_lmrl.models.value_heads import TwoLayers
+from offline_lmrl.tokens.conditioning import distinct, fit_edges
 
 HEADS = ("returns", "reward", "after", "ended")
 
@@ -31,7 +31,7 @@ def fit_heads(steps: Mapping[str, np.ndarray], most: int, discount_per_turn: flo
     """Fit the bins of all heads to the training data; return the block `return_heads` of a model's settings.
 
     Args:
-      steps: columns of the action steps (data/batching.py) that close turns and have a target; at least one step.
+      steps: columns of the action steps (tokens/batching.py) that close turns and have a target; at least one step.
       most: the most bins of a head.
       discount_per_turn: γ of the returns, which is stored with the bins.
     """

@@ -7,7 +7,7 @@ There are three kinds of head, which sum over different tokens:
     token      every agent token: per-step rewards from comparisons (Christiano et al. 2017)
 
 A reply is read as a whole, after its context. With a window of `context` turns (turn and token heads only), each agent
-turn of the reply is read in a row of its own, after the turns that a policy with that window sees (data/windows.py).
+turn of the reply is read in a row of its own, after the turns that a policy with that window sees (tokens/windows.py).
 Its score then depends on nothing older. Christiano et al. score each step of a segment by its own observation.
 
 A terminal model is a plain ...ForSequenceClassification with one label, the others are ...ForTokenClassification.
@@ -37,11 +37,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from offline_lmrl.data.comparison_batching import ComparisonBatch
-from offline_lmrl.data.errors import InputError, opening, shown
-from offline_lmrl.data.windows import WindowRule
+from offline_lmrl.errors import InputError, opening, shown
 from offline_lmrl.models.adapters import check_settings, read_settings, require_peft, settings
 from offline_lmrl.models.guided import from_scratch
+from offline_lmrl.tokens.comparison_batching import ComparisonBatch
+from offline_lmrl.tokens.windows import WindowRule
 
 HEAD_NAMES = ("score", "classifier")
 HEADS = {

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from offline_lmrl.data.errors import InputError, shown
+from offline_lmrl.errors import InputError, shown
 from offline_lmrl.ops.chunked import chunked_logsumexp
 
 TIE_BREAK = 2e-4  # standard deviation of a fresh head's Q around initial_value, for h of unit variance

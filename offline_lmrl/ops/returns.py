@@ -1,8 +1,8 @@
 """Returns of reward sequences by plain recursion; time is the last axis.
 
 The discount of a step is the factor of V after that step: 0 after a terminal action, else γ per token, multiplied by γ
-per turn if the step closes a turn. Training uses the same returns in packed form from data/episodes.py, which iterates
-over turns and not over tokens.
+per turn if the step closes a turn. Training uses the same returns in packed form from tokens/episodes.py, which
+iterates over turns and not over tokens.
 """
 
 import torch

@@ -1,8 +1,8 @@
 import pytest
 
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, keep_best
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 
 
 def episode(reward, group=""):

@@ -5,11 +5,11 @@ import torch
 from torch.testing import assert_close
 
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer, ilql_losses, utterance_losses
-from offline_lmrl.data.batching import WindowDataset
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding.policy import LanguagePolicy, generate_texts
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import build_model, load_model
+from offline_lmrl.tokens.batching import WindowDataset
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3 4 5 6 7 8 9"], 300)
 SPEC = {

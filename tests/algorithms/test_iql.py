@@ -7,20 +7,20 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from offline_lmrl.algorithms import run
+from offline_lmrl import run
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
 from offline_lmrl.algorithms.iql import IQLConfig, IQLTrainer, iql_loss
-from offline_lmrl.algorithms.run import DataConfig, ModelConfig
-from offline_lmrl.data.demonstrations import PromptSpec
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import write_trajectories
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.comparison.compare import training_cost
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.evaluation.compare import training_cost
+from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.offline import read_logs
+from offline_lmrl.logs.io import write_trajectories
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import build_model, load_model
+from offline_lmrl.run import DataConfig, ModelConfig
+from offline_lmrl.tokens.few_shot import PromptSpec
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3 4 5 6 7 8 9"], 300)
 SPEC = {

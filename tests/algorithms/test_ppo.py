@@ -12,23 +12,23 @@ import yaml
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.algorithms.ppo import PPOConfig, PPOTrainer, ppo_losses
 from offline_lmrl.algorithms.reward_model import RewardModelConfig, RewardModelTrainer
-from offline_lmrl.algorithms.run import DataConfig, ModelConfig, contents, train, value_model_of, weights_hash
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import read_trajectories, write_trajectories
-from offline_lmrl.data.protocols import StepResult
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn, as_context
+from offline_lmrl.comparison.compare import run_compare, training_cost
+from offline_lmrl.comparison.config import CompareConfig, EvaluationConfig
+from offline_lmrl.comparison.report import read_results
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.scorers import RewardModel
 from offline_lmrl.environments.prompts import PromptEnvironment
-from offline_lmrl.environments.toys import Gamble
-from offline_lmrl.evaluation.compare import run_compare, training_cost
-from offline_lmrl.evaluation.config import CompareConfig, EvaluationConfig
-from offline_lmrl.evaluation.report import read_results
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.io import read_trajectories, write_trajectories
+from offline_lmrl.logs.protocols import StepResult
+from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context
 from offline_lmrl.models.guided import build_model
 from offline_lmrl.models.reward_model import build_reward_model, load_reward_model
 from offline_lmrl.ops.policy_gradient import adaptive_kl_weight, tensorflow_adam_eps
+from offline_lmrl.run import DataConfig, ModelConfig, contents, train, value_model_of, weights_hash
+from offline_lmrl.tasks.toys import Gamble
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3"], 300)
 # Dropout is on in the config, and must not be in any forward.

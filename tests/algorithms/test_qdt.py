@@ -8,14 +8,14 @@ import torch
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
 from offline_lmrl.algorithms.iql import IQLConfig, IQLTrainer
 from offline_lmrl.algorithms.return_conditioned import ReturnConditionedConfig, ReturnConditionedTrainer
-from offline_lmrl.data.conditioning import ReturnScale, Slots
-from offline_lmrl.data.demonstrations import PromptSpec, draw_prompts, prompt_ids
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import write_trajectories
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding.critic import relabel
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import write_trajectories
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import build_model, load_model
+from offline_lmrl.tokens.conditioning import ReturnScale, Slots
+from offline_lmrl.tokens.few_shot import PromptSpec, draw_prompts, prompt_ids
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3 4 5 6 7 8 9"], 300)
 SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}

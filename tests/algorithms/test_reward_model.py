@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from offline_lmrl.algorithms import run
+from offline_lmrl import run
 from offline_lmrl.algorithms.reward_model import (
     RewardModelConfig,
     RewardModelTrainer,
@@ -18,17 +18,18 @@ from offline_lmrl.algorithms.reward_model import (
     bootstrap_sample,
     pairs_loss,
 )
-from offline_lmrl.algorithms.run import DataConfig, ModelConfig
-from offline_lmrl.data import comparison_batching, io
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import read_trajectories, write_comparisons, write_trajectories
-from offline_lmrl.data.parallel import map_in_order
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn, as_context
 from offline_lmrl.decoding.scorers import RewardModel, relabel_trajectories
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs import io
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.io import read_trajectories, write_comparisons, write_trajectories
+from offline_lmrl.logs.parallel import map_in_order
+from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context
 from offline_lmrl.models.guided import build_model, load_model
 from offline_lmrl.models.reward_model import build_reward_model, head_of, load_reward_model, option_scores, read_mask
+from offline_lmrl.run import DataConfig, ModelConfig
+from offline_lmrl.tokens import comparison_batching
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 TOKENIZER = train_tokenizer(["good bad fine", "say it 1 2 3"], 290)
 SPEC = {

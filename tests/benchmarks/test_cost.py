@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.logs.trajectory import Trajectory, Turn
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 pytestmark = pytest.mark.benchmarks
 
@@ -137,8 +137,8 @@ def test_peak_memory_of_a_fresh_process():
 
 
 def decoder(shape_name, heads=None, **sampling):
-    from offline_lmrl.data.rendering import Renderer
     from offline_lmrl.decoding.sampler import Sampler, SamplingConfig
+    from offline_lmrl.tokens.rendering import Renderer
 
     shape = SHAPES[shape_name]
     renderer = Renderer(tokenizer_of(shape["vocabulary"]))
@@ -183,11 +183,11 @@ HEADS = {"returns": BINS, "reward": BINS, "after": BINS, "ended": NEVER, "discou
 
 def player(shape_name, returns=True, **sampling):
     """A policy of 16 tokens a turn, that knows returns and what turns earn or neither."""
-    from offline_lmrl.data.conditioning import ReturnScale
-    from offline_lmrl.data.rendering import Renderer
     from offline_lmrl.decoding.policy import LanguagePolicy
     from offline_lmrl.decoding.sampler import SamplingConfig
     from offline_lmrl.models.guided import attach_return_heads, attach_returns
+    from offline_lmrl.tokens.conditioning import ReturnScale
+    from offline_lmrl.tokens.rendering import Renderer
 
     shape = SHAPES[shape_name]
     renderer, model = Renderer(tokenizer_of(shape["vocabulary"])), model_of(shape, None).eval()

@@ -31,11 +31,11 @@ if __name__ == "__main__":
 RENDER = """
 import resource, sys, time
 from collections import Counter
-from offline_lmrl.data.comparison_batching import encode_comparisons
-from offline_lmrl.data.io import store_comparisons
-from offline_lmrl.data.rendering import Renderer
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.windows import WindowRule
+from offline_lmrl.tokens.comparison_batching import encode_comparisons
+from offline_lmrl.logs.io import store_comparisons
+from offline_lmrl.tokens.rendering import Renderer
+from offline_lmrl.tokens.tokenizers import train_tokenizer
+from offline_lmrl.tokens.windows import WindowRule
 
 start = time.perf_counter()
 rows = store_comparisons(sys.argv[1], processes=int(sys.argv[2]))

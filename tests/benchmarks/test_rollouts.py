@@ -6,15 +6,15 @@ Run with `pytest -m benchmarks -s tests/benchmarks/test_rollouts.py`.
 import pytest
 
 from offline_lmrl.algorithms.ppo import PPOConfig, PPOTrainer
-from offline_lmrl.data.rendering import Renderer
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Turn
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
-from offline_lmrl.environments.maze import Maze
 from offline_lmrl.environments.prompts import PromptEnvironment
 from offline_lmrl.environments.rollouts import rollout
+from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.models.guided import build_model
+from offline_lmrl.tasks.maze import Maze
+from offline_lmrl.tokens.rendering import Renderer
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 from tests.benchmarks.test_cost import paired, report
 
 pytestmark = pytest.mark.benchmarks

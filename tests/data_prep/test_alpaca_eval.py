@@ -5,8 +5,8 @@ import json
 import pytest
 
 from data_prep.alpaca_eval import prepare
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import read_comparisons
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import read_comparisons
 
 
 def row(output, preference, reference="Dogs bark.", question="Do dogs bark?", **fields):

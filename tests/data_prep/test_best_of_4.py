@@ -5,8 +5,8 @@ import json
 import pytest
 
 from data_prep.best_of_4 import PAD, prepare
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import read_comparisons
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import read_comparisons
 from tests.comparisons import RENDERER, check_invariants
 
 TOKENIZER = RENDERER.tokenizer

@@ -3,7 +3,7 @@
 import json
 
 from data_prep.chat_thumbs import prepare
-from offline_lmrl.data.io import read_trajectories
+from offline_lmrl.logs.io import read_trajectories
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 CHAT = [

@@ -24,11 +24,11 @@ from data_prep import (
     ultrafeedback,
     webgpt,
 )
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.forms import Drop
-from offline_lmrl.data.io import read_comparisons
-from offline_lmrl.data.preference_forms import read_comparison
-from offline_lmrl.data.trajectory import Turn, messages_of
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.forms import Drop
+from offline_lmrl.logs.io import read_comparisons
+from offline_lmrl.logs.preference_forms import read_comparison
+from offline_lmrl.logs.trajectory import Turn, messages_of
 from tests.comparisons import RENDERER, check_invariants, check_other_files_are_refused, mutated_lines
 from tests.data_prep import (
     test_best_of_4,

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from data_prep.deal_or_no_deal import permutations, prepare, read_log, to_trajectory
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import read_trajectories
-from offline_lmrl.data.protocols import Reply
-from offline_lmrl.environments.negotiation import Negotiation, Scenario, read_scenarios
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import read_trajectories
+from offline_lmrl.logs.protocols import Reply
+from offline_lmrl.tasks.negotiation import Negotiation, Scenario, read_scenarios
 
 OWN, PARTNER = "1 8 2 0 1 2", "1 0 2 4 1 2"  # one book, two hats, one ball; this side wants the book
 KEY = Scenario((1, 2, 1), ((8, 0, 2), (0, 4, 2))).key

@@ -1,9 +1,9 @@
 """Groups by the source's id and by words."""
 
 from data_prep.groups import join_groups
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.preference_forms import root_group
-from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.preference_forms import root_group
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 
 
 def row(question, group):

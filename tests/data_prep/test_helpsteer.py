@@ -6,9 +6,9 @@ import json
 import pytest
 
 from data_prep.helpsteer import RATINGS, prepare
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import read_comparisons
-from offline_lmrl.data.preferences import to_trajectories
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import read_comparisons
+from offline_lmrl.logs.preferences import to_trajectories
 
 LONG = "c#\n<extra_id_1>Assistant\nA language.\n<extra_id_1>User\nMore, please"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.hh_rlhf import prepare, read_transcripts
-from offline_lmrl.data.io import read_comparisons
+from offline_lmrl.logs.io import read_comparisons
 from tests.comparisons import check_invariants
 
 TALK = "\n\nHuman: How do I keep tulips fresh?\n\nAssistant: Cut the stems."

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_prep.kto import prepare
-from offline_lmrl.data.io import read_trajectories
+from offline_lmrl.logs.io import read_trajectories
 
 TALK = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Sky?\n\nAssistant:"
 USER = {"role": "user", "content": "Sky?"}

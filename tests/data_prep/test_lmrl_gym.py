@@ -5,8 +5,8 @@ import json
 import pytest
 
 from data_prep.lmrl_gym import prepare
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import read_trajectories
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import read_trajectories
 
 BUYER = {
     "personality": "polite",

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 
 from data_prep.maze import PARTS, SOLVER_SHARE, UPPER_BARS, logs, prepare
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import read_trajectories
-from offline_lmrl.environments.maze import FREE, GOAL, MAX_STEPS, STARTS, Maze
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import read_trajectories
+from offline_lmrl.tasks.maze import FREE, GOAL, MAX_STEPS, STARTS, Maze
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import json
 
 from data_prep.nectar import prepare
-from offline_lmrl.data.io import read_comparisons
+from offline_lmrl.logs.io import read_comparisons
 
 
 def row(number, ranks=(1, 2, 3), **more):

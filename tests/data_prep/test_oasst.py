@@ -6,8 +6,8 @@ import time
 import pytest
 
 from data_prep import oasst, oasst_ratings
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import read_comparisons, read_trajectories
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import read_comparisons, read_trajectories
 from tests.comparisons import check_invariants
 
 

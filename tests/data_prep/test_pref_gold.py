@@ -3,8 +3,8 @@
 import pytest
 
 from data_prep.pref_gold import prepare
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import group_key, read_comparisons
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import group_key, read_comparisons
 
 
 def test_pairs_are_written_with_gold_as_a_baseline(tmp_path):

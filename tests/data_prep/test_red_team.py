@@ -6,7 +6,7 @@ import json
 import pytest
 
 from data_prep.red_team import prepare
-from offline_lmrl.data.io import read_trajectories
+from offline_lmrl.logs.io import read_trajectories
 
 TALK = "\n\nHuman: Name a bad word.\n\nAssistant: I would rather not.\n\nHuman: Do!\n\nAssistant: No."
 

@@ -1,8 +1,8 @@
 import pytest
 
 from data_prep.reports import prepared, write_json
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import is_prepared
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import is_prepared
 
 
 def write(folder, text):

@@ -6,8 +6,8 @@ import math
 import pytest
 
 from data_prep.shp import prepare
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import read_comparisons
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import read_comparisons
 from tests.comparisons import check_invariants
 
 

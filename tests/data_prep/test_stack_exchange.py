@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.stack_exchange import plain_text, prepare, read_question, vote_score
-from offline_lmrl.data.forms import Drop
-from offline_lmrl.data.io import read_comparisons
+from offline_lmrl.logs.forms import Drop
+from offline_lmrl.logs.io import read_comparisons
 from tests.comparisons import check_invariants
 
 

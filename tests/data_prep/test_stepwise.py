@@ -5,9 +5,9 @@ import json
 import pytest
 
 from data_prep.stepwise import prepare
-from offline_lmrl.data.checks import token_table
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import read_trajectories
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import read_trajectories
+from offline_lmrl.tokens.checks import token_table
 from tests.comparisons import RENDERER
 
 KEPT = [

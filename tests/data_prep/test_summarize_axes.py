@@ -5,8 +5,8 @@ import json
 import pytest
 
 from data_prep.summarize_axes import prepare
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import read_trajectories
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import read_trajectories
 from tests.data_prep.test_summarize_comparisons import ARTICLE, POST
 
 AXES = {"overall": 3, "accuracy": 5, "coverage": 4, "coherence": 2}

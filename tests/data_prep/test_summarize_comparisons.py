@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from data_prep.summarize_comparisons import prepare, read_choice
-from offline_lmrl.data.io import read_comparisons
+from offline_lmrl.logs.io import read_comparisons
 from tests.comparisons import check_invariants
 
 POST = {"id": "t3_a", "post": "My cat sleeps all day.", "title": "Is it well?", "subreddit": "pets"}

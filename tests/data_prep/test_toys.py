@@ -1,8 +1,8 @@
 import pytest
 
 from data_prep.toys import prepare
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import read_trajectories
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import read_trajectories
 
 
 def test_logs_are_the_toys_own_and_splits_share_no_episode(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 
 from data_prep import chat_thumbs, kto, lmrl_gym, oasst_ratings, red_team, scored, stepwise, summarize_axes
 from data_prep.trajectories import scored_pairs
-from offline_lmrl.data.io import read_trajectories
-from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.logs.io import read_trajectories
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 from tests.comparisons import check_other_files_are_refused, mutated_lines
 from tests.data_prep import (
     test_chat_thumbs,

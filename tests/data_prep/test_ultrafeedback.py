@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from data_prep.ultrafeedback import ASPECTS, prepare, read_rated
-from offline_lmrl.data.io import read_comparisons
-from offline_lmrl.data.preferences import to_trajectories
+from offline_lmrl.logs.io import read_comparisons
+from offline_lmrl.logs.preferences import to_trajectories
 from tests.comparisons import check_invariants
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from data_prep.webgpt import prepare
-from offline_lmrl.data.io import read_comparisons
-from offline_lmrl.data.preferences import to_trajectories
+from offline_lmrl.logs.io import read_comparisons
+from offline_lmrl.logs.preferences import to_trajectories
 from tests.comparisons import check_invariants
 
 QUOTES = {"title": ["Tides (sea.org)", "Moon"], "extract": ["The moon pulls.", "It is far."]}

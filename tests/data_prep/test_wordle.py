@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from data_prep.wordle import prepare
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import read_trajectories
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.environments.wordle import CODES, Wordle, lexicon
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.io import read_trajectories
+from offline_lmrl.tasks.wordle import CODES, Wordle, lexicon
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 
 def made(folder, **settings):

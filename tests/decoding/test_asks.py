@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from offline_lmrl.data.conditioning import ReturnScale, Slots, returns_to_go
-from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding.asks import Asks
+from offline_lmrl.logs.trajectory import Trajectory, Turn
+from offline_lmrl.tokens.conditioning import ReturnScale, Slots, returns_to_go
 
 TURNS = 12  # at most
 

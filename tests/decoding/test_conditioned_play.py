@@ -7,12 +7,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from offline_lmrl.data.conditioning import ReturnScale
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.protocols import StepResult
-from offline_lmrl.data.rendering import Renderer
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding import asks
 from offline_lmrl.decoding import policy as policies
 from offline_lmrl.decoding.planner import PlannerConfig
@@ -20,9 +14,15 @@ from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession, load_c
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.decoding.scorers import load_scorer
 from offline_lmrl.environments.rollouts import rollout
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.protocols import StepResult
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import attach, attach_return_heads, attach_returns, build_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.ops.decoding import reduce_q
+from offline_lmrl.tokens.conditioning import ReturnScale
+from offline_lmrl.tokens.rendering import Renderer
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 RENDERER = Renderer(train_tokenizer(["move left", "move right", "you are at 1, 2"], 270))
 SPEC = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
-from offline_lmrl.data.batching import WindowDataset, encode_trajectories
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding.critic import log_encoder, read_values, relabel
 from offline_lmrl.decoding.policy import LanguagePolicy, load_critic
+from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.offline import read_logs
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import build_model
+from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3 4 5 6 7 8 9"], 300)
 SPEC = {

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.rendering import Renderer
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Turn
-from offline_lmrl.data.windows import policy_window
 from offline_lmrl.decoding.policy import LanguagePolicy, generate_texts
 from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.models.guided import attach, build_model
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.value_heads import ValueHeadsConfig
+from offline_lmrl.tokens.rendering import Renderer
+from offline_lmrl.tokens.tokenizers import train_tokenizer
+from offline_lmrl.tokens.windows import policy_window
 
 TEXTS = ["move left", "move right", "there is a wall above", "you are at 1, 2"]
 FORM = {"temperature": 1.0, "max_new_tokens": 8}

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.rendering import Renderer
-from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.probe import check_plays, check_scores, check_trains
+from offline_lmrl.errors import InputError
 from offline_lmrl.models.guided import attach
 from offline_lmrl.models.reward_model import build_reward_model
+from offline_lmrl.tokens.rendering import Renderer
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 from tests.families import small_model
 from tests.tiny_models import FAMILIES, guided_model
 

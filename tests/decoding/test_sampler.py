@@ -17,10 +17,10 @@ from transformers import (
     OpenAIGPTLMHeadModel,
 )
 
-from offline_lmrl.data.errors import InputError
 from offline_lmrl.decoding import sampler as sampler_module
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.sampler import Sampler, SamplingConfig
+from offline_lmrl.errors import InputError
 from tests.tiny import one_form
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

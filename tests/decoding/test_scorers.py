@@ -10,13 +10,6 @@ import pytest
 import torch
 import yaml
 
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.preferences import to_trajectories
-from offline_lmrl.data.rendering import Renderer
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn
-from offline_lmrl.data.windows import WindowRule
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.scorers import (
     TOO_LONG,
@@ -37,11 +30,18 @@ from offline_lmrl.decoding.scorers import (
     veto,
     weighted_sum,
 )
+from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.offline import read_logs
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.preferences import to_trajectories
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import attach, build_model
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import build_reward_model, fold, head_of
 from offline_lmrl.models.value_heads import ValueHeadsConfig
+from offline_lmrl.tokens.rendering import Renderer
+from offline_lmrl.tokens.tokenizers import train_tokenizer
+from offline_lmrl.tokens.windows import WindowRule
 
 RENDERER = Renderer(train_tokenizer(["say it", "left right up"], 290))
 SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}

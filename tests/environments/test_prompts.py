@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.protocols import Reply
-from offline_lmrl.data.trajectory import Turn
-from offline_lmrl.environments import make_environment
 from offline_lmrl.environments.prompts import PromptEnvironment
 from offline_lmrl.environments.rollouts import rollout
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.protocols import Reply
+from offline_lmrl.logs.trajectory import Turn
+from offline_lmrl.tasks import make_environment
 
 
 def lengths(contexts, texts, labels):

@@ -1,9 +1,9 @@
 """Scripted play: cut episodes keep their end, and given turns come before the policy's."""
 
-from offline_lmrl.data.protocols import Reply, StepResult
-from offline_lmrl.data.trajectory import Turn
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.scripted import Forced, scripted_episode
+from offline_lmrl.logs.protocols import Reply, StepResult
+from offline_lmrl.logs.trajectory import Turn
 
 
 class Echo:

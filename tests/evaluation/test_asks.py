@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from offline_lmrl.cli import main
-from offline_lmrl.data.io import write_trajectories
-from offline_lmrl.environments.toys import Count
+from offline_lmrl.cli.main import main
 from offline_lmrl.evaluation.asks import AskPoint, ask_point, ask_rows, ask_table, draw_asks
 from offline_lmrl.evaluation.metrics import Estimate
 from offline_lmrl.evaluation.play import EvaluationResult
+from offline_lmrl.logs.io import write_trajectories
+from offline_lmrl.tasks.toys import Count
 
 
 def point(ask, achieved, turns=100):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.metrics import Cells, ScoreScale, label_means, mean_interval
 from offline_lmrl.ops.intervals import student_t
 

@@ -10,20 +10,20 @@ import torch
 import transformers
 
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
-from offline_lmrl.cli import main
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import write_trajectories
-from offline_lmrl.data.protocols import StepResult
-from offline_lmrl.data.rendering import Renderer
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.cli.main import main
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.rollouts import rollout
+from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation import off_policy
 from offline_lmrl.evaluation.off_policy import fitted_q_evaluation, importance_sampling
 from offline_lmrl.evaluation.offline import acting_log_prob
+from offline_lmrl.logs.io import write_trajectories
+from offline_lmrl.logs.protocols import StepResult
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import build_model
+from offline_lmrl.tokens.rendering import Renderer
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 TOKENIZER = train_tokenizer(["0 1 a b safe gamble or ?"], 270)
 SPEC = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 16, "initializer_range": 0.2}

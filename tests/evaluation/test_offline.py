@@ -6,17 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from offline_lmrl.data.demonstrations import PromptSpec, prompt_ids
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.io import write_trajectories
-from offline_lmrl.data.rendering import Renderer
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn
-from offline_lmrl.data.windows import WindowRule
 from offline_lmrl.decoding.policy import NO_PROMPT, LanguagePolicy, PromptIds
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.rollouts import rollout
-from offline_lmrl.environments.toys import Corridor
+from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.offline import (
     calibration,
     choose_beta,
@@ -26,8 +19,15 @@ from offline_lmrl.evaluation.offline import (
     read_logs,
     show,
 )
+from offline_lmrl.logs.io import write_trajectories
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import attach, build_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
+from offline_lmrl.tasks.toys import Corridor
+from offline_lmrl.tokens.few_shot import PromptSpec, prompt_ids
+from offline_lmrl.tokens.rendering import Renderer
+from offline_lmrl.tokens.tokenizers import train_tokenizer
+from offline_lmrl.tokens.windows import WindowRule
 
 TOKENIZER = train_tokenizer(["a b"], 300)
 RENDERER = Renderer(TOKENIZER)

@@ -1,9 +1,9 @@
 import pytest
 
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.protocols import Reply, StepResult
-from offline_lmrl.data.trajectory import Turn
+from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.play import evaluate_policy
+from offline_lmrl.logs.protocols import Reply, StepResult
+from offline_lmrl.logs.trajectory import Turn
 
 
 class Counting:

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.trajectory import Turn
 from offline_lmrl.decoding.scorers import TOO_LONG, Function
+from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.preferences import best_of_n_curve, judge
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.trajectory import Turn
 
 
 def compare(texts, target, group):

@@ -2,8 +2,8 @@
 
 import transformers
 
-from offline_lmrl.data.tokenizers import train_tokenizer
 from offline_lmrl.models.guided import build_model
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 SPEC = {
     "model_type": "llama",

@@ -4,12 +4,12 @@
 import pytest
 
 from offline_lmrl.algorithms.return_conditioned import ReturnConditionedConfig, ReturnConditionedTrainer
-from offline_lmrl.data.demonstrations import PromptSpec
-from offline_lmrl.data.io import write_trajectories
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.rollouts import rollout
-from offline_lmrl.environments.toys_conditioned import HELD_OUT, HiddenRule
+from offline_lmrl.logs.io import write_trajectories
+from offline_lmrl.tasks.toys_conditioned import HELD_OUT, HiddenRule
+from offline_lmrl.tokens.few_shot import PromptSpec
 from tests.gates.small import SPEC, fitted
 
 pytestmark = pytest.mark.gates

@@ -4,13 +4,13 @@ is what the environment says. `pytest -m gates`."""
 import pytest
 
 from offline_lmrl.algorithms.return_conditioned import ReturnConditionedConfig, ReturnConditionedTrainer
-from offline_lmrl.data.trajectory import Turn
 from offline_lmrl.decoding.planner import Planner
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.rollouts import rollout
-from offline_lmrl.environments.toys import GOAL, TalkTrap, Walk
 from offline_lmrl.evaluation.metrics import mean_interval
+from offline_lmrl.logs.trajectory import Turn
+from offline_lmrl.tasks.toys import GOAL, TalkTrap, Walk
 from tests.gates.small import fitted
 
 pytestmark = pytest.mark.gates

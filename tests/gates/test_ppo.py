@@ -13,13 +13,13 @@ import transformers
 import offline_lmrl.algorithms.ppo as ppo
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.algorithms.ppo import PPOConfig, PPOTrainer
-from offline_lmrl.data.protocols import StepResult
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.environments.rollouts import rollout
-from offline_lmrl.environments.toys import Count
+from offline_lmrl.logs.protocols import StepResult
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import build_model
+from offline_lmrl.tasks.toys import Count
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 pytestmark = pytest.mark.gates
 

@@ -8,13 +8,13 @@ import pytest
 
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.algorithms.return_conditioned import ReturnConditionedConfig, ReturnConditionedTrainer
-from offline_lmrl.data.conditioning import LABEL, returns_to_go
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.scripted import Forced
-from offline_lmrl.environments.toys_conditioned import Count, Count1, Talk
 from offline_lmrl.models.guided import slots_of
+from offline_lmrl.tasks.toys_conditioned import Count, Count1, Talk
+from offline_lmrl.tokens.conditioning import LABEL, returns_to_go
 from tests.gates.small import fitted
 
 pytestmark = pytest.mark.gates

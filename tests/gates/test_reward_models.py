@@ -13,17 +13,17 @@ import torch
 import transformers
 
 from offline_lmrl.algorithms.reward_model import RewardModelConfig, RewardModelTrainer
-from offline_lmrl.data.comparison import Comparison
-from offline_lmrl.data.preferences import score_rows
-from offline_lmrl.data.tokenizers import train_tokenizer
-from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding.scorers import RewardModel, Rule, relabel_trajectories
-from offline_lmrl.environments.pref_gold import REPLIES, PrefGold
-from offline_lmrl.environments.toys_conditioned import CUES, LETTERS
 from offline_lmrl.evaluation.metrics import mean_interval
 from offline_lmrl.evaluation.preferences import best_of_n_curve
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.preferences import score_rows
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.reward_model import build_reward_model
 from offline_lmrl.ops.preferences import bradley_terry_loss
+from offline_lmrl.tasks.pref_gold import REPLIES, PrefGold
+from offline_lmrl.tasks.toys_conditioned import CUES, LETTERS
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 pytestmark = pytest.mark.gates
 

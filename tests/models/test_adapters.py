@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.errors import InputError
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
 from offline_lmrl.models.guided import attach, detach, load_model
 from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 from transformers import GenerationConfig
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.errors import InputError
 from offline_lmrl.models.guided import attach
 from tests.tiny_models import FAMILIES, VOCABULARY, guided_model, tiny_model
 

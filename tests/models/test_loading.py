@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.errors import InputError
 from offline_lmrl.models.guided import attach, build_model, detach, guided_class, load_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from tests.families import small_model

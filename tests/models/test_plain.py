@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.errors import InputError
 from offline_lmrl.models.guided import attach, attach_returns, load_model
 from offline_lmrl.models.plain import fold, head_scale, plain, q_matrix, spell_returns
 from offline_lmrl.models.value_heads import ValueHeadsConfig

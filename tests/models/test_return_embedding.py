@@ -7,12 +7,12 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from offline_lmrl.data.conditioning import ReturnScale
-from offline_lmrl.data.trajectory import Trajectory, Turn
+from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
 from offline_lmrl.models.guided import attach, attach_returns, detach, load_model
 from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.value_heads import ValueHeadsConfig
+from offline_lmrl.tokens.conditioning import ReturnScale
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_batch, tiny_model
 
 LOGS = [Trajectory((Turn("user", "at"), Turn("assistant", "go", reward=float(r)))) for r in range(4)]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from offline_lmrl.data.errors import InputError
-from offline_lmrl.data.tokenizers import train_tokenizer
+from offline_lmrl.errors import InputError
 from offline_lmrl.models.reward_model import build_reward_model, fold, head_of, load_reward_model
+from offline_lmrl.tokens.tokenizers import train_tokenizer
 from tests.tiny_models import FAMILIES
 
 TOKENIZER = train_tokenizer(["a b c"], 280)

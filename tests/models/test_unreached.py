@@ -10,8 +10,8 @@ from offline_lmrl.models.guided import attach
 from offline_lmrl.models.unreached import freeze_unreached
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from tests.families import small_model
-from tests.test_training import logs, trainer
 from tests.tiny_models import tiny_batch
+from tests.training.test_trainer import logs, trainer
 
 
 def frozen(model):

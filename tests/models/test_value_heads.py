@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from offline_lmrl.data.errors import InputError
+from offline_lmrl.errors import InputError
 from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
 
 HEADS, VOCABULARY, WIDTH, N = 2, 7, 4, 5

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from offline_lmrl.data.trajectory import Trajectory
+from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.ops.policy_gradient import (
     Moments,
     adaptive_kl_weight,
@@ -24,7 +24,7 @@ from offline_lmrl.ops.policy_gradient import (
     whiten,
 )
 from offline_lmrl.ops.value_learning import td_target
-from tests.data.test_episodes import agent, batch_of, user
+from tests.tokens.test_episodes import agent, batch_of, user
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ FAULTS = (
         "a loss is averaged over the micro-batch",
         "* self.args.world_size / num_items_in_batch",
         "* self.args.world_size / len(per_item)",
-        "test_training.py",
+        "training/test_trainer.py",
     ),
     Fault(
         "support is judged at the temperature that is asked for",

@@ -1,0 +1,317 @@
+"""Commands about data and files: prepare, check, config."""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
+from importlib import import_module
+from inspect import signature
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from offline_lmrl.cli.parser import Parser, call, nearest, split_file
+from offline_lmrl.errors import InputError, shown
+from offline_lmrl.logs.terminal import visible
+
+if TYPE_CHECKING:
+    from offline_lmrl.tokens.rendering import Renderer
+
+# name of a source in `prepare SOURCE` -> module and function; modules are imported when they are used
+SOURCES = {
+    "maze": ("data_prep.maze", "prepare"),
+    "toys": ("data_prep.toys", "prepare"),
+    "wordle": ("data_prep.wordle", "prepare"),
+    "deal-or-no-deal": ("data_prep.deal_or_no_deal", "prepare"),
+    "pref-gold": ("data_prep.pref_gold", "prepare"),
+    "scored": ("data_prep.scored", "prepare"),
+    "hh-rlhf": ("data_prep.hh_rlhf", "prepare"),
+    "alpaca-eval": ("data_prep.alpaca_eval", "prepare"),
+    "preferences": ("data_prep.preferences", "prepare"),
+    "stack-exchange": ("data_prep.stack_exchange", "prepare"),
+    "ultrafeedback": ("data_prep.ultrafeedback", "prepare"),
+    "oasst": ("data_prep.oasst", "prepare"),
+    "oasst-ratings": ("data_prep.oasst_ratings", "prepare"),
+    "kto": ("data_prep.kto", "prepare"),
+    "stepwise": ("data_prep.stepwise", "prepare"),
+    "chat-thumbs": ("data_prep.chat_thumbs", "prepare"),
+    "red-team": ("data_prep.red_team", "prepare"),
+    "summarize-comparisons": ("data_prep.summarize_comparisons", "prepare"),
+    "summarize-axes": ("data_prep.summarize_axes", "prepare"),
+    "best-of-4": ("data_prep.best_of_4", "prepare"),
+    "webgpt": ("data_prep.webgpt", "prepare"),
+    "shp": ("data_prep.shp", "prepare"),
+    "helpsteer": ("data_prep.helpsteer", "prepare"),
+    "nectar": ("data_prep.nectar", "prepare"),
+    "lmrl-gym": ("data_prep.lmrl_gym", "prepare"),
+}
+PREPARE_HELP = f"""usage: offline-lmrl prepare SOURCE --output DIR [--key value ...]
+
+Turn a known source of logs into scored trajectories or comparisons. Sources: {", ".join(SOURCES)}.
+`offline-lmrl prepare SOURCE --help` says what a source takes."""
+
+
+def prepare(argv: Sequence[str]) -> None:
+    """Run the command `prepare SOURCE --output DIR`; its settings are the parameters of the source's function."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(PREPARE_HELP)
+        return
+    source = _source(argv[0])
+    needed = " ".join(f"--{name} {name.upper()}" for name in _required(source))
+    report = call(f"prepare {argv[0]} {needed} [--key value ...]", source, argv[1:], positional=False)
+    # Facts of the data come first; splits and removed rows come last, so that they do not scroll away.
+    names = list(report)
+    splits = names.index("splits") if "splits" in names else len(names)
+    print_report({name: report[name] for name in names[splits + 1 :] + names[splits : splits + 1] + names[:splits]})
+
+
+def prepare_from_settings(settings: Mapping[str, Any]) -> None:
+    """Run `prepare` from the `prepare` block of a config: `command` and the settings of that source."""
+    settings = dict(settings)
+    source = _source(settings.pop("command"))
+    missing = [f"prepare.{name}" for name in _required(source) if settings.get(name) is None]
+    if missing:
+        raise InputError(f"{', '.join(missing)}: missing, expected a value")
+    call("prepare", source, settings=settings, positional=False)
+
+
+def _source(name: str) -> Callable[..., Mapping[str, Any]]:
+    """Return the function of a source, wrapped in checks that hold for every source.
+
+    The checks come first because some sources read data for a long time before they would fail.
+
+    Raises: InputError if the source is unknown.
+    """
+    if name not in SOURCES:
+        raise InputError(f"source: found {shown(name)}, expected one of {', '.join(SOURCES)}{nearest(name, SOURCES)}")
+    from data_prep.comparisons import check_share
+    from offline_lmrl.logs.files import locked
+
+    module, function = SOURCES[name]
+    source = getattr(import_module(module), function)
+
+    @wraps(source)
+    def checked(**settings: Any) -> Mapping[str, Any]:
+        for path in ("input", "output"):
+            if settings.get(path) == "":
+                raise InputError(f"{path}: found empty text, expected a path")
+        check_share(settings.get("validation", 0))
+        if settings.get("input") is not None:
+            _require_apart(Path(settings["input"]), Path(settings["output"]))
+        with locked(settings["output"]):
+            return source(**settings)
+
+    return checked
+
+
+def _require_apart(source: Path, output: Path) -> None:
+    """Check that the output cannot replace the input.
+
+    Raises: InputError if it could.
+    """
+    if output.resolve() in (source.resolve(), source.resolve().parent if source.is_file() else None):
+        raise InputError(f"output: found {output}, where the input lies, expected another folder")
+
+
+def check_output(output: Path, *read: str | None) -> None:
+    """Check, before any work is done, that the output can be written.
+
+    Args:
+      read: paths or names of the inputs; None entries are skipped.
+    Raises: InputError if the path cannot be written, equals an input, or is directly inside an input folder.
+    """
+    folder = output.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not output.name or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"output: found {output}, expected a path that can be written")
+    for source in filter(None, read):
+        inside = output.resolve().parent if Path(source).is_dir() else None
+        if Path(source).resolve() in (output.resolve(), inside):
+            raise InputError(f"output: found {output}, where {source} is read, expected another path")
+
+
+def check_output_file(output: Path, *read: str | None) -> None:
+    """Check an output as `check_output` does, and that it is not an existing folder."""
+    check_output(output, *read)
+    if output.is_dir():
+        raise InputError(f"output: found the folder {output}, expected a file")
+
+
+def _required(source: Callable[..., Any]) -> list[str]:
+    return [name for name, parameter in signature(source).parameters.items() if parameter.default is parameter.empty]
+
+
+def print_report(report: Mapping[str, Any], indent: str = "") -> None:
+    """Print a report as one `name: value` per line.
+
+    A nested report is indented; a report nested in that one is printed on one line if it is flat.
+    """
+    for name, value in report.items():
+        if isinstance(value, Mapping) and value:
+            print(visible(f"{indent}{name}:"))
+            print_report({inner: _flat(one) for inner, one in value.items()}, indent + "  ")
+        else:
+            print(visible(f"{indent}{name}: {_plain(value)}"))
+
+
+def _flat(value: Any) -> Any:
+    if not isinstance(value, Mapping) or any(isinstance(one, Mapping) for one in value.values()):
+        return value
+    return ", ".join(f"{name}: {_plain(one)}" for name, one in value.items()) or "none"
+
+
+def _plain(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value if value != {} else "none"
+
+
+def check(argv: Sequence[str]) -> None:
+    """Run the command `check DATA [DATA ...]`; several sources are splits of one data set."""
+    parser = Parser("check DATA [DATA ...] [--key value ...]")
+    parser.add_argument(
+        "data",
+        nargs="+",
+        help="files, folders or hub names of scored trajectories or of "
+        "comparisons; several are taken for splits of one data set",
+    )
+    parser.add_function_arguments(_check, skip={"data"})
+    _check(**parser.parse(argv).as_dict())
+
+
+def _check(
+    data: list[str],
+    reward: str | None = None,
+    tokenizer: str | None = None,
+    template: Literal["auto", "assembled", "plain"] = "auto",
+    max_length: int | None = None,
+    row: int = 1,
+) -> None:
+    """Report the contents of a data set and the faults that will make learning from it fail.
+
+    Args:
+      data: files, folders or hub names of scored trajectories or of comparisons.
+      reward: column that holds the score of a row; null = `reward`, or `label` in rows with a prompt.
+      tokenizer: folder or hub name of a tokenizer; adds token counts, a comparison with the chat template, and one row
+        printed token by token. null = no tokens.
+      template: form of dialogues: auto (as the chat template prints them, or plain without one), assembled (the chat
+        template's texts around turns, so that later turns only append) or plain.
+      max_length: largest length of a row in tokens; longer rows are counted. Needs a tokenizer; null = no count.
+      row: number of the row to print token by token, from 1, in the first split; for scored trajectories only.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    from offline_lmrl.logs.io import holds_comparisons, read_splits
+    from offline_lmrl.tokens.checks import check, token_table
+
+    if max_length is not None and tokenizer is None:
+        raise InputError("max_length: found a length in tokens without a tokenizer, expected --tokenizer too")
+    kinds = {source: holds_comparisons(source) for source in data}
+    if len(set(kinds.values())) > 1:
+        pairs, others = (next(source for source in data if kinds[source] is kind) for kind in (True, False))
+        raise InputError(f"data: found comparisons in {pairs} and none in {others}, expected data of one kind")
+    if kinds[data[0]]:
+        if reward is not None:
+            raise InputError(f"reward: found {shown(reward)} for comparisons, expected scored trajectories")
+        _check_comparisons(data, None if tokenizer is None else _renderer(tokenizer, template), max_length)
+        return
+    counts: Counter[str] = Counter()
+    splits = _splits(data, partial(read_splits, counts=counts, reward=reward))
+    name, rows = next(iter(splits.items()))
+    if not 1 <= row <= len(rows):
+        raise InputError(f"row: found {row}, expected 1 to {len(rows)}")
+    renderer = None if tokenizer is None else _renderer(tokenizer, template)
+    console = Console()
+    check(splits, renderer, max_length, counts).print(console)
+    if renderer is not None:
+        title = Text(visible(f"{name}: row {row}"))
+        table = Table("", "token", "role", "agent's", "reward", title=title, title_justify="left")
+        for token in token_table(rows[row - 1], renderer):
+            reward = "" if token.reward is None else f"{token.reward:g}"
+            table.add_row(str(token.index), escape(repr(token.text)), token.role, "x" if token.action else "", reward)
+        console.print(table)
+
+
+def _splits(data: Sequence[str], read: Callable[[str], dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    """Read the splits of all sources, by name.
+
+    With several sources, a name includes the source: its last path component if these differ, else the whole.
+    """
+    found = {source: read(source) for source in data}
+    if len(found) == 1:
+        return found[data[0]]
+    short = {source: Path(source).name for source in found}
+    names = short if len(set(short.values())) == len(short) else {source: source for source in found}
+    return {
+        names[source] if list(splits) == ["all"] else f"{names[source]} ({name})": rows
+        for source, splits in found.items()
+        for name, rows in splits.items()
+    }
+
+
+def _check_comparisons(data: Sequence[str], renderer: "Renderer | None", max_length: int | None) -> None:
+    from offline_lmrl.logs.comparison_checks import describe
+    from offline_lmrl.logs.io import group_key, in_one_group, read_comparison_splits
+    from offline_lmrl.tokens.comparison_batching import encode_comparisons
+    from offline_lmrl.tokens.windows import WindowRule
+
+    counts: Counter[str] = Counter()
+    splits = _splits(data, partial(read_comparison_splits, counts=counts))
+    for name, rows in splits.items():
+        report = describe(rows)
+        if renderer is not None:
+            fits: Counter[str] = Counter()
+            encoded = encode_comparisons(rows, renderer, WindowRule(max_length=max_length or sys.maxsize), fits)
+            report |= {"tokens of the longest row": int(encoded.lengths.max()), **fits}
+        print(visible(f"{name}:"))
+        print_report(report, "  ")
+    groups = {name: {group_key(row) for row in rows} for name, rows in splits.items()}
+    shared = {f"{a}, {b}": len(groups[a] & groups[b]) for a, b in combinations(groups, 2) if groups[a] & groups[b]}
+    alone = {name: len(rows) for name, rows in splits.items() if in_one_group(rows)}
+    print_report(
+        {"repairs and drops": counts, "groups in two splits": shared}
+        | ({"rows that are all in one group, so none can be held back": alone} if alone else {})
+    )
+
+
+def _renderer(tokenizer: str, template: str):
+    from offline_lmrl.tokens.rendering import Renderer
+    from offline_lmrl.tokens.tokenizers import load_tokenizer
+
+    return Renderer(load_tokenizer(tokenizer), template)
+
+
+def config(argv: Sequence[str]) -> None:
+    """Run the command `config`, which lists the shipped configs, or `config TASK/METHOD`, which prints one."""
+    name, rest = split_file(argv)
+    Parser("config [TASK/METHOD]", "List the shipped configs, or print one.").parse(rest)
+    shipped = shipped_configs()
+    if name is None:
+        print("\n".join(shipped))
+        return
+    if name not in shipped:
+        raise InputError(f"config: found {shown(name)}, expected one of {', '.join(shipped)}{nearest(name, shipped)}")
+    print(shipped[name].read_text(encoding="utf-8"), end="")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the files of all shipped configs by "task/method": inside an installed package, beside it in a clone."""
+    package = Path(__file__).parents[1]
+    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
+
+
+def config_path(name: str) -> str:
+    """Return the file of a config, given as a path or as the name of a shipped config.
+
+    Raises: InputError if it is neither.
+    """
+    shipped = shipped_configs()
+    if Path(name).exists() or name.endswith((".yaml", ".yml")):
+        return name
+    if name not in shipped:
+        raise InputError(f"{name}: found neither a file nor a shipped config of that name{nearest(name, shipped)}")
+    return str(shipped[name])

@@ -1,0 +1,130 @@
+"""The console script. It runs the named command and turns errors into one line and an exit code.
+
+Exit codes: 0 done, 1 the program or a part of it failed (with a traceback), 2 an input or a setting cannot be used,
+130 interrupted, 143 terminated.
+Commands are imported when they are called, so that the help is printed at once.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+
+from offline_lmrl.algorithms import ALGORITHMS
+from offline_lmrl.errors import Failed, InputError, Stopped, shown
+from offline_lmrl.logs.terminal import visible
+
+COMMANDS = {
+    "prepare": ("offline_lmrl.cli.data:prepare", "turn a known source of logs into trajectories or comparisons"),
+    "check": ("offline_lmrl.cli.data:check", "say what is in a data set and what will make learning from it fail"),
+    "train": ("offline_lmrl.cli.train:train", f"learn from logs or by playing: {', '.join(ALGORITHMS)}"),
+    "evaluate": ("offline_lmrl.cli.play:evaluate", "measure a run in an environment or on held-out logs"),
+    "generate": ("offline_lmrl.cli.play:generate", "reply to prompts with a run, value-guided; --chat to talk to it"),
+    "export": ("offline_lmrl.cli.play:export", "write a run as a plain checkpoint, which any engine serves"),
+    "compare": ("offline_lmrl.cli.train:compare", "train and evaluate methods over seeds: a table and a report"),
+    "relabel": ("offline_lmrl.cli.score:relabel", "score logs with a reward model, rules, or what combines them"),
+    "select": ("offline_lmrl.cli.score:select", "name the pairs that an ensemble disputes: what to label next"),
+    "config": ("offline_lmrl.cli.data:config", "list the shipped configs or print one"),
+}
+
+HELP = "\n".join(
+    [
+        "usage: offline-lmrl COMMAND [FILE.yaml] [--key value ...]",
+        "",
+        "Offline reinforcement learning for language models: logs in, value-guided text out.",
+        "",
+        *(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()),
+        "",
+        "offline-lmrl COMMAND --help says what a command takes. Settings on the command line win over the file.",
+        "A setting like package.module:name, also inside a YAML file, imports that module, so its code runs.",
+    ]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from offline_lmrl import __version__
+
+        print(f"offline-lmrl {__version__}")
+        return 0
+    if not sys.stderr.isatty():
+        # In a log file the progress bars of downloads and weight loading would bury the output.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        _require_text(arguments)
+        with _ended_by_sigterm():
+            _command(arguments[0])(arguments[1:])
+    except InputError as error:
+        return _refuse(str(error))
+    except Failed as error:
+        _refuse(str(error))
+        return 1
+    except BrokenPipeError:
+        # The reader (head, less) has closed the pipe: without this the interpreter fails when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # about a file of the user, or from a library about a missing model or data set
+        said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _refuse(str(InputError(said)))
+    except Stopped as stop:
+        print(stop.line or "terminated", file=sys.stderr)
+        return 128 + stop.number
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Make SIGTERM raise an exception, as SIGINT does, so that the command cleans up before it ends."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped("", number)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _require_text(arguments: Sequence[str]) -> None:
+    """Check now, not when a config or report is saved, that all arguments can be written to a text file.
+
+    Raises: InputError for an argument with a NUL character or text that is not UTF-8.
+    """
+    for argument in arguments:
+        try:
+            usable = b"\0" not in argument.encode()
+        except UnicodeEncodeError:
+            usable = False
+        if not usable:
+            raise InputError(f"found {shown(argument)}, expected text in UTF-8 without NUL characters")
+
+
+def _command(name: str):
+    if name not in COMMANDS:
+        from offline_lmrl.cli.parser import nearest
+
+        raise InputError(
+            f"found command {shown(name)}, expected one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}"
+        )
+    module, _, function = COMMANDS[name][0].partition(":")
+    return getattr(import_module(module), function)
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {visible(' '.join(message.split()))}", file=sys.stderr)
+    return 2

@@ -1,0 +1,240 @@
+"""Parsing of a command's settings, typed by the functions and dataclasses that receive them, with one-line errors.
+
+jsonargparse does the parsing. This module adds a settings file before the command line's settings, a suggestion for a
+misspelt key, and help texts of dataclass fields from docstring entries of the form `field: text`.
+"""
+
+import difflib
+import json
+import re
+from argparse import SUPPRESS
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from offline_lmrl.errors import InputError, in_our_words, shown
+from offline_lmrl.logs.yaml_text import load_yaml, read_yaml, require_an_end, too_large
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a suggestion that ends an error about an unknown name: "; did you mean 'x'?", "" if none is near."""
+    known, name = list(known), name[:200]  # a longer name is no misspelling and is slow to compare
+    leaf = name.rpartition(".")[2]
+    # The right name under the wrong group (`learning_rate` for `args.learning_rate`) is nearer than any spelling.
+    near = [other for other in known if other.rpartition(".")[2] == leaf]
+    near = near or difflib.get_close_matches(name, known, n=1)
+    near = near or difflib.get_close_matches(name.partition(".")[0], known, n=1)  # a key inside a free mapping
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class Parser(ArgumentParser):
+    """A command's parser: raises InputError instead of printing its usage, and takes no abbreviations."""
+
+    def __init__(self, usage: str = "", description: str | None = None, **more: Any):
+        """Create the parser of one command.
+
+        Args:
+          usage: the command line without the program's name.
+          more: extra arguments that jsonargparse passes when it creates sub-parsers for optional dataclasses.
+        """
+        usage = f"offline-lmrl {usage}"
+        super().__init__(prog="offline-lmrl", usage=usage, description=description, allow_abbrev=False, **more)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise InputError(self._in_our_words(" ".join(message.split()))) from ex
+
+    def add_dataclass(
+        self, cls: type, key: str | None = None, base: type | None = None, show_base: bool = True
+    ) -> None:
+        """Add the fields of a dataclass as `--key.field`.
+
+        Args:
+          key: prefix of the fields; None = no prefix.
+          base: base class whose fields come last in the help, unless a subclass declares them again; None = none.
+          show_base: show these fields in the help at all.
+        """
+        self.add_class_arguments(cls, key)
+        prefix = f"{key}." if key else ""
+        texts = field_help(cls, prefix)
+        inherited = set() if base is None else {f"{prefix}{name}" for name in _only_in(base, cls)}
+        for group in self._action_groups:
+            for action in group._group_actions:
+                if action.dest in (self.groups or {}) or action.dest.endswith(".help"):
+                    action.help = SUPPRESS  # options of jsonargparse: a file for a group, help of a nested class
+                elif action.dest in inherited and not show_base:
+                    action.help = SUPPRESS
+                else:
+                    action.help = texts.get(action.dest, action.help)
+            # The sort is stable: inherited fields move to the end, all else keeps its order.
+            group._group_actions.sort(key=lambda action: action.dest in inherited)
+
+    def add_overrides(self, cls: type, title: str, skip: Collection[str] = ()) -> None:
+        """Add the fields of a dataclass as `--field`; the parsed result holds only fields that were given."""
+        hints, texts, group = get_type_hints(cls), field_help(cls), self.add_argument_group(title)
+        for field in (field for field in fields(cls) if field.name not in skip):
+            group.add_argument(f"--{field.name}", type=hints[field.name], default=SUPPRESS, help=texts.get(field.name))
+
+    def parse(self, argv: Sequence[str], settings: Mapping[str, Any] | None = None, source: str = "") -> Namespace:
+        """Parse the settings of a file and the command line, which wins, and build the dataclasses.
+
+        Args:
+          argv: the command line after the command and its file.
+          settings: the settings of the file; None = no file.
+          source: name of the file, for errors.
+        Raises: InputError that names the key, and the file if the value is from the file.
+        """
+        start = None
+        if settings:
+            try:
+                start = self._parse_file(settings)
+            except InputError as error:
+                raise InputError(f"{source}: {error}") from error
+        for word in argv:
+            try:
+                require_an_end(word.partition("=")[2] if word.startswith("--") else word)
+            except yaml.YAMLError as error:
+                raise InputError(f"found {shown(word)}, with {error}, expected a value of a setting") from error
+        values = self.parse_args([*self._restated(argv, start), *argv], namespace=start)
+        self._refuse_nulls(values)
+        for key, value in values.items():
+            if too_large(value):
+                self.error(f"{key}: found {shown(value)}, expected a number of at most 64 bits")
+        try:
+            return self.instantiate(values)
+        except InputError:
+            raise
+        except ValueError as error:  # raised by a dataclass about its own fields
+            self.error(str(error), error)
+
+    def _restated(self, argv: Sequence[str], start: Namespace | None) -> list[str]:
+        """Move optional groups of the file to arguments if the command line also sets fields of them.
+
+        jsonargparse would not merge the two sources.
+
+        Args:
+          start: parsed settings of the file; the moved groups become None in it.
+        Returns: the arguments that set the moved groups.
+        """
+        arguments = []
+        for action in self._actions if start is not None else ():
+            optional = type(None) in get_args(getattr(action, "_typehint", None))
+            stated = start.get(action.dest) if optional else None
+            if isinstance(stated, Namespace) and any(re.match(rf"--{action.dest}([.=]|$)", word) for word in argv):
+                start[action.dest] = None
+                arguments += [f"--{action.dest}", json.dumps(stated.as_dict())]
+        return arguments
+
+    def _parse_file(self, settings: Mapping[str, Any]) -> Namespace:
+        # A group in which every line is a comment is null.
+        stated = {key: value for key, value in settings.items() if value is not None}
+        for key in self.groups or {}:
+            if not isinstance(stated.get(key, {}), Mapping):
+                raise InputError(f"{key}: found {shown(stated[key])}, expected a mapping of settings")
+        return self.parse_object(stated, _skip_required=True)
+
+    def _refuse_nulls(self, values: Namespace) -> None:
+        """Refuse null for settings whose type does not allow it: jsonargparse accepts null for every type."""
+        for action in self._actions:
+            typed = getattr(action, "_typehint", None)
+            if typed is None or action.default is None or action.dest not in values or values[action.dest] is not None:
+                continue
+            if typed is not Any and type(None) not in get_args(typed):
+                self.error(f"{action.dest}: found null, expected a value such as {action.default!r}")
+
+    def _in_our_words(self, message: str) -> str:
+        known = [action.dest for action in self._actions if action.option_strings and action.dest != "help"]
+        if found := re.search(r"(?:Group '(.+)' does not accept option|Option) '(.+?)'", message):
+            key = ".".join(part for part in found.groups() if part)
+            return f"{key}: found a setting that does not exist{nearest(key, known)}"
+        if found := re.match(r"unrecognized arguments: (\S+)", message):
+            if not found[1].startswith("-"):
+                return f"found {shown(found[1])} among the settings, expected --key value pairs"
+            key = found[1].lstrip("-").partition("=")[0]
+            return f"--{key}: found a setting that does not exist{nearest(key, known)}"
+        if found := re.match(r"the following arguments are required: (.+)", message):
+            return f"{found[1]}: missing, expected `{self.usage}`"
+        return in_our_words(message)
+
+
+def call(
+    usage: str,
+    function: Callable[..., Any],
+    argv: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    positional: bool = True,
+) -> Any:
+    """Call a function with arguments from the command line.
+
+    Args:
+      usage: the command line without the program's name, for help and errors.
+      argv: the command line after the command.
+      settings: arguments by name, from a config; the command line wins. None = no config.
+      positional: give required parameters without a name.
+    """
+    parser = Parser(usage)
+    parser.add_function_arguments(function, as_positional=positional)
+    return function(**parser.parse(argv, settings, usage).as_dict())
+
+
+def split_file(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Split a command line into the FILE.yaml before the settings (None if there is none) and the settings."""
+    has_file = bool(argv) and not argv[0].startswith("-")
+    return (argv[0], list(argv[1:])) if has_file else (None, list(argv))
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Read the mapping in a YAML file; unlike in plain PyYAML, `1e-5` is a number."""
+    return read_yaml(path, "settings")
+
+
+def overrides_of(argv: Sequence[str]) -> dict[str, Any]:
+    """Parse `--a.b value` and `--a.b=value` pairs to {"a.b": value}, with values in YAML.
+
+    Raises: InputError if an argument is no such pair or a value is no YAML.
+    """
+    given, rest = {}, list(argv)
+    while rest:
+        key, equals, value = rest.pop(0).partition("=")
+        if not key.startswith("--"):
+            raise InputError(f"found {shown(key)} among the settings, expected --key value pairs")
+        if not equals:
+            if not rest:
+                raise InputError(f"{key}: found nothing after it, expected a value")
+            value = rest.pop(0)
+        try:
+            given[key.removeprefix("--")] = load_yaml(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"{key}: found text that is not YAML ({' '.join(str(error).split())})") from error
+    return given
+
+
+def field_help(cls: type, prefix: str = "") -> dict[str, str]:
+    """Collect the help texts of a dataclass's fields by dotted name, from docstrings or the fields' metadata.
+
+    The docstrings are those of the dataclass, its bases and the dataclasses in its fields. An entry is "field: text",
+    or "one, two: text for both", and ends at an empty line.
+    """
+    texts = {field.name: field.metadata["help"] for field in fields(cls) if "help" in field.metadata}
+    known = "|".join(field.name for field in fields(cls))
+    start = re.compile(rf"(?:^\s*|(?<=[.)\]] ))((?:{known})(?:, (?:{known}))*): ", re.MULTILINE)
+    for parent in reversed(cls.__mro__):
+        _, *parts = start.split(parent.__dict__.get("__doc__") or "")
+        for names, text in zip(parts[::2], parts[1::2], strict=True):
+            texts |= dict.fromkeys(names.split(", "), " ".join(text.split("\n\n")[0].split()))
+    texts = {f"{prefix}{name}": text for name, text in texts.items()}
+    for name, hint in get_type_hints(cls).items():
+        if is_dataclass(hint):
+            texts |= field_help(hint, f"{prefix}{name}.")
+    return texts
+
+
+def _only_in(base: type, cls: type) -> set[str]:
+    """Return the fields of `base` that no class between it and `cls` declares again, for example for a new default."""
+    between = cls.__mro__[: cls.__mro__.index(base)]
+    return {field.name for field in fields(base)} - {
+        name for parent in between for name in parent.__dict__.get("__annotations__", ())
+    }

@@ -1,0 +1,496 @@
+"""Commands that use a run: evaluate, generate, export."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offline_lmrl.cli.data import check_output, check_output_file, print_report
+from offline_lmrl.cli.parser import Parser
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.forms import DIALOGUES, prompt_messages, with_tools
+from offline_lmrl.logs.terminal import visible
+from offline_lmrl.logs.trajectory import (
+    Trajectory,
+    Turn,
+    as_context,
+    parse_json,
+    shown,
+    to_record,
+)
+
+if TYPE_CHECKING:
+    from offline_lmrl.decoding.planner import PlannerConfig
+    from offline_lmrl.decoding.policy import LanguagePolicy
+    from offline_lmrl.evaluation.play import EvaluationResult
+    from offline_lmrl.logs.protocols import Policy, Reply
+
+PROMPTS_AT_ONCE = 256  # prompts per call of the sampler; the progress bar moves once for each call
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Run the command `evaluate RUN (--environment NAME | --data HELDOUT)`."""
+    _call("evaluate RUN (--environment NAME | --data HELDOUT) [--key value ...]", _evaluate, argv)
+
+
+def generate(argv: Sequence[str]) -> None:
+    """Run the command `generate RUN [--prompts FILE] [--chat]`."""
+    flags = {"chat": "talk to the run turn by turn, on stdin and stdout, until the input ends"}
+    _call("generate RUN [--prompts FILE] [--output FILE] [--chat] [--key value ...]", _generate, argv, flags)
+
+
+def export(argv: Sequence[str]) -> None:
+    """Run the command `export RUN --output DIR`."""
+    _call("export RUN --output DIR [--key value ...]", _export, argv, without=("ask", "max_new_tokens", "stop"))
+
+
+def _call(
+    usage: str,
+    function: Callable[..., None],
+    argv: Sequence[str],
+    flags: Mapping[str, str] | None = None,
+    without: Collection[str] = (),
+) -> None:
+    """Call a command's function; fields of SamplingConfig in `argv` are passed as its parameter `sampling`.
+
+    Args:
+      usage: the command line without the program's name, for help and errors.
+      flags: help texts by name of the parameters that take no value on the command line; None = none.
+      without: fields of SamplingConfig that the command does not accept.
+    """
+    from offline_lmrl.decoding.sampler import SamplingConfig
+
+    parser = Parser(usage)
+    for name, text in (flags or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    parser.add_function_arguments(function, as_positional=True, skip={"sampling", *(flags or {})})
+    parser.add_overrides(SamplingConfig, "Decoding; what is not given is as saved with the run", without)
+    values = parser.parse(argv).as_dict()
+    sampling = {field.name: values.pop(field.name) for field in fields(SamplingConfig) if field.name in values}
+    SamplingConfig(**sampling)  # reports a number out of range before the model is loaded
+    function(**values, sampling=sampling)
+
+
+def _evaluate(
+    run: str,
+    environment: str | None = None,
+    settings: dict[str, Any] | None = None,
+    episodes: int = 100,
+    seed: int = 0,
+    repeats: int = 1,
+    cluster: str | None = None,
+    batch_size: int = 1024,
+    output: Path | None = None,
+    data: str | None = None,
+    reward: str | None = None,
+    betas: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
+    kl_budget: float = 0.3,
+    fqe: int = 0,
+    show: int | None = None,
+    asks: tuple[float | str, ...] | None = None,
+    planner: "PlannerConfig | None" = None,
+    demonstrations: str | None = None,
+    task: str = "",
+    device: str | None = None,
+    split: str | None = None,
+    *,
+    sampling: Mapping[str, Any],
+) -> None:
+    """Measure a run in an environment, on held-out logs, or both; a reward model on held-out comparisons.
+
+    Args:
+      run: a run directory, or a folder or hub name of a causal LM; for comparisons, a scorer as in `relabel`.
+      environment: maze, wordle, negotiation, corridor, gamble, count, count1, talk, talk_trap, hidden_rule, walk, or
+        your own as package.module:Class (its code runs); null = no play.
+      settings: arguments of the environment, such as --settings.observed partial.
+      episodes: number of episodes to play.
+      seed: seed of the first episode; the following episodes have the following seeds.
+      repeats: number of decodings of every episode.
+      cluster: label whose value dependent episodes share, for the interval; null = all episodes are independent.
+      batch_size: number of episodes played in parallel.
+      output: file for the played episodes, which can be trained on. With asks, a JSON Lines file for the results of
+        each requested return. For comparisons, a JSON file for the printed report.
+      data: held-out trajectories, for the measures that need only logs; or held-out comparisons, to measure how often
+        the scorer agrees with them.
+      reward: column of data that holds the score of a row; null = `reward`, or `label` in rows with a prompt.
+      betas: weights of value guidance to try on the logs.
+      kl_budget: largest KL from the unguided policy, in nats per token; the largest of betas within it is recommended.
+      fqe: optimizer steps of fitted Q evaluation on the logs, an estimate of the run's score; 0 = none.
+      show: number of a row of data, from 1, to print token by token instead of the measures on logs.
+      asks: returns to request one after the other, such as [0, p50, max]. Prints the return that each achieves. If the
+        extra `plots` is installed, also draws them, beside the output or into asks.png in the run's folder.
+      planner: plan every reply ahead, with no requested return; --planner.help lists its settings.
+      demonstrations: trajectories to show as few-shot demonstrations of the same task, as many as in training, before
+        each played episode and each log. null = none in play, and those of training for logs.
+      task: task that is played, for a run that was trained with returns per task.
+      device: device of the model, such as cpu or cuda:0; null = the first accelerator, else the CPU.
+      split: name of the split to read, for data with several.
+    """
+    given = dict(locals())
+    from offline_lmrl.decoding.policy import LanguagePolicy
+    from offline_lmrl.evaluation import offline
+    from offline_lmrl.evaluation.play import evaluate_policy
+    from offline_lmrl.logs.io import holds_comparisons, read_trajectories, write_trajectories
+    from offline_lmrl.tasks import make_environment, task_of
+    from offline_lmrl.tokens.few_shot import task_prompts
+
+    _check_measures(**given)
+    if data is not None and holds_comparisons(data):
+        _judge(**given)
+        return
+    counts: Counter[str] = Counter()
+    trajectories = [] if data is None else read_trajectories(data, split=split, counts=counts, reward=reward)
+    _say(data, counts)
+    shown_first = None if demonstrations is None else read_trajectories(demonstrations)
+    if show is not None and not 1 <= show <= len(trajectories):
+        raise InputError(f"show: found {show}, expected 1 to {len(trajectories)}")
+    made = None if environment is None else make_environment(environment, **(settings or {}))
+    task_of_seed = None if made is None or shown_first is None else task_of(made)
+    if output is not None:
+        (check_output_file if asks else check_output)(output, data, demonstrations)
+    policy = LanguagePolicy.load(run, device=device, task=task, **sampling)
+    seeds, play = range(seed, seed + episodes), {"repeats": repeats, "cluster": cluster, "batch_size": batch_size}
+    if task_of_seed is not None:
+        play["prompts"] = task_prompts(policy.spec, shown_first, task_of_seed)
+    if asks:
+        _print_asks(policy, made, asks, seeds, Path(run), output, play)
+    elif made is not None:
+        with _progress("playing", episodes) as progress:
+            player = policy if planner is None else planner.planner(policy)
+            result = evaluate_policy(player, made, seeds, progress=progress, **play)
+        if output is not None:
+            write_trajectories(output, result.trajectories)
+        _print_result(result)
+    if show is not None:
+        print(visible(offline.show(policy, trajectories[show - 1], shown_first)))
+    elif trajectories:
+        logs = {"betas": betas, "kl_budget": kl_budget, "demonstrations": shown_first}
+        print(visible(str(offline.evaluate_offline(policy, trajectories, **logs))))
+        _print_off_policy(policy, trajectories, fqe)
+
+
+def _say(data: str | None, counts: Mapping[str, int]) -> None:
+    """Print to stderr how many rows the reader repaired and dropped, by reason."""
+    for reason, n in counts.items():
+        print(f"{data}: {reason}: {n}", file=sys.stderr)
+
+
+def _check_measures(
+    environment: str | None,
+    data: str | None,
+    reward: str | None,
+    show: int | None,
+    asks: tuple[float | str, ...] | None,
+    planner: "PlannerConfig | None",
+    demonstrations: str | None,
+    output: Path | None,
+    episodes: int,
+    sampling: Mapping[str, Any],
+    **_: Any,
+) -> None:
+    """Check that the settings of `_evaluate` can be combined.
+
+    Raises: InputError if they cannot.
+    """
+    from offline_lmrl.tokens.conditioning import check_ask
+
+    if environment is None and data is None:
+        raise InputError("environment, data: found neither, expected at least one of them")
+    if reward is not None and data is None:
+        raise InputError(f"reward: found {shown(reward)} without --data, expected the data with that column")
+    if show is not None and data is None:
+        raise InputError("show: found a row without --data, expected the data it is in")
+    if asks is not None and (environment is None or not asks):
+        found = "none" if not asks else "some without --environment"
+        raise InputError(f"asks: found {found}, expected returns to ask for in an environment")
+    if sampling.get("ask") is not None and (asks is not None or planner is not None):
+        other = "--planner" if asks is None else "--asks"
+        raise InputError(f"ask: found {shown(sampling['ask'])} with {other}, expected only one of them")
+    if planner is not None and (environment is None or asks is not None):
+        found = "--asks" if asks is not None else "no --environment"
+        raise InputError(f"planner: found it with {found}, expected --environment alone: a plan asks for no return")
+    if planner is not None and demonstrations is not None:
+        raise InputError("planner: found it with --demonstrations, expected only one of them")
+    for ask in asks or ():
+        check_ask(ask)
+    if asks is not None and output is not None and output.suffix == ".png":
+        raise InputError(
+            f"output: found {output} with --asks, expected a file for rows of JSON, as "
+            f"{output.with_suffix('.jsonl')}: the picture is drawn beside it"
+        )
+    if episodes < 1:
+        raise InputError(f"episodes: found {episodes}, expected at least 1")
+
+
+def _judge(
+    run: str, data: str, split: str | None, output: Path | None, sampling: Mapping[str, Any], **rest: Any
+) -> None:
+    from data_prep.reports import write_json
+    from offline_lmrl.decoding.scorers import load_scorer
+    from offline_lmrl.evaluation.preferences import judge
+    from offline_lmrl.logs.io import read_comparisons
+
+    defaults = signature(_evaluate).parameters
+    for name, value in {**rest, **sampling}.items():
+        if name in sampling or value != defaults[name].default:
+            raise InputError(f"{name}: found {shown(value)}, expected none where a scorer is judged on comparisons")
+    if output is not None:
+        check_output_file(output, data)
+    counts: Counter[str] = Counter()
+    comparisons = read_comparisons(data, split=split, counts=counts)
+    _say(data, counts)
+    facts = judge(load_scorer(run), comparisons)
+    print_report(facts)
+    if output is not None:
+        write_json(output, facts)
+
+
+def _print_asks(
+    policy: "LanguagePolicy",
+    environment: Any,
+    asks: Sequence[float | str],
+    seeds: Sequence[int],
+    run: Path,
+    output: Path | None,
+    play: Mapping[str, Any],
+) -> None:
+    from importlib.util import find_spec
+
+    from offline_lmrl.evaluation.asks import ask_curve, ask_rows, ask_table, draw_asks
+    from offline_lmrl.logs.io import atomic_output
+
+    with _progress("playing", len(asks) * len(seeds) * play["repeats"]) as progress:
+        points = ask_curve(policy, environment, asks, seeds, progress=progress, **play)
+    print(ask_table(points))
+    if output is not None:
+        with atomic_output(output) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in ask_rows(points)), encoding="utf-8")
+    picture = run / "asks.png" if output is None else output.with_suffix(".png")
+    if find_spec("matplotlib") is not None and picture.parent.is_dir():
+        draw_asks(points, picture)
+        print(f"drawn: {picture}")
+
+
+def _print_off_policy(policy: "LanguagePolicy", trajectories: Sequence[Trajectory], fqe: int) -> None:
+    from offline_lmrl.evaluation.off_policy import fitted_q_evaluation, importance_sampling
+
+    print("its score, estimated from these logs alone (secondary: no substitute for play):")
+    try:
+        print(f"  weighted importance sampling: {importance_sampling(policy, trajectories)}")
+    except InputError as error:
+        print(visible(f"  weighted importance sampling: left out, {error}"))
+    if fqe != 0:
+        with _progress("fitting", fqe) as progress:
+            found = fitted_q_evaluation(policy, trajectories, fqe, progress=progress)
+        print(f"  fitted Q evaluation: {found}")
+
+
+def _print_result(result: "EvaluationResult") -> None:
+    summary = result.summary()
+    labels = summary.pop("labels")
+    print(f"score: {result.score()}")
+    for name, value in {**summary, **labels}.items():
+        print(visible(f"{name}: {value:.4g}"))
+
+
+def _generate(
+    run: str,
+    prompts: str = "-",
+    output: str = "-",
+    n: int = 1,
+    seed: int = 0,
+    scorer: str | None = None,
+    best_of: int = 1,
+    threshold: float | None = None,
+    coverage: float | None = None,
+    held_out: str | None = None,
+    abstention: str | None = None,
+    contexts: str | None = None,
+    task: str = "",
+    device: str | None = None,
+    chat: bool = False,
+    *,
+    sampling: Mapping[str, Any],
+) -> None:
+    """Reply to prompts, or chat.
+
+    Args:
+      run: a run directory, or a folder or hub name of a causal LM.
+      prompts: file, or - for stdin: one prompt per line, plain text or JSON with `prompt` or `messages`.
+      output: file, or - for stdout: JSON Lines with the messages and the reply's token ids and log-probabilities. If a
+        scorer chose the reply, its labels hold the score, the number of replies compared, and whether it abstained.
+      n: number of replies to each prompt.
+      seed: seed of the first prompt; the following prompts have the following seeds.
+      scorer: scorer that chooses the best of several replies, as in `relabel`; null = none.
+      best_of: number of replies from which the scorer chooses.
+      threshold: least score of a reply that is given; below it, the run abstains. null = always reply.
+      coverage: share of the prompts in held_out to answer, 0 to 1; it sets the threshold. null = threshold as given.
+      held_out: file of prompts for coverage, in the form of `prompts`.
+      abstention: text given instead of a reply whose score is below the threshold [I don't know.]. Such a row is not
+        trained on: reading drops and counts it.
+      contexts: package.module:function (its code runs) that maps the turns so far to several dialogues (lists of
+        turns), such as one per document to answer from. Replies are sampled from these in turn; the scorer scores them
+        after the turns so far. null = the turns so far.
+      task: task of the prompts, for a run that was trained with returns per task.
+      device: device of the model, such as cpu or cuda:0; null = the first accelerator, else the CPU.
+    """
+    from offline_lmrl.decoding.policy import LanguagePolicy
+    from offline_lmrl.decoding.reranking import BestOfN, calibrated_threshold
+    from offline_lmrl.decoding.scorers import load_scorer
+    from offline_lmrl.logs.io import atomic_output
+    from offline_lmrl.logs.protocols import imported
+
+    if best_of < 1:
+        raise InputError(f"best_of: found {best_of}, expected at least 1")
+    if scorer is None and (best_of > 1 or any(x is not None for x in (threshold, coverage, contexts))):
+        raise InputError("scorer: missing, expected what is to choose the best of several replies")
+    if (coverage is None) != (held_out is None) or (coverage is not None and threshold is not None):
+        raise InputError(
+            f"coverage: found {coverage} with held_out {held_out} and threshold {threshold}, "
+            "expected coverage and held_out together, or a threshold"
+        )
+    if abstention is not None and threshold is None and coverage is None:
+        raise InputError(f"abstention: found {shown(abstention)} alone, expected --threshold or --coverage too")
+    if output != "-":
+        check_output_file(Path(output), prompts, held_out)
+    histories = [] if chat else read_prompts(prompts)
+    player = policy = LanguagePolicy.load(run, device=device, task=task, **sampling)
+    if scorer is not None:
+        reads = None if contexts is None else imported(contexts, "contexts")
+        instead = {} if abstention is None else {"abstention": abstention}
+        player = BestOfN(policy, load_scorer(scorer), best_of, threshold, contexts=reads, **instead)
+        if coverage is not None:
+            player.threshold = calibrated_threshold(player, read_prompts(held_out), coverage)
+            print(f"threshold: {player.threshold:.6g}", file=sys.stderr)
+    if chat:
+        _chat(player, seed)
+        return
+    replies = list(_replies(player, policy.renderer.fingerprint, histories, n, seed))
+    rows = [json.dumps(to_record(row), ensure_ascii=False) + "\n" for row in replies]
+    if output == "-":
+        sys.stdout.writelines(map(visible, rows))  # escapes terminal control characters; the JSON keeps its meaning
+    else:
+        with atomic_output(output) as temporary:
+            temporary.write_text("".join(rows), encoding="utf-8")
+    if threshold is not None or coverage is not None:
+        answered = sum(not row.labels["abstained"] for row in replies)
+        print(f"answered {answered} of {len(replies)}", file=sys.stderr)
+
+
+def _export(run: str, *, output: Path, device: str | None = None, sampling: Mapping[str, Any]) -> None:
+    """Write a run as a plain checkpoint of its base model, which other engines serve, and a README.md about it.
+
+    A checkpoint that would play differently from the run is not written. Value guidance can be added exactly to the
+    checkpoint's weights with q_reduce mean or first and without support, candidates, clip, top_k, top_p and min_p; a
+    policy without guidance can always be exported.
+
+    Args:
+      run: a run directory.
+      output: a folder that does not exist yet.
+      device: device of the model, such as cpu or cuda:0; null = the first accelerator, else the CPU.
+    """
+    from offline_lmrl.export.plain import export_run
+    from offline_lmrl.logs.files import sweep
+
+    if output.parent.is_dir():
+        sweep(output.parent, output.name)  # first, so that leftovers of a killed export go even if this one is refused
+    print(export_run(run, output, device=device, **sampling))
+    print(output)
+
+
+def read_prompts(source: str) -> list[list[Turn]]:
+    """Read one dialogue per line of a file, or of stdin for "-".
+
+    A line is a user turn as plain text, or JSON with `prompt` (text or messages) or with `messages` or one of the
+    other field names that logs may use for it.
+
+    Raises: InputError "source:line: field: ..." if a line cannot be read or there is no prompt.
+    """
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source}: text: found bytes that are not UTF-8, expected UTF-8") from error
+    name = "stdin" if source == "-" else source
+    lines = enumerate(text.split("\n"), 1)
+    histories = [_prompt(line.strip(), f"{name}:{number}") for number, line in lines if line.strip()]
+    if not histories:
+        raise InputError(f"{name}: found no prompt, expected one per line")
+    return histories
+
+
+def _prompt(line: str, where: str) -> list[Turn]:
+    if not line.startswith("{"):
+        return [Turn("user", line)]
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise InputError(f"{where}: JSON: found a line that does not parse: {error}") from error
+    field = next((name for name in DIALOGUES if name in row), "prompt")
+    messages = row.get(field)
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{where}: {field}: found {shown(messages)}, expected text or a list of messages")
+    turns = prompt_messages(messages, where, field)
+    return turns if row.get("tools") is None else with_tools(turns, row["tools"], where)
+
+
+def _replies(
+    policy: "Policy", tokenizer: str, histories: Sequence[Sequence[Turn]], n: int, seed: int
+) -> Iterator[Trajectory]:
+    """Yield a trajectory per reply, of which only the reply is trainable, or nothing if the policy abstained."""
+    from offline_lmrl.decoding.policy import generate_texts
+
+    with _progress("generating", len(histories)) as progress:
+        for start in range(0, len(histories), PROMPTS_AT_ONCE):
+            part = histories[start : start + PROMPTS_AT_ONCE]
+            seeds = range(seed + start, seed + start + len(part))
+            for history, own_seed, replies in zip(part, seeds, generate_texts(policy, part, n, seeds), strict=True):
+                yield from (_answered(tokenizer, history, reply, own_seed) for reply in replies)
+            progress(start + len(part), len(histories))
+
+
+def _answered(tokenizer: str, history: Sequence[Turn], reply: "Reply", seed: int) -> Trajectory:
+    trainable = False if reply.labels.get("abstained") else None
+    turn = Turn("assistant", reply.text, trainable, token_ids=reply.token_ids, behaviour_log_prob=reply.log_prob)
+    labels = {"seed": seed, "tokenizer": tokenizer, "policy_log_prob": [list(reply.policy_log_prob or ())]}
+    return Trajectory((*as_context(history), turn), terminated=reply.closed, labels=labels | reply.labels)
+
+
+def _chat(policy: "Policy", seed: int) -> None:
+    session, turns = policy.start([seed]), []
+    while (text := _ask()) is not None:
+        turns.append(Turn("user", text))
+        (reply,) = session.reply([0], [turns])
+        turns.append(Turn("assistant", reply.text, token_ids=reply.token_ids))
+        print(visible(reply.text), flush=True)
+
+
+def _ask() -> str | None:
+    """Read the next line of stdin that is not blank; None at the end of the input."""
+    try:
+        while not (text := input("> " if sys.stdin.isatty() else "").strip()):
+            continue
+    except EOFError:
+        return None
+    return text
+
+
+@contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on stderr, removed at the end and not shown in a log file; yield its update function.
+
+    The function takes the numbers of items (done, in all).
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done, in_all: bar.update(task, completed=done, total=in_all)

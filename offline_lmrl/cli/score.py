@@ -1,0 +1,120 @@
+"""Commands that score logs: relabel, select."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from offline_lmrl.cli.data import check_output, print_report
+from offline_lmrl.cli.parser import call
+from offline_lmrl.errors import InputError, shown
+
+
+def relabel(argv: Sequence[str]) -> None:
+    """Run the command `relabel`, which scores DATA anew with SCORER."""
+    call("relabel DATA --scorer SCORER --output PATH [--key value ...]", _relabel, argv)
+
+
+def select(argv: Sequence[str]) -> None:
+    """Run the command `select DATA --scorer ENSEMBLE --output PATH`."""
+    call("select DATA --scorer ENSEMBLE --output PATH [--key value ...]", _select, argv)
+
+
+def _relabel(
+    data: str,
+    *,
+    scorer: str,
+    output: Path,
+    place: Literal["terminal", "turn"] | None = None,
+    make: Literal["targets", "rewards"] | None = None,
+    normalise: Literal["none", "global", "group", "rank"] | None = None,
+) -> None:
+    """Score logs: trajectories get rewards, comparisons get targets or become trajectories with rewards.
+
+    Args:
+      data: a file, folder or hub name of trajectories or of comparisons.
+      scorer: folder or hub name of a reward model, package.module:function (its code runs), a YAML file, or a mapping
+        such as "{kind: ensemble, scorers: [runs/a, runs/b], k: 1}".
+      output: file (.jsonl, .jsonl.gz, .parquet) or datasets folder; for data with several splits, a folder.
+      place: turns of a trajectory that get rewards. terminal = the last agent turn gets the whole score [default];
+        turn = each agent turn gets its contribution to the score, and an equal part of the shift of a normalised
+        reward model. The sums are the same.
+      make: result for comparisons: targets (comparisons with new targets) or rewards (trajectories) [targets].
+      normalise: change of the rewards that --make rewards gives to comparisons: none (as scored) [default], global (to
+        mean 0 and standard deviation 1 over all), group (minus the mean of the group) or rank (the share of the
+        group's other options that it beats, 0 to 1).
+    """
+    from offline_lmrl.decoding.scorers import fitting, load_scorer, relabel_comparisons, relabel_trajectories
+    from offline_lmrl.logs.io import (
+        holds_comparisons,
+        read_comparison_splits,
+        read_splits,
+        write_comparisons,
+        write_trajectories,
+    )
+    from offline_lmrl.logs.preferences import to_trajectories
+
+    check_output(output, data)
+    of_comparisons = holds_comparisons(data)
+    if not of_comparisons:
+        _require_none("trajectories", make=make, normalise=normalise)
+    else:
+        _require_none("comparisons", place=place)
+        if make != "rewards":
+            _require_none("comparisons without --make rewards", normalise=normalise)
+    counts: Counter[str] = Counter()
+    splits = (read_comparison_splits if of_comparisons else read_splits)(data, counts=counts)
+    if len(splits) > 1 and output.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        raise InputError(f"output: found {output} for the splits {', '.join(splits)}, expected a folder")
+    judge = load_scorer(scorer)
+    fit = {name: fitting(rows, judge, counts) for name, rows in splits.items()} if of_comparisons else splits
+    made, write = {}, write_trajectories
+    for name, rows in fit.items():
+        if not of_comparisons:
+            made[name] = relabel_trajectories(rows, judge, place or "terminal", counts)
+        elif make == "rewards":
+            made[name] = to_trajectories(rows, judge, "terminal", normalise or "none", counts)
+        else:
+            made[name], write = relabel_comparisons(rows, judge), write_comparisons
+    _write_splits(output, made, write)
+    parts = (("read", splits), ("written", made))
+    print_report({f"{name}: {done}": len(part[name]) for name in made for done, part in parts} | +counts)
+
+
+def _select(data: str, *, scorer: str, output: Path, n: int = 100, split: str | None = None) -> None:
+    """Write the pairs of replies on which an ensemble of reward models disagrees most, to label them next.
+
+    Args:
+      data: a file, folder or hub name of comparisons; their targets are not used.
+      scorer: an ensemble, as a YAML file or a mapping: "{kind: ensemble, scorers: [runs/a, runs/b]}".
+      output: file or datasets folder.
+      n: number of pairs, at most one of each comparison.
+      split: name of the split to read, for data with several.
+    """
+    from offline_lmrl.decoding.scorers import Ensemble, fitting, load_scorer, most_disputed
+    from offline_lmrl.logs.io import read_comparisons, write_comparisons
+
+    if n < 1:
+        raise InputError(f"n: found {n}, expected at least 1")
+    check_output(output, data)
+    ensemble = load_scorer(scorer)
+    if not isinstance(ensemble, Ensemble):
+        raise InputError(f"scorer: found {shown(scorer)}, expected an ensemble, whose members can disagree")
+    counts: Counter[str] = Counter()
+    chosen = most_disputed(fitting(read_comparisons(data, split=split, counts=counts), ensemble, counts), ensemble, n)
+    write_comparisons(output, chosen)
+    print_report({"pairs": len(chosen), "largest disagreement": chosen[0].labels["disagreement"]} | +counts)
+
+
+def _require_none(kind: str, **settings: str | None) -> None:
+    for name, value in settings.items():
+        if value is not None:
+            raise InputError(f"{name}: found {value}, expected none for {kind}")
+
+
+def _write_splits(output: Path, splits: dict[str, list[Any]], write: Callable[[Path, list[Any]], None]) -> None:
+    if len(splits) == 1:
+        write(output, *splits.values())
+        return
+    for name, rows in splits.items():
+        write(output / f"{name}.jsonl", rows)

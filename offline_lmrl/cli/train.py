@@ -1,0 +1,149 @@
+"""Commands that learn: train, compare."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from offline_lmrl.cli.data import config_path, prepare_from_settings
+from offline_lmrl.cli.parser import Parser, overrides_of, read_settings, split_file
+from offline_lmrl.errors import InputError, Stopped, shown
+from offline_lmrl.logs.terminal import visible
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+TRAIN_HELP = """Learn from scored trajectories, or by playing. FILE.yaml, or the name of a shipped config, says
+`algorithm`, `model`, `data` and `args`, for ppo `environment`, and `prepare` where the data are made first; this help
+is for one algorithm (--algorithm NAME). A run that was stopped goes on from its last complete checkpoint when it is
+started again; with a larger max_steps or num_train_epochs it is extended. --help_all adds the
+settings of transformers.TrainingArguments (output_dir, max_steps, seed, ...)."""
+
+COMPARE_HELP = """Train and evaluate the methods of FILE.yaml, or of a shipped config, over seeds, print one table and
+write report/ (report.html, figures and what they were made of). A comparison that was stopped goes on where it was. A
+method that fails does not stop the others: it is named at the end, and the same command tries it again.
+`compare FOLDER` draws the report of a finished one again from the results.jsonl in that folder, and trains nothing."""
+
+
+def train(argv: Sequence[str]) -> None:
+    """Run the command `train FILE.yaml`: one algorithm on one data set; print the run directory."""
+    values = train_settings(argv)
+
+    from accelerate import PartialState
+
+    from offline_lmrl import run
+    from offline_lmrl.logs.io import is_prepared
+
+    if values.prepare is not None and values.data.train is not None:
+        with values.args.main_process_first(local=False, desc="preparing the data"):
+            if not is_prepared(values.data.train, values.prepare.get("output") or Path(values.data.train).parent):
+                prepare_from_settings(values.prepare)
+            elif PartialState().is_main_process:
+                print(f"{values.data.train} is there and is not prepared again", file=sys.stderr)
+    run_settings = (values.algorithm, values.model, values.data, values.args, values.environment)
+    if values.dry_run:
+        for name, value in run.dry_run(*run_settings).items():
+            print(visible(f"{name}: {value:,}"))
+    else:
+        try:
+            folder = run.train(*run_settings)
+        except Stopped as stop:
+            _leave_together()
+            if PartialState().is_main_process:  # only this process reports the stop
+                raise
+            sys.exit(128 + stop.number)
+        if PartialState().is_main_process:
+            print(folder)
+        _leave_together()
+
+
+def _leave_together() -> None:
+    """Wait for all ranks, then close their connections: a rank that exits early would break the others'."""
+    from accelerate import PartialState
+
+    ranks = PartialState()
+    ranks.wait_for_everyone()
+    ranks.destroy_process_group()
+
+
+def train_settings(argv: Sequence[str]) -> "Namespace":
+    """Build and check the settings of a train file and of the command line after it.
+
+    Returns: `algorithm`, `model`, `data`, `prepare`, `environment`, `args` and `dry_run`.
+    Raises: InputError if the algorithm is missing, or a setting cannot be used.
+    """
+    file, rest = split_file(argv)
+    settings = {} if file is None else read_settings(config_path(file))
+    asks_help = bool({"-h", "--help", "--help_all"} & set(rest))
+    algorithm = _algorithm(rest, settings, file) or ("ilql" if asks_help else None)
+    if algorithm is None:
+        raise InputError("algorithm: missing, expected it in FILE.yaml or as --algorithm NAME")
+
+    from transformers import TrainingArguments
+
+    from offline_lmrl.algorithms import ALGORITHMS, load_algorithm
+    from offline_lmrl.run import DataConfig, ModelConfig
+
+    config_class, _ = load_algorithm(algorithm)
+    parser = Parser("train FILE.yaml [--key value ...]", TRAIN_HELP)
+    parser.add_argument("--help_all", action="help", help="show the inherited settings too and exit")
+    parser.add_argument("--dry_run", action="store_true", help="build everything, print what would run, and stop")
+    parser.add_argument("--algorithm", type=Literal[tuple(ALGORITHMS)], default=algorithm)
+    parser.add_dataclass(ModelConfig, "model")
+    parser.add_dataclass(DataConfig, "data")
+    parser.add_argument(
+        "--prepare",
+        type=dict[str, Any] | None,
+        default=None,
+        help="where data.train is missing: `command`, what follows `prepare`, and its settings",
+    )
+    parser.add_argument(
+        "--environment",
+        type=dict[str, Any] | None,
+        default=None,
+        help="for ppo: `name` of an environment or package.module:Class (its code runs), and its settings",
+    )
+    parser.add_dataclass(config_class, "args", TrainingArguments, show_base="--help_all" in rest)
+    return parser.parse(rest, settings, str(file))
+
+
+def _algorithm(argv: Sequence[str], settings: dict, file: str | None) -> str | None:
+    """Find the name of the algorithm before parsing, because it determines which other settings exist."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--algorithm", nargs="?")
+    name = early.parse_known_args(argv)[0].algorithm or settings.get("algorithm")
+    if not isinstance(name, str | None):
+        raise InputError(f"{file}: algorithm: found {shown(name)}, expected a name")
+    return name
+
+
+def compare(argv: Sequence[str]) -> None:
+    """Run the command `compare FILE.yaml`: several methods over seeds, one table and a report.
+
+    `compare FOLDER` writes only the report, from the results in that folder.
+    """
+    file, rest = split_file(argv)
+    if file is not None and Path(file).is_dir():
+        if rest:
+            raise InputError(f"{rest[0]}: found a setting, expected none: {file} is a folder of results to draw again")
+
+        from offline_lmrl.comparison.page import write_report
+        from offline_lmrl.logs.files import locked
+
+        with locked(file):
+            print(write_report(file) / "report.html")
+        return
+
+    from offline_lmrl.comparison.config import CompareConfig
+
+    if file is None or {"-h", "--help"} & set(rest):
+        parser = Parser("compare FILE.yaml [--key value ...]", COMPARE_HELP)
+        parser.add_dataclass(CompareConfig)
+        parser.parse(rest)
+        raise InputError(f"FILE.yaml: missing, expected `{parser.usage}`")
+    config = CompareConfig.read(config_path(file), overrides_of(rest))
+
+    from offline_lmrl.comparison.compare import run_compare
+
+    print(run_compare(config, prepare=prepare_from_settings))

@@ -1,0 +1,984 @@
+"""Train and evaluate several methods over several seeds. The result is one file of rows and one table; an interrupted
+comparison resumes after the last row that it wrote.
+
+Every method plays the same episodes: sampled, greedy, and planned if it has a `planner`. Value-guided methods are
+measured at up to two values of β: one chosen from held-out logs alone (by a KL budget), and one chosen by its score on
+other episodes. β is never chosen on the reported episodes. Rows that results.jsonl already holds are not measured
+again.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from offline_lmrl.algorithms import load_algorithm
+from offline_lmrl.comparison.config import ELSEWHERE, CollectConfig, CompareConfig, MethodConfig, build
+from offline_lmrl.comparison.page import write_report
+from offline_lmrl.comparison.provenance import provenance
+from offline_lmrl.comparison.report import read_results, table
+from offline_lmrl.comparison.rounds import train_in_rounds
+from offline_lmrl.decoding.planner import Planner, PlannerConfig
+from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.errors import Failed, InputError, Stopped, shown
+from offline_lmrl.evaluation.metrics import Estimate, label_means, mean_interval
+from offline_lmrl.evaluation.offline import OfflineReport, evaluate_offline
+from offline_lmrl.evaluation.play import EvaluationResult, evaluate_policy
+from offline_lmrl.logs.files import locked, say_differences, writing
+from offline_lmrl.logs.io import (
+    fingerprint,
+    holds_comparisons,
+    is_prepared,
+    read_comparisons,
+    read_trajectories,
+    write_text,
+)
+from offline_lmrl.logs.parallel import end_with_parent
+from offline_lmrl.logs.preferences import to_trajectories
+from offline_lmrl.logs.terminal import visible
+from offline_lmrl.logs.trajectory import Trajectory
+from offline_lmrl.run import SPEED, DataConfig, ModelConfig, read_report, runs_before, train
+from offline_lmrl.tasks import make_environment
+from offline_lmrl.training.checkpoint import read_metrics
+
+SAMPLES = 10
+# Version of the row format. Increase it when a code change makes the same settings train or play differently: rows of
+# the old version are then refused instead of being mixed with new ones.
+SCHEME = 2
+CURVE = ("environment_steps", "reward_queries", "score", "kl")  # metrics of a run that played, copied into its rows
+CURVE_POINTS = 50
+TEMPERATURES = {"sampled": {}, "greedy": {"temperature": 0.0}}
+PLANNED = "planned"
+
+Row = dict[str, Any]
+
+
+def run_compare(
+    config: CompareConfig,
+    *,
+    prepare: Callable[[Mapping[str, Any]], object] | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Train and measure whatever a comparison still lacks, then print its table.
+
+    `config.output` then holds results.jsonl (report.py describes its rows), table.md, config.json, episodes/ (one row
+    per episode), samples/ (ten dialogues per setting, the same episodes for every method), runs/ and report/ (page.py
+    describes its files).
+
+    Args:
+      config: the comparison.
+      prepare: function that makes the data. It is called with `config.prepare` if the training data are missing or
+        unfinished; None = never.
+      console: receives the progress messages; None = stderr. The table goes to stdout.
+    Returns: path of report/report.html.
+    Raises: InputError if the settings are wrong, the folder holds results of other settings, or another process is
+      writing to it. If a method fails, the others are still trained, measured and reported; afterwards InputError is
+      raised if bad input caused every failure, and Failed otherwise.
+    """
+    comparison = _Comparison(config, console or Console(stderr=True))
+    comparison.check_settings()
+    with locked(config.output):
+        if config.prepare is not None and prepare is not None:
+            source = config.data["train"]
+            if not is_prepared(source, config.prepare.get("output") or Path(source).parent):
+                comparison.say(f"preparing {source}")
+                prepare(config.prepare)
+        try:
+            return _compare(comparison)
+        except KeyboardInterrupt as stop:
+            if isinstance(stop, Stopped) and stop.line:
+                comparison.say(stop.line)
+            number = getattr(stop, "number", signal.SIGINT)
+            raise Stopped(f"{config.output}: stopped; the same command goes on with what is missing", number) from stop
+
+
+def _compare(comparison: "_Comparison") -> Path:
+    config = comparison.config
+    comparison.open_results()
+    if config.workers > 1:
+        comparison.train_side_by_side()
+        comparison.measure_side_by_side()
+    else:
+        comparison.measure_one_by_one()
+    drawn = table(comparison.rows)
+    write_text(comparison.folder / "table.md", visible(drawn) + "\n")
+    Console().print(visible(drawn), markup=False, highlight=False, soft_wrap=True)
+    page = write_report(comparison.folder) / "report.html"
+    comparison.raise_failures()
+    return page
+
+
+def _begin_worker(threads: int) -> None:
+    end_with_parent()
+    torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """The reason why a method lacks its run, or some of its rows, for one seed.
+
+    line: the error message, in one line.
+    unusable: True if an input or a setting was wrong, False if the program failed.
+    cause: for a method that was skipped, the failed method whose run it needs; None if it failed itself.
+    """
+
+    line: str
+    unusable: bool
+    cause: str | None = None
+
+
+Failures = dict[tuple[str, int], _Failure]  # by method and seed
+
+
+def _train_seed(config: CompareConfig, seed: int | None) -> Failures:
+    """Train all methods for one seed, in a worker process, and return those that failed.
+
+    Args:
+      seed: a training seed; None trains the partner instead.
+    """
+    comparison = _Comparison(config, _quiet())
+    try:
+        if seed is None:
+            comparison.train_partner()
+        else:
+            for name in config.trained:
+                comparison.is_trained(name, seed)
+    except Stopped as stop:
+        comparison.say(stop.line)  # here, because the parent receives the exception of one worker at most
+        raise Stopped("", stop.number) from stop
+    return comparison.untrained
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One way of decoding a method.
+
+    decode: "sampled", "greedy" or "planned".
+    chosen: how β was chosen, "offline" or "returns"; None without value guidance.
+    """
+
+    decode: str
+    chosen: str | None
+
+
+def _measure(
+    config: CompareConfig, untrained: Failures, name: str, seed: int, settings: Sequence[_Setting]
+) -> tuple[list[Row], Failures, Failures]:
+    """Measure a method with one seed, in a worker process.
+
+    Args:
+      untrained: the runs that are already known to be missing.
+      settings: the settings that have no row yet.
+    Returns: the new rows, all runs now known to be missing (with `untrained`), and the failures during play.
+    """
+    comparison = _Comparison(config, _quiet())
+    comparison.untrained = untrained
+    rows = list(comparison.measure(name, seed, settings))
+    return rows, comparison.untrained, comparison.unmeasured
+
+
+def _quiet() -> Console:
+    """A console for worker processes. It prints lines but no progress bars, which would overwrite one another."""
+    return Console(stderr=True, force_terminal=False)
+
+
+class _Comparison:
+    """The state of one `run_compare` call."""
+
+    def __init__(self, config: CompareConfig, console: Console):
+        self.config, self.console = config, console
+        self.folder = Path(config.output)
+        self.rows: list[Row] = []
+        self.runs: dict[tuple[str, int], Path] = {}
+        self.untrained: Failures = {}
+        self.unmeasured: Failures = {}
+
+    def say(self, text: str) -> None:
+        self.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
+
+    # Settings, and results of earlier calls.
+
+    def check_settings(self) -> None:
+        """Build the settings of every run now, so that a mistake in the last method shows before hours of training.
+
+        Raises: InputError that names the setting.
+        """
+        for name, method in self.config.methods.items():
+            *_, args = self._entry(f"methods.{name}", method, self.config.seeds[0], Path())
+            self._planner(name)
+            self._check_judges(name)
+            self._check_reply_lengths(name, args)
+            if method.evaluate and self.betas(name) and not self.config.data.get("validation"):
+                raise InputError(f"data.validation: missing, expected held-out trajectories to choose β of {name} on")
+        if self.config.partner is not None:
+            self._entry("partner", self.config.partner, self.config.partner.seed, Path())
+            SamplingConfig.from_dict(self.config.partner.sampling)
+        if elsewhere := self.config.training_environment:
+            if not any(_plays(method) for method in self.config.methods.values()):
+                raise InputError(
+                    f"training_environment: found {sorted(elsewhere)}, expected a method that learns by "
+                    "playing, or none"
+                )
+            if self.config.partner is None:  # with a partner, the environment cannot be built before it is trained
+                make_environment(**self.config.environment | elsewhere)
+
+    def _check_judges(self, name: str) -> None:
+        """Check that every method from which `name` takes V or Q has value heads, its own or those of its start.
+
+        Raises: InputError that names the setting.
+        """
+        method = self.config.methods[name]
+        judges = {"critic": method.critic, "planner.scorer": method.scorer, "sampling.ask": method.asks}
+        for key, judge in judges.items():
+            start = judge
+            while start is not None and "value_heads" not in _fields(self.config.methods[start].algorithm):
+                start = self.config.methods[start].start_from
+            if judge is not None and start is None:
+                where = f"methods.{name}.{key}"
+                raise InputError(
+                    f"{where}: found {shown(judge)}, without value heads, expected a method that has them"
+                )
+
+    def _check_reply_lengths(self, name: str, args: Any) -> None:
+        """Check that the longest reply of a method fits in `max_length`.
+
+        This holds for the play that it learns from and for the play that measures it.
+
+        Raises: InputError that names the setting.
+        """
+        method, saved = self.config.methods[name], getattr(args, "sampling", {})
+        measured, forms = SamplingConfig.from_dict({**saved, **self._play(method)}), {}
+        if _plays(method):
+            learning = self._collect(method).sampling if _collects(method) else saved
+            forms[self._reply_length_key(name, learning=True)] = SamplingConfig.from_dict(learning)
+        if method.evaluate:
+            forms[self._reply_length_key(name, learning=False)] = measured
+        for key, form in forms.items():
+            if form.max_new_tokens > args.max_length:
+                raise InputError(
+                    f"{key}: found {form.max_new_tokens}, expected at most the max_length of {name}, "
+                    f"{args.max_length}, which has to hold the reply"
+                )
+
+    def _play(self, method: Any) -> dict[str, Any]:
+        """Return the SamplingConfig fields that are used when a method (or the partner) is measured."""
+        return {**(self.config.evaluation.sampling if isinstance(method, MethodConfig) else {}), **method.sampling}
+
+    def _reply_length_key(self, name: str, learning: bool) -> str:
+        """Return the dotted name of the setting that decides max_new_tokens, for use in error messages.
+
+        Args:
+          learning: True for the play that the method learns from, False for the play that measures it.
+        """
+        method, own = self.config.methods[name], f"methods.{name}."
+        places = {f"{own}sampling": method.sampling}
+        if learning and _collects(method):
+            places = {f"{own}collect.sampling": method.collect.sampling} | places
+        elif learning:
+            where, args = (own, method.args) if "sampling" in method.args else ("", self.config.args)
+            places = {f"{where}args.sampling": args.get("sampling") or {}} | places
+        found = [place for place, sampling in places.items() if "max_new_tokens" in sampling]
+        return f"{found[0] if found else 'evaluation.sampling'}.max_new_tokens"
+
+    def open_results(self) -> None:
+        """Start from an existing results.jsonl, if there is one.
+
+        Its runs are kept, the fixed rows are computed anew, and the file, its folders and config.json are written.
+
+        Raises: InputError if a row was made with other settings.
+        """
+        self._runs_in(self.folder / "report" / "results.jsonl")  # check only: the new report will overwrite it
+        kept = self._runs_in(self.folder / "results.jsonl")
+        for name in ("episodes", "samples", "runs"):
+            with writing(self.folder / name):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self.rows = [*self._fixed_rows(), *kept]
+        self._save()
+        write_text(self.folder / "config.json", json.dumps(_plain(asdict(self.config)), indent=1) + "\n")
+
+    def _runs_in(self, path: Path) -> list[Row]:
+        """Return the rows of kind "run" in a results file, or an empty list if there is no file.
+
+        Raises: InputError if a run was made with other settings.
+        """
+        runs = [row for row in read_results(path) if row["kind"] == "run"] if path.exists() else []
+        for row in runs:
+            difference = say_differences(row["config"], _plain(self.identity(row["method"], row["decode"])))
+            if difference:
+                raise InputError(
+                    f"{path}: {row['method']}: {difference}; take another `output`, or remove "
+                    "results.jsonl, report/ and runs/ there"
+                )
+        return runs
+
+    def _save(self) -> None:
+        """Write results.jsonl and rename it into place, so that a kill leaves the old rows or the new ones, never half
+        a row."""
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+        write_text(self.folder / "results.jsonl", "".join(lines))
+
+    def _fixed_rows(self) -> Iterator[Row]:
+        config, scale = self.config, self.config.evaluation.score
+        shown = {"baseline": config.baseline, "labels": config.evaluation.labels}
+        yield {"kind": "comparison", **shown, "config": _plain(asdict(config))}
+        if not holds_comparisons(config.data["train"]):  # a preference label is not a return
+            yield self._behaviour()
+        # A partner is trained only later, and no optimum is known for play against one.
+        optimum = None if config.partner else _optimum(make_environment(**config.environment))
+        if optimum is not None:
+            normalised = scale and scale.normalise(optimum)
+            yield {"kind": "optimum", "method": "optimum", "score": optimum, "normalised": normalised, "labels": {}}
+        for name, columns in config.reference.items():
+            known = {key: columns[key] for key in ("score", "normalised") if key in columns}
+            labels = {key: value for key, value in columns.items() if key not in known}
+            yield {"kind": "published", "method": name, **known, "labels": labels}
+
+    def _behaviour(self) -> Row:
+        """Return the row with the mean return of the training data, its interval over groups, and its label means."""
+        scale = self.config.evaluation.score
+        returns = [t.total_return for t in self.train_data]
+        behaviour = mean_interval(returns, [t.group or i for i, t in enumerate(self.train_data)])
+        cut = sum(not t.terminated for t in self.train_data) / len(self.train_data)
+        # The return of a cut log is only partial, so the title shows how many are cut.
+        title = f"behaviour ({cut:.0%} of the logs are cut)" if cut else "behaviour"
+        labels = label_means(t.labels for t in self.train_data)
+        return {
+            "kind": "behaviour",
+            "method": title,
+            "score": behaviour.mean,
+            "interval": behaviour.interval,
+            "n": behaviour.n,
+            "normalised": scale and scale.normalise(behaviour.mean),
+            "labels": labels,
+        }
+
+    @cached_property
+    def train_data(self) -> list[Trajectory]:
+        return _logs(self.config.data["train"], self.config.data.get("reward"))
+
+    @cached_property
+    def validation_data(self) -> list[Trajectory]:
+        path = self.config.data.get("validation")
+        return _logs(path, self.config.data.get("reward")) if path else []
+
+    @cached_property
+    def _shared_identity(self) -> dict[str, Any]:
+        evaluation = asdict(self.config.evaluation)
+        for name in ("batch_size", "labels"):  # these change no number in a row
+            del evaluation[name]
+        return {
+            "rows": SCHEME,
+            "environment": self.config.environment,
+            "data": {"train": fingerprint(self.train_data), "validation": fingerprint(self.validation_data)},
+            "partner": self.config.partner and asdict(self.config.partner),
+            "evaluation": evaluation,
+        }
+
+    def identity(self, name: str, decode: str) -> dict[str, Any]:
+        """Return everything that determines a row of this method: rows with equal identity may be kept.
+
+        For a method that is no longer listed, return only the part that all rows share.
+        """
+        chain, planner = self._chain(name), self._planner(name) if decode == PLANNED else None
+        if planner is not None:
+            scorer = self._chain(self.config.methods[name].scorer) or planner.scorer
+            return self._shared_identity | {"method": chain, "planner": asdict(planner) | {"scorer": scorer}}
+        return self._shared_identity | ({"method": chain} if chain else {})
+
+    def _planner(self, name: str) -> PlannerConfig | None:
+        """Return a method's planner settings, with its scorer as a method's name; None if it does not plan."""
+        planner = self.config.methods[name].planner if name in self.config.methods else None
+        return None if planner is None else build(PlannerConfig, planner, f"methods.{name}.planner.")
+
+    def _chain(self, name: str | None) -> list[dict[str, Any]]:
+        """Return the settings of a method, then those of the methods that it starts from, nearest first.
+
+        Each entry also holds the chains of its critic, its judge, and the method named in its ask.
+        """
+        if name not in self.config.methods:
+            return []
+        method = self.config.methods[name]
+        merged = self._merged(method)
+        args = {key: value for key, value in merged["args"].items() if key not in SPEED}
+        link = {"algorithm": method.algorithm, **merged, "args": args, "sampling": dict(method.sampling)}
+        if method.betas is not None:
+            link["betas"] = list(method.betas)
+        if method.collect is not None:
+            link["collect"] = asdict(self._collect(method))
+        if self.config.training_environment and _plays(method):
+            link["training_environment"] = self.config.training_environment
+        if method.critic is not None:
+            link["critic"] = self._chain(method.critic)
+        if method.preference is not None or method.judge is not None:
+            link |= {"preference": method.preference, "judge": self._chain(method.judge)}
+        if method.asks is not None:
+            link["asks"] = self._chain(method.asks)
+        return [link, *self._chain(method.start_from)]
+
+    # Training.
+
+    def _merged(self, method: Any) -> dict[str, Any]:
+        model = dict(self.config.model)
+        if getattr(method, "start_from", None) is not None:
+            model = {key: value for key, value in model.items() if key not in ELSEWHERE}
+        args = self.config.args | dict(method.args)
+        sampling = args.get("sampling") or {}
+        if load_algorithm(method.algorithm)[1].plays and isinstance(sampling, Mapping):
+            same = self._same_reply_length(method, sampling)
+            args |= {"sampling": same} if same else {}
+        return {"model": model | dict(method.model), "args": args}
+
+    def _same_reply_length(self, method: Any, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the SamplingConfig fields of the play that a method learns from.
+
+        If `sampling` has no max_new_tokens, it is copied from the play that measures the method.
+        """
+        measured = {key: value for key, value in self._play(method).items() if key == "max_new_tokens"}
+        return {**measured, **sampling}
+
+    def _collect(self, method: Any) -> CollectConfig:
+        """Return `method.collect` with its max_new_tokens filled in by `_same_reply_length`."""
+        return replace(method.collect, sampling=self._same_reply_length(method, method.collect.sampling))
+
+    def _entry(
+        self,
+        where: str,
+        method: Any,
+        seed: int,
+        folder: Path,
+        start: Path | None = None,
+        critic: Path | None = None,
+        judge: Path | None = None,
+    ) -> tuple:
+        """Build the first four arguments of `train` for a method (or the partner).
+
+        Args:
+          where: dotted name of the method's settings, for error messages.
+          folder: run directory.
+          start: run that the weights are loaded from.
+          critic: run that becomes `args.critic`.
+          judge: run of a reward model that becomes `preference.reward`.
+        Returns: algorithm, ModelConfig, DataConfig, and the algorithm's config.
+        Raises: InputError that names the setting.
+        """
+        merged = self._merged(method)
+        for key in ("output_dir", "seed"):
+            if key in merged["args"]:
+                raise InputError(f"{where}.args.{key}: found a value, expected none: `seeds` and `output` decide it")
+        if getattr(method, "start_from", None) is not None:
+            merged["model"]["path"] = str(start)
+        model = build(ModelConfig, merged["model"], f"{where}.model.")
+        args = {**merged["args"], "output_dir": str(folder), "seed": seed}
+        if getattr(method, "critic", None) is not None:
+            if "critic" not in _fields(method.algorithm):
+                raise InputError(
+                    f"{where}.critic: found {shown(method.critic)}, but {method.algorithm} takes no critic"
+                )
+            args["critic"] = str(critic)
+        args = build(load_algorithm(method.algorithm)[0], args, f"{where}.args.")
+        preference = getattr(method, "preference", None)
+        if getattr(method, "judge", None) is not None:
+            preference = {**(preference or {}), "reward": str(judge)}
+        return method.algorithm, model, DataConfig(**self.config.data, preference=preference), args
+
+    def betas(self, name: str) -> tuple[float, ...]:
+        """Return the candidates for β of a method; none if its algorithm trains no value heads."""
+        method = self.config.methods[name]
+        if "value_heads" not in _fields(method.algorithm):
+            return ()
+        return self.config.evaluation.betas if method.betas is None else method.betas
+
+    def trained(self, name: str, seed: int) -> Path:
+        """Return the run directory of a method and seed.
+
+        Runs that are not complete are trained first, in the order in which they need each other.
+        """
+        if (name, seed) not in self.runs:
+            method, folder = self.config.methods[name], self.folder / "runs" / f"{name}-{seed}"
+            if method.run_of is not None:
+                return self.trained(method.run_of, seed)
+            others = [
+                None if other is None else self.trained(other, seed)
+                for other in (method.start_from, method.critic, method.judge)
+            ]
+            self.runs[name, seed] = self._train(f"methods.{name}", method, seed, folder, *others)
+        return self.runs[name, seed]
+
+    def is_trained(self, name: str, seed: int) -> bool:
+        """Train a method, after those that it needs; return True if all of them succeed.
+
+        Otherwise the failure is noted, and a method that failed before is not tried again.
+        """
+        method, run = self.config.methods[name], (name, seed)
+        before = (method.start_from, method.critic, method.judge) if method.run_of is None else (method.run_of,)
+        for other in filter(None, before):
+            if run not in self.untrained and not self.is_trained(other, seed):
+                self.untrained[run] = self._because_of(other, seed)
+        if run not in self.untrained:
+            with self._noting(self.untrained, name, seed, learning=True):
+                self.trained(name, seed)
+        return run not in self.untrained
+
+    def _because_of(self, other: str, seed: int) -> _Failure:
+        """Return the failure to note for a method that needs `other`, which failed or was skipped itself."""
+        failure = self.untrained[other, seed]
+        return replace(failure, cause=failure.cause or other)
+
+    @contextmanager
+    def _noting(self, failures: Failures, name: str, seed: int, learning: bool) -> Iterator[None]:
+        """Context manager: catch an exception, print it at once and note it for `raise_failures`.
+
+        Args:
+          failures: receives the failure under (name, seed).
+          learning: as in `_reply_length_key`.
+        """
+        try:
+            yield
+        except Exception as error:
+            unusable = isinstance(error, InputError | OSError)  # the same two as on the command line
+            line = " ".join((str(error) if unusable else "".join(traceback.format_exception_only(error))).split())
+            # Training and play know the setting by its short name; print where it is set in the compare file.
+            line = re.sub(r"(?<![\w.])max_new_tokens", self._reply_length_key(name, learning), line)
+            failures[name, seed] = _Failure(line, unusable)
+            if not unusable:
+                self.say("".join(traceback.format_exception(error)).rstrip())
+            self.say(f"{name}-{seed} failed: {line}")
+
+    def raise_failures(self) -> None:
+        """Raise one error that lists every failure, if there are any.
+
+        Raises: InputError if bad input caused all of them, else Failed.
+        """
+        said: dict[str, list[str]] = defaultdict(list)
+        for failures, skipped in ((self.untrained, "skipped"), (self.unmeasured, "rows skipped")):
+            for (name, seed), failure in failures.items():
+                title = f"failed: {failure.line}" if failure.cause is None else f"{skipped} because of {failure.cause}"
+                said[title].append(f"{name}-{seed}")
+        if not said:
+            return
+        failed = [failure for failures in (self.untrained, self.unmeasured) for failure in failures.values()]
+        kind = InputError if all(failure.unusable for failure in failed) else Failed
+        lines = "; ".join(f"{', '.join(runs)} {title}" for title, runs in said.items())
+        raise kind(
+            f"{lines}; `offline-lmrl compare {self.folder}` draws the rest, and the same command tries again "
+            "what is missing"
+        )
+
+    def _train(self, where: str, method: Any, seed: int, folder: Path, *others: Path | None) -> Path:
+        """Train a method (or the partner), in rounds or by play if it learns so, and return its run directory.
+
+        Args:
+          where: dotted name of its settings, for error messages.
+          others: runs of its start, critic and judge, in the order of `_entry`.
+        """
+        if not (folder / "complete.json").exists():
+            self.say(f"training {folder.name}")
+        entry = self._entry(where, method, seed, folder, *others)
+        if not _plays(method):
+            return train(*entry)
+        environment = self.config.environment | self.config.training_environment
+        if _collects(method):
+            return train_in_rounds(*entry, environment, self._collect(method), self._partner())
+        return train(*entry, environment=environment, players=self._partner())
+
+    @contextmanager
+    def _workers(self) -> Iterator[ProcessPoolExecutor]:
+        """Context manager: a pool of `workers` processes, each with its share of the cores.
+
+        Small models use two cores better as two processes than as one process with two threads. If a worker fails or
+        this process is stopped, all workers are terminated; those that train save a checkpoint first.
+        """
+        share = max(1, (os.cpu_count() or 1) // self.config.workers)
+        with ProcessPoolExecutor(
+            self.config.workers, get_context("spawn"), initializer=_begin_worker, initargs=(share,)
+        ) as pool:
+            try:
+                yield pool
+            except BaseException as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in active_children():
+                    process.terminate()
+                if isinstance(error, BrokenProcessPool):
+                    raise InputError(
+                        "workers: found a process that was killed, expected all of them to come to their "
+                        "end; the same command goes on"
+                    ) from error
+                raise
+
+    def train_side_by_side(self) -> None:
+        """Train each seed in a worker process.
+
+        The partner is trained before them if a method learns by playing against it, else at the same time.
+        """
+        waiting: list[int | None] = list(self.config.seeds)
+        if self.config.partner is not None:
+            if any(_plays(method) for method in self.config.methods.values()):
+                self.train_partner()
+            else:
+                waiting.insert(0, None)
+        with self._workers() as pool:
+            for done in as_completed([pool.submit(_train_seed, self.config, seed) for seed in waiting]):
+                self.untrained |= done.result()
+
+    def train_partner(self) -> Path:
+        partner = self.config.partner
+        return self._train("partner", partner, partner.seed, self.folder / "runs" / f"partner-{partner.seed}")
+
+    @cached_property
+    def _partner_policy(self) -> LanguagePolicy:
+        return LanguagePolicy.load(self.train_partner(), **self.config.partner.sampling)
+
+    def _partner(self) -> dict[str, LanguagePolicy]:
+        return {} if self.config.partner is None else {self.config.partner.argument: self._partner_policy}
+
+    def scorer(self, name: str, seed: int) -> Path | None:
+        """Return the run that rates a method's plans; None if no other run does."""
+        other = self.config.methods[name].scorer
+        return None if other is None else self.trained(other, seed)
+
+    def planned(self, name: str, seed: int, policy: LanguagePolicy) -> Planner:
+        """Wrap the policy of a method and seed in the method's planner."""
+        planner, scorer = self._planner(name), self.scorer(name, seed)
+        return (planner if scorer is None else replace(planner, scorer=str(scorer))).planner(policy)
+
+    # Evaluation.
+
+    def missing(self, name: str, seed: int) -> list[_Setting]:
+        """Return the settings of a method and seed that have no row yet."""
+        choices: list[str | None] = [None]
+        if self.betas(name):
+            choices = ["offline", "returns"] if self.config.evaluation.selection else ["offline"]
+        done = {
+            (row["decode"], row["beta_chosen"])
+            for row in self.rows
+            if row["kind"] == "run" and row["method"] == name and row["seed"] == seed
+        }
+        settings = [_Setting(decode, chosen) for decode in TEMPERATURES for chosen in choices]
+        if self.config.methods[name].planner is not None:
+            settings.append(_Setting(PLANNED, None))
+        return [setting for setting in settings if (setting.decode, setting.chosen) not in done]
+
+    def measure(self, name: str, seed: int, settings: Sequence[_Setting]) -> Iterator[Row]:
+        """Measure the settings in order and yield each row at once; stop at the first failure.
+
+        Nothing is yielded if the run, or the run that its ask names, is missing. Planned settings are skipped if the
+        run that rates the plans is missing.
+        """
+        method = self.config.methods[name]
+        if not settings or not self.is_trained(name, seed) or self._lacks(name, seed, method.asks):
+            return
+        with self._noting(self.unmeasured, name, seed, learning=False):
+            run = _Run(self, name, seed, self.trained(name, seed))
+            for setting in settings:
+                if setting.decode == PLANNED and self._lacks(name, seed, method.scorer):
+                    continue
+                row = run.row(setting)
+                beta = "" if row["beta_chosen"] is None else f" at β {row['beta']:g} ({row['beta_chosen']})"
+                score = Estimate.stored(row["score"], row["interval"], row["n"])
+                self.say(f"{name} seed {seed} {row['decode']}{beta}: {score}")
+                yield row
+
+    def _lacks(self, name: str, seed: int, judge: str | None) -> bool:
+        """True if the run of `judge` (which rates the plans or supplies the ask) is missing, which is then noted."""
+        if judge is None or self.is_trained(judge, seed):
+            return False
+        self.unmeasured[name, seed] = self._because_of(judge, seed)
+        return True
+
+    def measure_one_by_one(self) -> None:
+        missing = {
+            (name, seed): settings
+            for seed in self.config.seeds
+            for name in self.config.evaluated
+            if (settings := self.missing(name, seed))
+        }
+        if missing and self.config.partner is not None:
+            self.train_partner()  # first, because nothing can be measured without it
+        for (name, seed), settings in missing.items():
+            for row in self.measure(name, seed, settings):
+                self.add(row)
+
+    def add(self, row: Row) -> None:
+        """Save a row with its identity and provenance. Rows are sorted by seed and method, not by time."""
+        self.rows.append({**row, "made": provenance(), "config": _plain(self.identity(row["method"], row["decode"]))})
+        runs = ((seed, method) for seed in self.config.seeds for method in self.config.evaluated)
+        order = {run: place for place, run in enumerate(runs)}
+        # Fixed rows and runs of methods no longer listed come first (−1). The sort is stable: within a run the
+        # settings keep their order.
+        self.rows.sort(key=lambda row: order.get((row["seed"], row["method"]), -1) if row["kind"] == "run" else -1)
+        self._save()
+
+    def measure_side_by_side(self) -> None:
+        """Measure each method and seed in a worker process; a kill loses the measurements that are in progress."""
+        with self._workers() as pool:
+            waiting = [
+                pool.submit(_measure, self.config, self.untrained, method, seed, settings)
+                for seed in self.config.seeds
+                for method in self.config.evaluated
+                if (settings := self.missing(method, seed))
+            ]
+            for done in as_completed(waiting):
+                rows, untrained, unmeasured = done.result()
+                self.untrained |= untrained
+                self.unmeasured |= unmeasured
+                for row in rows:
+                    self.add(row)
+
+    def play(self, policy: LanguagePolicy | Planner, title: str, selecting: bool = False) -> EvaluationResult:
+        """Play the reported episodes with a progress bar.
+
+        Args:
+          title: label of the progress bar.
+          selecting: True plays the episodes on which β is chosen instead.
+        """
+        settings = self.config.evaluation
+        environment, seeds = self.config.environment, settings.seeds
+        if selecting:
+            environment = environment | settings.selection.environment
+            seeds = range(settings.selection.first_seed, settings.selection.first_seed + settings.selection.episodes)
+        # Greedy play is a function of the episode seed: a second decoding seed would repeat it word for word.
+        repeats = 1 if selecting or policy.sampling.temperature == 0 else settings.repeats
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        hidden = not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
+            task = progress.add_task(title, total=len(seeds) * repeats)
+            return evaluate_policy(
+                policy,
+                make_environment(**environment, **self._partner()),
+                seeds,
+                repeats=repeats,
+                cluster=settings.cluster,
+                batch_size=settings.batch_size,
+                progress=lambda done, total: progress.update(task, completed=done),
+            )
+
+
+class _Run:
+    """A trained method and seed that is measured setting by setting.
+
+    The model is loaded once, the logs are evaluated once, and play at the same (decoding, β) is not repeated.
+    """
+
+    def __init__(self, comparison: _Comparison, name: str, seed: int, folder: Path):
+        self.comparison, self.name, self.seed, self.folder = comparison, name, seed, folder
+        self.played: dict[tuple[str, float], EvaluationResult] = {}
+        method, settings = comparison.config.methods[name], comparison.config.evaluation
+        self.asks = None if method.asks is None else comparison.trained(method.asks, seed)
+        ask = {} if self.asks is None else {"ask": f"auto:{self.asks}"}
+        self.loaded = LanguagePolicy.load(folder, **{**settings.sampling, **method.sampling, **ask, "beta": 0.0})
+
+    def player(self, decode: str, beta: float) -> LanguagePolicy | Planner:
+        if decode == PLANNED:  # proposals are sampled at β 0, which `loaded` has
+            return self.comparison.planned(self.name, self.seed, self.loaded)
+        return self.loaded.with_sampling(**TEMPERATURES[decode], beta=beta)
+
+    @cached_property
+    def logged(self) -> OfflineReport:
+        """The report on a fixed sample of the held-out logs: guidance for every β, and the calibration of Q."""
+        settings, logs = self.comparison.config.evaluation, self.comparison.validation_data
+        logs = random.Random(0).sample(logs, min(settings.offline_rows, len(logs)))
+        policy = self.player("sampled", 0.0)
+        return evaluate_offline(policy, logs, betas=self.comparison.betas(self.name), kl_budget=settings.kl_budget)
+
+    def by_returns(self, decode: str) -> tuple[list[dict[str, Any]], int]:
+        """Play the selection episodes at each β.
+
+        Returns: one entry per β with its score, interval and KL, and the number of tokens generated in all.
+        """
+        tried, tokens = [], 0
+        for beta in self.comparison.betas(self.name):
+            title = f"{self.name} seed {self.seed} {decode}: trying β {beta:g}"
+            result = self.comparison.play(self.player(decode, beta), title, selecting=True)
+            score, kl = result.score(), self.kl(decode, result)
+            tried.append({"beta": beta, "score": score.mean, "interval": score.interval, "kl": kl})
+            tokens += sum(row["tokens"] for row in result.episodes)
+        return tried, tokens
+
+    def kl(self, decode: str, result: EvaluationResult) -> float | None:
+        """Return the KL of sampled play; None for other play.
+
+        Other play does not draw from the distribution that its log-probabilities describe.
+        """
+        return result.kl() if decode == "sampled" and self.loaded.sampling.temperature > 0 else None
+
+    def row(self, setting: _Setting) -> Row:
+        """Play one setting and write its episodes and samples.
+
+        Returns: the row for results.jsonl, without `config` and `made`, which `_Comparison.add` fills in.
+        """
+        config = self.comparison.config
+        beta, tried, selection_tokens = 0.0, None, 0
+        if setting.chosen == "offline":
+            tried, beta = self.logged.by_beta, self.logged.beta
+        elif setting.chosen == "returns":
+            tried, selection_tokens = self.by_returns(setting.decode)
+            beta = max(tried, key=lambda entry: (entry["score"], -entry["beta"]))["beta"]  # ties: the smaller β
+        if (setting.decode, beta) not in self.played:
+            title = f"{self.name} seed {self.seed} {setting.decode}"
+            self.played[setting.decode, beta] = self.comparison.play(self.player(setting.decode, beta), title)
+        result = self.played[setting.decode, beta]
+        stem = f"{self.name}-{self.seed}-{setting.decode}" + (f"-beta{beta:g}" if setting.chosen else "")
+        folder, scale, score = self.comparison.folder, config.evaluation.score, result.score()
+        write_text(folder / "episodes" / f"{stem}.jsonl", "".join(json.dumps(row) + "\n" for row in result.episodes))
+        write_text(folder / "samples" / f"{stem}.txt", transcripts(result, config.evaluation.seeds))
+        method = config.methods[self.name]
+        scorer = self.comparison.scorer(self.name, self.seed) if setting.decode == PLANNED else None
+        return {
+            "kind": "run",
+            "method": self.name,
+            "algorithm": method.algorithm,
+            "seed": self.seed,
+            "decode": setting.decode,
+            "beta": beta,
+            "beta_chosen": setting.chosen,
+            "betas_tried": tried,
+            "score": score.mean,
+            "interval": score.interval,
+            **result.summary(),
+            "normalised": scale and scale.normalise(score.mean),
+            "kl": self.kl(setting.decode, result),
+            "calibration": self.logged.calibration if setting.chosen == "offline" else None,
+            "regime": method.regime or load_algorithm(method.algorithm)[1].regime,
+            "cost": {
+                **training_cost(self.folder, scorer, self.asks),
+                "generated_tokens": sum(row["labels"].get("planned_tokens", row["tokens"]) for row in result.episodes),
+                "selection_tokens": selection_tokens,
+                "evaluation_seconds": result.seconds,
+            },
+            **divergence(self.folder),
+            "run": str(self.folder),
+            "episodes": f"episodes/{stem}.jsonl",
+            "cells": result.cells(),
+            "scores": result.scores(),
+            "curve": learning_curve(self.folder) if setting.decode == "sampled" else [],
+            # The first seed is enough to show how a method replies; the files in samples/ hold all seeds.
+            "samples": dialogues(result, config.evaluation.seeds) if self.seed == config.seeds[0] else [],
+        }
+
+
+def _logs(source: str, reward: str | None) -> list[Trajectory]:
+    """Read logged trajectories, or make them of comparisons.
+
+    Each option of a comparison becomes a trajectory. Its reward is the default of `to_trajectories`, whatever reward a
+    method itself learns from.
+
+    Args:
+      source: file or folder.
+      reward: column that holds the score of a row; None = the default one.
+    """
+    if holds_comparisons(source):
+        return to_trajectories(read_comparisons(source))
+    return read_trajectories(source, reward=reward)
+
+
+def _fields(algorithm: str) -> set[str]:
+    """Return the names of an algorithm's settings."""
+    return {field.name for field in fields(load_algorithm(algorithm)[0])}
+
+
+def _collects(method: Any) -> bool:
+    return getattr(method, "collect", None) is not None
+
+
+def _plays(method: Any) -> bool:
+    """True if a method (or the partner) plays in the environment in order to learn."""
+    return _collects(method) or load_algorithm(method.algorithm)[1].plays
+
+
+def divergence(run: Path) -> dict[str, float]:
+    """Return how far a PPO run moved; empty for a run of another algorithm.
+
+    Returns: `training_kl`, the KL from the start policy in nats per episode, over the last training episodes; and
+      `ratio_max`, the largest probability ratio in any update.
+    """
+    rows = [row for row in read_metrics(run) if "ratio_max" in row]
+    return {"training_kl": rows[-1]["kl"], "ratio_max": max(row["ratio_max"] for row in rows)} if rows else {}
+
+
+def training_cost(run: Path, *judges: Path | None) -> dict[str, float]:
+    """Return the cost of training a run.
+
+    `training_tokens` counts each token as often as it was read. It includes the runs that this one starts from or
+    learns from, and the `judges`. `training_seconds` is the wall time of its last training process. A run that played
+    also has `environment_steps` (agent turns), `reward_queries` (scored replies) and `played_tokens` (sampled tokens).
+
+    Args:
+      judges: runs that rate its plans or supply its ask; None is skipped.
+    """
+    report = read_report(run)
+    seconds = [row["train_runtime"] for row in read_metrics(run) if "train_runtime" in row]
+    played = {name: report[name] for name in ("environment_steps", "reward_queries") if name in report}
+    if "generated_tokens" in report:
+        played["played_tokens"] = report["generated_tokens"]
+    tokens = sum(runs_before(str(run), *(judge and str(judge) for judge in judges)).values())
+    return {"training_tokens": tokens, "training_seconds": seconds[-1] if seconds else 0.0, **played}
+
+
+def learning_curve(run: Path) -> list[Row]:
+    """Return one row per training iteration of a run that played; empty for a run that learnt from logs.
+
+    A row holds the environment steps and reward queries so far, the mean score of the iteration's episodes, and their
+    KL from the start policy in nats per episode. For a long run only every k-th iteration is kept, at most
+    CURVE_POINTS.
+    """
+    rows = [{name: row[name] for name in CURVE} for row in read_metrics(run) if "environment_steps" in row]
+    # k = ⌈len / CURVE_POINTS⌉, or 1 if there are no rows
+    return rows[:: -(-len(rows) // CURVE_POINTS) or 1]
+
+
+def _fixed_episodes(result: EvaluationResult, seeds: Sequence[int]) -> Iterator[tuple[Row, Trajectory]]:
+    """Yield ten episodes, (row, trajectory). The episode seeds alone decide which, so all methods show the same."""
+    chosen = set(random.Random(0).sample(list(seeds), min(SAMPLES, len(seeds))))
+    for row, trajectory in zip(result.episodes, result.trajectories, strict=True):
+        if row["seed"] in chosen and row["repeat"] == 0:
+            yield row, trajectory
+
+
+def transcripts(result: EvaluationResult, seeds: Sequence[int]) -> str:
+    """Return the ten fixed episodes as text."""
+    blocks = []
+    for row, trajectory in _fixed_episodes(result, seeds):
+        head = f"episode {row['seed']}, score {row['score']:g}, {json.dumps(row['labels'], ensure_ascii=False)}"
+        turns = [f"{turn.role}: {turn.content}" for turn in trajectory.turns]
+        blocks.append("\n".join([head, *turns, ""]))
+    return visible("\n".join(blocks))
+
+
+def dialogues(result: EvaluationResult, seeds: Sequence[int]) -> list[Row]:
+    """Return the ten fixed episodes in the form stored in results.jsonl; `turns` is a list of (role, text)."""
+    return [
+        {"seed": row["seed"], "score": row["score"], "turns": [(turn.role, turn.content) for turn in trajectory.turns]}
+        for row, trajectory in _fixed_episodes(result, seeds)
+    ]
+
+
+def _optimum(environment: Any) -> float | None:
+    """Return the best possible mean score, or None if the environment does not know it.
+
+    Args:
+      environment: an environment, or a function that makes one.
+    """
+    environment = environment() if callable(environment) else environment
+    return environment.optimum() if hasattr(environment, "optimum") else None
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as it will be when it is read back from JSON (tuples become lists, keys become strings)."""
+    return json.loads(json.dumps(value))

@@ -1,0 +1,385 @@
+"""The figures of a report, made from the rows of results.jsonl alone. They need matplotlib (extra `plots`).
+
+Colour shows the method and the shape of a marker the decoding; a hollow marker is a β chosen by returns. If no row has
+a number that a figure needs, the report gives that reason instead of the figure.
+"""
+
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from offline_lmrl.comparison.report import Key, Results, Row, short
+from offline_lmrl.evaluation.metrics import Estimate
+
+Axes = Figure = Any  # matplotlib's classes; it is imported only when something is drawn
+
+INK, PAPER = "#1f2328", "#ffffff"  # the HTML page replaces these two by its own colours
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7b6fd0",
+           "#a00000", "#00a6a6", "#66a61e", "#e7298a", "#b07aa1", "#9c755f", "#4e79a7", "#f28e2b")  # fmt: skip
+FEW_KEYS = 8  # a matrix of more settings has no space for numbers in its cells
+MARKERS = {"sampled": "o", "greedy": "s", "planned": "^"}
+WIDTH = 4.4  # inches; narrow, so that the text is readable on a phone
+STYLE = {
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "offline_lmrl",
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#8a919966",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    **{name: INK for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A drawn figure.
+
+    name: stem of its file names.
+    title: its title.
+    caption: explanation that a reader needs.
+    svg: the figure as SVG.
+    png: the figure as PNG.
+    """
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+    png: bytes
+
+
+class Missing(Exception):
+    """The reason why a figure cannot be drawn: a number that no row has."""
+
+
+def draw(results: Results) -> tuple[list[Drawing], dict[str, str]]:
+    """Draw all figures that the rows allow. The same rows give the same bytes.
+
+    Returns: the drawn figures, and title -> reason of those that are missing.
+    Raises: ModuleNotFoundError without matplotlib.
+    """
+    import matplotlib
+
+    drawings, missing = [], {}
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, "backend": "agg"}):
+        for name, (title, plot) in FIGURES.items():
+            try:
+                figure, caption = plot(results)
+            except Missing as reason:
+                missing[title] = str(reason)
+                continue
+            drawings.append(Drawing(name, title, caption, *_files(figure)))
+    return drawings, missing | NEVER
+
+
+def _files(figure: Figure) -> tuple[str, bytes]:
+    svg, png = io.StringIO(), io.BytesIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # a date would change the bytes every time
+    figure.savefig(svg, format="svg", metadata=nothing)
+    figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
+    return svg.getvalue(), png.getvalue()
+
+
+def _axes(height: float = 3.4, **labels: str) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(**labels)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def colours(results: Results) -> dict[str, str]:
+    methods = dict.fromkeys(key.method for key in results.groups)
+    return {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(methods)}
+
+
+def _marker(results: Results, key: Key) -> dict[str, Any]:
+    colour = colours(results)[key.method]
+    fill = PAPER if key.chosen == "returns" else colour
+    return {"marker": MARKERS[key.decode], "color": colour, "markerfacecolor": fill}
+
+
+def _mark(axes: Axes, results: Results, key: Key, x: float) -> None:
+    """Draw the score of a setting with its interval at x."""
+    estimate = results.estimates[key]
+    axes.errorbar(x, estimate.mean, yerr=_ends([estimate]), markersize=6, linewidth=1.5, **_marker(results, key))
+
+
+def _legend(figure: Figure, results: Results, keys: Iterable[Key]) -> None:
+    """Draw the legend below the axes.
+
+    It has the colour of each method, the shapes of decodings if there are several, and the two choices of β if one was
+    by returns.
+    """
+    from matplotlib.lines import Line2D
+
+    keys, colour = list(keys), colours(results)
+    methods = dict.fromkeys(key.method for key in keys)
+    handles = [Line2D([], [], color=colour[method], linewidth=3, label=method) for method in methods]
+    sign = partial(Line2D, [], [], linestyle="", color="#8a9199")
+    if len(decodes := dict.fromkeys(key.decode for key in keys)) > 1:
+        handles += [sign(marker=MARKERS[decode], label=decode) for decode in decodes]
+    if any(key.chosen == "returns" for key in keys):
+        handles += [sign(marker="o", label="β offline"), sign(marker="o", markerfacecolor=PAPER, label="β by returns")]
+    columns = 3 if max(len(handle.get_label()) for handle in handles) <= 14 else 2
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=1.4, columnspacing=1.2)
+
+
+def _ends(estimates: Sequence[Estimate]) -> np.ndarray:
+    """Return how far each interval reaches below and above its mean, (2, n), as error bars.
+
+    Both are 0 for an unknown interval, so that no bar is drawn.
+    """
+    known = [estimate.interval or (estimate.mean, estimate.mean) for estimate in estimates]
+    means = np.array([estimate.mean for estimate in estimates])
+    return np.stack([means - [low for low, _ in known], [high for _, high in known] - means])
+
+
+def _level(axes: Axes, results: Results, line: Callable) -> None:
+    """Draw lines at the score of the logs and at the best possible score, if they are known.
+
+    Args:
+      line: `axes.axhline` or `axes.axvline`.
+    """
+    for row in results.of("behaviour", "optimum"):
+        if row.get("score") is not None:
+            style = {"behaviour": ":", "optimum": "--"}[row["kind"]]
+            line(row["score"], color="#8a9199", linestyle=style, linewidth=1.2, zorder=1)
+
+
+LEVELS = "The dotted line is the mean of the logs, the dashed one the optimum, where they are known."
+
+
+def score_per_method(results: Results) -> tuple[Figure, str]:
+    keys = list(results.groups)
+    if not keys:
+        raise Missing("no method has been measured yet")
+    figure, axes = _axes(0.34 * len(keys) + 1.1, xlabel="score")
+    _level(axes, results, axes.axvline)
+    for place, key in enumerate(keys):
+        estimate, style = results.estimates[key], _marker(results, key)
+        seeds = list(results.cells[key].per_seed().values())
+        if len(seeds) > 1:
+            axes.plot(seeds, [place + 0.22] * len(seeds), "|", color=style["color"], markersize=6)
+        axes.errorbar(estimate.mean, place, xerr=_ends([estimate]), markersize=6, linewidth=2, **style)
+    axes.set_yticks(range(len(keys)), [str(key) for key in keys])
+    axes.set_ylim(len(keys) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    return figure, (
+        "Mean over seeds and episodes with its 95% interval (of one seed: of this run over episodes); ticks below it "
+        f"are the seeds. {LEVELS}"
+    )
+
+
+def return_against_kl(results: Results) -> tuple[Figure, str]:
+    figure, axes = _axes(xlabel="√KL(decoding ‖ policy), √nats per episode", ylabel="score")
+    keys = [key for key, runs in results.groups.items() if all(run.get("kl") is not None for run in runs)]
+    if not keys:
+        raise Missing("no row has a KL: only sampled play of a language model gives one")
+    _level(axes, results, axes.axhline)
+    colour = colours(results)
+    for key in keys:
+        runs = results.groups[key]
+        for run in runs:
+            tried = [entry for entry in run["betas_tried"] or () if entry.get("kl") is not None and "score" in entry]
+            thin = {"color": colour[key.method], "linewidth": 0.9, "alpha": 0.6}
+            if tried:
+                ends = [Estimate.stored(entry["score"], entry["interval"], 0) for entry in tried]
+                axes.errorbar(*_track(tried), yerr=_ends(ends), elinewidth=0.6, marker=".", **thin)
+            axes.plot(*_track(run.get("curve") or ()), **thin)
+        _mark(axes, results, key, _root(_mean(run["kl"] for run in runs)))
+    _legend(figure, results, keys)
+    return figure, (
+        "Large markers: the reported settings with their 95% intervals. KL of what is sampled from the method's own "
+        "policy without filters and guidance, at the same temperature. Thin lines: every β tried, a line per seed, "
+        "on the episodes for choosing, or PPO's iterations, whose KL is the one from its start."
+    )
+
+
+def _track(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    return [_root(row["kl"]) for row in rows], [row["score"] for row in rows]
+
+
+def _root(kl: float | None) -> float:
+    """Return √KL, with negative estimates (possible from samples) taken as 0 and None as NaN."""
+    return math.nan if kl is None else math.sqrt(max(kl, 0.0))
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def _against(results: Results, label: str, cost: Callable[[Row], float], axes: Axes, figure: Figure) -> None:
+    """Draw the score of every setting at its mean cost.
+
+    Args:
+      label: name of the cost, for the x axis.
+      cost: function from a run to its cost.
+    """
+    _level(axes, results, axes.axhline)
+    for key, runs in results.groups.items():
+        _mark(axes, results, key, _mean(map(cost, runs)))
+    axes.set(xlabel=label, ylabel="score")
+    _legend(figure, results, results.groups)
+
+
+def _count_scale(axes: Axes, zero: float | None = None) -> None:
+    """Label the x axis with short counts ("20k"). It becomes logarithmic if they differ by a factor of 5 or more.
+
+    Args:
+      zero: position that stands for 0 on a logarithmic axis; None = no count is 0.
+    """
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    low, high = axes.dataLim.intervalx
+    ticks = MaxNLocator(5, steps=(1, 2, 5, 10)).tick_values(low, high)
+    if zero is not None or high >= 5 * low:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        low = low if zero is None else 4 * zero  # `return_against_play` puts 0 at a quarter of the least count
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+        ticks = [step * 10.0**power for power in powers for step in (1, 2, 5)]
+    shown = {tick: short(tick) for tick in ticks if low <= tick <= high}
+    shown |= {} if zero is None else {zero: "0"}
+    axes.set_xticks(list(shown), list(shown.values()))
+
+
+def return_against_training(results: Results) -> tuple[Figure, str]:
+    figure, axes = _axes()
+    if not any(run["cost"]["training_tokens"] for run in results.of("run")):
+        raise Missing("no row has training tokens")
+    _against(results, "tokens read in training", lambda run: run["cost"]["training_tokens"], axes, figure)
+    _count_scale(axes)
+    return figure, f"As often as they were read, with those of the runs that a method starts or learns from. {LEVELS}"
+
+
+def return_against_play(name: str, results: Results) -> tuple[Figure, str]:
+    figure, axes = _axes()
+    costs = [run["cost"].get(name, 0) for run in results.of("run")]
+    least = min(filter(None, costs), default=None)
+    if least is None:
+        raise Missing("no method here played or asked for rewards while it learnt")
+    if name == "reward_queries" and costs == [run["cost"].get("environment_steps", 0) for run in results.of("run")]:
+        raise Missing("the same as against environment steps: every step was scored")
+    curves = [(run, row) for run in results.of("run") for row in run.get("curve") or () if row[name] > 0]
+    least = min([least, *(row[name] for _, row in curves)])
+    nowhere = least / 4  # where runs with a count of 0 are drawn, as a logarithmic axis has no 0
+    _against(results, name.replace("_", " "), lambda run: run["cost"].get(name, 0) or nowhere, axes, figure)
+    for run in results.of("run"):
+        points = [row for row in run.get("curve") or () if row[name] > 0]
+        thin = {"color": colours(results)[run["method"]], "linewidth": 0.9, "alpha": 0.6}
+        axes.plot([row[name] for row in points], [row["score"] for row in points], **thin)
+    _count_scale(axes, nowhere)
+    axes.axvline(least / 2, color="#8a9199", linewidth=0.8)
+    return figure, (
+        "Large markers: after training, as evaluated. Left of the line: methods that learnt from logs alone. Thin "
+        f"lines: episodes played while learning, a line per seed. {LEVELS}"
+    )
+
+
+def return_against_decoding(results: Results) -> tuple[Figure, str]:
+    figure, axes = _axes()
+    if not results.groups:
+        raise Missing("no method has been measured yet")
+    _against(results, "generated tokens per answer", _tokens_per_answer, axes, figure)
+    if any("planned_tokens" in run["labels"] for run in results.of("run")):
+        _count_scale(axes)
+    return figure, f"All that is drawn for an answer, with what a planner imagines. {LEVELS}"
+
+
+def _tokens_per_answer(run: Row) -> float:
+    return run["labels"].get("planned_tokens", run["tokens"]) / run["turns"]
+
+
+def achieved_against_asked(results: Results) -> tuple[Figure, str]:
+    keys = [key for key, runs in results.groups.items() if all("ask" in run["labels"] for run in runs)]
+    if not keys:
+        raise Missing("no method here was asked for a return; `evaluate RUN --asks` draws the whole curve of one")
+    figure, axes = _axes(xlabel="return asked for", ylabel="return achieved")
+    asked = [_mean(run["labels"]["ask"] for run in results.groups[key]) for key in keys]
+    axes.axline((asked[0], asked[0]), slope=1, color="#8a9199", linestyle=":", linewidth=1.2)
+    for x, key in zip(asked, keys, strict=True):
+        _mark(axes, results, key, x)
+    low, high = np.min(axes.dataLim.get_points()), np.max(axes.dataLim.get_points())
+    room = 0.05 * (high - low) or 1.0
+    axes.set(xlim=(low - room, high + room), ylim=(low - room, high + room))
+    _legend(figure, results, keys)
+    return figure, "The dotted line is what was asked for."
+
+
+def calibration_of_q(results: Results) -> tuple[Figure, str]:
+    runs = [run for run in results.of("run") if run.get("calibration") and run["decode"] == "sampled"]
+    if not runs:
+        raise Missing("no row has Q beside realised returns: no method with value heads, or all held-out logs are cut")
+    figure, axes = _axes(xlabel="Q of the logged token", ylabel="return that followed")
+    lowest = min(entry["q"] for run in runs for entry in run["calibration"])
+    axes.axline((lowest, lowest), slope=1, color="#8a9199", linestyle=":", linewidth=1.2)
+    for run in runs:
+        line = {"color": colours(results)[run["method"]], "linewidth": 1.2, "marker": "o", "markersize": 4}
+        bins = run["calibration"]
+        axes.plot([entry["q"] for entry in bins], [entry["return_to_go"] for entry in bins], **line)
+    _legend(figure, results, [Key(run["method"], "sampled", "offline") for run in runs])
+    return figure, (
+        "Tokens of held-out logs in equally full bins of Q, a line per seed; on the dotted line Q is the discounted "
+        "return that followed. Below it Q promises more than the logs earned, as values of a better policy than "
+        "theirs will; a line that does not rise says that Q cannot tell good from bad."
+    )
+
+
+def win_rates(decode: str, results: Results) -> tuple[Figure, str]:
+    found = results.wins[decode]
+    if not found:
+        raise Missing("fewer than two settings have the scores of every episode")
+    keys = list(dict.fromkeys(key for pair in found for key in pair))
+    figure, axes = _axes(0.42 * len(keys) + 1.6)
+    shares = np.array([[found[a, b].mean if (a, b) in found else math.nan for b in keys] for a in keys])
+    places = np.arange(len(keys) + 1) - 0.5
+    axes.pcolormesh(places, places, np.ma.masked_invalid(shares), cmap="PuOr", vmin=0, vmax=1, alpha=0.75)
+    axes.invert_yaxis()
+    for (a, b), estimate in found.items() if len(keys) <= FEW_KEYS else ():
+        sure = "*" * estimate.excludes(0.5)
+        text = f"{100 * estimate.mean:.0f}{sure}"
+        axes.text(keys.index(b), keys.index(a), text, ha="center", va="center", color="#000000", fontsize=8)
+    names = [str(key).replace(f", {decode}", "", 1) for key in keys]
+    axes.set_yticks(range(len(keys)), [f"{name}  {i + 1}" for i, name in enumerate(names)])
+    axes.set_xticks(range(len(keys)), [str(i + 1) for i in range(len(keys))])
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    return figure, (
+        "How often (%) the line scores more than the column in the same episode, a tie half; * where the 95% interval "
+        "excludes a half, over several training seeds. The table below has all of them with their intervals."
+    )
+
+
+FIGURES: dict[str, tuple[str, Callable[[Results], tuple[Figure, str]]]] = {
+    "score": ("Score per method", score_per_method),
+    "kl": ("Return against √KL", return_against_kl),
+    "environment_steps": ("Return against environment steps", partial(return_against_play, "environment_steps")),
+    "reward_queries": ("Return against reward queries", partial(return_against_play, "reward_queries")),
+    "training_tokens": ("Return against training tokens", return_against_training),
+    "generated_tokens": ("Return against generated tokens per answer", return_against_decoding),
+    "asked": ("Achieved against asked return", achieved_against_asked),
+    "calibration": ("Calibration of Q", calibration_of_q),
+    "wins": ("Win rates, sampled", partial(win_rates, "sampled")),
+    "wins_greedy": ("Win rates, greedy", partial(win_rates, "greedy")),
+}
+NEVER = {
+    "Proxy and gold score against √KL": "a comparison has one score, and no reward models of several sizes",
+    "Data quality × method": "a comparison has one data set",
+    "Accuracy and calibration of a reward model": "`evaluate REWARD_MODEL --data PAIRS` prints them; no row has them",
+    "Accuracy against coverage": "no method of a comparison may abstain",
+}

@@ -1,0 +1,1 @@
+"""Plain checkpoints that inference engines serve."""

@@ -1,0 +1,435 @@
+"""Export of a run as a plain checkpoint of its base architecture, which any inference engine can serve, with a model
+card.
+
+Only forms that are exact are written: plain policies; guidance by Q heads that are linear in the hidden state, reduced
+by mean or first, over all tokens and without a filter or a clip; and requested returns as tokens of the vocabulary. An
+approximate form is not safe: without the filter that the run applies to the policy first, the Q of tokens that the
+data never contained would decide. The written checkpoint is loaded again and compared with the run before the folder
+gets its name.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.errors import InputError, shown
+from offline_lmrl.logs.io import atomic_output
+from offline_lmrl.logs.trajectory import Turn
+from offline_lmrl.models.adapters import saved_settings
+from offline_lmrl.models.plain import fold, head_scale, plain, q_matrix, spell_returns
+from offline_lmrl.ops.decoding import guide
+from offline_lmrl.tokens.conditioning import ASK_NAMES, Slots, texts_of
+from offline_lmrl.tokens.windows import WindowRule, policy_window
+
+TOLERANCE = 1e-3  # nats by which the log-probability of a token may differ between checkpoint and run
+DRAWN = (4, 16)  # rows and tokens of the random text on which checkpoint and run are compared
+REPLY = 24  # tokens of the run's reply to the example prompt, on which they are compared too
+UNLIMITED = 2**31  # max_length of a window that drops no turn
+EXAMPLE = (Turn("user", "How are you?"),)
+
+
+@dataclass(frozen=True)
+class Export:
+    """The description of a written checkpoint; `str` formats it.
+
+    folder: where it was written.
+    form: the decoding settings that the checkpoint plays.
+    difference: the largest difference of a token's log-probability from the run's, in nats.
+    states: number of prefixes over which the difference was measured.
+    returns: texts of the tokens that request a return, with that of no return first; empty if the run has no such
+      tokens.
+    readable: True if the tokenizer reads the example prompt as it was read in training.
+    """
+
+    folder: Path
+    form: SamplingConfig
+    difference: float
+    states: int
+    returns: Sequence[str]
+    readable: bool
+
+    def __str__(self) -> str:
+        form, line = self.form, "plays: the policy as it is"
+        if form.beta != 0:
+            line = f"plays: log π + {form.beta:g} · Q, {form.q_reduce} of the Q heads, folded into the LM head"
+        if self.returns:
+            line += f", told a return by {self.returns[1]} to {self.returns[-1]}, or {self.returns[0]} for none"
+        lines = [
+            line,
+            f"exact: the log-probability of each token is the run's to within {self.difference:.1g} nats, "
+            f"compared after {self.states} prefixes of drawn tokens and of the run's own text",
+        ]
+        if form.stop:
+            texts = " or ".join(map(repr, form.stop))
+            lines.append(f"the run also ends a reply before {texts}; engines have to be told so")
+        if not self.readable:
+            lines.append("the tokenizer reads the example prompt otherwise than in training: serve ids, not text")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A text on which the checkpoint is compared with the run.
+
+    ids: (B, T), the run's token ids.
+    log_prob: (B·T, C), the run's log-probabilities of the next token, over the C tokens that are not returns.
+    """
+
+    ids: Tensor
+    log_prob: Tensor
+
+
+def export_run(
+    run: str | Path, output: str | Path, *, device: str | torch.device | None = None, **sampling: Any
+) -> Export:
+    """Write a checkpoint that plays as the run does, for engines that know nothing of this project.
+
+    Args:
+      run: a run directory.
+      output: a folder that does not exist yet.
+      device: device for the models; None = the first accelerator, else the CPU.
+      sampling: settings that replace those saved with the run.
+    Raises: InputError if `run` is not a run of a policy, `output` exists, or a plain checkpoint cannot play the run
+      exactly. Nothing is written then.
+    """
+    output = Path(output)
+    if output.exists():
+        raise InputError(f"output: found {output}, which is there already, expected a new folder")
+    saved = saved_settings(run)
+    form = SamplingConfig.from_dict({**(saved.get("sampling") or {}), **sampling})
+    _check_exportable(run, saved, form, sampling.get("ask"))
+    # The engine's user requests a return. Here an ask by name might need a task or another run, so it is removed.
+    policy = LanguagePolicy.load(run, device=device, **{**sampling, "ask": None})
+    policy.model.eval()
+    tokenizer = copy.deepcopy(policy.renderer.tokenizer)
+    if policy.renderer.template == "plain":
+        tokenizer.chat_template = None  # the run was not trained with it
+    embedding = policy.model.return_embedding
+    table = None if embedding is None else embedding.rows()
+    ids = [] if table is None else _add_tokens(tokenizer, len(table))
+    rows = policy.model.get_input_embeddings().weight.shape[0]
+    samples = _samples(policy, saved, ids)
+    model = _plain_model(policy.model, form)
+    _set_generation(model, form, policy.renderer.close_id)
+    if table is not None:
+        spell_returns(model, table, ids)
+    with atomic_output(output) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        difference = _difference(temporary, policy, samples, rows, ids)
+        example, readable = _example(policy, saved, tokenizer, ids)
+        states = sum(len(sample.log_prob) for sample in samples)
+        report = Export(output, form, difference, states, tokenizer.convert_ids_to_tokens(ids), readable)
+        (temporary / "README.md").write_text(_card(policy, saved, report, example), encoding="utf-8")
+    return report
+
+
+def _check_exportable(
+    run: str | Path, saved: Mapping[str, Any], form: SamplingConfig, ask: float | str | None
+) -> None:
+    """Check, by its settings alone, that a plain checkpoint can play a run exactly.
+
+    Args:
+      saved: settings saved with the run.
+      form: its decoding settings, with those that the caller replaced.
+      ask: the ask that the caller gave; None = none.
+    Raises: InputError that names the setting.
+    """
+    if ask is not None and "returns" not in saved:
+        raise InputError(f"ask: found {shown(ask)}, expected none, as this model was not trained with returns")
+    algorithm = saved.get("algorithm")
+    if algorithm in (None, "reward_model"):
+        found = "a model that no run of this project wrote" if algorithm is None else "a reward model"
+        raise InputError(f"run: found {found} in {run}, expected the run of a policy; such a folder is plain already")
+    if form.condition_scale != 0:
+        raise InputError(
+            f"condition_scale: found {form.condition_scale:g}, expected 0: guidance by returns reads each prompt "
+            "twice, which no plain engine does"
+        )
+    if form.beta == 0:
+        if form.support > 0 and form.temperature > 0 and form.top_p not in (None, 1.0):
+            raise InputError(
+                f"support: found {form.support:g} with top_p {form.top_p:g}, expected one of them: engines filter by "
+                "top_p first; give --support 0 or --top_p null, and evaluate the run so before you serve it"
+            )
+        return
+    heads = saved.get("value_heads")
+    if heads is None:
+        raise InputError(f"beta: found {form.beta:g}, expected 0, as this run has no value heads")
+    if "returns" in saved:
+        raise InputError(
+            f"beta: found {form.beta:g} on a model that is told returns, expected 0: Q is read where none is asked "
+            "for, and no plain engine reads a prompt twice"
+        )
+    if heads["kind"] == "mlp":
+        raise InputError(
+            f"beta: found {form.beta:g} on mlp heads, which do not fold into the LM head, expected heads "
+            "that are tied or linear, or 0, which exports the policy without them"
+        )
+    _check_folds(form, heads["heads"])
+
+
+def _check_folds(form: SamplingConfig, heads: int) -> None:
+    """Check that guidance can be folded into the LM head as one matrix.
+
+    Filters cannot: engines apply them to the LM head's output and therefore after guidance, while the run filters π
+    before guidance.
+
+    Args:
+      heads: number of Q heads.
+    Raises: InputError that lists the settings which would have to change.
+    """
+    exact = {
+        "q_reduce": ("mean", "first") if heads > 1 else (form.q_reduce,),
+        "support": (0.0,),
+        "candidates": (None,),
+        "clip": (None,),
+        "top_k": (None,),
+        "top_p": (None, 1.0),
+        "min_p": (None, 0.0),
+    }
+    wrong = {name: values[0] for name, values in exact.items() if getattr(form, name) not in values}
+    if wrong:
+        found = ", ".join(f"{name} {getattr(form, name)}" for name in wrong)
+        given = " ".join(f"--{name} {_setting(value)}" for name, value in wrong.items())
+        raise InputError(
+            f"beta: found {form.beta:g} with {found}, expected guidance that folds into the LM head exactly: play the "
+            f"run itself (evaluate, generate), or export another policy, once you have evaluated it, with {given}, "
+            "or with --beta 0"
+        )
+
+
+def _setting(value: Any) -> str:
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _plain_model(model: PreTrainedModel, form: SamplingConfig) -> PreTrainedModel:
+    """Remove the heads from a guided model, in place, and fold this form's guidance into its LM head.
+
+    Raises: InputError if anything but the LM head and a constant factor comes between the decoder and the logits.
+    """
+    rows = None
+    if form.beta != 0:
+        rows = q_matrix(model.value_heads.target_q, model.get_output_embeddings().weight, form.q_reduce)
+    model = plain(model)
+    if rows is not None:
+        # The run adds guidance after dividing by the temperature; engines divide last, so multiply it by that here.
+        fold(model, (form.temperature or 1.0) * form.beta / head_scale(model) * rows)
+    return model
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
+    """Add special tokens for `count` returns to a tokenizer and return their ids, that of no return first.
+
+    Raises: InputError if the tokenizer has a token of such a name.
+    """
+    names = ["<return_none>", *(f"<return_{b}>" for b in range(1, count))]
+    if known := set(names) & set(tokenizer.get_vocab()):
+        raise InputError(f"tokenizer: found {min(known)} among its tokens, expected none of the names of returns")
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in names], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(names)
+
+
+def _set_generation(model: PreTrainedModel, form: SamplingConfig, close_id: int) -> None:
+    """Replace the model's generation config, so that engines end the agent's turn and sample as the run does.
+
+    Of the base model's settings only the special token ids stay: a repetition penalty, for example, is not part of the
+    run's policy. A support filter without guidance becomes min-p. Support is defined at temperature 1 and min-p at the
+    sampling temperature T, so min_p = support^(1/T).
+    """
+    base = model.generation_config
+    ends = {close_id, *(base.eos_token_id if isinstance(base.eos_token_id, list) else [base.eos_token_id])} - {None}
+    drawing = {}
+    if form.temperature > 0:
+        min_p = max(form.min_p or 0.0, form.support ** (1 / form.temperature))
+        drawing = {
+            "temperature": form.temperature,
+            "top_k": form.top_k or 0,
+            "top_p": form.top_p or 1.0,
+            "min_p": min_p or None,
+        }
+    model.generation_config = GenerationConfig(
+        bos_token_id=base.bos_token_id,
+        pad_token_id=base.pad_token_id,
+        eos_token_id=sorted(ends) if len(ends) > 1 else close_id,
+        do_sample=form.temperature > 0,
+        **drawing,
+    )
+
+
+@torch.inference_mode()
+def _samples(policy: LanguagePolicy, saved: Mapping[str, Any], ids: Sequence[int]) -> list[_Sample]:
+    """Return the texts for the comparison: random tokens, with the reserved ids among them, and the example prompt
+    with the run's greedy reply.
+
+    Args:
+      ids: the checkpoint's tokens for returns; empty if it has none.
+    """
+    longest, rows = policy.window.max_length, policy.model.get_input_embeddings().weight.shape[0]
+    columns = min([rows, *ids])  # below this, ids mean the same to run and checkpoint and are no returns
+    known = torch.arange(columns + len(ids))
+    known[columns:] += rows - columns  # the run's reserved ids follow the embedding's rows
+    shape = (DRAWN[0], min(DRAWN[1], longest))
+    drawn = known[torch.randint(len(known), shape, generator=torch.Generator().manual_seed(0))]
+    said = torch.tensor([_example_ids(policy, saved)[-longest:]])
+    for _ in range(min(REPLY, longest - said.shape[1])):
+        best = _run_log_prob(policy, said)[-1:, :columns].argmax(-1, keepdim=True)
+        said = torch.cat([said, best.cpu()], dim=1)
+    return [_Sample(read, _run_log_prob(policy, read)[:, :columns].log_softmax(-1)) for read in (drawn, said)]
+
+
+def _run_log_prob(policy: LanguagePolicy, read: Tensor) -> Tensor:
+    """Return the run's unnormalised log-probabilities after every prefix, without filters, (B·T, V).
+
+    Args:
+      read: (B, T), token ids.
+    """
+    form, read = policy.sampling, read.to(policy.model.device)
+    outputs, hidden = policy.model.forward_with_hidden(
+        input_ids=read, attention_mask=torch.ones_like(read), use_cache=False
+    )
+    scores = outputs.logits.float() / (form.temperature or 1.0)
+    if form.beta != 0:
+        scores = guide(scores, policy.model.q_values(hidden), None, form.beta, form.q_reduce)
+    return scores.flatten(0, 1)
+
+
+@torch.inference_mode()
+def _difference(
+    folder: Path, policy: LanguagePolicy, samples: Sequence[_Sample], rows: int, ids: Sequence[int]
+) -> float:
+    """Load the checkpoint in a folder and return the largest difference of a log-probability from the run's, in nats.
+
+    Args:
+      samples: texts with the run's log-probabilities.
+      rows: the first of the run's reserved ids.
+      ids: the checkpoint's tokens in the place of the reserved ids.
+    Raises: InputError if the difference is not below TOLERANCE, or transformers cannot open the checkpoint.
+    """
+    device, difference = policy.model.device, 0.0
+    try:
+        exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    except ValueError as error:  # the text model inside some multimodal ones has a config that no auto class knows
+        raise InputError(
+            f"run: found a {type(policy.model.config).__name__}, which engines cannot open as a causal "
+            f"LM ({str(error).splitlines()[0]}), expected a model that they can"
+        ) from error
+    spelt = torch.tensor([*range(rows), *ids])
+    for sample in samples:
+        read = spelt[sample.ids].to(device)
+        logits = exported(input_ids=read, attention_mask=torch.ones_like(read), use_cache=False).logits
+        scores = logits.flatten(0, 1)[:, : sample.log_prob.shape[1]].float() / (policy.sampling.temperature or 1.0)
+        apart = (scores.log_softmax(-1) - sample.log_prob).abs().max()
+        difference = max(difference, apart.nan_to_num(torch.inf).item())
+    if not difference < TOLERANCE:
+        remedy = "" if policy.sampling.beta == 0 else "; give --beta 0 for the policy without values"
+        raise InputError(
+            f"run: found an export of {exported.config.model_type} that differs from the run by "
+            f"{difference:.2g} nats, expected less than {TOLERANCE:g}: this one cannot be exported{remedy}"
+        )
+    return difference
+
+
+def _example_ids(policy: LanguagePolicy, saved: Mapping[str, Any]) -> list[int]:
+    """Return the ids of the example prompt as the run reads it.
+
+    A run that was trained with returns gets the highest one.
+    """
+    slots = [policy.slots.bins[-1]] if "returns" in saved else None
+    return policy_window(EXAMPLE, policy.renderer, WindowRule(max_length=UNLIMITED), slots=slots)
+
+
+def _example(
+    policy: LanguagePolicy, saved: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
+) -> tuple[str, bool]:
+    """Return the text of the example prompt, and whether the tokenizer reads it as it was read in training.
+
+    Args:
+      ids: the checkpoint's tokens for returns; empty if it has none.
+    """
+    text = ""
+    if "returns" in saved:  # the highest return
+        text = tokenizer.convert_ids_to_tokens(ids[-1]) if ids else texts_of(saved["returns"])[-1]
+    text = policy.renderer.printer.printed(EXAMPLE, prompt=True, slot=text)
+    expected = _example_ids(policy, saved)
+    if ids:
+        expected = [ids[-1] if token == policy.slots.bins[-1][0] else token for token in expected]
+    return text, tokenizer(text, add_special_tokens=False)["input_ids"] == expected
+
+
+def _card(policy: LanguagePolicy, saved: Mapping[str, Any], report: Export, example: str) -> str:
+    window = policy.window
+    turns = "all" if window.context is None else f"at most {window.context}"
+    stock = policy.renderer.differences(EXAMPLE)
+    shown = "" if saved.get("prompt") is None else "; demonstrations of the task before all else"
+    lines = [
+        f"# {policy.model.config.model_type}, trained by offline RL from logs",
+        "",
+        f"A run of offline_lmrl (algorithm {saved['algorithm']}) as a plain checkpoint: transformers and other "
+        "engines load it as they load its base model.",
+        "",
+        *(f"- {line}" for line in str(report).splitlines()),
+        "",
+        "## Prompts",
+        "",
+        f"As in training: turns before the agent's own: {turns}; tokens with the reply: {window.max_length}{shown}. "
+        "A prompt reads",
+        "",
+        *(f"    {line}" for line in example.splitlines()),
+        "",
+        f"and the reply ends with {policy.renderer.tokenizer.convert_ids_to_tokens(policy.renderer.close_id)!r}.",
+        *([] if stock is None else ["", f"The stock chat template prints something else: {stock}."]),
+        *_returns_card(policy, saved.get("returns"), report),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _returns_card(policy: LanguagePolicy, block: Mapping[str, Any] | None, report: Export) -> list[str]:
+    if block is None:
+        return []
+    slots, ask, tokens = policy.slots, report.form.ask, report.returns
+    texts = tokens[1:] or list(map(repr, texts_of(block)))
+    none = f"`{tokens[0]}`" if tokens else "nothing"
+    lines = [
+        "",
+        "## Returns",
+        "",
+        "The return that is still asked for stands as text before every turn of the agent, the coming one and earlier "
+        f"ones, as in the prompt above; {none} stands where none is asked for. After a turn that earned r, "
+        f"what is left of R is (R − r) / {slots.discount_per_turn:g}; turns that were told something keep it.",
+    ]
+    if tokens:
+        lines[-1] += (
+            " `generation_config.json` suppresses these tokens in replies; engines that do not read "
+            "`suppress_tokens` have to be told not to emit them."
+        )
+    lines += [
+        "",
+        f"The run asks for {_asked(slots, ask, texts)}. The training data, in reward units:",
+        "",
+        "| task | text | from | to | training turns |",
+        "|---|---|---|---|---|",
+    ]
+    for task, table in slots.scale.tables.items():
+        bounds = [table.least, *table.edges, table.most]
+        rows = zip(texts, bounds, bounds[1:], table.counts, strict=False)  # the finest table has all bins
+        lines += [f"| {task} | `{text}` | {low:g} | {high:g} | {count} |" for text, low, high, count in rows]
+    return lines
+
+
+def _asked(slots: Slots, ask: float | str | None, texts: Sequence[str]) -> str:
+    if isinstance(ask, str) and not ASK_NAMES.fullmatch(ask):
+        return f"{ask}, which is read from heads that this checkpoint does not have: choose a return"
+    if ask is None or slots.scale.per == "task":
+        return "none" if ask is None else f"{ask} of the task"
+    value = slots.scale.named_ask(ask) if isinstance(ask, str) else ask
+    return f"{ask}, `{texts[slots.scale.bin_of(value)]}`"

@@ -1,0 +1,258 @@
+"""Write output that is whole or absent, by one command at a time, without leftovers of killed commands.
+
+A command holds an flock on the folder that it works in; the lock ends with the process, however the process ends. A
+staging folder of ours that no process holds was therefore left by a killed command: `sweep` removes it and restores
+what that command had moved aside.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.trajectory import shown
+
+ASIDE = "replaced"  # name, in a staging folder, of the old output that is being replaced
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?:\d+|\w{8})\.(?P<kind>tmp|old)")
+# Libraries in Rust and C++ report a failed write only in the text of their error.
+_ERRNO = re.compile(r"os error (\d+)")
+_WRITE_FAILED = re.compile(r"PytorchStreamWriter|inline_container|iostream error")
+_held: dict[tuple[int, int], int] = {}  # (device, inode) of a folder -> its locked descriptor
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Context manager: turn any error that prevents writing `path`, from whichever library, into one InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(path, error.strerror or str(error)) from error
+    except Exception as error:
+        text = (str(error).splitlines() or [""])[0]
+        if isinstance(error, InputError):
+            raise
+        if number := _ERRNO.search(text):
+            raise _unwritable(path, os.strerror(int(number[1]))) from error
+        if isinstance(error, SafetensorError) or _WRITE_FAILED.search(text):
+            raise _unwritable(path, f"a write that failed, as on a full disk ({text})") from error
+        raise
+
+
+def _unwritable(path: str | Path, reason: str) -> InputError:
+    return InputError(f"{path}: found {reason}, expected a path that can be written")
+
+
+@contextmanager
+def reading(path: str | Path, advice: str = "a whole file") -> Iterator[None]:
+    """Context manager: turn any exception from reading a file of ours into one InputError that names the file.
+
+    Args:
+      advice: what the message says was expected, such as a hint at what to do.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0].split(". ")[0].strip()
+        kind = type(error).__name__ + (f": {first[:200]}" if first else "")
+        raise InputError(f"{path}: found a damaged file ({kind}), expected {advice}") from error
+
+
+def read_object(path: str | Path, advice: str = "a whole file") -> dict[str, Any]:
+    """Return the JSON object in a file of ours.
+
+    Args:
+      advice: see `reading`.
+
+    Raises: InputError if the file is damaged.
+    """
+    with reading(path, advice):
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError("no object of JSON")
+    return found
+
+
+def differences(found: Any, expected: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return the settings, by dotted name, in which two resolved configs differ, as (found, expected).
+
+    At the top level only the names in `expected` are compared. A missing setting counts as None.
+    """
+    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        found, expected = dict(enumerate(found)), dict(enumerate(expected))
+    if not (isinstance(found, Mapping) and isinstance(expected, Mapping)):
+        return {} if found == expected else {where: (found, expected)}
+    names = {**expected, **(found if where else {})}
+    below = f"{where}." if where else ""
+    return {
+        place: values
+        for name in names
+        for place, values in differences(found.get(name), expected.get(name), f"{below}{name}").items()
+    }
+
+
+def say_differences(found: Any, expected: Any) -> str:
+    """Describe in one line all settings in which two resolved configs differ; return "" if they agree."""
+    return "; ".join(
+        f"{name}: found {shown(there)}, expected {shown(here)}"
+        for name, (there, here) in differences(found, expected).items()
+    )
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or all files in a folder, to the disk."""
+    for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        sync_entry(entry)
+
+
+def sync_entry(path: Path) -> None:
+    """Flush one file to the disk, or the list of names in one folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def staging(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path` in which to build the output.
+
+    The folder is removed afterwards; leftovers of killed commands for the same output are removed first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, path.name)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        try:
+            descriptor = _lock(folder)
+        except (FileNotFoundError, BlockingIOError):  # another command is sweeping it
+            continue
+        break
+    try:
+        yield folder
+    finally:
+        _clear(folder, path)
+        _release(descriptor)
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Hold a folder for this process, and remove what killed commands left in it.
+
+    The same process may hold the folder more than once. The folder is created if needed; new folders that are empty in
+    the end are removed again, parents included.
+
+    Raises: InputError if another process holds the folder.
+    """
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        place = _identity(folder)
+        try:
+            descriptor = None if place in _held else _lock(folder)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{folder}: found another command at work in this folder, expected one at a time: "
+                "wait until it is done, or take another output"
+            ) from error
+    if descriptor is not None:
+        _held[place] = descriptor
+    try:
+        with writing(folder):
+            sweep(folder)
+        yield
+    finally:
+        if descriptor is not None:
+            _release(_held.pop(place))
+        for path in made:
+            with suppress(OSError):  # it is not empty: keep it
+                path.rmdir()
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed commands left in a folder, or restore an output that they had moved aside.
+
+    Args:
+      name: only leftovers of this output; None means of every output.
+    """
+    for path in folder.iterdir():
+        found = _LEFTOVER.fullmatch(path.name)
+        if found is None or name not in (None, found["name"]):
+            continue
+        with suppress(FileNotFoundError, BlockingIOError):  # another command is using or sweeping it
+            descriptor = _lock(path)
+            if descriptor is not None:
+                target = folder / found["name"]
+                if found["kind"] == "old" and not target.exists():
+                    path.rename(target)
+                else:
+                    _clear(path, target)
+            _release(descriptor)
+
+
+def _clear(path: Path, target: Path) -> None:
+    """Remove a staging folder or file. An output moved aside in it is restored if nothing replaced it."""
+    if (path / ASIDE).exists() and not target.exists():
+        (path / ASIDE).rename(target)
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _lock(path: Path) -> int | None:
+    """Lock a file or folder and return the descriptor that holds the lock.
+
+    Returns: the descriptor; None, with a warning, if the file system does not support such locks.
+
+    Raises: BlockingIOError if another process holds it. FileNotFoundError if it was removed meanwhile.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between open and flock, another process may have removed the folder or put another in its place.
+        if _identity(path) != (os.fstat(descriptor).st_dev, os.fstat(descriptor).st_ino):
+            raise FileNotFoundError(path)
+    except (BlockingIOError, FileNotFoundError):
+        os.close(descriptor)
+        raise
+    except OSError as error:
+        os.close(descriptor)
+        logging.getLogger(__name__).warning(
+            "%s: cannot be locked (%s): run one command at a time there", path, error.strerror
+        )
+        return None
+    return descriptor
+
+
+def _release(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _forget() -> None:
+    """Close the inherited locks in a forked child, so that the folders are free as soon as the parent ends."""
+    for descriptor in _held.values():
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,482 @@
+"""Read log rows of several forms as trajectories. Every repair and every dropped row is counted.
+
+    messages: [{role, content, reward?, trainable?, token_ids?, behaviour_log_prob?}]     the project's own form
+    messages, reward                one number for the whole conversation
+    prompt, completion, reward      reward: a number, or null = not scored
+    prompt, completion, label       label: true = 1.0, false = 0.0, null = not scored
+
+`prompt` and `completion` are text (a user turn, an agent turn) or lists of messages. The score of a row goes to its
+last agent turn. Agent turns in the prompt are context and have no score. The setting `data.reward` names another
+column that holds the score. All forms may contain `terminated, group, task, source, labels`. Without a group, the
+group of a row with a prompt is a hash of the prompt. Other columns are kept in `labels`, unless `labels` already has
+an entry of that name. A row in which the agent abstained (`generate --threshold`) is dropped.
+
+Other spellings are read too, and counted: `conversations` with `from` and `value` (ShareGPT), `response` for
+`completion`, other names of roles, and numbers, true and false and lists written as text (a CSV file can hold nothing
+else). `weight: 0` on a message of the agent means that it is not trained on.
+
+Content that is a list of text parts is joined. Tool calls, a thought (`reasoning_content` or `thinking`), and a column
+`tools` are stored apart from the text, for the chat template; the column goes to the leading system turn. A message
+drops its row if it has neither content nor tool calls, or if its content is an object or has a part that is not text.
+Any other value of the wrong type is an error.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from offline_lmrl.errors import InputError, listed, shown
+from offline_lmrl.logs.trajectory import (
+    OPTIONAL_TURN_FIELDS,
+    ROLES,
+    Trajectory,
+    Turn,
+    build_trajectory,
+    finite,
+    parse_json,
+    read_labels,
+    turn_from_record,
+)
+
+PARTS_JOINED = "repaired: text parts joined"
+REWARD_REMOVED = "repaired: reward removed from an untrained turn"
+ROW_REWARD = "repaired: reward of the row put on its last agent turn"
+ABSTAINED = "abstained, no reply"
+
+COMPARISON_FIELDS = (("chosen",), ("rejected",), ("responses", "ranks"), ("responses", "rank"), ("options", "target"))
+
+DIALOGUES = ("messages", "conversations", "conversation")  # columns that hold a whole dialogue
+COMPLETIONS = ("completion", "response")
+_ROLE_NAMES = {
+    **{role: role for role in ROLES},
+    "developer": "system",
+    "human": "user",
+    "prompter": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot", "ai", "function_call"), "assistant"),
+    **dict.fromkeys(("function", "function_response", "tool_response", "observation"), "tool"),
+}
+_MESSAGE_FIELDS = {"role", "content", "reasoning_content", *OPTIONAL_TURN_FIELDS}
+_ROW_FIELDS = {"terminated", "group", "task", "source", "labels"}
+_SCORE_NAMES = ("score", "rating", "label", "stars", "thumb", "thumbs", "feedback", "quality")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+_WORDS = {"true": True, "false": False, "1": True, "0": False}
+
+
+class Drop(Exception):
+    """The row cannot be used; the message is the reason that is counted."""
+
+
+def read_row(row: Any, where: str, counts: Counter, reward: str | None = None) -> Trajectory | None:
+    """Read the trajectory of one row in any accepted form; return None if the row is dropped.
+
+    Args:
+      row: one object of a log.
+      where: "file:row", the start of every error message.
+      counts: receives one count per repair of a kept row, or one under the reason why the row is dropped.
+      reward: the column (or label) that holds a row's score. None means `reward`, or `label` in a row with a prompt.
+
+    Raises: InputError for comparisons, unknown forms and values of the wrong type.
+    """
+    if not isinstance(row, Mapping):
+        raise InputError(f"{where}: row: found {shown(row)}, expected an object")
+    present = {name for name, value in row.items() if value is not None}
+    repairs: Counter = Counter()
+    try:
+        turns, group, used = _turns(row, present, where, repairs, reward)
+        if "tools" in present:
+            turns, used = with_tools(turns, row["tools"], where), used | {"tools"}
+        if not any(turn.is_trainable for turn in turns) and _abstained(row, where):
+            raise Drop(ABSTAINED)
+    except Drop as drop:
+        counts[f"dropped: {drop}"] += 1
+        return None
+    trajectory = build_trajectory(turns, {"group": group, **given_fields(row, _ROW_FIELDS, where, repairs)}, where)
+    extra = extra_columns(row, present - used - _ROW_FIELDS, repairs)
+    counts.update(repairs)
+    return replace(trajectory, labels={**extra, **trajectory.labels}) if extra else trajectory
+
+
+def with_tools(turns: Sequence[Turn], tools: Any, where: str) -> list[Turn]:
+    """Put a row's list of tools on the leading system turn, which is created if there is none."""
+    has_system = bool(turns) and turns[0].role == "system"
+    try:
+        leading = replace(turns[0] if has_system else Turn("system", ""), tools=tools)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return list(turns) if leading.tools is None else [leading, *turns[has_system:]]
+
+
+def _abstained(row: Mapping, where: str) -> bool:
+    """True if `generate` wrote the row for a reply that its scorer withheld."""
+    try:
+        return read_labels(row.get("labels")).get("abstained") is True
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def extra_columns(row: Mapping, names: set[str], repairs: Counter) -> dict[str, Any]:
+    """Return the columns of a row that go to the labels. Values that JSON cannot hold are left out and counted."""
+    extra = {}
+    for name in sorted(names):
+        try:
+            extra[name] = json.loads(json.dumps(row[name]))
+        except (TypeError, ValueError):
+            repairs[f"repaired: column {shown(name)} left out, not JSON"] += 1
+    return extra
+
+
+def _turns(
+    row: Mapping, present: set[str], where: str, repairs: Counter, reward: str | None
+) -> tuple[list[Turn], str, set[str]]:
+    """Return the turns, the group ("" for a dialogue), and the names of the columns that were used."""
+    for fields in COMPARISON_FIELDS:
+        if set(fields) <= present:
+            raise InputError(
+                f"{where}: {fields[0]}: found a comparison, expected a scored row (messages, or prompt, "
+                "completion and reward or label); comparisons are scored by to_trajectories, or "
+                "data.preference"
+            )
+    dialogue = next((name for name in DIALOGUES if name in present), None)
+    completion = next((name for name in COMPLETIONS if name in present), None)
+    if dialogue is not None:
+        turns, used = read_dialogue(row, dialogue, where, repairs)
+        score = _score(row, turns, reward, where, repairs)
+        return _scored(turns, score, dialogue, where, repairs), "", used | ({"reward"} if reward is None else set())
+    if "prompt" in present and completion is not None:
+        prompt = read_prompt(row["prompt"], where, repairs)
+        turns = _completion(row[completion], where, completion, repairs)
+        if completion != "completion":
+            repairs[f"repaired: column {completion!r} read as completion"] += 1
+        if not any(turn.is_trainable for turn in turns):
+            raise InputError(f"{where}: {completion}: found no agent turn, expected at least one")
+        scored = _scored(turns, _prompt_score(row, turns, where, repairs, reward), completion, where, Counter())
+        used = {"prompt", completion} | ({"reward"} if reward is None else set())
+        return [*prompt, *scored], _prompt_group(prompt), used
+    found = listed(sorted(present)) or "none"
+    raise InputError(f"{where}: fields: found {found}, expected messages, or prompt, completion and reward or label")
+
+
+def read_dialogue(row: Mapping, name: str, where: str, repairs: Counter) -> tuple[list[Turn], set[str]]:
+    """Read the turns of a column that holds a dialogue; return them and the names of the columns that were used.
+
+    A ShareGPT row may have its system text in a column of its own.
+    """
+    turns, used = read_messages(row[name], where, name, repairs), {name}
+    if name != "messages" and isinstance(row.get("system"), str) and not any(turn.role == "system" for turn in turns):
+        used.add("system")
+        if row["system"]:
+            repairs["repaired: column 'system' read as the first turn"] += 1
+            turns.insert(0, Turn("system", read_text(row["system"])))
+    return turns, used
+
+
+def read_prompt(value: Any, where: str, repairs: Counter) -> list[Turn]:
+    """Read the turns of a prompt, which is text or messages. Its agent turns are context (trainable = False)."""
+    if isinstance(value, str):
+        return [Turn("user", read_text(value))] if value else []  # without a prompt the agent opens
+    if isinstance(value, Sequence):
+        value = [
+            {**message, "trainable": False}
+            if isinstance(message, Mapping) and _role(message) == "assistant"
+            else message
+            for message in value
+        ]
+    return read_messages(value, where, "prompt", repairs)
+
+
+def _completion(value: Any, where: str, field: str, repairs: Counter) -> list[Turn]:
+    if not isinstance(value, str):
+        return read_messages(value, where, field, repairs)
+    if not value:
+        raise InputError(f"{where}: {field}: found empty text, expected the text of the agent's turn")
+    return [Turn("assistant", read_text(value))]
+
+
+def _prompt_score(
+    row: Mapping, turns: Sequence[Turn], where: str, repairs: Counter, reward: str | None
+) -> float | None:
+    """Return the score of a row with a prompt. Such a row must have a `reward` or a `label`, even if it is null."""
+    if reward is None and "reward" not in row and "label" not in row:
+        known = {*_ROW_FIELDS, "prompt", *COMPLETIONS}
+        columns = likely_scores(name for name, value in row.items() if name not in known and is_score(value))
+        raise InputError(
+            f"{where}: reward: found neither reward nor label, expected one of them (null = not scored)"
+            f"{reward_hint(columns)}"
+        )
+    score = _score(row, turns, reward, where, repairs)
+    label = None if reward is not None else thumb(row.get("label"), "label", where, repairs)
+    return float(label) if score is None and label is not None else score
+
+
+def _score(row: Mapping, turns: Sequence[Turn], column: str | None, where: str, repairs: Counter) -> float | None:
+    """Return the number under `reward`, or in the named column; true counts 1 and false 0. None = not scored.
+
+    Rows that were prepared with the named column keep it in the labels. Their turns already have the rewards, so the
+    result is None.
+    """
+    name = "reward" if column is None else column
+    value = row.get(name)
+    try:
+        if column is not None and name not in row:
+            value = read_labels(row.get("labels")).get(name)
+            if value is None:
+                repairs[no_score(name)] += 1
+            elif any(turn.reward is not None for turn in turns):
+                return None
+        return None if value is None else as_number(name, value, repairs)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def no_score(name: str) -> str:
+    """Return the name of the count of rows that lack the score's column."""
+    return f"kept: no {name!r} in the row, so it is not scored"
+
+
+def is_score(value: Any) -> bool:
+    """True if a value of a column can be a score."""
+    if isinstance(value, str):
+        return bool(_NUMBER.fullmatch(value.strip())) or value.strip().casefold() in _WORDS
+    return isinstance(value, int | float)
+
+
+def likely_scores(names: Iterable[str]) -> list[str]:
+    """Return the columns whose name suggests a score; if there are none, the first three.
+
+    Args:
+      names: columns whose values can be scores.
+    """
+    names = list(names)
+    return [name for name in names if name.casefold() in _SCORE_NAMES] or names[:3]
+
+
+def reward_hint(columns: Sequence[str]) -> str:
+    """Return the end of an error message about a missing score: the setting that reads it from another column."""
+    if not columns:
+        return ""
+    first, *others = map(shown, columns)
+    also = f" (or {', '.join(others)})" if others else ""
+    return f"; column {first}{also} may hold it: --data.reward {first}, for check and evaluate --reward {first}"
+
+
+def _scored(turns: list[Turn], score: float | None, field: str, where: str, repairs: Counter) -> list[Turn]:
+    """Return the turns with the row's score on the agent's last turn."""
+    agent = [i for i, turn in enumerate(turns) if turn.is_trainable]
+    if score is None or not agent:
+        return turns
+    rewarded = [i for i in agent if turns[i].reward is not None]
+    if rewarded:
+        raise InputError(f"{where}: reward: found one for the row and one in {field}[{rewarded[0]}], expected one")
+    repairs[ROW_REWARD] += 1
+    turns[agent[-1]] = replace(turns[agent[-1]], reward=score)
+    return turns
+
+
+def thumb(value: Any, name: str, where: str, repairs: Counter) -> bool | None:
+    """Return a label that is true, false or None. It may also be written as a word or as 1 or 0."""
+    if isinstance(value, bool | None):
+        return value
+    field = name.partition("[")[0]
+    if isinstance(value, str) and value.strip().casefold() in _WORDS:
+        repairs[f"repaired: {field} written as a word"] += 1
+        return _WORDS[value.strip().casefold()]
+    if value in (0, 1):
+        repairs[f"repaired: {field} 1 or 0 taken as true or false"] += 1
+        return bool(value)
+    raise InputError(f"{where}: {name}: found {shown(value)}, expected true, false or null")
+
+
+def as_number(name: str, value: Any, repairs: Counter) -> float:
+    """Return a finite number, which may also be written as text; true is 1 and false 0.
+
+    Raises: InputError without a place, which the caller adds.
+    """
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        repairs[f"repaired: {name} written as text"] += 1
+        value = float(value)
+    elif isinstance(value, str) and value.strip().casefold() in _WORDS:
+        value = _WORDS[value.strip().casefold()]
+    if isinstance(value, bool):
+        repairs[f"repaired: {name} true or false taken as 1 or 0"] += 1
+        value = float(value)
+    return finite(name, value)
+
+
+def as_list(value: Any, repairs: Counter) -> Any:
+    """Parse text that spells a list in JSON; return any other value unchanged."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            return value
+        repairs["repaired: list written as JSON text"] += 1
+    return value
+
+
+def is_whole(value: Any) -> bool:
+    """True for a number without a fraction. A float counts: Parquet turns 3 into 3.0 in a column with nulls."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0
+
+
+def given_fields(row: Mapping, names: Collection[str], where: str, repairs: Counter) -> dict[str, Any]:
+    """Return those of the named fields of a row that are not null.
+
+    A whole number as group, task or source becomes text; `terminated` and `weight` may be written as text.
+    """
+    given = {name: row[name] for name in names if row.get(name) is not None}
+    for name in ("group", "task", "source"):
+        if is_whole(given.get(name)):
+            repairs[f"repaired: {name} that is a number taken as text"] += 1
+            given[name] = str(int(given[name]))
+    if isinstance(given.get("terminated"), str | int):
+        given["terminated"] = thumb(given["terminated"], "terminated", where, repairs)
+    if isinstance(given.get("weight"), str):
+        try:
+            given["weight"] = as_number("weight", given["weight"], repairs)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+    return given
+
+
+def read_messages(messages: Any, where: str, field: str, repairs: Counter, allow_empty: bool = False) -> list[Turn]:
+    """Read the turns of a list of messages.
+
+    Args:
+      allow_empty: accept an agent turn without text.
+
+    Raises: Drop for content that is not text. InputError for values of the wrong type and, unless `allow_empty`, for
+      an agent turn without text.
+    """
+    messages = as_list(messages, repairs)
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise InputError(f"{where}: {field}: found {shown(messages)}, expected a list of messages")
+    return [_turn(message, f"{where}: {field}[{i}]", repairs, allow_empty) for i, message in enumerate(messages)]
+
+
+def prompt_messages(messages: Any, where: str, field: str) -> list[Turn]:
+    """Read the turns of a prompt that must be answered, so that its row cannot be dropped.
+
+    Raises: InputError also where `read_messages` raises Drop.
+    """
+    try:
+        return read_messages(messages, where, field, Counter())
+    except Drop as drop:
+        raise InputError(f"{where}: {field}: found {drop}, expected messages of text") from drop
+
+
+def _turn(message: Any, where: str, repairs: Counter, allow_empty: bool) -> Turn:
+    if not isinstance(message, Mapping):
+        raise InputError(f"{where}: found {shown(message)}, expected an object with role and content")
+    message = _named(message, where, repairs)
+    plain = {**message, "content": _content(message, repairs), "thinking": _thought(message, where)}
+    if plain.get("tool_calls") and not isinstance(plain["tool_calls"], str):
+        # Arrow adds every field that any row has to all rows, as null, so a null in a call means "absent".
+        plain["tool_calls"] = _without_nulls(plain["tool_calls"])
+    elif not plain.get("tool_calls"):
+        plain.pop("tool_calls", None)
+    if plain.get("role") == "assistant" and plain.get("trainable") is False and plain.get("reward") is not None:
+        repairs[REWARD_REMOVED] += 1
+        del plain["reward"]
+    left_out = message.keys() - _MESSAGE_FIELDS
+    if message.get("role") != "tool":  # templates print names of tools only
+        left_out |= message.keys() & {"name", "tool_call_id"}
+    for name in left_out:
+        plain.pop(name)
+        if message[name] is not None:
+            repairs[f"repaired: message field {shown(name)} left out"] += 1
+    return turn_from_record(plain, where, allow_empty)
+
+
+def _named(message: Mapping, where: str, repairs: Counter) -> dict[str, Any]:
+    """Rename a message's fields to ours.
+
+    Handles ShareGPT's `from` and `value`, other names of roles, `weight`, and rewards written as text.
+    """
+    message = {name: value for name, value in message.items() if value is not None}
+    for other, name in (("from", "role"), ("value", "content")):
+        if other in message and name not in message:
+            repairs[f"repaired: {other} read as {name}"] += 1
+            message[name] = message.pop(other)
+    role = _role(message)
+    if role != message.get("role"):
+        repairs[f"repaired: role {message['role']!r} read as {role!r}"] += 1
+        message["role"] = role
+    if message.get("weight") in (0, 1) and role == "assistant":
+        if message.pop("weight") == 0:
+            if message.setdefault("trainable", False) is True:
+                raise InputError(f"{where}.weight: found 0 beside trainable true, expected one of them")
+            repairs["repaired: weight 0 read as not trained on"] += 1
+    if isinstance(message.get("reward"), str):
+        try:
+            message["reward"] = as_number("reward", message["reward"], repairs)
+        except InputError as error:
+            raise InputError(f"{where}.{error}") from error
+    return message
+
+
+def _role(message: Mapping) -> Any:
+    """Return our name for the role of a message, or the role itself if we have none."""
+    role = message.get("role", message.get("from"))
+    return _ROLE_NAMES.get(role.strip().casefold(), role) if isinstance(role, str) else role
+
+
+def _content(message: Mapping, repairs: Counter) -> Any:
+    """Return the content as one text. A value that cannot be content is returned unchanged, and refused later."""
+    content = message.get("content")
+    if isinstance(content, list | tuple):
+        content = "".join(_part(part) for part in content)
+        repairs[PARTS_JOINED] += 1
+    if content is None and message.get("tool_calls"):
+        content = ""
+    if content is None:
+        raise Drop("message without content")
+    if isinstance(content, Mapping):
+        raise Drop("content that is not text")
+    return read_text(content) if isinstance(content, str) else content
+
+
+def _thought(message: Mapping, where: str) -> str | None:
+    """Return an agent's thought under either of its two field names. An empty thought counts as none."""
+    thoughts = {message[name] for name in ("thinking", "reasoning_content") if isinstance(message.get(name), str)}
+    thoughts = {thought for thought in map(read_text, thoughts) if thought}
+    if len(thoughts) > 1:
+        raise InputError(f"{where}.thinking: found another text than in reasoning_content, expected one of them")
+    return thoughts.pop() if thoughts else None
+
+
+def _part(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise Drop(f"content part of type {shown(kind)}")
+
+
+def read_text(text: str) -> str:
+    """Return the text itself.
+
+    Raises: Drop if UTF-8 cannot hold it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Drop("text with half a surrogate pair") from error
+    return text
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(inner) for inner in value]
+    return value
+
+
+def _prompt_group(prompt: Sequence[Turn]) -> str:
+    text = json.dumps([turn.said for turn in prompt])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

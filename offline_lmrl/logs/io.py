@@ -1,0 +1,670 @@
+"""Read and write data (JSON Lines, Parquet, CSV, `datasets` folders, hub names), split it by group and hash it."""
+
+import csv
+import errno
+import gzip
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import sys
+import tempfile
+import zlib
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate, count
+from pathlib import Path
+from typing import Any, TypeVar
+
+from offline_lmrl.errors import InputError, reading, shown
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.comparison import to_record as comparison_record
+from offline_lmrl.logs.files import ASIDE, staging, sweep, sync, writing
+from offline_lmrl.logs.forms import COMPARISON_FIELDS, no_score, read_row
+from offline_lmrl.logs.parallel import chunks, map_in_order
+from offline_lmrl.logs.preference_forms import read_comparison
+from offline_lmrl.logs.trajectory import MAX_NESTING, Trajectory, Turn, names_in, nests_too_deep, require_text
+from offline_lmrl.logs.trajectory import to_record as trajectory_record
+
+Row = TypeVar("Row", Trajectory, Comparison)
+Kept = TypeVar("Kept", bound=Sequence)
+RawRows = Iterable[tuple[str, Any]]  # ("file:row", a raw row for `parsed`)
+
+_TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", *_TABLES)
+REPEATED_KEY = "repaired: JSON key that is there twice, its last value taken"
+_SPLIT_NAMES = {"train", "validation", "test"}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_BOM = b"\xef\xbb\xbf"
+_LFS_POINTER = b"version https://git-lfs"
+_SHARD = re.compile(r"-\d+-of-\d+$")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CHUNK = 500  # rows that a process reads at once
+REPORT = "report.json"  # `prepare` writes it last: a folder without it is not finished
+_DATASETS_FOLDER = "a datasets folder"
+
+
+def read_trajectories(
+    source: str | Path, *, split: str | None = None, counts: Counter | None = None, reward: str | None = None
+) -> list[Trajectory]:
+    """Read the trajectories of a file, a folder or a hub dataset, in any scored form of `offline_lmrl.logs.forms`.
+
+    Args:
+      source: a file (JSON with a row per line or one list, CSV, TSV, each also as .gz, or Parquet), a folder of such
+        files, a folder that `save_to_disk` of `datasets` wrote, or a hub name `owner/name`. In a folder, .json files
+        beside other data are ignored.
+      split: the split to read. Needed if the source has several. A folder with a file named train, validation or test
+        is a folder of splits; in any other folder the files are parts of one data set.
+      counts: receives {reason: number of rows} for every repair and every dropped row.
+      reward: the column that holds a row's score, if it is not `reward` or `label`.
+
+    Raises: InputError `file:row: field: found X, expected Y`.
+    """
+    return _scored(_part(source, split), str(source), counts, reward)
+
+
+def read_comparisons(
+    source: str | Path, *, split: str | None = None, counts: Counter | None = None
+) -> list[Comparison]:
+    """Read the comparisons of a source, in any form of `offline_lmrl.logs.preference_forms`.
+
+    Args: see `read_trajectories`.
+    """
+    return _read(_part(source, split), str(source), counts, read_comparison)
+
+
+class Stored(Sequence[Row]):
+    """A list of rows that is kept on disk and read row by row, so that memory holds 8 bytes per row.
+
+    The rows are in an unnamed temporary file, which forked processes can read too.
+
+    Args:
+      pickled: the pickled rows, in order. `store` pickles them first.
+    """
+
+    def __init__(self, pickled: Iterable[bytes]):
+        self._ends = array("q", [0])
+        with in_temporary_folder():
+            self._file = tempfile.TemporaryFile()
+            for row in pickled:
+                self._ends.append(self._ends[-1] + self._file.write(row))
+            self._file.flush()
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index):
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return [self[i] for i in places]
+        start = self._ends[places]
+        # pread takes its own offset: forked processes share the file's position, so seek and read would race.
+        return pickle.loads(os.pread(self._file.fileno(), self._ends[places + 1] - start, start))
+
+
+@contextmanager
+def in_temporary_folder() -> Iterator[None]:
+    """Context manager: turn "no space left" in the temporary folder into an InputError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise InputError(
+            f"{tempfile.gettempdir()}: found {error.strerror}, expected room for the data "
+            "in the temporary folder (TMPDIR names another one)"
+        ) from error
+
+
+def store(rows: Iterable[Row]) -> Stored[Row]:
+    """Write rows to disk one at a time, for more rows than fit in memory."""
+    return Stored(map(pickle.dumps, rows))
+
+
+def store_comparisons(
+    source: str | Path, *, split: str | None = None, counts: Counter | None = None, processes: int = 1
+) -> Stored[Comparison]:
+    """Read comparisons as `read_comparisons` does, with several processes, for more rows than fit in memory.
+
+    Args:
+      processes: how many processes read rows at once; 1 uses only this one.
+    """
+    mine: Counter = Counter()
+
+    def pickled() -> Iterator[bytes]:
+        found = chunks(_part(source, split), _CHUNK)
+        for rows, some in map_in_order(partial(_pickled, read_comparison), found, processes):
+            mine.update(some)
+            yield from rows
+
+    return _kept(Stored(pickled()), str(source), counts, mine)
+
+
+def read_splits(
+    source: str | Path, *, counts: Counter | None = None, reward: str | None = None
+) -> dict[str, list[Trajectory]]:
+    """Read every split of a source as `read_trajectories` reads one.
+
+    Returns: trajectories by the name of the split. A source without splits has one, named "all".
+    """
+    counts = Counter() if counts is None else counts
+    return {name: _scored(rows, f"{source} ({name})", counts, reward) for name, rows in raw_splits(source).items()}
+
+
+def read_comparison_splits(source: str | Path, *, counts: Counter | None = None) -> dict[str, list[Comparison]]:
+    """Read every split of a source of comparisons, as `read_splits` reads trajectories."""
+    counts = Counter() if counts is None else counts
+    return {
+        name: _read(rows, f"{source} ({name})", counts, read_comparison) for name, rows in raw_splits(source).items()
+    }
+
+
+def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
+    """Write trajectories without loss. An existing file is replaced only after everything is written.
+
+    Args:
+      path: the suffix decides the format: .jsonl, .jsonl.gz, .parquet, or else a folder for `datasets.load_from_disk`.
+
+    Raises: InputError if there is nothing to write or the path cannot be written.
+    """
+    _write(Path(path), [trajectory_record(trajectory) for trajectory in trajectories], "trajectories")
+
+
+def write_comparisons(path: str | Path, comparisons: Iterable[Comparison]) -> None:
+    """Write comparisons without loss, as `write_trajectories` writes trajectories."""
+    _write(Path(path), [comparison_record(comparison) for comparison in comparisons], "comparisons")
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write plain rows as JSON Lines, gzipped if the suffix is .gz.
+
+    Raises: InputError if there is nothing to write or the path cannot be written.
+    """
+    path, rows = Path(path), list(rows)
+    if not rows:
+        raise InputError(f"{path}: found no rows to write, expected at least one")
+    with atomic_output(path) as temporary:
+        _write_lines(temporary, rows, compressed=path.suffix == ".gz")
+
+
+def split_by_group(rows: Iterable[Row], shares: Mapping[str, float], seed: int) -> dict[str, list[Row]]:
+    """Split rows so that no group is in two splits, by a hash of seed and group. New rows never move old ones.
+
+    A row without a group is placed by a hash of its own content.
+
+    Args:
+      shares: each split's share of the groups. The shares sum to 1, and the result has these names in this order.
+
+    Raises: InputError if the shares are negative or do not sum to 1.
+    """
+    if not all(share >= 0 for share in shares.values()) or not math.isclose(math.fsum(shares.values()), 1.0):
+        raise InputError(f"shares: found {dict(shares)}, expected shares from 0 up that sum to 1")
+    splits: dict[str, list[Row]] = {name: [] for name in shares}
+    names, bounds = list(shares), list(accumulate(shares.values()))
+    for row in rows:
+        digest = hashlib.sha256(f"{seed}:{group_key(row)}".encode()).digest()
+        uniform = int.from_bytes(digest[:8]) / 2**64  # in [0, 1)
+        place = min(bisect_right(bounds, uniform), len(names) - 1)  # rounding may leave the last bound under 1
+        splits[names[place]].append(row)
+    return splits
+
+
+def group_key(row: Trajectory | Comparison) -> str:
+    """Return the key of the rows that must stay in one split: the group, or a hash of the row if it has no group."""
+    return row.group or "row:" + content_key(row)
+
+
+def shared_groups(first: Sequence[Row], second: Sequence[Row]) -> set[str]:
+    """Return the groups that are in both sets of rows. Memory holds only the groups of the second."""
+    keys = {group_key(row) for row in second}
+    return keys.intersection(map(group_key, first))
+
+
+def in_one_group(rows: Sequence[Row]) -> bool:
+    """True if there are several rows and all are of one group."""
+    return len(rows) > 1 and bool(rows[0].group) and all(row.group == rows[0].group for row in rows)
+
+
+def content_key(row: Trajectory | Comparison) -> str:
+    """Hash the content of a row; rows with equal keys are duplicates.
+
+    A trajectory's content is its turns, their rewards, and whether it terminated. A comparison's is its context and
+    its options in any order.
+    """
+    if isinstance(row, Comparison):
+        content = [_said(row.context), sorted(map(_said, row.options))]
+    else:
+        content = [_said(row.turns), row.terminated]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def fingerprint(rows: Iterable[Trajectory | Comparison]) -> str:
+    """Return the sha256 over the canonical records in order. It is equal exactly if the data are equal."""
+    digest = hashlib.sha256()
+    for row in rows:
+        record = comparison_record(row) if isinstance(row, Comparison) else trajectory_record(row)
+        digest.update(json.dumps(record, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_output(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` for a file or a folder; rename it at the end, remove it on any error.
+
+    A new folder replaces only a `datasets` folder or an empty one.
+
+    Raises: InputError if the path cannot be written.
+    """
+    path = Path(path)
+    if not path.name:
+        raise InputError(f"{path}: found a path without a name, expected one that can be written")
+    with writing(path), staging(path) as folder:
+        temporary = folder / path.name
+        yield temporary
+        sync(temporary)
+        if temporary.is_dir() and _is_dataset(path):
+            os.replace(path, folder / ASIDE)  # os.replace cannot put a folder over a full one
+        os.replace(temporary, path)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file that exists whole or not at all.
+
+    Raises: InputError if the path cannot be written.
+    """
+    with atomic_output(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def is_prepared(data: str | Path, output: str | Path) -> bool:
+    """True if the data exist and, if they are in the folder `output` that `prepare` writes, `prepare` finished.
+
+    Leftovers of killed commands in `output` are removed first.
+    """
+    place, folder = Path(data).resolve(), Path(output).resolve()
+    if folder.is_dir():
+        sweep(folder)
+    return place.exists() and (folder not in (place, *place.parents) or (folder / REPORT).exists())
+
+
+def raw_splits(source: str | Path, split: str | None = None) -> dict[str, RawRows]:
+    """Return the splits of a source by name, each as raw rows for `parsed` that are read during iteration.
+
+    Args:
+      split: the only split to load from a hub dataset with several; None loads all.
+    """
+    path = Path(source)
+    if path.is_file():
+        return {"all": _file_rows(path)}
+    if path.is_dir() and str(source):  # no text would be the current folder
+        return _dataset_parts(path) if _is_dataset(path) else _folder_parts(path)
+    # If the folder before the slash exists, or the name has a known suffix, a path was meant and not a hub name.
+    if _HUB_NAME.fullmatch(str(source)) and not path.parent.exists() and not path.name.endswith(_SUFFIXES):
+        return _hub_parts(str(source), split)
+    raise InputError(
+        f"{str(source) or repr('')}: found no such file, folder or hub name, "
+        f"expected a {', '.join(_SUFFIXES)} file, a folder of those or owner/name"
+    )
+
+
+def holds_comparisons(source: str | Path) -> bool:
+    """True if the first row of a source is a comparison.
+
+    Raises: InputError if the source or its first row cannot be read.
+    """
+    where, row = next((first for rows in raw_splits(source).values() for first in rows), ("", None))
+    row = row and parsed(row, where)
+    return isinstance(row, Mapping) and any(row.get(name) is not None for name, *_ in COMPARISON_FIELDS)
+
+
+def _part(source: str | Path, split: str | None) -> RawRows:
+    parts = raw_splits(source, split)
+    if split is None and len(parts) > 1:
+        raise InputError(f"{source}: split: found none chosen, expected one of {', '.join(parts)}")
+    if split is not None and split not in parts:
+        raise InputError(f"{source}: split: found {shown(split)}, expected one of {', '.join(parts)}")
+    (rows,) = parts.values() if split is None else (parts[split],)
+    return rows
+
+
+def _read(
+    rows: RawRows, source: str, counts: Counter | None, read: Callable[[Any, str, Counter], Row | None]
+) -> list[Row]:
+    mine: Counter = Counter()
+    return _kept(list(_made(rows, read, mine)), source, counts, mine)
+
+
+def _scored(rows: RawRows, source: str, counts: Counter | None, reward: str | None) -> list[Trajectory]:
+    """Read trajectories whose score is in the column `reward`.
+
+    Raises: InputError if no row has this column.
+    """
+    mine: Counter = Counter()
+    made = _read(rows, source, mine, partial(read_row, reward=reward))
+    if reward is not None and mine[no_score(reward)] == len(made):
+        raise InputError(f"{source}: {reward}: found no row with this column, expected the one that holds the scores")
+    if counts is not None:
+        counts.update(mine)
+    return made
+
+
+def _made(rows: RawRows, read: Callable[[Any, str, Counter], Row | None], counts: Counter) -> Iterator[Row]:
+    for where, row in rows:
+        repairs: Counter = Counter()
+        if (one := read(parsed(row, where, repairs), where, counts)) is not None:
+            counts.update(repairs)
+            yield one
+
+
+def _pickled(read: Callable[[Any, str, Counter], Row | None], rows: RawRows) -> tuple[list[bytes], Counter]:
+    counts: Counter = Counter()
+    return [pickle.dumps(row) for row in _made(rows, read, counts)], counts
+
+
+def _kept(kept: Kept, source: str, counts: Counter | None, mine: Counter) -> Kept:
+    if counts is not None:
+        counts.update(mine)
+    if not kept:
+        why = "; ".join(f"{reason}: {n}" for reason, n in mine.items()) or "no rows"
+        raise InputError(f"{source}: found no row to use ({why}), expected at least one")
+    return kept
+
+
+def _said(turns: Iterable[Turn]) -> list[list[Any]]:
+    return [[*turn.said, turn.is_trainable, turn.reward] for turn in turns]
+
+
+def _file_rows(path: Path) -> RawRows:
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise InputError(f"{path}: found {error}, expected a file that can be read") from error
+    if start == _LFS_POINTER:
+        raise InputError(f"{path}: found a git-LFS pointer, expected the file it stands for (git lfs pull)")
+    if path.suffix == ".parquet":
+        return _parquet_rows(path)
+    if path.name.endswith(_TABLES):
+        return _table_rows(path)
+    if path.name.endswith(_SUFFIXES):
+        return _json_rows(path)
+    raise InputError(f"{path}: found suffix {path.suffix!r}, expected one of {', '.join(_SUFFIXES)}")
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+            if lines.peek(4).removeprefix(_BOM).startswith(b"["):
+                # Whatever its suffix, such a file is one list of rows, or has one row per line that is itself a list.
+                try:
+                    whole = _elements(lines.read().removeprefix(_BOM))
+                except (ValueError, RecursionError):
+                    lines.seek(0)
+                else:
+                    yield from _numbered(whole, str(path), "a list of JSON")
+                    return
+            for number, line in enumerate(lines, 1):
+                if line := line.removeprefix(_BOM if number == 1 else b"").strip():
+                    yield f"{path}:{number}", line
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}:{number + 1}: found {error}, expected a file that can be read") from error
+
+
+def _elements(text: bytes) -> list[bytes]:
+    """Return the elements of one JSON list, each as text.
+
+    Raises: ValueError if the text is not exactly one list.
+    """
+    # Each element stays text, so that `parsed` checks it as it checks a line of JSON Lines.
+    text, decoder, space, found = text.decode(), json.JSONDecoder(), re.compile(r"[ \t\r\n]*"), []
+    place = space.match(text, 1).end()
+    while text[place : place + 1] != "]" or found:
+        _, end = decoder.raw_decode(text, place)
+        found.append(text[place:end].encode())
+        place = space.match(text, end).end()
+        if text[place : place + 1] != ",":
+            break
+        place = space.match(text, place + 1).end()
+    if text[place : place + 1] != "]" or text[place + 1 :].strip():
+        raise ValueError(f"found no end of a list at character {place}")
+    return found
+
+
+def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a CSV or TSV file as (header, cells), named by the line on which they begin."""
+    # A quoted cell may hold line breaks: a row begins at line `start` and ends at line `number`.
+    number, start = 0, 1
+
+    def text(lines: Iterable[bytes]) -> Iterator[str]:
+        nonlocal number
+        for number, line in enumerate(lines, 1):
+            yield line.removeprefix(_BOM if number == 1 else b"").decode()
+
+    csv.field_size_limit(sys.maxsize)
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+            first = lines.peek(4096).splitlines()[:1] or [b""]
+            # Spreadsheets separate cells by semicolons in languages that write 1,5 for 1.5.
+            wide = b";" in first[0] and b"," not in first[0]
+            delimiter = "\t" if ".tsv" in path.suffixes else ";" if wide else ","
+            header = None
+            for cells in csv.reader(text(lines), delimiter=delimiter, strict=True):
+                if header is None:
+                    header = [name.strip() for name in cells]
+                    if twice := [name for name, n in Counter(header).items() if n > 1]:
+                        raise InputError(f"{path}:1: header: found {shown(twice[0])} twice, expected different names")
+                elif cells:
+                    yield f"{path}:{start}", (header, cells)
+                start = number + 1
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}:{number}: text: found bytes that are not UTF-8, expected UTF-8") from error
+    except csv.Error as error:
+        raise InputError(
+            f"{path}:{start}: CSV: found a row that does not parse ({error}), "
+            "expected cells, quoted where they hold quotes or line breaks"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}:{number + 1}: found {error}, expected a file that can be read") from error
+
+
+def _cells(header: list[str], cells: list[str], where: str) -> dict[str, str | None]:
+    """Return a row of a table as a dict of texts; an empty cell is None."""
+    if len(cells) != len(header):
+        raise InputError(f"{where}: row: found {len(cells)} cells, expected {len(header)} as in the header")
+    return {name: cell or None for name, cell in zip(header, cells, strict=True)}
+
+
+def parsed(row: Any, where: str, counts: Counter | None = None) -> Any:
+    """Return a raw row as plain values: parse JSON bytes, or turn the cells of a table into a dict.
+
+    Args:
+      row: JSON as bytes, (header, cells) of a table, or plain values.
+      where: the start of error messages, "file:row".
+      counts: receives the number of keys that a JSON object has twice.
+
+    Raises: InputError if the row cannot be used.
+    """
+    if isinstance(row, tuple):
+        return _cells(*row, where)
+    may_hold_half_a_pair = not isinstance(row, bytes) or b"\\u" in row  # UTF-8 text needs an escape for it
+    row = _loaded(row, where, counts) if isinstance(row, bytes) else row
+    if nests_too_deep(row):
+        raise _too_deep(where)
+    try:
+        for name in names_in(row) if may_hold_half_a_pair else ():
+            require_text("a name", name)
+    except InputError as error:
+        raise InputError(f"{where}: JSON: {error}") from error
+    return row
+
+
+def _loaded(text: bytes, where: str, counts: Counter | None = None) -> Any:
+    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if counts is not None and len(found) < len(pairs):
+            counts[REPEATED_KEY] += len(pairs) - len(found)
+        return found
+
+    try:
+        return json.loads(text.decode(), object_pairs_hook=made)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: text: found bytes that are not UTF-8, expected UTF-8") from error
+    except RecursionError as error:
+        raise _too_deep(where) from error
+    except ValueError as error:
+        raise InputError(
+            f"{where}: JSON: found a line that does not parse ({error}), expected one JSON object per line"
+        ) from error
+
+
+def _too_deep(where: str) -> InputError:
+    return InputError(f"{where}: JSON: found nesting deeper than {MAX_NESTING} levels, expected less nesting")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a Parquet file by pyarrow alone; metadata of other libraries is ignored, however malformed."""
+    import pyarrow.parquet
+
+    def rows() -> Iterator[Any]:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(_CHUNK):
+                batch.validate(full=True)  # offsets in a damaged file may point outside its buffers
+                yield from batch.to_pylist(maps_as_pydicts="strict")
+
+    yield from _numbered(rows(), str(path), "a Parquet file")
+
+
+def _folder_parts(folder: Path) -> dict[str, RawRows]:
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.endswith(_SUFFIXES)]
+    # A .json file beside data of another suffix is a report on the data.
+    files = [path for path in files if path.suffix != ".json"] or files
+    if not files:
+        raise InputError(f"{folder}: found no data files, expected {', '.join(_SUFFIXES)} or a datasets folder")
+    named: dict[str, list[Path]] = {}
+    for path in files:
+        stem = next(path.name.removesuffix(suffix) for suffix in _SUFFIXES if path.name.endswith(suffix))
+        named.setdefault(_SHARD.sub("", stem), []).append(path)
+    if not _SPLIT_NAMES & named.keys():
+        named = {"all": files}
+    return {name: _chain(paths) for name, paths in named.items()}
+
+
+def _chain(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
+    for path in paths:
+        yield from _file_rows(path)
+
+
+def _is_dataset(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _dataset_parts(folder: Path) -> dict[str, RawRows]:
+    import datasets
+
+    with reading(folder, _DATASETS_FOLDER):
+        loaded = datasets.load_from_disk(folder)
+        for part in loaded.values() if isinstance(loaded, Mapping) else [loaded]:
+            part.data.validate(full=True)  # offsets in a damaged file may point outside its buffers
+    return _named_parts(loaded, str(folder))
+
+
+def _hub_parts(name: str, split: str | None) -> dict[str, RawRows]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, split=split)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{name}: found no file or folder, and no dataset of that name on the hub ({first}), expected one of them"
+        ) from error
+    return _named_parts(loaded if split is None else {split: loaded}, name)
+
+
+def _named_parts(loaded: Any, source: str) -> dict[str, RawRows]:
+    parts = loaded if isinstance(loaded, Mapping) else {"all": loaded}
+    return {
+        str(name): _numbered(rows, source if rows is loaded else f"{source}/{name}", _DATASETS_FOLDER)
+        for name, rows in parts.items()
+    }
+
+
+def _numbered(rows: Iterable[Any], source: str, what: str) -> Iterator[tuple[str, Any]]:
+    found = iter(rows)
+    for number in count(1):
+        with reading(f"{source}:{number}", what):
+            row = next(found, found)  # the iterator itself marks the end, since a row may be None
+        if row is found:
+            return
+        yield f"{source}:{number}", row
+
+
+def _write(path: Path, records: list[dict[str, Any]], what: str) -> None:
+    if not records:
+        raise InputError(f"{path}: found no {what} to write, expected at least one")
+    with atomic_output(path) as temporary:
+        if path.name.endswith((".jsonl", ".jsonl.gz")):
+            _write_lines(temporary, records, compressed=path.suffix == ".gz")
+        elif path.suffix == ".parquet":
+            _dataset(records).to_parquet(temporary)
+        else:
+            _dataset(records).save_to_disk(temporary)
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]], compressed: bool) -> None:
+    with (gzip.open if compressed else open)(path, "wt", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _dataset(records: list[dict[str, Any]]):
+    """Return the records as a `datasets.Dataset`.
+
+    Every field has a declared type, so a column of nulls keeps its type.
+    """
+    from datasets import Dataset, Features, List, Value
+
+    text, number, whole = Value("string"), Value("float64"), Value("int64")
+    turn = {
+        "role": text,
+        "content": text,
+        "trainable": Value("bool"),
+        "reward": number,
+        "token_ids": List(whole),
+        "behaviour_log_prob": List(number),
+        **dict.fromkeys(("thinking", "tool_calls", "tools", "name", "tool_call_id"), text),
+    }
+    types = {
+        "messages": List(turn),
+        "terminated": Value("bool"),
+        "group": text,
+        "task": text,
+        "source": text,
+        "labels": text,
+        "context": List(turn),
+        "options": List(List(turn)),
+        "target": List(number),
+        "ranking": List(List(whole)),
+        "weight": number,
+    }
+
+    def whole_turns(messages: list) -> list:
+        return [
+            whole_turns(message) if isinstance(message, list) else {name: message.get(name) for name in turn}
+            for message in messages
+        ]
+
+    rows = [
+        {
+            name: whole_turns(value) if name in ("messages", "context", "options") else value
+            for name, value in record.items()
+        }
+        for record in records
+    ]
+    return Dataset.from_list(rows, features=Features({name: types[name] for name in records[0]}))

@@ -1,0 +1,337 @@
+"""Read preference rows of several forms as comparisons. Every repair and every dropped row is counted.
+
+    context, options, target [, ranking, weight]     the project's own form; context and each option are messages
+    prompt, chosen, rejected                         explicit: text or messages on each side
+    chosen, rejected                                 implicit: each side is a whole conversation
+    prompt, responses, ranks (or rank)               the lowest rank is best, equal ranks tie, null = unranked
+
+A prompt may also be in a column `messages` or ShareGPT's `conversations`, and a side may be one message; `forms` lists
+the spellings of messages, numbers and lists that are read. All forms may contain `weight, group, source, labels`.
+Other columns are kept in `labels`; a column `margin` becomes `labels["strength"]`. Without a group, a row's group is a
+hash of its first user turn, ignoring case, punctuation and white space, so that no split separates the branches of one
+conversation. If responses are left out, so are their entries in `labels["options"]`.
+
+The context is the turns that all sides share; sides are compared turn by turn, never character by character. Text with
+"Human:" and "Assistant:" tags is a transcript: its turns are stripped, consecutive turns of one speaker are merged,
+and only the last reply is compared. Other text without a prompt has no turns to find: all of it is the agent's.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from offline_lmrl.errors import InputError, listed
+from offline_lmrl.logs.comparison import Comparison, build_comparison
+from offline_lmrl.logs.forms import (
+    DIALOGUES,
+    Drop,
+    as_list,
+    extra_columns,
+    given_fields,
+    read_messages,
+    read_prompt,
+    read_text,
+    with_tools,
+)
+from offline_lmrl.logs.trajectory import Turn, as_context, finite, read_labels, shown
+
+# End tokens of common tokenizers. As text at the end of a logged reply they would be trained on, though nobody wrote
+# them.
+END_TOKENS = (
+    "</s>",
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<|end|>",
+    "<eos>",
+    "<end_of_turn>",
+)
+
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_TAG = re.compile(r"\n\n(Human|Assistant):")
+_OWN = {"context", "options", "target", "ranking"}
+_ROW_FIELDS = {"weight", "group", "source", "labels"}
+_FORMS = "context, options and target, or prompt, chosen and rejected, or prompt, responses and ranks"
+
+
+def read_comparison(row: Any, where: str, counts: Counter, allow_empty: bool = False) -> Comparison | None:
+    """Read the comparison of one row in any accepted form; return None if the row is dropped.
+
+    Args:
+      row: one object of a log.
+      where: "file:row", the start of every error message.
+      counts: receives one count per repair of a kept row, or one under the reason why the row is dropped.
+      allow_empty: keep rows with an empty reply. Rows of the project's own form may have one in any case, so that
+        written data can be read back; importers check these with `require_replies`.
+
+    Raises: InputError for unknown forms and values of the wrong type.
+    """
+    if not isinstance(row, Mapping):
+        raise InputError(f"{where}: row: found {shown(row)}, expected an object")
+    present = {name for name, value in row.items() if value is not None}
+    repairs: Counter = Counter()
+    dialogue = next((name for name in DIALOGUES if name in present), None)
+    if dialogue is not None and "prompt" not in present and {"chosen", "rejected"} <= present:
+        row, present = {**row, "prompt": row[dialogue]}, present - {dialogue} | {"prompt"}
+    try:
+        context, options, fields, used = _parts(row, present, where, repairs, allow_empty)
+    except Drop as drop:
+        counts[f"dropped: {drop}"] += 1
+        return None
+    fields = given_fields(row, _ROW_FIELDS, where, repairs) | fields
+    fields.setdefault("group", root_group(context))
+    if "tools" in present:
+        context, used = with_tools(context, row["tools"], where), used | {"tools"}
+    comparison = build_comparison(context, options, fields, where)
+    extra = extra_columns(row, present - used - _ROW_FIELDS, repairs)
+    if "margin" in extra:
+        extra["strength"] = extra.pop("margin")
+    counts.update(repairs)
+    try:
+        return replace(comparison, labels={**extra, **comparison.labels}) if extra else comparison
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def transcript(text: str, repairs: Counter) -> list[Turn]:
+    """Split "\\n\\nHuman: ...\\n\\nAssistant: ..." into stripped turns; consecutive turns of one speaker are merged.
+
+    A tag counts only after a blank line; elsewhere it is part of the text.
+
+    Raises: Drop for text before the first tag.
+    """
+    head, *pieces = _TAG.split("\n\n" + read_text(text).lstrip())
+    if head.strip():
+        raise Drop("text before the first speaker tag")
+    turns: list[Turn] = []
+    for speaker, said in zip(pieces[::2], pieces[1::2], strict=True):
+        role, said = _SPEAKERS[speaker], said.strip()
+        if turns and turns[-1].role == role:
+            repairs[f"repaired: consecutive {speaker} turns merged"] += 1
+            turns[-1] = Turn(role, f"{turns[-1].content}\n\n{said}".strip())
+        else:
+            turns.append(Turn(role, said))
+    return turns
+
+
+def is_transcript(text: Any) -> bool:
+    """True if a value is text that starts with "Human:" and has an "Assistant:" after a blank line."""
+    return isinstance(text, str) and text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
+
+
+def root_group(context: Sequence[Turn]) -> str:
+    """Hash the first user turn, ignoring case, punctuation and white space; return "" if there is none."""
+    first = next((turn.content for turn in context if turn.role == "user"), None)
+    return "" if first is None else hashlib.sha256(normalised(first).encode()).hexdigest()[:16]
+
+
+def normalised(text: str) -> str:
+    """Return text without case, punctuation and extra white space; text without any word is only stripped."""
+    return " ".join(re.findall(r"\w+", text.casefold())) or text.strip()
+
+
+def _parts(
+    row: Mapping, present: set[str], where: str, repairs: Counter, allow_empty: bool
+) -> tuple[list[Turn], list[list[Turn]], dict[str, Any], set[str]]:
+    """Return the context, the options, further fields (target, ranking, labels) and the names of the columns used."""
+    if {"context", "options", "target"} <= present:
+        context = read_messages(row["context"], where, "context", repairs, allow_empty=True)
+        options = [
+            read_messages(option, where, f"options[{i}]", repairs, allow_empty=True)
+            for i, option in enumerate(_list(row["options"], where, "options", repairs))
+        ]
+        return context, options, {name: row[name] for name in _OWN & present}, _OWN
+    if {"chosen", "rejected"} <= present:
+        context, options = _pair(row, where, repairs, allow_empty)
+        return context, options, {"target": (1.0, 0.0), "ranking": ((0,), (1,))}, {"prompt", "chosen", "rejected"}
+    column = "ranks" if "ranks" in present else "rank"
+    if {"prompt", "responses", column} <= present:
+        context, options, ranks, labels = _ranked(row, column, where, repairs, allow_empty)
+        levels = sorted(set(ranks))
+        ranking = [[i for i, rank in enumerate(ranks) if rank == level] for level in levels]
+        target = [(rank == levels[0]) / len(ranking[0]) for rank in ranks]
+        fields = {"target": target, "ranking": ranking, "labels": labels}
+        return context, options, fields, {"prompt", "responses", column}
+    found = listed(sorted(present)) or "none"
+    raise InputError(f"{where}: fields: found {found}, expected {_FORMS}")
+
+
+def _pair(row: Mapping, where: str, repairs: Counter, allow_empty: bool) -> tuple[list[Turn], list[list[Turn]]]:
+    prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
+    if is_transcript(prompt) and all(isinstance(side, str) for side in sides):
+        # A prompt that ends in "Assistant:" and its reply are two halves of one transcript.
+        sides = [side if side.startswith(prompt) else prompt + side for side in sides]
+        prompt = None
+    if prompt is None and all(map(is_transcript, sides)):
+        context, options = _split([transcript(side, repairs) for side in sides], allow_empty)
+        if any(len(option) > 1 for option in options):
+            raise Drop("the sides differ before the last reply")
+        return context, options
+    context = [] if prompt is None else read_prompt(prompt, where, repairs)
+    if prompt is None and any(isinstance(side, str) for side in sides):
+        repairs["repaired: text without turns taken as the agent's, without a context"] += 1
+    prompt = _repeated(prompt, sides)
+    turns = [
+        read_reply(side, context, prompt, where, name, repairs)
+        for name, side in zip(("chosen", "rejected"), sides, strict=True)
+    ]
+    common, options = _split(turns, allow_empty)
+    return [*context, *common], options
+
+
+def _ranked(
+    row: Mapping, column: str, where: str, repairs: Counter, allow_empty: bool
+) -> tuple[list[Turn], list[list[Turn]], list[float], dict[str, Any]]:
+    """Return the context, the options, their ranks and the row's labels.
+
+    `labels["options"]` keeps only the entries of these options.
+    """
+    responses, ranks = (_list(row[name], where, name, repairs) for name in ("responses", column))
+    if len(responses) != len(ranks):
+        raise InputError(
+            f"{where}: {column}: found {len(ranks)} for {len(responses)} responses, expected one for each response"
+        )
+    context = read_context(row["prompt"], where, repairs)
+    prompt = _repeated(row["prompt"], responses)
+    ranked: dict[tuple, tuple[list[Turn], float, int]] = {}
+    for i, (response, rank) in enumerate(zip(responses, ranks, strict=True)):
+        if rank is None:
+            repairs["repaired: response without a rank left out"] += 1
+            continue
+        try:
+            rank = finite(f"{column}[{i}]", rank)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        reply = read_reply(response, context, prompt, where, f"responses[{i}]", repairs)
+        if _is_empty(reply) and not allow_empty:
+            repairs["repaired: empty response left out"] += 1
+            continue
+        if _said(reply) not in ranked:
+            ranked[_said(reply)] = reply, rank, i
+        elif ranked[_said(reply)][1] == rank:
+            repairs["repaired: response given twice with one rank merged"] += 1
+        else:
+            raise Drop("one text with two ranks")
+    if len(ranked) < 2:
+        raise Drop("fewer than two ranked responses")
+    replies, kept_ranks, places = zip(*ranked.values(), strict=True)
+    common, options = _split(replies, allow_empty)
+    return [*context, *common], options, list(kept_ranks), _labels_of(row, places, len(responses), where)
+
+
+def _repeated(prompt: Any, sides: Sequence) -> Any:
+    """Return the prompt if replies may repeat it at their start, else None.
+
+    If only some of several text replies start with a plain-text prompt, they are whole replies, such as "Hello there"
+    to "Hello". A transcript prompt is removed in any case: no reply starts like a transcript.
+    """
+    texts = [side for side in sides if isinstance(side, str) and side]
+    is_told = is_transcript(prompt) or not isinstance(prompt, str) or all(text.startswith(prompt) for text in texts)
+    return prompt if is_told else None
+
+
+def _labels_of(row: Mapping, places: Sequence[int], size: int, where: str) -> dict[str, Any]:
+    """Return the row's labels. If `labels["options"]` has an entry per response, keep those at `places`.
+
+    Args:
+      size: the number of responses in the row.
+    """
+    try:
+        labels = read_labels(row.get("labels"))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    options = labels.get("options")
+    if isinstance(options, list) and len(options) == size:
+        labels["options"] = [options[i] for i in places]
+    return labels
+
+
+def read_context(prompt: Any, where: str, repairs: Counter) -> list[Turn]:
+    """Read the turns of a prompt: text, messages, or a transcript that may end with an open "Assistant:"."""
+    if not is_transcript(prompt):
+        return read_prompt(prompt, where, repairs)
+    turns = transcript(prompt, repairs)
+    if turns[-1] == Turn("assistant", ""):
+        turns.pop()
+    return as_context(turns)
+
+
+def read_reply(side: Any, context: list[Turn], prompt: Any, where: str, field: str, repairs: Counter) -> list[Turn]:
+    """Read the turns of one side, without the context that it may repeat at its start.
+
+    Args:
+      context: the turns of the prompt.
+      prompt: the text or messages that `context` was read from; None = replies given as text do not repeat it.
+    """
+    if isinstance(side, str):
+        text = read_text(side)
+        if isinstance(prompt, str) and prompt and text.startswith(prompt):
+            text = text[len(prompt) :]
+            repairs["repaired: prompt removed from the start of a reply"] += 1
+        turns = [Turn("assistant", text.strip() if is_transcript(prompt) else text)]
+    else:
+        side = [side] if isinstance(side, Mapping) else side
+        turns = read_messages(side, where, field, repairs, allow_empty=True)
+        if context and _said(turns[: len(context)]) == _said(context):
+            turns = turns[len(context) :]
+            repairs["repaired: prompt removed from the start of a reply"] += 1
+    if turns:
+        text = turns[-1].content
+        ends = [token for token in END_TOKENS if text.rstrip().endswith(token)]
+        if ends:
+            repairs["repaired: end token removed from a reply"] += 1
+            turns[-1] = replace(turns[-1], content=text.rstrip().removesuffix(ends[0]))
+    return turns
+
+
+def _split(sides: Sequence[list[Turn]], allow_empty: bool) -> tuple[list[Turn], list[list[Turn]]]:
+    """Split sides into the turns that all begin with and the remaining turns of each.
+
+    Raises: Drop if the remaining turns cannot be compared.
+    """
+    said, common = [_said(side) for side in sides], 0
+    while all(len(side) > common and side[common] == said[0][common] for side in said):
+        common += 1
+    options = [side[common:] for side in sides]
+    if any(options) and not all(options):
+        raise Drop("one side goes on where the other ends")
+    require_replies(options, allow_empty)
+    if not all(option[0].is_trainable for option in options):
+        raise Drop("the sides differ before the agent's reply")
+    if not all(option[-1].is_trainable for option in options):
+        raise Drop("a side that does not end with the agent")
+    return [replace(turn, trainable=False) if turn.is_trainable else turn for turn in sides[0][:common]], options
+
+
+def require_replies(options: Sequence[Sequence[Turn]], allow_empty: bool) -> None:
+    """Check that no two options are equal up to white space and that none is empty.
+
+    Args:
+      allow_empty: accept empty options.
+
+    Raises: Drop if the check fails.
+    """
+    words = [[[text.split() for text in turn.said] for turn in option] for option in options]
+    if any(words.count(option) > 1 for option in words):
+        raise Drop("identical replies")
+    if not allow_empty and any(map(_is_empty, options)):
+        raise Drop("empty reply")
+
+
+def _said(turns: Sequence[Turn]) -> tuple[tuple[str, ...], ...]:
+    return tuple(turn.said for turn in turns)
+
+
+def _is_empty(reply: Sequence[Turn]) -> bool:
+    return not any(turn.content.strip() or turn.tool_calls for turn in reply)
+
+
+def _list(value: Any, where: str, field: str, repairs: Counter) -> Sequence:
+    value = as_list(value, repairs)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise InputError(f"{where}: {field}: found {shown(value)}, expected a list")
+    return value

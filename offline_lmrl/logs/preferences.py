@@ -1,0 +1,392 @@
+"""Convert comparisons to scored trajectories and to the rows of other trainers, and trajectories back to comparisons.
+
+`to_trajectories` makes one scored trajectory of every option; no other code turns preference into reward. A preference
+compares two replies to one prompt and contains no information about the prompt. Rewards are therefore centred within
+each group by default: otherwise a high return would mark easy prompts, which a return-conditioned model would then
+learn. (In ILQL, V absorbs the difficulty of a prompt.)
+"""
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.io import group_key
+from offline_lmrl.logs.protocols import Scorer
+from offline_lmrl.logs.trajectory import Trajectory, Turn, finite, message_of, shown
+
+RewardKind = Literal["sign", "prob", "strength", "rank", "bt", "rating"]
+Normalise = Literal["none", "global", "group", "rank"]
+Scored = tuple[Sequence[Turn], Sequence[Sequence[Turn]]]  # a context and the options that follow it
+
+EMPTY_REPLY = "dropped: empty reply"
+NO_STRENGTH = "dropped: no strength in the labels"
+NO_RATING = "dropped: an option without a rating in the labels"
+
+
+def to_trajectories(
+    comparisons: Iterable[Comparison],
+    reward: RewardKind | Scorer = "sign",
+    place: Literal["terminal", "turn"] = "terminal",
+    normalise: Normalise = "group",
+    counts: Counter[str] | None = None,
+) -> list[Trajectory]:
+    """Make one trajectory per option, with a reward computed from the preference and an untrained context.
+
+    Let w be the mean over the other options of P(this one is better) (`Comparison.preference`); for a pair, w is p.
+
+    Args:
+      reward: how the reward is computed. "prob": 2w − 1, in [−1, 1]. "sign": the sign of 2w − 1, so a tie earns 0.
+        "strength": `labels["strength"]` times 2w − 1. "rank": the number of options ranked below it minus the number
+        ranked above it, over K − 1, so 1 for the best and −1 for the last. "bt": latent scores of a Bradley–Terry
+        model fitted to all comparisons of a group (`fit_scores`). "rating": the option's own `rating` in
+        `labels["options"]`. A scorer: its score of the option.
+      place: which turns get the reward. "terminal": the last agent turn of the option. "turn": equal parts on each of
+        its agent turns. A turn's reward is paid with its closing token. There is no "token": one label on a reply has
+        no information about its tokens, and an equal part on each has the same return. Dense rewards come from a
+        reward model.
+      normalise: "none". "global": to mean 0 and standard deviation 1 over all options. "group": minus the group's
+        mean. "rank": the share of the group's other options that it beats, ties counted half, in [0, 1] (1/2 if it is
+        alone).
+      counts: receives one count per option or comparison that is left out, by reason.
+
+    A trajectory's labels are the comparison's, with this option's entry of `labels["options"]` under `option`. Its
+    label `preference` holds the option's place among the options, its target and weight, and how its reward was made:
+    kind or scorer (`origin_of`), place, normalisation, the raw reward, and the constants in reward = (raw − shift) /
+    scale.
+
+    Rewards belong to whole turns, and training drops the oldest turns or a whole reply that does not fit, so no reward
+    is moved or lost. To drop both sides of such a pair, apply `fitting` (comparison_batching.py) first.
+
+    Raises: InputError for unknown settings, for scores that are not finite, and if no trajectory is left.
+    """
+    kinds = RewardKind.__args__
+    if isinstance(reward, str) and reward not in kinds:
+        raise InputError(f"reward: found {shown(reward)}, expected one of {', '.join(kinds)} or a scorer")
+    if place not in ("terminal", "turn"):
+        raise InputError(
+            f"place: found {shown(place)}, expected terminal or turn (a label on a whole reply says "
+            "nothing about its tokens; a reward model with a token head does)"
+        )
+    if normalise not in Normalise.__args__:
+        raise InputError(f"normalise: found {shown(normalise)}, expected one of {', '.join(Normalise.__args__)}")
+    counts = Counter() if counts is None else counts
+    rows = list(comparisons)
+    if reward == "strength":
+        rows = _known(rows, [row.labels.get("strength") is not None for row in rows], NO_STRENGTH, counts)
+    elif reward == "rating":
+        rated = [all(option.get("rating") is not None for option in row.labels.get("options", [{}])) for row in rows]
+        rows = _known(rows, rated, NO_RATING, counts)
+    if not rows:
+        raise InputError(f"comparisons: found none to score ({dict(counts)}), expected at least one")
+    raw = _raw_rewards(rows, reward)
+    keys = [group_key(row) for row in rows]
+    made = _normalised(raw, keys, normalise)
+    how = {"reward": reward if isinstance(reward, str) else origin_of(reward), "place": place, "normalise": normalise}
+    trajectories = []
+    for row, raws, rewards in zip(rows, raw, made, strict=True):
+        for i, (value, constants) in enumerate(rewards):
+            if any(turn.is_trainable and not turn.content and not turn.token_ids for turn in row.options[i]):
+                counts[EMPTY_REPLY] += 1
+                continue
+            trajectories.append(_trajectory(row, i, value, place, {**how, "raw": raws[i], **constants}))
+    if not trajectories:
+        raise InputError(f"comparisons: found only empty replies ({counts[EMPTY_REPLY]}), expected at least one text")
+    return trajectories
+
+
+def fit_scores(comparisons: Sequence[Comparison]) -> dict[tuple, float]:
+    """Fit Bradley–Terry scores s of the replies in one group.
+
+        maximise  Σ weight · P(i ≻ j) · log σ(s_i − s_j) − ½ Σ s²
+
+    Every pair of a comparison counts with factor 1/(K−1), so that each option of the comparison counts once. The
+    standard normal prior keeps the scores of replies that always win finite. It also makes scores sum to 0 over
+    replies that are connected by comparisons, directly or through others. Bradley and Terry 1952; the prior is ours.
+
+    Returns: (context, option) -> score.
+    """
+    places: dict[tuple, int] = {}
+    pairs = []
+    for row in comparisons:
+        here = [places.setdefault((row.context, option), len(places)) for option in row.options]
+        share = row.weight / (len(here) - 1)
+        pairs += [
+            (here[i], here[j], share * row.preference(i, j))
+            for i in range(len(here))
+            for j in range(len(here))
+            if here[i] != here[j]
+        ]
+    better, worse, wins = (np.array(column) for column in zip(*pairs, strict=True))
+    scores, size = np.zeros(len(places)), len(places)
+    for _ in range(100):  # Newton's method on a strictly concave function, damped to steps of at most 1
+        lost = 1 / (1 + np.exp(scores[better] - scores[worse]))  # the model's probability that `worse` wins
+        # The prior ½ Σ s² contributes −scores to the gradient and the identity to the negated Hessian.
+        gradient = (np.bincount(better, wins * lost, size) - np.bincount(worse, wins * lost, size)) - scores
+        curvature = np.eye(size)
+        bend = wins * lost * (1 - lost)
+        np.add.at(curvature, (better, better), bend)
+        np.add.at(curvature, (worse, worse), bend)
+        np.add.at(curvature, (better, worse), -bend)
+        np.add.at(curvature, (worse, better), -bend)
+        step = np.linalg.solve(curvature, gradient)
+        scores += step / max(1.0, np.abs(step).max())
+        if np.abs(step).max() < 1e-10:
+            break
+    return dict(zip(places, scores.tolist(), strict=True))
+
+
+def origin_of(scorer: Scorer) -> Any:
+    """Return the scorer's `origin` (what it was made from, as its user gave it), or its class name if it has none."""
+    return getattr(scorer, "origin", type(scorer).__name__)
+
+
+def score_rows(rows: Sequence[Scored], scorer: Scorer) -> list[np.ndarray]:
+    """Score the K options of each row, with many rows at once if the scorer has `score_each`.
+
+    Returns: one array (K,) per row.
+
+    Raises: InputError for scores that are not one finite number per option.
+    """
+    together = getattr(scorer, "score_each", None)
+    found = together(rows) if together else [scorer.score(*row) for row in rows]
+    scores = [np.asarray(values, dtype=float) for values in found]
+    for values, (_, options) in zip(scores, rows, strict=True):
+        if values.shape != (len(options),) or not np.isfinite(values).all():
+            raise InputError(
+                f"reward: found scores {shown(values.tolist())}, expected a finite number for each of "
+                f"{len(options)} options"
+            )
+    return scores
+
+
+def to_comparisons(trajectories: Iterable[Trajectory], counts: Counter[str] | None = None) -> list[Comparison]:
+    """Combine replies to one context into one comparison, ranked by return; the inverse of `to_trajectories`.
+
+    The context of a trajectory is the turns before its first agent turn. Trajectories with one context and the same
+    words are one option, with their mean return. `labels["options"]` holds the returns.
+
+    Args:
+      counts: receives one count per trajectory whose context has no other reply.
+    """
+    returns: dict[tuple[Turn, ...], dict[tuple[Turn, ...], list[Trajectory]]] = defaultdict(lambda: defaultdict(list))
+    for trajectory in trajectories:
+        turns = [replace(turn, reward=None, token_ids=None, behaviour_log_prob=None) for turn in trajectory.turns]
+        start = next(i for i, turn in enumerate(turns) if turn.is_trainable)
+        returns[tuple(turns[:start])][tuple(turns[start:])].append(trajectory)
+    made = []
+    for context, options in returns.items():
+        rows = [row for same in options.values() for row in same]
+        if len(options) < 2:
+            if counts is not None:
+                counts["dropped: no other reply to the same context"] += len(rows)
+            continue
+        mean = [math.fsum(row.total_return for row in same) / len(same) for same in options.values()]
+        levels = sorted(set(mean), reverse=True)
+        ranking = tuple(tuple(i for i, value in enumerate(mean) if value == level) for level in levels)
+        target = tuple(float(value == levels[0]) / len(ranking[0]) for value in mean)
+        made.append(
+            Comparison(
+                context,
+                tuple(options),
+                target,
+                ranking,
+                group=rows[0].group,
+                source=rows[0].source,
+                labels={"options": [{"return": value} for value in mean]},
+            )
+        )
+    return made
+
+
+def binarised(comparisons: Iterable[Comparison], good: str = "good:", bad: str = "bad:") -> Iterator[Comparison]:
+    """Make of every pair A ≻ B two comparisons of a reply with itself: good A ≻ bad A, and bad B ≻ good B.
+
+    A system turn before the reply marks it as good or bad. Tied pairs are left out.
+    Askell et al. 2021, on binarising ranked data: a reward model that is first trained on such pairs (made of votes,
+    for example) then learns from fewer ranked pairs.
+
+    Args:
+      good: text of the system turn that marks a good reply.
+      bad: text of the system turn that marks a bad one.
+    """
+    for row in comparisons:
+        for i, j in combinations(range(len(row.options)), 2):
+            if row.preference(i, j) == 0.5:
+                continue
+            better, worse = (i, j) if row.preference(i, j) > 0.5 else (j, i)
+            for option, right, wrong in ((row.options[better], good, bad), (row.options[worse], bad, good)):
+                marked = tuple((Turn("system", mark), *option) for mark in (right, wrong))
+                yield Comparison(
+                    row.context, marked, (1.0, 0.0), weight=row.weight, group=row.group, source=row.source
+                )
+
+
+def preference_rows(comparisons: Iterable[Comparison], counts: Counter[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield rows `prompt, chosen, rejected` of messages for TRL's DPO and reward trainers, one per pair of options.
+
+    Args:
+      counts: receives one count per dropped pair: a tie, or replies that contain turns of others, which TRL would
+        train on.
+    """
+    counts = Counter() if counts is None else counts
+    for row in comparisons:
+        prompt = _messages(row.context)
+        for i, j in combinations(range(len(row.options)), 2):
+            preference = row.preference(i, j)
+            if preference == 0.5:
+                counts["dropped: tie"] += 1
+            elif not all(turn.is_trainable for k in (i, j) for turn in row.options[k]):
+                counts["dropped: turns of others inside a reply"] += 1
+            else:
+                chosen, rejected = (i, j) if preference > 0.5 else (j, i)
+                yield {
+                    "prompt": prompt,
+                    "chosen": _messages(row.options[chosen]),
+                    "rejected": _messages(row.options[rejected]),
+                    **_tools(row.context),
+                }
+
+
+def label_rows(
+    trajectories: Iterable[Trajectory], threshold: float = 0.0, counts: Counter[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield rows `prompt, completion, label` of messages for TRL's KTO trainer.
+
+    Args:
+      threshold: the label is return > threshold.
+      counts: receives one count per dropped row: its return equals the threshold, so it is neither good nor bad, or
+        its completion contains turns of others, which TRL would train on.
+    """
+    counts = Counter() if counts is None else counts
+    for row in trajectories:
+        start = next(i for i, turn in enumerate(row.turns) if turn.is_trainable)
+        if row.total_return == threshold:
+            counts["dropped: return equal to the threshold"] += 1
+        elif not all(turn.is_trainable for turn in row.turns[start:]):
+            counts["dropped: turns of others inside a completion"] += 1
+        else:
+            yield {
+                "prompt": _messages(row.turns[:start]),
+                "completion": _messages(row.turns[start:]),
+                "label": row.total_return > threshold,
+                **_tools(row.turns),
+            }
+
+
+def sft_rows(trajectories: Iterable[Trajectory], minimum: float = -math.inf) -> Iterator[dict[str, Any]]:
+    """Yield rows `prompt, completion` of messages for TRL's SFT trainer, one per agent turn.
+
+    An agent turn without text or tool calls has no row.
+
+    Args:
+      minimum: the smallest return of a trajectory that is used.
+    """
+    for row in trajectories:
+        if row.total_return >= minimum:
+            for i, turn in enumerate(row.turns):
+                if turn.is_trainable and (turn.content or turn.tool_calls):
+                    yield {"prompt": _messages(row.turns[:i]), "completion": _messages([turn]), **_tools(row.turns)}
+
+
+def _known(rows: Sequence[Comparison], known: Sequence[bool], reason: str, counts: Counter[str]) -> list[Comparison]:
+    """Return the rows marked as known, and count the others under `reason`."""
+    if not all(known):
+        counts[reason] += len(rows) - sum(known)
+    return [row for row, is_known in zip(rows, known, strict=True) if is_known]
+
+
+def _raw_rewards(rows: Sequence[Comparison], reward: RewardKind | Scorer) -> list[list[float]]:
+    if reward == "bt":
+        groups: dict[str, list[Comparison]] = defaultdict(list)
+        for row in rows:
+            groups[group_key(row)].append(row)
+        latent = {key: fit_scores(group) for key, group in groups.items()}
+        return [[latent[group_key(row)][row.context, option] for option in row.options] for row in rows]
+    if reward == "rating":
+        return [[finite("rating", option["rating"]) for option in row.labels["options"]] for row in rows]
+    if isinstance(reward, str):
+        return [_reward_of(row, reward) for row in rows]
+    return [scores.tolist() for scores in score_rows([(row.context, row.options) for row in rows], reward)]
+
+
+def _reward_of(row: Comparison, kind: str) -> list[float]:
+    size = len(row.options)
+    if kind == "rank":
+        ranks = row.ranks
+        return [
+            (sum(other > rank for other in ranks) - sum(other < rank for other in ranks)) / (size - 1)
+            for rank in ranks
+        ]
+    margins = [sum(2 * row.preference(i, j) - 1 for j in range(size) if j != i) / (size - 1) for i in range(size)]
+    if kind == "sign":
+        return [0.0 if math.isclose(margin, 0, abs_tol=1e-9) else math.copysign(1, margin) for margin in margins]
+    return [margin * (float(row.labels["strength"]) if kind == "strength" else 1.0) for margin in margins]
+
+
+def _normalised(
+    raw: Sequence[Sequence[float]], keys: Sequence[str], normalise: Normalise
+) -> list[list[tuple[float, Mapping[str, float]]]]:
+    """Return, per comparison and option, the reward and the constants (shift, scale) that made it."""
+    if normalise == "global":
+        everything = [value for values in raw for value in values]
+        shift, scale = float(np.mean(everything)), float(np.std(everything)) or 1.0
+        return [[((value - shift) / scale, {"shift": shift, "scale": scale}) for value in values] for values in raw]
+    groups: dict[str, list[float]] = defaultdict(list)
+    for key, values in zip(keys, raw, strict=True):
+        groups[key] += values
+    if normalise == "group":
+        means = {key: math.fsum(values) / len(values) for key, values in groups.items()}
+        return [
+            [(value - means[key], {"shift": means[key], "scale": 1.0}) for value in values]
+            for key, values in zip(keys, raw, strict=True)
+        ]
+    if normalise == "rank":
+        ordered = {key: np.sort(values) for key, values in groups.items()}
+        return [
+            [(_share_beaten(value, ordered[key]), {}) for value in values]
+            for key, values in zip(keys, raw, strict=True)
+        ]
+    return [[(value, {"shift": 0.0, "scale": 1.0}) for value in values] for values in raw]
+
+
+def _share_beaten(value: float, ordered: np.ndarray) -> float:
+    if len(ordered) == 1:
+        return 0.5
+    below, upto = (int(np.searchsorted(ordered, value, side)) for side in ("left", "right"))
+    return (below + (upto - below - 1) / 2) / (len(ordered) - 1)  # −1: the value does not tie with itself
+
+
+def _trajectory(row: Comparison, i: int, reward: float, place: str, how: Mapping[str, Any]) -> Trajectory:
+    option = list(row.options[i])
+    agent = [k for k, turn in enumerate(option) if turn.is_trainable]
+    paid = agent if place == "turn" else agent[-1:]
+    for k in paid:
+        option[k] = replace(option[k], reward=reward / len(paid))
+    labels = {name: value for name, value in row.labels.items() if name != "options"}
+    if "options" in row.labels:
+        labels["option"] = row.labels["options"][i]
+    labels["preference"] = {"option": i, "target": row.target[i], "weight": row.weight, **how}
+    return Trajectory((*row.context, *option), group=group_key(row), source=row.source, labels=labels)
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Return turns as messages for chat templates; the environment's turns become the user's."""
+    return [
+        message_of(turn) | ({"role": "user"} if turn.role == "environment" else {})
+        for turn in turns
+        if turn.content or turn.tools is None
+    ]
+
+
+def _tools(turns: Sequence[Turn]) -> dict[str, Any]:
+    """Return the column `tools` of a row with these turns, as a dict that is empty if no turn has tools."""
+    tools = next((turn.tools for turn in turns if turn.tools is not None), None)
+    return {} if tools is None else {"tools": json.loads(tools)}

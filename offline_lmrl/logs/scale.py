@@ -1,0 +1,73 @@
+"""The reward transform that trainer, sampler and evaluator share."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class RewardScale:
+    """The transform (reward − shift) / scale, applied to every scored turn; Q and V are learnt in these units.
+
+    The scale is the range of the training returns, so that 10·r and r give the same policy. A shift is safe only if it
+    changes all returns by the same constant. This requires that nothing is discounted (otherwise the shift would count
+    for less the later a turn is scored) and that every finished episode has the same number of scored turns (otherwise
+    the shift would reward longer or shorter episodes). If the shift is safe, it is the mean reward, so that r − 1 and
+    r give the same policy. If not, it would change the task, so it is 0.
+
+    shift: in logged units.
+    scale: in logged units, above 0.
+    scored_turns: number of scored turns in every finished episode if the shift is safe; else 0.
+    """
+
+    shift: float = 0.0
+    scale: float = 1.0
+    scored_turns: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise InputError(f"reward_scale: found {self.scale}, expected a number above 0")
+
+    @classmethod
+    def fit(cls, trajectories: Sequence[Trajectory], scale: float | None = None, *, discounted: bool) -> "RewardScale":
+        """Fit shift and scale to the training split.
+
+        Args:
+          scale: replaces the fitted range, in the units of the logged rewards; None = fit it.
+          discounted: True if any step's discount is below 1 (`StepRule.discounted`).
+        """
+        scored = [[turn.reward for turn in t.turns if turn.reward is not None] for t in trajectories]
+        counts = {len(rewards) for rewards, t in zip(scored, trajectories, strict=True) if t.terminated}
+        fixed = not discounted and len(counts) == 1 and all(len(rewards) <= max(counts) for rewards in scored)
+        rewards = [reward for episode in scored for reward in episode]
+        shift = sum(rewards) / len(rewards) if fixed and rewards else 0.0
+        if scale is None:
+            returns = [sum(episode) for episode, t in zip(scored, trajectories, strict=True) if t.terminated] or [
+                sum(episode) for episode in scored
+            ]
+            scale = max(returns, default=0.0) - min(returns, default=0.0) or 1.0
+        return cls(shift, scale, max(counts) if fixed else 0)
+
+    def apply(self, reward: float | None) -> float:
+        """Return the scaled reward of a turn; the reward of an unscored turn (None) is 0 in either unit."""
+        return 0.0 if reward is None else (reward - self.shift) / self.scale
+
+    def apply_to_return(self, total: float) -> float:
+        """Return the scaled return of a whole episode, in which the reward of every scored turn is shifted."""
+        return (total - self.scored_turns * self.shift) / self.scale
+
+    def invert_return(self, total: float, scored_before: int = 0) -> float:
+        """Convert a scaled return-to-go to the units of the logged rewards.
+
+        Args:
+          total: the scaled return-to-go.
+          scored_before: number of scored turns already played. Their shifts are not part of the return-to-go, so only
+            the shifts of the remaining scored turns are undone.
+        """
+        return total * self.scale + (self.scored_turns - scored_before) * self.shift
+
+    def to_dict(self) -> dict[str, float]:
+        """Return plain values for JSON; `RewardScale(**values)` is the inverse."""
+        return asdict(self)

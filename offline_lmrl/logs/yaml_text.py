@@ -1,0 +1,149 @@
+"""Read YAML from users (settings files, scorers, command-line values) as plain values.
+
+jsonargparse parses it, since unlike plain PyYAML it reads `1e-5` as a number. Before that, this module refuses text
+that would expand without end; after that, values that no setting can have. Importing this module makes jsonargparse
+use the same checks on the command line.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader, set_loader
+
+from offline_lmrl.errors import InputError, shown
+from offline_lmrl.logs.trajectory import MAX_NESTING
+
+MAX_VALUES = 100_000  # each alias counts as many values as it refers to
+MAX_WHOLE = 2**63  # torch, Arrow and numpy cannot hold numbers from here on
+
+_read = get_loader("yaml")
+
+
+def load_yaml(text: str) -> Any:
+    """Return the value of a YAML text: mappings with text as names, lists, text, numbers, true, false or null.
+
+    Raises: yaml.YAMLError for text that is not YAML or holds other values; its subclass NoEnd as in `require_an_end`.
+    """
+    try:
+        _count(text)
+        value = _read(text)
+    except TypeError as error:  # jsonargparse raises it for a mapping whose only name is null
+        raise yaml.YAMLError("the name None, expected text") from error
+    except (ValueError, LookupError) as error:  # a bad number, date or truth value, or text that UTF-8 cannot hold
+        raise yaml.YAMLError(f"a value that cannot be read: {error}") from error
+    _require_plain(value)
+    return value
+
+
+def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Args:
+      what: a noun for its content in error messages.
+
+    Raises: InputError if the file cannot be read or is not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: found bytes that are not UTF-8, expected a YAML file of {what}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: found {getattr(error, 'strerror', None) or error}, expected a YAML file of {what}"
+        ) from error
+    return yaml_mapping(text, str(path), what)
+
+
+def yaml_mapping(text: str, where: str, what: str) -> dict[str, Any]:
+    """Return the mapping in a YAML text.
+
+    Args:
+      where: the start of error messages.
+      what: a noun for its content in error messages.
+
+    Raises: InputError if the text is not a mapping in YAML.
+    """
+    try:
+        value = load_yaml(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{where}: found text that is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: found {shown(value)}, expected a mapping of {what}")
+    return value
+
+
+class NoEnd(yaml.YAMLError):
+    """The text has more values, or deeper nested ones, than settings can have."""
+
+
+def require_an_end(text: str) -> None:
+    """Check that a text, read as YAML, has no more and no deeper nested values than settings can have.
+
+    An alias counts as many values as it refers to, so one that contains itself never ends. jsonargparse reads some
+    texts without calling `load_yaml`.
+
+    Raises: NoEnd if the check fails.
+    """
+    try:
+        _count(text)
+    except NoEnd:
+        raise
+    except (yaml.YAMLError, ValueError):
+        return  # text that is not YAML or not UTF-8 gives no values
+
+
+def _count(text: str) -> None:
+    """Count values while the text is scanned; raise NoEnd for too many or too deep ones.
+
+    No value is built, so any text can be checked.
+    """
+    whole: dict[str, tuple[int, int]] = {}  # anchor -> (values, levels) of what it names
+    open_values: list[tuple[str | None, int, int]] = [(None, 0, 0)]  # (anchor, values, levels) of open collections
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_values.append((event.anchor, 1, 1))
+            if len(open_values) > MAX_NESTING:
+                raise NoEnd(f"values nested deeper than {MAX_NESTING} levels")
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, values, levels = open_values.pop()
+            whole[anchor] = values, levels
+        elif isinstance(event, yaml.ScalarEvent):
+            values, levels = whole[event.anchor] = 1, 0
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in whole:
+                raise NoEnd(f"*{event.anchor[:60]}, which stands in no value that ends before it")
+            values, levels = whole[event.anchor]
+        else:
+            continue
+        anchor, before, deepest = open_values[-1]
+        open_values[-1] = anchor, before + values, max(deepest, 1 + levels)
+        if before + values > MAX_VALUES or len(open_values) + levels > MAX_NESTING:
+            raise NoEnd(f"more than {MAX_VALUES} values, or some nested deeper than {MAX_NESTING} levels")
+
+
+def too_large(value: Any) -> bool:
+    """True if plain values contain a whole number that does not fit into 64 bits."""
+    if isinstance(value, list | tuple | dict):
+        return any(map(too_large, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and abs(value) >= MAX_WHOLE
+
+
+def _require_plain(value: Any) -> None:
+    for inner in value if isinstance(value, list) else value.values() if isinstance(value, dict) else ():
+        _require_plain(inner)
+    for name in value if isinstance(value, dict) else ():
+        if not isinstance(name, str):
+            raise yaml.YAMLError(f"the name {shown(name)}, expected text: put it in quotes")
+    if not isinstance(value, list | dict | str | int | float | None):
+        raise yaml.YAMLError(f"{shown(value)}, expected a mapping, a list, text or a number")
+    if isinstance(value, str):
+        require_an_end(value)
+        if "\0" in value:
+            raise yaml.YAMLError(f"{shown(value)}, expected text without NUL characters")
+    if too_large(value):
+        raise yaml.YAMLError(f"{shown(value)}, expected a number of at most 64 bits")
+
+
+set_loader("yaml", load_yaml, (yaml.YAMLError,))

@@ -1,0 +1,492 @@
+"""One training run as a folder: resolved config, metrics, checkpoints, and the final model at its top.
+
+The command line and `compare` call `train`, which builds the same trainer as a Python program would.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import transformers
+import yaml
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from offline_lmrl.algorithms import load_algorithm
+from offline_lmrl.decoding.scorers import fitting, load_scorer
+from offline_lmrl.errors import InputError, shown
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.files import differences, locked, read_object, reading, say_differences, sweep
+from offline_lmrl.logs.forms import reward_hint
+from offline_lmrl.logs.io import (
+    fingerprint,
+    in_one_group,
+    read_comparisons,
+    read_trajectories,
+    shared_groups,
+    write_text,
+)
+from offline_lmrl.logs.preferences import RewardKind, to_trajectories
+from offline_lmrl.logs.terminal import visible
+from offline_lmrl.logs.trajectory import Trajectory, Turn
+from offline_lmrl.models.adapters import require_peft
+from offline_lmrl.tasks import make_environment
+from offline_lmrl.tokens.checks import score_columns
+from offline_lmrl.tokens.tokenizers import load_tokenizer, train_tokenizer
+from offline_lmrl.training.checkpoint import checkpoints, noted_signals, step_of
+from offline_lmrl.training.config import BaseConfig
+from offline_lmrl.training.trainer import BaseTrainer
+
+log = logging.getLogger(__name__)
+
+Rows = Sequence[Trajectory] | Sequence[Comparison]
+SPEED = ("processes",)  # settings that change no result and are left out of the resolved config
+LENGTH = ("args.max_steps", "args.num_train_epochs")  # settings that may be larger when a run is extended
+COMPLETE = "complete.json"  # written last, so it marks a complete run
+PREFERENCE = ("reward", "place", "normalise")  # settings of `to_trajectories`
+
+
+@dataclass
+class ModelConfig:
+    """The origin of the model: exactly one of `path` and `scratch`.
+
+    Args:
+      path: folder or hub name of a causal LM, or a run of this project, whose heads are loaded too. A reward model
+        takes its trunk from it.
+      scratch: `model_type` and config fields of a small model with fresh weights.
+      tokenizer: folder or hub name of a tokenizer; None = the one at `path` or, with scratch, one trained on the
+        training data.
+      vocab_size: vocabulary size of a tokenizer trained here, in tokens.
+      lora: fields of peft.LoraConfig, to train an adapter (and the heads) instead of the trunk of the model at `path`;
+        None = train the trunk.
+      trust_remote_code: allow code that is stored with the model to run.
+    """
+
+    path: str | None = None
+    scratch: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    vocab_size: int = 512
+    lora: dict[str, Any] | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.scratch is None):
+            raise InputError(
+                f"model: found path {self.path!r} and scratch {self.scratch!r}, expected exactly one of them"
+            )
+        if self.scratch is not None and self.lora is not None:
+            raise InputError(
+                "model.lora: found it beside model.scratch, expected model.path: an adapter is saved "
+                "without its base, which has to lie somewhere"
+            )
+
+
+@dataclass
+class DataConfig:
+    """The data: scored trajectories, or for a reward model comparisons, each as a file, a folder or a hub name.
+
+    Args:
+      train: data to learn from; None = no logs, for ppo, which plays in an environment.
+      validation: data on which eval_loss is measured; None = no validation.
+      preference: settings that turn comparisons into scored trajectories: `reward` (sign, prob, strength, rank, bt,
+        rating, or a scorer as in `relabel`), `place` and `normalise` of `to_trajectories`. None = learn from the data
+        as they are.
+      reward: column that holds the score of a row; None = `reward`, or `label` in rows with a prompt.
+    """
+
+    train: str | None = None
+    validation: str | None = None
+    preference: dict[str, Any] | None = None
+    reward: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.reward is not None and self.preference is not None:
+            raise InputError("data.reward: found it beside data.preference, expected one of them")
+        for name in self.preference or {}:
+            if name not in PREFERENCE:
+                raise InputError(f"data.preference: found {shown(name)}, expected {', '.join(PREFERENCE)}")
+
+
+def build_tokenizer(config: ModelConfig, rows: Rows) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that the model config names, or train one on the text of the data."""
+    if config.tokenizer is not None or config.path is not None:
+        name = config.tokenizer or config.path
+        return load_tokenizer(name, trust_remote_code=config.trust_remote_code)
+    return train_tokenizer((turn.content for row in rows for turn in _turns(row)), config.vocab_size)
+
+
+def _turns(row: Trajectory | Comparison) -> Iterator[Turn]:
+    return chain(row.turns) if isinstance(row, Trajectory) else chain(row.context, *row.options)
+
+
+def read_data(algorithm: str, data: DataConfig, args: BaseConfig, counts: Counter[str]) -> tuple[Rows, Rows | None]:
+    """Read the training and the validation data.
+
+    Args:
+      args: the algorithm's settings, some of which have the number of reading `processes`.
+      counts: is filled with the numbers of repaired and dropped rows by reason, and with faults of the groups.
+    Returns: training rows and validation rows; ([], None) for an algorithm that plays and has no data.train.
+    """
+    trainer_class = load_algorithm(algorithm)[1]
+    if data.train is None:
+        if not trainer_class.plays:
+            raise InputError("data.train: missing, expected a file, folder or hub name of the data to learn from")
+        return [], None
+
+    def rows(source: str, counts: Counter[str]) -> Rows:
+        if data.preference is not None:
+            return scored(source, data.preference, counts)
+        return trainer_class.read(args, source, counts, data.reward)
+
+    train, held_out, left_out = rows(data.train, counts), None, Counter()
+    if data.validation:
+        held_out = rows(data.validation, left_out)
+        counts.update({f"validation: {reason}": n for reason, n in left_out.items()})
+        if shared := len(shared_groups(train, held_out)):
+            counts["groups that are in train and validation, so one does not test the other"] = shared
+    if isinstance(train[0], Trajectory) and not any(turn.reward is not None for row in train for turn in row.turns):
+        counts[f"rows, none of which has a reward{reward_hint(score_columns(train))}"] = len(train)
+    if in_one_group(train):
+        counts["rows that are all in one group, so none can be held back to test on"] = len(train)
+    return train, held_out
+
+
+def scored(source: str, preference: Mapping[str, Any], counts: Counter[str]) -> list[Trajectory]:
+    """Read comparisons and turn them into scored trajectories; see `DataConfig.preference`."""
+    rows, settings = read_comparisons(source, counts=counts), dict(preference)
+    if settings.get("reward", "sign") not in get_args(RewardKind):
+        settings["reward"] = load_scorer(settings["reward"])
+        rows = fitting(rows, settings["reward"], counts)
+    return to_trajectories(rows, **settings, counts=counts)
+
+
+def scorer_runs(preference: Mapping[str, Any] | None) -> list[str]:
+    """List all texts in the scorer that makes rewards, each of which may be the folder of a run."""
+
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping | list):
+            yield from chain.from_iterable(map(texts, value.values() if isinstance(value, Mapping) else value))
+
+    return list(texts((preference or {}).get("reward")))
+
+
+def build_trainer(
+    algorithm: str,
+    model: ModelConfig,
+    rows: Rows,
+    validation: Rows | None,
+    args: BaseConfig,
+    environment: Any = None,
+) -> BaseTrainer:
+    """Build the tokenizer, the model and the trainer.
+
+    Args:
+      environment: the result of `open_environment`; None for an algorithm that learns from data.
+    """
+    trainer_class = load_algorithm(algorithm)[1]
+    transformers.set_seed(args.seed)  # fresh weights and heads follow the run's seed
+    tokenizer = build_tokenizer(model, rows)
+    network: PreTrainedModel
+    if model.scratch is not None:
+        network = trainer_class.new_model(args, model.scratch, tokenizer)
+    else:
+        network = trainer_class.open_model(args, model.path, model.trust_remote_code)
+    peft_config = None
+    if model.lora is not None:
+        peft = require_peft()
+        try:
+            peft_config = peft.LoraConfig(**{"target_modules": "all-linear", **model.lora})
+        except (TypeError, ValueError) as error:
+            raise InputError(f"model.lora: found {model.lora}, expected fields of peft.LoraConfig: {error}") from error
+    sources = (environment, rows or None) if trainer_class.plays else (rows, validation)
+    return trainer_class(network, args, *sources, tokenizer, peft_config)
+
+
+def open_environment(algorithm: str, environment: Mapping[str, Any] | None, players: Mapping[str, Any]) -> Any:
+    """Open the environment that the algorithm plays in.
+
+    Args:
+      environment: `name` and settings of `make_environment`; None = none.
+      players: further arguments of `make_environment` that are objects, such as a partner's policy.
+    Returns: None for an algorithm that learns from data.
+    Raises: InputError if an environment is missing, or given to an algorithm that learns from data.
+    """
+    if not load_algorithm(algorithm)[1].plays:
+        if environment is not None:
+            raise InputError(
+                f"environment: found {shown(environment)}, expected none, as {algorithm} learns from data"
+            )
+        return None
+    if "name" not in (environment or {}):
+        raise InputError(f"environment.name: missing, expected the environment that {algorithm} plays in")
+    return make_environment(**environment, **players)
+
+
+def resolved_config(
+    algorithm: str, model: ModelConfig, data: DataConfig, args: BaseConfig, environment: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return all settings that determine the run's result, as plain values."""
+    played = {} if environment is None else {"environment": dict(environment)}
+    values = {
+        name: value
+        for name, value in args.to_dict().items()
+        if isinstance(value, str | int | float | dict | list | None) and name not in SPEED
+    }
+    # Through JSON, so that tuples are lists as in the config.yaml with which this is compared.
+    return json.loads(
+        json.dumps({"algorithm": algorithm, "model": asdict(model), "data": asdict(data), **played, "args": values})
+    )
+
+
+def contents(
+    model: ModelConfig,
+    rows: Rows,
+    validation: Rows | None,
+    critic: str | None = None,
+    demonstrations: str | None = None,
+    reference: str | None = None,
+    value_model: str | None = None,
+) -> dict[str, str | None]:
+    """Hash the inputs that a run names by path, so that a changed input is noticed when the run is resumed.
+
+    Args:
+      critic: folder or hub name of the run whose values this run learns from; None = none.
+      demonstrations: source of few-shot demonstrations; None = none.
+      reference: source of the replies on which a reward model is normalised; None = none.
+      value_model: folder or hub name of the run from which PPO's V starts; None = none.
+    Returns: sha256 by name of data, demonstrations, reference and the weights in local folders; None for validation
+      data or starting weights that are not there.
+    """
+    found = {
+        "train": fingerprint(rows),
+        "validation": None if validation is None else fingerprint(validation),
+        "start_weights": weights_hash(model.path),
+    }
+    for name, source in (("demonstrations", demonstrations), ("reference", reference)):
+        if source is not None:
+            found[name] = fingerprint(read_trajectories(source))
+    runs = {"critic_weights": critic, "value_weights": value_model}
+    return found | {name: weights_hash(folder) for name, folder in runs.items() if folder is not None}
+
+
+def weights_hash(folder: str | None) -> str | None:
+    """Return the sha256 of the weights in a local folder, None if there are none."""
+    files = sorted(Path(folder).glob("*.safetensors")) if folder else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def critic_of(args: BaseConfig) -> str | None:
+    """Return the setting `critic`, the run whose values this one learns from; None if there is none."""
+    return getattr(args, "critic", None)
+
+
+def value_model_of(args: BaseConfig) -> str | None:
+    """Return the run from which PPO's V starts; None if V uses the policy or a copy, or for another algorithm."""
+    name = getattr(args, "value_model", None)
+    return None if name in ("shared", "copy") else name
+
+
+def demonstrations_of(args: BaseConfig) -> str | None:
+    """Return the source of few-shot demonstrations; None if there are none or they come from the training data."""
+    prompt = getattr(args, "prompt", None)
+    return prompt and prompt.demonstrations
+
+
+def run_there(folder: Path, config: dict[str, Any]) -> Literal["none", "same", "shorter"]:
+    """Compare the run in a folder with a config.
+
+    Returns: "none" = no run, or one that died before its first checkpoint; "same" = this run; "shorter" = this run
+      with fewer steps, which can be extended.
+    Raises: InputError if the folder holds another run; it names all settings that differ.
+    """
+    file = folder / "config.yaml"
+    if not file.exists():
+        return "none"
+    with reading(file, "the settings of a run; take another output_dir, or remove this one"):
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError("no mapping")
+    other = differences(found, config)
+    if all(_is_longer(name, *values) for name, values in other.items()):
+        return "shorter" if other else "same"
+    if not (folder / COMPLETE).exists() and not checkpoints(folder):
+        return "none"
+    raise InputError(f"{file}: {say_differences(found, config)}: take another output_dir, or remove this one")
+
+
+def _is_longer(name: str, there: Any, here: Any) -> bool:
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (there, here))
+    return name in LENGTH and numbers and 0 < there < here
+
+
+def _hold(folder: Path, args: BaseConfig, held: ExitStack) -> None:
+    """Lock the folder in the process that writes there, and raise in all processes if that fails."""
+    refused: list[InputError | None] = [None]
+    if args.should_save:
+        try:
+            held.enter_context(locked(folder))
+        except InputError as error:
+            refused = [error]
+    if args.world_size > 1:
+        broadcast_object_list(refused)
+    if refused[0] is not None:
+        raise refused[0]
+
+
+def train(
+    algorithm: str,
+    model: ModelConfig,
+    data: DataConfig,
+    args: BaseConfig,
+    environment: Mapping[str, Any] | None = None,
+    players: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    costs: Mapping[str, int] | None = None,
+) -> Path:
+    """Train a run, or resume it from its newest complete checkpoint; a complete run is returned at once.
+
+    Counts of dropped data are logged before training starts, and stored in `complete.json`.
+
+    Args:
+      environment: `name` and settings of `make_environment`, for an algorithm that plays.
+      players: further arguments of `make_environment` that are objects, such as a partner's policy.
+      settings: settings with which the data were made, added to the run's config.
+      costs: costs of making the data, added to the costs in `complete.json`.
+    Returns: the run directory. `LanguagePolicy.load` opens it, or `load_scorer` if it is a reward model; transformers
+      opens it too.
+    """
+    folder = Path(args.output_dir)
+    counts: Counter[str] = Counter()
+    rows, validation = read_data(algorithm, data, args, counts)
+    config = resolved_config(algorithm, model, data, args, environment) | dict(settings or {})
+    reference, value_model = getattr(args, "reference", None), value_model_of(args)
+    config["contents"] = contents(
+        model, rows, validation, critic_of(args), demonstrations_of(args), reference, value_model
+    )
+    if run_there(folder, config) == "same" and (folder / COMPLETE).exists():
+        if args.should_save:
+            sweep(folder)  # a process that was killed after complete.json may have left temporary files
+        return folder
+    with ExitStack() as held:
+        _hold(folder, args, held)
+        there = run_there(folder, config)  # again under the lock: another process may have trained meanwhile
+        world = open_environment(algorithm, environment, players or {})
+        trainer = build_trainer(algorithm, model, rows, validation, args, world)
+        checkpoint = None if there == "none" else trainer.last_checkpoint()
+        if there == "shorter" and checkpoint is None and (folder / COMPLETE).exists():
+            raise InputError(
+                f"{folder}: found no complete checkpoint, expected one to extend the run from: take "
+                "another output_dir, or save_strategy: steps from the start"
+            )
+        trainer.accelerator.wait_for_everyone()  # all processes have read the folder before it changes
+        if trainer.args.should_save:
+            (folder / COMPLETE).unlink(missing_ok=True)  # left by a shorter run that is now extended
+            write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+            _say_start(trainer, folder, checkpoint, there == "shorter")
+            for reason, n in (+counts + trainer.counts).items():
+                log.warning("%s: %s: %d", folder, visible(reason), n)
+        trainer.accelerator.wait_for_everyone()
+        with noted_signals() as trainer.signals:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(str(folder))
+        if trainer.args.should_save:
+            before = runs_before(model.path, critic_of(args), value_model, *scorer_runs(data.preference))
+            report = {
+                **trainer.costs(),
+                **trainer.outcome(),
+                **(costs or {}),
+                "start_tokens": sum(before.values()),
+                "before": before,
+                "counts": dict(+counts + trainer.counts),
+            }
+            write_text(folder / COMPLETE, json.dumps(report))
+        trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def _say_start(trainer: BaseTrainer, folder: Path, checkpoint: Path | None, extended: bool) -> None:
+    """Log the step from which training resumes, and warn that the schedule of an extended run changes."""
+    if checkpoint is None:
+        return
+    step, steps = step_of(checkpoint), trainer.total_steps
+    log.warning("%s: goes on at step %d of %d", folder, step, steps)
+    if extended and trainer.args.lr_scheduler_type != "constant":
+        log.warning(
+            "%s: is extended to %d steps: from here on the learning rate follows a schedule of that length, "
+            "the steps before followed a shorter one, so this is not quite one run of %d steps",
+            folder,
+            steps,
+            steps,
+        )
+
+
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """Read the complete.json of a run.
+
+    Raises: InputError if it is damaged.
+    """
+    file = Path(folder) / COMPLETE
+    advice = "what a finished run writes; remove it, and train again to finish the run"
+    report = read_object(file, advice)
+    with reading(file, advice):
+        tokens = [report["training_tokens"], *report.get("before", {}).values()]
+        if not all(isinstance(count, int | float) for count in tokens):
+            raise TypeError("tokens that are no numbers")
+    return report
+
+
+def runs_before(*folders: str | None) -> dict[str, int]:
+    """Return the training tokens of the runs in these folders and of the runs that they build on, by folder.
+
+    A run that is reached in several ways is counted once. Folders without a complete run are skipped.
+    """
+    found: dict[str, int] = {}
+    for folder in filter(None, folders):
+        if (Path(folder) / COMPLETE).exists():
+            report = read_report(folder)
+            found |= report.get("before", {}) | {str(Path(folder).resolve()): report["training_tokens"]}
+    return found
+
+
+def dry_run(
+    algorithm: str,
+    model: ModelConfig,
+    data: DataConfig,
+    args: BaseConfig,
+    environment: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Build everything without training.
+
+    Returns: the trainer's plan (such as rows, tokens and steps), numbers of parameters, memory in bytes (fp32, AdamW),
+      and counts of dropped data.
+    """
+    args, counts = copy.copy(args), Counter()
+    with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer creates output_dir
+        world = open_environment(algorithm, environment, {})
+        trainer = build_trainer(algorithm, model, *read_data(algorithm, data, args, counts), args, world)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    return {
+        **trainer.plan(),
+        "parameters": parameters,
+        "trained parameters": trained,
+        "memory for weights, gradients and optimizer": 4 * (parameters + 3 * trained),
+        **(+counts + trainer.counts),
+    }

@@ -1,0 +1,72 @@
+"""Text environments that a policy can play: games, toys, a negotiation, prompt sets, or your own."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from offline_lmrl.errors import InputError, shown
+from offline_lmrl.logs.protocols import Environment, VectorEnvironment, imported, is_vector
+from offline_lmrl.logs.trajectory import require_text
+
+ENVIRONMENTS = {
+    "maze": "offline_lmrl.tasks.maze:Maze",
+    "wordle": "offline_lmrl.tasks.wordle:Wordle",
+    "corridor": "offline_lmrl.tasks.toys:Corridor",
+    "gamble": "offline_lmrl.tasks.toys:Gamble",
+    "count": "offline_lmrl.tasks.toys:Count",
+    "count1": "offline_lmrl.tasks.toys:Count1",
+    "talk": "offline_lmrl.tasks.toys:Talk",
+    "talk_trap": "offline_lmrl.tasks.toys:TalkTrap",
+    "hidden_rule": "offline_lmrl.tasks.toys:HiddenRule",
+    "walk": "offline_lmrl.tasks.toys:Walk",
+    "pref_gold": "offline_lmrl.tasks.pref_gold:PrefGold",
+    "negotiation": "offline_lmrl.tasks.negotiation:Negotiation",
+    "prompts": "offline_lmrl.environments.prompts:PromptEnvironment",
+}
+
+
+def make_environment(name: str, **settings: Any) -> VectorEnvironment | Callable[[], Environment]:
+    """Make an environment for `rollout`: itself if it plays many episodes at once, else a factory of it.
+
+    Args:
+      name: one of ENVIRONMENTS, or "package.module:Class" of your own; the working folder is searched too.
+      settings: the arguments of its class.
+
+    Raises: InputError if the name is unknown (naming the nearest one), or if the class does not take the settings.
+    """
+    factory = functools.partial(_find(name), **settings)
+    try:
+        inspect.signature(factory.func).bind(**settings)
+    except TypeError as error:
+        raise InputError(f"environment {name}: {error}") from error
+    environment = factory()  # even if only the factory is returned, so that wrong settings raise now
+    return environment if is_vector(environment) else factory
+
+
+def task_of(environment: VectorEnvironment | Callable[[], Environment]) -> Callable[[int], str]:
+    """Return the function that maps the seed of an episode to the name of its task.
+
+    Args:
+      environment: an environment or a factory of it, as `rollout` takes it.
+    Raises: InputError if the environment does not name tasks.
+    """
+    made = environment() if callable(environment) else environment
+    if not hasattr(made, "task"):
+        raise InputError(
+            f"environment: found {type(made).__name__}, which names no task of an episode, expected one "
+            "with task(seed), by which demonstrations are chosen"
+        )
+    return made.task
+
+
+def _find(name: str) -> Callable[..., Any]:
+    require_text("environment.name", name)
+    path = ENVIRONMENTS.get(name, name)
+    if not path.partition(":")[2]:
+        near = difflib.get_close_matches(name, ENVIRONMENTS, n=1, cutoff=0)[0]
+        raise InputError(
+            f"environment: found {shown(name)}, expected {near!r}, say, or your own as package.module:Class"
+        )
+    return imported(path, "environment")

@@ -1,0 +1,172 @@
+"""The double-T maze of LMRL-Gym (Abdulhai et al. 2023) as a text game, re-implemented from its rules.
+
+Cells are (row, column) from 0. The goal is (8, 6); the other 25 free cells are the starts. A step costs 1, but the
+step that reaches the goal costs nothing; a text that is no action costs 4. After 100 steps the episode is cut: it is
+then `truncated` and not `terminated`.
+
+Full observation names the goal, the position and the walls, so that the game is Markov for a policy that sees one turn
+(`context: 1`). Partial observation names only the walls; there, the published policies see the last 40 texts.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import Literal
+
+from offline_lmrl.errors import InputError, shown
+from offline_lmrl.logs.protocols import StepResult
+from offline_lmrl.logs.trajectory import Turn
+
+Cell = tuple[int, int]
+
+MOVES: dict[str, Cell] = {"move left": (0, -1), "move right": (0, 1), "move up": (-1, 0), "move down": (1, 0)}
+SIDES: dict[str, Cell] = {"right": (0, 1), "left": (0, -1), "above": (-1, 0), "below": (1, 0)}
+GOAL: Cell = (8, 6)
+FREE: frozenset[Cell] = frozenset(
+    [(1, column) for column in (*range(1, 6), *range(7, 12))]
+    + [(row, column) for row in (2, 3, 4) for column in (3, 9)]
+    + [(5, column) for column in range(3, 10)]
+    + [(row, 6) for row in (6, 7, 8)]
+)
+STARTS: tuple[Cell, ...] = tuple(sorted(FREE - {GOAL}))
+MAX_STEPS = 100
+# Returns that the published scale maps to 0, 50 and 100: of the worst play, the published logs (mean), the best play.
+SCALES = {"full": (-101.0, -83.0, -6.84), "partial": (-101.0, -83.0, -25.75)}
+
+
+def move(cell: Cell, action: str) -> Cell:
+    """Return the cell that one of the four MOVES leads to; a move into a wall does not change the cell."""
+    row, column = cell[0] + MOVES[action][0], cell[1] + MOVES[action][1]
+    return (row, column) if (row, column) in FREE else cell
+
+
+def observation(cell: Cell, observed: Literal["full", "partial"]) -> str:
+    """Return the observation text in `cell`: goal, position and walls (full), or the walls only (partial)."""
+    walls = [side for side, (down, right) in SIDES.items() if (cell[0] + down, cell[1] + right) not in FREE]
+    text = f"There {'is a wall' if len(walls) == 1 else 'are walls'} {', '.join(walls)}."
+    if observed == "full":
+        text = f"The goal is at {GOAL[0]}, {GOAL[1]}. You are at {cell[0]}, {cell[1]}. {text}"
+    return text
+
+
+def normalised(score: float, observed: Literal["full", "partial"] = "full") -> float:
+    """Return the published score, 0 to 100, of a mean return.
+
+    It is piecewise linear through (−101, 0), (−83, 50) and (the best return, 100).
+    """
+    low, middle, high = SCALES[observed]
+    if score < middle:
+        return 50 * (score - low) / (middle - low)
+    return 50 + 50 * (score - middle) / (high - middle)
+
+
+def distances() -> dict[Cell, int]:
+    """Return the number of steps from every free cell to the goal, by breadth-first search."""
+    found, frontier = {GOAL: 0}, [GOAL]
+    for cell in frontier:  # the list grows during the loop
+        for action in MOVES:  # every move has an opposite move, so the search can start at the goal
+            neighbour = move(cell, action)
+            if neighbour not in found:
+                found[neighbour] = found[cell] + 1
+                frontier.append(neighbour)
+    return found
+
+
+class Maze:
+    """The maze with one player; implements Environment.
+
+    Args:
+      observed: "full" or "partial".
+      start: (row, column) where every episode starts; None = STARTS[seed % 25], so that seeds 0..799 are 32 episodes
+        from each of the 25 starts.
+    """
+
+    behaviour = -83.0  # mean return of the published logs; the logs of `prepare maze` report their own
+
+    def __init__(self, observed: Literal["full", "partial"] = "full", start: Sequence[int] | None = None):
+        if observed not in SCALES:
+            raise InputError(f"observed: found {shown(observed)}, expected 'full' or 'partial'")
+        if start is not None and tuple(start) not in STARTS:
+            raise InputError(f"start: found {tuple(start)}, expected a free cell (row, column) other than the goal")
+        self.observed = observed
+        self.start = None if start is None else tuple(start)
+
+    def reset(self, seed: int) -> Sequence[Turn]:
+        """Start an episode and return its first observation, a user turn."""
+        self.first = self.position = self.start or STARTS[seed % len(STARTS)]
+        self.steps = self.invalid = 0
+        return self._observe()
+
+    def step(self, text: str) -> StepResult:
+        """Play one of the four MOVES; white space around the text is ignored.
+
+        An episode that is cut still returns the observation after its last step.
+        """
+        action = text.strip()
+        self.steps += 1
+        if action in MOVES:
+            self.position = move(self.position, action)
+        else:
+            self.invalid += 1
+        if self.position == GOAL:
+            return StepResult((), 0.0, True, False)
+        reward = -1.0 if action in MOVES else -4.0
+        return StepResult(self._observe(), reward, False, self.steps == MAX_STEPS)
+
+    def labels(self) -> dict[str, object]:
+        """Return the number of texts that were no action, and the start cell of the episode."""
+        return {"invalid": self.invalid, "start": list(self.first)}
+
+    def optimum(self) -> float:
+        """Return the mean return, over the starts, of the best player: −6.84 for full observation.
+
+        For partial observation, the best player does not know its start but remembers all that it has seen. Its return
+        is far above −25.75, which the published scale maps to 100.
+        """
+        return optimum(self.observed, STARTS if self.start is None else (self.start,))
+
+    def _observe(self) -> Sequence[Turn]:
+        return (Turn("user", observation(self.position, self.observed)),)
+
+
+Belief = tuple[tuple[Cell, int], ...]  # cells where the player may be, each with the number of starts that lead there
+
+
+def optimum(observed: Literal["full", "partial"], starts: Sequence[Cell] = STARTS) -> float:
+    """Return the exact mean return, over `starts`, of the best player with perfect memory.
+
+    Moves and observations are deterministic, so the player's belief b is a set of weighted cells, and its expected
+    number of paid steps obeys
+
+        cost(b) = min_a [ weight of b that action a does not move to the goal + Σ_parts cost(part) ],
+
+    where the parts are the beliefs after a, one per observation. The equation is iterated from 0 to its fixed point.
+    With full observation every part is one cell, and this is breadth-first search.
+    """
+    first = _told_apart(Counter(starts), lambda cell: observation(cell, observed))
+    choices: dict[Belief, list[tuple[int, list[Belief]]]] = {}
+    frontier = list(first)
+    for belief in frontier:  # the list grows during the loop
+        if belief in choices:
+            continue
+        choices[belief] = []
+        for action in MOVES:
+            moved: Counter[Cell] = Counter()
+            for cell, weight in belief:
+                moved[move(cell, action)] += weight
+            del moved[GOAL]  # arriving is free and ends the episode
+            parts = _told_apart(moved, lambda cell: observation(cell, observed))
+            choices[belief].append((moved.total(), parts))
+            frontier.extend(parts)
+    cost, previous = dict.fromkeys(choices, 0), None
+    while cost != previous:
+        previous = cost
+        cost = {b: min(paid + sum(previous[p] for p in parts) for paid, parts in choices[b]) for b in choices}
+    return -sum(cost[belief] for belief in first) / len(starts)
+
+
+def _told_apart(weights: Counter[Cell], observe: Callable[[Cell], Hashable]) -> list[Belief]:
+    """Split weighted cells into one belief per observation."""
+    parts: dict[Hashable, list[tuple[Cell, int]]] = {}
+    for cell, weight in sorted(weights.items()):
+        parts.setdefault(observe(cell), []).append((cell, weight))
+    return [tuple(part) for part in parts.values()]

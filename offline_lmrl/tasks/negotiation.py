@@ -1,0 +1,299 @@
+"""Deal or no deal (Lewis et al. 2017): two sides divide books, hats and balls by talking.
+
+Counts are public, values are private, and every pool is worth 10 to each side. Either side ends the talk with the turn
+`<selection>`; then each side states its division. If what both take adds up to the pool, each side earns the value of
+what it takes; otherwise both earn 0. Logs, agent and partner all get their turns from the functions in this file.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.protocols import Policy, Reply, StepResult
+from offline_lmrl.logs.trajectory import Turn, parse_json, shown
+
+ITEMS = ("books", "hats", "balls")
+SELECTION = "<selection>"
+NO_AGREEMENT = "no agreement"
+DIVIDE = Turn("environment", "divide")
+# Added to an episode's seed for the partner, so that an agent with the same seed draws other random numbers.
+PARTNER_SEEDS = 2**32
+
+Triple = tuple[int, int, int]  # a number for each of ITEMS
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A pool to divide.
+
+    Args:
+      counts: number of items of each kind.
+      values: what one item of each kind is worth, for side 0 and for side 1.
+    """
+
+    counts: Triple
+    values: tuple[Triple, Triple]
+
+    @property
+    def key(self) -> str:
+        """The name of the scenario, used as the group of all its dialogues; it does not depend on the sides' order."""
+        sides = sorted(" ".join(map(str, values)) for values in self.values)
+        return f"{' '.join(map(str, self.counts))} / {' / '.join(sides)}"
+
+
+def scenario_turn(counts: Triple, values: Triple) -> Turn:
+    """Return the turn that tells one side its scenario: "books 1 worth 0, hats 4 worth 2, balls 1 worth 2"."""
+    return Turn(
+        "user",
+        ", ".join(f"{item} {count} worth {value}" for item, count, value in zip(ITEMS, counts, values, strict=True)),
+    )
+
+
+def division_text(division: Triple | None) -> str:
+    """Return the text by which a side takes a division: "take books 0, hats 4, balls 1"; "no agreement" for None.
+
+    Each number follows the name of its item, as in the opening turn, so that a model can look both up by name.
+    """
+    if division is None:
+        return NO_AGREEMENT
+    return "take " + ", ".join(f"{item} {number}" for item, number in zip(ITEMS, division, strict=True))
+
+
+def divisions(counts: Triple) -> dict[str, Triple | None]:
+    """Return all texts that a side may use to divide the pool, and the division that each one means."""
+    choices: list[Triple | None] = list(itertools.product(*(range(count + 1) for count in counts)))
+    return {division_text(division): division for division in [*choices, None]}
+
+
+def worth(division: Triple, values: Triple) -> int:
+    """Return the value of a division to a side: Σ number · value over the kinds of items."""
+    return sum(number * value for number, value in zip(division, values, strict=True))
+
+
+def fits(counts: Triple, first: Triple | None, second: Triple | None) -> bool:
+    """True if two divisions add up to the pool; False if one of them is None (no agreement)."""
+    if first is None or second is None:
+        return False
+    return all(a + b == count for a, b, count in zip(first, second, counts, strict=True))
+
+
+def is_pareto_optimal(scenario: Scenario, scores: tuple[int, int]) -> bool:
+    """True if no division of the pool gives one side more than in `scores` and the other side no less."""
+    for first in itertools.product(*(range(count + 1) for count in scenario.counts)):
+        second = tuple(count - number for count, number in zip(scenario.counts, first, strict=True))
+        other = worth(first, scenario.values[0]), worth(second, scenario.values[1])
+        if other != scores and other[0] >= scores[0] and other[1] >= scores[1]:
+            return False
+    return True
+
+
+def read_scenarios(path: str | Path) -> list[Scenario]:
+    """Read scenarios from a JSON file: `[{"counts": [1, 4, 1], "values": [[0, 2, 2], [4, 1, 2]]}, ...]`.
+
+    Raises: InputError that names the file or the wrong entry.
+    """
+    try:
+        entries = parse_json(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}, expected a JSON file of scenarios") from error
+    except ValueError as error:
+        raise InputError(f"{path}: found text that is not JSON ({error}), expected a list of scenarios") from error
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{path}: found no scenario, expected a JSON list of them")
+    return [_scenario(entry, f"{path}:{number}") for number, entry in enumerate(entries, start=1)]
+
+
+def scenario_entry(scenario: Scenario) -> dict[str, Any]:
+    """Return the scenario as an entry of the JSON file that `read_scenarios` reads."""
+    return {"counts": list(scenario.counts), "values": [list(values) for values in scenario.values]}
+
+
+def _scenario(entry: Any, where: str) -> Scenario:
+    counts, values = (entry.get("counts"), entry.get("values")) if isinstance(entry, Mapping) else (None, None)
+    triples = [counts, *values] if isinstance(values, list) and len(values) == 2 else []
+    if not triples or not all(_is_triple(triple) for triple in triples):
+        raise InputError(
+            f"{where}: found {shown(entry)}, expected counts and two values, each of them three whole numbers from 0"
+        )
+    return Scenario(tuple(counts), (tuple(values[0]), tuple(values[1])))
+
+
+def _is_triple(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(number) is int and number >= 0 for number in value)
+
+
+@dataclass
+class _Dialogue:
+    """The state of one episode; the agent plays `side`, and the partner plays the other side."""
+
+    scenario: Scenario
+    side: int
+    order: str  # the side that speaks first: "agent" or "partner"
+    partner_history: list[Turn]  # the dialogue as the partner sees it, with its own turns in the role of assistant
+    dividing: bool = False  # True after the selection
+    turns: int = 0  # number of turns of both sides, up to and including the selection
+    agent_words: int = 0
+    invalid: int = 0  # number of the agent's empty turns, and 1 if its division is not a possible one
+    scores: tuple[int, int] = (0, 0)  # agent, partner
+    agreement: bool = False
+    options: dict[str, Triple | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.options = divisions(self.scenario.counts)
+
+    def hear_agent(self, text: str) -> None:
+        self.turns += 1
+        self.partner_history.append(Turn("user", text))
+        if text == SELECTION:
+            self._close()
+        else:
+            self.agent_words += len(text.split())
+            self.invalid += not text
+
+    def hear_partner(self, reply: Reply) -> list[Turn]:
+        """Add the partner's turn, and return the turns that the agent sees of it."""
+        self.turns += 1
+        text = reply.text.strip()
+        # If the length limit ended the turn, its ids lack the closing token. It is then encoded anew from its text,
+        # with that token, because all turns in the partner's training data have it.
+        token_ids = reply.token_ids if reply.closed else None
+        self.partner_history.append(Turn("assistant", reply.text, token_ids=token_ids))
+        if text == SELECTION:
+            self._close()
+            return [Turn("user", text), DIVIDE]
+        return [Turn("user", text)]
+
+    def settle(self, agent_text: str, partner_text: str) -> None:
+        """Score two divisions; a text that is none of the options gives no agreement."""
+        self.invalid += agent_text not in self.options
+        agent, partner = self.options.get(agent_text), self.options.get(partner_text)
+        self.agreement = fits(self.scenario.counts, agent, partner)
+        if self.agreement:
+            own, other = self.scenario.values[self.side], self.scenario.values[1 - self.side]
+            self.scores = worth(agent, own), worth(partner, other)
+
+    def _close(self) -> None:
+        self.dividing = True
+        self.partner_history.append(DIVIDE)
+
+
+class Negotiation:
+    """A negotiation in which the agent plays one side and a frozen partner the other; implements VectorEnvironment.
+
+    The seed determines the episode. With n scenarios and both orders, seeds 0..4n−1 are every scenario from both sides
+    in both orders: seed % n is the scenario, seed // n % 2 the side, and seed // 2n % 2 the order. Seeds from 4n on
+    repeat these with other random numbers for the partner.
+
+    Args:
+      scenarios: a file for `read_scenarios`, or scenarios.
+      partner: a run directory, loaded on the first reset, or any Policy. It is never trained here.
+      first: the side that speaks first: "agent", "partner", or "both" orders.
+      max_turns: turns of both sides, selection included, after which a dialogue is cut with score 0.
+      partner_sampling: fields of SamplingConfig that replace those saved in the partner's run directory.
+    """
+
+    def __init__(
+        self,
+        scenarios: str | Path | Sequence[Scenario],
+        partner: str | Path | Policy,
+        *,
+        first: Literal["both", "agent", "partner"] = "both",
+        max_turns: int = 20,
+        partner_sampling: Mapping[str, Any] | None = None,
+    ):
+        if first not in ("both", "agent", "partner"):
+            raise InputError(f"first: found {shown(first)}, expected 'both', 'agent' or 'partner'")
+        if max_turns < 2:
+            raise InputError(f"max_turns: found {max_turns}, expected at least 2")
+        self.scenarios = read_scenarios(scenarios) if isinstance(scenarios, str | Path) else list(scenarios)
+        if not self.scenarios:
+            raise InputError("scenarios: found none, expected at least one")
+        self.partner = partner
+        self.partner_sampling = dict(partner_sampling or {})
+        self.orders = ("agent", "partner") if first == "both" else (first,)
+        self.max_turns = max_turns
+
+    @property
+    def episodes(self) -> int:
+        """The number of different episodes: scenarios × 2 sides × orders."""
+        return len(self.scenarios) * 2 * len(self.orders)
+
+    def reset(self, seeds: Sequence[int]) -> list[Sequence[Turn]]:
+        """Start one episode per seed and return its first turns, the partner's too if the partner speaks first."""
+        if isinstance(self.partner, str | Path):
+            # Imported here, because it imports the model libraries, which rules and logs do not need.
+            from offline_lmrl.decoding.policy import LanguagePolicy
+
+            self.partner = LanguagePolicy.load(self.partner, **self.partner_sampling)
+        self.session = self.partner.start([seed + PARTNER_SEEDS for seed in seeds])
+        self.dialogues = [self._dialogue(seed) for seed in seeds]
+        openings = [[scenario_turn(d.scenario.counts, d.scenario.values[d.side])] for d in self.dialogues]
+        waiting = [row for row, dialogue in enumerate(self.dialogues) if dialogue.order == "partner"]
+        for row, reply in self._ask_partner(waiting).items():
+            openings[row] += self.dialogues[row].hear_partner(reply)
+        return openings
+
+    def step(self, rows: Sequence[int], texts: Sequence[str]) -> list[StepResult]:
+        """Take the agent's turns: a message, the selection, or, after "divide", a division."""
+        texts = [text.strip() for text in texts]
+        selected = set()
+        for row, text in zip(rows, texts, strict=True):
+            dialogue = self.dialogues[row]
+            if not dialogue.dividing:
+                dialogue.hear_agent(text)
+                if dialogue.dividing:
+                    selected.add(row)
+        replies = self._ask_partner([row for row in rows if row not in selected])
+        results = []
+        for row, text in zip(rows, texts, strict=True):
+            dialogue = self.dialogues[row]
+            if row in selected:
+                results.append(StepResult((DIVIDE,), 0.0, False, False))
+            elif dialogue.dividing:
+                dialogue.settle(text, replies[row].text.strip())
+                results.append(StepResult((), float(dialogue.scores[0]), True, False))
+            else:
+                heard = tuple(dialogue.hear_partner(replies[row]))
+                cut = dialogue.turns >= self.max_turns and not dialogue.dividing
+                results.append(StepResult(heard, 0.0, False, cut))
+        return results
+
+    def options(self, row: int) -> list[str] | None:
+        """Return the possible divisions if the next turn has to be one, else None."""
+        dialogue = self.dialogues[row]
+        return list(dialogue.options) if dialogue.dividing else None
+
+    def labels(self, row: int) -> dict[str, Any]:
+        """Return the outcome of an episode (scores, agreement, length) and its scenario, side and order."""
+        dialogue = self.dialogues[row]
+        in_order = dialogue.scores if dialogue.side == 0 else dialogue.scores[::-1]
+        return {
+            "score": dialogue.scores[0],
+            "partner_score": dialogue.scores[1],
+            "agreement": dialogue.agreement,
+            "score_when_agreed": dialogue.scores[0] if dialogue.agreement else None,
+            "pareto": dialogue.agreement and is_pareto_optimal(dialogue.scenario, in_order),
+            "turns": dialogue.turns,
+            "agent_words": dialogue.agent_words,
+            "scenario": dialogue.scenario.key,
+            "side": dialogue.side,
+            "order": dialogue.order,
+            "invalid": dialogue.invalid,
+        }
+
+    def _dialogue(self, seed: int) -> _Dialogue:
+        index, rest = seed % len(self.scenarios), seed // len(self.scenarios)
+        side, order = rest % 2, self.orders[rest // 2 % len(self.orders)]
+        scenario = self.scenarios[index]
+        return _Dialogue(scenario, side, order, [scenario_turn(scenario.counts, scenario.values[1 - side])])
+
+    def _ask_partner(self, rows: Sequence[int]) -> dict[int, Reply]:
+        """Draw the partner's next turn in each of these rows; a partner that divides chooses a possible division."""
+        if not rows:
+            return {}
+        histories = [self.dialogues[row].partner_history for row in rows]
+        replies = self.session.reply(rows, histories, [self.options(row) for row in rows])
+        return dict(zip(rows, replies, strict=True))

@@ -1,0 +1,222 @@
+"""Wordle as a text game (Snell et al. 2022, ILQL; Abdulhai et al. 2023, LMRL-Gym), re-implemented from its rules.
+
+The player has six tries to find a secret word of five letters. Each guess costs 1, but the guess that finds the secret
+costs nothing, so the return of a won game is −(guesses − 1) and that of a lost game −6; both games are `terminated`.
+Guesses and colours are spelled in pieces with spaces between them: `c r a n e` is answered by `b y b b g`, with black
+for a letter that is not in the secret, yellow for a letter at another place, and green for a letter at its place.
+
+There are two rules for letters that occur more than once. Under "real", each letter of the secret colours one letter
+of the guess: greens first, then yellows from the left. Under "simplified", the rule of the published systems, every
+letter of the guess that occurs in the secret is at least yellow. For example, `eerie` against `crane` has two yellows
+that are black under "real".
+
+Deviations: the secret is drawn once per game. The published code draws it anew from the consistent words at every
+guess, which gives the same distribution of games. A guess has to be in the list, as in LMRL-Gym (the ILQL code takes
+any five letters); a guess that is not costs a try and gives no information.
+
+Published results for the list of 431 words, simplified rule, over 4,096 games: mean return −4.12 for the player of the
+logs (a consistent word with probability .34, else any word; s.d. 1.59, 4.82 turns, success .70), and −1.935 for the
+player that guesses the word with the greatest expected information. That list is not shipped here. With it,
+`offline-lmrl prepare wordle --words FILE --duplicates simplified --episodes 4096 --logs optimal --output DIR` reports
+−1.943 (s.d. .63), and `--logs random_mixture` −4.102 (s.d. 1.59, 4.80 turns, success .70).
+"""
+
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from offline_lmrl.errors import InputError, shown
+from offline_lmrl.logs.protocols import StepResult
+from offline_lmrl.logs.trajectory import Turn
+
+LETTERS = 5
+TRIES = 6
+# Lists that we may ship, chosen by hand: 833 ordinary words, and 40 words made of 13 first and 8 second pieces.
+LISTS = {name: Path(__file__).parent / "words" / f"{name}.txt" for name in ("common", "forty")}
+SPELLINGS = {"letters": (1, 1, 1, 1, 1), "halves": (2, 3)}  # lengths of the pieces
+# Indexed by code, a number in base 3 whose first digit is the first letter's colour.
+COLOURS = tuple(map("".join, itertools.product("byg", repeat=LETTERS)))
+CODES = {text: code for code, text in enumerate(COLOURS)}
+OPENING = "Wordle:"
+UNKNOWN = "unknown word"
+
+Duplicates = Literal["real", "simplified"]
+WordSet = int  # bit j is 1 if word j is in the set
+
+
+def read_words(source: str, counts: Counter | None = None) -> tuple[str, ...]:
+    """Return the words of a list, sorted, each once.
+
+    Args:
+      source: the name of a list that is shipped (LISTS), or a text file with white space between words.
+      counts: receives the number of entries that are left out, by reason.
+    Raises: InputError if the file cannot be read, or if fewer than two words are left.
+    """
+    path = LISTS.get(source, Path(source))
+    try:
+        found = path.read_text(encoding="utf-8").lower().split()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", "not UTF-8")
+        raise InputError(
+            f"words: found {shown(source)} ({why}), expected {', '.join(LISTS)} or a text file"
+        ) from error
+    usable = [word for word in found if len(word) == LETTERS and word.isascii() and word.isalpha()]
+    words = tuple(sorted(set(usable)))
+    if len(words) < 2:
+        raise InputError(f"words: found {len(words)} words of five letters in {source}, expected at least 2")
+    left_out = {"not five letters a-z": len(found) - len(usable), "said before": len(usable) - len(words)}
+    if counts is not None:
+        counts.update({reason: n for reason, n in left_out.items() if n})
+    return words
+
+
+def colour_codes(guess: np.ndarray, secrets: np.ndarray, duplicates: Duplicates) -> np.ndarray:
+    """Return the answer to a guess under each of n secrets, as an index into COLOURS.
+
+    Args:
+      guess: (5,) letters as numbers.
+      secrets: (n, 5) letters as numbers.
+      duplicates: the rule for letters that occur more than once.
+    Returns: (n,) uint8.
+    """
+    green = secrets == guess
+    code = np.zeros(len(secrets), int)
+    for place in range(LETTERS):
+        same = secrets == guess[place]  # (n, 5): True where a secret has this letter
+        if duplicates == "real":
+            claimed = (~green[:, :place] & (guess[:place] == guess[place])).sum(1)
+            # Greens aside, yellow if the secret has more copies of the letter than the guess has further left.
+            yellow = (same & ~green).sum(1) > claimed
+        else:
+            yellow = same.any(1)
+        code = 3 * code + np.where(green[:, place], 2, yellow)  # black 0, yellow 1, green 2
+    return code.astype(np.uint8)
+
+
+class Lexicon:
+    """The words of a game, and the colours of all pairs of guess and secret.
+
+    A set of words is an integer, with one bit per word. Such sets are intersected with `&`, counted with `bit_count`
+    and looked up in dictionaries, each in a microsecond.
+
+    Args:
+      words: n different words, sorted.
+      duplicates: the rule for letters that occur more than once.
+    Attributes:
+      words: the words; elsewhere a word is given by its index in this tuple.
+      index: word -> its index.
+      table: (n, n) uint8, at [i, j] the code of the answer to guess i if j is the secret.
+      everything: the set of all words.
+      order: (n,) the secrets of the episode seeds 0 .. n − 1, a fixed shuffle.
+    """
+
+    def __init__(self, words: Sequence[str], duplicates: Duplicates):
+        self.words = tuple(words)
+        self.index = {word: place for place, word in enumerate(self.words)}
+        letters = np.array([list(word.encode()) for word in self.words])
+        self.table = np.stack([colour_codes(guess, letters, duplicates) for guess in letters])
+        self.everything: WordSet = (1 << len(self.words)) - 1
+        self.order = np.random.default_rng(0).permutation(len(self.words))
+        self._informative: dict[WordSet, int] = {}
+
+    def consistent(self, guess: int, code: int) -> WordSet:
+        """Return the set of secrets under which the answer to `guess` has this code."""
+        return int.from_bytes(np.packbits(self.table[guess] == code, bitorder="little").tobytes(), "little")
+
+    def members(self, words: WordSet) -> np.ndarray:
+        """Return the indices of the words in a set, ascending, (k,) int."""
+        size = len(self.words)
+        bits = np.frombuffer(words.to_bytes(-(-size // 8), "little"), np.uint8)
+        return np.flatnonzero(np.unpackbits(bits, count=size, bitorder="little"))
+
+    def information(self, guess: int, secrets: np.ndarray) -> float:
+        """Return the expected information of a guess about a uniform secret among `secrets` (k,), in bits.
+
+        It is the entropy of the answers.
+        """
+        share = np.bincount(self.table[guess, secrets]) / len(secrets)
+        share = share[share > 0]
+        return -float((share * np.log2(share)).sum())
+
+    def most_informative(self, words: WordSet) -> int:
+        """Return the word of a set with the most expected information on a secret in the set; the first of equals."""
+        if words not in self._informative:
+            members = self.members(words)
+            bits = [round(self.information(guess, members), 9) for guess in members]  # rounded, so that ties are exact
+            self._informative[words] = int(members[np.argmax(bits)])
+        return self._informative[words]
+
+    @functools.cached_property
+    def by_information(self) -> list[str]:
+        """The words, sorted by expected information as a first guess, largest first."""
+        everything = np.arange(len(self.words))
+        bits = [round(self.information(guess, everything), 9) for guess in everything]
+        return [self.words[guess] for guess in np.argsort(np.negative(bits), stable=True)]
+
+
+@functools.cache
+def lexicon(words: str, duplicates: Duplicates) -> Lexicon:
+    """Return the lexicon of a list; it is made once per process."""
+    return Lexicon(read_words(words), duplicates)
+
+
+class Wordle:
+    """A game of Wordle; implements Environment.
+
+    Args:
+      words: the list of guesses and secrets: "common", "forty", or a text file of words.
+      duplicates: "real" or "simplified", the rule for letters that occur more than once.
+      spelling: "letters" (`c r a n e`) or "halves" (`cr ane`), for guesses and colours.
+      secret: the secret of every game; None = given by the seed, in a fixed shuffle of the n words, so that any n
+        consecutive seeds play each word once.
+    """
+
+    def __init__(
+        self,
+        words: str = "common",
+        duplicates: Duplicates = "real",
+        spelling: Literal["letters", "halves"] = "letters",
+        secret: str | None = None,
+    ):
+        if duplicates not in ("real", "simplified"):
+            raise InputError(f"duplicates: found {shown(duplicates)}, expected 'real' or 'simplified'")
+        if spelling not in SPELLINGS:
+            raise InputError(f"spelling: found {shown(spelling)}, expected 'letters' or 'halves'")
+        self.lexicon = lexicon(words, duplicates)
+        if secret is not None and secret not in self.lexicon.index:
+            raise InputError(f"secret: found {shown(secret)}, expected a word of {words}")
+        self.pieces, self.fixed = SPELLINGS[spelling], secret
+
+    def reset(self, seed: int) -> Sequence[Turn]:
+        """Start a game; the opening turn gives no information."""
+        words = self.lexicon
+        self.secret = self.fixed or words.words[words.order[seed % len(words.words)]]
+        self.tries = self.invalid = 0
+        self.won = False
+        return (Turn("user", OPENING),)
+
+    def step(self, text: str) -> StepResult:
+        """Guess a word; all white space in it is ignored. The guess that ends the game gets no answer."""
+        guess, words = "".join(text.split()), self.lexicon
+        known = guess in words.index
+        self.tries += 1
+        self.invalid += not known
+        self.won = guess == self.secret
+        if self.won or self.tries == TRIES:
+            return StepResult((), 0.0 if self.won else -1.0, True, False)
+        told = self.spell(COLOURS[words.table[words.index[guess], words.index[self.secret]]]) if known else UNKNOWN
+        return StepResult((Turn("user", told),), -1.0, False, False)
+
+    def labels(self) -> dict[str, object]:
+        """Return the secret, whether it was found, and the number of texts that were no word of the list."""
+        return {"secret": self.secret, "won": self.won, "invalid": self.invalid}
+
+    def spell(self, text: str) -> str:
+        """Return a word, or its colours, in pieces with spaces between them."""
+        ends = list(itertools.accumulate(self.pieces, initial=0))
+        return " ".join(text[start:end] for start, end in itertools.pairwise(ends))

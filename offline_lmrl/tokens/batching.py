@@ -1,0 +1,271 @@
+"""Turn trajectories into batches of packed action steps.
+
+There is one index convention: in state (row, t) the model has read tokens 0..t of that row, and its action is token
+t+1. Rendering and index arithmetic happen once, in `encode_trajectories`; a batch is then a few gathers over flat
+arrays.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, NotRequired, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.trajectory import Trajectory
+from offline_lmrl.tokens.episodes import EpisodeEncoder, Step
+
+ROWS = ("input_ids", "next_ids", "end_ids")
+LISTS = (*ROWS, "environment")  # columns of whole windows; all other columns have one value per step
+STEP_CODES = {float: "f", bool: "b", int: "i"}
+FlatLists = tuple[np.ndarray, np.ndarray]  # the values of all lists, concatenated; (lists + 1,) offsets of the lists
+
+
+class ActionSteps(TypedDict):
+    """The batch as an MDP: N agent tokens, packed, without padding or prompt tokens. Each entry is (N,).
+
+    row: batch row of the state.
+    state: column of the state in that row.
+    action: id of the token that the agent chose there. It is the token at (row, state + 1), except for a closing
+      action that the template prints as another token, or not at all, once the dialogue continues.
+    reward: scaled reward paid between this state and the next.
+    discount: γ between this state and the next.
+    next_row: batch row of the next state.
+    next_state: column of the next state.
+    bootstrap: 1 if V of the next state counts, 0 after a terminal action.
+    has_target: False only for the last action of a log that was cut right after a finished agent turn.
+    closes_turn: True if the action ends its turn.
+    turn: index of the turn in its trajectory.
+    open_state: column of the turn's first state.
+    return_to_go: sum of the discounted scaled rewards to the end of the log.
+    end_row: batch row of the state whose V closes a cut log.
+    end_state: column of the state whose V closes a cut log.
+    end_discount: discount of that V; 0 if the episode terminated.
+    """
+
+    row: Tensor
+    state: Tensor
+    action: Tensor
+    reward: Tensor
+    discount: Tensor
+    next_row: Tensor
+    next_state: Tensor
+    bootstrap: Tensor
+    has_target: Tensor
+    closes_turn: Tensor
+    turn: Tensor
+    open_state: Tensor
+    return_to_go: Tensor
+    end_row: Tensor
+    end_state: Tensor
+    end_discount: Tensor
+
+
+class TokenBatch(TypedDict):
+    """B rows of T tokens. The first rows are the windows; later rows only serve to compute V of other states."""
+
+    input_ids: Tensor  # (B,T) long
+    attention_mask: Tensor  # (B,T) bool
+    action_mask: Tensor  # (B,T) bool: token t was chosen by the agent and is trained in this window
+    steps: ActionSteps
+    windows: int  # number of rows that have steps
+    environment: NotRequired[dict[str, Tensor]]  # row, state: (E,), before each token of the replies
+
+
+class WindowRef(NamedTuple):
+    """A reference to one item of a `WindowDataset`; the collator gathers all items of a batch at once."""
+
+    dataset: "WindowDataset"
+    index: int
+
+
+class WindowDataset(torch.utils.data.Dataset):
+    """A data set of windows, stored as flat arrays of values and offsets, so that a batch is a few numpy gathers.
+
+    Args:
+      columns: name -> column with one list per window, for all of LISTS and all fields of `Step`. Further columns with
+        one value per step are added to the steps of a batch under their name.
+      pad_id: the id that fills shorter rows on the right. Only the attention mask distinguishes padding from tokens.
+      next_rows: True: a batch includes the rows that only serve to compute V of the next state.
+      end_rows: True: a batch includes the rows that only serve to compute V at the end of a cut log.
+      replies: True: a batch includes the positions of the environment's replies, which the encoder must have kept.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, FlatLists],
+        pad_id: int,
+        *,
+        next_rows: bool,
+        end_rows: bool,
+        replies: bool = False,
+    ):
+        self.flat = columns
+        self.pad_id, self.next_rows, self.end_rows, self.replies = pad_id, next_rows, end_rows, replies
+
+    def __len__(self) -> int:
+        return len(self.flat["input_ids"][1]) - 1
+
+    def __getitem__(self, index: int) -> WindowRef:
+        return WindowRef(self, int(index))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each window, (len,)."""
+        return np.diff(self.flat["input_ids"][1])
+
+    @property
+    def action_tokens(self) -> int:
+        return len(self.flat["state"][0])
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens in an epoch, including the rows that only serve to compute V."""
+        read = {"input_ids": True, "next_ids": self.next_rows, "end_ids": self.end_rows}
+        return sum(len(self.flat[name][0]) for name, used in read.items() if used)
+
+    @property
+    def closing_steps(self) -> np.ndarray:
+        """A mask (N,) of the steps that close a turn and have a target."""
+        return self.flat["closes_turn"][0].astype(bool) & self.flat["has_target"][0].astype(bool)
+
+    def facts(self) -> dict[str, int]:
+        return {"windows": len(self), "tokens": self.tokens, "action tokens": self.action_tokens}
+
+    @property
+    def mean_return(self) -> float:
+        """The mean scaled return-to-go over all action tokens, to which value heads are initialised."""
+        return float(self.flat["return_to_go"][0].mean())
+
+    def batch(self, indices: Sequence[int]) -> TokenBatch:
+        """Return these windows as one padded batch with packed steps; extra rows come after the windows."""
+        index = np.asarray(indices)
+        rows = [pick(self.flat["input_ids"], index)]
+        next_row = end_row = None
+        if self.next_rows:
+            next_row = _append_rows(rows, pick(self.flat["next_ids"], index))
+        if self.end_rows:
+            end_row = _append_rows(rows, pick(self.flat["end_ids"], index))
+        input_ids, attention_mask = pad(rows, self.pad_id)
+
+        column = {name: pick(self.flat[name], index) for name in self.flat if name not in LISTS}
+        row = np.repeat(np.arange(len(index)), column["state"][1])
+        step = {name: values for name, (values, _) in column.items()}
+        # OWN, NEXT and END of episodes.py select the window's own row, its next row or its end row.
+        own = np.zeros_like(row)
+        places = [row, own if next_row is None else next_row[row], own if end_row is None else end_row[row]]
+        steps = {name: step[name] for name in step if not name.endswith("_extra")}
+        steps["row"] = row
+        steps["next_row"] = np.choose(step["next_extra"], places)
+        steps["end_row"] = np.choose(step["end_extra"], places)
+        # Without the extra rows V is never used there, but the index must still be valid.
+        for name, extra, present in (("next", "next_extra", self.next_rows), ("end", "end_extra", self.end_rows)):
+            if not present:
+                steps[f"{name}_state"] = np.where(step[extra] == 0, step[f"{name}_state"], 0)
+        # A closing action may be missing from its row (at the row's end) or be printed as another token: mask only
+        # true actions.
+        inside = step["state"] + 1 < input_ids.shape[1]
+        place = row[inside], step["state"][inside] + 1
+        action_mask = np.zeros_like(attention_mask)
+        action_mask[place] = (input_ids[place] == step["action"][inside]) & attention_mask[place]
+        batch = {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask),
+            "action_mask": torch.from_numpy(action_mask),
+            "steps": {name: _tensor(values) for name, values in steps.items()},
+            "windows": len(index),
+        }
+        if self.replies:
+            state, lengths = pick(self.flat["environment"], index)
+            row = np.repeat(np.arange(len(index)), lengths)
+            batch["environment"] = {"row": _tensor(row), "state": _tensor(state)}
+        return batch
+
+    def surplus_batch(self) -> TokenBatch:
+        """Return one window without steps, for a rank that has no data left but must run a forward pass."""
+        batch = self.batch([0])
+        batch["action_mask"] = torch.zeros_like(batch["action_mask"])
+        batch["steps"] = {name: values[:0] for name, values in batch["steps"].items()}
+        if self.replies:
+            batch["environment"] = {name: values[:0] for name, values in batch["environment"].items()}
+        return batch
+
+
+def collate_windows(items: Sequence[WindowRef]) -> TokenBatch:
+    """Collate items of one `WindowDataset` into a batch."""
+    return items[0].dataset.batch([item.index for item in items])
+
+
+def pick(flat: FlatLists, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of the chosen lists, concatenated, and the length of each list."""
+    values, offsets = flat
+    places, lengths = places_of(offsets, index)
+    return values[places], lengths
+
+
+def places_of(offsets: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions of the chosen lists' values, concatenated, and the length of each list."""
+    lengths = offsets[index + 1] - offsets[index]
+    # Position j of the result is j plus a shift per list: its offset less the total length of the lists before it.
+    starts = np.repeat(offsets[index] - np.concatenate([[0], lengths.cumsum()[:-1]]), lengths)
+    return starts + np.arange(lengths.sum()), lengths
+
+
+def _append_rows(rows: list, extra: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Append the non-empty lists to `rows`; return the batch row of each window's list, 0 if the list is empty."""
+    values, lengths = extra
+    present = lengths > 0
+    first = sum(len(lengths) for _, lengths in rows)
+    rows.append((values, lengths[present]))
+    return np.where(present, first + present.cumsum() - 1, 0)
+
+
+def pad(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.concatenate([lengths for _, lengths in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    ids[mask] = np.concatenate([values for values, _ in rows])
+    return ids, mask
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    kind = {"f": np.float32, "b": bool}.get(values.dtype.char, np.int64)
+    return torch.from_numpy(values.astype(kind))
+
+
+def encode_trajectories(
+    trajectories: Iterable[Trajectory],
+    encoder: EpisodeEncoder,
+    counts: Counter[str],
+    prompts: Iterable[tuple[int, ...]] | None = None,
+) -> dict[str, FlatLists]:
+    """Render every trajectory once and return the columns of a `WindowDataset`.
+
+    Args:
+      counts: updated in place with the number of dropped items and of steps without a target, by reason.
+      prompts: per trajectory, the ids of the few-shot demonstrations with which all its windows begin
+        (tokens/few_shot.py); None = no demonstrations.
+    Raises: InputError if no agent turn fits.
+    """
+    values = {name: array("i") for name in LISTS} | {
+        name: array(STEP_CODES[kind]) for name, kind in Step.__annotations__.items()
+    }
+    lengths = {name: array("q", [0]) for name in values}
+    if prompts is None:
+        episodes = (encoder.encode(trajectory, counts) for trajectory in trajectories)
+    else:
+        episodes = (encoder.encode(t, counts, prompt) for t, prompt in zip(trajectories, prompts, strict=True))
+    for windows in episodes:
+        for window in windows:
+            for name in LISTS:
+                values[name].extend(getattr(window, name))
+                lengths[name].append(len(getattr(window, name)))
+            for name, column in zip(Step._fields, zip(*window.steps, strict=True), strict=True):
+                values[name].extend(column)
+                lengths[name].append(len(column))
+    if len(lengths["input_ids"]) == 1:
+        raise InputError(f"training data: found no agent turn that fits, expected at least one ({dict(counts)})")
+    return {name: (np.asarray(values[name]), np.cumsum(np.asarray(lengths[name]))) for name in values}

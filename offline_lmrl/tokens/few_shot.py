@@ -1,0 +1,185 @@
+"""Few-shot demonstrations (Prompt-DT: Xu et al. 2022): other episodes of the same task, put before a window.
+
+They follow the renderer's preamble and precede the rest of the window. They stay whole when old turns of the window
+are dropped. They contain no steps, so they contribute no loss. For a return-conditioned model they contain their own
+slots. There is no separator between demonstrations other than their turns.
+
+Deviations from the paper: a demonstration is whole unless `part` selects a part (the paper's code: its last steps);
+demonstrations and window share one embedding; each row keeps its demonstrations in all epochs.
+"""
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from offline_lmrl.errors import InputError, shown
+from offline_lmrl.logs.trajectory import Trajectory, with_own_token_ids
+from offline_lmrl.tokens.rendering import Renderer
+
+PARTS = ("whole", "first", "last", "best", "random")
+Ids = tuple[int, ...]
+
+
+class Shown(NamedTuple):
+    """A part of a demonstration: the turns first..stop−1 of a trajectory."""
+
+    trajectory: Trajectory
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """The settings that choose and truncate the few-shot demonstrations of each training row.
+
+    n: number of demonstrations per row, all different and all of the row's task.
+    part: whole, or `turns` consecutive agent turns with the turns before each: the first, the last, the best (largest
+      sum of rewards; the earliest if equal) or random ones.
+    turns: number of agent turns in a part; a demonstration with fewer is shown whole.
+    max_tokens: maximum number of tokens of all n demonstrations together, slots included.
+    exclude_self: never show a row itself as a demonstration; without effect if `demonstrations` are other data.
+    drop: share of the rows that are trained without demonstrations, 0 to 1.
+    demonstrations: file, folder or hub name of trajectories; None = the training rows themselves.
+    seed: seed of the choice. A row's demonstrations depend only on the seed and the row's number, so they are the same
+      in every epoch and after every resumption.
+    """
+
+    n: int = 1
+    part: Literal["whole", "first", "last", "best", "random"] = "whole"
+    turns: int = 1
+    max_tokens: int = 512
+    exclude_self: bool = True
+    drop: float = 0.0
+    demonstrations: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.part not in PARTS:
+            raise InputError(f"prompt.part: found {shown(self.part)}, expected one of {', '.join(PARTS)}")
+        for name in ("n", "turns", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"prompt.{name}: found {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.drop <= 1:
+            raise InputError(f"prompt.drop: found {self.drop}, expected 0 to 1")
+        if self.seed < 0:
+            raise InputError(f"prompt.seed: found {self.seed}, expected at least 0")
+
+    def cut(self, demonstration: Trajectory, rng: np.random.Generator) -> Shown:
+        """Return the part of a demonstration that is shown; `rng` is used only for part "random"."""
+        agent = [index for index, turn in enumerate(demonstration.turns) if turn.is_trainable]
+        last = len(agent) - self.turns  # the last index at which so many agent turns can begin
+        if self.part == "whole" or last < 0:
+            return Shown(demonstration, 0, len(demonstration.turns))
+        place = {"first": 0, "last": last}.get(self.part)
+        if self.part == "best":
+            rewards = [demonstration.turns[index].reward or 0.0 for index in agent]
+            place = int(np.argmax([sum(rewards[i : i + self.turns]) for i in range(last + 1)]))
+        elif self.part == "random":
+            place = int(rng.integers(last + 1))
+        return Shown(demonstration, agent[place - 1] + 1 if place else 0, agent[place + self.turns - 1] + 1)
+
+
+def draw_prompts(
+    spec: PromptSpec, trajectories: Sequence[Trajectory], demonstrations: Sequence[Trajectory] | None = None
+) -> Iterator[tuple[Shown, ...]]:
+    """Yield the demonstrations of each trajectory, in order; () for a trajectory that is trained without any.
+
+    Args:
+      demonstrations: the trajectories to draw from; None = `trajectories`.
+    Raises: InputError for a row without a task, and for a task with too few demonstrations.
+    """
+    pool = trajectories if demonstrations is None else demonstrations
+    of_task: dict[str, list[int]] = defaultdict(list)
+    for index, demonstration in enumerate(pool):
+        of_task[demonstration.task].append(index)
+    excludes = demonstrations is None and spec.exclude_self
+    for row, trajectory in enumerate(trajectories):
+        if not trajectory.task:
+            raise InputError(f"row {row + 1}: task: found none, expected one: demonstrations are of the same task")
+        known = of_task.get(trajectory.task, [])
+        available = len(known) - excludes
+        if available < spec.n:
+            others = " beside the row itself" if excludes else ""
+            raise InputError(
+                f"row {row + 1}: prompt.n: found {available} demonstrations of task {trajectory.task!r}"
+                f"{others}, expected at least {spec.n}"
+            )
+        rng = np.random.default_rng((spec.seed, row))
+        if rng.random() < spec.drop:
+            yield ()
+            continue
+        drawn = rng.choice(available, spec.n, replace=False)
+        if excludes:
+            drawn += drawn >= bisect_left(known, row)  # skip the row itself
+        yield tuple(spec.cut(pool[known[place]], rng) for place in drawn)
+
+
+def task_prompts(
+    spec: PromptSpec, demonstrations: Sequence[Trajectory], task: Callable[[int], str]
+) -> Callable[[int], list[Trajectory]]:
+    """Return a function from an episode's seed to the `spec.n` different demonstrations of its task for live play.
+
+    Args:
+      spec: only `n` and `seed` are used here; the policy itself cuts out the part to show.
+      task: a function from an episode's seed to its task.
+    Raises: InputError, when the returned function is called, for a task with too few demonstrations.
+    """
+    of_task: dict[str, list[Trajectory]] = defaultdict(list)
+    for demonstration in demonstrations:
+        of_task[demonstration.task].append(demonstration)
+
+    def prompt(seed: int) -> list[Trajectory]:
+        known = of_task.get(task(seed), [])
+        if len(known) < spec.n:
+            raise InputError(f"demonstrations: found {len(known)} of task {task(seed)!r}, expected at least {spec.n}")
+        chosen = np.random.default_rng((spec.seed, seed)).choice(len(known), spec.n, replace=False)
+        return [known[place] for place in chosen]
+
+    return prompt
+
+
+def prompt_ids(
+    shown: Sequence[Shown], renderer: Renderer, slots: Callable[[Trajectory], Sequence[Ids]] | None = None
+) -> Ids:
+    """Return the ids of the few-shot demonstrations.
+
+    Args:
+      shown: the demonstrations, in order.
+      slots: a function of a trajectory that returns the ids before the opening of each agent turn, as for
+        `EpisodeEncoder`; None = no ids.
+    """
+    ids: list[int] = []
+    for trajectory, first, stop in shown:
+        turns = with_own_token_ids(trajectory, renderer.fingerprint).turns
+        agent = [index for index, turn in enumerate(turns) if turn.is_trainable]
+        slot = dict(zip(agent, slots(trajectory)[: len(agent)], strict=True)) if slots else {}
+        encoded = [turn.behind(slot.get(index, ())) for index, turn in enumerate(renderer.encode(turns))]
+        part = turns[first:stop]
+        pieces = renderer.window_ids(part, encoded[first:stop], 0, len(part), live=False)
+        ids += [token for piece in pieces for token in piece]
+    return tuple(ids)
+
+
+def encode_prompts(
+    spec: PromptSpec,
+    trajectories: Sequence[Trajectory],
+    demonstrations: Sequence[Trajectory] | None,
+    renderer: Renderer,
+    slots: Callable[[Trajectory], Sequence[Ids]] | None,
+) -> Iterator[Ids]:
+    """Yield the ids of each trajectory's demonstrations; arguments as for `draw_prompts` and `prompt_ids`.
+
+    Raises: InputError as `draw_prompts`, and for demonstrations of more than max_tokens.
+    """
+    for row, part in enumerate(draw_prompts(spec, trajectories, demonstrations)):
+        ids = prompt_ids(part, renderer, slots)
+        if len(ids) > spec.max_tokens:
+            raise InputError(
+                f"row {row + 1}: prompt.max_tokens: found a prompt of {len(ids)} tokens, expected at "
+                f"most {spec.max_tokens}; raise it, show fewer demonstrations, or a part of them"
+            )
+        yield ids

@@ -1,0 +1,372 @@
+"""Find the text that a chat template prints around turns.
+
+A chat template is a program that maps messages to text. We run it on dialogues of unique probe words; the text between
+the probes is what the template adds. A plain dialogue of user and assistant gives the text around every kind of turn
+(`TemplateText`). It is derived once, saved with a run and reused. Turns whose text the template itself rewrites
+(thoughts, tool calls, white space at the edges) are printed by the template one at a time, between probes.
+
+An agent's turn has two forms. The *live* form is the last turn of a finished dialogue; the agent is trained to write
+it. The *past* form is printed once the dialogue continues; it may lack a thought, or have another closing.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import cached_property
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+from offline_lmrl.errors import InputError, time_limit
+from offline_lmrl.logs.trajectory import ROLES, Turn, message_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_SECONDS = 5  # time limit for printing one dialogue
+PLAIN_DIALOGUE = ("user", "assistant", "user", "assistant")
+WHITE_SPACE = " \t\n\r\v\f"
+
+
+@dataclass(frozen=True)
+class TemplateText:
+    """The text around turns.
+
+    Attributes:
+      preamble: the text before the first turn. "system": if that is a system turn; "default": otherwise, with the
+        system text that the template adds by itself.
+      opening: the text before a turn, for each role except the agent's.
+      lead: white space after the opening that is tokenised together with the content ("User:" is followed by the
+        single token " Hi").
+      closing: the text after a turn, for each role except the agent's.
+      user_after_system: the opening of a user turn directly after the system turns.
+      user_last: the closing of a user turn that ends a dialogue without a generation prompt.
+      prompt: the generation prompt, which comes before the agent's turn.
+      live: the text before and after the agent's words in the live form.
+      past: the text before and after the agent's words in the past form.
+      strips: per role, the white space that the template removes on the left and on the right.
+      user_roles: the roles that the template lacks, and which are therefore printed as the user's.
+      parts: True if the template accepts content only as a list of parts.
+      date: the day, YYYY-MM-DD, on which a template that prints the date was derived; "" for any other template.
+    """
+
+    preamble: dict[str, str]
+    opening: dict[str, str]
+    lead: dict[str, str]
+    closing: dict[str, str]
+    user_after_system: str
+    user_last: str
+    prompt: str
+    live: tuple[str, str]
+    past: tuple[str, str]
+    strips: dict[str, tuple[str, str]]
+    user_roles: tuple[str, ...] = ()
+    parts: bool = False
+    date: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TemplateText":
+        """Build the text from the values of `to_dict`."""
+        pairs = {name: tuple(values[name]) for name in ("live", "past", "user_roles")}
+        strips = {role: tuple(sides) for role, sides in values["strips"].items()}
+        return cls(**{**values, **pairs, "strips": strips})
+
+
+def plain_template(bos: str, eos: str) -> TemplateText:
+    """Return a template of one line per turn with the speaker's name.
+
+    The agent's turn ends with `eos`, or with a line break if `eos` is "".
+    """
+    others = [role for role in ROLES if role != "assistant"]
+    opening = {role: f"{role.capitalize()}:" for role in others}
+    around = "Assistant: ", eos or "\n"
+    return TemplateText(
+        {"system": bos, "default": bos},
+        opening,
+        dict.fromkeys(others, " "),
+        dict.fromkeys(others, "\n"),
+        "User: ",
+        "\n",
+        "Assistant:",
+        around,
+        around,
+        {role: ("", "") for role in ROLES},
+    )
+
+
+def appended_only(text: TemplateText) -> TemplateText:
+    """Return the same text with only the past form of the agent's turn, so that printed turns never change.
+
+    A generation prompt with which past turns do not begin (for example, because it opens a thought) is replaced by
+    their opening.
+    """
+    before, after = text.past
+    prompt = text.prompt if before.startswith(text.prompt) else before.rstrip(" ")
+    values = text.to_dict() | {"prompt": prompt, "live": [before, text.live[1]], "past": [before, after]}
+    return TemplateText.from_dict(values)
+
+
+class ChatTemplate:
+    """A tokenizer's chat template as a program.
+
+    Args:
+      tokenizer: the tokenizer that holds the template.
+      tokens: the tokenizer's added tokens, which are never cut in the middle.
+      date: the day, YYYY-MM-DD, that a template prints as today's date; "" = the real date.
+      parts: True: pass content to the template as a list of parts.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[str], date: str = "", parts: bool = False
+    ):
+        self.tokenizer, self.date, self.parts = tokenizer, date, parts
+        longest_first = sorted(tokens, key=len, reverse=True)
+        self._unit = re.compile("|".join([*map(re.escape, longest_first), "."]), flags=re.DOTALL)
+
+    def messages(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False, tools: Any = None) -> str:
+        """Return the text printed for messages.
+
+        Args:
+          prompt: True: add the generation prompt.
+          tools: a list of tool schemas; None = no tools.
+        Raises: InputError, with the template's own message, if the template refuses the dialogue.
+        """
+        chat = [dict(message) for message in messages]
+        if self.parts:
+            for message in chat:
+                message["content"] = [{"type": "text", "text": message["content"]}]
+        try:
+            source = self.tokenizer.get_chat_template(tools=tools)
+            if self.date:
+                source = _CLOCK.sub(lambda match: repr(self._day.strftime(match.group(2))), source)
+            with time_limit(_SECONDS, "chat template"):
+                return self.tokenizer.apply_chat_template(
+                    chat, tools=tools, chat_template=source, tokenize=False, add_generation_prompt=prompt
+                )
+        except InputError:
+            raise
+        except Exception as error:  # a template is third-party code and may raise anything
+            raise InputError(f"chat template: {str(error) or type(error).__name__}") from error
+
+    def turns(self, turns: Sequence[Turn], prompt: bool = False) -> str:
+        """Return the text printed for turns, with their tool calls, thoughts and tools.
+
+        Arguments of tool calls are passed as an object, or as JSON text if the template refuses objects.
+
+        Raises: InputError as `messages`.
+        """
+        tools = next((json.loads(turn.tools) for turn in turns if turn.tools), None)
+        messages = [message_of(turn) for turn in turns if turn.content or not turn.tools]
+        try:
+            return self.messages(messages, prompt, tools)
+        except InputError:
+            if not any(turn.tool_calls for turn in turns):
+                raise
+        for message in messages:
+            for call in message.get("tool_calls", ()):
+                function = call["function"]
+                function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        return self.messages(messages, prompt, tools)
+
+    def around(self, turns: Sequence[Turn], prompt: bool = False) -> list[str] | None:
+        """Return the texts before, between and after the contents that are probes.
+
+        Returns: None if the template refuses the dialogue, or loses, repeats or reorders a probe.
+        """
+        try:
+            text = self.turns(turns, prompt)
+        except InputError:
+            return None
+        probes = [turn.content for turn in turns if _PROBE.fullmatch(turn.content)]
+        pieces = _PROBE.split(text)
+        return pieces if _PROBE.findall(text) == probes else None
+
+    def around_roles(self, roles: Sequence[str], prompt: bool = False) -> list[str] | None:
+        """Return `around` for a dialogue of probes spoken by these roles."""
+        return self.around([Turn(role, probe(i)) for i, role in enumerate(roles)], prompt)
+
+    def shared_prefix(self, first: str, *others: str) -> str:
+        """Return the longest common prefix that cuts no added token."""
+        units = [self._unit.findall(text) for text in (first, *others)]
+        return "".join(row[0] for row in takewhile(lambda row: len(set(row)) == 1, zip(*units, strict=False)))
+
+    def shared_suffix(self, first: str, second: str) -> str:
+        """Return the longest common suffix that cuts no added token."""
+        units = [self._unit.findall(text)[::-1] for text in (first, second)]
+        return "".join([row[0] for row in takewhile(lambda row: row[0] == row[1], zip(*units, strict=False))][::-1])
+
+    @cached_property
+    def has_clock(self) -> bool:
+        """True if the template prints today's date."""
+        return "strftime_now" in json.dumps(self.tokenizer.chat_template)
+
+    @property
+    def _day(self) -> date:
+        return date.fromisoformat(self.date)
+
+
+_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_PROBE = re.compile(r"Probe\d+Word")
+
+
+def probe(i: int) -> str:
+    """Return the probe word number i, which takes the place of a turn's content."""
+    return f"Probe{i}Word"
+
+
+def derive_template(template: ChatTemplate) -> TemplateText:
+    """Derive the text that a chat template prints around turns.
+
+    If the template prints no generation prompt, the text before the agent's words serves as one, so that a state
+    before the agent's first token always exists. A role that the template refuses, leaves out or prints inside
+    another's turn is printed as a user's.
+
+    Raises: InputError if the template does not print a plain dialogue.
+    """
+    if template.has_clock and not template.date:
+        template.date = date.today().isoformat()
+    for template.parts in (False, True):
+        plain = template.around_roles(PLAIN_DIALOGUE)
+        if plain is not None:
+            break
+    bare = template.around_roles(PLAIN_DIALOGUE[:3])
+    prompted = template.around_roles(PLAIN_DIALOGUE[:3], prompt=True)
+    if plain is None or bare is None or prompted is None:
+        raise InputError(
+            "chat template: found no way to print user, assistant, user, assistant in this order, each "
+            "text once; expected one, or the setting template: plain"
+        )
+    head, before_past, before_user, before_live, tail = plain
+    user_closing, prompt = _user_closing(template, before_past, before_live, bare[-1], prompted[-1])
+    live_before = before_live.removeprefix(user_closing)
+    past_before = before_past.removeprefix(user_closing)
+    if not prompt:
+        prompt = live_before.removesuffix(" ")
+
+    # The agent's closing contains at least the end of the dialogue, or the end of a user turn. Remove that part before
+    # looking for the user's opening as a common suffix: a default system text ends with the same closing, so the
+    # common suffix would otherwise contain the closing too.
+    closing = next((text for text in (tail, user_closing) if text and before_user.startswith(text)), "")
+    user_opening = template.shared_suffix(head, before_user.removeprefix(closing))
+    past_after = before_user.removesuffix(user_opening)
+
+    opening, closings = {"user": user_opening}, {"user": user_closing}
+    preamble = {"default": head.removesuffix(user_opening)}
+    user_roles, user_after_system = [], user_opening
+    for role in ("system", "tool", "environment"):
+        own = (
+            _system_text(template, user_opening)
+            if role == "system"
+            else _reply_text(template, role, past_before, past_after)
+        )
+        if own is None:
+            user_roles.append(role)
+            own = (user_opening, user_closing, preamble["default"], user_opening)[: 4 if role == "system" else 2]
+        opening[role], closings[role], *rest = own
+        if rest:
+            preamble["system"], user_after_system = rest
+    lead = {role: " " if text.endswith(" ") else "" for role, text in opening.items()}
+    return TemplateText(
+        preamble,
+        {role: text.removesuffix(lead[role]) for role, text in opening.items()},
+        lead,
+        closings,
+        user_after_system,
+        bare[-1],
+        prompt,
+        (live_before, tail),
+        (past_before, past_after),
+        _stripped(template, user_roles),
+        tuple(user_roles),
+        template.parts,
+        template.date,
+    )
+
+
+def _user_closing(
+    template: ChatTemplate, before_past: str, before_live: str, bare: str, prompted: str
+) -> tuple[str, str]:
+    """Return the user's closing and the generation prompt, "" if the template has none.
+
+    Args:
+      before_past: the text between user and agent, for an earlier agent turn.
+      before_live: the text between user and agent, for the last agent turn.
+      bare: the text after a last user turn, without the generation prompt.
+      prompted: the text after a last user turn, with the generation prompt.
+    """
+    has_prompt = prompted != bare
+    following = prompted if has_prompt else before_live
+    closing = template.shared_prefix(bare, following, before_past, before_live)
+    if not following.removeprefix(closing).strip():
+        closing = ""
+    return closing, following.removeprefix(closing) if has_prompt else ""
+
+
+def _system_text(template: ChatTemplate, user_opening: str) -> tuple[str, str, str, str] | None:
+    """Return the texts around a system turn; None if the template has no system turn.
+
+    The template may print the turn without any text around it, or inside the user's turn.
+
+    Returns: opening and closing of the system turn, the preamble before it, and the opening of the user turn after it.
+    """
+    pieces = template.around_roles(("system", *PLAIN_DIALOGUE))
+    if pieces is None:
+        return None
+    head, join, bos = pieces[0], pieces[1], template.tokenizer.bos_token or ""
+    closing = join.removesuffix(user_opening)
+    after = user_opening if join.endswith(user_opening) else ""
+    twice = template.around_roles(("system", "system", *PLAIN_DIALOGUE))
+    opening = "" if twice is None else twice[1].removeprefix(closing)
+    if not opening or not head.endswith(opening):
+        # If BOS is also the token that opens turns, it belongs to the system turn's opening, not to the preamble.
+        opening = head.removeprefix("" if bos and user_opening.startswith(bos) else bos)
+    return opening, closing, head.removesuffix(opening) if opening else head, after
+
+
+def _reply_text(template: ChatTemplate, role: str, past_before: str, past_after: str) -> tuple[str, str] | None:
+    """Return opening and closing of a role that replies to the agent.
+
+    Returns: None if the role has none of its own, or if the template prints it as the agent, because it distinguishes
+      only the user from everybody else.
+    """
+    # The agent's turn after it must not be the last one: templates print more there, for example an empty thought.
+    pieces = template.around_roles(("user", "assistant", role, "assistant", "user", "assistant"))
+    if pieces is None or not (pieces[2].startswith(past_after) and pieces[3].endswith(past_before)):
+        return None
+    opening = pieces[2].removeprefix(past_after)
+    if not opening.strip() or opening == past_before:
+        return None
+    return opening, pieces[3].removesuffix(past_before)
+
+
+def _stripped(template: ChatTemplate, user_roles: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Return, per role, the white space that the template removes on the left and on the right of a text."""
+    strips = {}
+    for role, roles in (
+        ("user", PLAIN_DIALOGUE),
+        ("assistant", ("user", "assistant")),
+        ("system", ("system", *PLAIN_DIALOGUE)),
+        ("tool", ("user", "assistant", "tool", "assistant", "user", "assistant")),
+        ("environment", ("user", "assistant", "environment", "assistant", "user", "assistant")),
+    ):
+        if role in user_roles:
+            continue
+        place = roles.index(role)
+        turns = [Turn(speaker, probe(i)) for i, speaker in enumerate(roles)]
+        printed = template.turns(turns)
+
+        def lost(text: str, turns=turns, place=place, printed=printed) -> bool:
+            edged = [*turns[:place], Turn(turns[place].role, text), *turns[place + 1 :]]
+            return template.turns(edged) != printed.replace(probe(place), text)
+
+        word = probe(place)
+        strips[role] = (
+            "".join(space for space in WHITE_SPACE if lost(space + word)),
+            "".join(space for space in WHITE_SPACE if lost(word + space)),
+        )
+    return strips | {role: strips["user"] for role in user_roles}

@@ -1,0 +1,223 @@
+"""The turns that the policy sees before a reply: one rule that cuts training windows and live dialogues alike.
+
+Agent turn i sees every leading system turn and the turns from `first_visible(i)` on. The first visible turn moves
+forward in steps of `stride` turns, and only as far as needed to keep at most `context` turns of history and at most
+`max_length` tokens. With stride 1 the agent sees exactly the last k turns. With a larger stride many agent turns share
+one window (and one cache), but the history varies between context − stride + 1 and context turns.
+
+If `context` alone determines the window, training and live play start at the same turn. If max_length binds, they may
+differ. Training counts the tokens of the logged turn. Live play cannot know the reply, so it counts the tokens of the
+agent's opening and of the longest possible reply (`reserve`, the sampler's max_new_tokens). A logged turn shorter than
+that may then be trained with older turns in view that the agent would not see live; a longer one with fewer turns.
+
+A window may also hold the environment's reply to its last agent turn, as a target (tokens/episodes.py). The reply
+follows the same turns as the agent's turn; if max_length binds, the oldest turns are dropped until both fit.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.trajectory import Turn, leading_system_turns
+from offline_lmrl.tokens.rendering import EncodedTurn, Renderer
+
+
+@dataclass(frozen=True)
+class WindowRule:
+    """The limits on how much of an episode the policy sees at once.
+
+    context: maximum number of turns of history before an agent turn; None = all. 1 makes a fully observed game Markov.
+    stride: number of turns by which the window's start moves at a time, 1 ≤ stride ≤ context.
+    max_length: maximum number of tokens in a window. The oldest turns are dropped whole; the reply itself never is.
+    """
+
+    context: int | None = None
+    stride: int = 1
+    max_length: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.context is not None and self.context < 1:
+            raise InputError(f"context: found {self.context}, expected a whole number of turns, at least 1")
+        if not 1 <= self.stride <= (self.context or self.stride):
+            raise InputError(f"stride: found {self.stride}, expected 1 to context ({self.context})")
+        if self.max_length < 2:
+            raise InputError(f"max_length: found {self.max_length}, expected at least 2 tokens")
+
+
+class Span(NamedTuple):
+    """One window: the leading system turns, then turns first..stop−1. All fields are turn indices.
+
+    first: the first turn after the leading system turns.
+    credited: agent turns from here on are trained in this window.
+    stop: one after the window's last agent turn.
+    answered: the window also holds turns stop..answered−1, the environment's reply to the last agent turn.
+    """
+
+    first: int
+    credited: int
+    stop: int
+    answered: int
+
+
+def first_visible(
+    rule: WindowRule, lengths: Sequence[int], index: int, head: int, fixed: int, reply: int = 0
+) -> int | None:
+    """Return the index of the first turn that agent turn `index` sees.
+
+    Args:
+      lengths: number of tokens of each turn, up to and including turn `index`.
+      head: number of leading system turns.
+      fixed: number of tokens in the preamble, the demonstrations and the leading system turns.
+      reply: number of tokens of the environment's reply that the window holds after the turn. They count towards
+        max_length only. The caller makes sure that turn and reply fit together.
+    Returns: an index in head..index, or None if not even the turn alone fits. The result is monotone in `index` and
+      does not depend on earlier windows, so training and live play agree whenever the lengths are equal.
+    """
+    if fixed + lengths[index] > rule.max_length:
+        return None
+    first = min(head, index)
+    if rule.context is not None and index - first > rule.context:
+        first += -(-(index - first - rule.context) // rule.stride) * rule.stride  # −(−a // b) rounds a / b up
+    while first < index and fixed + sum(lengths[first : index + 1]) + reply > rule.max_length:
+        first = min(first + rule.stride, index)
+    return first
+
+
+def cut_windows(
+    rule: WindowRule,
+    lengths: Sequence[int],
+    agent: Sequence[bool],
+    stays: Sequence[bool],
+    head: int,
+    fixed: int,
+    answered: Mapping[int, int],
+) -> tuple[list[Span], list[int]]:
+    """Cut an episode into windows.
+
+    Args:
+      lengths: number of tokens of each turn.
+      agent: True for each trainable turn of the agent.
+      stays: True for each turn that later windows hold with the same tokens. Once a visible turn does not stay, the
+        next agent turn starts a new window.
+      head: number of leading system turns.
+      fixed: number of tokens in the preamble, the demonstrations and the leading system turns.
+      answered: agent turn -> index after the environment's reply that its window also holds. Agent turns without a
+        reply may be missing.
+    Returns: the windows, and the indices of the agent turns that do not fit and are dropped.
+    """
+    spans: list[Span] = []
+    dropped = []
+    changing = list(accumulate((-1 if same else i for i, same in enumerate(stays)), max))  # last changing turn ≤ i
+    for index in (i for i, is_agent in enumerate(agent) if is_agent):
+        stop = answered.get(index, index + 1)
+        first = first_visible(rule, lengths, index, head, fixed, sum(lengths[index + 1 : stop]))
+        if first is None:
+            dropped.append(index)
+        elif spans and spans[-1].first == first and changing[spans[-1].stop - 1] < max(first, head):
+            spans[-1] = spans[-1]._replace(stop=index + 1, answered=stop)
+        else:
+            spans.append(Span(first, index, index + 1, stop))
+    return spans, dropped
+
+
+def answered_ids(
+    renderer: Renderer, turns: Sequence[Turn], encoded: Sequence[EncodedTurn], first: int, stop: int, answered: int
+) -> list[tuple[int, ...]]:
+    """Return the ids of each turn of a window that ends with agent turn stop−1 and its reply, turns stop..answered−1.
+
+    The reply must follow the tokens that the agent saw and wrote. If, once the dialogue continues, the template
+    changes only the closing of the agent's turn, that closing is the one in history. If it rewrites the turn or an
+    earlier one, the tokens that the agent saw and wrote are kept.
+    """
+    written = renderer.window_ids(turns, encoded, first, stop, live=True)
+    history = renderer.window_ids(turns, encoded, first, answered, live=False)
+    last, turn = len(written) - 1, encoded[stop - 1]
+    kept = turn.action_stop - turn.closed
+    if history[:last] == written[:last] and history[last][:kept] == written[last][:kept]:
+        return history
+    return [*written, *history[last + 1 :]]
+
+
+def policy_window(
+    turns: Sequence[Turn],
+    renderer: Renderer,
+    rule: WindowRule,
+    reserve: int = 0,
+    slots: Sequence[tuple[int, ...]] | None = None,
+    prompt: Sequence[int] = (),
+) -> list[int]:
+    """Return the ids that the agent sees before its next turn: preamble, demonstrations, visible turns, its opening.
+
+    Args:
+      turns: the dialogue so far.
+      reserve: number of tokens kept free for the reply (max_new_tokens). If max_length binds, the window starts where
+        training would start it for a turn of the opening and this many tokens, whatever the reply's real length.
+      slots: the ids before the opening of each agent turn, those of the next turn last; None = no ids.
+      prompt: ids of the few-shot demonstrations (tokens/few_shot.py), which are never dropped.
+    Raises: InputError if the demonstrations and the leading system turns leave no room for the reply.
+    """
+    renderer.notice(turns)
+    opening = renderer.opening_after(turns)
+    if slots is not None:
+        *slots, coming = slots
+        opening = (*coming, *opening)
+    encoded, preamble, head, fixed = _encoded(turns, renderer, slots, prompt)
+    lengths = [*(turn.longest for turn in encoded), len(opening) + reserve]
+    first = first_visible(rule, lengths, len(turns), head, fixed)
+    if first is None:
+        reply = f"a reply of max_new_tokens ({reserve})" if reserve else "a reply"
+        also = "the prompt, " if prompt else ""
+        raise InputError(
+            f"max_length: found {rule.max_length}, expected at least {fixed + lengths[-1]} to hold {also}"
+            f"the system turns and {reply}"
+        )
+    kept = renderer.window_ids(turns, encoded, first, len(turns), live=False)
+    return [*preamble, *(token for ids in kept for token in ids), *opening]
+
+
+def reply_window(
+    turns: Sequence[Turn],
+    role: str,
+    renderer: Renderer,
+    rule: WindowRule,
+    reserve: int = 0,
+    slots: Sequence[tuple[int, ...]] | None = None,
+    prompt: Sequence[int] = (),
+) -> list[int] | None:
+    """Return the ids that come before the environment's reply to the last turn, which is the agent's.
+
+    They are the window of the agent's turn, the turn itself, and the opening of a turn of role `role`. Training
+    windows hold the same ids before a logged reply.
+
+    Args:
+      turns: the dialogue so far, up to and including the agent's turn.
+      role: the speaker of the reply.
+      reserve: number of tokens kept free for the reply.
+      slots: the ids before the opening of each agent turn; None = no ids.
+      prompt: as for `policy_window`.
+    Returns: the ids, or None if turn and reply alone do not fit; training leaves such a reply out.
+    """
+    renderer.notice(turns)
+    said = [*turns, Turn(role, "")]
+    encoded, preamble, head, fixed = _encoded(said, renderer, slots, prompt)
+    lengths = [turn.longest for turn in encoded]
+    index, reply = len(turns) - 1, encoded[-1].action_start + reserve
+    if fixed + lengths[index] + reply > rule.max_length:
+        return None
+    first = first_visible(rule, lengths, index, head, fixed, reply)
+    *kept, blank = answered_ids(renderer, said, encoded, first, len(turns), len(said))
+    return [*preamble, *(token for ids in kept for token in ids), *blank[: encoded[-1].action_start]]
+
+
+def _encoded(
+    turns: Sequence[Turn], renderer: Renderer, slots: Sequence[tuple[int, ...]] | None, prompt: Sequence[int]
+) -> tuple[list[EncodedTurn], tuple[int, ...], int, int]:
+    """Return the encoded turns with slots, the ids before them, and the `head` and `fixed` of `first_visible`."""
+    encoded = renderer.encode(turns)
+    if slots is not None:
+        for index, slot in zip((i for i, turn in enumerate(turns) if turn.is_trainable), slots, strict=True):
+            encoded[index] = encoded[index].behind(slot)
+    head, preamble = leading_system_turns(turns), (*renderer.preamble_of(turns), *prompt)
+    return encoded, preamble, head, len(preamble) + sum(turn.longest for turn in encoded[:head])

@@ -1,0 +1,218 @@
+"""The folder of a run during training: checkpoints that are complete or absent, rows of metrics, and stopping.
+
+A checkpoint is complete if it holds everything that training needs to resume bit for bit. Checkpoints are added and
+removed by a rename, so a killed process leaves none in part. Its unfinished files are in the folder `.saving`.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offline_lmrl.errors import Stopped
+from offline_lmrl.logs.files import reading, staging, sync, sync_entry, writing
+from offline_lmrl.logs.io import write_text
+
+STAGING = ".saving"
+METRICS = "metrics.jsonl"
+CLOSING = "train_runtime"  # a key of the last row only
+DAMAGED = "a whole checkpoint: remove its folder to go on from the one before, or from the beginning"
+
+log = logging.getLogger(__name__)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """Return the checkpoints in a run's folder, complete or not, in the order of their steps."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def last_complete(folder: str | Path, lacking: Callable[[Path], Sequence[str]]) -> Path | None:
+    """Return the newest complete checkpoint, and log why newer ones are not used; None = none is complete.
+
+    Args:
+      folder: the run's.
+      lacking: returns the names of files that a checkpoint lacks and resuming needs.
+    """
+    refused = ""
+    for checkpoint in reversed(checkpoints(folder)):
+        names = lacking(checkpoint)
+        if not names:
+            if refused:
+                log.warning("%s; training goes on from %s", refused, checkpoint.name)
+            return checkpoint
+        refused = refused or f"{checkpoint}: found no {', '.join(names)}, which going on exactly needs"
+    if refused:
+        log.warning("%s; no checkpoint is complete, so training starts from the beginning", refused)
+    return None
+
+
+def missing(checkpoint: Path, patterns: Sequence[str]) -> list[str]:
+    """Return the patterns that match no file of the checkpoint, and the names of missing shards of its weights."""
+    found = [pattern for pattern in patterns if not any(checkpoint.glob(pattern))]
+    for index in checkpoint.glob("*.safetensors.index.json"):
+        with reading(index, DAMAGED):
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        found += sorted(name for name in shards if not (checkpoint / name).exists())
+    return found
+
+
+@contextmanager
+def filling(folder: Path, target: Path) -> Iterator[None]:
+    """A context in which a staging folder is filled.
+
+    An error in writing becomes an InputError that names `target`. After any error the folder is removed, because the
+    disk may be full.
+    """
+    try:
+        with writing(target):
+            yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def publish(written: Path, checkpoint: Path) -> None:
+    """Rename the written folder to `checkpoint`, after its files are on the disk; replace one of that name."""
+    with writing(checkpoint):
+        sync(written)
+        if checkpoint.exists():
+            remove(checkpoint)
+        os.replace(written, checkpoint)
+        sync_entry(checkpoint.parent)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint by a rename first, so that a kill while its files are deleted leaves no part of it."""
+    with staging(checkpoint) as folder:
+        os.replace(checkpoint, folder / checkpoint.name)
+
+
+def rotate(folder: str | Path, newest: int, limit: int | None, best: str | None = None) -> None:
+    """Remove the oldest checkpoints up to the step `newest`, so that `limit` of them are left.
+
+    Checkpoints of later steps are neither counted nor removed: they were left when training resumed from an earlier
+    one.
+
+    Args:
+      folder: the run's.
+      newest: the present step; the newest checkpoint up to it is kept.
+      limit: the number to keep; None or 0 = all.
+      best: the path of the best checkpoint, which is kept too.
+    """
+    mine = [path for path in checkpoints(folder) if step_of(path) <= newest]
+    if limit is None or limit < 1 or not mine:
+        return
+    kept = {mine[-1], *(path for path in mine if best is not None and path.name == Path(best).name)}
+    older = [path for path in reversed(mine) if path not in kept]
+    for checkpoint in older[max(0, limit - len(kept)) :]:
+        remove(checkpoint)
+
+
+# Metrics.
+
+
+def append_metrics(folder: str | Path, row: Mapping[str, Any]) -> None:
+    path = Path(folder) / METRICS
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """Read the rows of metrics.jsonl, without an unfinished last one. Raises: InputError if a row is damaged."""
+    path, rows = Path(folder) / METRICS, []
+    with reading(path, "a row of metrics as JSON per line; remove it, or the run"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        if line.endswith("\n"):  # else a kill cut the row
+            with reading(f"{path}:{number}", "a row of metrics as JSON; remove the row, or the run"):
+                rows.append(json.loads(line))
+                if not isinstance(rows[-1], dict):
+                    raise TypeError("no object of JSON")
+    return rows
+
+
+def keep_metrics_until(folder: str | Path, step: int) -> None:
+    """Drop the rows after `step` and the closing row, which a run resumed at `step` writes again; at 0, drop all."""
+    path = Path(folder) / METRICS
+    if path.exists():
+        rows = read_metrics(folder) if step > 0 else []
+        with reading(path, "a row of metrics with its step per line; remove it, or the run"):
+            kept = [row for row in rows if row["step"] <= step and CLOSING not in row]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+# Stopping.
+
+
+class Signals:
+    """The last SIGTERM or SIGINT that arrived; a second SIGINT raises KeyboardInterrupt at once."""
+
+    number: int | None = None
+
+    def __init__(self):
+        self.group: Any = None
+
+    def note(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT == self.number:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def agreed(self, processes: int) -> int | None:
+        """Return a signal that any of the processes got, or None; the answer is the same in all of them.
+
+        All processes must call this at the same steps.
+        """
+        if processes == 1:
+            return self.number
+        if self.group is None:
+            self.group = torch.distributed.new_group(backend="gloo")  # on the CPU, to wait for no accelerator
+        number = torch.tensor(self.number or 0)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self.group)
+        return int(number) or None
+
+
+@contextmanager
+def noted_signals() -> Iterator[Signals]:
+    """A context in which SIGTERM and SIGINT are only recorded, so that training decides when to stop.
+
+    In a thread other than the main one, which gets no signals, nothing is recorded.
+    """
+    signals = Signals()
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    before = {number: signal.signal(number, signals.note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stopped(number: int, folder: str | Path, step: int, steps: int) -> Stopped:
+    """Return the exception that ends training at a signal, after a checkpoint is written.
+
+    Args:
+      number: the signal's.
+      folder: the run's.
+      step: the present step.
+      steps: of the whole run.
+    """
+    by = signal.Signals(number).name
+    return Stopped(f"{folder}: stopped by {by} at step {step} of {steps}; the same command goes on from there", number)

@@ -1,0 +1,152 @@
+"""The settings that all algorithms share, and the checks of their ranges before training starts."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from offline_lmrl.errors import InputError, shown
+from offline_lmrl.tokens.few_shot import PromptSpec
+from offline_lmrl.tokens.rendering import TEMPLATES
+from offline_lmrl.tokens.windows import WindowRule
+
+
+@dataclass
+class BaseConfig(TrainingArguments):
+    """The settings of every algorithm, in addition to the fields of `transformers.TrainingArguments`.
+
+    Args:
+      context: the most turns that the policy sees before its own; None = all. With 1, a fully observed game is Markov.
+      stride: the number of turns by which that window moves at a time (tokens/windows.py).
+      max_length: the most tokens of a window; whole turns are dropped, oldest first, but never the reply.
+      template: how dialogues become text. `auto`: as the tokenizer's chat template prints them, or as `plain` if it
+        has none. `assembled`: the template's texts around turns, but earlier text never changes; this is faster if
+        the template rewrites earlier turns, and then differs from what other engines print. `plain`: one line per
+        turn, with the speaker's name.
+    """
+
+    context: int | None = None
+    stride: int = 1
+    max_length: int = 1024
+    template: str = "auto"
+
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.01
+    adam_beta2: float = 0.95
+    warmup_steps: float = 0.05
+    lr_scheduler_type: str = "cosine_with_min_lr"
+    lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
+    logging_steps: float = 50
+    logging_nan_inf_filter: bool = False  # the filter would cost a host sync per step
+    remove_unused_columns: bool = False  # a batch holds packed steps, which forward does not name
+    ddp_find_unused_parameters: bool | None = False
+
+    def __post_init__(self) -> None:
+        WindowRule(self.context, self.stride, self.max_length)  # made only for its range checks
+        if self.template not in TEMPLATES:
+            raise InputError(f"template: found {shown(self.template)}, expected one of {', '.join(TEMPLATES)}")
+        try:
+            super().__post_init__()
+        except InputError:
+            raise
+        except Exception as error:  # the settings are the only input, so any error is about them
+            raise InputError(f"args: {' '.join(str(error).split()) or type(error).__name__}") from error
+        check_range(
+            self,
+            seed=(0, 2**32 - 1),
+            per_device_train_batch_size=(1, 2**31),
+            per_device_eval_batch_size=(1, 2**31),
+            gradient_accumulation_steps=(1, 2**31),
+            learning_rate=(0, 1e6),
+            weight_decay=(0, 1e6),
+            adam_beta1=(0, 0.999999),
+            adam_beta2=(0, 0.9999999),
+            adam_epsilon=(0, 1e6),
+            dataloader_num_workers=(0, 10**6),
+            **({} if self.max_grad_norm is None else {"max_grad_norm": (0, math.inf)}),
+        )
+        check_schedule(self)
+        check_trackers(self)
+
+    @property
+    def window(self) -> WindowRule:
+        return WindowRule(self.context, self.stride, self.max_length)
+
+
+@dataclass
+class OfflineConfig(BaseConfig):
+    """The settings of every algorithm that learns from scored trajectories.
+
+    Args:
+      reward_scale: the divisor of rewards; None = the range of the training returns.
+      prompt: few-shot demonstrations of the same task before every window (tokens/few_shot.py); None = no
+        demonstrations.
+    """
+
+    reward_scale: float | None = None
+    prompt: PromptSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.reward_scale is not None and not self.reward_scale > 0:
+            raise InputError(f"reward_scale: found {self.reward_scale}, expected a number above 0")
+        if self.prompt is not None and self.prompt.max_tokens >= self.max_length:
+            raise InputError(
+                f"prompt.max_tokens: found {self.prompt.max_tokens}, expected below max_length "
+                f"({self.max_length}), which holds the prompt and the window behind it"
+            )
+        super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, as TrainingArguments does, those of the demonstrations included."""
+        return super().to_dict() | {"prompt": self.prompt and asdict(self.prompt)}
+
+
+def check_schedule(args: TrainingArguments) -> None:
+    """Check that a learning rate schedule can be built from the settings, before training starts.
+
+    Raises: InputError if not.
+    """
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 2, args.lr_scheduler_kwargs)
+    except Exception as error:  # these settings are the only input, so any error is about them
+        raise InputError(
+            f"lr_scheduler_kwargs: found {shown(args.lr_scheduler_kwargs)} ({error}), expected what "
+            f"lr_scheduler_type {args.lr_scheduler_type} takes"
+        ) from error
+
+
+def check_trackers(args: TrainingArguments) -> None:
+    """Check that the experiment trackers in `report_to` are known and installed, before training starts.
+
+    Raises: InputError if one is not.
+    """
+    for name in args.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise InputError(
+                f"report_to: found {shown(name)}, expected none, or some of {', '.join(INTEGRATION_TO_CALLBACK)}"
+            )
+        if name not in get_available_reporting_integrations():
+            try:
+                INTEGRATION_TO_CALLBACK[name]()
+            except Exception as error:
+                raise InputError(
+                    f"report_to: found {name}, which cannot be used here ({error}), expected a tracker "
+                    "that is installed"
+                ) from error
+
+
+def check_range(config: object, **bounds: tuple[float, float]) -> None:
+    """Check that fields of `config` are numbers in closed ranges.
+
+    Args:
+      bounds: field name -> (lowest, highest allowed value).
+    Raises: InputError that names the first field outside its range, or None.
+    """
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name)
+        if value is None or not low <= value <= high:
+            raise InputError(f"{name}: found {value}, expected {low} to {high}")

@@ -1,0 +1,946 @@
+"""The base of all offline trainers, built on transformers' Trainer.
+
+It adds packed batches, exact counts, target updates, checkpoints that are either complete or absent, and losses that
+do not depend on how a batch is split over micro-batches and ranks.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import chain, islice, repeat
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import send_to_device
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from offline_lmrl.decoding.probe import check_plays, check_trains, probing
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.files import read_object, reading, sync
+from offline_lmrl.logs.io import fingerprint, read_trajectories
+from offline_lmrl.logs.scale import RewardScale
+from offline_lmrl.logs.trajectory import Trajectory, Turn
+from offline_lmrl.models.adapters import (
+    PARTS,
+    SETTINGS_FILE,
+    load_heads,
+    require_peft,
+    save_heads,
+    settings,
+    unfreeze_heads,
+)
+from offline_lmrl.models.guided import attach, build_model, load_model
+from offline_lmrl.models.renderers import rendering_block, scheme_of, training_renderer
+from offline_lmrl.models.unreached import freeze_unreached
+from offline_lmrl.tokens.batching import WindowDataset, WindowRef, encode_trajectories
+from offline_lmrl.tokens.checks import TEMPLATE_ROWS, first_difference
+from offline_lmrl.tokens.comparison_batching import ComparisonDataset, ComparisonRef
+from offline_lmrl.tokens.episodes import EpisodeEncoder, SlotsOfLog, StepRule
+from offline_lmrl.tokens.few_shot import encode_prompts
+from offline_lmrl.tokens.printing import MISMATCH
+from offline_lmrl.tokens.rendering import SCHEME, Renderer
+from offline_lmrl.tokens.tokenizers import load_tokenizer
+from offline_lmrl.training.checkpoint import (
+    DAMAGED,
+    STAGING,
+    Signals,
+    append_metrics,
+    filling,
+    keep_metrics_until,
+    last_complete,
+    missing,
+    publish,
+    rotate,
+    step_of,
+    stopped,
+)
+from offline_lmrl.training.config import BaseConfig, OfflineConfig
+
+Dataset = WindowDataset | ComparisonDataset
+CONFIG_FILES = ("config.json", "adapter_config.json")  # a folder without them is no model
+KNOWN_TURN = "a finished turn of which it is known what follows"  # its reward is a training target
+
+
+def require_targets(name: str, weight: float, targets: int, what: str) -> None:
+    """Check that a loss with a weight above 0 has targets in the training data.
+
+    Args:
+      name: the setting, for the error.
+      weight: the weight of the loss.
+      targets: the number of its targets in the training data.
+      what: the kind of target, for the error.
+    Raises: InputError if the weight is above 0 and there are no targets.
+    """
+    if weight > 0 and not targets:
+        raise InputError(f"{name}: found {weight:g}, expected 0, as no window of the training data holds {what}")
+
+
+class LengthGroupedSampler(torch.utils.data.Sampler[int]):
+    """A shuffle in which neighbours have similar lengths.
+
+    The order depends on (seed, epoch) alone, so that resuming is exact.
+
+    Args:
+      lengths: tokens per row.
+      batch_size: rows per step over all ranks; a pool of 50 such batches is sorted by length.
+      seed: of the shuffle.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.pool, self.seed, self.epoch = torch.as_tensor(lengths), 50 * batch_size, seed, 0
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        shuffled = torch.randperm(len(self.lengths), generator=generator)
+        pools = [pool[self.lengths[pool].argsort(descending=True, stable=True)] for pool in shuffled.split(self.pool)]
+        batches = [batch for pool in pools for batch in pool.split(self.batch_size)]
+        full = [batch for batch in batches if len(batch) == self.batch_size]
+        order = torch.randperm(len(full), generator=generator)  # else lengths would fall within each pool
+        rest = [batch for batch in batches if len(batch) < self.batch_size]
+        return iter(torch.cat([*(full[i] for i in order), *rest]).tolist())
+
+
+class EvenBatches(torch.utils.data.BatchSampler):
+    """A batch sampler that gives every rank the same number of full batches.
+
+    The last batches of an epoch are padded with the index `surplus`, which `collate_even` drops. accelerate would
+    repeat the epoch's first rows instead, and they would count twice.
+
+    Args:
+      sampler: the order of the rows.
+      batch_size: indices per batch.
+      ranks: the number of batches is a multiple of it.
+      surplus: an index that no row has (see `collate_even`).
+    """
+
+    def __init__(self, sampler: torch.utils.data.Sampler[int], batch_size: int, ranks: int, surplus: int):
+        super().__init__(sampler, batch_size, drop_last=False)
+        self.ranks, self.surplus = ranks, surplus
+
+    def __len__(self) -> int:
+        return -(-super().__len__() // self.ranks) * self.ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in chain(super().__iter__(), repeat([], len(self) - super().__len__())):
+            yield batch + [self.surplus] * (self.batch_size - len(batch))
+
+
+def collate_even(items: Sequence[WindowRef | ComparisonRef]) -> Mapping[str, Any]:
+    """Collate a batch of `EvenBatches`, without the items after the end of the dataset.
+
+    Every rank must run forward, so a batch of such items alone becomes one without weight in the loss.
+    """
+    dataset = items[0].dataset
+    real = [item.index for item in items if item.index < len(dataset)]
+    return dataset.batch(real) if real else dataset.surplus_batch()
+
+
+class TargetUpdates(TrainerCallback):
+    """A callback that averages the target heads (a Polyak step) after every optimizer step.
+
+    It leaves out steps that the loss scaler skipped.
+
+    Args:
+      rate: target ← rate · online + (1 − rate) · target.
+    """
+
+    def __init__(self, rate: float):
+        self.rate, self.count = rate, 0
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        if getattr(optimizer, "step_was_skipped", False):  # set by accelerate; Trainer calls this method in both cases
+            return
+        getattr(model, "module", model).update_targets(self.rate)
+        self.count += 1
+
+
+class LossBar(ProgressCallback):
+    """A progress bar that also shows the loss. It prints to stderr, because stdout is for a command's results."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}")
+
+
+class MetricsFile(TrainerCallback):
+    """A callback that appends every logged row to metrics.jsonl in the run directory."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if state.is_world_process_zero:
+            append_metrics(args.output_dir, {"step": state.global_step, **(logs or {})})
+
+
+class ResumedAverages(TrainerCallback):
+    """A callback that restores the running sums of metrics of a resumed trainer before its first step."""
+
+    def __init__(self, trainer: "BaseTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.restore_averages()
+
+
+class BaseTrainer(transformers.Trainer):
+    """A trainer on a packed data set: each batch is one dict of tensors and gives one loss per item.
+
+    A subclass defines how data and model are prepared (`prepare`), the loss (`losses`) and the items that it is
+    averaged over (`items_in`). For `run.train`, it also defines how data are read (`read`) and models are made
+    (`new_model`, `open_model`).
+
+    Args:
+      model: a model, or a folder or hub name of one.
+      args: the settings.
+      train_dataset: rows of data, or a path or hub name.
+      eval_dataset: the same for held-out data; None = no evaluation.
+      processing_class: the tokenizer; None = the one saved with the model.
+      peft_config: train an adapter of this kind instead of the trunk; None = train the trunk.
+      kwargs: further arguments of transformers.Trainer.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the items of all micro-batches, so Trainer must not
+    algorithm = ""
+    plays = False  # whether training plays in an environment
+    regime = "labels only"
+    signals: Signals | None = None  # training stops at these, after writing a checkpoint
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: BaseConfig,
+        train_dataset: Sequence[Any] | str | Path,
+        eval_dataset: Sequence[Any] | str | Path | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ):
+        if args.n_gpu > 1:
+            command = f"torchrun --nproc_per_node {args.n_gpu} --no-python offline-lmrl train FILE.yaml"
+            raise InputError(f"found {args.n_gpu} GPUs in one process, expected one process per GPU: run `{command}`")
+        if processing_class is None:
+            processing_class = tokenizer_beside(model)
+        if isinstance(model, str):
+            model = self.open_model(args, model, trust_remote_code=False)
+        self.renderer = training_renderer(processing_class, model, args.template, args.output_dir)
+        self.counts: Counter[str] = Counter()
+        model, train, held_out = self.prepare(model, args, train_dataset, eval_dataset, peft_config)
+        super().__init__(
+            model,
+            args,
+            data_collator=collate_even,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.can_return_loss, self.label_names = True, []
+        self.add_callback(MetricsFile())
+        self.remove_callback(PrinterCallback)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(LossBar())
+        self.add_callback(ResumedAverages(self))
+        self._sums: dict[str, Tensor] = {}
+        self._resumed: Path | None = None
+        self._held_at = -1  # the step whose checkpoint waits for the end of its epoch
+        self._freeze_unreached()
+
+    # Methods for subclasses to define.
+
+    @staticmethod
+    def read(
+        args: BaseConfig,
+        source: Sequence[Any] | str | Path,
+        counts: Counter[str] | None = None,
+        reward: str | None = None,
+    ) -> Sequence[Any]:
+        """Read the rows of data at a path or hub name; return a sequence of rows as it is.
+
+        Args:
+          args: the settings, which may choose how data are read.
+          source: a path, a hub name, or rows.
+          counts: receives the numbers of repaired and dropped rows by reason; None = they are not counted.
+          reward: the column of the scores, as in `read_trajectories`.
+        """
+        raise TypeError("this trainer does not say what it reads")
+
+    @staticmethod
+    def new_model(args: BaseConfig, spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """Build a model with fresh weights; `spec` is as in `build_model`."""
+        raise TypeError("this trainer does not say what it trains")
+
+    @staticmethod
+    def open_model(args: BaseConfig, path: str, trust_remote_code: bool) -> PreTrainedModel:
+        """Load the model of a folder or hub name."""
+        raise TypeError("this trainer does not say what it trains")
+
+    def prepare(
+        self, model: PreTrainedModel | str, args: BaseConfig, train: Any, held_out: Any, peft_config: Any
+    ) -> tuple[torch.nn.Module, Dataset, Dataset | None]:
+        """Return the model with all its parts, the encoded training data, and the encoded held-out data or None.
+
+        `self.counts` receives the numbers of dropped rows by reason. Arguments are those of the constructor, where
+        `train` is called `train_dataset` and `held_out` is called `eval_dataset`.
+        """
+        raise TypeError(f"{type(self).__name__} does not say what it trains")
+
+    def losses(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss per item, (N,), and values to log: name -> (N,) or (K,), each averaged over its entries."""
+        raise TypeError(f"{type(self).__name__} does not say what it minimises")
+
+    def items_in(self, batch: Mapping[str, Any]) -> int:
+        """Return the number of items in a batch; the loss is averaged over items."""
+        raise TypeError(f"{type(self).__name__} does not say what it counts")
+
+    def costs(self) -> dict[str, int]:
+        """Return the optimizer steps so far and the training tokens, each counted as often as it was read."""
+        return {
+            "steps": self.state.global_step,
+            "training_tokens": round(self.state.epoch * self.train_dataset.tokens),
+        }
+
+    def outcome(self) -> dict[str, float]:
+        """Return measurements made at the end of training, for complete.json."""
+        return {}
+
+    def plan(self) -> dict[str, int]:
+        """Return the size of the training data and the number of optimizer steps, without training."""
+        return {**self.train_dataset.facts(), "optimizer steps": self.total_steps}
+
+    @property
+    def total_steps(self) -> int:
+        """The number of optimizer steps of the whole run."""
+        args = self.args
+        if args.max_steps > 0:
+            return args.max_steps
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return math.ceil(-(-len(self.train_dataset) // rows) * args.num_train_epochs)
+
+    # Shared by all subclasses.
+
+    def check_model(self, model: PreTrainedModel, args: BaseConfig) -> None:
+        """Check that the model can read the rendered data. Raises: InputError if it cannot."""
+        check_model(model, self.renderer, args.max_length)
+
+    def _freeze_unreached(self) -> None:
+        """Freeze parameters that the loss does not reach.
+
+        This is measured on the longest row, because some models have parts that only long texts use.
+        """
+        batch = self.train_dataset.batch([int(self.train_dataset.lengths.argmax())])
+        batch = send_to_device(batch, self.model.device)
+        with probing(self.model), torch.random.fork_rng():
+            loss = self.losses(self.model, batch)[0].sum()
+        if freeze_unreached(self.model, loss) and self.accelerator.ddp_handler is not None:
+            self.accelerator.ddp_handler.find_unused_parameters = True
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Return Trainer's loader, changed so that each row goes to exactly one rank."""
+        loader = super().get_train_dataloader()
+        shard = loader.batch_sampler
+        if isinstance(shard, BatchSamplerShard) and not shard.drop_last:
+            ranks = 1 if shard.split_batches else shard.num_processes
+            shard.sampler = shard.batch_sampler.sampler  # where a resumed loader looks for set_epoch
+            shard.batch_sampler = EvenBatches(shard.sampler, shard.batch_size, ranks, surplus=len(loader.dataset))
+        return loader
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length":
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return LengthGroupedSampler(dataset.lengths, self.args.train_batch_size * self.args.world_size, seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset):
+        # Independent of the training order, because evaluation_loop makes its own batches.
+        return torch.utils.data.SequentialSampler(eval_dataset)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Return the number of items of the optimizer step, over all micro-batches and all ranks."""
+        count = torch.tensor([sum(map(self.items_in, batch_samples))], device=device)
+        return self.accelerator.gather(count).sum()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        per_item, logged = self.losses(model, inputs)
+        self._add_up(logged)
+        # DDP averages gradients over ranks, but the count is a sum over ranks: multiply once by the world size.
+        loss = per_item.sum() * self.args.world_size / num_items_in_batch
+        return (loss, logged) if return_outputs else loss
+
+    def _add_up(self, logged: Mapping[str, Tensor], count: bool = True) -> None:
+        """Add the values of each metric, and how many there are, to the running sums.
+
+        Args:
+          logged: name -> values of any length.
+          count: False adds nothing but makes the entries, so that this rank can take part in joining the sums.
+        """
+        for name, values in logged.items():
+            # A rank that does not count adds an empty slice: all ranks must have the same entries to reduce.
+            values = values.detach().float()[: None if count else 0]
+            pair = torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def _averages(self, prefix: str = "") -> dict[str, float]:
+        """Return sum / count of every metric over all ranks since the last call, with `prefix` before each name."""
+        if not self._sums:
+            return {}
+        total = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum")
+        names, self._sums = list(self._sums), {}
+        # A metric with a count of 0 has no average and is left out: no window had values for it.
+        rows = zip(names, total.tolist(), strict=True)
+        return {prefix + name: added / count for name, (added, count) in rows if count}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs:  # Trainer divides by the steps since a resume
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
+        super().log(logs | self._averages() if "loss" in logs else logs, start_time)
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Compute means over the items of the whole set; they do not depend on batch size or number of ranks."""
+        training_sums, self._sums = self._sums, {}
+        dataset, size = dataloader.dataset, self.args.eval_batch_size
+        model = self._wrap_model(self.model, training=False).eval()
+        starts = range(0, len(dataset), size)
+        for turn in range(-(-len(starts) // self.args.world_size)):
+            number = turn * self.args.world_size + self.args.process_index
+            # Sharded models need every rank to run forward equally often; a surplus pass is not counted.
+            start = starts[number % len(starts)]
+            batch = self._prepare_inputs(dataset.batch(range(start, min(start + size, len(dataset)))))
+            with self.compute_loss_context_manager():
+                per_item, logged = self.losses(model, batch)
+            self._add_up({"loss": per_item, **logged}, count=number < len(starts))
+        metrics = self._averages(f"{metric_key_prefix}_")
+        self._sums = training_sums
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataset))
+
+    def compare_with_template(self, dialogues: Sequence[Sequence[Turn]]) -> None:
+        """Check on some dialogues that they are rendered as the tokenizer's own chat template prints them.
+
+        `self.counts` receives a difference, if there is one.
+
+        Args:
+          dialogues: turns of the first rows of the data.
+        Raises: InputError if, with `template: auto`, any dialogue of the data is counted as rendered otherwise.
+        """
+        if (difference := first_difference(self.renderer, dialogues)) is not None:
+            self.counts[difference] += 1
+        for line, n in self.counts.items():
+            if line.startswith(MISMATCH) and self.renderer.template == "auto":
+                raise InputError(
+                    f"template: found {n} {line}, expected template: assembled to train on them all the same, or plain"
+                )
+
+    # Resuming: exactly, or not at all.
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train, as Trainer does, but resume exactly.
+
+        A resumed run has the same weights, metrics and sums, bit for bit, as one that was never stopped.
+
+        Args:
+          resume_from_checkpoint: a checkpoint folder; True = the newest complete one; None or False = start anew.
+          kwargs: further arguments of Trainer's method.
+        Raises: InputError if the checkpoint is incomplete or damaged, if it was written by another number of
+          processes, or if there is none for True.
+        """
+        checkpoint = self.last_checkpoint() if resume_from_checkpoint is True else resume_from_checkpoint or None
+        if resume_from_checkpoint is True and checkpoint is None:
+            raise InputError(f"{self.args.output_dir}: found no complete checkpoint, expected one to go on from")
+        self._resumed, step, best = None if checkpoint is None else Path(checkpoint), 0, None
+        if self._resumed is not None:
+            state = self._check_resumable(self._resumed)
+            step, best = state.global_step, state.best_model_checkpoint
+            self.args.eval_on_start = False  # that evaluation was made at step 0
+        self._remove_leftover(Path(self.args.output_dir) / STAGING)
+        if self.args.should_save:
+            keep_metrics_until(self.args.output_dir, step)
+            rotate(self.args.output_dir, step, self.args.save_total_limit, best)
+        self.accelerator.wait_for_everyone()
+        try:
+            output = super().train(checkpoint and str(checkpoint), **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if getattr(callback, "training_bar", None) is not None:  # so that an error is printed below the bar
+                    callback.training_bar.close()
+                    callback.training_bar = None
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest complete checkpoint of the run; None = there is none.
+
+        Raises: InputError if it was written by another number of processes.
+        """
+        checkpoint = last_complete(self.args.output_dir, self.lacking)
+        if checkpoint is not None:
+            check_processes(checkpoint, self._processes(checkpoint), self.args.world_size)
+        return checkpoint
+
+    def lacking(self, checkpoint: Path) -> list[str]:
+        """Return the names of files that exact resuming needs and the checkpoint does not have."""
+        if hasattr(self.model, "peft_config"):
+            parts = [name for name in PARTS if getattr(self.model, name, None) is not None]
+            weights = ["adapter_model.safetensors", SETTINGS_FILE, *(f"{name}.safetensors" for name in parts)]
+        else:
+            weights = ["pytorch_model_fsdp*"] if self.is_fsdp_enabled else ["*.safetensors"]
+        optimizer = "global_step*" if self.is_deepspeed_enabled else "optimizer*" if self.is_fsdp_enabled else None
+        optimizer = optimizer or "optimizer.pt"
+        needed = [*weights, optimizer, "scheduler.pt", TRAINER_STATE_NAME, *self._rank_files(checkpoint)]
+        if getattr(self.accelerator, "scaler", None) is not None:
+            needed.append("scaler.pt")
+        return missing(checkpoint, needed)
+
+    def _rank_files(self, checkpoint: Path) -> list[str]:
+        """Return the names of the per-process files, for the number of processes that wrote the checkpoint."""
+        first = checkpoint / "averages-0.json"
+        ranks = range(self._processes(checkpoint) if first.exists() else 1)
+        states = ["rng_state.pth"] if len(ranks) == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
+        return [*states, *(f"averages-{rank}.json" for rank in ranks)]
+
+    def _processes(self, checkpoint: Path) -> int:
+        file = checkpoint / "averages-0.json"
+        with reading(file, DAMAGED):
+            return int(read_object(file, DAMAGED)["processes"])
+
+    def _check_resumable(self, checkpoint: Path) -> TrainerState:
+        """Return the trainer state of a checkpoint. Raises: InputError if training cannot resume exactly from it."""
+        if names := self.lacking(checkpoint):
+            raise InputError(f"{checkpoint}: found no {', '.join(names)}, expected {DAMAGED}")
+        check_processes(checkpoint, self._processes(checkpoint), self.args.world_size)
+        file = checkpoint / TRAINER_STATE_NAME
+        with reading(file, DAMAGED):
+            state = TrainerState.load_from_json(str(file))
+            if state.global_step != step_of(checkpoint):
+                raise ValueError(f"step {state.global_step}")
+        return state
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """Run an epoch as Trainer does, or stop if all steps are done.
+
+        After resuming from the checkpoint of the last step, Trainer would take one more step.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
+        """Log, save and evaluate as Trainer does, but write a step's checkpoint last, then stop if a signal came.
+
+        Trainer calls this once more after the last step of an epoch, for everything due at the end of the epoch. The
+        checkpoint of that step is therefore held back until the second call.
+        """
+        step, due = self.state.global_step, self.control.should_save
+        last = self.control.should_training_stop or float(self.state.epoch).is_integer()
+        if last and self._held_at != step:
+            self._held_at, self.control.should_save = step, False
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+            self.control.should_save = self.control.should_save or due
+            return
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        number = None if self.signals is None else self.signals.agreed(self.args.world_size)
+        if number is not None and step < self.state.max_steps:
+            if not due or self.args.save_only_model:
+                # A stopped run must be resumable, so save optimizer and schedule in any case.
+                only, self.args.save_only_model = self.args.save_only_model, False
+                self._save_checkpoint(model, trial)
+                self.args.save_only_model = only
+            raise stopped(number, self.args.output_dir, step, self.state.max_steps)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save the random state as Trainer does, and the running sums since the last row of metrics."""
+        super()._save_rng_state(output_dir)
+        sums = {name: pair.tolist() for name, pair in self._sums.items()}
+        found = {
+            "processes": self.args.world_size,
+            "logged_at": self._globalstep_last_logged,
+            "sums": sums,
+            "loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+        }
+        file = Path(output_dir) / f"averages-{self.args.process_index}.json"
+        file.write_text(json.dumps(found), encoding="utf-8")
+
+    def restore_averages(self) -> None:
+        """Restore the running sums that `_save_rng_state` saved, if training resumed from a checkpoint."""
+        self._sums = {}
+        if self._resumed is None:
+            return
+        file, device = self._resumed / f"averages-{self.args.process_index}.json", self.args.device
+        with reading(file, DAMAGED):
+            found = read_object(file, DAMAGED)
+            self._tr_loss = torch.tensor(float(found["loss"]), device=device)
+            self._total_loss_scalar = float(found["total_loss"])
+            self._globalstep_last_logged = int(found["logged_at"])
+            self._sums = {name: torch.tensor(pair, device=device) for name, pair in found["sums"].items()}
+
+    # Checkpoints: complete or absent.
+
+    def _get_output_dir(self, trial) -> str:
+        """Return the folder below which Trainer writes checkpoints: a staging folder, from which they are moved."""
+        return os.path.join(super()._get_output_dir(trial), STAGING)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        staging = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        self._remove_leftover(staging)
+        with filling(staging, staging.parent / name):
+            super()._save_checkpoint(model, trial)
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == staging:  # Trainer recorded the staging path
+            self.state.best_model_checkpoint = str(staging.parent / Path(best).name)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            with filling(staging, staging.parent / name):
+                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+            publish(staging / name, staging.parent / name)
+            best = self.state.best_model_checkpoint
+            rotate(staging.parent, self.state.global_step, self.args.save_total_limit, best)
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model in a staging folder first, then move it into its folder (`move_model`)."""
+        if _internal_call:  # part of a checkpoint, which is staged itself
+            return super().save_model(output_dir, _internal_call=True)
+        folder = Path(output_dir or self.args.output_dir)
+        staging = folder / STAGING
+        self._remove_leftover(staging)
+        with filling(staging, folder):
+            super().save_model(str(staging), _internal_call=True)
+            if self.args.should_save:
+                move_model(staging, folder)
+        self.accelerator.wait_for_everyone()
+
+    def _remove_leftover(self, staging: Path) -> None:
+        """Remove a staging folder that a killed process left half written."""
+        if self.args.should_save and staging.exists():
+            shutil.rmtree(staging)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and hasattr(self.model, "peft_config"):
+            save_heads(self.model, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """Load weights as Trainer does, and the heads saved beside an adapter.
+
+        Raises: InputError if the checkpoint is damaged or lacks weights, about which Trainer would only warn.
+        """
+        model, checkpoint = model or self.model, Path(resume_from_checkpoint)
+        for file in checkpoint.glob("*.safetensors"):
+            with reading(file, DAMAGED), safetensors.safe_open(file, "pt"):
+                pass
+        with reading(checkpoint, DAMAGED):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if hasattr(model, "peft_config"):
+                load_heads(model, resume_from_checkpoint)
+            else:
+                _check_whole(model, checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        scheduler, optimizer = (
+            None if checkpoint is None else Path(checkpoint) / f"{name}.pt" for name in ("scheduler", "optimizer")
+        )
+        if scheduler is not None:  # read first, which is cheap, so that an error names the right file
+            with reading(scheduler, DAMAGED):
+                torch.load(scheduler, weights_only=True)
+        with reading(optimizer, DAMAGED):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(f"{checkpoint}/rng_state", DAMAGED):
+            super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)  # Trainer's own method would not load heads
+
+
+class OfflineTrainer(BaseTrainer):
+    """A trainer of a guided model on scored trajectories.
+
+    A subclass defines the loss (`loss_terms`), the outputs of forward that it needs (`forward_options`), how rewards
+    are distributed over tokens (`step_rule`) and the parts that the model needs (`prepare_model`).
+
+    Args:
+      model: a causal LM, or a folder or hub name of one.
+      args: the settings.
+      train_dataset: trajectories, or a path or hub name for `read_trajectories`.
+      eval_dataset: the same for held-out data; None = no evaluation.
+      processing_class: the tokenizer; None = the one saved with the model.
+      peft_config: train an adapter of this kind instead of the trunk, with heads trained and saved in full beside it;
+        None = train the trunk.
+    """
+
+    rows_for_next_v = False
+
+    def prepare(self, model, args: OfflineConfig, train, held_out, peft_config):
+        train = self.select(self.read(args, train, self.counts), args)
+        model = attach(model, None)
+        self.check_model(model, args)
+        self.scale = self.fit_scale(model, train, args)
+        slots = self.slots(model, train, args)
+        self.encoder = EpisodeEncoder(
+            self.renderer, args.window, self.step_rule(args), self.scale, slots, replies=self.learns_replies(args)
+        )
+        windows = self._windows(train, args, self.counts)
+        self.compare_with_template([row.turns for row in islice(train, TEMPLATE_ROWS)])
+        model = self.prepare_model(model, args, windows)
+        model.config.offline_lmrl = (
+            settings(model.config)
+            | {
+                "algorithm": self.algorithm,
+                **rendering_block(self.renderer),
+                "window": asdict(args.window),
+                "step_rule": asdict(self.step_rule(args)),
+                "reward_scale": self.scale.to_dict(),
+                "prompt": args.prompt and asdict(args.prompt),
+                "data": fingerprint(train),
+            }
+            | self.stored_blocks(args)
+        )
+        if peft_config is not None:
+            model = with_adapter(model, peft_config)
+        if held_out is not None:
+            held_out = self._windows(self.read(args, held_out), args, Counter())
+        return model, windows, held_out
+
+    def check_model(self, model, args: OfflineConfig) -> None:
+        super().check_model(model, args)
+        check_trains(model, self.renderer)
+        check_plays(model, self.renderer)
+
+    @staticmethod
+    def read(
+        args: OfflineConfig,
+        source: Sequence[Trajectory] | str | Path,
+        counts: Counter[str] | None = None,
+        reward: str | None = None,
+    ) -> Sequence[Trajectory]:
+        is_path = isinstance(source, str | Path)
+        return read_trajectories(source, counts=counts, reward=reward) if is_path else source
+
+    @staticmethod
+    def new_model(args: OfflineConfig, spec, tokenizer) -> PreTrainedModel:
+        return build_model(spec, tokenizer)
+
+    @staticmethod
+    def open_model(args: OfflineConfig, path: str, trust_remote_code: bool) -> PreTrainedModel:
+        return load_model(path, trust_remote_code=trust_remote_code)
+
+    # Methods for algorithms to define.
+
+    def select(self, trajectories: Sequence[Trajectory], args: OfflineConfig) -> Sequence[Trajectory]:
+        """Return the trajectories to train on."""
+        return trajectories
+
+    def step_rule(self, args: OfflineConfig) -> StepRule:
+        return StepRule()
+
+    def fit_scale(self, model: PreTrainedModel, train: Sequence[Trajectory], args: OfflineConfig) -> RewardScale:
+        """Return the scale of rewards; it is fitted before any row is encoded."""
+        return RewardScale.fit(train, args.reward_scale, discounted=self.step_rule(args).discounted)
+
+    def slots(self, model: PreTrainedModel, train: Sequence[Trajectory], args: OfflineConfig) -> SlotsOfLog | None:
+        """Return the return ids before the agent's turns (tokens/conditioning.py); None = no conditioning."""
+        return None
+
+    def prepare_model(self, model: PreTrainedModel, args: OfflineConfig, windows: WindowDataset) -> PreTrainedModel:
+        """Return the guided model with the parts that this algorithm needs."""
+        return attach(model, None)
+
+    def stored_blocks(self, args: OfflineConfig) -> Mapping[str, Any]:
+        """Return further entries for the `offline_lmrl` block of config.json."""
+        return {}
+
+    def forward_options(self) -> Mapping[str, Any]:
+        return {}
+
+    def loss_terms(
+        self, outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss per action token, and values to log.
+
+        Args:
+          outputs: of the guided model's forward (see `guided_class`).
+          steps: the packed action steps, (N,) each.
+        Returns: the loss (N,), and name -> (N,) or (K,), each averaged over its entries.
+        """
+        raise TypeError(f"{type(self).__name__} does not say what it minimises")
+
+    # Shared by all algorithms.
+
+    def _windows(self, trajectories: Sequence[Trajectory], args: OfflineConfig, counts: Counter[str]) -> WindowDataset:
+        prompts = None
+        if args.prompt is not None:
+            shown = self.demonstrations(args.prompt.demonstrations)
+            prompts = encode_prompts(args.prompt, trajectories, shown, self.renderer, self.encoder.slots)
+        columns = encode_trajectories(trajectories, self.encoder, counts, prompts)
+        pad_id = self.renderer.close_id  # any id will do, because padding is defined by the attention mask
+        return WindowDataset(
+            columns,
+            pad_id,
+            next_rows=self.rows_for_next_v,
+            end_rows=self.rows_for_end_v(args),
+            replies=self.encoder.replies,
+        )
+
+    def demonstrations(self, source: str | None) -> Sequence[Trajectory] | None:
+        """Return the trajectories from which demonstrations are drawn; None = from the training rows themselves."""
+        return None if source is None else read_trajectories(source)
+
+    def rows_for_end_v(self, args: OfflineConfig) -> bool:
+        return False
+
+    def learns_replies(self, args: OfflineConfig) -> bool:
+        """True if windows also hold the environment's replies, as targets."""
+        return False
+
+    def items_in(self, batch: Mapping[str, Any]) -> int:
+        """Return the number of action tokens."""
+        return len(batch["steps"]["row"])
+
+    def losses(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss_terms(self._forward(model, batch), batch["steps"])
+
+    def _forward(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        inputs = {name: value for name, value in batch.items() if name != "action_mask"}
+        return model(**inputs, **self.forward_options())
+
+
+def check_model(model: PreTrainedModel, renderer: Renderer, max_length: int) -> None:
+    """Check that the model can read windows of `max_length` tokens that `renderer` makes.
+
+    Raises: InputError if it has too few positions or embeddings, or was trained with another tokenizer or template.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise InputError(f"max_length: found {max_length}, expected at most the model's {limit} positions")
+    block = settings(model.config)
+    found, expected = renderer.fingerprint, block.get("tokenizer")
+    if expected != found and scheme_of(block) == SCHEME:
+        raise InputError(
+            f"tokenizer: found fingerprint {found}, expected {expected}: "
+            "the model was trained with another tokenizer or chat template"
+        )
+    tokens, rows = len(renderer.tokenizer), model.get_input_embeddings().weight.shape[0]
+    if tokens > rows:
+        raise InputError(f"tokenizer: found {tokens} tokens, expected at most the model's {rows} embeddings")
+
+
+def with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
+    """Return the model inside a trainable adapter; heads stay trainable in full.
+
+    Raises: InputError if the model has an adapter already, or cannot take this one.
+    """
+    if hasattr(model, "peft_config"):
+        raise InputError("lora: found a model with an adapter already; leave lora out to train that one, or merge it")
+    peft = require_peft()
+    routers = _linear_layers_with_several_outputs(model)
+    if peft_config.target_modules == "all-linear":
+        peft_config = replace(peft_config, exclude_modules=[*(peft_config.exclude_modules or ()), *routers])
+    try:
+        model = peft.get_peft_model(model, peft_config)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"model.lora: {error}") from error
+    inner = model.get_base_model()
+    for name in routers:
+        if hasattr(inner.get_submodule(name), "base_layer"):
+            raise InputError(
+                f"model.lora.target_modules: found {name}, a layer with several outputs, expected layers "
+                "with one, which is what an adapter adds to"
+            )
+    unfreeze_heads(model)
+    return model
+
+
+@torch.no_grad()
+def _linear_layers_with_several_outputs(model: PreTrainedModel) -> list[str]:
+    """Return the names of linear layers that return more than one tensor, such as routers of mixtures of experts."""
+    found: list[str] = []
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, output, name=name: None if isinstance(output, Tensor) else found.append(name)
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    with probing(model):
+        ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
+        model(input_ids=ids, attention_mask=ids)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _check_whole(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Check that every weight of the model is in the checkpoint, tied ones once.
+
+    Mixture-of-experts files fail here, because Trainer restores them only in part. Raises: InputError.
+    """
+    stored: set[str] = set()
+    for file in checkpoint.glob("*.safetensors"):
+        with safetensors.safe_open(file, "pt") as content:
+            stored.update(content.keys())
+    weights = model.state_dict()
+    pointers = {weights[name].data_ptr() for name in stored if name in weights}
+    missing = [name for name, value in weights.items() if value.numel() and value.data_ptr() not in pointers]
+    if missing:
+        raise InputError(f"{checkpoint}: lacks {len(missing)} weights of this model, first {missing[0]}")
+
+
+def tokenizer_beside(model: PreTrainedModel | str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer saved with a model. Raises: InputError if there is none."""
+    return load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
+
+
+def move_model(staging: Path, folder: Path) -> None:
+    """Move a written model from `staging` into `folder`, which contains it.
+
+    Delete the old config first and move the new one last, so that a half-finished move cannot be loaded.
+    """
+    for name in CONFIG_FILES:
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name in CONFIG_FILES):
+        sync(path)
+        os.replace(path, folder / path.name)
+    staging.rmdir()
+
+
+def check_processes(checkpoint: Path, found: int, here: int) -> None:
+    """Check that a checkpoint was written by as many processes as run now.
+
+    Another number would change the rows of a step, because each process reads its own.
+
+    Args:
+      checkpoint: its folder, for the error.
+      found: the number of processes that wrote it.
+      here: the number of processes now.
+    Raises: InputError if the numbers differ.
+    """
+    if found != here:
+        raise InputError(
+            f"{checkpoint}: found a checkpoint of a run by {found} process(es), expected one by {here}, "
+            f"as this command runs: start {found} (torchrun --nproc_per_node {found}), or take another "
+            "output_dir"
+        )
