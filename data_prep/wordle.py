@@ -22,8 +22,7 @@ from offline_lmrl.environments.scripted import Forced, check_episodes
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.io import REPORT, split_by_group, write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory
-from offline_lmrl.tasks.wordle import Wordle, read_words
-from offline_lmrl.tasks.wordle_players import (
+from offline_lmrl.tasks.wordle import (
     PLAYERS,
     Consistent,
     Mixture,
@@ -33,7 +32,9 @@ from offline_lmrl.tasks.wordle_players import (
     Scripted,
     Uniform,
     User,
+    Wordle,
     Wrong,
+    read_words,
 )
 
 VALIDATION_SHARE = 0.1

@@ -10,7 +10,7 @@ import offline_lmrl
 from offline_lmrl.algorithms import ALGORITHMS
 from offline_lmrl.cli.data import shipped_configs
 from offline_lmrl.models.guided import build_model
-from offline_lmrl.tasks.toys import Walk
+from offline_lmrl.tasks.walk import Walk
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""The rule of dependence: a module imports from a lower rank or its own folder, an algorithm not even the latter."""
+"""The rule of dependence: a module imports from a lower rank or its own folder; tasks and algorithms not even that."""
 
 import ast
 import re
@@ -24,7 +24,7 @@ RANKS = {
     "comparison": 8,
     "cli": 9,
 }
-SIBLINGS_APART = ("algorithms",)  # a module there imports no other of its folder
+SIBLINGS_APART = ("tasks", "algorithms")  # a module there imports no other of its folder
 HIGHEST_RANK_FOR_DATA_PREP = RANKS["tasks"]
 EXTRAS = ("matplotlib", "peft")
 
@@ -126,6 +126,7 @@ def test_the_rule_catches_each_kind_of_violation():
     assert violations({"offline_lmrl.logs.a": "from offline_lmrl.tokens import windows"})
     assert violations({"offline_lmrl.environments.a": "from offline_lmrl.training import loop"})
     assert violations({"offline_lmrl.tasks.a": "from offline_lmrl.algorithms import ilql"})
+    assert violations({"offline_lmrl.tasks.maze": "from .walk import Walk", "offline_lmrl.tasks.walk": ""})
     assert violations({"offline_lmrl.algorithms.bc": "from .ilql import loss", "offline_lmrl.algorithms.ilql": ""})
     assert violations({"offline_lmrl.evaluation.a": "from offline_lmrl.cli.main import main"})
     assert violations({"offline_lmrl": "from offline_lmrl.logs.io import read_trajectories"})

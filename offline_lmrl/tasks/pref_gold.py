@@ -16,8 +16,9 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.tasks.toys_conditioned import CUES, LETTERS
 
+CUES = tuple("wxyz")  # the prompts
+LETTERS = tuple("abcdefgh")
 LENGTH = 4
 REPLIES = tuple(" ".join(letters) for letters in itertools.product(LETTERS, repeat=LENGTH))  # columns of the table
 

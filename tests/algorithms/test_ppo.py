@@ -27,7 +27,7 @@ from offline_lmrl.models.guided import build_model
 from offline_lmrl.models.reward_model import build_reward_model, load_reward_model
 from offline_lmrl.ops.policy_gradient import adaptive_kl_weight, tensorflow_adam_eps
 from offline_lmrl.run import DataConfig, ModelConfig, contents, train, value_model_of, weights_hash
-from offline_lmrl.tasks.toys import Gamble
+from offline_lmrl.tasks.gamble import Gamble
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3"], 300)

@@ -10,8 +10,7 @@ import time
 import pytest
 
 from offline_lmrl.environments.rollouts import rollout
-from offline_lmrl.tasks.wordle import LISTS, Wordle, lexicon
-from offline_lmrl.tasks.wordle_players import PLAYERS, Scripted
+from offline_lmrl.tasks.wordle import LISTS, PLAYERS, Scripted, Wordle, lexicon
 
 pytestmark = pytest.mark.benchmarks
 

@@ -21,7 +21,7 @@ from offline_lmrl.cli.play import read_prompts
 from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession
 from offline_lmrl.errors import LONGEST_MESSAGE, InputError
 from offline_lmrl.logs.io import write_trajectories
-from offline_lmrl.tasks.toys import HiddenRule
+from offline_lmrl.tasks.hidden_rule import HiddenRule
 from offline_lmrl.tokens.few_shot import PromptSpec
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 

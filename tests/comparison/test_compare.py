@@ -21,7 +21,7 @@ from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import write_comparisons, write_trajectories
 from offline_lmrl.logs.protocols import Reply
 from offline_lmrl.logs.trajectory import Turn
-from offline_lmrl.tasks.toys import Gamble
+from offline_lmrl.tasks.gamble import Gamble
 
 KL = {1.0: 0.05, 2.0: 0.1, 4.0: 0.2, 8.0: 0.9}
 
@@ -763,7 +763,7 @@ def test_a_table_of_which_every_method_failed_is_drawn(world, monkeypatch):
 FRAGILE = """
 from pathlib import Path
 
-from offline_lmrl.tasks.toys import Gamble
+from offline_lmrl.tasks.gamble import Gamble
 
 
 class Fragile(Gamble):

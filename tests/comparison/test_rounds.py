@@ -15,7 +15,7 @@ from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import read_trajectories, write_trajectories
 from offline_lmrl.run import DataConfig, ModelConfig
-from offline_lmrl.tasks.toys import Gamble
+from offline_lmrl.tasks.gamble import Gamble
 
 SCRATCH = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 32}
 WORLD = {"name": "gamble"}

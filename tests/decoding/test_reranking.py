@@ -11,7 +11,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.logs.protocols import Reply
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.ops.preferences import abstention_threshold, best_of_n
-from offline_lmrl.tasks.toys import Gamble
+from offline_lmrl.tasks.gamble import Gamble
 
 PROB = [0.4, 0.3, 0.2, 0.1]
 VALUE = {"a": 2.0, "b": 0.0, "c": 3.0, "d": 1.0}

@@ -171,7 +171,7 @@ def test_known_environments_can_be_made():
 
 
 def test_your_own_environment_is_found_by_its_dotted_name(tmp_path, monkeypatch):
-    (tmp_path / "my_game.py").write_text("from offline_lmrl.tasks.toys import Gamble as Game\n")
+    (tmp_path / "my_game.py").write_text("from offline_lmrl.tasks.gamble import Gamble as Game\n")
     monkeypatch.chdir(tmp_path)
     assert rollout(Picker(), make_environment("my_game:Game"), [0])[0].terminated
 
@@ -181,7 +181,7 @@ def test_your_own_environment_is_found_by_its_dotted_name(tmp_path, monkeypatch)
     [
         ("mase", {}, "found 'mase', expected 'maze'"),
         ("no.such.module:Class", {}, "cannot be imported"),
-        ("offline_lmrl.tasks.toys:Corridr", {}, "has no Corridr"),
+        ("offline_lmrl.tasks.corridor:Corridr", {}, "has no Corridr"),
         ("math:Corridor", {}, "has no Corridor"),
         ("maze", {"colour": "red"}, "colour"),
         ("maze", {"observed": "half"}, "half"),

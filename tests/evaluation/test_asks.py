@@ -10,7 +10,7 @@ from offline_lmrl.evaluation.asks import AskPoint, ask_point, ask_rows, ask_tabl
 from offline_lmrl.evaluation.metrics import Estimate
 from offline_lmrl.evaluation.play import EvaluationResult
 from offline_lmrl.logs.io import write_trajectories
-from offline_lmrl.tasks.toys import Count
+from offline_lmrl.tasks.count import Count
 
 
 def point(ask, achieved, turns=100):

@@ -23,7 +23,7 @@ from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import attach, build_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
-from offline_lmrl.tasks.toys import Corridor
+from offline_lmrl.tasks.corridor import Corridor
 from offline_lmrl.tokens.few_shot import PromptSpec, prompt_ids
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.tokenizers import train_tokenizer

@@ -8,7 +8,7 @@ from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.logs.io import write_trajectories
-from offline_lmrl.tasks.toys_conditioned import HELD_OUT, HiddenRule
+from offline_lmrl.tasks.hidden_rule import HELD_OUT, HiddenRule
 from offline_lmrl.tokens.few_shot import PromptSpec
 from tests.gates.small import SPEC, fitted
 

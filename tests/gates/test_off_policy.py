@@ -13,7 +13,7 @@ from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.scripted import scripted_episode
 from offline_lmrl.evaluation.off_policy import fitted_q_evaluation, importance_sampling
 from offline_lmrl.evaluation.offline import acting_log_prob
-from offline_lmrl.tasks.toys import STARTS, Corridor
+from offline_lmrl.tasks.corridor import STARTS, Corridor
 from offline_lmrl.tokens.windows import policy_window
 from tests.gates.small import fitted
 

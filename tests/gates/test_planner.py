@@ -10,7 +10,8 @@ from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.evaluation.metrics import mean_interval
 from offline_lmrl.logs.trajectory import Turn
-from offline_lmrl.tasks.toys import GOAL, TalkTrap, Walk
+from offline_lmrl.tasks.talk_trap import TalkTrap
+from offline_lmrl.tasks.walk import GOAL, Walk
 from tests.gates.small import fitted
 
 pytestmark = pytest.mark.gates

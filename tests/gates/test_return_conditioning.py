@@ -13,7 +13,7 @@ from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.scripted import Forced
 from offline_lmrl.models.guided import slots_of
-from offline_lmrl.tasks.toys_conditioned import Count, Count1, Talk
+from offline_lmrl.tasks.count import Count, Count1, Talk
 from offline_lmrl.tokens.conditioning import LABEL, returns_to_go
 from tests.gates.small import fitted
 

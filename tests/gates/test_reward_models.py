@@ -21,8 +21,7 @@ from offline_lmrl.logs.preferences import score_rows
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.reward_model import build_reward_model
 from offline_lmrl.ops.preferences import bradley_terry_loss
-from offline_lmrl.tasks.pref_gold import REPLIES, PrefGold
-from offline_lmrl.tasks.toys_conditioned import CUES, LETTERS
+from offline_lmrl.tasks.pref_gold import CUES, LETTERS, REPLIES, PrefGold
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 pytestmark = pytest.mark.gates

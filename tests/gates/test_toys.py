@@ -8,7 +8,8 @@ from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.ops.value_learning import expectile_loss
-from offline_lmrl.tasks.toys import Corridor, Gamble
+from offline_lmrl.tasks.corridor import Corridor
+from offline_lmrl.tasks.gamble import Gamble
 from tests.gates.small import fitted
 
 pytestmark = pytest.mark.gates

@@ -12,16 +12,20 @@ from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.scripted import Forced
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.metrics import ScoreScale
-from offline_lmrl.tasks.wordle import CODES, TRIES, Lexicon, Wordle, lexicon
-from offline_lmrl.tasks.wordle_players import (
+from offline_lmrl.tasks.wordle import (
+    CODES,
     PLAYERS,
+    TRIES,
     Consistent,
     Knowledge,
+    Lexicon,
     Mixture,
     MonteCarlo,
     Scripted,
     Uniform,
     User,
+    Wordle,
+    lexicon,
 )
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "wordle"

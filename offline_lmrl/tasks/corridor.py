@@ -1,0 +1,90 @@
+"""A task that tests stitching: no logged episode of a start earns anything, but together they hold the whole path."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from offline_lmrl.environments.scripted import check_episodes, scripted_episode
+from offline_lmrl.logs.protocols import StepResult
+from offline_lmrl.logs.trajectory import Trajectory, Turn
+
+STARTS = 16
+CHOICES = 3
+
+
+class Corridor:
+    """Three binary choices from one of 16 starts, then one more at a junction that all starts share.
+
+    Each start has its own secret code of three choices, which leads to the junction; any other three choices end the
+    episode with 0. At the junction, "1" ends the episode with reward 1 and "0" with 0. A text other than "0" and "1"
+    ends the episode with 0, anywhere. The observation is the start and the choices so far, or the junction, so one
+    turn of context makes the game Markov. Implements Environment.
+
+    Args:
+      code_seed: seed of the 16 codes, which must be the same for logs and play.
+    """
+
+    def __init__(self, code_seed: int = 0):
+        self.code_seed = code_seed
+        bits = np.random.default_rng(code_seed).integers(2, size=(STARTS, CHOICES))
+        self.codes = ["".join(map(str, row)) for row in bits]
+
+    def reset(self, seed: int) -> Sequence[Turn]:
+        """Start an episode at start seed % 16."""
+        return self._enter(seed % STARTS)
+
+    def step(self, text: str) -> StepResult:
+        """Take the choice "0" or "1"; white space around it is ignored."""
+        choice = text.strip()
+        if choice not in ("0", "1"):
+            self.invalid += 1
+            return StepResult((), 0.0, True, False)
+        if self.at_junction:
+            return StepResult((), float(choice), True, False)
+        self.path += choice
+        if len(self.path) == CHOICES:
+            self.at_junction = self.path == self.codes[self.start]
+            if not self.at_junction:
+                return StepResult((), 0.0, True, False)
+        return StepResult(self._observe(), 0.0, False, False)
+
+    def labels(self) -> dict[str, object]:
+        """Return the start, whether the junction was reached, and the number of texts that were no choice."""
+        return {"start": self.start, "reached": self.at_junction, "invalid": self.invalid}
+
+    def optimum(self) -> float:
+        """Return the best return, which is the same from every start: the code, then "1"."""
+        return 1.0
+
+    def logs(self, episodes: int, seed: int) -> list[Trajectory]:
+        """Return logs in which half of the episodes start at the junction and half at a random start.
+
+        The first half take "1". The others choose at random, and take "0" if they reach the junction, so that no
+        episode from a start has a return above 0.
+        """
+        check_episodes(episodes)
+        rng = np.random.default_rng(seed)
+        trajectories = []
+        for episode in range(episodes):
+            from_junction = episode % 2 == 0
+            last = str(int(from_junction))
+            opening = self._enter(0 if from_junction else int(rng.integers(STARTS)), at_junction=from_junction)
+            trajectory = scripted_episode(
+                self,
+                opening,
+                lambda last=last: last if self.at_junction else str(rng.integers(2)),
+                group=f"corridor-{seed}-{episode}",
+                task="corridor",
+                labels={"from_junction": from_junction},
+            )
+            assert from_junction or trajectory.total_return == 0, "a logged episode from a start earns a reward"
+            trajectories.append(trajectory)
+        return trajectories
+
+    def _enter(self, start: int, at_junction: bool = False) -> Sequence[Turn]:
+        self.start, self.path, self.at_junction, self.invalid = start, "", at_junction, 0
+        return self._observe()
+
+    def _observe(self) -> Sequence[Turn]:
+        text = "junction" if self.at_junction else " ".join(["start", str(self.start), *self.path])
+        return (Turn("user", text),)

@@ -1,0 +1,55 @@
+"""A task that tests whether a method learns the mean: luck in the logs must not be mistaken for skill."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from offline_lmrl.environments.scripted import check_episodes, scripted_episode
+from offline_lmrl.logs.protocols import StepResult
+from offline_lmrl.logs.trajectory import Trajectory, Turn
+
+
+class Gamble:
+    """A game of one choice: "safe" pays 5; "gamble" pays 10 with probability .1, else 0; any other text pays 0.
+
+    Implements Environment.
+    """
+
+    chance, prize, safe = 0.1, 10.0, 5.0
+
+    def reset(self, seed: int) -> Sequence[Turn]:
+        """Start an episode and return its question; the seed decides whether a gamble would win."""
+        return self._enter(np.random.default_rng(seed))
+
+    def step(self, text: str) -> StepResult:
+        """Take the choice and end the episode; white space around the text is ignored."""
+        self.choice = text.strip()
+        reward = {"safe": self.safe, "gamble": self.prize * self.lucky}.get(self.choice, 0.0)
+        return StepResult((), reward, True, False)
+
+    def labels(self) -> dict[str, object]:
+        """Return the chosen text, and as `invalid` 1 if it was neither "safe" nor "gamble", else 0."""
+        return {"choice": self.choice, "invalid": int(self.choice not in ("safe", "gamble"))}
+
+    def optimum(self) -> float:
+        """Return the best expected return: the larger of 5 and .1 · 10."""
+        return max(self.safe, self.chance * self.prize)
+
+    def logs(self, episodes: int, seed: int) -> list[Trajectory]:
+        """Return logs of a behaviour policy that makes both choices with equal probability."""
+        check_episodes(episodes)
+        rng = np.random.default_rng(seed)
+        return [
+            scripted_episode(
+                self,
+                self._enter(rng),
+                lambda: ("safe", "gamble")[rng.integers(2)],
+                group=f"gamble-{seed}-{episode}",
+                task="gamble",
+            )
+            for episode in range(episodes)
+        ]
+
+    def _enter(self, rng: np.random.Generator) -> Sequence[Turn]:
+        self.lucky = bool(rng.random() < self.chance)
+        return (Turn("user", "safe or gamble?"),)

@@ -1,0 +1,119 @@
+"""A task that tests whether a policy follows demonstrations: without one of its rule, it can only be guessed."""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from offline_lmrl.environments.scripted import check_episodes, scripted_episode
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.protocols import StepResult
+from offline_lmrl.logs.trajectory import Trajectory, Turn
+
+LETTERS = tuple("abcdefgh")
+CUES = tuple("wxyz")
+ORDERS = tuple(itertools.permutations(CUES))
+HELD_OUT = 336  # a fifth of the 1,680 rules
+
+
+class HiddenRule:
+    """A game of four cues, w to z, in random order, each with one right answer, a to h, which pays 1.
+
+    The task is a rule: a different right answer for each cue, which gives 1,680 rules. The texts do not show which
+    answers earned a reward, so without a demonstration of the same rule the player can only guess: over all rules, one
+    answer in eight is right. Implements Environment.
+
+    With n rules, seeds 0..24n−1 are every rule with every order of the cues; seeds that differ by n have the same
+    rule.
+
+    Args:
+      held_out: play the 336 rules that are held out from training, instead of the 1,344 others.
+      split_seed: seed of this split, which must be the same for training and test.
+    """
+
+    def __init__(self, held_out: bool = False, split_seed: int = 0):
+        training, kept = _split_rules(split_seed)
+        self.rules = kept if held_out else training
+
+    def reset(self, seed: int) -> Sequence[Turn]:
+        """Start an episode of rule seed % n and return its first cue."""
+        number, again = seed % len(self.rules), seed // len(self.rules)
+        return self._enter(self.rules[number], ORDERS[(number + again) % len(ORDERS)])
+
+    def step(self, text: str) -> StepResult:
+        """Take an answer and return the next cue; white space around the answer is ignored."""
+        answer = text.strip()
+        self.invalid += answer not in LETTERS
+        reward = _right(self.rule, self.cues[0], answer)
+        self.cues = self.cues[1:]
+        return StepResult(self._observe(), reward, not self.cues, False)
+
+    def labels(self) -> dict[str, object]:
+        """Return the task name, as in trajectories of the same rule, and the number of texts that were no answer."""
+        return {"task": task_name(self.rule), "invalid": self.invalid}
+
+    def optimum(self) -> float:
+        """Return the best return of a player who knows the rule, mean over rules: the best answer to every cue."""
+        best = [max(_right(rule, cue, answer) for answer in LETTERS) for rule in self.rules for cue in CUES]
+        return sum(best) / len(self.rules)
+
+    def task(self, seed: int) -> str:
+        """Return the task name of this seed's episode; demonstrations for it have the same task."""
+        return task_name(self.rules[seed % len(self.rules)])
+
+    def logs(self, episodes: int, seed: int) -> list[Trajectory]:
+        """Return episodes of random rules; an answer is right with probability .7, else any of the seven others."""
+        check_episodes(episodes)
+        rng = np.random.default_rng(seed)
+
+        def answer() -> str:
+            right = self._right_answer()
+            return right if rng.random() < 0.7 else str(rng.choice([a for a in LETTERS if a != right]))
+
+        return [
+            self._episode(self.rules[rng.integers(len(self.rules))], rng, answer, f"{seed}-{episode}")
+            for episode in range(episodes)
+        ]
+
+    def demonstrations(self, per_rule: int, seed: int) -> list[Trajectory]:
+        """Return `per_rule` episodes of each rule with all four answers right; rules are in the order of the seeds."""
+        if per_rule < 1:
+            raise InputError(f"per_rule: found {per_rule}, expected at least 1")
+        rng = np.random.default_rng(seed)
+        return [
+            self._episode(rule, rng, self._right_answer, f"shown-{seed}-{rule}-{number}")
+            for rule in self.rules
+            for number in range(per_rule)
+        ]
+
+    def _episode(self, rule: str, rng: np.random.Generator, choose: Callable[[], str], group: str) -> Trajectory:
+        opening = self._enter(rule, ORDERS[rng.integers(len(ORDERS))])
+        return scripted_episode(self, opening, choose, group=f"hidden_rule-{group}", task=task_name(rule))
+
+    def _enter(self, rule: str, cues: Sequence[str]) -> Sequence[Turn]:
+        self.rule, self.cues, self.invalid = rule, cues, 0
+        return self._observe()
+
+    def _observe(self) -> Sequence[Turn]:
+        return (Turn("user", self.cues[0]),) if self.cues else ()
+
+    def _right_answer(self) -> str:
+        return self.rule[CUES.index(self.cues[0])]
+
+
+def task_name(rule: str) -> str:
+    """Return the task name of a rule, such as "hidden_rule-cafe", with the answers to w, x, y and z."""
+    return f"hidden_rule-{rule}"
+
+
+@functools.cache
+def _split_rules(seed: int) -> tuple[list[str], list[str]]:
+    """Return the rules for training and the held-out rules, each list in random order."""
+    rules = ["".join(answers) for answers in itertools.permutations(LETTERS, len(CUES))]
+    shuffled = [rules[i] for i in np.random.default_rng(seed).permutation(len(rules))]
+    return shuffled[HELD_OUT:], shuffled[:HELD_OUT]
+
+
+def _right(rule: str, cue: str, answer: str) -> float:
+    return float(answer == rule[CUES.index(cue)])
