@@ -260,7 +260,10 @@ def reward_hint(columns: Sequence[str]) -> str:
         return ""
     first, *others = map(shown, columns)
     also = f" (or {', '.join(others)})" if others else ""
-    return f"; column {first}{also} may hold it: --data.reward {first}, for check and evaluate --reward {first}"
+    return (
+        f"; column {first}{also} may hold the score: use --data.reward {first}, "
+        f"or --reward {first} for check and evaluate"
+    )
 
 
 def _scored(turns: list[Turn], score: float | None, field: str, where: str, repairs: Counter) -> list[Turn]:

@@ -223,8 +223,8 @@ def test_repairs_of_the_reader_and_faults_of_the_groups_are_counted(tmp_path):
     unscored: Counter[str] = Counter()
     run.read_data("ilql", DataConfig(str(tmp_path / "validation.jsonl")), args, unscored)
     assert unscored == {
-        "rows, none of which has a reward; column 'stars' may hold it: --data.reward 'stars', for "
-        "check and evaluate --reward 'stars'": 3
+        "rows, none of which has a reward; column 'stars' may hold the score: use --data.reward 'stars', or "
+        "--reward 'stars' for check and evaluate": 3
     }
     with pytest.raises(InputError, match="data.reward: found it beside data.preference, expected one of them"):
         DataConfig("x", preference={}, reward="stars")

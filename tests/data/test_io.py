@@ -400,7 +400,8 @@ def test_groups_that_are_numbers_are_text_and_counted(tmp_path, group):
         (
             {"prompt": "1", "completion": "2", "stars": 4},
             "reward: found neither reward nor label, expected one of them "
-            "(null = not scored); column 'stars' may hold it: --data.reward 'stars', for check and evaluate --reward ",
+            "(null = not scored); column 'stars' may hold the score: use --data.reward 'stars', or --reward 'stars' "
+            "for check and evaluate",
         ),
         ({"prompt": "p", "completion": "a", "label": 2}, "label: found 2, expected true, false or null"),
         ({"prompt": "p", "completion": "a", "reward": "one"}, "reward: found 'one', expected a number"),
