@@ -14,7 +14,7 @@ from offline_lmrl.data.trajectory import Trajectory, Turn
 from offline_lmrl.decoding.policy import LanguageSession
 from offline_lmrl.models.guided import build_model
 
-ABSTAINED = "dropped: abstained, no reply"
+ABSTAINED = "dropped: the agent abstained, so there is no reply"
 LENGTH, UP = f"{__name__}:length", f"{__name__}:ups"
 ASKED = (Turn("user", "say it"),)
 

@@ -200,7 +200,8 @@ def test_comparisons_are_scored_as_the_config_says(tmp_path):
     assert [row.total_return for row in run.read_data("ilql", data, args, Counter())[0]] == [4.0, 0.0] * 3
     with pytest.raises(InputError, match="data.preference: found 'rewards', expected reward, place, normalise"):
         DataConfig("x", preference={"rewards": "sign"})
-    with pytest.raises(InputError, match="comparisons are scored by to_trajectories, or data.preference"):
+    remedy = "set data.preference, or call to_trajectories, to turn comparisons into scored rows"
+    with pytest.raises(InputError, match=remedy):
         run.read_data("bc", DataConfig(data.train), args, Counter())
 
 

@@ -113,7 +113,7 @@ def test_pointers_and_wrong_files_are_one_line_errors(tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
     for name in ("a.jsonl", "a.jsonl.gz", "a.parquet"):
         (tmp_path / name).write_text(pointer)
-        with pytest.raises(InputError, match="found a git-LFS pointer, expected the file it stands for"):
+        with pytest.raises(InputError, match="found a git-LFS pointer, expected the file itself; fetch it with git"):
             read_comparisons(tmp_path / name)
     (tmp_path / "b.jsonl").write_text(json.dumps({"messages": []}) + "\n")
     with pytest.raises(InputError, match="b.jsonl:1: fields: found messages, expected context, options and target"):

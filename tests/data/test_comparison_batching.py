@@ -150,7 +150,7 @@ def test_two_processes_render_what_one_renders(monkeypatch, encode_rows):
 
 def test_a_full_temporary_folder_is_one_line(monkeypatch):
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "r+b"))
-    with pytest.raises(InputError, match="found No space left on device, expected room for the data"):
+    with pytest.raises(InputError, match="found No space left on device, expected enough space for the data"):
         encode([PAIR])
 
 
