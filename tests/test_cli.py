@@ -527,7 +527,7 @@ def test_prepare_makes_comparisons_that_check_describes(command, tmp_path):
     assert code == 0 and "\n  the longer reply: wins: 20, losses: 0, ties: 0, accuracy: 1, interval: [0.8389, 1" in out
     counts = out[out.index("\nsplits:") :]  # last, where they are seen
     assert counts.startswith("\nsplits:\n  train: comparisons: 20, groups: 20\nrows: 21\nimported: 20\ndropped:\n")
-    assert "\n  fields: expected context, options and target, or" in counts and "\nrepaired: none\n" in counts
+    assert "\n  fields: expected context, options and target; or" in counts and "\nrepaired: none\n" in counts
     code, out, _ = command("check", tmp_path / "out")
     assert code == 0 and out.startswith("train:\n  comparisons: ") and "    replies of at most one word: 0\n" in out
     assert out.endswith("repairs and drops: none\ngroups in two splits: none\n")

@@ -175,7 +175,10 @@ def test_an_empty_reply_is_left_out_and_counted():
             {"reward": "signs"},
             "reward: found 'signs', expected one of sign, prob, strength, rank, bt, rating or a scorer",
         ),
-        ({"place": "token"}, "place: found 'token', expected terminal or turn (a label on a whole reply says nothing"),
+        (
+            {"place": "token"},
+            "place: found 'token', expected terminal or turn (a label of a whole reply gives no rewards",
+        ),
         ({"normalise": "z"}, "normalise: found 'z', expected one of none, global, group, rank"),
     ],
 )

@@ -95,7 +95,9 @@ def test_the_best_is_known_and_nothing_of_the_others(run):
 
 
 def test_an_unknown_tokenizer_is_a_one_line_error(tmp_path):
-    with pytest.raises(InputError, match="none: found no such folder, and the hub gave no tokenizer of that name "):
+    with pytest.raises(
+        InputError, match="none: found no such folder, and no tokenizer of that name could be loaded from the hub "
+    ):
         prepare(tmp_path / "in.json", tmp_path / "out", tokenizer=str(tmp_path / "none"))
 
 

@@ -414,11 +414,11 @@ def test_reasons_keep_the_numbers_of_a_rule_and_none_of_a_row(tmp_path):
     wrong = {
         "options: expected at least 2": lambda n: native(1),
         "weight: expected a number above 0": lambda n: native(n, weight=-n),
-        "target: expected one probability for each option, which sum to 1": lambda n: native(n, target=[n] * n),
-        "target: expected no more on options that are ranked lower": lambda n: native(
+        "target: expected one probability for each option, with a sum of 1": lambda n: native(n, target=[n] * n),
+        "target: expected no higher probability for an option that is ranked lower": lambda n: native(
             n, ranking=[[i] for i in reversed(range(n))]
         ),
-        "ranking: expected groups that hold the place of each option, from 0, once": lambda n: native(
+        "ranking: expected lists that together hold the index of each option, from 0, exactly once": lambda n: native(
             n, ranking=[[n]]
         ),
         "labels.options: expected a list with an entry for each option": lambda n: native(n, labels={"options": []}),
