@@ -142,7 +142,7 @@ def test_numbers_beyond_64_bits_are_refused_from_file_and_command_line(refused, 
         (("--args.lr_scheduler_kwargs", "{min_lr_rat: 0.1}"), "lr_scheduler_kwargs: found {'min_lr_rat': 0.1} ("),
         (("--args.seed", 2**32), "seed: found 4294967296, expected 0 to 4294967295"),
         (("--args.seed", "? "), "args.seed: "),
-        (("--args.seed", "a: &a [*a]"), "found 'a: &a [*a]', with *a, which stands in no value that ends before it"),
+        (("--args.seed", "a: &a [*a]"), "found 'a: &a [*a]', with *a, which refers to no value that ends before it"),
         (("--args.output_dir", "x" * 5000), ""),
         (
             ("--model.scratch", "{model_type: [gpt2]}"),

@@ -407,7 +407,9 @@ def _row(
             continue
         begin, kept = turn.action_start, len(turn.actions) - 1
         if piece[begin : begin + kept] != turn.actions[:kept]:
-            counts["agent turns inside a reply without actions: the template prints them otherwise there"] += 1
+            counts[
+                "agent turns inside a reply that have no actions, because the template prints them differently there"
+            ] += 1
             continue
         closing = piece[begin + kept : begin + kept + 1]
         closes = bool(closing) and (closing == turn.actions[kept:] or renderer.is_control(closing[0]))
