@@ -168,7 +168,7 @@ def _compare(rows: Sequence[Judged], reference: str, counts: Counter[str]) -> Co
     for preference in mean.values():
         bounded = min(max(preference, _CERTAIN), 1 - _CERTAIN)
         if bounded != preference:
-            counts[f"preferences of 0 or 1 taken as {_CERTAIN:g} or 1 less that"] += 1
+            counts[f"preferences of 0 or 1 moved inward by {_CERTAIN:g}"] += 1
         odds.append(bounded / (1 - bounded))
     total = math.fsum(odds)
     context = (Turn("user", rows[0].instruction),)

@@ -95,7 +95,7 @@ def read_chat(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
     else:
         found = fields.objects(row, "reactions", where)
     if any(turn.reward is not None for turn in turns):
-        raise Drop("rewards beside reactions")
+        raise Drop("rewards in addition to reactions")
     thumbs: dict[int, float | None] = {}
     reasons: list[str] = []
     for reaction in found:
@@ -183,4 +183,4 @@ def _turn(reaction: Mapping, turns: Sequence[Turn], where: str, counts: Counter[
     if said is not None and len(replies) == 1:
         counts["repaired: reply found by its text"] += 1
         return replies[0]
-    raise Drop("on no reply of the agent")
+    raise Drop("not on a reply of the agent")

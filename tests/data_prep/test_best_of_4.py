@@ -38,7 +38,7 @@ DROPPED = {
     "fewer than two different samples": [row(samples=(" you",) * 4), row(samples=("", " you", "", ""))],
     "the best sample is empty": [row(samples=(" you", " ", " are", " 1"))],
     "empty query": [row(" "), row(query=[PAD] * 3)],
-    "token ids that give no text": [row(sample0=[*CUT[:1], *ids(" you")] * 2)],
+    "token ids that do not decode to text": [row(sample0=[*CUT[:1], *ids(" you")] * 2)],
     "sample0: expected ids of the tokenizer": [
         row(sample0=[PAD - 1]),
         row(sample0=[1, PAD, 1]),

@@ -55,7 +55,7 @@ KEPT = {  # row -> rewards of its turns
 DROPPED = {
     "no reaction": [chat()],
     "neither up nor down": [chat({"turn": 1, "value": 0}), chat({"turn": 1}), comparia(1, "Yes.", True, True)],
-    "on no reply of the agent": [
+    "not on a reply of the agent": [
         chat({"turn": 2, "value": 1}),
         chat({"turn": 9, "value": 1}),
         chat({"turn": -2, "value": 1}),
@@ -63,7 +63,7 @@ DROPPED = {
         chat({"turn": 0, "value": 1}, messages=[{"role": "assistant", "content": " "}]),
     ],
     "contradictory reactions to one reply": [chat(UP, {"turn": 1, "value": -1})],
-    "rewards beside reactions": [chat(UP, messages=[CHAT[0], {**CHAT[1], "reward": 2}])],
+    "rewards in addition to reactions": [chat(UP, messages=[CHAT[0], {**CHAT[1], "reward": 2}])],
     "fields: expected messages and reaction {turn, value}, or messages and reactions, a list of those": [
         {"reaction": UP},
         {"messages": CHAT},
@@ -96,7 +96,7 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
     assert report["repaired"] == {
         "turn counted without the system message": 2,
         "reply found by its text": 1,
-        "reaction left out: on no reply of the agent": 1,
+        "reaction left out: not on a reply of the agent": 1,
         "reaction left out: neither up nor down": 1,
         "reaction left out: contradictory reactions to one reply": 1,
     }

@@ -167,7 +167,9 @@ def test_a_folder_with_a_split_of_another_run_is_refused(tmp_path, importer):
     for _ in range(2):  # the same splits again are fine
         importer.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0.3)
     before = (tmp_path / "out" / "train.jsonl").read_bytes()
-    with pytest.raises(InputError, match="found validation.jsonl of another run, expected .* no splits but train"):
+    with pytest.raises(
+        InputError, match="found validation.jsonl of another run, expected .* no splits other than train"
+    ):
         importer.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
     assert (tmp_path / "out" / "train.jsonl").read_bytes() == before
 
