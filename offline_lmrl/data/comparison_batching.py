@@ -272,7 +272,9 @@ def _dataset(
             for file, values in zip(files, part._replace(**ends), strict=True):
                 file.write(values)
         if not options:
-            raise InputError(f"comparisons: found none that fits, expected at least one ({dict(counts)})")
+            raise InputError(
+                f"comparisons: found none that fits into max_length, expected at least one ({dict(counts)})"
+            )
         read = _Rendered(*(np.asarray(np.memmap(file, code, "r")) for file, code in zip(files, _CODES, strict=True)))
     flat = (read.input_ids, read.token_ends), (read.actions, read.token_ends)
     return ComparisonDataset(

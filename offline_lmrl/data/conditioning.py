@@ -60,7 +60,7 @@ def check_ask(ask: float | str | None) -> None:
     named = isinstance(ask, str) and (ASK_NAMES.fullmatch(ask) or STATE_ASKS.fullmatch(ask))
     if not (ask is None or number or named):
         raise InputError(
-            f"ask: found {shown(ask)}, expected a finite number, max, p0 to p100, auto, auto:RUN, or expert:κ"
+            f"ask: found {shown(ask)}, expected a finite number, max, p0 to p100, auto, auto:RUN, expert:κ, or null"
         )
 
 

@@ -117,7 +117,7 @@ class EpisodeEncoder:
         )
         counts["agent turns dropped: longer than max_length"] += len(episode.dropped)
         if not episode.spans:
-            counts["trajectories without an agent turn that fits"] += 1
+            counts["trajectories without an agent turn that fits into max_length"] += 1
             return
         counts["last actions without a target: the log was cut after a finished agent turn"] += (
             episode.end == "finished"

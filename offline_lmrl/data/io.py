@@ -501,7 +501,7 @@ def parsed(row: Any, where: str, counts: Counter | None = None) -> Any:
         raise _too_deep(where)
     try:
         for name in names_in(row) if may_hold_half_a_pair else ():
-            require_text("a name", name)
+            require_text("a key", name)
     except InputError as error:
         raise InputError(f"{where}: JSON: {error}") from error
     return row

@@ -333,7 +333,7 @@ def test_rows_that_nobody_reads_are_left_out():
 
 
 def test_data_without_a_turn_that_fits_is_an_error():
-    with pytest.raises(InputError, match="no agent turn that fits"):
+    with pytest.raises(InputError, match="no agent turn that fits into max_length"):
         batch_of([Trajectory((user("a"), agent("x" * 30)))], WindowRule(max_length=10))
 
 

@@ -788,7 +788,7 @@ def test_half_a_surrogate_pair_in_a_name_is_named_by_its_line(tmp_path):
     (tmp_path / "rows.jsonl").write_text(f"{row}\n")
     said = message_of(read_trajectories, tmp_path / "rows.jsonl")
     assert said == (
-        f"{tmp_path / 'rows.jsonl'}:1: JSON: a name: found half a surrogate pair at character 0, expected text"
+        f"{tmp_path / 'rows.jsonl'}:1: JSON: a key: found half a surrogate pair at character 0, expected text"
     )
     (tmp_path / "rows.jsonl").write_text(f"[{row}]")
     assert said == message_of(read_trajectories, tmp_path / "rows.jsonl")

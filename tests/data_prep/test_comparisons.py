@@ -466,6 +466,6 @@ def test_labels_that_nest_too_deep_in_others_are_left_out_and_counted(tmp_path):
     rows = [row, {**row, "extra": deep}, {**row, "extra": 1}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
-    assert report["merged"]["labels left out, which nest too deep in others"] == 1
+    assert report["merged"]["labels left out, because they would nest too deep"] == 1
     (made,) = read_comparisons(tmp_path / "out" / "train.jsonl")
     assert made.labels["merged"] == [{"extra": 1}] and made.weight == 3
