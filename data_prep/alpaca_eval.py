@@ -80,7 +80,8 @@ def prepare(
         ]
     if not any(comparisons.values()):
         raise InputError(
-            f"{input}: found nothing left to compare ({dict(+counts)}), expected two options that differ by min_gap"
+            f"{input}: found nothing left to compare ({dict(+counts)}), expected two options of one instruction "
+            "(with min_gap: that differ by it)"
         )
     mean = _mean_preferences(row for rows in made.values() for row in rows)
     report = {**report, "assembled": dict(+counts)}
