@@ -274,7 +274,9 @@ class Printer:
         if stock == ours:
             return None
         i = first_difference(stock, ours)
-        return f"character {i}: the template prints {_shown(stock, i)}, but the text for training is {_shown(ours, i)}"
+        return (
+            f"character {i}: the template prints {_shown(stock, i)}, but the text for training has {_shown(ours, i)}"
+        )
 
     def stock(self, turns: Sequence[Turn], prompt: bool) -> str:
         """Return the stock template's own text for a dialogue.

@@ -260,7 +260,7 @@ def test_assembled_template_keeps_what_was_read():
     assert turn.stays
     difference = view.differences([HELLO, THOUGHT, DEAL, NO])
     assert "the template prints 'assistant\\nno thanks" in difference
-    assert "the text for training is 'assistant\\n<think>\\nhm" in difference
+    assert "the text for training has 'assistant\\n<think>\\nhm" in difference
 
 
 def test_injected_system_text_is_printed_only_where_the_dialogue_brings_none():
