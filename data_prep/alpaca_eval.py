@@ -80,7 +80,8 @@ def prepare(
         ]
     if not any(comparisons.values()):
         raise InputError(
-            f"{input}: found nothing left to compare ({dict(+counts)}), expected two options that differ by min_gap"
+            f"{input}: found nothing left to compare ({dict(+counts)}), expected two options of one instruction "
+            "(with min_gap: that differ by it)"
         )
     mean = _mean_preferences(row for rows in made.values() for row in rows)
     report = {**report, "assembled": dict(+counts)}
@@ -168,7 +169,7 @@ def _compare(rows: Sequence[Judged], reference: str, counts: Counter[str]) -> Co
     for preference in mean.values():
         bounded = min(max(preference, _CERTAIN), 1 - _CERTAIN)
         if bounded != preference:
-            counts[f"preferences of 0 or 1 taken as {_CERTAIN:g} or 1 less that"] += 1
+            counts[f"preferences of 0 or 1 moved inward by {_CERTAIN:g}"] += 1
         odds.append(bounded / (1 - bounded))
     total = math.fsum(odds)
     context = (Turn("user", rows[0].instruction),)

@@ -121,5 +121,5 @@ def _decoded(
         counts["repaired: part of a character removed at the end of a text"] += 1
         text = text.strip(_NO_TEXT)
     if _NO_TEXT in text:
-        raise Drop("token ids that give no text")
+        raise Drop("token ids that do not decode to text")
     return text

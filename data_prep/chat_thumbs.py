@@ -95,7 +95,7 @@ def read_chat(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
     else:
         found = fields.objects(row, "reactions", where)
     if any(turn.reward is not None for turn in turns):
-        raise Drop("rewards beside reactions")
+        raise Drop("rewards in addition to reactions")
     thumbs: dict[int, float | None] = {}
     reasons: list[str] = []
     for reaction in found:
@@ -110,7 +110,7 @@ def read_chat(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
     scored = {turn: value for turn, value in thumbs.items() if value is not None}
     if not scored:
         raise Drop(reasons[0] if reasons else "no reaction")
-    counts.update(f"repaired: reaction left out: {reason}" for reason in reasons)
+    counts.update(f"repaired: left out: {reason}" for reason in reasons)
     if turns[-1].role != "assistant":
         counts["kept: a chat that does not end with the agent"] += 1
     credited = [
@@ -162,7 +162,7 @@ def _value(reaction: Mapping, where: str, counts: Counter[str]) -> float:
         liked, disliked = (thumb(reaction.get(name), name, where, counts) for name in ("liked", "disliked"))
         value = float(bool(liked) - bool(disliked))
     if value not in (1, -1):
-        raise Drop("neither up nor down")
+        raise Drop("a reaction that is neither up nor down")
     return value
 
 
@@ -183,4 +183,4 @@ def _turn(reaction: Mapping, turns: Sequence[Turn], where: str, counts: Counter[
     if said is not None and len(replies) == 1:
         counts["repaired: reply found by its text"] += 1
         return replies[0]
-    raise Drop("on no reply of the agent")
+    raise Drop("a reaction that is not on a reply of the agent")

@@ -158,7 +158,7 @@ def read_log(path: Path) -> tuple[list[Side], dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}, expected a file of negotiations") from error
+        raise InputError(f"{path}: found {error.strerror}, expected a file of negotiations") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: found bytes that are not UTF-8 ({error.reason}), expected text") from error
     sides, dropped, repaired, outcomes = [], Counter(), Counter(), Counter()
@@ -195,7 +195,7 @@ def parse_line(line: str, repairs: Counter[str]) -> Side:
         raise Unreadable("blank line")
     match = _TAGGED.fullmatch(line) or _PLAIN.fullmatch(line)
     if match is None:
-        raise Unreadable("neither of the two forms")
+        raise Unreadable("a line in neither of the two forms")
     own, partner = ([int(number) for number in match[name].split()] for name in ("own", "partner"))
     if own[::2] != partner[::2]:
         raise Unreadable("the two sides have different counts")
@@ -217,7 +217,7 @@ def parse_line(line: str, repairs: Counter[str]) -> Side:
         repairs,
     )
     if not any(speaker == "YOU" for speaker, _ in side.talk) and side.outcome in ("division not logged", "disconnect"):
-        raise Unreadable("nothing that this side said or took")
+        raise Unreadable("this side has neither a turn nor a division")
     return side
 
 
@@ -301,7 +301,7 @@ def _with_outcome(side: Side, repairs: Counter[str]) -> Side:
     possible = all(number <= count for number, count in zip(division, counts, strict=True))
     agreed = possible and (fits(counts, division, tuple(numbers[3:])) if flag is None else flag == "agree")
     if flag is not None and reward != str(worth(division, side.scenario.values[0])):
-        repairs["logged reward is not the value of the selection: value taken"] += 1
+        repairs["logged reward is not the value of the selection: value used"] += 1
     if not agreed and reward != "0":
         repairs["selections do not fit: reward 0"] += 1
     return replace(side, outcome="agreement" if agreed else "selections do not fit", division=division)
@@ -333,7 +333,7 @@ def _held_out(rows: Sequence[Trajectory], number: int | None, seed: int, path: P
     if not 0 <= number < len(groups):
         raise InputError(
             f"held_out_scenarios: found {number}, expected 0 to {max(len(groups) - 1, 0)}, "
-            f"one less than the scenarios of {path.name}"
+            f"so that at least one scenario of {path.name} is left for train"
         )
     return set(groups[:number])
 

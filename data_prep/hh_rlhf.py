@@ -40,7 +40,7 @@ def prepare(
     """Read transcripts and write train.jsonl, validation.jsonl (test.jsonl if there is a test file) and report.json.
 
     Args:
-      input: a file of harmless-base, helpful-base, ..., or the folder with its train and test files.
+      input: a file of one public folder, such as harmless-base, or that folder with its train and test files.
       output: folder to write to; created if needed.
       validation: share of the groups (first human turns) of the training rows that goes to validation.
       group: column that identifies what must stay in one split, such as a customer; null = the first human turn.

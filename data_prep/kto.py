@@ -75,7 +75,7 @@ def read_labelled(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
     if not all(reply[i].content.strip() for i in agent):
         raise Drop("empty reply")
     if any(turn.reward is not None for turn in reply):
-        raise Drop("a reward beside the label")
+        raise Drop("a reward in addition to the label")
     reply[agent[-1]] = replace(reply[agent[-1]], reward=1.0 if label else -1.0)
     given = given_fields(row, ("group", "source", "labels"), where, counts)
     made = build_trajectory([*context, *reply], {"group": root_group(context), "source": "kto", **given}, where)

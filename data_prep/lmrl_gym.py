@@ -38,8 +38,8 @@ _DEALER = ("Dealer", "Seller")
 _USED = {"text_history", "rewards", "dones", "sequence", "reward", "done", "lines"}
 _QUESTION = re.compile(r"(?P<question>.*\?) (?P<answer>.*)", re.DOTALL)
 _LAYOUTS = (
-    "a list of state, action, reward and done, or from_state, action, reward and done, or text_history, "
-    "rewards and dones, or sequence, reward and done, or lines with correct or buyer_info"
+    "a list of objects with state, action, reward and done; or from_state, action, reward and done; or text_history, "
+    "rewards and dones; or sequence, reward and done; or lines with correct or buyer_info"
 )
 
 
@@ -125,7 +125,7 @@ def read_game(row: Mapping | list, where: str, counts: Counter[str], reward: str
     else:
         raise InputError(f"{where}: fields: found {shown(list(row))}, expected {_LAYOUTS}")
     if done is None:
-        raise Drop("a game that does not say whether it is done")
+        raise Drop("a game without a value of done")
     labels = extra_columns(row, {name for name in row if row[name] is not None} - _USED, counts)
     return _game(said, done, labels)
 
@@ -190,9 +190,9 @@ def _parts(
     texts: Sequence[str], acts: Sequence[bool | None], rewards: Sequence[float], name: str, where: str
 ) -> list[tuple[str, bool, float]]:
     if len(rewards) != len(texts):
-        raise InputError(f"{where}: {name}: found {len(rewards)} for {len(texts)} texts, expected one for each")
+        raise InputError(f"{where}: {name}: found {len(rewards)} for {len(texts)} texts, expected one for each text")
     if any(reward and not act for act, reward in zip(acts, rewards, strict=True)):
-        raise InputError(f"{where}: {name}: found a reward on a text that is no action, expected 0 there")
+        raise InputError(f"{where}: {name}: found a reward on a text that is not an action, expected 0 there")
     return list(zip(texts, map(bool, acts), rewards, strict=True))
 
 

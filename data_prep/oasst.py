@@ -74,7 +74,7 @@ def prepare(
     Args:
       input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files or a hub name.
       output: folder to write to; created if needed.
-      languages: tags (en, pt-BR, ...) of the languages whose messages are kept; null = all.
+      languages: tags of the languages whose messages are kept, such as en or pt-BR; null = all.
       validation: share of the groups (first messages) that goes to validation if the source has no validation split.
       group: column of a reply, or of its tree, that identifies what must stay in one split; null = the first message.
       seed: random seed of the split.
@@ -128,7 +128,7 @@ def connect(messages: Iterable[Message], counts: Counter[str]) -> Iterator[Reply
     known: dict[str, Message] = {}
     for message in messages:
         if known.setdefault(message.id, message) is not message:
-            counts["messages left out: given again"] += 1
+            counts["messages left out: repeated"] += 1
     children: dict[str | None, list[Message]] = defaultdict(list)
     for message in known.values():
         if message.unusable:
@@ -143,7 +143,9 @@ def connect(messages: Iterable[Message], counts: Counter[str]) -> Iterator[Reply
             counts["messages of prompters"] += 1
         else:
             yield before, message
-    counts["messages left out: what they reply to is not there"] += sum(map(len, children.values())) - len(reached)
+    counts["messages left out: the message that they reply to is missing or left out"] += sum(
+        map(len, children.values())
+    ) - len(reached)
 
 
 def turns_of(thread: Thread | None) -> list[Turn]:

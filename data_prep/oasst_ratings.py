@@ -36,7 +36,7 @@ def prepare(
       input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files or a hub name.
       output: folder to write to; created if needed.
       reward: the reward of a reply: quality (its mean rating, in [0, 1]) or thumbs ((up − down) / (up + down)).
-      languages: tags (en, pt-BR, ...) of the languages whose messages are kept; null = all.
+      languages: tags of the languages whose messages are kept, such as en or pt-BR; null = all.
       validation: share of the groups (first messages) that goes to validation if the source has no validation split.
       group: column of a reply, or of its tree, that identifies what must stay in one split; null = the first message.
       seed: random seed of the split.

@@ -46,5 +46,5 @@ def require_no_other_splits(output: str | Path, splits: Collection[str]) -> None
     if others:
         raise InputError(
             f"{output}: found {', '.join(others)} of another run, expected an empty folder or no splits "
-            f"but {', '.join(splits)}"
+            f"other than {', '.join(splits)}"
         )

@@ -50,5 +50,7 @@ def prepare(
     made, report = import_rows(input, read, group)
     lacking = report["kept as it is"].get(no_score(str(reward)).removeprefix("kept: "))
     if lacking == report["imported"]:
-        raise InputError(f"{input}: {reward}: found no row with this column, expected the one that holds the scores")
+        raise InputError(
+            f"{input}: {reward}: found no row with this column, expected the name of the column that holds the scores"
+        )
     return trajectories.publish(made, output, report, validation, seed)

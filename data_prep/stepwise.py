@@ -50,7 +50,7 @@ def prepare(
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     if not wrong < right:
-        raise InputError(f"wrong: found {wrong}, expected less than right ({right})")
+        raise InputError(f"wrong: found {wrong}, expected a number below right ({right})")
 
     def read(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
         return read_steps(row, where, counts, right, wrong)
@@ -92,7 +92,7 @@ def read_steps(row: Mapping, where: str, counts: Counter[str], right: float = 1.
     if not judged:
         raise Drop("no step with a label")
     if judged != sorted(judged, reverse=True):
-        counts["kept: a right step behind a wrong one"] += 1
+        counts["kept: a right step after a wrong one"] += 1
     given = given_fields(row, ("group", "source"), where, counts)
     made = build_trajectory([*context, *turns], {"group": root_group(context), "source": "stepwise", **given}, where)
     extra = extra_columns(row, {name for name in row if row[name] is not None} - _FIELDS, counts)

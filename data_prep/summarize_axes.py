@@ -62,7 +62,9 @@ def prepare(
     given = dict(zip(AXES, (overall, accuracy, coverage, coherence), strict=True))
     weights = {axis: weight for axis, weight in given.items() if weight}
     if not weights:
-        raise InputError(f"overall: found weights of 0 on {', '.join(AXES)}, expected another on one of them")
+        raise InputError(
+            f"overall: found weights of 0 on all of {', '.join(AXES)}, expected another weight on at least one of them"
+        )
 
     def read(row: Mapping, where: str, counts: Counter[str]) -> tuple[str, Trajectory]:
         return read_rating(row, where, counts, weights)

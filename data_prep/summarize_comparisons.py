@@ -100,7 +100,7 @@ def read_choice(row: Mapping, where: str, counts: Counter[str], soft: bool = Fal
         labels["confidence"] = confidence
         given = (confidence - 1) / (_SCALE - 1)
         if (given > 0.5) != choice and given != 0.5:
-            counts["kept: confidence in the other summary than the chosen one"] += 1
+            counts["kept: the confidence favours the summary that was not chosen"] += 1
         elif soft:
             second = given
     elif soft:
@@ -120,7 +120,9 @@ def read_info(row: Mapping, where: str) -> tuple[tuple[Turn, ...], dict[str, Any
     info, place = inner(row, "info", where), f"{where}: info"
     kinds = [name for name in ("post", "article") if info.get(name) is not None]
     if len(kinds) != 1:
-        raise InputError(f"{place}: found {' and '.join(kinds) or 'neither'}, expected a post or an article")
+        raise InputError(
+            f"{place}: found {' and '.join(kinds) or 'neither'}, expected exactly one of post and article"
+        )
     if not text(info, kinds[0], place).strip():
         raise Drop("empty post or article")
     parts = [start + text(info, name, place) for name, start in _PARTS.items() if info.get(name) is not None]

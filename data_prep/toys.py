@@ -24,7 +24,7 @@ def prepare(output: str | Path, *, task: str, episodes: int = 500, seed: int = 0
     made = make_environment(task)
     environment = made() if callable(made) else made
     if not hasattr(environment, "logs"):
-        raise InputError(f"task: found {shown(task)}, expected one that has logs, such as count")
+        raise InputError(f"task: found {shown(task)}, expected a task that has logs, such as count")
     rows = environment.logs(episodes, seed)
     held_out = environment.logs(max(1, round(VALIDATION_SHARE * episodes)), seed + 1)
     report = {"episodes": len(rows), "mean_return": sum(row.total_return for row in rows) / len(rows)}

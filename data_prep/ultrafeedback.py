@@ -79,13 +79,13 @@ def read_rated(row: Mapping, where: str, counts: Counter[str], truthful_qa: bool
         rated.append(_ratings(completion, here))
         options.append({**extra_columns(completion, _KEPT & completion.keys(), counts), "ratings": rated[-1]})
         if options[-1].get("overall_score") == 10 and rated[-1] and _mean(rated[-1], rated[-1]) <= 2:
-            counts["repaired: overall_score 10 beside ratings of at most 2 taken as 1"] += 1
+            counts["repaired: overall_score 10 with a mean rating of at most 2 read as 1"] += 1
             options[-1]["overall_score"] = 1
     common = set(ASPECTS).intersection(*(ratings for ratings in rated if ratings))
     if not any(rated) or not common:
-        raise Drop("no aspect that every rated completion is rated for")
+        raise Drop("no aspect on which all rated completions have a rating")
     if any(ratings and len(ratings) > len(common) for ratings in rated):
-        counts["repaired: aspects left out that not every rated completion is rated for"] += 1
+        counts["repaired: aspects left out on which some rated completion has no rating"] += 1
     for option, ratings in zip(options, rated, strict=True):
         option["rating"] = _mean(ratings, common) if ratings else None
     ranks = [None if option["rating"] is None else -option["rating"] for option in options]

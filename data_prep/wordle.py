@@ -60,9 +60,10 @@ def prepare(
       logs: optimal, start_word, repeat, random_mixture (the published logs), consistent, uniform, wrong, monte_carlo,
         user (you, at the keyboard), adversarial or branching.
       words: common (833 words), forty, or a text file of words.
-      duplicates: rule for letters that occur more than once: real or simplified (that of the published systems).
+      duplicates: rule for letters that occur more than once: real or simplified (as in the published systems).
       spelling: letters (`c r a n e`) or halves (`cr ane`).
-      episodes: number of games; in adversarial and branching, of expert games. The published logs have a million.
+      episodes: number of games; for adversarial and branching, number of expert games. The published logs have a
+        million.
       seed: random seed of the players and of the split.
     Returns: counts and means of the logs, the content of report.json.
     Raises: InputError for fewer than one episode, unknown logs, words that cannot be read, or an output that cannot be

@@ -115,10 +115,11 @@ def opening(name: str | Path, what: str) -> Iterator[None]:
         if os.path.isdir(name):  # False, without an error, for a name that cannot be a path
             raise InputError(
                 f"{name}: found a folder whose {what} cannot be read ({first}), "
-                f"expected a {what} that transformers opens"
+                f"expected a {what} that transformers can load"
             ) from error
         raise InputError(
-            f"{name}: found no such folder, and the hub gave no {what} of that name ({first}), expected one of them"
+            f"{name}: found no such folder, and no {what} of that name could be loaded from the hub ({first}), "
+            "expected one of them"
         ) from error
 
 
@@ -167,7 +168,7 @@ def reading(where: str | Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         first = _first_line(error)
-        raise InputError(f"{where}: found {what} that cannot be read ({first}), expected a whole one") from error
+        raise InputError(f"{where}: found {what} that cannot be read ({first}), expected a complete one") from error
 
 
 def in_our_words(message: str, prefix: str = "") -> str:

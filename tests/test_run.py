@@ -201,7 +201,8 @@ def test_comparisons_are_scored_as_the_config_says(tmp_path):
     assert [row.total_return for row in run.read_data("ilql", data, args, Counter())[0]] == [4.0, 0.0] * 3
     with pytest.raises(InputError, match="data.preference: found 'rewards', expected reward, place, normalise"):
         DataConfig("x", preference={"rewards": "sign"})
-    with pytest.raises(InputError, match="comparisons are scored by to_trajectories, or data.preference"):
+    remedy = "set data.preference, or call to_trajectories, to turn comparisons into scored rows"
+    with pytest.raises(InputError, match=remedy):
         run.read_data("bc", DataConfig(data.train), args, Counter())
 
 
@@ -224,8 +225,8 @@ def test_repairs_of_the_reader_and_faults_of_the_groups_are_counted(tmp_path):
     unscored: Counter[str] = Counter()
     run.read_data("ilql", DataConfig(str(tmp_path / "validation.jsonl")), args, unscored)
     assert unscored == {
-        "rows, none of which has a reward; column 'stars' may hold it: --data.reward 'stars', for "
-        "check and evaluate --reward 'stars'": 3
+        "rows, none of which has a reward; column 'stars' may hold the score: use --data.reward 'stars', or "
+        "--reward 'stars' for check and evaluate": 3
     }
     with pytest.raises(InputError, match="data.reward: found it beside data.preference, expected one of them"):
         DataConfig("x", preference={}, reward="stars")

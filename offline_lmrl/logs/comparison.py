@@ -163,8 +163,8 @@ def _as_context(turn: Any, i: int) -> Turn:
         raise InputError(f"context[{i}]: found {shown(turn)}, expected a Turn")
     if turn.trainable or turn.reward is not None:
         raise InputError(
-            f"context[{i}]: found a turn that is trainable or has a reward, expected turns for which "
-            "nobody is credited"
+            f"context[{i}]: found a turn that is trainable or has a reward, expected turns that are neither trained "
+            "on nor rewarded"
         )
     return replace(turn, trainable=False) if turn.is_trainable else turn
 
@@ -174,7 +174,9 @@ def _check_option(option: tuple[Turn, ...], name: str) -> None:
         if not isinstance(turn, Turn):
             raise InputError(f"{name}: found {shown(turn)}, expected Turn objects")
         if turn.reward is not None:
-            raise InputError(f"{name}: found a reward of {turn.reward}, expected none beside a target")
+            raise InputError(
+                f"{name}: found a reward of {turn.reward}, expected none, because the target replaces rewards"
+            )
     if not any(turn.is_trainable for turn in option):
         raise InputError(f"{name}: found no agent turn, expected at least one")
 
@@ -184,7 +186,7 @@ def _target(target: Any, size: int) -> tuple[float, ...]:
     if len(values) != size or min(values) < 0 or not math.isclose(math.fsum(values), 1.0, abs_tol=1e-6):
         raise InputError(
             f"target: found {shown(list(values))} for {size} options, expected one probability for each "
-            "option, which sum to 1"
+            "option, with a sum of 1"
         )
     return values
 
@@ -195,14 +197,14 @@ def _ranking(ranking: Any, target: tuple[float, ...]) -> tuple[tuple[int, ...], 
     whole = all(isinstance(place, Integral) and not isinstance(place, bool) for place in places)
     if not whole or not all(groups) or sorted(places) != list(range(len(target))):
         raise InputError(
-            f"ranking: found {shown(ranking)} for {len(target)} options, expected groups that hold the "
-            "place of each option, from 0, once"
+            f"ranking: found {shown(ranking)} for {len(target)} options, expected lists that together hold the "
+            "index of each option, from 0, exactly once"
         )
     for better, worse in zip(groups, groups[1:], strict=False):
         if min(target[i] for i in better) < max(target[i] for i in worse):
             raise InputError(
-                f"target: found {shown(list(target))} beside the ranking {shown(ranking)}, best first, "
-                "expected no more on options that are ranked lower"
+                f"target: found {shown(list(target))} with the ranking {shown(ranking)} (best first), "
+                "expected no higher probability for an option that is ranked lower"
             )
     return tuple(tuple(int(place) for place in tied) for tied in groups)
 

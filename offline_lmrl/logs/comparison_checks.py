@@ -263,7 +263,7 @@ def _merged(rows: Sequence[Comparison], counts: Counter[str]) -> Comparison:
     others = [dict(row.labels) for row in rows[1:]]
     kept = [labels for labels in others if not nests_too_deep({"merged": [labels]})]
     if len(kept) < len(others):
-        counts["merged: labels left out, which nest too deep in others"] += len(others) - len(kept)
+        counts["merged: labels left out, because they would nest too deep"] += len(others) - len(kept)
     labels = {**first.labels, "merged": kept}
     if not agreed:
         labels.pop("strength", None)

@@ -53,7 +53,7 @@ def _unwritable(path: str | Path, reason: str) -> InputError:
 
 
 @contextmanager
-def reading(path: str | Path, advice: str = "a whole file") -> Iterator[None]:
+def reading(path: str | Path, advice: str = "a complete file") -> Iterator[None]:
     """Context manager: turn any exception from reading a file of ours into one InputError that names the file.
 
     Args:
@@ -69,7 +69,7 @@ def reading(path: str | Path, advice: str = "a whole file") -> Iterator[None]:
         raise InputError(f"{path}: found a damaged file ({kind}), expected {advice}") from error
 
 
-def read_object(path: str | Path, advice: str = "a whole file") -> dict[str, Any]:
+def read_object(path: str | Path, advice: str = "a complete file") -> dict[str, Any]:
     """Return the JSON object in a file of ours.
 
     Args:
@@ -80,7 +80,7 @@ def read_object(path: str | Path, advice: str = "a whole file") -> dict[str, Any
     with reading(path, advice):
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(found, dict):
-            raise TypeError("no object of JSON")
+            raise TypeError("not a JSON object")
     return found
 
 
@@ -165,8 +165,8 @@ def locked(folder: str | Path) -> Iterator[None]:
             descriptor = None if place in _held else _lock(folder)
         except BlockingIOError as error:
             raise InputError(
-                f"{folder}: found another command at work in this folder, expected one at a time: "
-                "wait until it is done, or take another output"
+                f"{folder}: found another command at work in this folder, expected only one at a time; "
+                "wait until it is done, or choose another folder"
             ) from error
     if descriptor is not None:
         _held[place] = descriptor
@@ -237,7 +237,7 @@ def _lock(path: Path) -> int | None:
     except OSError as error:
         os.close(descriptor)
         logging.getLogger(__name__).warning(
-            "%s: cannot be locked (%s): run one command at a time there", path, error.strerror
+            "%s: this folder or file cannot be locked (%s); run only one command at a time there", path, error.strerror
         )
         return None
     return descriptor

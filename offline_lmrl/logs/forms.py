@@ -45,7 +45,7 @@ from offline_lmrl.logs.trajectory import (
 PARTS_JOINED = "repaired: text parts joined"
 REWARD_REMOVED = "repaired: reward removed from an untrained turn"
 ROW_REWARD = "repaired: reward of the row put on its last agent turn"
-ABSTAINED = "abstained, no reply"
+ABSTAINED = "the agent abstained, so there is no reply"
 
 COMPARISON_FIELDS = (("chosen",), ("rejected",), ("responses", "ranks"), ("responses", "rank"), ("options", "target"))
 
@@ -125,7 +125,7 @@ def extra_columns(row: Mapping, names: set[str], repairs: Counter) -> dict[str, 
         try:
             extra[name] = json.loads(json.dumps(row[name]))
         except (TypeError, ValueError):
-            repairs[f"repaired: column {shown(name)} left out, not JSON"] += 1
+            repairs[f"repaired: column {shown(name)} left out, because JSON cannot hold it"] += 1
     return extra
 
 
@@ -136,9 +136,9 @@ def _turns(
     for fields in COMPARISON_FIELDS:
         if set(fields) <= present:
             raise InputError(
-                f"{where}: {fields[0]}: found a comparison, expected a scored row (messages, or prompt, "
-                "completion and reward or label); comparisons are scored by to_trajectories, or "
-                "data.preference"
+                f"{where}: {fields[0]}: found a comparison, expected a scored row (messages, or prompt and completion "
+                "with a reward or label); set data.preference, or call to_trajectories, to turn comparisons into "
+                "scored rows"
             )
     dialogue = next((name for name in DIALOGUES if name in present), None)
     completion = next((name for name in COMPLETIONS if name in present), None)
@@ -157,7 +157,9 @@ def _turns(
         used = {"prompt", completion} | ({"reward"} if reward is None else set())
         return [*prompt, *scored], _prompt_group(prompt), used
     found = listed(sorted(present)) or "none"
-    raise InputError(f"{where}: fields: found {found}, expected messages, or prompt, completion and reward or label")
+    raise InputError(
+        f"{where}: fields: found {found}, expected messages, or prompt and completion with a reward or label"
+    )
 
 
 def read_dialogue(row: Mapping, name: str, where: str, repairs: Counter) -> tuple[list[Turn], set[str]]:
@@ -260,7 +262,10 @@ def reward_hint(columns: Sequence[str]) -> str:
         return ""
     first, *others = map(shown, columns)
     also = f" (or {', '.join(others)})" if others else ""
-    return f"; column {first}{also} may hold it: --data.reward {first}, for check and evaluate --reward {first}"
+    return (
+        f"; column {first}{also} may hold the score: use --data.reward {first}, "
+        f"or --reward {first} for check and evaluate"
+    )
 
 
 def _scored(turns: list[Turn], score: float | None, field: str, where: str, repairs: Counter) -> list[Turn]:
@@ -270,7 +275,9 @@ def _scored(turns: list[Turn], score: float | None, field: str, where: str, repa
         return turns
     rewarded = [i for i in agent if turns[i].reward is not None]
     if rewarded:
-        raise InputError(f"{where}: reward: found one for the row and one in {field}[{rewarded[0]}], expected one")
+        raise InputError(
+            f"{where}: reward: found one for the row and another in {field}[{rewarded[0]}], expected only one"
+        )
     repairs[ROW_REWARD] += 1
     turns[agent[-1]] = replace(turns[agent[-1]], reward=score)
     return turns
@@ -330,7 +337,7 @@ def given_fields(row: Mapping, names: Collection[str], where: str, repairs: Coun
     given = {name: row[name] for name in names if row.get(name) is not None}
     for name in ("group", "task", "source"):
         if is_whole(given.get(name)):
-            repairs[f"repaired: {name} that is a number taken as text"] += 1
+            repairs[f"repaired: {name} given as a number, read as text"] += 1
             given[name] = str(int(given[name]))
     if isinstance(given.get("terminated"), str | int):
         given["terminated"] = thumb(given["terminated"], "terminated", where, repairs)
@@ -408,8 +415,8 @@ def _named(message: Mapping, where: str, repairs: Counter) -> dict[str, Any]:
     if message.get("weight") in (0, 1) and role == "assistant":
         if message.pop("weight") == 0:
             if message.setdefault("trainable", False) is True:
-                raise InputError(f"{where}.weight: found 0 beside trainable true, expected one of them")
-            repairs["repaired: weight 0 read as not trained on"] += 1
+                raise InputError(f"{where}.weight: found 0 together with trainable: true, expected only one of them")
+            repairs["repaired: weight 0 read as trainable: false"] += 1
     if isinstance(message.get("reward"), str):
         try:
             message["reward"] = as_number("reward", message["reward"], repairs)
@@ -444,7 +451,9 @@ def _thought(message: Mapping, where: str) -> str | None:
     thoughts = {message[name] for name in ("thinking", "reasoning_content") if isinstance(message.get(name), str)}
     thoughts = {thought for thought in map(read_text, thoughts) if thought}
     if len(thoughts) > 1:
-        raise InputError(f"{where}.thinking: found another text than in reasoning_content, expected one of them")
+        raise InputError(
+            f"{where}.thinking: found a text that differs from reasoning_content, expected only one of the two"
+        )
     return thoughts.pop() if thoughts else None
 
 

@@ -38,7 +38,7 @@ RawRows = Iterable[tuple[str, Any]]  # ("file:row", a raw row for `parsed`)
 
 _TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", *_TABLES)
-REPEATED_KEY = "repaired: JSON key that is there twice, its last value taken"
+REPEATED_KEY = "repaired: JSON key given twice, its last value used"
 _SPLIT_NAMES = {"train", "validation", "test"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _BOM = b"\xef\xbb\xbf"
@@ -117,8 +117,8 @@ def in_temporary_folder() -> Iterator[None]:
         if error.errno not in _NO_ROOM:
             raise
         raise InputError(
-            f"{tempfile.gettempdir()}: found {error.strerror}, expected room for the data "
-            "in the temporary folder (TMPDIR names another one)"
+            f"{tempfile.gettempdir()}: found {error.strerror}, expected enough space for the data in the temporary "
+            "folder; set TMPDIR to use another one"
         ) from error
 
 
@@ -263,7 +263,7 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     if not path.name:
-        raise InputError(f"{path}: found a path without a name, expected one that can be written")
+        raise InputError(f"{path}: found a path without a file name, expected one that can be written")
     with writing(path), staging(path) as folder:
         temporary = folder / path.name
         yield temporary
@@ -309,7 +309,7 @@ def raw_splits(source: str | Path, split: str | None = None) -> dict[str, RawRow
         return _hub_parts(str(source), split)
     raise InputError(
         f"{str(source) or repr('')}: found no such file, folder or hub name, "
-        f"expected a {', '.join(_SUFFIXES)} file, a folder of those or owner/name"
+        f"expected a {', '.join(_SUFFIXES)} file, a folder of such files, or a hub name (owner/name)"
     )
 
 
@@ -348,7 +348,9 @@ def _scored(rows: RawRows, source: str, counts: Counter | None, reward: str | No
     mine: Counter = Counter()
     made = _read(rows, source, mine, partial(read_row, reward=reward))
     if reward is not None and mine[no_score(reward)] == len(made):
-        raise InputError(f"{source}: {reward}: found no row with this column, expected the one that holds the scores")
+        raise InputError(
+            f"{source}: {reward}: found no row with this column, expected the name of the column that holds the scores"
+        )
     if counts is not None:
         counts.update(mine)
     return made
@@ -387,7 +389,7 @@ def _file_rows(path: Path) -> RawRows:
     except OSError as error:
         raise InputError(f"{path}: found {error}, expected a file that can be read") from error
     if start == _LFS_POINTER:
-        raise InputError(f"{path}: found a git-LFS pointer, expected the file it stands for (git lfs pull)")
+        raise InputError(f"{path}: found a git-LFS pointer, expected the file itself; fetch it with git lfs pull")
     if path.suffix == ".parquet":
         return _parquet_rows(path)
     if path.name.endswith(_TABLES):
@@ -408,7 +410,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 except (ValueError, RecursionError):
                     lines.seek(0)
                 else:
-                    yield from _numbered(whole, str(path), "a list of JSON")
+                    yield from _numbered(whole, str(path), "a JSON list")
                     return
             for number, line in enumerate(lines, 1):
                 if line := line.removeprefix(_BOM if number == 1 else b"").strip():
@@ -499,7 +501,7 @@ def parsed(row: Any, where: str, counts: Counter | None = None) -> Any:
         raise _too_deep(where)
     try:
         for name in names_in(row) if may_hold_half_a_pair else ():
-            require_text("a name", name)
+            require_text("a key", name)
     except InputError as error:
         raise InputError(f"{where}: JSON: {error}") from error
     return row
@@ -546,7 +548,7 @@ def _folder_parts(folder: Path) -> dict[str, RawRows]:
     # A .json file beside data of another suffix is a report on the data.
     files = [path for path in files if path.suffix != ".json"] or files
     if not files:
-        raise InputError(f"{folder}: found no data files, expected {', '.join(_SUFFIXES)} or a datasets folder")
+        raise InputError(f"{folder}: found no data files, expected {', '.join(_SUFFIXES)} files or a datasets folder")
     named: dict[str, list[Path]] = {}
     for path in files:
         stem = next(path.name.removesuffix(suffix) for suffix in _SUFFIXES if path.name.endswith(suffix))

@@ -70,7 +70,7 @@ def _forked(function: Callable[[Any], Any], processes: int) -> ProcessPoolExecut
     except OSError as error:  # the pool does not stop the children that it forked before the failure
         for child in set(multiprocessing.active_children()) - before:
             child.terminate()
-        raise InputError(f"processes: found {error.strerror}, expected fewer of them") from error
+        raise InputError(f"processes: found {error.strerror}, expected fewer processes") from error
     return pool
 
 

@@ -55,7 +55,7 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _TAG = re.compile(r"\n\n(Human|Assistant):")
 _OWN = {"context", "options", "target", "ranking"}
 _ROW_FIELDS = {"weight", "group", "source", "labels"}
-_FORMS = "context, options and target, or prompt, chosen and rejected, or prompt, responses and ranks"
+_FORMS = "context, options and target; or prompt, chosen and rejected; or prompt, responses and ranks"
 
 
 def read_comparison(row: Any, where: str, counts: Counter, allow_empty: bool = False) -> Comparison | None:
@@ -173,7 +173,7 @@ def _pair(row: Mapping, where: str, repairs: Counter, allow_empty: bool) -> tupl
         return context, options
     context = [] if prompt is None else read_prompt(prompt, where, repairs)
     if prompt is None and any(isinstance(side, str) for side in sides):
-        repairs["repaired: text without turns taken as the agent's, without a context"] += 1
+        repairs["repaired: text without turns read as the agent's reply, without a context"] += 1
     prompt = _repeated(prompt, sides)
     turns = [
         read_reply(side, context, prompt, where, name, repairs)
@@ -213,7 +213,7 @@ def _ranked(
         if _said(reply) not in ranked:
             ranked[_said(reply)] = reply, rank, i
         elif ranked[_said(reply)][1] == rank:
-            repairs["repaired: response given twice with one rank merged"] += 1
+            repairs["repaired: equal responses of the same rank merged"] += 1
         else:
             raise Drop("one text with two ranks")
     if len(ranked) < 2:
@@ -298,7 +298,7 @@ def _split(sides: Sequence[list[Turn]], allow_empty: bool) -> tuple[list[Turn], 
         common += 1
     options = [side[common:] for side in sides]
     if any(options) and not all(options):
-        raise Drop("one side goes on where the other ends")
+        raise Drop("one side continues where the other ends")
     require_replies(options, allow_empty)
     if not all(option[0].is_trainable for option in options):
         raise Drop("the sides differ before the agent's reply")

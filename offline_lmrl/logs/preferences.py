@@ -72,8 +72,8 @@ def to_trajectories(
         raise InputError(f"reward: found {shown(reward)}, expected one of {', '.join(kinds)} or a scorer")
     if place not in ("terminal", "turn"):
         raise InputError(
-            f"place: found {shown(place)}, expected terminal or turn (a label on a whole reply says "
-            "nothing about its tokens; a reward model with a token head does)"
+            f"place: found {shown(place)}, expected terminal or turn (a label of a whole reply gives no rewards of "
+            "its tokens; a reward model with a token head does)"
         )
     if normalise not in Normalise.__args__:
         raise InputError(f"normalise: found {shown(normalise)}, expected one of {', '.join(Normalise.__args__)}")
@@ -98,7 +98,9 @@ def to_trajectories(
                 continue
             trajectories.append(_trajectory(row, i, value, place, {**how, "raw": raws[i], **constants}))
     if not trajectories:
-        raise InputError(f"comparisons: found only empty replies ({counts[EMPTY_REPLY]}), expected at least one text")
+        raise InputError(
+            f"comparisons: found only empty replies ({counts[EMPTY_REPLY]}), expected at least one reply with text"
+        )
     return trajectories
 
 

@@ -103,7 +103,9 @@ class Turn:
             if value is None:
                 continue
             if role not in (None, self.role):
-                raise InputError(f"{name}: found some on a turn of role {self.role!r}, expected them on role {role!r}")
+                raise InputError(
+                    f"{name}: found a value on a turn of role {self.role!r}, expected one only on role {role!r}"
+                )
             if name in ("tool_calls", "tools"):
                 object.__setattr__(self, name, _objects_text(name, value))
             else:

@@ -29,7 +29,7 @@ def load_yaml(text: str) -> Any:
         _count(text)
         value = _read(text)
     except TypeError as error:  # jsonargparse raises it for a mapping whose only name is null
-        raise yaml.YAMLError("the name None, expected text") from error
+        raise yaml.YAMLError("the key None, expected text") from error
     except (ValueError, LookupError) as error:  # a bad number, date or truth value, or text that UTF-8 cannot hold
         raise yaml.YAMLError(f"a value that cannot be read: {error}") from error
     _require_plain(value)
@@ -113,7 +113,7 @@ def _count(text: str) -> None:
             values, levels = whole[event.anchor] = 1, 0
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in whole:
-                raise NoEnd(f"*{event.anchor[:60]}, which stands in no value that ends before it")
+                raise NoEnd(f"*{event.anchor[:60]}, which refers to no value that ends before it")
             values, levels = whole[event.anchor]
         else:
             continue
@@ -135,7 +135,7 @@ def _require_plain(value: Any) -> None:
         _require_plain(inner)
     for name in value if isinstance(value, dict) else ():
         if not isinstance(name, str):
-            raise yaml.YAMLError(f"the name {shown(name)}, expected text: put it in quotes")
+            raise yaml.YAMLError(f"the key {shown(name)}, expected text: put it in quotes")
     if not isinstance(value, list | dict | str | int | float | None):
         raise yaml.YAMLError(f"{shown(value)}, expected a mapping, a list, text or a number")
     if isinstance(value, str):

@@ -267,5 +267,7 @@ def encode_trajectories(
                 values[name].extend(column)
                 lengths[name].append(len(column))
     if len(lengths["input_ids"]) == 1:
-        raise InputError(f"training data: found no agent turn that fits, expected at least one ({dict(counts)})")
+        raise InputError(
+            f"training data: found no agent turn that fits into max_length, expected at least one ({dict(counts)})"
+        )
     return {name: (np.asarray(values[name]), np.cumsum(np.asarray(lengths[name]))) for name in values}

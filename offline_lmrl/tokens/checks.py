@@ -130,19 +130,22 @@ def check(
     counts = dict(counts or {})
     splits, warnings = {}, []
     if counts.get(REWARD_REMOVED):
-        warnings.append(f"rewards on untrained turns: {counts[REWARD_REMOVED]} removed, nothing learns from them")
+        warnings.append(
+            f"rewards on untrained turns: {counts[REWARD_REMOVED]} removed, because nothing learns from them"
+        )
     for name, trajectories in trajectories_by_split.items():
         if in_one_group(trajectories):
             warnings.append(
                 f"{name}: all {len(trajectories)} rows are in one group, {shown(trajectories[0].group)}, "
-                "so none of them can be held back to test on"
+                "so none of them can be held out for validation"
             )
         splits[name] = _describe(trajectories, renderer, max_length)
         warnings.extend(f"{name}: {text}" for text in _warnings(splits[name], trajectories, renderer, max_length))
     keys = {name: {group_key(row) for row in rows} for name, rows in trajectories_by_split.items()}
     shared = {f"{a}, {b}": len(keys[a] & keys[b]) for a, b in combinations(keys, 2) if keys[a] & keys[b]}
     warnings.extend(
-        f"{pair}: {n} groups are in both splits, so one does not test the other" for pair, n in shared.items()
+        f"{pair}: {n} groups are in both splits, so neither is an independent test of a model trained on the other"
+        for pair, n in shared.items()
     )
     return CheckReport(splits, shared, counts, warnings)
 
@@ -225,16 +228,21 @@ def _warnings(
     report: SplitReport, trajectories: Sequence[Trajectory], renderer: "Renderer | None", max_length: int | None
 ) -> Iterator[str]:
     if not report.scored_turns:
-        yield f"no turn has a reward, so there is nothing to prefer{reward_hint(score_columns(trajectories))}"
+        yield (
+            "no turn has a reward, so the data do not show which replies are better"
+            f"{reward_hint(score_columns(trajectories))}"
+        )
     elif report.distinct_returns == 1:
-        yield f"all returns are equal ({report.mean_return:g}), so there is nothing to prefer"
+        yield f"all returns are equal ({report.mean_return:g}), so the data do not show which replies are better"
     if not _can_stitch(trajectories):
         yield (
-            "no stitching possible: no observation recurs in different rows with different replies, "
-            "so values can only rank whole rows"
+            "no stitching possible: no observation occurs in two rows with different replies, "
+            "so learnt values can only rank whole rows"
         )
     if report.truncated is not None and report.truncated > report.rows / 2:
-        yield f"{report.truncated} of {report.rows} rows are longer than {max_length} tokens and lose oldest turns"
+        yield (
+            f"{report.truncated} of {report.rows} rows are longer than {max_length} tokens and lose their oldest turns"
+        )
     if renderer is not None:
         faults = Counter(line for trajectory in trajectories for line in renderer.printer.faults_in(trajectory.turns))
         yield from (f"{n} rows: {line}" for line, n in faults.items())
@@ -257,7 +265,7 @@ def first_difference(renderer: "Renderer", dialogues: Sequence[Sequence[Turn]]) 
     number, text = next(iter(found.items()))
     return (
         f"{len(found)} of the first {min(TEMPLATE_ROWS, len(dialogues))} rows: the stock chat template prints "
-        f"them differently; row {number}: {text}"
+        f"them differently from the text for training; row {number}: {text}"
     )
 
 

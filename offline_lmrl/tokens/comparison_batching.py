@@ -272,7 +272,9 @@ def _dataset(
             for file, values in zip(files, part._replace(**ends), strict=True):
                 file.write(values)
         if not options:
-            raise InputError(f"comparisons: found none that fits, expected at least one ({dict(counts)})")
+            raise InputError(
+                f"comparisons: found none that fits into max_length, expected at least one ({dict(counts)})"
+            )
         read = _Rendered(*(np.asarray(np.memmap(file, code, "r")) for file, code in zip(files, _CODES, strict=True)))
     flat = (read.input_ids, read.token_ends), (read.actions, read.token_ends)
     return ComparisonDataset(
@@ -407,7 +409,9 @@ def _row(
             continue
         begin, kept = turn.action_start, len(turn.actions) - 1
         if piece[begin : begin + kept] != turn.actions[:kept]:
-            counts["agent turns inside a reply without actions: the template prints them otherwise there"] += 1
+            counts[
+                "agent turns inside a reply that have no actions, because the template prints them differently there"
+            ] += 1
             continue
         closing = piece[begin + kept : begin + kept + 1]
         closes = bool(closing) and (closing == turn.actions[kept:] or renderer.is_control(closing[0]))

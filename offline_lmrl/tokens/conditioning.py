@@ -60,7 +60,7 @@ def check_ask(ask: float | str | None) -> None:
     named = isinstance(ask, str) and (ASK_NAMES.fullmatch(ask) or STATE_ASKS.fullmatch(ask))
     if not (ask is None or number or named):
         raise InputError(
-            f"ask: found {shown(ask)}, expected a finite number, max, p0 to p100, auto, auto:RUN, or expert:κ"
+            f"ask: found {shown(ask)}, expected a finite number, max, p0 to p100, auto, auto:RUN, expert:κ, or null"
         )
 
 
@@ -107,8 +107,8 @@ class ReturnTable:
         edges = fit_edges(at_turns, kind, bins)
         if kind == "unique" and len(edges) >= bins:
             raise InputError(
-                f"binning: found unique and {len(edges) + 1} distinct returns, expected at most bins "
-                f"({bins}); take linear or quantile"
+                f"binning: found unique with {len(edges) + 1} distinct returns, expected at most {bins} (bins); "
+                "use linear or quantile"
             )
         counts = np.bincount(np.searchsorted(edges, at_turns, side="right"))
         quantiles = np.quantile(of_trajectories, np.linspace(0, 1, 101))
@@ -208,8 +208,8 @@ class ReturnScale:
         check_binning(kind, bins, per)
         if not any(LABEL in t.labels or any(turn.reward is not None for turn in t.turns) for t in trajectories):
             raise InputError(
-                "training data: found no rewards, expected some to condition on; score the data, "
-                "or train without a condition (algorithm: bc)"
+                "training data: found no rewards, expected rewards from which to compute returns; score the data, "
+                "or train a model that is not conditioned on returns (algorithm: bc)"
             )
         episodes: dict[str, list[list[float]]] = {}
         for trajectory in trajectories:
@@ -219,10 +219,14 @@ class ReturnScale:
         different = {task: len(distinct(returns)[0]) for task, returns in at_turns.items()}
         for task in [task for task, number in different.items() if number < 2]:
             whose = f" of task {task!r}" if per == "task" else ""
-            remedy = "take per: global" if len(episodes) > 1 else "train without a condition (algorithm: bc)"
+            remedy = (
+                "use per: global"
+                if len(episodes) > 1
+                else "train a model that is not conditioned on returns (algorithm: bc)"
+            )
             raise InputError(
-                f"training data: found one return, {at_turns[task][0]:g}, at every agent turn{whose}, "
-                f"expected at least two to tell apart; {remedy}"
+                f"training data: found the same return, {at_turns[task][0]:g}, at every agent turn{whose}, "
+                f"expected at least two distinct returns; {remedy}"
             )
         if kind == "auto":
             kind = "unique" if max(different.values()) <= bins else "linear"
@@ -246,8 +250,8 @@ class ReturnScale:
         if name not in self.tables:
             known = ", ".join(map(repr, sorted(self.tables)[:8]))
             raise InputError(
-                f"task: found {shown(task)}, expected one of the training data, as returns are binned "
-                f"per task: {known}"
+                f"task: found {shown(task)}, expected a task of the training data ({known}), "
+                "because returns are binned per task"
             )
         return self.tables[name]
 
@@ -291,8 +295,8 @@ class ReturnScale:
         if percent <= 50 or not self.bin_of(asked, task) == self.bin_of(median, task) < self.bin_of(best, task):
             return None
         return (
-            f"ask: found {name}, {asked:g} in the training data and told as their median is, expected more than "
-            f"the usual return; the best is {best:g} (ask: max)"
+            f"ask: found {name}, the return {asked:g}, which is in the same bin as the median of the training data, "
+            f"expected a return in a higher bin; the best return is {best:g} (ask: max)"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -334,8 +338,8 @@ def with_slots(
     past = opening if past_opening is None else list(past_opening)
     if list(prompt[-n:]) != opening:
         raise InputError(
-            f"prompt: found {list(prompt[-n:])} at its end, expected the agent's opening {opening}: a "
-            "return is told directly before it"
+            f"prompt: found {list(prompt[-n:])} at its end, expected the ids of the agent's opening, {opening}, "
+            "because a return is inserted directly before them"
         )
     told: list[int] = []
     for i, token in enumerate(prompt):
@@ -378,8 +382,8 @@ class Slots:
             null, bins = (), tuple(tuple(renderer.encode_content(text)) for text in texts)
             if len({*bins, null}) <= len(bins):
                 raise InputError(
-                    f"text: found {shown(texts[0])} and others that the tokenizer does not tell apart, "
-                    "expected a text with {bin} that it can spell"
+                    f"text: found texts, such as {shown(texts[0])}, that the tokenizer encodes as the same ids or as "
+                    "none, expected a text with {bin} that gets different ids for every bin"
                 )
         return cls(scale, null, bins, block["discount_per_turn"])
 

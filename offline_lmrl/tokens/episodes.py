@@ -12,7 +12,7 @@ from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.windows import Span, WindowRule, answered_ids, cut_windows, first_visible
 
 SlotsOfLog = Callable[[Trajectory], Sequence[tuple[int, ...]]]
-RE_ENCODED = "trajectories encoded anew: their sampled ids are of another tokenizer, template or rendering scheme"
+RE_ENCODED = "trajectories encoded from text: their ids are from another tokenizer, template or rendering scheme"
 OWN, NEXT, END = 0, 1, 2  # the row that holds a state: the window, up to the next agent turn, the end of a cut log
 
 
@@ -117,11 +117,13 @@ class EpisodeEncoder:
         )
         counts["agent turns dropped: longer than max_length"] += len(episode.dropped)
         if not episode.spans:
-            counts["trajectories without an agent turn that fits"] += 1
+            counts["trajectories without an agent turn that fits into max_length"] += 1
             return
-        counts["last actions without a target: cut behind a finished agent turn"] += episode.end == "finished"
+        counts["last actions without a target: the log was cut after a finished agent turn"] += (
+            episode.end == "finished"
+        )
         counts["windows that lost old turns to max_length"] += sum(map(episode.lost_to_length, episode.spans))
-        counts["replies of the environment left out: longer than max_length leaves"] += episode.left_out
+        counts["replies of the environment left out: longer than the space that max_length leaves"] += episode.left_out
         for span in episode.spans:
             yield episode.window(span)
 

@@ -64,7 +64,7 @@ class PromptSpec:
             if getattr(self, name) < 1:
                 raise InputError(f"prompt.{name}: found {getattr(self, name)}, expected at least 1")
         if not 0 <= self.drop <= 1:
-            raise InputError(f"prompt.drop: found {self.drop}, expected 0 to 1")
+            raise InputError(f"prompt.drop: found {self.drop}, expected a share from 0 to 1")
         if self.seed < 0:
             raise InputError(f"prompt.seed: found {self.seed}, expected at least 0")
 
@@ -99,11 +99,13 @@ def draw_prompts(
     excludes = demonstrations is None and spec.exclude_self
     for row, trajectory in enumerate(trajectories):
         if not trajectory.task:
-            raise InputError(f"row {row + 1}: task: found none, expected one: demonstrations are of the same task")
+            raise InputError(
+                f"row {row + 1}: task: found none, expected one, because demonstrations come from the same task"
+            )
         known = of_task.get(trajectory.task, [])
         available = len(known) - excludes
         if available < spec.n:
-            others = " beside the row itself" if excludes else ""
+            others = " other than the row itself" if excludes else ""
             raise InputError(
                 f"row {row + 1}: prompt.n: found {available} demonstrations of task {trajectory.task!r}"
                 f"{others}, expected at least {spec.n}"
@@ -179,7 +181,8 @@ def encode_prompts(
         ids = prompt_ids(part, renderer, slots)
         if len(ids) > spec.max_tokens:
             raise InputError(
-                f"row {row + 1}: prompt.max_tokens: found a prompt of {len(ids)} tokens, expected at "
-                f"most {spec.max_tokens}; raise it, show fewer demonstrations, or a part of them"
+                f"row {row + 1}: prompt.max_tokens: found demonstrations of {len(ids)} tokens, expected at "
+                f"most {spec.max_tokens}; raise prompt.max_tokens, lower prompt.n, or show only a part of each "
+                "demonstration (prompt.part)"
             )
         yield ids

@@ -12,7 +12,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.logs.trajectory import Turn, leading_system_turns
 from offline_lmrl.tokens.templates import WHITE_SPACE, ChatTemplate, TemplateText, probe
 
-MISMATCH = "dialogues that are rendered otherwise than the chat template prints them"
+MISMATCH = "dialogues that are rendered differently from what the chat template prints"
 THINK = ("<think>", "</think>")
 
 Form = tuple[tuple[bool, str], ...]  # (is content, text) pairs: opening first, closing last
@@ -257,7 +257,7 @@ class Printer:
                 lines.append(f"{MISMATCH} (in their tools, thoughts, or order of turns; `check` shows where)")
             agent = [text for turn, text in zip(turns, self.texts(turns), strict=True) if turn.role == "assistant"]
             if self.prompt_mismatch is None and not all(map(self._begins_at_prompt, agent)):
-                lines.append("replies that do not begin where the generation prompt ends, which opens a thought")
+                lines.append("replies that do not begin with the generation prompt, which opens a thought")
         if self.prompt_mismatch is not None:
             lines.append(f"template: {self.prompt_mismatch}")
         return lines
@@ -274,7 +274,9 @@ class Printer:
         if stock == ours:
             return None
         i = first_difference(stock, ours)
-        return f"character {i}: the template prints {_shown(stock, i)}, the assembly has {_shown(ours, i)}"
+        return (
+            f"character {i}: the template prints {_shown(stock, i)}, but the text for training has {_shown(ours, i)}"
+        )
 
     def stock(self, turns: Sequence[Turn], prompt: bool) -> str:
         """Return the stock template's own text for a dialogue.

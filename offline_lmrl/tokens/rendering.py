@@ -117,7 +117,9 @@ class Renderer:
         if template not in TEMPLATES:
             raise InputError(f"template: found {template!r}, expected one of {', '.join(TEMPLATES)}")
         if not getattr(tokenizer, "is_fast", False):
-            raise InputError(f"tokenizer: found {type(tokenizer).__name__}, expected a fast one (tokenizer.json)")
+            raise InputError(
+                f"tokenizer: found {type(tokenizer).__name__}, expected a fast tokenizer (tokenizer.json)"
+            )
         self.tokenizer, self.template, self.ends = tokenizer, template, tuple(ends)
         description = json.loads(tokenizer.backend_tokenizer.to_str())
         added = {token["content"]: token for token in description["added_tokens"]}
@@ -177,7 +179,7 @@ class Renderer:
         if not self.agent_opening:
             raise InputError(
                 "chat template: found nothing printed before the agent's text, expected at least "
-                "one token there, or the setting template: plain"
+                "one token there; otherwise set template: plain"
             )
 
     @property
@@ -354,7 +356,7 @@ class Renderer:
             return None
         i = first_difference(stock_ids, ids)
         shown = [self.tokenizer.convert_ids_to_tokens(some[i : i + 4]) for some in (stock_ids, ids)]
-        return f"token {i}: same text, the template's tokens are {shown[0]}, the assembly's {shown[1]}"
+        return f"token {i}: same text, but the template's tokens are {shown[0]} and those for training {shown[1]}"
 
     # Conversion of text to tokens.
 
@@ -408,8 +410,8 @@ class Renderer:
             if token == self.close_id or token in self._controls:
                 name = self._backend.id_to_token(token)
                 raise InputError(
-                    f"content: the tokenizer reads text as {name!r}, which marks turns; expected a "
-                    "tokenizer with an eos_token that plain text cannot give"
+                    f"content: found text that the tokenizer encodes as {name!r}, which marks turns, expected a "
+                    "tokenizer with an eos_token that plain text cannot produce"
                 )
         return tuple(ids)
 

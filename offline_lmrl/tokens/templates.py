@@ -239,7 +239,7 @@ def derive_template(template: ChatTemplate) -> TemplateText:
     if plain is None or bare is None or prompted is None:
         raise InputError(
             "chat template: found no way to print user, assistant, user, assistant in this order, each "
-            "text once; expected one, or the setting template: plain"
+            "text once, expected a template that prints such dialogues; otherwise set template: plain"
         )
     head, before_past, before_user, before_live, tail = plain
     user_closing, prompt = _user_closing(template, before_past, before_live, bare[-1], prompted[-1])

@@ -168,7 +168,7 @@ def policy_window(
     first = first_visible(rule, lengths, len(turns), head, fixed)
     if first is None:
         reply = f"a reply of max_new_tokens ({reserve})" if reserve else "a reply"
-        also = "the prompt, " if prompt else ""
+        also = "the few-shot demonstrations, " if prompt else ""
         raise InputError(
             f"max_length: found {rule.max_length}, expected at least {fixed + lengths[-1]} to hold {also}"
             f"the system turns and {reply}"

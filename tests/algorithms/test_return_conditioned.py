@@ -167,7 +167,7 @@ def test_an_adapter_brings_the_table_back(tmp_path):
     "logs, settings, message",
     [
         ([Trajectory((Turn("user", "a"), Turn("assistant", "b")))], {}, "found no rewards"),
-        ([episode("good"), episode("good")], {}, "found one return, 1,"),
+        ([episode("good"), episode("good")], {}, "found the same return, 1,"),
         (PREFERENCES, {"text": "reply\n", "condition": "text"}, "text: found"),
     ],
 )

@@ -143,7 +143,7 @@ def test_numbers_beyond_64_bits_are_refused_from_file_and_command_line(refused, 
         (("--args.lr_scheduler_kwargs", "{min_lr_rat: 0.1}"), "lr_scheduler_kwargs: found {'min_lr_rat': 0.1} ("),
         (("--args.seed", 2**32), "seed: found 4294967296, expected 0 to 4294967295"),
         (("--args.seed", "? "), "args.seed: "),
-        (("--args.seed", "a: &a [*a]"), "found 'a: &a [*a]', with *a, which stands in no value that ends before it"),
+        (("--args.seed", "a: &a [*a]"), "found 'a: &a [*a]', with *a, which refers to no value that ends before it"),
         (("--args.output_dir", "x" * 5000), ""),
         (
             ("--model.scratch", "{model_type: [gpt2]}"),
@@ -528,7 +528,7 @@ def test_prepare_makes_comparisons_that_check_describes(command, tmp_path):
     assert code == 0 and "\n  the longer reply: wins: 20, losses: 0, ties: 0, accuracy: 1, interval: [0.8389, 1" in out
     counts = out[out.index("\nsplits:") :]  # last, where they are seen
     assert counts.startswith("\nsplits:\n  train: comparisons: 20, groups: 20\nrows: 21\nimported: 20\ndropped:\n")
-    assert "\n  fields: expected context, options and target, or" in counts and "\nrepaired: none\n" in counts
+    assert "\n  fields: expected context, options and target; or" in counts and "\nrepaired: none\n" in counts
     code, out, _ = command("check", tmp_path / "out")
     assert code == 0 and out.startswith("train:\n  comparisons: ") and "    replies of at most one word: 0\n" in out
     assert out.endswith("repairs and drops: none\ngroups in two splits: none\n")

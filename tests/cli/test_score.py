@@ -14,7 +14,7 @@ from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import build_model
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 
-ABSTAINED = "dropped: abstained, no reply"
+ABSTAINED = "dropped: the agent abstained, so there is no reply"
 LENGTH, UP = f"{__name__}:length", f"{__name__}:ups"
 ASKED = (Turn("user", "say it"),)
 

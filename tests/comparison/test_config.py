@@ -44,7 +44,7 @@ def test_the_name_of_a_method_is_a_name(file, name):
 @pytest.mark.parametrize("name", ["1", "null"])
 def test_the_name_of_a_method_is_text(file, name):
     file.write_text(FILE.replace("  bc: {algorithm: bc}", f"  {name}: {{algorithm: bc}}"))
-    with pytest.raises(InputError, match="the name (1|None), expected text: put it in quotes"):
+    with pytest.raises(InputError, match="the key (1|None), expected text: put it in quotes"):
         CompareConfig.read(file)
 
 

@@ -111,7 +111,7 @@ def test_rows_that_are_no_annotation_are_dropped_and_repairs_are_counted(tmp_pat
         "instructions": 1,
         "outputs": 6,
         "rows averaged with another on the same two outputs": 1,
-        "preferences of 0 or 1 taken as 1e-09 or 1 less that": 1,
+        "preferences of 0 or 1 moved inward by 1e-09": 1,
     }
     assert made.preference(1, 0) == pytest.approx(0.5)  # 0.25 and 0.75
     assert made.ranks[-1] == 0 and made.target[-1] > 0.999

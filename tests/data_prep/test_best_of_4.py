@@ -38,7 +38,7 @@ DROPPED = {
     "fewer than two different samples": [row(samples=(" you",) * 4), row(samples=("", " you", "", ""))],
     "the best sample is empty": [row(samples=(" you", " ", " are", " 1"))],
     "empty query": [row(" "), row(query=[PAD] * 3)],
-    "token ids that give no text": [row(sample0=[*CUT[:1], *ids(" you")] * 2)],
+    "token ids that do not decode to text": [row(sample0=[*CUT[:1], *ids(" you")] * 2)],
     "sample0: expected ids of the tokenizer": [
         row(sample0=[PAD - 1]),
         row(sample0=[1, PAD, 1]),
@@ -95,7 +95,9 @@ def test_the_best_is_known_and_nothing_of_the_others(run):
 
 
 def test_an_unknown_tokenizer_is_a_one_line_error(tmp_path):
-    with pytest.raises(InputError, match="none: found no such folder, and the hub gave no tokenizer of that name "):
+    with pytest.raises(
+        InputError, match="none: found no such folder, and no tokenizer of that name could be loaded from the hub "
+    ):
         prepare(tmp_path / "in.json", tmp_path / "out", tokenizer=str(tmp_path / "none"))
 
 

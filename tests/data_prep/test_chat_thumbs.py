@@ -54,8 +54,12 @@ KEPT = {  # row -> rewards of its turns
 }
 DROPPED = {
     "no reaction": [chat()],
-    "neither up nor down": [chat({"turn": 1, "value": 0}), chat({"turn": 1}), comparia(1, "Yes.", True, True)],
-    "on no reply of the agent": [
+    "a reaction that is neither up nor down": [
+        chat({"turn": 1, "value": 0}),
+        chat({"turn": 1}),
+        comparia(1, "Yes.", True, True),
+    ],
+    "a reaction that is not on a reply of the agent": [
         chat({"turn": 2, "value": 1}),
         chat({"turn": 9, "value": 1}),
         chat({"turn": -2, "value": 1}),
@@ -63,7 +67,7 @@ DROPPED = {
         chat({"turn": 0, "value": 1}, messages=[{"role": "assistant", "content": " "}]),
     ],
     "contradictory reactions to one reply": [chat(UP, {"turn": 1, "value": -1})],
-    "rewards beside reactions": [chat(UP, messages=[CHAT[0], {**CHAT[1], "reward": 2}])],
+    "rewards in addition to reactions": [chat(UP, messages=[CHAT[0], {**CHAT[1], "reward": 2}])],
     "fields: expected messages and reaction {turn, value}, or messages and reactions, a list of those": [
         {"reaction": UP},
         {"messages": CHAT},
@@ -96,9 +100,9 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
     assert report["repaired"] == {
         "turn counted without the system message": 2,
         "reply found by its text": 1,
-        "reaction left out: on no reply of the agent": 1,
-        "reaction left out: neither up nor down": 1,
-        "reaction left out: contradictory reactions to one reply": 1,
+        "left out: a reaction that is not on a reply of the agent": 1,
+        "left out: a reaction that is neither up nor down": 1,
+        "left out: contradictory reactions to one reply": 1,
     }
     assert report["kept as it is"] == {"a chat that does not end with the agent": 10}
     assert report["replies"] == {"by the agent": 24, "thumbs up": 7, "thumbs down": 6}

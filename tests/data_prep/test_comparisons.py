@@ -167,7 +167,9 @@ def test_a_folder_with_a_split_of_another_run_is_refused(tmp_path, importer):
     for _ in range(2):  # the same splits again are fine
         importer.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0.3)
     before = (tmp_path / "out" / "train.jsonl").read_bytes()
-    with pytest.raises(InputError, match="found validation.jsonl of another run, expected .* no splits but train"):
+    with pytest.raises(
+        InputError, match="found validation.jsonl of another run, expected .* no splits other than train"
+    ):
         importer.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
     assert (tmp_path / "out" / "train.jsonl").read_bytes() == before
 
@@ -414,11 +416,11 @@ def test_reasons_keep_the_numbers_of_a_rule_and_none_of_a_row(tmp_path):
     wrong = {
         "options: expected at least 2": lambda n: native(1),
         "weight: expected a number above 0": lambda n: native(n, weight=-n),
-        "target: expected one probability for each option, which sum to 1": lambda n: native(n, target=[n] * n),
-        "target: expected no more on options that are ranked lower": lambda n: native(
+        "target: expected one probability for each option, with a sum of 1": lambda n: native(n, target=[n] * n),
+        "target: expected no higher probability for an option that is ranked lower": lambda n: native(
             n, ranking=[[i] for i in reversed(range(n))]
         ),
-        "ranking: expected groups that hold the place of each option, from 0, once": lambda n: native(
+        "ranking: expected lists that together hold the index of each option, from 0, exactly once": lambda n: native(
             n, ranking=[[n]]
         ),
         "labels.options: expected a list with an entry for each option": lambda n: native(n, labels={"options": []}),
@@ -464,6 +466,6 @@ def test_labels_that_nest_too_deep_in_others_are_left_out_and_counted(tmp_path):
     rows = [row, {**row, "extra": deep}, {**row, "extra": 1}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
-    assert report["merged"]["labels left out, which nest too deep in others"] == 1
+    assert report["merged"]["labels left out, because they would nest too deep"] == 1
     (made,) = read_comparisons(tmp_path / "out" / "train.jsonl")
     assert made.labels["merged"] == [{"extra": 1}] and made.weight == 3

@@ -127,7 +127,7 @@ def test_partners_values_and_selection_are_labels_and_never_in_a_turn(tmp_path):
 def test_wrong_logged_reward_is_replaced_and_counted(tmp_path):
     (row,), counts = read(tmp_path, plain(reward="7"))
     assert row.total_return == 10
-    assert counts["repaired"] == {"logged reward is not the value of the selection: value taken": 1}
+    assert counts["repaired"] == {"logged reward is not the value of the selection: value used": 1}
 
 
 def test_both_sides_of_a_dialogue_share_their_group(tmp_path):
@@ -138,13 +138,15 @@ def test_both_sides_of_a_dialogue_share_their_group(tmp_path):
 def test_drops_are_counted_by_reason_and_add_up(tmp_path):
     lines = {
         "blank line": "",
-        "neither of the two forms": "hello",
+        "a line in neither of the two forms": "hello",
         "the two sides have different counts": plain(partner="2 0 1 4 1 6"),
         "a turn without speaker or words": plain(talk="YOU:  <eos> THEM: <selection>"),
         "the selection is not the last turn": plain(talk="YOU: <selection> <eos> THEM: wait <eos> YOU: <selection>"),
         "a selection that is neither a division nor a known word": plain("everything"),
         "a selection with the wrong number of items": tagged("item0=1 item1=0 item2=1"),
-        "nothing that this side said or took": tagged(" ".join(["<disconnect>"] * 6), talk="THEM: <selection>"),
+        "this side has neither a turn nor a division": tagged(
+            " ".join(["<disconnect>"] * 6), talk="THEM: <selection>"
+        ),
     }
     rows, counts = read(tmp_path, *lines.values(), plain(), plain(flag="disagree"))
     assert counts["dropped"] == dict.fromkeys(lines, 1)

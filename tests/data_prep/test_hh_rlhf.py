@@ -44,7 +44,7 @@ DROPPED = {
     "the sides differ before the last reply": [
         {"chosen": ASK + " a", "rejected": ASK + " b\n\nHuman: so?\n\nAssistant: c"}
     ],
-    "one side goes on where the other ends": [
+    "one side continues where the other ends": [
         {"chosen": ASK + " a", "rejected": ASK + " a\n\nHuman: go\n\nAssistant: b"}
     ],
     "a side that does not end with the agent": [{"chosen": ASK + " a\n\nHuman: bye", "rejected": ASK + " b"}],

@@ -39,7 +39,7 @@ DROPPED = {
     "completion: expected text or messages": [{"prompt": "p", "completion": None, "label": True}],
     "completion: expected a list of messages": [{"prompt": "p", "completion": 3, "label": True}],
     "a completion without an agent turn": [{"prompt": "p", "completion": [USER], "label": True}],
-    "a reward beside the label": [
+    "a reward in addition to the label": [
         {"prompt": "p", "completion": [{"role": "assistant", "content": "c", "reward": 2}], "label": True}
     ],
     "row: expected an object": [3],

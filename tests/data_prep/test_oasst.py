@@ -55,8 +55,8 @@ LEFT_OUT = {
     "failed its review": [message("x2", "q1", 0, review_result=False)],
     "its tree is not ready": [message("qx", tree_state="growing")],
     "no text": [message("x3", "q1", 0, text=" \n")],
-    "given again": [message("a", "q1", 5, text="other")],
-    "what they reply to is not there": [
+    "repeated": [message("a", "q1", 5, text="other")],
+    "the message that they reply to is missing or left out": [
         message("qa", "x1"),
         message("x4", "qa", 0),
         message("x5", "nobody", 0),
@@ -155,7 +155,7 @@ def test_trees_and_threads_and_messages_in_any_order_are_the_same(tmp_path):
     threads = [{"thread_id": row["message_id"], "thread": [MESSAGES[1], row]} for row in MESSAGES[:1] + MESSAGES[2:4]]
     made, report = run(tmp_path, threads)
     assert words(made[0]) == ["Hello? / text b", "Hello? / text a", "Hello? / text c"]
-    assert report["assembled"]["messages left out: given again"] == 2
+    assert report["assembled"]["messages left out: repeated"] == 2
 
 
 def test_other_languages_are_left_out_where_some_are_named(tmp_path):

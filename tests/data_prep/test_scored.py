@@ -18,7 +18,7 @@ KEPT = [
 DROPPED = {
     "reward: expected a number": [{"messages": SAID, "reward": "good"}],
     "message without content": [{"messages": [{"role": "user"}], "reward": 1}],
-    "fields: expected messages, or prompt, completion and reward or label": [{"text": "x"}],
+    "fields: expected messages, or prompt and completion with a reward or label": [{"text": "x"}],
 }
 
 
@@ -42,5 +42,6 @@ def test_the_column_of_the_score_is_named(tmp_path):
     made, report = run(tmp_path, rows, reward="stars")
     assert [row.turns[1].reward for row in made] == [4.0, None]
     assert report["kept as it is"] == {"no 'stars' in the row, so it is not scored": 1}
-    with pytest.raises(InputError, match="star: found no row with this column, expected the one that holds"):
+    problem = "star: found no row with this column, expected the name of the column that holds the scores"
+    with pytest.raises(InputError, match=problem):
         run(tmp_path, rows, reward="star")

@@ -61,7 +61,7 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
         "HTML made text": 11,
         "response without a rank left out": 1,
         "empty response left out": 1,
-        "response given twice with one rank merged": 1,
+        "equal responses of the same rank merged": 1,
     }
     assert len(read_comparisons(tmp_path / "out" / "train.jsonl")) == len(KEPT)
 

@@ -48,7 +48,7 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
         "labels 1 or 0 taken as true or false": 1,
         "labels written as a word": 1,
     }
-    assert report["kept as it is"] == {"a right step behind a wrong one": 1}
+    assert report["kept as it is"] == {"a right step after a wrong one": 1}
 
 
 def test_every_step_is_a_turn_that_earns_its_own_reward(tmp_path):
@@ -73,5 +73,5 @@ def test_every_step_is_a_turn_that_earns_its_own_reward(tmp_path):
 def test_what_steps_earn_can_be_set(tmp_path):
     made, _ = run(tmp_path, KEPT, right=0)
     assert [row.total_return for row in made] == [0.0, -1.0, -1.0]
-    with pytest.raises(InputError, match="wrong: found 1, expected less than right"):
+    with pytest.raises(InputError, match="wrong: found 1, expected a number below right"):
         run(tmp_path, KEPT, wrong=1, right=1)

@@ -31,7 +31,7 @@ DROPPED = {
     "summary: axes: expected an object": [row(axes=None)],
     "summary: expected an object": [row(summary=["x"])],
     "empty summary": [row(" ")],
-    "info: expected a post or an article": [row(info={"id": "t3"})],
+    "info: expected exactly one of post and article": [row(info={"id": "t3"})],
 }
 
 
@@ -61,5 +61,5 @@ def test_the_reward_is_the_weighted_sum_of_the_axes(tmp_path):
     report, made = run(tmp_path, [row()], overall=0, accuracy=0.5, coherence=2, centre=False)
     assert made["train"][0].total_return == 0.5 * 5 + 2 * 2
     assert report["weights"] == {"accuracy": 0.5, "coherence": 2}
-    with pytest.raises(InputError, match="found weights of 0 on overall, accuracy"):
+    with pytest.raises(InputError, match="found weights of 0 on all of overall, accuracy"):
         run(tmp_path, [row()], overall=0)

@@ -42,7 +42,10 @@ DROPPED = {
     "identical summaries": [row("Same  words", " Same words ")],
     "empty summary": [row(first=" \n")],
     "empty post or article": [row(info={"id": "i", "article": " "})],
-    "info: expected a post or an article": [row(info=POST | ARTICLE | {"post": "x"}), row(info={"id": "t3"})],
+    "info: expected exactly one of post and article": [
+        row(info=POST | ARTICLE | {"post": "x"}),
+        row(info={"id": "t3"}),
+    ],
     "info: id: expected text": [row(info={"post": "x"})],
     "info: title: expected text": [row(info=POST | {"title": 3})],
     "info: expected an object": [without("info")],
@@ -72,7 +75,7 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
     assert (report["rows"], report["imported"], report["comparisons"]) == (len(rows), len(KEPT), len(KEPT))
     assert report["dropped"] == {reason: len(some) for reason, some in DROPPED.items()}
     assert report["repaired"] == {"white space removed at the ends of a summary": 4}
-    assert report["kept as it is"] == {"confidence in the other summary than the chosen one": 1}
+    assert report["kept as it is"] == {"the confidence favours the summary that was not chosen": 1}
     assert {name: split["comparisons"] for name, split in report["splits"].items()} == {
         "train": 4,
         "validation": 1,

@@ -16,7 +16,7 @@ def test_logs_are_the_toys_own_and_splits_share_no_episode(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"task": "maze"}, "task: found 'maze', expected one that has logs"),
+        ({"task": "maze"}, "task: found 'maze', expected a task that has logs"),
         ({"task": "wlk"}, "expected 'walk'"),
         ({"task": "walk", "episodes": 0}, "episodes: found 0"),
     ],

@@ -57,7 +57,7 @@ DROPPED = {
     "a question of TruthfulQA, a benchmark": [row(*FOUR, source="truthful_qa")],
     "empty instruction": [row(*FOUR, instruction=" ")],
     "instruction: expected text": [row(*FOUR, instruction=None)],
-    "no aspect that every rated completion is rated for": [
+    "no aspect on which all rated completions have a rating": [
         row(completion("a"), completion("b")),
         row(),
         row(completion("a", "1"), completion("b", None, "1")),
@@ -92,8 +92,8 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
     assert (report["rows"], report["imported"], len(made)) == (len(rows), len(KEPT), len(KEPT))
     assert report["dropped"] == {reason: len(rows) for reason, rows in DROPPED.items()}
     assert report["repaired"] == {
-        "overall_score 10 beside ratings of at most 2 taken as 1": 1,
-        "aspects left out that not every rated completion is rated for": 1,
+        "overall_score 10 with a mean rating of at most 2 read as 1": 1,
+        "aspects left out on which some rated completion has no rating": 1,
         "response without a rank left out": 2,
         "empty response left out": 1,
     }

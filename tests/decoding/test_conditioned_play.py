@@ -362,7 +362,7 @@ def test_generate_equals_the_sampler(monkeypatch):
 
 def test_generate_refuses_what_it_cannot_tell():
     prompt = plain_prompt(HISTORIES[0])
-    with pytest.raises(InputError, match="prompt: found .* at its end, expected the agent's opening"):
+    with pytest.raises(InputError, match="prompt: found .* at its end, expected the ids of the agent's opening"):
         generate(MODEL, [prompt[:-1]], ask=1.0)
     with pytest.raises(InputError, match="expected both to be 0 in generate"):
         generate(MODEL, [prompt], ask=1.0, beta=2.0)
@@ -416,8 +416,8 @@ def test_an_ask_for_the_usual_return_is_said_once(caplog):
     player = policy(conditioned(logs=logs), ask="p90")
     player.with_sampling(temperature=0.0).start([1, 2], ["p90", "max"]).reply([0, 1], HISTORIES[:1] * 2)
     assert [record.message for record in caplog.records] == [
-        "ask: found p90, 0 in the training data and told as their median is, expected more than the usual return; "
-        "the best is 5 (ask: max)"
+        "ask: found p90, the return 0, which is in the same bin as the median of the training data, "
+        "expected a return in a higher bin; the best return is 5 (ask: max)"
     ]
 
 
@@ -445,7 +445,7 @@ def test_asks_and_forms_that_the_model_cannot_serve_are_refused():
 def test_returns_per_task_need_the_task(tmp_path):
     logs = [Trajectory(t.turns, task=task) for task in ("a", "b") for t in LOGS]
     model = conditioned(logs=logs, per="task")
-    with pytest.raises(InputError, match="task: found '', expected one of the training data"):
+    with pytest.raises(InputError, match="task: found '', expected a task of the training data"):
         policy(model, ask="max")
     player = LanguagePolicy(model, RENDERER, SamplingConfig(ask="max", max_new_tokens=2), task="b")
     play(player, [1.0])

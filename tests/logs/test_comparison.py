@@ -50,8 +50,8 @@ def test_an_agents_turn_in_the_context_is_never_trained():
         ({"target": (1.5, -0.5)}, "target: found [1.5, -0.5] for 2 options"),
         ({"target": (1.0,)}, "target: found [1.0] for 2 options"),
         ({"target": (float("nan"), 1)}, "target: found nan, expected a finite number"),
-        ({"ranking": ((0,), (0, 1))}, "ranking: found ((0,), (0, 1)) for 2 options, expected groups that hold the"),
-        ({"ranking": ((1,), (0,))}, "target: found [1.0, 0.0] beside the ranking ((1,), (0,)), best first, expected"),
+        ({"ranking": ((0,), (0, 1))}, "ranking: found ((0,), (0, 1)) for 2 options, expected lists that together"),
+        ({"ranking": ((1,), (0,))}, "target: found [1.0, 0.0] with the ranking ((1,), (0,)) (best first), expected"),
         ({"weight": 0}, "weight: found 0.0, expected a number above 0"),
         ({"group": None}, "group: found None, expected text"),
         ({"labels": {"options": [1]}}, "labels.options: found [1] for 2 options, expected a list with an entry"),
@@ -113,7 +113,7 @@ def test_pointers_and_wrong_files_are_one_line_errors(tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
     for name in ("a.jsonl", "a.jsonl.gz", "a.parquet"):
         (tmp_path / name).write_text(pointer)
-        with pytest.raises(InputError, match="found a git-LFS pointer, expected the file it stands for"):
+        with pytest.raises(InputError, match="found a git-LFS pointer, expected the file itself; fetch it with git"):
             read_comparisons(tmp_path / name)
     (tmp_path / "b.jsonl").write_text(json.dumps({"messages": []}) + "\n")
     with pytest.raises(InputError, match="b.jsonl:1: fields: found messages, expected context, options and target"):

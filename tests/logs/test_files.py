@@ -42,7 +42,9 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
             wait()
 
     child = in_child(hold)
-    with pytest.raises(InputError, match="run: found another command at work in this folder, expected one at a time"):
+    with pytest.raises(
+        InputError, match="run: found another command at work in this folder, expected only one at a time"
+    ):
         with locked(tmp_path / "run"):
             pass
     kill(child)
@@ -140,7 +142,10 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
     with locked(tmp_path), atomic_output(tmp_path / "rows") as temporary:
         temporary.write_text("mine")
     assert names(tmp_path) == [".rows.1.tmp", "rows"]  # it may be somebody's
-    assert "cannot be locked (Bad file descriptor): run one command at a time there" in caplog.text
+    assert (
+        "this folder or file cannot be locked (Bad file descriptor); run only one command at a time there"
+        in caplog.text
+    )
 
 
 def test_all_differences_are_named():

@@ -173,7 +173,7 @@ def test_faulty_tool_calls_and_thoughts_are_one_line():
     faults = [
         ({"tool_calls": [{"function": {}}]}, r"logs:1: messages\[0\].tool_calls: found .* an object with"),
         ({"tool_calls": "["}, "tool_calls: found text that is not JSON"),
-        ({"thinking": "a", "reasoning_content": "b"}, "thinking: found another text than in reasoning_content"),
+        ({"thinking": "a", "reasoning_content": "b"}, "thinking: found a text that differs from reasoning_content"),
     ]
     for fields, message in faults:
         with pytest.raises(InputError, match=message):
@@ -235,7 +235,7 @@ def test_one_reward_of_a_conversation_lies_on_its_last_agent_turn_and_is_counted
     assert [turn.reward for turn in read_back.turns] == [None, None, None, expected, None, None]
     assert [turn.is_trainable for turn in read_back.turns] == [False, True, False, True, False, False]
     once = {} if reward is None else {"repaired: reward of the row put on its last agent turn": 1}
-    assert counts == {"repaired: weight 0 read as not trained on": 1, **once, **repairs} and read_back.labels == {}
+    assert counts == {"repaired: weight 0 read as trainable: false": 1, **once, **repairs} and read_back.labels == {}
 
 
 def test_data_reward_names_the_column_or_label_of_the_score(tmp_path):
@@ -253,7 +253,7 @@ def test_data_reward_names_the_column_or_label_of_the_score(tmp_path):
     assert rows[0].labels == {"rating": 4, "reward": 9}
     assert counts["kept: no 'rating' in the row, so it is not scored"] == 1
     assert message_of(read_trajectories, path, reward="ratings") == (
-        f"{path}: ratings: found no row with this column, expected the one that holds the scores"
+        f"{path}: ratings: found no row with this column, expected the name of the column that holds the scores"
     )
     path = lines(tmp_path / "logs.jsonl", {"prompt": "p", "completion": "a", "rating": "good"})
     assert message_of(read_trajectories, path, reward="rating") == (
@@ -309,7 +309,7 @@ def test_json_keys_that_are_there_twice_are_counted_in_lines_and_lists(tmp_path)
         (tmp_path / name).write_text(whole)
         rows = read_trajectories(tmp_path / name, counts=counts)
         assert [row.turns[1].content for row in rows] == ["b", "b"] and rows[1].labels == {"x": 3}
-        assert counts == {"repaired: JSON key that is there twice, its last value taken": 4}
+        assert counts == {"repaired: JSON key given twice, its last value used": 4}
 
 
 TABLE = [
@@ -379,7 +379,7 @@ def test_bad_tables_are_named_by_the_line_that_a_row_begins_in(tmp_path, text, e
 def test_groups_that_are_numbers_are_text_and_counted(tmp_path, group):
     counts = Counter()
     (row,) = read(tmp_path, {**scored(), "group": group}, counts=counts)
-    assert row.group == "17" and counts == {"repaired: group that is a number taken as text": 1}
+    assert row.group == "17" and counts == {"repaired: group given as a number, read as text": 1}
 
 
 @pytest.mark.parametrize(
@@ -395,12 +395,13 @@ def test_groups_that_are_numbers_are_text_and_counted(tmp_path, group):
             {"context": [], "options": [[agent()], [agent()]], "target": [1, 0]},
             "options: found a comparison, expected a",
         ),
-        ({"text": "hello"}, "fields: found text, expected messages, or prompt, completion and reward or label"),
+        ({"text": "hello"}, "fields: found text, expected messages, or prompt and completion with a reward or label"),
         ({"prompt": "p", "completion": "a"}, "reward: found neither reward nor label, expected one of them"),
         (
             {"prompt": "1", "completion": "2", "stars": 4},
             "reward: found neither reward nor label, expected one of them "
-            "(null = not scored); column 'stars' may hold it: --data.reward 'stars', for check and evaluate --reward ",
+            "(null = not scored); column 'stars' may hold the score: use --data.reward 'stars', or --reward 'stars' "
+            "for check and evaluate",
         ),
         ({"prompt": "p", "completion": "a", "label": 2}, "label: found 2, expected true, false or null"),
         ({"prompt": "p", "completion": "a", "reward": "one"}, "reward: found 'one', expected a number"),
@@ -410,14 +411,23 @@ def test_groups_that_are_numbers_are_text_and_counted(tmp_path, group):
             "completion: found empty text, expected the text of the agent's",
         ),
         ({"prompt": "p", "completion": [{"role": "user", "content": "x"}], "reward": 1}, "completion: found no agent"),
-        ({"prompt": "p", "completion": [agent(reward=1)], "reward": 1}, "reward: found one for the row and one in"),
+        (
+            {"prompt": "p", "completion": [agent(reward=1)], "reward": 1},
+            "reward: found one for the row and another in completion[0], expected only one",
+        ),
         (
             {"prompt": [{"role": "narrator", "content": "x"}], "completion": "a", "reward": 1},
             "prompt[0].role: found 'narrator'",
         ),
         ({"prompt": 3, "completion": "a", "reward": 1}, "prompt: found 3, expected a list of messages"),
-        ({**scored(reward=1), "reward": 1.0}, "reward: found one for the row and one in messages[1], expected one"),
-        (scored(weight=0, trainable=True), "messages[1].weight: found 0 beside trainable true, expected one of them"),
+        (
+            {**scored(reward=1), "reward": 1.0},
+            "reward: found one for the row and another in messages[1], expected only one",
+        ),
+        (
+            scored(weight=0, trainable=True),
+            "messages[1].weight: found 0 together with trainable: true, expected only one of them",
+        ),
         ({"messages": "hello"}, "messages: found 'hello', expected a list of messages"),
         ({"messages": [{"role": "user", "content": "q"}]}, "messages: found only untrained turns (user)"),
         (
@@ -633,7 +643,7 @@ def test_a_path_that_cannot_be_written_is_a_one_line_error(tmp_path):
 @pytest.mark.parametrize("path", [".", "", "/"])
 def test_a_path_without_a_name_is_a_one_line_error(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert ": found a path without a name, expected one that" in message_of(write_trajectories, path, EPISODES)
+    assert ": found a path without a file name, expected one that" in message_of(write_trajectories, path, EPISODES)
     assert not list(tmp_path.iterdir())
 
 
@@ -717,7 +727,7 @@ def test_parquet_of_any_columns_and_notes_is_read(tmp_path):
     counts = Counter()
     (row,) = read_trajectories(tmp_path / "rows.parquet", counts=counts)
     assert row.labels == {"facts": {"a": 1, "b": 2}, "word": "x"}
-    assert counts == {f"repaired: column {name!r} left out, not JSON": 1 for name in odd}
+    assert counts == {f"repaired: column {name!r} left out, because JSON cannot hold it": 1 for name in odd}
     for note in (b"{", b"3", b'{"info": {"features": {"prompt": {"_type": "Nothing"}}}}'):
         noted = table().replace_schema_metadata({b"huggingface": note, b"pandas": note})
         pyarrow.parquet.write_table(noted, tmp_path / "rows.parquet")
@@ -778,7 +788,7 @@ def test_half_a_surrogate_pair_in_a_name_is_named_by_its_line(tmp_path):
     (tmp_path / "rows.jsonl").write_text(f"{row}\n")
     said = message_of(read_trajectories, tmp_path / "rows.jsonl")
     assert said == (
-        f"{tmp_path / 'rows.jsonl'}:1: JSON: a name: found half a surrogate pair at character 0, expected text"
+        f"{tmp_path / 'rows.jsonl'}:1: JSON: a key: found half a surrogate pair at character 0, expected text"
     )
     (tmp_path / "rows.jsonl").write_text(f"[{row}]")
     assert said == message_of(read_trajectories, tmp_path / "rows.jsonl")

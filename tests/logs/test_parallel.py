@@ -57,7 +57,7 @@ def test_a_fork_that_fails_is_one_line_and_leaves_no_child(monkeypatch):
         return fork()
 
     monkeypatch.setattr(os, "fork", second_fails)
-    with pytest.raises(InputError, match="processes: found Cannot allocate memory, expected fewer"):
+    with pytest.raises(InputError, match="processes: found Cannot allocate memory, expected fewer processes"):
         list(map_in_order(abs, [1], 2))
     for child in multiprocessing.active_children():
         child.join(10)

@@ -41,7 +41,7 @@ def test_a_common_beginning_of_two_replies_is_no_context():
         [("assistant", "The sky is blue")],
         [("assistant", "The sky is black")],
     ]
-    assert counts == {"repaired: text without turns taken as the agent's, without a context": 1}
+    assert counts == {"repaired: text without turns read as the agent's reply, without a context": 1}
 
 
 def test_implicit_messages_share_the_turns_that_are_equal():
@@ -161,7 +161,7 @@ def test_turns_of_one_speaker_in_a_row_are_merged_and_inner_tags_stay_text():
         ),
         (
             {"chosen": TALK + " a", "rejected": TALK + " a\n\nHuman: x\n\nAssistant: y"},
-            "one side goes on where the other ends",
+            "one side continues where the other ends",
         ),
         (
             {"chosen": TALK + " a", "rejected": TALK.replace("Hi", "Ho") + " a"},
@@ -195,7 +195,7 @@ def test_ranks_become_a_ranking_with_ties():
     assert counts == {
         "repaired: response without a rank left out": 1,
         "repaired: empty response left out": 1,
-        "repaired: response given twice with one rank merged": 1,
+        "repaired: equal responses of the same rank merged": 1,
     }
 
 
@@ -229,7 +229,7 @@ def test_branches_of_one_conversation_share_a_group():
     "row, expected",
     [
         ([1], "row: found [1], expected an object"),
-        ({"text": "x"}, "fields: found text, expected context, options and target, or prompt, chosen and rejected"),
+        ({"text": "x"}, "fields: found text, expected context, options and target; or prompt, chosen and rejected"),
         ({"chosen": 3, "rejected": "a"}, "chosen: found 3, expected a list of messages"),
         ({"prompt": 3, "chosen": "b", "rejected": "a"}, "prompt: found 3, expected a list of messages"),
         ({"prompt": "p", "responses": "ab", "ranks": [0, 1]}, "responses: found 'ab', expected a list"),

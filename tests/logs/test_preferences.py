@@ -175,7 +175,10 @@ def test_an_empty_reply_is_left_out_and_counted():
             {"reward": "signs"},
             "reward: found 'signs', expected one of sign, prob, strength, rank, bt, rating or a scorer",
         ),
-        ({"place": "token"}, "place: found 'token', expected terminal or turn (a label on a whole reply says nothing"),
+        (
+            {"place": "token"},
+            "place: found 'token', expected terminal or turn (a label of a whole reply gives no rewards",
+        ),
         ({"normalise": "z"}, "normalise: found 'z', expected one of none, global, group, rank"),
     ],
 )
@@ -199,7 +202,7 @@ def test_truncation_keeps_a_reward_on_the_token_that_closes_its_reply_or_drops_b
         assert steps["reward"][steps["closes_turn"]].tolist() == [row.total_return]
         assert not steps["reward"][~steps["closes_turn"]].any()
         paid.append(row.total_return)
-    assert len(paid) + counts["trajectories without an agent turn that fits"] == 2
+    assert len(paid) + counts["trajectories without an agent turn that fits into max_length"] == 2
 
 
 def test_returns_rank_the_replies_to_one_context_again():

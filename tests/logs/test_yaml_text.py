@@ -21,17 +21,17 @@ def nested(inner: str) -> str:
 
 
 REFUSED = {
-    "itself in a list": ("a: &a [*a]", "which stands in no value that ends before it"),
-    "itself merged": ("&a {b: {<<: *a}}", "which stands in no value that ends before it"),
+    "itself in a list": ("a: &a [*a]", "which refers to no value that ends before it"),
+    "itself merged": ("&a {b: {<<: *a}}", "which refers to no value that ends before it"),
     "many aliases": (nested("[x]"), "more than 100000 values"),
     "many merges": (nested("{k: 1}"), "more than 100000 values"),
     "a long chain": ("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 300)), "200 levels"),
     "open lists": ("[" * 500_000, "deeper than 200 levels"),
     "open mappings": ("{a: " * 100_000, "deeper than 200 levels"),
     "lists by dashes": ("- " * 100_000, "deeper than 200 levels"),
-    "a question mark": ("? ", "the name None, expected text"),
+    "a question mark": ("? ", "the key None, expected text"),
     "a list as a name": ("? [a]\n: b", "unhashable"),
-    "a number as a name": ("1: 2", "the name 1, expected text"),
+    "a number as a name": ("1: 2", "the key 1, expected text"),
     "digits": ("a: " + "1" * 5000, "4300 digits"),
     "65 bits": ("a: 18446744073709551616", "at most 64 bits"),
     "no such month": ("a: !!timestamp 2001-99-99", "month must be in"),

@@ -85,14 +85,18 @@ def test_a_healthy_split_gives_no_warning():
 
 def test_equal_returns_and_absent_rewards_are_warned_of():
     assert warnings([game("s", "l", reward=2.0), game("s", "r", reward=2.0)]) == [
-        "train: all returns are equal (2), so there is nothing to prefer"
+        "train: all returns are equal (2), so the data do not show which replies are better"
     ]
-    assert warnings([game("s", "l"), game("s", "r")]) == ["train: no turn has a reward, so there is nothing to prefer"]
+    assert warnings([game("s", "l"), game("s", "r")]) == [
+        "train: no turn has a reward, so the data do not show which replies are better"
+    ]
 
 
 def test_rewards_that_the_reader_removed_are_warned_of():
     counts = Counter({"repaired: reward removed from an untrained turn": 3})
-    assert warnings(HEALTHY, counts=counts) == ["rewards on untrained turns: 3 removed, nothing learns from them"]
+    assert warnings(HEALTHY, counts=counts) == [
+        "rewards on untrained turns: 3 removed, because nothing learns from them"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -113,9 +117,9 @@ def test_stitching_needs_an_observation_with_two_replies_in_two_rows(rows, possi
 def test_mostly_truncated_rows_and_another_template_are_warned_of():
     found = warnings(HEALTHY, renderer=LetterRenderer("at token 3: 'x', not 'y'"), max_length=4)
     assert found == [
-        "train: 2 of 2 rows are longer than 4 tokens and lose oldest turns",
-        "train: 2 of the first 2 rows: the stock chat template prints them differently; row 1: at token "
-        "3: 'x', not 'y'",
+        "train: 2 of 2 rows are longer than 4 tokens and lose their oldest turns",
+        "train: 2 of the first 2 rows: the stock chat template prints them differently from the text for training; "
+        "row 1: at token 3: 'x', not 'y'",
     ]
 
 
@@ -127,7 +131,9 @@ def test_groups_in_two_splits_are_counted_and_rows_without_a_group_by_content():
         }
     )
     assert report.shared_groups == {"train, test": 2}
-    assert report.warnings == ["train, test: 2 groups are in both splits, so one does not test the other"]
+    assert report.warnings == [
+        "train, test: 2 groups are in both splits, so neither is an independent test of a model trained on the other"
+    ]
 
 
 def test_the_report_is_plain_json_and_prints_every_fact():
@@ -179,7 +185,7 @@ def test_token_table_uses_sampled_ids_of_the_same_renderer_only():
 
 def test_all_rows_in_one_group_are_said_and_one_row_or_rows_without_a_group_are_not():
     one, two = game("s", "l", group="g", reward=1.0), game("s", "r", group="g", reward=0.0)
-    said = "train: all 2 rows are in one group, 'g', so none of them can be held back to test on"
+    said = "train: all 2 rows are in one group, 'g', so none of them can be held out for validation"
     assert said in check({"train": [one, two]}).warnings
     for rows in ([one], [game("s", "l"), game("s", "r")], [one, game("s", "r", group="h")]):
         assert not any("one group" in warning for warning in check({"train": rows}).warnings)
@@ -193,12 +199,12 @@ def test_columns_that_may_hold_the_score_are_named_where_nothing_is_scored():
     rows = [Trajectory((Turn("user", "q"), Turn("assistant", "a")), labels=label) for label in labels]
     (warning,) = (text for text in check({"train": rows}).warnings if "no turn has a reward" in text)
     assert warning == (
-        "train: no turn has a reward, so there is nothing to prefer; column 'thumbs' (or 'Rating') may "
-        "hold it: --data.reward 'thumbs', for check and evaluate --reward 'thumbs'"
+        "train: no turn has a reward, so the data do not show which replies are better; column 'thumbs' (or 'Rating') "
+        "may hold the score: use --data.reward 'thumbs', or --reward 'thumbs' for check and evaluate"
     )
     for label in labels:
         del label["thumbs"], label["Rating"]
-    assert any("column 'time' (or 'session') may hold it" in text for text in check({"train": rows}).warnings)
+    assert any("column 'time' (or 'session') may hold the score" in text for text in check({"train": rows}).warnings)
     scored = Trajectory((Turn("user", "q"), Turn("assistant", "a", reward=1.0)), labels=labels[0])
     assert not any("no turn has" in text for text in check({"train": [*rows, scored]}).warnings)
 

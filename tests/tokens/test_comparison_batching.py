@@ -115,7 +115,7 @@ def test_an_option_that_does_not_fit_takes_its_comparison_along():
     assert len(data) == 1 and data.batch([0])["comparison"].tolist() == [0, 0, 0]
     assert counts == {"comparisons dropped: an option longer than max_length": 1}
     assert fitting([bare, short], RENDERER, WindowRule(max_length=limit), Counter()) == [short]
-    with pytest.raises(InputError, match="found none that fits, expected at least one"):
+    with pytest.raises(InputError, match="found none that fits into max_length, expected at least one"):
         encode([bare], 4)
 
 
@@ -150,14 +150,14 @@ def test_two_processes_render_what_one_renders(monkeypatch, encode_rows):
 
 def test_a_full_temporary_folder_is_one_line(monkeypatch):
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "r+b"))
-    with pytest.raises(InputError, match="found No space left on device, expected room for the data"):
+    with pytest.raises(InputError, match="found No space left on device, expected enough space for the data"):
         encode([PAIR])
 
 
 def test_what_goes_wrong_in_another_process_is_the_same_error():
     with pytest.raises(InputError, match="found one without an agent turn"):
         encode_scored([Trajectory((Turn("user", "hi"),))], RENDERER, WindowRule(), Counter(), 2)
-    with pytest.raises(InputError, match="found none that fits"):
+    with pytest.raises(InputError, match="found none that fits into max_length"):
         encode_comparisons([], RENDERER, WindowRule(), Counter(), 2)
 
 

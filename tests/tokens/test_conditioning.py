@@ -88,7 +88,7 @@ def test_equal_sums_of_rewards_in_another_order_share_a_bin():
     scale = ReturnScale.fit([episode(0.1, 0.2, 0.3), episode(0.3, 0.2, 0.1), episode(1.0)], "unique", bins=9)
     # at turn starts: .6 .5 .3, .6 .3 .1, 1
     assert scale.table().counts == (1, 2, 1, 2, 1)
-    with pytest.raises(InputError, match="found one return, 0.6, at every agent turn"):
+    with pytest.raises(InputError, match="found the same return, 0.6, at every agent turn"):
         ReturnScale.fit([episode(0.7 - 0.1), episode(0.6)])
 
 
@@ -109,9 +109,9 @@ def test_bins_per_task_are_fitted_on_their_own_returns():
     data = [episode(r, task=t) for t, rewards in (("a", (0.0, 1.0)), ("b", (10.0, 20.0, 30.0))) for r in rewards]
     scale = ReturnScale.fit(data, per="task")
     assert (scale.bin_of(1.0, "a"), scale.bin_of(1.0, "b"), scale.bins) == (1, 0, 3)
-    with pytest.raises(InputError, match="task: found 'c', expected one of the training data.*'a', 'b'"):
+    with pytest.raises(InputError, match="task: found 'c', expected a task of the training data.*'a', 'b'"):
         scale.bin_of(1.0, "c")
-    with pytest.raises(InputError, match="one return, 5, at every agent turn of task 'c'.*per: global"):
+    with pytest.raises(InputError, match="the same return, 5, at every agent turn of task 'c'.*per: global"):
         ReturnScale.fit([*data, episode(5.0, task="c")], per="task")
     assert ReturnScale.fit(data).bin_of(1.0, "anything") == 1
 
@@ -146,8 +146,8 @@ def test_a_percentile_that_asks_for_the_usual_is_named(wins, name, asked):
         assert line is None
     else:
         assert line == (
-            f"ask: found {name}, {asked:g} in the training data and told as their median is, expected "
-            "more than the usual return; the best is 1 (ask: max)"
+            f"ask: found {name}, the return {asked:g}, which is in the same bin as the median of the training data, "
+            "expected a return in a higher bin; the best return is 1 (ask: max)"
         )
     with pytest.raises(InputError, match="ask: found 'auto'"):
         scale.asks_for_the_usual("auto")
@@ -170,7 +170,7 @@ def test_an_ask_that_means_nothing_is_refused(wrong):
     "data, message",
     [
         ([episode(None), episode(None)], "found no rewards.*score the data"),
-        ([episode(2.0), episode(2.0)], "found one return, 2, at every agent turn.*without a condition"),
+        ([episode(2.0), episode(2.0)], "found the same return, 2, at every agent turn.*not conditioned on returns"),
     ],
 )
 def test_data_that_cannot_be_conditioned_on_says_what_to_do(data, message):
@@ -183,7 +183,7 @@ def test_settings_that_do_not_fit_are_refused():
         ({"bins": 1}, "bins: found 1"),
         ({"kind": "log"}, "binning: found 'log'"),
         ({"per": "row"}, "per: found 'row'"),
-        ({"kind": "unique", "bins": 3}, "unique and 4 distinct"),
+        ({"kind": "unique", "bins": 3}, "found unique with 4 distinct"),
     ):
         with pytest.raises(InputError, match=message):
             ReturnScale.fit(THREE, **settings)
@@ -214,7 +214,7 @@ def test_returns_as_text_need_a_tokenizer_that_tells_them_apart():
     written = Slots.from_block(block | {"text": "quality: {bin}/{bins}\n"}, 100, renderer)
     assert [renderer.decode(ids) for ids in written.bins] == [f"quality: {b}/4\n" for b in (1, 2, 3, 4)]
     assert written.null == ()
-    with pytest.raises(InputError, match="text: found 'good'"):
+    with pytest.raises(InputError, match="text: found texts, such as 'good'"):
         Slots.from_block(block | {"text": "good"}, 100, renderer)
 
 

@@ -139,7 +139,7 @@ def test_log_cut_behind_a_finished_turn_has_no_target_for_its_last_action():
     counts = Counter()
     batch = batch_of([Trajectory((user("a"), agent("xy", 3.0)), terminated=False)], counts=counts)
     assert table(batch) == [(0, 4, X, 0.0, 0, 5, 1.0), (0, 5, Y, 0.0, 0, 6, 1.0)]
-    assert counts["last actions without a target: cut behind a finished agent turn"] == 1
+    assert counts["last actions without a target: the log was cut after a finished agent turn"] == 1
     assert batch["steps"]["has_target"].tolist() == [True, True, False]
     # the last known V is at state 6, so returns end there and the unbootstrapped reward stays out
     assert batch["steps"]["return_to_go"].tolist() == [0.0, 0.0, 0.0]
@@ -333,7 +333,7 @@ def test_rows_that_nobody_reads_are_left_out():
 
 
 def test_data_without_a_turn_that_fits_is_an_error():
-    with pytest.raises(InputError, match="no agent turn that fits"):
+    with pytest.raises(InputError, match="no agent turn that fits into max_length"):
         batch_of([Trajectory((user("a"), agent("x" * 30)))], WindowRule(max_length=10))
 
 
@@ -463,10 +463,10 @@ def test_a_reply_that_does_not_fit_with_its_turn_is_left_out_and_counted():
     turns, counts = (user("a"), agent("x"), user("b" * 9), user("c"), agent("y")), Counter()
     rows = with_replies(Trajectory(turns), WindowRule(max_length=12), counts=counts)
     assert rows == [([1, 2, A, 3, 4, X, 5], []), ([1, 2, C, 3, 4, Y, 5], [])]
-    assert counts["replies of the environment left out: longer than max_length leaves"] == 1
+    assert counts["replies of the environment left out: longer than the space that max_length leaves"] == 1
     roomy = Counter()
     with_replies(Trajectory(turns), WindowRule(max_length=30), counts=roomy)
-    assert roomy["replies of the environment left out: longer than max_length leaves"] == 0
+    assert roomy["replies of the environment left out: longer than the space that max_length leaves"] == 0
 
 
 def test_history_that_the_template_rewrites_gives_every_agent_turn_a_row_of_its_own():

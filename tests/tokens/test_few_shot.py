@@ -198,10 +198,15 @@ def test_turns_that_no_longer_fit_behind_the_prompt_are_counted():
     "spec, rows, pool, message",
     [
         ({}, [Trajectory((agent("x"),))], None, "row 1: task: found none"),
-        ({}, numbered("a", 1), None, r"row 1: prompt.n: found 0 demonstrations of task 'a' beside the row itself"),
+        ({}, numbered("a", 1), None, r"row 1: prompt.n: found 0 demonstrations of task 'a' other than the row itself"),
         ({"n": 2}, numbered("t", 3), [SHOWN], "row 1: prompt.n: found 1 demonstrations of task 't', expected at l"),
         ({}, numbered("u", 1), [SHOWN], "found 0 demonstrations of task 'u', expected at least 1"),
-        ({"max_tokens": 5}, numbered("t", 1), [SHOWN], "row 1: prompt.max_tokens: found a prompt of 6 tokens, exp"),
+        (
+            {"max_tokens": 5},
+            numbered("t", 1),
+            [SHOWN],
+            "row 1: prompt.max_tokens: found demonstrations of 6 tokens, exp",
+        ),
     ],
 )
 def test_prompts_that_cannot_be_made_are_refused(spec, rows, pool, message):

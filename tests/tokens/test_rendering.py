@@ -260,7 +260,7 @@ def test_assembled_template_keeps_what_was_read():
     assert turn.stays
     difference = view.differences([HELLO, THOUGHT, DEAL, NO])
     assert "the template prints 'assistant\\nno thanks" in difference
-    assert "the assembly has 'assistant\\n<think>\\nhm" in difference
+    assert "the text for training has 'assistant\\n<think>\\nhm" in difference
 
 
 def test_injected_system_text_is_printed_only_where_the_dialogue_brings_none():
@@ -485,7 +485,7 @@ def test_plain_template_without_eos_ends_the_agents_turn_with_its_line():
     tokenizer.eos_token = None
     view = Renderer(tokenizer)
     assert view.decode([view.close_id]) == "" and view.closing("assistant") == view.closing("user")
-    with pytest.raises(InputError, match="content: the tokenizer reads text as 'Ċ', which marks turns"):
+    with pytest.raises(InputError, match="content: found text that the tokenizer encodes as 'Ċ', which marks turns"):
         view.encode_turn(Turn("assistant", "one\ntwo"))
 
 
@@ -496,7 +496,7 @@ def test_what_cannot_be_used_is_one_error():
     assert Renderer(tokenizer, "plain").agent_opening
     with pytest.raises(InputError, match="template: found 'chatml', expected one of auto, assembled, plain"):
         Renderer(tokenizer, "chatml")
-    with pytest.raises(InputError, match="tokenizer: found object, expected a fast one"):
+    with pytest.raises(InputError, match="tokenizer: found object, expected a fast tokenizer"):
         Renderer(object())
     bare = byte_level("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(InputError, match="chat template: found nothing printed before the agent's text"):

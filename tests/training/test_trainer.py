@@ -566,7 +566,9 @@ def told(rows):
 def test_dialogues_that_the_template_prints_otherwise_are_refused_unless_that_is_asked_for(tmp_path):
     strict = TOKENIZERS["stripping"]()  # its template refuses a system turn
     model = build_model(SPEC | NO_DROPOUT, strict)
-    with pytest.raises(InputError, match=r"template: found 24 dialogues that are rendered otherwise .*System role"):
+    with pytest.raises(
+        InputError, match=r"template: found 24 dialogues that are rendered differently from .*System role"
+    ):
         trainer(tmp_path / "a", algorithm="bc", data=told(logs()), model=model, tokenizer=strict, max_steps=1)
     for template in ("assembled", "plain"):
         run = trainer(
@@ -578,9 +580,9 @@ def test_dialogues_that_the_template_prints_otherwise_are_refused_unless_that_is
             template=template,
             max_steps=1,
         )
-        assert any("rendered otherwise" in line for line in run.counts) == (template == "assembled")
+        assert any("rendered differently" in line for line in run.counts) == (template == "assembled")
     alone = trainer(tmp_path / "b", algorithm="bc", model=model, tokenizer=strict, max_steps=1)
-    assert not any("rendered otherwise" in line for line in alone.counts)
+    assert not any("rendered differently" in line for line in alone.counts)
 
 
 def test_a_run_in_progress_of_another_rendering_scheme_is_refused_by_name(tmp_path):
