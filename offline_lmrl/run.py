@@ -39,6 +39,7 @@ from offline_lmrl.logs.preferences import RewardKind, to_trajectories
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.adapters import require_peft
+from offline_lmrl.settings import setting
 from offline_lmrl.tasks import make_environment
 from offline_lmrl.tokens.checks import score_columns
 from offline_lmrl.tokens.tokenizers import load_tokenizer, train_tokenizer
@@ -57,26 +58,29 @@ PREFERENCE = ("reward", "place", "normalise")  # settings of `to_trajectories`
 
 @dataclass
 class ModelConfig:
-    """The origin of the model: exactly one of `path` and `scratch`.
+    """The origin of the model: exactly one of `path` and `scratch`."""
 
-    Args:
-      path: folder or hub name of a causal LM, or a run of this project, whose heads are loaded too. A reward model
-        takes its trunk from it.
-      scratch: `model_type` and config fields of a small model with fresh weights.
-      tokenizer: folder or hub name of a tokenizer; None = the one at `path` or, with scratch, one trained on the
-        training data.
-      vocab_size: vocabulary size of a tokenizer trained here, in tokens.
-      lora: fields of peft.LoraConfig, to train an adapter (and the heads) instead of the trunk of the model at `path`;
-        None = train the trunk.
-      trust_remote_code: allow code that is stored with the model to run.
-    """
-
-    path: str | None = None
-    scratch: dict[str, Any] | None = None
-    tokenizer: str | None = None
-    vocab_size: int = 512
-    lora: dict[str, Any] | None = None
-    trust_remote_code: bool = False
+    path: str | None = setting(
+        None,
+        "Folder or hub name of a causal LM, or a run of this project, whose heads are loaded too. A reward model "
+        "takes its trunk from it.",
+    )
+    scratch: dict[str, Any] | None = setting(
+        None,
+        "`model_type` and config fields of a small model with fresh weights.",
+    )
+    tokenizer: str | None = setting(
+        None,
+        "Folder or hub name of a tokenizer; null = the one at `path` or, with scratch, one trained on the training "
+        "data.",
+    )
+    vocab_size: int = setting(512, "Vocabulary size of a tokenizer trained here, in tokens.")
+    lora: dict[str, Any] | None = setting(
+        None,
+        "Fields of peft.LoraConfig, to train an adapter (and the heads) instead of the trunk of the model at `path`; "
+        "null = train the trunk.",
+    )
+    trust_remote_code: bool = setting(False, "Allow code that is stored with the model to run.")
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.scratch is None):
@@ -92,21 +96,20 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """The data: scored trajectories, or for a reward model comparisons, each as a file, a folder or a hub name.
+    """The data: scored trajectories, or for a reward model comparisons, each as a file, a folder or a hub name."""
 
-    Args:
-      train: data to learn from; None = no logs, for ppo, which plays in an environment.
-      validation: data on which eval_loss is measured; None = no validation.
-      preference: settings that turn comparisons into scored trajectories: `reward` (sign, prob, strength, rank, bt,
-        rating, or a scorer as in `relabel`), `place` and `normalise` of `to_trajectories`. None = learn from the data
-        as they are.
-      reward: column that holds the score of a row; None = `reward`, or `label` in rows with a prompt.
-    """
-
-    train: str | None = None
-    validation: str | None = None
-    preference: dict[str, Any] | None = None
-    reward: str | None = None
+    train: str | None = setting(None, "Data to learn from; null = no logs, for ppo, which plays in an environment.")
+    validation: str | None = setting(None, "Data on which eval_loss is measured; null = no validation.")
+    preference: dict[str, Any] | None = setting(
+        None,
+        "Settings that turn comparisons into scored trajectories: `reward` (sign, prob, strength, rank, bt, rating, "
+        "or a scorer as in `relabel`), `place` and `normalise` of `to_trajectories`. null = learn from the data as "
+        "they are.",
+    )
+    reward: str | None = setting(
+        None,
+        "Column that holds the score of a row; null = `reward`, or `label` in rows with a prompt.",
+    )
 
     def __post_init__(self) -> None:
         if self.reward is not None and self.preference is not None:

@@ -15,23 +15,24 @@ from dataclasses import dataclass
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.guided import detach
+from offline_lmrl.settings import setting
 from offline_lmrl.training.config import OfflineConfig
 from offline_lmrl.training.trainer import OfflineTrainer
 
 
 @dataclass
 class BCConfig(OfflineConfig):
-    """The settings of behaviour cloning.
+    """The settings of behaviour cloning."""
 
-    Args:
-      keep_share: share of trajectories to keep, best total returns first, in (0, 1]; 1 = plain BC.
-      keep_above: least total return of a trajectory to keep, in the units of the logged rewards; None = no threshold.
-      per_group: take keep_share within each group instead of over all data.
-    """
-
-    keep_share: float = 1.0
-    keep_above: float | None = None
-    per_group: bool = False
+    keep_share: float = setting(
+        1.0,
+        "Share of trajectories to keep, best total returns first, in (0, 1]; 1 = plain BC.",
+    )
+    keep_above: float | None = setting(
+        None,
+        "Least total return of a trajectory to keep, in the units of the logged rewards; null = no threshold.",
+    )
+    per_group: bool = setting(False, "Take keep_share within each group instead of over all data.")
 
     def __post_init__(self) -> None:
         if not 0 < self.keep_share <= 1:

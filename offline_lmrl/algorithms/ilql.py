@@ -37,6 +37,7 @@ from offline_lmrl.models.guided import attach, check_same_heads, slots_of
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.ops.returns import monte_carlo_mixture
 from offline_lmrl.ops.value_learning import awr_weight, conservative_loss, expectile_loss, q_loss, td_target
+from offline_lmrl.settings import setting
 from offline_lmrl.tokens.batching import WindowDataset
 from offline_lmrl.tokens.episodes import StepRule
 from offline_lmrl.training.config import OfflineConfig, check_range
@@ -47,57 +48,71 @@ from offline_lmrl.training.trainer import KNOWN_TURN, OfflineTrainer, TargetUpda
 class ILQLConfig(OfflineConfig):
     """The settings of ILQL. Numbers in square brackets are those of the paper's code.
 
-    Args:
-      value_heads: form of the heads for Q and V: tied, linear or mlp [mlp] (models/value_heads.py). A model that
-        already has heads keeps them and the scale of their rewards; their form must then equal this setting, and
-        initial_value is unused.
-      initial_value: value that Q and V predict before training, given as the return of a whole episode in units of the
-        logged rewards (the heads start at its scaled value). None = the mean scaled return-to-go of the training data.
-        The best possible return suits tasks in which every step costs: values then sink to the truth everywhere at
-        once, whereas low values would have to rise from the few episodes that reached the goal.
-      expectile: τ of V in [0.5, 1) [.7 to .9]; .5 evaluates the behaviour policy (SARSA).
-      discount_per_token: γ of every step between action tokens, 0 to 1 [.99].
-      discount_per_turn: γ between two agent turns, 0 to 1. The step that closes a turn is discounted by the product of
-        discount_per_token and discount_per_turn.
-      bootstrap_from_turn: the state from which a token's target bootstraps. False = the state at the next token; True
-        = the start of the agent's next turn [false].
-      monte_carlo: share of the return-to-go in Q's target, 0 to 1; 1 = Q of the behaviour
-        policy, so one step of policy improvement [0].
-      target_rate: Polyak step of the target heads per optimizer step [.005]. Raise it for a short run, in which
-        target_rate × steps would be below 5.
-      conservative_weight: weight of the conservative loss L_C; 0 = none [1e-4 to 1].
-      value_weight: weight of the value losses L_Q and L_V [1].
-      policy_weight: weight of the policy loss L_π [1].
-      inverse_temperature: β_w in the weights of L_π [0: plain behaviour cloning].
-      value_grad_scale: share of the value losses' gradient that enters the trunk, 0 to 1 [1].
-      utterance_weight: weight of the losses of the heads that score whole replies (for reranking); 0 = no such heads.
-      beta: weight of value guidance in decoding; saved with the run (decoding/sampler.py).
-      q_reduce: reduction over the twin Q heads in decoding: min, mean or first; saved with the run.
-      support: least probability of a token under π, as a share of the likeliest token's, that decoding may choose; 0 =
-        all tokens. Saved with the run.
-      candidates: number of likeliest tokens under π that decoding chooses among; None = no limit. Saved with the run.
-      clip: upper bound of the advantage Q − V in decoding; None = no bound. Saved with the run.
+    beta, q_reduce, support, candidates and clip are saved with the run, which is decoded by them.
     """
 
-    value_heads: Literal["tied", "linear", "mlp"] = "tied"
-    initial_value: float | None = None
-    expectile: float = 0.8
-    discount_per_token: float = 1.0
-    discount_per_turn: float = 0.99
-    bootstrap_from_turn: bool = False
-    monte_carlo: float = 0.0
-    target_rate: float = 0.005
-    conservative_weight: float = 0.1
-    value_weight: float = 1.0
-    policy_weight: float = 1.0
-    inverse_temperature: float = 0.0
-    value_grad_scale: float = 1.0
-    utterance_weight: float = 0.0
-    beta: float = 4.0
-    q_reduce: Literal["min", "mean", "first"] = "min"
-    support: float = 0.02
-    candidates: int | None = None
-    clip: float | None = None
+    value_heads: Literal["tied", "linear", "mlp"] = setting(
+        "tied",
+        "Form of the heads for Q and V: tied, linear or mlp [mlp] (models/value_heads.py). A model that already has "
+        "heads keeps them and the scale of their rewards; their form must then equal this setting, and initial_value "
+        "is unused.",
+    )
+    initial_value: float | None = setting(
+        None,
+        "Value that Q and V predict before training, given as the return of a whole episode in units of the logged "
+        "rewards (the heads start at its scaled value). null = the mean scaled return-to-go of the training data. The "
+        "best possible return suits tasks in which every step costs: values then sink to the truth everywhere at "
+        "once, whereas low values would have to rise from the few episodes that reached the goal.",
+    )
+    expectile: float = setting(0.8, "τ of V in [0.5, 1) [.7 to .9]; .5 evaluates the behaviour policy (SARSA).")
+    discount_per_token: float = setting(1.0, "γ of every step between action tokens, 0 to 1 [.99].")
+    discount_per_turn: float = setting(
+        0.99,
+        "γ between two agent turns, 0 to 1. The step that closes a turn is discounted by the product of "
+        "discount_per_token and discount_per_turn.",
+    )
+    bootstrap_from_turn: bool = setting(
+        False,
+        "The state from which a token's target bootstraps. False = the state at the next token; True = the start of "
+        "the agent's next turn [false].",
+    )
+    monte_carlo: float = setting(
+        0.0,
+        "Share of the return-to-go in Q's target, 0 to 1; 1 = Q of the behaviour policy, so one step of policy "
+        "improvement [0].",
+    )
+    target_rate: float = setting(
+        0.005,
+        "Polyak step of the target heads per optimizer step [.005]. Raise it for a short run, in which target_rate × "
+        "steps would be below 5.",
+    )
+    conservative_weight: float = setting(0.1, "Weight of the conservative loss L_C; 0 = none [1e-4 to 1].")
+    value_weight: float = setting(1.0, "Weight of the value losses L_Q and L_V [1].")
+    policy_weight: float = setting(1.0, "Weight of the policy loss L_π [1].")
+    inverse_temperature: float = setting(0.0, "β_w in the weights of L_π [0: plain behaviour cloning].")
+    value_grad_scale: float = setting(1.0, "Share of the value losses' gradient that enters the trunk, 0 to 1 [1].")
+    utterance_weight: float = setting(
+        0.0,
+        "Weight of the losses of the heads that score whole replies (for reranking); 0 = no such heads.",
+    )
+    beta: float = setting(4.0, "Weight of value guidance in decoding.")
+    q_reduce: Literal["min", "mean", "first"] = setting(
+        "min",
+        "Reduction over the twin Q heads in decoding: min, mean or first.",
+    )
+    support: float = setting(
+        0.02,
+        "Least probability of a token under π, as a share of the likeliest token's, that decoding may choose; 0 = all "
+        "tokens.",
+    )
+    candidates: int | None = setting(
+        None,
+        "Number of likeliest tokens under π that decoding chooses among; null = no limit.",
+    )
+    clip: float | None = setting(
+        None,
+        "Upper bound of the advantage Q − V in decoding; null = no bound.",
+    )
 
     def __post_init__(self) -> None:
         check_range(

@@ -32,6 +32,7 @@ from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import detach
 from offline_lmrl.ops.value_learning import awr_weight
+from offline_lmrl.settings import setting
 from offline_lmrl.tokens.batching import WindowDataset
 from offline_lmrl.tokens.episodes import StepRule
 from offline_lmrl.training.config import OfflineConfig, check_range
@@ -40,19 +41,19 @@ from offline_lmrl.training.trainer import OfflineTrainer
 
 @dataclass
 class IQLConfig(OfflineConfig):
-    """The settings of policy extraction. Numbers in square brackets are the paper's.
+    """The settings of policy extraction. Numbers in square brackets are the paper's."""
 
-    Args:
-      critic: folder or hub name of a run with value heads; required. Its context, stride, max_length, template, prompt
-        and tokenizer must equal those of this run, which uses the critic's reward scale and discounts.
-      inverse_temperature: β_w, per range of the training returns; a larger value puts weight on fewer actions; 0 =
-        behaviour cloning [3; 10 for AntMaze].
-      weight_clip: c, the largest weight of a token [100].
-    """
-
-    critic: str | None = None
-    inverse_temperature: float = 3.0
-    weight_clip: float = 100.0
+    critic: str | None = setting(
+        None,
+        "Folder or hub name of a run with value heads; required. Its context, stride, max_length, template, prompt "
+        "and tokenizer must equal those of this run, which uses the critic's reward scale and discounts.",
+    )
+    inverse_temperature: float = setting(
+        3.0,
+        "β_w, per range of the training returns; a larger value puts weight on fewer actions; 0 = behaviour cloning "
+        "[3; 10 for AntMaze].",
+    )
+    weight_clip: float = setting(100.0, "C, the largest weight of a token [100].")
 
     def __post_init__(self) -> None:
         if self.critic is None:

@@ -27,7 +27,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +74,7 @@ from offline_lmrl.ops.policy_gradient import (
     whiten,
 )
 from offline_lmrl.ops.value_learning import td_target
+from offline_lmrl.settings import setting
 from offline_lmrl.tokens.batching import TokenBatch, WindowDataset, encode_trajectories
 from offline_lmrl.tokens.episodes import EpisodeEncoder, StepRule
 from offline_lmrl.tokens.experience import Experience
@@ -94,95 +95,112 @@ class PPOConfig(OfflineConfig):
     Of the inherited settings, PPO uses context, stride, max_length, template, reward_scale (a plain divisor, 1 if not
     given), output_dir, seed, max_steps, per_device_train_batch_size, learning_rate, lr_scheduler_type,
     lr_scheduler_kwargs, warmup_steps, weight_decay, adam_beta1, adam_beta2, adam_epsilon, max_grad_norm,
-    save_strategy, save_steps, save_total_limit, bf16, use_cpu and disable_tqdm.
-
-    Args:
-      max_steps: number of iterations, each a rollout and its update. Learning rate, warm-up and saving are scheduled
-        in iterations.
-      episodes: episodes per iteration, over all processes [512].
-      epochs: passes over the windows of an iteration [4].
-      minibatches: optimizer steps per pass [1].
-      per_device_train_batch_size: windows per forward pass; it changes no gradient.
-      clip_range: ε; the ratio of new to old probability is clipped to 1 ± ε [.2].
-      value_clip_range: the value loss clips V to within this distance, in scaled reward units, of V at the rollout;
-        null = no clipping [.2].
-      value_weight: c_v, weight of the value loss [.1].
-      entropy_weight: c_e, weight of the entropy bonus [0].
-      gae_lambda: λ of generalised advantage estimation, 0 to 1 [.95].
-      discount_per_token: γ of every step, 0 to 1 [1].
-      discount_per_turn: γ between two agent turns, 0 to 1.
-      whiten_advantages: normalise the advantages of an iteration to mean 0 and variance 1.
-      whiten_rewards: scale the rewards, KL included, to variance 1 and keep their mean. If lengths differ, this
-        rewards or penalises length [true].
-      kl_weight: β, weight of the KL to the reference; its starting value if kl_target is set [.15].
-      kl_estimator: estimator of the KL per token, k1 or k3 (`kl_k1`, `kl_k3`) [k1].
-      kl_target: KL in nats per episode towards which β is adapted; null = β stays fixed [6].
-      kl_horizon: number of episodes over which β adapts [10,000].
-      stop_kl: an update stops when its approx_kl, in nats per token, exceeds 1.5 times this; null = never.
-      max_kl: the run stops with an error when an iteration's KL to the reference exceeds this, in nats per episode,
-        because the policy has then left the language from which it started; null = never.
-      scale_scores: divide scores by their running standard deviation.
-      clip_scores: largest absolute value of a score, applied after scale_scores; null = no clipping.
-      unfinished_score: score of a turn that lacks its closing token; null = the score that it was given [-1].
-      unfinished_penalty: amount subtracted from the score of a turn that lacks its closing token.
-      value_model: model from whose hidden states V is computed: shared (the policy), copy (a copy of the policy's
-        trunk, trained for V alone), or the folder or hub name of a model whose trunk is trained for V. V starts at 0,
-        or, from a reward model with head terminal or turn, at its score / reward_scale (Stiennon et al. 2020, Ouyang
-        et al. 2022): at a turn's closing token V is then the score of that turn, and before it the model's score of
-        the turn so far.
-      value_warmup: number of first iterations in which only the value head learns.
-      ema: decay per optimizer step of averaged weights, which are saved instead of the last ones; 0 = no average.
-      ptx_weight: γ, weight of the language-model loss on logged data (PPO-ptx, Ouyang et al. 2022); 0 = none.
-      ptx_examples: logged windows per window of a minibatch.
-      tensorflow_eps: rescale adam_epsilon at every step to its effect in TensorFlow's Adam.
-      sampling: SamplingConfig fields for the rollouts, saved with the run.
-      max_turns: number of agent turns after which an episode is cut off, even if the environment would continue.
-      first_seed: first episode seed of training; the seeds of evaluation and selection are below it.
-      save_rollouts: write every episode to rollouts/, as data that `train` can read.
+    save_strategy, save_steps, save_total_limit, bf16, use_cpu and disable_tqdm. per_device_train_batch_size is the
+    number of windows per forward pass and changes no gradient.
     """
 
-    max_steps: int = 200
-    learning_rate: float = 1e-5
-    weight_decay: float = 0.0
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-5
-    warmup_steps: float = 0
-    lr_scheduler_type: str = "linear"
-    lr_scheduler_kwargs: dict | str | None = None
-    save_steps: float = 50
+    max_steps: int = setting(
+        200,
+        "Number of iterations, each a rollout and its update. Learning rate, warm-up and saving are scheduled in "
+        "iterations.",
+    )
+    learning_rate: float = setting(1e-5, "Highest learning rate of AdamW.")
+    weight_decay: float = setting(0.0, "Decoupled weight decay of AdamW; 0 = none.")
+    adam_beta2: float = setting(0.999, "AdamW's decay of the mean of squared gradients.")
+    adam_epsilon: float = setting(1e-5, "AdamW's ε, added to the root of the mean of squared gradients.")
+    warmup_steps: float = setting(
+        0, "Iterations in which the learning rate rises from 0; below 1 = a share of max_steps."
+    )
+    lr_scheduler_type: str = setting(
+        "linear", "Schedule of the learning rate after the warm-up, by its name in transformers."
+    )
+    lr_scheduler_kwargs: dict | str | None = setting(None, "Further arguments of that schedule; null = none.")
+    save_steps: float = setting(50, "Iterations between checkpoints; below 1 = a share of max_steps.")
 
-    episodes: int = 64
-    epochs: int = 4
-    minibatches: int = 1
-    clip_range: float = 0.2
-    value_clip_range: float | None = 0.2
-    value_weight: float = 0.1
-    entropy_weight: float = 0.0
-    gae_lambda: float = 0.95
-    discount_per_token: float = 1.0
-    discount_per_turn: float = 1.0
-    whiten_advantages: bool = True
-    whiten_rewards: bool = False
-    kl_weight: float = 0.05
-    kl_estimator: Literal["k1", "k3"] = "k1"
-    kl_target: float | None = None
-    kl_horizon: int = 10_000
-    stop_kl: float | None = None
-    max_kl: float | None = None
-    scale_scores: bool = False
-    clip_scores: float | None = None
-    unfinished_score: float | None = None
-    unfinished_penalty: float = 0.0
-    value_model: str = "shared"
-    value_warmup: int = 0
-    ema: float = 0.0
-    ptx_weight: float = 0.0
-    ptx_examples: float = 1.0
-    tensorflow_eps: bool = False
-    sampling: dict[str, Any] = field(default_factory=dict)
-    max_turns: int = 256
-    first_seed: int = 10_000_000
-    save_rollouts: bool = True
+    episodes: int = setting(64, "Episodes per iteration, over all processes [512].")
+    epochs: int = setting(4, "Passes over the windows of an iteration [4].")
+    minibatches: int = setting(1, "Optimizer steps per pass over an iteration's windows [1].")
+    clip_range: float = setting(0.2, "ε; the ratio of new to old probability is clipped to 1 ± ε [.2].")
+    value_clip_range: float | None = setting(
+        0.2,
+        "The value loss clips V to within this distance, in scaled reward units, of V at the rollout; null = no "
+        "clipping [.2].",
+    )
+    value_weight: float = setting(0.1, "c_v, weight of the value loss [.1].")
+    entropy_weight: float = setting(0.0, "c_e, weight of the entropy bonus [0].")
+    gae_lambda: float = setting(0.95, "λ of generalised advantage estimation, 0 to 1 [.95].")
+    discount_per_token: float = setting(1.0, "γ of every step, 0 to 1 [1].")
+    discount_per_turn: float = setting(1.0, "γ between two agent turns, 0 to 1.")
+    whiten_advantages: bool = setting(True, "Normalise the advantages of an iteration to mean 0 and variance 1.")
+    whiten_rewards: bool = setting(
+        False,
+        "Scale the rewards, KL included, to variance 1 and keep their mean. If lengths differ, this rewards or "
+        "penalises length [true].",
+    )
+    kl_weight: float = setting(
+        0.05,
+        "β, weight of the KL to the reference; its starting value if kl_target is set [.15].",
+    )
+    kl_estimator: Literal["k1", "k3"] = setting(
+        "k1",
+        "Estimator of the KL per token, k1 or k3 (`kl_k1`, `kl_k3`) [k1].",
+    )
+    kl_target: float | None = setting(
+        None,
+        "KL in nats per episode towards which β is adapted; null = β stays fixed [6].",
+    )
+    kl_horizon: int = setting(10_000, "Number of episodes over which β adapts [10,000].")
+    stop_kl: float | None = setting(
+        None,
+        "An update stops when its approx_kl, in nats per token, exceeds 1.5 times this; null = never.",
+    )
+    max_kl: float | None = setting(
+        None,
+        "The run stops with an error when an iteration's KL to the reference exceeds this, in nats per episode, "
+        "because the policy has then left the language from which it started; null = never.",
+    )
+    scale_scores: bool = setting(False, "Divide scores by their running standard deviation.")
+    clip_scores: float | None = setting(
+        None,
+        "Largest absolute value of a score, applied after scale_scores; null = no clipping.",
+    )
+    unfinished_score: float | None = setting(
+        None,
+        "Score of a turn that lacks its closing token; null = the score that it was given [-1].",
+    )
+    unfinished_penalty: float = setting(
+        0.0,
+        "Amount subtracted from the score of a turn that lacks its closing token.",
+    )
+    value_model: str = setting(
+        "shared",
+        "Model from whose hidden states V is computed: shared (the policy), copy (a copy of the policy's trunk, "
+        "trained for V alone), or the folder or hub name of a model whose trunk is trained for V. V starts at 0, or, "
+        "from a reward model with head terminal or turn, at its score / reward_scale (Stiennon et al. 2020, Ouyang et "
+        "al. 2022): at a turn's closing token V is then the score of that turn, and before it the model's score of "
+        "the turn so far.",
+    )
+    value_warmup: int = setting(0, "Number of first iterations in which only the value head learns.")
+    ema: float = setting(
+        0.0,
+        "Decay per optimizer step of averaged weights, which are saved instead of the last ones; 0 = no average.",
+    )
+    ptx_weight: float = setting(
+        0.0,
+        "γ, weight of the language-model loss on logged data (PPO-ptx, Ouyang et al. 2022); 0 = none.",
+    )
+    ptx_examples: float = setting(1.0, "Logged windows per window of a minibatch.")
+    tensorflow_eps: bool = setting(False, "Rescale adam_epsilon at every step to its effect in TensorFlow's Adam.")
+    sampling: dict[str, Any] = setting(dict, "SamplingConfig fields for the rollouts, saved with the run.")
+    max_turns: int = setting(
+        256,
+        "Number of agent turns after which an episode is cut off, even if the environment would continue.",
+    )
+    first_seed: int = setting(
+        10_000_000,
+        "First episode seed of training; the seeds of evaluation and selection are below it.",
+    )
+    save_rollouts: bool = setting(True, "Write every episode to rollouts/, as data that `train` can read.")
 
     def __post_init__(self) -> None:
         check_range(

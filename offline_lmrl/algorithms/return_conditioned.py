@@ -43,6 +43,7 @@ from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.models.guided import attach_return_heads, attach_returns
 from offline_lmrl.models.return_heads import fit_heads
+from offline_lmrl.settings import setting
 from offline_lmrl.tokens.batching import WindowDataset
 from offline_lmrl.tokens.conditioning import ReturnScale, Slots, check_binning
 from offline_lmrl.tokens.episodes import Step, StepRule
@@ -57,60 +58,86 @@ class ReturnConditionedConfig(OfflineConfig):
     """The settings of return conditioning. Numbers in square brackets are the paper's.
 
     A model that was already trained with returns keeps its bins, and bins, binning, per, discount_per_turn, condition
-    and text are unused.
-
-    Args:
-      bins: largest number of bins of the returns; 2 to 8 suit small data.
-      binning: unique, linear, quantile or auto (tokens/conditioning.py). auto = unique if there are at most `bins`
-        distinct returns, else linear.
-      per: global = one scale of returns for all data; task = one for each task.
-      discount_per_turn: γ of the returns, between two agent turns, above 0 and at most 1 [1].
-      critic: folder or hub name of a run with value heads, whose values replace the logged returns of the data and of
-        few-shot demonstrations. None = returns as logged.
-      relabel: max = use the critic's V where it is above the logged return; q = use the critic's Q
-        (decoding/critic.py).
-      condition: embedding = one reserved id per bin; text = the setting `text`.
-      text: text placed before each agent turn with condition: text. {bin} and {bins} are replaced by the number of
-        the bin and by the number of bins.
-      condition_dropout: share of windows that are trained under the null condition, 0 to 1. Unused with condition:
-        text, which has no null.
-      return_weight: weight of the cross-entropies of the return heads, per turn of a window without a condition; 0 =
-        no return heads. With condition_dropout 1 the result is a plain policy with return heads.
-      environment_weight: weight of the cross-entropy of each token that the environment replies to the agent's turn,
-        given that turn and all that the agent saw; 0 = none. Above 0, windows also hold these replies and are longer
-        by their tokens.
-      ask: requested return in play. A number, p90 or max of the training returns, or auto (the best Q at the start) is
-        requested once, and rewards earned are then subtracted; decoding/asks.py lists what each earned. expert:κ is
-        computed anew before every turn (`ReturnHeads.expert`). None = no request. Saved with the run.
-      condition_scale: weight w of return guidance in play, 0 or more; 0 = plain conditioning. Saved with the run.
-      beta: weight of value guidance in play, for a model with value heads; 0 = none. Saved with the run
-        (decoding/sampler.py).
-      q_reduce: reduction over the Q heads in play: min, mean or first. Saved with the run.
-      support: least probability of a token under π, as a share of the likeliest token's, that decoding may choose; 0 =
-        all tokens. Saved with the run.
-      candidates: number of likeliest tokens under π that value-guided decoding chooses among; None = no limit. Saved
-        with the run.
-      clip: upper bound of the advantage Q − V in decoding; None = no bound. Saved with the run.
+    and text are unused. ask, condition_scale, beta, q_reduce, support, candidates and clip are saved with the run,
+    which is decoded by them.
     """
 
-    bins: int = 32
-    binning: Literal["auto", "unique", "linear", "quantile"] = "auto"
-    per: Literal["global", "task"] = "global"
-    discount_per_turn: float = 1.0
-    critic: str | None = None
-    relabel: Literal["max", "q"] = "max"
-    condition: Literal["embedding", "text"] = "embedding"
-    text: str = "quality: {bin}/{bins}\n"
-    condition_dropout: float = 0.15
-    return_weight: float = 0.0
-    environment_weight: float = 0.0
-    ask: float | str | None = "p90"
-    condition_scale: float = 0.0
-    beta: float = 0.0
-    q_reduce: Literal["min", "mean", "first"] = "min"
-    support: float = 0.0
-    candidates: int | None = None
-    clip: float | None = None
+    bins: int = setting(32, "Largest number of bins of the returns; 2 to 8 suit small data.")
+    binning: Literal["auto", "unique", "linear", "quantile"] = setting(
+        "auto",
+        "unique, linear, quantile or auto (tokens/conditioning.py). auto = unique if there are at most `bins` "
+        "distinct returns, else linear.",
+    )
+    per: Literal["global", "task"] = setting(
+        "global",
+        "global = one scale of returns for all data; task = one for each task.",
+    )
+    discount_per_turn: float = setting(1.0, "γ of the returns, between two agent turns, above 0 and at most 1 [1].")
+    critic: str | None = setting(
+        None,
+        "Folder or hub name of a run with value heads, whose values replace the logged returns of the data and of "
+        "few-shot demonstrations. null = returns as logged.",
+    )
+    relabel: Literal["max", "q"] = setting(
+        "max",
+        "max = use the critic's V where it is above the logged return; q = use the critic's Q (decoding/critic.py).",
+    )
+    condition: Literal["embedding", "text"] = setting(
+        "embedding",
+        "embedding = one reserved id per bin; text = the setting `text`.",
+    )
+    text: str = setting(
+        "quality: {bin}/{bins}\n",
+        "Text placed before each agent turn with condition: text. {bin} and {bins} are replaced by the number of the "
+        "bin and by the number of bins.",
+    )
+    condition_dropout: float = setting(
+        0.15,
+        "Share of windows that are trained under the null condition, 0 to 1. Unused with condition: text, which has "
+        "no null.",
+    )
+    return_weight: float = setting(
+        0.0,
+        "Weight of the cross-entropies of the return heads, per turn of a window without a condition; 0 = no return "
+        "heads. With condition_dropout 1 the result is a plain policy with return heads.",
+    )
+    environment_weight: float = setting(
+        0.0,
+        "Weight of the cross-entropy of each token that the environment replies to the agent's turn, given that turn "
+        "and all that the agent saw; 0 = none. Above 0, windows also hold these replies and are longer by their "
+        "tokens.",
+    )
+    ask: float | str | None = setting(
+        "p90",
+        "Requested return in play. A number, p90 or max of the training returns, or auto (the best Q at the start) is "
+        "requested once, and rewards earned are then subtracted; decoding/asks.py lists what each earned. expert:κ is "
+        "computed anew before every turn (`ReturnHeads.expert`). null = no request.",
+    )
+    condition_scale: float = setting(
+        0.0,
+        "Weight w of return guidance in play, 0 or more; 0 = plain conditioning.",
+    )
+    beta: float = setting(
+        0.0,
+        "Weight of value guidance in play, for a model with value heads; 0 = none.",
+    )
+    q_reduce: Literal["min", "mean", "first"] = setting(
+        "min",
+        "Reduction over the Q heads in play: min, mean or first.",
+    )
+    support: float = setting(
+        0.0,
+        "Least probability of a token under π, as a share of the likeliest token's, that decoding may choose; 0 = all "
+        "tokens.",
+    )
+    candidates: int | None = setting(
+        None,
+        "Number of likeliest tokens under π that value-guided decoding chooses among; null = no limit.",
+    )
+    clip: float | None = setting(
+        None,
+        "Upper bound of the advantage Q − V in decoding; null = no bound.",
+    )
 
     def __post_init__(self) -> None:
         check_binning(self.binning, self.bins, self.per)

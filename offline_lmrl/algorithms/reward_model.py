@@ -67,6 +67,7 @@ from offline_lmrl.ops.preferences import (
     plackett_luce_loss,
     regression_loss,
 )
+from offline_lmrl.settings import setting
 from offline_lmrl.tokens.checks import TEMPLATE_ROWS
 from offline_lmrl.tokens.comparison_batching import ComparisonDataset, encode_comparisons, encode_scored
 from offline_lmrl.training.config import BaseConfig, check_range
@@ -79,43 +80,58 @@ Rows = Sequence[Comparison] | Sequence[Trajectory]
 
 @dataclass
 class RewardModelConfig(BaseConfig):
-    """The settings of a reward model. Numbers in square brackets are from papers.
+    """The settings of a reward model. Numbers in square brackets are from papers."""
 
-    Args:
-      head: tokens of a reply that are scored: terminal (its last token), turn (the last token of each of its agent
-        turns) or token (every agent token). The reply's score is the sum over these tokens.
-      context: with head turn or token, score each agent turn on its own, after at most this many turns before it and
-        the leading system turns, as a policy with the same `context` sees it. With 1 a turn is scored after the turn
-        that it answers (Christiano et al. 2017). None = a reply is scored as a whole, and its turns share its history.
-      loss: pairs, best_of_k or plackett_luce for comparisons, or regression for scored trajectories. plackett_luce
-        needs a ranking in every comparison of more than two options.
-      error_rate: ε of loss pairs, the share of labels assumed to be random, 0 to .999 [.1 in Christiano et al.; 0
-        elsewhere].
-      margin: m of loss pairs, in score units per unit of `labels.strength` and of the difference of the targets; 0 =
-        none.
-      binarise: replace each pair by two comparisons of a reply marked good with the same reply marked bad, to
-        pre-train on cheap preferences such as votes (Askell et al. 2021; `binarised`). A run on the preferences of
-        interest then starts from this one.
-      bootstrap: seed of a sample of the data's groups, drawn with replacement, as many as there are. After training,
-        metrics.jsonl and complete.json hold `oob_loss`, `oob_accuracy` and `oob_cross_entropy` (of the labels, in nats
-        per comparison, without margin and weights) on the groups that were not drawn. None = train on all data.
-      normalise: change of the scores after training: none (as learnt; after loss regression in the ratings' unit),
-        centre (to mean 0) or standard (to mean 0 and standard deviation 1). The shift is that of a whole reply; if
-        `relabel` rewards each turn, each gets an equal part of it.
-      reference: file, folder or hub name of trajectories, such as the output of `generate`, whose replies get the
-        mean and standard deviation named in `normalise`. None = the training data.
-      processes: number of processes that read comparisons and render the data; results do not depend on it.
-    """
-
-    head: Literal["terminal", "turn", "token"] = "terminal"
-    loss: Literal["pairs", "best_of_k", "plackett_luce", "regression"] = "pairs"
-    error_rate: float = 0.0
-    margin: float = 0.0
-    binarise: bool = False
-    bootstrap: int | None = None
-    normalise: Literal["none", "centre", "standard"] = "standard"
-    reference: str | None = None
-    processes: int = 1
+    head: Literal["terminal", "turn", "token"] = setting(
+        "terminal",
+        "Tokens of a reply that are scored: terminal (its last token), turn (the last token of each of its agent "
+        "turns) or token (every agent token). The reply's score is the sum over these tokens. context: with head turn "
+        "or token, score each agent turn on its own, after at most this many turns before it and the leading system "
+        "turns, as a policy with the same `context` sees it. With 1 a turn is scored after the turn that it answers "
+        "(Christiano et al. 2017). null = a reply is scored as a whole, and its turns share its history.",
+    )
+    loss: Literal["pairs", "best_of_k", "plackett_luce", "regression"] = setting(
+        "pairs",
+        "Pairs, best_of_k or plackett_luce for comparisons, or regression for scored trajectories. plackett_luce "
+        "needs a ranking in every comparison of more than two options.",
+    )
+    error_rate: float = setting(
+        0.0,
+        "ε of loss pairs, the share of labels assumed to be random, 0 to .999 [.1 in Christiano et al.; 0 elsewhere].",
+    )
+    margin: float = setting(
+        0.0,
+        "M of loss pairs, in score units per unit of `labels.strength` and of the difference of the targets; 0 = "
+        "none.",
+    )
+    binarise: bool = setting(
+        False,
+        "Replace each pair by two comparisons of a reply marked good with the same reply marked bad, to pre-train on "
+        "cheap preferences such as votes (Askell et al. 2021; `binarised`). A run on the preferences of interest then "
+        "starts from this one.",
+    )
+    bootstrap: int | None = setting(
+        None,
+        "Seed of a sample of the data's groups, drawn with replacement, as many as there are. After training, "
+        "metrics.jsonl and complete.json hold `oob_loss`, `oob_accuracy` and `oob_cross_entropy` (of the labels, in "
+        "nats per comparison, without margin and weights) on the groups that were not drawn. null = train on all "
+        "data.",
+    )
+    normalise: Literal["none", "centre", "standard"] = setting(
+        "standard",
+        "Change of the scores after training: none (as learnt; after loss regression in the ratings' unit), centre "
+        "(to mean 0) or standard (to mean 0 and standard deviation 1). The shift is that of a whole reply; if "
+        "`relabel` rewards each turn, each gets an equal part of it.",
+    )
+    reference: str | None = setting(
+        None,
+        "File, folder or hub name of trajectories, such as the output of `generate`, whose replies get the mean and "
+        "standard deviation named in `normalise`. null = the training data.",
+    )
+    processes: int = setting(
+        1,
+        "Number of processes that read comparisons and render the data; results do not depend on it.",
+    )
 
     def __post_init__(self) -> None:
         if self.context is not None and self.head == "terminal":

@@ -1,7 +1,7 @@
 """Parsing of a command's settings, typed by the functions and dataclasses that receive them, with one-line errors.
 
 jsonargparse does the parsing. This module adds a settings file before the command line's settings, a suggestion for a
-misspelt key, and help texts of dataclass fields from docstring entries of the form `field: text`.
+misspelt key, and the help texts that dataclass fields hold (settings.py).
 """
 
 import difflib
@@ -213,22 +213,12 @@ def overrides_of(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def field_help(cls: type, prefix: str = "") -> dict[str, str]:
-    """Collect the help texts of a dataclass's fields by dotted name, from docstrings or the fields' metadata.
-
-    The docstrings are those of the dataclass, its bases and the dataclasses in its fields. An entry is "field: text",
-    or "one, two: text for both", and ends at an empty line.
-    """
-    texts = {field.name: field.metadata["help"] for field in fields(cls) if "help" in field.metadata}
-    known = "|".join(field.name for field in fields(cls))
-    start = re.compile(rf"(?:^\s*|(?<=[.)\]] ))((?:{known})(?:, (?:{known}))*): ", re.MULTILINE)
-    for parent in reversed(cls.__mro__):
-        _, *parts = start.split(parent.__dict__.get("__doc__") or "")
-        for names, text in zip(parts[::2], parts[1::2], strict=True):
-            texts |= dict.fromkeys(names.split(", "), " ".join(text.split("\n\n")[0].split()))
-    texts = {f"{prefix}{name}": text for name, text in texts.items()}
+    """Collect the help texts of a dataclass's fields, and of the dataclasses in its fields, by dotted name."""
+    texts = {f"{prefix}{field.name}": field.metadata["help"] for field in fields(cls) if "help" in field.metadata}
     for name, hint in get_type_hints(cls).items():
-        if is_dataclass(hint):
-            texts |= field_help(hint, f"{prefix}{name}.")
+        for part in (hint, *get_args(hint)):  # get_args: a dataclass that may be null
+            if is_dataclass(part):
+                texts |= field_help(part, f"{prefix}{name}.")
     return texts
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from offline_lmrl.errors import InputError, in_our_words, shown
 from offline_lmrl.evaluation.metrics import ScoreScale
 from offline_lmrl.logs.yaml_text import read_yaml
+from offline_lmrl.settings import setting
 
 TRAINING = {"model", "args", "from", "critic", "preference", "judge", "collect"}  # excluded by `run_of`
 NAME = r"\w[\w.+=,@ -]{0,99}"  # a method's name, which is also part of file names
@@ -21,20 +22,23 @@ ELSEWHERE = ("path", "scratch", "vocab_size", "tokenizer")  # model settings tha
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """Rounds of play between rounds of offline training (rounds.py).
+    """Rounds of play between rounds of offline training (rounds.py)."""
 
-    rounds: number of rounds of play. The policy is trained once before the first round and once after each round,
-      starting from its latest weights.
-    episodes: episodes per round; they are added to the logs and stay there.
-    sampling: SamplingConfig fields for this play, merged over those saved with the run. Without max_new_tokens the
-      value of the method's evaluation is used, as for every method that learns by playing.
-    first_seed: first episode seed of the rounds; keep it above the seeds of evaluation and selection.
-    """
-
-    rounds: int = 1
-    episodes: int = 100
-    sampling: dict[str, Any] = field(default_factory=dict)
-    first_seed: int = 10_000_000
+    rounds: int = setting(
+        1,
+        "Number of rounds of play. The policy is trained once before the first round and once after each round, "
+        "starting from its latest weights.",
+    )
+    episodes: int = setting(100, "Episodes per round; they are added to the logs and stay there.")
+    sampling: dict[str, Any] = setting(
+        dict,
+        "SamplingConfig fields for this play, merged over those saved with the run. Without max_new_tokens the value "
+        "of the method's evaluation is used, as for every method that learns by playing.",
+    )
+    first_seed: int = setting(
+        10_000_000,
+        "First episode seed of the rounds; keep it above the seeds of evaluation and selection.",
+    )
 
     def __post_init__(self) -> None:
         for name in ("rounds", "episodes"):
@@ -44,43 +48,60 @@ class CollectConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """A method, which is one group of rows in the table: an algorithm with its settings, trained once per seed.
+    """A method, which is one group of rows in the table: an algorithm with its settings, trained once per seed."""
 
-    algorithm: name of an algorithm, as in `train`.
-    model: model settings, merged key by key over the comparison's `model`.
-    args: algorithm settings, merged key by key over the comparison's `args`.
-    start_from: method whose run of the same seed supplies the initial weights; None = `model` decides. A YAML file
-      calls it `from`.
-    critic: method whose run of the same seed becomes `args.critic`, for algorithms that learn from one.
-    preference: for preference data, how rewards are made from the labels: `reward`, `place` and `normalise` (run.py).
-    judge: method whose run of the same seed, a reward model, becomes `preference.reward`.
-    evaluate: False trains the method only for others that start or learn from it; it gets no rows.
-    sampling: SamplingConfig fields for its play, merged over `evaluation.sampling`. In `ask: auto:NAME`, NAME is the
-      method whose run of the same seed supplies the requested return.
-    planner: PlannerConfig fields. They add a row for planned play, with proposals sampled at β 0 and no requested
-      return.
-    betas: candidates for β; None = `evaluation.betas`, an empty list = play without value guidance.
-    run_of: method whose runs are played again with other `sampling`, `planner` or `betas`. The method itself then has
-      no algorithm and no training settings.
-    collect: CollectConfig fields. They train an algorithm that learns from data in rounds of play in the environment.
-    regime: text in the table for the data that the method may learn from; None = its algorithm's own, or "environment"
-      with `collect`.
-    """
-
-    algorithm: str = ""
-    model: Mapping[str, Any] = field(default_factory=dict)
-    args: Mapping[str, Any] = field(default_factory=dict)
-    start_from: str | None = None
-    critic: str | None = None
-    preference: Mapping[str, Any] | None = None
-    judge: str | None = None
-    evaluate: bool = True
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    planner: Mapping[str, Any] | None = None
-    betas: tuple[float, ...] | None = None
-    run_of: str | None = None
-    collect: CollectConfig | None = None
-    regime: str | None = None
+    algorithm: str = setting("", "Name of an algorithm, as in `train`.")
+    model: Mapping[str, Any] = setting(dict, "Model settings, merged key by key over the comparison's `model`.")
+    args: Mapping[str, Any] = setting(dict, "Algorithm settings, merged key by key over the comparison's `args`.")
+    start_from: str | None = setting(
+        None,
+        "Method whose run of the same seed supplies the initial weights; null = `model` decides. A YAML file calls it "
+        "`from`.",
+    )
+    critic: str | None = setting(
+        None,
+        "Method whose run of the same seed becomes `args.critic`, for algorithms that learn from one.",
+    )
+    preference: Mapping[str, Any] | None = setting(
+        None,
+        "For preference data, how rewards are made from the labels: `reward`, `place` and `normalise` (run.py).",
+    )
+    judge: str | None = setting(
+        None,
+        "Method whose run of the same seed, a reward model, becomes `preference.reward`.",
+    )
+    evaluate: bool = setting(
+        True,
+        "False trains the method only for others that start or learn from it; it gets no rows.",
+    )
+    sampling: Mapping[str, Any] = setting(
+        dict,
+        "SamplingConfig fields for its play, merged over `evaluation.sampling`. In `ask: auto:NAME`, NAME is the "
+        "method whose run of the same seed supplies the requested return.",
+    )
+    planner: Mapping[str, Any] | None = setting(
+        None,
+        "PlannerConfig fields. They add a row for planned play, with proposals sampled at β 0 and no requested "
+        "return.",
+    )
+    betas: tuple[float, ...] | None = setting(
+        None,
+        "Candidates for β; null = `evaluation.betas`, an empty list = play without value guidance.",
+    )
+    run_of: str | None = setting(
+        None,
+        "Method whose runs are played again with other `sampling`, `planner` or `betas`. The method itself then has "
+        "no algorithm and no training settings.",
+    )
+    collect: CollectConfig | None = setting(
+        None,
+        "CollectConfig fields. They train an algorithm that learns from data in rounds of play in the environment.",
+    )
+    regime: str | None = setting(
+        None,
+        'Text in the table for the data that the method may learn from; null = its algorithm\'s own, or "environment" '
+        "with `collect`.",
+    )
 
     def __post_init__(self) -> None:
         if self.betas is not None:
@@ -142,36 +163,26 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class PartnerConfig:
-    """A model that plays inside the environment. It is trained once and is the same for every method and seed.
+    """A model that plays inside the environment. It is trained once and is the same for every method and seed."""
 
-    algorithm: name of an algorithm, as in `train`.
-    model: model settings, merged over the comparison's `model`.
-    args: algorithm settings, merged over the comparison's `args`.
-    seed: its training seed.
-    sampling: SamplingConfig fields for its play.
-    argument: keyword under which the environment takes the partner's policy.
-    """
-
-    algorithm: str = "bc"
-    model: dict[str, Any] = field(default_factory=dict)
-    args: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    sampling: dict[str, Any] = field(default_factory=dict)
-    argument: str = "partner"
+    algorithm: str = setting("bc", "Name of an algorithm, as in `train`.")
+    model: dict[str, Any] = setting(dict, "Model settings, merged over the comparison's `model`.")
+    args: dict[str, Any] = setting(dict, "Algorithm settings, merged over the comparison's `args`.")
+    seed: int = setting(0, "Its training seed.")
+    sampling: dict[str, Any] = setting(dict, "SamplingConfig fields for its play.")
+    argument: str = setting("partner", "Keyword under which the environment takes the partner's policy.")
 
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """Episodes on which β is chosen by returns. They are never the reported ones.
+    """Episodes on which β is chosen by returns. They are never the reported ones."""
 
-    episodes: number of episodes per β.
-    first_seed: first episode seed.
-    environment: keywords that differ from those of the reported environment (for example another file of scenarios).
-    """
-
-    episodes: int = 200
-    first_seed: int = 1_000_000
-    environment: dict[str, Any] = field(default_factory=dict)
+    episodes: int = setting(200, "Number of episodes per β.")
+    first_seed: int = setting(1_000_000, "First episode seed.")
+    environment: dict[str, Any] = setting(
+        dict,
+        "Keywords that differ from those of the reported environment (for example another file of scenarios).",
+    )
 
     def __post_init__(self) -> None:
         require_at_least("evaluation.selection.episodes", self.episodes, 1)
@@ -180,36 +191,37 @@ class SelectionConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """The way in which every method is measured.
+    """The way in which every method is measured."""
 
-    episodes: number of episode seeds; every method plays the same ones.
-    first_seed: first episode seed; the seeds are first_seed .. first_seed + episodes − 1.
-    repeats: decoding seeds per episode seed in sampled play; greedy play has one.
-    betas: candidates for β, for value-guided methods.
-    kl_budget: limit for choosing β offline, in nats per token: the largest β whose mean KL(guided ‖ π) on logged
-      validation states is within it.
-    offline_rows: validation rows used to choose β offline.
-    selection: episodes on which β is also chosen by returns; None = β is chosen offline only.
-    cluster: label that dependent episodes share (for example scenario or start); None = the episode seed.
-    score: worst, mean and best score (`min`, `mean`, `max`) for the normalised column; None = no such column.
-    labels: names of the numeric labels that become columns; None = all.
-    sampling: SamplingConfig fields for the play of every method. Methods that learn by playing also take their
-      max_new_tokens from here, unless their own `sampling`, `args.sampling` or `collect.sampling` sets it.
-    batch_size: episodes played at the same time.
-    """
-
-    episodes: int = 800
-    first_seed: int = 0
-    repeats: int = 1
-    betas: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-    kl_budget: float = 0.3
-    offline_rows: int = 200
-    selection: SelectionConfig | None = None
-    cluster: str | None = None
-    score: ScoreScale | None = None
-    labels: tuple[str, ...] | None = None
-    sampling: dict[str, Any] = field(default_factory=dict)
-    batch_size: int = 1024
+    episodes: int = setting(800, "Number of episode seeds; every method plays the same ones.")
+    first_seed: int = setting(0, "First episode seed; the seeds are first_seed .. first_seed + episodes − 1.")
+    repeats: int = setting(1, "Decoding seeds per episode seed in sampled play; greedy play has one.")
+    betas: tuple[float, ...] = setting((1.0, 2.0, 4.0, 8.0, 16.0, 32.0), "Candidates for β, for value-guided methods.")
+    kl_budget: float = setting(
+        0.3,
+        "Limit for choosing β offline, in nats per token: the largest β whose mean KL(guided ‖ π) on logged "
+        "validation states is within it.",
+    )
+    offline_rows: int = setting(200, "Validation rows used to choose β offline.")
+    selection: SelectionConfig | None = setting(
+        None,
+        "Episodes on which β is also chosen by returns; null = β is chosen offline only.",
+    )
+    cluster: str | None = setting(
+        None,
+        "Label that dependent episodes share (for example scenario or start); null = the episode seed.",
+    )
+    score: ScoreScale | None = setting(
+        None,
+        "Worst, mean and best score (`min`, `mean`, `max`) for the normalised column; null = no such column.",
+    )
+    labels: tuple[str, ...] | None = setting(None, "Names of the numeric labels that become columns; null = all.")
+    sampling: dict[str, Any] = setting(
+        dict,
+        "SamplingConfig fields for the play of every method. Methods that learn by playing also take their "
+        "max_new_tokens from here, unless their own `sampling`, `args.sampling` or `collect.sampling` sets it.",
+    )
+    batch_size: int = setting(1024, "Episodes played at the same time.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -229,40 +241,56 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """A comparison of methods on one environment.
+    """A comparison of methods on one environment."""
 
-    environment: `name` of a known environment or `package.module:Class` (whose code is run), and its keywords.
-    data: `train` and `validation`, files or folders of trajectories or comparisons; `reward`, the column that holds
-      the score.
-    methods: mapping from name to settings (MethodConfig), in the order of the table.
-    output: folder for results.jsonl, table.md, report/, episodes/, samples/ and runs/.
-    prepare: `command` (of `offline-lmrl prepare`) and its settings; run once if data.train is missing or unfinished.
-    seeds: training seeds of every method. Intervals over fewer than five seeds are wide; with one seed they describe
-      that run alone.
-    model: model settings that all methods share.
-    args: algorithm settings that all methods share.
-    baseline: method that the paired differences are taken against; "" = the first evaluated one.
-    reference: published results, name -> {column: number}, printed below ours and marked as published.
-    workers: number of worker processes, each with its share of the cores. They first train one seed each, then measure
-      one run each. The numbers do not depend on it, except for last bits that depend on the number of threads.
-    training_environment: environment keywords that differ when methods play in order to learn (for example scenarios
-      that are not reported).
-    """
-
-    environment: dict[str, Any]
-    data: dict[str, str | None]
-    methods: dict[str, Any]
-    output: str
-    prepare: dict[str, Any] | None = None
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    model: dict[str, Any] = field(default_factory=dict)
-    args: dict[str, Any] = field(default_factory=dict)
-    partner: PartnerConfig | None = None
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    baseline: str = ""
-    reference: dict[str, dict[str, float]] = field(default_factory=dict)
-    workers: int = 1
-    training_environment: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(
+        metadata={
+            "help": "`name` of a known environment or `package.module:Class` (whose code is run), and its keywords."
+        }
+    )
+    data: dict[str, str | None] = field(
+        metadata={
+            "help": "`train` and `validation`, files or folders of trajectories or comparisons; `reward`, the column "
+            "that holds the score."
+        }
+    )
+    methods: dict[str, Any] = field(
+        metadata={"help": "Mapping from name to settings (MethodConfig), in the order of the table."}
+    )
+    output: str = field(
+        metadata={"help": "Folder for results.jsonl, table.md, report/, episodes/, samples/ and runs/."}
+    )
+    prepare: dict[str, Any] | None = setting(
+        None,
+        "`command` (of `offline-lmrl prepare`) and its settings; run once if data.train is missing or unfinished.",
+    )
+    seeds: tuple[int, ...] = setting(
+        (0, 1, 2, 3, 4),
+        "Training seeds of every method. Intervals over fewer than five seeds are wide; with one seed they describe "
+        "that run alone.",
+    )
+    model: dict[str, Any] = setting(dict, "Model settings that all methods share.")
+    args: dict[str, Any] = setting(dict, "Algorithm settings that all methods share.")
+    partner: PartnerConfig | None = setting(None, "The model that plays inside the environment; null = none plays.")
+    evaluation: EvaluationConfig = setting(EvaluationConfig, "How every method is measured.")
+    baseline: str = setting(
+        "",
+        'Method that the paired differences are taken against; "" = the first evaluated one.',
+    )
+    reference: dict[str, dict[str, float]] = setting(
+        dict,
+        "Published results, name -> {column: number}, printed below ours and marked as published.",
+    )
+    workers: int = setting(
+        1,
+        "Number of worker processes, each with its share of the cores. They first train one seed each, then measure "
+        "one run each. The numbers do not depend on it, except for last bits that depend on the number of threads.",
+    )
+    training_environment: dict[str, Any] = setting(
+        dict,
+        "Environment keywords that differ when methods play in order to learn (for example scenarios that are not "
+        "reported).",
+    )
 
     def __post_init__(self) -> None:
         require_at_least("workers", self.workers, 1)

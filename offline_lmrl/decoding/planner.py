@@ -32,24 +32,21 @@ from offline_lmrl.logs.protocols import Reply, Scorer
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Turn, as_context
 from offline_lmrl.models.adapters import settings
+from offline_lmrl.settings import setting
 
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """The settings of the beam search that plans replies.
+    """The settings of the beam search that plans replies."""
 
-    Args:
-      width: beams kept after each utterance, at least 1.
-      expand: replies that each beam proposes, at least 1.
-      depth: agent utterances to look ahead, at least 1.
-      scorer: rates a beam's last utterance: heads (the model's own return heads), or a run with value heads; in a
-        comparison, the name of a method, whose run of the same seed is taken.
-    """
-
-    width: int = 16
-    expand: int = 4
-    depth: int = 1
-    scorer: str = "heads"
+    width: int = setting(16, "Beams kept after each utterance, at least 1.")
+    expand: int = setting(4, "Replies that each beam proposes, at least 1.")
+    depth: int = setting(1, "Agent utterances to look ahead, at least 1.")
+    scorer: str = setting(
+        "heads",
+        "Rates a beam's last utterance: heads (the model's own return heads), or a run with value heads; in a "
+        "comparison, the name of a method, whose run of the same seed is taken.",
+    )
 
     def __post_init__(self) -> None:
         for name in ("width", "expand", "depth"):

@@ -29,6 +29,7 @@ from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.protocols import Reply
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.ops.decoding import Q_REDUCTIONS, condition_shift, guide, sample_from, uniform, warp_log_probs
+from offline_lmrl.settings import setting
 from offline_lmrl.tokens.conditioning import check_ask
 from offline_lmrl.tokens.rendering import Renderer
 
@@ -49,43 +50,47 @@ def sync_every(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """The settings by which the next token is chosen.
+    """The settings by which the next token is chosen."""
 
-    Args:
-      temperature: divides log π; 0 is greedy (argmax of the guided scores).
-      top_k: keep only the k most probable tokens of π, at that temperature; None = off.
-      top_p: keep the smallest set of most probable tokens that holds this share of π, at that temperature; None = off.
-      min_p: drop tokens with less than min_p times the largest probability of π, at that temperature; None = off.
-      support: drop tokens with π(a|s) < support · max π(·|s), at temperature 1 (discrete BCQ); 0 = off.
-      beta: weight of value guidance; 0 = the plain policy.
-      q_reduce: how the Q heads are combined: min, mean or first.
-      candidates: guide only the policy's k most probable tokens and drop the others; None = all. Unused without
-        guidance.
-      clip: upper limit on the advantage Q − V; None = no limit (V then cancels and is not computed).
-      ask: the requested return, for a model that was trained with returns. Requested at the agent's first turn, and
-        then reduced by each reward it earns: a number in reward units, "p90" or "max" (of the training returns),
-        "auto" (the best Q at the agent's first turn), or "auto:RUN" (the best Q of another run there). Computed anew
-        before every turn: "expert:3" (the expected return after weighting each return R, in scaled units, by
-        exp(3 · R): `ReturnHeads.expert`). None = no return is requested. The docstring of decoding/asks.py compares
-        their results.
-      condition_scale: w ≥ 0 of return guidance, (1 + w)·log π(·|ask) − w·log π(·); 0 = plain conditioning.
-      max_new_tokens: longest reply in tokens, closing token included.
-      stop: texts that end a reply; the reply's text is cut before the first of them.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    support: float = 0.0
-    beta: float = 0.0
-    q_reduce: str = "min"
-    candidates: int | None = None
-    clip: float | None = None
-    ask: float | str | None = None
-    condition_scale: float = 0.0
-    max_new_tokens: int = 64
-    stop: tuple[str, ...] = ()
+    temperature: float = setting(1.0, "Divides log π; 0 is greedy (argmax of the guided scores).")
+    top_k: int | None = setting(None, "Keep only the k most probable tokens of π, at that temperature; null = off.")
+    top_p: float | None = setting(
+        None,
+        "Keep the smallest set of most probable tokens that holds this share of π, at that temperature; null = off.",
+    )
+    min_p: float | None = setting(
+        None,
+        "Drop tokens with less than min_p times the largest probability of π, at that temperature; null = off.",
+    )
+    support: float = setting(
+        0.0,
+        "Drop tokens with π(a|s) < support · max π(·|s), at temperature 1 (discrete BCQ); 0 = off.",
+    )
+    beta: float = setting(0.0, "Weight of value guidance; 0 = the plain policy.")
+    q_reduce: str = setting("min", "How the Q heads are combined: min, mean or first.")
+    candidates: int | None = setting(
+        None,
+        "Guide only the policy's k most probable tokens and drop the others; null = all. Unused without guidance.",
+    )
+    clip: float | None = setting(
+        None,
+        "Upper limit on the advantage Q − V; null = no limit (V then cancels and is not computed).",
+    )
+    ask: float | str | None = setting(
+        None,
+        "The requested return, for a model that was trained with returns. Requested at the agent's first turn, and "
+        'then reduced by each reward it earns: a number in reward units, "p90" or "max" (of the training returns), '
+        '"auto" (the best Q at the agent\'s first turn), or "auto:RUN" (the best Q of another run there). Computed '
+        'anew before every turn: "expert:3" (the expected return after weighting each return R, in scaled units, by '
+        "exp(3 · R): `ReturnHeads.expert`). null = no return is requested. The docstring of decoding/asks.py compares "
+        "their results.",
+    )
+    condition_scale: float = setting(
+        0.0,
+        "W ≥ 0 of return guidance, (1 + w)·log π(·|ask) − w·log π(·); 0 = plain conditioning.",
+    )
+    max_new_tokens: int = setting(64, "Longest reply in tokens, closing token included.")
+    stop: tuple[str, ...] = setting((), "Texts that end a reply; the reply's text is cut before the first of them.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))

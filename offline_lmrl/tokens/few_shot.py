@@ -18,6 +18,7 @@ import numpy as np
 
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.trajectory import Trajectory, with_own_token_ids
+from offline_lmrl.settings import setting
 from offline_lmrl.tokens.rendering import Renderer
 
 PARTS = ("whole", "first", "last", "best", "random")
@@ -34,28 +35,30 @@ class Shown(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """The settings that choose and truncate the few-shot demonstrations of each training row.
+    """The settings that choose and truncate the few-shot demonstrations of each training row."""
 
-    n: number of demonstrations per row, all different and all of the row's task.
-    part: whole, or `turns` consecutive agent turns with the turns before each: the first, the last, the best (largest
-      sum of rewards; the earliest if equal) or random ones.
-    turns: number of agent turns in a part; a demonstration with fewer is shown whole.
-    max_tokens: maximum number of tokens of all n demonstrations together, slots included.
-    exclude_self: never show a row itself as a demonstration; without effect if `demonstrations` are other data.
-    drop: share of the rows that are trained without demonstrations, 0 to 1.
-    demonstrations: file, folder or hub name of trajectories; None = the training rows themselves.
-    seed: seed of the choice. A row's demonstrations depend only on the seed and the row's number, so they are the same
-      in every epoch and after every resumption.
-    """
-
-    n: int = 1
-    part: Literal["whole", "first", "last", "best", "random"] = "whole"
-    turns: int = 1
-    max_tokens: int = 512
-    exclude_self: bool = True
-    drop: float = 0.0
-    demonstrations: str | None = None
-    seed: int = 0
+    n: int = setting(1, "Number of demonstrations per row, all different and all of the row's task.")
+    part: Literal["whole", "first", "last", "best", "random"] = setting(
+        "whole",
+        "Whole, or `turns` consecutive agent turns with the turns before each: the first, the last, the best (largest "
+        "sum of rewards; the earliest if equal) or random ones.",
+    )
+    turns: int = setting(1, "Number of agent turns in a part; a demonstration with fewer is shown whole.")
+    max_tokens: int = setting(512, "Maximum number of tokens of all n demonstrations together, slots included.")
+    exclude_self: bool = setting(
+        True,
+        "Never show a row itself as a demonstration; without effect if `demonstrations` are other data.",
+    )
+    drop: float = setting(0.0, "Share of the rows that are trained without demonstrations, 0 to 1.")
+    demonstrations: str | None = setting(
+        None,
+        "File, folder or hub name of trajectories; null = the training rows themselves.",
+    )
+    seed: int = setting(
+        0,
+        "Seed of the choice. A row's demonstrations depend only on the seed and the row's number, so they are the "
+        "same in every epoch and after every resumption.",
+    )
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:

@@ -1,7 +1,7 @@
 """The settings that all algorithms share, and the checks of their ranges before training starts."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from offline_lmrl.errors import InputError, shown
+from offline_lmrl.settings import setting
 from offline_lmrl.tokens.few_shot import PromptSpec
 from offline_lmrl.tokens.rendering import TEMPLATES
 from offline_lmrl.tokens.windows import WindowRule
@@ -16,33 +17,47 @@ from offline_lmrl.tokens.windows import WindowRule
 
 @dataclass
 class BaseConfig(TrainingArguments):
-    """The settings of every algorithm, in addition to the fields of `transformers.TrainingArguments`.
+    """The settings of every algorithm, in addition to the fields of `transformers.TrainingArguments`."""
 
-    Args:
-      context: the most turns that the policy sees before its own; None = all. With 1, a fully observed game is Markov.
-      stride: the number of turns by which that window moves at a time (tokens/windows.py).
-      max_length: the most tokens of a window; whole turns are dropped, oldest first, but never the reply.
-      template: how dialogues become text. `auto`: as the tokenizer's chat template prints them, or as `plain` if it
-        has none. `assembled`: the template's texts around turns, but earlier text never changes; this is faster if
-        the template rewrites earlier turns, and then differs from what other engines print. `plain`: one line per
-        turn, with the speaker's name.
-    """
+    context: int | None = setting(
+        None,
+        "The most turns that the policy sees before its own; null = all. With 1, a fully observed game is Markov.",
+    )
+    stride: int = setting(1, "The number of turns by which that window moves at a time (tokens/windows.py).")
+    max_length: int = setting(
+        1024,
+        "The most tokens of a window; whole turns are dropped, oldest first, but never the reply.",
+    )
+    template: str = setting(
+        "auto",
+        "How dialogues become text. `auto`: as the tokenizer's chat template prints them, or as `plain` if it has "
+        "none. `assembled`: the template's texts around turns, but earlier text never changes; this is faster if the "
+        "template rewrites earlier turns, and then differs from what other engines print. `plain`: one line per turn, "
+        "with the speaker's name.",
+    )
 
-    context: int | None = None
-    stride: int = 1
-    max_length: int = 1024
-    template: str = "auto"
-
-    learning_rate: float = 1e-5
-    weight_decay: float = 0.01
-    adam_beta2: float = 0.95
-    warmup_steps: float = 0.05
-    lr_scheduler_type: str = "cosine_with_min_lr"
-    lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
-    logging_steps: float = 50
-    logging_nan_inf_filter: bool = False  # the filter would cost a host sync per step
-    remove_unused_columns: bool = False  # a batch holds packed steps, which forward does not name
-    ddp_find_unused_parameters: bool | None = False
+    learning_rate: float = setting(1e-5, "Highest learning rate of AdamW.")
+    weight_decay: float = setting(0.01, "Decoupled weight decay of AdamW; 0 = none.")
+    adam_beta2: float = setting(0.95, "AdamW's decay of the mean of squared gradients.")
+    warmup_steps: float = setting(
+        0.05, "Optimizer steps in which the learning rate rises from 0; below 1 = a share of all steps."
+    )
+    lr_scheduler_type: str = setting(
+        "cosine_with_min_lr", "Schedule of the learning rate after the warm-up, by its name in transformers."
+    )
+    lr_scheduler_kwargs: dict | str | None = setting(
+        lambda: {"min_lr_rate": 0.1},
+        "Further arguments of that schedule; null = none. min_lr_rate is the last learning rate as a share of the "
+        "highest.",
+    )
+    logging_steps: float = setting(50, "Optimizer steps between rows of metrics; below 1 = a share of all steps.")
+    # The filter would cost a host sync per step.
+    logging_nan_inf_filter: bool = setting(False, "Replace losses that are no finite number in the logs.")
+    # A batch holds packed steps, which forward does not name.
+    remove_unused_columns: bool = setting(False, "Drop columns that the model's forward does not name; keep it off.")
+    ddp_find_unused_parameters: bool | None = setting(
+        False, "Let DistributedDataParallel look for parameters without a gradient; null = let transformers decide."
+    )
 
     def __post_init__(self) -> None:
         WindowRule(self.context, self.stride, self.max_length)  # made only for its range checks
@@ -78,16 +93,13 @@ class BaseConfig(TrainingArguments):
 
 @dataclass
 class OfflineConfig(BaseConfig):
-    """The settings of every algorithm that learns from scored trajectories.
+    """The settings of every algorithm that learns from scored trajectories."""
 
-    Args:
-      reward_scale: the divisor of rewards; None = the range of the training returns.
-      prompt: few-shot demonstrations of the same task before every window (tokens/few_shot.py); None = no
-        demonstrations.
-    """
-
-    reward_scale: float | None = None
-    prompt: PromptSpec | None = None
+    reward_scale: float | None = setting(None, "The divisor of rewards; null = the range of the training returns.")
+    prompt: PromptSpec | None = setting(
+        None,
+        "Few-shot demonstrations of the same task before every window (tokens/few_shot.py); null = no demonstrations.",
+    )
 
     def __post_init__(self) -> None:
         if self.reward_scale is not None and not self.reward_scale > 0:

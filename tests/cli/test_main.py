@@ -6,21 +6,29 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 import transformers
 import yaml
+from transformers import TrainingArguments
 
 from offline_lmrl import read_trajectories
+from offline_lmrl.algorithms import ALGORITHMS, load_algorithm
 from offline_lmrl.cli import main as cli
 from offline_lmrl.cli.data import SOURCES, prepare_from_settings
 from offline_lmrl.cli.parser import Parser, field_help, nearest, overrides_of, read_settings
 from offline_lmrl.cli.play import read_prompts
+from offline_lmrl.comparison.config import CompareConfig, MethodConfig
+from offline_lmrl.decoding.planner import PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession
+from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.errors import LONGEST_MESSAGE, InputError
 from offline_lmrl.logs.io import write_trajectories
+from offline_lmrl.run import DataConfig, ModelConfig
+from offline_lmrl.settings import setting
 from offline_lmrl.tasks.hidden_rule import HiddenRule
 from offline_lmrl.tokens.few_shot import PromptSpec
 from offline_lmrl.tokens.tokenizers import train_tokenizer
@@ -593,35 +601,45 @@ def test_overrides_are_read_as_yaml():
 
 @dataclass
 class Base:
-    """The base.
+    old: int = setting(1, "A field of the base.")
+    other: int = setting(1, "Another.")
 
-    old: a field of the base
-      on two lines. other: another.
-    """
 
-    old: int = 1
-    other: int = 1
+@dataclass
+class Inner:
+    deep: int = setting(0, "A field of a field.")
 
 
 @dataclass
 class Ours(Base):
-    """Ours.
-
-    new, newer: two fields.
-    """
-
-    new: int = 1
-    newer: float = 1.0
-    other: int = 2
+    new: int = setting(1, "A new field.")
+    newer: Inner | None = setting(None, "A field that may be null.")
+    other: int = setting(2, "Another default.")
 
 
-def test_field_help_comes_from_docstrings():
+def test_field_help_comes_from_the_fields():
     assert field_help(Ours, "a.") == {
-        "a.old": "a field of the base on two lines.",
-        "a.other": "another.",
-        "a.new": "two fields.",
-        "a.newer": "two fields.",
+        "a.old": "A field of the base.",
+        "a.other": "Another default.",
+        "a.new": "A new field.",
+        "a.newer": "A field that may be null.",
+        "a.newer.deep": "A field of a field.",
     }
+
+
+CONFIGS = [*(load_algorithm(name)[0] for name in ALGORITHMS), ModelConfig, DataConfig, SamplingConfig, PlannerConfig]
+CONFIGS += [CompareConfig, MethodConfig]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_setting_has_a_help_text_and_no_two_share_a_sentence(config):
+    texts = field_help(config)
+    assert {field.name for field in fields(config)} <= set(texts)
+    theirs = TrainingArguments.__dataclass_fields__
+    ours = {name: text for name, text in texts.items() if name.partition(".")[0] not in theirs}
+    sentences = Counter(sentence for text in ours.values() for sentence in re.split(r"(?<=\.) (?=[A-Z])", text))
+    assert [sentence for sentence, n in sentences.items() if n > 1] == []
+    assert all(text[-1] in ".]" and not re.search(r"\bNone\b", text) for text in ours.values())
 
 
 def test_help_shows_our_fields_first_and_inherited_ones_on_request():

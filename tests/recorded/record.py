@@ -41,7 +41,9 @@ ARGS = {
     "report_to": "none",
     "disable_tqdm": True,
 }
-TIMES = re.compile(r"time|second|made|commit|machine|created")  # keys of what differs between two runs of one checkout
+TIMES = re.compile(
+    r"time|second|made|commit|machine|created|sha256"
+)  # keys of what differs between two runs of one checkout
 PLAYED = ["--environment", "walk", "--episodes", 20, "--max_new_tokens", 4]
 
 # name -> algorithm and what differs from the settings that all share. `run:NAME` is the folder of an earlier run.
@@ -317,8 +319,10 @@ def compare(recorder: Recorder) -> None:
     for name in ("results.jsonl", "table.md", "report/report.md", "report/manifest.json"):
         path = folder / "compared" / name
         if path.exists():
-            lines = path.read_text().splitlines()
-            found = map(json.loads, lines) if name.endswith("l") else ["\n".join(lines)]
+            # A table is as wide as the commit and the command in it, which differ.
+            text = re.sub(r"\b[0-9a-f]{40}\b", "COMMIT", re.sub(r" {2,}|-{3,}", " ", path.read_text()))
+            found = map(json.loads, text.splitlines()) if name.endswith("l") else [text]
+            found = [json.loads(text)] if name.endswith(".json") else found
             recorder.found[f"compare: {name}"] = [recorder.timeless(value) for value in found]
 
 
