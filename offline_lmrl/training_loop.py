@@ -247,7 +247,10 @@ class LoopTrainer:
         with reading(checkpoint / "trained.safetensors", DAMAGED):
             stored = load_file(checkpoint / "trained.safetensors")
             if names := set(self.trained) ^ set(stored):
-                raise InputError(f"{checkpoint}: found other weights than this run trains, first {min(names)}")
+                raise InputError(
+                    f"{checkpoint}: found the weights of another model, expected those of this run; the first name "
+                    f"that only one of them has is {min(names)}"
+                )
             with torch.no_grad():
                 for name, parameter in self.trained.items():
                     parameter.copy_(stored[name])
