@@ -181,8 +181,8 @@ class Guided:
             return super().generate(*args, beta=beta, **kwargs)
         if isinstance(beta, Tensor) or beta != 0 or form.get("condition_scale", 0.0) != 0:
             raise InputError(
-                "ask: found it with beta or condition_scale, expected both to be 0 in generate, which "
-                "reads each prompt once: guidance needs it without returns too; play with LanguagePolicy"
+                "ask: found a request together with beta or condition_scale, expected both to be 0: generate runs one "
+                "pass, and guidance needs a second pass without the requested return; use LanguagePolicy instead"
             )
         kwargs = {name: value for name, value in kwargs.items() if name not in ("input_ids", "inputs")}
         embeddings, mask = self._asked(ids, kwargs.pop("attention_mask", None), ask)
@@ -219,8 +219,8 @@ class Guided:
         """
         if self.return_embedding is None:
             raise InputError(
-                f"ask: found {shown(ask)}, but this model has no table of returns (algorithm: "
-                "return_conditioned, condition: embedding)"
+                f"ask: found {shown(ask)}, expected None, as this model has no return embedding; train one with "
+                "algorithm: return_conditioned and condition: embedding"
             )
         block = settings(self.config)["returns"]
         slots = Slots.from_block(block, self.get_input_embeddings().weight.shape[0], None)
@@ -295,7 +295,7 @@ class Guided:
         Returns: (B,T,V), fp32.
         """
         if self.value_heads is None:
-            raise InputError(f"beta: found {beta}, but this model has no value heads; train them, or use 0")
+            raise InputError(f"beta: found {beta}, expected 0, as this model has no value heads; train them (ILQL)")
         form = _sampling_form(self.config)
         if isinstance(beta, Tensor):
             beta = beta.view(-1, 1, 1)  # (B,1,1), to broadcast over positions and vocabulary
@@ -516,7 +516,7 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "forward": forward,
         "base_name": base.__name__,
         "__module__": base.__module__,  # in another module it would count as custom code, whose buffers are skipped
-        "__doc__": f"{base.__name__} with value heads and rows for returns; see `Guided`.",
+        "__doc__": f"{base.__name__} with value heads and a return embedding; see `Guided`.",
         "_keep_in_fp32_modules_strict": {*(base._keep_in_fp32_modules_strict or ()), *PARTS},
     }
     name = f"Guided{base.__name__}"
@@ -634,8 +634,8 @@ def from_scratch(auto_class: type, spec: Mapping[str, Any], tokenizer, **extra: 
             raise InputError(f"model.scratch.{wrong[1]}: found {found}, expected {wrong[2]}") from error
         said = str(error).strip() or type(error).__name__
         raise InputError(
-            f"model.scratch: found fields of which {model_type} cannot be made "
-            f"({said.splitlines()[0]}), expected others"
+            f"model.scratch: found fields from which transformers cannot make a {model_type} model "
+            f"({said.splitlines()[0]}), expected other values"
         ) from error
 
 
@@ -650,8 +650,8 @@ def _require_room(auto_class: type, config: PreTrainedConfig) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise InputError(
-            f"model.scratch: found fields of a model of {needed / 1e9:.3g} GB, expected at most this "
-            f"machine's {memory / 1e9:.3g} GB"
+            f"model.scratch: found a model of {needed / 1e9:.3g} GB, expected at most {memory / 1e9:.3g} GB, the "
+            "memory of this machine"
         )
 
 
@@ -669,7 +669,7 @@ def find_device(name: str | torch.device | None) -> torch.device:
         return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError, ImportError) as error:
         first = str(error).partition("\n")[0]
-        raise InputError(f"device: found {shown(name)} ({first}), expected one that torch has, such as cpu") from error
+        raise InputError(f"device: found {shown(name)} ({first}), expected a device of torch, such as cpu") from error
 
 
 def load_model(
@@ -723,7 +723,9 @@ def _require_token_ids(name: str, model: PreTrainedModel) -> None:
             found = getattr(source, field, None)
             ids = found if isinstance(found, list) else [found]
             if not all(token is None or (isinstance(token, int) and not isinstance(token, bool)) for token in ids):
-                raise InputError(f"model: {name}: {field}: found {shown(found)}, expected the id of a token, or ids")
+                raise InputError(
+                    f"model: {name}: {field}: found {shown(found)}, expected the id of a token, a list of ids, or null"
+                )
 
 
 def _causal_lm_class(config: PreTrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:
@@ -749,7 +751,7 @@ def _load_adapter(folder: Path, **options) -> nn.Module:
     with opening(folder, "model"):
         base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
     if not base:
-        raise InputError(f"model: {folder}/adapter_config.json names no base model; LoRA needs one that is saved")
+        raise InputError(f"model: {folder}/adapter_config.json names no base model, expected its folder or hub name")
     block = read_settings(folder)
     _require_no_reward_model(folder, block)
     stored = block.get("value_heads")
@@ -782,7 +784,7 @@ def check_same_heads(name: str, asked: Mapping[str, Any], stored: Mapping[str, A
         if asked[field] != stored[field]:
             raise InputError(
                 f"value_heads.{field}: found {shown(asked[field])}, but {name} has heads with {stored[field]!r}; "
-                "start from its plain policy or ask for the same"
+                "set the same value, or start from a model without value heads"
             )
 
 
