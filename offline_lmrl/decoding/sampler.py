@@ -208,8 +208,8 @@ class Sampler:
         conditioned = getattr(model, "return_embedding", None) is not None
         if config.condition_scale != 0.0 and not conditioned:
             raise InputError(
-                f"condition_scale: found {config.condition_scale}, expected 0, as {name} has no null "
-                "condition to guide it away from (algorithm: return_conditioned, condition: embedding)"
+                f"condition_scale: found {config.condition_scale}, expected 0, as {name} has no null condition; train "
+                "one with algorithm: return_conditioned and condition: embedding"
             )
         # A conditioned model has extra ids after the vocabulary: the null condition first, then one per return bin.
         self.null = model.get_input_embeddings().weight.shape[0] if conditioned else None
