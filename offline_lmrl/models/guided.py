@@ -61,11 +61,13 @@ def _sampling_form(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _keep_hidden(module: nn.Module, args: tuple, output: Any) -> None:
+    # Index 0 is the last hidden state of a tuple and of a ModelOutput alike.
     module.last_hidden = output[0]
 
 
 def _scale_gradient(hidden: Tensor, scale: float) -> Tensor:
     """Return scale · h + (1 − scale) · h.detach(), which has the values of h and `scale` times its gradient."""
+    # At 0 the graph is cut, so that no backward pass runs through the trunk for these terms.
     return hidden.detach() if scale == 0 else hidden.detach().lerp(hidden, scale)
 
 
@@ -139,6 +141,7 @@ class Guided:
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
         """Save as the base class does, but name the base class in config.json, because other engines know it."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        # The base class has just written the name of the guided class, so config.json is written again.
         self.config.architectures = [self.base_name]
         if is_main_process:
             self.config.save_pretrained(save_directory)
@@ -232,6 +235,7 @@ class Guided:
             value = slots.scale.named_ask(asked) if isinstance(asked, str) else asked
             rows.append(with_slots(row[kept].tolist(), block["opening"], slots.ids(value), block.get("past_opening")))
         width = max(map(len, rows))
+        # Padded on the left, because generate continues after the last column; the mask hides the padding id 0.
         padded = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=ids.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=ids.device)
         return self.return_embedding(padded, self.get_input_embeddings()), mask
@@ -241,6 +245,7 @@ class Guided:
         args, kwargs = self._embedded(args, kwargs)
         outputs = super().forward(*args, **kwargs)
         decoder = self.get_decoder()
+        # Cleared at once: a stored tensor would keep the graph of this pass in memory.
         hidden, decoder.last_hidden = decoder.last_hidden, None
         return outputs, hidden
 
@@ -322,6 +327,7 @@ class Guided:
         Returns: logits (N,V) of the token after each state, and the last hidden states (B,T,d).
         """
         head = self.get_output_embeddings()
+        # The head gets (1,N,d), three axes as usual, and multiplies N states instead of B·T.
         handle = head.register_forward_pre_hook(lambda module, args: (args[0][row, state].unsqueeze(0),))
         try:
             outputs, hidden = self.forward_with_hidden(use_cache=False, **inputs)
@@ -354,6 +360,7 @@ class Guided:
             inputs = {name: value[:windows] for name, value in inputs.items()}
         if environment is not None:  # one pass of the LM head for both kinds of states
             row, state = (torch.cat([steps[name], environment[name]]) for name in ("row", "state"))
+            # The target of an environment state is the next token of its own row.
             action = torch.cat([action, inputs["input_ids"][environment["row"], environment["state"] + 1]])
         logits, hidden = self.packed_logits(row, state, **inputs)
         log_prob = -F.cross_entropy(logits.float(), action, reduction="none")
@@ -375,9 +382,11 @@ class Guided:
         """
         turns = {name: column[steps["closes_turn"]] for name, column in steps.items()}
         row = turns["row"]
+        # A state has not yet read its action: the closing token of a turn has been read at state + 1.
         log_prob = self.return_heads.log_prob(
             hidden[row, turns["open_state"]], hidden[row, turns["state"] + 1], outcomes(turns)
         )
+        # Null is the first id after the vocabulary, and bins follow it: any id above null is a requested return.
         null = (input_ids <= self.get_input_embeddings().weight.shape[0]).all(1)[row] & turns["has_target"]
         return {"outcome_log_prob": log_prob, "outcome_counts": null}
 
@@ -421,6 +430,7 @@ class Guided:
         heads, matrix = self.value_heads, self.get_output_embeddings().weight
         action = steps["action"].unsqueeze(1)
         states = _scale_gradient(hidden[steps["row"], steps["state"]], scale)  # (N,d)
+        # V has an axis of one head, (1,N), hence [0].
         packed = {"q": heads.q(states, matrix, action).squeeze(-1), "v": heads.v(states)[0]}
         if conservative:
             packed["logsumexp_q"] = heads.q.logsumexp(states, matrix)
@@ -503,6 +513,7 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         outputs, hidden = self.forward_with_hidden(*args, **kwargs)
         if isinstance(beta, Tensor) or beta:
             keep = kwargs.get("logits_to_keep", 0)
+            # As in transformers, logits_to_keep 0 means all: slice(-0, None) is the whole axis.
             kept = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]
             outputs.logits = self._guided_logits(outputs.logits, kept, beta)
         return outputs
@@ -544,6 +555,7 @@ def attach(model: PreTrainedModel, value_heads: ValueHeadsConfig | None) -> PreT
     if value_heads is not None:
         inner.config.offline_lmrl = settings(inner.config) | {"value_heads": asdict(value_heads)}
         inner.value_heads = ValueHeads(value_heads, *inner.get_output_embeddings().weight.shape).to(inner.device)
+        # Targets are drawn too, so they are made copies of the online heads before they are frozen.
         inner.value_heads.apply(inner._initialize_weights)
         inner.update_targets(1.0)
         inner.freeze_targets()
@@ -767,6 +779,7 @@ def _load_adapter(folder: Path, **options) -> nn.Module:
     with opening(folder, "model"):
         model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     load_heads(model, folder)
+    # peft has frozen all that it does not adapt, the heads too.
     unfreeze_heads(model)
     return model
 
