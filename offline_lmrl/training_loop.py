@@ -174,6 +174,7 @@ class LoopTrainer:
             self.load(Path(checkpoint))
         if self.args.should_save:
             folder = Path(self.args.output_dir)
+            # Left half written by a killed process.
             shutil.rmtree(folder / STAGING, ignore_errors=True)
             keep_metrics_until(folder, self.iteration)
             rotate(folder, self.iteration, self.args.save_total_limit)
@@ -181,6 +182,7 @@ class LoopTrainer:
 
     def finish_iteration(self) -> None:
         """Save a checkpoint if one is due or a signal came; after a signal, stop training. Raises: Stopped."""
+        # With several processes this is a collective call, so all of them make it in every iteration.
         number = None if self.signals is None else self.signals.agreed(self.args.world_size)
         last = self.iteration == self.args.max_steps
         stops = number is not None and not last
@@ -228,6 +230,7 @@ class LoopTrainer:
                     ),
                     encoding="utf-8",
                 )
+            # Old checkpoints are removed after the new one is published, so that a complete one always exists.
             publish(written, folder / name)
             rotate(folder, self.iteration, self.args.save_total_limit)
             shutil.rmtree(folder / STAGING, ignore_errors=True)
@@ -252,6 +255,7 @@ class LoopTrainer:
                     f"that only one of them has is {min(names)}"
                 )
             with torch.no_grad():
+                # Copied in place, because the optimizer and the wrapped module hold these very tensors.
                 for name, parameter in self.trained.items():
                     parameter.copy_(stored[name])
         if self.average is not None:
@@ -266,6 +270,7 @@ class LoopTrainer:
             self.iteration, self.updates = found["iteration"], found["updates"]
             self.totals, self.counts = Counter(found["totals"]), Counter(found["counts"])
             self.remember(found["memory"])
+            # `reading` turns this into the InputError of a damaged file.
             if self.iteration != step_of(checkpoint):
                 raise ValueError(f"iteration {self.iteration}")
 
