@@ -224,7 +224,7 @@ class _Episode:
         if self.end == "finished" and index == self.agent_turns[-1]:
             # V at the state of the last action closes the log, so the reward of that action must not count as well.
             return 0.0, gamma ** (left - 1)
-        # The reward is paid at the turn's last action, left − 1 steps after action k; the next turn opens a step later.
+        # The reward is paid at the last action, left − 1 steps after action k, and the next turn opens one step later.
         behind = gamma**left * self._turn_discount(index)
         return gamma ** (left - 1) * self.reward[index] + behind * total, behind * factor
 
