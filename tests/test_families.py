@@ -128,7 +128,7 @@ def test_generate_tells_returns_to_families_that_pass_embeddings_on_unnamed(mode
 
 
 def test_a_family_that_reads_no_embeddings_is_refused_before_it_learns_returns_as_such(tmp_path):
-    with pytest.raises(InputError, match="model: found Gemma4ForCausalLM, which cannot read text .*inputs_embeds"):
+    with pytest.raises(InputError, match="model: found Gemma4ForCausalLM, which fails on a test text .*inputs_embeds"):
         trainer(tmp_path, model=small_model("gemma4_text"), algorithm="return_conditioned", condition="embedding")
 
 

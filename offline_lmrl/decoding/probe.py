@@ -151,6 +151,6 @@ def probing(model: nn.Module) -> Iterator[None]:
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         raise InputError(
-            f"model: found {_name(model)}, which fails on a test text in a padded batch or with a cache "
-            f"({type(error).__name__}: {first}), expected a model that runs on both"
+            f"model: found {_name(model)}, which fails on a test text ({type(error).__name__}: {first}), expected a "
+            "model that can be trained and played here"
         ) from error
