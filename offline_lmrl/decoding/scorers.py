@@ -395,7 +395,9 @@ def weighted_sum(scorers: Sequence[Scorer], weights: Sequence[float] | None = No
     """
     weights = [1.0] * len(scorers) if weights is None else weights
     if len(weights) != len(scorers) or len(scorers) < 2:
-        raise InputError(f"weights: found {len(weights)} for {len(scorers)} scorers, expected one each for 2 or more")
+        raise InputError(
+            f"weights: found {len(weights)} for {len(scorers)} scorers, expected one per scorer and at least 2 scorers"
+        )
     first, *rest = weights
     shift = sum(weight * shift_of(one) for weight, one in zip(weights, scorers, strict=True))
     return Combined(scorers[0], scorers[1:], lambda score, others: first * score + others @ np.array(rest), shift)
@@ -470,7 +472,9 @@ def load_scorer(spec: str | Path | Mapping[str, Any]) -> Scorer:
             try:
                 return load_scorer(_read_yaml(spec))
             except RecursionError as error:
-                raise InputError(f"scorer: {spec}: found a scorer that contains itself, expected an end") from error
+                raise InputError(
+                    f"scorer: {spec}: found a scorer that contains itself, expected one that does not"
+                ) from error
         kind = "python" if re.fullmatch(r"[\w.]+:\w+", spec) else "reward_model"
         spec = {"kind": kind, "function" if kind == "python" else "run": spec}
     found = spec.get("kind") if isinstance(spec, Mapping) else spec

@@ -615,7 +615,7 @@ def test_v_learns_on_from_a_reward_model_and_from_a_copy_of_the_policy_starts_at
     [
         ({"head": "token"}, {}, "^value_model: .*reward: found a reward model with head: token, whose score is a sum"),
         ({"head": "turn", "context": 2}, {"context": 1}, "with context: 2, expected this run's context, 1, as V"),
-        ({}, {"scale_scores": True}, "^scale_scores: found true with the reward model .*, expected only one of"),
+        ({}, {"scale_scores": True}, "^scale_scores: found true with the reward model .*, expected only one of them"),
         (
             {},
             {"template": "plain"},

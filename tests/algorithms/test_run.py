@@ -283,7 +283,8 @@ def test_an_extended_run_says_what_becomes_of_its_schedule(tmp_path, data, caplo
 
 def test_a_run_without_checkpoints_is_not_extended_and_stays(tmp_path, data):
     done = cloned(tmp_path / "run", data, max_steps=1)
-    with pytest.raises(InputError, match="run: found no complete checkpoint, expected one from which to extend"):
+    missing = "run: found no complete checkpoint, expected one from which to extend the run"
+    with pytest.raises(InputError, match=missing):
         cloned(tmp_path / "run", data, max_steps=2)
     assert cloned(tmp_path / "run", data, max_steps=1) == done and (done / "complete.json").exists()
 
