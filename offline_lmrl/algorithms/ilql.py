@@ -205,14 +205,14 @@ class ILQLTrainer(OfflineTrainer):
         found = RewardScale(**stored)
         if args.reward_scale not in (None, found.scale):
             raise InputError(
-                f"reward_scale: found {args.reward_scale}, expected "
-                f"{found.scale:g}, the scale of the model's value heads; leave it out, or start from the plain policy"
+                f"reward_scale: found {args.reward_scale}, expected {found.scale:g}, the scale of the model's value "
+                "heads; leave it out, or start from a model without value heads"
             )
         if found.shift != 0 and found.scored_turns != fitted.scored_turns:
             raise InputError(
                 f"model: found value heads trained on rewards shifted by {found.shift:g}, expected no shift: it would "
                 f"change this task (a discount below 1, or episodes that do not all have {found.scored_turns} scored "
-                "turns); start from the plain policy"
+                "turns); start from a model without value heads"
             )
         return found
 
