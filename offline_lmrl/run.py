@@ -89,8 +89,8 @@ class ModelConfig:
             )
         if self.scratch is not None and self.lora is not None:
             raise InputError(
-                "model.lora: found it beside model.scratch, expected model.path: an adapter is saved "
-                "without its base, which has to lie somewhere"
+                "model.lora: found settings together with model.scratch, expected model.path: an adapter is saved "
+                "without its base model, which has to be in a folder or on the hub"
             )
 
 
@@ -113,10 +113,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.reward is not None and self.preference is not None:
-            raise InputError("data.reward: found it beside data.preference, expected one of them")
+            raise InputError("data.reward: found a column together with data.preference, expected only one of them")
         for name in self.preference or {}:
             if name not in PREFERENCE:
-                raise InputError(f"data.preference: found {shown(name)}, expected {', '.join(PREFERENCE)}")
+                raise InputError(f"data.preference: found {shown(name)}, expected one of {', '.join(PREFERENCE)}")
 
 
 def build_tokenizer(config: ModelConfig, rows: Rows) -> PreTrainedTokenizerBase:
@@ -331,7 +331,7 @@ def run_there(folder: Path, config: dict[str, Any]) -> Literal["none", "same", "
         return "shorter" if other else "same"
     if not (folder / COMPLETE).exists() and not checkpoints(folder):
         return "none"
-    raise InputError(f"{file}: {say_differences(found, config)}: take another output_dir, or remove this one")
+    raise InputError(f"{file}: {say_differences(found, config)}; take another output_dir, or remove this one")
 
 
 def _is_longer(name: str, there: Any, here: Any) -> bool:
@@ -395,8 +395,8 @@ def train(
         checkpoint = None if there == "none" else trainer.last_checkpoint()
         if there == "shorter" and checkpoint is None and (folder / COMPLETE).exists():
             raise InputError(
-                f"{folder}: found no complete checkpoint, expected one to extend the run from: take "
-                "another output_dir, or save_strategy: steps from the start"
+                f"{folder}: found no complete checkpoint, expected one from which to extend the run; take another "
+                "output_dir, with save_strategy: steps if that run is to be extended later"
             )
         trainer.accelerator.wait_for_everyone()  # all processes have read the folder before it changes
         if trainer.args.should_save:
@@ -429,11 +429,11 @@ def _say_start(trainer: BaseTrainer, folder: Path, checkpoint: Path | None, exte
     if checkpoint is None:
         return
     step, steps = step_of(checkpoint), trainer.total_steps
-    log.warning("%s: goes on at step %d of %d", folder, step, steps)
+    log.warning("%s: continues at step %d of %d", folder, step, steps)
     if extended and trainer.args.lr_scheduler_type != "constant":
         log.warning(
-            "%s: is extended to %d steps: from here on the learning rate follows a schedule of that length, "
-            "the steps before followed a shorter one, so this is not quite one run of %d steps",
+            "%s: is extended to %d steps: from here on, the learning rate follows a schedule of that length; earlier "
+            "steps followed a shorter one, so the result differs from that of a single run of %d steps",
             folder,
             steps,
             steps,
@@ -446,12 +446,12 @@ def read_report(folder: str | Path) -> dict[str, Any]:
     Raises: InputError if it is damaged.
     """
     file = Path(folder) / COMPLETE
-    advice = "what a finished run writes; remove it, and train again to finish the run"
+    advice = "the report of a finished run; remove this file and train again, which finishes the run"
     report = read_object(file, advice)
     with reading(file, advice):
         tokens = [report["training_tokens"], *report.get("before", {}).values()]
         if not all(isinstance(count, int | float) for count in tokens):
-            raise TypeError("tokens that are no numbers")
+            raise TypeError("training tokens that are not numbers")
     return report
 
 

@@ -17,15 +17,15 @@ from tests.families import FAMILIES, small_model
 from tests.training.test_trainer import TOKENIZER, logs, trainer
 
 NOT_BUILT = {"dots3_note", "gemma3n", "gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody"}
-CACHE = "read on from a cache in a batch"  # positions are counted from the start of the padding
+CACHE = "outputs in a batch with a cache differ"  # positions are counted from the start of the padding
 REFUSED = {
     **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "camembert", "data2vec-text", "git",
                      "marian", "mbart", "mvp", "pegasus", "plbart", "recurrent_gemma", "roberta",
                      "roberta-prelayernorm", "trocr", "xlm-roberta", "xlm-roberta-xl"), CACHE),
-    **dict.fromkeys(("blt", "minimax", "prophetnet", "reformer", "xlstm", "xmod"), "which cannot read text"),
+    **dict.fromkeys(("blt", "minimax", "prophetnet", "reformer", "xlstm", "xmod"), "which fails on a test text"),
     **dict.fromkeys(("openai-gpt", "rwkv", "xlm"), "expected one that takes past_key_values"),
-    "cpmant": "read in a batch",
-    "rembert": "found a decoder that gives 32 numbers per token before an LM head that reads",
+    "cpmant": "outputs in a batch differ",
+    "rembert": "found a decoder with hidden states of width 32 before an LM head of width",
     "xlnet": "max_length",
 }  # fmt: skip
 NOT_EXPORTED = {  # something lies between the decoder's hidden states and the LM head, or a cap behind it
@@ -128,7 +128,7 @@ def test_generate_tells_returns_to_families_that_pass_embeddings_on_unnamed(mode
 
 
 def test_a_family_that_reads_no_embeddings_is_refused_before_it_learns_returns_as_such(tmp_path):
-    with pytest.raises(InputError, match="model: found Gemma4ForCausalLM, which cannot read text .*inputs_embeds"):
+    with pytest.raises(InputError, match="model: found Gemma4ForCausalLM, which fails on a test text .*inputs_embeds"):
         trainer(tmp_path, model=small_model("gemma4_text"), algorithm="return_conditioned", condition="embedding")
 
 

@@ -141,7 +141,7 @@ def test_a_dry_run_leaves_nothing_behind(tmp_path, data):
 
 
 def test_an_adapter_of_a_model_from_scratch_is_refused_up_front():
-    with pytest.raises(InputError, match="model.lora: found it beside model.scratch"):
+    with pytest.raises(InputError, match="model.lora: found settings together with model.scratch"):
         scratch(lora={"r": 2})
 
 
@@ -164,7 +164,7 @@ def test_a_null_setting_may_be_absent_from_an_older_run(tmp_path):
     (tmp_path / "config.yaml").write_text("args: {seed: 1}\n")
     (tmp_path / "complete.json").write_text("{}")
     assert run.run_there(tmp_path, {"args": {"seed": 1, "prompt": None}}) == "same"
-    with pytest.raises(InputError, match="args.prompt: found None, expected {'n': 1}: take another output_dir"):
+    with pytest.raises(InputError, match="args.prompt: found None, expected {'n': 1}; take another output_dir"):
         run.run_there(tmp_path, {"args": {"seed": 1, "prompt": {"n": 1}}})
 
 
@@ -199,7 +199,7 @@ def test_comparisons_are_scored_as_the_config_says(tmp_path):
     assert [row.total_return for row in train] == [1.0, -1.0] * 3 and validation == train
     data = replace(data, preference={"reward": f"{__name__}:lefts", "normalise": "none"})
     assert [row.total_return for row in run.read_data("ilql", data, args, Counter())[0]] == [4.0, 0.0] * 3
-    with pytest.raises(InputError, match="data.preference: found 'rewards', expected reward, place, normalise"):
+    with pytest.raises(InputError, match="data.preference: found 'rewards', expected one of reward, place, normalise"):
         DataConfig("x", preference={"rewards": "sign"})
     remedy = "set data.preference, or call to_trajectories, to turn comparisons into scored rows"
     with pytest.raises(InputError, match=remedy):
@@ -228,7 +228,8 @@ def test_repairs_of_the_reader_and_faults_of_the_groups_are_counted(tmp_path):
         "rows, none of which has a reward; column 'stars' may hold the score: use --data.reward 'stars', or "
         "--reward 'stars' for check and evaluate": 3
     }
-    with pytest.raises(InputError, match="data.reward: found it beside data.preference, expected one of them"):
+    both = "data.reward: found a column together with data.preference, expected only one of them"
+    with pytest.raises(InputError, match=both):
         DataConfig("x", preference={}, reward="stars")
     write_comparisons(tmp_path / "pairs.jsonl", PAIRS)
     with pytest.raises(InputError, match="data.reward: found 'stars' for the comparisons of"):
@@ -264,12 +265,12 @@ def test_a_run_is_extended_from_its_last_checkpoint(tmp_path, data, caplog):
     straight = cloned(tmp_path / "straight", data, **constant | {"max_steps": 5})
     for steps in (3, 5):
         done = cloned(tmp_path / "run", data, **constant | {"max_steps": steps})
-    assert [text for text in caplog.messages if f"{done}: goes" in text] == [f"{done}: goes on at step 3 of 5"]
+    assert [text for text in caplog.messages if f"{done}: continues" in text] == [f"{done}: continues at step 3 of 5"]
     weights = [load_file(folder / "model.safetensors") for folder in (straight, done)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert steps_of(done) == steps_of(straight) == [1, 2, 3, 4, 5, 5]
     assert (done / "complete.json").read_text() == (straight / "complete.json").read_text()
-    with pytest.raises(InputError, match="args.max_steps: found 5, expected 3: take another output_dir"):
+    with pytest.raises(InputError, match="args.max_steps: found 5, expected 3; take another output_dir"):
         cloned(tmp_path / "run", data, **constant)
 
 
@@ -277,14 +278,15 @@ def test_an_extended_run_says_what_becomes_of_its_schedule(tmp_path, data, caplo
     for epochs in (1, 2):
         done = cloned(tmp_path / "run", data, num_train_epochs=epochs, save_strategy="epoch")
     assert [text for text in caplog.messages if f"{done}: is extended" in text][-1] == (
-        f"{done}: is extended to 4 steps: from here on the learning rate follows a schedule of that length, the steps "
-        "before followed a shorter one, so this is not quite one run of 4 steps"
+        f"{done}: is extended to 4 steps: from here on, the learning rate follows a schedule of that length; earlier "
+        "steps followed a shorter one, so the result differs from that of a single run of 4 steps"
     )
 
 
 def test_a_run_without_checkpoints_is_not_extended_and_stays(tmp_path, data):
     done = cloned(tmp_path / "run", data, max_steps=1)
-    with pytest.raises(InputError, match="run: found no complete checkpoint, expected one to extend the run from"):
+    missing = "run: found no complete checkpoint, expected one from which to extend the run"
+    with pytest.raises(InputError, match=missing):
         cloned(tmp_path / "run", data, max_steps=2)
     assert cloned(tmp_path / "run", data, max_steps=1) == done and (done / "complete.json").exists()
 
@@ -334,7 +336,7 @@ def test_a_folder_where_another_process_trains_is_refused(tmp_path, data):
 @pytest.mark.parametrize("content", ["", "[1]", '{"training_tokens": "x"}', '{"training_tokens": 1, "before": 2}'])
 def test_a_damaged_report_of_a_run_is_named(tmp_path, content):
     (tmp_path / "complete.json").write_text(content)
-    with pytest.raises(InputError, match="complete.json: found a damaged file .* train again to finish the run"):
+    with pytest.raises(InputError, match="complete.json: found a damaged file .* train again, which finishes the run"):
         run.runs_before(str(tmp_path))
 
 

@@ -214,14 +214,14 @@ class ILQLTrainer(OfflineTrainer):
         found = RewardScale(**stored)
         if args.reward_scale not in (None, found.scale):
             raise InputError(
-                f"reward_scale: found {args.reward_scale}, but the model's value heads answer in units of "
-                f"{found.scale:g}; leave it out, or start from the plain policy"
+                f"reward_scale: found {args.reward_scale}, expected {found.scale:g}, the scale of the model's value "
+                "heads; leave it out, or start from a model without value heads"
             )
         if found.shift != 0 and found.scored_turns != fitted.scored_turns:
             raise InputError(
-                f"the model's value heads were trained on rewards shifted by {found.shift:g}, which would change this "
-                f"task (episodes of other than {found.scored_turns} scored turns, or a discount below 1); start from "
-                "the plain policy"
+                f"model: found value heads trained on rewards shifted by {found.shift:g}, expected no shift: it would "
+                f"change this task (a discount below 1, or episodes that do not all have {found.scored_turns} scored "
+                "turns); start from a model without value heads"
             )
         return found
 

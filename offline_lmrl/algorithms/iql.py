@@ -94,8 +94,8 @@ class IQLTrainer(OfflineTrainer):
         found = log_encoder(self.critic).scale
         if args.reward_scale not in (None, found.scale):
             raise InputError(
-                f"reward_scale: found {args.reward_scale}, but the critic answers in units of {found.scale:g}; "
-                "leave it out"
+                f"reward_scale: found {args.reward_scale}, expected the critic's {found.scale:g}: its Q and V "
+                "are in that unit; leave it out"
             )
         return found
 
@@ -105,15 +105,15 @@ class IQLTrainer(OfflineTrainer):
             raise InputError("critic: found a model that is conditioned on returns, expected one that is not")
         for name, expected in asdict(self.critic.window).items():
             if (found := getattr(args, name)) != expected:
-                raise InputError(f"{name}: found {found}, expected the critic's {expected}: it reads the same windows")
+                raise InputError(f"{name}: found {found}, expected the critic's {expected}: both use the same windows")
         found, expected = args.prompt and asdict(args.prompt), settings(self.critic.model.config).get("prompt")
         if found != expected:
-            raise InputError(f"prompt: found {found}, expected the critic's {expected}: it reads the same windows")
+            raise InputError(f"prompt: found {found}, expected the critic's {expected}: both use the same windows")
         found, expected = self.renderer.fingerprint, self.critic.renderer.fingerprint
         if found != expected:
             raise InputError(
                 f"tokenizer: found fingerprint {found}, expected the critic's {expected}: "
-                "it reads the same tokens, in the same chat template"
+                "both use the same tokens, in the same chat template"
             )
 
     def prepare_model(self, model, args: IQLConfig, windows: WindowDataset):

@@ -235,11 +235,11 @@ class PPOConfig(OfflineConfig):
         for name, expected in (("beta", 0.0), ("condition_scale", 0.0), ("ask", None), ("stop", ())):
             if getattr(form, name) != expected:
                 raise InputError(
-                    f"sampling.{name}: found {shown(getattr(form, name))}, expected none: PPO learns "
-                    "from what the policy itself says, up to its closing token"
+                    f"sampling.{name}: found {shown(getattr(form, name))}, expected the default: PPO learns "
+                    "from the policy's own samples, up to their closing token"
                 )
         if form.temperature == 0:
-            raise InputError("sampling.temperature: found 0, expected more: greedy play explores nothing")
+            raise InputError("sampling.temperature: found 0, expected above 0: greedy play explores nothing")
         super().__post_init__()
 
     @property
@@ -307,7 +307,7 @@ class PPOTrainer(LoopTrainer):
         peft_config: Any = None,
     ):
         if args.ptx_weight > 0 and ptx_dataset is None:
-            raise InputError(f"ptx_weight: found {args.ptx_weight}, but no logged data (data.train), expected both")
+            raise InputError(f"ptx_weight: found {args.ptx_weight}, but no logged data; set data.train, or use 0")
         if args.episodes < args.world_size:
             raise InputError(
                 f"episodes: found {args.episodes}, expected at least one for each of {args.world_size} processes"
@@ -383,8 +383,8 @@ class PPOTrainer(LoopTrainer):
             )
         if args.scale_scores:
             raise InputError(
-                f"scale_scores: found it with the reward model {name} as value_model, expected one of "
-                "them: V would start in another unit than that of the scaled scores"
+                f"scale_scores: found true with the reward model {name} as value_model, expected only one of "
+                "them: V would start in another unit than the scaled scores"
             )
         return model.merge_and_unload() if hasattr(model, "peft_config") else model
 
@@ -579,7 +579,7 @@ class PPOTrainer(LoopTrainer):
         if not gap <= SAMPLER_GAP[self.args.bf16]:
             raise InputError(
                 f"KL at step 0: found sampler and learner {gap:.3g} nats per token apart, expected 0: "
-                "they differ in temperature, filters, dropout or in what they see of an episode "
+                "they differ in temperature, filters or dropout, or in the part of an episode that they see "
                 "(max_length must hold whole dialogues, or context must bound them)"
             )
 
@@ -623,8 +623,8 @@ class PPOTrainer(LoopTrainer):
         dice = np.random.default_rng([args.seed, self.iteration, args.process_index])
         if len(experience.windows) < args.minibatches:
             raise InputError(
-                f"minibatches: found {args.minibatches}, expected at most the {len(experience.windows)} "
-                "windows that an iteration brought"
+                f"minibatches: found {args.minibatches}, expected at most {len(experience.windows)}, the number of "
+                "windows in this iteration"
             )
         shuffled = (dice.permutation(len(experience.windows)) for _ in range(args.epochs))
         for index in (index for order in shuffled for index in np.array_split(order, args.minibatches)):

@@ -154,8 +154,8 @@ class ReturnConditionedConfig(OfflineConfig):
             raise InputError(f"relabel: found {shown(self.relabel)}, expected max or q")
         if self.return_weight > 0 and (self.condition == "text" or self.condition_dropout == 0):
             raise InputError(
-                f"return_weight: found {self.return_weight}, expected 0 where no window is without a "
-                "condition; take condition: embedding and a condition_dropout above 0"
+                f"return_weight: found {self.return_weight}, expected 0: return heads learn from windows without a "
+                "requested return; to have these, set condition: embedding and condition_dropout above 0"
             )
         SamplingConfig(**sampling_form(self))  # checks the ranges
         super().__post_init__()
@@ -229,18 +229,18 @@ class ReturnConditionedTrainer(OfflineTrainer):
         block = there.get("return_heads")
         if block is not None and block["discount_per_turn"] != args.discount_per_turn:
             raise InputError(
-                f"discount_per_turn: found {args.discount_per_turn:g}, expected that of the model's "
-                f"return heads, {block['discount_per_turn']:g}"
+                f"discount_per_turn: found {args.discount_per_turn:g}, expected "
+                f"{block['discount_per_turn']:g} as in the model's return heads"
             )
         if args.return_weight > 0 and self.returns["condition"] == "text":
             raise InputError(
                 f"return_weight: found {args.return_weight:g}, expected 0, as the model reads returns as "
-                "text, and then no window is without a condition"
+                "text: no window is without a requested return, and return heads learn from such windows only"
             )
         if args.return_weight > 0 and not self.renderer.closing_stays:
             raise InputError(
-                "return_weight: found a chat template whose history does not hold the token that "
-                "closes a turn, where return heads read; expected return_weight: 0, or template: plain"
+                "return_weight: found a chat template that drops the token that closes a turn from the history, "
+                "expected one that keeps it, as return heads read there; set return_weight: 0, or template: plain"
             )
         if args.return_weight > 0 and block is None:
             closing = {name: windows.flat[name][0][windows.closing_steps] for name in Step._fields}

@@ -137,19 +137,19 @@ class RewardModelConfig(BaseConfig):
         if self.context is not None and self.head == "terminal":
             raise InputError(
                 f"context: found {self.context} with head: terminal, which reads all turns of a reply at "
-                "once, expected none, or head: turn or token"
+                "once, expected null, or head: turn or token"
             )
         check_range(self, error_rate=(0, 0.999), margin=(0, 1e6), processes=(1, 10**6))
         for name in ("error_rate", "margin"):
             if self.loss != "pairs" and getattr(self, name) > 0:
                 raise InputError(
                     f"{name}: found {getattr(self, name):g} with loss: {self.loss}, expected 0, as only "
-                    "loss: pairs has one"
+                    "loss: pairs uses it"
                 )
         if self.reference is not None and self.normalise == "none":
-            raise InputError("reference: found it with normalise: none, expected centre or standard")
+            raise InputError("reference: found a source with normalise: none, expected normalise: centre or standard")
         if self.loss == "regression" and self.binarise:
-            raise InputError("binarise: found it with regression, expected a loss of comparisons")
+            raise InputError("binarise: found true with loss: regression, expected a loss for comparisons")
         super().__post_init__()
 
 
@@ -286,7 +286,7 @@ class RewardModelTrainer(BaseTrainer):
         scored = isinstance(rows[0], Trajectory)
         if scored != (args.loss == "regression"):
             kinds = ("comparisons", "scored trajectories")
-            raise InputError(f"loss: found {args.loss} and {kinds[scored]}, expected {kinds[not scored]}")
+            raise InputError(f"loss: found {args.loss} with {kinds[scored]}, expected {kinds[not scored]}")
         rows = store(binarised(rows)) if args.binarise else rows
         if args.loss == "plackett_luce":
             for number, row in enumerate(rows, 1):

@@ -128,7 +128,7 @@ class Asks:
                 given,
                 "clipped",
                 f"ask: found {found}, expected {table.least:g} to {table.most:g}, the returns in the training data; "
-                f"the nearest bin, {used} of 0 to {len(table.counts) - 1}, is asked for",
+                f"the nearest bin, {used} of 0 to {len(table.counts) - 1}, is requested instead",
             )
 
     def _say_once(self, ask: float | str, kind: str, line: str) -> None:

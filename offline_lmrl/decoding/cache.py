@@ -143,6 +143,7 @@ class CacheMemory:
           chosen: (R,) the index of each row in that cache.
           mask: (R, L) True at columns that hold a token.
         """
+        # Rows of one batch share a block, which counts once.
         held = {id(block): block.bytes for block, _, _ in self.rows.values()}
         share = len(rows) / cache.layers[0].keys.shape[0]
         if sum(held.values()) + share * _bytes((layer.keys, layer.values) for layer in cache.layers) > self.max_bytes:
@@ -174,8 +175,10 @@ class CacheMemory:
         for index, (keys, values) in enumerate(copies[0][0].layers):
             filled = []
             for which, like in ((0, keys), (1, values)):
+                # Columns without a token stay 0; the mask hides them.
                 new = like.new_zeros(len(rows), like.shape[1], length, like.shape[3])
                 for block, from_row, from_column, to_row, to_column in copies:
+                    # Two index tensors around a slice put their axis first: both sides are (N, heads, width).
                     new[to_row, :, to_column] = block.layers[index][which][from_row, :, from_column]
                 filled.append(new)
             cache.update(*filled, index)
@@ -199,6 +202,7 @@ class CacheMemory:
         real = block.mask[source]
         order = real.cumsum(-1)  # 1 at a row's first token, 2 at its second
         row, column = (real & (order <= count.unsqueeze(-1))).nonzero(as_tuple=True)
+        # Right-aligned: the first token of a row goes to column max(kept) − count, its last token to the last column.
         to_column = max(kept) - count[row] + order[row, column] - 1
         return block, source[row], column, target[row], to_column
 

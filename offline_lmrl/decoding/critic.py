@@ -115,7 +115,7 @@ def relabel(
     if sum(agent_turns) != len(next_v):
         raise InputError(
             f"relabel: found {sum(agent_turns) - len(next_v)} agent turns that do not fit the critic's window of "
-            f"{policy.window.max_length} tokens, expected none; leave their trajectories out"
+            f"{policy.window.max_length} tokens, expected none; leave out their trajectories"
         )
     if label == "q":
         rows = torch.where(known, target_q, v).split(agent_turns)

@@ -90,14 +90,14 @@ class Planner:
     ):
         PlannerConfig(width, expand, depth)  # checks the ranges
         if expand > 1 and policy.sampling.temperature == 0:
-            raise InputError(f"temperature: found 0, expected above 0: {expand} greedy proposals are one and the same")
+            raise InputError(f"temperature: found 0, expected above 0: all {expand} greedy proposals would be equal")
         self.policy, self.scorer, self.sampling = policy, scorer, policy.sampling
         self.width, self.expand, self.depth = width, expand, depth
         self.heads = getattr(policy.model, "return_heads", None) if scorer is None or depth > 1 else None
         if self.heads is None and (scorer is None or depth > 1):
             raise InputError(
                 "planner: found a model without return heads, expected one trained with return_weight "
-                "above 0, or a scorer and depth 1"
+                "above 0; without them, a plan needs a scorer and depth 1"
             )
         saved = settings(policy.model.config)
         self.discount = saved["return_heads"]["discount_per_turn"] if self.heads is not None else 1.0
@@ -110,7 +110,7 @@ class Planner:
         if not self.no_room:
             self.no_room = True
             logging.getLogger(__name__).warning(
-                "planner: some plans end before the environment's next reply, as max_length cannot hold it: it has to "
+                "planner: some plans end before the environment's next reply, which does not fit: max_length has to "
                 "hold the system turns, the agent's turn and a reply of max_new_tokens "
                 f"({self.policy.sampling.max_new_tokens})"
             )
@@ -127,14 +127,14 @@ class Planner:
         if role not in self.samplers:
             if role == "tool":
                 raise InputError(
-                    "planner: found a dialogue with a tool, expected one whose environment speaks as the "
-                    "user: what a tool replies is not imagined; take depth 1"
+                    "planner: found a dialogue with a tool, expected one in which the environment speaks as the user: "
+                    "the replies of a tool are not imagined; set depth to 1"
                 )
             policy, closing = self.policy, self.policy.renderer.closing(role)
             if not closing:
                 raise InputError(
-                    f"planner: found a chat template that ends a {role} turn with nothing, expected a "
-                    "token there to look ahead; take depth 1"
+                    f"planner: found a chat template without a token that ends a {role} turn, expected one, because "
+                    "it ends an imagined turn; set depth to 1"
                 )
             config = SamplingConfig(temperature=0.0, max_new_tokens=policy.sampling.max_new_tokens)
             self.samplers[role] = Sampler(policy.model, policy.renderer, config, close_id=closing[0])

@@ -170,7 +170,7 @@ class LanguagePolicy:
         if len(told) > room:
             raise InputError(
                 f"prompt: found {len(told)} tokens, expected at most {room}, as max_length "
-                f"({rule.max_length}) also holds a reply of max_new_tokens ({reply})"
+                f"({rule.max_length}) also has to hold a reply of max_new_tokens ({reply})"
             )
         return PromptIds(told, null)
 
@@ -217,8 +217,8 @@ class LanguagePolicy:
             found = StepRule(**settings(critic.model.config).get("step_rule", {})).discount_per_turn
             if found != self.slots.discount_per_turn:
                 logging.getLogger(__name__).warning(
-                    f"ask: found discount_per_turn {found:g} in the critic {run}, expected the model's "
-                    f"{self.slots.discount_per_turn:g}: its Q is another sum than the returns this model was told"
+                    f"ask: found discount_per_turn {found:g} in the run {run}, expected the model's "
+                    f"{self.slots.discount_per_turn:g}: Q of that run is discounted otherwise than the model's returns"
                 )
         return self.critics[run]
 
@@ -250,13 +250,13 @@ class LanguagePolicy:
         """
         if "auto" in asks and getattr(self.model, "value_heads", None) is None:
             raise InputError(
-                "ask: found 'auto', which needs value heads; expected a number, max, p90, or auto:RUN "
+                "ask: found 'auto', but this model has no value heads; expected a number, max, p90, or auto:RUN "
                 "with a run of algorithm: ilql"
             )
         expert = next((ask for ask in asks if isinstance(ask, str) and ask.startswith("expert")), None)
         if expert is not None and getattr(self.model, "return_heads", None) is None:
             raise InputError(
-                f"ask: found {shown(expert)}, which needs return heads; expected a number, max, or p90, "
+                f"ask: found {shown(expert)}, but this model has no return heads; expected a number, max, or p90, "
                 "or a model that was trained with return_weight above 0"
             )
         if self.slots is not None:
@@ -266,7 +266,7 @@ class LanguagePolicy:
         if any(ask is not None for ask in asks):
             ask = next(ask for ask in asks if ask is not None)
             raise InputError(
-                f"ask: found {shown(ask)}, expected none, as this model was not trained with returns "
+                f"ask: found {shown(ask)}, expected null, as this model was not trained with returns "
                 "(algorithm: return_conditioned)"
             )
         return None
@@ -290,8 +290,8 @@ def require_no_prompt(critic: LanguagePolicy) -> LanguagePolicy:
     """
     if settings(critic.model.config).get("prompt") is not None:
         raise InputError(
-            "critic: found a model trained behind demonstrations, expected one trained without a prompt: "
-            "it reads the dialogue alone"
+            "critic: found a model trained with few-shot demonstrations, expected one trained without: a critic reads "
+            "the dialogue alone"
         )
     return critic
 

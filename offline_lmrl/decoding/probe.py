@@ -48,7 +48,7 @@ def check_plays(model: nn.Module, renderer: Renderer) -> None:
             part = slice(start, stop)
             logits, _ = sampler.forward(ids[:, part], mask[:, :stop], position[:, part], cache, False)
             expected = torch.stack([row[stop - LONG - 1] for row in alone])
-            _check(model, logits.log_softmax(-1), expected, "read on from a cache in a batch")
+            _check(model, logits.log_softmax(-1), expected, "in a batch with a cache")
 
 
 def check_trains(model: nn.Module, renderer: Renderer) -> None:
@@ -68,7 +68,7 @@ def check_trains(model: nn.Module, renderer: Renderer) -> None:
         with torch.inference_mode():
             expected = torch.cat(_alone(model, rows))
             logits, _ = model.packed_logits(row, state, input_ids=ids, attention_mask=mask)
-            _check(model, logits.float().log_softmax(-1), expected, "read in a batch")
+            _check(model, logits.float().log_softmax(-1), expected, "in a batch")
     with probing(model), torch.random.fork_rng():
         model.train()
         model.packed_logits(row, state, input_ids=ids, attention_mask=mask)
@@ -86,7 +86,7 @@ def check_scores(model: PreTrainedModel, renderer: Renderer) -> None:
     with probing(model), torch.inference_mode():
         alone = [model(ids.unsqueeze(0), read=torch.ones_like(ids, dtype=torch.bool).unsqueeze(0)) for ids in rows]
         found = model(ids, attention_mask=mask, read=mask)
-        _check(model, found.unsqueeze(-1), torch.cat(alone).unsqueeze(-1), "read in a batch")
+        _check(model, found.unsqueeze(-1), torch.cat(alone).unsqueeze(-1), "in a batch")
 
 
 def _is_first() -> bool:
@@ -126,11 +126,11 @@ def _check(model: nn.Module, found: Tensor, expected: Tensor, how: str) -> None:
         if apart <= TOLERANCE * max(1.0, expected[expected.isfinite()].std().item()):
             return
         raise InputError(
-            f"model: found {_name(model)}, whose answers {how} are up to {apart:.2g} away from those to "
-            "each row alone, expected a model that reads a row the same way however it is given"
+            f"model: found {_name(model)}, whose outputs {how} differ by up to {apart:.2g} from those of "
+            "each row alone, expected a model whose output for a row depends on that row only"
         )
     raise InputError(
-        f"model: found {_name(model)}, which gives {tuple(found.shape)} numbers where {how}, expected "
+        f"model: found {_name(model)}, whose outputs {how} have shape {tuple(found.shape)}, expected "
         f"{tuple(expected.shape)}"
     )
 
@@ -151,6 +151,6 @@ def probing(model: nn.Module) -> Iterator[None]:
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         raise InputError(
-            f"model: found {_name(model)}, which cannot read text as it is learnt from and played here "
-            f"({type(error).__name__}: {first}), expected a causal LM that can"
+            f"model: found {_name(model)}, which fails on a test text ({type(error).__name__}: {first}), expected a "
+            "model that can be trained and played here"
         ) from error

@@ -63,7 +63,7 @@ class BestOfN:
         """
         contexts = [history] if self.contexts is None else list(self.contexts(history))
         if not 1 <= len(contexts) <= self.n:
-            raise InputError(f"contexts: found {len(contexts)}, expected 1 to n ({self.n}), so that each is read")
+            raise InputError(f"contexts: found {len(contexts)}, expected 1 to n ({self.n}), so that each gets a reply")
         return [contexts[j % len(contexts)] for j in range(self.n)]
 
     def start(self, seeds: Sequence[int]) -> "BestOfNSession":

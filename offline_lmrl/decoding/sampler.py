@@ -213,8 +213,8 @@ class Sampler:
         conditioned = getattr(model, "return_embedding", None) is not None
         if config.condition_scale != 0.0 and not conditioned:
             raise InputError(
-                f"condition_scale: found {config.condition_scale}, expected 0, as {name} has no null "
-                "condition to guide it away from (algorithm: return_conditioned, condition: embedding)"
+                f"condition_scale: found {config.condition_scale}, expected 0, as {name} has no null condition; train "
+                "one with algorithm: return_conditioned and condition: embedding"
             )
         # A conditioned model has extra ids after the vocabulary: the null condition first, then one per return bin.
         self.null = model.get_input_embeddings().weight.shape[0] if conditioned else None
@@ -250,6 +250,7 @@ class Sampler:
         Raises: InputError if a list of options is empty, or if an option is longer than max_new_tokens.
         """
         guided = self.null is not None and (self.config.beta != 0.0 or self.config.condition_scale != 0.0)
+        # Without a requested return in any prompt, both streams would be equal, so one is enough.
         told = guided and any(token > self.null for prompt in prompts for token in prompt)
         run = _Run(
             sampler=self,
@@ -378,6 +379,7 @@ class Sampler:
                 shift = condition_shift(logits, null, config.condition_scale, config.temperature)
                 log_prob = log_prob + (shift if vocabulary_of is None else shift.gather(-1, vocabulary_of))
             if config.beta != 0.0:
+                # Q and V were trained under the null condition, whose rows come last.
                 q = self.model.q_values(hidden[-rows:], candidates=vocabulary_of)
                 v = None if config.clip is None else self.model.v_values(hidden[-rows:])
                 log_prob = guide(log_prob, q, v, config.beta, config.q_reduce, config.clip)
@@ -458,6 +460,7 @@ class _Run:
             return [0] * len(self.prompts)
         self.memory.retain([*self.rows, *(~row for row in self.rows)])
         kept = list(map(self.memory.reusable, *self.streams_of(self.rows, self.prompts)))
+        # `kept` lists stream 0 of all prompts, then stream 1: entries i, i + n belong to prompt i.
         return [min(kept[i :: len(self.prompts)]) for i in range(len(self.prompts))]
 
     def streams_of(self, rows: Sequence[int], prompts: Sequence[list[int]]) -> tuple[list[int], list[list[int]]]:
@@ -514,6 +517,7 @@ class _Run:
         mask = torch.cat([mask, real.bool()], dim=1)
         padded = any(len(self.prompts[i]) < mask.shape[1] for i in read)
         position = (mask.cumsum(-1) - 1).clamp(min=0)  # padding does not count; the clamp is for padding itself
+        # The cumulative sum needed the cached columns; the model gets the positions of the new ones only.
         position = position[:, -ids.shape[1] :]
         logits, hidden = self.sampler.forward(ids, mask if padded else None, position, cache, self.with_hidden)
 
@@ -531,6 +535,7 @@ class _Run:
             seed=torch.tensor([self.seeds[i] for i in chunk], device=device),
             counter=torch.tensor([self.counters[i] for i in chunk], device=device),
             node=node,
+            # Rows end in the last column, which is never padding; `repeat` indexes stream 0, which comes first.
             length=position[repeat, -1] + 1,
             drawn=count,
             finished=torch.zeros_like(count, dtype=torch.bool),
@@ -561,12 +566,14 @@ class _Run:
             batch.log_prob[:, step] = log_prob
             batch.policy_log_prob[:, step] = policy_log_prob
             batch.node = trie.step(batch.node, token)
+            # Counted before `finished` is updated, so that the closing token counts too.
             batch.drawn += ~batch.finished
             batch.finished |= torch.isin(token, sampler.ends)
             if step + 1 == most or (step + 1) % every == 0:
                 batch = self.without_finished(batch, step, everyone=step + 1 == most)
                 if batch is None:
                     return
+            # Columns count the padding of the batch; positions do not, so they start from each row's own length.
             columns, streams = batch.width + step + 1, batch.streams
             logits, hidden = sampler.forward(
                 batch.tokens[:, step : step + 1].repeat(streams, 1),
@@ -624,6 +631,7 @@ class _Run:
         mask = batch.mask[rows, : batch.width + step]
         columns = torch.arange(step, device=rows.device)
         mask[:, batch.width :] = columns < batch.drawn[rows].unsqueeze(-1)  # hides what was drawn after the end
+        # `step` and not step + 1: the model has not read the token that was drawn last.
         ids = [self.prompts[place] + row[:step] for place, row in zip(places, tokens, strict=True)]
         keys, ids = self.streams_of([self.rows[place] for place in places], ids)
         self.memory.park(keys, ids, batch.cache, batch.in_cache(rows), mask.repeat(batch.streams, 1))

@@ -94,7 +94,7 @@ class RowScorer:
 
     def read(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return one number per row, (B,); the batch has the fields input_ids to last of `ComparisonBatch`."""
-        raise TypeError(f"{type(self).__name__} does not say what it reads")
+        raise TypeError(f"{type(self).__name__}: found no method `read`, expected the subclass to define it")
 
     def _rows(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]):
         bare = [
@@ -105,7 +105,7 @@ class RowScorer:
     def _encode(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]):
         rows = self._rows(context, options)
         if rows is None:
-            raise InputError(f"max_length: found {self.window.max_length}, expected room for each scored reply")
+            raise InputError(f"max_length: found {self.window.max_length}, expected enough for each scored reply")
         return rows
 
 
@@ -266,7 +266,7 @@ class Function:
             reason = " ".join(str(error).split())
             raise InputError(
                 f"{self.name}: raised {type(error).__name__}: {reason}, expected a number for (context, "
-                f"option), here {shown(option[-1].content)}"
+                f"option), here for {shown(option[-1].content)}"
             ) from error
         return float(found) if isinstance(found, bool) else finite(self.name, found)
 
@@ -395,7 +395,9 @@ def weighted_sum(scorers: Sequence[Scorer], weights: Sequence[float] | None = No
     """
     weights = [1.0] * len(scorers) if weights is None else weights
     if len(weights) != len(scorers) or len(scorers) < 2:
-        raise InputError(f"weights: found {len(weights)} for {len(scorers)} scorers, expected one for each of several")
+        raise InputError(
+            f"weights: found {len(weights)} for {len(scorers)} scorers, expected one per scorer and at least 2 scorers"
+        )
     first, *rest = weights
     shift = sum(weight * shift_of(one) for weight, one in zip(weights, scorers, strict=True))
     return Combined(scorers[0], scorers[1:], lambda score, others: first * score + others @ np.array(rest), shift)
@@ -470,7 +472,9 @@ def load_scorer(spec: str | Path | Mapping[str, Any]) -> Scorer:
             try:
                 return load_scorer(_read_yaml(spec))
             except RecursionError as error:
-                raise InputError(f"scorer: {spec}: found a scorer in itself, expected one that ends") from error
+                raise InputError(
+                    f"scorer: {spec}: found a scorer that contains itself, expected one that does not"
+                ) from error
         kind = "python" if re.fullmatch(r"[\w.]+:\w+", spec) else "reward_model"
         spec = {"kind": kind, "function" if kind == "python" else "run": spec}
     found = spec.get("kind") if isinstance(spec, Mapping) else spec
@@ -544,7 +548,7 @@ def fitting(comparisons: Sequence[Comparison], scorer: Scorer, counts: Counter[s
     kept = [row for row in comparisons if fits(scorer, row.context, row.options)]
     counts[TOO_LONG] += len(comparisons) - len(kept)
     if not kept:
-        raise InputError(f"comparisons: found only replies longer than the scorer's window ({counts[TOO_LONG]})")
+        raise InputError(f"comparisons: found none that fits into the scorer's window ({counts[TOO_LONG]} left out)")
     return kept
 
 
@@ -605,7 +609,7 @@ def relabel_trajectories(
         kept.append(trajectory)
         paid.append(agent if place == "turn" else agent[-1:])
     if not kept:
-        raise InputError(f"relabel: found no trajectory that the scorer can read ({dict(counts)})")
+        raise InputError(f"relabel: found no trajectory that fits into the scorer's window ({dict(counts)})")
     # Differences of scores add up to the score of the whole for every scorer, even one that is no sum over turns. The
     # shift of normalisation belongs to no turn. Divided equally, it changes each turn's reward little, and the sum
     # does not depend on the number of turns. (Added to the first turn alone, it would hide what that turn earns. Added

@@ -94,8 +94,8 @@ class PromptEnvironment:
         except Exception as error:
             reason = " ".join(str(error).split())
             raise InputError(
-                f"reward: raised {type(error).__name__}: {reason}, expected {len(texts)} numbers; first "
-                f"reply {shown(texts[0])}"
+                f"reward: raised {type(error).__name__}: {reason}, expected {len(texts)} numbers; the "
+                f"first reply is {shown(texts[0])}"
             ) from error
         try:
             values = list(found)
@@ -135,7 +135,7 @@ def _read(source: str | Path) -> list[tuple[tuple[Turn, ...], dict[str, Any]]]:
     """Read the prompts of a file or folder, each with the further columns of its row."""
     parts = raw_splits(source)
     if len(parts) > 1:
-        raise InputError(f"{source}: found the splits {', '.join(parts)}, expected the file of one of them")
+        raise InputError(f"{source}: found the splits {', '.join(parts)}, expected one of them: give its file")
     (rows,) = parts.values()
     found = []
     for where, row in rows:

@@ -90,7 +90,7 @@ def _as_vector(environment: Any) -> VectorEnvironment:
     if not callable(environment):
         if not is_vector(environment):
             name = type(environment).__name__
-            raise InputError(f"environment: found one {name}, expected a factory of it, such as the class {name}")
+            raise InputError(f"environment: found a {name}, expected a factory of it, such as the class {name}")
         return environment
     made = environment()
     return made if is_vector(made) else SideBySide(environment)

@@ -44,7 +44,7 @@ def require_peft() -> ModuleType:
     try:
         import peft
     except ImportError as error:
-        raise InputError("lora: found no peft; install it with `pip install 'offline_lmrl[peft]'`") from error
+        raise InputError("lora: found no package peft; install it with `pip install 'offline_lmrl[peft]'`") from error
     return peft
 
 
@@ -75,9 +75,11 @@ def check_settings(name: str | Path, block: Any) -> None:
         if given is None:
             continue
         if not isinstance(given, dict) or given.keys() - known.keys():
-            raise InputError(f"{where}.{key}: found {shown(given)}, expected {', '.join(known)}")
+            raise InputError(
+                f"{where}.{key}: found {shown(given)}, expected an object with no keys but {', '.join(known)}"
+            )
         if key == "value_heads" and not {"kind", "heads"} <= given.keys():
-            raise InputError(f"{where}.{key}: found {shown(given)}, expected kind and heads in it")
+            raise InputError(f"{where}.{key}: found {shown(given)}, expected an object with the keys kind and heads")
         for field, value in given.items():
             kind = (int, float) if type(known[field]) is float else type(known[field])
             # In Python, True and False are ints too: accept a bool only for a bool.
@@ -157,6 +159,6 @@ def load_heads(model: nn.Module, folder: str | Path) -> None:
     for name, part in _parts(model).items():
         path = Path(folder) / f"{name}.safetensors"
         if not path.exists():
-            raise InputError(f"model: {path}: not found, but {SETTINGS_FILE} names {name.replace('_', ' ')}")
+            raise InputError(f"model: {path}: not found, but {SETTINGS_FILE} lists {name.replace('_', ' ')}")
         with reading(path, "weights"):
             part.load_state_dict(load_file(path))

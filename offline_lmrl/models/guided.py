@@ -61,11 +61,13 @@ def _sampling_form(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _keep_hidden(module: nn.Module, args: tuple, output: Any) -> None:
+    # Index 0 is the last hidden state of a tuple and of a ModelOutput alike.
     module.last_hidden = output[0]
 
 
 def _scale_gradient(hidden: Tensor, scale: float) -> Tensor:
     """Return scale · h + (1 − scale) · h.detach(), which has the values of h and `scale` times its gradient."""
+    # At 0 the graph is cut, so that no backward pass runs through the trunk for these terms.
     return hidden.detach() if scale == 0 else hidden.detach().lerp(hidden, scale)
 
 
@@ -139,6 +141,7 @@ class Guided:
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
         """Save as the base class does, but name the base class in config.json, because other engines know it."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        # The base class has just written the name of the guided class, so config.json is written again.
         self.config.architectures = [self.base_name]
         if is_main_process:
             self.config.save_pretrained(save_directory)
@@ -181,8 +184,8 @@ class Guided:
             return super().generate(*args, beta=beta, **kwargs)
         if isinstance(beta, Tensor) or beta != 0 or form.get("condition_scale", 0.0) != 0:
             raise InputError(
-                "ask: found it with beta or condition_scale, expected both to be 0 in generate, which "
-                "reads each prompt once: guidance needs it without returns too; play with LanguagePolicy"
+                "ask: found a request together with beta or condition_scale, expected both to be 0: generate runs one "
+                "pass, and guidance needs a second pass without the requested return; use LanguagePolicy instead"
             )
         kwargs = {name: value for name, value in kwargs.items() if name not in ("input_ids", "inputs")}
         embeddings, mask = self._asked(ids, kwargs.pop("attention_mask", None), ask)
@@ -219,8 +222,8 @@ class Guided:
         """
         if self.return_embedding is None:
             raise InputError(
-                f"ask: found {shown(ask)}, but this model has no table of returns (algorithm: "
-                "return_conditioned, condition: embedding)"
+                f"ask: found {shown(ask)}, expected None, as this model has no return embedding; train one with "
+                "algorithm: return_conditioned and condition: embedding"
             )
         block = settings(self.config)["returns"]
         slots = Slots.from_block(block, self.get_input_embeddings().weight.shape[0], None)
@@ -232,6 +235,7 @@ class Guided:
             value = slots.scale.named_ask(asked) if isinstance(asked, str) else asked
             rows.append(with_slots(row[kept].tolist(), block["opening"], slots.ids(value), block.get("past_opening")))
         width = max(map(len, rows))
+        # Padded on the left, because generate continues after the last column; the mask hides the padding id 0.
         padded = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=ids.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=ids.device)
         return self.return_embedding(padded, self.get_input_embeddings()), mask
@@ -241,6 +245,7 @@ class Guided:
         args, kwargs = self._embedded(args, kwargs)
         outputs = super().forward(*args, **kwargs)
         decoder = self.get_decoder()
+        # Cleared at once: a stored tensor would keep the graph of this pass in memory.
         hidden, decoder.last_hidden = decoder.last_hidden, None
         return outputs, hidden
 
@@ -295,7 +300,7 @@ class Guided:
         Returns: (B,T,V), fp32.
         """
         if self.value_heads is None:
-            raise InputError(f"beta: found {beta}, but this model has no value heads; train them, or use 0")
+            raise InputError(f"beta: found {beta}, expected 0, as this model has no value heads; train them (ILQL)")
         form = _sampling_form(self.config)
         if isinstance(beta, Tensor):
             beta = beta.view(-1, 1, 1)  # (B,1,1), to broadcast over positions and vocabulary
@@ -322,6 +327,7 @@ class Guided:
         Returns: logits (N,V) of the token after each state, and the last hidden states (B,T,d).
         """
         head = self.get_output_embeddings()
+        # The head gets (1,N,d), three axes as usual, and multiplies N states instead of B·T.
         handle = head.register_forward_pre_hook(lambda module, args: (args[0][row, state].unsqueeze(0),))
         try:
             outputs, hidden = self.forward_with_hidden(use_cache=False, **inputs)
@@ -354,6 +360,7 @@ class Guided:
             inputs = {name: value[:windows] for name, value in inputs.items()}
         if environment is not None:  # one pass of the LM head for both kinds of states
             row, state = (torch.cat([steps[name], environment[name]]) for name in ("row", "state"))
+            # The target of an environment state is the next token of its own row.
             action = torch.cat([action, inputs["input_ids"][environment["row"], environment["state"] + 1]])
         logits, hidden = self.packed_logits(row, state, **inputs)
         log_prob = -F.cross_entropy(logits.float(), action, reduction="none")
@@ -375,9 +382,11 @@ class Guided:
         """
         turns = {name: column[steps["closes_turn"]] for name, column in steps.items()}
         row = turns["row"]
+        # A state has not yet read its action: the closing token of a turn has been read at state + 1.
         log_prob = self.return_heads.log_prob(
             hidden[row, turns["open_state"]], hidden[row, turns["state"] + 1], outcomes(turns)
         )
+        # Null is the first id after the vocabulary, and bins follow it: any id above null is a requested return.
         null = (input_ids <= self.get_input_embeddings().weight.shape[0]).all(1)[row] & turns["has_target"]
         return {"outcome_log_prob": log_prob, "outcome_counts": null}
 
@@ -421,6 +430,7 @@ class Guided:
         heads, matrix = self.value_heads, self.get_output_embeddings().weight
         action = steps["action"].unsqueeze(1)
         states = _scale_gradient(hidden[steps["row"], steps["state"]], scale)  # (N,d)
+        # V has an axis of one head, (1,N), hence [0].
         packed = {"q": heads.q(states, matrix, action).squeeze(-1), "v": heads.v(states)[0]}
         if conservative:
             packed["logsumexp_q"] = heads.q.logsumexp(states, matrix)
@@ -503,6 +513,7 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         outputs, hidden = self.forward_with_hidden(*args, **kwargs)
         if isinstance(beta, Tensor) or beta:
             keep = kwargs.get("logits_to_keep", 0)
+            # As in transformers, logits_to_keep 0 means all: slice(-0, None) is the whole axis.
             kept = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]
             outputs.logits = self._guided_logits(outputs.logits, kept, beta)
         return outputs
@@ -516,7 +527,7 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "forward": forward,
         "base_name": base.__name__,
         "__module__": base.__module__,  # in another module it would count as custom code, whose buffers are skipped
-        "__doc__": f"{base.__name__} with value heads and rows for returns; see `Guided`.",
+        "__doc__": f"{base.__name__} with value heads and a return embedding; see `Guided`.",
         "_keep_in_fp32_modules_strict": {*(base._keep_in_fp32_modules_strict or ()), *PARTS},
     }
     name = f"Guided{base.__name__}"
@@ -544,6 +555,7 @@ def attach(model: PreTrainedModel, value_heads: ValueHeadsConfig | None) -> PreT
     if value_heads is not None:
         inner.config.offline_lmrl = settings(inner.config) | {"value_heads": asdict(value_heads)}
         inner.value_heads = ValueHeads(value_heads, *inner.get_output_embeddings().weight.shape).to(inner.device)
+        # Targets are drawn too, so they are made copies of the online heads before they are frozen.
         inner.value_heads.apply(inner._initialize_weights)
         inner.update_targets(1.0)
         inner.freeze_targets()
@@ -634,8 +646,8 @@ def from_scratch(auto_class: type, spec: Mapping[str, Any], tokenizer, **extra: 
             raise InputError(f"model.scratch.{wrong[1]}: found {found}, expected {wrong[2]}") from error
         said = str(error).strip() or type(error).__name__
         raise InputError(
-            f"model.scratch: found fields of which {model_type} cannot be made "
-            f"({said.splitlines()[0]}), expected others"
+            f"model.scratch: found fields from which transformers cannot make a {model_type} model "
+            f"({said.splitlines()[0]}), expected other values"
         ) from error
 
 
@@ -650,8 +662,8 @@ def _require_room(auto_class: type, config: PreTrainedConfig) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise InputError(
-            f"model.scratch: found fields of a model of {needed / 1e9:.3g} GB, expected at most this "
-            f"machine's {memory / 1e9:.3g} GB"
+            f"model.scratch: found a model of {needed / 1e9:.3g} GB, expected at most {memory / 1e9:.3g} GB, the "
+            "memory of this machine"
         )
 
 
@@ -669,7 +681,7 @@ def find_device(name: str | torch.device | None) -> torch.device:
         return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError, ImportError) as error:
         first = str(error).partition("\n")[0]
-        raise InputError(f"device: found {shown(name)} ({first}), expected one that torch has, such as cpu") from error
+        raise InputError(f"device: found {shown(name)} ({first}), expected a device of torch, such as cpu") from error
 
 
 def load_model(
@@ -723,7 +735,9 @@ def _require_token_ids(name: str, model: PreTrainedModel) -> None:
             found = getattr(source, field, None)
             ids = found if isinstance(found, list) else [found]
             if not all(token is None or (isinstance(token, int) and not isinstance(token, bool)) for token in ids):
-                raise InputError(f"model: {name}: {field}: found {shown(found)}, expected the id of a token, or ids")
+                raise InputError(
+                    f"model: {name}: {field}: found {shown(found)}, expected the id of a token, a list of ids, or null"
+                )
 
 
 def _causal_lm_class(config: PreTrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:
@@ -749,7 +763,7 @@ def _load_adapter(folder: Path, **options) -> nn.Module:
     with opening(folder, "model"):
         base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
     if not base:
-        raise InputError(f"model: {folder}/adapter_config.json names no base model; LoRA needs one that is saved")
+        raise InputError(f"model: {folder}/adapter_config.json names no base model, expected its folder or hub name")
     block = read_settings(folder)
     _require_no_reward_model(folder, block)
     stored = block.get("value_heads")
@@ -765,6 +779,7 @@ def _load_adapter(folder: Path, **options) -> nn.Module:
     with opening(folder, "model"):
         model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     load_heads(model, folder)
+    # peft has frozen all that it does not adapt, the heads too.
     unfreeze_heads(model)
     return model
 
@@ -782,7 +797,7 @@ def check_same_heads(name: str, asked: Mapping[str, Any], stored: Mapping[str, A
         if asked[field] != stored[field]:
             raise InputError(
                 f"value_heads.{field}: found {shown(asked[field])}, but {name} has heads with {stored[field]!r}; "
-                "start from its plain policy or ask for the same"
+                "set the same value, or start from a model without value heads"
             )
 
 

@@ -65,11 +65,11 @@ def head_scale(model: PreTrainedModel) -> float:
     before = _multiple(said[0] - said[0][:, :1], F.linear(hidden - hidden[:, :1], head.weight))
     after = _multiple(outputs.logits - outputs.logits[:, :1], made_up)
     if before is None or after is None:
-        found = "a transform before its LM head" if before is None else "a soft cap or the like after its LM head"
+        found = "a transform before its LM head" if before is None else "a soft cap or similar after its LM head"
         raise InputError(
-            f"run: found {model.config.model_type} with {found}, through which Q does not fold, expected "
-            "logits that are a multiple of the LM head times the hidden states; give --beta 0 for the "
-            "policy without values, or play the run itself (evaluate, generate)"
+            f"run: found {model.config.model_type} with {found}, expected logits that are a multiple of the LM head "
+            "times the hidden states, as Q is added to the LM head's weights; give --beta 0 to export the policy "
+            "without Q, or play the run itself (evaluate, generate)"
         )
     return before * after
 
@@ -121,8 +121,8 @@ def spell_returns(model: PreTrainedModel, returns: Tensor, ids: Sequence[int]) -
     scale = (read * stored).sum() / stored.square().sum()
     if not torch.allclose(read, scale * stored, rtol=1e-4, atol=1e-6):
         raise InputError(
-            f"run: found {type(embedding).__name__}, which does more than look rows up and scale them, expected an "
-            "embedding that does not"
+            f"run: found {type(embedding).__name__}, which does more than look up rows and scale them, expected an "
+            "embedding that does only this"
         )
     embedding.weight[list(ids)] = (returns / scale).to(embedding.weight.dtype)
     if head.weight.data_ptr() != embedding.weight.data_ptr():

@@ -45,8 +45,8 @@ def renderer_of(tokenizer: PreTrainedTokenizerBase, model: nn.Module, where: str
         text = _stored_text(block, where)
     elif expected is not None:
         logging.getLogger(__name__).warning(
-            f"{where}: trained under rendering scheme {scheme_of(block)}, now {SCHEME}: dialogues are rendered anew "
-            "by its template, and may differ from what it was trained on"
+            f"{where}: trained under rendering scheme {scheme_of(block)}, now {SCHEME}: dialogues are rendered by its "
+            "template under the new scheme, and their tokens may differ from those in training"
         )
     with reading(where, "a template_text"):
         renderer = Renderer(tokenizer, block.get("template", "auto"), text, reply_ends(model))
@@ -78,8 +78,8 @@ def training_renderer(
         start = _stored_block(Path(checkpoint)) or start
         if start.get("tokenizer") and scheme_of(start) != SCHEME:
             raise InputError(
-                f"{checkpoint}: found a run in progress of rendering scheme {scheme_of(start)}, expected "
-                f"{SCHEME}: its data would be rendered otherwise; take another output_dir"
+                f"{checkpoint}: found a run in progress under rendering scheme {scheme_of(start)}, expected "
+                f"{SCHEME}: from here on, its data would be rendered differently; take another output_dir"
             )
     text = None
     if scheme_of(start) == SCHEME and start.get("template") == template:

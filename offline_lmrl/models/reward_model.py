@@ -90,8 +90,8 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
         if isinstance(layer, nn.Linear) and layer.out_features == 1:
             return layer
     raise InputError(
-        f"model: found {type(model).__name__}, expected one with a linear head of one output, named "
-        "score or classifier, as the decoder families have it"
+        f"model: found {type(model).__name__}, expected a model with a linear head of one output, named "
+        "score or classifier"
     )
 
 
@@ -175,13 +175,13 @@ def load_reward_model(
         found = ", ".join(config.architectures or ["no architecture"])
         judge = f"{{kind: value_heads, run: {name}}}"
         raise InputError(
-            f"{name}: found no reward model ({found}), expected one; an ILQL run judges pairs as "
-            f"'{judge}', and any policy is judged on what relabel --make rewards makes of them"
+            f"{name}: found no reward model ({found}), expected one; to score with an ILQL run, give '{judge}'; to "
+            "evaluate a policy on pairs, turn them into trajectories with relabel --make rewards"
         )
     if None not in (head, stored) and head != stored:
         raise InputError(f"head: found {shown(head)}, but {name} has the head {stored!r}")
     if stored is not None and config.num_labels != 1:
-        raise InputError(f"{name}: found a classifier with {config.num_labels} labels, expected one")
+        raise InputError(f"{name}: found a classifier with {config.num_labels} labels, expected one label")
     config.num_labels = 1
     with opening(name, "model"):
         model, info = HEADS[head or stored].from_pretrained(

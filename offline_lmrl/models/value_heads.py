@@ -53,8 +53,8 @@ def _in_fp32(method: Callable) -> Callable:
     def run(self, hidden, *args, **kwargs):
         if hidden.shape[-1] != self.width:
             raise InputError(
-                f"model: found a decoder that gives {hidden.shape[-1]} numbers per token before an LM "
-                f"head that reads {self.width}, expected as many: no values can be learnt there"
+                f"model: found a decoder with hidden states of width {hidden.shape[-1]} before an LM head of width "
+                f"{self.width}, expected equal widths, which value heads need"
             )
         with torch.autocast(hidden.device.type, enabled=False):
             return method(self, hidden.float(), *args, **kwargs)

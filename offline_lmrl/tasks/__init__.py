@@ -55,8 +55,8 @@ def task_of(environment: VectorEnvironment | Callable[[], Environment]) -> Calla
     made = environment() if callable(environment) else environment
     if not hasattr(made, "task"):
         raise InputError(
-            f"environment: found {type(made).__name__}, which names no task of an episode, expected one "
-            "with task(seed), by which demonstrations are chosen"
+            f"environment: found {type(made).__name__}, which has no method task(seed), expected one with it: "
+            "demonstrations are chosen by the task of an episode"
         )
     return made.task
 
@@ -67,6 +67,6 @@ def _find(name: str) -> Callable[..., Any]:
     if not path.partition(":")[2]:
         near = difflib.get_close_matches(name, ENVIRONMENTS, n=1, cutoff=0)[0]
         raise InputError(
-            f"environment: found {shown(name)}, expected {near!r}, say, or your own as package.module:Class"
+            f"environment: found {shown(name)}, expected a known name, such as {near!r}, or package.module:Class"
         )
     return imported(path, "environment")

@@ -116,7 +116,7 @@ def _scenario(entry: Any, where: str) -> Scenario:
     triples = [counts, *values] if isinstance(values, list) and len(values) == 2 else []
     if not triples or not all(_is_triple(triple) for triple in triples):
         raise InputError(
-            f"{where}: found {shown(entry)}, expected counts and two values, each of them three whole numbers from 0"
+            f"{where}: found {shown(entry)}, expected counts (3 whole numbers from 0) and values (2 lists of 3 such)"
         )
     return Scenario(tuple(counts), (tuple(values[0]), tuple(values[1])))
 

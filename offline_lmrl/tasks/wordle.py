@@ -191,7 +191,7 @@ class Wordle:
             raise InputError(f"spelling: found {shown(spelling)}, expected 'letters' or 'halves'")
         self.lexicon = lexicon(words, duplicates)
         if secret is not None and secret not in self.lexicon.index:
-            raise InputError(f"secret: found {shown(secret)}, expected a word of {words}")
+            raise InputError(f"secret: found {shown(secret)}, expected a word of the list {words}")
         self.pieces, self.fixed = SPELLINGS[spelling], secret
 
     def reset(self, seed: int) -> Sequence[Turn]:

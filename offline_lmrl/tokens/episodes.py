@@ -137,6 +137,7 @@ class _Episode:
         agent = [turn.is_trainable for turn in turns]
         self.agent_turns = [index for index, is_agent in enumerate(agent) if is_agent]
         slots = encoder.slots(trajectory) if encoder.slots else [()] * (len(self.agent_turns) + 1)
+        # The turn that would follow the log has the key len(turns).
         self.slots = dict(zip([*self.agent_turns, len(turns)], slots, strict=True))
         self.turns = turns
         self.encoded = [
@@ -225,10 +226,12 @@ class _Episode:
         if self.end == "finished" and index == self.agent_turns[-1]:
             # V at the state of the last action closes the log, so the reward of that action must not count as well.
             return 0.0, gamma ** (left - 1)
+        # The reward is paid at the last action, left − 1 steps after action k, and the next turn opens one step later.
         behind = gamma**left * self._turn_discount(index)
         return gamma ** (left - 1) * self.reward[index] + behind * total, behind * factor
 
     def _turn_discount(self, index: int) -> float:
+        # discount_per_turn belongs to the action that closes a turn, which an unfinished turn does not have.
         inside = self.end == "unfinished" and index == self.agent_turns[-1]
         return 1.0 if inside else self.gammas.discount_per_turn
 
@@ -253,6 +256,7 @@ class _Episode:
             end + len(piece) - len(self.encoded[i].ids) if self.from_environment[i] else end
             for i, piece, end in zip(places, pieces, ends, strict=False)
         )
+        # The state of a token is the column before it, hence − 1.
         return ids, {i: start + self.encoded[i].action_start - 1 for i, start in zip(places, starts, strict=True)}
 
     def _opening(self, index: int) -> tuple[int, ...]:
@@ -289,6 +293,7 @@ class _Episode:
             else:
                 next_ids, follows = opened, (NEXT, len(opened) - 1)
         end = follows
+        # The log ends after this window: the V that closes it needs its own row, unless the episode terminated.
         if upcoming < self.length:
             end_ids = self._end_ids()
             end = (END, len(end_ids) - 1) if end_ids else (OWN, 0)
@@ -332,6 +337,7 @@ class _Episode:
             follows, reward, reach, turn_discount = (OWN, opening + n - 1), 0.0, n - 1, 1.0
         for k in range(n):
             has_target = k < reach
+            # The last action, and with bootstrap_from_turn every action, bootstraps from the state `follows`.
             if has_target and (self.gammas.bootstrap_from_turn or k == reach - 1):
                 left = reach - k
                 paid, discount = gamma ** (left - 1) * reward, gamma**left * turn_discount

@@ -25,7 +25,7 @@ from offline_lmrl.logs.io import write_text
 STAGING = ".saving"
 METRICS = "metrics.jsonl"
 CLOSING = "train_runtime"  # a key of the last row only
-DAMAGED = "a whole checkpoint: remove its folder to go on from the one before, or from the beginning"
+DAMAGED = "a complete checkpoint; remove its folder to continue from the one before it, or from the beginning"
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +52,9 @@ def last_complete(folder: str | Path, lacking: Callable[[Path], Sequence[str]]) 
         names = lacking(checkpoint)
         if not names:
             if refused:
-                log.warning("%s; training goes on from %s", refused, checkpoint.name)
+                log.warning("%s; training continues from %s", refused, checkpoint.name)
             return checkpoint
-        refused = refused or f"{checkpoint}: found no {', '.join(names)}, which going on exactly needs"
+        refused = refused or f"{checkpoint}: found no {', '.join(names)}, which exact resuming needs"
     if refused:
         log.warning("%s; no checkpoint is complete, so training starts from the beginning", refused)
     return None
@@ -136,14 +136,14 @@ def append_metrics(folder: str | Path, row: Mapping[str, Any]) -> None:
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Read the rows of metrics.jsonl, without an unfinished last one. Raises: InputError if a row is damaged."""
     path, rows = Path(folder) / METRICS, []
-    with reading(path, "a row of metrics as JSON per line; remove it, or the run"):
+    with reading(path, "a JSON object of metrics on each line; remove this file, or the run"):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         if line.endswith("\n"):  # else a kill cut the row
-            with reading(f"{path}:{number}", "a row of metrics as JSON; remove the row, or the run"):
+            with reading(f"{path}:{number}", "a JSON object of metrics; remove this row, or the run"):
                 rows.append(json.loads(line))
                 if not isinstance(rows[-1], dict):
-                    raise TypeError("no object of JSON")
+                    raise TypeError("not a JSON object")
     return rows
 
 
@@ -152,7 +152,7 @@ def keep_metrics_until(folder: str | Path, step: int) -> None:
     path = Path(folder) / METRICS
     if path.exists():
         rows = read_metrics(folder) if step > 0 else []
-        with reading(path, "a row of metrics with its step per line; remove it, or the run"):
+        with reading(path, "metrics with a step on each line; remove this file, or the run"):
             kept = [row for row in rows if row["step"] <= step and CLOSING not in row]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -215,4 +215,6 @@ def stopped(number: int, folder: str | Path, step: int, steps: int) -> Stopped:
       steps: of the whole run.
     """
     by = signal.Signals(number).name
-    return Stopped(f"{folder}: stopped by {by} at step {step} of {steps}; the same command goes on from there", number)
+    return Stopped(
+        f"{folder}: stopped by {by} at step {step} of {steps}; the same command continues from there", number
+    )

@@ -175,6 +175,7 @@ class LoopTrainer:
             self.load(Path(checkpoint))
         if self.args.should_save:
             folder = Path(self.args.output_dir)
+            # Left half written by a killed process.
             shutil.rmtree(folder / STAGING, ignore_errors=True)
             keep_metrics_until(folder, self.iteration)
             rotate(folder, self.iteration, self.args.save_total_limit)
@@ -182,6 +183,7 @@ class LoopTrainer:
 
     def finish_iteration(self) -> None:
         """Save a checkpoint if one is due or a signal came; after a signal, stop training. Raises: Stopped."""
+        # With several processes this is a collective call, so all of them make it in every iteration.
         number = None if self.signals is None else self.signals.agreed(self.args.world_size)
         last = self.iteration == self.args.max_steps
         stops = number is not None and not last
@@ -229,6 +231,7 @@ class LoopTrainer:
                     ),
                     encoding="utf-8",
                 )
+            # Old checkpoints are removed after the new one is published, so that a complete one always exists.
             publish(written, folder / name)
             rotate(folder, self.iteration, self.args.save_total_limit)
             shutil.rmtree(folder / STAGING, ignore_errors=True)
@@ -248,8 +251,12 @@ class LoopTrainer:
         with reading(checkpoint / "trained.safetensors", DAMAGED):
             stored = load_file(checkpoint / "trained.safetensors")
             if names := set(self.trained) ^ set(stored):
-                raise InputError(f"{checkpoint}: found other weights than this run trains, first {min(names)}")
+                raise InputError(
+                    f"{checkpoint}: found the weights of another model, expected those of this run; the first name "
+                    f"that only one of them has is {min(names)}"
+                )
             with torch.no_grad():
+                # Copied in place, because the optimizer and the wrapped module hold these very tensors.
                 for name, parameter in self.trained.items():
                     parameter.copy_(stored[name])
         if self.average is not None:
@@ -264,6 +271,7 @@ class LoopTrainer:
             self.iteration, self.updates = found["iteration"], found["updates"]
             self.totals, self.counts = Counter(found["totals"]), Counter(found["counts"])
             self.remember(found["memory"])
+            # `reading` turns this into the InputError of a damaged file.
             if self.iteration != step_of(checkpoint):
                 raise ValueError(f"iteration {self.iteration}")
 

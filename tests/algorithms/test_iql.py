@@ -146,7 +146,7 @@ def test_no_temperature_is_behaviour_cloning(tmp_path, critic):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"context": 1}, "context: found 1, expected the critic's 2: it reads the same windows"),
+        ({"context": 1}, "context: found 1, expected the critic's 2: both use the same windows"),
         ({"stride": 2}, "stride: found 2, expected the critic's 1"),
         ({"max_length": 32}, "max_length: found 32, expected the critic's 64"),
         ({"prompt": PromptSpec(max_tokens=20)}, "prompt: found .*'max_tokens': 20.*, expected the critic's None"),
@@ -154,7 +154,7 @@ def test_no_temperature_is_behaviour_cloning(tmp_path, critic):
             {"template": "plain", "tokenizer": train_tokenizer(["else"] * 9, 280)},
             "tokenizer: found fingerprint .*, expected the critic's",
         ),
-        ({"reward_scale": 2.0}, "reward_scale: found 2.0, but the critic answers in units of 5"),
+        ({"reward_scale": 2.0}, "reward_scale: found 2.0, expected the critic's 5"),
         ({"inverse_temperature": -1.0}, "inverse_temperature: found -1.0, expected 0 to"),
         ({"weight_clip": 0.0}, "weight_clip: found 0.0, expected"),
     ],

@@ -615,7 +615,7 @@ def test_v_learns_on_from_a_reward_model_and_from_a_copy_of_the_policy_starts_at
     [
         ({"head": "token"}, {}, "^value_model: .*reward: found a reward model with head: token, whose score is a sum"),
         ({"head": "turn", "context": 2}, {"context": 1}, "with context: 2, expected this run's context, 1, as V"),
-        ({}, {"scale_scores": True}, "^scale_scores: found it with the reward model .*, expected one of them"),
+        ({}, {"scale_scores": True}, "^scale_scores: found true with the reward model .*, expected only one of them"),
         (
             {},
             {"template": "plain"},
@@ -785,7 +785,7 @@ def test_prompts_with_a_function_are_an_environment(tmp_path):
     "settings, message",
     [
         ({"sampling": {"temperature": 0.0}}, "sampling.temperature: found 0"),
-        ({"sampling": {"beta": 2.0}}, "sampling.beta: found 2.0, expected none"),
+        ({"sampling": {"beta": 2.0}}, "sampling.beta: found 2.0, expected the default"),
         ({"sampling": {"stop": ["x"]}}, "sampling.stop: found"),
         ({"kl_estimator": "k2"}, "kl_estimator: found 'k2'"),
         ({"clip_scores": -1.0}, "clip_scores: found -1.0"),

@@ -231,7 +231,7 @@ def test_pre_training_reads_every_reply_marked_good_and_marked_bad_and_hands_its
     votes.save_model(str(tmp_path / "votes"))
     after = trainer(tmp_path / "run", model=load_reward_model(tmp_path / "votes"))
     assert torch.equal(parameters(after), parameters(votes)) and len(after.train_dataset) == 24
-    with pytest.raises(InputError, match="binarise: found it with regression"):
+    with pytest.raises(InputError, match="binarise: found true with loss: regression"):
         config(tmp_path, loss="regression", binarise=True)
 
 
@@ -250,16 +250,16 @@ def test_scores_of_the_replies_of_reference_are_normalised(tmp_path, normalise):
     assert abs((scores(made, batch_of(made)) + bias).mean()) > 1e-3
     found = run.contents(ModelConfig(path="x"), RULE, None, reference=str(tmp_path / "said.jsonl"))
     assert found["reference"] == run.fingerprint(read_trajectories(tmp_path / "said.jsonl"))
-    with pytest.raises(InputError, match="reference: found it with normalise: none"):
+    with pytest.raises(InputError, match="reference: found a source with normalise: none"):
         config(tmp_path, reference="x", normalise="none")
 
 
 def test_each_loss_takes_its_own_kind_of_data(tmp_path):
     write_trajectories(tmp_path / "rated.jsonl", RATED)
     assert RewardModelTrainer.read(config(tmp_path, processes=2), tmp_path / "rated.jsonl") == RATED
-    with pytest.raises(InputError, match="loss: found pairs and scored trajectories, expected comparisons"):
+    with pytest.raises(InputError, match="loss: found pairs with scored trajectories, expected comparisons"):
         trainer(tmp_path, RATED)
-    with pytest.raises(InputError, match="loss: found regression and comparisons, expected scored trajectories"):
+    with pytest.raises(InputError, match="loss: found regression with comparisons, expected scored trajectories"):
         trainer(tmp_path, RULE, loss="regression")
     with pytest.raises(InputError, match="regression on ratings that are all 7"):
         trainer(tmp_path, RATED[::3], loss="regression")
@@ -506,7 +506,7 @@ def test_settings_and_data_that_do_not_fit_are_refused(tmp_path):
         config(tmp_path, loss="best_of_k", error_rate=0.1)
     with pytest.raises(InputError, match="margin: found 2 with loss: regression, expected 0"):
         config(tmp_path, loss="regression", margin=2.0)
-    with pytest.raises(InputError, match="context: found 1 with head: terminal, .* expected none, or head: turn or t"):
+    with pytest.raises(InputError, match="context: found 1 with head: terminal, .* expected null, or head: turn or t"):
         config(tmp_path, context=1)
     with pytest.raises(InputError, match="comparison 3 has 3 options without a ranking"):
         trainer(tmp_path, RANKED, loss="plackett_luce")

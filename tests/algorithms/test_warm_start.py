@@ -67,7 +67,7 @@ def test_values_go_on_in_the_unit_of_the_run_they_come_from(tmp_path):
     assert run.scale == first.scale and run.train_dataset.mean_return == first.train_dataset.mean_return
     assert run.model.config.offline_lmrl["reward_scale"]["scale"] == 20.0
     assert trainer(ILQLTrainer, tmp_path / "3", model, reward_scale=20.0).scale == first.scale
-    with pytest.raises(InputError, match="reward_scale: found 5.0, but the model's value heads answer in units of 20"):
+    with pytest.raises(InputError, match="reward_scale: found 5.0, expected 20, the scale of the model's value heads"):
         trainer(ILQLTrainer, tmp_path / "4", model, reward_scale=5.0)
 
 

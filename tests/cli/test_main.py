@@ -160,12 +160,12 @@ def test_numbers_beyond_64_bits_are_refused_from_file_and_command_line(refused, 
         (("--model.scratch", "{model_type: gpt2, n_layer: [1]}"), "model.scratch.n_layer: found [1], expected int"),
         (
             ("--model.scratch", "{model_type: gpt2, n_embd: -8}"),
-            "model.scratch: found fields of which gpt2 cannot be ",
+            "model.scratch: found fields from which transformers cannot make a gpt2 model (",
         ),
         (("--model.scratch", f"{{model_type: gpt2, n_layer: {2**40}}}"), "model.scratch: found 1099511627776 layers"),
         (
             ("--model.scratch", f"{{model_type: gpt2, n_positions: {2**40}}}"),
-            "model.scratch: found fields of a model of ",
+            "model.scratch: found a model of ",
         ),
         (("--model.scratch", "{model_type: gpt2, to_dict: 1}"), "model.scratch.to_dict: gpt2 has no such field"),
         (("--algorithm", "[bc]"), "algorithm: found '[bc]', expected one of bc, "),
@@ -315,7 +315,10 @@ def test_unknown_names_are_refused_with_the_nearest(refused, trained):
         (["--environment", "gamble", "--asks", "[]"], "asks: found none, expected returns"),
         (["--data", "DATA", "--asks", "[0]"], "asks: found some without --environment"),
         (["--environment", "gamble", "--asks", "[0]", "--output", "x.png"], "output: found x.png with --asks"),
-        (["--environment", "gamble", "--demonstrations", "DATA"], "environment: found Gamble, which names no task"),
+        (
+            ["--environment", "gamble", "--demonstrations", "DATA"],
+            "environment: found Gamble, which has no method task",
+        ),
         ([], "environment, data: found neither"),
     ],
 )

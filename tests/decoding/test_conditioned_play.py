@@ -290,17 +290,18 @@ def test_a_critic_that_counts_turns_otherwise_is_named_once_and_one_behind_demon
     player = policy(ask=f"auto:{tmp_path / 'critic'}")
     player.with_sampling(temperature=0.0).start([5]).reply([0], HISTORIES[:1])
     (said,) = [record.message for record in caplog.records if "discount_per_turn" in record.message]
-    assert said.startswith("ask: found discount_per_turn 0.9 in the critic ") and "expected the model's 1: " in said
+    assert said.startswith("ask: found discount_per_turn 0.9 in the run ") and "expected the model's 1: " in said
     caplog.clear()
     policy(conditioned(discount_per_turn=0.9), ask=f"auto:{tmp_path / 'critic'}")
     assert not caplog.records
     critic.config.offline_lmrl |= {"prompt": {"n": 1}}
     critic.save_pretrained(tmp_path / "critic")
-    with pytest.raises(InputError, match="critic: found a model trained behind demonstrations, expected one trained "):
+    shown = "critic: found a model trained with few-shot demonstrations, expected one trained without"
+    with pytest.raises(InputError, match=shown):
         policy(ask=f"auto:{tmp_path / 'critic'}")
-    with pytest.raises(InputError, match="critic: found a model trained behind demonstrations"):
+    with pytest.raises(InputError, match="critic: found a model trained with few-shot demonstrations"):
         load_scorer({"kind": "value_heads", "run": str(tmp_path / "critic"), "device": "cpu"})
-    with pytest.raises(InputError, match="critic: found a model trained behind demonstrations"):
+    with pytest.raises(InputError, match="critic: found a model trained with few-shot demonstrations"):
         PlannerConfig(scorer=str(tmp_path / "critic")).planner(policy())
 
 
@@ -364,12 +365,12 @@ def test_generate_refuses_what_it_cannot_tell():
     prompt = plain_prompt(HISTORIES[0])
     with pytest.raises(InputError, match="prompt: found .* at its end, expected the ids of the agent's opening"):
         generate(MODEL, [prompt[:-1]], ask=1.0)
-    with pytest.raises(InputError, match="expected both to be 0 in generate"):
+    with pytest.raises(InputError, match="expected both to be 0: generate runs one pass"):
         generate(MODEL, [prompt], ask=1.0, beta=2.0)
     for wrong in (float("nan"), "auto"):
         with pytest.raises(InputError, match="ask: found"):
             generate(MODEL, [prompt], ask=wrong)
-    with pytest.raises(InputError, match="ask: found 1.0, but this model has no table of returns"):
+    with pytest.raises(InputError, match="ask: found 1.0, expected None, as this model has no return embedding"):
         generate(attach(build_model(SPEC, RENDERER.tokenizer), None), [prompt], ask=1.0)
 
 
@@ -396,7 +397,8 @@ def test_a_rollout_says_what_was_asked_and_an_ask_beyond_the_data_is_said_once(c
         {"ask": 9.0, "bin": 4, "clipped": True}
     ] * 3
     assert [record.message for record in caplog.records] == [
-        "ask: found 9, expected 0 to 4, the returns in the training data; the nearest bin, 4 of 0 to 4, is asked for"
+        "ask: found 9, expected 0 to 4, the returns in the training data; the nearest bin, 4 of 0 to 4, is requested "
+        "instead"
     ]
     caplog.clear()
     values = iter([7.0, 8.0, 9.0])
@@ -427,11 +429,11 @@ def test_an_ask_for_the_usual_return_is_said_once(caplog):
 def test_asks_and_forms_that_the_model_cannot_serve_are_refused():
     plain, textual = attach(build_model(SPEC, RENDERER.tokenizer), None), conditioned(condition="text", text="{bin}")
     for model, form, message in (
-        (plain, {"ask": 1.0}, "ask: found 1.0, expected none.*not trained with returns"),
+        (plain, {"ask": 1.0}, "ask: found 1.0, expected null.*not trained with returns"),
         (plain, {"condition_scale": 1.0}, "condition_scale: found 1.0, expected 0"),
         (textual, {"ask": 1.0, "condition_scale": 1.0}, "condition_scale: found 1.0, expected 0"),
-        (conditioned(heads=False), {"ask": "auto"}, "ask: found 'auto', which needs value heads"),
-        (conditioned(), {"ask": "expert:3"}, "ask: found 'expert:3', which needs return heads"),
+        (conditioned(heads=False), {"ask": "auto"}, "ask: found 'auto', but this model has no value heads"),
+        (conditioned(), {"ask": "expert:3"}, "ask: found 'expert:3', but this model has no return heads"),
     ):
         with pytest.raises(InputError, match=message):
             policy(model, **form)

@@ -159,5 +159,5 @@ def test_wrong_labels_models_without_heads_and_turns_that_do_not_fit_are_refused
     with pytest.raises(InputError, match="relabel: found 1 agent turns that do not fit the critic's window of 64"):
         relabel([*LOGS, long], judge)
     judge.model.config.offline_lmrl = judge.model.config.offline_lmrl | {"prompt": {"n": 1}}
-    with pytest.raises(InputError, match="critic: found a model trained behind demonstrations"):
+    with pytest.raises(InputError, match="critic: found a model trained with few-shot demonstrations"):
         relabel(LOGS, judge)

@@ -111,7 +111,7 @@ def test_another_sampling_form_keeps_the_prompt():
     [
         ([], "prompt: found an empty list, expected a list of demonstrations, or None"),
         (DEMONSTRATION, "prompt: found one trajectory, expected a list"),
-        ([DEMONSTRATION] * 9, r"prompt: found \d+ tokens, expected at most \d+, as max_length \(128\) also holds"),
+        ([DEMONSTRATION] * 9, r"prompt: found \d+ tokens, expected at most \d+, as max_length \(128\) also has to"),
     ],
 )
 def test_prompts_that_cannot_be_read_are_refused(prompt, message):

@@ -28,12 +28,12 @@ def test_models_that_read_alike_pass(family):
 @pytest.mark.parametrize(
     ("family", "check", "found"),
     [
-        ("roberta", check_plays, "found RobertaForCausalLM, whose answers read on from a cache in a batch are up to"),
-        ("bart", check_plays, "found BartForCausalLM, whose answers read on from a cache in a batch are up to"),
-        ("recurrent_gemma", check_plays, "found RecurrentGemmaForCausalLM, whose answers read on from a cache"),
-        ("cpmant", check_trains, "found CpmAntForCausalLM, whose answers read in a batch are up to"),
-        ("reformer", check_trains, "found ReformerModelWithLMHead, which cannot read text .*sequence length 11"),
-        ("minimax", check_plays, "found MiniMaxForCausalLM, which cannot read text .*cache of its own"),
+        ("roberta", check_plays, "found RobertaForCausalLM, whose outputs in a batch with a cache differ by up to"),
+        ("bart", check_plays, "found BartForCausalLM, whose outputs in a batch with a cache differ by up to"),
+        ("recurrent_gemma", check_plays, "found RecurrentGemmaForCausalLM, whose outputs in a batch with a cache"),
+        ("cpmant", check_trains, "found CpmAntForCausalLM, whose outputs in a batch differ by up to"),
+        ("reformer", check_trains, "found ReformerModelWithLMHead, which fails on a test text .*sequence length 11"),
+        ("minimax", check_plays, "found MiniMaxForCausalLM, which fails on a test text .*cache of its own"),
     ],
 )
 def test_models_that_do_not_are_named(family, check, found):
@@ -54,7 +54,7 @@ def test_a_model_that_reads_both_ways_is_refused(tmp_path):
 def test_weights_that_are_no_numbers_are_refused():
     model = attach(small_model("llama"), None)
     model.lm_head.weight.data[5] = float("nan")
-    with pytest.raises(InputError, match="up to nan away"):
+    with pytest.raises(InputError, match="differ by up to nan from"):
         check_trains(model, RENDERER)
 
 
@@ -79,11 +79,11 @@ def test_reward_models_are_read_in_batches():
     model = build_reward_model({"model_type": "llama", **FAMILIES["llama"]}, TOKENIZER, "token")
     check_scores(model, RENDERER)
     model.model.layers[0].register_forward_pre_hook(lambda module, args: (args[0] + args[0].mean((0, 1)), *args[1:]))
-    with pytest.raises(InputError, match="found LlamaForTokenClassification, whose answers read in a batch"):
+    with pytest.raises(InputError, match="found LlamaForTokenClassification, whose outputs in a batch differ"):
         check_scores(model, RENDERER)
 
 
 def test_heads_wider_than_the_decoder_say_so():
     model = guided_model("opt")
-    with pytest.raises(InputError, match="a decoder that gives 16 numbers per token before an LM head that reads 8"):
+    with pytest.raises(InputError, match="a decoder with hidden states of width 16 before an LM head of width 8"):
         model.v_values(torch.zeros(1, 16))

@@ -144,7 +144,7 @@ def test_a_reward_model_scores_what_its_head_reads_and_adds_its_bias_once(head):
     assert found == pytest.approx([per_token(option)[head] + 0.5 for option in (said("left")[0], two_turns)], abs=1e-5)
     many = scorer.score_each([(ASKED, said("left right up" * 2, "up")), ((), said("left")), (ASKED, [two_turns])])
     assert [len(scores) for scores in many] == [2, 1, 1] and many[2][0] == pytest.approx(found[1], abs=1e-5)
-    with pytest.raises(InputError, match="max_length: found 64, expected room for each scored reply"):
+    with pytest.raises(InputError, match="max_length: found 64, expected enough for each scored reply"):
         scorer.score(ASKED, said("x" * 80))
 
 
@@ -215,7 +215,7 @@ def test_scorers_are_made_from_nested_mappings_and_from_files(tmp_path):
 def test_a_file_that_names_itself_is_refused(tmp_path):
     file = tmp_path / "scorer.yaml"
     file.write_text(json.dumps({"kind": "ensemble", "scorers": [str(file), str(file)]}))
-    with pytest.raises(InputError, match="scorer.yaml: found a scorer in itself"):
+    with pytest.raises(InputError, match="scorer.yaml: found a scorer that contains itself"):
         load_scorer(file)
 
 
@@ -245,7 +245,7 @@ def test_a_file_that_names_itself_is_refused(tmp_path):
         ("os:environ", "os:environ: found _Environ, expected a function of .context, option"),
         (
             "{kind: reward_model, run: runs/a, device: gpu}",
-            "device: found 'gpu' .*, expected one that torch has, such as",
+            "device: found 'gpu' .*, expected a device of torch, such as",
         ),
     ],
 )
@@ -257,7 +257,10 @@ def test_a_scorer_that_cannot_be_made_is_an_error_in_one_line(spec, message):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("math:sqrt", "math:sqrt: raised TypeError: .*2 given.*, expected a number for .context, option., here 'up'"),
+        (
+            "math:sqrt",
+            "math:sqrt: raised TypeError: .*2 given.*, expected a number for .context, option., here for 'up'",
+        ),
         (f"{__name__}:nothing_said", "nothing_said: found None, expected a number"),
         (f"{__name__}:praise", "praise: found '3.5', expected a number"),
     ],
@@ -338,7 +341,7 @@ def test_what_is_longer_than_the_window_is_left_out_and_counted():
         assert fitting([pair, other], judge, counts) == [other]
     assert counts == {TOO_LONG: 3} and fits(fixed(1.0), pair.context, pair.options)
     assert fits(scorer, *ASKED_UP) and not fits(Rule(scorer, "left right up " * 9), *ASKED_UP)
-    with pytest.raises(InputError, match="found only replies longer than the scorer's window"):
+    with pytest.raises(InputError, match="found none that fits into the scorer's window"):
         fitting([pair], scorer, counts)
 
 

@@ -95,7 +95,7 @@ def boom(contexts, texts, labels):
         (lambda c, t, k: [1.0, float("nan")], "reward: found nan, expected a finite number, for the reply 'y'"),
         (lambda c, t, k: [1.0, "much"], "reward: found 'much', expected a number, for the reply 'y'"),
         (lambda c, t, k: 1.0, "reward: found 1.0, expected a list of 2 numbers"),
-        (boom, "reward: raised KeyError: 'answer', expected 2 numbers; first reply 'x'"),
+        (boom, "reward: raised KeyError: 'answer', expected 2 numbers; the first reply is 'x'"),
     ],
 )
 def test_a_reward_that_is_not_one_number_per_reply_is_one_line(reward, message):

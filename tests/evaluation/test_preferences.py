@@ -51,7 +51,7 @@ def test_what_a_scorer_cannot_read_whole_is_left_out_and_counted():
 
     facts, known = judge(Short(numbers), ROWS), judge(Function(numbers), ROWS[1:])
     assert facts == known | {TOO_LONG: 1} and known[TOO_LONG] == 0
-    with pytest.raises(InputError, match=r"found only replies longer than the scorer's window \(1\)"):
+    with pytest.raises(InputError, match=r"found none that fits into the scorer's window \(1 left out\)"):
         judge(Short(numbers), ROWS[:1])
 
 

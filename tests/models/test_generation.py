@@ -121,7 +121,7 @@ def test_online_heads_can_be_asked_for():
 
 def test_guidance_without_heads_is_an_error_not_silence():
     model = attach(tiny_model(), None)
-    with pytest.raises(InputError, match="beta: found 2.0, but this model has no value heads"):
+    with pytest.raises(InputError, match="beta: found 2.0, expected 0, as this model has no value heads"):
         greedy(model, PROMPTS, beta=2.0)
 
 

@@ -63,7 +63,7 @@ def test_a_plain_classifier_is_a_terminal_reward_model_and_other_folders_are_non
     assert found.config.offline_lmrl["reward"] == {"bias": 0.0, "head": "terminal"}
     config.num_labels = 2
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "two")
-    with pytest.raises(InputError, match="two: found a classifier with 2 labels, expected one"):
+    with pytest.raises(InputError, match="two: found a classifier with 2 labels, expected one label"):
         load_reward_model(tmp_path / "two")
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "policy")
     with pytest.raises(InputError, match="policy: found no reward model .GPT2LM.*: value_heads, run: .*policy}'"):

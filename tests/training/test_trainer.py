@@ -218,12 +218,12 @@ def test_only_a_checkpoint_that_holds_all_that_resuming_reads_is_taken(tmp_path,
         taken = run.last_checkpoint()
         assert taken == {8: tmp_path / "checkpoint-6", 6: tmp_path / "checkpoint-3", 3: None}[step]
     assert [message.partition(": found ")[2] for message in caplog.messages] == [
-        "no optimizer.pt, which going on exactly needs; training goes on from checkpoint-6",
-        "no optimizer.pt, which going on exactly needs; training goes on from checkpoint-3",
-        "no optimizer.pt, which going on exactly needs; no checkpoint is complete, so training starts from the "
+        "no optimizer.pt, which exact resuming needs; training continues from checkpoint-6",
+        "no optimizer.pt, which exact resuming needs; training continues from checkpoint-3",
+        "no optimizer.pt, which exact resuming needs; no checkpoint is complete, so training starts from the "
         "beginning",
     ]
-    with pytest.raises(InputError, match="checkpoint-6: found no rng_state.pth, expected a whole checkpoint"):
+    with pytest.raises(InputError, match="checkpoint-6: found no rng_state.pth, expected a complete checkpoint"):
         run.train(resume_from_checkpoint=tmp_path / "checkpoint-6")
 
 
@@ -262,7 +262,7 @@ def test_a_damaged_file_of_a_checkpoint_is_named(tmp_path):
         file = tmp_path / "checkpoint-6" / name
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
-        named = f"checkpoint-6/{name.removesuffix('.pth')}: found a damaged file .*: remove its folder to go on"
+        named = f"checkpoint-6/{name.removesuffix('.pth')}: found a damaged file .*; remove its folder to continue"
         with pytest.raises(InputError, match=named):
             run.train(resume_from_checkpoint=tmp_path / "checkpoint-6")
         file.write_bytes(whole)
@@ -284,7 +284,7 @@ def test_a_signal_stops_behind_a_complete_checkpoint_of_the_step(tmp_path, savin
 
     run.training_step = training_step
     with noted_signals() as run.signals:
-        with pytest.raises(Stopped, match="run: stopped by SIGTERM at step 5 of 8; the same command goes on from"):
+        with pytest.raises(Stopped, match="run: stopped by SIGTERM at step 5 of 8; the same command continues from"):
             run.train()
     assert signal.getsignal(signal.SIGTERM) is not run.signals.note
     again = trainer(tmp_path / "run", seed=9, **settings)
@@ -593,7 +593,7 @@ def test_a_run_in_progress_of_another_rendering_scheme_is_refused_by_name(tmp_pa
     assert block["offline_lmrl"]["tokenizer"].startswith("2-")
     del block["offline_lmrl"]["template_text"]
     config.write_text(json.dumps(block))
-    with pytest.raises(InputError, match="checkpoint-2: found a run in progress of rendering scheme 1, expected 2"):
+    with pytest.raises(InputError, match="checkpoint-2: found a run in progress under rendering scheme 1, expected 2"):
         trainer(tmp_path, max_steps=4)
 
 
