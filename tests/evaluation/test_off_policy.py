@@ -218,5 +218,5 @@ def test_evaluate_prints_them_below_what_logs_say(clone, policy, tmp_path, capsy
     assert printed.index("log π per agent token") < printed.index("secondary") < printed.index("fitted Q evaluation")
     assert main(["evaluate", str(clone), "--data", str(tmp_path / "plain.jsonl"), *form]) == 0
     printed = capsys.readouterr().out
-    assert "weighted importance sampling: left out, found 3 of 3 trajectories without" in printed
+    assert "weighted importance sampling: not computed, found 3 of 3 trajectories without" in printed
     assert "fitted Q" not in printed
