@@ -203,8 +203,8 @@ def _check_folds(form: SamplingConfig, heads: int) -> None:
         given = " ".join(f"--{name} {_setting(value)}" for name, value in wrong.items())
         raise InputError(
             f"beta: found {form.beta:g} with {found}, expected guidance that folds into the LM head exactly: use the "
-            f"run itself (evaluate, generate), or export with {given} or with --beta 0, which is another policy: "
-            "evaluate it first"
+            f"run itself (evaluate, generate), or export another policy with {given}, or with --beta 0, after you "
+            "have evaluated it"
         )
 
 

@@ -215,7 +215,7 @@ def test_evaluate_prints_them_below_what_logs_say(clone, policy, tmp_path, capsy
     mean = sum(t.total_return for t in played) / 40  # what the policy played itself has the same weight throughout
     found = float(printed.partition("weighted importance sampling: ")[2].partition(" [")[0])
     assert found == pytest.approx(mean, abs=0.006) and "sample size 40.0 of 40" in printed
-    assert printed.index("log π per agent token") < printed.index("replace play") < printed.index("fitted Q evaluation")
+    assert printed.index("log π per agent token") < printed.index("logs alone") < printed.index("fitted Q evaluation")
     assert main(["evaluate", str(clone), "--data", str(tmp_path / "plain.jsonl"), *form]) == 0
     printed = capsys.readouterr().out
     assert "weighted importance sampling: not computed, found 3 of 3 trajectories without" in printed
