@@ -105,14 +105,14 @@ def _evaluate(
 
     Args:
       run: a run directory, or a folder or hub name of a causal LM; for comparisons, a scorer as in `relabel`.
-      environment: maze, wordle, negotiation, corridor, gamble, count, count1, talk, talk_trap, hidden_rule, walk, or
-        your own as package.module:Class (its code runs); null = no play.
+      environment: maze, wordle, negotiation, corridor, gamble, count, count1, talk, talk_trap, hidden_rule, walk,
+        pref_gold, prompts, or your own as package.module:Class (its code runs); null = no play.
       settings: arguments of the environment, such as --settings.observed partial; null = its defaults.
       episodes: number of episodes to play.
       seed: seed of the first episode; the following ones count up from it.
       repeats: number of times that every episode is played, each with other random numbers in decoding.
-      cluster: label of the environment, equal in episodes that depend on each other; the interval allows for it.
-        null = all episodes are independent.
+      cluster: label of an episode, such as start, that is equal in dependent episodes; the interval is taken over its
+        values. null = over the episodes' seeds.
       batch_size: number of episodes played in parallel.
       output: file for the played episodes, which can be trained on. With asks, a JSON Lines file for the results of
         each requested return. For comparisons, a JSON file for the printed report. null = no file.

@@ -65,8 +65,8 @@ class Export:
             line += f"; {self.returns[1]} to {self.returns[-1]} request a return, {self.returns[0]} requests none"
         lines = [
             line,
-            f"exact: the log-probability of every token differs from the run's by at most {self.difference:.1g} nats, "
-            f"compared after {self.states} prefixes of random tokens and of the run's own text",
+            f"exact: the largest difference of a token's log-probability from the run's is {self.difference:.1g} nats, "
+            f"measured after {self.states} prefixes of random tokens and of the run's own text",
         ]
         if form.stop:
             texts = " or ".join(map(repr, form.stop))
