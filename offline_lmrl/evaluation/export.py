@@ -65,7 +65,7 @@ class Export:
             line += f"; {self.returns[1]} to {self.returns[-1]} request a return, {self.returns[0]} requests none"
         lines = [
             line,
-            f"exact: the largest difference of a token's log-probability from the run's is {self.difference:.1g} nats, "
+            f"exact: the largest difference of a log-probability from the run's is {self.difference:.1g} nats, "
             f"measured after {self.states} prefixes of random tokens and of the run's own text",
         ]
         if form.stop:
