@@ -14,12 +14,12 @@ from offline_lmrl.data.terminal import visible
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-TRAIN_HELP = """Train one algorithm on logs or by play. FILE.yaml, or the name of a shipped config, sets `algorithm`,
-`model`, `data` and `args`; for ppo also `environment`; and `prepare` if the data have to be made first. The settings
-below are those of one algorithm, chosen with --algorithm NAME (default: that of the file, else ilql). If a run was
-stopped, the same command continues from its last complete checkpoint; with a larger max_steps or num_train_epochs, it
-also extends a finished run. --help_all adds the settings of transformers.TrainingArguments (output_dir, max_steps,
-seed, ...)."""
+TRAIN_HELP = """Train one algorithm on scored trajectories or comparisons, or by play. FILE.yaml, or the name of a
+shipped config, sets `algorithm`, `model`, `data` and `args`; for ppo also `environment`; and `prepare` if the data
+have to be made first. The settings below are those of one algorithm, chosen with --algorithm NAME (default: that of
+the file, else ilql). If a run was stopped, the same command continues from its last complete checkpoint; with a
+larger max_steps or num_train_epochs, it also extends a finished run. --help_all adds the settings of
+transformers.TrainingArguments (output_dir, max_steps, seed, ...)."""
 
 COMPARE_HELP = """Train and evaluate the methods of FILE.yaml, or of a shipped config, over several seeds. Print one
 table and write report/ (report.html, its figures, and the rows that they are drawn from). If a comparison was stopped,
@@ -89,7 +89,7 @@ def train_settings(argv: Sequence[str]) -> "Namespace":
     config_class, _ = load_algorithm(algorithm)
     parser = Parser("train FILE.yaml [--key value ...]", TRAIN_HELP)
     parser.add_argument("--help_all", action="help", help="show this help with all inherited settings, and exit")
-    parser.add_argument("--dry_run", action="store_true", help="print the sizes of data, model and run, and stop")
+    parser.add_argument("--dry_run", action="store_true", help="print counts of data, steps and parameters, and stop")
     parser.add_argument("--algorithm", type=Literal[tuple(ALGORITHMS)], default=algorithm)
     parser.add_dataclass(ModelConfig, "model")
     parser.add_dataclass(DataConfig, "data")
