@@ -155,15 +155,15 @@ def blocks(results: Results, drawings: Sequence[Drawing], missing: Mapping[str, 
         ("h2", "Results"),
         (
             "p",
-            "A score is the mean over training seeds and episodes, with its 95% interval (Student's t, from the "
-            "variances of training seeds and of clusters of episodes). With one training seed, the interval describes "
-            "that run over episodes. “behaviour” is the mean return of the training data, “optimum” the best possible "
-            "mean score; published results were not measured here. β is the weight of value guidance: “β offline” is "
-            "the largest one within a KL budget on held-out logs, “β by returns” the best on other episodes, which "
-            "needs an environment. The column “minus …” is the difference from the method named there, paired by seed "
-            "and episode; * marks an interval over several seeds that excludes 0, and only such a method is called "
-            "better or worse. “regime” is the data that a method learnt from; “invalid” is the share of agent turns "
-            "that the environment refused.",
+            "A score is the mean undiscounted return over training seeds and episodes, with its 95% interval "
+            "(Student's t, from the variances of training seeds and of clusters of episodes). With one training "
+            "seed, the interval describes that run over episodes. “behaviour” is the mean return of the training "
+            "data, “optimum” the best possible mean score; published results were not measured here. β is the weight "
+            "of value guidance: “β offline” is the largest one within a KL budget on held-out logs, “β by returns” "
+            "the best on other episodes, which needs an environment. The column “minus …” is the difference from the "
+            "method named there, paired by seed and episode; * marks an interval over several seeds that excludes 0, "
+            "and only such a method is called better or worse. “regime” is the data that a method learnt from; "
+            "“invalid” is the share of agent turns that the environment refused.",
         ),
         ("table", [_results_of(line, f"minus {results.shown['baseline']}") for line in lines]),
         ("h2", "Cost"),
