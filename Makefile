@@ -1,5 +1,5 @@
 # Needs make and Python 3.11 or newer; everything else goes into .venv.
-# Recipes use relative paths only, so the clone may lie in any folder, spaces included.
+# Recipes use relative paths only, so the clone may be in any folder, spaces included.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
@@ -14,12 +14,12 @@ setup: $(STAMP) ## make .venv and install the tested versions into it
 	@echo "Ready: $(BIN)/offline-lmrl --help"
 
 test: $(STAMP) ## set up, then run the default tests
-	@echo "Running the default tests (-m gates, -m slow, -m real and -m benchmarks run apart)"
+	@echo "Running the default tests (without those of -m gates, -m slow, -m real and -m benchmarks)"
 	$(BIN)/python -m pytest
 
-quickstart: $(STAMP) ## set up, then make the logs of the maze, compare five methods on it and name the report
+quickstart: $(STAMP) ## set up, then make the logs of the maze, compare five methods on it and print the path of the report
 	@echo "Making the logs of the maze, then training and comparing BC, filtered BC, ILQL, return conditioning and PPO;" \
-		"a second run goes on where the first stopped; the last line names the report"
+		"a second run continues where the first stopped; the last line is the path of the report"
 	$(BIN)/offline-lmrl compare configs/maze/quickstart.yaml
 
 smollm2: $(STAMP) ## fetch SmolLM2-135M-Instruct (93 MB) and write it to models/smollm2-135m
@@ -28,9 +28,9 @@ smollm2: $(STAMP) ## fetch SmolLM2-135M-Instruct (93 MB) and write it to models/
 # The stamp is written last, so an interrupted installation is repaired by the next make.
 $(STAMP): setup.cfg pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: Python 3.11 or newer is needed, found: $$($(PYTHON) --version 2>&1); set another: make PYTHON=python3.12" >&2; exit 1; }
+		{ echo "error: Python 3.11 or newer is needed, found: $$($(PYTHON) --version 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
-		{ echo "error: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+		{ echo "error: $(PYTHON) cannot create virtual environments; on Debian and Ubuntu, run: apt install python3-venv" >&2; exit 1; }
 	@echo "Making .venv and installing the versions of requirements.lock (some minutes the first time)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev,plots,peft]'

@@ -187,7 +187,7 @@ def test_a_killed_command_is_started_again_and_does_the_same(world, name):
         assert first["rc"] in ({-9} if "event" in how else {0, -9}), first["text"]
         killed += first["rc"] == -9
         again = commands.run(*argv)
-        whole = name == "export" and "which is there already" in again["text"]  # killed behind its last word
+        whole = name == "export" and "which exists already" in again["text"]  # killed behind its last word
         assert again["rc"] == 0 or whole, (how, again["text"])
         same(contents(output), expected)
     assert killed >= len(events)

@@ -48,8 +48,8 @@ SOURCES = {
 }
 PREPARE_HELP = f"""usage: offline-lmrl prepare SOURCE --output DIR [--key value ...]
 
-Turn a known source of logs into scored trajectories or comparisons. Sources: {", ".join(SOURCES)}.
-`offline-lmrl prepare SOURCE --help` says what a source takes."""
+Convert logs of a known source to scored trajectories or comparisons. Sources: {", ".join(SOURCES)}.
+`offline-lmrl prepare SOURCE --help` lists the settings of a source."""
 
 
 def prepare(argv: Sequence[str]) -> None:
@@ -111,7 +111,7 @@ def _require_apart(source: Path, output: Path) -> None:
     Raises: InputError if it could.
     """
     if output.resolve() in (source.resolve(), source.resolve().parent if source.is_file() else None):
-        raise InputError(f"output: found {output}, where the input lies, expected another folder")
+        raise InputError(f"output: found {output}, which is or contains the input, expected another folder")
 
 
 def check_output(output: Path, *read: str | None) -> None:
@@ -129,7 +129,7 @@ def check_output(output: Path, *read: str | None) -> None:
     for source in filter(None, read):
         inside = output.resolve().parent if Path(source).is_dir() else None
         if Path(source).resolve() in (output.resolve(), inside):
-            raise InputError(f"output: found {output}, where {source} is read, expected another path")
+            raise InputError(f"output: found {output}, which is or is in the input {source}, expected another path")
 
 
 def check_output_file(output: Path, *read: str | None) -> None:
@@ -173,7 +173,7 @@ def check(argv: Sequence[str]) -> None:
         "data",
         nargs="+",
         help="files, folders or hub names of scored trajectories or of "
-        "comparisons; several are taken for splits of one data set",
+        "comparisons; several are read as the splits of one data set",
     )
     parser.add_function_arguments(_check, skip={"data"})
     _check(**parser.parse(argv).as_dict())
@@ -192,12 +192,12 @@ def _check(
     Args:
       data: files, folders or hub names of scored trajectories or of comparisons.
       reward: column that holds the score of a row; null = `reward`, or `label` in rows with a prompt.
-      tokenizer: folder or hub name of a tokenizer; adds token counts, a comparison with the chat template, and one row
-        printed token by token. null = no tokens.
-      template: form of dialogues: auto (as the chat template prints them, or plain without one), assembled (the chat
-        template's texts around turns, so that later turns only append) or plain.
-      max_length: largest length of a row in tokens; longer rows are counted. Needs a tokenizer; null = no count.
-      row: number of the row to print token by token, from 1, in the first split; for scored trajectories only.
+      tokenizer: folder or hub name of a tokenizer. It adds to the report token counts, a comparison with the chat
+        template, and one row printed token by token; null = nothing is tokenized.
+      template: how dialogues become text: auto (by the chat template; plain if the tokenizer has none), assembled (the
+        chat template's texts around turns, so that later turns only append) or plain (one line per turn).
+      max_length: length in tokens above which a row is counted as too long; needs a tokenizer. null = no count.
+      row: number, from 1, of the row of the first split that is printed token by token; scored trajectories only.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -215,7 +215,7 @@ def _check(
         raise InputError(f"data: found comparisons in {pairs} and none in {others}, expected data of one kind")
     if kinds[data[0]]:
         if reward is not None:
-            raise InputError(f"reward: found {shown(reward)} for comparisons, expected scored trajectories")
+            raise InputError(f"reward: found {shown(reward)}, expected it only for scored trajectories")
         _check_comparisons(data, None if tokenizer is None else _renderer(tokenizer, template), max_length)
         return
     counts: Counter[str] = Counter()
@@ -273,7 +273,7 @@ def _check_comparisons(data: Sequence[str], renderer: "Renderer | None", max_len
     alone = {name: len(rows) for name, rows in splits.items() if in_one_group(rows)}
     print_report(
         {"repairs and drops": counts, "groups in two splits": shared}
-        | ({"rows that are all in one group, so none can be held back": alone} if alone else {})
+        | ({"splits with all rows in one group, so that none can be held out": alone} if alone else {})
     )
 
 

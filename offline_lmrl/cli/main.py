@@ -18,15 +18,15 @@ from offline_lmrl.errors import Failed, InputError, Stopped, shown
 from offline_lmrl.logs.terminal import visible
 
 COMMANDS = {
-    "prepare": ("offline_lmrl.cli.data:prepare", "turn a known source of logs into trajectories or comparisons"),
-    "check": ("offline_lmrl.cli.data:check", "say what is in a data set and what will make learning from it fail"),
-    "train": ("offline_lmrl.cli.train:train", f"learn from logs or by playing: {', '.join(ALGORITHMS)}"),
-    "evaluate": ("offline_lmrl.cli.play:evaluate", "measure a run in an environment or on held-out logs"),
-    "generate": ("offline_lmrl.cli.play:generate", "reply to prompts with a run, value-guided; --chat to talk to it"),
-    "export": ("offline_lmrl.cli.play:export", "write a run as a plain checkpoint, which any engine serves"),
-    "compare": ("offline_lmrl.cli.train:compare", "train and evaluate methods over seeds: a table and a report"),
-    "relabel": ("offline_lmrl.cli.score:relabel", "score logs with a reward model, rules, or what combines them"),
-    "select": ("offline_lmrl.cli.score:select", "name the pairs that an ensemble disputes: what to label next"),
+    "prepare": ("offline_lmrl.cli.data:prepare", "convert logs of a known source to trajectories or comparisons"),
+    "check": ("offline_lmrl.cli.data:check", "report the contents of a data set and faults that make learning fail"),
+    "train": ("offline_lmrl.cli.train:train", f"train one algorithm on logs or by play: {', '.join(ALGORITHMS)}"),
+    "evaluate": ("offline_lmrl.cli.play:evaluate", "measure a trained run in an environment or on held-out data"),
+    "generate": ("offline_lmrl.cli.play:generate", "reply to prompts with a trained run; --chat for a dialogue"),
+    "export": ("offline_lmrl.cli.play:export", "write a run as a plain checkpoint that inference engines can serve"),
+    "compare": ("offline_lmrl.cli.train:compare", "train and evaluate methods over several seeds; write a report"),
+    "relabel": ("offline_lmrl.cli.score:relabel", "score logs with a reward model, rules, or a mix of scorers"),
+    "select": ("offline_lmrl.cli.score:select", "write the pairs on which an ensemble disagrees most, to label next"),
     "config": ("offline_lmrl.cli.data:config", "list the shipped configs or print one"),
 }
 
@@ -34,12 +34,12 @@ HELP = "\n".join(
     [
         "usage: offline-lmrl COMMAND [FILE.yaml] [--key value ...]",
         "",
-        "Offline reinforcement learning for language models: logs in, value-guided text out.",
+        "Offline reinforcement learning for language models: train on logs, then generate text guided by values.",
         "",
         *(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()),
         "",
-        "offline-lmrl COMMAND --help says what a command takes. Settings on the command line win over the file.",
-        "A setting like package.module:name, also inside a YAML file, imports that module, so its code runs.",
+        "`offline-lmrl COMMAND --help` lists the settings of a command. The command line overrides the file.",
+        "A setting of the form package.module:name, also in a YAML file, imports that module, so its code runs.",
     ]
 )
 

@@ -97,7 +97,7 @@ class Parser(ArgumentParser):
             try:
                 require_an_end(word.partition("=")[2] if word.startswith("--") else word)
             except yaml.YAMLError as error:
-                raise InputError(f"found {shown(word)}, with {error}, expected a value of a setting") from error
+                raise InputError(f"found {shown(word)}, with {error}, expected the value of a setting") from error
         values = self.parse_args([*self._restated(argv, start), *argv], namespace=start)
         self._refuse_nulls(values)
         for key, value in values.items():

@@ -40,7 +40,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
 def generate(argv: Sequence[str]) -> None:
     """Run the command `generate RUN [--prompts FILE] [--chat]`."""
-    flags = {"chat": "talk to the run turn by turn, on stdin and stdout, until the input ends"}
+    flags = {"chat": "talk with the run turn by turn on stdin and stdout, until the input ends"}
     _call("generate RUN [--prompts FILE] [--output FILE] [--chat] [--key value ...]", _generate, argv, flags)
 
 
@@ -69,7 +69,7 @@ def _call(
     for name, text in (flags or {}).items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_function_arguments(function, as_positional=True, skip={"sampling", *(flags or {})})
-    parser.add_overrides(SamplingConfig, "Decoding; what is not given is as saved with the run", without)
+    parser.add_overrides(SamplingConfig, "Decoding (default: the value saved with the run)", without)
     values = parser.parse(argv).as_dict()
     sampling = {field.name: values.pop(field.name) for field in fields(SamplingConfig) if field.name in values}
     SamplingConfig(**sampling)  # reports a number out of range before the model is loaded
@@ -105,31 +105,37 @@ def _evaluate(
 
     Args:
       run: a run directory, or a folder or hub name of a causal LM; for comparisons, a scorer as in `relabel`.
-      environment: maze, wordle, negotiation, corridor, gamble, count, count1, talk, talk_trap, hidden_rule, walk, or
-        your own as package.module:Class (its code runs); null = no play.
-      settings: arguments of the environment, such as --settings.observed partial.
+      environment: maze, wordle, negotiation, corridor, gamble, count, count1, talk, talk_trap, hidden_rule, walk,
+        pref_gold, prompts, or your own as package.module:Class (its code runs); null = no play.
+      settings: arguments of the environment, such as --settings.observed partial; null = its defaults.
       episodes: number of episodes to play.
-      seed: seed of the first episode; the following episodes have the following seeds.
-      repeats: number of decodings of every episode.
-      cluster: label whose value dependent episodes share, for the interval; null = all episodes are independent.
+      seed: seed of the first episode; the following ones count up from it.
+      repeats: number of times that every episode is played, each with other random numbers in decoding.
+      cluster: label of an episode, such as start, that is equal in dependent episodes; the interval is taken over its
+        values. null = over the episodes' seeds.
       batch_size: number of episodes played in parallel.
       output: file for the played episodes, which can be trained on. With asks, a JSON Lines file for the results of
-        each requested return. For comparisons, a JSON file for the printed report.
+        each requested return. For comparisons, a JSON file for the printed report. null = no file.
       data: held-out trajectories, for the measures that need only logs; or held-out comparisons, to measure how often
-        the scorer agrees with them.
-      reward: column of data that holds the score of a row; null = `reward`, or `label` in rows with a prompt.
+        the scorer agrees with them. null = play only.
+      reward: column of --data that holds the score of a row; null = `reward`, or `label` in rows with a prompt.
       betas: weights of value guidance to try on the logs.
-      kl_budget: largest KL from the unguided policy, in nats per token; the largest of betas within it is recommended.
-      fqe: optimizer steps of fitted Q evaluation on the logs, an estimate of the run's score; 0 = none.
-      show: number of a row of data, from 1, to print token by token instead of the measures on logs.
-      asks: returns to request one after the other, such as [0, p50, max]. Prints the return that each achieves. If the
-        extra `plots` is installed, also draws them, beside the output or into asks.png in the run's folder.
-      planner: plan every reply ahead, with no requested return; --planner.help lists its settings.
-      demonstrations: trajectories to show as few-shot demonstrations of the same task, as many as in training, before
-        each played episode and each log. null = none in play, and those of training for logs.
-      task: task that is played, for a run that was trained with returns per task.
+      kl_budget: limit on the KL from the unguided policy, in nats per token; the largest of betas within it is
+        recommended.
+      fqe: optimizer steps of each of the three fits of fitted Q evaluation, which estimates the run's score from the
+        logs; 0 = no estimate.
+      show: number, from 1, of a row of --data that is printed token by token in place of the measures on logs; null =
+        the measures.
+      asks: returns to request one after the other, such as [0, p50, max]; prints the return that each achieves. With
+        the extra `plots`, the curve is also drawn, beside the output or as asks.png in the run's folder. null = play
+        once, with the run's own decoding.
+      planner: choose every reply by a search over imagined dialogues, with no requested return; --planner.help lists
+        its settings. null = no planner.
+      demonstrations: trajectories that serve as few-shot demonstrations of the same task, as many as in training,
+        before each played episode and each log. null = in play none; for logs those of training.
+      task: name of the task that is played, for a run that was trained with returns per task; "" for other runs.
       device: device of the model, such as cpu or cuda:0; null = the first accelerator, else the CPU.
-      split: name of the split to read, for data with several.
+      split: name of the split of --data to read; null = the only one.
     """
     given = dict(locals())
     from offline_lmrl.decoding.policy import LanguagePolicy
@@ -202,26 +208,26 @@ def _check_measures(
     if environment is None and data is None:
         raise InputError("environment, data: found neither, expected at least one of them")
     if reward is not None and data is None:
-        raise InputError(f"reward: found {shown(reward)} without --data, expected the data with that column")
+        raise InputError(f"reward: found {shown(reward)} without --data, expected the data that have this column")
     if show is not None and data is None:
-        raise InputError("show: found a row without --data, expected the data it is in")
+        raise InputError("show: found the number of a row, but no --data, expected both")
     if asks is not None and (environment is None or not asks):
         found = "none" if not asks else "some without --environment"
-        raise InputError(f"asks: found {found}, expected returns to ask for in an environment")
+        raise InputError(f"asks: found {found}, expected a list of returns to request, and an environment to play")
     if sampling.get("ask") is not None and (asks is not None or planner is not None):
         other = "--planner" if asks is None else "--asks"
         raise InputError(f"ask: found {shown(sampling['ask'])} with {other}, expected only one of them")
     if planner is not None and (environment is None or asks is not None):
         found = "--asks" if asks is not None else "no --environment"
-        raise InputError(f"planner: found it with {found}, expected --environment alone: a plan asks for no return")
+        raise InputError(f"planner: found it with {found}, expected --environment alone: plans request no return")
     if planner is not None and demonstrations is not None:
         raise InputError("planner: found it with --demonstrations, expected only one of them")
     for ask in asks or ():
         check_ask(ask)
     if asks is not None and output is not None and output.suffix == ".png":
         raise InputError(
-            f"output: found {output} with --asks, expected a file for rows of JSON, as "
-            f"{output.with_suffix('.jsonl')}: the picture is drawn beside it"
+            f"output: found {output} with --asks, expected a JSON Lines file, such as "
+            f"{output.with_suffix('.jsonl')}: the figure is saved beside it"
         )
     if episodes < 1:
         raise InputError(f"episodes: found {episodes}, expected at least 1")
@@ -238,7 +244,7 @@ def _judge(
     defaults = signature(_evaluate).parameters
     for name, value in {**rest, **sampling}.items():
         if name in sampling or value != defaults[name].default:
-            raise InputError(f"{name}: found {shown(value)}, expected none where a scorer is judged on comparisons")
+            raise InputError(f"{name}: found {shown(value)}, expected none where a scorer is measured on comparisons")
     if output is not None:
         check_output_file(output, data)
     counts: Counter[str] = Counter()
@@ -279,11 +285,11 @@ def _print_asks(
 def _print_off_policy(policy: "LanguagePolicy", trajectories: Sequence[Trajectory], fqe: int) -> None:
     from offline_lmrl.evaluation.off_policy import fitted_q_evaluation, importance_sampling
 
-    print("its score, estimated from these logs alone (secondary: no substitute for play):")
+    print("estimates of its score from these logs alone (they cannot replace play):")
     try:
         print(f"  weighted importance sampling: {importance_sampling(policy, trajectories)}")
     except InputError as error:
-        print(visible(f"  weighted importance sampling: left out, {error}"))
+        print(visible(f"  weighted importance sampling: not computed, {error}"))
     if fqe != 0:
         with _progress("fitting", fqe) as progress:
             found = fitted_q_evaluation(policy, trajectories, fqe, progress=progress)
@@ -317,7 +323,7 @@ def _generate(
     *,
     sampling: Mapping[str, Any],
 ) -> None:
-    """Reply to prompts, or chat.
+    """Reply to prompts, or talk turn by turn (--chat).
 
     Args:
       run: a run directory, or a folder or hub name of a causal LM.
@@ -325,18 +331,19 @@ def _generate(
       output: file, or - for stdout: JSON Lines with the messages and the reply's token ids and log-probabilities. If a
         scorer chose the reply, its labels hold the score, the number of replies compared, and whether it abstained.
       n: number of replies to each prompt.
-      seed: seed of the first prompt; the following prompts have the following seeds.
-      scorer: scorer that chooses the best of several replies, as in `relabel`; null = none.
-      best_of: number of replies from which the scorer chooses.
-      threshold: least score of a reply that is given; below it, the run abstains. null = always reply.
-      coverage: share of the prompts in held_out to answer, 0 to 1; it sets the threshold. null = threshold as given.
-      held_out: file of prompts for coverage, in the form of `prompts`.
-      abstention: text given instead of a reply whose score is below the threshold [I don't know.]. Such a row is not
-        trained on: reading drops and counts it.
+      seed: seed of the first prompt; the following ones count up from it.
+      scorer: scorer that chooses the best of several replies, as in `relabel`; null = no choice.
+      best_of: number of replies from which the scorer chooses one.
+      threshold: lowest score at which a reply is given; below it, the run abstains. null = always reply.
+      coverage: share of the prompts in held_out that are to be answered, 0 to 1; sets the threshold. null = use
+        `threshold`.
+      held_out: file of prompts for coverage, in the form of `prompts`; null = none.
+      abstention: text given in place of a reply whose score is below the threshold; null = "I don't know.". Such rows
+        are not trained on: reading drops and counts them.
       contexts: package.module:function (its code runs) that maps the turns so far to several dialogues (lists of
         turns), such as one per document to answer from. Replies are sampled from these in turn; the scorer scores them
-        after the turns so far. null = the turns so far.
-      task: task of the prompts, for a run that was trained with returns per task.
+        after the turns so far. null = sample from the turns so far.
+      task: name of the task of the prompts, for a run that was trained with returns per task; "" for other runs.
       device: device of the model, such as cpu or cuda:0; null = the first accelerator, else the CPU.
     """
     from offline_lmrl.decoding.policy import LanguagePolicy
@@ -348,7 +355,7 @@ def _generate(
     if best_of < 1:
         raise InputError(f"best_of: found {best_of}, expected at least 1")
     if scorer is None and (best_of > 1 or any(x is not None for x in (threshold, coverage, contexts))):
-        raise InputError("scorer: missing, expected what is to choose the best of several replies")
+        raise InputError("scorer: missing, expected one: best_of, threshold, coverage and contexts need it")
     if (coverage is None) != (held_out is None) or (coverage is not None and threshold is not None):
         raise InputError(
             f"coverage: found {coverage} with held_out {held_out} and threshold {threshold}, "
@@ -383,7 +390,7 @@ def _generate(
 
 
 def _export(run: str, *, output: Path, device: str | None = None, sampling: Mapping[str, Any]) -> None:
-    """Write a run as a plain checkpoint of its base model, which other engines serve, and a README.md about it.
+    """Write a run as a plain checkpoint of its base model, which inference engines can serve, with a README.md.
 
     A checkpoint that would play differently from the run is not written. Value guidance can be added exactly to the
     checkpoint's weights with q_reduce mean or first and without support, candidates, clip, top_k, top_p and min_p; a

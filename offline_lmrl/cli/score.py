@@ -33,16 +33,17 @@ def _relabel(
 
     Args:
       data: a file, folder or hub name of trajectories or of comparisons.
-      scorer: folder or hub name of a reward model, package.module:function (its code runs), a YAML file, or a mapping
-        such as "{kind: ensemble, scorers: [runs/a, runs/b], k: 1}".
-      output: file (.jsonl, .jsonl.gz, .parquet) or datasets folder; for data with several splits, a folder.
-      place: turns of a trajectory that get rewards. terminal = the last agent turn gets the whole score [default];
-        turn = each agent turn gets its contribution to the score, and an equal part of the shift of a normalised
-        reward model. The sums are the same.
-      make: result for comparisons: targets (comparisons with new targets) or rewards (trajectories) [targets].
-      normalise: change of the rewards that --make rewards gives to comparisons: none (as scored) [default], global (to
-        mean 0 and standard deviation 1 over all), group (minus the mean of the group) or rank (the share of the
-        group's other options that it beats, 0 to 1).
+      scorer: folder or hub name of a reward model, package.module:function (its code runs), or a mapping such as
+        "{kind: ensemble, scorers: [runs/a, runs/b], k: 1}", also as a YAML file.
+      output: file (.jsonl, .jsonl.gz, .parquet) or datasets folder to write; for data with several splits, a folder.
+      place: for trajectories, the agent turns that get rewards. terminal = the last one gets the whole score; turn =
+        each gets the change of the score since the agent turn before it, and an equal part of the shift of a
+        normalised reward model. The sum is the same. null = terminal.
+      make: for comparisons, the result: targets (comparisons with new targets) or rewards (trajectories with rewards);
+        null = targets.
+      normalise: for comparisons with --make rewards, the scale of the rewards: none (as scored), global (mean 0 and
+        standard deviation 1 over all options), group (minus the mean of the group) or rank (the share of the group's
+        other options that score lower, 0 to 1, ties counted half); null = none.
     """
     from offline_lmrl.decoding.scorers import fitting, load_scorer, relabel_comparisons, relabel_trajectories
     from offline_lmrl.logs.io import (
@@ -82,14 +83,14 @@ def _relabel(
 
 
 def _select(data: str, *, scorer: str, output: Path, n: int = 100, split: str | None = None) -> None:
-    """Write the pairs of replies on which an ensemble of reward models disagrees most, to label them next.
+    """Write the pairs of replies on which an ensemble of scorers disagrees most, to label them next.
 
     Args:
       data: a file, folder or hub name of comparisons; their targets are not used.
       scorer: an ensemble, as a YAML file or a mapping: "{kind: ensemble, scorers: [runs/a, runs/b]}".
-      output: file or datasets folder.
-      n: number of pairs, at most one of each comparison.
-      split: name of the split to read, for data with several.
+      output: file (.jsonl, .jsonl.gz, .parquet) or datasets folder to write.
+      n: number of pairs, at most one from each comparison.
+      split: name of the split to read; null = the only one.
     """
     from offline_lmrl.decoding.scorers import Ensemble, fitting, load_scorer, most_disputed
     from offline_lmrl.logs.io import read_comparisons, write_comparisons
@@ -99,7 +100,7 @@ def _select(data: str, *, scorer: str, output: Path, n: int = 100, split: str | 
     check_output(output, data)
     ensemble = load_scorer(scorer)
     if not isinstance(ensemble, Ensemble):
-        raise InputError(f"scorer: found {shown(scorer)}, expected an ensemble, whose members can disagree")
+        raise InputError(f"scorer: found {shown(scorer)}, expected an ensemble of scorers")
     counts: Counter[str] = Counter()
     chosen = most_disputed(fitting(read_comparisons(data, split=split, counts=counts), ensemble, counts), ensemble, n)
     write_comparisons(output, chosen)

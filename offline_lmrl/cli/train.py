@@ -14,16 +14,17 @@ from offline_lmrl.logs.terminal import visible
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-TRAIN_HELP = """Learn from scored trajectories, or by playing. FILE.yaml, or the name of a shipped config, says
-`algorithm`, `model`, `data` and `args`, for ppo `environment`, and `prepare` where the data are made first; this help
-is for one algorithm (--algorithm NAME). A run that was stopped goes on from its last complete checkpoint when it is
-started again; with a larger max_steps or num_train_epochs it is extended. --help_all adds the
-settings of transformers.TrainingArguments (output_dir, max_steps, seed, ...)."""
+TRAIN_HELP = """Train one algorithm on scored trajectories or comparisons, or by play. FILE.yaml, or the name of a
+shipped config, sets `algorithm`, `model`, `data` and `args`; for ppo also `environment`; and `prepare` if the data
+have to be made first. The settings below are those of one algorithm, chosen with --algorithm NAME (default: that of
+the file, else ilql). If a run was stopped, the same command continues from its last complete checkpoint; with a
+larger max_steps or num_train_epochs, it also extends a finished run. --help_all adds the settings of
+transformers.TrainingArguments (output_dir, max_steps, seed, ...)."""
 
-COMPARE_HELP = """Train and evaluate the methods of FILE.yaml, or of a shipped config, over seeds, print one table and
-write report/ (report.html, figures and what they were made of). A comparison that was stopped goes on where it was. A
-method that fails does not stop the others: it is named at the end, and the same command tries it again.
-`compare FOLDER` draws the report of a finished one again from the results.jsonl in that folder, and trains nothing."""
+COMPARE_HELP = """Train and evaluate the methods of FILE.yaml, or of a shipped config, over several seeds. Print one
+table and write report/ (report.html, its figures, and the rows that they are drawn from). If a comparison was stopped,
+the same command continues it. A method that fails does not stop the others: it is named at the end, and the same
+command tries it again. `compare FOLDER` draws the report again from FOLDER/results.jsonl and trains nothing."""
 
 
 def train(argv: Sequence[str]) -> None:
@@ -40,7 +41,7 @@ def train(argv: Sequence[str]) -> None:
             if not is_prepared(values.data.train, values.prepare.get("output") or Path(values.data.train).parent):
                 prepare_from_settings(values.prepare)
             elif PartialState().is_main_process:
-                print(f"{values.data.train} is there and is not prepared again", file=sys.stderr)
+                print(f"{values.data.train} exists and is not prepared again", file=sys.stderr)
     run_settings = (values.algorithm, values.model, values.data, values.args, values.environment)
     if values.dry_run:
         for name, value in run.dry_run(*run_settings).items():
@@ -87,8 +88,8 @@ def train_settings(argv: Sequence[str]) -> "Namespace":
 
     config_class, _ = load_algorithm(algorithm)
     parser = Parser("train FILE.yaml [--key value ...]", TRAIN_HELP)
-    parser.add_argument("--help_all", action="help", help="show the inherited settings too and exit")
-    parser.add_argument("--dry_run", action="store_true", help="build everything, print what would run, and stop")
+    parser.add_argument("--help_all", action="help", help="show this help with all inherited settings, and exit")
+    parser.add_argument("--dry_run", action="store_true", help="print counts of data, steps and parameters, and stop")
     parser.add_argument("--algorithm", type=Literal[tuple(ALGORITHMS)], default=algorithm)
     parser.add_dataclass(ModelConfig, "model")
     parser.add_dataclass(DataConfig, "data")
@@ -96,13 +97,15 @@ def train_settings(argv: Sequence[str]) -> "Namespace":
         "--prepare",
         type=dict[str, Any] | None,
         default=None,
-        help="where data.train is missing: `command`, what follows `prepare`, and its settings",
+        help="how to make the data if data.train does not exist: `command`, the SOURCE of `offline-lmrl prepare`, and "
+        "its settings; null = the data must exist",
     )
     parser.add_argument(
         "--environment",
         type=dict[str, Any] | None,
         default=None,
-        help="for ppo: `name` of an environment or package.module:Class (its code runs), and its settings",
+        help="for ppo: `name`, a known environment or package.module:Class (its code runs), and its settings; "
+        "null = none",
     )
     parser.add_dataclass(config_class, "args", TrainingArguments, show_base="--help_all" in rest)
     return parser.parse(rest, settings, str(file))
@@ -126,7 +129,7 @@ def compare(argv: Sequence[str]) -> None:
     file, rest = split_file(argv)
     if file is not None and Path(file).is_dir():
         if rest:
-            raise InputError(f"{rest[0]}: found a setting, expected none: {file} is a folder of results to draw again")
+            raise InputError(f"{rest[0]}: found a setting, expected none: {file} is a folder of results")
 
         from offline_lmrl.comparison.page import write_report
         from offline_lmrl.logs.files import locked

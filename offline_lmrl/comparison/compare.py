@@ -106,7 +106,7 @@ def run_compare(
             if isinstance(stop, Stopped) and stop.line:
                 comparison.say(stop.line)
             number = getattr(stop, "number", signal.SIGINT)
-            raise Stopped(f"{config.output}: stopped; the same command goes on with what is missing", number) from stop
+            raise Stopped(f"{config.output}: stopped; the same command does the rest", number) from stop
 
 
 def _compare(comparison: "_Comparison") -> Path:
@@ -234,7 +234,7 @@ class _Comparison:
             if not any(_plays(method) for method in self.config.methods.values()):
                 raise InputError(
                     f"training_environment: found {sorted(elsewhere)}, expected a method that learns by "
-                    "playing, or none"
+                    "playing, or no such setting"
                 )
             if self.config.partner is None:  # with a partner, the environment cannot be built before it is trained
                 make_environment(**self.config.environment | elsewhere)
@@ -253,7 +253,7 @@ class _Comparison:
             if judge is not None and start is None:
                 where = f"methods.{name}.{key}"
                 raise InputError(
-                    f"{where}: found {shown(judge)}, without value heads, expected a method that has them"
+                    f"{where}: found {shown(judge)}, which has no value heads, expected a method that has them"
                 )
 
     def _check_reply_lengths(self, name: str, args: Any) -> None:
@@ -274,7 +274,7 @@ class _Comparison:
             if form.max_new_tokens > args.max_length:
                 raise InputError(
                     f"{key}: found {form.max_new_tokens}, expected at most the max_length of {name}, "
-                    f"{args.max_length}, which has to hold the reply"
+                    f"{args.max_length}, which must hold the reply"
                 )
 
     def _play(self, method: Any) -> dict[str, Any]:
@@ -323,7 +323,7 @@ class _Comparison:
             difference = say_differences(row["config"], _plain(self.identity(row["method"], row["decode"])))
             if difference:
                 raise InputError(
-                    f"{path}: {row['method']}: {difference}; take another `output`, or remove "
+                    f"{path}: {row['method']}: {difference}; choose another `output`, or remove "
                     "results.jsonl, report/ and runs/ there"
                 )
         return runs
@@ -481,7 +481,7 @@ class _Comparison:
         merged = self._merged(method)
         for key in ("output_dir", "seed"):
             if key in merged["args"]:
-                raise InputError(f"{where}.args.{key}: found a value, expected none: `seeds` and `output` decide it")
+                raise InputError(f"{where}.args.{key}: found a value, expected none: `seeds` and `output` set it")
         if getattr(method, "start_from", None) is not None:
             merged["model"]["path"] = str(start)
         model = build(ModelConfig, merged["model"], f"{where}.model.")
@@ -489,7 +489,7 @@ class _Comparison:
         if getattr(method, "critic", None) is not None:
             if "critic" not in _fields(method.algorithm):
                 raise InputError(
-                    f"{where}.critic: found {shown(method.critic)}, but {method.algorithm} takes no critic"
+                    f"{where}.critic: found {shown(method.critic)}, expected none: {method.algorithm} takes no critic"
                 )
             args["critic"] = str(critic)
         args = build(load_algorithm(method.algorithm)[0], args, f"{where}.args.")
@@ -577,8 +577,8 @@ class _Comparison:
         kind = InputError if all(failure.unusable for failure in failed) else Failed
         lines = "; ".join(f"{', '.join(runs)} {title}" for title, runs in said.items())
         raise kind(
-            f"{lines}; `offline-lmrl compare {self.folder}` draws the rest, and the same command tries again "
-            "what is missing"
+            f"{lines}; `offline-lmrl compare {self.folder}` reports on the rest, and the same command "
+            "tries the missing runs again"
         )
 
     def _train(self, where: str, method: Any, seed: int, folder: Path, *others: Path | None) -> Path:
@@ -617,8 +617,8 @@ class _Comparison:
                     process.terminate()
                 if isinstance(error, BrokenProcessPool):
                     raise InputError(
-                        "workers: found a process that was killed, expected all of them to come to their "
-                        "end; the same command goes on"
+                        "workers: found a worker process that was killed, expected all to finish; the same "
+                        "command continues the comparison"
                     ) from error
                 raise
 

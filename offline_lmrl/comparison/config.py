@@ -130,9 +130,9 @@ class MethodConfig:
         """
         if not (isinstance(name, str) and re.fullmatch(NAME, name)):
             raise InputError(
-                f"methods: found the name {shown(name)}, expected one of letters, digits and any of "
-                "_ . + = , @ - and spaces, up to 100, which starts with a letter or digit: files are "
-                "called so"
+                f"methods: found the name {shown(name)}, expected text of letters, digits, spaces and "
+                "_ . + = , @ -, at most 100 characters, with a letter, digit or _ first, because it is part of "
+                "file names"
             )
         if isinstance(entry, cls):
             return entry
@@ -142,10 +142,10 @@ class MethodConfig:
         require_known(entry, fields, f"methods.{name}")
         if ("algorithm" in entry) == ("run_of" in entry):
             found = "both" if "algorithm" in entry else "neither"
-            raise InputError(f"methods.{name}: found {found}, expected `algorithm`, or `run_of` another method")
+            raise InputError(f"methods.{name}: found {found}, expected either `algorithm` or `run_of`")
         if "run_of" in entry and (other := sorted(set(entry) & TRAINING)):
             where = f"methods.{name}.{other[0]}"
-            raise InputError(f"{where}: found beside `run_of`, which decides it, expected only one of them")
+            raise InputError(f"{where}: found beside `run_of`, which sets it, expected only one of them")
         betas = entry.get("betas")
         if betas is not None and not (isinstance(betas, Sequence) and all(_is_number(b) and b >= 0 for b in betas)):
             raise InputError(f"methods.{name}.betas: found {shown(betas)}, expected a list of numbers, none below 0")
@@ -153,7 +153,7 @@ class MethodConfig:
             if not isinstance(entry.get(key), Mapping | None):
                 raise InputError(f"methods.{name}.{key}: found {shown(entry[key])}, expected a mapping")
         if "beta" in (entry.get("sampling") or {}):
-            raise InputError(f"methods.{name}.sampling.beta: found a value, expected evaluation.betas alone")
+            raise InputError(f"methods.{name}.sampling.beta: found a value, expected none: `betas` sets it")
         given = {key: value for key, value in entry.items() if key != "from" and value is not None}
         if "collect" in given:
             given["collect"] = build(CollectConfig, given["collect"], f"methods.{name}.collect.")
@@ -232,7 +232,7 @@ class EvaluationConfig:
         if not self.betas or min(self.betas) < 0:
             raise InputError(f"evaluation.betas: found {list(self.betas)}, expected at least one number, none below 0")
         if "beta" in self.sampling:
-            raise InputError("evaluation.sampling.beta: found a value, expected evaluation.betas alone")
+            raise InputError("evaluation.sampling.beta: found a value, expected none: evaluation.betas sets it")
 
     @property
     def seeds(self) -> range:
@@ -298,14 +298,14 @@ class CompareConfig:
         object.__setattr__(self, "methods", {name: MethodConfig.of(name, m) for name, m in self.methods.items()})
         object.__setattr__(self, "methods", {name: self._resolved(name) for name in self.methods})
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"seeds: found {list(self.seeds)}, expected at least one, each once")
+            raise InputError(f"seeds: found {list(self.seeds)}, expected at least one, and no seed twice")
         if "name" not in self.environment:
             raise InputError("environment.name: missing, expected the name of an environment")
         require_known(self.data, {"train", "validation", "reward"}, "data")
         if not self.data.get("train"):
             raise InputError("data.train: missing, expected a file or folder of trajectories")
         if self.prepare is not None and "command" not in self.prepare:
-            raise InputError("prepare.command: missing, expected what follows `offline-lmrl prepare`")
+            raise InputError("prepare.command: missing, expected the SOURCE of `offline-lmrl prepare SOURCE`")
         if not self.evaluated:
             raise InputError("methods: found none to evaluate, expected at least one")
         if self.baseline:
@@ -315,7 +315,9 @@ class CompareConfig:
         for name in self.methods:
             self._check_way(name)
         if self.partner is not None and "partner" in self.methods:
-            raise InputError("methods: found the name 'partner' beside a partner, expected another: it has its run")
+            raise InputError(
+                "methods: found the name 'partner' beside a partner, expected another: it names the partner's run"
+            )
         self._check_selection()
 
     @property
@@ -354,7 +356,9 @@ class CompareConfig:
         """
         if name in before:
             circle = " <- ".join([*before, name])
-            raise InputError(f"methods.{name}: found the circle {circle}, expected `from` and the like to lead out")
+            raise InputError(
+                f"methods.{name}: found the circle {circle}, expected `from`, `critic` and `judge` without a circle"
+            )
         method = self.methods[name]
         for key, other in (("from", method.start_from), ("critic", method.critic), ("judge", method.judge)):
             if other is not None:
@@ -362,17 +366,17 @@ class CompareConfig:
                 self._check_way(other, (*before, name))
         if method.start_from is not None and (stated := sorted(set(ELSEWHERE) & set(method.model))):
             where = f"methods.{name}.model.{stated[0]}"
-            raise InputError(f"{where}: found beside `from`, which decides it, expected only one of them")
+            raise InputError(f"{where}: found beside `from`, which sets it, expected only one of them")
         if method.scorer is not None:
             require_known([method.scorer], set(self.methods), f"methods.{name}.planner.scorer")
         if method.asks is not None:
             require_known([method.asks], set(self.methods), f"methods.{name}.sampling.ask")
         if method.judge is not None and "reward" in (method.preference or {}):
             where = f"methods.{name}.preference.reward"
-            raise InputError(f"{where}: found beside `judge`, which decides it, expected only one of them")
+            raise InputError(f"{where}: found beside `judge`, which sets it, expected only one of them")
         if method.critic is not None and "critic" in method.args:
             where = f"methods.{name}.args.critic"
-            raise InputError(f"{where}: found beside `critic`, which decides it, expected only one of them")
+            raise InputError(f"{where}: found beside `critic`, which sets it, expected only one of them")
 
     def _check_selection(self) -> None:
         chosen = self.evaluation.selection
@@ -385,7 +389,7 @@ class CompareConfig:
         if same and shared > 0:
             raise InputError(
                 f"evaluation.selection.first_seed: found {shared} episode seeds that are also reported, "
-                "expected others, or another `environment`"
+                "expected other seeds, or another `environment`"
             )
 
     @classmethod

@@ -159,7 +159,7 @@ def _level(axes: Axes, results: Results, line: Callable) -> None:
             line(row["score"], color="#8a9199", linestyle=style, linewidth=1.2, zorder=1)
 
 
-LEVELS = "The dotted line is the mean of the logs, the dashed one the optimum, where they are known."
+LEVELS = "Dotted line: mean score of the logs; dashed line: best possible score; each only if it is known."
 
 
 def score_per_method(results: Results) -> tuple[Figure, str]:
@@ -178,8 +178,8 @@ def score_per_method(results: Results) -> tuple[Figure, str]:
     axes.set_ylim(len(keys) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     return figure, (
-        "Mean over seeds and episodes with its 95% interval (of one seed: of this run over episodes); ticks below it "
-        f"are the seeds. {LEVELS}"
+        "Mean over training seeds and episodes with its 95% interval (with one seed: of this run over episodes); the "
+        f"ticks below it are the means of the seeds. {LEVELS}"
     )
 
 
@@ -187,7 +187,7 @@ def return_against_kl(results: Results) -> tuple[Figure, str]:
     figure, axes = _axes(xlabel="√KL(decoding ‖ policy), √nats per episode", ylabel="score")
     keys = [key for key, runs in results.groups.items() if all(run.get("kl") is not None for run in runs)]
     if not keys:
-        raise Missing("no row has a KL: only sampled play of a language model gives one")
+        raise Missing("no row has a KL, which only sampled play of a language model gives")
     _level(axes, results, axes.axhline)
     colour = colours(results)
     for key in keys:
@@ -202,9 +202,10 @@ def return_against_kl(results: Results) -> tuple[Figure, str]:
         _mark(axes, results, key, _root(_mean(run["kl"] for run in runs)))
     _legend(figure, results, keys)
     return figure, (
-        "Large markers: the reported settings with their 95% intervals. KL of what is sampled from the method's own "
-        "policy without filters and guidance, at the same temperature. Thin lines: every β tried, a line per seed, "
-        "on the episodes for choosing, or PPO's iterations, whose KL is the one from its start."
+        "Large markers: the reported settings with their 95% intervals. The KL is that of the decoded distribution "
+        "from the method's own policy at the same temperature, without filters and guidance. Thin lines, one per "
+        "training seed: every β that was tried, on the episodes for choosing β; for PPO its iterations, with the KL "
+        "from its start policy."
     )
 
 
@@ -260,10 +261,10 @@ def _count_scale(axes: Axes, zero: float | None = None) -> None:
 def return_against_training(results: Results) -> tuple[Figure, str]:
     figure, axes = _axes()
     if not any(run["cost"]["training_tokens"] for run in results.of("run")):
-        raise Missing("no row has training tokens")
-    _against(results, "tokens read in training", lambda run: run["cost"]["training_tokens"], axes, figure)
+        raise Missing("no method has training tokens")
+    _against(results, "training tokens", lambda run: run["cost"]["training_tokens"], axes, figure)
     _count_scale(axes)
-    return figure, f"As often as they were read, with those of the runs that a method starts or learns from. {LEVELS}"
+    return figure, f"A token counts each time it is read, also in runs that a method starts or learns from. {LEVELS}"
 
 
 def return_against_play(name: str, results: Results) -> tuple[Figure, str]:
@@ -271,9 +272,9 @@ def return_against_play(name: str, results: Results) -> tuple[Figure, str]:
     costs = [run["cost"].get(name, 0) for run in results.of("run")]
     least = min(filter(None, costs), default=None)
     if least is None:
-        raise Missing("no method here played or asked for rewards while it learnt")
+        raise Missing("no method here played or queried rewards in training")
     if name == "reward_queries" and costs == [run["cost"].get("environment_steps", 0) for run in results.of("run")]:
-        raise Missing("the same as against environment steps: every step was scored")
+        raise Missing("it equals the figure with environment steps, because every step was scored")
     curves = [(run, row) for run in results.of("run") for row in run.get("curve") or () if row[name] > 0]
     least = min([least, *(row[name] for _, row in curves)])
     nowhere = least / 4  # where runs with a count of 0 are drawn, as a logarithmic axis has no 0
@@ -285,8 +286,8 @@ def return_against_play(name: str, results: Results) -> tuple[Figure, str]:
     _count_scale(axes, nowhere)
     axes.axvline(least / 2, color="#8a9199", linewidth=0.8)
     return figure, (
-        "Large markers: after training, as evaluated. Left of the line: methods that learnt from logs alone. Thin "
-        f"lines: episodes played while learning, a line per seed. {LEVELS}"
+        "Large markers: the score in this evaluation. Left of the vertical line: methods that learnt from logs alone. "
+        f"Thin lines, one per training seed: the score of the episodes played in training. {LEVELS}"
     )
 
 
@@ -297,7 +298,7 @@ def return_against_decoding(results: Results) -> tuple[Figure, str]:
     _against(results, "generated tokens per answer", _tokens_per_answer, axes, figure)
     if any("planned_tokens" in run["labels"] for run in results.of("run")):
         _count_scale(axes)
-    return figure, f"All that is drawn for an answer, with what a planner imagines. {LEVELS}"
+    return figure, f"All sampled tokens count, also those that a planner imagines. {LEVELS}"
 
 
 def _tokens_per_answer(run: Row) -> float:
@@ -307,8 +308,8 @@ def _tokens_per_answer(run: Row) -> float:
 def achieved_against_asked(results: Results) -> tuple[Figure, str]:
     keys = [key for key, runs in results.groups.items() if all("ask" in run["labels"] for run in runs)]
     if not keys:
-        raise Missing("no method here was asked for a return; `evaluate RUN --asks` draws the whole curve of one")
-    figure, axes = _axes(xlabel="return asked for", ylabel="return achieved")
+        raise Missing("no method here has a requested return; `evaluate RUN --asks` draws the curve of a single run")
+    figure, axes = _axes(xlabel="requested return", ylabel="achieved return")
     asked = [_mean(run["labels"]["ask"] for run in results.groups[key]) for key in keys]
     axes.axline((asked[0], asked[0]), slope=1, color="#8a9199", linestyle=":", linewidth=1.2)
     for x, key in zip(asked, keys, strict=True):
@@ -317,14 +318,14 @@ def achieved_against_asked(results: Results) -> tuple[Figure, str]:
     room = 0.05 * (high - low) or 1.0
     axes.set(xlim=(low - room, high + room), ylim=(low - room, high + room))
     _legend(figure, results, keys)
-    return figure, "The dotted line is what was asked for."
+    return figure, "On the dotted line, the achieved return equals the requested one."
 
 
 def calibration_of_q(results: Results) -> tuple[Figure, str]:
     runs = [run for run in results.of("run") if run.get("calibration") and run["decode"] == "sampled"]
     if not runs:
-        raise Missing("no row has Q beside realised returns: no method with value heads, or all held-out logs are cut")
-    figure, axes = _axes(xlabel="Q of the logged token", ylabel="return that followed")
+        raise Missing("no row has Q and realised returns: no method has value heads, or all held-out logs are cut")
+    figure, axes = _axes(xlabel="Q of the logged token", ylabel="realised return")
     lowest = min(entry["q"] for run in runs for entry in run["calibration"])
     axes.axline((lowest, lowest), slope=1, color="#8a9199", linestyle=":", linewidth=1.2)
     for run in runs:
@@ -333,16 +334,17 @@ def calibration_of_q(results: Results) -> tuple[Figure, str]:
         axes.plot([entry["q"] for entry in bins], [entry["return_to_go"] for entry in bins], **line)
     _legend(figure, results, [Key(run["method"], "sampled", "offline") for run in runs])
     return figure, (
-        "Tokens of held-out logs in equally full bins of Q, a line per seed; on the dotted line Q is the discounted "
-        "return that followed. Below it Q promises more than the logs earned, as values of a better policy than "
-        "theirs will; a line that does not rise says that Q cannot tell good from bad."
+        "Agent tokens of held-out logs, in equally full bins of Q; one line per training seed. On the dotted line, Q "
+        "equals the discounted return that followed the token. Below it, Q is higher than that return, which is "
+        "expected if Q belongs to a better policy than the logs. If a line does not rise, Q does not separate good "
+        "tokens from bad ones."
     )
 
 
 def win_rates(decode: str, results: Results) -> tuple[Figure, str]:
     found = results.wins[decode]
     if not found:
-        raise Missing("fewer than two settings have the scores of every episode")
+        raise Missing("fewer than two settings have the score of every episode")
     keys = list(dict.fromkeys(key for pair in found for key in pair))
     figure, axes = _axes(0.42 * len(keys) + 1.6)
     shares = np.array([[found[a, b].mean if (a, b) in found else math.nan for b in keys] for a in keys])
@@ -360,8 +362,9 @@ def win_rates(decode: str, results: Results) -> tuple[Figure, str]:
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     return figure, (
-        "How often (%) the line scores more than the column in the same episode, a tie half; * where the 95% interval "
-        "excludes a half, over several training seeds. The table below has all of them with their intervals."
+        "Percentage of episodes in which the setting of the row scores higher than that of the column; a tie counts "
+        "half. * marks a 95% interval over several training seeds that excludes 50%. The table below lists all shares "
+        "with their intervals."
     )
 
 
@@ -372,14 +375,14 @@ FIGURES: dict[str, tuple[str, Callable[[Results], tuple[Figure, str]]]] = {
     "reward_queries": ("Return against reward queries", partial(return_against_play, "reward_queries")),
     "training_tokens": ("Return against training tokens", return_against_training),
     "generated_tokens": ("Return against generated tokens per answer", return_against_decoding),
-    "asked": ("Achieved against asked return", achieved_against_asked),
+    "asked": ("Achieved against requested return", achieved_against_asked),
     "calibration": ("Calibration of Q", calibration_of_q),
     "wins": ("Win rates, sampled", partial(win_rates, "sampled")),
     "wins_greedy": ("Win rates, greedy", partial(win_rates, "greedy")),
 }
 NEVER = {
-    "Proxy and gold score against √KL": "a comparison has one score, and no reward models of several sizes",
+    "Proxy and gold score against √KL": "a comparison has one score and no reward models of several sizes",
     "Data quality × method": "a comparison has one data set",
-    "Accuracy and calibration of a reward model": "`evaluate REWARD_MODEL --data PAIRS` prints them; no row has them",
-    "Accuracy against coverage": "no method of a comparison may abstain",
+    "Accuracy and calibration of a reward model": "no row has them; `evaluate REWARD_MODEL --data PAIRS` prints them",
+    "Accuracy against coverage": "methods of a comparison cannot abstain",
 }

@@ -42,12 +42,12 @@ COSTS = (
     "agent tokens",
 )
 EVERYWHERE = ("score [95%]", "beta", "seeds", "regime")
-PARTS = {"starts from": "start_from", "learns from": "critic", "judged by": "judge", "plays the runs of": "run_of"}
+PARTS = {"starts from": "start_from", "value model": "critic", "reward model": "judge", "plays the runs of": "run_of"}
 OWN = ("model", "args", "sampling", "planner", "betas", "preference")
-WINS = "How often the line scores more than the column in the same episode, a tie half."
+WINS = "Share of episodes in which the setting of the row scores higher than that of the column; a tie counts half."
 NO_FIGURES = {
-    "All figures": "matplotlib is not installed; after `pip install 'offline_lmrl[plots]'`, "
-    "`offline-lmrl compare FOLDER` with the folder of results.jsonl draws them"
+    "All figures": "matplotlib is not installed; run `pip install 'offline_lmrl[plots]'`, then "
+    "`offline-lmrl compare FOLDER` with the folder of results.jsonl"
 }
 HEAD, TAIL = 12, 4  # turns shown from the start and the end of a dialogue with more than HEAD + TAIL turns
 
@@ -86,7 +86,7 @@ def write_report(folder: str | Path) -> Path:
         files |= {f"figures/{drawing.name}.svg": drawing.svg, f"figures/{drawing.name}.png": drawing.png}
     files["manifest.json"] = json.dumps(manifest(results, files["results.jsonl"]), indent=1, ensure_ascii=False) + "\n"
     files |= {"report.md": visible(as_markdown(page)), "report.html": visible(as_html(page))}
-    shutil.rmtree(report / "figures", ignore_errors=True)  # figures that these rows no longer give would stay
+    shutil.rmtree(report / "figures", ignore_errors=True)  # figures that these rows no longer give would remain
     for name, content in files.items():
         with atomic_output(report / name) as temporary:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -114,8 +114,8 @@ def refuse_mixed(rows: Sequence[Row], source: Path) -> None:
         difference = say_differences(every, shared) or say_differences(row["config"], mine)
         if difference:
             raise InputError(
-                f"{source}: {row['method']}: {difference}; the results or the report of another "
-                "comparison lie here, move them away"
+                f"{source}: {row['method']}: {difference}; the folder holds results or a report "
+                "of another comparison: move them away"
             )
 
 
@@ -155,25 +155,30 @@ def blocks(results: Results, drawings: Sequence[Drawing], missing: Mapping[str, 
         ("h2", "Results"),
         (
             "p",
-            "Means over training seeds and episodes with 95% intervals (t, from the variances of seeds and of "
-            "clusters of episodes; with one seed, of this run over episodes). β offline: the largest within a KL "
-            "budget on held-out logs. β by returns: the best on other episodes, which needs an environment. The "
-            "column “minus” is paired by seed and episode, * where its interval over several seeds excludes 0: only "
-            "that is better, or worse. Published figures were not measured here.",
+            "A score is the mean undiscounted return over training seeds and episodes, with its 95% interval "
+            "(Student's t, from the variances of training seeds and of clusters of episodes). With one training "
+            "seed, the interval describes that run over episodes. “behaviour” is the mean return of the training "
+            "data, “optimum” the best possible mean score; published results were not measured here. β is the weight "
+            "of value guidance: “β offline” is the largest one within a KL budget on held-out logs, “β by returns” "
+            "the best on other episodes, which needs an environment. The column “minus …” is the difference from the "
+            "method named there, paired by seed and episode; * marks an interval over several seeds that excludes 0, "
+            "and only such a method is called better or worse. “regime” is the data that a method learnt from; "
+            "“invalid” is the share of agent turns that the environment refused.",
         ),
         ("table", [_results_of(line, f"minus {results.shown['baseline']}") for line in lines]),
         ("h2", "Cost"),
         (
             "p",
-            "Training tokens include those of the runs that a method starts or learns from; generated: in "
-            "this evaluation; agent tokens: per episode.",
+            "Means over training seeds. “training tokens” include those of the runs that a method starts from or "
+            "learns from; “training s” is wall time in seconds; “generated” is the number of tokens generated in this "
+            "evaluation; “agent tokens” are per episode.",
         ),
         ("table", [_only(line, ("method", *EVERYWHERE, *COSTS)) for line in lines if "regime" in line]),
     ]
     if chosen := _choices(results):
         page += [
             ("h2", "β chosen offline against β chosen by returns"),
-            ("p", "The gap is the price of having no environment to choose in. One β per seed."),
+            ("p", "The difference is the cost of choosing β without an environment. The β columns list one per seed."),
             ("table", chosen),
         ]
     if drawn:
@@ -181,14 +186,14 @@ def blocks(results: Results, drawings: Sequence[Drawing], missing: Mapping[str, 
     for name, found in results.wins.items():
         if found:
             page += [("h3", f"Win rates, {name}"), ("p", WINS), ("table", _matrix(found))]
-    page += [("h2", "What is not drawn"), ("list", [f"{title}: {reason}." for title, reason in missing.items()])]
+    page += [("h2", "Figures not drawn"), ("list", [f"{title}: {reason}." for title, reason in missing.items()])]
     if told := _dialogues(results):
         page += [
             ("h2", "Ten fixed dialogues"),
             (
                 "p",
-                "The same episodes for every method, drawn by number before anything was played, of the first "
-                "training seed. Nothing is filtered; the middle of long ones is left out.",
+                "The same episodes for every method, chosen at random before any play; the runs are those of the "
+                "first training seed. No dialogue is omitted, but the middle of a long one is cut.",
             ),
             ("dialogues", told),
         ]
@@ -209,25 +214,25 @@ def glance(results: Results) -> list[str]:
     line = next(line for line in _settings(results) if line["method"] == str(best))
     spent = [f"{line[name]} {name}" for name in COSTS[:5] if name in line]
     said = [
-        f"Highest score with no setting chosen by returns: {best}: {_with_n(results.estimates[best])} episodes, "
+        f"Highest score without a β chosen by returns: {best}: {_with_n(results.estimates[best])} episodes, "
         f"{len(runs)} training seed{'s'[: len(runs) != 1]}.",
-        f"It learnt from: {runs[0]['regime']}. It cost {', '.join(spent)}.",
+        f"Its training data: {runs[0]['regime']}. Its cost: {', '.join(spent)}.",
     ]
     baseline = results.shown["baseline"]
     same = next((key for key in keys if key.method == baseline and key.decode == best.decode), None)
     if same and same != best and (difference := results.difference(best, same)):
-        said.append(f"Against {same}: {difference}, {_verdict(difference)}.")
+        said.append(f"Its difference from {same}: {difference}, {_verdict(difference)}.")
     rivals = {key: results.difference(best, key) for key in keys if key != best and key.decode == best.decode}
     close = [str(key) for key, difference in rivals.items() if difference and difference.low <= 0 <= difference.high]
     if close:
-        said.append(f"Not told apart from it (the paired interval includes 0): {'; '.join(close)}.")
+        said.append(f"Not distinguishable from it (the paired interval includes 0): {'; '.join(close)}.")
     guided = [key for key in results.groups if key.chosen == "returns"]
     if guided:
         top = max(guided, key=lambda key: results.estimates[key].mean)
-        said.append(f"Highest with β chosen by returns on other episodes: {top}: {results.estimates[top]}.")
+        said.append(f"Highest score with β chosen by returns on other episodes: {top}: {results.estimates[top]}.")
     if len(runs) < FEW_SEEDS:
-        several = f"Fewer than {FEW_SEEDS} training seeds: their intervals are wide, so every seed's value is printed."
-        one = "One training seed: intervals speak of this run over episodes, and no method is called better."
+        several = f"Fewer than {FEW_SEEDS} training seeds: intervals are wide, so the table lists every seed."
+        one = "One training seed: intervals describe this run over episodes, and no method is called better."
         said.append(several if len(runs) > 1 else one)
     return said
 
@@ -238,9 +243,9 @@ def _with_n(estimate: Estimate) -> str:
 
 def _verdict(difference: Estimate) -> str:
     if difference.low <= 0 <= difference.high:
-        return "not told apart: the paired interval includes 0"
+        return "not distinguishable: the paired interval includes 0"
     if not difference.sure:
-        return f"{'higher' if difference.low > 0 else 'lower'} in this run, which says nothing of the methods"
+        return f"{'higher' if difference.low > 0 else 'lower'} in this run; one training seed cannot rank methods"
     return f"{'better' if difference.low > 0 else 'worse'}: the paired interval excludes 0"
 
 
@@ -334,8 +339,8 @@ def _configuration(results: Results) -> list[Block]:
     regimes = {run["method"]: run["regime"] for run in runs}
     fixed = {
         "environment": config["environment"],
-        "model": config["model"],
-        "settings of all methods": config["args"],
+        "model settings of all methods": config["model"],
+        "algorithm settings of all methods": config["args"],
         "partner": config["partner"],
         "evaluation": config["evaluation"],
         "data": config["data"],
@@ -368,8 +373,8 @@ def _configuration(results: Results) -> list[Block]:
         *([("h3", "Made by"), ("table", made)] if made else []),
         (
             "p",
-            "manifest.json has all of it. Everything here is drawn from results.jsonl; `offline-lmrl compare "
-            "FOLDER`, with the folder it lies in, draws it again.",
+            "manifest.json holds the complete settings. This page is made from results.jsonl alone; `offline-lmrl "
+            "compare FOLDER`, with the folder of that file, makes it again.",
         ),
     ]
 

@@ -70,7 +70,7 @@ def _check_row(row: Any, where: str) -> None:
         raise InputError(f"{where}: kind: found {shown(kind)}, expected one of {', '.join(NEEDED)}")
     for name, type_ in NEEDED[kind].items():
         if not isinstance(row.get(name), type_):
-            raise InputError(f"{where}: {name}: found {shown(row.get(name))}, expected what `compare` wrote there")
+            raise InputError(f"{where}: {name}: found {shown(row.get(name))}, expected what `compare` writes")
     for cell in row["cells"] if kind == "run" else ():
         if not (isinstance(cell, list) and len(cell) == 3 and all(isinstance(n, int | float) for n in cell[1:])):
             raise InputError(f"{where}: cells: found {shown(cell)}, expected [cluster, sum of scores, episodes]")

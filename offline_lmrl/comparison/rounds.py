@@ -52,12 +52,12 @@ def train_in_rounds(
     if load_algorithm(algorithm)[1].plays or data.train is None:
         raise InputError(
             f"collect: found it for {algorithm} with data.train {data.train!r}, expected an algorithm "
-            "that learns from data, and data"
+            "that learns from data, and a value of data.train"
         )
     if data.preference is not None:
         raise InputError(
-            "collect: found it beside data.preference, expected scored trajectories: what is played "
-            "brings its own rewards"
+            "collect: found it beside data.preference, expected only one of them: the played episodes "
+            "have rewards of their own"
         )
     SamplingConfig.from_dict(collect.sampling)  # a mistake shows before anything is trained
     world, played = make_environment(**environment, **(players or {})), Counter()
@@ -105,9 +105,9 @@ def _collected(
 
 
 def _read_costs(report: Path) -> dict[str, Any]:
-    advice = "the costs of a round of play; remove it, and the round is played again"
+    advice = "the costs of a round of play; if it is removed, the round is played again"
     found = read_object(report, advice)
     with reading(report, advice):
         if not all(isinstance(count, int) for name, count in found.items() if name != "weights"):
-            raise TypeError("costs that are no numbers")
+            raise TypeError("costs that are not whole numbers")
     return found

@@ -16,7 +16,7 @@ from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.evaluation.metrics import Estimate
 from offline_lmrl.evaluation.play import EvaluationResult, evaluate_policy
 
-FEW_TURNS = 30  # a bin with fewer training turns is marked as hardly learnt
+FEW_TURNS = 30  # a bin with fewer training turns is marked in the table
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ def ask_table(points: Sequence[AskPoint]) -> str:
 
     With three asks or more, a last line holds the correlation of the two and their mean distance.
     """
-    lines = [f"{'ask':>8} {'asked':>9} {'bin':>5} {'training turns':>15} {'clipped':>8}   achieved [95%]"]
+    lines = [f"{'ask':>8} {'requested':>9} {'bin':>5} {'training turns':>15} {'clipped':>8}   achieved [95%]"]
     for point in points:
-        few = "  (hardly learnt)" if point.training_turns < FEW_TURNS else ""
+        few = "  (few training turns)" if point.training_turns < FEW_TURNS else ""
         lines.append(
             f"{point.ask!s:>8} {point.asked:9.3f} {point.bin:5d} {point.training_turns:15d} "
             f"{point.clipped:8.0%}   {point.achieved} n={point.achieved.n}{few}"
@@ -127,10 +127,10 @@ def draw_asks(points: Sequence[AskPoint], path: Path) -> None:
     ends = np.array([point.achieved.interval or [point.achieved.mean] * 2 for point in points]).T
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.axline((asked.mean(), asked.mean()), slope=1, color="0.7", linestyle=":", label="as asked")
+    axes.axline((asked.mean(), asked.mean()), slope=1, color="0.7", linestyle=":", label="achieved = requested")
     axes.fill_between(asked, *ends, alpha=0.2)
-    axes.plot(asked, achieved, marker="o", label="achieved, 95 %")
-    axes.set(xlabel="return asked for", ylabel="return achieved")
+    axes.plot(asked, achieved, marker="o", label="achieved, with 95% interval")
+    axes.set(xlabel="requested return", ylabel="achieved return")
     axes.legend(frameon=False)
     figure.savefig(path)
 

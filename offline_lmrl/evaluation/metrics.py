@@ -71,7 +71,7 @@ class Estimate(NamedTuple):
     def to_text(self, decimals: int) -> str:
         """Return the mean and the interval as text, without "of this run"."""
         if self.interval is None:
-            return f"{self.mean:.{decimals}f} (no interval: one cluster of episodes counts)"
+            return f"{self.mean:.{decimals}f} (no interval: only one cluster of episodes)"
         return f"{self.mean:.{decimals}f} [{self.low:.{decimals}f}, {self.high:.{decimals}f}]"
 
     def __str__(self) -> str:

@@ -56,7 +56,7 @@ class WeightedReturn:
 
     def __str__(self) -> str:
         text = f"{self.score}, effective sample size {self.effective:.1f} of {self.episodes} episodes"
-        return text + (f" ({self.cut} cut ones count as logged)" if self.cut else "")
+        return text + (f" (cut episodes: {self.cut}, with their logged return)" if self.cut else "")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class FittedValue:
         rule = self.discount
         by = f"γ {rule.discount_per_token:g} per token and {rule.discount_per_turn:g} per turn"
         each = " ".join(f"{value:.2f}" for value in self.fits)
-        fits = f"(fits: {each}; an error that they share shows nowhere)"
+        fits = f"(fits: {each}; they do not show an error that all share)"
         return f"{self.value:.2f} {fits}, {by}, TD error {self.td_error:.3g}"
 
 
@@ -104,7 +104,7 @@ def importance_sampling(policy: LanguagePolicy, trajectories: Sequence[Trajector
     behaviour = [sum(map(sum, of.values())) for of in said]
     log_weight = np.bincount(steps.trajectory, steps.acting_log_prob, minlength=len(trajectories)) - behaviour
     if not np.isfinite(log_weight.max()):
-        raise InputError("found no trajectory that this policy could have played, expected at least one")
+        raise InputError("found only trajectories of probability 0 under this policy, expected at least one other")
     weight = np.exp(log_weight - log_weight.max())  # a common factor cancels in ΣwG / Σw; this one avoids overflow
     groups = [t.group or index for index, t in enumerate(trajectories)]
     returns = [t.total_return for t in trajectories]
@@ -180,18 +180,18 @@ def _require_all(known: Iterable[bool]) -> None:
     if unknown := known.count(False):
         raise InputError(
             f"found {unknown} of {len(known)} trajectories without behaviour_log_prob for each of this "
-            "policy's tokens (or with a choice of texts), expected none"
+            "policy's tokens (or in which the agent chose from given texts), expected none"
         )
 
 
 def _require_plain(policy: LanguagePolicy) -> None:
     if policy.slots is not None:
         raise InputError(
-            "found a policy that is conditioned on returns, expected one that is not: what it is asked "
-            "for is no part of the logs"
+            "found a policy that is conditioned on returns, expected one that is not: the logs contain "
+            "no requested returns"
         )
     if settings(policy.model.config).get("prompt") is not None:
-        raise InputError("found a policy trained behind demonstrations, expected one trained without a prompt")
+        raise InputError("found a policy trained with few-shot demonstrations, expected one trained without them")
 
 
 class _Logs:

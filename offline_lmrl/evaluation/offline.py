@@ -339,13 +339,13 @@ class OfflineReport:
         lines.append(f"log π per agent token (nats): {self.log_prob}")
         if self.by_beta is None:
             return "\n".join(lines)
-        lines.append("predicted Q against realised return to go, by bins of Q:")
+        lines.append("mean Q and mean realised return-to-go of agent tokens, by bins of Q:")
         lines += [f"  {row['q']:10.3f} {row['return_to_go']:10.3f}   n={row['n']}" for row in self.calibration]
-        ranked = "no group with different returns" if self.ranking is None else f"{self.ranking} n={self.ranking.n}"
-        lines.append(f"pairs of a group that Σ(Q − V) orders as their returns do (.5 is chance): {ranked}")
+        ranked = "no group has different returns" if self.ranking is None else f"{self.ranking} n={self.ranking.n}"
+        lines.append(f"share of pairs in a group that Σ(Q − V) orders as their returns do (0.5 is chance): {ranked}")
         lines.append("guidance:   beta   KL(guided ‖ π) per token   choices changed")
         lines += [f"  {row['beta']:14g} {row['kl']:16.4f} {row['changed']:23.1%}" for row in self.by_beta]
-        lines.append(f"beta chosen offline: {self.beta:g} (the largest within {self.kl_budget:g} nats per token)")
+        lines.append(f"beta chosen offline: {self.beta:g} (the largest with KL ≤ {self.kl_budget:g} nats per token)")
         return "\n".join(lines)
 
 
@@ -391,7 +391,7 @@ def show(policy: LanguagePolicy, trajectory: Trajectory, demonstrations: Sequenc
       demonstrations: as in `read_logs`.
     """
     steps = read_logs(policy, [trajectory], demonstrations=demonstrations)
-    lines = [f"return {trajectory.total_return:g}" + ("" if trajectory.terminated else " (the log was cut)")]
+    lines = [f"return {trajectory.total_return:g}" + ("" if trajectory.terminated else " (partial: the log was cut)")]
     for number, turn in enumerate(trajectory.turns):
         lines.append(f"{turn.role}: {turn.content}")
         if turn.is_trainable and turn.reward is not None:

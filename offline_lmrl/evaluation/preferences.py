@@ -52,7 +52,7 @@ def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
         if row.preference(i, j) != 0.5
     ]
     if not pairs:
-        raise InputError("comparisons: found only ties, expected pairs of which one reply is better")
+        raise InputError("comparisons: found only ties, expected pairs in which one reply is better")
 
     def right(value) -> Cells:
         """Count, by group, how often the better option has the higher value; equal values count half.

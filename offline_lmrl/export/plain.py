@@ -58,21 +58,21 @@ class Export:
     readable: bool
 
     def __str__(self) -> str:
-        form, line = self.form, "plays: the policy as it is"
+        form, line = self.form, "plays: the policy without value guidance"
         if form.beta != 0:
             line = f"plays: log π + {form.beta:g} · Q, {form.q_reduce} of the Q heads, folded into the LM head"
         if self.returns:
-            line += f", told a return by {self.returns[1]} to {self.returns[-1]}, or {self.returns[0]} for none"
+            line += f"; {self.returns[1]} to {self.returns[-1]} request a return, {self.returns[0]} requests none"
         lines = [
             line,
-            f"exact: the log-probability of each token is the run's to within {self.difference:.1g} nats, "
-            f"compared after {self.states} prefixes of drawn tokens and of the run's own text",
+            f"exact: the largest difference of a log-probability from the run's is {self.difference:.1g} nats, "
+            f"measured after {self.states} prefixes of random tokens and of the run's own text",
         ]
         if form.stop:
             texts = " or ".join(map(repr, form.stop))
-            lines.append(f"the run also ends a reply before {texts}; engines have to be told so")
+            lines.append(f"the run also ends a reply before {texts}: set these stop texts in the engine")
         if not self.readable:
-            lines.append("the tokenizer reads the example prompt otherwise than in training: serve ids, not text")
+            lines.append("the tokenizer reads the example prompt differently from training: send token ids, not text")
         return "\n".join(lines)
 
 
@@ -103,7 +103,7 @@ def export_run(
     """
     output = Path(output)
     if output.exists():
-        raise InputError(f"output: found {output}, which is there already, expected a new folder")
+        raise InputError(f"output: found {output}, which exists already, expected a new folder")
     saved = saved_settings(run)
     form = SamplingConfig.from_dict({**(saved.get("sampling") or {}), **sampling})
     _check_exportable(run, saved, form, sampling.get("ask"))
@@ -145,35 +145,35 @@ def _check_exportable(
     Raises: InputError that names the setting.
     """
     if ask is not None and "returns" not in saved:
-        raise InputError(f"ask: found {shown(ask)}, expected none, as this model was not trained with returns")
+        raise InputError(f"ask: found {shown(ask)}, expected none: this model was not trained with returns")
     algorithm = saved.get("algorithm")
     if algorithm in (None, "reward_model"):
         found = "a model that no run of this project wrote" if algorithm is None else "a reward model"
-        raise InputError(f"run: found {found} in {run}, expected the run of a policy; such a folder is plain already")
+        raise InputError(f"run: found {found} in {run}, expected the run of a policy")
     if form.condition_scale != 0:
         raise InputError(
             f"condition_scale: found {form.condition_scale:g}, expected 0: guidance by returns reads each prompt "
-            "twice, which no plain engine does"
+            "twice, which inference engines do not do"
         )
     if form.beta == 0:
         if form.support > 0 and form.temperature > 0 and form.top_p not in (None, 1.0):
             raise InputError(
                 f"support: found {form.support:g} with top_p {form.top_p:g}, expected one of them: engines filter by "
-                "top_p first; give --support 0 or --top_p null, and evaluate the run so before you serve it"
+                "top_p first; give --support 0 or --top_p null, and evaluate the run with this before you serve it"
             )
         return
     heads = saved.get("value_heads")
     if heads is None:
-        raise InputError(f"beta: found {form.beta:g}, expected 0, as this run has no value heads")
+        raise InputError(f"beta: found {form.beta:g}, expected 0: this run has no value heads")
     if "returns" in saved:
         raise InputError(
-            f"beta: found {form.beta:g} on a model that is told returns, expected 0: Q is read where none is asked "
-            "for, and no plain engine reads a prompt twice"
+            f"beta: found {form.beta:g} on a return-conditioned model, expected 0: Q is computed without a requested "
+            "return, and engines do not read a prompt twice"
         )
     if heads["kind"] == "mlp":
         raise InputError(
-            f"beta: found {form.beta:g} on mlp heads, which do not fold into the LM head, expected heads "
-            "that are tied or linear, or 0, which exports the policy without them"
+            f"beta: found {form.beta:g} on mlp heads, which do not fold into the LM head, expected tied or "
+            "linear heads, or --beta 0, which exports the policy without guidance"
         )
     _check_folds(form, heads["heads"])
 
@@ -202,9 +202,9 @@ def _check_folds(form: SamplingConfig, heads: int) -> None:
         found = ", ".join(f"{name} {getattr(form, name)}" for name in wrong)
         given = " ".join(f"--{name} {_setting(value)}" for name, value in wrong.items())
         raise InputError(
-            f"beta: found {form.beta:g} with {found}, expected guidance that folds into the LM head exactly: play the "
-            f"run itself (evaluate, generate), or export another policy, once you have evaluated it, with {given}, "
-            "or with --beta 0"
+            f"beta: found {form.beta:g} with {found}, expected guidance that folds into the LM head exactly: use the "
+            f"run itself (evaluate, generate), or export another policy with {given}, or with --beta 0, after you "
+            "have evaluated it"
         )
 
 
@@ -234,7 +234,7 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
     """
     names = ["<return_none>", *(f"<return_{b}>" for b in range(1, count))]
     if known := set(names) & set(tokenizer.get_vocab()):
-        raise InputError(f"tokenizer: found {min(known)} among its tokens, expected none of the names of returns")
+        raise InputError(f"tokenizer: found the token {min(known)}, expected no tokens with the names of returns")
     tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in names], special_tokens=True)
     return tokenizer.convert_tokens_to_ids(names)
 
@@ -321,7 +321,7 @@ def _difference(
     except ValueError as error:  # the text model inside some multimodal ones has a config that no auto class knows
         raise InputError(
             f"run: found a {type(policy.model.config).__name__}, which engines cannot open as a causal "
-            f"LM ({str(error).splitlines()[0]}), expected a model that they can"
+            f"LM ({str(error).splitlines()[0]}), expected a causal LM"
         ) from error
     spelt = torch.tensor([*range(rows), *ids])
     for sample in samples:
@@ -331,10 +331,10 @@ def _difference(
         apart = (scores.log_softmax(-1) - sample.log_prob).abs().max()
         difference = max(difference, apart.nan_to_num(torch.inf).item())
     if not difference < TOLERANCE:
-        remedy = "" if policy.sampling.beta == 0 else "; give --beta 0 for the policy without values"
+        remedy = "" if policy.sampling.beta == 0 else "; give --beta 0 to export the policy without guidance"
         raise InputError(
             f"run: found an export of {exported.config.model_type} that differs from the run by "
-            f"{difference:.2g} nats, expected less than {TOLERANCE:g}: this one cannot be exported{remedy}"
+            f"{difference:.2g} nats, expected less than {TOLERANCE:g}: this run cannot be exported exactly{remedy}"
         )
     return difference
 
@@ -370,24 +370,24 @@ def _card(policy: LanguagePolicy, saved: Mapping[str, Any], report: Export, exam
     window = policy.window
     turns = "all" if window.context is None else f"at most {window.context}"
     stock = policy.renderer.differences(EXAMPLE)
-    shown = "" if saved.get("prompt") is None else "; demonstrations of the task before all else"
+    shown = "" if saved.get("prompt") is None else "; few-shot demonstrations of the task come first"
     lines = [
         f"# {policy.model.config.model_type}, trained by offline RL from logs",
         "",
         f"A run of offline_lmrl (algorithm {saved['algorithm']}) as a plain checkpoint: transformers and other "
-        "engines load it as they load its base model.",
+        "engines load it in the same way as its base model.",
         "",
         *(f"- {line}" for line in str(report).splitlines()),
         "",
         "## Prompts",
         "",
-        f"As in training: turns before the agent's own: {turns}; tokens with the reply: {window.max_length}{shown}. "
-        "A prompt reads",
+        f"As in training: turns before the agent's own: {turns}; tokens, reply included: {window.max_length}{shown}. "
+        "Example of a prompt:",
         "",
         *(f"    {line}" for line in example.splitlines()),
         "",
-        f"and the reply ends with {policy.renderer.tokenizer.convert_ids_to_tokens(policy.renderer.close_id)!r}.",
-        *([] if stock is None else ["", f"The stock chat template prints something else: {stock}."]),
+        f"The reply ends with {policy.renderer.tokenizer.convert_ids_to_tokens(policy.renderer.close_id)!r}.",
+        *([] if stock is None else ["", f"The stock chat template prints different text: {stock}."]),
         *_returns_card(policy, saved.get("returns"), report),
     ]
     return "\n".join(lines) + "\n"
@@ -403,18 +403,18 @@ def _returns_card(policy: LanguagePolicy, block: Mapping[str, Any] | None, repor
         "",
         "## Returns",
         "",
-        "The return that is still asked for stands as text before every turn of the agent, the coming one and earlier "
-        f"ones, as in the prompt above; {none} stands where none is asked for. After a turn that earned r, "
-        f"what is left of R is (R − r) / {slots.discount_per_turn:g}; turns that were told something keep it.",
+        "Before each agent turn, the next one and earlier ones, the prompt has the text of the requested return, "
+        f"as in the example above, or {none} if no return is requested. After a turn that earned r, the requested "
+        f"return R becomes (R − r) / {slots.discount_per_turn:g}; the text before an earlier turn stays unchanged.",
     ]
     if tokens:
         lines[-1] += (
             " `generation_config.json` suppresses these tokens in replies; engines that do not read "
-            "`suppress_tokens` have to be told not to emit them."
+            "`suppress_tokens` must be configured to suppress them."
         )
     lines += [
         "",
-        f"The run asks for {_asked(slots, ask, texts)}. The training data, in reward units:",
+        f"The run requests: {_asked(slots, ask, texts)}. Returns in the training data, in reward units:",
         "",
         "| task | text | from | to | training turns |",
         "|---|---|---|---|---|",
@@ -428,7 +428,7 @@ def _returns_card(policy: LanguagePolicy, block: Mapping[str, Any] | None, repor
 
 def _asked(slots: Slots, ask: float | str | None, texts: Sequence[str]) -> str:
     if isinstance(ask, str) and not ASK_NAMES.fullmatch(ask):
-        return f"{ask}, which is read from heads that this checkpoint does not have: choose a return"
+        return f"{ask}, which is computed by heads that this checkpoint does not have: choose a return"
     if ask is None or slots.scale.per == "task":
         return "none" if ask is None else f"{ask} of the task"
     value = slots.scale.named_ask(ask) if isinstance(ask, str) else ask

@@ -312,7 +312,7 @@ def test_unknown_names_are_refused_with_the_nearest(refused, trained):
         (["--data", "DATA", "--planner.width", "2"], "planner: found it with no --environment"),
         (["--environment", "gamble", "--planner.width", "2", "--ask", "max"], "ask: found 'max' with --planner"),
         (["--environment", "gamble", "--asks", "[0, 1]", "--ask", "2"], "ask: found 2.0 with --asks"),
-        (["--environment", "gamble", "--asks", "[]"], "asks: found none, expected returns"),
+        (["--environment", "gamble", "--asks", "[]"], "asks: found none, expected a list of returns to request"),
         (["--data", "DATA", "--asks", "[0]"], "asks: found some without --environment"),
         (["--environment", "gamble", "--asks", "[0]", "--output", "x.png"], "output: found x.png with --asks"),
         (
@@ -685,5 +685,5 @@ def test_prepare_does_not_write_over_what_it_reads(refused, tmp_path, given):
     rows = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n"
     (tmp_path / "logs" / "train.jsonl").write_text(rows)
     message = refused("prepare", "preferences", "--input", tmp_path / given, "--output", tmp_path / "logs")
-    assert message == f"output: found {tmp_path / 'logs'}, where the input lies, expected another folder"
+    assert message == f"output: found {tmp_path / 'logs'}, which is or contains the input, expected another folder"
     assert [path.read_text() for path in (tmp_path / "logs").iterdir()] == [rows]

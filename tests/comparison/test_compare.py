@@ -327,16 +327,16 @@ def test_repeats_are_for_sampled_play_only(world):
         ("methods__ilql__args", {"expectile": 2.0}, "expectile: found 2.0, expected 0.5 to"),
         ("methods__ilql__args", {"seed": 3}, "methods.ilql.args.seed: found a value, expected none"),
         ("methods__ilql__algorithm", "illql", "algorithm: found 'illql'"),
-        ("methods__ilql__critic", "bc", "methods.ilql.critic: found 'bc', but ilql takes no critic"),
+        ("methods__ilql__critic", "bc", "methods.ilql.critic: found 'bc', expected none: ilql takes no critic"),
         ("methods__bc__planner", {"wide": 3}, "methods.bc.planner: found 'wide', .*did you mean 'width'"),
         ("methods__bc__planner", {"depth": 0}, "depth: found 0, expected a whole number from 1"),
         ("methods__bc__sampling", {"temprature": 1}, "'temprature'; did you mean 'temperature'"),
         ("methods__bc__sampling", {"ask": "best"}, "ask: found 'best', expected a finite number"),
-        ("methods__bc__planner", {"scorer": "bc"}, "methods.bc.planner.scorer: found 'bc', without value heads"),
+        ("methods__bc__planner", {"scorer": "bc"}, "methods.bc.planner.scorer: found 'bc', which has no value heads"),
         (
             "methods__bc",
             {"algorithm": "return_conditioned", "sampling": {"ask": "auto:bc"}},
-            "methods.bc.sampling.ask: found 'bc', without value heads",
+            "methods.bc.sampling.ask: found 'bc', which has no value heads",
         ),
         ("evaluation__sampling", {"top_p": 2}, "top_p: found 2"),
         ("partner", {"algorithm": "bc", "sampling": {"topp": 1}}, "sampling has no setting 'topp'"),
@@ -689,7 +689,7 @@ def test_a_method_that_fails_takes_those_with_it_that_need_it_and_no_other(world
         "broken-0 failed: max_length: found 8, expected more for evaluation.sampling.max_new_tokens (5); "
         "from-0, after-0, critic-0, again-0 skipped because of broken; "
         "told-0, planned-0 rows skipped because of broken; "
-        f"`offline-lmrl compare {world.out}` draws the rest, and the same command tries again what is missing"
+        f"`offline-lmrl compare {world.out}` reports on the rest, and the same command tries the missing runs again"
     )
     assert {call[0] for call in world.trained} == {"told-0", "planned-0", "bc-0", "ilql-0"}
     measured = {(row["method"], row["decode"]) for row in runs(world)}

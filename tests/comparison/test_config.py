@@ -37,7 +37,7 @@ def file(tmp_path):
                                   "x" * 101, '"a\\0b"', '"a\\nb"', '"a\\e[2Jb"'])  # fmt: skip
 def test_the_name_of_a_method_is_a_name(file, name):
     file.write_text(FILE.replace("  bc: {algorithm: bc}", f"  {name}: {{algorithm: bc}}"))
-    with pytest.raises(InputError, match="methods: found the name .*, expected one of letters, digits"):
+    with pytest.raises(InputError, match="methods: found the name .*, expected text of letters, digits"):
         CompareConfig.read(file)
 
 
@@ -91,8 +91,8 @@ def test_selection_may_share_seeds_when_its_environment_is_another(file):
         ({"evaluation.episods": 3}, "evaluation: found 'episods', expected one of .*; did you mean 'episodes'?"),
         ({"sedes": [1]}, "settings: found 'sedes', .*; did you mean 'seeds'?"),
         ({"methods.bc.algoritm": "bc"}, "methods.bc: found 'algoritm', .*; did you mean 'algorithm'?"),
-        ({"methods.bc": {"args": {}}}, "methods.bc: found neither, expected `algorithm`, or `run_of`"),
-        ({"methods.bc.run_of": "ilql"}, "methods.bc: found both, expected `algorithm`, or `run_of`"),
+        ({"methods.bc": {"args": {}}}, "methods.bc: found neither, expected either `algorithm` or `run_of`"),
+        ({"methods.bc.run_of": "ilql"}, "methods.bc: found both, expected either `algorithm` or `run_of`"),
         ({"methods.bc": {"run_of": "ilq"}}, "methods.bc.run_of: found 'ilq', .*; did you mean 'ilql'?"),
         ({"methods.bc": {"run_of": "ilql", "args": {}}}, "methods.bc.args: found beside `run_of`"),
         ({"methods.bc": {"run_of": "ilql", "judge": "start"}}, "methods.bc.judge: found beside `run_of`"),
@@ -115,8 +115,8 @@ def test_selection_may_share_seeds_when_its_environment_is_another(file):
         ({"methods.bc.planner": 4}, "methods.bc.planner: found 4, expected a mapping"),
         ({"methods.ilql.model": {"path": "gpt2"}}, "methods.ilql.model.path: found beside `from`"),
         ({"baseline": "start"}, "baseline: found 'start', expected one of bc, ilql"),
-        ({"seeds": []}, "seeds: found .*, expected at least one, each once"),
-        ({"seeds": [1, 1]}, "seeds: found .*, expected at least one, each once"),
+        ({"seeds": []}, "seeds: found .*, expected at least one, and no seed twice"),
+        ({"seeds": [1, 1]}, "seeds: found .*, expected at least one, and no seed twice"),
         ({"seeds": ["a"]}, "seeds: found a, expected int"),
         ({"evaluation.episodes": 0}, "evaluation.episodes: found 0, expected at least 1"),
         ({"evaluation.episodes": 2.5}, "evaluation.episodes: found 2.5, expected int"),

@@ -129,7 +129,7 @@ def test_every_figure_that_the_rows_give_is_drawn_twice_and_the_rest_named(drawn
     files = {f"{name}.{end}" for name in names for end in ("svg", "png")}
     assert {path.name for path in (drawn / "figures").iterdir()} == files
     text, page = (drawn / "report.md").read_text(), (drawn / "report.html").read_text()
-    not_drawn = text.partition("What is not drawn")[2].partition("##")[0]
+    not_drawn = text.partition("Figures not drawn")[2].partition("##")[0]
     assert re.findall(r"- ([^:]+):", not_drawn) == [
         "Proxy and gold score against √KL",
         "Data quality × method",
@@ -223,10 +223,10 @@ def test_numbers_are_those_of_the_rows(drawn):
 
 def test_the_first_lines_say_which_method_at_what_cost_and_how_sure(drawn):
     text = (drawn / "report.md").read_text().partition("![")[0]
-    assert "no setting chosen by returns: ilql, sampled, β offline: 3.00 [3.00, 3.00] over 8 episodes, 2 tr" in text
-    assert "It learnt from: labels only. It cost 1.23M training tokens, 61 training s." in text
-    assert "Against bc, sampled: 2.00 [2.00, 2.00], better: the paired interval excludes 0." in text
-    assert "Not told apart from it (the paired interval includes 0): ppo, sampled." in text
+    assert "without a β chosen by returns: ilql, sampled, β offline: 3.00 [3.00, 3.00] over 8 episodes, 2 tr" in text
+    assert "Its training data: labels only. Its cost: 1.23M training tokens, 61 training s." in text
+    assert "Its difference from bc, sampled: 2.00 [2.00, 2.00], better: the paired interval excludes 0." in text
+    assert "Not distinguishable from it (the paired interval includes 0): ppo, sampled." in text
     assert "β chosen by returns on other episodes: ilql, sampled, β by returns: 3.25 [3.25, 3.25]." in text
     assert "Fewer than 5 training seeds" in text
 
@@ -293,10 +293,10 @@ def test_rows_without_the_numbers_of_a_figure_leave_it_out_with_the_reason(tmp_p
     text = (report / "report.md").read_text()
     for reason in (
         "no row has a KL",
-        "no row has Q beside",
-        "no method here was asked",
-        "no method here played or",
-        "fewer than two settings have the scores",
+        "no row has Q and realised",
+        "no method here has a requested",
+        "no method here played or queried",
+        "fewer than two settings have the score",
     ):
         assert reason in text
     assert "Ten fixed dialogues" not in text and "Made by" not in text

@@ -40,7 +40,7 @@ def test_the_table_shows_obedience_and_bins_that_are_hardly_learnt():
         ["2", "2.000", "2", "29"],
         ["4", "4.000", "4", "100"],
     ]
-    assert [("hardly learnt" in line) for line in lines[1:4]] == [False, True, False]
+    assert [("few training turns" in line) for line in lines[1:4]] == [False, True, False]
     assert lines[4] == "correlation 1.000, mean distance 0.667"
     assert "correlation" not in ask_table([point(0, 1.0), point(2, 2.0)])
 

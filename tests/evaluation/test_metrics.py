@@ -68,7 +68,7 @@ def test_few_large_clusters_have_few_degrees_of_freedom():
 def test_one_cluster_of_one_seed_has_no_interval_and_says_so():
     estimate = Cells.of([(0, "a", 1.0), (0, "a", 3.0)]).estimate()
     assert estimate.interval is None and not estimate.sure
-    assert str(estimate) == "2.00 (no interval: one cluster of episodes counts)"
+    assert str(estimate) == "2.00 (no interval: only one cluster of episodes)"
 
 
 def test_a_cluster_that_has_nearly_all_the_weight_does_not_look_certain():

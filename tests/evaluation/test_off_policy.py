@@ -133,7 +133,7 @@ def test_weights_are_ratios_of_whole_episodes(monkeypatch):
     policy = stand_in(monkeypatch, np.log([0.8, 0.2, 0.2]), 3)
     found = importance_sampling(policy, [said(1.0), said(0.0), said(3.0, terminated=False)])
     assert found.score.mean == pytest.approx(2.8 / 2.4) and found.effective == pytest.approx(2.0)
-    assert found.score.n == 3 and "2.0 of 3 episodes (1 cut ones" in str(found)
+    assert found.score.n == 3 and "2.0 of 3 episodes (cut episodes: 1, with" in str(found)
 
 
 def test_weights_of_long_episodes_do_not_overflow(monkeypatch):
@@ -148,7 +148,7 @@ def test_weights_of_long_episodes_do_not_overflow(monkeypatch):
         ([said(1.0), said(1.0, None)], [0.0, 0.0], "found 1 of 2 trajectories without behaviour_log_prob"),
         ([replace(said(1.0), labels={})], [0.0], "found 1 of 1"),  # another tokenizer's ids
         ([said(1.0), Trajectory((Turn("user", "?"),))], [0.0, 0.0], "found 1 of 2"),
-        ([said(1.0)], [-np.inf], "found no trajectory that this policy could have played"),
+        ([said(1.0)], [-np.inf], "found only trajectories of probability 0 under this policy"),
     ],
 )
 def test_logs_that_cannot_be_weighed_say_why(monkeypatch, logs, log_prob, message):
@@ -215,8 +215,8 @@ def test_evaluate_prints_them_below_what_logs_say(clone, policy, tmp_path, capsy
     mean = sum(t.total_return for t in played) / 40  # what the policy played itself has the same weight throughout
     found = float(printed.partition("weighted importance sampling: ")[2].partition(" [")[0])
     assert found == pytest.approx(mean, abs=0.006) and "sample size 40.0 of 40" in printed
-    assert printed.index("log π per agent token") < printed.index("secondary") < printed.index("fitted Q evaluation")
+    assert printed.index("log π per agent token") < printed.index("logs alone") < printed.index("fitted Q evaluation")
     assert main(["evaluate", str(clone), "--data", str(tmp_path / "plain.jsonl"), *form]) == 0
     printed = capsys.readouterr().out
-    assert "weighted importance sampling: left out, found 3 of 3 trajectories without" in printed
+    assert "weighted importance sampling: not computed, found 3 of 3 trajectories without" in printed
     assert "fitted Q" not in printed

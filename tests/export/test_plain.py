@@ -274,7 +274,7 @@ def test_heads_that_do_not_fold_are_refused_and_go_without_guidance(tmp_path):
     with pytest.raises(InputError, match="^beta: found 1.5 on mlp heads"):
         export_run(run, tmp_path / "plain")
     report = export_run(run, tmp_path / "plain", beta=0.0)
-    assert str(report).startswith("plays: the policy as it is\nexact: ")
+    assert str(report).startswith("plays: the policy without value guidance\nexact: ")
     assert_close(next_log_prob(plain(report.folder)[0], prompt_of()), guided(run, prompt_of(), 0.0))
     with pytest.raises(InputError, match="^ask: found 3, expected none"):
         export_run(run, tmp_path / "asked", beta=0.0, ask=3)
@@ -300,7 +300,7 @@ def test_returns_become_tokens_that_say_the_same(tmp_path):
     assert "return" not in tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True)
     card = (tmp_path / "plain" / "README.md").read_text()
     assert "How are you?<eos><return_5><assistant>" in card
-    assert "|  | `<return_1>` | 0 | 0.5 | 1 |" in card and "asks for 3.0, `<return_4>`." in card
+    assert "|  | `<return_1>` | 0 | 0.5 | 1 |" in card and "The run requests: 3.0, `<return_4>`." in card
 
 
 def test_ten_thousand_sampled_tokens_hold_no_reserved_id(tmp_path):
@@ -330,19 +330,19 @@ def test_returns_per_task_are_all_there_whatever_the_run_asks_for(tmp_path):
     found = next_log_prob(model, told)[: len(TOKENIZER)].log_softmax(-1)
     assert_close(found, next_log_prob(policy.model.eval(), told), atol=1e-4, rtol=0)
     card = (tmp_path / "plain" / "README.md").read_text()
-    assert "asks for max of the task." in card and "| short | `<return_2>` | 3.5 | 4 | 1 |" in card
+    assert "The run requests: max of the task." in card and "| short | `<return_2>` | 3.5 | 4 | 1 |" in card
 
 
 def test_a_run_that_asks_a_critic_is_exported_without_it(tmp_path):
     export_run(told_run(tmp_path / "run", ask=f"auto:{tmp_path}/gone"), tmp_path / "plain")
-    assert "gone, which is read from heads" in (tmp_path / "plain" / "README.md").read_text()
+    assert "gone, which is computed by heads" in (tmp_path / "plain" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["chatml", "brackets", "stripping", "labels"])
 def test_a_prompt_with_a_return_is_read_as_in_training_or_said_not_to_be(tmp_path, name):
     report = export_run(told_run(tmp_path / "run", TOKENIZERS[name]()), tmp_path / "plain")
     readable = name != "labels"  # which marks the start of what follows a special token
-    assert report.readable == readable == ("serve ids, not text" not in (tmp_path / "plain" / "README.md").read_text())
+    assert report.readable == readable == ("token ids, not text" not in (tmp_path / "plain" / "README.md").read_text())
 
 
 def test_returns_as_text_leave_a_plain_base(tmp_path):
@@ -402,25 +402,25 @@ def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="nothing: found no such folder"):
         export_run(tmp_path / "nothing", tmp_path / "plain")
     (tmp_path / "plain").mkdir()
-    with pytest.raises(InputError, match="^output: found .*plain, which is there already, expected a new folder"):
+    with pytest.raises(InputError, match="^output: found .*plain, which exists already, expected a new folder"):
         export_run(run, tmp_path / "plain")
 
 
 def test_what_takes_two_passes_is_refused(tmp_path):
     run = told_run(tmp_path / "run", heads=ValueHeadsConfig("linear"))
-    with pytest.raises(InputError, match="^beta: found 2 on a model that is told returns"):
+    with pytest.raises(InputError, match="^beta: found 2 on a return-conditioned model"):
         export_run(run, tmp_path / "plain", beta=2.0)
     with pytest.raises(InputError, match="^condition_scale: found 0.5, expected 0"):
         export_run(run, tmp_path / "plain", condition_scale=0.5)
     assert len(export_run(run, tmp_path / "plain", ask="auto").returns) == 6  # the values stay behind
-    assert "asks for auto, which is read from heads" in (tmp_path / "plain" / "README.md").read_text()
+    assert "The run requests: auto, which is computed by heads" in (tmp_path / "plain" / "README.md").read_text()
 
 
 def test_a_token_of_the_same_name_is_refused(tmp_path):
     tokenizer = train_tokenizer(["move left"], 270)
     tokenizer.add_tokens(["<return_2>"])
     run = told_run(tmp_path / "run", tokenizer)
-    with pytest.raises(InputError, match=r"^tokenizer: found <return_2> among its tokens"):
+    with pytest.raises(InputError, match=r"^tokenizer: found the token <return_2>, expected no tokens"):
         export_run(run, tmp_path / "plain")
 
 
