@@ -155,11 +155,13 @@ def read_data(algorithm: str, data: DataConfig, args: BaseConfig, counts: Counte
         held_out = rows(data.validation, left_out)
         counts.update({f"validation: {reason}": n for reason, n in left_out.items()})
         if shared := len(shared_groups(train, held_out)):
-            counts["groups that are in train and validation, so one does not test the other"] = shared
+            counts["groups that are in both train and validation, so that validation is no test of new groups"] = (
+                shared
+            )
     if isinstance(train[0], Trajectory) and not any(turn.reward is not None for row in train for turn in row.turns):
-        counts[f"rows, none of which has a reward{reward_hint(score_columns(train))}"] = len(train)
+        counts[f"rows without any reward{reward_hint(score_columns(train))}"] = len(train)
     if in_one_group(train):
-        counts["rows that are all in one group, so none can be held back to test on"] = len(train)
+        counts["rows that are all in one group, so that none can be held out for validation"] = len(train)
     return train, held_out
 
 

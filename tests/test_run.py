@@ -219,13 +219,13 @@ def test_repairs_of_the_reader_and_faults_of_the_groups_are_counted(tmp_path):
     assert counts == {
         **read,
         **{f"validation: {reason}": n for reason, n in read.items()},
-        "groups that are in train and validation, so one does not test the other": 1,
-        "rows that are all in one group, so none can be held back to test on": 3,
+        "groups that are in both train and validation, so that validation is no test of new groups": 1,
+        "rows that are all in one group, so that none can be held out for validation": 3,
     }
     unscored: Counter[str] = Counter()
     run.read_data("ilql", DataConfig(str(tmp_path / "validation.jsonl")), args, unscored)
     assert unscored == {
-        "rows, none of which has a reward; column 'stars' may hold the score: use --data.reward 'stars', or "
+        "rows without any reward; column 'stars' may hold the score: use --data.reward 'stars', or "
         "--reward 'stars' for check and evaluate": 3
     }
     both = "data.reward: found a column together with data.preference, expected only one of them"

@@ -107,7 +107,7 @@ class OfflineConfig(BaseConfig):
         if self.prompt is not None and self.prompt.max_tokens >= self.max_length:
             raise InputError(
                 f"prompt.max_tokens: found {self.prompt.max_tokens}, expected below max_length "
-                f"({self.max_length}), which holds the prompt and the window behind it"
+                f"({self.max_length}), which holds the demonstrations and the window after them"
             )
         super().__post_init__()
 
@@ -126,8 +126,8 @@ def check_schedule(args: TrainingArguments) -> None:
         get_scheduler(args.lr_scheduler_type, optimizer, 0, 2, args.lr_scheduler_kwargs)
     except Exception as error:  # these settings are the only input, so any error is about them
         raise InputError(
-            f"lr_scheduler_kwargs: found {shown(args.lr_scheduler_kwargs)} ({error}), expected what "
-            f"lr_scheduler_type {args.lr_scheduler_type} takes"
+            f"lr_scheduler_kwargs: found {shown(args.lr_scheduler_kwargs)} ({error}), expected arguments of "
+            f"the schedule {args.lr_scheduler_type}"
         ) from error
 
 

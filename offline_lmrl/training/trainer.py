@@ -70,7 +70,7 @@ from offline_lmrl.training.config import BaseConfig, OfflineConfig
 
 Dataset = WindowDataset | ComparisonDataset
 CONFIG_FILES = ("config.json", "adapter_config.json")  # a folder without them is no model
-KNOWN_TURN = "a finished turn of which it is known what follows"  # its reward is a training target
+KNOWN_TURN = "a finished agent turn after which the log continues or ends"  # its reward is a training target
 
 
 def require_targets(name: str, weight: float, targets: int, what: str) -> None:
@@ -279,17 +279,17 @@ class BaseTrainer(transformers.Trainer):
           counts: receives the numbers of repaired and dropped rows by reason; None = they are not counted.
           reward: the column of the scores, as in `read_trajectories`.
         """
-        raise TypeError("this trainer does not say what it reads")
+        raise TypeError("this trainer does not define `read`")
 
     @staticmethod
     def new_model(args: BaseConfig, spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """Build a model with fresh weights; `spec` is as in `build_model`."""
-        raise TypeError("this trainer does not say what it trains")
+        raise TypeError("this trainer does not define `new_model`")
 
     @staticmethod
     def open_model(args: BaseConfig, path: str, trust_remote_code: bool) -> PreTrainedModel:
         """Load the model of a folder or hub name."""
-        raise TypeError("this trainer does not say what it trains")
+        raise TypeError("this trainer does not define `open_model`")
 
     def prepare(
         self, model: PreTrainedModel | str, args: BaseConfig, train: Any, held_out: Any, peft_config: Any
@@ -299,15 +299,15 @@ class BaseTrainer(transformers.Trainer):
         `self.counts` receives the numbers of dropped rows by reason. Arguments are those of the constructor, where
         `train` is called `train_dataset` and `held_out` is called `eval_dataset`.
         """
-        raise TypeError(f"{type(self).__name__} does not say what it trains")
+        raise TypeError(f"{type(self).__name__} does not define `prepare`")
 
     def losses(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss per item, (N,), and values to log: name -> (N,) or (K,), each averaged over its entries."""
-        raise TypeError(f"{type(self).__name__} does not say what it minimises")
+        raise TypeError(f"{type(self).__name__} does not define `losses`")
 
     def items_in(self, batch: Mapping[str, Any]) -> int:
         """Return the number of items in a batch; the loss is averaged over items."""
-        raise TypeError(f"{type(self).__name__} does not say what it counts")
+        raise TypeError(f"{type(self).__name__} does not define `items_in`")
 
     def costs(self) -> dict[str, int]:
         """Return the optimizer steps so far and the training tokens, each counted as often as it was read."""
@@ -465,7 +465,7 @@ class BaseTrainer(transformers.Trainer):
         """
         checkpoint = self.last_checkpoint() if resume_from_checkpoint is True else resume_from_checkpoint or None
         if resume_from_checkpoint is True and checkpoint is None:
-            raise InputError(f"{self.args.output_dir}: found no complete checkpoint, expected one to go on from")
+            raise InputError(f"{self.args.output_dir}: found no complete checkpoint, expected one to continue from")
         self._resumed, step, best = None if checkpoint is None else Path(checkpoint), 0, None
         if self._resumed is not None:
             state = self._check_resumable(self._resumed)
@@ -786,7 +786,7 @@ class OfflineTrainer(BaseTrainer):
           steps: the packed action steps, (N,) each.
         Returns: the loss (N,), and name -> (N,) or (K,), each averaged over its entries.
         """
-        raise TypeError(f"{type(self).__name__} does not say what it minimises")
+        raise TypeError(f"{type(self).__name__} does not define `loss_terms`")
 
     # Shared by all algorithms.
 

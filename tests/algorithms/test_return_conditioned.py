@@ -250,7 +250,7 @@ CUT = [Trajectory((*ASKED, Turn("assistant", "good", reward=float(i))), terminat
     ("name", "logs", "what"),
     [
         ("environment_weight", PREFERENCES, "a reply of the environment"),
-        ("return_weight", CUT, "a finished turn of which it is known what follows"),
+        ("return_weight", CUT, "a finished agent turn after which the log continues or ends"),
     ],
 )
 def test_a_weight_whose_loss_has_no_target_in_the_data_is_refused(tmp_path, name, logs, what):

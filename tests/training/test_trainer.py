@@ -231,7 +231,7 @@ def test_weights_alone_are_no_checkpoint_to_go_on_from(tmp_path):
     run = trainer(tmp_path, **SAVES, save_only_model=True)
     run.train()
     assert (tmp_path / "checkpoint-8" / "model.safetensors").exists() and run.last_checkpoint() is None
-    with pytest.raises(InputError, match="found no complete checkpoint, expected one to go on from"):
+    with pytest.raises(InputError, match="found no complete checkpoint, expected one to continue from"):
         run.train(resume_from_checkpoint=True)
 
 
