@@ -88,7 +88,7 @@ class IQLTrainer(OfflineTrainer):
         del self.critic
 
     def step_rule(self, args: IQLConfig) -> StepRule:
-        return log_encoder(self.critic).steps
+        return log_encoder(self.critic).step_rule
 
     def fit_scale(self, model, train, args: IQLConfig) -> RewardScale:
         found = log_encoder(self.critic).scale

@@ -172,7 +172,7 @@ def fitted_q_evaluation(
         value, error = logs.read(heads, batch_size)
         values.append(float(np.mean(list(value.values()))))
         errors.append(error)
-    return FittedValue(float(np.mean(values)), tuple(values), float(np.mean(errors)), logs.encoder.steps)
+    return FittedValue(float(np.mean(values)), tuple(values), float(np.mean(errors)), logs.encoder.step_rule)
 
 
 def _require_all(known: Iterable[bool]) -> None:

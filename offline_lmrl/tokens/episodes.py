@@ -82,7 +82,7 @@ class EpisodeEncoder:
     The renderer, window rule and reward scale must be those of the policy that plays later.
 
     Args:
-      steps: the rule for rewards, discounts and next states.
+      step_rule: the rule for rewards, discounts and next states.
       slots: a function of the trajectory that returns the ids to put before the opening of each agent turn, and before
         the one that would follow the log (`Slots` in tokens/conditioning.py has two such methods); None = no ids.
       replies: True: a window also holds the environment's reply to its last agent turn, as training targets for a
@@ -94,13 +94,13 @@ class EpisodeEncoder:
         self,
         renderer: Renderer,
         window: WindowRule,
-        steps: StepRule,
+        step_rule: StepRule,
         scale: RewardScale,
         slots: SlotsOfLog | None = None,
         *,
         replies: bool = False,
     ):
-        self.renderer, self.window, self.steps, self.scale, self.slots = renderer, window, steps, scale, slots
+        self.renderer, self.window, self.step_rule, self.scale, self.slots = renderer, window, step_rule, scale, slots
         self.replies = replies
 
     def encode(self, trajectory: Trajectory, counts: Counter[str], prompt: tuple[int, ...] = ()) -> Iterator[Window]:
@@ -132,7 +132,7 @@ class _Episode:
     # The intermediate results for one trajectory: encoded turns, spans, and returns after each turn.
 
     def __init__(self, encoder: EpisodeEncoder, trajectory: Trajectory, prompt: tuple[int, ...]):
-        self.renderer, self.rule, self.gammas = encoder.renderer, encoder.window, encoder.steps
+        self.renderer, self.rule, self.step_rule = encoder.renderer, encoder.window, encoder.step_rule
         turns = with_own_token_ids(trajectory, encoder.renderer.fingerprint).turns
         agent = [turn.is_trainable for turn in turns]
         self.agent_turns = [index for index, is_agent in enumerate(agent) if is_agent]
@@ -222,7 +222,7 @@ class _Episode:
           total: the discounted return after the turn.
           factor: the discount of the closing V as seen from after the turn.
         """
-        gamma, left = self.gammas.discount_per_token, self._actions(index) - k
+        gamma, left = self.step_rule.discount_per_token, self._actions(index) - k
         if self.end == "finished" and index == self.agent_turns[-1]:
             # V at the state of the last action closes the log, so the reward of that action must not count as well.
             return 0.0, gamma ** (left - 1)
@@ -233,7 +233,7 @@ class _Episode:
     def _turn_discount(self, index: int) -> float:
         # discount_per_turn belongs to the action that closes a turn, which an unfinished turn does not have.
         inside = self.end == "unfinished" and index == self.agent_turns[-1]
-        return 1.0 if inside else self.gammas.discount_per_turn
+        return 1.0 if inside else self.step_rule.discount_per_turn
 
     def _tokens(self, first: int, stop: int) -> list[int]:
         """Return the ids of preamble, demonstrations, leading system turns and turns first..stop−1 in history form."""
@@ -323,7 +323,7 @@ class _Episode:
     def _steps(self, opening: int, index: int, follows: tuple[int, int], end: tuple[int, int]) -> Iterator[Step]:
         # opening: the state before the turn's first action. follows: row (OWN or NEXT) and column of the first state
         # of the agent's next turn. end: row (OWN, NEXT or END) and column of the state whose V closes a cut log.
-        actions, gamma = self.encoded[index].actions, self.gammas.discount_per_token
+        actions, gamma = self.encoded[index].actions, self.step_rule.discount_per_token
         n = len(actions)
         is_last = index == self.agent_turns[-1]
         bootstrap, turn_discount = 1.0, self._turn_discount(index)
@@ -338,7 +338,7 @@ class _Episode:
         for k in range(n):
             has_target = k < reach
             # The last action, and with bootstrap_from_turn every action, bootstraps from the state `follows`.
-            if has_target and (self.gammas.bootstrap_from_turn or k == reach - 1):
+            if has_target and (self.step_rule.bootstrap_from_turn or k == reach - 1):
                 left = reach - k
                 paid, discount = gamma ** (left - 1) * reward, gamma**left * turn_discount
                 place, counts = follows, bootstrap
