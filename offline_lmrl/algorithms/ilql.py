@@ -33,7 +33,7 @@ from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.models.adapters import settings
-from offline_lmrl.models.guided import attach, check_same_heads, slots_of
+from offline_lmrl.models.guided import attach, check_same_heads, return_tokens_of
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.ops.returns import monte_carlo_mixture
 from offline_lmrl.ops.value_learning import awr_weight, conservative_loss, expectile_loss, q_loss, td_target
@@ -225,13 +225,13 @@ class ILQLTrainer(OfflineTrainer):
             )
         return found
 
-    def slots(self, model, train, args: ILQLConfig):
-        """Return null slots, so that a return-conditioned model learns values under the null condition.
+    def return_ids(self, model, train, args: ILQLConfig):
+        """Return null ids, so that a return-conditioned model learns values under the null condition.
 
         A return in the context would leak the outcome. None for a model that is not conditioned on returns.
         """
-        slots = slots_of(model, self.renderer)
-        return slots and slots.nulls
+        tokens = return_tokens_of(model, self.renderer)
+        return tokens and tokens.nulls
 
     def prepare_model(self, model, args: ILQLConfig, windows: WindowDataset):
         utterance, ends = args.utterance_weight > 0, int(windows.closing_steps.sum())

@@ -101,7 +101,7 @@ class IQLTrainer(OfflineTrainer):
 
     def check_model(self, model, args: IQLConfig) -> None:
         super().check_model(model, args)
-        if log_encoder(self.critic).slots is not None:
+        if log_encoder(self.critic).return_ids_for is not None:
             raise InputError("critic: found a model that is conditioned on returns, expected one that is not")
         for name, expected in asdict(self.critic.window).items():
             if (found := getattr(args, name)) != expected:

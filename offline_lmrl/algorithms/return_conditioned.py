@@ -45,7 +45,7 @@ from offline_lmrl.models.guided import attach_return_heads, attach_returns
 from offline_lmrl.models.return_heads import fit_heads
 from offline_lmrl.settings import setting
 from offline_lmrl.tokens.batching import WindowDataset
-from offline_lmrl.tokens.conditioning import ReturnScale, Slots, check_binning
+from offline_lmrl.tokens.conditioning import ReturnScale, ReturnTokens, check_binning
 from offline_lmrl.tokens.episodes import Step, StepRule
 from offline_lmrl.training.config import OfflineConfig, check_range
 from offline_lmrl.training.trainer import KNOWN_TURN, OfflineTrainer, require_targets
@@ -202,7 +202,7 @@ class ReturnConditionedTrainer(OfflineTrainer):
             return super().fit_scale(model, train, args)
         return RewardScale(**stored)
 
-    def slots(self, model, train: Sequence[Trajectory], args: ReturnConditionedConfig):
+    def return_ids(self, model, train: Sequence[Trajectory], args: ReturnConditionedConfig):
         self.returns = settings(model.config).get("returns")
         if self.returns is None:
             scale = ReturnScale.fit(train, args.binning, args.bins, args.per, args.discount_per_turn)
@@ -216,7 +216,7 @@ class ReturnConditionedTrainer(OfflineTrainer):
                 "scale": scale.to_dict(),
             }
         rows = model.get_input_embeddings().weight.shape[0]
-        return Slots.from_block(self.returns, rows, self.renderer).of_log
+        return ReturnTokens.from_block(self.returns, rows, self.renderer).of_log
 
     def prepare_model(self, model, args: ReturnConditionedConfig, windows: WindowDataset):
         model = super().prepare_model(model, args, windows)

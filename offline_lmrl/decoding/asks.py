@@ -1,6 +1,6 @@
-"""The requested return of each row in a session: set once, updated after every reward, passed to the model in slots.
+"""The requested return of each row in a session: set once, updated after every reward, and passed to the model as ids.
 
-A slot is the token ids before the opening of an agent turn that encode the return requested there.
+The ids that encode the return requested for an agent turn precede the turn's opening (`ReturnTokens`).
 
 The tables below compare the requests. They show exact expected returns of sampled play, one column per training seed;
 the last column is the mean difference from BC with its 95 % t interval over the seeds. Settings were tuned on other
@@ -38,7 +38,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from offline_lmrl.logs.trajectory import Turn
-from offline_lmrl.tokens.conditioning import ASK_NAMES, Ids, ReturnTable, Slots, check_ask
+from offline_lmrl.tokens.conditioning import ASK_NAMES, Ids, ReturnTable, ReturnTokens, check_ask
 
 SAID: set[tuple[float | str, str, ReturnTable]] = set()  # request, kind and returns of each warning logged
 
@@ -46,11 +46,11 @@ SAID: set[tuple[float | str, str, ReturnTable]] = set()  # request, kind and ret
 class Asks:
     """The requested returns of a session's rows.
 
-    The slots of turns that were sampled in this session never change, so that caches only need to be extended. For a
-    history that the session has not seen, slots are computed from the request and the rewards in the history.
+    The return ids of turns that were sampled in this session never change, so that caches need only be extended. For
+    a history that the session has not seen, they are computed from the request and the rewards in the history.
 
     Args:
-      slots: the token ids of each return bin and of the null condition.
+      return_tokens: the token ids of each return bin and of the null condition.
       task: the task of all rows, for a scale that has bins per task.
       asks: the requested return of each row: a number in reward units, "max" or a percentile such as "p90" of the
         training returns, None for the null condition, or "auto", "auto:RUN" or "expert:κ". For the last three, the
@@ -58,14 +58,14 @@ class Asks:
     Raises: InputError if a request is unknown, or if the task is not in the training data.
     """
 
-    def __init__(self, slots: Slots, task: str, asks: Sequence[float | str | None]):
-        self.slots, self.task = slots, task
+    def __init__(self, return_tokens: ReturnTokens, task: str, asks: Sequence[float | str | None]):
+        self.return_tokens, self.task = return_tokens, task
         for ask in asks:
             check_ask(ask)
         names = {ask for ask in asks if isinstance(ask, str) and ASK_NAMES.fullmatch(ask)}
-        named = {ask: slots.scale.named_ask(ask, task) for ask in names}
+        named = {ask: return_tokens.scale.named_ask(ask, task) for ask in names}
         for ask in sorted(names):
-            if line := slots.scale.asks_for_the_usual(ask, task):
+            if line := return_tokens.scale.asks_for_the_usual(ask, task):
                 self._say_once(ask, "usual", line)
         self.asks = [named.get(ask, ask) for ask in asks]
         self.used: dict[int, list[float]] = {}  # per row, the return requested at each agent turn up to the latest
@@ -88,7 +88,7 @@ class Asks:
         return len(used) == agent_turns > 0 and [(turn.role, turn.content) for turn in history[: len(read)]] == read
 
     def before_reply(self, row: int, history: Sequence[Turn], value: float | None = None) -> list[Ids]:
-        """Return the slots of all agent turns in the history and of the next one, and remember their returns.
+        """Return the return ids of all agent turns in the history and of the next one, and remember their returns.
 
         Args:
           row: the row in the session.
@@ -97,18 +97,18 @@ class Asks:
         """
         agent = [turn for turn in history if turn.is_trainable]
         if self.asks[row] is None:
-            return [self.slots.null] * (len(agent) + 1)
+            return [self.return_tokens.null] * (len(agent) + 1)
         rewards = [turn.reward for turn in agent]
         used, continues = self.used.get(row, []), self._continues(row, history)
         if value is not None:
-            asked = [*(used if continues else self.slots.backwards(value, rewards)), value]
+            asked = [*(used if continues else self.return_tokens.backwards(value, rewards)), value]
         elif continues:
-            asked = [*used, *self.slots.remaining(used[-1], rewards[-1:])[1:]]
+            asked = [*used, *self.return_tokens.remaining(used[-1], rewards[-1:])[1:]]
         else:
-            asked = self.slots.remaining(self.asks[row], rewards)
+            asked = self.return_tokens.remaining(self.asks[row], rewards)
         self.used[row], self.read[row] = asked, [(turn.role, turn.content) for turn in history]
         self._note(row, asked[0], asked[-1])
-        return [self.slots.ids(one, self.task) for one in asked]
+        return [self.return_tokens.ids(one, self.task) for one in asked]
 
     def _note(self, row: int, ask: float, now: float) -> None:
         """Record what the first reply of a row was conditioned on; warn once if it is outside the training range.
@@ -119,7 +119,7 @@ class Asks:
         """
         if row in self.first:
             return
-        scale, table, given = self.slots.scale, self.slots.scale.table(self.task), self.asks[row]
+        scale, table, given = self.return_tokens.scale, self.return_tokens.scale.table(self.task), self.asks[row]
         clipped, used = scale.clipped(now, self.task), scale.bin_of(now, self.task)
         self.first[row] = {"ask": ask, "bin": used, "clipped": clipped}
         if clipped:
@@ -133,7 +133,7 @@ class Asks:
 
     def _say_once(self, ask: float | str, kind: str, line: str) -> None:
         """Log a warning, unless one of this kind was logged before for the same request and training returns."""
-        key = (ask, kind, self.slots.scale.table(self.task))
+        key = (ask, kind, self.return_tokens.scale.table(self.task))
         if key not in SAID:
             SAID.add(key)
             logging.getLogger(__name__).warning(line)

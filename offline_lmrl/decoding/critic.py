@@ -17,7 +17,7 @@ from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import settings
-from offline_lmrl.models.guided import slots_of
+from offline_lmrl.models.guided import return_tokens_of
 from offline_lmrl.ops.returns import qdt_returns_to_go
 from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
 from offline_lmrl.tokens.conditioning import LABEL
@@ -31,9 +31,9 @@ def log_encoder(policy: LanguagePolicy) -> EpisodeEncoder:
 
     For a return-conditioned model it encodes them with the null condition, under which the values were trained.
     """
-    saved, slots = settings(policy.model.config), slots_of(policy.model, policy.renderer)
+    saved, return_tokens = settings(policy.model.config), return_tokens_of(policy.model, policy.renderer)
     scale, rule = RewardScale(**saved.get("reward_scale", {})), StepRule(**saved.get("step_rule", {}))
-    return EpisodeEncoder(policy.renderer, policy.window, rule, scale, slots and slots.nulls)
+    return EpisodeEncoder(policy.renderer, policy.window, rule, scale, return_tokens and return_tokens.nulls)
 
 
 @torch.no_grad()

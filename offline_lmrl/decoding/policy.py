@@ -19,7 +19,7 @@ from offline_lmrl.errors import InputError, opening, shown
 from offline_lmrl.logs.protocols import Policy, Reply
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import find_device, load_model, settings, slots_of
+from offline_lmrl.models.guided import find_device, load_model, return_tokens_of, settings
 from offline_lmrl.models.renderers import renderer_of
 from offline_lmrl.ops.decoding import reduce_q, support_filter
 from offline_lmrl.tokens.conditioning import Ids
@@ -85,7 +85,7 @@ class LanguagePolicy:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
         self.window = WindowRule(context, stride, max_length or positions)
         self.sampler = Sampler(model, renderer, self.sampling)
-        self.slots, self.task = slots_of(model, renderer), task
+        self.return_tokens, self.task = return_tokens_of(model, renderer), task
         self.critics = {} if critics is None else critics
         self.asks([self.sampling.ask])  # raises now if the model cannot be given this request
         self.spec = PromptSpec(**(settings(model.config).get("prompt") or {}))
@@ -163,8 +163,9 @@ class LanguagePolicy:
             raise InputError(f"prompt: found {found}, expected a list of demonstrations, or None for no prompt")
         rng = np.random.default_rng(self.spec.seed)
         shown = [self.spec.cut(demonstration, rng) for demonstration in demonstrations]
-        slots = (None, None) if self.slots is None else (self.slots.of_log, self.slots.nulls)
-        told, null = (prompt_ids(shown, self.renderer, kind) for kind in slots)
+        tokens = self.return_tokens
+        kinds = (None, None) if tokens is None else (tokens.of_log, tokens.nulls)
+        told, null = (prompt_ids(shown, self.renderer, kind) for kind in kinds)
         rule, reply = self.window, self.sampling.max_new_tokens
         room = rule.max_length - len(self.renderer.preamble_of(())) - len(self.renderer.agent_opening) - reply
         if len(told) > room:
@@ -183,7 +184,9 @@ class LanguagePolicy:
           prompt: ids of few-shot demonstrations; None = the policy's own, with the null condition.
         """
         prompt = self.shared_prompt.null if prompt is None else prompt
-        return policy_window(turns, self.renderer, self.window, reserve, self._null_slots(turns, coming=1), prompt)
+        return policy_window(
+            turns, self.renderer, self.window, reserve, self._null_return_ids(turns, coming=1), prompt
+        )
 
     def null_reply_window(self, turns: Sequence[Turn], role: str, reserve: int) -> list[int] | None:
         """Return the ids that the policy sees before the environment's next turn, under the null condition.
@@ -196,14 +199,14 @@ class LanguagePolicy:
           reserve: tokens to keep free for that turn.
         Returns: ids, or None if they do not fit into the window.
         """
-        slots, prompt = self._null_slots(turns), self.shared_prompt.null
-        return reply_window(turns, role, self.renderer, self.window, reserve, slots, prompt)
+        return_ids, prompt = self._null_return_ids(turns), self.shared_prompt.null
+        return reply_window(turns, role, self.renderer, self.window, reserve, return_ids, prompt)
 
-    def _null_slots(self, turns: Sequence[Turn], coming: int = 0) -> list[Ids] | None:
-        """Return one null slot per agent turn in `turns` and `coming` more; None for a model without returns."""
-        if self.slots is None:
+    def _null_return_ids(self, turns: Sequence[Turn], coming: int = 0) -> list[Ids] | None:
+        """Return null ids for each agent turn in `turns` and `coming` more; None for a model without returns."""
+        if self.return_tokens is None:
             return None
-        return [self.slots.null] * (coming + sum(turn.is_trainable for turn in turns))
+        return [self.return_tokens.null] * (coming + sum(turn.is_trainable for turn in turns))
 
     def critic(self, run: str) -> "LanguagePolicy":
         """Return a run with value heads, on this model's device; it is loaded on first use.
@@ -215,10 +218,11 @@ class LanguagePolicy:
         if run not in self.critics:
             critic = self.critics[run] = require_no_prompt(load_critic(run, device=self.model.device))
             found = StepRule(**settings(critic.model.config).get("step_rule", {})).discount_per_turn
-            if found != self.slots.discount_per_turn:
+            if found != self.return_tokens.discount_per_turn:
                 logging.getLogger(__name__).warning(
                     f"ask: found discount_per_turn {found:g} in the run {run}, expected the model's "
-                    f"{self.slots.discount_per_turn:g}: Q of that run is discounted otherwise than the model's returns"
+                    f"{self.return_tokens.discount_per_turn:g}: Q of that run is discounted otherwise than "
+                    "the model's returns"
                 )
         return self.critics[run]
 
@@ -259,10 +263,10 @@ class LanguagePolicy:
                 f"ask: found {shown(expert)}, but this model has no return heads; expected a number, max, or p90, "
                 "or a model that was trained with return_weight above 0"
             )
-        if self.slots is not None:
+        if self.return_tokens is not None:
             for run in sorted(run for ask in asks if (run := critic_of(ask))):
                 self.critic(run)
-            return Asks(self.slots, self.task, asks)
+            return Asks(self.return_tokens, self.task, asks)
         if any(ask is not None for ask in asks):
             ask = next(ask for ask in asks if ask is not None)
             raise InputError(
@@ -331,14 +335,14 @@ class LanguageSession:
         Rows that are left out lose their cache. They can still be passed later, at the cost of reading their window
         anew.
         """
-        slots: list[list[Ids] | None] = [None] * len(rows)
+        return_ids: list[list[Ids] | None] = [None] * len(rows)
         if self.asks is not None:
-            slots = list(map(self.asks.before_reply, rows, histories, self._values(rows, histories)))
+            return_ids = list(map(self.asks.before_reply, rows, histories, self._values(rows, histories)))
         policy, prompts = self.policy, [self.prompts[row] for row in rows]
         replies = policy.sampler.sample(
             [
                 policy_window(history, policy.renderer, policy.window, policy.sampling.max_new_tokens, own, prompt)
-                for history, own, prompt in zip(histories, slots, prompts, strict=True)
+                for history, own, prompt in zip(histories, return_ids, prompts, strict=True)
             ],
             [self.seeds[row] for row in rows],
             [self.drawn[row] for row in rows],

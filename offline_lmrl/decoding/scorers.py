@@ -33,7 +33,7 @@ from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, finite, require_list, require_text, shown
 from offline_lmrl.logs.yaml_text import read_yaml, yaml_mapping
 from offline_lmrl.models.adapters import settings
-from offline_lmrl.models.guided import find_device, slots_of
+from offline_lmrl.models.guided import find_device, return_tokens_of
 from offline_lmrl.models.renderers import renderer_of
 from offline_lmrl.models.reward_model import load_reward_model, read_mask, reads_by_turn
 from offline_lmrl.ops.preferences import rule_adjusted_score
@@ -179,7 +179,7 @@ class PolicyScorer(RowScorer):
 
     def __init__(self, policy: LanguagePolicy):
         super().__init__(policy.model, policy.renderer, policy.window)
-        if slots_of(policy.model, policy.renderer) is not None:
+        if return_tokens_of(policy.model, policy.renderer) is not None:
             raise InputError("scorer: found a model that is conditioned on returns, expected one that is not")
 
     def _states(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

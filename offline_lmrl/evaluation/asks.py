@@ -64,7 +64,7 @@ def ask_point(policy: LanguagePolicy, result: EvaluationResult) -> AskPoint:
         ask=policy.sampling.ask,
         asked=float(np.mean([labels["ask"] for labels in told])),
         bin=used,
-        training_turns=policy.slots.scale.table(policy.task).counts[used],
+        training_turns=policy.return_tokens.scale.table(policy.task).counts[used],
         clipped=float(np.mean([labels["clipped"] for labels in told])),
         achieved=result.score(),
     )

@@ -185,7 +185,7 @@ def _require_all(known: Iterable[bool]) -> None:
 
 
 def _require_plain(policy: LanguagePolicy) -> None:
-    if policy.slots is not None:
+    if policy.return_tokens is not None:
         raise InputError(
             "found a policy that is conditioned on returns, expected one that is not: the logs contain "
             "no requested returns"

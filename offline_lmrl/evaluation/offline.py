@@ -23,7 +23,7 @@ from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import settings
 from offline_lmrl.ops.decoding import guide, reduce_q, warp_log_probs
-from offline_lmrl.tokens.episodes import SlotsOfLog, Step
+from offline_lmrl.tokens.episodes import ReturnIdsFor, Step
 from offline_lmrl.tokens.few_shot import Ids, encode_prompts
 
 CHUNK = 2**24  # largest number of entries in a (states, vocabulary) tensor; bounds memory
@@ -86,7 +86,7 @@ def read_logs(
     encoder = log_encoder(policy)
     scale = encoder.scale
     counts: Counter[str] = Counter()
-    prompts = enumerate(log_prompts(policy, trajectories, demonstrations, encoder.slots))
+    prompts = enumerate(log_prompts(policy, trajectories, demonstrations, encoder.return_ids_for))
     windows = [(i, window) for i, prompt in prompts for window in encoder.encode(trajectories[i], counts, prompt)]
     if not windows:
         raise InputError("data: found no agent turn that fits, expected at least one")
@@ -122,20 +122,20 @@ def log_prompts(
     policy: LanguagePolicy,
     trajectories: Sequence[Trajectory],
     demonstrations: Sequence[Trajectory] | None,
-    slots: SlotsOfLog | None,
+    return_ids_for: ReturnIdsFor | None,
 ) -> Iterator[Ids]:
     """Return the ids of the few-shot demonstrations before each log.
 
     Args:
       demonstrations: as in `read_logs`.
-      slots: as in `encode_prompts`.
+      return_ids_for: as in `encode_prompts`.
     """
     if demonstrations is None and (policy.prompt is not None or settings(policy.model.config).get("prompt") is None):
         return iter([policy.shared_prompt.null] * len(trajectories))
     spec = replace(policy.spec, drop=0.0)
     if demonstrations is None and spec.demonstrations is not None:
         demonstrations = read_trajectories(spec.demonstrations)
-    return encode_prompts(spec, trajectories, demonstrations, policy.renderer, slots)
+    return encode_prompts(spec, trajectories, demonstrations, policy.renderer, return_ids_for)
 
 
 def _has_heads(policy: LanguagePolicy) -> bool:

@@ -27,7 +27,7 @@ from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.models.adapters import saved_settings
 from offline_lmrl.models.plain import fold, head_scale, plain, q_matrix, spell_returns
 from offline_lmrl.ops.decoding import guide
-from offline_lmrl.tokens.conditioning import ASK_NAMES, Slots, texts_of
+from offline_lmrl.tokens.conditioning import ASK_NAMES, ReturnTokens, texts_of
 from offline_lmrl.tokens.windows import WindowRule, policy_window
 
 TOLERANCE = 1e-3  # nats by which the log-probability of a token may differ between checkpoint and run
@@ -344,8 +344,8 @@ def _example_ids(policy: LanguagePolicy, saved: Mapping[str, Any]) -> list[int]:
 
     A run that was trained with returns gets the highest one.
     """
-    slots = [policy.slots.bins[-1]] if "returns" in saved else None
-    return policy_window(EXAMPLE, policy.renderer, WindowRule(max_length=UNLIMITED), slots=slots)
+    return_ids = [policy.return_tokens.bins[-1]] if "returns" in saved else None
+    return policy_window(EXAMPLE, policy.renderer, WindowRule(max_length=UNLIMITED), return_ids=return_ids)
 
 
 def _example(
@@ -359,10 +359,10 @@ def _example(
     text = ""
     if "returns" in saved:  # the highest return
         text = tokenizer.convert_ids_to_tokens(ids[-1]) if ids else texts_of(saved["returns"])[-1]
-    text = policy.renderer.printer.printed(EXAMPLE, prompt=True, slot=text)
+    text = policy.renderer.printer.printed(EXAMPLE, prompt=True, before=text)
     expected = _example_ids(policy, saved)
     if ids:
-        expected = [ids[-1] if token == policy.slots.bins[-1][0] else token for token in expected]
+        expected = [ids[-1] if token == policy.return_tokens.bins[-1][0] else token for token in expected]
     return text, tokenizer(text, add_special_tokens=False)["input_ids"] == expected
 
 
@@ -396,7 +396,7 @@ def _card(policy: LanguagePolicy, saved: Mapping[str, Any], report: Export, exam
 def _returns_card(policy: LanguagePolicy, block: Mapping[str, Any] | None, report: Export) -> list[str]:
     if block is None:
         return []
-    slots, ask, tokens = policy.slots, report.form.ask, report.returns
+    return_tokens, ask, tokens = policy.return_tokens, report.form.ask, report.returns
     texts = tokens[1:] or list(map(repr, texts_of(block)))
     none = f"`{tokens[0]}`" if tokens else "nothing"
     lines = [
@@ -405,7 +405,8 @@ def _returns_card(policy: LanguagePolicy, block: Mapping[str, Any] | None, repor
         "",
         "Before each agent turn, the next one and earlier ones, the prompt has the text of the requested return, "
         f"as in the example above, or {none} if no return is requested. After a turn that earned r, the requested "
-        f"return R becomes (R − r) / {slots.discount_per_turn:g}; the text before an earlier turn stays unchanged.",
+        f"return R becomes (R − r) / {return_tokens.discount_per_turn:g}; the text before an earlier turn "
+        "stays unchanged.",
     ]
     if tokens:
         lines[-1] += (
@@ -414,22 +415,22 @@ def _returns_card(policy: LanguagePolicy, block: Mapping[str, Any] | None, repor
         )
     lines += [
         "",
-        f"The run requests: {_asked(slots, ask, texts)}. Returns in the training data, in reward units:",
+        f"The run requests: {_asked(return_tokens, ask, texts)}. Returns in the training data, in reward units:",
         "",
         "| task | text | from | to | training turns |",
         "|---|---|---|---|---|",
     ]
-    for task, table in slots.scale.tables.items():
+    for task, table in return_tokens.scale.tables.items():
         bounds = [table.least, *table.edges, table.most]
         rows = zip(texts, bounds, bounds[1:], table.counts, strict=False)  # the finest table has all bins
         lines += [f"| {task} | `{text}` | {low:g} | {high:g} | {count} |" for text, low, high, count in rows]
     return lines
 
 
-def _asked(slots: Slots, ask: float | str | None, texts: Sequence[str]) -> str:
+def _asked(return_tokens: ReturnTokens, ask: float | str | None, texts: Sequence[str]) -> str:
     if isinstance(ask, str) and not ASK_NAMES.fullmatch(ask):
         return f"{ask}, which is computed by heads that this checkpoint does not have: choose a return"
-    if ask is None or slots.scale.per == "task":
+    if ask is None or return_tokens.scale.per == "task":
         return "none" if ask is None else f"{ask} of the task"
-    value = slots.scale.named_ask(ask) if isinstance(ask, str) else ask
-    return f"{ask}, `{texts[slots.scale.bin_of(value)]}`"
+    value = return_tokens.scale.named_ask(ask) if isinstance(ask, str) else ask
+    return f"{ask}, `{texts[return_tokens.scale.bin_of(value)]}`"

@@ -44,7 +44,7 @@ from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.return_heads import ReturnHeads, outcomes
 from offline_lmrl.models.value_heads import Head, ValueHeads, ValueHeadsConfig
 from offline_lmrl.ops.decoding import guide, support_filter
-from offline_lmrl.tokens.conditioning import Slots, check_ask, with_slots
+from offline_lmrl.tokens.conditioning import ReturnTokens, check_ask, with_return_ids
 from offline_lmrl.tokens.rendering import Renderer
 
 MOST_LAYERS = 10_000
@@ -226,14 +226,18 @@ class Guided:
                 "algorithm: return_conditioned and condition: embedding"
             )
         block = settings(self.config)["returns"]
-        slots = Slots.from_block(block, self.get_input_embeddings().weight.shape[0], None)
+        return_tokens = ReturnTokens.from_block(block, self.get_input_embeddings().weight.shape[0], None)
         asks = [ask] * len(ids) if isinstance(ask, int | float | str) else list(ask)
         real = torch.ones_like(ids) if mask is None else mask
         rows = []
         for row, kept, asked in zip(ids, real.bool(), asks, strict=True):
             check_ask(asked)
-            value = slots.scale.named_ask(asked) if isinstance(asked, str) else asked
-            rows.append(with_slots(row[kept].tolist(), block["opening"], slots.ids(value), block.get("past_opening")))
+            value = return_tokens.scale.named_ask(asked) if isinstance(asked, str) else asked
+            rows.append(
+                with_return_ids(
+                    row[kept].tolist(), block["opening"], return_tokens.ids(value), block.get("past_opening")
+                )
+            )
         width = max(map(len, rows))
         # Padded on the left, because generate continues after the last column; the mask hides the padding id 0.
         padded = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=ids.device)
@@ -566,7 +570,7 @@ def attach_returns(model: PreTrainedModel, block: Mapping[str, Any]) -> PreTrain
     """Make a guided model return-conditioned in place, and return the same object.
 
     Args:
-      block: the entry `returns` of the config's `offline_lmrl` block (`Slots.from_block`). With
+      block: the entry `returns` of the config's `offline_lmrl` block (`ReturnTokens.from_block`). With
         `condition: embedding`, the model gets a fresh return embedding for its `bins`.
     """
     inner = _without_adapter(model)
@@ -591,10 +595,10 @@ def attach_return_heads(model: PreTrainedModel, block: Mapping[str, Any]) -> Pre
     return model
 
 
-def slots_of(model: PreTrainedModel, renderer: Renderer) -> Slots | None:
+def return_tokens_of(model: PreTrainedModel, renderer: Renderer) -> ReturnTokens | None:
     """Return the ids that encode requested returns for a model; None if it is not return-conditioned."""
     block = settings(model.config).get("returns")
-    return block and Slots.from_block(block, model.get_input_embeddings().weight.shape[0], renderer)
+    return block and ReturnTokens.from_block(block, model.get_input_embeddings().weight.shape[0], renderer)
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,7 +1,7 @@
-"""Condition a model on returns: returns-to-go as floats, the scale that bins them, and the slots that encode them.
+"""Condition a model on returns: returns-to-go as floats, the scale that bins them, and the ids that encode them.
 
-A slot comes directly before the opening of every agent turn: `[slot] opening text closing`. It encodes the return that
-is still to come, as one reserved id after the model's vocabulary (models/return_embedding.py) or as plain text.
+Return ids come directly before the opening of every agent turn: `[return] opening text closing`. They encode the
+return that is still to come, as one reserved id after the model's vocabulary (models/return_embedding.py) or as text.
 Returns are stored and updated as floats, because bins cannot be subtracted; they are binned only here, at the model's
 input.
 """
@@ -238,7 +238,7 @@ class ReturnScale:
 
     @property
     def bins(self) -> int:
-        """The largest number of bins of any table; the model needs a slot for each."""
+        """The largest number of bins of any table; the model needs a reserved id for each."""
         return max(len(table.counts) for table in self.tables.values())
 
     def table(self, task: str = "") -> ReturnTable:
@@ -322,15 +322,15 @@ def texts_of(block: Mapping[str, Any]) -> list[str]:
     return [block["text"].format(bin=b + 1, bins=block["bins"]) for b in range(block["bins"])]
 
 
-def with_slots(
-    prompt: Sequence[int], opening: Sequence[int], slot: Ids, past_opening: Sequence[int] | None = None
+def with_return_ids(
+    prompt: Sequence[int], opening: Sequence[int], return_ids: Ids, past_opening: Sequence[int] | None = None
 ) -> list[int]:
-    """Insert the same slot before every opening of the agent in a prompt that ends with such an opening.
+    """Insert the same ids before every opening of the agent in a prompt that ends with such an opening.
 
     Args:
       prompt: ids that end with `opening`.
       opening: ids before the agent's next turn.
-      slot: the ids to insert.
+      return_ids: the ids to insert.
       past_opening: ids before the agent's earlier turns; None = the same as `opening`.
     Raises: InputError if the prompt does not end with `opening`.
     """
@@ -344,13 +344,13 @@ def with_slots(
     told: list[int] = []
     for i, token in enumerate(prompt):
         if i == len(prompt) - n or list(prompt[i : i + len(past)]) == past and i < len(prompt) - n:
-            told += slot
+            told += return_ids
         told.append(token)
     return told
 
 
 @dataclass(frozen=True)
-class Slots:
+class ReturnTokens:
     """The ids that encode returns for the model, and functions that choose them for a log.
 
     scale: the map from returns to bins.
@@ -365,8 +365,8 @@ class Slots:
     discount_per_turn: float = 1.0
 
     @classmethod
-    def from_block(cls, block: Mapping[str, Any], vocabulary: int, renderer: Renderer | None) -> "Slots":
-        """Build the slots from the `returns` block of a model's settings.
+    def from_block(cls, block: Mapping[str, Any], vocabulary: int, renderer: Renderer | None) -> "ReturnTokens":
+        """Build them from the `returns` block of a model's settings.
 
         Args:
           block: the `returns` block.
@@ -388,16 +388,16 @@ class Slots:
         return cls(scale, null, bins, block["discount_per_turn"])
 
     def ids(self, value: float | None, task: str = "") -> Ids:
-        """Return the slot of a return; None gives the null slot."""
+        """Return the ids of a return; None gives those of the null condition."""
         return self.null if value is None else self.bins[self.scale.bin_of(value, task)]
 
     def of_log(self, trajectory: Trajectory) -> list[Ids]:
-        """Return one slot per agent turn, and the null slot for a turn after the end, whose return is unknown."""
+        """Return the ids for each agent turn, and null ids for a turn after the end, whose return is unknown."""
         returns = returns_to_go(trajectory, self.discount_per_turn)
         return [*(self.ids(value, trajectory.task) for value in returns), self.null]
 
     def nulls(self, trajectory: Trajectory) -> list[Ids]:
-        """Return as many slots as `of_log`, all null, as for a policy from which no return is requested."""
+        """Return as many ids as `of_log`, all null, as for a policy from which no return is requested."""
         return [self.null] * (1 + sum(turn.is_trainable for turn in trajectory.turns))
 
     def backwards(self, value: float, rewards: Sequence[float | None]) -> list[float]:

@@ -11,7 +11,7 @@ from offline_lmrl.logs.trajectory import Trajectory, leading_system_turns, with_
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.windows import Span, WindowRule, answered_ids, cut_windows, first_visible
 
-SlotsOfLog = Callable[[Trajectory], Sequence[tuple[int, ...]]]
+ReturnIdsFor = Callable[[Trajectory], Sequence[tuple[int, ...]]]
 RE_ENCODED = "trajectories encoded from text: their ids are from another tokenizer, template or rendering scheme"
 OWN, NEXT, END = 0, 1, 2  # the row that holds a state: the window, up to the next agent turn, the end of a cut log
 
@@ -83,8 +83,9 @@ class EpisodeEncoder:
 
     Args:
       step_rule: the rule for rewards, discounts and next states.
-      slots: a function of the trajectory that returns the ids to put before the opening of each agent turn, and before
-        the one that would follow the log (`Slots` in tokens/conditioning.py has two such methods); None = no ids.
+      return_ids_for: a function of the trajectory that returns the ids to put before the opening of each agent turn,
+        and before the one that would follow the log (`ReturnTokens` in tokens/conditioning.py has two such methods);
+        None = no ids.
       replies: True: a window also holds the environment's reply to its last agent turn, as training targets for a
         model of the environment. The text after the last agent turn of a finished episode is not a reply: nobody acts
         on it.
@@ -96,11 +97,12 @@ class EpisodeEncoder:
         window: WindowRule,
         step_rule: StepRule,
         scale: RewardScale,
-        slots: SlotsOfLog | None = None,
+        return_ids_for: ReturnIdsFor | None = None,
         *,
         replies: bool = False,
     ):
-        self.renderer, self.window, self.step_rule, self.scale, self.slots = renderer, window, step_rule, scale, slots
+        self.renderer, self.window, self.step_rule, self.scale = renderer, window, step_rule, scale
+        self.return_ids_for = return_ids_for
         self.replies = replies
 
     def encode(self, trajectory: Trajectory, counts: Counter[str], prompt: tuple[int, ...] = ()) -> Iterator[Window]:
@@ -136,12 +138,13 @@ class _Episode:
         turns = with_own_token_ids(trajectory, encoder.renderer.fingerprint).turns
         agent = [turn.is_trainable for turn in turns]
         self.agent_turns = [index for index, is_agent in enumerate(agent) if is_agent]
-        slots = encoder.slots(trajectory) if encoder.slots else [()] * (len(self.agent_turns) + 1)
+        given = encoder.return_ids_for
+        return_ids = given(trajectory) if given else [()] * (len(self.agent_turns) + 1)
         # The turn that would follow the log has the key len(turns).
-        self.slots = dict(zip([*self.agent_turns, len(turns)], slots, strict=True))
+        self.return_ids = dict(zip([*self.agent_turns, len(turns)], return_ids, strict=True))
         self.turns = turns
         self.encoded = [
-            turn.behind(self.slots.get(index, ())) for index, turn in enumerate(encoder.renderer.encode(turns))
+            turn.behind(self.return_ids.get(index, ())) for index, turn in enumerate(encoder.renderer.encode(turns))
         ]
         self.lengths = [turn.longest for turn in self.encoded]
         self.reward = [encoder.scale.apply(turn.reward) for turn in turns]
@@ -263,7 +266,7 @@ class _Episode:
         """Return the opening ids of the agent's turn `index`: one of the log, or the one that would follow it."""
         if index < self.length and index not in self.dropped:
             return self.encoded[index].ids[: self.encoded[index].action_start]
-        return (*self.slots[index], *self.renderer.opening_after(self.turns[:index]))
+        return (*self.return_ids[index], *self.renderer.opening_after(self.turns[:index]))
 
     def _visible_at(self, index: int) -> int:
         """Return the first turn that the agent sees at `index`: a turn of the log or the one that would follow it."""

@@ -2,7 +2,7 @@
 
 They follow the renderer's preamble and precede the rest of the window. They stay whole when old turns of the window
 are dropped. They contain no steps, so they contribute no loss. For a return-conditioned model they contain their own
-slots. There is no separator between demonstrations other than their turns.
+return_ids_for. There is no separator between demonstrations other than their turns.
 
 Deviations from the paper: a demonstration is whole unless `part` selects a part (the paper's code: its last steps);
 demonstrations and window share one embedding; each row keeps its demonstrations in all epochs.
@@ -44,7 +44,9 @@ class PromptSpec:
         "sum of rewards; the earliest if equal) or random ones.",
     )
     turns: int = setting(1, "Number of agent turns in a part; a demonstration with fewer is shown whole.")
-    max_tokens: int = setting(512, "Maximum number of tokens of all n demonstrations together, slots included.")
+    max_tokens: int = setting(
+        512, "Maximum number of tokens of all n demonstrations together, return_ids_for included."
+    )
     exclude_self: bool = setting(
         True,
         "Never show a row itself as a demonstration; without effect if `demonstrations` are other data.",
@@ -148,21 +150,21 @@ def task_prompts(
 
 
 def prompt_ids(
-    shown: Sequence[Shown], renderer: Renderer, slots: Callable[[Trajectory], Sequence[Ids]] | None = None
+    shown: Sequence[Shown], renderer: Renderer, return_ids_for: Callable[[Trajectory], Sequence[Ids]] | None = None
 ) -> Ids:
     """Return the ids of the few-shot demonstrations.
 
     Args:
       shown: the demonstrations, in order.
-      slots: a function of a trajectory that returns the ids before the opening of each agent turn, as for
+      return_ids_for: a function of a trajectory that returns the ids before the opening of each agent turn, as for
         `EpisodeEncoder`; None = no ids.
     """
     ids: list[int] = []
     for trajectory, first, stop in shown:
         turns = with_own_token_ids(trajectory, renderer.fingerprint).turns
         agent = [index for index, turn in enumerate(turns) if turn.is_trainable]
-        slot = dict(zip(agent, slots(trajectory)[: len(agent)], strict=True)) if slots else {}
-        encoded = [turn.behind(slot.get(index, ())) for index, turn in enumerate(renderer.encode(turns))]
+        own = dict(zip(agent, return_ids_for(trajectory)[: len(agent)], strict=True)) if return_ids_for else {}
+        encoded = [turn.behind(own.get(index, ())) for index, turn in enumerate(renderer.encode(turns))]
         part = turns[first:stop]
         pieces = renderer.window_ids(part, encoded[first:stop], 0, len(part), live=False)
         ids += [token for piece in pieces for token in piece]
@@ -174,14 +176,14 @@ def encode_prompts(
     trajectories: Sequence[Trajectory],
     demonstrations: Sequence[Trajectory] | None,
     renderer: Renderer,
-    slots: Callable[[Trajectory], Sequence[Ids]] | None,
+    return_ids_for: Callable[[Trajectory], Sequence[Ids]] | None,
 ) -> Iterator[Ids]:
     """Yield the ids of each trajectory's demonstrations; arguments as for `draw_prompts` and `prompt_ids`.
 
     Raises: InputError as `draw_prompts`, and for demonstrations of more than max_tokens.
     """
     for row, part in enumerate(draw_prompts(spec, trajectories, demonstrations)):
-        ids = prompt_ids(part, renderer, slots)
+        ids = prompt_ids(part, renderer, return_ids_for)
         if len(ids) > spec.max_tokens:
             raise InputError(
                 f"row {row + 1}: prompt.max_tokens: found demonstrations of {len(ids)} tokens, expected at "

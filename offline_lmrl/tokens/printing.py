@@ -152,18 +152,18 @@ class Printer:
             forms[-1] = role, (*form[:-1], (False, self.text.user_last))
         return forms
 
-    def printed(self, turns: Sequence[Turn], prompt: bool = False, slot: str = "") -> str:
+    def printed(self, turns: Sequence[Turn], prompt: bool = False, before: str = "") -> str:
         """Return the dialogue as text.
 
         Args:
           prompt: True: add the opening of the agent's next turn.
-          slot: text put before that opening.
+          before: text put before that opening.
         """
         ours = self.preamble(turns) + "".join(text for _, form in self.dialogue(turns, prompt) for _, text in form)
         if not prompt:
             return ours
         own = self.own_prompt(turns)
-        return ours + slot + (self.text.prompt if own is None else own)
+        return ours + before + (self.text.prompt if own is None else own)
 
     # Differences from the stock template.
 

@@ -145,7 +145,7 @@ def policy_window(
     renderer: Renderer,
     rule: WindowRule,
     reserve: int = 0,
-    slots: Sequence[tuple[int, ...]] | None = None,
+    return_ids: Sequence[tuple[int, ...]] | None = None,
     prompt: Sequence[int] = (),
 ) -> list[int]:
     """Return the ids that the agent sees before its next turn: preamble, demonstrations, visible turns, its opening.
@@ -154,16 +154,16 @@ def policy_window(
       turns: the dialogue so far.
       reserve: number of tokens kept free for the reply (max_new_tokens). If max_length binds, the window starts where
         training would start it for a turn of the opening and this many tokens, whatever the reply's real length.
-      slots: the ids before the opening of each agent turn, those of the next turn last; None = no ids.
+      return_ids: the ids before the opening of each agent turn, those of the next turn last; None = no ids.
       prompt: ids of the few-shot demonstrations (tokens/few_shot.py), which are never dropped.
     Raises: InputError if the demonstrations and the leading system turns leave no room for the reply.
     """
     renderer.notice(turns)
     opening = renderer.opening_after(turns)
-    if slots is not None:
-        *slots, coming = slots
+    if return_ids is not None:
+        *return_ids, coming = return_ids
         opening = (*coming, *opening)
-    encoded, preamble, head, fixed = _encoded(turns, renderer, slots, prompt)
+    encoded, preamble, head, fixed = _encoded(turns, renderer, return_ids, prompt)
     lengths = [*(turn.longest for turn in encoded), len(opening) + reserve]
     first = first_visible(rule, lengths, len(turns), head, fixed)
     if first is None:
@@ -183,7 +183,7 @@ def reply_window(
     renderer: Renderer,
     rule: WindowRule,
     reserve: int = 0,
-    slots: Sequence[tuple[int, ...]] | None = None,
+    return_ids: Sequence[tuple[int, ...]] | None = None,
     prompt: Sequence[int] = (),
 ) -> list[int] | None:
     """Return the ids that come before the environment's reply to the last turn, which is the agent's.
@@ -195,13 +195,13 @@ def reply_window(
       turns: the dialogue so far, up to and including the agent's turn.
       role: the speaker of the reply.
       reserve: number of tokens kept free for the reply.
-      slots: the ids before the opening of each agent turn; None = no ids.
+      return_ids: the ids before the opening of each agent turn; None = no ids.
       prompt: as for `policy_window`.
     Returns: the ids, or None if turn and reply alone do not fit; training leaves such a reply out.
     """
     renderer.notice(turns)
     said = [*turns, Turn(role, "")]
-    encoded, preamble, head, fixed = _encoded(said, renderer, slots, prompt)
+    encoded, preamble, head, fixed = _encoded(said, renderer, return_ids, prompt)
     lengths = [turn.longest for turn in encoded]
     index, reply = len(turns) - 1, encoded[-1].action_start + reserve
     if fixed + lengths[index] + reply > rule.max_length:
@@ -212,12 +212,12 @@ def reply_window(
 
 
 def _encoded(
-    turns: Sequence[Turn], renderer: Renderer, slots: Sequence[tuple[int, ...]] | None, prompt: Sequence[int]
+    turns: Sequence[Turn], renderer: Renderer, return_ids: Sequence[tuple[int, ...]] | None, prompt: Sequence[int]
 ) -> tuple[list[EncodedTurn], tuple[int, ...], int, int]:
-    """Return the encoded turns with slots, the ids before them, and the `head` and `fixed` of `first_visible`."""
+    """Return the encoded turns with return_ids, the ids before them, and the `head` and `fixed` of `first_visible`."""
     encoded = renderer.encode(turns)
-    if slots is not None:
-        for index, slot in zip((i for i, turn in enumerate(turns) if turn.is_trainable), slots, strict=True):
-            encoded[index] = encoded[index].behind(slot)
+    if return_ids is not None:
+        for index, ids in zip((i for i, turn in enumerate(turns) if turn.is_trainable), return_ids, strict=True):
+            encoded[index] = encoded[index].behind(ids)
     head, preamble = leading_system_turns(turns), (*renderer.preamble_of(turns), *prompt)
     return encoded, preamble, head, len(preamble) + sum(turn.longest for turn in encoded[:head])

@@ -47,7 +47,7 @@ from offline_lmrl.models.unreached import freeze_unreached
 from offline_lmrl.tokens.batching import WindowDataset, WindowRef, encode_trajectories
 from offline_lmrl.tokens.checks import TEMPLATE_ROWS, first_difference
 from offline_lmrl.tokens.comparison_batching import ComparisonDataset, ComparisonRef
-from offline_lmrl.tokens.episodes import EpisodeEncoder, SlotsOfLog, StepRule
+from offline_lmrl.tokens.episodes import EpisodeEncoder, ReturnIdsFor, StepRule
 from offline_lmrl.tokens.few_shot import encode_prompts
 from offline_lmrl.tokens.printing import MISMATCH
 from offline_lmrl.tokens.rendering import SCHEME, Renderer
@@ -699,9 +699,14 @@ class OfflineTrainer(BaseTrainer):
         model = attach(model, None)
         self.check_model(model, args)
         self.scale = self.fit_scale(model, train, args)
-        slots = self.slots(model, train, args)
+        return_ids_for = self.return_ids(model, train, args)
         self.encoder = EpisodeEncoder(
-            self.renderer, args.window, self.step_rule(args), self.scale, slots, replies=self.learns_replies(args)
+            self.renderer,
+            args.window,
+            self.step_rule(args),
+            self.scale,
+            return_ids_for,
+            replies=self.learns_replies(args),
         )
         windows = self._windows(train, args, self.counts)
         self.compare_with_template([row.turns for row in islice(train, TEMPLATE_ROWS)])
@@ -761,7 +766,9 @@ class OfflineTrainer(BaseTrainer):
         """Return the scale of rewards; it is fitted before any row is encoded."""
         return RewardScale.fit(train, args.reward_scale, discounted=self.step_rule(args).discounted)
 
-    def slots(self, model: PreTrainedModel, train: Sequence[Trajectory], args: OfflineConfig) -> SlotsOfLog | None:
+    def return_ids(
+        self, model: PreTrainedModel, train: Sequence[Trajectory], args: OfflineConfig
+    ) -> ReturnIdsFor | None:
         """Return the return ids before the agent's turns (tokens/conditioning.py); None = no conditioning."""
         return None
 
@@ -794,7 +801,7 @@ class OfflineTrainer(BaseTrainer):
         prompts = None
         if args.prompt is not None:
             shown = self.demonstrations(args.prompt.demonstrations)
-            prompts = encode_prompts(args.prompt, trajectories, shown, self.renderer, self.encoder.slots)
+            prompts = encode_prompts(args.prompt, trajectories, shown, self.renderer, self.encoder.return_ids_for)
         columns = encode_trajectories(trajectories, self.encoder, counts, prompts)
         pad_id = self.renderer.close_id  # any id will do, because padding is defined by the attention mask
         return WindowDataset(

@@ -61,12 +61,12 @@ def test_windows_stand_behind_demonstrations_in_training_and_validation(tmp_path
     run.train()
 
 
-def test_demonstrations_have_the_slots_that_the_algorithm_gives_its_logs(tmp_path):
+def test_demonstrations_have_the_ids_that_the_algorithm_gives_its_logs(tmp_path):
     null = len(TOKENIZER)
     run = trainer(tmp_path, "return_conditioned", PromptSpec(n=2, max_tokens=80))
     # of "good, bad, bad" every row is behind the two others: bins 1 and 0 of returns 1 and 0, 2 and 1 behind null
-    slots = [[token - null for token in row if token >= null] for row in rows_of(run.train_dataset)]
-    assert [(sorted(row[:2]), row[2]) for row in slots[:3]] == [([1, 1], 2), ([1, 2], 1), ([1, 2], 1)]
+    ids = [[token - null for token in row if token >= null] for row in rows_of(run.train_dataset)]
+    assert [(sorted(row[:2]), row[2]) for row in ids[:3]] == [([1, 1], 2), ([1, 2], 1), ([1, 2], 1)]
 
 
 def test_the_same_setting_encodes_the_same_rows_again(tmp_path):

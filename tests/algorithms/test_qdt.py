@@ -13,7 +13,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import build_model, load_model
-from offline_lmrl.tokens.conditioning import ReturnScale, Slots
+from offline_lmrl.tokens.conditioning import ReturnScale, ReturnTokens
 from offline_lmrl.tokens.few_shot import PromptSpec, draw_prompts, prompt_ids
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 
@@ -78,8 +78,8 @@ def test_the_critics_labels_are_binned_and_told_to_the_model(tmp_path, label, di
     labelled = relabel(LOGS, critic, label, discount)
     scale = ReturnScale.fit(labelled, "linear", 4)
     assert run.returns["scale"] == scale.to_dict()
-    slots = Slots.from_block(run.returns, len(TOKENIZER), run.renderer)
-    told = [ids[0] for t in labelled for ids in slots.of_log(t)[:-1]]
+    return_tokens = ReturnTokens.from_block(run.returns, len(TOKENIZER), run.renderer)
+    told = [ids[0] for t in labelled for ids in return_tokens.of_log(t)[:-1]]
     ids = run.train_dataset.flat["input_ids"][0]
     assert ids[ids >= len(TOKENIZER)].tolist() == told and len(set(told)) > 2
     held_out = run.eval_dataset.flat["input_ids"][0]
@@ -94,11 +94,11 @@ def test_demonstrations_from_a_file_have_the_critics_labels_too(tmp_path):
     write_trajectories(tmp_path / "shown.jsonl", logs)
     prompt = PromptSpec(max_tokens=40, demonstrations=str(tmp_path / "shown.jsonl"))
     run = conditioned(tmp_path / "run", logs=logs, critic=str(critic), binning="linear", prompt=prompt)
-    slots, labelled = Slots.from_block(run.returns, len(TOKENIZER), run.renderer), relabel(logs, critic)
-    assert [slots.of_log(log) for log in labelled] != [slots.of_log(log) for log in logs]
+    return_tokens, labelled = ReturnTokens.from_block(run.returns, len(TOKENIZER), run.renderer), relabel(logs, critic)
+    assert [return_tokens.of_log(log) for log in labelled] != [return_tokens.of_log(log) for log in logs]
     behind = len(run.renderer.preamble_of(()))
     for row, shown in enumerate(draw_prompts(prompt, logs, labelled)):
-        ids = list(prompt_ids(shown, run.renderer, slots.of_log))
+        ids = list(prompt_ids(shown, run.renderer, return_tokens.of_log))
         assert run.train_dataset.batch([row])["input_ids"][0].tolist()[behind : behind + len(ids)] == ids
 
 

@@ -86,7 +86,7 @@ def test_the_run_holds_what_its_returns_mean(tmp_path):
     assert block["sampling"]["ask"] == "p50" and block["sampling"]["condition_scale"] == 0.5
 
 
-def test_windows_carry_a_slot_before_every_agent_turn(tmp_path):
+def test_windows_carry_return_ids_before_every_agent_turn(tmp_path):
     run = trainer(tmp_path, logs=[episode("good", "bad"), episode("bad", "bad")])
     # returns to go 0 −1 and −2 −1, bins of −2 −1 0 behind null
     rows, null = run.train_dataset.batch([0, 1])["input_ids"].tolist(), len(TOKENIZER)

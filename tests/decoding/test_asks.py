@@ -5,7 +5,7 @@ import pytest
 
 from offline_lmrl.decoding.asks import Asks
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.tokens.conditioning import ReturnScale, Slots, returns_to_go
+from offline_lmrl.tokens.conditioning import ReturnScale, ReturnTokens, returns_to_go
 
 TURNS = 12  # at most
 
@@ -32,12 +32,12 @@ def decimal_logs(seed, n=60):
     return [log() for _ in range(n)]
 
 
-def told_in_play(slots, log, asked, sessions):
-    """The slots of each reply's prompt: in one session that remembers, or in a new one for every reply."""
-    asks, prompts = Asks(slots, log.task, [asked]), []
+def told_in_play(return_tokens, log, asked, sessions):
+    """The return_tokens of each reply's prompt: in one session that remembers, or in a new one for every reply."""
+    asks, prompts = Asks(return_tokens, log.task, [asked]), []
     for i, turn in enumerate(log.turns):
         if turn.is_trainable:
-            asks = Asks(slots, log.task, [asked]) if sessions == "many" else asks
+            asks = Asks(return_tokens, log.task, [asked]) if sessions == "many" else asks
             prompts.append(asks.before_reply(0, log.turns[:i]))
     return prompts
 
@@ -53,10 +53,10 @@ def test_play_asked_for_a_logs_own_return_tells_its_own_bins(kind, per, discount
         bins = 60 * TURNS if kind == "unique" else 8
         scale = ReturnScale.fit(logs, kind, bins, per, discount)
         block = {"condition": "embedding", "bins": scale.bins, "discount_per_turn": discount, "scale": scale.to_dict()}
-        slots = Slots.from_block(block, 100, None)
+        return_tokens = ReturnTokens.from_block(block, 100, None)
         for log in logs:
-            in_training = slots.of_log(log)[:-1]
-            prompts = told_in_play(slots, log, returns_to_go(log, discount)[0], sessions)
+            in_training = return_tokens.of_log(log)[:-1]
+            prompts = told_in_play(return_tokens, log, returns_to_go(log, discount)[0], sessions)
             assert prompts == [in_training[: n + 1] for n in range(len(in_training))]
             turns += len(prompts)
     assert turns > 1000

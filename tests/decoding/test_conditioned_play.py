@@ -58,7 +58,7 @@ def policy(model=MODEL, window=None, **sampling):
 
 
 def prompts_of(monkeypatch, player):
-    """The slots that each reply was told, read off what the sampler is given."""
+    """The return_tokens that each reply was told, read off what the sampler is given."""
     told = []
     sample = player.sampler.sample
 
@@ -86,7 +86,7 @@ def play(player, rewards, fresh=False, asked=None):
     return everything
 
 
-def test_the_ask_goes_down_with_every_reward_and_past_slots_stay(monkeypatch):
+def test_the_ask_goes_down_with_every_reward_and_past_return_ids_stay(monkeypatch):
     player = policy(ask=4.0)
     told = prompts_of(monkeypatch, player)
     play(player, [1.0, None, 2.0, 0.0])
@@ -102,7 +102,7 @@ def test_rows_have_asks_of_their_own(monkeypatch):
     assert told == [[[3], [0]], [[3, 2], [0, 0]]]
 
 
-def test_a_slot_stays_when_an_old_reward_is_revised_and_follows_the_ask_in_a_new_session(monkeypatch):
+def test_return_ids_stay_when_an_old_reward_is_revised_and_follows_the_ask_in_a_new_session(monkeypatch):
     player = policy(ask=4.0)
     told = prompts_of(monkeypatch, player)
     history = [Turn("user", "move")]

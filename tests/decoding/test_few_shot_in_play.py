@@ -9,7 +9,7 @@ from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.tokens.few_shot import PromptSpec, prompt_ids
 from tests.decoding.test_conditioned_play import HISTORIES, MODEL, RENDERER, conditioned, play, policy, prompts_of
 
-DEMONSTRATION = Trajectory(  # returns to go 3 and 2, whose slots show as 4 and 3
+DEMONSTRATION = Trajectory(  # returns to go 3 and 2, whose return_tokens show as 4 and 3
     (
         Turn("user", "move"),
         Turn("assistant", "left", reward=1.0),
@@ -30,14 +30,14 @@ def shown(monkeypatch, player, *start):
     return given
 
 
-def ids_of(*demonstrations, slots=None):
-    return list(prompt_ids([PromptSpec().cut(one, None) for one in demonstrations], RENDERER, slots))
+def ids_of(*demonstrations, return_tokens=None):
+    return list(prompt_ids([PromptSpec().cut(one, None) for one in demonstrations], RENDERER, return_tokens))
 
 
 def test_all_rows_read_the_demonstrations_behind_the_preamble(monkeypatch):
     plain = shown(monkeypatch, policy(ask=4.0))
     player = policy(window={"prompt": [DEMONSTRATION, OTHER]}, ask=4.0)
-    ids, n = ids_of(DEMONSTRATION, OTHER, slots=player.slots.of_log), len(RENDERER.preamble_of(()))
+    ids, n = ids_of(DEMONSTRATION, OTHER, return_tokens=player.return_tokens.of_log), len(RENDERER.preamble_of(()))
     assert shown(monkeypatch, player) == [[*row[:n], *ids, *row[n:]] for row in plain]
 
 
@@ -46,7 +46,11 @@ def test_rows_read_demonstrations_of_their_own(monkeypatch):
     plain = shown(monkeypatch, policy(ask=4.0))
     given = shown(monkeypatch, player, None, [[DEMONSTRATION], None])
     n = len(RENDERER.preamble_of(()))
-    assert given[0] == [*plain[0][:n], *ids_of(DEMONSTRATION, slots=player.slots.of_log), *plain[0][n:]]
+    assert given[0] == [
+        *plain[0][:n],
+        *ids_of(DEMONSTRATION, return_tokens=player.return_tokens.of_log),
+        *plain[0][n:],
+    ]
     assert given[1] == plain[1]
 
 
@@ -69,14 +73,14 @@ def test_values_are_read_behind_demonstrations_without_returns(monkeypatch):
     prompts, read = [], player.sampler.read
     monkeypatch.setattr(player.sampler, "read", lambda head, ids, *args: prompts.extend(ids) or read(head, ids, *args))
     play(player, [1.0])
-    ids = ids_of(DEMONSTRATION, slots=player.slots.nulls)
+    ids = ids_of(DEMONSTRATION, return_tokens=player.return_tokens.nulls)
     n = len(RENDERER.preamble_of(()))
     assert all(row[n : n + len(ids)] == ids for row in prompts) and len(prompts) == 2
 
 
 def test_a_planner_reads_them_without_returns():
     plain, player = policy().null_window(HISTORIES[0], 5), policy(window={"prompt": [DEMONSTRATION]}, ask=4.0)
-    ids, n = ids_of(DEMONSTRATION, slots=player.slots.nulls), len(RENDERER.preamble_of(()))
+    ids, n = ids_of(DEMONSTRATION, return_tokens=player.return_tokens.nulls), len(RENDERER.preamble_of(()))
     assert player.null_window(HISTORIES[0], 5) == [*plain[:n], *ids, *plain[n:]]
 
 

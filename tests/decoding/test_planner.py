@@ -170,7 +170,9 @@ def test_what_is_imagined_is_read_after_the_same_ids_as_in_training(
 
     plan = Trajectory(tuple(plans[-1]), labels={"tokenizer": RENDERER.fingerprint})
     assert len(plan.turns) == 6 + 2 * imaginations and len(imagined) == imaginations
-    encoder = EpisodeEncoder(RENDERER, player.window, StepRule(), RewardScale(), player.slots.nulls, replies=True)
+    encoder = EpisodeEncoder(
+        RENDERER, player.window, StepRule(), RewardScale(), player.return_tokens.nulls, replies=True
+    )
     columns = encode_trajectories([plan], encoder, Counter(), [player.shared_prompt.null])
     batch = WindowDataset(columns, 0, next_rows=False, end_rows=False, replies=True).batch(
         range(len(columns["input_ids"][1]) - 1)

@@ -117,7 +117,7 @@ def stand_in(monkeypatch, log_prob, n):
     steps = SimpleNamespace(trajectory=np.arange(n), turn=np.ones(n, dtype=int), acting_log_prob=np.array(log_prob))
     monkeypatch.setattr(off_policy, "read_logs", lambda *_: steps)
     model = SimpleNamespace(config=SimpleNamespace(offline_lmrl={}))
-    return SimpleNamespace(slots=None, model=model, renderer=SimpleNamespace(fingerprint="me"))
+    return SimpleNamespace(return_tokens=None, model=model, renderer=SimpleNamespace(fingerprint="me"))
 
 
 HALF = (math.log(0.5),)
@@ -186,9 +186,9 @@ def test_hot_play_is_weighed_to_the_score_of_warm_play():
 
 def test_a_policy_that_is_asked_for_returns_is_refused():
     with pytest.raises(InputError, match="conditioned on returns"):
-        importance_sampling(SimpleNamespace(slots=object()), [])
+        importance_sampling(SimpleNamespace(return_tokens=object()), [])
     with pytest.raises(InputError, match="conditioned on returns"):
-        fitted_q_evaluation(SimpleNamespace(slots=object()), [])
+        fitted_q_evaluation(SimpleNamespace(return_tokens=object()), [])
 
 
 class Chain:

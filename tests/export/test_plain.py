@@ -325,7 +325,7 @@ def test_returns_per_task_are_all_there_whatever_the_run_asks_for(tmp_path):
     run = told_run(tmp_path / "run", logs=tasks, per="task", ask="max")
     report = export_run(run, tmp_path / "plain")
     policy, (model, _) = LanguagePolicy.load(run, task="short"), plain(tmp_path / "plain")
-    assert policy.slots.ids(4.0, "short") == (len(TOKENIZER) + 2,) and report.returns[2] == "<return_2>"
+    assert policy.return_tokens.ids(4.0, "short") == (len(TOKENIZER) + 2,) and report.returns[2] == "<return_2>"
     told = [*prompt_of()[: -len(RENDERER.agent_opening)], len(TOKENIZER) + 2, *RENDERER.agent_opening]
     found = next_log_prob(model, told)[: len(TOKENIZER)].log_softmax(-1)
     assert_close(found, next_log_prob(policy.model.eval(), told), atol=1e-4, rtol=0)

@@ -12,7 +12,7 @@ from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.scripted import Forced
-from offline_lmrl.models.guided import slots_of
+from offline_lmrl.models.guided import return_tokens_of
 from offline_lmrl.tasks.count import Count, Count1, Talk
 from offline_lmrl.tokens.conditioning import LABEL, returns_to_go
 from tests.gates.small import fitted
@@ -69,8 +69,8 @@ def test_count_earns_what_is_asked_of_it(tmp_path, seed):
     assert obedience(lambda ask: Held(play(ask)), Count, range(2, 7))[1] > 1.5
 
 
-def held_out_loss(run, logs, slots=None):
-    run.encoder.slots = slots
+def held_out_loss(run, logs, return_tokens=None):
+    run.encoder.return_ids_for = return_tokens
     return run.evaluate(run._windows(logs, run.args, Counter()))["eval_loss"]
 
 
@@ -78,7 +78,7 @@ def test_the_null_row_is_the_cloned_policy(tmp_path):
     logs, held_out = Count().logs(4000, 0), Count().logs(1000, 1)
     cloned = fitted(BCConfig, BCTrainer, tmp_path / "bc", logs, 0, 600)
     told = fitted(ReturnConditionedConfig, ReturnConditionedTrainer, tmp_path / "rc", logs, 0, 600)
-    null = held_out_loss(told, held_out, slots_of(told.model, told.renderer).nulls)
+    null = held_out_loss(told, held_out, return_tokens_of(told.model, told.renderer).nulls)
     assert null == pytest.approx(held_out_loss(cloned, held_out), abs=0.02)
 
 

@@ -25,7 +25,7 @@ def conditioned(family="gpt2", heads=None):
     return attach_returns(attach(tiny_model(family), heads), BLOCK).eval()
 
 
-def slotted_batch():
+def conditioned_batch():
     """`tiny_batch` with a return in the prompt of each row."""
     batch = tiny_batch()
     batch["input_ids"][:, 0] = torch.tensor([NULL + 2, NULL + 4])
@@ -67,7 +67,7 @@ def test_reserved_ids_read_their_rows_and_are_never_emitted(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_steps_caches_and_generate_read_the_rows_too(family):
-    model, batch = conditioned(family), slotted_batch()
+    model, batch = conditioned(family), conditioned_batch()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     steps = batch["steps"]
     logits = model(**inputs).logits.log_softmax(-1)
@@ -81,7 +81,7 @@ def test_packed_steps_caches_and_generate_read_the_rows_too(family):
 
 
 def test_padding_and_the_order_of_rows_change_no_loss():
-    model, batch = conditioned(), slotted_batch()
+    model, batch = conditioned(), conditioned_batch()
     expected = model(**batch)["log_prob"]
     padded = tiny_batch(padding=3) | {"steps": batch["steps"]}
     padded["input_ids"][:, 0] = batch["input_ids"][:, 0]
@@ -91,7 +91,7 @@ def test_padding_and_the_order_of_rows_change_no_loss():
 
 
 def test_values_of_extra_rows_read_the_rows_of_returns():
-    model, batch = conditioned(heads=ValueHeadsConfig("mlp")), slotted_batch()
+    model, batch = conditioned(heads=ValueHeadsConfig("mlp")), conditioned_batch()
     torch.nn.init.normal_(model.value_heads.v.weight)
     everything = model(**batch)
     batch["steps"] |= {"next_row": torch.ones(7, dtype=torch.long), "next_state": torch.full((7,), 3)}
@@ -103,7 +103,7 @@ def test_values_of_extra_rows_read_the_rows_of_returns():
 
 
 def test_condition_dropout_makes_whole_rows_null_in_training_only():
-    model, batch = conditioned(), slotted_batch()
+    model, batch = conditioned(), conditioned_batch()
     as_null = batch | {"input_ids": batch["input_ids"].clamp(max=NULL)}
     told, null = model(**batch)["log_prob"], model(**as_null)["log_prob"]
     assert not torch.isclose(told, null).any()
@@ -124,7 +124,7 @@ def test_condition_dropout_makes_whole_rows_null_in_training_only():
 
 def test_all_rows_of_the_table_learn():
     model = conditioned()
-    batch = slotted_batch()
+    batch = conditioned_batch()
     batch["input_ids"][1, 1] = NULL
     model(**batch)["log_prob"].sum().backward()
     for name, parameter in model.return_embedding.named_parameters():
@@ -172,7 +172,7 @@ def test_lora_trains_the_table_in_full_and_merging_keeps_it(family, tmp_path):
     fresh = model.return_embedding.rows().detach().clone()
     for _ in range(2):
         optimizer.zero_grad()
-        model(**slotted_batch())["log_prob"].sum().backward()
+        model(**conditioned_batch())["log_prob"].sum().backward()
         optimizer.step()
     assert not torch.equal(model.return_embedding.rows(), fresh)
     model.save_pretrained(tmp_path / "run")

@@ -28,7 +28,7 @@ def with_heads(family="gpt2"):
 
 
 def turns_batch(told):
-    """`tiny_batch` with a slot at the start of each row; its turns close with steps 1, 3 and 6 and open in states
+    """`tiny_batch` with a return id at the start of each row; its turns close with steps 1, 3 and 6 and open in states
     (0,1), (0,5), (1,2). They pay .3, 1 and 0; the first row ends with its episode, the second is cut."""
     batch = tiny_batch()
     batch["input_ids"][:, 0] = torch.tensor(told)

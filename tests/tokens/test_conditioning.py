@@ -1,4 +1,4 @@
-"""Returns, their bins and the slots that tell them, by hand."""
+"""Returns, their bins and the return_ids that tell them, by hand."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.tokens.conditioning import ReturnScale, Slots, check_ask, distinct, fit_edges, returns_to_go
+from offline_lmrl.tokens.conditioning import ReturnScale, ReturnTokens, check_ask, distinct, fit_edges, returns_to_go
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 
@@ -20,9 +20,9 @@ def episode(*rewards, task="", **labels):
 THREE = [episode(1.0, 0.0, 2.0), episode(None, 4.0), episode(-1.0)]  # returns 3 2 2, 4 4, −1
 
 
-def slots(scale, vocabulary=100, **block):
+def return_ids(scale, vocabulary=100, **block):
     block = {"condition": "embedding", "bins": scale.bins, "discount_per_turn": 1.0, "scale": scale.to_dict()} | block
-    return Slots.from_block(block, vocabulary, None)
+    return ReturnTokens.from_block(block, vocabulary, None)
 
 
 def test_returns_to_go_of_three_trajectories():
@@ -44,8 +44,8 @@ def test_unique_bins_of_three_trajectories():
     assert (scale.kind, scale.bins, scale.table().edges) == ("unique", 4, (0.5, 2.5, 3.5))
     assert scale.table().counts == (1, 2, 1, 2)
     assert [[scale.bin_of(r) for r in returns_to_go(t)] for t in THREE] == [[2, 1, 1], [3, 3], [0]]
-    assert slots(scale).of_log(THREE[0]) == [(103,), (102,), (102,), (100,)]  # null behind the end
-    assert slots(scale).nulls(THREE[1]) == [(100,)] * 3
+    assert return_ids(scale).of_log(THREE[0]) == [(103,), (102,), (102,), (100,)]  # null behind the end
+    assert return_ids(scale).nulls(THREE[1]) == [(100,)] * 3
 
 
 def test_linear_bins_are_equally_wide_and_auto_takes_them_for_many_values():
@@ -202,20 +202,20 @@ def test_bins_saved_with_edges_on_returns_stay_as_they_were_trained():
 
 def test_what_remains_of_an_ask_goes_down_with_rewards_and_up_with_the_discount():
     scale = ReturnScale.fit(THREE)
-    assert slots(scale).remaining(5.0, [1.0, None, 3.0]) == [5.0, 4.0, 4.0, 1.0]
+    assert return_ids(scale).remaining(5.0, [1.0, None, 3.0]) == [5.0, 4.0, 4.0, 1.0]
     # (5 − 1) / .5 = 8, (8 − 3) / .5 = 10
-    assert slots(scale, discount_per_turn=0.5).remaining(5.0, [1.0, 3.0]) == [5.0, 8.0, 10.0]
-    assert slots(scale, discount_per_turn=0.5).backwards(10.0, [1.0, 3.0]) == [5.0, 8.0]
+    assert return_ids(scale, discount_per_turn=0.5).remaining(5.0, [1.0, 3.0]) == [5.0, 8.0, 10.0]
+    assert return_ids(scale, discount_per_turn=0.5).backwards(10.0, [1.0, 3.0]) == [5.0, 8.0]
 
 
 def test_returns_as_text_need_a_tokenizer_that_tells_them_apart():
     renderer = Renderer(train_tokenizer(["quality: 1/4 2/4 3/4 4/4\n"], 300))
     block = {"condition": "text", "bins": 4, "discount_per_turn": 1.0, "scale": ReturnScale.fit(THREE).to_dict()}
-    written = Slots.from_block(block | {"text": "quality: {bin}/{bins}\n"}, 100, renderer)
+    written = ReturnTokens.from_block(block | {"text": "quality: {bin}/{bins}\n"}, 100, renderer)
     assert [renderer.decode(ids) for ids in written.bins] == [f"quality: {b}/4\n" for b in (1, 2, 3, 4)]
     assert written.null == ()
     with pytest.raises(InputError, match="text: found texts, such as 'good'"):
-        Slots.from_block(block | {"text": "good"}, 100, renderer)
+        ReturnTokens.from_block(block | {"text": "good"}, 100, renderer)
 
 
 def test_dense_returns_are_not_one_number():

@@ -255,22 +255,22 @@ def test_training_windows_equal_what_the_policy_sees_live(rule):
         assert batch["input_ids"][row, : opening + 1].tolist() == live
 
 
-# Slots: one id per return to go, 200 and up; 100 where none is known
+# ReturnTokens: one id per return to go, 200 and up; 100 where none is known
 
 
-def slots(trajectory):
+def return_ids(trajectory):
     return [(200 + int(value),) for value in returns_to_go(trajectory)] + [(100,)]
 
 
-def with_slots(trajectories, rule=DEFAULT_WINDOWS, slots=slots):
-    encoder = EpisodeEncoder(LetterRenderer(), rule, DEFAULT_STEPS, RewardScale(), slots)
+def with_return_ids(trajectories, rule=DEFAULT_WINDOWS, return_ids=return_ids):
+    encoder = EpisodeEncoder(LetterRenderer(), rule, DEFAULT_STEPS, RewardScale(), return_ids)
     columns = encode_trajectories(trajectories, encoder, Counter())
     dataset = WindowDataset(columns, 0, next_rows=True, end_rows=True)
     return dataset.batch(range(len(dataset)))
 
 
-def test_a_slot_stands_before_every_agent_opening_and_shifts_the_steps():
-    batch = with_slots([Trajectory(DIALOGUE)])
+def test_return_ids_come_before_every_agent_opening_and_shifts_the_steps():
+    batch = with_return_ids([Trajectory(DIALOGUE)])
     a, b = ord("a"), ord("b")
     assert batch["input_ids"].tolist() == [[1, 2, a, 3, 203, 4, X, Y, 5, 2, b, 3, 202, 4, Z, 5]]
     assert table(batch) == [
@@ -283,9 +283,9 @@ def test_a_slot_stands_before_every_agent_opening_and_shifts_the_steps():
     assert batch["steps"]["open_state"].tolist() == [5, 5, 5, 13, 13]
 
 
-def test_rows_that_serve_v_have_slots_too():
+def test_rows_that_serve_v_have_return_ids_too():
     cut = Trajectory((*DIALOGUE, user("c")), terminated=False)
-    rows = with_slots([cut], WindowRule(context=1))["input_ids"].tolist()
+    rows = with_return_ids([cut], WindowRule(context=1))["input_ids"].tolist()
     assert [[token for token in row if token >= ord("a")] for row in rows] == [
         [ord("a"), 203, X, Y],  # first window
         [ord("b"), 202, Z],
@@ -295,21 +295,24 @@ def test_rows_that_serve_v_have_slots_too():
     ]
 
 
-def test_no_slots_leave_every_array_as_it_was():
-    plain, empty = batch_of([Trajectory(DIALOGUE)]), with_slots([Trajectory(DIALOGUE)], slots=lambda t: [()] * 3)
+def test_no_return_ids_leave_every_array_as_it_was():
+    plain, empty = (
+        batch_of([Trajectory(DIALOGUE)]),
+        with_return_ids([Trajectory(DIALOGUE)], return_ids=lambda t: [()] * 3),
+    )
     assert torch.equal(plain["input_ids"], empty["input_ids"]) and table(plain) == table(empty)
 
 
 @pytest.mark.parametrize("rule", [WindowRule(), WindowRule(1), WindowRule(4, 2), WindowRule(None, 1, 16)])
-def test_training_windows_with_slots_equal_what_the_policy_sees_live(rule):
+def test_training_windows_with_return_ids_equal_what_the_policy_sees_live(rule):
     turns = tuple(turn for c in "abcde" for turn in (user(c), agent("x", 1.0)))
-    batch = with_slots([Trajectory(turns)], rule)
+    batch = with_return_ids([Trajectory(turns)], rule)
     steps = batch["steps"]
     for n, index in enumerate(range(1, len(turns), 2)):
         chosen = (steps["turn"] == index).nonzero()[0, 0]
         row, opening = steps["row"][chosen], steps["state"][chosen]
-        told = slots(Trajectory(turns))[: n + 1]
-        live = policy_window(turns[:index], LetterRenderer(), rule, reserve=2, slots=told)
+        told = return_ids(Trajectory(turns))[: n + 1]
+        live = policy_window(turns[:index], LetterRenderer(), rule, reserve=2, return_ids=told)
         assert batch["input_ids"][row, : opening + 1].tolist() == live
 
 
@@ -353,8 +356,8 @@ def test_lengths_and_flat_storage_agree():
     assert dataset.mean_return == pytest.approx(2.6)  # (3 + 3 + 3 + 2 + 2) / 5, undiscounted
 
 
-def windows_of(view, trajectory, rule=DEFAULT_WINDOWS, replies=False, counts=None, slots=None, prompt=()):
-    encoder = EpisodeEncoder(view, rule, DEFAULT_STEPS, RewardScale(), slots, replies=replies)
+def windows_of(view, trajectory, rule=DEFAULT_WINDOWS, replies=False, counts=None, return_ids=None, prompt=()):
+    encoder = EpisodeEncoder(view, rule, DEFAULT_STEPS, RewardScale(), return_ids, replies=replies)
     columns = encode_trajectories([trajectory], encoder, Counter() if counts is None else counts, [prompt])
     dataset = WindowDataset(columns, 0, next_rows=True, end_rows=True, replies=replies)
     assert not replies or all(len(index) == 0 for index in dataset.surplus_batch()["environment"].values())
@@ -427,9 +430,9 @@ def test_a_reply_of_several_turns_ends_where_an_agent_speaks_whoever_is_credited
     assert opens == [([1, 4, X, 5, 2, A, 3], [A, 3]), ([1, 2, A, 3, 4, Y, 5], [])]
 
 
-def test_windows_with_replies_keep_prompt_system_turn_and_slots():
+def test_windows_with_replies_keep_prompt_system_turn_and_return_ids():
     turns = (Turn("system", "s"), *FOUR[:4])
-    rows = with_replies(Trajectory(turns), WindowRule(context=1), slots=slots, prompt=(90, 91))
+    rows = with_replies(Trajectory(turns), WindowRule(context=1), return_ids=return_ids, prompt=(90, 91))
     system = [6, ord("s"), 7]
     assert rows == [
         ([1, 90, 91, *system, 2, A, 3, 203, 4, X, 5, 2, B, 3], [B, 3]),
@@ -563,7 +566,7 @@ def test_training_windows_hold_before_every_reply_what_is_read_live(name):
     rules = [WindowRule(k) for k in (1, 2, 3, None)]
     rules += [WindowRule(4, 2), WindowRule(max_length=70), WindowRule(stride=3, max_length=90)]
     for rule in rules:
-        batch = windows_of(view, cut, rule, replies=True, slots=lambda log: told, prompt=prompt)
+        batch = windows_of(view, cut, rule, replies=True, return_ids=lambda log: told, prompt=prompt)
         states = list(zip(*(batch["environment"][name].tolist() for name in ("row", "state")), strict=True))
         trained = [
             batch["input_ids"][row, : state + 1].tolist() for row, state in states if (row, state - 1) not in states

@@ -35,12 +35,12 @@ LONG = Trajectory(
 )
 
 
-def slots(trajectory):
+def return_ids(trajectory):
     return [(200 + int(value),) for value in returns_to_go(trajectory)] + [(100,)]
 
 
-def batch_of(trajectories, prompts, rule=None, slots=None, counts=None):
-    encoder = EpisodeEncoder(RENDERER, rule or WindowRule(), StepRule(), RewardScale(), slots)
+def batch_of(trajectories, prompts, rule=None, return_ids=None, counts=None):
+    encoder = EpisodeEncoder(RENDERER, rule or WindowRule(), StepRule(), RewardScale(), return_ids)
     columns = encode_trajectories(trajectories, encoder, Counter() if counts is None else counts, prompts)
     dataset = WindowDataset(columns, 0, next_rows=True, end_rows=True)
     return dataset.batch(range(len(dataset)))
@@ -147,9 +147,11 @@ def test_steps_stand_behind_the_prompt_and_none_in_it():
 
 def test_a_prompt_has_the_returns_that_its_own_episode_had():
     cut = PromptSpec(part="last").cut(Trajectory((*SHOWN.turns, user("r"), agent("z", 2.0))), None)
-    assert prompt_ids([cut], RENDERER, slots) == (2, ord("r"), 3, 202, 4, ord("z"), 5)
+    assert prompt_ids([cut], RENDERER, return_ids) == (2, ord("r"), 3, 202, 4, ord("z"), 5)
     whole = PromptSpec().cut(SHOWN, None)
-    batch = batch_of([Trajectory((user("a"), agent("x", 1.0)))], [prompt_ids([whole], RENDERER, slots)], slots=slots)
+    batch = batch_of(
+        [Trajectory((user("a"), agent("x", 1.0)))], [prompt_ids([whole], RENDERER, return_ids)], return_ids=return_ids
+    )
     assert batch["input_ids"].tolist() == [[1, 2, P, 3, 203, 4, Q, 5, 2, ord("a"), 3, 201, 4, ord("x"), 5]]
 
 
