@@ -16,7 +16,7 @@ from torch import Tensor
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.trajectory import Trajectory
-from offline_lmrl.tokens.episodes import EpisodeEncoder, Step
+from offline_lmrl.tokens.episodes import EpisodeEncoder, RowKind, Step
 
 ROWS = ("input_ids", "next_ids", "end_ids")
 LISTS = (*ROWS, "environment")  # columns of whole windows; all other columns have one value per step
@@ -154,17 +154,18 @@ class WindowDataset(torch.utils.data.Dataset):
         column = {name: pick(self.flat[name], index) for name in self.flat if name not in LISTS}
         row = np.repeat(np.arange(len(index)), column["state"][1])
         step = {name: values for name, (values, _) in column.items()}
-        # OWN, NEXT and END of episodes.py select the window's own row, its next row or its end row.
+        # In the order of RowKind.
         own = np.zeros_like(row)
         places = [row, own if next_row is None else next_row[row], own if end_row is None else end_row[row]]
-        steps = {name: step[name] for name in step if not name.endswith("_extra")}
+        steps = {name: step[name] for name in step if not name.endswith("_row_kind")}
         steps["row"] = row
-        steps["next_row"] = np.choose(step["next_extra"], places)
-        steps["end_row"] = np.choose(step["end_extra"], places)
+        steps["next_row"] = np.choose(step["next_row_kind"], places)
+        steps["end_row"] = np.choose(step["end_row_kind"], places)
         # Without the extra rows V is never used there, but the index must still be valid.
-        for name, extra, present in (("next", "next_extra", self.next_rows), ("end", "end_extra", self.end_rows)):
+        for name, present in (("next", self.next_rows), ("end", self.end_rows)):
             if not present:
-                steps[f"{name}_state"] = np.where(step[extra] == 0, step[f"{name}_state"], 0)
+                own_row = step[f"{name}_row_kind"] == RowKind.OWN
+                steps[f"{name}_state"] = np.where(own_row, step[f"{name}_state"], 0)
         # A closing action may be missing from its row (at the row's end) or be printed as another token: mask only
         # true actions.
         inside = step["state"] + 1 < input_ids.shape[1]

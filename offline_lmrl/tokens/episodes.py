@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -13,7 +14,6 @@ from offline_lmrl.tokens.windows import Span, WindowRule, answered_ids, cut_wind
 
 ReturnIdsFor = Callable[[Trajectory], Sequence[tuple[int, ...]]]
 RE_ENCODED = "trajectories encoded from text: their ids are from another tokenizer, template or rendering scheme"
-OWN, NEXT, END = 0, 1, 2  # the row that holds a state: the window, up to the next agent turn, the end of a cut log
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,22 @@ class StepRule:
         return min(self.discount_per_token, self.discount_per_turn) < 1
 
 
+class RowKind(IntEnum):
+    """The row of a batch that holds a state."""
+
+    OWN = 0  # the window's own row
+    NEXT = 1  # the row up to the agent's next turn
+    END = 2  # the row up to the end of a cut log
+
+
 class Step(NamedTuple):
-    """One action token; `ActionSteps` (batching.py) explains the fields. next_extra, end_extra: OWN, NEXT or END."""
+    """One action token; `ActionSteps` (batching.py) explains the fields. next_row_kind, end_row_kind: a RowKind."""
 
     state: int
     action: int
     reward: float
     discount: float
-    next_extra: int
+    next_row_kind: RowKind
     next_state: int
     bootstrap: float
     has_target: bool
@@ -51,7 +59,7 @@ class Step(NamedTuple):
     turn: int
     open_state: int
     return_to_go: float
-    end_extra: int
+    end_row_kind: RowKind
     end_state: int
     end_discount: float
 
@@ -284,7 +292,7 @@ class _Episode:
         next_ids, end_ids = [], []
         last = inside[-1]
         upcoming = next((index for index in self.agent_turns if index > last), self.length)
-        follows = (OWN, 0)
+        follows = (RowKind.OWN, 0)
         if upcoming < self.length or self.end == "observation":
             first = self._visible_at(upcoming)
             opened = [*self._tokens(first, upcoming), *self._opening(upcoming)]
@@ -292,19 +300,19 @@ class _Episode:
             # row is extended to hold the next opening as well. Otherwise V(s′) needs a row of its own.
             kept = state[last] + self._actions(last) if span.answered == span.stop else len(input_ids)
             if first == span.first and opened[:kept] == input_ids[:kept]:
-                input_ids, follows = opened, (OWN, len(opened) - 1)
+                input_ids, follows = opened, (RowKind.OWN, len(opened) - 1)
             else:
-                next_ids, follows = opened, (NEXT, len(opened) - 1)
+                next_ids, follows = opened, (RowKind.NEXT, len(opened) - 1)
         end = follows
         # The log ends after this window: the V that closes it needs its own row, unless the episode terminated.
         if upcoming < self.length:
             end_ids = self._end_ids()
-            end = (END, len(end_ids) - 1) if end_ids else (OWN, 0)
+            end = (RowKind.END, len(end_ids) - 1) if end_ids else (RowKind.OWN, 0)
         elif self.end in ("finished", "unfinished"):
-            end = (OWN, state[last] + self._actions(last) - (self.end == "finished"))
+            end = (RowKind.OWN, state[last] + self._actions(last) - (self.end == "finished"))
         steps = []
         for index, after in zip(inside, [*inside[1:], None], strict=True):
-            place = follows if after is None else (OWN, state[after])
+            place = follows if after is None else (RowKind.OWN, state[after])
             steps += self._steps(state[index], index, place, end)
         # A reply is a target only in the window that trains the turn it answers: its content and closing, not its
         # opening, which the environment does not choose.
@@ -324,8 +332,8 @@ class _Episode:
         return [*self._tokens(self._visible_at(last), last), *self.encoded[last].ids[:read]]
 
     def _steps(self, opening: int, index: int, follows: tuple[int, int], end: tuple[int, int]) -> Iterator[Step]:
-        # opening: the state before the turn's first action. follows: row (OWN or NEXT) and column of the first state
-        # of the agent's next turn. end: row (OWN, NEXT or END) and column of the state whose V closes a cut log.
+        # opening: the state before the turn's first action. follows: RowKind (OWN or NEXT) and column of the first state
+        # of the agent's next turn. end: row (RowKind.OWN, NEXT or END) and column of the state whose V closes a cut log.
         actions, gamma = self.encoded[index].actions, self.step_rule.discount_per_token
         n = len(actions)
         is_last = index == self.agent_turns[-1]
@@ -334,10 +342,10 @@ class _Episode:
         if is_last and self.end == "terminated":
             bootstrap = 0.0
         elif is_last and self.end == "unfinished":
-            follows = (OWN, opening + n)
+            follows = (RowKind.OWN, opening + n)
         elif is_last and self.end == "finished":
             # No state after the closing action was logged: V is taken before it, and it gets no target itself.
-            follows, reward, reach, turn_discount = (OWN, opening + n - 1), 0.0, n - 1, 1.0
+            follows, reward, reach, turn_discount = (RowKind.OWN, opening + n - 1), 0.0, n - 1, 1.0
         for k in range(n):
             has_target = k < reach
             # The last action, and with bootstrap_from_turn every action, bootstraps from the state `follows`.
@@ -346,14 +354,14 @@ class _Episode:
                 paid, discount = gamma ** (left - 1) * reward, gamma**left * turn_discount
                 place, counts = follows, bootstrap
             else:
-                paid, discount, place, counts = 0.0, gamma, (OWN, opening + k + 1), 1.0
+                paid, discount, place, counts = 0.0, gamma, (RowKind.OWN, opening + k + 1), 1.0
             total, factor = self._return_from(index, k, *self.after[index]) if has_target else (0.0, 0.0)
             yield Step(
                 state=opening + k,
                 action=actions[k],
                 reward=paid if has_target else 0.0,
                 discount=discount,
-                next_extra=place[0],
+                next_row_kind=place[0],
                 next_state=place[1],
                 bootstrap=counts,
                 has_target=has_target,
@@ -361,7 +369,7 @@ class _Episode:
                 turn=index,
                 open_state=opening,
                 return_to_go=total,
-                end_extra=end[0],
+                end_row_kind=end[0],
                 end_state=end[1],
                 end_discount=factor,
             )

@@ -96,7 +96,12 @@ FAULTS = (
         "pass",
         "test_value_heads.py",
     ),
-    Fault("a state is one token early", "(OWN, opening + k + 1)", "(OWN, opening + k)", "test_episodes.py"),
+    Fault(
+        "a state is one token early",
+        "(RowKind.OWN, opening + k + 1)",
+        "(RowKind.OWN, opening + k)",
+        "test_episodes.py",
+    ),
     Fault(
         "what is asked for does not fall with what was earned",
         "(returns[-1] - (reward or 0.0))",
