@@ -51,7 +51,7 @@ class Step(NamedTuple):
     action: int
     reward: float
     discount: float
-    next_row_kind: RowKind
+    next_row_kind: int
     next_state: int
     bootstrap: float
     has_target: bool
@@ -59,7 +59,7 @@ class Step(NamedTuple):
     turn: int
     open_state: int
     return_to_go: float
-    end_row_kind: RowKind
+    end_row_kind: int
     end_state: int
     end_discount: float
 
@@ -332,8 +332,8 @@ class _Episode:
         return [*self._tokens(self._visible_at(last), last), *self.encoded[last].ids[:read]]
 
     def _steps(self, opening: int, index: int, follows: tuple[int, int], end: tuple[int, int]) -> Iterator[Step]:
-        # opening: the state before the turn's first action. follows: RowKind (OWN or NEXT) and column of the first state
-        # of the agent's next turn. end: row (RowKind.OWN, NEXT or END) and column of the state whose V closes a cut log.
+        # opening: the state before the turn's first action. follows: kind of row (own or next) and column of the first
+        # state of the agent's next turn. end: kind of row and column of the state whose V closes a cut log.
         actions, gamma = self.encoded[index].actions, self.step_rule.discount_per_token
         n = len(actions)
         is_last = index == self.agent_turns[-1]
