@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from offline_lmrl.models.guided import attach
+from offline_lmrl.models.guided import add_value_heads
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 
 VOCABULARY, WIDTH = 50, 16
@@ -76,7 +76,7 @@ def tiny_batch(padding: int = 0) -> dict:
 def guided_model(family: str = "gpt2", kind: str = "tied", utterance: bool = False) -> PreTrainedModel:
     """A guided model whose online and target heads differ and are far from constant."""
     config = ValueHeadsConfig(kind, initial_value=0.5, utterance=utterance)
-    model = attach(tiny_model(family), config)
+    model = add_value_heads(tiny_model(family), config)
     for parameter in model.value_heads.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model

@@ -33,7 +33,7 @@ from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.models.adapters import settings
-from offline_lmrl.models.guided import attach, check_same_heads, return_tokens_of
+from offline_lmrl.models.guided import add_value_heads, check_same_heads, return_tokens_of
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.ops.returns import monte_carlo_mixture
 from offline_lmrl.ops.value_learning import awr_weight, conservative_loss, expectile_loss, q_loss, td_target
@@ -242,7 +242,7 @@ class ILQLTrainer(OfflineTrainer):
             return model
         start = windows.mean_return if args.initial_value is None else self.scale.apply_to_return(args.initial_value)
         heads = ValueHeadsConfig(kind=args.value_heads, initial_value=start, utterance=utterance)
-        return attach(model, heads)
+        return add_value_heads(model, heads)
 
     def stored_blocks(self, args: ILQLConfig) -> Mapping[str, Any]:
         return {"sampling": sampling_form(args)}

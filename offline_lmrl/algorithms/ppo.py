@@ -50,7 +50,7 @@ from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.actor_critic import ActorCritic
 from offline_lmrl.models.adapters import settings
-from offline_lmrl.models.guided import attach, detach, load_model
+from offline_lmrl.models.guided import as_guided, detach, load_model
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import is_reward_model, load_reward_model
 from offline_lmrl.models.unreached import freeze_unreached
@@ -314,7 +314,7 @@ class PPOTrainer(LoopTrainer):
             )
         if processing_class is None:
             processing_class = tokenizer_beside(model)
-        policy = attach(load_model(model) if isinstance(model, str) else model, None)
+        policy = as_guided(load_model(model) if isinstance(model, str) else model)
         super().__init__(args, processing_class, policy, find_unused_parameters=args.value_warmup > 0)
         check_model(policy, self.renderer, args.max_length)
         check_trains(policy, self.renderer)

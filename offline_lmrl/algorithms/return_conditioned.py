@@ -41,7 +41,7 @@ from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import settings
-from offline_lmrl.models.guided import attach_return_heads, attach_returns
+from offline_lmrl.models.guided import add_return_heads, add_returns
 from offline_lmrl.models.return_heads import fit_heads
 from offline_lmrl.settings import setting
 from offline_lmrl.tokens.batching import WindowDataset
@@ -225,7 +225,7 @@ class ReturnConditionedTrainer(OfflineTrainer):
         require_targets("return_weight", args.return_weight, ends, KNOWN_TURN)
         there = settings(model.config)
         if "returns" not in there:
-            attach_returns(model, self.returns)
+            add_returns(model, self.returns)
         block = there.get("return_heads")
         if block is not None and block["discount_per_turn"] != args.discount_per_turn:
             raise InputError(
@@ -244,7 +244,7 @@ class ReturnConditionedTrainer(OfflineTrainer):
             )
         if args.return_weight > 0 and block is None:
             closing = {name: windows.flat[name][0][windows.closing_steps] for name in Step._fields}
-            attach_return_heads(model, fit_heads(closing, args.bins, args.discount_per_turn))
+            add_return_heads(model, fit_heads(closing, args.bins, args.discount_per_turn))
         return model
 
     def learns_replies(self, args: ReturnConditionedConfig) -> bool:

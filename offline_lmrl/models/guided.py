@@ -546,27 +546,35 @@ def _without_adapter(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def attach(model: PreTrainedModel, value_heads: ValueHeadsConfig | None) -> PreTrainedModel:
+def as_guided(model: PreTrainedModel) -> PreTrainedModel:
     """Turn a causal LM, or the one inside a PeftModel, into a guided model in place, and return the same object.
 
-    Args:
-      value_heads: make fresh value heads, which replace existing ones; None = leave the model's heads as they are.
+    Heads that it already has stay as they are.
     """
     inner = _without_adapter(model)
     if not isinstance(inner, Guided):
         inner.__class__ = guided_class(type(inner))
         inner._add_parts(None, None, None)
-    if value_heads is not None:
-        inner.config.offline_lmrl = settings(inner.config) | {"value_heads": asdict(value_heads)}
-        inner.value_heads = ValueHeads(value_heads, *inner.get_output_embeddings().weight.shape).to(inner.device)
-        # Targets are drawn too, so they are made copies of the online heads before they are frozen.
-        inner.value_heads.apply(inner._initialize_weights)
-        inner.update_targets(1.0)
-        inner.freeze_targets()
     return model
 
 
-def attach_returns(model: PreTrainedModel, block: Mapping[str, Any]) -> PreTrainedModel:
+def add_value_heads(model: PreTrainedModel, value_heads: ValueHeadsConfig) -> PreTrainedModel:
+    """Turn a model into a guided one with fresh value heads, in place, and return the same object.
+
+    Args:
+      model: a causal LM, or a PeftModel around one; existing value heads are replaced.
+    """
+    inner = _without_adapter(as_guided(model))
+    inner.config.offline_lmrl = settings(inner.config) | {"value_heads": asdict(value_heads)}
+    inner.value_heads = ValueHeads(value_heads, *inner.get_output_embeddings().weight.shape).to(inner.device)
+    # Targets are drawn too, so they are made copies of the online heads before they are frozen.
+    inner.value_heads.apply(inner._initialize_weights)
+    inner.update_targets(1.0)
+    inner.freeze_targets()
+    return model
+
+
+def add_returns(model: PreTrainedModel, block: Mapping[str, Any]) -> PreTrainedModel:
     """Make a guided model return-conditioned in place, and return the same object.
 
     Args:
@@ -582,7 +590,7 @@ def attach_returns(model: PreTrainedModel, block: Mapping[str, Any]) -> PreTrain
     return model
 
 
-def attach_return_heads(model: PreTrainedModel, block: Mapping[str, Any]) -> PreTrainedModel:
+def add_return_heads(model: PreTrainedModel, block: Mapping[str, Any]) -> PreTrainedModel:
     """Add fresh return heads to a guided model in place, and return the same object.
 
     Args:
@@ -673,7 +681,7 @@ def _require_room(auto_class: type, config: PreTrainedConfig) -> None:
 
 def build_model(spec: Mapping[str, Any], tokenizer) -> PreTrainedModel:
     """Build a guided model with fresh weights and no value heads; arguments and errors as in `from_scratch`."""
-    return attach(from_scratch(AutoModelForCausalLM, spec, tokenizer), None)
+    return as_guided(from_scratch(AutoModelForCausalLM, spec, tokenizer))
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
@@ -726,7 +734,7 @@ def load_model(
         part = missing[0].partition(".")[0].replace("_", " ")
         raise InputError(f"model: {name}: config.json names {part}, but {missing[0]} is not among the weights")
     if stored is None:
-        return attach(model, value_heads)
+        return model if value_heads is None else add_value_heads(model, value_heads)
     if value_heads is not None:
         check_same_heads(name, asdict(value_heads), asdict(ValueHeadsConfig(**stored)))
     return model
@@ -774,12 +782,12 @@ def _load_adapter(folder: Path, **options) -> nn.Module:
     model = load_model(base, **options)  # any heads of the base are replaced by those saved beside the adapter
     model = detach(model)
     if stored:
-        model = attach(model, ValueHeadsConfig(**stored))
+        model = add_value_heads(model, ValueHeadsConfig(**stored))
     model.config.offline_lmrl = block
     if "returns" in block:
-        model = attach_returns(model, block["returns"])
+        model = add_returns(model, block["returns"])
     if "return_heads" in block:
-        model = attach_return_heads(model, block["return_heads"])
+        model = add_return_heads(model, block["return_heads"])
     with opening(folder, "model"):
         model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     load_heads(model, folder)

@@ -41,7 +41,7 @@ from offline_lmrl.models.adapters import (
     settings,
     unfreeze_heads,
 )
-from offline_lmrl.models.guided import attach, build_model, load_model
+from offline_lmrl.models.guided import as_guided, build_model, load_model
 from offline_lmrl.models.renderers import rendering_block, scheme_of, training_renderer
 from offline_lmrl.models.unreached import freeze_unreached
 from offline_lmrl.tokens.batching import WindowDataset, WindowRef, encode_trajectories
@@ -696,7 +696,7 @@ class OfflineTrainer(BaseTrainer):
 
     def prepare(self, model, args: OfflineConfig, train, held_out, peft_config):
         train = self.select(self.read(args, train, self.counts), args)
-        model = attach(model, None)
+        model = as_guided(model)
         self.check_model(model, args)
         self.scale = self.fit_scale(model, train, args)
         return_ids_for = self.return_ids(model, train, args)
@@ -774,7 +774,7 @@ class OfflineTrainer(BaseTrainer):
 
     def prepare_model(self, model: PreTrainedModel, args: OfflineConfig, windows: WindowDataset) -> PreTrainedModel:
         """Return the guided model with the parts that this algorithm needs."""
-        return attach(model, None)
+        return as_guided(model)
 
     def stored_blocks(self, args: OfflineConfig) -> Mapping[str, Any]:
         """Return further entries for the `offline_lmrl` block of config.json."""

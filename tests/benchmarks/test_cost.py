@@ -33,7 +33,7 @@ def tokenizer_of(vocabulary):
 def model_of(shape, heads):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from offline_lmrl.models.guided import attach
+    from offline_lmrl.models.guided import add_value_heads, as_guided
     from offline_lmrl.models.value_heads import ValueHeadsConfig
 
     torch.manual_seed(0)
@@ -46,7 +46,8 @@ def model_of(shape, heads):
         bos_token_id=1,
         eos_token_id=2,
     )
-    return attach(GPT2LMHeadModel(config), heads and ValueHeadsConfig(kind=heads))
+    model = GPT2LMHeadModel(config)
+    return add_value_heads(model, ValueHeadsConfig(kind=heads)) if heads else as_guided(model)
 
 
 def step_of(shape_name, kind):
@@ -185,7 +186,7 @@ def player(shape_name, returns=True, **sampling):
     """A policy of 16 tokens a turn, that knows returns and what turns earn or neither."""
     from offline_lmrl.decoding.policy import LanguagePolicy
     from offline_lmrl.decoding.sampler import SamplingConfig
-    from offline_lmrl.models.guided import attach_return_heads, attach_returns
+    from offline_lmrl.models.guided import add_return_heads, add_returns
     from offline_lmrl.tokens.conditioning import ReturnScale
     from offline_lmrl.tokens.rendering import Renderer
 
@@ -194,7 +195,7 @@ def player(shape_name, returns=True, **sampling):
     if returns:
         rewards = (Turn("assistant", "b", reward=float(reward)) for reward in range(5))
         scale = ReturnScale.fit([Trajectory((turn,)) for turn in rewards])
-        attach_returns(
+        add_returns(
             model,
             {
                 "condition": "embedding",
@@ -204,7 +205,7 @@ def player(shape_name, returns=True, **sampling):
                 "opening": list(renderer.agent_opening),
             },
         )
-        attach_return_heads(model, HEADS)
+        add_return_heads(model, HEADS)
     return LanguagePolicy(model, renderer, SamplingConfig(max_new_tokens=16, top_k=64, **sampling))
 
 

@@ -17,7 +17,7 @@ from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import attach, attach_return_heads, attach_returns, build_model
+from offline_lmrl.models.guided import add_return_heads, add_returns, add_value_heads, as_guided, build_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.ops.decoding import reduce_q
 from offline_lmrl.tokens.conditioning import ReturnScale
@@ -32,7 +32,9 @@ HISTORIES = [[Turn("user", "you are at 1, 2")], [Turn("user", "move")]]
 
 def conditioned(heads=True, logs=LOGS, **block):
     """Weights far from uniform, so that mistakes show."""
-    model = attach(build_model(SPEC, RENDERER.tokenizer), ValueHeadsConfig("linear") if heads else None)
+    model = as_guided(build_model(SPEC, RENDERER.tokenizer))
+    if heads:
+        add_value_heads(model, ValueHeadsConfig("linear"))
     scale = ReturnScale.fit(logs, per=block.pop("per", "global"))
     block = {
         "condition": "embedding",
@@ -41,7 +43,7 @@ def conditioned(heads=True, logs=LOGS, **block):
         "scale": scale.to_dict(),
         "opening": list(RENDERER.agent_opening),
     } | block
-    attach_returns(model, block)
+    add_returns(model, block)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -258,7 +260,7 @@ def test_a_history_that_was_changed_is_read_anew(monkeypatch):
 
 def test_auto_with_a_run_asks_for_the_best_q_that_this_run_sees(tmp_path, monkeypatch):
     torch.manual_seed(7)
-    critic = attach(build_model({**SPEC, "n_embd": 8}, RENDERER.tokenizer), ValueHeadsConfig(kind="mlp"))
+    critic = add_value_heads(build_model({**SPEC, "n_embd": 8}, RENDERER.tokenizer), ValueHeadsConfig(kind="mlp"))
     for parameter in critic.value_heads.parameters():
         torch.nn.init.normal_(parameter)
     critic.config.offline_lmrl |= {
@@ -283,7 +285,7 @@ def test_auto_with_a_run_asks_for_the_best_q_that_this_run_sees(tmp_path, monkey
 
 
 def test_a_critic_that_counts_turns_otherwise_is_named_once_and_one_behind_demonstrations_refused(tmp_path, caplog):
-    critic = attach(build_model({**SPEC, "n_embd": 8}, RENDERER.tokenizer), ValueHeadsConfig())
+    critic = add_value_heads(build_model({**SPEC, "n_embd": 8}, RENDERER.tokenizer), ValueHeadsConfig())
     critic.config.offline_lmrl |= {"step_rule": {"discount_per_turn": 0.9}}
     critic.save_pretrained(tmp_path / "critic")
     RENDERER.tokenizer.save_pretrained(tmp_path / "critic")
@@ -315,7 +317,7 @@ def test_auto_explains_an_unknown_past_by_its_rewards():
 
 def test_an_expert_asks_for_the_return_that_the_heads_expect_where_none_is_told(monkeypatch):
     bins = {name: {"edges": [0.5], "means": [0.0, 1.0]} for name in ("returns", "reward", "after", "ended")}
-    model = attach_return_heads(conditioned(), bins | {"discount_per_turn": 1.0})
+    model = add_return_heads(conditioned(), bins | {"discount_per_turn": 1.0})
     torch.nn.init.normal_(model.return_heads.returns.weight)
     monkeypatch.setitem(model.config.offline_lmrl, "reward_scale", {"shift": 0.0, "scale": 4.0, "scored_turns": 0})
     read = [*RENDERER.preamble_of(()), *RENDERER.encode_turn(HISTORIES[0][0]).ids, NULL, *RENDERER.agent_opening]
@@ -371,7 +373,7 @@ def test_generate_refuses_what_it_cannot_tell():
         with pytest.raises(InputError, match="ask: found"):
             generate(MODEL, [prompt], ask=wrong)
     with pytest.raises(InputError, match="ask: found 1.0, expected None, as this model has no return embedding"):
-        generate(attach(build_model(SPEC, RENDERER.tokenizer), None), [prompt], ask=1.0)
+        generate(as_guided(build_model(SPEC, RENDERER.tokenizer)), [prompt], ask=1.0)
 
 
 # What the table shows
@@ -427,7 +429,7 @@ def test_an_ask_for_the_usual_return_is_said_once(caplog):
 
 
 def test_asks_and_forms_that_the_model_cannot_serve_are_refused():
-    plain, textual = attach(build_model(SPEC, RENDERER.tokenizer), None), conditioned(condition="text", text="{bin}")
+    plain, textual = as_guided(build_model(SPEC, RENDERER.tokenizer)), conditioned(condition="text", text="{bin}")
     for model, form, message in (
         (plain, {"ask": 1.0}, "ask: found 1.0, expected null.*not trained with returns"),
         (plain, {"condition_scale": 1.0}, "condition_scale: found 1.0, expected 0"),

@@ -14,7 +14,7 @@ from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import attach, attach_return_heads, attach_returns, build_model
+from offline_lmrl.models.guided import add_return_heads, add_returns, add_value_heads, build_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
 from offline_lmrl.tokens.conditioning import ReturnScale
@@ -37,9 +37,9 @@ BINS = {
 
 def planning_model(heads=True):
     """Weights far from uniform, so that mistakes show."""
-    model = attach(build_model(SPEC, RENDERER.tokenizer), ValueHeadsConfig("linear"))
+    model = add_value_heads(build_model(SPEC, RENDERER.tokenizer), ValueHeadsConfig("linear"))
     scale = ReturnScale.fit(LOGS)
-    attach_returns(
+    add_returns(
         model,
         {
             "condition": "embedding",
@@ -50,7 +50,7 @@ def planning_model(heads=True):
         },
     )
     if heads:
-        attach_return_heads(model, BINS)
+        add_return_heads(model, BINS)
     model.config.offline_lmrl["reward_scale"] = {"shift": 0.0, "scale": 2.0, "scored_turns": 0}
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

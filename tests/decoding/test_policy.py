@@ -10,7 +10,7 @@ from offline_lmrl.decoding.policy import LanguagePolicy, generate_texts
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.trajectory import Turn
-from offline_lmrl.models.guided import attach, build_model
+from offline_lmrl.models.guided import add_value_heads, build_model
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tokens.rendering import Renderer
@@ -38,7 +38,7 @@ def scramble(model):
 @pytest.fixture(scope="module")
 def model(tokenizer):
     model = build_model({"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}, tokenizer)
-    return scramble(attach(model, ValueHeadsConfig("linear"))).eval()
+    return scramble(add_value_heads(model, ValueHeadsConfig("linear"))).eval()
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_guidance_without_heads_is_refused(tokenizer, renderer):
 def test_a_lora_policy_plays_guided(tokenizer, renderer):
     peft = pytest.importorskip("peft")
     base = build_model({"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}, tokenizer)
-    guided = scramble(attach(base, ValueHeadsConfig("linear")))
+    guided = scramble(add_value_heads(base, ValueHeadsConfig("linear")))
     form = SamplingConfig(**FORM, beta=1.0)
     before = generate_texts(LanguagePolicy(guided, renderer, form), [dialogue("hi")])
     lora = peft.get_peft_model(guided, peft.LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM"))

@@ -6,7 +6,7 @@ import torch
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.probe import check_plays, check_scores, check_trains
 from offline_lmrl.errors import InputError
-from offline_lmrl.models.guided import attach
+from offline_lmrl.models.guided import as_guided
 from offline_lmrl.models.reward_model import build_reward_model
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.tokenizers import train_tokenizer
@@ -19,7 +19,7 @@ RENDERER = Renderer(TOKENIZER, "auto")
 
 @pytest.mark.parametrize("family", ["bamba", "gemma3", "mamba", "mamba2", "mistral", "qwen3_next", "xglm"])
 def test_models_that_read_alike_pass(family):
-    model = attach(small_model(family), None).train()
+    model = as_guided(small_model(family)).train()
     check_trains(model, RENDERER)
     check_plays(model, RENDERER)
     assert all(module.training for module in model.modules())
@@ -37,7 +37,7 @@ def test_models_that_read_alike_pass(family):
     ],
 )
 def test_models_that_do_not_are_named(family, check, found):
-    model = attach(small_model(family), None)
+    model = as_guided(small_model(family))
     with pytest.raises(InputError, match=f"^model: {found}"):
         check(model, RENDERER)
 
@@ -52,14 +52,14 @@ def test_a_model_that_reads_both_ways_is_refused(tmp_path):
 
 
 def test_weights_that_are_no_numbers_are_refused():
-    model = attach(small_model("llama"), None)
+    model = as_guided(small_model("llama"))
     model.lm_head.weight.data[5] = float("nan")
     with pytest.raises(InputError, match="differ by up to nan from"):
         check_trains(model, RENDERER)
 
 
 def test_tokens_that_a_model_never_says_are_no_difference():
-    model = attach(small_model("llama"), None)
+    model = as_guided(small_model("llama"))
     never = torch.tensor([7])
     model.lm_head.register_forward_hook(lambda module, args, output: output.index_fill(-1, never, -torch.inf))
     check_trains(model, RENDERER)
@@ -67,7 +67,7 @@ def test_tokens_that_a_model_never_says_are_no_difference():
 
 
 def test_of_several_processes_on_a_machine_the_first_looks(monkeypatch):
-    model = attach(small_model("roberta"), None)
+    model = as_guided(small_model("roberta"))
     monkeypatch.setenv("LOCAL_RANK", "1")  # its weights may not have been read yet
     check_plays(model, RENDERER)
     monkeypatch.setenv("LOCAL_RANK", "0")

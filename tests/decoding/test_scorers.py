@@ -35,7 +35,7 @@ from offline_lmrl.evaluation.offline import read_logs
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.preferences import to_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import attach, build_model
+from offline_lmrl.models.guided import add_value_heads, build_model
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import build_reward_model, fold, head_of
 from offline_lmrl.models.value_heads import ValueHeadsConfig
@@ -167,7 +167,7 @@ def test_a_saved_reward_model_is_opened_by_its_folder(tmp_path):
 
 def judge(utterance=False):
     torch.manual_seed(0)
-    model = attach(build_model(SPEC, RENDERER.tokenizer), ValueHeadsConfig("linear", utterance=utterance))
+    model = add_value_heads(build_model(SPEC, RENDERER.tokenizer), ValueHeadsConfig("linear", utterance=utterance))
     for parameter in model.value_heads.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.config.offline_lmrl |= {"reward_scale": {"shift": 0.0, "scale": 4.0, "scored_turns": 0}}

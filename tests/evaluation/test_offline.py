@@ -21,7 +21,7 @@ from offline_lmrl.evaluation.offline import (
 )
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import attach, build_model
+from offline_lmrl.models.guided import add_value_heads, build_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tasks.corridor import Corridor
 from offline_lmrl.tokens.few_shot import PromptSpec, prompt_ids
@@ -218,7 +218,7 @@ def played():
     tokenizer = train_tokenizer(["start 1 0", "junction", "01"], 300)
     spec = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
     torch.manual_seed(0)
-    model = attach(build_model(spec, tokenizer), ValueHeadsConfig(kind="linear"))
+    model = add_value_heads(build_model(spec, tokenizer), ValueHeadsConfig(kind="linear"))
     for parameter in model.value_heads.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     renderer = Renderer(tokenizer)

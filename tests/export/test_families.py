@@ -8,7 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.export.plain import export_run
-from offline_lmrl.models.guided import attach, load_model
+from offline_lmrl.models.guided import as_guided, load_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.tokenizers import train_tokenizer
@@ -57,7 +57,7 @@ def tiny_run(family, folder):
         for part in {id(part): part for part in (config, config.get_text_config())}.values():
             if isinstance(getattr(part, "initializer_range", None), float):
                 part.initializer_range = 0.1
-        attach(AutoModelForCausalLM.from_config(config), None).save_pretrained(folder)
+        as_guided(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
         model = load_model(folder, value_heads=ValueHeadsConfig("tied")).eval()
         with torch.no_grad():
             for parameter in model.value_heads.parameters():

@@ -16,7 +16,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.export.plain import export_run
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
-from offline_lmrl.models.guided import attach, attach_returns, build_model, detach, load_model
+from offline_lmrl.models.guided import add_returns, add_value_heads, as_guided, build_model, detach, load_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.ops.decoding import warp_log_probs
 from offline_lmrl.tokens.conditioning import ReturnScale
@@ -75,13 +75,13 @@ def save_run(folder, model, tokenizer=TOKENIZER, **blocks):
 
 
 def valued_run(folder, kind="tied", spec=SPEC, **form):
-    model = shaken(attach(build_model(spec, TOKENIZER), ValueHeadsConfig(kind)))
+    model = shaken(add_value_heads(build_model(spec, TOKENIZER), ValueHeadsConfig(kind)))
     return save_run(folder, model, sampling=EXACT | form)
 
 
 def told_run(folder, tokenizer=TOKENIZER, heads=None, template="auto", text=None, logs=LOGS, per="global", **form):
     """A run that is told returns 0..4, one bin each."""
-    model = shaken(attach(build_model(SPEC, tokenizer), heads))
+    model = shaken(add_value_heads(build_model(SPEC, tokenizer), heads))
     scale, renderer = ReturnScale.fit(logs, per=per), Renderer(tokenizer, template)
     block = {
         "condition": "text" if text else "embedding",
@@ -94,7 +94,7 @@ def told_run(folder, tokenizer=TOKENIZER, heads=None, template="auto", text=None
     sampling = {"ask": 3.0} | form
     return save_run(
         folder,
-        attach_returns(model, block),
+        add_returns(model, block),
         tokenizer,
         algorithm="return_conditioned",
         template=template,
@@ -202,7 +202,7 @@ def test_settings_that_filter_nothing_fold(tmp_path):
 
 
 def test_of_one_head_the_minimum_folds(tmp_path):
-    model = shaken(attach(build_model(SPEC, TOKENIZER), ValueHeadsConfig("linear", heads=1)))
+    model = shaken(add_value_heads(build_model(SPEC, TOKENIZER), ValueHeadsConfig("linear", heads=1)))
     run = save_run(tmp_path / "run", model, sampling=EXACT | {"q_reduce": "min"})
     export_run(run, tmp_path / "plain")
     found = next_log_prob(plain(tmp_path / "plain")[0], prompt_of())
@@ -232,7 +232,7 @@ def test_filters_of_a_policy_without_guidance_are_those_of_generate(tmp_path, fo
 
 
 def test_the_base_models_own_way_of_decoding_does_not_come_along(tmp_path):
-    model = shaken(attach(build_model(SPEC, TOKENIZER), ValueHeadsConfig("tied")))
+    model = shaken(add_value_heads(build_model(SPEC, TOKENIZER), ValueHeadsConfig("tied")))
     model.generation_config.update(
         repetition_penalty=3.0,
         no_repeat_ngram_size=1,
@@ -359,7 +359,7 @@ def test_returns_as_text_leave_a_plain_base(tmp_path):
 
 
 def test_the_plain_template_takes_a_chat_template_away_that_was_not_used(tmp_path):
-    model = shaken(attach(build_model(SPEC, TOKENIZER), None))
+    model = shaken(as_guided(build_model(SPEC, TOKENIZER)))
     run = save_run(tmp_path / "run", model, algorithm="bc", template="plain", window={"context": 3})
     export_run(run, tmp_path / "plain")
     assert plain(tmp_path / "plain")[1].chat_template is None
@@ -391,7 +391,7 @@ def test_an_adapter_is_merged(tmp_path):
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    model = detach(attach(build_model(SPEC, TOKENIZER), None))
+    model = detach(as_guided(build_model(SPEC, TOKENIZER)))
     model.save_pretrained(tmp_path / "base")
     TOKENIZER.save_pretrained(tmp_path / "base")
     with pytest.raises(InputError, match="^run: found a model that no run of this project wrote in .*base"):

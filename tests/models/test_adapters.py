@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
-from offline_lmrl.models.guided import attach, detach, load_model
+from offline_lmrl.models.guided import add_value_heads, detach, load_model
 from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
 from tests.tiny_models import guided_model, tiny_batch, tiny_model
 
@@ -136,7 +136,7 @@ def test_heads_go_on_the_model_inside_an_adapter_and_come_back(tmp_path):
     save_heads(policy, tmp_path / "policy")
     loaded = load_model(tmp_path / "policy")
     assert loaded.value_heads is None  # whatever the base model carries
-    model = attach(loaded, ValueHeadsConfig("mlp", initial_value=0.5))
+    model = add_value_heads(loaded, ValueHeadsConfig("mlp", initial_value=0.5))
     assert model is loaded and isinstance(model, peft.PeftModel)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     train_one_step(model)
@@ -163,7 +163,7 @@ def test_a_missing_heads_file_and_a_missing_base_are_one_line_errors(tmp_path):
     (tmp_path / "run" / "value_heads.safetensors").unlink()
     with pytest.raises(InputError, match="value_heads.safetensors: not found"):
         load_model(tmp_path / "run")
-    scratch = with_lora(attach(tiny_model(), ValueHeadsConfig()))
+    scratch = with_lora(add_value_heads(tiny_model(), ValueHeadsConfig()))
     scratch.save_pretrained(tmp_path / "scratch")
     save_heads(scratch, tmp_path / "scratch")
     with pytest.raises(InputError, match="names no base model"):

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from transformers import GenerationConfig
 
 from offline_lmrl.errors import InputError
-from offline_lmrl.models.guided import attach
+from offline_lmrl.models.guided import as_guided
 from tests.tiny_models import FAMILIES, VOCABULARY, guided_model, tiny_model
 
 PROMPTS = [[5, 17, 30, 8], [22, 9], [41, 3, 12]]
@@ -120,7 +120,7 @@ def test_online_heads_can_be_asked_for():
 
 
 def test_guidance_without_heads_is_an_error_not_silence():
-    model = attach(tiny_model(), None)
+    model = as_guided(tiny_model())
     with pytest.raises(InputError, match="beta: found 2.0, expected 0, as this model has no value heads"):
         greedy(model, PROMPTS, beta=2.0)
 

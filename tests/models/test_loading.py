@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from offline_lmrl.errors import InputError
-from offline_lmrl.models.guided import attach, build_model, detach, guided_class, load_model
+from offline_lmrl.models.guided import add_value_heads, as_guided, build_model, detach, guided_class, load_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from tests.families import small_model
 from tests.tiny_models import FAMILIES, VOCABULARY, guided_model, tiny_batch, tiny_model
@@ -68,10 +68,10 @@ def test_the_base_class_loads_a_guided_folder_as_the_plain_policy(family, tmp_pa
 def test_targets_start_equal_and_frozen_however_heads_are_made(kind, tmp_path):
     config = ValueHeadsConfig(kind, initial_value=0.25, utterance=True)
     tiny_model().save_pretrained(tmp_path)
-    attached = attach(tiny_model(), config)
+    attached = add_value_heads(tiny_model(), config)
     loaded = load_model(tmp_path, value_heads=config)
     small = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}
-    from_scratch = attach(build_model(small, Tokenizer()), config)
+    from_scratch = add_value_heads(build_model(small, Tokenizer()), config)
     named = AutoConfig.from_pretrained(tmp_path)
     named.offline_lmrl = attached.config.offline_lmrl
     by_class = guided_class(type(tiny_model())).from_pretrained(tmp_path, config=named)
@@ -86,7 +86,10 @@ def test_targets_start_equal_and_frozen_however_heads_are_made(kind, tmp_path):
 
 def test_a_tied_head_knows_the_scale_of_the_lm_head_however_it_is_made(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    for model in (attach(tiny_model(), ValueHeadsConfig()), load_model(tmp_path, value_heads=ValueHeadsConfig())):
+    for model in (
+        add_value_heads(tiny_model(), ValueHeadsConfig()),
+        load_model(tmp_path, value_heads=ValueHeadsConfig()),
+    ):
         expected = 1 / model.lm_head.weight.square().sum(1).mean().sqrt()
         assert_close(model.value_heads.q.row_scale, expected)
         assert_close(model.value_heads.target_q.row_scale, expected)
@@ -174,15 +177,15 @@ def test_detached_heads_leave_the_plain_policy_also_on_disk(tmp_path):
 def test_attach_keeps_the_object_and_its_weights():
     plain = tiny_model()
     expected = logits(plain)
-    guided = attach(plain, ValueHeadsConfig())
+    guided = add_value_heads(plain, ValueHeadsConfig())
     assert guided is plain and torch.equal(logits(guided), expected)
     assert type(guided).__name__ == "GuidedGPT2LMHeadModel"
     assert guided_class(type(guided)) is type(guided)
-    assert attach(guided, None) is guided and guided.value_heads is not None
+    assert as_guided(guided) is guided and guided.value_heads is not None
 
 
 def test_a_plain_policy_gets_fresh_heads_and_keeps_its_settings(tmp_path):
-    policy = attach(tiny_model(), None)
+    policy = as_guided(tiny_model())
     policy.config.offline_lmrl = {"algorithm": "bc", "window": {"context": 1}}
     policy.save_pretrained(tmp_path)
     assert load_model(tmp_path).value_heads is None
@@ -267,7 +270,7 @@ def test_a_wrong_specification_names_its_field(spec, message):
 
 @pytest.mark.parametrize("family", ["llama4_text", "mllama", "gemma3", "opt", "mamba", "modernbert-decoder"])
 def test_the_decoder_is_the_part_whose_output_the_lm_head_reads(family):
-    model = attach(small_model(family), None)
+    model = as_guided(small_model(family))
     read = []
     model.get_output_embeddings().register_forward_pre_hook(lambda module, args: read.append(args[0]))
     ids = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -281,7 +284,7 @@ def test_a_model_without_a_part_before_its_lm_head_is_refused():
     model = tiny_model()
     model.set_output_embeddings(model.transformer.wte)
     with pytest.raises(InputError, match="found GPT2LMHeadModel, expected a causal LM with a decoder"):
-        attach(model, None)
+        as_guided(model)
 
 
 def test_buffers_that_lie_in_no_file_are_the_bases(tmp_path):
@@ -295,6 +298,6 @@ def test_buffers_that_lie_in_no_file_are_the_bases(tmp_path):
 
 
 def test_the_text_part_of_a_model_for_images_comes_back(tmp_path):
-    model = attach(small_model("mllama"), ValueHeadsConfig())
+    model = add_value_heads(small_model("mllama"), ValueHeadsConfig())
     model.save_pretrained(tmp_path)
     assert type(load_model(tmp_path)) is type(model)

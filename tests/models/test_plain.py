@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from offline_lmrl.errors import InputError
-from offline_lmrl.models.guided import attach, attach_returns, load_model
+from offline_lmrl.models.guided import add_returns, add_value_heads, as_guided, load_model
 from offline_lmrl.models.plain import fold, head_scale, plain, q_matrix, spell_returns
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from tests.models.test_return_embedding import BLOCK, NULL, REWARDS, conditioned
@@ -73,7 +73,7 @@ def test_what_a_family_ties_beside_the_embeddings_is_saved_where_it_is_read(tmp_
     }
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model("zamba", **sizes))  # two layers share their weights
-    model = attach(base, ValueHeadsConfig("tied")).eval()
+    model = add_value_heads(base, ValueHeadsConfig("tied")).eval()
     torch.nn.init.normal_(model.value_heads.target_q.map, std=0.3)
     expected = guided_log_prob(model, "mean")
     folded(model).save_pretrained(tmp_path)
@@ -94,15 +94,15 @@ def test_the_scale_of_logits_is_found(family, scale):
             "num_key_value_heads": 1,
             "logits_scaling": 3.0,
         }
-        model = attach(AutoModelForCausalLM.from_config(AutoConfig.for_model("granite", **sizes)), None)
+        model = as_guided(AutoModelForCausalLM.from_config(AutoConfig.for_model("granite", **sizes)))
     else:
-        model = attach(tiny_model(family), None)
+        model = as_guided(tiny_model(family))
     assert head_scale(model) == pytest.approx(scale, rel=1e-5)
 
 
 @pytest.mark.parametrize("place", ["before the head", "in the head"])
 def test_a_scale_on_the_way_to_the_logits_is_found(place):
-    model = attach(tiny_model("cohere"), None)
+    model = as_guided(tiny_model("cohere"))
     head = model.get_output_embeddings()
     if place == "before the head":
         head.register_forward_pre_hook(lambda module, args: (args[0] / 4,))
@@ -113,14 +113,14 @@ def test_a_scale_on_the_way_to_the_logits_is_found(place):
 
 @pytest.mark.parametrize("cap", [1.0, 30.0])  # 30: that of Gemma 2, whose logits here stay below 2
 def test_a_soft_cap_is_no_scale(cap):
-    model = attach(tiny_model("gemma2"), None)
+    model = as_guided(tiny_model("gemma2"))
     model.config.final_logit_softcapping = cap
     with pytest.raises(InputError, match="^run: found gemma2 with a soft cap"):
         head_scale(model)
 
 
 def test_a_transform_of_the_hidden_states_is_no_scale():
-    model = attach(tiny_model("llama"), None)
+    model = as_guided(tiny_model("llama"))
     model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (torch.nn.functional.gelu(args[0]),))
     with pytest.raises(InputError, match="^run: found llama with a transform before its LM head"):
         head_scale(model)
@@ -160,7 +160,7 @@ def test_an_embedding_that_scales_its_rows_is_given_what_it_scales_to_the_table(
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **sizes)).eval()
     embedding = base.get_input_embeddings()
     assert_close(embedding(IDS), 4 * embedding.weight[IDS])  # √16
-    model = attach_returns(attach(base, None), BLOCK)
+    model = add_returns(as_guided(base), BLOCK)
     expected = model(input_ids=REWARDS).logits
     table = model.return_embedding.rows()
     model = plain(model)
@@ -207,7 +207,7 @@ def test_lora_is_merged_and_a_tied_head_keeps_the_matrix_that_it_read(tmp_path):
 def test_adapters_on_either_side_of_a_tied_matrix_are_merged_apart(targets, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=targets, r=2, task_type="CAUSAL_LM", init_lora_weights=False)
-    model = peft.get_peft_model(attach(tiny_model(), None), config).eval()
+    model = peft.get_peft_model(as_guided(tiny_model()), config).eval()
     ids = torch.tensor([[5, 9, 30, 2]])
     expected = model(input_ids=ids).logits
     plain(model).save_pretrained(tmp_path)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
-from offline_lmrl.models.guided import attach, attach_returns, detach, load_model
+from offline_lmrl.models.guided import add_returns, add_value_heads, as_guided, detach, load_model
 from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tokens.conditioning import ReturnScale
@@ -22,7 +22,7 @@ REWARDS = torch.tensor([[NULL + 1, 5, 9, NULL + 4, 7, 30]])
 
 
 def conditioned(family="gpt2", heads=None):
-    return attach_returns(attach(tiny_model(family), heads), BLOCK).eval()
+    return add_returns(add_value_heads(tiny_model(family), heads), BLOCK).eval()
 
 
 def conditioned_batch():
@@ -47,7 +47,7 @@ def test_a_table_that_nothing_refers_to_changes_no_bit(family):
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
     assert torch.equal(model(batch["input_ids"]).logits, plain(batch["input_ids"]).logits)
-    assert torch.equal(model(**batch)["log_prob"], attach(plain, None)(**batch)["log_prob"])
+    assert torch.equal(model(**batch)["log_prob"], as_guided(plain)(**batch)["log_prob"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -189,7 +189,7 @@ def test_lora_trains_the_table_in_full_and_merging_keeps_it(family, tmp_path):
 
 
 def conditioned_lora(peft, folder):
-    model = attach_returns(load_model(folder), BLOCK)
+    model = add_returns(load_model(folder), BLOCK)
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM"))
     unfreeze_heads(model)
     return model

@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
-from offline_lmrl.models.guided import attach, attach_return_heads, attach_returns, detach, load_model
+from offline_lmrl.models.guided import add_return_heads, add_returns, as_guided, detach, load_model
 from offline_lmrl.models.return_heads import BinHead, fit_bins
 from tests.models.test_return_embedding import BLOCK, NULL
 from tests.tiny_models import FAMILIES, tiny_batch, tiny_model
@@ -21,7 +21,7 @@ BINS = {
 
 
 def with_heads(family="gpt2"):
-    model = attach_return_heads(attach_returns(attach(tiny_model(family), None), BLOCK), BINS).eval()
+    model = add_return_heads(add_returns(as_guided(tiny_model(family)), BLOCK), BINS).eval()
     for parameter in model.return_heads.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -129,11 +129,11 @@ def test_heads_come_back_from_disk_in_fp32(tmp_path):
 
 def test_heads_beside_an_adapter_are_trained_and_saved(tmp_path):
     peft = pytest.importorskip("peft")
-    base = attach(tiny_model(), None)
+    base = as_guided(tiny_model())
     base.save_pretrained(tmp_path / "base")
     model = load_model(tmp_path / "base")
     model.name_or_path = model.config._name_or_path = str(tmp_path / "base")
-    attach_return_heads(attach_returns(model, BLOCK), BINS)
+    add_return_heads(add_returns(model, BLOCK), BINS)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["c_attn"]))
     unfreeze_heads(adapted)
     assert all(p.requires_grad for p in model.return_heads.parameters())

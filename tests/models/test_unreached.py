@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from offline_lmrl.models.guided import attach
+from offline_lmrl.models.guided import add_value_heads
 from offline_lmrl.models.unreached import freeze_unreached
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from tests.families import small_model
@@ -39,7 +39,7 @@ def test_of_a_text_model_everything_but_the_targets_is_trained(tmp_path, algorit
 
 
 def test_heads_that_a_loss_does_not_read_are_frozen():
-    model = attach(small_model("llama"), ValueHeadsConfig())
+    model = add_value_heads(small_model("llama"), ValueHeadsConfig())
     batch = tiny_batch()
     freeze_unreached(model, model(**batch)["log_prob"].sum())
     assert frozen(model) == {name for name, _ in model.named_parameters() if name.startswith("value_heads")}
