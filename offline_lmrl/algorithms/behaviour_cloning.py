@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.trajectory import Trajectory
-from offline_lmrl.models.guided import detach
+from offline_lmrl.models.guided import remove_heads
 from offline_lmrl.settings import setting
 from offline_lmrl.training.config import OfflineConfig
 from offline_lmrl.training.trainer import OfflineTrainer
@@ -77,7 +77,8 @@ class BCTrainer(OfflineTrainer):
         return keep_best(trajectories, args.keep_share, args.keep_above, args.per_group)
 
     def prepare_model(self, model, args: BCConfig, windows):
-        return detach(super().prepare_model(model, args, windows))  # value heads fit the trunk before this training
+        # Value heads fit the trunk as it was before this training.
+        return remove_heads(super().prepare_model(model, args, windows))
 
     def loss_terms(self, outputs, steps):
         loss = -outputs["log_prob"]

@@ -30,7 +30,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import settings
-from offline_lmrl.models.guided import detach
+from offline_lmrl.models.guided import remove_heads
 from offline_lmrl.ops.value_learning import awr_weight
 from offline_lmrl.settings import setting
 from offline_lmrl.tokens.batching import WindowDataset
@@ -117,7 +117,7 @@ class IQLTrainer(OfflineTrainer):
             )
 
     def prepare_model(self, model, args: IQLConfig, windows: WindowDataset):
-        return detach(super().prepare_model(model, args, windows))
+        return remove_heads(super().prepare_model(model, args, windows))
 
     def _windows(self, trajectories: Sequence[Trajectory], args: IQLConfig, counts: Counter[str]) -> WindowDataset:
         windows = super()._windows(trajectories, args, counts)

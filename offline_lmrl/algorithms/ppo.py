@@ -50,7 +50,7 @@ from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.actor_critic import ActorCritic
 from offline_lmrl.models.adapters import settings
-from offline_lmrl.models.guided import as_guided, detach, load_model
+from offline_lmrl.models.guided import as_guided, load_model, remove_heads
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import is_reward_model, load_reward_model
 from offline_lmrl.models.unreached import freeze_unreached
@@ -319,7 +319,7 @@ class PPOTrainer(LoopTrainer):
         check_model(policy, self.renderer, args.max_length)
         check_trains(policy, self.renderer)
         check_plays(policy, self.renderer)
-        policy = detach(policy).to(self.device)
+        policy = remove_heads(policy).to(self.device)
         rule, self.scale = StepRule(args.discount_per_token, args.discount_per_turn), args.reward_scale or 1.0
         self.encoder = EpisodeEncoder(self.renderer, args.window, rule, RewardScale(scale=self.scale))
         policy.config.offline_lmrl = settings(policy.config) | {

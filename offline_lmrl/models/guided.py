@@ -609,7 +609,7 @@ def return_tokens_of(model: PreTrainedModel, renderer: Renderer) -> ReturnTokens
     return block and ReturnTokens.from_block(block, model.get_input_embeddings().weight.shape[0], renderer)
 
 
-def detach(model: PreTrainedModel) -> PreTrainedModel:
+def remove_heads(model: PreTrainedModel) -> PreTrainedModel:
     """Remove the heads and the return embedding of a guided model in place, and return the same object.
 
     Their entries, and `sampling`, are removed from the config's `offline_lmrl` block too.
@@ -780,7 +780,7 @@ def _load_adapter(folder: Path, **options) -> nn.Module:
     _require_no_reward_model(folder, block)
     stored = block.get("value_heads")
     model = load_model(base, **options)  # any heads of the base are replaced by those saved beside the adapter
-    model = detach(model)
+    model = remove_heads(model)
     if stored:
         model = add_value_heads(model, ValueHeadsConfig(**stored))
     model.config.offline_lmrl = block

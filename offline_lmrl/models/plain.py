@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offline_lmrl.errors import InputError
-from offline_lmrl.models.guided import detach
+from offline_lmrl.models.guided import remove_heads
 from offline_lmrl.models.value_heads import QHead
 from offline_lmrl.ops.decoding import reduce_q
 
@@ -137,7 +137,7 @@ def plain(model: nn.Module) -> PreTrainedModel:
     if hasattr(model, "peft_config"):
         _untie(model)
         model = model.merge_and_unload()
-    model = detach(model)
+    model = remove_heads(model)
     del model.config.offline_lmrl
     return model
 

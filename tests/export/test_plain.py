@@ -16,7 +16,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.export.plain import export_run
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
-from offline_lmrl.models.guided import add_returns, add_value_heads, as_guided, build_model, detach, load_model
+from offline_lmrl.models.guided import add_returns, add_value_heads, as_guided, build_model, load_model, remove_heads
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.ops.decoding import warp_log_probs
 from offline_lmrl.tokens.conditioning import ReturnScale
@@ -81,7 +81,8 @@ def valued_run(folder, kind="tied", spec=SPEC, **form):
 
 def told_run(folder, tokenizer=TOKENIZER, heads=None, template="auto", text=None, logs=LOGS, per="global", **form):
     """A run that is told returns 0..4, one bin each."""
-    model = shaken(add_value_heads(build_model(SPEC, tokenizer), heads))
+    base = build_model(SPEC, tokenizer)
+    model = shaken(as_guided(base) if heads is None else add_value_heads(base, heads))
     scale, renderer = ReturnScale.fit(logs, per=per), Renderer(tokenizer, template)
     block = {
         "condition": "text" if text else "embedding",
@@ -391,7 +392,7 @@ def test_an_adapter_is_merged(tmp_path):
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    model = detach(as_guided(build_model(SPEC, TOKENIZER)))
+    model = remove_heads(as_guided(build_model(SPEC, TOKENIZER)))
     model.save_pretrained(tmp_path / "base")
     TOKENIZER.save_pretrained(tmp_path / "base")
     with pytest.raises(InputError, match="^run: found a model that no run of this project wrote in .*base"):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
-from offline_lmrl.models.guided import add_value_heads, detach, load_model
+from offline_lmrl.models.guided import add_value_heads, load_model, remove_heads
 from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
 from tests.tiny_models import guided_model, tiny_batch, tiny_model
 
@@ -131,7 +131,7 @@ def test_a_policy_without_heads_needs_no_heads_file(tmp_path):
 
 def test_heads_go_on_the_model_inside_an_adapter_and_come_back(tmp_path):
     guided_model(kind="linear").save_pretrained(tmp_path / "base")
-    policy = with_lora(detach(load_model(tmp_path / "base")))
+    policy = with_lora(remove_heads(load_model(tmp_path / "base")))
     policy.save_pretrained(tmp_path / "policy")
     save_heads(policy, tmp_path / "policy")
     loaded = load_model(tmp_path / "policy")

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from offline_lmrl.errors import InputError
-from offline_lmrl.models.guided import add_value_heads, as_guided, build_model, detach, guided_class, load_model
+from offline_lmrl.models.guided import add_value_heads, as_guided, build_model, guided_class, load_model, remove_heads
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from tests.families import small_model
 from tests.tiny_models import FAMILIES, VOCABULARY, guided_model, tiny_batch, tiny_model
@@ -167,7 +167,7 @@ def test_resizing_the_vocabulary_resizes_the_heads(family, kind, tmp_path):
 def test_detached_heads_leave_the_plain_policy_also_on_disk(tmp_path):
     model = guided_model()
     model.config.offline_lmrl |= {"sampling": {"beta": 2.0}, "template": "plain"}
-    assert detach(model) is model and set(model(**tiny_batch())) == {"log_prob"}
+    assert remove_heads(model) is model and set(model(**tiny_batch())) == {"log_prob"}
     model.save_pretrained(tmp_path)
     loaded = load_model(tmp_path)
     assert loaded.value_heads is None and loaded.config.offline_lmrl == {"template": "plain"}

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
-from offline_lmrl.models.guided import add_returns, add_value_heads, as_guided, detach, load_model
+from offline_lmrl.models.guided import add_returns, add_value_heads, as_guided, load_model, remove_heads
 from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tokens.conditioning import ReturnScale
@@ -22,7 +22,8 @@ REWARDS = torch.tensor([[NULL + 1, 5, 9, NULL + 4, 7, 30]])
 
 
 def conditioned(family="gpt2", heads=None):
-    return add_returns(add_value_heads(tiny_model(family), heads), BLOCK).eval()
+    model = as_guided(tiny_model(family)) if heads is None else add_value_heads(tiny_model(family), heads)
+    return add_returns(model, BLOCK).eval()
 
 
 def conditioned_batch():
@@ -145,7 +146,7 @@ def test_the_table_comes_back_from_disk_and_the_base_class_loads_the_rest(family
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(plain(input_ids=ids).logits, model(input_ids=ids).logits)
     assert_close(copy.deepcopy(loaded)(input_ids=REWARDS).logits, model(input_ids=REWARDS).logits)
-    detached = detach(loaded)
+    detached = remove_heads(loaded)
     assert detached.return_embedding is None and "returns" not in detached.config.offline_lmrl
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
-from offline_lmrl.models.guided import add_return_heads, add_returns, as_guided, detach, load_model
+from offline_lmrl.models.guided import add_return_heads, add_returns, as_guided, load_model, remove_heads
 from offline_lmrl.models.return_heads import BinHead, fit_bins
 from tests.models.test_return_embedding import BLOCK, NULL
 from tests.tiny_models import FAMILIES, tiny_batch, tiny_model
@@ -111,7 +111,7 @@ def test_heads_change_no_logit_and_leave_with_their_block():
     model, batch = with_heads(), turns_batch([NULL, NULL])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     expected = model(**inputs).logits
-    detached = detach(with_heads())
+    detached = remove_heads(with_heads())
     assert detached.return_heads is None and "return_heads" not in detached.config.offline_lmrl
     model.return_heads = None
     assert torch.equal(model(**inputs).logits, expected)
