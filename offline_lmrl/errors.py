@@ -97,7 +97,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def opening(name: str | Path, what: str) -> Iterator[None]:
+def reading_pretrained(name: str | Path, what: str) -> Iterator[None]:
     """Context manager: turn any exception raised while loading a model or tokenizer into one InputError.
 
     Args:

@@ -15,7 +15,7 @@ from offline_lmrl.decoding.asks import Asks
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.probe import check_plays
 from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler, SamplingConfig
-from offline_lmrl.errors import InputError, opening, shown
+from offline_lmrl.errors import InputError, reading_pretrained, shown
 from offline_lmrl.logs.protocols import Policy, Reply
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
@@ -117,7 +117,7 @@ class LanguagePolicy:
         saved = settings(model.config)
         renderer = renderer_of(load_tokenizer(run), model, run)
         check_plays(model, renderer)
-        with opening(run, "run"):
+        with reading_pretrained(run, "run"):
             form = SamplingConfig.from_dict({**(saved.get("sampling") or {}), **sampling})
             return cls(model, renderer, form, **(saved.get("window") or {}), task=task, prompt=prompt)
 

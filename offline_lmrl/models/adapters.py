@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from offline_lmrl.errors import InputError, opening, reading, shown
+from offline_lmrl.errors import InputError, reading, reading_pretrained, shown
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.return_heads import ReturnHeads
@@ -115,7 +115,7 @@ def saved_settings(path_or_name: str | Path) -> dict[str, Any]:
     """
     if (Path(path_or_name) / "adapter_config.json").exists():
         return read_settings(path_or_name)
-    with opening(path_or_name, "model"):
+    with reading_pretrained(path_or_name, "model"):
         block = settings(AutoConfig.from_pretrained(path_or_name))
     check_settings(path_or_name, block)
     return block

@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
-from offline_lmrl.errors import InputError, opening, shown
+from offline_lmrl.errors import InputError, reading_pretrained, shown
 from offline_lmrl.models.adapters import (
     PARTS,
     check_settings,
@@ -719,13 +719,13 @@ def load_model(
     name = str(path_or_name)
     if os.path.isfile(os.path.join(name, "adapter_config.json")):
         return _load_adapter(Path(name), dtype=dtype, trust_remote_code=trust_remote_code)
-    with opening(name, "model"):
+    with reading_pretrained(name, "model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     check_settings(name, settings(config))
     _require_no_reward_model(name, settings(config))
-    with opening(name, "model"):
+    with reading_pretrained(name, "model"):
         guided = guided_class(_causal_lm_class(config, trust_remote_code))
-    with opening(name, "model"):
+    with reading_pretrained(name, "model"):
         model, info = guided.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
     _require_token_ids(name, model)
     stored = settings(config).get("value_heads")
@@ -772,7 +772,7 @@ def _require_no_reward_model(name: str | Path, block: Mapping[str, Any]) -> None
 
 def _load_adapter(folder: Path, **options) -> nn.Module:
     peft = require_peft()
-    with opening(folder, "model"):
+    with reading_pretrained(folder, "model"):
         base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
     if not base:
         raise InputError(f"model: {folder}/adapter_config.json names no base model, expected its folder or hub name")
@@ -788,7 +788,7 @@ def _load_adapter(folder: Path, **options) -> nn.Module:
         model = add_returns(model, block["returns"])
     if "return_heads" in block:
         model = add_return_heads(model, block["return_heads"])
-    with opening(folder, "model"):
+    with reading_pretrained(folder, "model"):
         model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     load_heads(model, folder)
     # peft has frozen all that it does not adapt, the heads too.

@@ -37,7 +37,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from offline_lmrl.errors import InputError, opening, shown
+from offline_lmrl.errors import InputError, reading_pretrained, shown
 from offline_lmrl.models.adapters import check_settings, read_settings, require_peft, settings
 from offline_lmrl.models.guided import from_scratch
 from offline_lmrl.tokens.comparison_batching import ComparisonBatch
@@ -167,7 +167,7 @@ def load_reward_model(
     name = str(path_or_name)
     if os.path.isfile(os.path.join(name, "adapter_config.json")):
         return _load_adapter(Path(name), head, trust_remote_code)
-    with opening(name, "model"):
+    with reading_pretrained(name, "model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     check_settings(name, settings(config))
     stored = _stored_head(config)
@@ -183,7 +183,7 @@ def load_reward_model(
     if stored is not None and config.num_labels != 1:
         raise InputError(f"{name}: found a classifier with {config.num_labels} labels, expected one label")
     config.num_labels = 1
-    with opening(name, "model"):
+    with reading_pretrained(name, "model"):
         model, info = HEADS[head or stored].from_pretrained(
             name, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
         )
@@ -202,7 +202,7 @@ def is_reward_model(path_or_name: str | Path) -> bool:
     name = str(path_or_name)
     if os.path.isfile(os.path.join(name, "adapter_config.json")):
         return "reward" in read_settings(name)
-    with opening(name, "model"):
+    with reading_pretrained(name, "model"):
         config = AutoConfig.from_pretrained(name)
     check_settings(name, settings(config))
     return _stored_head(config) is not None
@@ -214,11 +214,11 @@ def _load_adapter(folder: Path, head: str | None, trust_remote_code: bool) -> nn
     stored = block.get("reward", {}).get("head")
     if stored is None or head not in (None, stored):
         raise InputError(f"head: found {shown(head)}, but {folder} has the head {stored!r}")
-    with opening(folder, "model"):
+    with reading_pretrained(folder, "model"):
         base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
     model = load_reward_model(base, stored, trust_remote_code=trust_remote_code)
     model.config.offline_lmrl = block
-    with opening(folder, "model"):
+    with reading_pretrained(folder, "model"):
         return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
-from offline_lmrl.errors import InputError, opening
+from offline_lmrl.errors import InputError, reading_pretrained
 from offline_lmrl.logs.trajectory import ROLES
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
@@ -28,7 +28,7 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
 
     Raises: InputError if there is no tokenizer.
     """
-    with opening(name, "tokenizer"):
+    with reading_pretrained(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         config = get_tokenizer_config(name, trust_remote_code=trust_remote_code)
         saved = tokenizer_class_from_name(config.get("tokenizer_class") or "") if "backend" in config else None
