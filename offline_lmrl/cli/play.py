@@ -350,7 +350,7 @@ def _generate(
     from offline_lmrl.decoding.reranking import BestOfN, calibrated_threshold
     from offline_lmrl.decoding.scorers import load_scorer
     from offline_lmrl.logs.io import atomic_output
-    from offline_lmrl.logs.protocols import imported
+    from offline_lmrl.logs.protocols import import_object
 
     if best_of < 1:
         raise InputError(f"best_of: found {best_of}, expected at least 1")
@@ -368,7 +368,7 @@ def _generate(
     histories = [] if chat else read_prompts(prompts)
     player = policy = LanguagePolicy.load(run, device=device, task=task, **sampling)
     if scorer is not None:
-        reads = None if contexts is None else imported(contexts, "contexts")
+        reads = None if contexts is None else import_object(contexts, "contexts")
         instead = {} if abstention is None else {"abstention": abstention}
         player = BestOfN(policy, load_scorer(scorer), best_of, threshold, contexts=reads, **instead)
         if coverage is not None:

@@ -28,7 +28,7 @@ from offline_lmrl.decoding.policy import LanguagePolicy, load_critic, require_no
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.preferences import Scored, origin_of, score_rows
-from offline_lmrl.logs.protocols import Scorer, imported
+from offline_lmrl.logs.protocols import Scorer, import_object
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, finite, require_list, require_text, shown
 from offline_lmrl.logs.yaml_text import read_yaml, yaml_mapping
@@ -448,7 +448,7 @@ KINDS: dict[str, Callable[..., Scorer]] = {
     "reward_model": lambda run, device=None: RewardModel.load(run, device=device),
     "likelihood": lambda run, mean=False, device=None: Likelihood(LanguagePolicy.load(run, device=device), mean),
     "value_heads": _value_heads,
-    "python": lambda function: Function(imported(function, "scorer.function"), function),
+    "python": lambda function: Function(import_object(function, "scorer.function"), function),
     "regex": regex_rule,
     "rule": Rule,
     "ensemble": Ensemble,

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import parsed, raw_splits
 from offline_lmrl.logs.preferences import score_rows
-from offline_lmrl.logs.protocols import Scorer, StepResult, imported
+from offline_lmrl.logs.protocols import Scorer, StepResult, import_object
 from offline_lmrl.logs.trajectory import Turn, finite, shown, turn_from_record
 
 SLOW = 2.0  # seconds of scoring after which a progress bar appears
@@ -155,5 +155,5 @@ def _read(source: str | Path) -> list[tuple[tuple[Turn, ...], dict[str, Any]]]:
 
 def _find(name: str) -> Any:
     """Import a function or class from its dotted name; of a class, return an instance made without arguments."""
-    found = imported(name, "reward")
+    found = import_object(name, "reward")
     return found() if isinstance(found, type) else found

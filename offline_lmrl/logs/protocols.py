@@ -138,7 +138,7 @@ class Policy(Protocol):
         """Return a session with one row per seed."""
 
 
-def imported(name: str, field: str) -> Any:
+def import_object(name: str, field: str) -> Any:
     """Import the object called package.module:name; modules in the working folder are found too.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from offline_lmrl.errors import InputError, shown
-from offline_lmrl.logs.protocols import Environment, VectorEnvironment, imported, is_vector
+from offline_lmrl.logs.protocols import Environment, VectorEnvironment, import_object, is_vector
 from offline_lmrl.logs.trajectory import require_text
 
 ENVIRONMENTS = {
@@ -69,4 +69,4 @@ def _find(name: str) -> Callable[..., Any]:
         raise InputError(
             f"environment: found {shown(name)}, expected a known name, such as {near!r}, or package.module:Class"
         )
-    return imported(path, "environment")
+    return import_object(path, "environment")
