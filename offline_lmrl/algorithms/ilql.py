@@ -32,7 +32,7 @@ from torch import Tensor
 from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.scale import RewardScale
-from offline_lmrl.models.adapters import settings
+from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.models.guided import add_value_heads, check_same_heads, return_tokens_of
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.ops.returns import monte_carlo_mixture
@@ -208,7 +208,7 @@ class ILQLTrainer(OfflineTrainer):
           change this task.
         """
         fitted = super().fit_scale(model, train, args)
-        stored = settings(model.config).get("reward_scale")
+        stored = run_metadata(model.config).get("reward_scale")
         if getattr(model, "value_heads", None) is None or stored is None:
             return fitted
         found = RewardScale(**stored)
@@ -237,7 +237,7 @@ class ILQLTrainer(OfflineTrainer):
         utterance, ends = args.utterance_weight > 0, int(windows.closing_steps.sum())
         require_targets("utterance_weight", args.utterance_weight, ends, KNOWN_TURN)
         if getattr(model, "value_heads", None) is not None:  # keep training existing heads
-            there = settings(model.config)["value_heads"]
+            there = run_metadata(model.config)["value_heads"]
             check_same_heads("the model", there | {"kind": args.value_heads, "utterance": utterance}, there)
             return model
         start = windows.mean_return if args.initial_value is None else self.scale.apply_to_return(args.initial_value)

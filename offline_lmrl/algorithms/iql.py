@@ -29,7 +29,7 @@ from offline_lmrl.decoding.policy import load_critic
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory
-from offline_lmrl.models.adapters import settings
+from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.models.guided import remove_heads
 from offline_lmrl.ops.value_learning import awr_weight
 from offline_lmrl.settings import setting
@@ -106,7 +106,7 @@ class IQLTrainer(OfflineTrainer):
         for name, expected in asdict(self.critic.window).items():
             if (found := getattr(args, name)) != expected:
                 raise InputError(f"{name}: found {found}, expected the critic's {expected}: both use the same windows")
-        found, expected = args.prompt and asdict(args.prompt), settings(self.critic.model.config).get("prompt")
+        found, expected = args.prompt and asdict(args.prompt), run_metadata(self.critic.model.config).get("prompt")
         if found != expected:
             raise InputError(f"prompt: found {found}, expected the critic's {expected}: both use the same windows")
         found, expected = self.renderer.fingerprint, self.critic.renderer.fingerprint

@@ -49,7 +49,7 @@ from offline_lmrl.logs.protocols import Environment, VectorEnvironment
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.actor_critic import ActorCritic
-from offline_lmrl.models.adapters import settings
+from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.models.guided import as_guided, load_model, remove_heads
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import is_reward_model, load_reward_model
@@ -322,7 +322,7 @@ class PPOTrainer(LoopTrainer):
         policy = remove_heads(policy).to(self.device)
         rule, self.scale = StepRule(args.discount_per_token, args.discount_per_turn), args.reward_scale or 1.0
         self.encoder = EpisodeEncoder(self.renderer, args.window, rule, RewardScale(scale=self.scale))
-        policy.config.offline_lmrl = settings(policy.config) | {
+        policy.config.offline_lmrl = run_metadata(policy.config) | {
             "algorithm": self.algorithm,
             **rendering_block(self.renderer),
             "window": asdict(args.window),
@@ -369,7 +369,7 @@ class PPOTrainer(LoopTrainer):
             raise InputError(f"value_model: {name}: {error}") from error
         if not is_reward:
             return model
-        block = settings(model.config)
+        block = run_metadata(model.config)
         if (head := block["reward"]["head"]) == "token":
             raise InputError(
                 f"value_model: {name}: found a reward model with head: {head}, whose score is a sum over "

@@ -40,7 +40,7 @@ from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory
-from offline_lmrl.models.adapters import settings
+from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.models.guided import add_return_heads, add_returns
 from offline_lmrl.models.return_heads import fit_heads
 from offline_lmrl.settings import setting
@@ -196,14 +196,14 @@ class ReturnConditionedTrainer(OfflineTrainer):
 
         The returns of the condition do not depend on it: they are in the units of the logged rewards.
         """
-        stored = settings(model.config).get("reward_scale")
+        stored = run_metadata(model.config).get("reward_scale")
         heads = (getattr(model, name, None) for name in ("value_heads", "return_heads"))
         if stored is None or all(part is None for part in heads):
             return super().fit_scale(model, train, args)
         return RewardScale(**stored)
 
     def return_ids(self, model, train: Sequence[Trajectory], args: ReturnConditionedConfig):
-        self.returns = settings(model.config).get("returns")
+        self.returns = run_metadata(model.config).get("returns")
         if self.returns is None:
             scale = ReturnScale.fit(train, args.binning, args.bins, args.per, args.discount_per_turn)
             self.returns = {
@@ -223,7 +223,7 @@ class ReturnConditionedTrainer(OfflineTrainer):
         replies, ends = len(windows.flat["environment"][0]), int(windows.closing_steps.sum())
         require_targets("environment_weight", args.environment_weight, replies, "a reply of the environment")
         require_targets("return_weight", args.return_weight, ends, KNOWN_TURN)
-        there = settings(model.config)
+        there = run_metadata(model.config)
         if "returns" not in there:
             add_returns(model, self.returns)
         block = there.get("return_heads")

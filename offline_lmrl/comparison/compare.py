@@ -93,7 +93,7 @@ def run_compare(
       raised if bad input caused every failure, and Failed otherwise.
     """
     comparison = _Comparison(config, console or Console(stderr=True))
-    comparison.check_settings()
+    comparison.check_run_metadata()
     with locked(config.output):
         if config.prepare is not None and prepare is not None:
             source = config.data["train"]
@@ -215,7 +215,7 @@ class _Comparison:
 
     # Settings, and results of earlier calls.
 
-    def check_settings(self) -> None:
+    def check_run_metadata(self) -> None:
         """Build the settings of every run now, so that a mistake in the last method shows before hours of training.
 
         Raises: InputError that names the setting.

@@ -16,7 +16,7 @@ from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory
-from offline_lmrl.models.adapters import settings
+from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.models.guided import return_tokens_of
 from offline_lmrl.ops.returns import qdt_returns_to_go
 from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
@@ -31,7 +31,7 @@ def log_encoder(policy: LanguagePolicy) -> EpisodeEncoder:
 
     For a return-conditioned model it encodes them with the null condition, under which the values were trained.
     """
-    saved, return_tokens = settings(policy.model.config), return_tokens_of(policy.model, policy.renderer)
+    saved, return_tokens = run_metadata(policy.model.config), return_tokens_of(policy.model, policy.renderer)
     scale, rule = RewardScale(**saved.get("reward_scale", {})), StepRule(**saved.get("step_rule", {}))
     return EpisodeEncoder(policy.renderer, policy.window, rule, scale, return_tokens and return_tokens.nulls)
 

@@ -31,7 +31,7 @@ from offline_lmrl.logs.preferences import Scored, score_rows
 from offline_lmrl.logs.protocols import Reply, Scorer
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Turn, as_context
-from offline_lmrl.models.adapters import settings
+from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.settings import setting
 
 
@@ -99,7 +99,7 @@ class Planner:
                 "planner: found a model without return heads, expected one trained with return_weight "
                 "above 0; without them, a plan needs a scorer and depth 1"
             )
-        saved = settings(policy.model.config)
+        saved = run_metadata(policy.model.config)
         self.discount = saved["return_heads"]["discount_per_turn"] if self.heads is not None else 1.0
         self.unit = RewardScale(**saved.get("reward_scale", {})).scale
         self.samplers: dict[str, Sampler] = {}
@@ -338,7 +338,7 @@ class Critic:
         if getattr(critic.model, "value_heads", None) is None:
             raise InputError("scorer: found a model without value heads, expected one that has them (an ILQL run)")
         self.critic = critic
-        self.unit = RewardScale(**settings(critic.model.config).get("reward_scale", {})).scale
+        self.unit = RewardScale(**run_metadata(critic.model.config).get("reward_scale", {})).scale
 
     def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
         return self.score_each([(context, options)])[0]

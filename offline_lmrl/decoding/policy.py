@@ -19,7 +19,7 @@ from offline_lmrl.errors import InputError, reading_pretrained, shown
 from offline_lmrl.logs.protocols import Policy, Reply
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import find_device, load_model, return_tokens_of, settings
+from offline_lmrl.models.guided import find_device, load_model, return_tokens_of, run_metadata
 from offline_lmrl.models.renderers import renderer_of
 from offline_lmrl.ops.decoding import reduce_q, support_filter
 from offline_lmrl.tokens.conditioning import Ids
@@ -88,7 +88,7 @@ class LanguagePolicy:
         self.return_tokens, self.task = return_tokens_of(model, renderer), task
         self.critics = {} if critics is None else critics
         self.asks([self.sampling.ask])  # raises now if the model cannot be given this request
-        self.spec = PromptSpec(**(settings(model.config).get("prompt") or {}))
+        self.spec = PromptSpec(**(run_metadata(model.config).get("prompt") or {}))
         self.prompt, self.shared_prompt = prompt, self.read_prompt(prompt)
 
     @classmethod
@@ -114,7 +114,7 @@ class LanguagePolicy:
         """
         device = find_device(device)
         model = load_model(run).to(device)
-        saved = settings(model.config)
+        saved = run_metadata(model.config)
         renderer = renderer_of(load_tokenizer(run), model, run)
         check_plays(model, renderer)
         with reading_pretrained(run, "run"):
@@ -217,7 +217,7 @@ class LanguagePolicy:
         """
         if run not in self.critics:
             critic = self.critics[run] = require_no_prompt(load_critic(run, device=self.model.device))
-            found = StepRule(**settings(critic.model.config).get("step_rule", {})).discount_per_turn
+            found = StepRule(**run_metadata(critic.model.config).get("step_rule", {})).discount_per_turn
             if found != self.return_tokens.discount_per_turn:
                 logging.getLogger(__name__).warning(
                     f"ask: found discount_per_turn {found:g} in the run {run}, expected the model's "
@@ -292,7 +292,7 @@ def require_no_prompt(critic: LanguagePolicy) -> LanguagePolicy:
 
     Raises: InputError if it was trained with few-shot demonstrations: here it sees the dialogue alone.
     """
-    if settings(critic.model.config).get("prompt") is not None:
+    if run_metadata(critic.model.config).get("prompt") is not None:
         raise InputError(
             "critic: found a model trained with few-shot demonstrations, expected one trained without: a critic reads "
             "the dialogue alone"
@@ -383,7 +383,7 @@ class LanguageSession:
         memory = self.memory if kind.startswith("expert") else None  # "auto" is computed once per row
         keys = [~row for row, _ in reading]  # under these keys the sampler keeps caches under the null condition
         values = reader.sampler.read(reader.head_of(kind), windows, memory, keys)
-        scale = RewardScale(**settings(reader.model.config).get("reward_scale", {}))
+        scale = RewardScale(**run_metadata(reader.model.config).get("reward_scale", {}))
         return {
             row: scale.invert_return(value, sum(turn.reward is not None for turn in agent))
             for (row, _), agent, value in zip(reading, past, values, strict=True)

@@ -32,7 +32,7 @@ from offline_lmrl.logs.protocols import Scorer, import_object
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, finite, require_list, require_text, shown
 from offline_lmrl.logs.yaml_text import read_yaml, yaml_mapping
-from offline_lmrl.models.adapters import settings
+from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.models.guided import find_device, return_tokens_of
 from offline_lmrl.models.renderers import renderer_of
 from offline_lmrl.models.reward_model import load_reward_model, read_mask, reads_by_turn
@@ -136,17 +136,17 @@ class RewardModel(RowScorer):
     """
 
     def __init__(self, model: PreTrainedModel, renderer: Renderer, window: WindowRule):
-        head = settings(model.config)["reward"]["head"]
+        head = run_metadata(model.config)["reward"]["head"]
         super().__init__(model, renderer, window, reads_by_turn(head, window))
 
     @property
     def bias(self) -> float:
-        return settings(self.model.config)["reward"]["bias"]
+        return run_metadata(self.model.config)["reward"]["bias"]
 
     @property
     def shift(self) -> float:
         """The constant that is added to each sum over turns or tokens; 0 for a terminal score, which is no sum."""
-        return 0.0 if settings(self.model.config)["reward"]["head"] == "terminal" else self.bias
+        return 0.0 if run_metadata(self.model.config)["reward"]["head"] == "terminal" else self.bias
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | None = None) -> "RewardModel":
@@ -161,12 +161,12 @@ class RewardModel(RowScorer):
         """
         device = find_device(device)
         model = load_reward_model(path).to(device)
-        saved, renderer = settings(model.config), renderer_of(load_tokenizer(path), model, path)
+        saved, renderer = run_metadata(model.config), renderer_of(load_tokenizer(path), model, path)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
         return cls(model, renderer, WindowRule(**saved.get("window", {"max_length": positions})))
 
     def read(self, batch):
-        head = settings(self.model.config)["reward"]["head"]
+        head = run_metadata(self.model.config)["reward"]["head"]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         return self.model(**inputs, read=read_mask(batch, head))
 
@@ -226,7 +226,7 @@ class ValueHeads(PolicyScorer):
         self.of, self.heads = of, policy.model.value_heads
         if of == "utterance" and not hasattr(self.heads, "utterance_q"):
             raise InputError("of: found utterance, but the run has no heads for whole replies (utterance_weight: 0)")
-        self.unit = RewardScale(**settings(policy.model.config).get("reward_scale", {})).scale
+        self.unit = RewardScale(**run_metadata(policy.model.config).get("reward_scale", {})).scale
 
     def read(self, batch):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}

@@ -28,7 +28,7 @@ from offline_lmrl.evaluation.metrics import Cells, Estimate
 from offline_lmrl.evaluation.offline import acting_log_prob, read_logs, values_at
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, with_own_token_ids
-from offline_lmrl.models.adapters import settings
+from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
 from offline_lmrl.ops.value_learning import q_loss, td_target
 from offline_lmrl.tokens.batching import TokenBatch
@@ -190,7 +190,7 @@ def _require_plain(policy: LanguagePolicy) -> None:
             "found a policy that is conditioned on returns, expected one that is not: the logs contain "
             "no requested returns"
         )
-    if settings(policy.model.config).get("prompt") is not None:
+    if run_metadata(policy.model.config).get("prompt") is not None:
         raise InputError("found a policy trained with few-shot demonstrations, expected one trained without them")
 
 

@@ -21,7 +21,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.metrics import Cells, Estimate
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.logs.trajectory import Trajectory
-from offline_lmrl.models.adapters import settings
+from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.ops.decoding import guide, reduce_q, warp_log_probs
 from offline_lmrl.tokens.episodes import ReturnIdsFor, Step
 from offline_lmrl.tokens.few_shot import Ids, encode_prompts
@@ -130,7 +130,8 @@ def log_prompts(
       demonstrations: as in `read_logs`.
       return_ids_for: as in `encode_prompts`.
     """
-    if demonstrations is None and (policy.prompt is not None or settings(policy.model.config).get("prompt") is None):
+    untrained = run_metadata(policy.model.config).get("prompt") is None
+    if demonstrations is None and (policy.prompt is not None or untrained):
         return iter([policy.shared_prompt.null] * len(trajectories))
     spec = replace(policy.spec, drop=0.0)
     if demonstrations is None and spec.demonstrations is not None:

@@ -24,7 +24,7 @@ from offline_lmrl.decoding.sampler import SamplingConfig
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.io import atomic_output
 from offline_lmrl.logs.trajectory import Turn
-from offline_lmrl.models.adapters import saved_settings
+from offline_lmrl.models.adapters import saved_run_metadata
 from offline_lmrl.models.plain import fold, head_scale, plain, q_matrix, spell_returns
 from offline_lmrl.ops.decoding import guide
 from offline_lmrl.tokens.conditioning import ASK_NAMES, ReturnTokens, texts_of
@@ -104,7 +104,7 @@ def export_run(
     output = Path(output)
     if output.exists():
         raise InputError(f"output: found {output}, which exists already, expected a new folder")
-    saved = saved_settings(run)
+    saved = saved_run_metadata(run)
     form = SamplingConfig.from_dict({**(saved.get("sampling") or {}), **sampling})
     _check_exportable(run, saved, form, sampling.get("ask"))
     # The engine's user requests a return. Here an ask by name might need a task or another run, so it is removed.

@@ -29,7 +29,7 @@ from offline_lmrl.tokens.windows import WindowRule
 
 PARTS = ("value_heads", "return_embedding", "return_heads")  # the submodules that a guided model adds
 # Not config.json: transformers looks for the weights of a whole model in a folder that has one.
-SETTINGS_FILE = "offline_lmrl.json"
+METADATA_FILE = "offline_lmrl.json"
 _STORED = {
     "window": WindowRule,
     "prompt": PromptSpec,
@@ -48,12 +48,12 @@ def require_peft() -> ModuleType:
     return peft
 
 
-def settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the `offline_lmrl` block of a config; {} if there is none."""
+def run_metadata(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the run metadata in a model's config, its `offline_lmrl` block; {} if there is none."""
     return getattr(config, "offline_lmrl", None) or {}
 
 
-def check_settings(name: str | Path, block: Any) -> None:
+def check_run_metadata(name: str | Path, block: Any) -> None:
     """Check that the `offline_lmrl` block of a model has the form that training writes.
 
     Args:
@@ -94,30 +94,30 @@ def check_settings(name: str | Path, block: Any) -> None:
             raise InputError(f"{where}.{key}: {error}") from error
 
 
-def read_settings(folder: str | Path) -> dict[str, Any]:
+def read_run_metadata(folder: str | Path) -> dict[str, Any]:
     """Read the `offline_lmrl` settings that `save_heads` wrote into a LoRA folder.
 
     Raises: InputError if they are missing or damaged.
     """
-    path = Path(folder) / SETTINGS_FILE
+    path = Path(folder) / METADATA_FILE
     if not path.exists():
         raise InputError(f"model: {path}: not found, so this LoRA folder was not written by offline_lmrl")
     with reading(path, "settings"):
         block = json.loads(path.read_text(encoding="utf-8"))
-    check_settings(folder, block)
+    check_run_metadata(folder, block)
     return block
 
 
-def saved_settings(path_or_name: str | Path) -> dict[str, Any]:
+def saved_run_metadata(path_or_name: str | Path) -> dict[str, Any]:
     """Read the `offline_lmrl` block of a folder (LoRA or not) or hub name, without loading weights.
 
     Raises: InputError if there is no model, or if the block is damaged.
     """
     if (Path(path_or_name) / "adapter_config.json").exists():
-        return read_settings(path_or_name)
+        return read_run_metadata(path_or_name)
     with reading_pretrained(path_or_name, "model"):
-        block = settings(AutoConfig.from_pretrained(path_or_name))
-    check_settings(path_or_name, block)
+        block = run_metadata(AutoConfig.from_pretrained(path_or_name))
+    check_run_metadata(path_or_name, block)
     return block
 
 
@@ -150,8 +150,8 @@ def save_heads(model: nn.Module, folder: str | Path) -> None:
     for name, part in _parts(model).items():
         save_file({key: tensor.contiguous() for key, tensor in part.state_dict().items()}, temporary)
         os.replace(temporary, folder / f"{name}.safetensors")
-    temporary.write_text(json.dumps(settings(model.config), indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, folder / SETTINGS_FILE)
+    temporary.write_text(json.dumps(run_metadata(model.config), indent=2, sort_keys=True) + "\n")
+    os.replace(temporary, folder / METADATA_FILE)
 
 
 def load_heads(model: nn.Module, folder: str | Path) -> None:
@@ -159,6 +159,6 @@ def load_heads(model: nn.Module, folder: str | Path) -> None:
     for name, part in _parts(model).items():
         path = Path(folder) / f"{name}.safetensors"
         if not path.exists():
-            raise InputError(f"model: {path}: not found, but {SETTINGS_FILE} lists {name.replace('_', ' ')}")
+            raise InputError(f"model: {path}: not found, but {METADATA_FILE} lists {name.replace('_', ' ')}")
         with reading(path, "weights"):
             part.load_state_dict(load_file(path))

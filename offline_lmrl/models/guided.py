@@ -33,11 +33,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from offline_lmrl.errors import InputError, reading_pretrained, shown
 from offline_lmrl.models.adapters import (
     PARTS,
-    check_settings,
+    check_run_metadata,
     load_heads,
-    read_settings,
+    read_run_metadata,
     require_peft,
-    settings,
+    run_metadata,
     unfreeze_heads,
 )
 from offline_lmrl.models.return_embedding import ReturnEmbedding
@@ -52,12 +52,12 @@ MOST_LAYERS = 10_000
 
 def _table_rows(config: PreTrainedConfig) -> int | None:
     """Return the number of bins of the return embedding; None = no embedding, as for returns written as text."""
-    block = settings(config).get("returns") or {}
+    block = run_metadata(config).get("returns") or {}
     return block["bins"] if block.get("condition") == "embedding" else None
 
 
 def _sampling_form(config: PreTrainedConfig) -> dict[str, Any]:
-    return settings(config).get("sampling") or {}
+    return run_metadata(config).get("sampling") or {}
 
 
 def _keep_hidden(module: nn.Module, args: tuple, output: Any) -> None:
@@ -84,8 +84,8 @@ class Guided:
 
     def __init__(self, config: PreTrainedConfig, *inputs, **kwargs):
         super().__init__(config, *inputs, **kwargs)
-        stored = settings(config).get("value_heads")
-        heads = settings(config).get("return_heads")
+        stored = run_metadata(config).get("value_heads")
+        heads = run_metadata(config).get("return_heads")
         self._add_parts(ValueHeadsConfig(**stored) if stored else None, _table_rows(config), heads)
         self.post_init()
         if self.value_heads is not None:  # post_init has drawn target heads of their own
@@ -225,7 +225,7 @@ class Guided:
                 f"ask: found {shown(ask)}, expected None, as this model has no return embedding; train one with "
                 "algorithm: return_conditioned and condition: embedding"
             )
-        block = settings(self.config)["returns"]
+        block = run_metadata(self.config)["returns"]
         return_tokens = ReturnTokens.from_block(block, self.get_input_embeddings().weight.shape[0], None)
         asks = [ask] * len(ids) if isinstance(ask, int | float | str) else list(ask)
         real = torch.ones_like(ids) if mask is None else mask
@@ -565,7 +565,7 @@ def add_value_heads(model: PreTrainedModel, value_heads: ValueHeadsConfig) -> Pr
       model: a causal LM, or a PeftModel around one; existing value heads are replaced.
     """
     inner = _without_adapter(as_guided(model))
-    inner.config.offline_lmrl = settings(inner.config) | {"value_heads": asdict(value_heads)}
+    inner.config.offline_lmrl = run_metadata(inner.config) | {"value_heads": asdict(value_heads)}
     inner.value_heads = ValueHeads(value_heads, *inner.get_output_embeddings().weight.shape).to(inner.device)
     # Targets are drawn too, so they are made copies of the online heads before they are frozen.
     inner.value_heads.apply(inner._initialize_weights)
@@ -582,7 +582,7 @@ def add_returns(model: PreTrainedModel, block: Mapping[str, Any]) -> PreTrainedM
         `condition: embedding`, the model gets a fresh return embedding for its `bins`.
     """
     inner = _without_adapter(model)
-    inner.config.offline_lmrl = settings(inner.config) | {"returns": dict(block)}
+    inner.config.offline_lmrl = run_metadata(inner.config) | {"returns": dict(block)}
     if bins := _table_rows(inner.config):
         embedding = inner.get_input_embeddings()
         inner.return_embedding = ReturnEmbedding(bins, embedding.weight.shape[1]).to(embedding.weight.device)
@@ -597,7 +597,7 @@ def add_return_heads(model: PreTrainedModel, block: Mapping[str, Any]) -> PreTra
       block: the entry `return_heads` of the config's `offline_lmrl` block (`ReturnHeads`).
     """
     inner = _without_adapter(model)
-    inner.config.offline_lmrl = settings(inner.config) | {"return_heads": dict(block)}
+    inner.config.offline_lmrl = run_metadata(inner.config) | {"return_heads": dict(block)}
     inner.return_heads = ReturnHeads(block, inner.get_output_embeddings().weight.shape[1]).to(inner.device)
     inner.return_heads.apply(inner._initialize_weights)
     return model
@@ -605,7 +605,7 @@ def add_return_heads(model: PreTrainedModel, block: Mapping[str, Any]) -> PreTra
 
 def return_tokens_of(model: PreTrainedModel, renderer: Renderer) -> ReturnTokens | None:
     """Return the ids that encode requested returns for a model; None if it is not return-conditioned."""
-    block = settings(model.config).get("returns")
+    block = run_metadata(model.config).get("returns")
     return block and ReturnTokens.from_block(block, model.get_input_embeddings().weight.shape[0], renderer)
 
 
@@ -617,7 +617,7 @@ def remove_heads(model: PreTrainedModel) -> PreTrainedModel:
     inner = _without_adapter(model)
     inner.value_heads = inner.return_embedding = inner.return_heads = None
     gone = ("value_heads", "returns", "return_heads", "sampling")
-    inner.config.offline_lmrl = {name: block for name, block in settings(inner.config).items() if name not in gone}
+    inner.config.offline_lmrl = {name: block for name, block in run_metadata(inner.config).items() if name not in gone}
     return model
 
 
@@ -721,14 +721,14 @@ def load_model(
         return _load_adapter(Path(name), dtype=dtype, trust_remote_code=trust_remote_code)
     with reading_pretrained(name, "model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    check_settings(name, settings(config))
-    _require_no_reward_model(name, settings(config))
+    check_run_metadata(name, run_metadata(config))
+    _require_no_reward_model(name, run_metadata(config))
     with reading_pretrained(name, "model"):
         guided = guided_class(_causal_lm_class(config, trust_remote_code))
     with reading_pretrained(name, "model"):
         model, info = guided.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
     _require_token_ids(name, model)
-    stored = settings(config).get("value_heads")
+    stored = run_metadata(config).get("value_heads")
     missing = [key for key in info["missing_keys"] if key.startswith(PARTS) and "target_q" not in key]
     if missing:
         part = missing[0].partition(".")[0].replace("_", " ")
@@ -776,7 +776,7 @@ def _load_adapter(folder: Path, **options) -> nn.Module:
         base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
     if not base:
         raise InputError(f"model: {folder}/adapter_config.json names no base model, expected its folder or hub name")
-    block = read_settings(folder)
+    block = read_run_metadata(folder)
     _require_no_reward_model(folder, block)
     stored = block.get("value_heads")
     model = load_model(base, **options)  # any heads of the base are replaced by those saved beside the adapter

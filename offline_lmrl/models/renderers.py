@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from offline_lmrl.errors import InputError, reading
-from offline_lmrl.models.adapters import SETTINGS_FILE, settings
+from offline_lmrl.models.adapters import METADATA_FILE, run_metadata
 from offline_lmrl.tokens.rendering import SCHEME, Renderer
 from offline_lmrl.tokens.templates import TemplateText
 
@@ -39,7 +39,7 @@ def renderer_of(tokenizer: PreTrainedTokenizerBase, model: nn.Module, where: str
       where: the run's name, for errors.
     Raises: InputError if the model was trained with another tokenizer or template.
     """
-    block = settings(model.config)
+    block = run_metadata(model.config)
     expected, text = block.get("tokenizer"), None
     if scheme_of(block) == SCHEME:
         text = _stored_text(block, where)
@@ -72,7 +72,7 @@ def training_renderer(
       output_dir: the run's folder.
     Raises: InputError if the checkpoint was rendered under another scheme.
     """
-    start = settings(model.config)
+    start = run_metadata(model.config)
     checkpoint = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
     if checkpoint is not None:
         start = _stored_block(Path(checkpoint)) or start
@@ -104,7 +104,7 @@ def _stored_text(block: Mapping[str, Any], where: str | Path) -> TemplateText:
 
 def _stored_block(folder: Path) -> dict[str, Any]:
     """Read the `offline_lmrl` block of a checkpoint; {} if there is none."""
-    for name, key in ((SETTINGS_FILE, None), ("config.json", "offline_lmrl")):
+    for name, key in ((METADATA_FILE, None), ("config.json", "offline_lmrl")):
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):

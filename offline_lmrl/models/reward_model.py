@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from offline_lmrl.errors import InputError, reading_pretrained, shown
-from offline_lmrl.models.adapters import check_settings, read_settings, require_peft, settings
+from offline_lmrl.models.adapters import check_run_metadata, read_run_metadata, require_peft, run_metadata
 from offline_lmrl.models.guided import from_scratch
 from offline_lmrl.tokens.comparison_batching import ComparisonBatch
 from offline_lmrl.tokens.windows import WindowRule
@@ -132,7 +132,7 @@ def score_bias(model: nn.Module) -> float:
     The config's bias is the one set by normalisation (`fold`).
     """
     own = head_of(model).bias
-    return settings(model.config)["reward"]["bias"] + (0.0 if own is None else own.item())
+    return run_metadata(model.config)["reward"]["bias"] + (0.0 if own is None else own.item())
 
 
 def with_head_beside(peft_config: Any, model: PreTrainedModel) -> Any:
@@ -169,7 +169,7 @@ def load_reward_model(
         return _load_adapter(Path(name), head, trust_remote_code)
     with reading_pretrained(name, "model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    check_settings(name, settings(config))
+    check_run_metadata(name, run_metadata(config))
     stored = _stored_head(config)
     if (head or stored) is None:
         found = ", ".join(config.architectures or ["no architecture"])
@@ -201,16 +201,16 @@ def is_reward_model(path_or_name: str | Path) -> bool:
     """True if `load_reward_model` can load the folder or hub name without the argument `head`."""
     name = str(path_or_name)
     if os.path.isfile(os.path.join(name, "adapter_config.json")):
-        return "reward" in read_settings(name)
+        return "reward" in read_run_metadata(name)
     with reading_pretrained(name, "model"):
         config = AutoConfig.from_pretrained(name)
-    check_settings(name, settings(config))
+    check_run_metadata(name, run_metadata(config))
     return _stored_head(config) is not None
 
 
 def _load_adapter(folder: Path, head: str | None, trust_remote_code: bool) -> nn.Module:
     peft = require_peft()
-    block = read_settings(folder)
+    block = read_run_metadata(folder)
     stored = block.get("reward", {}).get("head")
     if stored is None or head not in (None, stored):
         raise InputError(f"head: found {shown(head)}, but {folder} has the head {stored!r}")
@@ -231,20 +231,20 @@ def fold(model: PreTrainedModel, gain: float, bias: float) -> None:
     with torch.no_grad():
         for parameter in head.parameters():
             parameter *= gain
-    block = settings(model.config)
+    block = run_metadata(model.config)
     model.config.offline_lmrl = block | {"reward": block["reward"] | {"bias": bias}}
 
 
 def _with_read(model: PreTrainedModel, head: str) -> PreTrainedModel:
     model.__class__ = reward_class(type(model))
-    block = settings(model.config)
+    block = run_metadata(model.config)
     model.config.offline_lmrl = block | {"reward": {"bias": 0.0, **block.get("reward", {}), "head": head}}
     return model
 
 
 def _stored_head(config: Any) -> str | None:
     """Return the kind of head that a model with this config has; None = none."""
-    stored = settings(config).get("reward", {}).get("head")
+    stored = run_metadata(config).get("reward", {}).get("head")
     if stored is None and any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         return "terminal"
     return stored

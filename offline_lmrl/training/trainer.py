@@ -33,12 +33,12 @@ from offline_lmrl.logs.io import fingerprint, read_trajectories
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.adapters import (
+    METADATA_FILE,
     PARTS,
-    SETTINGS_FILE,
     load_heads,
     require_peft,
+    run_metadata,
     save_heads,
-    settings,
     unfreeze_heads,
 )
 from offline_lmrl.models.guided import as_guided, build_model, load_model
@@ -499,7 +499,7 @@ class BaseTrainer(transformers.Trainer):
         """Return the names of files that exact resuming needs and the checkpoint does not have."""
         if hasattr(self.model, "peft_config"):
             parts = [name for name in PARTS if getattr(self.model, name, None) is not None]
-            weights = ["adapter_model.safetensors", SETTINGS_FILE, *(f"{name}.safetensors" for name in parts)]
+            weights = ["adapter_model.safetensors", METADATA_FILE, *(f"{name}.safetensors" for name in parts)]
         else:
             weights = ["pytorch_model_fsdp*"] if self.is_fsdp_enabled else ["*.safetensors"]
         optimizer = "global_step*" if self.is_deepspeed_enabled else "optimizer*" if self.is_fsdp_enabled else None
@@ -712,7 +712,7 @@ class OfflineTrainer(BaseTrainer):
         self.compare_with_template([row.turns for row in islice(train, TEMPLATE_ROWS)])
         model = self.prepare_model(model, args, windows)
         model.config.offline_lmrl = (
-            settings(model.config)
+            run_metadata(model.config)
             | {
                 "algorithm": self.algorithm,
                 **rendering_block(self.renderer),
@@ -843,7 +843,7 @@ def check_model(model: PreTrainedModel, renderer: Renderer, max_length: int) -> 
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and max_length > limit:
         raise InputError(f"max_length: found {max_length}, expected at most the model's {limit} positions")
-    block = settings(model.config)
+    block = run_metadata(model.config)
     found, expected = renderer.fingerprint, block.get("tokenizer")
     if expected != found and scheme_of(block) == SCHEME:
         raise InputError(
