@@ -685,7 +685,7 @@ class _Comparison:
         if not settings or not self.is_trained(name, seed) or self._lacks(name, seed, method.asks):
             return
         with self._noting(self.unmeasured, name, seed, learning=False):
-            run = _Run(self, name, seed, self.trained(name, seed))
+            run = _MethodEvaluation(self, name, seed, self.trained(name, seed))
             for setting in settings:
                 if setting.decode == PLANNED and self._lacks(name, seed, method.scorer):
                     continue
@@ -770,7 +770,7 @@ class _Comparison:
             )
 
 
-class _Run:
+class _MethodEvaluation:
     """A trained method and seed that is measured setting by setting.
 
     The model is loaded once, the logs are evaluated once, and play at the same (decoding, β) is not repeated.

@@ -264,7 +264,7 @@ class LanguagePolicy:
                 "or a model that was trained with return_weight above 0"
             )
         if self.return_tokens is not None:
-            for run in sorted(run for ask in asks if (run := critic_of(ask))):
+            for run in sorted(run for ask in asks if (run := run_named_in_ask(ask))):
                 self.critic(run)
             return Asks(self.return_tokens, self.task, asks)
         if any(ask is not None for ask in asks):
@@ -372,7 +372,7 @@ class LanguageSession:
     def _values_of(self, kind: str, reading: Sequence[tuple[int, Sequence[Turn]]]) -> dict[int, float]:
         past = [[turn for turn in history if turn.is_trainable] for _, history in reading]
         reserve = self.policy.sampling.max_new_tokens
-        if run := critic_of(kind):
+        if run := run_named_in_ask(kind):
             reader = self.policy.critic(run)
             other = reader.renderer.fingerprint != self.fingerprint  # another tokenizer: sampled ids are invalid there
             told = [[replace(t, token_ids=None) for t in history] if other else history for _, history in reading]
@@ -398,7 +398,7 @@ class LanguageSession:
         return {} if self.asks is None else dict(self.asks.first.get(row, {}))
 
 
-def critic_of(ask: float | str | None) -> str | None:
+def run_named_in_ask(ask: float | str | None) -> str | None:
     """Return RUN if the requested return is "auto:RUN" (the best Q of that run), else None."""
     return ask.removeprefix("auto:") if isinstance(ask, str) and ask.startswith("auto:") else None
 

@@ -252,7 +252,7 @@ class Sampler:
         guided = self.null is not None and (self.config.beta != 0.0 or self.config.condition_scale != 0.0)
         # Without a requested return in any prompt, both streams would be equal, so one is enough.
         told = guided and any(token > self.null for prompt in prompts for token in prompt)
-        run = _Run(
+        run = _DecodingPass(
             sampler=self,
             prompts=[list(prompt) for prompt in prompts],
             seeds=list(seeds),
@@ -283,7 +283,7 @@ class Sampler:
           rows: the key of each prompt in `memory`; None = 0, 1, ... A row under the null condition has the key ~row.
         Returns: one number or nested list per prompt.
         """
-        run = _Run(
+        run = _DecodingPass(
             sampler=self,
             prompts=[list(prompt) for prompt in prompts],
             seeds=[0] * len(prompts),
@@ -419,7 +419,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 @dataclass
-class _Run:
+class _DecodingPass:
     """The state of one call of `Sampler.sample` or `Sampler.read`. All lists have one entry per prompt.
 
     In `memory`, the cache of a row's second stream, in which no return is requested, has the key ~row (bitwise not).

@@ -191,7 +191,7 @@ class PolicyScorer(RowScorer):
         return row, place - 1, batch["input_ids"][row, place]
 
 
-class Likelihood(PolicyScorer):
+class LikelihoodScorer(PolicyScorer):
     """A scorer by log π(option | context) in nats: the sum over the agent tokens, or with `mean` their mean."""
 
     def __init__(self, policy: LanguagePolicy, mean: bool = False):
@@ -207,7 +207,7 @@ class Likelihood(PolicyScorer):
         return total / batch["action_mask"].sum(1) if self.mean else total
 
 
-class ValueHeads(PolicyScorer):
+class ValueHeadsScorer(PolicyScorer):
     """A scorer with the value heads of an ILQL run, in reward units.
 
     The score is Σ over agent tokens of min Q̄(s,a) − V(s), or min Q̄ of the whole reply.
@@ -241,7 +241,7 @@ class ValueHeads(PolicyScorer):
         return self.unit * advantage.new_zeros(len(hidden)).index_add(0, row, advantage)
 
 
-class Function:
+class FunctionScorer:
     """A scorer that calls a Python function, such as a toy's true reward or a rule.
 
     Args:
@@ -271,7 +271,7 @@ class Function:
         return float(found) if isinstance(found, bool) else finite(self.name, found)
 
 
-def regex_rule(pattern: str, must: bool = False) -> Function:
+def regex_rule(pattern: str, must: bool = False) -> FunctionScorer:
     """Return a scorer that gives 1 if a rule is kept and 0 if it is broken.
 
     Args:
@@ -283,10 +283,10 @@ def regex_rule(pattern: str, must: bool = False) -> Function:
         found = re.compile(pattern).search
     except re.error as error:
         raise InputError(f"pattern: found {shown(pattern)} ({error}), expected a regular expression") from error
-    return Function(lambda context, option: must == any(found(t.content) for t in option if t.is_trainable))
+    return FunctionScorer(lambda context, option: must == any(found(t.content) for t in option if t.is_trainable))
 
 
-class Rule:
+class RuleScorer:
     """A scorer that gives the probability that a rule is kept, by a reward model.
 
     The reward model gets the rule as a system turn before all other turns. Therefore one model serves every rule,
@@ -439,18 +439,18 @@ def _require_rules(rules: Sequence[Scorer]) -> None:
         raise InputError("rules: found none, expected at least one")
 
 
-def _value_heads(run: str, of: str = "advantage", device: str | None = None) -> ValueHeads:
-    return ValueHeads(require_no_prompt(load_critic(run, device=device)), of)
+def _value_heads(run: str, of: str = "advantage", device: str | None = None) -> ValueHeadsScorer:
+    return ValueHeadsScorer(require_no_prompt(load_critic(run, device=device)), of)
 
 
 # kind -> a function that makes the scorer; `_setting` checks the type of each parameter by its name
 KINDS: dict[str, Callable[..., Scorer]] = {
     "reward_model": lambda run, device=None: RewardModel.load(run, device=device),
-    "likelihood": lambda run, mean=False, device=None: Likelihood(LanguagePolicy.load(run, device=device), mean),
+    "likelihood": lambda run, mean=False, device=None: LikelihoodScorer(LanguagePolicy.load(run, device=device), mean),
     "value_heads": _value_heads,
-    "python": lambda function: Function(import_object(function, "scorer.function"), function),
+    "python": lambda function: FunctionScorer(import_object(function, "scorer.function"), function),
     "regex": regex_rule,
-    "rule": Rule,
+    "rule": RuleScorer,
     "ensemble": Ensemble,
     "sum": weighted_sum,
     "veto": veto,

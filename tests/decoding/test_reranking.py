@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from offline_lmrl.decoding.reranking import CANDIDATE_STRIDE, BestOfN, calibrated_threshold, rejection_sample
-from offline_lmrl.decoding.scorers import Function
+from offline_lmrl.decoding.scorers import FunctionScorer
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.protocols import Reply
@@ -15,7 +15,7 @@ from offline_lmrl.tasks.gamble import Gamble
 
 PROB = [0.4, 0.3, 0.2, 0.1]
 VALUE = {"a": 2.0, "b": 0.0, "c": 3.0, "d": 1.0}
-GOLD = Function(lambda context, option: VALUE[option[-1].content])
+GOLD = FunctionScorer(lambda context, option: VALUE[option[-1].content])
 
 
 class Dice:
@@ -78,7 +78,7 @@ def test_rows_keep_their_seed_when_others_have_ended_and_options_bind_all_sample
 
 
 def test_equal_scores_leave_the_first_sample():
-    indifferent = Function(lambda context, option: 1.0)
+    indifferent = FunctionScorer(lambda context, option: 1.0)
     assert BestOfN(Dice(), indifferent, 5).start([3]).reply([0], questions(1)) == Dice().start([3]).reply(
         [0], questions(1)
     )
@@ -92,10 +92,10 @@ def test_the_threshold_answers_the_share_asked_for_and_the_more_it_drops_the_bet
     def score(context, option):
         return quality[int(context[-1].content.split()[1])] + 0.1 * VALUE[option[-1].content]
 
-    reranked = BestOfN(Dice(), Function(score), 2)
+    reranked = BestOfN(Dice(), FunctionScorer(score), 2)
     everything = questions(10_000)
     threshold = calibrated_threshold(reranked, everything[:5000], coverage)
-    careful = BestOfN(Dice(), Function(score), 2, threshold, "pass")
+    careful = BestOfN(Dice(), FunctionScorer(score), 2, threshold, "pass")
     session = careful.start(range(5000, 10_000))
     replies = session.reply(range(5000), everything[5000:])
     answered = np.array([reply.text != "pass" for reply in replies])
@@ -130,7 +130,7 @@ def test_candidates_read_the_contexts_in_turn_and_the_scorer_the_history():
     def documents(history):
         return [(Turn("system", f"{word} document"), *history) for word in ("b", "c", "d")]
 
-    session = BestOfN(Reader(), Function(score), 5, contexts=documents).start([0, 1])
+    session = BestOfN(Reader(), FunctionScorer(score), 5, contexts=documents).start([0, 1])
     replies, scores = session.candidates([0, 1], questions(2))[1]
     assert [reply.text for reply in replies] == ["b", "c", "d", "b", "c"]
     assert set(seen) == {"question 0", "question 1"} and scores.tolist() == [0.0, 3.0, 1.0, 0.0, 3.0]
@@ -141,7 +141,7 @@ def test_candidates_read_the_contexts_in_turn_and_the_scorer_the_history():
 
 
 def test_best_of_n_plays_environments_and_says_what_it_scored():
-    greedy = Function(lambda context, option: float(option[-1].content == "a"))
+    greedy = FunctionScorer(lambda context, option: float(option[-1].content == "a"))
     played = rollout(BestOfN(Dice(), greedy, 8), Gamble, range(6))
     assert [row.labels["abstained"] for row in played] == [0] * 6 and len(played[0].labels["scores"]) == 1
     silent = rollout(BestOfN(Dice(), greedy, 2, threshold=2.0, abstention="safe"), Gamble, range(6))

@@ -14,11 +14,11 @@ from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.scorers import (
     TOO_LONG,
     Ensemble,
-    Function,
-    Likelihood,
+    FunctionScorer,
+    LikelihoodScorer,
     RewardModel,
-    Rule,
-    ValueHeads,
+    RuleScorer,
+    ValueHeadsScorer,
     fits,
     fitting,
     load_scorer,
@@ -63,7 +63,7 @@ TWO = {"scorers": [f"{__name__}:length"] * 2}
 
 def fixed(*values):
     """A scorer that says these numbers, one after the other, for the options of each row."""
-    return Function(lambda context, option: values[int(option[-1].content)])
+    return FunctionScorer(lambda context, option: values[int(option[-1].content)])
 
 
 def reward_model(head="terminal", seed=0):
@@ -107,7 +107,7 @@ def test_a_rule_that_is_read_stands_before_the_dialogue():
     def forbidden(context, option):
         return -math.log(3) if context[0].content.removeprefix("never say ") in option[-1].content else 1000.0
 
-    rule = Rule(Function(forbidden), "never say up")
+    rule = RuleScorer(FunctionScorer(forbidden), "never say up")
     assert rule.score(ASKED, said("up", "left")) == pytest.approx([0.25, 1.0])
     spec = {
         "kind": "sparrow",
@@ -180,14 +180,14 @@ def test_likelihood_and_advantages_are_those_of_the_logs():
     steps = read_logs(policy, [Trajectory((*ASKED, *option)) for option in options])
     of = [steps.trajectory == i for i in range(2)]
     expected = [steps.log_prob[mine].sum() for mine in of]
-    assert Likelihood(policy).score(ASKED, options) == pytest.approx(expected, abs=1e-4)
+    assert LikelihoodScorer(policy).score(ASKED, options) == pytest.approx(expected, abs=1e-4)
     expected = [steps.log_prob[mine].mean() for mine in of]
-    assert Likelihood(policy, mean=True).score(ASKED, options) == pytest.approx(expected, abs=1e-4)
+    assert LikelihoodScorer(policy, mean=True).score(ASKED, options) == pytest.approx(expected, abs=1e-4)
     expected = [(steps.q - steps.v)[mine].sum() for mine in of]
     assert abs(expected[0] - expected[1]) > 0.1
-    assert ValueHeads(policy).score(ASKED, options) == pytest.approx(expected, abs=1e-4)
+    assert ValueHeadsScorer(policy).score(ASKED, options) == pytest.approx(expected, abs=1e-4)
     with pytest.raises(InputError, match="utterance_weight"):
-        ValueHeads(policy, "utterance")
+        ValueHeadsScorer(policy, "utterance")
 
 
 def test_the_utterance_head_is_read_behind_the_closing_token():
@@ -200,7 +200,9 @@ def test_the_utterance_head_is_read_behind_the_closing_token():
     with torch.no_grad():
         _, hidden = policy.model.forward_with_hidden(input_ids=torch.tensor([ids]))
         q = policy.model.value_heads.utterance_target_q(hidden[:, -1]).min().item()
-    assert ValueHeads(policy, "utterance").score(ASKED, said("up", "left"))[0] == pytest.approx(4.0 * q, abs=1e-4)
+    assert ValueHeadsScorer(policy, "utterance").score(ASKED, said("up", "left"))[0] == pytest.approx(
+        4.0 * q, abs=1e-4
+    )
 
 
 def test_scorers_are_made_from_nested_mappings_and_from_files(tmp_path):
@@ -280,7 +282,7 @@ def praise(context, option):
 
 def test_numbers_of_other_libraries_and_truth_values_are_scores():
     for value in (torch.tensor(1.0), np.float32(1), np.bool_(True), True, 1):
-        assert Function(lambda context, option, value=value: value).score(ASKED, said("up")).tolist() == [1.0]
+        assert FunctionScorer(lambda context, option, value=value: value).score(ASKED, said("up")).tolist() == [1.0]
 
 
 def test_comparisons_get_the_scorers_target_and_keep_the_old_one():
@@ -288,13 +290,13 @@ def test_comparisons_get_the_scorers_target_and_keep_the_old_one():
     (made,) = relabel_comparisons([row], fixed(0.0, math.log(2), 0.0))
     assert made.target == pytest.approx((0.25, 0.5, 0.25)) and made.ranking == ((1,), (0, 2))
     scores = [0.0, math.log(2), 0.0]
-    assert made.labels == {"note": "x", "scores": scores, "scorer": "Function", "target": [1.0, 0.0, 0.0]}
+    assert made.labels == {"note": "x", "scores": scores, "scorer": "FunctionScorer", "target": [1.0, 0.0, 0.0]}
     assert (made.options, made.context) == (row.options, row.context)
 
 
 def test_trajectories_get_scores_as_rewards_and_keep_what_was_logged():
     turns = (*ASKED, Turn("assistant", "left", reward=1.0), Turn("user", "on"), Turn("assistant", "up"))
-    context = Function(lambda context, option: 100 * len(context) + sum(len(turn.content) for turn in option))
+    context = FunctionScorer(lambda context, option: 100 * len(context) + sum(len(turn.content) for turn in option))
     (whole,) = relabel_trajectories([Trajectory(turns, group="g")], context)
     assert [turn.reward for turn in whole.turns] == [None, None, None, 108.0]  # "left", "on", "up" behind one turn
     assert whole.labels["rewards"] == [1.0, None] and whole.group == "g"
@@ -336,11 +338,11 @@ def test_what_is_longer_than_the_window_is_left_out_and_counted():
     assert [row.turns[-1].content for row in made] == ["up"] and counts == {TOO_LONG: 1}
     pair = Comparison(ASKED, tuple(said("up", "left right up " * 9)), (1.0, 0.0))
     other = Comparison(ASKED, tuple(said("up", "left")), (1.0, 0.0))
-    joint = weighted_sum([Ensemble([scorer, fixed(1.0)]), Rule(scorer, "a")])
+    joint = weighted_sum([Ensemble([scorer, fixed(1.0)]), RuleScorer(scorer, "a")])
     for judge in (scorer, joint):
         assert fitting([pair, other], judge, counts) == [other]
     assert counts == {TOO_LONG: 3} and fits(fixed(1.0), pair.context, pair.options)
-    assert fits(scorer, *ASKED_UP) and not fits(Rule(scorer, "left right up " * 9), *ASKED_UP)
+    assert fits(scorer, *ASKED_UP) and not fits(RuleScorer(scorer, "left right up " * 9), *ASKED_UP)
     with pytest.raises(InputError, match="found none that fits into the scorer's window"):
         fitting([pair], scorer, counts)
 
@@ -409,18 +411,18 @@ def test_rewards_of_turns_add_up_for_every_combination_of_scorers():
     torch.manual_seed(0)
     heads = [placed(head, "standard") for head in ("terminal", "turn", "token")]
     policy = judge()
-    values = ValueHeads(LanguagePolicy(policy.model, RENDERER, max_length=40))
-    rules = [regex_rule("right"), Rule(heads[0], "be brief")]
+    values = ValueHeadsScorer(LanguagePolicy(policy.model, RENDERER, max_length=40))
+    rules = [regex_rule("right"), RuleScorer(heads[0], "be brief")]
     trajectories = random_trajectories(20, seed=2)
     for scorer in (
         Ensemble(heads, k=0.7),
         Ensemble([weighted_sum(heads[:2]), heads[2]]),
         values,
-        Likelihood(policy),
+        LikelihoodScorer(policy),
         weighted_sum([*heads, values], [1.0, -2.0, 0.5, 3.0]),
         veto(heads[1], rules[:1], floor=-4.0),
         sparrow(heads[2], rules),
-        Function(lambda context, option: len(option) ** 2),
+        FunctionScorer(lambda context, option: len(option) ** 2),
     ):
         whole, dense = (relabel_trajectories(trajectories, scorer, place) for place in ("terminal", "turn"))
         assert [row.total_return for row in dense] == pytest.approx([row.total_return for row in whole], abs=1e-5)
@@ -429,15 +431,15 @@ def test_rewards_of_turns_add_up_for_every_combination_of_scorers():
 def test_the_shift_of_normalisation_is_earned_once_in_equal_parts():
     torch.manual_seed(0)
     scorer, trajectories = placed("token", "centre"), random_trajectories(20, seed=3)
-    both = weighted_sum([scorer, Ensemble([scorer, Function(lambda context, option: 0.0)])], [2.0, 4.0])
-    kept = veto(scorer, [Function(lambda context, option: 1.0)], floor=0.0)
+    both = weighted_sum([scorer, Ensemble([scorer, FunctionScorer(lambda context, option: 0.0)])], [2.0, 4.0])
+    kept = veto(scorer, [FunctionScorer(lambda context, option: 1.0)], floor=0.0)
     found = [relabel_trajectories(trajectories, one, "turn") for one in (scorer, both, kept)]
     assert [[turn.reward for turn in row.turns] for row in found[2]] == [
         [turn.reward for turn in row.turns] for row in found[0]
     ]
     bias = scorer.model.config.offline_lmrl["reward"]["bias"]
     fold(scorer.model, 1.0, 0.0)
-    both = weighted_sum([scorer, Ensemble([scorer, Function(lambda context, option: 0.0)])], [2.0, 4.0])
+    both = weighted_sum([scorer, Ensemble([scorer, FunctionScorer(lambda context, option: 0.0)])], [2.0, 4.0])
     for made, one, shift in zip(found[:2], (scorer, both), (bias, 4 * bias), strict=True):
         for shifted, bare in zip(made, relabel_trajectories(trajectories, one, "turn"), strict=True):
             parts = [a.reward - b.reward for a, b in zip(shifted.turns, bare.turns, strict=True) if a.is_trainable]
@@ -446,5 +448,5 @@ def test_the_shift_of_normalisation_is_earned_once_in_equal_parts():
 
 def test_what_is_no_sum_over_turns_is_earned_where_it_is_added():
     turns = [Turn("user", "say it"), Turn("assistant", "up"), Turn("user", "on"), Turn("assistant", "up")]
-    (made,) = relabel_trajectories([Trajectory(tuple(turns))], Function(lambda context, option: -1.5), "turn")
+    (made,) = relabel_trajectories([Trajectory(tuple(turns))], FunctionScorer(lambda context, option: -1.5), "turn")
     assert [turn.reward for turn in made.turns if turn.is_trainable] == [-1.5, 0.0]

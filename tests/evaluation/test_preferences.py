@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offline_lmrl.decoding.scorers import TOO_LONG, Function
+from offline_lmrl.decoding.scorers import TOO_LONG, FunctionScorer
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.preferences import best_of_n_curve, judge
 from offline_lmrl.logs.comparison import Comparison
@@ -33,7 +33,7 @@ ROWS = [
 
 
 def test_accuracy_and_its_baselines_by_hand():
-    facts = judge(Function(numbers), ROWS)
+    facts = judge(FunctionScorer(numbers), ROWS)
     assert (facts["comparisons"], facts["pairs"], facts["groups"]) == (5, 5, 3)
     # right, half, right, wrong, wrong; longer: right, half, right, half, wrong; shorter is the rest
     # Groups of 2, 1 and 2 pairs with 1.5, 1 and 0 right: without each .333, .375 and .833, a variance of .1026, which
@@ -45,11 +45,11 @@ def test_accuracy_and_its_baselines_by_hand():
 
 
 def test_what_a_scorer_cannot_read_whole_is_left_out_and_counted():
-    class Short(Function):
+    class Short(FunctionScorer):
         def fits(self, context, options):
             return all(len(option[-1].content) < 4 for option in options)
 
-    facts, known = judge(Short(numbers), ROWS), judge(Function(numbers), ROWS[1:])
+    facts, known = judge(Short(numbers), ROWS), judge(FunctionScorer(numbers), ROWS[1:])
     assert facts == known | {TOO_LONG: 1} and known[TOO_LONG] == 0
     with pytest.raises(InputError, match=r"found none that fits into the scorer's window \(1 left out\)"):
         judge(Short(numbers), ROWS[:1])
@@ -61,13 +61,13 @@ def test_who_wrote_a_reply_is_a_baseline_where_it_is_known():
         return replace(compare(("1.", "2."), target, group), labels=labels)
 
     rows = [by("x", "y", (1.0, 0.0), "a"), by("y", "x", (0.2, 0.8), "b"), by("x", "y", (0.0, 1.0), "c")]
-    facts = judge(Function(numbers), rows)  # x wins 1.8 of 3
+    facts = judge(FunctionScorer(numbers), rows)  # x wins 1.8 of 3
     assert facts["baselines"]["the reply of the author that wins more often here"].startswith("0.667 [")
-    assert "the reply of the author that wins more often here" not in judge(Function(numbers), ROWS)["baselines"]
+    assert "the reply of the author that wins more often here" not in judge(FunctionScorer(numbers), ROWS)["baselines"]
 
 
 def test_cross_entropy_and_calibration_take_scores_as_log_odds():
-    facts = judge(Function(numbers), ROWS[:3])
+    facts = judge(FunctionScorer(numbers), ROWS[:3])
 
     def cost(lead):
         return math.log1p(math.exp(-lead))
@@ -79,13 +79,13 @@ def test_cross_entropy_and_calibration_take_scores_as_log_odds():
     apart = [abs(p - q) for p, q in zip(sigmoid, (1, 0.25), strict=True)]
     # Either order of these has a bin of its own; of the pair with σ = .5 both are in one, where 1 and 0 come.
     assert facts["calibration error"] == pytest.approx(2 * sum(apart) / 6)
-    silent = judge(Function(lambda context, option: 0.0), ROWS[:3])
+    silent = judge(FunctionScorer(lambda context, option: 0.0), ROWS[:3])
     assert silent["cross entropy"] == pytest.approx(math.log(2)) and silent["accuracy"] == "0.500 [0.005, 0.995]"
 
 
 def test_which_option_stands_first_changes_nothing():
     turned = [replace(row, options=row.options[::-1], target=row.target[::-1], ranking=None) for row in ROWS]
-    facts, expected = judge(Function(numbers), turned), judge(Function(numbers), ROWS)
+    facts, expected = judge(FunctionScorer(numbers), turned), judge(FunctionScorer(numbers), ROWS)
     assert facts.pop("baselines") == expected.pop("baselines") and facts == pytest.approx(expected)
 
 
@@ -104,4 +104,4 @@ def test_the_curve_of_best_of_n_by_hand():
 
 def test_ties_alone_are_refused():
     with pytest.raises(InputError, match="found only ties"):
-        judge(Function(numbers), [ROWS[3]])
+        judge(FunctionScorer(numbers), [ROWS[3]])

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from offline_lmrl.algorithms.reward_model import RewardModelConfig, RewardModelTrainer
-from offline_lmrl.decoding.scorers import RewardModel, Rule, relabel_trajectories
+from offline_lmrl.decoding.scorers import RewardModel, RuleScorer, relabel_trajectories
 from offline_lmrl.evaluation.metrics import mean_interval
 from offline_lmrl.evaluation.preferences import best_of_n_curve
 from offline_lmrl.logs.comparison import Comparison
@@ -229,8 +229,8 @@ def test_a_rule_that_was_never_seen_is_judged_by_its_text(tmp_path, seed):
         scores = [scorer_of(rule).score(row.context, row.options) for rule, row in rule_pairs(new, 400, seed + 1000)]
         return np.mean([kept > broken for kept, broken in scores])
 
-    found = right(lambda rule: Rule(reads, worded(rule)))
-    misled = right(lambda rule: Rule(reads, worded(new[new.index(rule) - 1])))
+    found = right(lambda rule: RuleScorer(reads, worded(rule)))
+    misled = right(lambda rule: RuleScorer(reads, worded(new[new.index(rule) - 1])))
     unread = right(lambda rule: blind)
     print(f"reads {found:.3f}, reads another rule {misled:.3f}, does not read {unread:.3f}")
     assert found > max(misled, unread) + 0.3
