@@ -148,7 +148,7 @@ def read_data(algorithm: str, data: DataConfig, args: BaseConfig, counts: Counte
     def rows(source: str, counts: Counter[str]) -> Rows:
         if data.preference is not None:
             return scored(source, data.preference, counts)
-        return trainer_class.read(args, source, counts, data.reward)
+        return trainer_class.read_rows(args, source, counts, data.reward)
 
     train, held_out, left_out = rows(data.train, counts), None, Counter()
     if data.validation:

@@ -206,7 +206,7 @@ class RewardModelTrainer(BaseTrainer):
     algorithm = "reward_model"
 
     @staticmethod
-    def read(
+    def read_rows(
         args: RewardModelConfig,
         source: Rows | str | Path,
         counts: Counter[str] | None = None,
@@ -238,7 +238,7 @@ class RewardModelTrainer(BaseTrainer):
     def prepare(self, model, args: RewardModelConfig, train, held_out, peft_config):
         self.check_model(model, args)
         model.config.get_text_config().pad_token_id = self._pad_id()
-        rows = self.read(args, train, self.counts)
+        rows = self.read_rows(args, train, self.counts)
         drawn, left_out = rows, None
         if args.bootstrap is not None:
             drawn, left_out = (store(rows[i] for i in places) for places in bootstrap_sample(rows, args.bootstrap))
@@ -266,7 +266,7 @@ class RewardModelTrainer(BaseTrainer):
         if peft_config is not None:
             model = with_adapter(model, with_head_beside(peft_config, model))
         if held_out is not None:
-            held_out = self._encode(self.read(args, held_out), args, Counter())
+            held_out = self._encode(self.read_rows(args, held_out), args, Counter())
         if args.loss == "regression":
             self._standardise(encoded, held_out, self.left_out)
         self.reference = encoded

@@ -106,7 +106,7 @@ class CacheMemory:
         self.max_bytes = max_bytes
         self.rows: dict[int, tuple[_Block, int, list[int]]] = {}  # row -> block, index in it, ids read
 
-    def retain(self, rows: Sequence[int]) -> None:
+    def keep_only(self, rows: Sequence[int]) -> None:
         """Drop all rows but these: the others have usually finished, and would keep their block in memory."""
         self.rows = {row: self.rows[row] for row in rows if row in self.rows}
 
@@ -131,7 +131,7 @@ class CacheMemory:
         most = min(len(ids), len(prompt) - 1)
         return next((i for i in range(most) if ids[i] != prompt[i]), most)
 
-    def park(
+    def store_cache(
         self, rows: Sequence[int], ids: Sequence[list[int]], cache: DynamicCache, chosen: Tensor, mask: Tensor
     ) -> None:
         """Store the caches of R rows, if max_bytes allows it.
@@ -157,21 +157,21 @@ class CacheMemory:
         block = _Block(layers, mask, _bytes(layers))
         self.rows.update({row: (block, i, ids[i]) for i, row in enumerate(rows)})
 
-    def gather(self, rows: Sequence[int], kept: Sequence[int], cache: DynamicCache) -> Tensor:
-        """Fill an empty cache with the first kept[i] tokens of each row, right-aligned.
+    def gather(self, rows: Sequence[int], tokens: Sequence[int], cache: DynamicCache) -> Tensor:
+        """Fill an empty cache with the first tokens[i] tokens of each row, right-aligned.
 
         Args:
           rows: keys of the B rows.
-          kept: tokens to take from each row; 0 for a row that has no cache here.
+          tokens: tokens to take from each row; 0 for a row that has no cache here.
           cache: the empty cache, which is changed in place.
-        Returns: (B, max(kept)) bool mask, True at the filled columns, on the cache's device.
+        Returns: (B, max(tokens)) bool mask, True at the filled columns, on the cache's device.
         """
-        length = max(kept)
+        length = max(tokens)
         places: dict[int, list[int]] = {}  # id of a block -> the positions in `rows` of the rows it holds
         for i, row in enumerate(rows):
-            if kept[i]:
+            if tokens[i]:
                 places.setdefault(id(self.rows[row][0]), []).append(i)
-        copies = [self._copies(rows, kept, places_in_block) for places_in_block in places.values()]
+        copies = [self._copies(rows, tokens, places_in_block) for places_in_block in places.values()]
         for index, (keys, values) in enumerate(copies[0][0].layers):
             filled = []
             for which, like in ((0, keys), (1, values)):
@@ -183,14 +183,14 @@ class CacheMemory:
                 filled.append(new)
             cache.update(*filled, index)
         device = copies[0][0].mask.device
-        return torch.arange(length, device=device) >= length - torch.tensor(kept, device=device).unsqueeze(-1)
+        return torch.arange(length, device=device) >= length - torch.tensor(tokens, device=device).unsqueeze(-1)
 
-    def _copies(self, rows: Sequence[int], kept: Sequence[int], places: list[int]) -> tuple:
+    def _copies(self, rows: Sequence[int], tokens: Sequence[int], places: list[int]) -> tuple:
         """Find the tokens to copy for rows that one block holds.
 
         Args:
           rows: as in `gather`.
-          kept: as in `gather`.
+          tokens: as in `gather`.
           places: positions in `rows` of the rows that the block holds.
         Returns: the block, and four (N,): row and column of each token in the block, and in the new cache.
         """
@@ -198,12 +198,12 @@ class CacheMemory:
         device = block.mask.device
         source = torch.tensor([self.rows[rows[i]][1] for i in places], device=device)
         target = torch.tensor(places, device=device)
-        count = torch.tensor([kept[i] for i in places], device=device)
+        count = torch.tensor([tokens[i] for i in places], device=device)
         real = block.mask[source]
         order = real.cumsum(-1)  # 1 at a row's first token, 2 at its second
         row, column = (real & (order <= count.unsqueeze(-1))).nonzero(as_tuple=True)
-        # Right-aligned: the first token of a row goes to column max(kept) − count, its last token to the last column.
-        to_column = max(kept) - count[row] + order[row, column] - 1
+        # Right-aligned: the first token of a row goes to column max(tokens) − count, its last one to the last column.
+        to_column = max(tokens) - count[row] + order[row, column] - 1
         return block, source[row], column, target[row], to_column
 
 

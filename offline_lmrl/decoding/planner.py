@@ -285,7 +285,9 @@ class PlannerSession:
         outcomes: Sequence[Sequence[float]] = [(0.0, 0.0, 0.0)] * len(beams)
         if planner.heads is not None:
             keys = [beam.key for beam in beams]
-            outcomes = self.policy.sampler.read(lambda hidden, _: planner.heads.outcome(hidden), ends, memory, keys)
+            outcomes = self.policy.sampler.apply_head(
+                lambda hidden, _: planner.heads.outcome(hidden), ends, memory, keys
+            )
         rated = None
         if planner.scorer is not None:
             asked: list[Scored] = [(as_context(beam.turns[:-1]), [(beam.turns[-1],)]) for beam in beams]
@@ -357,7 +359,7 @@ class Critic:
             token = hidden.new_full((len(hidden), 1), critic.renderer.close_id).long()
             return critic.model.q_values(hidden, candidates=token).amin(0).squeeze(-1)
 
-        scores = self.unit * np.array(critic.sampler.read(closing, prompts))
+        scores = self.unit * np.array(critic.sampler.apply_head(closing, prompts))
         return np.split(scores, np.cumsum([len(options) for _, options in rows])[:-1])
 
 

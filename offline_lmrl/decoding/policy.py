@@ -382,7 +382,7 @@ class LanguageSession:
             windows = [reader.null_window(history, reserve, self.null_prompts[row]) for row, history in reading]
         memory = self.memory if kind.startswith("expert") else None  # "auto" is computed once per row
         keys = [~row for row, _ in reading]  # under these keys the sampler keeps caches under the null condition
-        values = reader.sampler.read(reader.head_of(kind), windows, memory, keys)
+        values = reader.sampler.apply_head(reader.head_of(kind), windows, memory, keys)
         scale = RewardScale(**run_metadata(reader.model.config).get("reward_scale", {}))
         return {
             row: scale.invert_return(value, sum(turn.reward is not None for turn in agent))

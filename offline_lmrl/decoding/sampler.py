@@ -267,7 +267,7 @@ class Sampler:
             return run.replies()
 
     @torch.inference_mode()
-    def read(
+    def apply_head(
         self,
         head: Callable[[Tensor, Tensor], Tensor],
         prompts: Sequence[Sequence[int]],
@@ -295,7 +295,7 @@ class Sampler:
             with_hidden=True,
         )
         with evaluating(self.model):
-            return run.read(head)
+            return run.apply_head(head)
 
     def _usable(self, memory: CacheMemory | None) -> CacheMemory | None:
         # Sliding windows and recurrent states cannot be cut to the first tokens of a prompt, so they are not reused.
@@ -438,30 +438,30 @@ class _DecodingPass:
     def replies(self) -> list[Reply]:
         """Decode all prompts and return the replies, in the order of the prompts."""
         self.done: list[Reply | None] = [None] * len(self.prompts)
-        self.kept = self.cached()
+        self.cached_tokens = self.cached()
         for chunk in self.chunks():
             self.decode(chunk)
         return self.done
 
-    def read(self, head: Callable[[Tensor, Tensor], Tensor]) -> list[Any]:
+    def apply_head(self, head: Callable[[Tensor, Tensor], Tensor]) -> list[Any]:
         """Return the head's output after every prompt, in the order of the prompts."""
         found: list[Any] = [None] * len(self.prompts)
-        self.kept = self.cached()
+        self.cached_tokens = self.cached()
         for chunk in self.chunks():
             batch, logits, hidden = self.prefill(chunk, torch.zeros(len(chunk), dtype=torch.long))
             for i, value in zip(chunk, head(hidden, logits).tolist(), strict=True):
                 found[i] = value
-            self.park(batch, list(range(len(chunk))), [[]] * len(chunk), 0)
+            self.store_cache(batch, list(range(len(chunk))), [[]] * len(chunk), 0)
         return found
 
     def cached(self) -> list[int]:
         """Return, per prompt, the number of first tokens that every stream has cached."""
         if self.memory is None:
             return [0] * len(self.prompts)
-        self.memory.retain([*self.rows, *(~row for row in self.rows)])
-        kept = list(map(self.memory.reusable, *self.streams_of(self.rows, self.prompts)))
-        # `kept` lists stream 0 of all prompts, then stream 1: entries i, i + n belong to prompt i.
-        return [min(kept[i :: len(self.prompts)]) for i in range(len(self.prompts))]
+        self.memory.keep_only([*self.rows, *(~row for row in self.rows)])
+        cached = list(map(self.memory.reusable, *self.streams_of(self.rows, self.prompts)))
+        # `cached` lists stream 0 of all prompts, then stream 1: entries i, i + n belong to prompt i.
+        return [min(cached[i :: len(self.prompts)]) for i in range(len(self.prompts))]
 
     def streams_of(self, rows: Sequence[int], prompts: Sequence[list[int]]) -> tuple[list[int], list[list[int]]]:
         """Return the memory keys and prompts of stream 0, followed by those of the null stream if there is one."""
@@ -477,7 +477,7 @@ class _DecodingPass:
         Prompts are sorted by the number of tokens that are not cached, longest first, with equal prompts together.
         """
         most_rows, most_tokens = self.sampler.most_rows // self.streams or 1, MOST_TOKENS // self.streams
-        unread = [len(prompt) - kept for prompt, kept in zip(self.prompts, self.kept, strict=True)]
+        unread = [len(prompt) - cached for prompt, cached in zip(self.prompts, self.cached_tokens, strict=True)]
         order = sorted(range(len(self.prompts)), key=lambda i: (-unread[i], self.prompts[i]))
         chunk: list[int] = []
         columns = 0
@@ -504,13 +504,13 @@ class _DecodingPass:
         for i in chunk:
             first.setdefault(tuple(self.prompts[i]), i)
         read = list(first.values())
-        kept = [self.kept[i] for i in read] * self.streams
+        cached = [self.cached_tokens[i] for i in read] * self.streams
         keys, prompts = self.streams_of([self.rows[i] for i in read], [self.prompts[i] for i in read])
         cache = new_cache(self.sampler.model, self.sampler.config.max_new_tokens)
         mask = torch.zeros(len(keys), 0, dtype=torch.bool, device=device)
-        if any(kept):
-            mask = self.memory.gather(keys, kept, cache)
-        unread = [torch.tensor(prompt[known:]) for prompt, known in zip(prompts, kept, strict=True)]
+        if any(cached):
+            mask = self.memory.gather(keys, cached, cache)
+        unread = [torch.tensor(prompt[known:]) for prompt, known in zip(prompts, cached, strict=True)]
         ids = pad_sequence(unread, batch_first=True, padding_side="left").to(device)
         real = pad_sequence([torch.ones_like(new) for new in unread], batch_first=True, padding_side="left").to(device)
         # Both parts are padded on the left, so a row may also have padding between its cached and its new tokens.
@@ -598,11 +598,11 @@ class _DecodingPass:
         leaving = [i for i, row_finished in enumerate(finished) if row_finished or everyone]
         if len(leaving) < FINISHED_SHARE * len(finished) or not leaving:
             return batch
-        self.leave(batch, leaving, step)
+        self.finish_rows(batch, leaving, step)
         staying = [i for i, row_finished in enumerate(finished) if not (row_finished or everyone)]
         return batch.select(torch.tensor(staying, device=batch.finished.device)) if staying else None
 
-    def leave(self, batch: _Batch, leaving: list[int], step: int) -> None:
+    def finish_rows(self, batch: _Batch, leaving: list[int], step: int) -> None:
         """Store the replies and caches of the rows that leave the batch.
 
         A cache lacks the token that was drawn last, because the model has not read it yet.
@@ -614,9 +614,9 @@ class _DecodingPass:
         log_prob, policy_log_prob = batch.log_prob[rows].tolist(), batch.policy_log_prob[rows].tolist()
         for place, *reply in zip(places, tokens, log_prob, policy_log_prob, strict=True):
             self.done[place] = self.reply(place, *reply)
-        self.park(batch, leaving, tokens, step)
+        self.store_cache(batch, leaving, tokens, step)
 
-    def park(self, batch: _Batch, leaving: list[int], tokens: list[list[int]], step: int) -> None:
+    def store_cache(self, batch: _Batch, leaving: list[int], tokens: list[list[int]], step: int) -> None:
         """Store the caches of these rows in `memory`, if there is one.
 
         Args:
@@ -634,7 +634,7 @@ class _DecodingPass:
         # `step` and not step + 1: the model has not read the token that was drawn last.
         ids = [self.prompts[place] + row[:step] for place, row in zip(places, tokens, strict=True)]
         keys, ids = self.streams_of([self.rows[place] for place in places], ids)
-        self.memory.park(keys, ids, batch.cache, batch.in_cache(rows), mask.repeat(batch.streams, 1))
+        self.memory.store_cache(keys, ids, batch.cache, batch.in_cache(rows), mask.repeat(batch.streams, 1))
 
     def reply(self, place: int, tokens: list[int], log_prob: list[float], policy_log_prob: list[float]) -> Reply:
         stop = self.sampler.stop_at(tokens)

@@ -48,7 +48,7 @@ MOST_TOKENS = 4096  # limit on rows × longest row in one forward pass
 
 
 class RowScorer:
-    """Base class of scorers that run a model over rows of tokens; a subclass turns a batch into scores (`read`).
+    """Base class of scorers that run a model over rows of tokens; a subclass defines `score_batch`.
 
     The score of an option is the sum over its rows, plus `bias`. An option has one row, context + option; with
     `by_turn` it has one row per agent turn, each with the turns that the window shows before it. Turns of the context
@@ -84,7 +84,7 @@ class RowScorer:
         while start < len(order):
             size = max(1, MOST_TOKENS // len(flat[order[start]][0]))
             chunk = order[start : start + size]
-            found[chunk] = self.read(_batch([flat[i] for i in chunk], self.model.device)).float().cpu().numpy()
+            found[chunk] = self.score_batch(_batch([flat[i] for i in chunk], self.model.device)).float().cpu().numpy()
             start += size
         scores = np.array([found[option].sum() + self.bias for option in index])
         return np.split(scores, np.cumsum([len(options) for options in encoded])[:-1])
@@ -92,9 +92,9 @@ class RowScorer:
     def fits(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> bool:
         return self._rows(context, options) is not None
 
-    def read(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def score_batch(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return one number per row, (B,); the batch has the fields input_ids to last of `ComparisonBatch`."""
-        raise TypeError(f"{type(self).__name__}: found no method `read`, expected the subclass to define it")
+        raise TypeError(f"{type(self).__name__}: found no method `score_batch`, expected the subclass to define it")
 
     def _rows(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]):
         bare = [
@@ -165,7 +165,7 @@ class RewardModel(RowScorer):
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
         return cls(model, renderer, WindowRule(**saved.get("window", {"max_length": positions})))
 
-    def read(self, batch):
+    def score_batch(self, batch):
         head = run_metadata(self.model.config)["reward"]["head"]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         return self.model(**inputs, read=read_mask(batch, head))
@@ -198,7 +198,7 @@ class LikelihoodScorer(PolicyScorer):
         super().__init__(policy)
         self.mean = mean
 
-    def read(self, batch):
+    def score_batch(self, batch):
         row, state, token = self._states(batch)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = self.model(**inputs, use_cache=False).logits[row, state].float()
@@ -228,7 +228,7 @@ class ValueHeadsScorer(PolicyScorer):
             raise InputError("of: found utterance, but the run has no heads for whole replies (utterance_weight: 0)")
         self.unit = RewardScale(**run_metadata(policy.model.config).get("reward_scale", {})).scale
 
-    def read(self, batch):
+    def score_batch(self, batch):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         _, hidden = self.model.forward_with_hidden(**inputs, use_cache=False)
         if self.of == "utterance":

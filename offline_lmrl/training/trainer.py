@@ -265,7 +265,7 @@ class BaseTrainer(transformers.Trainer):
     # Methods for subclasses to define.
 
     @staticmethod
-    def read(
+    def read_rows(
         args: BaseConfig,
         source: Sequence[Any] | str | Path,
         counts: Counter[str] | None = None,
@@ -279,7 +279,7 @@ class BaseTrainer(transformers.Trainer):
           counts: receives the numbers of repaired and dropped rows by reason; None = they are not counted.
           reward: the column of the scores, as in `read_trajectories`.
         """
-        raise TypeError("this trainer does not define `read`")
+        raise TypeError("this trainer does not define `read_rows`")
 
     @staticmethod
     def new_model(args: BaseConfig, spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -695,7 +695,7 @@ class OfflineTrainer(BaseTrainer):
     rows_for_next_v = False
 
     def prepare(self, model, args: OfflineConfig, train, held_out, peft_config):
-        train = self.select(self.read(args, train, self.counts), args)
+        train = self.select(self.read_rows(args, train, self.counts), args)
         model = as_guided(model)
         self.check_model(model, args)
         self.scale = self.fit_scale(model, train, args)
@@ -727,7 +727,7 @@ class OfflineTrainer(BaseTrainer):
         if peft_config is not None:
             model = with_adapter(model, peft_config)
         if held_out is not None:
-            held_out = self._windows(self.read(args, held_out), args, Counter())
+            held_out = self._windows(self.read_rows(args, held_out), args, Counter())
         return model, windows, held_out
 
     def check_model(self, model, args: OfflineConfig) -> None:
@@ -736,7 +736,7 @@ class OfflineTrainer(BaseTrainer):
         check_plays(model, self.renderer)
 
     @staticmethod
-    def read(
+    def read_rows(
         args: OfflineConfig,
         source: Sequence[Trajectory] | str | Path,
         counts: Counter[str] | None = None,

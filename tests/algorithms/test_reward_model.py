@@ -256,7 +256,7 @@ def test_scores_of_the_replies_of_reference_are_normalised(tmp_path, normalise):
 
 def test_each_loss_takes_its_own_kind_of_data(tmp_path):
     write_trajectories(tmp_path / "rated.jsonl", RATED)
-    assert RewardModelTrainer.read(config(tmp_path, processes=2), tmp_path / "rated.jsonl") == RATED
+    assert RewardModelTrainer.read_rows(config(tmp_path, processes=2), tmp_path / "rated.jsonl") == RATED
     with pytest.raises(InputError, match="loss: found pairs with scored trajectories, expected comparisons"):
         trainer(tmp_path, RATED)
     with pytest.raises(InputError, match="loss: found regression with comparisons, expected scored trajectories"):

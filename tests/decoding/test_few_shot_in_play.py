@@ -70,8 +70,10 @@ def test_to_a_row_that_is_asked_for_nothing_they_tell_nothing(monkeypatch):
 
 def test_values_are_read_behind_demonstrations_without_returns(monkeypatch):
     player = policy(window={"prompt": [DEMONSTRATION]}, ask="auto")
-    prompts, read = [], player.sampler.read
-    monkeypatch.setattr(player.sampler, "read", lambda head, ids, *args: prompts.extend(ids) or read(head, ids, *args))
+    prompts, read = [], player.sampler.apply_head
+    monkeypatch.setattr(
+        player.sampler, "apply_head", lambda head, ids, *args: prompts.extend(ids) or read(head, ids, *args)
+    )
     play(player, [1.0])
     ids = ids_of(DEMONSTRATION, return_tokens=player.return_tokens.nulls)
     n = len(RENDERER.preamble_of(()))
