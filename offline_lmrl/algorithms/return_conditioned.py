@@ -273,7 +273,7 @@ class ReturnConditionedTrainer(OfflineTrainer):
         logged = {"loss/policy": loss}
         if args.return_weight > 0:
             # False for turns without a target, and where the context holds returns, which the heads could copy.
-            counts = outputs["outcome_counts"]
+            counts = outputs["outcome_mask"]
             place = steps["closes_turn"].nonzero()[:, 0][counts]
             logged["loss/returns"] = -outputs["outcome_log_prob"][counts]
             loss = loss.index_add(0, place, args.return_weight * logged["loss/returns"])

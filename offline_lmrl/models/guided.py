@@ -381,7 +381,7 @@ class Guided:
     def _packed_outcomes(self, input_ids: Tensor, hidden: Tensor, steps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Score the outcomes of the M turns that close in the batch with the return heads.
 
-        Returns: "outcome_log_prob" (M,), and "outcome_counts" (M,) bool, which is True for a turn with a known outcome
+        Returns: "outcome_log_prob" (M,), and "outcome_mask" (M,) bool, which is True for a turn with a known outcome
           in a row without a requested return.
         """
         turns = {name: column[steps["closes_turn"]] for name, column in steps.items()}
@@ -392,7 +392,7 @@ class Guided:
         )
         # Null is the first id after the vocabulary, and bins follow it: any id above null is a requested return.
         null = (input_ids <= self.get_input_embeddings().weight.shape[0]).all(1)[row] & turns["has_target"]
-        return {"outcome_log_prob": log_prob, "outcome_counts": null}
+        return {"outcome_log_prob": log_prob, "outcome_mask": null}
 
     def _without_conditions(self, input_ids: Tensor, share: float) -> Tensor:
         """Replace all returns by null in a random share of the rows (B,T), to train the null condition too."""
@@ -497,7 +497,7 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
                                "end_v"* (N,), and with `conservative` "logsumexp_q" (H,N)
             utterance heads    "utterance_q" (H,M), "utterance_v" (M,), "utterance_target_q"* (M,),
                                "utterance_next_v"* (M,), for the M steps that close a turn
-            return heads       "outcome_log_prob" (M,) and "outcome_counts" (M,); the latter is False for turns in rows
+            return heads       "outcome_log_prob" (M,) and "outcome_mask" (M,); the latter is False for turns in rows
                                with a requested return, which would reveal the outcome, and for unknown outcomes
             environment        "environment_log_prob" (E,)
 

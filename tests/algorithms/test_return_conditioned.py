@@ -203,7 +203,7 @@ def test_heads_and_replies_of_the_environment_add_to_the_loss_by_their_weights(t
     outputs = {
         "log_prob": torch.tensor([-1.0, -2.0, -3.0, -4.0]),
         "outcome_log_prob": torch.tensor([-10.0, -20.0]),
-        "outcome_counts": torch.tensor([False, True]),
+        "outcome_mask": torch.tensor([False, True]),
         "environment_log_prob": torch.tensor([-4.0, -4.0]),
     }
     loss, logged = run.loss_terms(outputs, steps)

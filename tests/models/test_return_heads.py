@@ -85,16 +85,16 @@ def test_returns_are_read_before_a_turn_and_the_rest_behind_its_last_token(famil
     ):
         expected = expected + getattr(heads, name).log_prob(states, torch.tensor(values))
     assert_close(packed["outcome_log_prob"], expected)
-    assert packed["outcome_counts"].tolist() == [True, True, True]
+    assert packed["outcome_mask"].tolist() == [True, True, True]
 
 
 def test_turns_under_a_condition_or_without_a_target_do_not_count():
     model, batch = with_heads(), turns_batch([NULL + 2, NULL])
-    assert model(**batch)["outcome_counts"].tolist() == [False, False, True]
+    assert model(**batch)["outcome_mask"].tolist() == [False, False, True]
     batch["steps"]["has_target"][6] = False
-    assert not model(**batch)["outcome_counts"].any()
+    assert not model(**batch)["outcome_mask"].any()
     model.train()
-    dropped = model(**turns_batch([NULL + 2, NULL + 1]), condition_dropout=1.0)["outcome_counts"]
+    dropped = model(**turns_batch([NULL + 2, NULL + 1]), condition_dropout=1.0)["outcome_mask"]
     assert dropped.all()
 
 
