@@ -24,7 +24,7 @@ from data_prep import fields
 from data_prep.reports import prepared, require_no_other_splits, write_json
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison, to_record
-from offline_lmrl.logs.comparison_checks import Feature, facts, merge_repeats, tally
+from offline_lmrl.logs.comparison_checks import Feature, count_features, merge_repeats, summary
 from offline_lmrl.logs.files import staging
 from offline_lmrl.logs.forms import Drop
 from offline_lmrl.logs.io import REPORT, Row, atomic_output, group_key, parsed, raw_splits, split_by_group
@@ -182,7 +182,7 @@ def _finish(
         "merged": _part(counts, "merged: "),
         "removed, their group is in a later split": counts["removed"],
         "splits": splits,
-        **facts(counts),
+        **summary(counts),
     }
     for name in splits:
         with ExitStack() as opened, atomic_output(made / f"{name}.jsonl") as temporary:
@@ -220,7 +220,7 @@ def _settle(
                 f"{places[_words(row)]} {json.dumps(to_record(row), ensure_ascii=False)}\n"
                 for row in sorted(rows, key=lambda row: places[_words(row)])
             )
-    counts.update(tally([row for rows in splits.values() for row in rows], features))
+    counts.update(count_features([row for rows in splits.values() for row in rows], features))
     return counts
 
 

@@ -73,6 +73,6 @@ def group(record: Mapping, name: str, where: str) -> str:
     return read_text(value)
 
 
-def facts(record: Mapping, names: Iterable[str]) -> dict[str, str | float]:
+def known_values(record: Mapping, names: Iterable[str]) -> dict[str, str | float]:
     """Return the texts, numbers and flags under some names, for the labels; other values are left out."""
     return {name: record[name] for name in names if isinstance(record.get(name), str | int | float)}

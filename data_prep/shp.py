@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.comparisons import import_rows, publish
-from data_prep.fields import facts, number, text
+from data_prep.fields import known_values, number, text
 from data_prep.groups import join_groups
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
@@ -96,7 +96,7 @@ def read_pair(row: Mapping, where: str, min_ratio: float = 1.0) -> Comparison:
         raise InputError(f"{where}: score_ratio: found {ratio}, expected a number from 1 up")
     if ratio < min_ratio:
         raise Drop("ratio of the votes below min_ratio")
-    options = [facts(row, (f"c_root_id_{side}", f"score_{side}", f"created_at_utc_{side}")) for side in SIDES]
+    options = [known_values(row, (f"c_root_id_{side}", f"score_{side}", f"created_at_utc_{side}")) for side in SIDES]
     options = [{name[:-2]: value for name, value in option.items()} for option in options]
     return Comparison(
         (Turn("user", post),),
@@ -104,7 +104,7 @@ def read_pair(row: Mapping, where: str, min_ratio: float = 1.0) -> Comparison:
         (float(better == 0), float(better == 1)),
         group=text(row, "post_id", where),
         source="shp",
-        labels={**facts(row, ("domain",)), "strength": math.log(ratio), "options": options},
+        labels={**known_values(row, ("domain",)), "strength": math.log(ratio), "options": options},
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from data_prep import trajectories
 from data_prep.comparisons import import_rows
-from data_prep.fields import facts, inner, number
+from data_prep.fields import inner, known_values, number
 from data_prep.groups import join_groups
 from data_prep.summarize_comparisons import by_own_split, read_info, read_split, read_summary
 from offline_lmrl.errors import InputError
@@ -101,8 +101,8 @@ def read_rating(
     turns = (*context, Turn("assistant", words, reward=raw))
     labels = {
         **known,
-        **facts(summary, ("policy", "note")),
-        "axes": {**facts(found, found), **axes},
+        **known_values(summary, ("policy", "note")),
+        "axes": {**known_values(found, found), **axes},
         "reward": {"raw": raw, "shift": 0.0},
     }
     return read_split(row, where), Trajectory(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.comparisons import import_rows, publish
-from data_prep.fields import facts, inner, number, objects, text, whole
+from data_prep.fields import inner, known_values, number, objects, text, whole
 from data_prep.groups import join_groups
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
@@ -93,7 +93,7 @@ def read_choice(row: Mapping, where: str, counts: Counter[str], soft: bool = Fal
     choice = whole(row, "choice", where)
     if choice not in (0, 1):
         raise InputError(f"{where}: choice: found {choice}, expected 0 or 1")
-    labels = {**known, "options": [facts(summary, ("policy", "note")) for summary in summaries]}
+    labels = {**known, "options": [known_values(summary, ("policy", "note")) for summary in summaries]}
     second = float(choice)
     confidence = _confidence(row, where)
     if confidence is not None:
@@ -126,7 +126,8 @@ def read_info(row: Mapping, where: str) -> tuple[tuple[Turn, ...], dict[str, Any
     if not text(info, kinds[0], place).strip():
         raise Drop("empty post or article")
     parts = [start + text(info, name, place) for name, start in _PARTS.items() if info.get(name) is not None]
-    known = {"id": text(info, "id", place), **facts(info, ("site",)), **facts(row, ("worker", "batch", "split"))}
+    about_row = known_values(row, ("worker", "batch", "split"))
+    known = {"id": text(info, "id", place), **known_values(info, ("site",)), **about_row}
     return (Turn("user", "\n\n".join([*parts, "TL;DR:"])),), known
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from data_prep.comparisons import separate
 from data_prep.reports import prepared, require_no_other_splits, write_json
 from offline_lmrl.logs.comparison import Comparison
-from offline_lmrl.logs.comparison_checks import baselines, pitfalls
+from offline_lmrl.logs.comparison_checks import baselines, data_faults
 from offline_lmrl.logs.io import REPORT, group_key, write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.tokens.checks import check
@@ -36,16 +36,16 @@ def publish(
     splits = {name: rows for name, rows in splits.items() if rows}
     require_no_other_splits(output, splits)
     everything = [row for rows in splits.values() for row in rows]
-    facts = check(splits).to_dict()
+    found = check(splits).to_dict()
     report = {
         **report,
         "removed, their group is in a later split": removed,
         "splits": {
             name: {fact: value for fact, value in split.items() if value is not None}
-            for name, split in facts["splits"].items()
+            for name, split in found["splits"].items()
         },
-        "warnings": facts["warnings"],
-        "checks": {**_disagreements(everything), **pitfalls(everything)},
+        "warnings": found["warnings"],
+        "checks": {**_disagreements(everything), **data_faults(everything)},
         "baselines": baselines(scored_pairs(everything)),
     }
     with prepared(output) as folder:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.comparisons import import_rows, publish
-from data_prep.fields import facts, inner, items, number, text
+from data_prep.fields import inner, items, known_values, number, text
 from data_prep.groups import join_groups
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
@@ -88,7 +88,7 @@ def read_answers(row: Mapping, where: str, counts: Counter[str], quotes: bool = 
         (first, 1 - first),
         group=group,
         source="webgpt",
-        labels={**facts(question, ("id", "dataset")), "options": [{"score": score} for score in scores]},
+        labels={**known_values(question, ("id", "dataset")), "options": [{"score": score} for score in scores]},
     )
 
 

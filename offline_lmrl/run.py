@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offline_lmrl.algorithms import load_algorithm
-from offline_lmrl.decoding.scorers import fitting, load_scorer
+from offline_lmrl.decoding.scorers import drop_too_long, load_scorer
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.files import differences, locked, read_object, reading, say_differences, sweep
@@ -170,7 +170,7 @@ def scored(source: str, preference: Mapping[str, Any], counts: Counter[str]) -> 
     rows, settings = read_comparisons(source, counts=counts), dict(preference)
     if settings.get("reward", "sign") not in get_args(RewardKind):
         settings["reward"] = load_scorer(settings["reward"])
-        rows = fitting(rows, settings["reward"], counts)
+        rows = drop_too_long(rows, settings["reward"], counts)
     return to_trajectories(rows, **settings, counts=counts)
 
 
@@ -254,7 +254,7 @@ def resolved_config(
     )
 
 
-def contents(
+def input_fingerprints(
     model: ModelConfig,
     rows: Rows,
     validation: Rows | None,
@@ -382,7 +382,7 @@ def train(
     rows, validation = read_data(algorithm, data, args, counts)
     config = resolved_config(algorithm, model, data, args, environment) | dict(settings or {})
     reference, value_model = getattr(args, "reference", None), value_model_of(args)
-    config["contents"] = contents(
+    config["contents"] = input_fingerprints(
         model, rows, validation, critic_of(args), demonstrations_of(args), reference, value_model
     )
     if run_there(folder, config) == "same" and (folder / COMPLETE).exists():

@@ -174,7 +174,7 @@ def test_other_demonstrations_under_the_same_path_are_another_run(tmp_path):
     for n in (1, 2):
         write_trajectories(path, logs(n))
         shown = run.demonstrations_of(args)
-        found.append(run.contents(ModelConfig(scratch=SCRATCH), logs(2), None, None, shown))
+        found.append(run.input_fingerprints(ModelConfig(scratch=SCRATCH), logs(2), None, None, shown))
     assert found[0].pop("demonstrations") != found[1].pop("demonstrations") and found[0] == found[1]
     assert run.demonstrations_of(BCConfig(output_dir=str(tmp_path), use_cpu=True)) is None
 

@@ -784,8 +784,8 @@ class PPOTrainer(LoopTrainer):
             "optimizer steps": args.max_steps * args.epochs * args.minibatches,
         }
 
-    def memory(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"kl_weight": self.kl_weight, "moments": list(self.moments)}
 
-    def remember(self, memory: Mapping[str, Any]) -> None:
-        self.kl_weight, self.moments = memory["kl_weight"], Moments(*memory["moments"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.kl_weight, self.moments = state["kl_weight"], Moments(*state["moments"])

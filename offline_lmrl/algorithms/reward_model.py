@@ -52,10 +52,10 @@ from offline_lmrl.logs.trajectory import Trajectory, shown
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import (
     build_reward_model,
-    fold,
     load_reward_model,
     option_scores,
     reads_by_turn,
+    rescale_head,
     with_head_beside,
 )
 from offline_lmrl.ops.preferences import (
@@ -355,7 +355,7 @@ class RewardModelTrainer(BaseTrainer):
         if self.args.normalise == "none":
             if self.args.loss == "regression":
                 mean, spread = self.rating
-                fold(model, spread, mean)
+                rescale_head(model, spread, mean)
             return
         order = np.random.default_rng(0).permutation(len(self.reference))[:NORMALISED_ON]
         scores = []
@@ -364,9 +364,9 @@ class RewardModelTrainer(BaseTrainer):
             scores.append(option_scores(model, batch, self.args.head))
         score = torch.cat(scores)
         if self.args.normalise == "centre":
-            fold(model, 1.0, centring_bias(score))
+            rescale_head(model, 1.0, centring_bias(score))
             return
         try:
-            fold(model, *gain_and_bias(score))
+            rescale_head(model, *gain_and_bias(score))
         except ValueError as error:
             raise InputError(f"normalise: {error}; take normalise: centre, or train longer") from error

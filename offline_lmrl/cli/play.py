@@ -147,7 +147,7 @@ def _evaluate(
 
     _check_measures(**given)
     if data is not None and holds_comparisons(data):
-        _judge(**given)
+        _evaluate_scorer(**given)
         return
     counts: Counter[str] = Counter()
     trajectories = [] if data is None else read_trajectories(data, split=split, counts=counts, reward=reward)
@@ -233,12 +233,12 @@ def _check_measures(
         raise InputError(f"episodes: found {episodes}, expected at least 1")
 
 
-def _judge(
+def _evaluate_scorer(
     run: str, data: str, split: str | None, output: Path | None, sampling: Mapping[str, Any], **rest: Any
 ) -> None:
     from data_prep.reports import write_json
     from offline_lmrl.decoding.scorers import load_scorer
-    from offline_lmrl.evaluation.preferences import judge
+    from offline_lmrl.evaluation.preferences import evaluate_scorer
     from offline_lmrl.logs.io import read_comparisons
 
     defaults = signature(_evaluate).parameters
@@ -250,10 +250,10 @@ def _judge(
     counts: Counter[str] = Counter()
     comparisons = read_comparisons(data, split=split, counts=counts)
     _say(data, counts)
-    facts = judge(load_scorer(run), comparisons)
-    print_report(facts)
+    found = evaluate_scorer(load_scorer(run), comparisons)
+    print_report(found)
     if output is not None:
-        write_json(output, facts)
+        write_json(output, found)
 
 
 def _print_asks(

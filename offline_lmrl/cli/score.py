@@ -45,7 +45,7 @@ def _relabel(
         standard deviation 1 over all options), group (minus the mean of the group) or rank (the share of the group's
         other options that score lower, 0 to 1, ties counted half); null = none.
     """
-    from offline_lmrl.decoding.scorers import fitting, load_scorer, relabel_comparisons, relabel_trajectories
+    from offline_lmrl.decoding.scorers import drop_too_long, load_scorer, relabel_comparisons, relabel_trajectories
     from offline_lmrl.logs.io import (
         holds_comparisons,
         read_comparison_splits,
@@ -68,7 +68,7 @@ def _relabel(
     if len(splits) > 1 and output.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
         raise InputError(f"output: found {output} for the splits {', '.join(splits)}, expected a folder")
     judge = load_scorer(scorer)
-    fit = {name: fitting(rows, judge, counts) for name, rows in splits.items()} if of_comparisons else splits
+    fit = {name: drop_too_long(rows, judge, counts) for name, rows in splits.items()} if of_comparisons else splits
     made, write = {}, write_trajectories
     for name, rows in fit.items():
         if not of_comparisons:
@@ -92,7 +92,7 @@ def _select(data: str, *, scorer: str, output: Path, n: int = 100, split: str | 
       n: number of pairs, at most one from each comparison.
       split: name of the split to read; null = the only one.
     """
-    from offline_lmrl.decoding.scorers import Ensemble, fitting, load_scorer, most_disputed
+    from offline_lmrl.decoding.scorers import Ensemble, drop_too_long, load_scorer, most_disputed
     from offline_lmrl.logs.io import read_comparisons, write_comparisons
 
     if n < 1:
@@ -102,7 +102,8 @@ def _select(data: str, *, scorer: str, output: Path, n: int = 100, split: str | 
     if not isinstance(ensemble, Ensemble):
         raise InputError(f"scorer: found {shown(scorer)}, expected an ensemble of scorers")
     counts: Counter[str] = Counter()
-    chosen = most_disputed(fitting(read_comparisons(data, split=split, counts=counts), ensemble, counts), ensemble, n)
+    comparisons = drop_too_long(read_comparisons(data, split=split, counts=counts), ensemble, counts)
+    chosen = most_disputed(comparisons, ensemble, n)
     write_comparisons(output, chosen)
     print_report({"pairs": len(chosen), "largest disagreement": chosen[0].labels["disagreement"]} | +counts)
 

@@ -540,7 +540,7 @@ def fits(scorer: Scorer, context: Sequence[Turn], options: Sequence[Sequence[Tur
     return own is None or own(context, options)
 
 
-def fitting(comparisons: Sequence[Comparison], scorer: Scorer, counts: Counter[str]) -> list[Comparison]:
+def drop_too_long(comparisons: Sequence[Comparison], scorer: Scorer, counts: Counter[str]) -> list[Comparison]:
     """Return the comparisons whose replies all fit into the scorer's window; `counts` receives the number of others.
 
     Raises: InputError if none is left.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from offline_lmrl.decoding.scorers import fitting
+from offline_lmrl.decoding.scorers import drop_too_long
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.metrics import Cells
 from offline_lmrl.logs.comparison import Comparison
@@ -24,7 +24,7 @@ BASELINES = {
 }
 
 
-def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def evaluate_scorer(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """Measure how well a scorer agrees with comparisons.
 
     A pair is two options of one comparison, without a tie; p is the probability that the first is better, and Δ its
@@ -43,7 +43,7 @@ def judge(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     Raises: InputError if no comparison fits or no pair remains.
     """
     counts: Counter[str] = Counter()
-    comparisons = fitting(comparisons, scorer, counts)
+    comparisons = drop_too_long(comparisons, scorer, counts)
     scores = score_rows([(row.context, row.options) for row in comparisons], scorer)
     pairs = [
         (place, i, j, row.preference(i, j))

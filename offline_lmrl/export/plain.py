@@ -25,7 +25,7 @@ from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.io import atomic_output
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.models.adapters import saved_run_metadata
-from offline_lmrl.models.plain import fold, head_scale, plain, q_matrix, spell_returns
+from offline_lmrl.models.plain import add_to_lm_head, head_scale, plain, q_matrix, spell_returns
 from offline_lmrl.ops.decoding import guide
 from offline_lmrl.tokens.conditioning import ASK_NAMES, ReturnTokens, texts_of
 from offline_lmrl.tokens.windows import WindowRule, policy_window
@@ -223,7 +223,7 @@ def _plain_model(model: PreTrainedModel, form: SamplingConfig) -> PreTrainedMode
     model = plain(model)
     if rows is not None:
         # The run adds guidance after dividing by the temperature; engines divide last, so multiply it by that here.
-        fold(model, (form.temperature or 1.0) * form.beta / head_scale(model) * rows)
+        add_to_lm_head(model, (form.temperature or 1.0) * form.beta / head_scale(model) * rows)
     return model
 
 

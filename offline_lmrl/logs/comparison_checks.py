@@ -40,14 +40,14 @@ def describe(comparisons: Sequence[Comparison], features: Mapping[str, Feature] 
     Args:
       features: further baselines by name.
     """
-    return facts(tally(comparisons, features))
+    return summary(count_features(comparisons, features))
 
 
-def tally(comparisons: Sequence[Comparison], features: Mapping[str, Feature] | None = None) -> Counter:
-    """Count everything that `facts` needs. The counts of two sets that share no group add up to the counts of both."""
+def count_features(comparisons: Sequence[Comparison], features: Mapping[str, Feature] | None = None) -> Counter:
+    """Count everything that `summary` needs. Counts of two sets that share no group add up to the counts of both."""
     pairs = [(row, i, j) for row in comparisons for i, j in combinations(range(len(row.options)), 2)]
     decided = [(row, i, j) for row, i, j in pairs if row.preference(i, j) != 0.5]
-    counts = _count_pitfalls(comparisons)
+    counts = _count_faults(comparisons)
     for row in comparisons:
         counts["size", len(row.options)] += 1
         counts["context", len(_text(row.context))] += 1
@@ -63,13 +63,13 @@ def tally(comparisons: Sequence[Comparison], features: Mapping[str, Feature] | N
         counts.update(_shared_start(_text(row.options[i]), _text(row.options[j])))
     groups = _by_group(decided)
     for name, feature in {**_FEATURES, **(features or {})}.items():
-        for outcomes, n in _compete(groups, feature).items():
+        for outcomes, n in count_outcomes_per_group(groups, feature).items():
             counts["baseline", name, outcomes] += n
     return counts
 
 
-def facts(counts: Counter) -> dict[str, Any]:
-    """Return the summary that `describe` documents, from the counts of `tally`."""
+def summary(counts: Counter) -> dict[str, Any]:
+    """Return the summary that `describe` documents, from the counts of `count_features`."""
     sizes = sorted(key for key in counts if key[0] == "size")
     compared = sum(key[1] * n for key, n in counts.items() if key[0] == "reply")
     competed: dict[str, Counter] = defaultdict(Counter)
@@ -91,18 +91,18 @@ def facts(counts: Counter) -> dict[str, Any]:
             "replies equal up to case and punctuation": counts["same"],
             "pairs that a split by characters, as in TRL, would cut inside a reply": counts["inside a reply"],
             "of those, inside a word": counts["inside a word"],
-            **_check_facts(counts),
+            **_check_summary(counts),
         },
         "baselines": {name: _accuracy(groups) for name, groups in competed.items()},
     }
 
 
-def pitfalls(rows: Sequence[Comparison | Trajectory]) -> dict[str, Any]:
+def data_faults(rows: Sequence[Comparison | Trajectory]) -> dict[str, Any]:
     """Count properties of the data that other tools handle badly.
 
     The replies of a trajectory are its trainable turns.
     """
-    return _check_facts(_count_pitfalls(rows))
+    return _check_summary(_count_faults(rows))
 
 
 def baselines(pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def prefer(pairs: Iterable[Pair], feature: Feature) -> dict[str, Any]:
       interval. The interval is Wilson's (1927) for the `_effective` number of pairs, since the pairs of a group are
       not independent, with the quantile of Student's t for as many groups as its variance is estimated from.
     """
-    return _accuracy(_compete(_by_group(pairs), feature))
+    return _accuracy(count_outcomes_per_group(_by_group(pairs), feature))
 
 
 def _by_group(pairs: Iterable[Pair]) -> list[list[Pair]]:
@@ -127,7 +127,7 @@ def _by_group(pairs: Iterable[Pair]) -> list[list[Pair]]:
     return list(groups.values())
 
 
-def _compete(groups: Iterable[Sequence[Pair]], feature: Feature) -> Counter[tuple[int, int, int]]:
+def count_outcomes_per_group(groups: Iterable[Sequence[Pair]], feature: Feature) -> Counter[tuple[int, int, int]]:
     """Count groups by their (wins, losses, ties). A zero entry is included, so the result is never empty."""
     counts = Counter({(0, 0, 0): 0})
     for pairs in groups:
@@ -192,7 +192,7 @@ def _shared_start(first: str, second: str) -> list[str]:
     return ["inside a reply"] + ["inside a word"] * (shared[-1].isalnum() and any(map(str.isalnum, behind)))
 
 
-def _count_pitfalls(rows: Sequence[Comparison | Trajectory]) -> Counter:
+def _count_faults(rows: Sequence[Comparison | Trajectory]) -> Counter:
     counts: Counter = Counter()
     groups = Counter(group_key(row) for row in rows)
     for n in groups.values():
@@ -213,7 +213,7 @@ def _count_pitfalls(rows: Sequence[Comparison | Trajectory]) -> Counter:
     return counts
 
 
-def _check_facts(counts: Counter) -> dict[str, Any]:
+def _check_summary(counts: Counter) -> dict[str, Any]:
     return {
         "rows that share their first user turn with another": counts["siblings"],
         "share of a random 20% of rows with a sibling in the rest": round(

@@ -63,7 +63,7 @@ def to_trajectories(
     scale.
 
     Rewards belong to whole turns, and training drops the oldest turns or a whole reply that does not fit, so no reward
-    is moved or lost. To drop both sides of such a pair, apply `fitting` (comparison_batching.py) first.
+    is moved or lost.
 
     Raises: InputError for unknown settings, for scores that are not finite, and if no trajectory is left.
     """

@@ -84,7 +84,7 @@ def _multiple(x: Tensor, y: Tensor) -> float | None:
 
 
 @torch.no_grad()
-def fold(model: PreTrainedModel, rows: Tensor) -> None:
+def add_to_lm_head(model: PreTrainedModel, rows: Tensor) -> None:
     """Add `rows` (V,d) to the LM head's matrix; if it is tied to the embedding, untie it first."""
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight + rows.to(head.weight.dtype))

@@ -129,7 +129,7 @@ def option_scores(model: nn.Module, batch: ComparisonBatch, head: str) -> Tensor
 def score_bias(model: nn.Module) -> float:
     """Return the constant b in a score w · h + b at one token: the head's own bias, if any, plus the config's.
 
-    The config's bias is the one set by normalisation (`fold`).
+    The config's bias is the one set by normalisation (`rescale_head`).
     """
     own = head_of(model).bias
     return run_metadata(model.config)["reward"]["bias"] + (0.0 if own is None else own.item())
@@ -222,7 +222,7 @@ def _load_adapter(folder: Path, head: str | None, trust_remote_code: bool) -> nn
         return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
-def fold(model: PreTrainedModel, gain: float, bias: float) -> None:
+def rescale_head(model: PreTrainedModel, gain: float, bias: float) -> None:
     """Normalise scores in place: score ← gain · (raw score) + bias.
 
     The gain is multiplied into the head; the bias replaces that of the config.

@@ -132,7 +132,7 @@ class WindowDataset(torch.utils.data.Dataset):
         """A mask (N,) of the steps that close a turn and have a target."""
         return self.flat["closes_turn"][0].astype(bool) & self.flat["has_target"][0].astype(bool)
 
-    def facts(self) -> dict[str, int]:
+    def summary(self) -> dict[str, int]:
         return {"windows": len(self), "tokens": self.tokens, "action tokens": self.action_tokens}
 
     @property

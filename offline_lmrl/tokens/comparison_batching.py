@@ -109,7 +109,7 @@ class ComparisonDataset(torch.utils.data.Dataset):
         """The number of tokens in an epoch, over all rows."""
         return len(self.input_ids[0])
 
-    def facts(self) -> dict[str, int]:
+    def summary(self) -> dict[str, int]:
         return {"comparisons": len(self), "options": len(self.target), "tokens": self.tokens}
 
     def batch(self, indices: Sequence[int]) -> ComparisonBatch:
@@ -280,16 +280,6 @@ def _dataset(
     return ComparisonDataset(
         *flat, read.row_ends, read.option_ends, read.target, read.rank, read.weight, read.strength, pad_id
     )
-
-
-def fitting(
-    comparisons: Iterable[Comparison], renderer: Renderer, window: WindowRule, counts: Counter[str]
-) -> list[Comparison]:
-    """Return the comparisons whose options all fit; arguments as for `encode_comparisons`.
-
-    A comparison is dropped as a whole, so that one side is never kept without the other.
-    """
-    return [row for row in comparisons if _own_rows(row, renderer, window, counts) is not None]
 
 
 def _own_rows(

@@ -46,7 +46,7 @@ class LoopTrainer:
     """The base class of trainers that run their own loop and generate their data.
 
     A subclass calls `set_up` with a policy and the module around it, runs the loop in `train`, and saves and restores
-    its extra state (`memory`, `remember`). Its random numbers must depend on seed and iteration alone.
+    its extra state (`state_dict`, `load_state_dict`). Its random numbers must depend on seed and iteration alone.
 
     Args:
       args: the settings.
@@ -108,15 +108,15 @@ class LoopTrainer:
 
     # Methods for subclasses to define.
 
-    def memory(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return extra state to save so that training resumes exactly, as plain values for JSON.
 
         Weights, optimizer, schedule and counts are saved anyway.
         """
         return {}
 
-    def remember(self, memory: Mapping[str, Any]) -> None:
-        """Restore the state that `memory` returned."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
 
     # Metrics and counts.
 
@@ -225,7 +225,7 @@ class LoopTrainer:
                             "updates": self.updates,
                             "totals": self.totals,
                             "counts": self.counts,
-                            "memory": self.memory(),
+                            "state": self.state_dict(),
                             "processes": self.args.world_size,
                         }
                     ),
@@ -270,7 +270,7 @@ class LoopTrainer:
         with reading(loop, DAMAGED):
             self.iteration, self.updates = found["iteration"], found["updates"]
             self.totals, self.counts = Counter(found["totals"]), Counter(found["counts"])
-            self.remember(found["memory"])
+            self.load_state_dict(found["state"])
             # `reading` turns this into the InputError of a damaged file.
             if self.iteration != step_of(checkpoint):
                 raise ValueError(f"iteration {self.iteration}")

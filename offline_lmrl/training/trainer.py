@@ -322,7 +322,7 @@ class BaseTrainer(transformers.Trainer):
 
     def plan(self) -> dict[str, int]:
         """Return the size of the training data and the number of optimizer steps, without training."""
-        return {**self.train_dataset.facts(), "optimizer steps": self.total_steps}
+        return {**self.train_dataset.summary(), "optimizer steps": self.total_steps}
 
     @property
     def total_steps(self) -> int:

@@ -19,8 +19,8 @@ from offline_lmrl.decoding.scorers import (
     RewardModel,
     RuleScorer,
     ValueHeadsScorer,
+    drop_too_long,
     fits,
-    fitting,
     load_scorer,
     most_disputed,
     regex_rule,
@@ -37,7 +37,7 @@ from offline_lmrl.logs.preferences import to_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import add_value_heads, build_model
 from offline_lmrl.models.renderers import rendering_block
-from offline_lmrl.models.reward_model import build_reward_model, fold, head_of
+from offline_lmrl.models.reward_model import build_reward_model, head_of, rescale_head
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.tokenizers import train_tokenizer
@@ -69,7 +69,7 @@ def fixed(*values):
 def reward_model(head="terminal", seed=0):
     torch.manual_seed(seed)
     model = build_reward_model(SPEC, RENDERER.tokenizer, head)
-    fold(model, 2.0, 0.5)
+    rescale_head(model, 2.0, 0.5)
     return model
 
 
@@ -340,11 +340,11 @@ def test_what_is_longer_than_the_window_is_left_out_and_counted():
     other = Comparison(ASKED, tuple(said("up", "left")), (1.0, 0.0))
     joint = weighted_sum([Ensemble([scorer, fixed(1.0)]), RuleScorer(scorer, "a")])
     for judge in (scorer, joint):
-        assert fitting([pair, other], judge, counts) == [other]
+        assert drop_too_long([pair, other], judge, counts) == [other]
     assert counts == {TOO_LONG: 3} and fits(fixed(1.0), pair.context, pair.options)
     assert fits(scorer, *ASKED_UP) and not fits(RuleScorer(scorer, "left right up " * 9), *ASKED_UP)
     with pytest.raises(InputError, match="found none that fits into the scorer's window"):
-        fitting([pair], scorer, counts)
+        drop_too_long([pair], scorer, counts)
 
 
 def test_the_pairs_that_an_ensemble_disputes_come_first():
@@ -383,7 +383,7 @@ def placed(head, normalise, context=None):
     raw = [row.total_return for row in relabel_trajectories(random_trajectories(40, seed=100), scorer)]
     if normalise != "none":
         gain = 1.0 / np.std(raw) if normalise == "standard" else 1.0
-        fold(model, gain, -gain * float(np.mean(raw)))
+        rescale_head(model, gain, -gain * float(np.mean(raw)))
     return scorer
 
 
@@ -438,7 +438,7 @@ def test_the_shift_of_normalisation_is_earned_once_in_equal_parts():
         [turn.reward for turn in row.turns] for row in found[0]
     ]
     bias = scorer.model.config.offline_lmrl["reward"]["bias"]
-    fold(scorer.model, 1.0, 0.0)
+    rescale_head(scorer.model, 1.0, 0.0)
     both = weighted_sum([scorer, Ensemble([scorer, FunctionScorer(lambda context, option: 0.0)])], [2.0, 4.0])
     for made, one, shift in zip(found[:2], (scorer, both), (bias, 4 * bias), strict=True):
         for shifted, bare in zip(made, relabel_trajectories(trajectories, one, "turn"), strict=True):

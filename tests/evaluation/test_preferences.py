@@ -8,7 +8,7 @@ import torch
 
 from offline_lmrl.decoding.scorers import TOO_LONG, FunctionScorer
 from offline_lmrl.errors import InputError
-from offline_lmrl.evaluation.preferences import best_of_n_curve, judge
+from offline_lmrl.evaluation.preferences import best_of_n_curve, evaluate_scorer
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.trajectory import Turn
 
@@ -33,15 +33,15 @@ ROWS = [
 
 
 def test_accuracy_and_its_baselines_by_hand():
-    facts = judge(FunctionScorer(numbers), ROWS)
-    assert (facts["comparisons"], facts["pairs"], facts["groups"]) == (5, 5, 3)
+    found = evaluate_scorer(FunctionScorer(numbers), ROWS)
+    assert (found["comparisons"], found["pairs"], found["groups"]) == (5, 5, 3)
     # right, half, right, wrong, wrong; longer: right, half, right, half, wrong; shorter is the rest
     # Groups of 2, 1 and 2 pairs with 1.5, 1 and 0 right: without each .333, .375 and .833, a variance of .1026, which
     # .25 / .1026 = 2.44 pairs have; 9² / (4² + 1 + 4²) − 1 = 1.45 degrees of freedom
-    assert facts["accuracy"] == "0.500 [0.015, 0.985]"
-    assert facts["baselines"]["the longer reply"].startswith("0.600 [")
-    assert facts["baselines"]["the shorter reply"].startswith("0.400 [")
-    assert facts["difference"].startswith("-0.100 [")
+    assert found["accuracy"] == "0.500 [0.015, 0.985]"
+    assert found["baselines"]["the longer reply"].startswith("0.600 [")
+    assert found["baselines"]["the shorter reply"].startswith("0.400 [")
+    assert found["difference"].startswith("-0.100 [")
 
 
 def test_what_a_scorer_cannot_read_whole_is_left_out_and_counted():
@@ -49,10 +49,10 @@ def test_what_a_scorer_cannot_read_whole_is_left_out_and_counted():
         def fits(self, context, options):
             return all(len(option[-1].content) < 4 for option in options)
 
-    facts, known = judge(Short(numbers), ROWS), judge(FunctionScorer(numbers), ROWS[1:])
-    assert facts == known | {TOO_LONG: 1} and known[TOO_LONG] == 0
+    found, known = evaluate_scorer(Short(numbers), ROWS), evaluate_scorer(FunctionScorer(numbers), ROWS[1:])
+    assert found == known | {TOO_LONG: 1} and known[TOO_LONG] == 0
     with pytest.raises(InputError, match=r"found none that fits into the scorer's window \(1 left out\)"):
-        judge(Short(numbers), ROWS[:1])
+        evaluate_scorer(Short(numbers), ROWS[:1])
 
 
 def test_who_wrote_a_reply_is_a_baseline_where_it_is_known():
@@ -61,32 +61,33 @@ def test_who_wrote_a_reply_is_a_baseline_where_it_is_known():
         return replace(compare(("1.", "2."), target, group), labels=labels)
 
     rows = [by("x", "y", (1.0, 0.0), "a"), by("y", "x", (0.2, 0.8), "b"), by("x", "y", (0.0, 1.0), "c")]
-    facts = judge(FunctionScorer(numbers), rows)  # x wins 1.8 of 3
-    assert facts["baselines"]["the reply of the author that wins more often here"].startswith("0.667 [")
-    assert "the reply of the author that wins more often here" not in judge(FunctionScorer(numbers), ROWS)["baselines"]
+    found = evaluate_scorer(FunctionScorer(numbers), rows)  # x wins 1.8 of 3
+    assert found["baselines"]["the reply of the author that wins more often here"].startswith("0.667 [")
+    others = evaluate_scorer(FunctionScorer(numbers), ROWS)["baselines"]
+    assert "the reply of the author that wins more often here" not in others
 
 
 def test_cross_entropy_and_calibration_take_scores_as_log_odds():
-    facts = judge(FunctionScorer(numbers), ROWS[:3])
+    found = evaluate_scorer(FunctionScorer(numbers), ROWS[:3])
 
     def cost(lead):
         return math.log1p(math.exp(-lead))
 
     # Δ = 1 and 0 where the first is better, Δ = −3 where it is so with probability .25
     expected = (cost(1) + cost(0) + 0.25 * cost(-3) + 0.75 * cost(3)) / 3
-    assert facts["cross entropy"] == pytest.approx(expected)
+    assert found["cross entropy"] == pytest.approx(expected)
     sigmoid = [1 / (1 + math.exp(-lead)) for lead in (1, -3)]
     apart = [abs(p - q) for p, q in zip(sigmoid, (1, 0.25), strict=True)]
     # Either order of these has a bin of its own; of the pair with σ = .5 both are in one, where 1 and 0 come.
-    assert facts["calibration error"] == pytest.approx(2 * sum(apart) / 6)
-    silent = judge(FunctionScorer(lambda context, option: 0.0), ROWS[:3])
+    assert found["calibration error"] == pytest.approx(2 * sum(apart) / 6)
+    silent = evaluate_scorer(FunctionScorer(lambda context, option: 0.0), ROWS[:3])
     assert silent["cross entropy"] == pytest.approx(math.log(2)) and silent["accuracy"] == "0.500 [0.005, 0.995]"
 
 
 def test_which_option_stands_first_changes_nothing():
     turned = [replace(row, options=row.options[::-1], target=row.target[::-1], ranking=None) for row in ROWS]
-    facts, expected = judge(FunctionScorer(numbers), turned), judge(FunctionScorer(numbers), ROWS)
-    assert facts.pop("baselines") == expected.pop("baselines") and facts == pytest.approx(expected)
+    found, expected = evaluate_scorer(FunctionScorer(numbers), turned), evaluate_scorer(FunctionScorer(numbers), ROWS)
+    assert found.pop("baselines") == expected.pop("baselines") and found == pytest.approx(expected)
 
 
 def test_the_curve_of_best_of_n_by_hand():
@@ -104,4 +105,4 @@ def test_the_curve_of_best_of_n_by_hand():
 
 def test_ties_alone_are_refused():
     with pytest.raises(InputError, match="found only ties"):
-        judge(FunctionScorer(numbers), [ROWS[3]])
+        evaluate_scorer(FunctionScorer(numbers), [ROWS[3]])

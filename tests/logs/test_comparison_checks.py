@@ -3,7 +3,7 @@
 import pytest
 
 from offline_lmrl.logs.comparison import Comparison
-from offline_lmrl.logs.comparison_checks import describe, facts, prefer, tally
+from offline_lmrl.logs.comparison_checks import count_features, describe, prefer, summary
 from offline_lmrl.logs.trajectory import Turn
 
 
@@ -20,10 +20,10 @@ ROWS = [
 
 
 def test_checks_and_facts_by_hand():
-    facts = describe(ROWS)
-    assert (facts["comparisons"], facts["groups"], facts["pairs"], facts["ties"]) == (4, 3, 6, 2)
-    assert facts["by number of options"] == {"2": 3, "3": 1}
-    checks = facts["checks"]
+    found = describe(ROWS)
+    assert (found["comparisons"], found["groups"], found["pairs"], found["ties"]) == (4, 3, 6, 2)
+    assert found["by number of options"] == {"2": 3, "3": 1}
+    checks = found["checks"]
     assert checks["replies equal up to case and punctuation"] == 1
     assert checks["rows that share their first user turn with another"] == 2
     assert checks["share of a random 20% of rows with a sibling in the rest"] == pytest.approx(2 * 0.8 / 4)
@@ -52,9 +52,9 @@ def test_a_boundary_by_characters_would_cut_replies_that_start_alike():
 
 
 def test_counts_of_parts_that_share_no_group_add_up_to_those_of_the_whole():
-    counts = tally(ROWS[:2])
-    counts.update(tally(ROWS[2:]))
-    assert facts(counts) == describe(ROWS)
+    counts = count_features(ROWS[:2])
+    counts.update(count_features(ROWS[2:]))
+    assert summary(counts) == describe(ROWS)
     # contexts of 1, 1, 1 and 607 characters: 95% of the way is at place 2.85 of 0 to 3
     assert describe(ROWS)["characters of a context"] == pytest.approx({"median": 1, "95%": 1 + 0.85 * 606, "max": 607})
     assert describe([])["characters of a reply"] == {}

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.models.guided import add_returns, add_value_heads, as_guided, load_model
-from offline_lmrl.models.plain import fold, head_scale, plain, q_matrix, spell_returns
+from offline_lmrl.models.plain import add_to_lm_head, head_scale, plain, q_matrix, spell_returns
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from tests.models.test_return_embedding import BLOCK, NULL, REWARDS, conditioned
 from tests.tiny_models import FAMILIES, VOCABULARY, guided_model, tiny_model
@@ -20,7 +20,7 @@ UNCAPPED = [family for family in FAMILIES if family != "gemma2"]
 def folded(model, q_reduce="mean"):
     rows = q_matrix(model.value_heads.target_q, model.get_output_embeddings().weight, q_reduce)
     model = plain(model)
-    fold(model, BETA / head_scale(model) * rows)
+    add_to_lm_head(model, BETA / head_scale(model) * rows)
     return model
 
 

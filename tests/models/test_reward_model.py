@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from offline_lmrl.errors import InputError
-from offline_lmrl.models.reward_model import build_reward_model, fold, head_of, load_reward_model
+from offline_lmrl.models.reward_model import build_reward_model, head_of, load_reward_model, rescale_head
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 from tests.tiny_models import FAMILIES
 
@@ -47,7 +47,7 @@ def test_a_token_head_sums_what_is_read_and_folding_scales_it(family):
         per_token = model(input_ids=IDS, attention_mask=MASK).logits[..., 0]
         expected = torch.stack([per_token[0, 2] + per_token[0, 5], per_token[1, 3]])
         assert_close(model(input_ids=IDS, attention_mask=MASK, read=read), expected)
-        fold(model, 3.0, 0.25)
+        rescale_head(model, 3.0, 0.25)
         assert_close(model(input_ids=IDS, attention_mask=MASK, read=read), 3 * expected)
     assert model.config.offline_lmrl["reward"] == {"bias": 0.25, "head": "token"}
 

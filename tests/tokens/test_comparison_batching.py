@@ -12,7 +12,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.tokens import comparison_batching
-from offline_lmrl.tokens.comparison_batching import collate_comparisons, encode_comparisons, encode_scored, fitting
+from offline_lmrl.tokens.comparison_batching import collate_comparisons, encode_comparisons, encode_scored
 from offline_lmrl.tokens.windows import WindowRule
 from tests.comparisons import RENDERER
 
@@ -114,7 +114,6 @@ def test_an_option_that_does_not_fit_takes_its_comparison_along():
     data = encode([bare, short], limit, counts)
     assert len(data) == 1 and data.batch([0])["comparison"].tolist() == [0, 0, 0]
     assert counts == {"comparisons dropped: an option longer than max_length": 1}
-    assert fitting([bare, short], RENDERER, WindowRule(max_length=limit), Counter()) == [short]
     with pytest.raises(InputError, match="found none that fits into max_length, expected at least one"):
         encode([bare], 4)
 
