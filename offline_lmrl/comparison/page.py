@@ -80,7 +80,7 @@ def write_report(folder: str | Path) -> Path:
         drawings, missing = draw(results)
     except ModuleNotFoundError:
         drawings, missing = [], NO_FIGURES
-    page = blocks(results, drawings, missing)
+    page = build_report(results, drawings, missing)
     files: dict[str, str | bytes] = {"results.jsonl": source.read_bytes()}
     for drawing in drawings:
         files |= {f"figures/{drawing.name}.svg": drawing.svg, f"figures/{drawing.name}.png": drawing.png}
@@ -145,7 +145,7 @@ def manifest(results: Results, source: bytes) -> dict[str, Any]:
 # The contents of the page.
 
 
-def blocks(results: Results, drawings: Sequence[Drawing], missing: Mapping[str, str]) -> list[Block]:
+def build_report(results: Results, drawings: Sequence[Drawing], missing: Mapping[str, str]) -> list[Block]:
     lines = _settings(results)
     drawn = {drawing.name: ("figure", drawing) for drawing in drawings}
     page = [
@@ -353,7 +353,7 @@ def _configuration(results: Results) -> list[Block]:
             **{title: method[key] for title, key in PARTS.items() if method.get(key)},
             "regime": regimes.get(name, "not evaluated"),
             "seeds": " ".join(dict.fromkeys(str(run["seed"]) for run in runs if run["method"] == name)),
-            "its own settings": _told({name: method.get(name) for name in OWN}),
+            "its own settings": as_text({name: method.get(name) for name in OWN}),
         }
         for name, method in config["methods"].items()
     ]
@@ -362,14 +362,14 @@ def _configuration(results: Results) -> list[Block]:
             "rows": str(entry["rows"]),
             "command": entry["command"],
             "commit": entry["commit"] or "none",
-            "machine": _told(entry["machine"]),
-            "versions": _told(entry["versions"]),
+            "machine": as_text(entry["machine"]),
+            "versions": as_text(entry["versions"]),
         }
         for entry in manifest(results, b"")["made"]
     ]
     return [
         ("table", methods),
-        ("list", [f"{name}: {_told(value)}" for name, value in fixed.items() if value]),
+        ("list", [f"{name}: {as_text(value)}" for name, value in fixed.items() if value]),
         *([("h3", "Made by"), ("table", made)] if made else []),
         (
             "p",
@@ -379,15 +379,15 @@ def _configuration(results: Results) -> list[Block]:
     ]
 
 
-def _told(value: Any) -> str:
+def as_text(value: Any) -> str:
     """Return plain values as one line of text, without null or empty ones."""
     if isinstance(value, Mapping):
         return ", ".join(
-            f"{name} {_told(v) if not isinstance(v, Mapping) else '(' + _told(v) + ')'}"
+            f"{name} {as_text(v) if not isinstance(v, Mapping) else '(' + as_text(v) + ')'}"
             for name, v in value.items()
             if v not in (None, {}, [])
         )
-    return " ".join(map(_told, value)) if isinstance(value, list) else str(value)
+    return " ".join(map(as_text, value)) if isinstance(value, list) else str(value)
 
 
 # The two renderers.

@@ -40,10 +40,10 @@ from typing import Any
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.tokens.conditioning import ASK_NAMES, Ids, ReturnTable, ReturnTokens, check_ask
 
-SAID: set[tuple[float | str, str, ReturnTable]] = set()  # request, kind and returns of each warning logged
+_WARNED: set[tuple[float | str, str, ReturnTable]] = set()  # request, kind and returns of each warning logged
 
 
-class Asks:
+class ReturnRequests:
     """The requested returns of a session's rows.
 
     The return ids of turns that were sampled in this session never change, so that caches need only be extended. For
@@ -134,6 +134,6 @@ class Asks:
     def _say_once(self, ask: float | str, kind: str, line: str) -> None:
         """Log a warning, unless one of this kind was logged before for the same request and training returns."""
         key = (ask, kind, self.return_tokens.scale.table(self.task))
-        if key not in SAID:
-            SAID.add(key)
+        if key not in _WARNED:
+            _WARNED.add(key)
             logging.getLogger(__name__).warning(line)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offline_lmrl.decoding.asks import Asks
+from offline_lmrl.decoding.asks import ReturnRequests
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.probe import check_plays
 from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler, SamplingConfig
@@ -87,7 +87,7 @@ class LanguagePolicy:
         self.sampler = Sampler(model, renderer, self.sampling)
         self.return_tokens, self.task = return_tokens_of(model, renderer), task
         self.critics = {} if critics is None else critics
-        self.asks([self.sampling.ask])  # raises now if the model cannot be given this request
+        self.return_requests([self.sampling.ask])  # raises now if the model cannot be given this request
         self.spec = PromptSpec(**(run_metadata(model.config).get("prompt") or {}))
         self.prompt, self.shared_prompt = prompt, self.read_prompt(prompt)
 
@@ -244,7 +244,7 @@ class LanguagePolicy:
         q = reduce_q(self.model.q_values(hidden), "min")
         return q.masked_fill(support_filter(logits, ASK_SUPPORT) == -torch.inf, -torch.inf).amax(-1)
 
-    def asks(self, asks: Sequence[float | str | None]) -> Asks | None:
+    def return_requests(self, asks: Sequence[float | str | None]) -> ReturnRequests | None:
         """Return the object that tracks the requested return of each row; None for a model without returns.
 
         Args:
@@ -266,7 +266,7 @@ class LanguagePolicy:
         if self.return_tokens is not None:
             for run in sorted(run for ask in asks if (run := run_named_in_ask(ask))):
                 self.critic(run)
-            return Asks(self.return_tokens, self.task, asks)
+            return ReturnRequests(self.return_tokens, self.task, asks)
         if any(ask is not None for ask in asks):
             ask = next(ask for ask in asks if ask is not None)
             raise InputError(
@@ -316,7 +316,7 @@ class LanguageSession:
         asks: Sequence[float | str | None],
         prompts: Sequence[PromptIds],
     ):
-        self.policy, self.seeds, self.asks = policy, list(seeds), policy.asks(asks)
+        self.policy, self.seeds, self.requests = policy, list(seeds), policy.return_requests(asks)
         # In a row without a requested return, the demonstrations are under the null condition too.
         self.prompts = [p.null if ask is None else p.told for p, ask in zip(prompts, asks, strict=True)]
         self.null_prompts = [prompt.null for prompt in prompts]
@@ -336,8 +336,8 @@ class LanguageSession:
         anew.
         """
         return_ids: list[list[Ids] | None] = [None] * len(rows)
-        if self.asks is not None:
-            return_ids = list(map(self.asks.before_reply, rows, histories, self._values(rows, histories)))
+        if self.requests is not None:
+            return_ids = list(map(self.requests.before_reply, rows, histories, self._values(rows, histories)))
         policy, prompts = self.policy, [self.prompts[row] for row in rows]
         replies = policy.sampler.sample(
             [
@@ -362,8 +362,8 @@ class LanguageSession:
         """
         reading: dict[str, list[tuple[int, Sequence[Turn]]]] = {}
         for row, history in zip(rows, histories, strict=True):
-            if self.asks.is_read(row, history):
-                reading.setdefault(self.asks.asks[row], []).append((row, history))
+            if self.requests.is_read(row, history):
+                reading.setdefault(self.requests.asks[row], []).append((row, history))
         found: dict[int, float] = {}
         for kind in sorted(reading):
             found |= self._values_of(kind, reading[kind])
@@ -395,7 +395,7 @@ class LanguageSession:
         `ask` is the requested return, `bin` the bin that represents it, and `clipped` is True if the return is outside
         the range of the training data. Empty for a row without a requested return.
         """
-        return {} if self.asks is None else dict(self.asks.first.get(row, {}))
+        return {} if self.requests is None else dict(self.requests.first.get(row, {}))
 
 
 def run_named_in_ask(ask: float | str | None) -> str | None:

@@ -528,8 +528,8 @@ class _DecodingPass:
         if len(read) < len(chunk):
             cache.reorder_cache(all_streams)
         width, most = mask.shape[1], self.sampler.config.max_new_tokens
-        count = torch.zeros(len(chunk), dtype=torch.long, device=device)
-        numbers = torch.zeros(len(chunk), most, device=device)
+        drawn = torch.zeros(len(chunk), dtype=torch.long, device=device)
+        log_prob = torch.zeros(len(chunk), most, device=device)
         batch = _Batch(
             index=torch.tensor(chunk, device=device),
             seed=torch.tensor([self.seeds[i] for i in chunk], device=device),
@@ -537,12 +537,12 @@ class _DecodingPass:
             node=node,
             # Rows end in the last column, which is never padding; `repeat` indexes stream 0, which comes first.
             length=position[repeat, -1] + 1,
-            drawn=count,
-            finished=torch.zeros_like(count, dtype=torch.bool),
+            drawn=drawn,
+            finished=torch.zeros_like(drawn, dtype=torch.bool),
             mask=torch.nn.functional.pad(mask[repeat], (0, most), value=True),
-            tokens=torch.zeros_like(numbers, dtype=torch.long),
-            log_prob=numbers,
-            policy_log_prob=torch.zeros_like(numbers),
+            tokens=torch.zeros_like(log_prob, dtype=torch.long),
+            log_prob=log_prob,
+            policy_log_prob=torch.zeros_like(log_prob),
             cache=cache,
             width=width,
             padded=padded,

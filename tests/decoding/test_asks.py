@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from offline_lmrl.decoding.asks import Asks
+from offline_lmrl.decoding.asks import ReturnRequests
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.tokens.conditioning import ReturnScale, ReturnTokens, returns_to_go
 
@@ -34,10 +34,10 @@ def decimal_logs(seed, n=60):
 
 def told_in_play(return_tokens, log, asked, sessions):
     """The return_tokens of each reply's prompt: in one session that remembers, or in a new one for every reply."""
-    asks, prompts = Asks(return_tokens, log.task, [asked]), []
+    asks, prompts = ReturnRequests(return_tokens, log.task, [asked]), []
     for i, turn in enumerate(log.turns):
         if turn.is_trainable:
-            asks = Asks(return_tokens, log.task, [asked]) if sessions == "many" else asks
+            asks = ReturnRequests(return_tokens, log.task, [asked]) if sessions == "many" else asks
             prompts.append(asks.before_reply(0, log.turns[:i]))
     return prompts
 

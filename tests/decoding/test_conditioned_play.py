@@ -231,7 +231,7 @@ def test_auto_asks_once_for_the_best_q_where_no_return_is_told_and_then_takes_of
     for reward in (1.0, -3.0, 0.0):
         (reply,) = session.reply([0], [history])
         history += [Turn("assistant", reply.text, None, reward, reply.token_ids), Turn("user", "left")]
-    assert session.asks.used[0] == pytest.approx([best, best - 1, best + 2], abs=1e-3)
+    assert session.requests.used[0] == pytest.approx([best, best - 1, best + 2], abs=1e-3)
     assert session.labels(0)["ask"] == pytest.approx(best, abs=1e-3)
 
 
@@ -255,7 +255,7 @@ def test_a_history_that_was_changed_is_read_anew(monkeypatch):
     session.reply([0], [first])
     session.reply([0], [other])
     assert read[0] is not None and read[1] is None
-    assert session.asks.used[0] == pytest.approx([read[2] + 1.0, read[2]])
+    assert session.requests.used[0] == pytest.approx([read[2] + 1.0, read[2]])
 
 
 def test_auto_with_a_run_asks_for_the_best_q_that_this_run_sees(tmp_path, monkeypatch):
@@ -275,7 +275,7 @@ def test_auto_with_a_run_asks_for_the_best_q_that_this_run_sees(tmp_path, monkey
     session.reply([0], [[Turn("user", "move"), said, Turn("user", "left")]])
     seen = RENDERER.encode_turn(Turn("user", "left")).ids  # context 1
     expected = 3 * best_q(critic, [*RENDERER.preamble_of(()), *seen, *RENDERER.agent_opening])
-    assert session.asks.used[0] == pytest.approx([expected + 1, expected], abs=1e-3)
+    assert session.requests.used[0] == pytest.approx([expected + 1, expected], abs=1e-3)
     conditioned(heads=False).save_pretrained(tmp_path / "plain")
     RENDERER.tokenizer.save_pretrained(tmp_path / "plain")
     with pytest.raises(InputError, match="plain: found a model without value heads, expected one that has them"):
@@ -311,7 +311,7 @@ def test_auto_explains_an_unknown_past_by_its_rewards():
     session = policy(ask="auto").start([5])
     history = [Turn("user", "move"), Turn("assistant", "go", reward=2.0), Turn("user", "left")]
     session.reply([0], [history])
-    then, now = session.asks.used[0]
+    then, now = session.requests.used[0]
     assert then == pytest.approx(now + 2.0)
 
 
@@ -326,7 +326,7 @@ def test_an_expert_asks_for_the_return_that_the_heads_expect_where_none_is_told(
     session = policy(model).start([5, 6, 7, 8], ["expert:0", "expert:2.5", "auto", 1.0])
     session.reply([0, 1, 2, 3], [HISTORIES[0]] * 4)
     preferred = high * math.exp(2.5)
-    asked = [session.asks.used[row][0] for row in range(4)]
+    asked = [session.requests.used[row][0] for row in range(4)]
     assert asked[:2] == pytest.approx([4 * high, 4 * preferred / (1 - high + preferred)], abs=1e-3)
     assert asked[2] != asked[0] and asked[3] == 1.0
 
@@ -392,7 +392,7 @@ class Paying:
 
 
 def test_a_rollout_says_what_was_asked_and_an_ask_beyond_the_data_is_said_once(caplog, monkeypatch):
-    asks.SAID.clear()
+    asks._WARNED.clear()
     with caplog.at_level(logging.WARNING):
         played = rollout(policy(ask=9.0), Paying, range(3), batch_size=2)
     assert [{name: t.labels[name] for name in ("ask", "bin", "clipped")} for t in played] == [
@@ -415,7 +415,7 @@ def test_a_rollout_says_what_was_asked_and_an_ask_beyond_the_data_is_said_once(c
 
 
 def test_an_ask_for_the_usual_return_is_said_once(caplog):
-    asks.SAID.clear()
+    asks._WARNED.clear()
     logs = [Trajectory((Turn("user", "move"), Turn("assistant", "go", reward=r))) for r in [0.0] * 19 + [5.0]]
     player = policy(conditioned(logs=logs), ask="p90")
     player.with_sampling(temperature=0.0).start([1, 2], ["p90", "max"]).reply([0, 1], HISTORIES[:1] * 2)
