@@ -24,7 +24,7 @@ _HOMES = {
     "PromptSpec": "tokens.few_shot",
     "Renderer": "tokens.rendering",
     "load_model": "models.guided",
-    "SamplingConfig": "decoding.sampler",
+    "DecodingConfig": "decoding.sampler",
     "LanguagePolicy": "decoding.policy",
     "make_environment": "tasks",
     "rollout": "environments.rollouts",

@@ -39,6 +39,7 @@ from offline_lmrl.logs.preferences import RewardKind, to_trajectories
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.adapters import require_peft
+from offline_lmrl.renamed import current
 from offline_lmrl.settings import setting
 from offline_lmrl.tasks import make_environment
 from offline_lmrl.tokens.checks import score_columns
@@ -325,7 +326,7 @@ def run_there(folder: Path, config: dict[str, Any]) -> Literal["none", "same", "
     if not file.exists():
         return "none"
     with reading(file, "the settings of a run; take another output_dir, or remove this one"):
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        found = current(yaml.safe_load(file.read_text(encoding="utf-8")))
         if not isinstance(found, dict):
             raise TypeError("no mapping")
     other = differences(found, config)

@@ -51,7 +51,7 @@ def test_what_a_config_prepares_is_what_it_reads(name):
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_comparison_builds_what_every_run_is_given(name):
     config = CompareConfig.read(config_path(name), {"args.use_cpu": True})
-    _Comparison(config, Console()).check_run_metadata()
+    _Comparison(config, Console()).check_settings()
     assert config.environment["name"] in ENVIRONMENTS
 
 

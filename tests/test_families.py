@@ -5,7 +5,7 @@ import torch
 
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError
 from offline_lmrl.export.plain import export_run
 from offline_lmrl.logs.io import write_trajectories
@@ -117,7 +117,7 @@ def test_generate_tells_returns_to_families_that_pass_embeddings_on_unnamed(mode
     run = trainer(
         tmp_path, model=small_model(model_type), algorithm="return_conditioned", condition="embedding", max_steps=2
     )
-    policy = LanguagePolicy(run.model, run.renderer, SamplingConfig(temperature=0.0, max_new_tokens=5, ask=3.0))
+    policy = LanguagePolicy(run.model, run.renderer, DecodingConfig(temperature=0.0, max_new_tokens=5, ask=3.0))
     renderer = policy.renderer
     prompt = [*renderer.preamble_of(()), *renderer.encode_turn(HISTORIES[0][0]).ids, *renderer.agent_opening]
     said = run.model.eval().generate(

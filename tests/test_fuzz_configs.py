@@ -42,7 +42,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "reward_model": {"algorithm": "reward_model", **PAIRS, "args": {**ARGS, "head": "turn"}},
     "ppo": {"algorithm": "ppo", "model": SCORED["model"] | {"path": None}, "data": {"train": "scored.jsonl"},
             "environment": {"name": "gamble"}, "args": {
-                **ARGS, "lr_scheduler_kwargs": None, "sampling": {"max_new_tokens": 3}}},
+                **ARGS, "lr_scheduler_kwargs": None, "decoding": {"max_new_tokens": 3}}},
 }  # fmt: skip
 # Sizes between a toy's and what no machine has would be tried, and take their time.
 WILD = (

@@ -85,7 +85,7 @@ def _train(folder: Path, algorithm: str, output: Path, **args) -> list:
         settings["environment"] = {"name": "gamble"}
         del settings["args"]["eval_strategy"]
         settings["args"] |= {"max_steps": 4, "save_steps": 2, "episodes": 8, "ema": 0.9}
-        settings["args"]["sampling"] = {"max_new_tokens": 4}
+        settings["args"]["decoding"] = {"max_new_tokens": 4}
     settings["args"] |= args
     file = folder / f"{output.name}.yaml"
     file.write_text(yaml.safe_dump(settings))
@@ -111,7 +111,7 @@ def _compare(folder: Path, output: Path) -> list:
         "model": {"scratch": SCRATCH, "vocab_size": 280},
         "args": args,
         "methods": {"bc": {"algorithm": "bc"}, "ilql": {"algorithm": "ilql", "from": "bc"}},
-        "evaluation": {"episodes": 4, "betas": [1], "offline_rows": 2, "sampling": {"max_new_tokens": 4}},
+        "evaluation": {"episodes": 4, "betas": [1], "offline_rows": 2, "decoding": {"max_new_tokens": 4}},
     }
     file = folder / "compare.yaml"
     file.write_text(yaml.safe_dump(settings))

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.models.adapters import run_metadata
@@ -131,12 +131,12 @@ class ILQLConfig(OfflineConfig):
             beta=(0, 1e9),
             learning_rate=(0, 1e6),
         )
-        SamplingConfig(**sampling_form(self))  # checks the ranges
+        DecodingConfig(**decoding_fields(self))  # checks the ranges
         super().__post_init__()
 
 
-def sampling_form(config: ILQLConfig) -> dict[str, Any]:
-    """Return the SamplingConfig fields that are saved with the run."""
+def decoding_fields(config: ILQLConfig) -> dict[str, Any]:
+    """Return the DecodingConfig fields that are saved with the run."""
     return {name: getattr(config, name) for name in ("beta", "q_reduce", "support", "candidates", "clip")}
 
 
@@ -245,7 +245,7 @@ class ILQLTrainer(OfflineTrainer):
         return add_value_heads(model, heads)
 
     def stored_blocks(self, args: ILQLConfig) -> Mapping[str, Any]:
-        return {"sampling": sampling_form(args)}
+        return {"decoding": decoding_fields(args)}
 
     def forward_options(self) -> Mapping[str, Any]:
         return {

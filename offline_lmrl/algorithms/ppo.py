@@ -41,7 +41,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.probe import check_plays, check_trains
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.io import write_trajectories
@@ -191,7 +191,7 @@ class PPOConfig(OfflineConfig):
     )
     ptx_examples: float = setting(1.0, "Logged windows per window of a minibatch.")
     tensorflow_eps: bool = setting(False, "Rescale adam_epsilon at every step to its effect in TensorFlow's Adam.")
-    sampling: dict[str, Any] = setting(dict, "SamplingConfig fields for the rollouts, saved with the run.")
+    decoding: dict[str, Any] = setting(dict, "DecodingConfig fields for the rollouts, saved with the run.")
     max_turns: int = setting(
         256,
         "Number of agent turns after which an episode is cut off, even if the environment would continue.",
@@ -231,20 +231,20 @@ class PPOConfig(OfflineConfig):
             raise InputError(
                 f"kl_estimator: found {shown(self.kl_estimator)}, expected one of {', '.join(KL_ESTIMATORS)}"
             )
-        form = SamplingConfig.from_dict(self.sampling)
+        decoding = DecodingConfig.from_dict(self.decoding)
         for name, expected in (("beta", 0.0), ("condition_scale", 0.0), ("ask", None), ("stop", ())):
-            if getattr(form, name) != expected:
+            if getattr(decoding, name) != expected:
                 raise InputError(
-                    f"sampling.{name}: found {shown(getattr(form, name))}, expected the default: PPO learns "
+                    f"decoding.{name}: found {shown(getattr(decoding, name))}, expected the default: PPO learns "
                     "from the policy's own samples, up to their closing token"
                 )
-        if form.temperature == 0:
-            raise InputError("sampling.temperature: found 0, expected above 0: greedy play explores nothing")
+        if decoding.temperature == 0:
+            raise InputError("decoding.temperature: found 0, expected above 0: greedy play explores nothing")
         super().__post_init__()
 
     @property
-    def play(self) -> SamplingConfig:
-        return SamplingConfig.from_dict(self.sampling)
+    def play(self) -> DecodingConfig:
+        return DecodingConfig.from_dict(self.decoding)
 
 
 def log_distribution(logits: Tensor, temperature: float, kept: Tensor | None) -> Tensor:
@@ -293,7 +293,7 @@ class PPOTrainer(LoopTrainer):
 
     algorithm = "ppo"
     # Logged data and models are opened as in the offline algorithms.
-    read = staticmethod(OfflineTrainer.read)
+    read_rows = staticmethod(OfflineTrainer.read_rows)
     new_model = staticmethod(OfflineTrainer.new_model)
     open_model = staticmethod(OfflineTrainer.open_model)
 
@@ -327,7 +327,7 @@ class PPOTrainer(LoopTrainer):
             **rendering_block(self.renderer),
             "window": asdict(args.window),
             "step_rule": asdict(rule),
-            "sampling": dict(args.sampling),
+            "decoding": dict(args.decoding),
         }
         value_model = None
         if args.value_model != "shared":

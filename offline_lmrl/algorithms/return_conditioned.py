@@ -36,7 +36,7 @@ import torch
 
 from offline_lmrl.decoding.critic import relabel
 from offline_lmrl.decoding.policy import load_critic
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory
@@ -157,12 +157,12 @@ class ReturnConditionedConfig(OfflineConfig):
                 f"return_weight: found {self.return_weight}, expected 0: return heads learn from windows without a "
                 "requested return; to have these, set condition: embedding and condition_dropout above 0"
             )
-        SamplingConfig(**sampling_form(self))  # checks the ranges
+        DecodingConfig(**decoding_fields(self))  # checks the ranges
         super().__post_init__()
 
 
-def sampling_form(config: ReturnConditionedConfig) -> dict[str, Any]:
-    """Return the SamplingConfig fields that are saved with the run."""
+def decoding_fields(config: ReturnConditionedConfig) -> dict[str, Any]:
+    """Return the DecodingConfig fields that are saved with the run."""
     names = ("ask", "condition_scale", "beta", "q_reduce", "support", "candidates", "clip")
     return {name: getattr(config, name) for name in names}
 
@@ -251,7 +251,7 @@ class ReturnConditionedTrainer(OfflineTrainer):
         return args.environment_weight > 0
 
     def stored_blocks(self, args: ReturnConditionedConfig):
-        return {"sampling": sampling_form(args)}
+        return {"decoding": decoding_fields(args)}
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Create Trainer's optimizer with an extra group for the return table: TABLE_RATE times the rate, no decay."""

@@ -56,24 +56,24 @@ def _call(
     flags: Mapping[str, str] | None = None,
     without: Collection[str] = (),
 ) -> None:
-    """Call a command's function; fields of SamplingConfig in `argv` are passed as its parameter `sampling`.
+    """Call a command's function; fields of DecodingConfig in `argv` are passed as its parameter `decoding`.
 
     Args:
       usage: the command line without the program's name, for help and errors.
       flags: help texts by name of the parameters that take no value on the command line; None = none.
-      without: fields of SamplingConfig that the command does not accept.
+      without: fields of DecodingConfig that the command does not accept.
     """
-    from offline_lmrl.decoding.sampler import SamplingConfig
+    from offline_lmrl.decoding.sampler import DecodingConfig
 
     parser = Parser(usage)
     for name, text in (flags or {}).items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
-    parser.add_function_arguments(function, as_positional=True, skip={"sampling", *(flags or {})})
-    parser.add_overrides(SamplingConfig, "Decoding (default: the value saved with the run)", without)
+    parser.add_function_arguments(function, as_positional=True, skip={"decoding", *(flags or {})})
+    parser.add_overrides(DecodingConfig, "Decoding (default: the value saved with the run)", without)
     values = parser.parse(argv).as_dict()
-    sampling = {field.name: values.pop(field.name) for field in fields(SamplingConfig) if field.name in values}
-    SamplingConfig(**sampling)  # reports a number out of range before the model is loaded
-    function(**values, sampling=sampling)
+    decoding = {field.name: values.pop(field.name) for field in fields(DecodingConfig) if field.name in values}
+    DecodingConfig(**decoding)  # reports a number out of range before the model is loaded
+    function(**values, decoding=decoding)
 
 
 def _evaluate(
@@ -99,7 +99,7 @@ def _evaluate(
     device: str | None = None,
     split: str | None = None,
     *,
-    sampling: Mapping[str, Any],
+    decoding: Mapping[str, Any],
 ) -> None:
     """Measure a run in an environment, on held-out logs, or both; a reward model on held-out comparisons.
 
@@ -159,7 +159,7 @@ def _evaluate(
     task_of_seed = None if made is None or shown_first is None else task_of(made)
     if output is not None:
         (check_output_file if asks else check_output)(output, data, demonstrations)
-    policy = LanguagePolicy.load(run, device=device, task=task, **sampling)
+    policy = LanguagePolicy.load(run, device=device, task=task, **decoding)
     seeds, play = range(seed, seed + episodes), {"repeats": repeats, "cluster": cluster, "batch_size": batch_size}
     if task_of_seed is not None:
         play["prompts"] = task_prompts(policy.spec, shown_first, task_of_seed)
@@ -196,7 +196,7 @@ def _check_measures(
     demonstrations: str | None,
     output: Path | None,
     episodes: int,
-    sampling: Mapping[str, Any],
+    decoding: Mapping[str, Any],
     **_: Any,
 ) -> None:
     """Check that the settings of `_evaluate` can be combined.
@@ -214,9 +214,9 @@ def _check_measures(
     if asks is not None and (environment is None or not asks):
         found = "none" if not asks else "some without --environment"
         raise InputError(f"asks: found {found}, expected a list of returns to request, and an environment to play")
-    if sampling.get("ask") is not None and (asks is not None or planner is not None):
+    if decoding.get("ask") is not None and (asks is not None or planner is not None):
         other = "--planner" if asks is None else "--asks"
-        raise InputError(f"ask: found {shown(sampling['ask'])} with {other}, expected only one of them")
+        raise InputError(f"ask: found {shown(decoding['ask'])} with {other}, expected only one of them")
     if planner is not None and (environment is None or asks is not None):
         found = "--asks" if asks is not None else "no --environment"
         raise InputError(f"planner: found it with {found}, expected --environment alone: plans request no return")
@@ -234,7 +234,7 @@ def _check_measures(
 
 
 def _evaluate_scorer(
-    run: str, data: str, split: str | None, output: Path | None, sampling: Mapping[str, Any], **rest: Any
+    run: str, data: str, split: str | None, output: Path | None, decoding: Mapping[str, Any], **rest: Any
 ) -> None:
     from data_prep.reports import write_json
     from offline_lmrl.decoding.scorers import load_scorer
@@ -242,8 +242,8 @@ def _evaluate_scorer(
     from offline_lmrl.logs.io import read_comparisons
 
     defaults = signature(_evaluate).parameters
-    for name, value in {**rest, **sampling}.items():
-        if name in sampling or value != defaults[name].default:
+    for name, value in {**rest, **decoding}.items():
+        if name in decoding or value != defaults[name].default:
             raise InputError(f"{name}: found {shown(value)}, expected none where a scorer is measured on comparisons")
     if output is not None:
         check_output_file(output, data)
@@ -321,7 +321,7 @@ def _generate(
     device: str | None = None,
     chat: bool = False,
     *,
-    sampling: Mapping[str, Any],
+    decoding: Mapping[str, Any],
 ) -> None:
     """Reply to prompts, or talk turn by turn (--chat).
 
@@ -366,7 +366,7 @@ def _generate(
     if output != "-":
         check_output_file(Path(output), prompts, held_out)
     histories = [] if chat else read_prompts(prompts)
-    player = policy = LanguagePolicy.load(run, device=device, task=task, **sampling)
+    player = policy = LanguagePolicy.load(run, device=device, task=task, **decoding)
     if scorer is not None:
         reads = None if contexts is None else import_object(contexts, "contexts")
         instead = {} if abstention is None else {"abstention": abstention}
@@ -389,7 +389,7 @@ def _generate(
         print(f"answered {answered} of {len(replies)}", file=sys.stderr)
 
 
-def _export(run: str, *, output: Path, device: str | None = None, sampling: Mapping[str, Any]) -> None:
+def _export(run: str, *, output: Path, device: str | None = None, decoding: Mapping[str, Any]) -> None:
     """Write a run as a plain checkpoint of its base model, which inference engines can serve, with a README.md.
 
     A checkpoint that would play differently from the run is not written. Value guidance can be added exactly to the
@@ -406,7 +406,7 @@ def _export(run: str, *, output: Path, device: str | None = None, sampling: Mapp
 
     if output.parent.is_dir():
         sweep(output.parent, output.name)  # first, so that leftovers of a killed export go even if this one is refused
-    print(export_run(run, output, device=device, **sampling))
+    print(export_run(run, output, device=device, **decoding))
     print(output)
 
 

@@ -10,6 +10,7 @@ from offline_lmrl.cli.data import config_path, prepare_from_settings
 from offline_lmrl.cli.parser import Parser, overrides_of, read_settings, split_file
 from offline_lmrl.errors import InputError, Stopped, shown
 from offline_lmrl.logs.terminal import visible
+from offline_lmrl.renamed import current
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -75,7 +76,7 @@ def train_settings(argv: Sequence[str]) -> "Namespace":
     Raises: InputError if the algorithm is missing, or a setting cannot be used.
     """
     file, rest = split_file(argv)
-    settings = {} if file is None else read_settings(config_path(file))
+    settings = {} if file is None else current(read_settings(config_path(file)), file)
     asks_help = bool({"-h", "--help", "--help_all"} & set(rest))
     algorithm = _algorithm(rest, settings, file) or ("ilql" if asks_help else None)
     if algorithm is None:

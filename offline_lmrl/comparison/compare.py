@@ -36,7 +36,7 @@ from offline_lmrl.comparison.report import read_results, table
 from offline_lmrl.comparison.rounds import train_in_rounds
 from offline_lmrl.decoding.planner import Planner, PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import Failed, InputError, Stopped, shown
 from offline_lmrl.evaluation.metrics import Estimate, label_means, mean_interval
 from offline_lmrl.evaluation.offline import OfflineReport, evaluate_offline
@@ -93,7 +93,7 @@ def run_compare(
       raised if bad input caused every failure, and Failed otherwise.
     """
     comparison = _Comparison(config, console or Console(stderr=True))
-    comparison.check_run_metadata()
+    comparison.check_settings()
     with locked(config.output):
         if config.prepare is not None and prepare is not None:
             source = config.data["train"]
@@ -215,7 +215,7 @@ class _Comparison:
 
     # Settings, and results of earlier calls.
 
-    def check_run_metadata(self) -> None:
+    def check_settings(self) -> None:
         """Build the settings of every run now, so that a mistake in the last method shows before hours of training.
 
         Raises: InputError that names the setting.
@@ -229,7 +229,7 @@ class _Comparison:
                 raise InputError(f"data.validation: missing, expected held-out trajectories to choose β of {name} on")
         if self.config.partner is not None:
             self._entry("partner", self.config.partner, self.config.partner.seed, Path())
-            SamplingConfig.from_dict(self.config.partner.sampling)
+            DecodingConfig.from_dict(self.config.partner.decoding)
         if elsewhere := self.config.training_environment:
             if not any(_plays(method) for method in self.config.methods.values()):
                 raise InputError(
@@ -245,7 +245,7 @@ class _Comparison:
         Raises: InputError that names the setting.
         """
         method = self.config.methods[name]
-        judges = {"critic": method.critic, "planner.scorer": method.scorer, "sampling.ask": method.asks}
+        judges = {"critic": method.critic, "planner.scorer": method.scorer, "decoding.ask": method.asks}
         for key, judge in judges.items():
             start = judge
             while start is not None and "value_heads" not in _fields(self.config.methods[start].algorithm):
@@ -263,23 +263,23 @@ class _Comparison:
 
         Raises: InputError that names the setting.
         """
-        method, saved = self.config.methods[name], getattr(args, "sampling", {})
-        measured, forms = SamplingConfig.from_dict({**saved, **self._play(method)}), {}
+        method, saved = self.config.methods[name], getattr(args, "decoding", {})
+        measured, found = DecodingConfig.from_dict({**saved, **self._play(method)}), {}
         if _plays(method):
-            learning = self._collect(method).sampling if _collects(method) else saved
-            forms[self._reply_length_key(name, learning=True)] = SamplingConfig.from_dict(learning)
+            learning = self._collect(method).decoding if _collects(method) else saved
+            found[self._reply_length_key(name, learning=True)] = DecodingConfig.from_dict(learning)
         if method.evaluate:
-            forms[self._reply_length_key(name, learning=False)] = measured
-        for key, form in forms.items():
-            if form.max_new_tokens > args.max_length:
+            found[self._reply_length_key(name, learning=False)] = measured
+        for key, decoding in found.items():
+            if decoding.max_new_tokens > args.max_length:
                 raise InputError(
-                    f"{key}: found {form.max_new_tokens}, expected at most the max_length of {name}, "
+                    f"{key}: found {decoding.max_new_tokens}, expected at most the max_length of {name}, "
                     f"{args.max_length}, which must hold the reply"
                 )
 
     def _play(self, method: Any) -> dict[str, Any]:
-        """Return the SamplingConfig fields that are used when a method (or the partner) is measured."""
-        return {**(self.config.evaluation.sampling if isinstance(method, MethodConfig) else {}), **method.sampling}
+        """Return the DecodingConfig fields that are used when a method (or the partner) is measured."""
+        return {**(self.config.evaluation.decoding if isinstance(method, MethodConfig) else {}), **method.decoding}
 
     def _reply_length_key(self, name: str, learning: bool) -> str:
         """Return the dotted name of the setting that decides max_new_tokens, for use in error messages.
@@ -288,14 +288,14 @@ class _Comparison:
           learning: True for the play that the method learns from, False for the play that measures it.
         """
         method, own = self.config.methods[name], f"methods.{name}."
-        places = {f"{own}sampling": method.sampling}
+        places = {f"{own}decoding": method.decoding}
         if learning and _collects(method):
-            places = {f"{own}collect.sampling": method.collect.sampling} | places
+            places = {f"{own}collect.decoding": method.collect.decoding} | places
         elif learning:
-            where, args = (own, method.args) if "sampling" in method.args else ("", self.config.args)
-            places = {f"{where}args.sampling": args.get("sampling") or {}} | places
-        found = [place for place, sampling in places.items() if "max_new_tokens" in sampling]
-        return f"{found[0] if found else 'evaluation.sampling'}.max_new_tokens"
+            where, args = (own, method.args) if "decoding" in method.args else ("", self.config.args)
+            places = {f"{where}args.decoding": args.get("decoding") or {}} | places
+        found = [place for place, decoding in places.items() if "max_new_tokens" in decoding]
+        return f"{found[0] if found else 'evaluation.decoding'}.max_new_tokens"
 
     def open_results(self) -> None:
         """Start from an existing results.jsonl, if there is one.
@@ -417,7 +417,7 @@ class _Comparison:
         method = self.config.methods[name]
         merged = self._merged(method)
         args = {key: value for key, value in merged["args"].items() if key not in SPEED}
-        link = {"algorithm": method.algorithm, **merged, "args": args, "sampling": dict(method.sampling)}
+        link = {"algorithm": method.algorithm, **merged, "args": args, "decoding": dict(method.decoding)}
         if method.betas is not None:
             link["betas"] = list(method.betas)
         if method.collect is not None:
@@ -439,23 +439,23 @@ class _Comparison:
         if getattr(method, "start_from", None) is not None:
             model = {key: value for key, value in model.items() if key not in ELSEWHERE}
         args = self.config.args | dict(method.args)
-        sampling = args.get("sampling") or {}
-        if load_algorithm(method.algorithm)[1].plays and isinstance(sampling, Mapping):
-            same = self._same_reply_length(method, sampling)
-            args |= {"sampling": same} if same else {}
+        decoding = args.get("decoding") or {}
+        if load_algorithm(method.algorithm)[1].plays and isinstance(decoding, Mapping):
+            same = self._same_reply_length(method, decoding)
+            args |= {"decoding": same} if same else {}
         return {"model": model | dict(method.model), "args": args}
 
-    def _same_reply_length(self, method: Any, sampling: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the SamplingConfig fields of the play that a method learns from.
+    def _same_reply_length(self, method: Any, decoding: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the DecodingConfig fields of the play that a method learns from.
 
-        If `sampling` has no max_new_tokens, it is copied from the play that measures the method.
+        If `decoding` has no max_new_tokens, it is copied from the play that measures the method.
         """
         measured = {key: value for key, value in self._play(method).items() if key == "max_new_tokens"}
-        return {**measured, **sampling}
+        return {**measured, **decoding}
 
     def _collect(self, method: Any) -> CollectConfig:
         """Return `method.collect` with its max_new_tokens filled in by `_same_reply_length`."""
-        return replace(method.collect, sampling=self._same_reply_length(method, method.collect.sampling))
+        return replace(method.collect, decoding=self._same_reply_length(method, method.collect.decoding))
 
     def _entry(
         self,
@@ -643,7 +643,7 @@ class _Comparison:
 
     @cached_property
     def _partner_policy(self) -> LanguagePolicy:
-        return LanguagePolicy.load(self.train_partner(), **self.config.partner.sampling)
+        return LanguagePolicy.load(self.train_partner(), **self.config.partner.decoding)
 
     def _partner(self) -> dict[str, LanguagePolicy]:
         return {} if self.config.partner is None else {self.config.partner.argument: self._partner_policy}
@@ -754,7 +754,7 @@ class _Comparison:
             environment = environment | settings.selection.environment
             seeds = range(settings.selection.first_seed, settings.selection.first_seed + settings.selection.episodes)
         # Greedy play is a function of the episode seed: a second decoding seed would repeat it word for word.
-        repeats = 1 if selecting or policy.sampling.temperature == 0 else settings.repeats
+        repeats = 1 if selecting or policy.decoding.temperature == 0 else settings.repeats
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         hidden = not self.console.is_terminal
         with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
@@ -782,12 +782,12 @@ class _MethodEvaluation:
         method, settings = comparison.config.methods[name], comparison.config.evaluation
         self.asks = None if method.asks is None else comparison.trained(method.asks, seed)
         ask = {} if self.asks is None else {"ask": f"auto:{self.asks}"}
-        self.loaded = LanguagePolicy.load(folder, **{**settings.sampling, **method.sampling, **ask, "beta": 0.0})
+        self.loaded = LanguagePolicy.load(folder, **{**settings.decoding, **method.decoding, **ask, "beta": 0.0})
 
     def player(self, decode: str, beta: float) -> LanguagePolicy | Planner:
         if decode == PLANNED:  # proposals are sampled at β 0, which `loaded` has
             return self.comparison.planned(self.name, self.seed, self.loaded)
-        return self.loaded.with_sampling(**TEMPERATURES[decode], beta=beta)
+        return self.loaded.with_decoding(**TEMPERATURES[decode], beta=beta)
 
     @cached_property
     def logged(self) -> OfflineReport:
@@ -816,7 +816,7 @@ class _MethodEvaluation:
 
         Other play does not draw from the distribution that its log-probabilities describe.
         """
-        return result.kl() if decode == "sampled" and self.loaded.sampling.temperature > 0 else None
+        return result.kl() if decode == "sampled" and self.loaded.decoding.temperature > 0 else None
 
     def row(self, setting: _Setting) -> Row:
         """Play one setting and write its episodes and samples.

@@ -13,6 +13,7 @@ from typing import Any
 from offline_lmrl.errors import InputError, in_our_words, shown
 from offline_lmrl.evaluation.metrics import ScoreScale
 from offline_lmrl.logs.yaml_text import read_yaml
+from offline_lmrl.renamed import current
 from offline_lmrl.settings import setting
 
 TRAINING = {"model", "args", "from", "critic", "preference", "judge", "collect"}  # excluded by `run_of`
@@ -30,9 +31,9 @@ class CollectConfig:
         "starting from its latest weights.",
     )
     episodes: int = setting(100, "Episodes per round; they are added to the logs and stay there.")
-    sampling: dict[str, Any] = setting(
+    decoding: dict[str, Any] = setting(
         dict,
-        "SamplingConfig fields for this play, merged over those saved with the run. Without max_new_tokens the value "
+        "DecodingConfig fields for this play, merged over those saved with the run. Without max_new_tokens the value "
         "of the method's evaluation is used, as for every method that learns by playing.",
     )
     first_seed: int = setting(
@@ -74,9 +75,9 @@ class MethodConfig:
         True,
         "False trains the method only for others that start or learn from it; it gets no rows.",
     )
-    sampling: Mapping[str, Any] = setting(
+    decoding: Mapping[str, Any] = setting(
         dict,
-        "SamplingConfig fields for its play, merged over `evaluation.sampling`. In `ask: auto:NAME`, NAME is the "
+        "DecodingConfig fields for its play, merged over `evaluation.decoding`. In `ask: auto:NAME`, NAME is the "
         "method whose run of the same seed supplies the requested return.",
     )
     planner: Mapping[str, Any] | None = setting(
@@ -90,7 +91,7 @@ class MethodConfig:
     )
     run_of: str | None = setting(
         None,
-        "Method whose runs are played again with other `sampling`, `planner` or `betas`. The method itself then has "
+        "Method whose runs are played again with other `decoding`, `planner` or `betas`. The method itself then has "
         "no algorithm and no training settings.",
     )
     collect: CollectConfig | None = setting(
@@ -110,7 +111,7 @@ class MethodConfig:
     @property
     def asks(self) -> str | None:
         """The method whose Q supplies the requested return; None if no method does."""
-        ask = str(self.sampling.get("ask"))
+        ask = str(self.decoding.get("ask"))
         return ask.removeprefix("auto:") if ask.startswith("auto:") else None
 
     @property
@@ -149,11 +150,11 @@ class MethodConfig:
         betas = entry.get("betas")
         if betas is not None and not (isinstance(betas, Sequence) and all(_is_number(b) and b >= 0 for b in betas)):
             raise InputError(f"methods.{name}.betas: found {shown(betas)}, expected a list of numbers, none below 0")
-        for key in ("model", "args", "sampling", "planner", "preference", "collect"):
+        for key in ("model", "args", "decoding", "planner", "preference", "collect"):
             if not isinstance(entry.get(key), Mapping | None):
                 raise InputError(f"methods.{name}.{key}: found {shown(entry[key])}, expected a mapping")
-        if "beta" in (entry.get("sampling") or {}):
-            raise InputError(f"methods.{name}.sampling.beta: found a value, expected none: `betas` sets it")
+        if "beta" in (entry.get("decoding") or {}):
+            raise InputError(f"methods.{name}.decoding.beta: found a value, expected none: `betas` sets it")
         given = {key: value for key, value in entry.items() if key != "from" and value is not None}
         if "collect" in given:
             given["collect"] = build(CollectConfig, given["collect"], f"methods.{name}.collect.")
@@ -169,7 +170,7 @@ class PartnerConfig:
     model: dict[str, Any] = setting(dict, "Model settings, merged over the comparison's `model`.")
     args: dict[str, Any] = setting(dict, "Algorithm settings, merged over the comparison's `args`.")
     seed: int = setting(0, "Its training seed.")
-    sampling: dict[str, Any] = setting(dict, "SamplingConfig fields for its play.")
+    decoding: dict[str, Any] = setting(dict, "DecodingConfig fields for its play.")
     argument: str = setting("partner", "Keyword under which the environment takes the partner's policy.")
 
 
@@ -216,10 +217,10 @@ class EvaluationConfig:
         "Worst, mean and best score (`min`, `mean`, `max`) for the normalised column; null = no such column.",
     )
     labels: tuple[str, ...] | None = setting(None, "Names of the numeric labels that become columns; null = all.")
-    sampling: dict[str, Any] = setting(
+    decoding: dict[str, Any] = setting(
         dict,
-        "SamplingConfig fields for the play of every method. Methods that learn by playing also take their "
-        "max_new_tokens from here, unless their own `sampling`, `args.sampling` or `collect.sampling` sets it.",
+        "DecodingConfig fields for the play of every method. Methods that learn by playing also take their "
+        "max_new_tokens from here, unless their own `decoding`, `args.decoding` or `collect.decoding` sets it.",
     )
     batch_size: int = setting(1024, "Episodes played at the same time.")
 
@@ -231,8 +232,8 @@ class EvaluationConfig:
         require_at_least("evaluation.kl_budget", self.kl_budget, 0)
         if not self.betas or min(self.betas) < 0:
             raise InputError(f"evaluation.betas: found {list(self.betas)}, expected at least one number, none below 0")
-        if "beta" in self.sampling:
-            raise InputError("evaluation.sampling.beta: found a value, expected none: evaluation.betas sets it")
+        if "beta" in self.decoding:
+            raise InputError("evaluation.decoding.beta: found a value, expected none: evaluation.betas sets it")
 
     @property
     def seeds(self) -> range:
@@ -344,7 +345,7 @@ class CompareConfig:
         other = self.methods[method.run_of]
         own = {key: getattr(method, key) for key in ("evaluate", "planner", "run_of")}
         given = {key: getattr(method, key) for key in ("betas", "regime") if getattr(method, key) is not None}
-        return replace(other, **own, **given, sampling={**other.sampling, **method.sampling})
+        return replace(other, **own, **given, decoding={**other.decoding, **method.decoding})
 
     def _check_way(self, name: str, before: tuple[str, ...] = ()) -> None:
         """Check that the methods which this one needs exist, that they do not need it in turn, and that no setting is
@@ -370,7 +371,7 @@ class CompareConfig:
         if method.scorer is not None:
             require_known([method.scorer], set(self.methods), f"methods.{name}.planner.scorer")
         if method.asks is not None:
-            require_known([method.asks], set(self.methods), f"methods.{name}.sampling.ask")
+            require_known([method.asks], set(self.methods), f"methods.{name}.decoding.ask")
         if method.judge is not None and "reward" in (method.preference or {}):
             where = f"methods.{name}.preference.reward"
             raise InputError(f"{where}: found beside `judge`, which sets it, expected only one of them")
@@ -401,7 +402,7 @@ class CompareConfig:
           overrides: values that replace those in the file, by dotted key ("evaluation.episodes"); None = none.
         Raises: InputError that names the file and the key.
         """
-        raw = read_yaml(path, "settings")
+        raw = current(read_yaml(path, "settings"), str(path))
         for dotted, value in (overrides or {}).items():
             _set(raw, dotted, value)
         try:

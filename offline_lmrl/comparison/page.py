@@ -43,7 +43,7 @@ COSTS = (
 )
 EVERYWHERE = ("score [95%]", "beta", "seeds", "regime")
 PARTS = {"starts from": "start_from", "value model": "critic", "reward model": "judge", "plays the runs of": "run_of"}
-OWN = ("model", "args", "sampling", "planner", "betas", "preference")
+OWN = ("model", "args", "decoding", "planner", "betas", "preference")
 WINS = "Share of episodes in which the setting of the row scores higher than that of the column; a tie counts half."
 NO_FIGURES = {
     "All figures": "matplotlib is not installed; run `pip install 'offline_lmrl[plots]'`, then "

@@ -24,6 +24,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.metrics import Cells, Estimate
 from offline_lmrl.logs.files import reading
 from offline_lmrl.logs.trajectory import shown
+from offline_lmrl.renamed import current
 
 FEW_SEEDS = 5  # with fewer, intervals over seeds are wide, so every seed's value is printed too
 COLUMNS = ("method", "decoding", "score [95%]", "beta", "per seed", "normalised")
@@ -51,7 +52,7 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            rows.append(current(json.loads(line)))
         except ValueError as error:
             raise InputError(f"{path}:{number}: found {error}, expected one row of results as JSON") from error
         _check_row(rows[-1], f"{path}:{number}")

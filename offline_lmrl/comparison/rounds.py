@@ -15,7 +15,7 @@ from typing import Any
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.comparison.config import CollectConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.files import read_object, reading
@@ -59,7 +59,7 @@ def train_in_rounds(
             "collect: found it beside data.preference, expected only one of them: the played episodes "
             "have rewards of their own"
         )
-    SamplingConfig.from_dict(collect.sampling)  # a mistake shows before anything is trained
+    DecodingConfig.from_dict(collect.decoding)  # a mistake shows before anything is trained
     world, played = make_environment(**environment, **(players or {})), Counter()
     for number in range(collect.rounds):
         before = copy.copy(args)
@@ -88,7 +88,7 @@ def _collected(
     if not report.exists() or _read_costs(report).pop("weights", weights) != weights:  # the run was extended since
         # No two training seeds or rounds share an episode seed.
         first = collect.first_seed + (args.seed * collect.rounds + number) * collect.episodes
-        policy = LanguagePolicy.load(run, device=args.device, **collect.sampling)
+        policy = LanguagePolicy.load(run, device=args.device, **collect.decoding)
         episodes = rollout(policy, world, range(first, first + collect.episodes))
         turns = [turn for t in episodes for turn in t.turns if turn.is_trainable]
         write_trajectories(logs, [*read_trajectories(data.train, reward=data.reward), *episodes])

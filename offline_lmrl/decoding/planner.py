@@ -25,7 +25,7 @@ import numpy as np
 
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy, load_critic, require_no_prompt
-from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler, SamplingConfig
+from offline_lmrl.decoding.sampler import CACHE_BYTES, DecodingConfig, Sampler
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.preferences import Scored, score_rows
 from offline_lmrl.logs.protocols import Reply, Scorer
@@ -89,9 +89,9 @@ class Planner:
         self, policy: LanguagePolicy, scorer: Scorer | None = None, *, width: int = 16, expand: int = 4, depth: int = 1
     ):
         PlannerConfig(width, expand, depth)  # checks the ranges
-        if expand > 1 and policy.sampling.temperature == 0:
+        if expand > 1 and policy.decoding.temperature == 0:
             raise InputError(f"temperature: found 0, expected above 0: all {expand} greedy proposals would be equal")
-        self.policy, self.scorer, self.sampling = policy, scorer, policy.sampling
+        self.policy, self.scorer, self.decoding = policy, scorer, policy.decoding
         self.width, self.expand, self.depth = width, expand, depth
         self.heads = getattr(policy.model, "return_heads", None) if scorer is None or depth > 1 else None
         if self.heads is None and (scorer is None or depth > 1):
@@ -112,7 +112,7 @@ class Planner:
             logging.getLogger(__name__).warning(
                 "planner: some plans end before the environment's next reply, which does not fit: max_length has to "
                 "hold the system turns, the agent's turn and a reply of max_new_tokens "
-                f"({self.policy.sampling.max_new_tokens})"
+                f"({self.policy.decoding.max_new_tokens})"
             )
 
     def start(self, seeds: Sequence[int]) -> "PlannerSession":
@@ -136,7 +136,7 @@ class Planner:
                     f"planner: found a chat template without a token that ends a {role} turn, expected one, because "
                     "it ends an imagined turn; set depth to 1"
                 )
-            config = SamplingConfig(temperature=0.0, max_new_tokens=policy.sampling.max_new_tokens)
+            config = DecodingConfig(temperature=0.0, max_new_tokens=policy.decoding.max_new_tokens)
             self.samplers[role] = Sampler(policy.model, policy.renderer, config, close_id=closing[0])
         return self.samplers[role]
 
@@ -243,7 +243,7 @@ class PlannerSession:
         Returns: the longer beams, and the memory that holds their caches.
         """
         planner, policy, n = self.planner, self.policy, self.planner.expand
-        windows = [policy.null_window(beam.turns, policy.sampling.max_new_tokens) for beam in beams]
+        windows = [policy.null_window(beam.turns, policy.decoding.max_new_tokens) for beam in beams]
         memory = memory.fork({i * n + j: beam.key for i, beam in enumerate(beams) for j in range(n)})
         # Every proposal of a row has its own seed: levels are width · n apart, and beams of one level n apart.
         seeds, place = [], dict.fromkeys((beam.row for beam in beams), level * planner.width * n)
@@ -308,7 +308,7 @@ class PlannerSession:
         """
         # All rows play one game, so the environment's role is the same in all.
         role, policy = _speaker(beams[0].turns), self.policy
-        reserve = policy.sampling.max_new_tokens
+        reserve = policy.decoding.max_new_tokens
         found = [(beam, policy.null_reply_window(beam.turns, role, reserve)) for beam in beams]
         for beam, window in found:
             beam.ended = window is None

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from offline_lmrl.decoding.asks import ReturnRequests
 from offline_lmrl.decoding.cache import CacheMemory
 from offline_lmrl.decoding.probe import check_plays
-from offline_lmrl.decoding.sampler import CACHE_BYTES, Sampler, SamplingConfig
+from offline_lmrl.decoding.sampler import CACHE_BYTES, DecodingConfig, Sampler
 from offline_lmrl.errors import InputError, reading_pretrained, shown
 from offline_lmrl.logs.protocols import Policy, Reply
 from offline_lmrl.logs.scale import RewardScale
@@ -52,7 +52,7 @@ class LanguagePolicy:
     Args:
       model: the causal LM.
       renderer: turns a dialogue into token ids.
-      sampling: how replies are decoded; None = the defaults of SamplingConfig.
+      decoding: how replies are decoded; None = the defaults of DecodingConfig.
       context: most turns of history in a window (tokens/windows.py), as in training; None = limited by max_length
         alone.
       stride: turns by which the start of the window moves at a time, as in training.
@@ -71,7 +71,7 @@ class LanguagePolicy:
         self,
         model: PreTrainedModel,
         renderer: Renderer,
-        sampling: SamplingConfig | None = None,
+        decoding: DecodingConfig | None = None,
         *,
         context: int | None = None,
         stride: int = 1,
@@ -81,13 +81,13 @@ class LanguagePolicy:
         critics: "dict[str, LanguagePolicy] | None" = None,
     ):
         self.model, self.renderer = model, renderer
-        self.sampling = sampling or SamplingConfig()
+        self.decoding = decoding or DecodingConfig()
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
         self.window = WindowRule(context, stride, max_length or positions)
-        self.sampler = Sampler(model, renderer, self.sampling)
+        self.sampler = Sampler(model, renderer, self.decoding)
         self.return_tokens, self.task = return_tokens_of(model, renderer), task
         self.critics = {} if critics is None else critics
-        self.return_requests([self.sampling.ask])  # raises now if the model cannot be given this request
+        self.return_requests([self.decoding.ask])  # raises now if the model cannot be given this request
         self.spec = PromptSpec(**(run_metadata(model.config).get("prompt") or {}))
         self.prompt, self.shared_prompt = prompt, self.read_prompt(prompt)
 
@@ -99,7 +99,7 @@ class LanguagePolicy:
         device: str | torch.device | None = None,
         task: str = "",
         prompt: Sequence[Trajectory] | None = None,
-        **sampling: Any,
+        **decoding: Any,
     ) -> "LanguagePolicy":
         """Load the policy of a run, or of any causal LM.
 
@@ -108,7 +108,7 @@ class LanguagePolicy:
           device: where the model is put; None = the first accelerator, else the CPU.
           task: as in the class.
           prompt: as in the class.
-          sampling: fields of SamplingConfig that replace those saved with the run.
+          decoding: fields of DecodingConfig that replace those saved with the run.
 
         Raises: InputError if there is no model or tokenizer, or if the model was trained with another tokenizer.
         """
@@ -118,14 +118,14 @@ class LanguagePolicy:
         renderer = renderer_of(load_tokenizer(run), model, run)
         check_plays(model, renderer)
         with reading_pretrained(run, "run"):
-            form = SamplingConfig.from_dict({**(saved.get("sampling") or {}), **sampling})
-            return cls(model, renderer, form, **(saved.get("window") or {}), task=task, prompt=prompt)
+            decoding = DecodingConfig.from_dict({**(saved.get("decoding") or {}), **decoding})
+            return cls(model, renderer, decoding, **(saved.get("window") or {}), task=task, prompt=prompt)
 
-    def with_sampling(self, **changes: Any) -> "LanguagePolicy":
-        """Return a policy with the same model, and with these fields of its SamplingConfig changed."""
-        sampling = replace(self.sampling, **changes)
+    def with_decoding(self, **changes: Any) -> "LanguagePolicy":
+        """Return a policy with the same model, and with these fields of its DecodingConfig changed."""
+        decoding = replace(self.decoding, **changes)
         same = {**asdict(self.window), "task": self.task, "prompt": self.prompt, "critics": self.critics}
-        return LanguagePolicy(self.model, self.renderer, sampling, **same)
+        return LanguagePolicy(self.model, self.renderer, decoding, **same)
 
     def start(
         self,
@@ -137,7 +137,7 @@ class LanguagePolicy:
 
         Args:
           seeds: the seed of each row's random numbers.
-          asks: the requested return of each row; None = that of the SamplingConfig for all rows.
+          asks: the requested return of each row; None = that of the DecodingConfig for all rows.
           prompts: the few-shot demonstrations of each row, None for a row without any; None = the policy's own
             demonstrations for all rows.
 
@@ -145,7 +145,7 @@ class LanguagePolicy:
         """
         if prompts is not None and len(prompts) != len(seeds):
             raise InputError(f"prompts: found {len(prompts)}, expected one for each of {len(seeds)} rows")
-        asks = [self.sampling.ask] * len(seeds) if asks is None else asks
+        asks = [self.decoding.ask] * len(seeds) if asks is None else asks
         read = [self.shared_prompt] * len(seeds) if prompts is None else list(map(self.read_prompt, prompts))
         return LanguageSession(self, seeds, asks, read)
 
@@ -166,7 +166,7 @@ class LanguagePolicy:
         tokens = self.return_tokens
         kinds = (None, None) if tokens is None else (tokens.of_log, tokens.nulls)
         told, null = (prompt_ids(shown, self.renderer, kind) for kind in kinds)
-        rule, reply = self.window, self.sampling.max_new_tokens
+        rule, reply = self.window, self.decoding.max_new_tokens
         room = rule.max_length - len(self.renderer.preamble_of(())) - len(self.renderer.agent_opening) - reply
         if len(told) > room:
             raise InputError(
@@ -341,7 +341,7 @@ class LanguageSession:
         policy, prompts = self.policy, [self.prompts[row] for row in rows]
         replies = policy.sampler.sample(
             [
-                policy_window(history, policy.renderer, policy.window, policy.sampling.max_new_tokens, own, prompt)
+                policy_window(history, policy.renderer, policy.window, policy.decoding.max_new_tokens, own, prompt)
                 for history, own, prompt in zip(histories, return_ids, prompts, strict=True)
             ],
             [self.seeds[row] for row in rows],
@@ -371,7 +371,7 @@ class LanguageSession:
 
     def _values_of(self, kind: str, reading: Sequence[tuple[int, Sequence[Turn]]]) -> dict[int, float]:
         past = [[turn for turn in history if turn.is_trainable] for _, history in reading]
-        reserve = self.policy.sampling.max_new_tokens
+        reserve = self.policy.decoding.max_new_tokens
         if run := run_named_in_ask(kind):
             reader = self.policy.critic(run)
             other = reader.renderer.fingerprint != self.fingerprint  # another tokenizer: sampled ids are invalid there

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.cache import is_kept_per_token, new_cache
-from offline_lmrl.decoding.sampler import Sampler, SamplingConfig, evaluating
+from offline_lmrl.decoding.sampler import DecodingConfig, Sampler, evaluating
 from offline_lmrl.errors import InputError
 from offline_lmrl.tokens.rendering import Renderer
 
@@ -39,7 +39,7 @@ def check_plays(model: nn.Module, renderer: Renderer) -> None:
     rows = _rows(model, renderer)
     with probing(model), torch.inference_mode():
         alone = _alone(model, rows)
-        sampler, cache = Sampler(model, renderer, SamplingConfig()), new_cache(model, 0)
+        sampler, cache = Sampler(model, renderer, DecodingConfig()), new_cache(model, 0)
         ids, mask = _batch(rows, "left")
         position = (mask.cumsum(-1) - 1).clamp(min=0)
         several = is_kept_per_token(cache)  # other caches only ever get one token per call after the first

@@ -49,7 +49,7 @@ def sync_every(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class DecodingConfig:
     """The settings by which the next token is chosen."""
 
     temperature: float = setting(1.0, "Divides log π; 0 is greedy (argmax of the guided scores).")
@@ -126,7 +126,7 @@ class SamplingConfig:
         return asdict(self) | {"stop": list(self.stop)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "SamplingConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> "DecodingConfig":
         """Rebuild the settings from the output of `to_dict`; absent keys take their defaults.
 
         Raises: InputError if a key is unknown.
@@ -135,7 +135,7 @@ class SamplingConfig:
         for name in values:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1, cutoff=0)
-                raise InputError(f"sampling has no setting {shown(name)}; did you mean {near[0]!r}?")
+                raise InputError(f"decoding has no setting {shown(name)}; did you mean {near[0]!r}?")
         return cls(**values)
 
 
@@ -204,7 +204,7 @@ class Sampler:
     """
 
     def __init__(
-        self, model: PreTrainedModel, renderer: Renderer, config: SamplingConfig, close_id: int | None = None
+        self, model: PreTrainedModel, renderer: Renderer, config: DecodingConfig, close_id: int | None = None
     ):
         name = type(model).__name__
         heads = hasattr(model, "q_values") and getattr(model, "value_heads", True) is not None

@@ -52,16 +52,16 @@ def ask_curve(
     Returns: for each ask, what was requested and what was achieved.
     Raises: InputError for an ask that the model cannot understand, before anything is played.
     """
-    asking = [policy.with_sampling(ask=ask) for ask in asks]
+    asking = [policy.with_decoding(ask=ask) for ask in asks]
     return [ask_point(one, evaluate_policy(one, environment, seeds, **play)) for one in asking]
 
 
 def ask_point(policy: LanguagePolicy, result: EvaluationResult) -> AskPoint:
-    """Summarise episodes that were played with the ask in `policy.sampling`."""
+    """Summarise episodes that were played with the ask in `policy.decoding`."""
     told = [row["labels"] for row in result.episodes]
     used = Counter(labels["bin"] for labels in told).most_common(1)[0][0]
     return AskPoint(
-        ask=policy.sampling.ask,
+        ask=policy.decoding.ask,
         asked=float(np.mean([labels["ask"] for labels in told])),
         bin=used,
         training_turns=policy.return_tokens.scale.table(policy.task).counts[used],

@@ -187,8 +187,8 @@ def acting_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor | None, v:
       q: (H, n, V) from `values_at`, scaled; None without value heads.
       v: (n,) from `values_at`, scaled; None without value heads.
     """
-    log_prob = decoding_log_prob(policy, logits, q, v, policy.sampling.beta)
-    if policy.sampling.temperature > 0:
+    log_prob = decoding_log_prob(policy, logits, q, v, policy.decoding.beta)
+    if policy.decoding.temperature > 0:
         return log_prob
     best = log_prob.argmax(-1, keepdim=True)
     return torch.full_like(log_prob, -torch.inf).scatter(-1, best, 0.0)
@@ -220,9 +220,9 @@ def _of_states(
     yield "acting_log_prob", acting_log_prob(policy, logits, q, v).gather(-1, taken).squeeze(-1)
     measures = torch.zeros(2, len(betas), len(token), device=logits.device)
     if q is not None:
-        yield "q", unit * reduce_q(q, policy.sampling.q_reduce).gather(-1, taken).squeeze(-1)
+        yield "q", unit * reduce_q(q, policy.decoding.q_reduce).gather(-1, taken).squeeze(-1)
         yield "v", unit * v
-        plain = (logits / (policy.sampling.temperature or 1.0)).log_softmax(-1)
+        plain = (logits / (policy.decoding.temperature or 1.0)).log_softmax(-1)
         for i, beta in enumerate(betas):
             guided = decoding_log_prob(policy, logits, q, v, beta)
             # A token that filters dropped has guided = −∞ and adds 0 · log 0 = 0; the mask avoids 0 · −∞ = NaN.
@@ -237,14 +237,16 @@ def decoding_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor, v: Tens
 
     Args: as in `acting_log_prob`; q and v are not used at β 0.
     """
-    form = policy.sampling
-    scores = warp_log_probs(logits, form.temperature, form.top_k, form.top_p, form.min_p, form.support)
+    decoding = policy.decoding
+    filters = decoding.top_k, decoding.top_p, decoding.min_p, decoding.support
+    scores = warp_log_probs(logits, decoding.temperature, *filters)
     if beta == 0:
         return scores
-    if form.candidates is not None:
-        best, index = scores.topk(min(form.candidates, scores.shape[-1]), dim=-1)
+    if decoding.candidates is not None:
+        best, index = scores.topk(min(decoding.candidates, scores.shape[-1]), dim=-1)
         scores = torch.full_like(scores, -torch.inf).scatter(-1, index, best)
-    return guide(scores, q, None if form.clip is None else v, beta, form.q_reduce, form.clip).log_softmax(-1)
+    v = None if decoding.clip is None else v
+    return guide(scores, q, v, beta, decoding.q_reduce, decoding.clip).log_softmax(-1)
 
 
 def guidance_by_beta(steps: LoggedSteps, betas: Sequence[float]) -> list[dict[str, float]]:

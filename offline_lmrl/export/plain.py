@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.io import atomic_output
 from offline_lmrl.logs.trajectory import Turn
@@ -42,7 +42,7 @@ class Export:
     """The description of a written checkpoint; `str` formats it.
 
     folder: where it was written.
-    form: the decoding settings that the checkpoint plays.
+    decoding: the decoding settings that the checkpoint plays.
     difference: the largest difference of a token's log-probability from the run's, in nats.
     states: number of prefixes over which the difference was measured.
     returns: texts of the tokens that request a return, with that of no return first; empty if the run has no such
@@ -51,16 +51,16 @@ class Export:
     """
 
     folder: Path
-    form: SamplingConfig
+    decoding: DecodingConfig
     difference: float
     states: int
     returns: Sequence[str]
     readable: bool
 
     def __str__(self) -> str:
-        form, line = self.form, "plays: the policy without value guidance"
-        if form.beta != 0:
-            line = f"plays: log π + {form.beta:g} · Q, {form.q_reduce} of the Q heads, folded into the LM head"
+        decoding, line = self.decoding, "plays: the policy without value guidance"
+        if decoding.beta != 0:
+            line = f"plays: log π + {decoding.beta:g} · Q, {decoding.q_reduce} of the Q heads, folded into the LM head"
         if self.returns:
             line += f"; {self.returns[1]} to {self.returns[-1]} request a return, {self.returns[0]} requests none"
         lines = [
@@ -68,8 +68,8 @@ class Export:
             f"exact: the largest difference of a log-probability from the run's is {self.difference:.1g} nats, "
             f"measured after {self.states} prefixes of random tokens and of the run's own text",
         ]
-        if form.stop:
-            texts = " or ".join(map(repr, form.stop))
+        if decoding.stop:
+            texts = " or ".join(map(repr, decoding.stop))
             lines.append(f"the run also ends a reply before {texts}: set these stop texts in the engine")
         if not self.readable:
             lines.append("the tokenizer reads the example prompt differently from training: send token ids, not text")
@@ -89,7 +89,7 @@ class _Sample:
 
 
 def export_run(
-    run: str | Path, output: str | Path, *, device: str | torch.device | None = None, **sampling: Any
+    run: str | Path, output: str | Path, *, device: str | torch.device | None = None, **changes: Any
 ) -> Export:
     """Write a checkpoint that plays as the run does, for engines that know nothing of this project.
 
@@ -97,7 +97,7 @@ def export_run(
       run: a run directory.
       output: a folder that does not exist yet.
       device: device for the models; None = the first accelerator, else the CPU.
-      sampling: settings that replace those saved with the run.
+      changes: DecodingConfig fields that replace those saved with the run.
     Raises: InputError if `run` is not a run of a policy, `output` exists, or a plain checkpoint cannot play the run
       exactly. Nothing is written then.
     """
@@ -105,10 +105,10 @@ def export_run(
     if output.exists():
         raise InputError(f"output: found {output}, which exists already, expected a new folder")
     saved = saved_run_metadata(run)
-    form = SamplingConfig.from_dict({**(saved.get("sampling") or {}), **sampling})
-    _check_exportable(run, saved, form, sampling.get("ask"))
+    decoding = DecodingConfig.from_dict({**(saved.get("decoding") or {}), **changes})
+    _check_exportable(run, saved, decoding, changes.get("ask"))
     # The engine's user requests a return. Here an ask by name might need a task or another run, so it is removed.
-    policy = LanguagePolicy.load(run, device=device, **{**sampling, "ask": None})
+    policy = LanguagePolicy.load(run, device=device, **{**changes, "ask": None})
     policy.model.eval()
     tokenizer = copy.deepcopy(policy.renderer.tokenizer)
     if policy.renderer.template == "plain":
@@ -118,8 +118,8 @@ def export_run(
     ids = [] if table is None else _add_tokens(tokenizer, len(table))
     rows = policy.model.get_input_embeddings().weight.shape[0]
     samples = _samples(policy, saved, ids)
-    model = _plain_model(policy.model, form)
-    _set_generation(model, form, policy.renderer.close_id)
+    model = _plain_model(policy.model, decoding)
+    _set_generation(model, decoding, policy.renderer.close_id)
     if table is not None:
         spell_returns(model, table, ids)
     with atomic_output(output) as temporary:
@@ -128,19 +128,19 @@ def export_run(
         difference = _difference(temporary, policy, samples, rows, ids)
         example, readable = _example(policy, saved, tokenizer, ids)
         states = sum(len(sample.log_prob) for sample in samples)
-        report = Export(output, form, difference, states, tokenizer.convert_ids_to_tokens(ids), readable)
+        report = Export(output, decoding, difference, states, tokenizer.convert_ids_to_tokens(ids), readable)
         (temporary / "README.md").write_text(_card(policy, saved, report, example), encoding="utf-8")
     return report
 
 
 def _check_exportable(
-    run: str | Path, saved: Mapping[str, Any], form: SamplingConfig, ask: float | str | None
+    run: str | Path, saved: Mapping[str, Any], decoding: DecodingConfig, ask: float | str | None
 ) -> None:
     """Check, by its settings alone, that a plain checkpoint can play a run exactly.
 
     Args:
       saved: settings saved with the run.
-      form: its decoding settings, with those that the caller replaced.
+      decoding: its decoding settings, with those that the caller replaced.
       ask: the ask that the caller gave; None = none.
     Raises: InputError that names the setting.
     """
@@ -150,35 +150,36 @@ def _check_exportable(
     if algorithm in (None, "reward_model"):
         found = "a model that no run of this project wrote" if algorithm is None else "a reward model"
         raise InputError(f"run: found {found} in {run}, expected the run of a policy")
-    if form.condition_scale != 0:
+    if decoding.condition_scale != 0:
         raise InputError(
-            f"condition_scale: found {form.condition_scale:g}, expected 0: guidance by returns reads each prompt "
+            f"condition_scale: found {decoding.condition_scale:g}, expected 0: guidance by returns reads each prompt "
             "twice, which inference engines do not do"
         )
-    if form.beta == 0:
-        if form.support > 0 and form.temperature > 0 and form.top_p not in (None, 1.0):
+    if decoding.beta == 0:
+        if decoding.support > 0 and decoding.temperature > 0 and decoding.top_p not in (None, 1.0):
             raise InputError(
-                f"support: found {form.support:g} with top_p {form.top_p:g}, expected one of them: engines filter by "
-                "top_p first; give --support 0 or --top_p null, and evaluate the run with this before you serve it"
+                f"support: found {decoding.support:g} with top_p {decoding.top_p:g}, expected one of them: "
+                "engines filter by top_p first; give --support 0 or --top_p null, and evaluate the run with this "
+                "before you serve it"
             )
         return
     heads = saved.get("value_heads")
     if heads is None:
-        raise InputError(f"beta: found {form.beta:g}, expected 0: this run has no value heads")
+        raise InputError(f"beta: found {decoding.beta:g}, expected 0: this run has no value heads")
     if "returns" in saved:
         raise InputError(
-            f"beta: found {form.beta:g} on a return-conditioned model, expected 0: Q is computed without a requested "
-            "return, and engines do not read a prompt twice"
+            f"beta: found {decoding.beta:g} on a return-conditioned model, expected 0: Q is computed without a "
+            "requested return, and engines do not read a prompt twice"
         )
     if heads["kind"] == "mlp":
         raise InputError(
-            f"beta: found {form.beta:g} on mlp heads, which do not fold into the LM head, expected tied or "
+            f"beta: found {decoding.beta:g} on mlp heads, which do not fold into the LM head, expected tied or "
             "linear heads, or --beta 0, which exports the policy without guidance"
         )
-    _check_folds(form, heads["heads"])
+    _check_folds(decoding, heads["heads"])
 
 
-def _check_folds(form: SamplingConfig, heads: int) -> None:
+def _check_folds(decoding: DecodingConfig, heads: int) -> None:
     """Check that guidance can be folded into the LM head as one matrix.
 
     Filters cannot: engines apply them to the LM head's output and therefore after guidance, while the run filters π
@@ -189,7 +190,7 @@ def _check_folds(form: SamplingConfig, heads: int) -> None:
     Raises: InputError that lists the settings which would have to change.
     """
     exact = {
-        "q_reduce": ("mean", "first") if heads > 1 else (form.q_reduce,),
+        "q_reduce": ("mean", "first") if heads > 1 else (decoding.q_reduce,),
         "support": (0.0,),
         "candidates": (None,),
         "clip": (None,),
@@ -197,13 +198,13 @@ def _check_folds(form: SamplingConfig, heads: int) -> None:
         "top_p": (None, 1.0),
         "min_p": (None, 0.0),
     }
-    wrong = {name: values[0] for name, values in exact.items() if getattr(form, name) not in values}
+    wrong = {name: values[0] for name, values in exact.items() if getattr(decoding, name) not in values}
     if wrong:
-        found = ", ".join(f"{name} {getattr(form, name)}" for name in wrong)
+        found = ", ".join(f"{name} {getattr(decoding, name)}" for name in wrong)
         given = " ".join(f"--{name} {_setting(value)}" for name, value in wrong.items())
         raise InputError(
-            f"beta: found {form.beta:g} with {found}, expected guidance that folds into the LM head exactly: use the "
-            f"run itself (evaluate, generate), or export another policy with {given}, or with --beta 0, after you "
+            f"beta: found {decoding.beta:g} with {found}, expected guidance that folds into the LM head exactly: use "
+            f"the run itself (evaluate, generate), or export another policy with {given}, or with --beta 0, after you "
             "have evaluated it"
         )
 
@@ -212,18 +213,18 @@ def _setting(value: Any) -> str:
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _plain_model(model: PreTrainedModel, form: SamplingConfig) -> PreTrainedModel:
-    """Remove the heads from a guided model, in place, and fold this form's guidance into its LM head.
+def _plain_model(model: PreTrainedModel, decoding: DecodingConfig) -> PreTrainedModel:
+    """Remove the heads from a guided model, in place, and fold the guidance of these settings into its LM head.
 
     Raises: InputError if anything but the LM head and a constant factor comes between the decoder and the logits.
     """
     rows = None
-    if form.beta != 0:
-        rows = q_matrix(model.value_heads.target_q, model.get_output_embeddings().weight, form.q_reduce)
+    if decoding.beta != 0:
+        rows = q_matrix(model.value_heads.target_q, model.get_output_embeddings().weight, decoding.q_reduce)
     model = plain(model)
     if rows is not None:
         # The run adds guidance after dividing by the temperature; engines divide last, so multiply it by that here.
-        add_to_lm_head(model, (form.temperature or 1.0) * form.beta / head_scale(model) * rows)
+        add_to_lm_head(model, (decoding.temperature or 1.0) * decoding.beta / head_scale(model) * rows)
     return model
 
 
@@ -239,7 +240,7 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
     return tokenizer.convert_tokens_to_ids(names)
 
 
-def _set_generation(model: PreTrainedModel, form: SamplingConfig, close_id: int) -> None:
+def _set_generation(model: PreTrainedModel, decoding: DecodingConfig, close_id: int) -> None:
     """Replace the model's generation config, so that engines end the agent's turn and sample as the run does.
 
     Of the base model's settings only the special token ids stay: a repetition penalty, for example, is not part of the
@@ -249,19 +250,19 @@ def _set_generation(model: PreTrainedModel, form: SamplingConfig, close_id: int)
     base = model.generation_config
     ends = {close_id, *(base.eos_token_id if isinstance(base.eos_token_id, list) else [base.eos_token_id])} - {None}
     drawing = {}
-    if form.temperature > 0:
-        min_p = max(form.min_p or 0.0, form.support ** (1 / form.temperature))
+    if decoding.temperature > 0:
+        min_p = max(decoding.min_p or 0.0, decoding.support ** (1 / decoding.temperature))
         drawing = {
-            "temperature": form.temperature,
-            "top_k": form.top_k or 0,
-            "top_p": form.top_p or 1.0,
+            "temperature": decoding.temperature,
+            "top_k": decoding.top_k or 0,
+            "top_p": decoding.top_p or 1.0,
             "min_p": min_p or None,
         }
     model.generation_config = GenerationConfig(
         bos_token_id=base.bos_token_id,
         pad_token_id=base.pad_token_id,
         eos_token_id=sorted(ends) if len(ends) > 1 else close_id,
-        do_sample=form.temperature > 0,
+        do_sample=decoding.temperature > 0,
         **drawing,
     )
 
@@ -293,13 +294,13 @@ def _run_log_prob(policy: LanguagePolicy, read: Tensor) -> Tensor:
     Args:
       read: (B, T), token ids.
     """
-    form, read = policy.sampling, read.to(policy.model.device)
+    decoding, read = policy.decoding, read.to(policy.model.device)
     outputs, hidden = policy.model.forward_with_hidden(
         input_ids=read, attention_mask=torch.ones_like(read), use_cache=False
     )
-    scores = outputs.logits.float() / (form.temperature or 1.0)
-    if form.beta != 0:
-        scores = guide(scores, policy.model.q_values(hidden), None, form.beta, form.q_reduce)
+    scores = outputs.logits.float() / (decoding.temperature or 1.0)
+    if decoding.beta != 0:
+        scores = guide(scores, policy.model.q_values(hidden), None, decoding.beta, decoding.q_reduce)
     return scores.flatten(0, 1)
 
 
@@ -327,11 +328,11 @@ def _difference(
     for sample in samples:
         read = spelt[sample.ids].to(device)
         logits = exported(input_ids=read, attention_mask=torch.ones_like(read), use_cache=False).logits
-        scores = logits.flatten(0, 1)[:, : sample.log_prob.shape[1]].float() / (policy.sampling.temperature or 1.0)
+        scores = logits.flatten(0, 1)[:, : sample.log_prob.shape[1]].float() / (policy.decoding.temperature or 1.0)
         apart = (scores.log_softmax(-1) - sample.log_prob).abs().max()
         difference = max(difference, apart.nan_to_num(torch.inf).item())
     if not difference < TOLERANCE:
-        remedy = "" if policy.sampling.beta == 0 else "; give --beta 0 to export the policy without guidance"
+        remedy = "" if policy.decoding.beta == 0 else "; give --beta 0 to export the policy without guidance"
         raise InputError(
             f"run: found an export of {exported.config.model_type} that differs from the run by "
             f"{difference:.2g} nats, expected less than {TOLERANCE:g}: this run cannot be exported exactly{remedy}"
@@ -396,7 +397,7 @@ def _card(policy: LanguagePolicy, saved: Mapping[str, Any], report: Export, exam
 def _returns_card(policy: LanguagePolicy, block: Mapping[str, Any] | None, report: Export) -> list[str]:
     if block is None:
         return []
-    return_tokens, ask, tokens = policy.return_tokens, report.form.ask, report.returns
+    return_tokens, ask, tokens = policy.return_tokens, report.decoding.ask, report.returns
     texts = tokens[1:] or list(map(repr, texts_of(block)))
     none = f"`{tokens[0]}`" if tokens else "nothing"
     lines = [

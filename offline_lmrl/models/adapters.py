@@ -23,6 +23,7 @@ from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.return_heads import ReturnHeads
 from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
+from offline_lmrl.renamed import current
 from offline_lmrl.tokens.episodes import StepRule
 from offline_lmrl.tokens.few_shot import PromptSpec
 from offline_lmrl.tokens.windows import WindowRule
@@ -50,7 +51,7 @@ def require_peft() -> ModuleType:
 
 def run_metadata(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the run metadata in a model's config, its `offline_lmrl` block; {} if there is none."""
-    return getattr(config, "offline_lmrl", None) or {}
+    return current(getattr(config, "offline_lmrl", None) or {})
 
 
 def check_run_metadata(name: str | Path, block: Any) -> None:
@@ -64,7 +65,7 @@ def check_run_metadata(name: str | Path, block: Any) -> None:
     where = f"model: {name}: offline_lmrl"
     if not isinstance(block, dict):
         raise InputError(f"{where}: found {shown(block)}, expected an object")
-    for key in ("returns", "return_heads", "reward", "sampling"):
+    for key in ("returns", "return_heads", "reward", "decoding"):
         if not isinstance(block.get(key), dict | None):
             raise InputError(f"{where}.{key}: found {shown(block[key])}, expected an object")
     for key in ("tokenizer", "template"):
@@ -103,7 +104,7 @@ def read_run_metadata(folder: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"model: {path}: not found, so this LoRA folder was not written by offline_lmrl")
     with reading(path, "settings"):
-        block = json.loads(path.read_text(encoding="utf-8"))
+        block = current(json.loads(path.read_text(encoding="utf-8")))
     check_run_metadata(folder, block)
     return block
 

@@ -56,8 +56,8 @@ def _table_rows(config: PreTrainedConfig) -> int | None:
     return block["bins"] if block.get("condition") == "embedding" else None
 
 
-def _sampling_form(config: PreTrainedConfig) -> dict[str, Any]:
-    return run_metadata(config).get("sampling") or {}
+def _stored_decoding(config: PreTrainedConfig) -> dict[str, Any]:
+    return run_metadata(config).get("decoding") or {}
 
 
 def _keep_hidden(module: nn.Module, args: tuple, output: Any) -> None:
@@ -175,14 +175,14 @@ class Guided:
             "max" or "p90", or one of these per row; None = the stored value.
         Raises: InputError if `ask` is combined with `beta` or a stored `condition_scale` other than 0.
         """
-        form = _sampling_form(self.config)
-        beta = form.get("beta", 0.0) if beta is None else beta
+        decoding = _stored_decoding(self.config)
+        beta = decoding.get("beta", 0.0) if beta is None else beta
         if ask is None and self.return_embedding is not None:
-            ask = form.get("ask")
+            ask = decoding.get("ask")
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         if ask is None or ids is None or (ids >= self.get_input_embeddings().weight.shape[0]).any():
             return super().generate(*args, beta=beta, **kwargs)
-        if isinstance(beta, Tensor) or beta != 0 or form.get("condition_scale", 0.0) != 0:
+        if isinstance(beta, Tensor) or beta != 0 or decoding.get("condition_scale", 0.0) != 0:
             raise InputError(
                 "ask: found a request together with beta or condition_scale, expected both to be 0: generate runs one "
                 "pass, and guidance needs a second pass without the requested return; use LanguagePolicy instead"
@@ -305,18 +305,18 @@ class Guided:
         """
         if self.value_heads is None:
             raise InputError(f"beta: found {beta}, expected 0, as this model has no value heads; train them (ILQL)")
-        form = _sampling_form(self.config)
+        decoding = _stored_decoding(self.config)
         if isinstance(beta, Tensor):
             beta = beta.view(-1, 1, 1)  # (B,1,1), to broadcast over positions and vocabulary
         # Filter first: outside the data's support, Q was never trained.
-        scores = support_filter(logits.float(), form.get("support", 0.0))
+        scores = support_filter(logits.float(), decoding.get("support", 0.0))
         # V cancels in the softmax unless the advantage is clipped.
-        v = None if form.get("clip") is None else self.v_values(hidden)
-        options = {"beta": beta, "q_reduce": form.get("q_reduce", "min"), "clip": form.get("clip")}
-        if form.get("candidates") is None:
+        v = None if decoding.get("clip") is None else self.v_values(hidden)
+        options = {"beta": beta, "q_reduce": decoding.get("q_reduce", "min"), "clip": decoding.get("clip")}
+        if decoding.get("candidates") is None:
             guided = guide(scores, self.q_values(hidden), v, **options)
         else:
-            best, index = scores.topk(min(form["candidates"], scores.shape[-1]), dim=-1)
+            best, index = scores.topk(min(decoding["candidates"], scores.shape[-1]), dim=-1)
             guided = guide(best, self.q_values(hidden, index), v, **options)
             guided = torch.full_like(scores, -torch.inf).scatter(-1, index, guided)
         return torch.where(beta == 0, logits.float(), guided) if isinstance(beta, Tensor) else guided
@@ -612,11 +612,11 @@ def return_tokens_of(model: PreTrainedModel, renderer: Renderer) -> ReturnTokens
 def remove_heads(model: PreTrainedModel) -> PreTrainedModel:
     """Remove the heads and the return embedding of a guided model in place, and return the same object.
 
-    Their entries, and `sampling`, are removed from the config's `offline_lmrl` block too.
+    Their entries, and `decoding`, are removed from the config's `offline_lmrl` block too.
     """
     inner = _without_adapter(model)
     inner.value_heads = inner.return_embedding = inner.return_heads = None
-    gone = ("value_heads", "returns", "return_heads", "sampling")
+    gone = ("value_heads", "returns", "return_heads", "decoding")
     inner.config.offline_lmrl = {name: block for name, block in run_metadata(inner.config).items() if name not in gone}
     return model
 

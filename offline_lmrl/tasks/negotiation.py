@@ -192,7 +192,7 @@ class Negotiation:
       partner: a run directory, loaded on the first reset, or any Policy. It is never trained here.
       first: the side that speaks first: "agent", "partner", or "both" orders.
       max_turns: turns of both sides, selection included, after which a dialogue is cut with score 0.
-      partner_sampling: fields of SamplingConfig that replace those saved in the partner's run directory.
+      partner_sampling: fields of DecodingConfig that replace those saved in the partner's run directory.
     """
 
     def __init__(

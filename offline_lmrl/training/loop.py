@@ -24,6 +24,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.logs.files import read_object, reading
 from offline_lmrl.models.adapters import save_heads
 from offline_lmrl.models.renderers import training_renderer
+from offline_lmrl.renamed import current
 from offline_lmrl.training.checkpoint import (
     DAMAGED,
     STAGING,
@@ -246,7 +247,7 @@ class LoopTrainer:
         if names := self.lacking(checkpoint):
             raise InputError(f"{checkpoint}: found no {', '.join(names)}, expected {DAMAGED}")
         loop = checkpoint / "loop.json"
-        found = read_object(loop, DAMAGED)
+        found = current(read_object(loop, DAMAGED))
         check_processes(checkpoint, found.get("processes", 1), self.args.world_size)
         with reading(checkpoint / "trained.safetensors", DAMAGED):
             stored = load_file(checkpoint / "trained.safetensors")

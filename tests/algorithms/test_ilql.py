@@ -408,8 +408,8 @@ def test_the_saved_adapter_opens_as_a_guided_policy(tmp_path, lora):
     run.train()
     run.save_model(str(tmp_path / "run"))
     policy = LanguagePolicy.load(tmp_path / "run", device="cpu", max_new_tokens=4, temperature=0.0)
-    assert policy.sampling.beta == 3.0 and policy.window.context == 2
+    assert policy.decoding.beta == 3.0 and policy.window.context == 2
     assert_equal_weights(policy.model, weights(run.model))
-    played = LanguagePolicy(run.model.eval(), run.renderer, policy.sampling, context=2, max_length=64)
+    played = LanguagePolicy(run.model.eval(), run.renderer, policy.decoding, context=2, max_length=64)
     history = [[user("you are at 2")]]
     assert generate_texts(policy, history)[0][0] == generate_texts(played, history)[0][0]

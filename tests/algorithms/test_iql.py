@@ -122,7 +122,7 @@ def test_the_critics_scale_and_discounts_are_saved_and_the_model_is_plain(tmp_pa
     made.save_model()
     block = load_model(tmp_path / "run").config.offline_lmrl
     assert block["reward_scale"]["scale"] == 5.0 and block["step_rule"]["discount_per_turn"] == 0.9
-    assert block["algorithm"] == "iql" and "value_heads" not in block and "sampling" not in block
+    assert block["algorithm"] == "iql" and "value_heads" not in block and "decoding" not in block
     plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run", output_loading_info=True)
     assert not info["unexpected_keys"] and not info["missing_keys"]
     ids = torch.tensor([[1, 4, 70, 71, 2, 5]])

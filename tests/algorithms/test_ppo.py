@@ -84,7 +84,7 @@ def trainer(folder, environment=Ragged, *, network=None, ptx=None, lora=None, **
         "save_strategy": "no",
         "disable_tqdm": True,
         "save_rollouts": False,
-        "sampling": {"max_new_tokens": 4},
+        "decoding": {"max_new_tokens": 4},
         **settings,
     }
     args = PPOConfig(output_dir=str(folder), use_cpu=True, **settings)
@@ -113,16 +113,16 @@ OPTIONS = ["left", "left up", "right"]
 
 
 @pytest.mark.parametrize(
-    "environment, sampling",
+    "environment, decoding",
     [
         (Ragged, {"temperature": 0.7}),
         (Ragged, {"temperature": 1.3, "top_k": 5, "top_p": 0.9}),
         (lambda: Ragged(options=OPTIONS), {"max_new_tokens": 16}),
     ],
 )
-def test_before_a_step_sampler_learner_and_reference_agree(tmp_path, environment, sampling):
+def test_before_a_step_sampler_learner_and_reference_agree(tmp_path, environment, decoding):
     """Items 3 to 6 and 8: one temperature, one mask, no dropout, a reference that is the start; fp32 throughout."""
-    run = trainer(tmp_path, environment, sampling={"max_new_tokens": 4, **sampling})
+    run = trainer(tmp_path, environment, decoding={"max_new_tokens": 4, **decoding})
     _, experience = read(run)
     log_prob = experience.column("behaviour_log_prob")
     torch.testing.assert_close(log_prob, experience.column("sampled_log_prob"), atol=1e-5, rtol=0)
@@ -251,7 +251,7 @@ def test_a_turn_that_was_cut_before_anybody_replied_has_no_target(tmp_path):
     run = trainer(
         tmp_path,
         lambda: Silent(options=OPTIONS),
-        sampling={"max_new_tokens": 16},
+        decoding={"max_new_tokens": 16},
         first_seed=3,
         episodes=1,
         whiten_advantages=False,
@@ -560,7 +560,7 @@ def reward_run(folder, head="terminal", lora=None, steps=10, **settings):
 
 
 def from_reward(folder, reward, **settings):
-    settings = {"sampling": {"max_new_tokens": 16}, "episodes": 16, "reward_scale": 4.0, "max_steps": 1, **settings}
+    settings = {"decoding": {"max_new_tokens": 16}, "episodes": 16, "reward_scale": 4.0, "max_steps": 1, **settings}
     return trainer(folder, lambda: Ragged(options=OPTIONS), value_model=reward, **settings)
 
 
@@ -784,9 +784,9 @@ def test_prompts_with_a_function_are_an_environment(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"sampling": {"temperature": 0.0}}, "sampling.temperature: found 0"),
-        ({"sampling": {"beta": 2.0}}, "sampling.beta: found 2.0, expected the default"),
-        ({"sampling": {"stop": ["x"]}}, "sampling.stop: found"),
+        ({"decoding": {"temperature": 0.0}}, "decoding.temperature: found 0"),
+        ({"decoding": {"beta": 2.0}}, "decoding.beta: found 2.0, expected the default"),
+        ({"decoding": {"stop": ["x"]}}, "decoding.stop: found"),
         ({"kl_estimator": "k2"}, "kl_estimator: found 'k2'"),
         ({"clip_scores": -1.0}, "clip_scores: found -1.0"),
         ({"gae_lambda": 1.5}, "gae_lambda: found 1.5"),
@@ -806,7 +806,7 @@ SHORT = {
     "use_cpu": True,
     "disable_tqdm": True,
     "save_steps": 1,
-    "sampling": {"max_new_tokens": 3},
+    "decoding": {"max_new_tokens": 3},
 }
 
 
@@ -823,7 +823,7 @@ def test_its_run_is_a_folder_like_any_other(tmp_path):
     assert json.loads(report)["environment_steps"] == json.loads(report)["reward_queries"] == 8
     cost = training_cost(folder)
     assert cost["environment_steps"] == 8 and cost["training_tokens"] == json.loads(report)["training_tokens"] > 0
-    assert LanguagePolicy.load(folder, device="cpu").sampling.max_new_tokens == 3
+    assert LanguagePolicy.load(folder, device="cpu").decoding.max_new_tokens == 3
     before = (folder / "metrics.jsonl").read_text()
     learn()
     assert (folder / "metrics.jsonl").read_text() == before
@@ -858,7 +858,7 @@ def test_a_comparison_trains_it_in_the_environment_and_counts_its_steps(tmp_path
         methods={"ppo": {"algorithm": "ppo", "args": SHORT}},
         seeds=(3,),
         model={"scratch": SCRATCH},
-        evaluation=EvaluationConfig(episodes=2, sampling={"max_new_tokens": 3}),
+        evaluation=EvaluationConfig(episodes=2, decoding={"max_new_tokens": 3}),
     )
     run_compare(config)
     rows = [row for row in read_results(tmp_path / "out" / "results.jsonl") if row["kind"] == "run"]

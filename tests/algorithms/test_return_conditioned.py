@@ -57,9 +57,9 @@ def trainer(folder, algorithm="return_conditioned", model=None, logs=PREFERENCES
     return cls(model or build_model(SPEC, TOKENIZER), args, logs, None, TOKENIZER, lora)
 
 
-def reply(folder, **sampling):
+def reply(folder, **decoding):
     """To ASKED, by the run in a folder."""
-    policy = LanguagePolicy.load(folder, device="cpu", max_new_tokens=6, **sampling)
+    policy = LanguagePolicy.load(folder, device="cpu", max_new_tokens=6, **decoding)
     return generate_texts(policy, [ASKED])[0][0].text
 
 
@@ -74,7 +74,7 @@ def test_the_labels_of_preferences_are_obeyed(tmp_path, condition):
     folder = saved(trainer(tmp_path, max_steps=40, condition=condition))
     texts = {ask: reply(folder, ask=ask, temperature=0.0) for ask in (1.0, -1.0, "max", "p0")}
     assert texts == {1.0: "good", -1.0: "bad", "max": "good", "p0": "bad"}
-    assert LanguagePolicy.load(folder, device="cpu").sampling.ask == "p90"
+    assert LanguagePolicy.load(folder, device="cpu").decoding.ask == "p90"
 
 
 def test_the_run_holds_what_its_returns_mean(tmp_path):
@@ -83,7 +83,7 @@ def test_the_run_holds_what_its_returns_mean(tmp_path):
     assert block["algorithm"] == "return_conditioned"
     assert (block["returns"]["condition"], block["returns"]["bins"]) == ("embedding", 2)
     assert block["returns"]["scale"]["tables"][""]["counts"] == [8, 8]
-    assert block["sampling"]["ask"] == "p50" and block["sampling"]["condition_scale"] == 0.5
+    assert block["decoding"]["ask"] == "p50" and block["decoding"]["condition_scale"] == 0.5
 
 
 def test_windows_carry_return_ids_before_every_agent_turn(tmp_path):

@@ -98,7 +98,7 @@ def test_behaviour_cloning_of_a_guided_run_leaves_a_plain_policy(tmp_path):
     plain = saved(trainer(BCTrainer, tmp_path / "2", model), tmp_path / "plain")
     assert plain.value_heads is None
     block = plain.config.offline_lmrl
-    assert "value_heads" not in block and "sampling" not in block
+    assert "value_heads" not in block and "decoding" not in block
     assert block["algorithm"] == "bc" and block["reward_scale"]["scale"] == 10.0
 
 

@@ -137,14 +137,14 @@ def test_peak_memory_of_a_fresh_process():
         )
 
 
-def decoder(shape_name, heads=None, **sampling):
-    from offline_lmrl.decoding.sampler import Sampler, SamplingConfig
+def decoder(shape_name, heads=None, **decoding):
+    from offline_lmrl.decoding.sampler import DecodingConfig, Sampler
     from offline_lmrl.tokens.rendering import Renderer
 
     shape = SHAPES[shape_name]
     renderer = Renderer(tokenizer_of(shape["vocabulary"]))
     model = model_of(shape, heads).eval()
-    sampler = Sampler(model, renderer, SamplingConfig(max_new_tokens=64, **sampling))
+    sampler = Sampler(model, renderer, DecodingConfig(max_new_tokens=64, **decoding))
     prompts = [[1, 3, *range(20, 34)] for _ in range(8)]
     return model, prompts, lambda: sampler.sample(prompts, list(range(8)), [0] * 8)
 
@@ -182,10 +182,10 @@ BINS, NEVER = {"edges": [0.5], "means": [0.0, 1.0]}, {"edges": [], "means": [0.0
 HEADS = {"returns": BINS, "reward": BINS, "after": BINS, "ended": NEVER, "discount_per_turn": 1.0}
 
 
-def player(shape_name, returns=True, **sampling):
+def player(shape_name, returns=True, **decoding):
     """A policy of 16 tokens a turn, that knows returns and what turns earn or neither."""
     from offline_lmrl.decoding.policy import LanguagePolicy
-    from offline_lmrl.decoding.sampler import SamplingConfig
+    from offline_lmrl.decoding.sampler import DecodingConfig
     from offline_lmrl.models.guided import add_return_heads, add_returns
     from offline_lmrl.tokens.conditioning import ReturnScale
     from offline_lmrl.tokens.rendering import Renderer
@@ -206,7 +206,7 @@ def player(shape_name, returns=True, **sampling):
             },
         )
         add_return_heads(model, HEADS)
-    return LanguagePolicy(model, renderer, SamplingConfig(max_new_tokens=16, top_k=64, **sampling))
+    return LanguagePolicy(model, renderer, DecodingConfig(max_new_tokens=16, top_k=64, **decoding))
 
 
 def play_of(policy, turns=1):

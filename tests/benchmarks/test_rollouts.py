@@ -7,7 +7,7 @@ import pytest
 
 from offline_lmrl.algorithms.ppo import PPOConfig, PPOTrainer
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.prompts import PromptEnvironment
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.logs.trajectory import Turn
@@ -27,7 +27,7 @@ def test_steps_per_second_of_a_batch_of_games_over_one_at_a_time():
     texts = [turn.content for seed in range(25) for turn in Maze().reset(seed)]
     tokenizer = train_tokenizer([*texts, "move left move right move up move down"], 400)
     model = build_model(SPEC, tokenizer)
-    policy = LanguagePolicy(model, Renderer(tokenizer), SamplingConfig(max_new_tokens=4), context=1)
+    policy = LanguagePolicy(model, Renderer(tokenizer), DecodingConfig(max_new_tokens=4), context=1)
 
     def play(games, batch_size):
         return lambda: rollout(policy, Maze, range(games), batch_size=batch_size, max_turns=TURNS)
@@ -50,7 +50,7 @@ def test_tokens_per_second_of_ppo_rollouts_over_the_sampler_alone(tmp_path):
         save_rollouts=False,
         max_length=128,
         use_cpu=True,
-        sampling={"max_new_tokens": 32},
+        decoding={"max_new_tokens": 32},
     )
     run = PPOTrainer(build_model(SPEC, tokenizer), args, environment, None, tokenizer)
     seeds = list(range(64))

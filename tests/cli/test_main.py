@@ -24,7 +24,7 @@ from offline_lmrl.cli.play import read_prompts
 from offline_lmrl.comparison.config import CompareConfig, MethodConfig
 from offline_lmrl.decoding.planner import PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import LONGEST_MESSAGE, InputError
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.run import DataConfig, ModelConfig
@@ -193,8 +193,8 @@ def test_settings_that_cannot_be_trained_with_are_named_before_training(refused,
             {"offline_lmrl": {"value_heads": {"heads": 2}}},
             "offline_lmrl.value_heads: found {'heads': 2}",
         ),
-        ("config.json", {"offline_lmrl": {"sampling": [1]}}, "offline_lmrl.sampling: found [1], expected an object"),
-        ("config.json", {"offline_lmrl": {"sampling": {"beta": "x"}}}, "beta: found 'x', expected a finite number"),
+        ("config.json", {"offline_lmrl": {"decoding": [1]}}, "offline_lmrl.decoding: found [1], expected an object"),
+        ("config.json", {"offline_lmrl": {"decoding": {"beta": "x"}}}, "beta: found 'x', expected a finite number"),
         ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id: found 'x', expected the id of a token"),
         ("tokenizer_config.json", {"model_max_length": "x"}, "found a folder whose tokenizer cannot be read ("),
         ("model.safetensors", b"", "found a folder whose model cannot be read ("),
@@ -630,7 +630,7 @@ def test_field_help_comes_from_the_fields():
     }
 
 
-CONFIGS = [*(load_algorithm(name)[0] for name in ALGORITHMS), ModelConfig, DataConfig, SamplingConfig, PlannerConfig]
+CONFIGS = [*(load_algorithm(name)[0] for name in ALGORITHMS), ModelConfig, DataConfig, DecodingConfig, PlannerConfig]
 CONFIGS += [CompareConfig, MethodConfig]
 
 

@@ -14,7 +14,7 @@ from offline_lmrl.cli.main import main
 from offline_lmrl.comparison import compare
 from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.comparison.report import read_results, table
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import Failed, InputError
 from offline_lmrl.evaluation.offline import OfflineReport, choose_beta
 from offline_lmrl.logs.comparison import Comparison
@@ -32,28 +32,28 @@ class Gambler:
 
     model: SimpleNamespace
     renderer: None
-    sampling: SamplingConfig
+    decoding: DecodingConfig
     asked = set()
     played = []  # (run, temperature, β, seeds) of every batch of episodes
 
     @classmethod
-    def load(cls, run, **sampling):
-        return cls(SimpleNamespace(run=run.name), None, SamplingConfig(**sampling))
+    def load(cls, run, **decoding):
+        return cls(SimpleNamespace(run=run.name), None, DecodingConfig(**decoding))
 
-    def with_sampling(self, **changes):
-        return replace(self, sampling=replace(self.sampling, **changes))
+    def with_decoding(self, **changes):
+        return replace(self, decoding=replace(self.decoding, **changes))
 
     def start(self, seeds):
-        Gambler.asked.add(self.sampling.ask)
-        Gambler.played.append((self.model.run, self.sampling.temperature, self.sampling.beta, list(seeds)))
+        Gambler.asked.add(self.decoding.ask)
+        Gambler.played.append((self.model.run, self.decoding.temperature, self.decoding.beta, list(seeds)))
         self.seeds = seeds
         return self
 
     def reply(self, rows, histories, options=None):
         def text(seed):
-            if self.sampling.beta > 4:
+            if self.decoding.beta > 4:
                 return "sa fe"
-            return "safe" if self.sampling.temperature == 0 or seed % 3 < self.sampling.beta else "gamble"
+            return "safe" if self.decoding.temperature == 0 or seed % 3 < self.decoding.beta else "gamble"
 
         return [Reply(text(self.seeds[row]), (5, 2), (-0.1, -0.1), (-0.1, -0.1)) for row in rows]
 
@@ -335,11 +335,11 @@ def test_repeats_are_for_sampled_play_only(world):
         ("methods__bc__planner", {"scorer": "bc"}, "methods.bc.planner.scorer: found 'bc', which has no value heads"),
         (
             "methods__bc",
-            {"algorithm": "return_conditioned", "sampling": {"ask": "auto:bc"}},
-            "methods.bc.sampling.ask: found 'bc', which has no value heads",
+            {"algorithm": "return_conditioned", "decoding": {"ask": "auto:bc"}},
+            "methods.bc.decoding.ask: found 'bc', which has no value heads",
         ),
         ("evaluation__sampling", {"top_p": 2}, "top_p: found 2"),
-        ("partner", {"algorithm": "bc", "sampling": {"topp": 1}}, "sampling has no setting 'topp'"),
+        ("partner", {"algorithm": "bc", "decoding": {"topp": 1}}, "decoding has no setting 'topp'"),
         ("model__scrach", {}, "methods.bc.model: found 'scrach'"),
         ("data__validation", None, "data.validation: missing"),
     ],
@@ -397,13 +397,13 @@ class Duel(Gamble):
     """The gamble beside a partner, who is asked for nothing but has to be there."""
 
     def __init__(self, partner):
-        assert partner.sampling.temperature == 0.5
+        assert partner.decoding.temperature == 0.5
         self.partner = partner
 
 
 def test_a_partner_is_trained_once_and_handed_to_the_environment(world):
     world.settings["environment"] = {"name": f"{__name__}:Duel"}
-    world.settings["partner"] = {"algorithm": "bc", "seed": 9, "sampling": {"temperature": 0.5}}
+    world.settings["partner"] = {"algorithm": "bc", "seed": 9, "decoding": {"temperature": 0.5}}
     sys.modules.setdefault(__name__, SimpleNamespace(Duel=Duel, __file__=__file__))
     run(world)
     assert [call for call in world.trained if call[0].startswith("partner")] == [("partner-9", "bc", None, 9)]
@@ -451,7 +451,7 @@ def test_the_real_trainer_and_policy_fit_together(world, monkeypatch):
     }
     selection = {"episodes": 2, "first_seed": 500}
     world.settings["methods"]["iql"] = IQL
-    run(world, evaluation={"episodes": 3, "betas": [1], "sampling": {"max_new_tokens": 2}, "selection": selection})
+    run(world, evaluation={"episodes": 3, "betas": [1], "decoding": {"max_new_tokens": 2}, "selection": selection})
     rows = runs(world)
     assert [(row["method"], row["beta_chosen"]) for row in rows] == [
         ("bc", None),
@@ -471,7 +471,7 @@ def test_the_real_trainer_and_policy_fit_together(world, monkeypatch):
 
 
 def test_a_method_may_play_anothers_run_in_its_own_way(world):
-    world.settings["methods"]["cold"] = {"run_of": "ilql", "sampling": {"temperature": 0.5}, "betas": []}
+    world.settings["methods"]["cold"] = {"run_of": "ilql", "decoding": {"temperature": 0.5}, "betas": []}
     run(world)
     assert [call[0] for call in world.trained] == ["bc-0", "ilql-0"]
     cold = [row for row in runs(world) if row["method"] == "cold"]
@@ -481,7 +481,7 @@ def test_a_method_may_play_anothers_run_in_its_own_way(world):
     ]
     assert all(row["run"].endswith("ilql-0") and row["algorithm"] == "ilql" for row in cold)
     assert ("ilql-0", 0.5, 0.0) in [played[:3] for played in Gambler.played]
-    with pytest.raises(InputError, match="cold: method.0.sampling.temperature: found 0.5, expected 0.7"):
+    with pytest.raises(InputError, match="cold: method.0.decoding.temperature: found 0.5, expected 0.7"):
         run(world, methods__cold__sampling={"temperature": 0.7})
 
 
@@ -527,7 +527,7 @@ def test_rewards_are_the_labels_or_another_methods_run_of_the_same_seed(world, t
 
 def test_what_is_asked_for_may_be_anothers_v(world):
     methods = world.settings["methods"]
-    told = {"algorithm": "return_conditioned", "sampling": {"ask": "auto:ilql"}}
+    told = {"algorithm": "return_conditioned", "decoding": {"ask": "auto:ilql"}}
     world.settings["methods"] = {"told": told} | methods
     run(world)
     assert sorted(call[0] for call in world.trained) == ["bc-0", "ilql-0", "told-0"]
@@ -550,7 +550,7 @@ def test_a_planned_row_stands_beside_the_others_and_its_scorer_is_the_same_seeds
             "bc": {"algorithm": "bc", "planner": planned},
             "ilql": {"algorithm": "ilql", "evaluate": False, "args": {"expectile": 0.5}},
         },
-        "evaluation": {"episodes": 3, "sampling": {"max_new_tokens": 2}},
+        "evaluation": {"episodes": 3, "decoding": {"max_new_tokens": 2}},
     }
     run(world)
     rows = runs(world)
@@ -580,7 +580,7 @@ def test_workers_give_the_rows_that_one_process_gives(world, tmp_path, monkeypat
         "methods": {"bc": {"algorithm": "bc"}},
         "model": {"scratch": tiny, "vocab_size": 270},
         "args": {"max_steps": 1, "use_cpu": True, "max_length": 32, "save_strategy": "no", "disable_tqdm": True},
-        "evaluation": {"episodes": 3, "sampling": {"max_new_tokens": 2}},
+        "evaluation": {"episodes": 3, "decoding": {"max_new_tokens": 2}},
     }
     measured = []
     for workers in (1, 2):
@@ -598,22 +598,22 @@ def test_what_learns_by_playing_gives_replies_as_long_as_it_is_measured_by(world
     lengths, stand_in = {}, compare.train
 
     def train(*entry, environment=None, players=None):
-        lengths[Path(entry[3].output_dir).name] = getattr(entry[3], "sampling", None)
+        lengths[Path(entry[3].output_dir).name] = getattr(entry[3], "decoding", None)
         return stand_in(*entry)
 
     def train_in_rounds(*entry):
-        lengths["rounds-0"] = entry[5].sampling
+        lengths["rounds-0"] = entry[5].decoding
         return stand_in(*entry[:4])
 
     monkeypatch.setattr(compare, "train", train)
     monkeypatch.setattr(compare, "train_in_rounds", train_in_rounds)
-    world.settings["evaluation"]["sampling"] = {"max_new_tokens": 5, "temperature": 0.7}
+    world.settings["evaluation"]["decoding"] = {"max_new_tokens": 5, "temperature": 0.7}
     world.settings["methods"] = {
         "ppo": {"algorithm": "ppo"},
-        "hot": {"algorithm": "ppo", "args": {"sampling": {"temperature": 2.0}}},
-        "long": {"algorithm": "ppo", "args": {"sampling": {"max_new_tokens": 9}}},
-        "short": {"algorithm": "ppo", "sampling": {"max_new_tokens": 3}},
-        "rounds": {"algorithm": "bc", "collect": {"rounds": 1, "sampling": {"support": 0.1}}},
+        "hot": {"algorithm": "ppo", "args": {"decoding": {"temperature": 2.0}}},
+        "long": {"algorithm": "ppo", "args": {"decoding": {"max_new_tokens": 9}}},
+        "short": {"algorithm": "ppo", "decoding": {"max_new_tokens": 3}},
+        "rounds": {"algorithm": "bc", "collect": {"rounds": 1, "decoding": {"support": 0.1}}},
         "bc": {"algorithm": "bc"},
     }
     run(world)
@@ -626,8 +626,8 @@ def test_what_learns_by_playing_gives_replies_as_long_as_it_is_measured_by(world
         "bc-0": None,
     }
     (ppo, *_) = [row for row in runs(world) if row["method"] == "ppo"]
-    assert ppo["config"]["method"][0]["args"]["sampling"] == {"max_new_tokens": 5}
-    del world.settings["evaluation"]["sampling"]
+    assert ppo["config"]["method"][0]["args"]["decoding"] == {"max_new_tokens": 5}
+    del world.settings["evaluation"]["decoding"]
     world.settings["output"] += "_without"
     world.settings["methods"] = {name: world.settings["methods"][name] for name in ("ppo", "rounds")}
     run(world)
@@ -637,16 +637,16 @@ def test_what_learns_by_playing_gives_replies_as_long_as_it_is_measured_by(world
 @pytest.mark.parametrize(
     ("key", "entry"),
     [
-        ("methods.ppo.args.sampling", {"algorithm": "ppo", "args": {"sampling": {"max_new_tokens": 40}}}),
-        ("methods.ppo.sampling", {"algorithm": "ppo", "sampling": {"max_new_tokens": 40}}),
-        ("methods.ppo.collect.sampling", {"algorithm": "bc", "collect": {"sampling": {"max_new_tokens": 40}}}),
-        ("evaluation.sampling", {"algorithm": "bc"}),
+        ("methods.ppo.args.decoding", {"algorithm": "ppo", "args": {"decoding": {"max_new_tokens": 40}}}),
+        ("methods.ppo.decoding", {"algorithm": "ppo", "decoding": {"max_new_tokens": 40}}),
+        ("methods.ppo.collect.decoding", {"algorithm": "bc", "collect": {"decoding": {"max_new_tokens": 40}}}),
+        ("evaluation.decoding", {"algorithm": "bc"}),
     ],
 )
 def test_a_reply_longer_than_the_window_is_refused_by_the_setting_that_says_so(world, key, entry):
     world.settings["methods"] = {"ppo": entry}
     world.settings["args"] |= {"max_length": 32}
-    world.settings["evaluation"]["sampling"] = {"max_new_tokens": 40 if key == "evaluation.sampling" else 4}
+    world.settings["evaluation"]["decoding"] = {"max_new_tokens": 40 if key == "evaluation.decoding" else 4}
     with pytest.raises(InputError, match=f"^{key}.max_new_tokens: found 40, expected at most .* of ppo, 32, which"):
         run(world)
     assert not world.trained
@@ -676,7 +676,7 @@ def test_a_method_that_fails_takes_those_with_it_that_need_it_and_no_other(world
         "after": {"algorithm": "bc", "from": "from"},
         "critic": {"algorithm": "iql", "critic": "broken"},
         "again": {"run_of": "broken", "betas": []},
-        "told": {"algorithm": "return_conditioned", "sampling": {"ask": "auto:broken"}},
+        "told": {"algorithm": "return_conditioned", "decoding": {"ask": "auto:broken"}},
         "planned": {"algorithm": "bc", "planner": {"scorer": "broken"}},
         "bc": {"algorithm": "bc"},
         "ilql": ilql,
@@ -686,7 +686,7 @@ def test_a_method_that_fails_takes_those_with_it_that_need_it_and_no_other(world
         with pytest.raises(InputError) as raised:
             run(world)
     assert str(raised.value) == (
-        "broken-0 failed: max_length: found 8, expected more for evaluation.sampling.max_new_tokens (5); "
+        "broken-0 failed: max_length: found 8, expected more for evaluation.decoding.max_new_tokens (5); "
         "from-0, after-0, critic-0, again-0 skipped because of broken; "
         "told-0, planned-0 rows skipped because of broken; "
         f"`offline-lmrl compare {world.out}` reports on the rest, and the same command tries the missing runs again"
@@ -707,7 +707,7 @@ def test_a_method_that_fails_in_play_keeps_the_rows_it_has_and_its_run_serves_ot
     right = Gambler.reply
 
     def reply(policy, *args):
-        if policy.model.run == "bc-0" and policy.sampling.temperature == 0:
+        if policy.model.run == "bc-0" and policy.decoding.temperature == 0:
             raise RuntimeError("out of\nmemory")
         return right(policy, *args)
 
@@ -797,9 +797,9 @@ def test_failures_of_training_and_of_play_are_the_same_in_one_process_and_in_sev
             "bc": {"algorithm": "bc"},
             "ppo": {"algorithm": "ppo", "from": "bc", "args": {"episodes": 2}},
             "after": {"algorithm": "bc", "from": "ppo"},
-            "long": {"run_of": "bc", "sampling": {"max_new_tokens": 100}},
+            "long": {"run_of": "bc", "decoding": {"max_new_tokens": 100}},
         },
-        "evaluation": {"episodes": 3, "sampling": {"max_new_tokens": 1}},
+        "evaluation": {"episodes": 3, "decoding": {"max_new_tokens": 1}},
     }
     with pytest.raises(Failed) as raised:
         run(world, workers=workers)

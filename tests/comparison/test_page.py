@@ -15,7 +15,7 @@ METHOD = {
     "algorithm": "bc",
     "model": {},
     "args": {},
-    "sampling": {},
+    "decoding": {},
     "planner": None,
     "betas": None,
     "critic": None,

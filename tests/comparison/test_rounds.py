@@ -39,7 +39,7 @@ def learn(folder, data, algorithm="bc", rounds=2, environment=WORLD, model=None,
         **settings,
     }
     args = load_algorithm(algorithm)[0](output_dir=str(folder), **settings)
-    collect = CollectConfig(rounds, episodes=6, sampling={"max_new_tokens": 3})
+    collect = CollectConfig(rounds, episodes=6, decoding={"max_new_tokens": 3})
     model = model or ModelConfig(scratch=SCRATCH, vocab_size=270)
     return train_in_rounds(algorithm, model, data, args, environment, collect)
 
@@ -112,9 +112,9 @@ def test_a_comparison_trains_in_rounds_and_counts_what_was_played(tmp_path, logs
         "seeds": (0,),
         "model": {"scratch": SCRATCH, "vocab_size": 270},
         "args": {"max_length": 32, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True},
-        "evaluation": EvaluationConfig(episodes=2, sampling={"max_new_tokens": 3}),
+        "evaluation": EvaluationConfig(episodes=2, decoding={"max_new_tokens": 3}),
     }
-    collect = {"rounds": 1, "episodes": 5, "sampling": {"max_new_tokens": 3}}
+    collect = {"rounds": 1, "episodes": 5, "decoding": {"max_new_tokens": 3}}
     config = CompareConfig(methods={"bc": plain, "iterated": {**plain, "collect": collect}}, **settings)
     run_compare(config)
     rows = {row["method"]: row for row in read_results(tmp_path / "out" / "results.jsonl") if row["kind"] == "run"}

@@ -11,7 +11,7 @@ from offline_lmrl.decoding import asks
 from offline_lmrl.decoding import policy as policies
 from offline_lmrl.decoding.planner import PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession, load_critic
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.decoding.scorers import load_scorer
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError
@@ -55,8 +55,8 @@ MODEL = conditioned()
 NULL = len(RENDERER.tokenizer)
 
 
-def policy(model=MODEL, window=None, **sampling):
-    return LanguagePolicy(model, RENDERER, SamplingConfig(**{"max_new_tokens": 5} | sampling), **window or {})
+def policy(model=MODEL, window=None, **decoding):
+    return LanguagePolicy(model, RENDERER, DecodingConfig(**{"max_new_tokens": 5} | decoding), **window or {})
 
 
 def prompts_of(monkeypatch, player):
@@ -281,7 +281,7 @@ def test_auto_with_a_run_asks_for_the_best_q_that_this_run_sees(tmp_path, monkey
     with pytest.raises(InputError, match="plain: found a model without value heads, expected one that has them"):
         policy(conditioned(heads=False), ask=f"auto:{tmp_path / 'plain'}")
     monkeypatch.setattr(policies, "load_critic", None)
-    player.with_sampling(temperature=0.0).start([5]).reply([0], HISTORIES[:1])  # it is loaded once
+    player.with_decoding(temperature=0.0).start([5]).reply([0], HISTORIES[:1])  # it is loaded once
 
 
 def test_a_critic_that_counts_turns_otherwise_is_named_once_and_one_behind_demonstrations_refused(tmp_path, caplog):
@@ -290,7 +290,7 @@ def test_a_critic_that_counts_turns_otherwise_is_named_once_and_one_behind_demon
     critic.save_pretrained(tmp_path / "critic")
     RENDERER.tokenizer.save_pretrained(tmp_path / "critic")
     player = policy(ask=f"auto:{tmp_path / 'critic'}")
-    player.with_sampling(temperature=0.0).start([5]).reply([0], HISTORIES[:1])
+    player.with_decoding(temperature=0.0).start([5]).reply([0], HISTORIES[:1])
     (said,) = [record.message for record in caplog.records if "discount_per_turn" in record.message]
     assert said.startswith("ask: found discount_per_turn 0.9 in the run ") and "expected the model's 1: " in said
     caplog.clear()
@@ -358,7 +358,7 @@ def test_generate_equals_the_sampler(monkeypatch):
         replies = [list(reply.token_ids) for reply in session.reply([0, 1], histories)]
         for row, reply in zip(generate(MODEL, prompts, ask=asked), replies, strict=True):
             assert row[: len(reply)] == reply
-    monkeypatch.setitem(MODEL.config.offline_lmrl, "sampling", {"ask": 4.0})
+    monkeypatch.setitem(MODEL.config.offline_lmrl, "decoding", {"ask": 4.0})
     assert generate(MODEL, prompts) == generate(MODEL, prompts, ask=4) == generate(MODEL, prompts, ask=[4.0, 4.0])
     generate(MODEL, prompts, repetition_penalty=1.1)  # which looks up scores by id
 
@@ -418,7 +418,7 @@ def test_an_ask_for_the_usual_return_is_said_once(caplog):
     asks._WARNED.clear()
     logs = [Trajectory((Turn("user", "move"), Turn("assistant", "go", reward=r))) for r in [0.0] * 19 + [5.0]]
     player = policy(conditioned(logs=logs), ask="p90")
-    player.with_sampling(temperature=0.0).start([1, 2], ["p90", "max"]).reply([0, 1], HISTORIES[:1] * 2)
+    player.with_decoding(temperature=0.0).start([1, 2], ["p90", "max"]).reply([0, 1], HISTORIES[:1] * 2)
     assert [record.message for record in caplog.records] == [
         "ask: found p90, the return 0, which is in the same bin as the median of the training data, "
         "expected a return in a higher bin; the best return is 5 (ask: max)"
@@ -441,7 +441,7 @@ def test_asks_and_forms_that_the_model_cannot_serve_are_refused():
             policy(model, **form)
     for wrong in (float("nan"), "p101", True):
         with pytest.raises(InputError, match="ask: found"):
-            SamplingConfig(ask=wrong)
+            DecodingConfig(ask=wrong)
     with pytest.raises(InputError, match="ask: found 'most'"):
         policy().start([1], ["most"])
 
@@ -451,12 +451,12 @@ def test_returns_per_task_need_the_task(tmp_path):
     model = conditioned(logs=logs, per="task")
     with pytest.raises(InputError, match="task: found '', expected a task of the training data"):
         policy(model, ask="max")
-    player = LanguagePolicy(model, RENDERER, SamplingConfig(ask="max", max_new_tokens=2), task="b")
+    player = LanguagePolicy(model, RENDERER, DecodingConfig(ask="max", max_new_tokens=2), task="b")
     play(player, [1.0])
-    model.config.offline_lmrl |= {"sampling": {"ask": "max"}}
+    model.config.offline_lmrl |= {"decoding": {"ask": "max"}}
     model.save_pretrained(tmp_path)
     RENDERER.tokenizer.save_pretrained(tmp_path)
-    assert load_critic(tmp_path).sampling.ask is None  # values are read where nothing is asked for, of whatever task
+    assert load_critic(tmp_path).decoding.ask is None  # values are read where nothing is asked for, of whatever task
 
 
 def test_returns_as_text_are_read_in_the_same_place(monkeypatch):

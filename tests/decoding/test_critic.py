@@ -101,7 +101,7 @@ def test_relabelled_returns_equal_those_worked_out_from_q_and_v_per_token(tmp_pa
 def test_the_q_label_is_the_smaller_target_of_the_closing_token(tmp_path):
     judge = critic(tmp_path, "linear", q_reduce="mean")  # how the run decodes does not matter
     first, one, cut, finished = returns(relabel(LOGS, judge, "q"))
-    judge.sampling = type(judge.sampling)(q_reduce="min")
+    judge.decoding = type(judge.decoding)(q_reduce="min")
     steps = read_logs(judge, LOGS)
     closing = [
         steps.q[(steps.trajectory == i) & (steps.turn == k)][-1]

@@ -109,7 +109,7 @@ def test_the_part_that_was_trained_behind_is_shown(monkeypatch):
 
 def test_another_sampling_form_keeps_the_prompt():
     player = policy(window={"prompt": [DEMONSTRATION]}, ask=4.0)
-    assert player.with_sampling(ask=1.0).shared_prompt == player.shared_prompt != policy().shared_prompt
+    assert player.with_decoding(ask=1.0).shared_prompt == player.shared_prompt != policy().shared_prompt
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from offline_lmrl.decoding import planner as planning
 from offline_lmrl.decoding.planner import Critic, Planner, PlannerConfig, PlannerSession
 from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
@@ -62,8 +62,8 @@ def planning_model(heads=True):
 MODEL = planning_model()
 
 
-def policy(model=MODEL, context=None, stride=1, prompt=None, **sampling):
-    form = SamplingConfig(**{"max_new_tokens": 4, "top_k": 5} | sampling)
+def policy(model=MODEL, context=None, stride=1, prompt=None, **decoding):
+    form = DecodingConfig(**{"max_new_tokens": 4, "top_k": 5} | decoding)
     return LanguagePolicy(model, RENDERER, form, context=context, stride=stride, prompt=prompt)
 
 
@@ -185,7 +185,7 @@ def test_what_is_imagined_is_read_after_the_same_ids_as_in_training(
 
 
 def test_a_plan_ends_before_a_reply_that_max_length_cannot_hold(caplog):
-    player = LanguagePolicy(MODEL, RENDERER, SamplingConfig(max_new_tokens=4, top_k=5), max_length=9)
+    player = LanguagePolicy(MODEL, RENDERER, DecodingConfig(max_new_tokens=4, top_k=5), max_length=9)
     assert player.null_reply_window([Turn("user", "at"), Turn("assistant", "1, 2, 1, 2")], "user", 4) is None
     planner = Planner(player, width=2, expand=2, depth=3)
     planner.heads = Fixed(1.0, 4.0, 0.0)

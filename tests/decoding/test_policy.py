@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from offline_lmrl.decoding.policy import LanguagePolicy, generate_texts
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.models.guided import add_value_heads, build_model
@@ -49,7 +49,7 @@ def renderer(tokenizer):
 @pytest.fixture
 def run(tmp_path, model, renderer):
     model.config.offline_lmrl = model.config.offline_lmrl | {
-        "sampling": FORM | {"beta": 2.0, "top_k": 20},
+        "decoding": FORM | {"beta": 2.0, "top_k": 20},
         "window": {"context": 3, "stride": 1, "max_length": 100},
         **rendering_block(renderer),
     }
@@ -64,9 +64,9 @@ def dialogue(*texts):
 
 def test_a_run_loads_with_its_form_and_window(run):
     policy = LanguagePolicy.load(run, device="cpu")
-    assert (policy.sampling.beta, policy.sampling.top_k, policy.window.context) == (2.0, 20, 3)
+    assert (policy.decoding.beta, policy.decoding.top_k, policy.window.context) == (2.0, 20, 3)
     override = LanguagePolicy.load(run, device="cpu", beta=0.0, temperature=0.0)
-    assert (override.sampling.beta, override.sampling.top_k, override.sampling.temperature) == (0.0, 20, 0.0)
+    assert (override.decoding.beta, override.decoding.top_k, override.decoding.temperature) == (0.0, 20, 0.0)
     history = dialogue("you are at 1, 2")
     assert generate_texts(policy, [history]) == generate_texts(LanguagePolicy.load(run, device="cpu"), [history])
 
@@ -130,7 +130,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path, model):
 
 
 def test_greedy_guided_play_equals_generate(model, renderer):
-    policy = LanguagePolicy(model, renderer, SamplingConfig(temperature=0.0, beta=3.0, max_new_tokens=8))
+    policy = LanguagePolicy(model, renderer, DecodingConfig(temperature=0.0, beta=3.0, max_new_tokens=8))
     ((reply,),) = generate_texts(policy, [dialogue("you are at 1, 2")])
     asked = renderer.encode_turn(Turn("user", "you are at 1, 2")).ids
     prompt = [*renderer.preamble_of(()), *asked, *renderer.agent_opening]
@@ -167,7 +167,7 @@ WINDOWS = [{}, {"context": 1}, {"context": 3}, {"context": 4, "stride": 2}, {"ma
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_a_session_with_caches_plays_as_without(model, renderer, window):
-    policy = LanguagePolicy(model, renderer, SamplingConfig(**FORM, beta=1.0), **window)
+    policy = LanguagePolicy(model, renderer, DecodingConfig(**FORM, beta=1.0), **window)
     for cached, uncached in zip(play(policy, 4, False), play(policy, 4, True), strict=True):
         assert cached.token_ids == uncached.token_ids
         assert_close(torch.tensor(cached.log_prob), torch.tensor(uncached.log_prob), atol=1e-4, rtol=0)
@@ -179,7 +179,7 @@ def test_a_session_of_one_turn_windows_keeps_no_cache(model, renderer):
 
 
 def test_a_rows_reply_does_not_depend_on_the_other_rows(model, renderer):
-    policy = LanguagePolicy(model, renderer, SamplingConfig(**FORM))
+    policy = LanguagePolicy(model, renderer, DecodingConfig(**FORM))
     histories = [dialogue("you are at 1, 2"), dialogue("a", "b", "c")]
     session = policy.start([1, 2, 3])
     later = session.reply([2], histories[1:])
@@ -187,7 +187,7 @@ def test_a_rows_reply_does_not_depend_on_the_other_rows(model, renderer):
 
 
 def test_n_samples_differ_and_do_not_depend_on_n(model, renderer):
-    policy = LanguagePolicy(model, renderer, SamplingConfig(**FORM))
+    policy = LanguagePolicy(model, renderer, DecodingConfig(**FORM))
     histories = [dialogue("you are at 1, 2"), dialogue("a", "b", "c")]
     five = generate_texts(policy, histories, n=5)
     assert [len(replies) for replies in five] == [5, 5]
@@ -200,7 +200,7 @@ def test_n_samples_differ_and_do_not_depend_on_n(model, renderer):
 
 
 def test_options_come_back_as_they_were_given(model, renderer):
-    policy = LanguagePolicy(model, renderer, SamplingConfig(max_new_tokens=32))
+    policy = LanguagePolicy(model, renderer, DecodingConfig(max_new_tokens=32))
     allowed = ["move left", "move right", " spaced  out "]
     replies = policy.start(range(30)).reply(range(30), [dialogue("go")] * 30, [allowed] * 30)
     assert {reply.text for reply in replies} <= set(allowed)
@@ -208,7 +208,7 @@ def test_options_come_back_as_they_were_given(model, renderer):
 
 
 def test_a_reply_that_leaves_no_room_for_the_system_turn_is_refused(model, renderer):
-    policy = LanguagePolicy(model, renderer, SamplingConfig(max_new_tokens=60), max_length=64)
+    policy = LanguagePolicy(model, renderer, DecodingConfig(max_new_tokens=60), max_length=64)
     with pytest.raises(InputError, match="max_length: found 64"):
         policy.start([0]).reply([0], [[Turn("system", "x" * 30), Turn("user", "hi")]])
 
@@ -216,15 +216,15 @@ def test_a_reply_that_leaves_no_room_for_the_system_turn_is_refused(model, rende
 def test_guidance_without_heads_is_refused(tokenizer, renderer):
     plain = build_model({"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}, tokenizer)
     with pytest.raises(InputError, match="has no value heads"):
-        LanguagePolicy(plain, renderer, SamplingConfig(beta=1.0))
-    assert generate_texts(LanguagePolicy(plain, renderer, SamplingConfig(**FORM)), [dialogue("hi")])
+        LanguagePolicy(plain, renderer, DecodingConfig(beta=1.0))
+    assert generate_texts(LanguagePolicy(plain, renderer, DecodingConfig(**FORM)), [dialogue("hi")])
 
 
 def test_a_lora_policy_plays_guided(tokenizer, renderer):
     peft = pytest.importorskip("peft")
     base = build_model({"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}, tokenizer)
     guided = scramble(add_value_heads(base, ValueHeadsConfig("linear")))
-    form = SamplingConfig(**FORM, beta=1.0)
+    form = DecodingConfig(**FORM, beta=1.0)
     before = generate_texts(LanguagePolicy(guided, renderer, form), [dialogue("hi")])
     lora = peft.get_peft_model(guided, peft.LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM"))
     after = generate_texts(LanguagePolicy(lora, renderer, form), [dialogue("hi")])

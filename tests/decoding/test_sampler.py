@@ -19,7 +19,7 @@ from transformers import (
 
 from offline_lmrl.decoding import sampler as sampler_module
 from offline_lmrl.decoding.cache import CacheMemory
-from offline_lmrl.decoding.sampler import Sampler, SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig, Sampler
 from offline_lmrl.errors import InputError
 from tests.tiny import one_form
 
@@ -82,7 +82,7 @@ def next_logits(model, ids):
 def sample(model, prompts, seeds=None, memory=None, rows=None, counters=None, options=None, **settings):
     renderer = Letters(model.config.vocab_size)
     seeds = range(len(prompts)) if seeds is None else seeds
-    drawer = Sampler(model, renderer, SamplingConfig(**settings))
+    drawer = Sampler(model, renderer, DecodingConfig(**settings))
     return drawer.sample(prompts, seeds, counters, options, memory, rows)
 
 
@@ -453,13 +453,13 @@ def test_the_model_is_left_in_its_mode():
 
 def test_beta_without_value_heads_is_refused():
     with pytest.raises(InputError, match="beta: found 2.0, expected 0, as GPT2LMHeadModel has no value heads"):
-        Sampler(tiny(), Letters(24), SamplingConfig(beta=2.0))
+        Sampler(tiny(), Letters(24), DecodingConfig(beta=2.0))
 
 
 def test_a_model_without_a_cache_is_refused():
     model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=24, n_embd=8, n_layer=1, n_head=2))
     with pytest.raises(InputError, match="model: found OpenAIGPTLMHeadModel, expected one that takes past_key_values"):
-        Sampler(model, Letters(24), SamplingConfig())
+        Sampler(model, Letters(24), DecodingConfig())
 
 
 @pytest.mark.parametrize(
@@ -485,11 +485,11 @@ def test_a_model_without_a_cache_is_refused():
 )
 def test_settings_out_of_range_name_the_key(name, value):
     with pytest.raises(InputError, match=f"^{name}: found "):
-        SamplingConfig(**{name: value})
+        DecodingConfig(**{name: value})
 
 
 def test_settings_survive_a_dict_and_unknown_ones_name_the_nearest():
-    config = SamplingConfig(beta=4.0, stop=("\n",), top_k=5)
-    assert SamplingConfig.from_dict(config.to_dict()) == config
+    config = DecodingConfig(beta=4.0, stop=("\n",), top_k=5)
+    assert DecodingConfig.from_dict(config.to_dict()) == config
     with pytest.raises(InputError, match="'temprature'; did you mean 'temperature'"):
-        SamplingConfig.from_dict({"temprature": 1.0})
+        DecodingConfig.from_dict({"temprature": 1.0})

@@ -25,7 +25,7 @@ def test_a_point_says_what_was_told_and_what_came_of_it():
     ]
     rows = [{"cluster": i, "score": 3 + 2 * i, "labels": labels} for i, labels in enumerate(told)]
     scale = SimpleNamespace(table=lambda task: SimpleNamespace(counts=(10, 20, 30)))
-    policy = SimpleNamespace(sampling=SimpleNamespace(ask="auto"), return_tokens=SimpleNamespace(scale=scale), task="")
+    policy = SimpleNamespace(decoding=SimpleNamespace(ask="auto"), return_tokens=SimpleNamespace(scale=scale), task="")
     found = ask_point(policy, EvaluationResult(rows, [], 0.0))
     assert (found.ask, found.asked, found.bin, found.training_turns) == ("auto", 5.0, 2, 30)
     assert found.clipped == pytest.approx(1 / 3)

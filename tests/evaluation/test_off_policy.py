@@ -12,7 +12,7 @@ import transformers
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.cli.main import main
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation import off_policy
@@ -171,10 +171,10 @@ class Echo:
 
 def test_hot_play_is_weighed_to_the_score_of_warm_play():
     torch.manual_seed(3)
-    form = SamplingConfig(temperature=2.0, top_k=5, max_new_tokens=2)
+    form = DecodingConfig(temperature=2.0, top_k=5, max_new_tokens=2)
     hot = LanguagePolicy(build_model(SPEC, TOKENIZER), Renderer(TOKENIZER), form, context=1, max_length=16)
-    warm = hot.with_sampling(temperature=0.7)
-    (best,) = rollout(hot.with_sampling(temperature=0.0), lambda: Echo(""), [0])
+    warm = hot.with_decoding(temperature=0.7)
+    (best,) = rollout(hot.with_decoding(temperature=0.0), lambda: Echo(""), [0])
     logs, play = (
         rollout(policy, lambda: Echo(best.turns[-1].content), range(first, first + 1000))
         for policy, first in ((hot, 0), (warm, 5000))

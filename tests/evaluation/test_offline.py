@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from offline_lmrl.decoding.policy import NO_PROMPT, LanguagePolicy, PromptIds
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.offline import (
@@ -69,7 +69,7 @@ class Table:
         return torch.full(hidden.shape[:1], 1.5)
 
 
-def table_policy(heads=True, scale=1.0, **sampling):
+def table_policy(heads=True, scale=1.0, **decoding):
     return SimpleNamespace(
         model=Table(heads, scale),
         renderer=RENDERER,
@@ -77,7 +77,7 @@ def table_policy(heads=True, scale=1.0, **sampling):
         prompt=None,
         spec=PromptSpec(),
         shared_prompt=NO_PROMPT,
-        sampling=SamplingConfig(**sampling),
+        decoding=DecodingConfig(**decoding),
     )
 
 
@@ -125,7 +125,7 @@ def test_what_a_cut_log_would_have_earned_is_not_known():
 
 
 @pytest.mark.parametrize(
-    ("beta", "sampling", "kl", "changed"),
+    ("beta", "decoding", "kl", "changed"),
     [
         # b : a = 1/3 · exp(2β). β = ln 3 / 2 makes it 1: KL = ½ ln(2/3) + ½ ln 2
         (math.log(3) / 2, {}, 0.5 * math.log(2 / 3) + 0.5 * math.log(2), None),
@@ -140,8 +140,8 @@ def test_what_a_cut_log_would_have_earned_is_not_known():
     ],
     ids=["even", "turned", "clip", "support", "candidates", "unguided"],
 )
-def test_divergence_of_guidance_is_exact(beta, sampling, kl, changed):
-    (entry,) = guidance_by_beta(read_logs(table_policy(**sampling), [said("a", 1.0)], [beta]), [beta])
+def test_divergence_of_guidance_is_exact(beta, decoding, kl, changed):
+    (entry,) = guidance_by_beta(read_logs(table_policy(**decoding), [said("a", 1.0)], [beta]), [beta])
     assert entry["kl"] == pytest.approx(kl / 2, abs=1e-5)  # the closing token, which is certain, adds 0
     if changed is not None:  # an even choice may fall either way
         assert entry["changed"] == changed / 2
@@ -222,7 +222,7 @@ def played():
     for parameter in model.value_heads.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     renderer = Renderer(tokenizer)
-    policy = LanguagePolicy(model, renderer, SamplingConfig(max_new_tokens=5, temperature=1.0), max_length=64)
+    policy = LanguagePolicy(model, renderer, DecodingConfig(max_new_tokens=5, temperature=1.0), max_length=64)
     return policy, rollout(policy, Corridor, range(8))
 
 
@@ -246,7 +246,7 @@ FORMS = [{}, {"support": 0.3, "temperature": 0.5}, {"candidates": 7, "clip": 0.0
 @pytest.mark.parametrize("form", FORMS)
 def test_guidance_is_measured_on_the_distribution_that_the_sampler_draws_from(played, form):
     policy, trajectories = played
-    guided = LanguagePolicy(policy.model, policy.renderer, SamplingConfig(max_new_tokens=1, beta=5.0, **form))
+    guided = LanguagePolicy(policy.model, policy.renderer, DecodingConfig(max_new_tokens=1, beta=5.0, **form))
     (history,) = Corridor().reset(0)
     renderer = policy.renderer
     prompt = [*renderer.preamble_of(()), *renderer.encode_turn(history).ids, *renderer.agent_opening]

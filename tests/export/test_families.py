@@ -67,7 +67,7 @@ def tiny_run(family, folder):
     except Exception:
         return None
     model.config.offline_lmrl |= {"algorithm": "ilql", "tokenizer": Renderer(TOKENIZER).fingerprint}
-    model.config.offline_lmrl |= {"sampling": {"beta": BETA, "q_reduce": "mean", "temperature": 0.0}}
+    model.config.offline_lmrl |= {"decoding": {"beta": BETA, "q_reduce": "mean", "temperature": 0.0}}
     model.save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
     return model if finite else None

@@ -76,7 +76,7 @@ def save_run(folder, model, tokenizer=TOKENIZER, **blocks):
 
 def valued_run(folder, kind="tied", spec=SPEC, **form):
     model = shaken(add_value_heads(build_model(spec, TOKENIZER), ValueHeadsConfig(kind)))
-    return save_run(folder, model, sampling=EXACT | form)
+    return save_run(folder, model, decoding=EXACT | form)
 
 
 def told_run(folder, tokenizer=TOKENIZER, heads=None, template="auto", text=None, logs=LOGS, per="global", **form):
@@ -92,14 +92,14 @@ def told_run(folder, tokenizer=TOKENIZER, heads=None, template="auto", text=None
         "scale": scale.to_dict(),
         "opening": list(renderer.agent_opening),
     }
-    sampling = {"ask": 3.0} | form
+    decoding = {"ask": 3.0} | form
     return save_run(
         folder,
         add_returns(model, block),
         tokenizer,
         algorithm="return_conditioned",
         template=template,
-        sampling=sampling,
+        decoding=decoding,
     )
 
 
@@ -192,7 +192,7 @@ def test_guidance_that_does_not_fold_is_refused_before_the_model_is_read(tmp_pat
     assert sorted(tmp_path.iterdir()) == [run]
     words = settings.replace("--", "").split()
     given = {name: yaml.safe_load(value) for name, value in zip(words[::2], words[1::2], strict=True)}
-    assert export_run(run, path, **given).form.beta == 1.5  # what the line says to give is enough
+    assert export_run(run, path, **given).decoding.beta == 1.5  # what the line says to give is enough
 
 
 def test_settings_that_filter_nothing_fold(tmp_path):
@@ -204,7 +204,7 @@ def test_settings_that_filter_nothing_fold(tmp_path):
 
 def test_of_one_head_the_minimum_folds(tmp_path):
     model = shaken(add_value_heads(build_model(SPEC, TOKENIZER), ValueHeadsConfig("linear", heads=1)))
-    run = save_run(tmp_path / "run", model, sampling=EXACT | {"q_reduce": "min"})
+    run = save_run(tmp_path / "run", model, decoding=EXACT | {"q_reduce": "min"})
     export_run(run, tmp_path / "plain")
     found = next_log_prob(plain(tmp_path / "plain")[0], prompt_of())
     assert_close(found, guided(run, prompt_of(), 1.5), atol=1e-4, rtol=0)
@@ -242,7 +242,7 @@ def test_the_base_models_own_way_of_decoding_does_not_come_along(tmp_path):
         eos_token_id=[2, 7],
         suppress_tokens=[40],
     )
-    run = save_run(tmp_path / "run", model, sampling=EXACT | {"temperature": 0.0})
+    run = save_run(tmp_path / "run", model, decoding=EXACT | {"temperature": 0.0})
     export_run(run, tmp_path / "plain")
     model, _ = plain(tmp_path / "plain")
     expected, written = prompt_of(), model.generate(torch.tensor([prompt_of()]), max_new_tokens=12)[0].tolist()
@@ -372,7 +372,7 @@ def test_an_adapter_is_merged(tmp_path):
     peft = pytest.importorskip("peft")
     shaken(build_model(SPEC, TOKENIZER)).save_pretrained(tmp_path / "base")
     model = load_model(tmp_path / "base", value_heads=ValueHeadsConfig("linear"))
-    model.config.offline_lmrl |= {"algorithm": "ilql", "tokenizer": RENDERER.fingerprint, "sampling": EXACT}
+    model.config.offline_lmrl |= {"algorithm": "ilql", "tokenizer": RENDERER.fingerprint, "decoding": EXACT}
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False))
     unfreeze_heads(model)
     torch.nn.init.normal_(model.value_heads.target_q.weight, std=0.3)

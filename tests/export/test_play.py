@@ -99,7 +99,7 @@ def test_a_real_chat_model_writes_the_same_before_and_after_export(tmp_path):
     tokenizer = load_tokenizer(FOLDER)
     model = load_model(FOLDER, value_heads=ValueHeadsConfig("tied"))
     form = {"beta": 4.0, "q_reduce": "min", "support": 0.02}  # as ILQL saves it
-    model.config.offline_lmrl |= {"algorithm": "ilql", "tokenizer": Renderer(tokenizer).fingerprint, "sampling": form}
+    model.config.offline_lmrl |= {"algorithm": "ilql", "tokenizer": Renderer(tokenizer).fingerprint, "decoding": form}
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

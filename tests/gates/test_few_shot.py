@@ -5,7 +5,7 @@ import pytest
 
 from offline_lmrl.algorithms.return_conditioned import ReturnConditionedConfig, ReturnConditionedTrainer
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.tasks.hidden_rule import HELD_OUT, HiddenRule
@@ -54,7 +54,7 @@ def test_a_new_rule_is_followed_behind_its_demonstration_alone(tmp_path, seed):
         condition_dropout=0.0,
         prompt=prompt,
     )
-    policy = LanguagePolicy(run.model, run.renderer, SamplingConfig(max_new_tokens=4, ask="max"), max_length=96)
+    policy = LanguagePolicy(run.model, run.renderer, DecodingConfig(max_new_tokens=4, ask="max"), max_length=96)
 
     def right(policy, game):
         """The share of right answers over as many rules as are held out."""

@@ -84,7 +84,7 @@ def estimates(folder, seed):
         per_device_train_batch_size=128,
     )
     policy = LanguagePolicy.load(folder, device="cpu", support=0.02, max_new_tokens=4)
-    hot = policy.with_sampling(temperature=2.0)
+    hot = policy.with_decoding(temperature=2.0)
     logs = rollout(hot, lambda: Corridor(seed), range(EPISODES))
     value = exact_value(policy, seed)
     played, logged = (

@@ -6,7 +6,7 @@ import pytest
 from offline_lmrl.algorithms.return_conditioned import ReturnConditionedConfig, ReturnConditionedTrainer
 from offline_lmrl.decoding.planner import Planner
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.evaluation.metrics import mean_interval
 from offline_lmrl.logs.trajectory import Turn
@@ -35,7 +35,7 @@ def test_two_turns_of_looking_ahead_leave_the_bait(tmp_path, seed):
         return_weight=1.0,
         environment_weight=1.0,
     )
-    policy = LanguagePolicy(run.model, run.renderer, SamplingConfig(max_new_tokens=4, ask=None), max_length=96)
+    policy = LanguagePolicy(run.model, run.renderer, DecodingConfig(max_new_tokens=4, ask=None), max_length=96)
     assert mean_return(policy, 400) <= 0.5
     assert mean_return(Planner(policy, width=16, expand=64, depth=1), 64) < 0.5
     assert mean_return(Planner(policy, width=16, expand=64, depth=2), 64) >= 0.95 * TalkTrap().optimum()
@@ -69,8 +69,8 @@ def test_with_one_turn_in_view_a_walk_is_imagined_node_by_node(tmp_path, seed, e
         reward_scale=10,
         per_device_train_batch_size=128,
     )
-    sampling = SamplingConfig(max_new_tokens=4, support=0.02, ask=None)
-    policy = LanguagePolicy(run.model, run.renderer, sampling, context=1, max_length=32)
+    decoding = DecodingConfig(max_new_tokens=4, support=0.02, ask=None)
+    policy = LanguagePolicy(run.model, run.renderer, decoding, context=1, max_length=32)
     # Of the six edges at one node a plan must not miss the one to the goal: hence so many proposals.
     near, far = (Planner(policy, width=8, expand=32, depth=depth) for depth in (1, 3))
     returns = [[t.total_return for t in rollout(planner, Walk, episodes)] for planner in (near, far)]

@@ -92,7 +92,7 @@ def distance_to_closed_form(folder, texts, seed, kl_weight=0.5):
         whiten_advantages=False,
         value_weight=0.5,
         value_clip_range=None,
-        sampling={"max_new_tokens": 8},
+        decoding={"max_new_tokens": 8},
         save_rollouts=False,
         **COMMON,
     )
@@ -164,7 +164,7 @@ def test_count_is_learnt_within_8192_environment_steps(tmp_path, seed):
         learning_rate=2e-3,
         warmup_steps=4,
         kl_weight=0.05,
-        sampling={"max_new_tokens": 4},
+        decoding={"max_new_tokens": 4},
         **COMMON,
     )
     run = PPOTrainer(str(start), args, Count)

@@ -9,7 +9,7 @@ import pytest
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.algorithms.return_conditioned import ReturnConditionedConfig, ReturnConditionedTrainer
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.scripted import Forced
 from offline_lmrl.models.guided import return_tokens_of
@@ -25,7 +25,7 @@ EPISODES = 64  # per ask
 def trained(folder, logs, seed, steps):
     """Plays what is asked: ask -> policy."""
     run = fitted(ReturnConditionedConfig, ReturnConditionedTrainer, folder, logs, seed, steps)
-    return lambda ask: LanguagePolicy(run.model, run.renderer, SamplingConfig(max_new_tokens=20, ask=ask))
+    return lambda ask: LanguagePolicy(run.model, run.renderer, DecodingConfig(max_new_tokens=20, ask=ask))
 
 
 class Held:

@@ -6,7 +6,7 @@ import pytest
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
 from offline_lmrl.algorithms.return_conditioned import ReturnConditionedConfig, ReturnConditionedTrainer
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.tasks.corridor import Corridor
 from offline_lmrl.tasks.gamble import Gamble
@@ -24,8 +24,8 @@ VALUES = {
 }
 
 
-def played(run, make_environment, episodes, **sampling):
-    policy = LanguagePolicy(run.model, run.renderer, SamplingConfig(max_new_tokens=6, **sampling), context=1)
+def played(run, make_environment, episodes, **decoding):
+    policy = LanguagePolicy(run.model, run.renderer, DecodingConfig(max_new_tokens=6, **decoding), context=1)
     return rollout(policy, make_environment, range(episodes))
 
 

@@ -5,7 +5,7 @@ import pytest
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
 from offline_lmrl.decoding.policy import LanguagePolicy
-from offline_lmrl.decoding.sampler import SamplingConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.ops.value_learning import expectile_loss
 from offline_lmrl.tasks.corridor import Corridor
@@ -17,9 +17,9 @@ pytestmark = pytest.mark.gates
 ILQL = {"target_rate": 0.05, "discount_per_turn": 1.0, "conservative_weight": 0.01, "value_weight": 10.0}
 
 
-def play(folder, logs, make_environment, config, trainer, steps, seed, episodes, **sampling):
+def play(folder, logs, make_environment, config, trainer, steps, seed, episodes, **decoding):
     """The episodes played after training on the logs with one seed."""
-    settings = ILQL | sampling.pop("settings") if config is ILQLConfig else {}
+    settings = ILQL | decoding.pop("settings") if config is ILQLConfig else {}
     run = fitted(
         config,
         trainer,
@@ -32,7 +32,7 @@ def play(folder, logs, make_environment, config, trainer, steps, seed, episodes,
         per_device_train_batch_size=128,
         **settings,
     )
-    policy = LanguagePolicy(run.model, run.renderer, SamplingConfig(max_new_tokens=6, **sampling), context=1)
+    policy = LanguagePolicy(run.model, run.renderer, DecodingConfig(max_new_tokens=6, **decoding), context=1)
     return rollout(policy, make_environment, range(episodes))
 
 

@@ -38,7 +38,7 @@ def train_one_step(model):
 def test_adapter_and_heads_train_are_saved_and_come_back(family, kind, tmp_path):
     tiny_model(family).save_pretrained(tmp_path / "base")
     model = with_lora(load_model(tmp_path / "base", value_heads=ValueHeadsConfig(kind, initial_value=0.5)))
-    model.config.offline_lmrl["sampling"] = {"beta": 1.5}
+    model.config.offline_lmrl["decoding"] = {"beta": 1.5}
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     train_one_step(model)
     train_one_step(model)  # LoRA's second matrix starts at zero, so the first moves only now

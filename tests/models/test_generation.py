@@ -62,10 +62,10 @@ def test_guided_greedy_equals_recomputation_row_by_row(family, kind):
 @pytest.mark.parametrize("form", [{"clip": 0.0}, {"support": 0.3}, {"candidates": 4}, {"candidates": 6, "clip": 0.1}])
 def test_the_stored_sampling_form_applies(form):
     model = guided_model()
-    model.config.offline_lmrl["sampling"] = form
+    model.config.offline_lmrl["decoding"] = form
     expected = [slow_greedy(model, prompt, 4.0, form) for prompt in PROMPTS]
     assert greedy(model, PROMPTS, beta=4.0) == expected
-    model.config.offline_lmrl["sampling"] = form | {"beta": 4.0}
+    model.config.offline_lmrl["decoding"] = form | {"beta": 4.0}
     assert greedy(model, PROMPTS) == expected
     assert greedy(model, PROMPTS, beta=0.0) == greedy(tiny_model(), PROMPTS)
     assert greedy(model, PROMPTS, generation_config=GenerationConfig(pad_token_id=0)) == expected
@@ -103,9 +103,9 @@ def test_guided_logits_are_the_policys_plus_beta_times_the_advantage(family):
 def test_all_candidates_equal_no_candidates_and_few_leave_minus_infinity():
     model, ids = guided_model(kind="mlp"), torch.tensor(PROMPTS[:1])
     everything = model(input_ids=ids, beta=2.0).logits
-    model.config.offline_lmrl["sampling"] = {"candidates": VOCABULARY + 7}
+    model.config.offline_lmrl["decoding"] = {"candidates": VOCABULARY + 7}
     assert_close(model(input_ids=ids, beta=2.0).logits, everything)
-    model.config.offline_lmrl["sampling"] = {"candidates": 3}
+    model.config.offline_lmrl["decoding"] = {"candidates": 3}
     assert (model(input_ids=ids, beta=2.0).logits > -torch.inf).sum() == 3 * ids.numel()
     assert (model(input_ids=ids).logits > -torch.inf).all()  # what a likelihood reads is never filtered
 
@@ -136,7 +136,7 @@ def test_the_guided_forward_compiles_as_one_graph(family):
 
 def test_a_row_whose_beta_is_0_is_the_base_models_whatever_the_form():
     model = guided_model()
-    model.config.offline_lmrl["sampling"] = {"support": 0.5, "candidates": 2}
+    model.config.offline_lmrl["decoding"] = {"support": 0.5, "candidates": 2}
     inputs = left_padded(PROMPTS)
     alone, guided = model(**inputs).logits, model(**inputs, beta=2.0).logits
     mixed = model(**inputs, beta=torch.tensor([2.0, 0.0, 2.0])).logits

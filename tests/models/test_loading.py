@@ -43,7 +43,7 @@ def assert_targets_frozen(model, equal):
 @pytest.mark.parametrize("family, kind", CASES)
 def test_save_and_load_gives_the_same_model(family, kind, tmp_path):
     model = guided_model(family, kind, utterance=True)
-    model.config.offline_lmrl |= {"sampling": {"beta": 2.0, "clip": None}, "reward_scale": {"shift": 1.0}}
+    model.config.offline_lmrl |= {"decoding": {"beta": 2.0, "clip": None}, "reward_scale": {"shift": 1.0}}
     model.save_pretrained(tmp_path)
     loaded = load_model(tmp_path)
     assert type(loaded) is type(model)
@@ -145,8 +145,8 @@ def test_a_deep_copy_is_independent_and_decodes_alike(family):
             parameter.add_(0.1)
     assert torch.equal(copied(**batch)["q"], before)
     assert copied.get_decoder() is not model.get_decoder()
-    model.config.offline_lmrl["sampling"] = {"beta": 9.0}
-    assert "sampling" not in copied.config.offline_lmrl
+    model.config.offline_lmrl["decoding"] = {"beta": 9.0}
+    assert "decoding" not in copied.config.offline_lmrl
 
 
 @pytest.mark.parametrize("family, kind", CASES)
@@ -166,7 +166,7 @@ def test_resizing_the_vocabulary_resizes_the_heads(family, kind, tmp_path):
 
 def test_detached_heads_leave_the_plain_policy_also_on_disk(tmp_path):
     model = guided_model()
-    model.config.offline_lmrl |= {"sampling": {"beta": 2.0}, "template": "plain"}
+    model.config.offline_lmrl |= {"decoding": {"beta": 2.0}, "template": "plain"}
     assert remove_heads(model) is model and set(model(**tiny_batch())) == {"log_prob"}
     model.save_pretrained(tmp_path)
     loaded = load_model(tmp_path)

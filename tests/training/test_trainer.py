@@ -430,7 +430,7 @@ SPLIT = {"max_steps": -1, "num_train_epochs": 2, "logging_steps": 1, "learning_r
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "episodes", "sampling", "rest"),
+    ("algorithm", "episodes", "strategy", "rest"),
     [
         ("ilql", 23, "random", 5),
         ("ilql", 22, "group_by_length", 3),
@@ -438,8 +438,8 @@ SPLIT = {"max_steps": -1, "num_train_epochs": 2, "logging_steps": 1, "learning_r
         ("return_conditioned", 23, "random", 5),
     ],
 )
-def test_two_processes_give_the_loss_and_parameters_of_one(tmp_path, algorithm, episodes, sampling, rest):
-    settings = {"algorithm": algorithm, "train_sampling_strategy": sampling}
+def test_two_processes_give_the_loss_and_parameters_of_one(tmp_path, algorithm, episodes, strategy, rest):
+    settings = {"algorithm": algorithm, "train_sampling_strategy": strategy}
     if algorithm == "iql":
         settings |= {"critic": critic(tmp_path / "critic"), "per_device_eval_batch_size": 4}  # several per process
     if algorithm == "return_conditioned":  # all rows without a condition: which are is drawn in each process
