@@ -21,7 +21,7 @@ _HOMES = {
     "preference_rows": "logs.preferences",
     "label_rows": "logs.preferences",
     "sft_rows": "logs.preferences",
-    "PromptSpec": "tokens.few_shot",
+    "FewShotConfig": "tokens.few_shot",
     "Renderer": "tokens.rendering",
     "load_model": "models.guided",
     "DecodingConfig": "decoding.sampler",

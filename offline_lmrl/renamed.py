@@ -12,11 +12,11 @@ from offline_lmrl.errors import InputError
 log = logging.getLogger(__name__)
 
 # Settings, entries of a run's config, and fields of checkpoints: old name -> new name.
-KEYS = {"sampling": "decoding"}
+KEYS = {"sampling": "decoding", "prompt": "few_shot"}
 # Values of settings: new name of the setting -> old value -> new value.
 VALUES: dict[str, dict[str, str]] = {}
-# Mappings whose keys are not ours (of environments, sources of data, libraries and tables) stay as they are.
-FOREIGN = ("environment", "training_environment", "prepare", "scratch", "lora", "tables", "reference")
+# Mappings whose keys are not ours (of environments, data, libraries, tables and templates) stay as they are.
+FOREIGN = ("environment", "training_environment", "prepare", "scratch", "lora", "tables", "template_text", "reference")
 CHOSEN = "methods"  # the mapping whose keys are names that users chose
 
 

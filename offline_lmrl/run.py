@@ -311,8 +311,8 @@ def value_model_of(args: BaseConfig) -> str | None:
 
 def demonstrations_of(args: BaseConfig) -> str | None:
     """Return the source of few-shot demonstrations; None if there are none or they come from the training data."""
-    prompt = getattr(args, "prompt", None)
-    return prompt and prompt.demonstrations
+    few_shot = getattr(args, "few_shot", None)
+    return few_shot and few_shot.demonstrations
 
 
 def run_there(folder: Path, config: dict[str, Any]) -> Literal["none", "same", "shorter"]:

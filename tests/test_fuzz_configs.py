@@ -33,7 +33,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bc": {"algorithm": "bc", **SCORED, "args": {**ARGS, "keep_share": 0.5}},
     "ilql": {"algorithm": "ilql", **SCORED, "args": {
         **ARGS, "value_heads": "tied", "expectile": 0.8, "discount_per_turn": 0.9,
-        "prompt": {"n": 1, "demonstrations": "scored.jsonl", "max_tokens": 20}}},
+        "few_shot": {"n": 1, "demonstrations": "scored.jsonl", "max_tokens": 20}}},
     "return_conditioned": {"algorithm": "return_conditioned", **SCORED, "args": {
         **ARGS, "condition": "embedding", "bins": 4}},
     "preference": {"algorithm": "ilql", **PAIRS, "data": {

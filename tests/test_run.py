@@ -23,7 +23,7 @@ from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import write_comparisons, write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.run import DataConfig, ModelConfig
-from offline_lmrl.tokens.few_shot import PromptSpec
+from offline_lmrl.tokens.few_shot import FewShotConfig
 from offline_lmrl.training.config import OfflineConfig
 from offline_lmrl.training.trainer import OfflineTrainer
 
@@ -170,7 +170,7 @@ def test_a_null_setting_may_be_absent_from_an_older_run(tmp_path):
 
 def test_other_demonstrations_under_the_same_path_are_another_run(tmp_path):
     path, found = str(tmp_path / "shown.jsonl"), []
-    args = BCConfig(output_dir=str(tmp_path), prompt=PromptSpec(demonstrations=path), use_cpu=True)
+    args = BCConfig(output_dir=str(tmp_path), prompt=FewShotConfig(demonstrations=path), use_cpu=True)
     for n in (1, 2):
         write_trajectories(path, logs(n))
         shown = run.demonstrations_of(args)

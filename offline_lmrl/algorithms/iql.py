@@ -45,7 +45,7 @@ class IQLConfig(OfflineConfig):
 
     critic: str | None = setting(
         None,
-        "Folder or hub name of a run with value heads; required. Its context, stride, max_length, template, prompt "
+        "Folder or hub name of a run with value heads; required. Its context, stride, max_length, template, few_shot "
         "and tokenizer must equal those of this run, which uses the critic's reward scale and discounts.",
     )
     inverse_temperature: float = setting(
@@ -106,9 +106,12 @@ class IQLTrainer(OfflineTrainer):
         for name, expected in asdict(self.critic.window).items():
             if (found := getattr(args, name)) != expected:
                 raise InputError(f"{name}: found {found}, expected the critic's {expected}: both use the same windows")
-        found, expected = args.prompt and asdict(args.prompt), run_metadata(self.critic.model.config).get("prompt")
+        found, expected = (
+            args.few_shot and asdict(args.few_shot),
+            run_metadata(self.critic.model.config).get("few_shot"),
+        )
         if found != expected:
-            raise InputError(f"prompt: found {found}, expected the critic's {expected}: both use the same windows")
+            raise InputError(f"few_shot: found {found}, expected the critic's {expected}: both use the same windows")
         found, expected = self.renderer.fingerprint, self.critic.renderer.fingerprint
         if found != expected:
             raise InputError(

@@ -181,7 +181,7 @@ class ReturnConditionedTrainer(OfflineTrainer):
             critic = load_critic(args.critic, device=args.device)
             train_dataset, eval_dataset, self.shown = (
                 logs and relabel(logs, critic, args.relabel, args.discount_per_turn)
-                for logs in (train_dataset, eval_dataset, args.prompt and args.prompt.demonstrations)
+                for logs in (train_dataset, eval_dataset, args.few_shot and args.few_shot.demonstrations)
             )
         super().__init__(model, args, train_dataset, eval_dataset, *positional, **keywords)
 

@@ -143,7 +143,7 @@ def _evaluate(
     from offline_lmrl.evaluation.play import evaluate_policy
     from offline_lmrl.logs.io import holds_comparisons, read_trajectories, write_trajectories
     from offline_lmrl.tasks import make_environment, task_of
-    from offline_lmrl.tokens.few_shot import task_prompts
+    from offline_lmrl.tokens.few_shot import few_shot_of_task
 
     _check_measures(**given)
     if data is not None and holds_comparisons(data):
@@ -162,7 +162,7 @@ def _evaluate(
     policy = LanguagePolicy.load(run, device=device, task=task, **decoding)
     seeds, play = range(seed, seed + episodes), {"repeats": repeats, "cluster": cluster, "batch_size": batch_size}
     if task_of_seed is not None:
-        play["prompts"] = task_prompts(policy.spec, shown_first, task_of_seed)
+        play["few_shot"] = few_shot_of_task(policy.spec, shown_first, task_of_seed)
     if asks:
         _print_asks(policy, made, asks, seeds, Path(run), output, play)
     elif made is not None:

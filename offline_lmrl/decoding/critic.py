@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from offline_lmrl.decoding.policy import LanguagePolicy, load_critic, require_no_prompt
+from offline_lmrl.decoding.policy import LanguagePolicy, load_critic, require_no_few_shot
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.logs.scale import RewardScale
@@ -96,7 +96,7 @@ def relabel(
         raise InputError(f"label: found {shown(label)}, expected 'max' or 'q'")
     if isinstance(trajectories, str | Path):
         trajectories = read_trajectories(trajectories)
-    policy = require_no_prompt(critic if isinstance(critic, LanguagePolicy) else load_critic(critic))
+    policy = require_no_few_shot(critic if isinstance(critic, LanguagePolicy) else load_critic(critic))
     encoder = log_encoder(policy)
     counts: Counter[str] = Counter()
     columns = encode_trajectories(trajectories, encoder, counts)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from offline_lmrl.decoding.cache import CacheMemory
-from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy, load_critic, require_no_prompt
+from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy, load_critic, require_no_few_shot
 from offline_lmrl.decoding.sampler import CACHE_BYTES, DecodingConfig, Sampler
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.preferences import Scored, score_rows
@@ -57,11 +57,11 @@ class PlannerConfig:
     def planner(self, policy: LanguagePolicy) -> "Planner":
         """Return a planner with these settings that draws its proposals from `policy`.
 
-        Raises: InputError as `Planner`, `load_critic` and `require_no_prompt` do.
+        Raises: InputError as `Planner`, `load_critic` and `require_no_few_shot` do.
         """
         scorer = None
         if self.scorer != "heads":
-            scorer = Critic(require_no_prompt(load_critic(self.scorer, device=policy.model.device)))
+            scorer = Critic(require_no_few_shot(load_critic(self.scorer, device=policy.model.device)))
         return Planner(policy, scorer, width=self.width, expand=self.expand, depth=self.depth)
 
 

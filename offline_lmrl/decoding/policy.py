@@ -24,7 +24,7 @@ from offline_lmrl.models.renderers import renderer_of
 from offline_lmrl.ops.decoding import reduce_q, support_filter
 from offline_lmrl.tokens.conditioning import Ids
 from offline_lmrl.tokens.episodes import StepRule
-from offline_lmrl.tokens.few_shot import PromptSpec, prompt_ids
+from offline_lmrl.tokens.few_shot import FewShotConfig, few_shot_ids
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.tokenizers import load_tokenizer
 from offline_lmrl.tokens.windows import WindowRule, policy_window, reply_window
@@ -33,17 +33,18 @@ ASK_SUPPORT = 0.02  # the best Q ignores first tokens with less than this share 
 SAMPLE_STRIDE = 2**32  # difference between the seeds of one history's samples: larger than any range of seeds
 
 
-class PromptIds(NamedTuple):
+class FewShotIds(NamedTuple):
     """Few-shot demonstrations as token ids, in two versions that are equal for a model without returns.
 
-    told: with the returns of the demonstrated episodes. null: with the null condition in their place.
+    with_returns: with the returns of the demonstrated episodes.
+    without_returns: with the null condition in their place.
     """
 
-    told: Ids
-    null: Ids
+    with_returns: Ids
+    without_returns: Ids
 
 
-NO_PROMPT = PromptIds((), ())
+NO_FEW_SHOT = FewShotIds((), ())
 
 
 class LanguagePolicy:
@@ -59,7 +60,7 @@ class LanguagePolicy:
       max_length: most tokens of a window, of which max_new_tokens stay free for the reply; None = the number of
         positions in the model's config, or 1024 if it has none.
       task: name of the played task, for a model that was trained with returns per task.
-      prompt: few-shot demonstrations (tokens/few_shot.py), which come before the window of every row, in the given
+      few_shot: few-shot demonstrations (tokens/few_shot.py), which come before the window of every row, in the given
         order; None = none. Each is cut to the part that the model was trained with, or kept whole if it was trained
         without demonstrations.
       critics: the runs loaded for requests "auto:RUN", by name, to which new ones are added; None = a new dictionary.
@@ -77,7 +78,7 @@ class LanguagePolicy:
         stride: int = 1,
         max_length: int | None = None,
         task: str = "",
-        prompt: Sequence[Trajectory] | None = None,
+        few_shot: Sequence[Trajectory] | None = None,
         critics: "dict[str, LanguagePolicy] | None" = None,
     ):
         self.model, self.renderer = model, renderer
@@ -88,8 +89,8 @@ class LanguagePolicy:
         self.return_tokens, self.task = return_tokens_of(model, renderer), task
         self.critics = {} if critics is None else critics
         self.return_requests([self.decoding.ask])  # raises now if the model cannot be given this request
-        self.spec = PromptSpec(**(run_metadata(model.config).get("prompt") or {}))
-        self.prompt, self.shared_prompt = prompt, self.read_prompt(prompt)
+        self.spec = FewShotConfig(**(run_metadata(model.config).get("few_shot") or {}))
+        self.few_shot, self.shared_few_shot = few_shot, self.few_shot_ids_of(few_shot)
 
     @classmethod
     def load(
@@ -98,7 +99,7 @@ class LanguagePolicy:
         *,
         device: str | torch.device | None = None,
         task: str = "",
-        prompt: Sequence[Trajectory] | None = None,
+        few_shot: Sequence[Trajectory] | None = None,
         **decoding: Any,
     ) -> "LanguagePolicy":
         """Load the policy of a run, or of any causal LM.
@@ -107,7 +108,7 @@ class LanguagePolicy:
           run: a run directory, or the folder or hub name of a causal LM.
           device: where the model is put; None = the first accelerator, else the CPU.
           task: as in the class.
-          prompt: as in the class.
+          few_shot: as in the class.
           decoding: fields of DecodingConfig that replace those saved with the run.
 
         Raises: InputError if there is no model or tokenizer, or if the model was trained with another tokenizer.
@@ -119,37 +120,37 @@ class LanguagePolicy:
         check_plays(model, renderer)
         with reading_pretrained(run, "run"):
             decoding = DecodingConfig.from_dict({**(saved.get("decoding") or {}), **decoding})
-            return cls(model, renderer, decoding, **(saved.get("window") or {}), task=task, prompt=prompt)
+            return cls(model, renderer, decoding, **(saved.get("window") or {}), task=task, few_shot=few_shot)
 
     def with_decoding(self, **changes: Any) -> "LanguagePolicy":
         """Return a policy with the same model, and with these fields of its DecodingConfig changed."""
         decoding = replace(self.decoding, **changes)
-        same = {**asdict(self.window), "task": self.task, "prompt": self.prompt, "critics": self.critics}
+        same = {**asdict(self.window), "task": self.task, "few_shot": self.few_shot, "critics": self.critics}
         return LanguagePolicy(self.model, self.renderer, decoding, **same)
 
     def start(
         self,
         seeds: Sequence[int],
         asks: Sequence[float | str | None] | None = None,
-        prompts: Sequence[Sequence[Trajectory] | None] | None = None,
+        few_shot: Sequence[Sequence[Trajectory] | None] | None = None,
     ) -> "LanguageSession":
         """Start a session with one row per seed.
 
         Args:
           seeds: the seed of each row's random numbers.
           asks: the requested return of each row; None = that of the DecodingConfig for all rows.
-          prompts: the few-shot demonstrations of each row, None for a row without any; None = the policy's own
+          few_shot: the few-shot demonstrations of each row, None for a row without any; None = the policy's own
             demonstrations for all rows.
 
-        Raises: InputError as `asks` and `read_prompt` do, or if there is not one entry of `prompts` per seed.
+        Raises: InputError as `asks` and `few_shot_ids_of` do, or if there is not one entry of `few_shot` per seed.
         """
-        if prompts is not None and len(prompts) != len(seeds):
-            raise InputError(f"prompts: found {len(prompts)}, expected one for each of {len(seeds)} rows")
+        if few_shot is not None and len(few_shot) != len(seeds):
+            raise InputError(f"few_shot: found {len(few_shot)}, expected one for each of {len(seeds)} rows")
         asks = [self.decoding.ask] * len(seeds) if asks is None else asks
-        read = [self.shared_prompt] * len(seeds) if prompts is None else list(map(self.read_prompt, prompts))
+        read = [self.shared_few_shot] * len(seeds) if few_shot is None else list(map(self.few_shot_ids_of, few_shot))
         return LanguageSession(self, seeds, asks, read)
 
-    def read_prompt(self, demonstrations: Sequence[Trajectory] | None) -> PromptIds:
+    def few_shot_ids_of(self, demonstrations: Sequence[Trajectory] | None) -> FewShotIds:
         """Return the token ids of these few-shot demonstrations; None gives no ids.
 
         If a random part of each is shown, the same demonstrations always give the same parts.
@@ -157,35 +158,35 @@ class LanguagePolicy:
         Raises: InputError if this is not a list of demonstrations, or if it leaves no room for a reply.
         """
         if demonstrations is None:
-            return NO_PROMPT
+            return NO_FEW_SHOT
         if isinstance(demonstrations, Trajectory) or not demonstrations:
             found = "one trajectory" if isinstance(demonstrations, Trajectory) else "an empty list"
-            raise InputError(f"prompt: found {found}, expected a list of demonstrations, or None for no prompt")
+            raise InputError(f"few_shot: found {found}, expected a list of demonstrations, or None for none")
         rng = np.random.default_rng(self.spec.seed)
         shown = [self.spec.cut(demonstration, rng) for demonstration in demonstrations]
         tokens = self.return_tokens
         kinds = (None, None) if tokens is None else (tokens.of_log, tokens.nulls)
-        told, null = (prompt_ids(shown, self.renderer, kind) for kind in kinds)
+        with_returns, without_returns = (few_shot_ids(shown, self.renderer, kind) for kind in kinds)
         rule, reply = self.window, self.decoding.max_new_tokens
         room = rule.max_length - len(self.renderer.preamble_of(())) - len(self.renderer.agent_opening) - reply
-        if len(told) > room:
+        if len(with_returns) > room:
             raise InputError(
-                f"prompt: found {len(told)} tokens, expected at most {room}, as max_length "
+                f"few_shot: found {len(with_returns)} tokens, expected at most {room}, as max_length "
                 f"({rule.max_length}) also has to hold a reply of max_new_tokens ({reply})"
             )
-        return PromptIds(told, null)
+        return FewShotIds(with_returns, without_returns)
 
-    def null_window(self, turns: Sequence[Turn], reserve: int, prompt: Ids | None = None) -> list[int]:
+    def null_window(self, turns: Sequence[Turn], reserve: int, few_shot: Ids | None = None) -> list[int]:
         """Return the ids that the policy sees before its next turn, under the null condition.
 
         Args:
           turns: the dialogue so far.
           reserve: tokens to keep free for the next turn.
-          prompt: ids of few-shot demonstrations; None = the policy's own, with the null condition.
+          few_shot: ids of few-shot demonstrations; None = the policy's own, with the null condition.
         """
-        prompt = self.shared_prompt.null if prompt is None else prompt
+        few_shot = self.shared_few_shot.without_returns if few_shot is None else few_shot
         return policy_window(
-            turns, self.renderer, self.window, reserve, self._null_return_ids(turns, coming=1), prompt
+            turns, self.renderer, self.window, reserve, self._null_return_ids(turns, coming=1), few_shot
         )
 
     def null_reply_window(self, turns: Sequence[Turn], role: str, reserve: int) -> list[int] | None:
@@ -199,8 +200,8 @@ class LanguagePolicy:
           reserve: tokens to keep free for that turn.
         Returns: ids, or None if they do not fit into the window.
         """
-        return_ids, prompt = self._null_return_ids(turns), self.shared_prompt.null
-        return reply_window(turns, role, self.renderer, self.window, reserve, return_ids, prompt)
+        return_ids, few_shot = self._null_return_ids(turns), self.shared_few_shot.without_returns
+        return reply_window(turns, role, self.renderer, self.window, reserve, return_ids, few_shot)
 
     def _null_return_ids(self, turns: Sequence[Turn], coming: int = 0) -> list[Ids] | None:
         """Return null ids for each agent turn in `turns` and `coming` more; None for a model without returns."""
@@ -213,10 +214,10 @@ class LanguagePolicy:
 
         Logs a warning if its Q discounts later turns by another factor than this model's returns do.
 
-        Raises: InputError as `load_critic` and `require_no_prompt` do.
+        Raises: InputError as `load_critic` and `require_no_few_shot` do.
         """
         if run not in self.critics:
-            critic = self.critics[run] = require_no_prompt(load_critic(run, device=self.model.device))
+            critic = self.critics[run] = require_no_few_shot(load_critic(run, device=self.model.device))
             found = StepRule(**run_metadata(critic.model.config).get("step_rule", {})).discount_per_turn
             if found != self.return_tokens.discount_per_turn:
                 logging.getLogger(__name__).warning(
@@ -287,12 +288,12 @@ def load_critic(run: str | Path, *, device: str | torch.device | None = None) ->
     return critic
 
 
-def require_no_prompt(critic: LanguagePolicy) -> LanguagePolicy:
+def require_no_few_shot(critic: LanguagePolicy) -> LanguagePolicy:
     """Return the critic unchanged.
 
     Raises: InputError if it was trained with few-shot demonstrations: here it sees the dialogue alone.
     """
-    if run_metadata(critic.model.config).get("prompt") is not None:
+    if run_metadata(critic.model.config).get("few_shot") is not None:
         raise InputError(
             "critic: found a model trained with few-shot demonstrations, expected one trained without: a critic reads "
             "the dialogue alone"
@@ -314,12 +315,14 @@ class LanguageSession:
         policy: LanguagePolicy,
         seeds: Sequence[int],
         asks: Sequence[float | str | None],
-        prompts: Sequence[PromptIds],
+        few_shot: Sequence[FewShotIds],
     ):
         self.policy, self.seeds, self.requests = policy, list(seeds), policy.return_requests(asks)
         # In a row without a requested return, the demonstrations are under the null condition too.
-        self.prompts = [p.null if ask is None else p.told for p, ask in zip(prompts, asks, strict=True)]
-        self.null_prompts = [prompt.null for prompt in prompts]
+        self.few_shot_ids = [
+            p.without_returns if ask is None else p.with_returns for p, ask in zip(few_shot, asks, strict=True)
+        ]
+        self.few_shot_without_returns = [ids.without_returns for ids in few_shot]
         self.fingerprint = policy.renderer.fingerprint
         self.drawn = [0] * len(self.seeds)  # tokens drawn per row, so that no random number of its seed is used twice
         self.memory = _memory(policy)
@@ -338,11 +341,11 @@ class LanguageSession:
         return_ids: list[list[Ids] | None] = [None] * len(rows)
         if self.requests is not None:
             return_ids = list(map(self.requests.before_reply, rows, histories, self._values(rows, histories)))
-        policy, prompts = self.policy, [self.prompts[row] for row in rows]
+        policy, few_shot = self.policy, [self.few_shot_ids[row] for row in rows]
         replies = policy.sampler.sample(
             [
-                policy_window(history, policy.renderer, policy.window, policy.decoding.max_new_tokens, own, prompt)
-                for history, own, prompt in zip(histories, return_ids, prompts, strict=True)
+                policy_window(history, policy.renderer, policy.window, policy.decoding.max_new_tokens, own, shown)
+                for history, own, shown in zip(histories, return_ids, few_shot, strict=True)
             ],
             [self.seeds[row] for row in rows],
             [self.drawn[row] for row in rows],
@@ -379,7 +382,9 @@ class LanguageSession:
             windows = [reader.null_window(history, reserve) for history in told]
         else:
             reader = self.policy
-            windows = [reader.null_window(history, reserve, self.null_prompts[row]) for row, history in reading]
+            windows = [
+                reader.null_window(history, reserve, self.few_shot_without_returns[row]) for row, history in reading
+            ]
         memory = self.memory if kind.startswith("expert") else None  # "auto" is computed once per row
         keys = [~row for row, _ in reading]  # under these keys the sampler keeps caches under the null condition
         values = reader.sampler.apply_head(reader.head_of(kind), windows, memory, keys)

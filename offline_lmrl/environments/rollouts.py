@@ -43,7 +43,7 @@ def rollout(
     *,
     batch_size: int = 1024,
     max_turns: int | None = MAX_TURNS,
-    prompts: Callable[[int], Sequence[Trajectory] | None] | None = None,
+    few_shot: Callable[[int], Sequence[Trajectory] | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Trajectory]:
     """Play one episode per seed; no episode depends on the others.
@@ -64,8 +64,8 @@ def rollout(
       seeds: the seed of each episode, for the environment and for the policy.
       batch_size: episodes that are played at once.
       max_turns: agent turns after which an episode is cut; None = no limit.
-      prompts: maps a seed to the few-shot demonstrations of its episode, or to None for no demonstrations
-        (`task_prompts` in tokens/few_shot.py); None = the policy's own demonstrations in all episodes.
+      few_shot: maps a seed to the few-shot demonstrations of its episode, or to None for no demonstrations
+        (`few_shot_of_task` in tokens/few_shot.py); None = the policy's own demonstrations in all episodes.
       progress: called with (episodes done, all episodes) whenever some have ended.
     Returns: one trajectory per seed, in the order of the seeds.
     Raises: InputError if the environment gives a reward that is not a finite number.
@@ -77,7 +77,7 @@ def rollout(
     vector = _as_vector(environment)
     trajectories: list[Trajectory] = []
     for start in range(0, len(seeds), batch_size):
-        batch = _Episodes(policy, vector, seeds[start : start + batch_size], prompts)
+        batch = _Episodes(policy, vector, seeds[start : start + batch_size], few_shot)
         while batch.live:
             batch.play_turn(max_turns)
             if progress is not None and batch.ended:
@@ -109,10 +109,10 @@ class _Episodes:
         policy: Policy,
         environment: VectorEnvironment,
         seeds: Sequence[int],
-        prompts: Callable[[int], Sequence[Trajectory] | None] | None,
+        few_shot: Callable[[int], Sequence[Trajectory] | None] | None,
     ):
         self.environment, self.seeds = environment, list(seeds)
-        read = {} if prompts is None else {"prompts": [prompts(seed) for seed in self.seeds]}
+        read = {} if few_shot is None else {"few_shot": [few_shot(seed) for seed in self.seeds]}
         self.session = policy.start(self.seeds, **read)
         self.turns = [list(turns) for turns in environment.reset(self.seeds)]
         self.terminated = [False] * len(self.seeds)

@@ -190,7 +190,7 @@ def _require_plain(policy: LanguagePolicy) -> None:
             "found a policy that is conditioned on returns, expected one that is not: the logs contain "
             "no requested returns"
         )
-    if run_metadata(policy.model.config).get("prompt") is not None:
+    if run_metadata(policy.model.config).get("few_shot") is not None:
         raise InputError("found a policy trained with few-shot demonstrations, expected one trained without them")
 
 

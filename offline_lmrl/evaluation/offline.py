@@ -24,7 +24,7 @@ from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.ops.decoding import guide, reduce_q, warp_log_probs
 from offline_lmrl.tokens.episodes import ReturnIdsFor, Step
-from offline_lmrl.tokens.few_shot import Ids, encode_prompts
+from offline_lmrl.tokens.few_shot import Ids, encode_few_shot
 
 CHUNK = 2**24  # largest number of entries in a (states, vocabulary) tensor; bounds memory
 
@@ -86,8 +86,8 @@ def read_logs(
     encoder = log_encoder(policy)
     scale = encoder.scale
     counts: Counter[str] = Counter()
-    prompts = enumerate(log_prompts(policy, trajectories, demonstrations, encoder.return_ids_for))
-    windows = [(i, window) for i, prompt in prompts for window in encoder.encode(trajectories[i], counts, prompt)]
+    few_shot = enumerate(few_shot_of_logs(policy, trajectories, demonstrations, encoder.return_ids_for))
+    windows = [(i, window) for i, ids in few_shot for window in encoder.encode(trajectories[i], counts, ids)]
     if not windows:
         raise InputError("data: found no agent turn that fits, expected at least one")
     windows.sort(key=lambda item: -len(item[1].input_ids))  # batches of similar lengths need little padding
@@ -118,7 +118,7 @@ def read_logs(
     return LoggedSteps(**{"q": None, "v": None, **flat}, counts=+counts)
 
 
-def log_prompts(
+def few_shot_of_logs(
     policy: LanguagePolicy,
     trajectories: Sequence[Trajectory],
     demonstrations: Sequence[Trajectory] | None,
@@ -128,15 +128,15 @@ def log_prompts(
 
     Args:
       demonstrations: as in `read_logs`.
-      return_ids_for: as in `encode_prompts`.
+      return_ids_for: as in `encode_few_shot`.
     """
-    untrained = run_metadata(policy.model.config).get("prompt") is None
-    if demonstrations is None and (policy.prompt is not None or untrained):
-        return iter([policy.shared_prompt.null] * len(trajectories))
+    untrained = run_metadata(policy.model.config).get("few_shot") is None
+    if demonstrations is None and (policy.few_shot is not None or untrained):
+        return iter([policy.shared_few_shot.without_returns] * len(trajectories))
     spec = replace(policy.spec, drop=0.0)
     if demonstrations is None and spec.demonstrations is not None:
         demonstrations = read_trajectories(spec.demonstrations)
-    return encode_prompts(spec, trajectories, demonstrations, policy.renderer, return_ids_for)
+    return encode_few_shot(spec, trajectories, demonstrations, policy.renderer, return_ids_for)
 
 
 def _has_heads(policy: LanguagePolicy) -> bool:

@@ -91,8 +91,8 @@ class _Redrawn:
     policy: Policy
     repeat: int
 
-    def start(self, seeds: Sequence[int], **prompts: Any) -> Session:
-        return self.policy.start([seed + self.repeat * REPEAT_STRIDE for seed in seeds], **prompts)
+    def start(self, seeds: Sequence[int], **few_shot: Any) -> Session:
+        return self.policy.start([seed + self.repeat * REPEAT_STRIDE for seed in seeds], **few_shot)
 
 
 def evaluate_policy(
@@ -103,7 +103,7 @@ def evaluate_policy(
     repeats: int = 1,
     cluster: str | None = None,
     batch_size: int = 1024,
-    prompts: Callable[[int], Sequence[Trajectory] | None] | None = None,
+    few_shot: Callable[[int], Sequence[Trajectory] | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvaluationResult:
     """Play every episode seed `repeats` times.
@@ -114,7 +114,7 @@ def evaluate_policy(
       repeats: decoding seeds per episode seed; the environment's randomness is the same in all of them.
       cluster: label that dependent episodes share, for the interval; None = the episode seed.
       batch_size: episodes played at the same time.
-      prompts: as in `rollout`.
+      few_shot: as in `rollout`.
       progress: called with (episodes done, episodes in all); None = not called.
     Raises: InputError if an episode has no label `cluster`.
     """
@@ -124,7 +124,7 @@ def evaluate_policy(
         player = policy if repeat == 0 else _Redrawn(policy, repeat)
         before = len(trajectories)
         told = progress and (lambda done, _, before=before: progress(before + done, repeats * len(seeds)))
-        played = rollout(player, environment, list(seeds), batch_size=batch_size, prompts=prompts, progress=told)
+        played = rollout(player, environment, list(seeds), batch_size=batch_size, few_shot=few_shot, progress=told)
         rows += [_row(seed, repeat, t, cluster) for seed, t in zip(seeds, played, strict=True)]
         trajectories += played
     return EvaluationResult(rows, trajectories, time.monotonic() - started)

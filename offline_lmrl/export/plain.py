@@ -371,7 +371,7 @@ def _card(policy: LanguagePolicy, saved: Mapping[str, Any], report: Export, exam
     window = policy.window
     turns = "all" if window.context is None else f"at most {window.context}"
     stock = policy.renderer.differences(EXAMPLE)
-    shown = "" if saved.get("prompt") is None else "; few-shot demonstrations of the task come first"
+    shown = "" if saved.get("few_shot") is None else "; few-shot demonstrations of the task come first"
     lines = [
         f"# {policy.model.config.model_type}, trained by offline RL from logs",
         "",

@@ -130,7 +130,7 @@ class Session(Protocol):
 class Policy(Protocol):
     """A player: a language model with its decoding, or a script.
 
-    The `start` of a policy that reads demonstrations first also takes `prompts`: for each row its list of
+    The `start` of a policy that reads demonstrations first also takes `few_shot`: for each row its list of
     demonstrations, or None.
     """
 

@@ -25,7 +25,7 @@ from offline_lmrl.models.return_heads import ReturnHeads
 from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
 from offline_lmrl.renamed import current
 from offline_lmrl.tokens.episodes import StepRule
-from offline_lmrl.tokens.few_shot import PromptSpec
+from offline_lmrl.tokens.few_shot import FewShotConfig
 from offline_lmrl.tokens.windows import WindowRule
 
 PARTS = ("value_heads", "return_embedding", "return_heads")  # the submodules that a guided model adds
@@ -33,7 +33,7 @@ PARTS = ("value_heads", "return_embedding", "return_heads")  # the submodules th
 METADATA_FILE = "offline_lmrl.json"
 _STORED = {
     "window": WindowRule,
-    "prompt": PromptSpec,
+    "few_shot": FewShotConfig,
     "step_rule": StepRule,
     "reward_scale": RewardScale,
     "value_heads": ValueHeadsConfig,

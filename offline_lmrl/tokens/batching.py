@@ -241,13 +241,13 @@ def encode_trajectories(
     trajectories: Iterable[Trajectory],
     encoder: EpisodeEncoder,
     counts: Counter[str],
-    prompts: Iterable[tuple[int, ...]] | None = None,
+    few_shot: Iterable[tuple[int, ...]] | None = None,
 ) -> dict[str, FlatLists]:
     """Render every trajectory once and return the columns of a `WindowDataset`.
 
     Args:
       counts: updated in place with the number of dropped items and of steps without a target, by reason.
-      prompts: per trajectory, the ids of the few-shot demonstrations with which all its windows begin
+      few_shot: per trajectory, the ids of the few-shot demonstrations with which all its windows begin
         (tokens/few_shot.py); None = no demonstrations.
     Raises: InputError if no agent turn fits.
     """
@@ -255,10 +255,10 @@ def encode_trajectories(
         name: array(STEP_CODES[kind]) for name, kind in Step.__annotations__.items()
     }
     lengths = {name: array("q", [0]) for name in values}
-    if prompts is None:
+    if few_shot is None:
         episodes = (encoder.encode(trajectory, counts) for trajectory in trajectories)
     else:
-        episodes = (encoder.encode(t, counts, prompt) for t, prompt in zip(trajectories, prompts, strict=True))
+        episodes = (encoder.encode(t, counts, ids) for t, ids in zip(trajectories, few_shot, strict=True))
     for windows in episodes:
         for window in windows:
             for name in LISTS:

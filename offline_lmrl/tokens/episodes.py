@@ -113,14 +113,14 @@ class EpisodeEncoder:
         self.return_ids_for = return_ids_for
         self.replies = replies
 
-    def encode(self, trajectory: Trajectory, counts: Counter[str], prompt: tuple[int, ...] = ()) -> Iterator[Window]:
+    def encode(self, trajectory: Trajectory, counts: Counter[str], few_shot: tuple[int, ...] = ()) -> Iterator[Window]:
         """Yield all windows of a trajectory.
 
         Args:
           counts: updated in place with the number of dropped items and of steps without a target, by reason.
-          prompt: ids of the few-shot demonstrations, put after the preamble in every window (tokens/few_shot.py).
+          few_shot: ids of the few-shot demonstrations, put after the preamble in every window (tokens/few_shot.py).
         """
-        episode = _Episode(self, trajectory, prompt)
+        episode = _Episode(self, trajectory, few_shot)
         counts.update(self.renderer.printer.faults_in(trajectory.turns))
         counts[RE_ENCODED] += trajectory.labels.get("tokenizer") != self.renderer.fingerprint and any(
             turn.token_ids is not None for turn in trajectory.turns
@@ -141,7 +141,7 @@ class EpisodeEncoder:
 class _Episode:
     # The intermediate results for one trajectory: encoded turns, spans, and returns after each turn.
 
-    def __init__(self, encoder: EpisodeEncoder, trajectory: Trajectory, prompt: tuple[int, ...]):
+    def __init__(self, encoder: EpisodeEncoder, trajectory: Trajectory, few_shot: tuple[int, ...]):
         self.renderer, self.rule, self.step_rule = encoder.renderer, encoder.window, encoder.step_rule
         turns = with_own_token_ids(trajectory, encoder.renderer.fingerprint).turns
         agent = [turn.is_trainable for turn in turns]
@@ -158,7 +158,7 @@ class _Episode:
         self.reward = [encoder.scale.apply(turn.reward) for turn in turns]
         self.from_environment = [turn.role != "assistant" for turn in turns]
         self.head = leading_system_turns(turns)
-        self.preamble = (*self.renderer.preamble_of(turns), *prompt)
+        self.preamble = (*self.renderer.preamble_of(turns), *few_shot)
         self.fixed = len(self.preamble) + sum(self.lengths[: self.head])
         self.left_out = 0
         self.answered = self._replies(trajectory.terminated) if encoder.replies else {}

@@ -34,7 +34,7 @@ class Shown(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PromptSpec:
+class FewShotConfig:
     """The settings that choose and truncate the few-shot demonstrations of each training row."""
 
     n: int = setting(1, "Number of demonstrations per row, all different and all of the row's task.")
@@ -64,14 +64,14 @@ class PromptSpec:
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
-            raise InputError(f"prompt.part: found {shown(self.part)}, expected one of {', '.join(PARTS)}")
+            raise InputError(f"few_shot.part: found {shown(self.part)}, expected one of {', '.join(PARTS)}")
         for name in ("n", "turns", "max_tokens"):
             if getattr(self, name) < 1:
-                raise InputError(f"prompt.{name}: found {getattr(self, name)}, expected at least 1")
+                raise InputError(f"few_shot.{name}: found {getattr(self, name)}, expected at least 1")
         if not 0 <= self.drop <= 1:
-            raise InputError(f"prompt.drop: found {self.drop}, expected a share from 0 to 1")
+            raise InputError(f"few_shot.drop: found {self.drop}, expected a share from 0 to 1")
         if self.seed < 0:
-            raise InputError(f"prompt.seed: found {self.seed}, expected at least 0")
+            raise InputError(f"few_shot.seed: found {self.seed}, expected at least 0")
 
     def cut(self, demonstration: Trajectory, rng: np.random.Generator) -> Shown:
         """Return the part of a demonstration that is shown; `rng` is used only for part "random"."""
@@ -88,8 +88,8 @@ class PromptSpec:
         return Shown(demonstration, agent[place - 1] + 1 if place else 0, agent[place + self.turns - 1] + 1)
 
 
-def draw_prompts(
-    spec: PromptSpec, trajectories: Sequence[Trajectory], demonstrations: Sequence[Trajectory] | None = None
+def draw_few_shot(
+    spec: FewShotConfig, trajectories: Sequence[Trajectory], demonstrations: Sequence[Trajectory] | None = None
 ) -> Iterator[tuple[Shown, ...]]:
     """Yield the demonstrations of each trajectory, in order; () for a trajectory that is trained without any.
 
@@ -112,7 +112,7 @@ def draw_prompts(
         if available < spec.n:
             others = " other than the row itself" if excludes else ""
             raise InputError(
-                f"row {row + 1}: prompt.n: found {available} demonstrations of task {trajectory.task!r}"
+                f"row {row + 1}: few_shot.n: found {available} demonstrations of task {trajectory.task!r}"
                 f"{others}, expected at least {spec.n}"
             )
         rng = np.random.default_rng((spec.seed, row))
@@ -125,8 +125,8 @@ def draw_prompts(
         yield tuple(spec.cut(pool[known[place]], rng) for place in drawn)
 
 
-def task_prompts(
-    spec: PromptSpec, demonstrations: Sequence[Trajectory], task: Callable[[int], str]
+def few_shot_of_task(
+    spec: FewShotConfig, demonstrations: Sequence[Trajectory], task: Callable[[int], str]
 ) -> Callable[[int], list[Trajectory]]:
     """Return a function from an episode's seed to the `spec.n` different demonstrations of its task for live play.
 
@@ -139,17 +139,17 @@ def task_prompts(
     for demonstration in demonstrations:
         of_task[demonstration.task].append(demonstration)
 
-    def prompt(seed: int) -> list[Trajectory]:
+    def drawn(seed: int) -> list[Trajectory]:
         known = of_task.get(task(seed), [])
         if len(known) < spec.n:
             raise InputError(f"demonstrations: found {len(known)} of task {task(seed)!r}, expected at least {spec.n}")
         chosen = np.random.default_rng((spec.seed, seed)).choice(len(known), spec.n, replace=False)
         return [known[place] for place in chosen]
 
-    return prompt
+    return drawn
 
 
-def prompt_ids(
+def few_shot_ids(
     shown: Sequence[Shown], renderer: Renderer, return_ids_for: Callable[[Trajectory], Sequence[Ids]] | None = None
 ) -> Ids:
     """Return the ids of the few-shot demonstrations.
@@ -171,23 +171,23 @@ def prompt_ids(
     return tuple(ids)
 
 
-def encode_prompts(
-    spec: PromptSpec,
+def encode_few_shot(
+    spec: FewShotConfig,
     trajectories: Sequence[Trajectory],
     demonstrations: Sequence[Trajectory] | None,
     renderer: Renderer,
     return_ids_for: Callable[[Trajectory], Sequence[Ids]] | None,
 ) -> Iterator[Ids]:
-    """Yield the ids of each trajectory's demonstrations; arguments as for `draw_prompts` and `prompt_ids`.
+    """Yield the ids of each trajectory's demonstrations; arguments as for `draw_few_shot` and `few_shot_ids`.
 
-    Raises: InputError as `draw_prompts`, and for demonstrations of more than max_tokens.
+    Raises: InputError as `draw_few_shot`, and for demonstrations of more than max_tokens.
     """
-    for row, part in enumerate(draw_prompts(spec, trajectories, demonstrations)):
-        ids = prompt_ids(part, renderer, return_ids_for)
+    for row, part in enumerate(draw_few_shot(spec, trajectories, demonstrations)):
+        ids = few_shot_ids(part, renderer, return_ids_for)
         if len(ids) > spec.max_tokens:
             raise InputError(
-                f"row {row + 1}: prompt.max_tokens: found demonstrations of {len(ids)} tokens, expected at "
-                f"most {spec.max_tokens}; raise prompt.max_tokens, lower prompt.n, or show only a part of each "
-                "demonstration (prompt.part)"
+                f"row {row + 1}: few_shot.max_tokens: found demonstrations of {len(ids)} tokens, expected at "
+                f"most {spec.max_tokens}; raise few_shot.max_tokens, lower few_shot.n, or show only a part of each "
+                "demonstration (few_shot.part)"
             )
         yield ids

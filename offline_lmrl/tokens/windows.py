@@ -146,7 +146,7 @@ def policy_window(
     rule: WindowRule,
     reserve: int = 0,
     return_ids: Sequence[tuple[int, ...]] | None = None,
-    prompt: Sequence[int] = (),
+    few_shot: Sequence[int] = (),
 ) -> list[int]:
     """Return the ids that the agent sees before its next turn: preamble, demonstrations, visible turns, its opening.
 
@@ -155,7 +155,7 @@ def policy_window(
       reserve: number of tokens kept free for the reply (max_new_tokens). If max_length binds, the window starts where
         training would start it for a turn of the opening and this many tokens, whatever the reply's real length.
       return_ids: the ids before the opening of each agent turn, those of the next turn last; None = no ids.
-      prompt: ids of the few-shot demonstrations (tokens/few_shot.py), which are never dropped.
+      few_shot: ids of the few-shot demonstrations (tokens/few_shot.py), which are never dropped.
     Raises: InputError if the demonstrations and the leading system turns leave no room for the reply.
     """
     renderer.notice(turns)
@@ -163,12 +163,12 @@ def policy_window(
     if return_ids is not None:
         *return_ids, coming = return_ids
         opening = (*coming, *opening)
-    encoded, preamble, head, fixed = _encoded(turns, renderer, return_ids, prompt)
+    encoded, preamble, head, fixed = _encoded(turns, renderer, return_ids, few_shot)
     lengths = [*(turn.longest for turn in encoded), len(opening) + reserve]
     first = first_visible(rule, lengths, len(turns), head, fixed)
     if first is None:
         reply = f"a reply of max_new_tokens ({reserve})" if reserve else "a reply"
-        also = "the few-shot demonstrations, " if prompt else ""
+        also = "the few-shot demonstrations, " if few_shot else ""
         raise InputError(
             f"max_length: found {rule.max_length}, expected at least {fixed + lengths[-1]} to hold {also}"
             f"the system turns and {reply}"
@@ -184,7 +184,7 @@ def reply_window(
     rule: WindowRule,
     reserve: int = 0,
     return_ids: Sequence[tuple[int, ...]] | None = None,
-    prompt: Sequence[int] = (),
+    few_shot: Sequence[int] = (),
 ) -> list[int] | None:
     """Return the ids that come before the environment's reply to the last turn, which is the agent's.
 
@@ -196,12 +196,12 @@ def reply_window(
       role: the speaker of the reply.
       reserve: number of tokens kept free for the reply.
       return_ids: the ids before the opening of each agent turn; None = no ids.
-      prompt: as for `policy_window`.
+      few_shot: as for `policy_window`.
     Returns: the ids, or None if turn and reply alone do not fit; training leaves such a reply out.
     """
     renderer.notice(turns)
     said = [*turns, Turn(role, "")]
-    encoded, preamble, head, fixed = _encoded(said, renderer, return_ids, prompt)
+    encoded, preamble, head, fixed = _encoded(said, renderer, return_ids, few_shot)
     lengths = [turn.longest for turn in encoded]
     index, reply = len(turns) - 1, encoded[-1].action_start + reserve
     if fixed + lengths[index] + reply > rule.max_length:
@@ -212,12 +212,12 @@ def reply_window(
 
 
 def _encoded(
-    turns: Sequence[Turn], renderer: Renderer, return_ids: Sequence[tuple[int, ...]] | None, prompt: Sequence[int]
+    turns: Sequence[Turn], renderer: Renderer, return_ids: Sequence[tuple[int, ...]] | None, few_shot: Sequence[int]
 ) -> tuple[list[EncodedTurn], tuple[int, ...], int, int]:
     """Return the encoded turns with return_ids, the ids before them, and the `head` and `fixed` of `first_visible`."""
     encoded = renderer.encode(turns)
     if return_ids is not None:
         for index, ids in zip((i for i, turn in enumerate(turns) if turn.is_trainable), return_ids, strict=True):
             encoded[index] = encoded[index].behind(ids)
-    head, preamble = leading_system_turns(turns), (*renderer.preamble_of(turns), *prompt)
+    head, preamble = leading_system_turns(turns), (*renderer.preamble_of(turns), *few_shot)
     return encoded, preamble, head, len(preamble) + sum(turn.longest for turn in encoded[:head])

@@ -10,7 +10,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.settings import setting
-from offline_lmrl.tokens.few_shot import PromptSpec
+from offline_lmrl.tokens.few_shot import FewShotConfig
 from offline_lmrl.tokens.rendering import TEMPLATES
 from offline_lmrl.tokens.windows import WindowRule
 
@@ -96,7 +96,7 @@ class OfflineConfig(BaseConfig):
     """The settings of every algorithm that learns from scored trajectories."""
 
     reward_scale: float | None = setting(None, "The divisor of rewards; null = the range of the training returns.")
-    prompt: PromptSpec | None = setting(
+    few_shot: FewShotConfig | None = setting(
         None,
         "Few-shot demonstrations of the same task before every window (tokens/few_shot.py); null = no demonstrations.",
     )
@@ -104,16 +104,16 @@ class OfflineConfig(BaseConfig):
     def __post_init__(self) -> None:
         if self.reward_scale is not None and not self.reward_scale > 0:
             raise InputError(f"reward_scale: found {self.reward_scale}, expected a number above 0")
-        if self.prompt is not None and self.prompt.max_tokens >= self.max_length:
+        if self.few_shot is not None and self.few_shot.max_tokens >= self.max_length:
             raise InputError(
-                f"prompt.max_tokens: found {self.prompt.max_tokens}, expected below max_length "
+                f"few_shot.max_tokens: found {self.few_shot.max_tokens}, expected below max_length "
                 f"({self.max_length}), which holds the demonstrations and the window after them"
             )
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, as TrainingArguments does, those of the demonstrations included."""
-        return super().to_dict() | {"prompt": self.prompt and asdict(self.prompt)}
+        return super().to_dict() | {"few_shot": self.few_shot and asdict(self.few_shot)}
 
 
 def check_schedule(args: TrainingArguments) -> None:

@@ -48,7 +48,7 @@ from offline_lmrl.tokens.batching import WindowDataset, WindowRef, encode_trajec
 from offline_lmrl.tokens.checks import TEMPLATE_ROWS, first_difference
 from offline_lmrl.tokens.comparison_batching import ComparisonDataset, ComparisonRef
 from offline_lmrl.tokens.episodes import EpisodeEncoder, ReturnIdsFor, StepRule
-from offline_lmrl.tokens.few_shot import encode_prompts
+from offline_lmrl.tokens.few_shot import encode_few_shot
 from offline_lmrl.tokens.printing import MISMATCH
 from offline_lmrl.tokens.rendering import SCHEME, Renderer
 from offline_lmrl.tokens.tokenizers import load_tokenizer
@@ -719,7 +719,7 @@ class OfflineTrainer(BaseTrainer):
                 "window": asdict(args.window),
                 "step_rule": asdict(self.step_rule(args)),
                 "reward_scale": self.scale.to_dict(),
-                "prompt": args.prompt and asdict(args.prompt),
+                "few_shot": args.few_shot and asdict(args.few_shot),
                 "data": fingerprint(train),
             }
             | self.stored_blocks(args)
@@ -798,11 +798,11 @@ class OfflineTrainer(BaseTrainer):
     # Shared by all algorithms.
 
     def _windows(self, trajectories: Sequence[Trajectory], args: OfflineConfig, counts: Counter[str]) -> WindowDataset:
-        prompts = None
-        if args.prompt is not None:
-            shown = self.demonstrations(args.prompt.demonstrations)
-            prompts = encode_prompts(args.prompt, trajectories, shown, self.renderer, self.encoder.return_ids_for)
-        columns = encode_trajectories(trajectories, self.encoder, counts, prompts)
+        few_shot = None
+        if args.few_shot is not None:
+            shown = self.demonstrations(args.few_shot.demonstrations)
+            few_shot = encode_few_shot(args.few_shot, trajectories, shown, self.renderer, self.encoder.return_ids_for)
+        columns = encode_trajectories(trajectories, self.encoder, counts, few_shot)
         pad_id = self.renderer.close_id  # any id will do, because padding is defined by the attention mask
         return WindowDataset(
             columns,

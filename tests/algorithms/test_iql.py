@@ -19,7 +19,7 @@ from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import build_model, load_model
 from offline_lmrl.run import DataConfig, ModelConfig
-from offline_lmrl.tokens.few_shot import PromptSpec
+from offline_lmrl.tokens.few_shot import FewShotConfig
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3 4 5 6 7 8 9"], 300)
@@ -149,7 +149,10 @@ def test_no_temperature_is_behaviour_cloning(tmp_path, critic):
         ({"context": 1}, "context: found 1, expected the critic's 2: both use the same windows"),
         ({"stride": 2}, "stride: found 2, expected the critic's 1"),
         ({"max_length": 32}, "max_length: found 32, expected the critic's 64"),
-        ({"prompt": PromptSpec(max_tokens=20)}, "prompt: found .*'max_tokens': 20.*, expected the critic's None"),
+        (
+            {"few_shot": FewShotConfig(max_tokens=20)},
+            "few_shot: found .*'max_tokens': 20.*, expected the critic's None",
+        ),
         (
             {"template": "plain", "tokenizer": train_tokenizer(["else"] * 9, 280)},
             "tokenizer: found fingerprint .*, expected the critic's",

@@ -14,7 +14,7 @@ from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import build_model, load_model
 from offline_lmrl.tokens.conditioning import ReturnScale, ReturnTokens
-from offline_lmrl.tokens.few_shot import PromptSpec, draw_prompts, prompt_ids
+from offline_lmrl.tokens.few_shot import FewShotConfig, draw_few_shot, few_shot_ids
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3 4 5 6 7 8 9"], 300)
@@ -92,13 +92,13 @@ def test_the_critics_labels_are_binned_and_told_to_the_model(tmp_path, label, di
 def test_demonstrations_from_a_file_have_the_critics_labels_too(tmp_path):
     critic, logs = valued(tmp_path / "critic"), [replace(log, task="walk") for log in LOGS]
     write_trajectories(tmp_path / "shown.jsonl", logs)
-    prompt = PromptSpec(max_tokens=40, demonstrations=str(tmp_path / "shown.jsonl"))
-    run = conditioned(tmp_path / "run", logs=logs, critic=str(critic), binning="linear", prompt=prompt)
+    prompt = FewShotConfig(max_tokens=40, demonstrations=str(tmp_path / "shown.jsonl"))
+    run = conditioned(tmp_path / "run", logs=logs, critic=str(critic), binning="linear", few_shot=prompt)
     return_tokens, labelled = ReturnTokens.from_block(run.returns, len(TOKENIZER), run.renderer), relabel(logs, critic)
     assert [return_tokens.of_log(log) for log in labelled] != [return_tokens.of_log(log) for log in logs]
     behind = len(run.renderer.preamble_of(()))
-    for row, shown in enumerate(draw_prompts(prompt, logs, labelled)):
-        ids = list(prompt_ids(shown, run.renderer, return_tokens.of_log))
+    for row, shown in enumerate(draw_few_shot(prompt, logs, labelled)):
+        ids = list(few_shot_ids(shown, run.renderer, return_tokens.of_log))
         assert run.train_dataset.batch([row])["input_ids"][0].tolist()[behind : behind + len(ids)] == ids
 
 

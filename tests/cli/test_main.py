@@ -30,7 +30,7 @@ from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.run import DataConfig, ModelConfig
 from offline_lmrl.settings import setting
 from offline_lmrl.tasks.hidden_rule import HiddenRule
-from offline_lmrl.tokens.few_shot import PromptSpec
+from offline_lmrl.tokens.few_shot import FewShotConfig
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 GOOD = {"prompt": "left or right?", "completion": "left", "reward": 1.0}
@@ -454,8 +454,8 @@ def test_evaluate_plays_every_episode_behind_a_demonstration_of_its_task(command
     shown, read, start = tmp_path / "shown.jsonl", [], LanguagePolicy.start
     write_trajectories(shown, HiddenRule().demonstrations(1, seed=0))
 
-    def watched(self, seeds, asks=None, prompts=None):
-        read.extend(demonstration.task for (demonstration,) in prompts)
+    def watched(self, seeds, asks=None, few_shot=None):
+        read.extend(demonstration.task for (demonstration,) in few_shot)
         return start(self, seeds, asks)
 
     monkeypatch.setattr(LanguagePolicy, "start", watched)
@@ -655,26 +655,26 @@ def test_help_shows_our_fields_first_and_inherited_ones_on_request():
 
 @dataclass
 class WithPrompt:
-    prompt: PromptSpec | None = None
+    few_shot: FewShotConfig | None = None
 
 
 def test_a_group_that_may_be_null_is_read_and_checked():
     def parsed(*argv, **settings):
         parser = Parser("x")
         parser.add_dataclass(WithPrompt, "args")
-        return parser.parse(argv, settings, "f.yaml").args.prompt
+        return parser.parse(argv, settings, "f.yaml").args.few_shot
 
     assert parsed() is None
-    assert parsed("--args.prompt.n", "2", "--args.prompt.part", "last") == PromptSpec(n=2, part="last")
-    assert parsed(args={"prompt": {"turns": 3}}) == PromptSpec(turns=3)
-    file = {"prompt": {"turns": 3, "n": 4, "demonstrations": "no"}}
-    assert parsed("--args.prompt.n", "2", args=file) == PromptSpec(n=2, turns=3, demonstrations="no")
-    assert parsed("--args.prompt", "{n: 2}", args=file) == PromptSpec(n=2, turns=3, demonstrations="no")
-    assert parsed("--args.prompt", "null", args=file) is None
-    with pytest.raises(InputError, match="^prompt.n: found 0, expected at least 1$"):
-        parsed("--args.prompt.n", "0", args=file)
-    with pytest.raises(InputError, match="^prompt.n: found 0, expected at least 1$"):
-        parsed("--args.prompt.n", "0")
+    assert parsed("--args.few_shot.n", "2", "--args.few_shot.part", "last") == FewShotConfig(n=2, part="last")
+    assert parsed(args={"few_shot": {"turns": 3}}) == FewShotConfig(turns=3)
+    file = {"few_shot": {"turns": 3, "n": 4, "demonstrations": "no"}}
+    assert parsed("--args.few_shot.n", "2", args=file) == FewShotConfig(n=2, turns=3, demonstrations="no")
+    assert parsed("--args.few_shot", "{n: 2}", args=file) == FewShotConfig(n=2, turns=3, demonstrations="no")
+    assert parsed("--args.few_shot", "null", args=file) is None
+    with pytest.raises(InputError, match="^few_shot.n: found 0, expected at least 1$"):
+        parsed("--args.few_shot.n", "0", args=file)
+    with pytest.raises(InputError, match="^few_shot.n: found 0, expected at least 1$"):
+        parsed("--args.few_shot.n", "0")
     with pytest.raises(InputError, match="partt: found a setting that does not exist; did you mean 'part'"):
         parsed(args={"prompt": {"partt": "last"}})
 

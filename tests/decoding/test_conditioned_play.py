@@ -296,7 +296,7 @@ def test_a_critic_that_counts_turns_otherwise_is_named_once_and_one_behind_demon
     caplog.clear()
     policy(conditioned(discount_per_turn=0.9), ask=f"auto:{tmp_path / 'critic'}")
     assert not caplog.records
-    critic.config.offline_lmrl |= {"prompt": {"n": 1}}
+    critic.config.offline_lmrl |= {"few_shot": {"n": 1}}
     critic.save_pretrained(tmp_path / "critic")
     shown = "critic: found a model trained with few-shot demonstrations, expected one trained without"
     with pytest.raises(InputError, match=shown):

@@ -158,6 +158,6 @@ def test_wrong_labels_models_without_heads_and_turns_that_do_not_fit_are_refused
     long = Trajectory((user("at 1"), agent("x" * 80, 1.0)))
     with pytest.raises(InputError, match="relabel: found 1 agent turns that do not fit the critic's window of 64"):
         relabel([*LOGS, long], judge)
-    judge.model.config.offline_lmrl = judge.model.config.offline_lmrl | {"prompt": {"n": 1}}
+    judge.model.config.offline_lmrl = judge.model.config.offline_lmrl | {"few_shot": {"n": 1}}
     with pytest.raises(InputError, match="critic: found a model trained with few-shot demonstrations"):
         relabel(LOGS, judge)

@@ -62,9 +62,9 @@ def planning_model(heads=True):
 MODEL = planning_model()
 
 
-def policy(model=MODEL, context=None, stride=1, prompt=None, **decoding):
+def policy(model=MODEL, context=None, stride=1, few_shot=None, **decoding):
     form = DecodingConfig(**{"max_new_tokens": 4, "top_k": 5} | decoding)
-    return LanguagePolicy(model, RENDERER, form, context=context, stride=stride, prompt=prompt)
+    return LanguagePolicy(model, RENDERER, form, context=context, stride=stride, few_shot=few_shot)
 
 
 def play(player, turns=2):
@@ -155,7 +155,7 @@ def spy(monkeypatch, sampler):
 def test_what_is_imagined_is_read_after_the_same_ids_as_in_training(
     monkeypatch, context, stride, prompt, imaginations
 ):
-    player = policy(context=context, stride=stride, prompt=prompt)
+    player = policy(context=context, stride=stride, few_shot=prompt)
     planner = Planner(player, width=1, expand=1, depth=imaginations + 1)
     planner.heads = Fixed(0.0, 0.0, 0.0)
     proposed, imagined = spy(monkeypatch, player.sampler), spy(monkeypatch, planner.environment("user"))
@@ -173,7 +173,7 @@ def test_what_is_imagined_is_read_after_the_same_ids_as_in_training(
     encoder = EpisodeEncoder(
         RENDERER, player.window, StepRule(), RewardScale(), player.return_tokens.nulls, replies=True
     )
-    columns = encode_trajectories([plan], encoder, Counter(), [player.shared_prompt.null])
+    columns = encode_trajectories([plan], encoder, Counter(), [player.shared_few_shot.without_returns])
     batch = WindowDataset(columns, 0, next_rows=False, end_rows=False, replies=True).batch(
         range(len(columns["input_ids"][1]) - 1)
     )

@@ -70,12 +70,12 @@ def test_agent_turns_keep_what_was_sampled():
 
 def test_every_episode_has_the_prompt_of_its_seed():
     class Prompted(Script):
-        def start(self, seeds, prompts):
-            self.given = [*getattr(self, "given", []), *prompts]
+        def start(self, seeds, few_shot):
+            self.given = [*getattr(self, "given", []), *few_shot]
             return super().start(seeds)
 
     policy = Prompted()
-    rollout(policy, Countdown, [4, 1, 2], batch_size=2, prompts=lambda seed: None if seed == 1 else [seed])
+    rollout(policy, Countdown, [4, 1, 2], batch_size=2, few_shot=lambda seed: None if seed == 1 else [seed])
     assert policy.given == [[4], None, [2]]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from offline_lmrl.decoding.policy import NO_PROMPT, LanguagePolicy, PromptIds
+from offline_lmrl.decoding.policy import NO_FEW_SHOT, FewShotIds, LanguagePolicy
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError
@@ -24,7 +24,7 @@ from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import add_value_heads, build_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tasks.corridor import Corridor
-from offline_lmrl.tokens.few_shot import PromptSpec, prompt_ids
+from offline_lmrl.tokens.few_shot import FewShotConfig, few_shot_ids
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 from offline_lmrl.tokens.windows import WindowRule
@@ -74,9 +74,9 @@ def table_policy(heads=True, scale=1.0, **decoding):
         model=Table(heads, scale),
         renderer=RENDERER,
         window=WindowRule(),
-        prompt=None,
-        spec=PromptSpec(),
-        shared_prompt=NO_PROMPT,
+        few_shot=None,
+        spec=FewShotConfig(),
+        shared_few_shot=NO_FEW_SHOT,
         decoding=DecodingConfig(**decoding),
     )
 
@@ -99,13 +99,15 @@ def test_logs_are_read_behind_demonstrations(monkeypatch, tmp_path, source):
     policy, read, forward = table_policy(), [], Table.forward_with_hidden
     logs = [replace(said("b", 4.0), task="t"), replace(said("a", 1.0), task="t")]
     shown = logs[::-1] if source == "held out" else [replace(said("a a b", 1.0), task="t")] * 2
-    ids = [prompt_ids([policy.spec.cut(one, None)], RENDERER) for one in shown]
+    ids = [few_shot_ids([policy.spec.cut(one, None)], RENDERER) for one in shown]
     if source == "own":
-        policy.prompt, policy.shared_prompt = shown[:1], PromptIds((), ids[0])
+        policy.few_shot, policy.shared_few_shot = shown[:1], FewShotIds((), ids[0])
     elif source != "given":  # as the run was trained, but for the rows that it left without a prompt
         write_trajectories(tmp_path / "shown.jsonl", shown[:1])
-        policy.spec = PromptSpec(drop=1.0, demonstrations=str(tmp_path / "shown.jsonl") if source == "file" else None)
-        policy.model.config.offline_lmrl["prompt"] = {}
+        policy.spec = FewShotConfig(
+            drop=1.0, demonstrations=str(tmp_path / "shown.jsonl") if source == "file" else None
+        )
+        policy.model.config.offline_lmrl["few_shot"] = {}
 
     def watched(self, input_ids, attention_mask, use_cache):
         read.extend(row[mask].tolist() for row, mask in zip(input_ids, attention_mask, strict=True))

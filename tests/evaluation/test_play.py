@@ -99,12 +99,12 @@ def test_repeats_keep_the_episode_and_change_the_dice_only():
 
 def test_repeats_keep_the_prompt_of_the_episode():
     class Prompted(Speaker):
-        def start(self, seeds, prompts):
-            self.given = [*getattr(self, "given", []), *prompts]
+        def start(self, seeds, few_shot):
+            self.given = [*getattr(self, "given", []), *few_shot]
             return super().start(seeds)
 
     speaker = Prompted()
-    evaluate_policy(speaker, Counting, [1, 2], repeats=2, prompts=lambda seed: [seed])
+    evaluate_policy(speaker, Counting, [1, 2], repeats=2, few_shot=lambda seed: [seed])
     assert speaker.given == [[1], [2], [1], [2]] and len(set(speaker.started)) == 4
 
 

@@ -9,7 +9,7 @@ from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.tasks.hidden_rule import HELD_OUT, HiddenRule
-from offline_lmrl.tokens.few_shot import PromptSpec
+from offline_lmrl.tokens.few_shot import FewShotConfig
 from tests.gates.small import SPEC, fitted
 
 pytestmark = pytest.mark.gates
@@ -33,7 +33,7 @@ class Shown:
         self.policy, self.of_seed = policy, lambda seed: [shown[game.task(seed + shift)]]
 
     def start(self, seeds):
-        return self.policy.start(seeds, prompts=[self.of_seed(seed) for seed in seeds])
+        return self.policy.start(seeds, few_shot=[self.of_seed(seed) for seed in seeds])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -41,7 +41,7 @@ def test_a_new_rule_is_followed_behind_its_demonstration_alone(tmp_path, seed):
     training, new = HiddenRule(), HiddenRule(held_out=True)
     write_trajectories(tmp_path / "shown.jsonl", training.demonstrations(4, seed))
     logs = training.logs(10_000, seed) + training.demonstrations(8, seed + 7)
-    prompt = PromptSpec(max_tokens=48, demonstrations=str(tmp_path / "shown.jsonl"))
+    few_shot = FewShotConfig(max_tokens=48, demonstrations=str(tmp_path / "shown.jsonl"))
     run = fitted(
         ReturnConditionedConfig,
         ReturnConditionedTrainer,
@@ -52,7 +52,7 @@ def test_a_new_rule_is_followed_behind_its_demonstration_alone(tmp_path, seed):
         spec=CONVOLUTION,
         learning_rate=3e-3,
         condition_dropout=0.0,
-        prompt=prompt,
+        few_shot=few_shot,
     )
     policy = LanguagePolicy(run.model, run.renderer, DecodingConfig(max_new_tokens=4, ask="max"), max_length=96)
 

@@ -14,7 +14,7 @@ from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
 from offline_lmrl.tokens.conditioning import returns_to_go
 from offline_lmrl.tokens.episodes import EpisodeEncoder, StepRule
-from offline_lmrl.tokens.few_shot import PromptSpec, draw_prompts, encode_prompts, prompt_ids, task_prompts
+from offline_lmrl.tokens.few_shot import FewShotConfig, draw_few_shot, encode_few_shot, few_shot_ids, few_shot_of_task
 from offline_lmrl.tokens.windows import WindowRule, policy_window
 from tests.tokens.test_episodes import LetterRenderer, agent, table, user
 
@@ -47,7 +47,7 @@ def batch_of(trajectories, prompts, rule=None, return_ids=None, counts=None):
 
 
 def shown(part, turns=1, seed=0):
-    cut = PromptSpec(part=part, turns=turns).cut(LONG, np.random.default_rng(seed))
+    cut = FewShotConfig(part=part, turns=turns).cut(LONG, np.random.default_rng(seed))
     return "".join(turn.content for turn in LONG.turns[cut.first : cut.stop])
 
 
@@ -70,7 +70,7 @@ def test_a_part_is_agent_turns_with_what_was_said_before_each(part, turns, text)
 
 
 def test_of_equally_good_turns_the_earliest_are_best():
-    cut = PromptSpec(part="best").cut(Trajectory((agent("a", 1.0), agent("b", 1.0))), np.random.default_rng(0))
+    cut = FewShotConfig(part="best").cut(Trajectory((agent("a", 1.0), agent("b", 1.0))), np.random.default_rng(0))
     assert (cut.first, cut.stop) == (0, 1)
 
 
@@ -84,14 +84,14 @@ def numbered(task, n):
 
 
 def drawn(spec, rows, pool=None):
-    return [[one.trajectory.turns[0].content for one in prompt] for prompt in draw_prompts(spec, rows, pool)]
+    return [[one.trajectory.turns[0].content for one in prompt] for prompt in draw_few_shot(spec, rows, pool)]
 
 
 def test_demonstrations_are_different_and_of_the_task_and_never_the_row_itself():
     rows = [row for pair in zip(numbered("a", 4), numbered("b", 4), strict=True) for row in pair]
     seen = set()
     for seed in range(20):
-        for row, prompt in zip(rows, draw_prompts(PromptSpec(n=2, seed=seed), rows), strict=True):
+        for row, prompt in zip(rows, draw_few_shot(FewShotConfig(n=2, seed=seed), rows), strict=True):
             assert all(one.trajectory.task == row.task and one.trajectory is not row for one in prompt)
             assert prompt[0].trajectory is not prompt[1].trajectory
             seen |= {(row.task, row.turns[0].content, one.trajectory.turns[0].content) for one in prompt}
@@ -99,25 +99,30 @@ def test_demonstrations_are_different_and_of_the_task_and_never_the_row_itself()
 
 
 def test_a_row_may_be_its_own_demonstration_where_that_is_asked_for():
-    assert drawn(PromptSpec(exclude_self=False), numbered("a", 1)) == [["0"]]
+    assert drawn(FewShotConfig(exclude_self=False), numbered("a", 1)) == [["0"]]
 
 
 def test_draws_depend_on_seed_and_row_alone():
     rows = numbered("a", 30)
-    once = drawn(PromptSpec(seed=1), rows)
-    assert drawn(PromptSpec(seed=1), rows) == once != drawn(PromptSpec(seed=2), rows)
-    assert list(islice(draw_prompts(PromptSpec(seed=1), rows), 3)) == list(draw_prompts(PromptSpec(seed=1), rows))[:3]
+    once = drawn(FewShotConfig(seed=1), rows)
+    assert drawn(FewShotConfig(seed=1), rows) == once != drawn(FewShotConfig(seed=2), rows)
+    assert (
+        list(islice(draw_few_shot(FewShotConfig(seed=1), rows), 3))
+        == list(draw_few_shot(FewShotConfig(seed=1), rows))[:3]
+    )
 
 
 def test_a_share_of_the_rows_has_no_prompt():
-    prompts = drawn(PromptSpec(drop=0.25), numbered("a", 400))
+    prompts = drawn(FewShotConfig(drop=0.25), numbered("a", 400))
     assert 70 < sum(not prompt for prompt in prompts) < 130
-    assert drawn(PromptSpec(drop=1.0), numbered("a", 2)) == [[], []]
+    assert drawn(FewShotConfig(drop=1.0), numbered("a", 2)) == [[], []]
 
 
 def test_demonstrations_from_elsewhere_are_drawn_for_rows_of_their_task():
     pool = [SHOWN, *numbered("u", 1)]
-    assert drawn(PromptSpec(), [Trajectory((agent("x"),), task="u"), Trajectory((agent("x"),), task="t")], pool) == [
+    assert drawn(
+        FewShotConfig(), [Trajectory((agent("x"),), task="u"), Trajectory((agent("x"),), task="t")], pool
+    ) == [
         ["0"],
         ["p"],
     ]
@@ -125,19 +130,19 @@ def test_demonstrations_from_elsewhere_are_drawn_for_rows_of_their_task():
 
 def test_an_episode_is_played_behind_demonstrations_of_its_task_by_its_seed_alone():
     pool = [row for pair in zip(numbered("a", 4), numbered("b", 4), strict=True) for row in pair]
-    prompt = task_prompts(PromptSpec(n=2), pool, lambda seed: "ab"[seed % 2])
+    prompt = few_shot_of_task(FewShotConfig(n=2), pool, lambda seed: "ab"[seed % 2])
     for seed in range(10):
         one, other = prompt(seed)
         assert one is not other and one.task == other.task == "ab"[seed % 2]
         assert prompt(seed) == [one, other]
     assert len({prompt(seed)[0].turns[0].content for seed in range(0, 40, 2)}) == 4
     with pytest.raises(InputError, match="demonstrations: found 4 of task 'b', expected at least 5"):
-        task_prompts(PromptSpec(n=5), pool, lambda seed: "b")(0)
+        few_shot_of_task(FewShotConfig(n=5), pool, lambda seed: "b")(0)
 
 
 def test_steps_stand_behind_the_prompt_and_none_in_it():
     row = Trajectory((user("a"), agent("x", 1.0)))
-    prompt = prompt_ids([PromptSpec().cut(SHOWN, None)], RENDERER)
+    prompt = few_shot_ids([FewShotConfig().cut(SHOWN, None)], RENDERER)
     assert prompt == (2, P, 3, 4, Q, 5)
     batch = batch_of([row], [prompt])
     assert batch["input_ids"].tolist() == [[1, *prompt, 2, ord("a"), 3, 4, ord("x"), 5]]
@@ -146,11 +151,13 @@ def test_steps_stand_behind_the_prompt_and_none_in_it():
 
 
 def test_a_prompt_has_the_returns_that_its_own_episode_had():
-    cut = PromptSpec(part="last").cut(Trajectory((*SHOWN.turns, user("r"), agent("z", 2.0))), None)
-    assert prompt_ids([cut], RENDERER, return_ids) == (2, ord("r"), 3, 202, 4, ord("z"), 5)
-    whole = PromptSpec().cut(SHOWN, None)
+    cut = FewShotConfig(part="last").cut(Trajectory((*SHOWN.turns, user("r"), agent("z", 2.0))), None)
+    assert few_shot_ids([cut], RENDERER, return_ids) == (2, ord("r"), 3, 202, 4, ord("z"), 5)
+    whole = FewShotConfig().cut(SHOWN, None)
     batch = batch_of(
-        [Trajectory((user("a"), agent("x", 1.0)))], [prompt_ids([whole], RENDERER, return_ids)], return_ids=return_ids
+        [Trajectory((user("a"), agent("x", 1.0)))],
+        [few_shot_ids([whole], RENDERER, return_ids)],
+        return_ids=return_ids,
     )
     assert batch["input_ids"].tolist() == [[1, 2, P, 3, 203, 4, Q, 5, 2, ord("a"), 3, 201, 4, ord("x"), 5]]
 
@@ -167,7 +174,7 @@ RULES = [WindowRule(), WindowRule(1), WindowRule(4, 2), WindowRule(None, 1, 21)]
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_prompt_stays_whole_while_the_window_is_cropped(rule):
-    prompt = prompt_ids([PromptSpec().cut(SHOWN, None)], RENDERER)
+    prompt = few_shot_ids([FewShotConfig().cut(SHOWN, None)], RENDERER)
     cut = Trajectory((*TURNS, user("f")), terminated=False)  # brings rows that only serve V
     batch = batch_of([cut], [prompt], rule)
     for row in batch["input_ids"].tolist():
@@ -178,18 +185,18 @@ def test_the_prompt_stays_whole_while_the_window_is_cropped(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_training_windows_with_prompts_equal_what_the_policy_sees_live(rule):
-    prompt = prompt_ids([PromptSpec().cut(SHOWN, None)], RENDERER)
+    prompt = few_shot_ids([FewShotConfig().cut(SHOWN, None)], RENDERER)
     batch = batch_of([Trajectory(TURNS)], [prompt], rule)
     steps = batch["steps"]
     for index in range(1, len(TURNS), 2):
         chosen = (steps["turn"] == index).nonzero()[0, 0]
         row, opening = steps["row"][chosen], steps["state"][chosen]
-        live = policy_window(TURNS[:index], RENDERER, rule, reserve=2, prompt=prompt)
+        live = policy_window(TURNS[:index], RENDERER, rule, reserve=2, few_shot=prompt)
         assert batch["input_ids"][row, : opening + 1].tolist() == live
 
 
 def test_turns_that_no_longer_fit_behind_the_prompt_are_counted():
-    counts, prompt = Counter(), prompt_ids([PromptSpec().cut(SHOWN, None)], RENDERER)
+    counts, prompt = Counter(), few_shot_ids([FewShotConfig().cut(SHOWN, None)], RENDERER)
     rows = [Trajectory((user("a"), agent("x" * 9, 1.0), user("b"), agent("x", 1.0)))]
     batch = batch_of(rows, [prompt], WindowRule(max_length=16), counts=counts)
     assert counts["agent turns dropped: longer than max_length"] == 1
@@ -200,25 +207,30 @@ def test_turns_that_no_longer_fit_behind_the_prompt_are_counted():
     "spec, rows, pool, message",
     [
         ({}, [Trajectory((agent("x"),))], None, "row 1: task: found none"),
-        ({}, numbered("a", 1), None, r"row 1: prompt.n: found 0 demonstrations of task 'a' other than the row itself"),
-        ({"n": 2}, numbered("t", 3), [SHOWN], "row 1: prompt.n: found 1 demonstrations of task 't', expected at l"),
+        (
+            {},
+            numbered("a", 1),
+            None,
+            r"row 1: few_shot.n: found 0 demonstrations of task 'a' other than the row itself",
+        ),
+        ({"n": 2}, numbered("t", 3), [SHOWN], "row 1: few_shot.n: found 1 demonstrations of task 't', expected at l"),
         ({}, numbered("u", 1), [SHOWN], "found 0 demonstrations of task 'u', expected at least 1"),
         (
             {"max_tokens": 5},
             numbered("t", 1),
             [SHOWN],
-            "row 1: prompt.max_tokens: found demonstrations of 6 tokens, exp",
+            "row 1: few_shot.max_tokens: found demonstrations of 6 tokens, exp",
         ),
     ],
 )
 def test_prompts_that_cannot_be_made_are_refused(spec, rows, pool, message):
     with pytest.raises(InputError, match=message):
-        list(encode_prompts(PromptSpec(**spec), rows, pool, RENDERER, None))
+        list(encode_few_shot(FewShotConfig(**spec), rows, pool, RENDERER, None))
 
 
 @pytest.mark.parametrize(
     "settings", [{"n": 0}, {"part": "middle"}, {"turns": 0}, {"max_tokens": 0}, {"drop": 1.5}, {"seed": -1}], ids=str
 )
 def test_settings_out_of_range_are_refused_by_name(settings):
-    with pytest.raises(InputError, match=f"prompt.{next(iter(settings))}: found"):
-        PromptSpec(**settings)
+    with pytest.raises(InputError, match=f"few_shot.{next(iter(settings))}: found"):
+        FewShotConfig(**settings)
