@@ -12,7 +12,14 @@ from offline_lmrl.errors import InputError
 log = logging.getLogger(__name__)
 
 # Settings, entries of a run's config, and fields of checkpoints: old name -> new name.
-KEYS = {"sampling": "decoding", "prompt": "few_shot"}
+KEYS = {
+    "sampling": "decoding",
+    "prompt": "few_shot",
+    "critic": "value_model",
+    "judge": "reward_model",
+    "critic_weights": "value_weights",
+    "memory": "state",
+}
 # Values of settings: new name of the setting -> old value -> new value.
 VALUES: dict[str, dict[str, str]] = {}
 # Mappings whose keys are not ours (of environments, data, libraries, tables and templates) stay as they are.

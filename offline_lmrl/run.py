@@ -259,7 +259,6 @@ def input_fingerprints(
     model: ModelConfig,
     rows: Rows,
     validation: Rows | None,
-    critic: str | None = None,
     demonstrations: str | None = None,
     reference: str | None = None,
     value_model: str | None = None,
@@ -267,10 +266,10 @@ def input_fingerprints(
     """Hash the inputs that a run names by path, so that a changed input is noticed when the run is resumed.
 
     Args:
-      critic: folder or hub name of the run whose values this run learns from; None = none.
       demonstrations: source of few-shot demonstrations; None = none.
       reference: source of the replies on which a reward model is normalised; None = none.
-      value_model: folder or hub name of the run from which PPO's V starts; None = none.
+      value_model: folder or hub name of the run whose values this run learns from, or from which PPO's V starts; None
+        = none.
     Returns: sha256 by name of data, demonstrations, reference and the weights in local folders; None for validation
       data or starting weights that are not there.
     """
@@ -282,8 +281,7 @@ def input_fingerprints(
     for name, source in (("demonstrations", demonstrations), ("reference", reference)):
         if source is not None:
             found[name] = fingerprint(read_trajectories(source))
-    runs = {"critic_weights": critic, "value_weights": value_model}
-    return found | {name: weights_hash(folder) for name, folder in runs.items() if folder is not None}
+    return found if value_model is None else found | {"value_weights": weights_hash(value_model)}
 
 
 def weights_hash(folder: str | None) -> str | None:
@@ -298,13 +296,8 @@ def weights_hash(folder: str | None) -> str | None:
     return digest.hexdigest()
 
 
-def critic_of(args: BaseConfig) -> str | None:
-    """Return the setting `critic`, the run whose values this one learns from; None if there is none."""
-    return getattr(args, "critic", None)
-
-
 def value_model_of(args: BaseConfig) -> str | None:
-    """Return the run from which PPO's V starts; None if V uses the policy or a copy, or for another algorithm."""
+    """Return the run whose values this one learns from or starts from; None if PPO's V uses the policy or its copy."""
     name = getattr(args, "value_model", None)
     return None if name in ("shared", "copy") else name
 
@@ -383,9 +376,7 @@ def train(
     rows, validation = read_data(algorithm, data, args, counts)
     config = resolved_config(algorithm, model, data, args, environment) | dict(settings or {})
     reference, value_model = getattr(args, "reference", None), value_model_of(args)
-    config["contents"] = input_fingerprints(
-        model, rows, validation, critic_of(args), demonstrations_of(args), reference, value_model
-    )
+    config["contents"] = input_fingerprints(model, rows, validation, demonstrations_of(args), reference, value_model)
     if run_there(folder, config) == "same" and (folder / COMPLETE).exists():
         if args.should_save:
             sweep(folder)  # a process that was killed after complete.json may have left temporary files
@@ -413,7 +404,7 @@ def train(
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(folder))
         if trainer.args.should_save:
-            before = runs_before(model.path, critic_of(args), value_model, *scorer_runs(data.preference))
+            before = runs_before(model.path, value_model, *scorer_runs(data.preference))
             report = {
                 **trainer.costs(),
                 **trainer.outcome(),

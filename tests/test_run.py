@@ -170,7 +170,7 @@ def test_a_null_setting_may_be_absent_from_an_older_run(tmp_path):
 
 def test_other_demonstrations_under_the_same_path_are_another_run(tmp_path):
     path, found = str(tmp_path / "shown.jsonl"), []
-    args = BCConfig(output_dir=str(tmp_path), prompt=FewShotConfig(demonstrations=path), use_cpu=True)
+    args = BCConfig(output_dir=str(tmp_path), few_shot=FewShotConfig(demonstrations=path), use_cpu=True)
     for n in (1, 2):
         write_trajectories(path, logs(n))
         shown = run.demonstrations_of(args)

@@ -1,17 +1,18 @@
 """Policy extraction of IQL (Kostrikov, Nair, Levine 2021, section 4.3).
 
-Advantage-weighted regression (Peng et al. 2019) from a frozen critic into a plain policy, which decodes without heads:
+Advantage-weighted regression (Peng et al. 2019) from a frozen value model into a plain policy, which decodes without
+heads:
 
     L = −min(exp(β_w · (min_i Q̄_i(s,a) − V(s))), c) · log π(a|s)            over the agent's N action tokens
 
-The paper calls β_w an inverse temperature, and its code sets c = 100. Weights carry no gradient. The critic, usually
-an ILQL run, has learnt Q and V before. It evaluates the same windows as the policy, so every action token has one
-fixed weight.
+The paper calls β_w an inverse temperature, and its code sets c = 100. Weights carry no gradient. The value model,
+usually an ILQL run, has learnt Q and V before. It evaluates the same windows as the policy, so every action token has
+one fixed weight.
 
 Deviations from the paper:
-- The critic is trained first and frozen, instead of beside the policy (the policy never enters its losses).
-- Advantages are in the critic's scaled reward units, as in ILQL's own weighted loss: β_w is per range of the training
-  returns. In the paper each task scales returns in its own way.
+- The value model is trained first and frozen, instead of beside the policy (the policy never enters its losses).
+- Advantages are in the value model's scaled reward units, as in ILQL's own weighted loss: β_w is per range of the
+  training returns. In the paper each task scales returns in its own way.
 - An action is a token, not a reply, so weights vary along a reply.
 `inverse_temperature: 0` makes all weights 1, which is behaviour cloning.
 """
@@ -24,8 +25,8 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
-from offline_lmrl.decoding.critic import log_encoder, read_values
-from offline_lmrl.decoding.policy import load_critic
+from offline_lmrl.decoding.policy import load_value_model
+from offline_lmrl.decoding.value_model import log_encoder, read_values
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory
@@ -43,10 +44,10 @@ from offline_lmrl.training.trainer import OfflineTrainer
 class IQLConfig(OfflineConfig):
     """The settings of policy extraction. Numbers in square brackets are the paper's."""
 
-    critic: str | None = setting(
+    value_model: str | None = setting(
         None,
         "Folder or hub name of a run with value heads; required. Its context, stride, max_length, template, few_shot "
-        "and tokenizer must equal those of this run, which uses the critic's reward scale and discounts.",
+        "and tokenizer must equal those of this run, which uses the value model's reward scale and discounts.",
     )
     inverse_temperature: float = setting(
         3.0,
@@ -56,8 +57,8 @@ class IQLConfig(OfflineConfig):
     weight_clip: float = setting(100.0, "C, the largest weight of a token [100].")
 
     def __post_init__(self) -> None:
-        if self.critic is None:
-            raise InputError("critic: missing, expected the folder or hub name of a run with value heads (ILQL)")
+        if self.value_model is None:
+            raise InputError("value_model: missing, expected the folder or hub name of a run with value heads (ILQL)")
         check_range(self, inverse_temperature=(0, 1e6), weight_clip=(1e-6, 1e6))
         super().__post_init__()
 
@@ -67,7 +68,7 @@ def iql_loss(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config:
 
     Args:
       outputs: log_prob (N,) of the policy.
-      steps: `ActionSteps` with the critic's `advantage` (N,) in scaled reward units.
+      steps: `ActionSteps` with the value model's `advantage` (N,) in scaled reward units.
     Returns: loss and weight, each (N,).
     """
     weight = awr_weight(steps["advantage"], config.inverse_temperature, config.weight_clip)
@@ -77,45 +78,50 @@ def iql_loss(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config:
 class IQLTrainer(OfflineTrainer):
     """A trainer of a plain policy; see `OfflineTrainer` for the arguments.
 
-    The critic evaluates all windows once, while the trainer is built, each rank a share of them. Then it is released.
+    The value model evaluates all windows once, while the trainer is built, each rank a share of them. Then it is
+    released.
     """
 
     algorithm = "iql"
 
     def __init__(self, model, args: IQLConfig, *positional, **keywords):
-        self.critic = load_critic(args.critic, device=args.device)
+        self.value_model = load_value_model(args.value_model, device=args.device)
         super().__init__(model, args, *positional, **keywords)
-        del self.critic
+        del self.value_model
 
     def step_rule(self, args: IQLConfig) -> StepRule:
-        return log_encoder(self.critic).step_rule
+        return log_encoder(self.value_model).step_rule
 
     def fit_scale(self, model, train, args: IQLConfig) -> RewardScale:
-        found = log_encoder(self.critic).scale
+        found = log_encoder(self.value_model).scale
         if args.reward_scale not in (None, found.scale):
             raise InputError(
-                f"reward_scale: found {args.reward_scale}, expected the critic's {found.scale:g}: its Q and V "
+                f"reward_scale: found {args.reward_scale}, expected the value model's {found.scale:g}: its Q and V "
                 "are in that unit; leave it out"
             )
         return found
 
     def check_model(self, model, args: IQLConfig) -> None:
         super().check_model(model, args)
-        if log_encoder(self.critic).return_ids_for is not None:
-            raise InputError("critic: found a model that is conditioned on returns, expected one that is not")
-        for name, expected in asdict(self.critic.window).items():
+        if log_encoder(self.value_model).return_ids_for is not None:
+            raise InputError("value_model: found a model that is conditioned on returns, expected one that is not")
+        for name, expected in asdict(self.value_model.window).items():
             if (found := getattr(args, name)) != expected:
-                raise InputError(f"{name}: found {found}, expected the critic's {expected}: both use the same windows")
+                raise InputError(
+                    f"{name}: found {found}, expected the value model's {expected}: both use the same windows"
+                )
         found, expected = (
             args.few_shot and asdict(args.few_shot),
-            run_metadata(self.critic.model.config).get("few_shot"),
+            run_metadata(self.value_model.model.config).get("few_shot"),
         )
         if found != expected:
-            raise InputError(f"few_shot: found {found}, expected the critic's {expected}: both use the same windows")
-        found, expected = self.renderer.fingerprint, self.critic.renderer.fingerprint
+            raise InputError(
+                f"few_shot: found {found}, expected the value model's {expected}: both use the same windows"
+            )
+        found, expected = self.renderer.fingerprint, self.value_model.renderer.fingerprint
         if found != expected:
             raise InputError(
-                f"tokenizer: found fingerprint {found}, expected the critic's {expected}: "
+                f"tokenizer: found fingerprint {found}, expected the value model's {expected}: "
                 "both use the same tokens, in the same chat template"
             )
 
@@ -125,7 +131,7 @@ class IQLTrainer(OfflineTrainer):
     def _windows(self, trajectories: Sequence[Trajectory], args: IQLConfig, counts: Counter[str]) -> WindowDataset:
         windows = super()._windows(trajectories, args, counts)
         share = args.process_index, args.world_size
-        values = read_values(self.critic.model, windows, args.per_device_eval_batch_size, share)
+        values = read_values(self.value_model.model, windows, args.per_device_eval_batch_size, share)
         # Each rank has zeros outside its share, so the sum over ranks is the whole.
         advantage = reduce(torch.from_numpy(values["target_q"] - values["v"]).to(args.device), "sum")
         # A column beside the others, with the same offsets, so that batches carry each step's advantage.

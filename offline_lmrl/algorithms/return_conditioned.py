@@ -14,9 +14,9 @@ Deviations from the paper, all for text and pretrained models:
   both is possible (Ho and Salimans 2022, Classifier-Free Diffusion Guidance).
 - The loss is the LM's own cross-entropy over the agent's tokens.
 
-With a `critic` the algorithm is the Q-learning Decision Transformer (QDT: Yamagata, Khalil, Santos-Rodriguez 2023):
-before training, the critic's V or Q replaces logged returns R̂ (`relabel` in decoding/critic.py; by default where V is
-above the logged return). That restores stitching.
+With a `value_model` the algorithm is the Q-learning Decision Transformer (QDT: Yamagata, Khalil, Santos-Rodriguez
+2023): before training, the value model's V or Q replaces logged returns R̂ (`relabel` in decoding/value_model.py; by
+default where V is above the logged return). That restores stitching.
 
 With `return_weight` the model also learns the outcomes of turns (models/return_heads.py), and with
 `environment_weight` the environment's replies. Together they are the Trajectory Transformer (Janner, Li, Levine 2021)
@@ -34,9 +34,9 @@ from typing import Any, Literal
 
 import torch
 
-from offline_lmrl.decoding.critic import relabel
-from offline_lmrl.decoding.policy import load_critic
+from offline_lmrl.decoding.policy import load_value_model
 from offline_lmrl.decoding.sampler import DecodingConfig
+from offline_lmrl.decoding.value_model import relabel
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory
@@ -73,14 +73,14 @@ class ReturnConditionedConfig(OfflineConfig):
         "global = one scale of returns for all data; task = one for each task.",
     )
     discount_per_turn: float = setting(1.0, "γ of the returns, between two agent turns, above 0 and at most 1 [1].")
-    critic: str | None = setting(
+    value_model: str | None = setting(
         None,
         "Folder or hub name of a run with value heads, whose values replace the logged returns of the data and of "
         "few-shot demonstrations. null = returns as logged.",
     )
     relabel: Literal["max", "q"] = setting(
         "max",
-        "max = use the critic's V where it is above the logged return; q = use the critic's Q (decoding/critic.py).",
+        "max = use the value model's V where it is above the logged return; q = use its Q (decoding/value_model.py).",
     )
     condition: Literal["embedding", "text"] = setting(
         "embedding",
@@ -175,12 +175,12 @@ class ReturnConditionedTrainer(OfflineTrainer):
     def __init__(
         self, model, args: ReturnConditionedConfig, train_dataset, eval_dataset=None, *positional, **keywords
     ):
-        self.shown: Sequence[Trajectory] | None = None  # demonstrations with the critic's labels
-        if args.critic is not None:
+        self.shown: Sequence[Trajectory] | None = None  # demonstrations with the value model's labels
+        if args.value_model is not None:
             # Before super().__init__, which fits the bins to the returns of the data.
-            critic = load_critic(args.critic, device=args.device)
+            value_model = load_value_model(args.value_model, device=args.device)
             train_dataset, eval_dataset, self.shown = (
-                logs and relabel(logs, critic, args.relabel, args.discount_per_turn)
+                logs and relabel(logs, value_model, args.relabel, args.discount_per_turn)
                 for logs in (train_dataset, eval_dataset, args.few_shot and args.few_shot.demonstrations)
             )
         super().__init__(model, args, train_dataset, eval_dataset, *positional, **keywords)

@@ -67,16 +67,16 @@ def _relabel(
     splits = (read_comparison_splits if of_comparisons else read_splits)(data, counts=counts)
     if len(splits) > 1 and output.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
         raise InputError(f"output: found {output} for the splits {', '.join(splits)}, expected a folder")
-    judge = load_scorer(scorer)
-    fit = {name: drop_too_long(rows, judge, counts) for name, rows in splits.items()} if of_comparisons else splits
+    rater = load_scorer(scorer)
+    fit = {name: drop_too_long(rows, rater, counts) for name, rows in splits.items()} if of_comparisons else splits
     made, write = {}, write_trajectories
     for name, rows in fit.items():
         if not of_comparisons:
-            made[name] = relabel_trajectories(rows, judge, place or "terminal", counts)
+            made[name] = relabel_trajectories(rows, rater, place or "terminal", counts)
         elif make == "rewards":
-            made[name] = to_trajectories(rows, judge, "terminal", normalise or "none", counts)
+            made[name] = to_trajectories(rows, rater, "terminal", normalise or "none", counts)
         else:
-            made[name], write = relabel_comparisons(rows, judge), write_comparisons
+            made[name], write = relabel_comparisons(rows, rater), write_comparisons
     _write_splits(output, made, write)
     parts = (("read", splits), ("written", made))
     print_report({f"{name}: {done}": len(part[name]) for name in made for done, part in parts} | +counts)

@@ -223,7 +223,7 @@ class _Comparison:
         for name, method in self.config.methods.items():
             *_, args = self._entry(f"methods.{name}", method, self.config.seeds[0], Path())
             self._planner(name)
-            self._check_judges(name)
+            self._check_value_heads(name)
             self._check_reply_lengths(name, args)
             if method.evaluate and self.betas(name) and not self.config.data.get("validation"):
                 raise InputError(f"data.validation: missing, expected held-out trajectories to choose β of {name} on")
@@ -239,21 +239,21 @@ class _Comparison:
             if self.config.partner is None:  # with a partner, the environment cannot be built before it is trained
                 make_environment(**self.config.environment | elsewhere)
 
-    def _check_judges(self, name: str) -> None:
+    def _check_value_heads(self, name: str) -> None:
         """Check that every method from which `name` takes V or Q has value heads, its own or those of its start.
 
         Raises: InputError that names the setting.
         """
         method = self.config.methods[name]
-        judges = {"critic": method.critic, "planner.scorer": method.scorer, "decoding.ask": method.asks}
-        for key, judge in judges.items():
-            start = judge
+        sources = {"value_model": method.value_model, "planner.scorer": method.scorer, "decoding.ask": method.asks}
+        for key, source in sources.items():
+            start = source
             while start is not None and "value_heads" not in _fields(self.config.methods[start].algorithm):
                 start = self.config.methods[start].start_from
-            if judge is not None and start is None:
+            if source is not None and start is None:
                 where = f"methods.{name}.{key}"
                 raise InputError(
-                    f"{where}: found {shown(judge)}, which has no value heads, expected a method that has them"
+                    f"{where}: found {shown(source)}, which has no value heads, expected a method that has them"
                 )
 
     def _check_reply_lengths(self, name: str, args: Any) -> None:
@@ -410,7 +410,7 @@ class _Comparison:
     def _chain(self, name: str | None) -> list[dict[str, Any]]:
         """Return the settings of a method, then those of the methods that it starts from, nearest first.
 
-        Each entry also holds the chains of its critic, its judge, and the method named in its ask.
+        Each entry also holds the chains of its value model, its reward model, and the method named in its ask.
         """
         if name not in self.config.methods:
             return []
@@ -424,10 +424,10 @@ class _Comparison:
             link["collect"] = asdict(self._collect(method))
         if self.config.training_environment and _plays(method):
             link["training_environment"] = self.config.training_environment
-        if method.critic is not None:
-            link["critic"] = self._chain(method.critic)
-        if method.preference is not None or method.judge is not None:
-            link |= {"preference": method.preference, "judge": self._chain(method.judge)}
+        if method.value_model is not None:
+            link["value_model"] = self._chain(method.value_model)
+        if method.preference is not None or method.reward_model is not None:
+            link |= {"preference": method.preference, "reward_model": self._chain(method.reward_model)}
         if method.asks is not None:
             link["asks"] = self._chain(method.asks)
         return [link, *self._chain(method.start_from)]
@@ -464,8 +464,8 @@ class _Comparison:
         seed: int,
         folder: Path,
         start: Path | None = None,
-        critic: Path | None = None,
-        judge: Path | None = None,
+        value_model: Path | None = None,
+        reward_model: Path | None = None,
     ) -> tuple:
         """Build the first four arguments of `train` for a method (or the partner).
 
@@ -473,8 +473,8 @@ class _Comparison:
           where: dotted name of the method's settings, for error messages.
           folder: run directory.
           start: run that the weights are loaded from.
-          critic: run that becomes `args.critic`.
-          judge: run of a reward model that becomes `preference.reward`.
+          value_model: run that becomes `args.value_model`.
+          reward_model: run of a reward model that becomes `preference.reward`.
         Returns: algorithm, ModelConfig, DataConfig, and the algorithm's config.
         Raises: InputError that names the setting.
         """
@@ -486,16 +486,17 @@ class _Comparison:
             merged["model"]["path"] = str(start)
         model = build(ModelConfig, merged["model"], f"{where}.model.")
         args = {**merged["args"], "output_dir": str(folder), "seed": seed}
-        if getattr(method, "critic", None) is not None:
-            if "critic" not in _fields(method.algorithm):
+        if getattr(method, "value_model", None) is not None:
+            if "value_model" not in _fields(method.algorithm):
                 raise InputError(
-                    f"{where}.critic: found {shown(method.critic)}, expected none: {method.algorithm} takes no critic"
+                    f"{where}.value_model: found {shown(method.value_model)}, expected none: "
+                    f"{method.algorithm} takes no value model"
                 )
-            args["critic"] = str(critic)
+            args["value_model"] = str(value_model)
         args = build(load_algorithm(method.algorithm)[0], args, f"{where}.args.")
         preference = getattr(method, "preference", None)
-        if getattr(method, "judge", None) is not None:
-            preference = {**(preference or {}), "reward": str(judge)}
+        if getattr(method, "reward_model", None) is not None:
+            preference = {**(preference or {}), "reward": str(reward_model)}
         return method.algorithm, model, DataConfig(**self.config.data, preference=preference), args
 
     def betas(self, name: str) -> tuple[float, ...]:
@@ -516,7 +517,7 @@ class _Comparison:
                 return self.trained(method.run_of, seed)
             others = [
                 None if other is None else self.trained(other, seed)
-                for other in (method.start_from, method.critic, method.judge)
+                for other in (method.start_from, method.value_model, method.reward_model)
             ]
             self.runs[name, seed] = self._train(f"methods.{name}", method, seed, folder, *others)
         return self.runs[name, seed]
@@ -527,7 +528,9 @@ class _Comparison:
         Otherwise the failure is noted, and a method that failed before is not tried again.
         """
         method, run = self.config.methods[name], (name, seed)
-        before = (method.start_from, method.critic, method.judge) if method.run_of is None else (method.run_of,)
+        before = (
+            (method.start_from, method.value_model, method.reward_model) if method.run_of is None else (method.run_of,)
+        )
         for other in filter(None, before):
             if run not in self.untrained and not self.is_trained(other, seed):
                 self.untrained[run] = self._because_of(other, seed)
@@ -586,7 +589,7 @@ class _Comparison:
 
         Args:
           where: dotted name of its settings, for error messages.
-          others: runs of its start, critic and judge, in the order of `_entry`.
+          others: runs of its start, value model and reward model, in the order of `_entry`.
         """
         if not (folder / "complete.json").exists():
             self.say(f"training {folder.name}")
@@ -695,11 +698,11 @@ class _Comparison:
                 self.say(f"{name} seed {seed} {row['decode']}{beta}: {score}")
                 yield row
 
-    def _lacks(self, name: str, seed: int, judge: str | None) -> bool:
-        """True if the run of `judge` (which rates the plans or supplies the ask) is missing, which is then noted."""
-        if judge is None or self.is_trained(judge, seed):
+    def _lacks(self, name: str, seed: int, helper: str | None) -> bool:
+        """True if the run of `helper` (which rates the plans or supplies the ask) is missing, which is then noted."""
+        if helper is None or self.is_trained(helper, seed):
             return False
-        self.unmeasured[name, seed] = self._because_of(judge, seed)
+        self.unmeasured[name, seed] = self._because_of(helper, seed)
         return True
 
     def measure_one_by_one(self) -> None:
@@ -912,22 +915,22 @@ def divergence(run: Path) -> dict[str, float]:
     return {"training_kl": rows[-1]["kl"], "ratio_max": max(row["ratio_max"] for row in rows)} if rows else {}
 
 
-def training_cost(run: Path, *judges: Path | None) -> dict[str, float]:
+def training_cost(run: Path, *helpers: Path | None) -> dict[str, float]:
     """Return the cost of training a run.
 
     `training_tokens` counts each token as often as it was read. It includes the runs that this one starts from or
-    learns from, and the `judges`. `training_seconds` is the wall time of its last training process. A run that played
+    learns from, and the `helpers`. `training_seconds` is the wall time of its last training process. A run that played
     also has `environment_steps` (agent turns), `reward_queries` (scored replies) and `played_tokens` (sampled tokens).
 
     Args:
-      judges: runs that rate its plans or supply its ask; None is skipped.
+      helpers: runs that rate its plans or supply its ask; None is skipped.
     """
     report = read_report(run)
     seconds = [row["train_runtime"] for row in read_metrics(run) if "train_runtime" in row]
     played = {name: report[name] for name in ("environment_steps", "reward_queries") if name in report}
     if "generated_tokens" in report:
         played["played_tokens"] = report["generated_tokens"]
-    tokens = sum(runs_before(str(run), *(judge and str(judge) for judge in judges)).values())
+    tokens = sum(runs_before(str(run), *(helper and str(helper) for helper in helpers)).values())
     return {"training_tokens": tokens, "training_seconds": seconds[-1] if seconds else 0.0, **played}
 
 

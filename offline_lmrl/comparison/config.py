@@ -16,7 +16,7 @@ from offline_lmrl.logs.yaml_text import read_yaml
 from offline_lmrl.renamed import current
 from offline_lmrl.settings import setting
 
-TRAINING = {"model", "args", "from", "critic", "preference", "judge", "collect"}  # excluded by `run_of`
+TRAINING = {"model", "args", "from", "value_model", "preference", "reward_model", "collect"}  # excluded by `run_of`
 NAME = r"\w[\w.+=,@ -]{0,99}"  # a method's name, which is also part of file names
 ELSEWHERE = ("path", "scratch", "vocab_size", "tokenizer")  # model settings that `from` decides
 
@@ -59,15 +59,15 @@ class MethodConfig:
         "Method whose run of the same seed supplies the initial weights; null = `model` decides. A YAML file calls it "
         "`from`.",
     )
-    critic: str | None = setting(
+    value_model: str | None = setting(
         None,
-        "Method whose run of the same seed becomes `args.critic`, for algorithms that learn from one.",
+        "Method whose run of the same seed becomes `args.value_model`, for algorithms that learn from one.",
     )
     preference: Mapping[str, Any] | None = setting(
         None,
         "For preference data, how rewards are made from the labels: `reward`, `place` and `normalise` (run.py).",
     )
-    judge: str | None = setting(
+    reward_model: str | None = setting(
         None,
         "Method whose run of the same seed, a reward model, becomes `preference.reward`.",
     )
@@ -329,8 +329,10 @@ class CompareConfig:
     @property
     def trained(self) -> list[str]:
         """The names of the methods that get rows, and of those that rate their plans or supply their asks."""
-        judges = [judge for name in self.evaluated for judge in (self.methods[name].scorer, self.methods[name].asks)]
-        return list(dict.fromkeys([*self.evaluated, *filter(None, judges)]))
+        helpers = [
+            helper for name in self.evaluated for helper in (self.methods[name].scorer, self.methods[name].asks)
+        ]
+        return list(dict.fromkeys([*self.evaluated, *filter(None, helpers)]))
 
     def _resolved(self, name: str) -> MethodConfig:
         """Fill in a method with `run_of`: it takes the training settings of that method and keeps its own decoding.
@@ -358,10 +360,15 @@ class CompareConfig:
         if name in before:
             circle = " <- ".join([*before, name])
             raise InputError(
-                f"methods.{name}: found the circle {circle}, expected `from`, `critic` and `judge` without a circle"
+                f"methods.{name}: found the circle {circle}, expected `from`, `value_model` and `reward_model` "
+                "without a circle"
             )
         method = self.methods[name]
-        for key, other in (("from", method.start_from), ("critic", method.critic), ("judge", method.judge)):
+        for key, other in (
+            ("from", method.start_from),
+            ("value_model", method.value_model),
+            ("reward_model", method.reward_model),
+        ):
             if other is not None:
                 require_known([other], set(self.methods), f"methods.{name}.{key}")
                 self._check_way(other, (*before, name))
@@ -372,12 +379,12 @@ class CompareConfig:
             require_known([method.scorer], set(self.methods), f"methods.{name}.planner.scorer")
         if method.asks is not None:
             require_known([method.asks], set(self.methods), f"methods.{name}.decoding.ask")
-        if method.judge is not None and "reward" in (method.preference or {}):
+        if method.reward_model is not None and "reward" in (method.preference or {}):
             where = f"methods.{name}.preference.reward"
-            raise InputError(f"{where}: found beside `judge`, which sets it, expected only one of them")
-        if method.critic is not None and "critic" in method.args:
-            where = f"methods.{name}.args.critic"
-            raise InputError(f"{where}: found beside `critic`, which sets it, expected only one of them")
+            raise InputError(f"{where}: found beside `reward_model`, which sets it, expected only one of them")
+        if method.value_model is not None and "value_model" in method.args:
+            where = f"methods.{name}.args.value_model"
+            raise InputError(f"{where}: found beside `value_model`, which sets it, expected only one of them")
 
     def _check_selection(self) -> None:
         chosen = self.evaluation.selection
@@ -405,6 +412,7 @@ class CompareConfig:
         raw = current(read_yaml(path, "settings"), str(path))
         for dotted, value in (overrides or {}).items():
             _set(raw, dotted, value)
+        raw = current(raw, str(path))  # the overrides too
         try:
             return build(cls, raw, "")
         except InputError as error:

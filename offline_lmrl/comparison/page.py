@@ -42,7 +42,12 @@ COSTS = (
     "agent tokens",
 )
 EVERYWHERE = ("score [95%]", "beta", "seeds", "regime")
-PARTS = {"starts from": "start_from", "value model": "critic", "reward model": "judge", "plays the runs of": "run_of"}
+PARTS = {
+    "starts from": "start_from",
+    "value model": "value_model",
+    "reward model": "reward_model",
+    "plays the runs of": "run_of",
+}
 OWN = ("model", "args", "decoding", "planner", "betas", "preference")
 WINS = "Share of episodes in which the setting of the row scores higher than that of the column; a tie counts half."
 NO_FIGURES = {

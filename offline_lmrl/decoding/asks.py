@@ -15,8 +15,8 @@ seeds. The random walk (configs/walk/compare.yaml: bc, ilql, return_conditioned;
     p90 once (the default)            −4.54  −4.58  −4.96  −5.15  −5.08     2.57 [2.06, 3.08]
     max once                          −4.08  −4.02  −4.40  −4.32  −4.47     3.17 [2.79, 3.56]
 
-The fully observed maze (configs/maze/full.yaml: bc, critic, dt; the best is −6.84), seeds 0 and 1, which are too few
-for an interval, and seed 5, on which the kinds of request were explored:
+The fully observed maze (configs/maze/full.yaml: bc, value_model, dt; the best is −6.84), seeds 0 and 1, which are too
+few for an interval, and seed 5, on which the kinds of request were explored:
 
     BC                                −80.4  −83.3  −83.2
     V before every turn               −87.2  −98.6  −93.4
@@ -28,8 +28,8 @@ for an interval, and seed 5, on which the kinds of request were explored:
 
 V is close to what the logs earn, so requesting V requests usual play; and if V is requested anew before every turn,
 the request does not become more demanding after a bad turn. The best Q before every turn helps only if Q is accurate:
-the maze's critic is about 15 too low at the far starts. Therefore auto is the only request computed from values that
-beat BC on all these seeds. p90, which needs no values, earned more on nearly all of them and is the default.
+the maze's value_model is about 15 too low at the far starts. Therefore auto is the only request computed from values
+that beat BC on all these seeds. p90, which needs no values, earned more on nearly all of them and is the default.
 Negotiation has not been measured.
 """
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from offline_lmrl.decoding.cache import CacheMemory
-from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy, load_critic, require_no_few_shot
+from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy, load_value_model, require_no_few_shot
 from offline_lmrl.decoding.sampler import CACHE_BYTES, DecodingConfig, Sampler
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.preferences import Scored, score_rows
@@ -57,11 +57,11 @@ class PlannerConfig:
     def planner(self, policy: LanguagePolicy) -> "Planner":
         """Return a planner with these settings that draws its proposals from `policy`.
 
-        Raises: InputError as `Planner`, `load_critic` and `require_no_few_shot` do.
+        Raises: InputError as `Planner`, `load_value_model` and `require_no_few_shot` do.
         """
         scorer = None
         if self.scorer != "heads":
-            scorer = Critic(require_no_few_shot(load_critic(self.scorer, device=policy.model.device)))
+            scorer = ValueModelScorer(require_no_few_shot(load_value_model(self.scorer, device=policy.model.device)))
         return Planner(policy, scorer, width=self.width, expand=self.expand, depth=self.depth)
 
 
@@ -327,7 +327,7 @@ class PlannerSession:
         return imagined, memory
 
 
-class Critic:
+class ValueModelScorer:
     """A scorer of replies that uses the Q heads of a run: min Q̄ at the closing token; implements Scorer.
 
     The score is the expected reward of the reply plus the return after it, in reward units. If the run's training
@@ -336,30 +336,30 @@ class Critic:
     Raises: InputError if the model has no value heads.
     """
 
-    def __init__(self, critic: LanguagePolicy):
-        if getattr(critic.model, "value_heads", None) is None:
+    def __init__(self, value_model: LanguagePolicy):
+        if getattr(value_model.model, "value_heads", None) is None:
             raise InputError("scorer: found a model without value heads, expected one that has them (an ILQL run)")
-        self.critic = critic
-        self.unit = RewardScale(**run_metadata(critic.model.config).get("reward_scale", {})).scale
+        self.value_model = value_model
+        self.unit = RewardScale(**run_metadata(value_model.model.config).get("reward_scale", {})).scale
 
     def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
         return self.score_each([(context, options)])[0]
 
     def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
         """Return the scores (K,) of each row's K options; an option is one agent turn."""
-        critic, prompts = self.critic, []
+        value_model, prompts = self.value_model, []
         for context, options in rows:
-            turns = [critic.renderer.encode_turn(replace(reply, token_ids=None)) for (reply,) in options]
+            turns = [value_model.renderer.encode_turn(replace(reply, token_ids=None)) for (reply,) in options]
             replies = [turn.actions for turn in turns]
             past = [replace(t, trainable=None, token_ids=None) for t in context]
-            window = critic.null_window(past, max(map(len, replies)))
+            window = value_model.null_window(past, max(map(len, replies)))
             prompts += [[*window, *reply[:-1]] for reply in replies]
 
         def closing(hidden, _):
-            token = hidden.new_full((len(hidden), 1), critic.renderer.close_id).long()
-            return critic.model.q_values(hidden, candidates=token).amin(0).squeeze(-1)
+            token = hidden.new_full((len(hidden), 1), value_model.renderer.close_id).long()
+            return value_model.model.q_values(hidden, candidates=token).amin(0).squeeze(-1)
 
-        scores = self.unit * np.array(critic.sampler.apply_head(closing, prompts))
+        scores = self.unit * np.array(value_model.sampler.apply_head(closing, prompts))
         return np.split(scores, np.cumsum([len(options) for _, options in rows])[:-1])
 
 

@@ -63,7 +63,8 @@ class LanguagePolicy:
       few_shot: few-shot demonstrations (tokens/few_shot.py), which come before the window of every row, in the given
         order; None = none. Each is cut to the part that the model was trained with, or kept whole if it was trained
         without demonstrations.
-      critics: the runs loaded for requests "auto:RUN", by name, to which new ones are added; None = a new dictionary.
+      value_models: the runs loaded for requests "auto:RUN", by name, to which new ones are added; None = a new
+        dictionary.
 
     Raises: InputError if the settings need something that the model lacks.
     """
@@ -79,7 +80,7 @@ class LanguagePolicy:
         max_length: int | None = None,
         task: str = "",
         few_shot: Sequence[Trajectory] | None = None,
-        critics: "dict[str, LanguagePolicy] | None" = None,
+        value_models: "dict[str, LanguagePolicy] | None" = None,
     ):
         self.model, self.renderer = model, renderer
         self.decoding = decoding or DecodingConfig()
@@ -87,7 +88,7 @@ class LanguagePolicy:
         self.window = WindowRule(context, stride, max_length or positions)
         self.sampler = Sampler(model, renderer, self.decoding)
         self.return_tokens, self.task = return_tokens_of(model, renderer), task
-        self.critics = {} if critics is None else critics
+        self.value_models = {} if value_models is None else value_models
         self.return_requests([self.decoding.ask])  # raises now if the model cannot be given this request
         self.spec = FewShotConfig(**(run_metadata(model.config).get("few_shot") or {}))
         self.few_shot, self.shared_few_shot = few_shot, self.few_shot_ids_of(few_shot)
@@ -125,7 +126,7 @@ class LanguagePolicy:
     def with_decoding(self, **changes: Any) -> "LanguagePolicy":
         """Return a policy with the same model, and with these fields of its DecodingConfig changed."""
         decoding = replace(self.decoding, **changes)
-        same = {**asdict(self.window), "task": self.task, "few_shot": self.few_shot, "critics": self.critics}
+        same = {**asdict(self.window), "task": self.task, "few_shot": self.few_shot, "value_models": self.value_models}
         return LanguagePolicy(self.model, self.renderer, decoding, **same)
 
     def start(
@@ -209,23 +210,23 @@ class LanguagePolicy:
             return None
         return [self.return_tokens.null] * (coming + sum(turn.is_trainable for turn in turns))
 
-    def critic(self, run: str) -> "LanguagePolicy":
+    def value_model(self, run: str) -> "LanguagePolicy":
         """Return a run with value heads, on this model's device; it is loaded on first use.
 
         Logs a warning if its Q discounts later turns by another factor than this model's returns do.
 
-        Raises: InputError as `load_critic` and `require_no_few_shot` do.
+        Raises: InputError as `load_value_model` and `require_no_few_shot` do.
         """
-        if run not in self.critics:
-            critic = self.critics[run] = require_no_few_shot(load_critic(run, device=self.model.device))
-            found = StepRule(**run_metadata(critic.model.config).get("step_rule", {})).discount_per_turn
+        if run not in self.value_models:
+            value_model = self.value_models[run] = require_no_few_shot(load_value_model(run, device=self.model.device))
+            found = StepRule(**run_metadata(value_model.model.config).get("step_rule", {})).discount_per_turn
             if found != self.return_tokens.discount_per_turn:
                 logging.getLogger(__name__).warning(
                     f"ask: found discount_per_turn {found:g} in the run {run}, expected the model's "
                     f"{self.return_tokens.discount_per_turn:g}: Q of that run is discounted otherwise than "
                     "the model's returns"
                 )
-        return self.critics[run]
+        return self.value_models[run]
 
     def head_of(self, ask: str) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the function that computes the requested return of "auto", "auto:RUN" or "expert:κ".
@@ -266,7 +267,7 @@ class LanguagePolicy:
             )
         if self.return_tokens is not None:
             for run in sorted(run for ask in asks if (run := run_named_in_ask(ask))):
-                self.critic(run)
+                self.value_model(run)
             return ReturnRequests(self.return_tokens, self.task, asks)
         if any(ask is not None for ask in asks):
             ask = next(ask for ask in asks if ask is not None)
@@ -277,28 +278,30 @@ class LanguagePolicy:
         return None
 
 
-def load_critic(run: str | Path, *, device: str | torch.device | None = None) -> LanguagePolicy:
+def load_value_model(run: str | Path, *, device: str | torch.device | None = None) -> LanguagePolicy:
     """Load a run with value heads, under the null condition; arguments as in `LanguagePolicy.load`.
 
     Raises: InputError if the run has no value heads.
     """
-    critic = LanguagePolicy.load(run, device=device, ask=None)
-    if getattr(critic.model, "value_heads", None) is None:
-        raise InputError(f"critic: {run}: found a model without value heads, expected one that has them (an ILQL run)")
-    return critic
+    value_model = LanguagePolicy.load(run, device=device, ask=None)
+    if getattr(value_model.model, "value_heads", None) is None:
+        raise InputError(
+            f"value_model: {run}: found a model without value heads, expected one that has them (an ILQL run)"
+        )
+    return value_model
 
 
-def require_no_few_shot(critic: LanguagePolicy) -> LanguagePolicy:
-    """Return the critic unchanged.
+def require_no_few_shot(value_model: LanguagePolicy) -> LanguagePolicy:
+    """Return the value model unchanged.
 
     Raises: InputError if it was trained with few-shot demonstrations: here it sees the dialogue alone.
     """
-    if run_metadata(critic.model.config).get("few_shot") is not None:
+    if run_metadata(value_model.model.config).get("few_shot") is not None:
         raise InputError(
-            "critic: found a model trained with few-shot demonstrations, expected one trained without: a critic reads "
-            "the dialogue alone"
+            "value_model: found a model trained with few-shot demonstrations, expected one trained without: a "
+            "value model reads the dialogue alone"
         )
-    return critic
+    return value_model
 
 
 class LanguageSession:
@@ -376,7 +379,7 @@ class LanguageSession:
         past = [[turn for turn in history if turn.is_trainable] for _, history in reading]
         reserve = self.policy.decoding.max_new_tokens
         if run := run_named_in_ask(kind):
-            reader = self.policy.critic(run)
+            reader = self.policy.value_model(run)
             other = reader.renderer.fingerprint != self.fingerprint  # another tokenizer: sampled ids are invalid there
             told = [[replace(t, token_ids=None) for t in history] if other else history for _, history in reading]
             windows = [reader.null_window(history, reserve) for history in told]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offline_lmrl.decoding.policy import LanguagePolicy, load_critic, require_no_few_shot
+from offline_lmrl.decoding.policy import LanguagePolicy, load_value_model, require_no_few_shot
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.preferences import Scored, origin_of, score_rows
@@ -440,7 +440,7 @@ def _require_rules(rules: Sequence[Scorer]) -> None:
 
 
 def _value_heads(run: str, of: str = "advantage", device: str | None = None) -> ValueHeadsScorer:
-    return ValueHeadsScorer(require_no_few_shot(load_critic(run, device=device)), of)
+    return ValueHeadsScorer(require_no_few_shot(load_value_model(run, device=device)), of)
 
 
 # kind -> a function that makes the scorer; `_setting` checks the type of each parameter by its name

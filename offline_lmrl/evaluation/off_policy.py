@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offline_lmrl.decoding.critic import log_encoder
 from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.value_model import log_encoder
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.metrics import Cells, Estimate
 from offline_lmrl.evaluation.offline import acting_log_prob, read_logs, values_at

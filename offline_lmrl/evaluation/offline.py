@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from offline_lmrl.decoding.critic import log_encoder
 from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.decoding.value_model import log_encoder
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.metrics import Cells, Estimate
 from offline_lmrl.logs.io import read_trajectories

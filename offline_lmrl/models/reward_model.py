@@ -173,9 +173,9 @@ def load_reward_model(
     stored = _stored_head(config)
     if (head or stored) is None:
         found = ", ".join(config.architectures or ["no architecture"])
-        judge = f"{{kind: value_heads, run: {name}}}"
+        scorer = f"{{kind: value_heads, run: {name}}}"
         raise InputError(
-            f"{name}: found no reward model ({found}), expected one; to score with an ILQL run, give '{judge}'; to "
+            f"{name}: found no reward model ({found}), expected one; to score with an ILQL run, give '{scorer}'; to "
             "evaluate a policy on pairs, turn them into trajectories with relabel --make rewards"
         )
     if None not in (head, stored) and head != stored:

@@ -80,12 +80,12 @@ def critic(tmp_path):
 
 def trainer(critic, folder, model=None, data=None, held_out=None, tokenizer=TOKENIZER, **values):
     torch.manual_seed(1)
-    args = IQLConfig(critic=str(critic), **settings(folder, **{"context": 2, **values}))
+    args = IQLConfig(value_model=str(critic), **settings(folder, **{"context": 2, **values}))
     return IQLTrainer(model or build_model(SPEC, TOKENIZER), args, data or logs(), held_out, tokenizer)
 
 
 def test_the_loss_is_weighted_by_the_exponential_of_the_advantage_up_to_the_clip(tmp_path):
-    config = IQLConfig(critic="x", **settings(tmp_path, inverse_temperature=2.0, weight_clip=3.0))
+    config = IQLConfig(value_model="x", **settings(tmp_path, inverse_temperature=2.0, weight_clip=3.0))
     log_prob = torch.tensor([-0.5, -1.0, -2.0, -4.0], requires_grad=True)
     steps = {"advantage": torch.tensor([0.0, 0.5, 0.6, -1.0])}
     loss, weight = iql_loss({"log_prob": log_prob}, steps, config)
@@ -97,7 +97,7 @@ def test_the_loss_is_weighted_by_the_exponential_of_the_advantage_up_to_the_clip
 
 
 def test_the_defaults_are_the_papers(tmp_path):
-    config = IQLConfig(critic="x", **settings(tmp_path))
+    config = IQLConfig(value_model="x", **settings(tmp_path))
     advantage = torch.tensor([0.1, 9.0])
     _, weight = iql_loss({"log_prob": torch.zeros(2)}, {"advantage": advantage}, config)
     assert_close(weight, torch.tensor([1.3498588, 100.0]))  # e^.3 and the clip
@@ -128,7 +128,7 @@ def test_the_critics_scale_and_discounts_are_saved_and_the_model_is_plain(tmp_pa
     ids = torch.tensor([[1, 4, 70, 71, 2, 5]])
     assert_close(plain(ids).logits, load_model(tmp_path / "run")(ids).logits)
     assert set(made.evaluate()) >= {"eval_loss", "eval_weight", "eval_weight/clipped", "eval_value/advantage"}
-    assert not hasattr(made, "critic")
+    assert not hasattr(made, "value_model")
 
 
 def test_no_temperature_is_behaviour_cloning(tmp_path, critic):
@@ -146,18 +146,18 @@ def test_no_temperature_is_behaviour_cloning(tmp_path, critic):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"context": 1}, "context: found 1, expected the critic's 2: both use the same windows"),
-        ({"stride": 2}, "stride: found 2, expected the critic's 1"),
-        ({"max_length": 32}, "max_length: found 32, expected the critic's 64"),
+        ({"context": 1}, "context: found 1, expected the value model's 2: both use the same windows"),
+        ({"stride": 2}, "stride: found 2, expected the value model's 1"),
+        ({"max_length": 32}, "max_length: found 32, expected the value model's 64"),
         (
             {"few_shot": FewShotConfig(max_tokens=20)},
-            "few_shot: found .*'max_tokens': 20.*, expected the critic's None",
+            "few_shot: found .*'max_tokens': 20.*, expected the value model's None",
         ),
         (
             {"template": "plain", "tokenizer": train_tokenizer(["else"] * 9, 280)},
-            "tokenizer: found fingerprint .*, expected the critic's",
+            "tokenizer: found fingerprint .*, expected the value model's",
         ),
-        ({"reward_scale": 2.0}, "reward_scale: found 2.0, expected the critic's 5"),
+        ({"reward_scale": 2.0}, "reward_scale: found 2.0, expected the value model's 5"),
         ({"inverse_temperature": -1.0}, "inverse_temperature: found -1.0, expected 0 to"),
         ({"weight_clip": 0.0}, "weight_clip: found 0.0, expected"),
     ],
@@ -168,10 +168,10 @@ def test_a_critic_that_reads_something_else_is_refused(tmp_path, critic, values,
 
 
 def test_a_missing_critic_and_one_without_heads_are_refused(tmp_path, critic):
-    with pytest.raises(InputError, match="critic: missing, expected the folder or hub name"):
+    with pytest.raises(InputError, match="value_model: missing, expected the folder or hub name"):
         IQLConfig(**settings(tmp_path))
     trainer(critic, tmp_path / "plain").save_model()
-    with pytest.raises(InputError, match="critic: .*plain: found a model without value heads"):
+    with pytest.raises(InputError, match="value_model: .*plain: found a model without value heads"):
         trainer(tmp_path / "plain", tmp_path / "run")
 
 
@@ -189,7 +189,7 @@ def test_another_critic_under_the_same_path_is_another_run_and_all_tokens_count_
     valued = train("ilql", "ilql", ILQLConfig, start)
 
     def extract():
-        return train("iql", "iql", IQLConfig, start, critic=str(valued))
+        return train("iql", "iql", IQLConfig, start, value_model=str(valued))
 
     reports = [json.loads((folder / "complete.json").read_text()) for folder in (cloned, valued, extract())]
     tokens = [report["training_tokens"] for report in reports]
@@ -197,5 +197,5 @@ def test_another_critic_under_the_same_path_is_another_run_and_all_tokens_count_
     assert training_cost(tmp_path / "iql")["training_tokens"] == sum(tokens)
     extract()
     load_model(cloned).save_pretrained(valued)
-    with pytest.raises(InputError, match="contents.critic_weights: found "):
+    with pytest.raises(InputError, match="contents.value_weights: found "):
         extract()

@@ -8,7 +8,7 @@ import torch
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
 from offline_lmrl.algorithms.iql import IQLConfig, IQLTrainer
 from offline_lmrl.algorithms.return_conditioned import ReturnConditionedConfig, ReturnConditionedTrainer
-from offline_lmrl.decoding.critic import relabel
+from offline_lmrl.decoding.value_model import relabel
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
@@ -69,7 +69,7 @@ def test_the_critics_labels_are_binned_and_told_to_the_model(tmp_path, label, di
     run = conditioned(
         tmp_path / "run",
         str(tmp_path / "held_out.jsonl"),
-        critic=str(critic),
+        value_model=str(critic),
         relabel=label,
         discount_per_turn=discount,
         binning="linear",
@@ -93,7 +93,7 @@ def test_demonstrations_from_a_file_have_the_critics_labels_too(tmp_path):
     critic, logs = valued(tmp_path / "critic"), [replace(log, task="walk") for log in LOGS]
     write_trajectories(tmp_path / "shown.jsonl", logs)
     prompt = FewShotConfig(max_tokens=40, demonstrations=str(tmp_path / "shown.jsonl"))
-    run = conditioned(tmp_path / "run", logs=logs, critic=str(critic), binning="linear", few_shot=prompt)
+    run = conditioned(tmp_path / "run", logs=logs, value_model=str(critic), binning="linear", few_shot=prompt)
     return_tokens, labelled = ReturnTokens.from_block(run.returns, len(TOKENIZER), run.renderer), relabel(logs, critic)
     assert [return_tokens.of_log(log) for log in labelled] != [return_tokens.of_log(log) for log in logs]
     behind = len(run.renderer.preamble_of(()))
@@ -108,8 +108,8 @@ def test_a_conditioned_model_judges_as_if_nothing_were_asked_for(tmp_path):
     critic = valued(tmp_path / "critic", load_model(tmp_path / "run"))
     told = [Trajectory(t.turns, t.terminated, labels={"return_to_go": [9.0, 9.0]}) for t in LOGS]
     assert relabel(told, critic) == relabel(LOGS, critic)  # labels of before do not reach it
-    args = IQLConfig(critic=str(critic), **settings(tmp_path / "iql"))
-    with pytest.raises(InputError, match="critic: found a model that is conditioned on returns"):
+    args = IQLConfig(value_model=str(critic), **settings(tmp_path / "iql"))
+    with pytest.raises(InputError, match="value_model: found a model that is conditioned on returns"):
         IQLTrainer(build_model(SPEC, TOKENIZER), args, LOGS, None, TOKENIZER)
 
 

@@ -78,7 +78,7 @@ def world(tmp_path, monkeypatch):
         folder = tmp_path / "out" / "runs" / args.output_dir.rpartition("/")[2]
         if not (folder / "complete.json").exists():
             trained.append((folder.name, algorithm, model.path, args.seed))
-            critics.append(getattr(args, "critic", None))
+            critics.append(getattr(args, "value_model", None))
             folder.mkdir()
             (folder / "complete.json").write_text(json.dumps({"training_tokens": 1000}))
             (folder / "metrics.jsonl").write_text('{"loss": 1.0}\n{"train_runtime": 2.5}\n')
@@ -130,7 +130,7 @@ def test_every_method_and_seed_is_trained_once_and_starts_where_it_says(world):
     assert ilql == ("ilql-0", "ilql", str(world.out / "runs" / "bc-0"), 0) and ilql_1[2].endswith("bc-1")
 
 
-IQL = {"algorithm": "iql", "from": "bc", "critic": "ilql"}
+IQL = {"algorithm": "iql", "from": "bc", "value_model": "ilql"}
 
 
 def test_a_critic_is_another_methods_run_of_the_same_seed(world):
@@ -149,9 +149,9 @@ def test_results_behind_another_critic_are_refused_and_those_without_one_stay(wo
     world.settings["methods"]["iql"] = IQL
     run(world)
     assert runs(world)[: len(first)] == first
-    with pytest.raises(InputError, match="iql: method.0.critic.0.args.expectile: found 0.5, expected 0.7"):
+    with pytest.raises(InputError, match="iql: method.0.value_model.0.args.expectile: found 0.5, expected 0.7"):
         world.settings["methods"]["other"] = {**world.settings["methods"]["ilql"], "args": {"expectile": 0.7}}
-        run(world, methods__iql__critic="other")
+        run(world, methods__iql__value_model="other")
     with pytest.raises(InputError, match="iql: method.0.args.inverse_temperature: found None, expected 5"):
         run(world, methods__iql__args={"inverse_temperature": 5})
 
@@ -327,18 +327,22 @@ def test_repeats_are_for_sampled_play_only(world):
         ("methods__ilql__args", {"expectile": 2.0}, "expectile: found 2.0, expected 0.5 to"),
         ("methods__ilql__args", {"seed": 3}, "methods.ilql.args.seed: found a value, expected none"),
         ("methods__ilql__algorithm", "illql", "algorithm: found 'illql'"),
-        ("methods__ilql__critic", "bc", "methods.ilql.critic: found 'bc', expected none: ilql takes no critic"),
+        (
+            "methods__ilql__value_model",
+            "bc",
+            "methods.ilql.value_model: found 'bc', expected none: ilql takes no value model",
+        ),
         ("methods__bc__planner", {"wide": 3}, "methods.bc.planner: found 'wide', .*did you mean 'width'"),
         ("methods__bc__planner", {"depth": 0}, "depth: found 0, expected a whole number from 1"),
-        ("methods__bc__sampling", {"temprature": 1}, "'temprature'; did you mean 'temperature'"),
-        ("methods__bc__sampling", {"ask": "best"}, "ask: found 'best', expected a finite number"),
+        ("methods__bc__decoding", {"temprature": 1}, "'temprature'; did you mean 'temperature'"),
+        ("methods__bc__decoding", {"ask": "best"}, "ask: found 'best', expected a finite number"),
         ("methods__bc__planner", {"scorer": "bc"}, "methods.bc.planner.scorer: found 'bc', which has no value heads"),
         (
             "methods__bc",
             {"algorithm": "return_conditioned", "decoding": {"ask": "auto:bc"}},
             "methods.bc.decoding.ask: found 'bc', which has no value heads",
         ),
-        ("evaluation__sampling", {"top_p": 2}, "top_p: found 2"),
+        ("evaluation__decoding", {"top_p": 2}, "top_p: found 2"),
         ("partner", {"algorithm": "bc", "decoding": {"topp": 1}}, "decoding has no setting 'topp'"),
         ("model__scrach", {}, "methods.bc.model: found 'scrach'"),
         ("data__validation", None, "data.validation: missing"),
@@ -482,7 +486,7 @@ def test_a_method_may_play_anothers_run_in_its_own_way(world):
     assert all(row["run"].endswith("ilql-0") and row["algorithm"] == "ilql" for row in cold)
     assert ("ilql-0", 0.5, 0.0) in [played[:3] for played in Gambler.played]
     with pytest.raises(InputError, match="cold: method.0.decoding.temperature: found 0.5, expected 0.7"):
-        run(world, methods__cold__sampling={"temperature": 0.7})
+        run(world, methods__cold__decoding={"temperature": 0.7})
 
 
 def test_rewards_are_the_labels_or_another_methods_run_of_the_same_seed(world, tmp_path, monkeypatch):
@@ -498,7 +502,7 @@ def test_rewards_are_the_labels_or_another_methods_run_of_the_same_seed(world, t
     monkeypatch.setattr(compare, "train", noted)
     world.settings["methods"] = {
         "bc": {"algorithm": "bc", "preference": {"reward": "sign"}},
-        "ilql": {"algorithm": "ilql", "judge": "reward_model", "preference": {"normalise": "none"}},
+        "ilql": {"algorithm": "ilql", "reward_model": "reward_model", "preference": {"normalise": "none"}},
         "reward_model": {"algorithm": "reward_model", "evaluate": False},
     }
     run(world, seeds=[0, 1])
@@ -521,7 +525,7 @@ def test_rewards_are_the_labels_or_another_methods_run_of_the_same_seed(world, t
     run(world, seeds=[0, 1], methods__reward_model__args={"processes": 2})  # what only makes it faster may change
     with pytest.raises(InputError, match="ilql: method.0.preference.normalise: found 'none', expected 'group'"):
         run(world, methods__ilql__preference={"normalise": "group"})
-    with pytest.raises(InputError, match="methods.ilql.preference.reward: found beside `judge`"):
+    with pytest.raises(InputError, match="methods.ilql.preference.reward: found beside `reward_model`"):
         run(world, methods__ilql__preference={"reward": "sign"})
 
 
@@ -536,7 +540,7 @@ def test_what_is_asked_for_may_be_anothers_v(world):
     assert Gambler.asked == {None, f"auto:{world.out / 'runs' / 'ilql-0'}"}
     with pytest.raises(InputError, match="told: method.0.*: found"):
         world.settings["methods"]["other"] = {**methods["ilql"], "args": {"expectile": 0.7}}
-        run(world, methods__told__sampling={"ask": "auto:other"})
+        run(world, methods__told__decoding={"ask": "auto:other"})
 
 
 def test_a_planned_row_stands_beside_the_others_and_its_scorer_is_the_same_seeds_run(world, monkeypatch):
@@ -674,7 +678,7 @@ def test_a_method_that_fails_takes_those_with_it_that_need_it_and_no_other(world
         "broken": {"algorithm": "ilql"},
         "from": ilql | {"from": "broken"},
         "after": {"algorithm": "bc", "from": "from"},
-        "critic": {"algorithm": "iql", "critic": "broken"},
+        "critic": {"algorithm": "iql", "value_model": "broken"},
         "again": {"run_of": "broken", "betas": []},
         "told": {"algorithm": "return_conditioned", "decoding": {"ask": "auto:broken"}},
         "planned": {"algorithm": "bc", "planner": {"scorer": "broken"}},

@@ -18,7 +18,7 @@ METHOD = {
     "decoding": {},
     "planner": None,
     "betas": None,
-    "critic": None,
+    "value_model": None,
     "run_of": None,
 }
 CONFIG = {

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from offline_lmrl.decoding import asks
 from offline_lmrl.decoding import policy as policies
 from offline_lmrl.decoding.planner import PlannerConfig
-from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession, load_critic
+from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession, load_value_model
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.decoding.scorers import load_scorer
 from offline_lmrl.environments.rollouts import rollout
@@ -280,7 +280,7 @@ def test_auto_with_a_run_asks_for_the_best_q_that_this_run_sees(tmp_path, monkey
     RENDERER.tokenizer.save_pretrained(tmp_path / "plain")
     with pytest.raises(InputError, match="plain: found a model without value heads, expected one that has them"):
         policy(conditioned(heads=False), ask=f"auto:{tmp_path / 'plain'}")
-    monkeypatch.setattr(policies, "load_critic", None)
+    monkeypatch.setattr(policies, "load_value_model", None)
     player.with_decoding(temperature=0.0).start([5]).reply([0], HISTORIES[:1])  # it is loaded once
 
 
@@ -298,12 +298,12 @@ def test_a_critic_that_counts_turns_otherwise_is_named_once_and_one_behind_demon
     assert not caplog.records
     critic.config.offline_lmrl |= {"few_shot": {"n": 1}}
     critic.save_pretrained(tmp_path / "critic")
-    shown = "critic: found a model trained with few-shot demonstrations, expected one trained without"
+    shown = "value_model: found a model trained with few-shot demonstrations, expected one trained without"
     with pytest.raises(InputError, match=shown):
         policy(ask=f"auto:{tmp_path / 'critic'}")
-    with pytest.raises(InputError, match="critic: found a model trained with few-shot demonstrations"):
+    with pytest.raises(InputError, match="value_model: found a model trained with few-shot demonstrations"):
         load_scorer({"kind": "value_heads", "run": str(tmp_path / "critic"), "device": "cpu"})
-    with pytest.raises(InputError, match="critic: found a model trained with few-shot demonstrations"):
+    with pytest.raises(InputError, match="value_model: found a model trained with few-shot demonstrations"):
         PlannerConfig(scorer=str(tmp_path / "critic")).planner(policy())
 
 
@@ -456,7 +456,9 @@ def test_returns_per_task_need_the_task(tmp_path):
     model.config.offline_lmrl |= {"decoding": {"ask": "max"}}
     model.save_pretrained(tmp_path)
     RENDERER.tokenizer.save_pretrained(tmp_path)
-    assert load_critic(tmp_path).decoding.ask is None  # values are read where nothing is asked for, of whatever task
+    assert (
+        load_value_model(tmp_path).decoding.ask is None
+    )  # values are read where nothing is asked for, of whatever task
 
 
 def test_returns_as_text_are_read_in_the_same_place(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from offline_lmrl.decoding import planner as planning
-from offline_lmrl.decoding.planner import Critic, Planner, PlannerConfig, PlannerSession
+from offline_lmrl.decoding.planner import Planner, PlannerConfig, PlannerSession, ValueModelScorer
 from offline_lmrl.decoding.policy import SAMPLE_STRIDE, LanguagePolicy
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError
@@ -214,7 +214,7 @@ def test_a_scorer_decides_and_sees_what_comes_before_the_reply():
 def test_a_critic_rates_a_reply_by_the_smaller_q_of_its_closing_token():
     critic = policy()
     context = [*HISTORIES[0], Turn("assistant", "go", False), Turn("user", "left")]
-    scores = Critic(critic).score(context, [[Turn("assistant", "move")], [Turn("assistant", "1")]])
+    scores = ValueModelScorer(critic).score(context, [[Turn("assistant", "move")], [Turn("assistant", "1")]])
     trained = [*HISTORIES[0], Turn("assistant", "go"), Turn("user", "left")]
     for score, text in zip(scores, ("move", "1"), strict=True):
         ids = [*critic.null_window(trained, 5), *RENDERER.encode_content(text)]
@@ -237,9 +237,9 @@ def test_planned_tokens_are_all_that_was_drawn():
 
 def test_settings_name_what_rates_the_plans(monkeypatch):
     critic, loaded = policy(), []
-    monkeypatch.setattr(planning, "load_critic", lambda run, device: loaded.append((run, device)) or critic)
+    monkeypatch.setattr(planning, "load_value_model", lambda run, device: loaded.append((run, device)) or critic)
     made = PlannerConfig(3, 2, 1, "runs/ilql").planner(policy())
-    assert (made.width, made.expand, made.depth, made.scorer.critic.model) == (3, 2, 1, MODEL)
+    assert (made.width, made.expand, made.depth, made.scorer.value_model.model) == (3, 2, 1, MODEL)
     assert PlannerConfig().planner(policy()).scorer is None and loaded == [("runs/ilql", MODEL.device)]
 
 
@@ -254,7 +254,7 @@ def test_a_model_without_return_heads_and_settings_out_of_range_are_refused():
     with pytest.raises(InputError, match="found a model without return heads"):
         Planner(bare)
     with pytest.raises(InputError, match="found a model without return heads"):
-        Planner(bare, Critic(bare), depth=2)
+        Planner(bare, ValueModelScorer(bare), depth=2)
     for name in ("width", "expand", "depth"):
         with pytest.raises(InputError, match=f"{name}: found 0, expected a whole number from 1"):
             Planner(policy(), **{name: 0})

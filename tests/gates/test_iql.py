@@ -29,7 +29,7 @@ def extracted(folder, logs, seed, critic_steps, steps, inverse_temperature, expe
         logs,
         seed,
         steps,
-        critic=str(folder / "ilql"),
+        value_model=str(folder / "ilql"),
         inverse_temperature=inverse_temperature,
         **WINDOW,
     )

@@ -47,7 +47,7 @@ def test_labels_of_a_critic_stitch_where_logged_returns_do_not(tmp_path, seed):
     ask_one = played(conditioned("dt"), make, 320, ask=1.0)
     assert share(ask_one, lambda t: t.total_return == 1) < 0.3
     fitted(ILQLConfig, ILQLTrainer, tmp_path / "ilql", logs, seed, 1500, **WINDOW, **VALUES)
-    qdt = conditioned("qdt", critic=str(tmp_path / "ilql"))
+    qdt = conditioned("qdt", value_model=str(tmp_path / "ilql"))
     asked_for_v = played(qdt, make, 320, ask=f"auto:{tmp_path / 'ilql'}")
     assert share(asked_for_v, lambda t: t.total_return == 1) > 0.8
 
@@ -64,4 +64,4 @@ def test_a_high_ask_takes_the_gamble_and_labels_of_q_do_not(tmp_path, seed):
 
     assert gambles("dt", 10.0) > 0.9  # what was lucky once is what earns 10, as the logs tell it
     fitted(ILQLConfig, ILQLTrainer, tmp_path / "ilql", logs, seed, 300, **WINDOW, **VALUES)
-    assert gambles("qdt", "max", critic=str(tmp_path / "ilql"), relabel="q") < 0.05
+    assert gambles("qdt", "max", value_model=str(tmp_path / "ilql"), relabel="q") < 0.05

@@ -75,8 +75,8 @@ def trainer(
     }
     if algorithm == "ilql":
         settings = {"monte_carlo": 0.3, "target_rate": 0.1, **settings}
-    if algorithm == "iql" and "critic" not in settings:
-        settings["critic"] = critic(Path(folder) / "critic")
+    if algorithm == "iql" and "value_model" not in settings:
+        settings["value_model"] = critic(Path(folder) / "critic")
     model = model or build_model(spec if dropout else spec | NO_DROPOUT, TOKENIZER)
     args = config(output_dir=str(folder), use_cpu=True, **settings)
     return cls(model, args, data or logs(), held_out, tokenizer, lora)
@@ -441,7 +441,10 @@ SPLIT = {"max_steps": -1, "num_train_epochs": 2, "logging_steps": 1, "learning_r
 def test_two_processes_give_the_loss_and_parameters_of_one(tmp_path, algorithm, episodes, strategy, rest):
     settings = {"algorithm": algorithm, "train_sampling_strategy": strategy}
     if algorithm == "iql":
-        settings |= {"critic": critic(tmp_path / "critic"), "per_device_eval_batch_size": 4}  # several per process
+        settings |= {
+            "value_model": critic(tmp_path / "critic"),
+            "per_device_eval_batch_size": 4,
+        }  # several per process
     if algorithm == "return_conditioned":  # all rows without a condition: which are is drawn in each process
         settings |= {"condition_dropout": 1.0, "return_weight": 1.0, "environment_weight": 0.5}
     one = trainer(tmp_path / "one", data=logs(episodes), per_device_train_batch_size=8, **settings, **SPLIT)

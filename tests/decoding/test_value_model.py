@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
-from offline_lmrl.decoding.critic import log_encoder, read_values, relabel
-from offline_lmrl.decoding.policy import LanguagePolicy, load_critic
+from offline_lmrl.decoding.policy import LanguagePolicy, load_value_model
+from offline_lmrl.decoding.value_model import log_encoder, read_values, relabel
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.offline import read_logs
 from offline_lmrl.logs.trajectory import Trajectory, Turn
@@ -153,11 +153,13 @@ def test_wrong_labels_models_without_heads_and_turns_that_do_not_fit_are_refused
         relabel(LOGS, judge, "mean")
     build_model(SPEC, TOKENIZER).save_pretrained(tmp_path / "plain")
     TOKENIZER.save_pretrained(tmp_path / "plain")
-    with pytest.raises(InputError, match="critic: .*plain: found a model without value heads"):
-        load_critic(tmp_path / "plain")
+    with pytest.raises(InputError, match="value_model: .*plain: found a model without value heads"):
+        load_value_model(tmp_path / "plain")
     long = Trajectory((user("at 1"), agent("x" * 80, 1.0)))
-    with pytest.raises(InputError, match="relabel: found 1 agent turns that do not fit the critic's window of 64"):
+    with pytest.raises(
+        InputError, match="relabel: found 1 agent turns that do not fit the value model's window of 64"
+    ):
         relabel([*LOGS, long], judge)
     judge.model.config.offline_lmrl = judge.model.config.offline_lmrl | {"few_shot": {"n": 1}}
-    with pytest.raises(InputError, match="critic: found a model trained with few-shot demonstrations"):
+    with pytest.raises(InputError, match="value_model: found a model trained with few-shot demonstrations"):
         relabel(LOGS, judge)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from offline_lmrl.decoding.policy import LanguagePolicy, load_critic, require_no_few_shot
+from offline_lmrl.decoding.policy import LanguagePolicy, load_value_model, require_no_few_shot
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.logs.scale import RewardScale
@@ -67,36 +67,39 @@ def read_values(
 
 def relabel(
     trajectories: Sequence[Trajectory] | str | Path,
-    critic: LanguagePolicy | str | Path,
+    value_model: LanguagePolicy | str | Path,
     label: Literal["max", "q"] = "max",
     discount_per_turn: float = 1.0,
     batch_size: int = 32,
 ) -> list[Trajectory]:
-    """Set `labels["return_to_go"]` of trajectories, one number per agent turn in reward units, from a critic's Q or V.
+    """Set `labels["return_to_go"]` of trajectories, one number per agent turn in reward units, from a value model's Q
+    or V.
 
     "max": R_t = r_t + γ · max(R_{t+1}, V(s_{t+1})), backwards (`qdt_returns_to_go`). It stitches, and keeps luck.
     "q": Q(s_t, a_t), the minimum over target heads at the turn's last token. It averages luck out, but depends on Q
     being accurate.
 
     If a log is cut after a finished agent turn, there is no next state for that turn's reward; both labels are then V
-    before the turn's last token. Q and V are discounted as in the critic's training.
+    before the turn's last token. Q and V are discounted as in the value model's training.
 
     Args:
       trajectories: a list, or a path or hub name that `read_trajectories` takes.
-      critic: a run with value heads. It should be trained with an expectile of at least .8, since a V that is too low
-        gives labels that are too low.
+      value_model: a run with value heads. It should be trained with an expectile of at least .8, since a V that is too
+        low gives labels that are too low.
       label: "max" or "q".
       discount_per_turn: γ of the returns, the same as of the model that is trained on them.
       batch_size: windows per forward pass.
     Returns: the trajectories with the label; all else is unchanged.
-    Raises: InputError if the label is unknown, if the critic has no value heads or was trained with few-shot
+    Raises: InputError if the label is unknown, if the value model has no value heads or was trained with few-shot
       demonstrations, or if agent turns do not fit into its window.
     """
     if label not in ("max", "q"):
         raise InputError(f"label: found {shown(label)}, expected 'max' or 'q'")
     if isinstance(trajectories, str | Path):
         trajectories = read_trajectories(trajectories)
-    policy = require_no_few_shot(critic if isinstance(critic, LanguagePolicy) else load_critic(critic))
+    policy = require_no_few_shot(
+        value_model if isinstance(value_model, LanguagePolicy) else load_value_model(value_model)
+    )
     encoder = log_encoder(policy)
     counts: Counter[str] = Counter()
     columns = encode_trajectories(trajectories, encoder, counts)
@@ -114,7 +117,7 @@ def relabel(
     agent_turns = [sum(turn.is_trainable for turn in t.turns) for t in trajectories]
     if sum(agent_turns) != len(next_v):
         raise InputError(
-            f"relabel: found {sum(agent_turns) - len(next_v)} agent turns that do not fit the critic's window of "
+            f"relabel: found {sum(agent_turns) - len(next_v)} agent turns that do not fit the value model's window of "
             f"{policy.window.max_length} tokens, expected none; leave out their trajectories"
         )
     if label == "q":
