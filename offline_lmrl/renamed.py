@@ -17,11 +17,12 @@ KEYS = {
     "prompt": "few_shot",
     "critic": "value_model",
     "judge": "reward_model",
+    "place": "reward_at",
     "critic_weights": "value_weights",
     "memory": "state",
 }
 # Values of settings: new name of the setting -> old value -> new value.
-VALUES: dict[str, dict[str, str]] = {}
+VALUES = {"reward_at": {"terminal": "end"}}
 # Mappings whose keys are not ours (of environments, data, libraries, tables and templates) stay as they are.
 FOREIGN = ("environment", "training_environment", "prepare", "scratch", "lora", "tables", "template_text", "reference")
 CHOSEN = "methods"  # the mapping whose keys are names that users chose

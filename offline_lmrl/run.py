@@ -54,7 +54,7 @@ Rows = Sequence[Trajectory] | Sequence[Comparison]
 SPEED = ("processes",)  # settings that change no result and are left out of the resolved config
 LENGTH = ("args.max_steps", "args.num_train_epochs")  # settings that may be larger when a run is extended
 COMPLETE = "complete.json"  # written last, so it marks a complete run
-PREFERENCE = ("reward", "place", "normalise")  # settings of `to_trajectories`
+PREFERENCE = ("reward", "reward_at", "normalise")  # settings of `to_trajectories`
 
 
 @dataclass
@@ -104,8 +104,8 @@ class DataConfig:
     preference: dict[str, Any] | None = setting(
         None,
         "Settings that turn comparisons into scored trajectories: `reward` (sign, prob, strength, rank, bt, rating, "
-        "or a scorer as in `relabel`), `place` and `normalise` of `to_trajectories`. null = learn from the data as "
-        "they are.",
+        "or a scorer as in `relabel`), `reward_at` and `normalise` of `to_trajectories`. null = learn from the "
+        "data without change.",
     )
     reward: str | None = setting(
         None,

@@ -37,7 +37,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "return_conditioned": {"algorithm": "return_conditioned", **SCORED, "args": {
         **ARGS, "condition": "embedding", "bins": 4}},
     "preference": {"algorithm": "ilql", **PAIRS, "data": {
-        "train": "pairs.jsonl", "preference": {"reward": "sign", "place": "terminal", "normalise": "none"}},
+        "train": "pairs.jsonl", "preference": {"reward": "sign", "reward_at": "end", "normalise": "none"}},
         "args": ARGS},
     "reward_model": {"algorithm": "reward_model", **PAIRS, "args": {**ARGS, "head": "turn"}},
     "ppo": {"algorithm": "ppo", "model": SCORED["model"] | {"path": None}, "data": {"train": "scored.jsonl"},

@@ -174,7 +174,7 @@ def test_other_demonstrations_under_the_same_path_are_another_run(tmp_path):
     for n in (1, 2):
         write_trajectories(path, logs(n))
         shown = run.demonstrations_of(args)
-        found.append(run.input_fingerprints(ModelConfig(scratch=SCRATCH), logs(2), None, None, shown))
+        found.append(run.input_fingerprints(ModelConfig(scratch=SCRATCH), logs(2), None, shown))
     assert found[0].pop("demonstrations") != found[1].pop("demonstrations") and found[0] == found[1]
     assert run.demonstrations_of(BCConfig(output_dir=str(tmp_path), use_cpu=True)) is None
 
@@ -199,7 +199,9 @@ def test_comparisons_are_scored_as_the_config_says(tmp_path):
     assert [row.total_return for row in train] == [1.0, -1.0] * 3 and validation == train
     data = replace(data, preference={"reward": f"{__name__}:lefts", "normalise": "none"})
     assert [row.total_return for row in run.read_data("ilql", data, args, Counter())[0]] == [4.0, 0.0] * 3
-    with pytest.raises(InputError, match="data.preference: found 'rewards', expected one of reward, place, normalise"):
+    with pytest.raises(
+        InputError, match="data.preference: found 'rewards', expected one of reward, reward_at, normalise"
+    ):
         DataConfig("x", preference={"rewards": "sign"})
     remedy = "set data.preference, or call to_trajectories, to turn comparisons into scored rows"
     with pytest.raises(InputError, match=remedy):

@@ -243,14 +243,16 @@ class RewardModelTrainer(BaseTrainer):
         if args.bootstrap is not None:
             drawn, left_out = (store(rows[i] for i in places) for places in bootstrap_sample(rows, args.bootstrap))
             if not left_out:
-                self.counts["comparisons, all drawn by bootstrap, so none is left to judge the run on"] = len(rows)
+                self.counts["comparisons, all drawn by bootstrap, so none is left to measure the run on"] = len(rows)
         encoded = self._encode(drawn, args, self.counts)
         self.left_out = None
         if left_out:
             try:
                 self.left_out = self._encode(left_out, args, Counter())
             except InputError as error:  # for example, none of them fits max_length: training can go on without them
-                self.counts[f"comparisons that bootstrap left out, useless to judge the run ({error})"] = len(left_out)
+                self.counts[f"comparisons that bootstrap left out, useless to measure the run ({error})"] = len(
+                    left_out
+                )
         self.out_of_bag: dict[str, float] = {}
         first = islice(rows, TEMPLATE_ROWS)
         self.compare_with_template(

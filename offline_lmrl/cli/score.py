@@ -25,7 +25,7 @@ def _relabel(
     *,
     scorer: str,
     output: Path,
-    place: Literal["terminal", "turn"] | None = None,
+    reward_at: Literal["end", "turn"] | None = None,
     make: Literal["targets", "rewards"] | None = None,
     normalise: Literal["none", "global", "group", "rank"] | None = None,
 ) -> None:
@@ -36,9 +36,9 @@ def _relabel(
       scorer: folder or hub name of a reward model, package.module:function (its code runs), or a mapping such as
         "{kind: ensemble, scorers: [runs/a, runs/b], k: 1}", also as a YAML file.
       output: file (.jsonl, .jsonl.gz, .parquet) or datasets folder to write; for data with several splits, a folder.
-      place: for trajectories, the agent turns that get rewards. terminal = the last one gets the whole score; turn =
+      reward_at: for trajectories, the agent turns that get rewards. end = the last one gets the whole score; turn =
         each gets the change of the score since the agent turn before it, and an equal part of the shift of a
-        normalised reward model. The sum is the same. null = terminal.
+        normalised reward model. The sum is the same. null = end.
       make: for comparisons, the result: targets (comparisons with new targets) or rewards (trajectories with rewards);
         null = targets.
       normalise: for comparisons with --make rewards, the scale of the rewards: none (as scored), global (mean 0 and
@@ -60,7 +60,7 @@ def _relabel(
     if not of_comparisons:
         _require_none("trajectories", make=make, normalise=normalise)
     else:
-        _require_none("comparisons", place=place)
+        _require_none("comparisons", reward_at=reward_at)
         if make != "rewards":
             _require_none("comparisons without --make rewards", normalise=normalise)
     counts: Counter[str] = Counter()
@@ -72,9 +72,9 @@ def _relabel(
     made, write = {}, write_trajectories
     for name, rows in fit.items():
         if not of_comparisons:
-            made[name] = relabel_trajectories(rows, rater, place or "terminal", counts)
+            made[name] = relabel_trajectories(rows, rater, reward_at or "end", counts)
         elif make == "rewards":
-            made[name] = to_trajectories(rows, rater, "terminal", normalise or "none", counts)
+            made[name] = to_trajectories(rows, rater, "end", normalise or "none", counts)
         else:
             made[name], write = relabel_comparisons(rows, rater), write_comparisons
     _write_splits(output, made, write)

@@ -65,7 +65,7 @@ class MethodConfig:
     )
     preference: Mapping[str, Any] | None = setting(
         None,
-        "For preference data, how rewards are made from the labels: `reward`, `place` and `normalise` (run.py).",
+        "For preference data, how rewards are made from the labels: `reward`, `reward_at` and `normalise` (run.py).",
     )
     reward_model: str | None = setting(
         None,

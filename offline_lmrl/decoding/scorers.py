@@ -575,7 +575,7 @@ def _relabelled(row: Comparison, scores: np.ndarray, origin: Any) -> Comparison:
 def relabel_trajectories(
     trajectories: Sequence[Trajectory],
     scorer: Scorer,
-    place: Literal["terminal", "turn"] = "terminal",
+    reward_at: Literal["end", "turn"] = "end",
     counts: Counter[str] | None = None,
 ) -> list[Trajectory]:
     """Replace the rewards of trajectories by scores.
@@ -585,13 +585,13 @@ def relabel_trajectories(
     Args:
       trajectories: each with at least one agent turn.
       scorer: scores all turns from the first agent turn on, given the turns before it.
-      place: terminal = the last agent turn earns the score of the whole; turn = each agent turn earns the score of the
+      reward_at: end = the last agent turn earns the score of the whole; turn = each agent turn earns the score of the
         trajectory up to it, less the score up to the agent turn before it. Both have the same sum.
       counts: receives the number of trajectories that are left out because a reply does not fit the scorer's window.
-    Raises: InputError for another place, a trajectory without agent turns, or if none is left.
+    Raises: InputError for another reward_at, a trajectory without agent turns, or if none is left.
     """
-    if place not in ("terminal", "turn"):
-        raise InputError(f"place: found {shown(place)}, expected terminal or turn")
+    if reward_at not in ("end", "turn"):
+        raise InputError(f"reward_at: found {shown(reward_at)}, expected end or turn")
     counts = Counter() if counts is None else counts
     rows, kept, paid = [], [], []
     for trajectory in trajectories:
@@ -600,14 +600,14 @@ def relabel_trajectories(
             raise InputError("relabel: found a trajectory without an agent turn, expected at least one")
         turns, start = [replace(turn, reward=None) for turn in trajectory.turns], agent[0]
         # As options of one row, all beginnings are scored after the same context, even if the window drops part of it.
-        stops = [*(i + 1 for i in agent[:-1] if place == "turn"), len(turns)]
+        stops = [*(i + 1 for i in agent[:-1] if reward_at == "turn"), len(turns)]
         row = (as_context(turns[:start]), [turns[start:stop] for stop in stops])
         if not fits(scorer, *row):
             counts[TOO_LONG] += 1
             continue
         rows.append(row)
         kept.append(trajectory)
-        paid.append(agent if place == "turn" else agent[-1:])
+        paid.append(agent if reward_at == "turn" else agent[-1:])
     if not kept:
         raise InputError(f"relabel: found no trajectory that fits into the scorer's window ({dict(counts)})")
     # Differences of scores add up to the score of the whole for every scorer, even one that is no sum over turns. The

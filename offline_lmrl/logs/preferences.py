@@ -34,7 +34,7 @@ NO_RATING = "dropped: an option without a rating in the labels"
 def to_trajectories(
     comparisons: Iterable[Comparison],
     reward: RewardKind | Scorer = "sign",
-    place: Literal["terminal", "turn"] = "terminal",
+    reward_at: Literal["end", "turn"] = "end",
     normalise: Normalise = "group",
     counts: Counter[str] | None = None,
 ) -> list[Trajectory]:
@@ -48,7 +48,7 @@ def to_trajectories(
         ranked above it, over K − 1, so 1 for the best and −1 for the last. "bt": latent scores of a Bradley–Terry
         model fitted to all comparisons of a group (`fit_scores`). "rating": the option's own `rating` in
         `labels["options"]`. A scorer: its score of the option.
-      place: which turns get the reward. "terminal": the last agent turn of the option. "turn": equal parts on each of
+      reward_at: which turns get the reward. "end": the last agent turn of the option. "turn": equal parts on each of
         its agent turns. A turn's reward is paid with its closing token. There is no "token": one label on a reply has
         no information about its tokens, and an equal part on each has the same return. Dense rewards come from a
         reward model.
@@ -59,8 +59,8 @@ def to_trajectories(
 
     A trajectory's labels are the comparison's, with this option's entry of `labels["options"]` under `option`. Its
     label `preference` holds the option's place among the options, its target and weight, and how its reward was made:
-    kind or scorer (`origin_of`), place, normalisation, the raw reward, and the constants in reward = (raw − shift) /
-    scale.
+    kind or scorer (`origin_of`), reward_at, normalisation, the raw reward, and the constants in reward = (raw − shift)
+    / scale.
 
     Rewards belong to whole turns, and training drops the oldest turns or a whole reply that does not fit, so no reward
     is moved or lost.
@@ -70,9 +70,9 @@ def to_trajectories(
     kinds = RewardKind.__args__
     if isinstance(reward, str) and reward not in kinds:
         raise InputError(f"reward: found {shown(reward)}, expected one of {', '.join(kinds)} or a scorer")
-    if place not in ("terminal", "turn"):
+    if reward_at not in ("end", "turn"):
         raise InputError(
-            f"place: found {shown(place)}, expected terminal or turn (a label of a whole reply gives no rewards of "
+            f"reward_at: found {shown(reward_at)}, expected end or turn (a label of a whole reply gives no rewards of "
             "its tokens; a reward model with a token head does)"
         )
     if normalise not in Normalise.__args__:
@@ -89,14 +89,18 @@ def to_trajectories(
     raw = _raw_rewards(rows, reward)
     keys = [group_key(row) for row in rows]
     made = _normalised(raw, keys, normalise)
-    how = {"reward": reward if isinstance(reward, str) else origin_of(reward), "place": place, "normalise": normalise}
+    how = {
+        "reward": reward if isinstance(reward, str) else origin_of(reward),
+        "reward_at": reward_at,
+        "normalise": normalise,
+    }
     trajectories = []
     for row, raws, rewards in zip(rows, raw, made, strict=True):
         for i, (value, constants) in enumerate(rewards):
             if any(turn.is_trainable and not turn.content and not turn.token_ids for turn in row.options[i]):
                 counts[EMPTY_REPLY] += 1
                 continue
-            trajectories.append(_trajectory(row, i, value, place, {**how, "raw": raws[i], **constants}))
+            trajectories.append(_trajectory(row, i, value, reward_at, {**how, "raw": raws[i], **constants}))
     if not trajectories:
         raise InputError(
             f"comparisons: found only empty replies ({counts[EMPTY_REPLY]}), expected at least one reply with text"
@@ -366,10 +370,10 @@ def _share_beaten(value: float, ordered: np.ndarray) -> float:
     return (below + (upto - below - 1) / 2) / (len(ordered) - 1)  # −1: the value does not tie with itself
 
 
-def _trajectory(row: Comparison, i: int, reward: float, place: str, how: Mapping[str, Any]) -> Trajectory:
+def _trajectory(row: Comparison, i: int, reward: float, reward_at: str, how: Mapping[str, Any]) -> Trajectory:
     option = list(row.options[i])
     agent = [k for k, turn in enumerate(option) if turn.is_trainable]
-    paid = agent if place == "turn" else agent[-1:]
+    paid = agent if reward_at == "turn" else agent[-1:]
     for k in paid:
         option[k] = replace(option[k], reward=reward / len(paid))
     labels = {name: value for name, value in row.labels.items() if name != "options"}

@@ -403,7 +403,7 @@ def test_left_out_rows_that_do_not_fit_leave_a_run_without_figures_and_stop_no_t
     rows = [replace(row if i // 3 in groups else long, group=f"g{i // 3}") for i, row in enumerate(RULE)]
     made = trainer(tmp_path, rows, bootstrap=5, max_steps=1)
     made.train()
-    assert made.outcome() == {} and any("left out, useless to judge the run" in reason for reason in made.counts)
+    assert made.outcome() == {} and any("left out, useless to measure the run" in reason for reason in made.counts)
 
 
 def test_ratings_that_were_left_out_are_judged_in_their_unit(tmp_path):

@@ -84,7 +84,7 @@ def test_relabel_gives_comparisons_new_targets_or_makes_rewards_of_them(command,
 @pytest.mark.parametrize(
     ("data", "more", "message"),
     [
-        ("pairs", ("--place", "turn"), "place: found turn, expected none for comparisons"),
+        ("pairs", ("--reward_at", "turn"), "reward_at: found turn, expected none for comparisons"),
         (
             "pairs",
             ("--normalise", "rank"),

@@ -395,7 +395,7 @@ def test_rewards_of_turns_add_up_to_the_score_of_the_whole(head, context, normal
     torch.manual_seed(0)
     scorer, counts = placed(head, normalise, context), [Counter(), Counter()]
     trajectories = random_trajectories(60, seed=1)
-    whole = relabel_trajectories(trajectories, scorer, "terminal", counts[0])
+    whole = relabel_trajectories(trajectories, scorer, "end", counts[0])
     dense = relabel_trajectories(trajectories, scorer, "turn", counts[1])
     assert counts[0] == counts[1] and len(whole) == len(dense) > 40
     roomy = RewardModel(scorer.model, RENDERER, WindowRule(context, max_length=64))
@@ -424,7 +424,7 @@ def test_rewards_of_turns_add_up_for_every_combination_of_scorers():
         sparrow(heads[2], rules),
         FunctionScorer(lambda context, option: len(option) ** 2),
     ):
-        whole, dense = (relabel_trajectories(trajectories, scorer, place) for place in ("terminal", "turn"))
+        whole, dense = (relabel_trajectories(trajectories, scorer, place) for place in ("end", "turn"))
         assert [row.total_return for row in dense] == pytest.approx([row.total_return for row in whole], abs=1e-5)
 
 

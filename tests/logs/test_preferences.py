@@ -134,7 +134,7 @@ def test_the_constants_in_the_labels_give_the_raw_reward_back(tmp_path, normalis
     for row in read_trajectories(tmp_path / "a.jsonl"):
         how = row.labels["preference"]
         assert row.total_return * how["scale"] + how["shift"] == pytest.approx(how["raw"]) == 1
-        assert (how["reward"], how["place"], how["normalise"]) == ("Lengths", "terminal", normalise)
+        assert (how["reward"], how["reward_at"], how["normalise"]) == ("Lengths", "end", normalise)
 
 
 def test_only_the_option_is_trained_and_the_reward_is_where_it_was_asked_for():
@@ -149,7 +149,7 @@ def test_only_the_option_is_trained_and_the_reward_is_where_it_was_asked_for():
         (False, None),
         (True, 1.0),
     ]
-    turn, other = to_trajectories([row], place="turn")
+    turn, other = to_trajectories([row], reward_at="turn")
     assert [turn.reward for turn in turn.turns] == [None, None, None, 0.5, None, 0.5]
     assert (turn.group, turn.source, turn.terminated) == ("g", "s", True)
     assert (turn.labels["who"], turn.labels["option"], other.labels["option"]) == (1, "x", "y")
@@ -176,8 +176,8 @@ def test_an_empty_reply_is_left_out_and_counted():
             "reward: found 'signs', expected one of sign, prob, strength, rank, bt, rating or a scorer",
         ),
         (
-            {"place": "token"},
-            "place: found 'token', expected terminal or turn (a label of a whole reply gives no rewards",
+            {"reward_at": "token"},
+            "reward_at: found 'token', expected end or turn (a label of a whole reply gives no rewards",
         ),
         ({"normalise": "z"}, "normalise: found 'z', expected one of none, global, group, rank"),
     ],
