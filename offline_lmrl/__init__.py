@@ -6,7 +6,7 @@ The names below are loaded when they are first used, so that `import offline_lmr
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Turn": "logs.trajectory",
@@ -34,8 +34,10 @@ _HOMES = {
     "ILQLTrainer": "algorithms.ilql",
     "ReturnConditionedConfig": "algorithms.return_conditioned",
     "ReturnConditionedTrainer": "algorithms.return_conditioned",
-    "IQLConfig": "algorithms.iql",
-    "IQLTrainer": "algorithms.iql",
+    "AWRConfig": "algorithms.awr",
+    "IQLConfig": "algorithms.awr",
+    "AWRTrainer": "algorithms.awr",
+    "IQLTrainer": "algorithms.awr",
     "PPOConfig": "algorithms.ppo",
     "PPOTrainer": "algorithms.ppo",
     "RewardModelConfig": "algorithms.reward_model",

@@ -22,7 +22,7 @@ KEYS = {
     "memory": "state",
 }
 # Values of settings: new name of the setting -> old value -> new value.
-VALUES = {"reward_at": {"terminal": "end"}}
+VALUES = {"reward_at": {"terminal": "end"}, "algorithm": {"iql": "awr"}}
 # Mappings whose keys are not ours (of environments, data, libraries, tables and templates) stay as they are.
 FOREIGN = ("environment", "training_environment", "prepare", "scratch", "lora", "tables", "template_text", "reference")
 CHOSEN = "methods"  # the mapping whose keys are names that users chose

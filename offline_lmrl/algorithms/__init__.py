@@ -9,7 +9,7 @@ ALGORITHMS = {
     "bc": ("behaviour_cloning", "BCConfig", "BCTrainer"),
     "ilql": ("ilql", "ILQLConfig", "ILQLTrainer"),
     "return_conditioned": ("return_conditioned", "ReturnConditionedConfig", "ReturnConditionedTrainer"),
-    "iql": ("iql", "IQLConfig", "IQLTrainer"),
+    "awr": ("awr", "AWRConfig", "AWRTrainer"),
     "ppo": ("ppo", "PPOConfig", "PPOTrainer"),
     "reward_model": ("reward_model", "RewardModelConfig", "RewardModelTrainer"),
 }

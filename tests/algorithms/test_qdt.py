@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from offline_lmrl.algorithms.awr import AWRConfig, AWRTrainer
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
-from offline_lmrl.algorithms.iql import IQLConfig, IQLTrainer
 from offline_lmrl.algorithms.return_conditioned import ReturnConditionedConfig, ReturnConditionedTrainer
 from offline_lmrl.decoding.value_model import relabel
 from offline_lmrl.errors import InputError
@@ -108,9 +108,9 @@ def test_a_conditioned_model_judges_as_if_nothing_were_asked_for(tmp_path):
     critic = valued(tmp_path / "critic", load_model(tmp_path / "run"))
     told = [Trajectory(t.turns, t.terminated, labels={"return_to_go": [9.0, 9.0]}) for t in LOGS]
     assert relabel(told, critic) == relabel(LOGS, critic)  # labels of before do not reach it
-    args = IQLConfig(value_model=str(critic), **settings(tmp_path / "iql"))
+    args = AWRConfig(value_model=str(critic), **settings(tmp_path / "awr"))
     with pytest.raises(InputError, match="value_model: found a model that is conditioned on returns"):
-        IQLTrainer(build_model(SPEC, TOKENIZER), args, LOGS, None, TOKENIZER)
+        AWRTrainer(build_model(SPEC, TOKENIZER), args, LOGS, None, TOKENIZER)
 
 
 def test_an_unknown_label_is_refused(tmp_path):

@@ -676,7 +676,7 @@ def test_a_group_that_may_be_null_is_read_and_checked():
     with pytest.raises(InputError, match="^few_shot.n: found 0, expected at least 1$"):
         parsed("--args.few_shot.n", "0")
     with pytest.raises(InputError, match="partt: found a setting that does not exist; did you mean 'part'"):
-        parsed(args={"prompt": {"partt": "last"}})
+        parsed(args={"few_shot": {"partt": "last"}})
 
 
 @pytest.mark.parametrize("given", ["logs", "logs/train.jsonl"])

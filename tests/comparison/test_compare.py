@@ -130,13 +130,13 @@ def test_every_method_and_seed_is_trained_once_and_starts_where_it_says(world):
     assert ilql == ("ilql-0", "ilql", str(world.out / "runs" / "bc-0"), 0) and ilql_1[2].endswith("bc-1")
 
 
-IQL = {"algorithm": "iql", "from": "bc", "value_model": "ilql"}
+AWR = {"algorithm": "awr", "from": "bc", "value_model": "ilql"}
 
 
 def test_a_critic_is_another_methods_run_of_the_same_seed(world):
-    world.settings["methods"] = {"iql": IQL, **world.settings["methods"]}
+    world.settings["methods"] = {"awr": AWR, **world.settings["methods"]}
     run(world, seeds=[0, 1])
-    runs_of = [f"{name}-{seed}" for seed in (0, 1) for name in ("bc", "ilql", "iql")]  # each before what needs it
+    runs_of = [f"{name}-{seed}" for seed in (0, 1) for name in ("bc", "ilql", "awr")]  # each before what needs it
     assert [call[0] for call in world.trained] == runs_of
     folder = world.out / "runs"
     assert world.critics == [None, None, str(folder / "ilql-0"), None, None, str(folder / "ilql-1")]
@@ -146,14 +146,14 @@ def test_a_critic_is_another_methods_run_of_the_same_seed(world):
 def test_results_behind_another_critic_are_refused_and_those_without_one_stay(world):
     run(world)
     first = runs(world)
-    world.settings["methods"]["iql"] = IQL
+    world.settings["methods"]["awr"] = AWR
     run(world)
     assert runs(world)[: len(first)] == first
-    with pytest.raises(InputError, match="iql: method.0.value_model.0.args.expectile: found 0.5, expected 0.7"):
+    with pytest.raises(InputError, match="awr: method.0.value_model.0.args.expectile: found 0.5, expected 0.7"):
         world.settings["methods"]["other"] = {**world.settings["methods"]["ilql"], "args": {"expectile": 0.7}}
-        run(world, methods__iql__value_model="other")
-    with pytest.raises(InputError, match="iql: method.0.args.inverse_temperature: found None, expected 5"):
-        run(world, methods__iql__args={"inverse_temperature": 5})
+        run(world, methods__awr__value_model="other")
+    with pytest.raises(InputError, match="awr: method.0.args.inverse_temperature: found None, expected 5"):
+        run(world, methods__awr__args={"inverse_temperature": 5})
 
 
 def test_results_hold_a_row_per_method_seed_and_setting(world):
@@ -454,18 +454,18 @@ def test_the_real_trainer_and_policy_fit_together(world, monkeypatch):
         "args": {"max_steps": 1, "use_cpu": True, "max_length": 32, "save_strategy": "no", "disable_tqdm": True},
     }
     selection = {"episodes": 2, "first_seed": 500}
-    world.settings["methods"]["iql"] = IQL
+    world.settings["methods"]["awr"] = AWR
     run(world, evaluation={"episodes": 3, "betas": [1], "decoding": {"max_new_tokens": 2}, "selection": selection})
     rows = runs(world)
     assert [(row["method"], row["beta_chosen"]) for row in rows] == [
         ("bc", None),
         ("bc", None),
         *[("ilql", "offline"), ("ilql", "returns")] * 2,
-        ("iql", None),
-        ("iql", None),
+        ("awr", None),
+        ("awr", None),
     ]
     cost = {row["method"]: row["cost"]["training_tokens"] for row in rows}
-    assert cost["iql"] == pytest.approx(cost["ilql"] + cost["bc"], rel=0.1)  # itself, the critic, and bc once
+    assert cost["awr"] == pytest.approx(cost["ilql"] + cost["bc"], rel=0.1)  # itself, the critic, and bc once
     assert all(row["cost"]["training_tokens"] > 0 and row["cost"]["training_seconds"] > 0 for row in rows)
     # Value heads start as a constant, so guidance moves nothing yet
     assert rows[2]["betas_tried"][0]["kl"] == pytest.approx(0.0, abs=1e-3) and rows[2]["beta"] == 1.0
@@ -678,7 +678,7 @@ def test_a_method_that_fails_takes_those_with_it_that_need_it_and_no_other(world
         "broken": {"algorithm": "ilql"},
         "from": ilql | {"from": "broken"},
         "after": {"algorithm": "bc", "from": "from"},
-        "critic": {"algorithm": "iql", "value_model": "broken"},
+        "critic": {"algorithm": "awr", "value_model": "broken"},
         "again": {"run_of": "broken", "betas": []},
         "told": {"algorithm": "return_conditioned", "decoding": {"ask": "auto:broken"}},
         "planned": {"algorithm": "bc", "planner": {"scorer": "broken"}},

@@ -110,7 +110,7 @@ def test_selection_may_share_seeds_when_its_environment_is_another(file):
         ({"methods.start.value_model": "ilql"}, "methods.start: found the circle start <- ilql <- start"),
         ({"methods.bc.value_model": "bc"}, "methods.bc: found the circle bc <- bc"),
         (
-            {"methods.bc": {"algorithm": "iql", "value_model": "ilql", "args": {"value_model": "x"}}},
+            {"methods.bc": {"algorithm": "awr", "value_model": "ilql", "args": {"value_model": "x"}}},
             "methods.bc.args.value_model: found beside `value_model`",
         ),
         ({"methods.bc.planner": {"scorer": "ilq"}}, "methods.bc.planner.scorer: found 'ilq', .*did you mean 'ilql'?"),

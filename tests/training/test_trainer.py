@@ -75,7 +75,7 @@ def trainer(
     }
     if algorithm == "ilql":
         settings = {"monte_carlo": 0.3, "target_rate": 0.1, **settings}
-    if algorithm == "iql" and "value_model" not in settings:
+    if algorithm == "awr" and "value_model" not in settings:
         settings["value_model"] = critic(Path(folder) / "critic")
     model = model or build_model(spec if dropout else spec | NO_DROPOUT, TOKENIZER)
     args = config(output_dir=str(folder), use_cpu=True, **settings)
@@ -95,7 +95,7 @@ def parameters(run):
     return torch.cat([p.detach().flatten() for p in run.model.state_dict().values() if p.is_floating_point()])
 
 
-@pytest.mark.parametrize("algorithm", ["bc", "ilql", "iql", "return_conditioned"])
+@pytest.mark.parametrize("algorithm", ["bc", "ilql", "awr", "return_conditioned"])
 def test_micro_batches_give_the_step_of_the_whole_batch(tmp_path, algorithm):
     settings = {"algorithm": algorithm}
     if algorithm == "return_conditioned":
@@ -120,7 +120,7 @@ def test_targets_stay_where_the_loss_scaler_skips_the_step(tmp_path, monkeypatch
     assert run.state.global_step == 2 and run.target_updates.count == 0
 
 
-@pytest.mark.parametrize("algorithm", ["ilql", "iql", "return_conditioned"])
+@pytest.mark.parametrize("algorithm", ["ilql", "awr", "return_conditioned"])
 def test_resuming_equals_the_uninterrupted_run_to_the_bit(tmp_path, algorithm):
     settings = {
         "algorithm": algorithm,
@@ -434,13 +434,13 @@ SPLIT = {"max_steps": -1, "num_train_epochs": 2, "logging_steps": 1, "learning_r
     [
         ("ilql", 23, "random", 5),
         ("ilql", 22, "group_by_length", 3),
-        ("iql", 23, "random", 5),
+        ("awr", 23, "random", 5),
         ("return_conditioned", 23, "random", 5),
     ],
 )
 def test_two_processes_give_the_loss_and_parameters_of_one(tmp_path, algorithm, episodes, strategy, rest):
     settings = {"algorithm": algorithm, "train_sampling_strategy": strategy}
-    if algorithm == "iql":
+    if algorithm == "awr":
         settings |= {
             "value_model": critic(tmp_path / "critic"),
             "per_device_eval_batch_size": 4,

@@ -8,9 +8,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from offline_lmrl import run
+from offline_lmrl.algorithms.awr import AWRConfig, AWRTrainer, awr_loss
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
-from offline_lmrl.algorithms.iql import IQLConfig, IQLTrainer, iql_loss
 from offline_lmrl.comparison.compare import training_cost
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError
@@ -80,15 +80,15 @@ def critic(tmp_path):
 
 def trainer(critic, folder, model=None, data=None, held_out=None, tokenizer=TOKENIZER, **values):
     torch.manual_seed(1)
-    args = IQLConfig(value_model=str(critic), **settings(folder, **{"context": 2, **values}))
-    return IQLTrainer(model or build_model(SPEC, TOKENIZER), args, data or logs(), held_out, tokenizer)
+    args = AWRConfig(value_model=str(critic), **settings(folder, **{"context": 2, **values}))
+    return AWRTrainer(model or build_model(SPEC, TOKENIZER), args, data or logs(), held_out, tokenizer)
 
 
 def test_the_loss_is_weighted_by_the_exponential_of_the_advantage_up_to_the_clip(tmp_path):
-    config = IQLConfig(value_model="x", **settings(tmp_path, inverse_temperature=2.0, weight_clip=3.0))
+    config = AWRConfig(value_model="x", **settings(tmp_path, inverse_temperature=2.0, weight_clip=3.0))
     log_prob = torch.tensor([-0.5, -1.0, -2.0, -4.0], requires_grad=True)
     steps = {"advantage": torch.tensor([0.0, 0.5, 0.6, -1.0])}
-    loss, weight = iql_loss({"log_prob": log_prob}, steps, config)
+    loss, weight = awr_loss({"log_prob": log_prob}, steps, config)
     # e⁰ = 1, e¹ = 2.71828, e^1.2 = 3.32 is clipped to 3, e⁻² = .135335
     assert_close(weight, torch.tensor([1.0, 2.7182817, 3.0, 0.1353353]))
     assert_close(loss, torch.tensor([0.5, 2.7182817, 6.0, 0.5413411]))
@@ -97,9 +97,9 @@ def test_the_loss_is_weighted_by_the_exponential_of_the_advantage_up_to_the_clip
 
 
 def test_the_defaults_are_the_papers(tmp_path):
-    config = IQLConfig(value_model="x", **settings(tmp_path))
+    config = AWRConfig(value_model="x", **settings(tmp_path))
     advantage = torch.tensor([0.1, 9.0])
-    _, weight = iql_loss({"log_prob": torch.zeros(2)}, {"advantage": advantage}, config)
+    _, weight = awr_loss({"log_prob": torch.zeros(2)}, {"advantage": advantage}, config)
     assert_close(weight, torch.tensor([1.3498588, 100.0]))  # e^.3 and the clip
 
 
@@ -122,7 +122,7 @@ def test_the_critics_scale_and_discounts_are_saved_and_the_model_is_plain(tmp_pa
     made.save_model()
     block = load_model(tmp_path / "run").config.offline_lmrl
     assert block["reward_scale"]["scale"] == 5.0 and block["step_rule"]["discount_per_turn"] == 0.9
-    assert block["algorithm"] == "iql" and "value_heads" not in block and "decoding" not in block
+    assert block["algorithm"] == "awr" and "value_heads" not in block and "decoding" not in block
     plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run", output_loading_info=True)
     assert not info["unexpected_keys"] and not info["missing_keys"]
     ids = torch.tensor([[1, 4, 70, 71, 2, 5]])
@@ -133,7 +133,7 @@ def test_the_critics_scale_and_discounts_are_saved_and_the_model_is_plain(tmp_pa
 
 def test_no_temperature_is_behaviour_cloning(tmp_path, critic):
     cloned = BCTrainer(load_model(critic), BCConfig(**settings(tmp_path / "bc", context=2)), logs(), None, TOKENIZER)
-    extracted = trainer(critic, tmp_path / "iql", load_model(critic), inverse_temperature=0.0)
+    extracted = trainer(critic, tmp_path / "awr", load_model(critic), inverse_temperature=0.0)
     weighted = trainer(critic, tmp_path / "weighted", load_model(critic))
     parameters = []
     for made in (cloned, extracted, weighted):
@@ -169,7 +169,7 @@ def test_a_critic_that_reads_something_else_is_refused(tmp_path, critic, values,
 
 def test_a_missing_critic_and_one_without_heads_are_refused(tmp_path, critic):
     with pytest.raises(InputError, match="value_model: missing, expected the folder or hub name"):
-        IQLConfig(**settings(tmp_path))
+        AWRConfig(**settings(tmp_path))
     trainer(critic, tmp_path / "plain").save_model()
     with pytest.raises(InputError, match="value_model: .*plain: found a model without value heads"):
         trainer(tmp_path / "plain", tmp_path / "run")
@@ -189,12 +189,12 @@ def test_another_critic_under_the_same_path_is_another_run_and_all_tokens_count_
     valued = train("ilql", "ilql", ILQLConfig, start)
 
     def extract():
-        return train("iql", "iql", IQLConfig, start, value_model=str(valued))
+        return train("awr", "awr", AWRConfig, start, value_model=str(valued))
 
     reports = [json.loads((folder / "complete.json").read_text()) for folder in (cloned, valued, extract())]
     tokens = [report["training_tokens"] for report in reports]
     assert reports[2]["start_tokens"] == tokens[0] + tokens[1]  # the clone that both start from: once
-    assert training_cost(tmp_path / "iql")["training_tokens"] == sum(tokens)
+    assert training_cost(tmp_path / "awr")["training_tokens"] == sum(tokens)
     extract()
     load_model(cloned).save_pretrained(valued)
     with pytest.raises(InputError, match="contents.value_weights: found "):

@@ -1,12 +1,12 @@
 """Acceptance gates of policy extraction: a plain policy keeps what its critic knows. `pytest -m gates`.
 
-The ablation, weights of 1, is behaviour cloning to the bit (tests/algorithms/test_iql.py) and fails in test_toys.py.
+The ablation, weights of 1, is behaviour cloning to the bit (tests/algorithms/test_awr.py) and fails in test_toys.py.
 """
 
 import pytest
 
+from offline_lmrl.algorithms.awr import AWRConfig, AWRTrainer
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
-from offline_lmrl.algorithms.iql import IQLConfig, IQLTrainer
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.tasks.corridor import Corridor
@@ -23,9 +23,9 @@ def extracted(folder, logs, seed, critic_steps, steps, inverse_temperature, expe
     """A plain policy behind an ILQL critic of the same logs."""
     fitted(ILQLConfig, ILQLTrainer, folder / "ilql", logs, seed, critic_steps, expectile=expectile, **WINDOW, **ILQL)
     fitted(
-        IQLConfig,
-        IQLTrainer,
-        folder / "iql",
+        AWRConfig,
+        AWRTrainer,
+        folder / "awr",
         logs,
         seed,
         steps,
@@ -33,7 +33,7 @@ def extracted(folder, logs, seed, critic_steps, steps, inverse_temperature, expe
         inverse_temperature=inverse_temperature,
         **WINDOW,
     )
-    return folder / "iql"
+    return folder / "awr"
 
 
 def play(run, make_environment, episodes, temperature):

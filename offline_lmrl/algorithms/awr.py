@@ -41,7 +41,7 @@ from offline_lmrl.training.trainer import OfflineTrainer
 
 
 @dataclass
-class IQLConfig(OfflineConfig):
+class AWRConfig(OfflineConfig):
     """The settings of policy extraction. Numbers in square brackets are the paper's."""
 
     value_model: str | None = setting(
@@ -63,7 +63,7 @@ class IQLConfig(OfflineConfig):
         super().__post_init__()
 
 
-def iql_loss(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: IQLConfig) -> tuple[Tensor, Tensor]:
+def awr_loss(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: AWRConfig) -> tuple[Tensor, Tensor]:
     """Compute the loss and the weight of each action token.
 
     Args:
@@ -75,24 +75,24 @@ def iql_loss(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config:
     return -weight * outputs["log_prob"], weight
 
 
-class IQLTrainer(OfflineTrainer):
+class AWRTrainer(OfflineTrainer):
     """A trainer of a plain policy; see `OfflineTrainer` for the arguments.
 
     The value model evaluates all windows once, while the trainer is built, each rank a share of them. Then it is
     released.
     """
 
-    algorithm = "iql"
+    algorithm = "awr"
 
-    def __init__(self, model, args: IQLConfig, *positional, **keywords):
+    def __init__(self, model, args: AWRConfig, *positional, **keywords):
         self.value_model = load_value_model(args.value_model, device=args.device)
         super().__init__(model, args, *positional, **keywords)
         del self.value_model
 
-    def step_rule(self, args: IQLConfig) -> StepRule:
+    def step_rule(self, args: AWRConfig) -> StepRule:
         return log_encoder(self.value_model).step_rule
 
-    def fit_scale(self, model, train, args: IQLConfig) -> RewardScale:
+    def fit_scale(self, model, train, args: AWRConfig) -> RewardScale:
         found = log_encoder(self.value_model).scale
         if args.reward_scale not in (None, found.scale):
             raise InputError(
@@ -101,7 +101,7 @@ class IQLTrainer(OfflineTrainer):
             )
         return found
 
-    def check_model(self, model, args: IQLConfig) -> None:
+    def check_model(self, model, args: AWRConfig) -> None:
         super().check_model(model, args)
         if log_encoder(self.value_model).return_ids_for is not None:
             raise InputError("value_model: found a model that is conditioned on returns, expected one that is not")
@@ -125,10 +125,10 @@ class IQLTrainer(OfflineTrainer):
                 "both use the same tokens, in the same chat template"
             )
 
-    def prepare_model(self, model, args: IQLConfig, windows: WindowDataset):
+    def prepare_model(self, model, args: AWRConfig, windows: WindowDataset):
         return remove_heads(super().prepare_model(model, args, windows))
 
-    def _windows(self, trajectories: Sequence[Trajectory], args: IQLConfig, counts: Counter[str]) -> WindowDataset:
+    def _windows(self, trajectories: Sequence[Trajectory], args: AWRConfig, counts: Counter[str]) -> WindowDataset:
         windows = super()._windows(trajectories, args, counts)
         share = args.process_index, args.world_size
         values = read_values(self.value_model.model, windows, args.per_device_eval_batch_size, share)
@@ -139,7 +139,10 @@ class IQLTrainer(OfflineTrainer):
         return windows
 
     def loss_terms(self, outputs, steps):
-        loss, weight = iql_loss(outputs, steps, self.args)
+        loss, weight = awr_loss(outputs, steps, self.args)
         clipped = (weight == self.args.weight_clip).float()
         advantage = steps["advantage"]
         return loss, {"loss/policy": loss, "weight": weight, "weight/clipped": clipped, "value/advantage": advantage}
+
+
+IQLConfig, IQLTrainer = AWRConfig, AWRTrainer  # the old names; version 0.2 is the last to have them

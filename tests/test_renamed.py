@@ -1,0 +1,125 @@
+"""Names of settings from before version 0.2: in files, in flags, and in runs that were written then."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from offline_lmrl.cli import main as cli
+from offline_lmrl.decoding.policy import LanguagePolicy
+from offline_lmrl.errors import InputError
+from offline_lmrl.renamed import KEYS, VALUES, current, current_flags
+
+WALK = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 256}
+
+
+def test_settings_are_renamed_at_every_depth_but_not_where_the_keys_are_not_ours():
+    old = {
+        "algorithm": "iql",
+        "args": {"critic": "run", "sampling": {"top_p": 0.9}},
+        "methods": {"critic": {"judge": "prompt", "from": "critic"}},
+        "environment": {"name": "mine", "prompt": "hello", "critic": 1},
+        "preference": {"place": "terminal"},
+        "seeds": [0, 1],
+    }
+    assert current(old) == {
+        "algorithm": "awr",
+        "args": {"value_model": "run", "decoding": {"top_p": 0.9}},
+        "methods": {"critic": {"reward_model": "prompt", "from": "critic"}},
+        "environment": {"name": "mine", "prompt": "hello", "critic": 1},
+        "preference": {"reward_at": "end"},
+        "seeds": [0, 1],
+    }
+    assert current(current(old)) == current(old)
+
+
+def test_both_names_of_a_setting_are_refused():
+    with pytest.raises(InputError, match="^critic: found it beside value_model, which is its new name"):
+        current({"value_model": "a", "critic": "b"})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--args.critic", "critic"], ["--args.value_model", "critic"]),
+        (["--args.sampling.top_p=.9"], ["--args.decoding.top_p=.9"]),
+        (["--algorithm", "iql"], ["--algorithm", "awr"]),
+        (["--algorithm=iql"], ["--algorithm=awr"]),
+        (["--place", "terminal", "--place=turn"], ["--reward_at", "end", "--reward_at=turn"]),
+        (["--methods.critic.sampling.ask", "max"], ["--methods.critic.decoding.ask", "max"]),
+        (["--environment.prompt", "terminal"], ["--environment.prompt", "terminal"]),
+        (["terminal", "--scorer", "iql"], ["terminal", "--scorer", "iql"]),
+    ],
+)
+def test_flags_are_renamed_with_their_values(given, expected):
+    assert current_flags(given) == expected
+
+
+def as_before(value):
+    """Settings and stored values as version 0.1 wrote them."""
+    old = {new: key for key, new in KEYS.items()}
+    if isinstance(value, dict):
+        found = {}
+        for name, inner in value.items():
+            inner = (
+                {new: was for was, new in VALUES.get(name, {}).items()}.get(inner, inner)
+                if isinstance(inner, str)
+                else inner
+            )
+            found[old.get(name, name)] = inner if name in ("template_text", "environment") else as_before(inner)
+        return found
+    return [as_before(inner) for inner in value] if isinstance(value, list) else value
+
+
+def write_as_before(folder):
+    for path in folder.rglob("*"):
+        if path.name in ("config.json", "loop.json", "complete.json"):
+            path.write_text(json.dumps(as_before(json.loads(path.read_text()))))
+        elif path.suffix == ".yaml":
+            path.write_text(yaml.safe_dump(as_before(yaml.safe_load(path.read_text()))))
+
+
+@pytest.fixture
+def logs(tmp_path):
+    assert cli.main(["prepare", "toys", "--task", "walk", "--episodes", "40", "--output", str(tmp_path / "data")]) == 0
+    return tmp_path / "data" / "train.jsonl"
+
+
+def command(tmp_path, logs, name, *more):
+    spec = {"scratch": WALK, "vocab_size": 280} if name != "awr" else {"path": str(tmp_path / "ilql")}
+    args = {"output_dir": str(tmp_path / name), "max_steps": 4, "save_steps": 2, "logging_steps": 1, "max_length": 200}
+    args |= {"use_cpu": True, "disable_tqdm": True, "report_to": "none", **dict(more)}
+    settings = {"algorithm": name, "model": spec, "data": {"train": str(logs)}, "args": args}
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(as_before(settings)))
+    return cli.main(["train", str(file)])
+
+
+def test_runs_written_before_open_play_and_resume_to_the_same_weights(tmp_path, logs, capsys, caplog):
+    few_shot = ("few_shot", {"n": 1, "max_tokens": 100})
+    assert command(tmp_path, logs, "ilql", few_shot) == 0
+    assert "prompt is now called few_shot" in caplog.text
+    straight = (tmp_path / "ilql" / "model.safetensors").read_bytes()
+    write_as_before(tmp_path / "ilql")
+    policy = LanguagePolicy.load(tmp_path / "ilql", device="cpu")
+    assert policy.decoding.beta == 4.0 and policy.spec.max_tokens == 100
+    assert command(tmp_path, logs, "ilql", few_shot) == 0  # the same run, and complete
+    shutil.rmtree(tmp_path / "ilql" / "checkpoint-4")
+    for name in ("complete.json", "model.safetensors"):
+        (tmp_path / "ilql" / name).unlink()
+    assert command(tmp_path, logs, "ilql", few_shot) == 0
+    assert "continues at step 2" in caplog.text
+    assert (tmp_path / "ilql" / "model.safetensors").read_bytes() == straight
+
+
+def test_an_extraction_written_before_is_the_same_run(tmp_path, logs, capsys):
+    assert command(tmp_path, logs, "ilql") == 0
+    value_model = ("value_model", str(tmp_path / "ilql"))
+    assert command(tmp_path, logs, "awr", value_model) == 0
+    write_as_before(tmp_path / "awr")
+    found = yaml.safe_load((tmp_path / "awr" / "config.yaml").read_text())
+    assert found["algorithm"] == "iql" and "critic_weights" in found["contents"]
+    before = (tmp_path / "awr" / "config.yaml").stat().st_mtime_ns
+    assert command(tmp_path, logs, "awr", value_model) == 0
+    assert (tmp_path / "awr" / "config.yaml").stat().st_mtime_ns == before  # not trained again
