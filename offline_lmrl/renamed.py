@@ -18,6 +18,7 @@ KEYS = {
     "critic": "value_model",
     "judge": "reward_model",
     "place": "reward_at",
+    "contents": "input_hashes",
     "critic_weights": "value_weights",
     "memory": "state",
 }

@@ -28,7 +28,7 @@ from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.files import differences, locked, read_object, reading, say_differences, sweep
 from offline_lmrl.logs.forms import reward_hint
 from offline_lmrl.logs.io import (
-    fingerprint,
+    data_hash,
     in_one_group,
     read_comparisons,
     read_trajectories,
@@ -255,7 +255,7 @@ def resolved_config(
     )
 
 
-def input_fingerprints(
+def input_hashes(
     model: ModelConfig,
     rows: Rows,
     validation: Rows | None,
@@ -274,13 +274,13 @@ def input_fingerprints(
       data or starting weights that are not there.
     """
     found = {
-        "train": fingerprint(rows),
-        "validation": None if validation is None else fingerprint(validation),
+        "train": data_hash(rows),
+        "validation": None if validation is None else data_hash(validation),
         "start_weights": weights_hash(model.path),
     }
     for name, source in (("demonstrations", demonstrations), ("reference", reference)):
         if source is not None:
-            found[name] = fingerprint(read_trajectories(source))
+            found[name] = data_hash(read_trajectories(source))
     return found if value_model is None else found | {"value_weights": weights_hash(value_model)}
 
 
@@ -376,7 +376,7 @@ def train(
     rows, validation = read_data(algorithm, data, args, counts)
     config = resolved_config(algorithm, model, data, args, environment) | dict(settings or {})
     reference, value_model = getattr(args, "reference", None), value_model_of(args)
-    config["contents"] = input_fingerprints(model, rows, validation, demonstrations_of(args), reference, value_model)
+    config["input_hashes"] = input_hashes(model, rows, validation, demonstrations_of(args), reference, value_model)
     if run_there(folder, config) == "same" and (folder / COMPLETE).exists():
         if args.should_save:
             sweep(folder)  # a process that was killed after complete.json may have left temporary files

@@ -76,7 +76,7 @@ def test_other_data_under_the_same_path_are_another_run(tmp_path, data, part):
     before = (done / "complete.json").read_text()
     assert cloned(tmp_path / "run", data) == done
     write_trajectories(getattr(data, part), logs(4, ("up", "down")))
-    with pytest.raises(InputError, match=f"config.yaml: contents.{part}: found .*, expected .*another output_dir"):
+    with pytest.raises(InputError, match=f"config.yaml: input_hashes.{part}: found .*, expected .*another output_dir"):
         cloned(tmp_path / "run", data)
     assert (done / "complete.json").read_text() == before
 
@@ -88,7 +88,7 @@ def test_other_weights_under_the_same_path_are_another_start(tmp_path, data):
     assert run.train("bc", model, data, settings(tmp_path / "run")) == done
     weights = load_file(start / "model.safetensors")
     save_file({name: torch.zeros_like(value) for name, value in weights.items()}, start / "model.safetensors")
-    with pytest.raises(InputError, match="contents.start_weights: found "):
+    with pytest.raises(InputError, match="input_hashes.start_weights: found "):
         run.train("bc", model, data, settings(tmp_path / "run"))
 
 
@@ -157,7 +157,7 @@ def test_bad_fields_of_an_adapter_name_model_lora(tmp_path, data, lora):
 def test_the_resolved_settings_lie_in_the_folder(tmp_path, data):
     found = yaml.safe_load((cloned(tmp_path / "run", data) / "config.yaml").read_text())
     assert found["algorithm"] == "bc" and found["data"]["train"] == data.train
-    assert found["contents"]["start_weights"] is None and len(found["contents"]["train"]) == 64
+    assert found["input_hashes"]["start_weights"] is None and len(found["input_hashes"]["train"]) == 64
 
 
 def test_a_null_setting_may_be_absent_from_an_older_run(tmp_path):
@@ -174,7 +174,7 @@ def test_other_demonstrations_under_the_same_path_are_another_run(tmp_path):
     for n in (1, 2):
         write_trajectories(path, logs(n))
         shown = run.demonstrations_of(args)
-        found.append(run.input_fingerprints(ModelConfig(scratch=SCRATCH), logs(2), None, shown))
+        found.append(run.input_hashes(ModelConfig(scratch=SCRATCH), logs(2), None, shown))
     assert found[0].pop("demonstrations") != found[1].pop("demonstrations") and found[0] == found[1]
     assert run.demonstrations_of(BCConfig(output_dir=str(tmp_path), use_cpu=True)) is None
 

@@ -40,7 +40,7 @@ from offline_lmrl.decoding.probe import check_scores
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import (
-    fingerprint,
+    data_hash,
     group_key,
     holds_comparisons,
     read_trajectories,
@@ -263,7 +263,7 @@ class RewardModelTrainer(BaseTrainer):
             **rendering_block(self.renderer),
             "window": asdict(args.window),
             "reward": {"head": args.head, "bias": 0.0},
-            "data": fingerprint(rows),
+            "data": data_hash(rows),
         }
         if peft_config is not None:
             model = with_adapter(model, with_head_beside(peft_config, model))

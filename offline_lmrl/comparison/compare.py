@@ -43,7 +43,7 @@ from offline_lmrl.evaluation.offline import OfflineReport, evaluate_offline
 from offline_lmrl.evaluation.play import EvaluationResult, evaluate_policy
 from offline_lmrl.logs.files import locked, say_differences, writing
 from offline_lmrl.logs.io import (
-    fingerprint,
+    data_hash,
     holds_comparisons,
     is_prepared,
     read_comparisons,
@@ -386,7 +386,7 @@ class _Comparison:
         return {
             "rows": SCHEME,
             "environment": self.config.environment,
-            "data": {"train": fingerprint(self.train_data), "validation": fingerprint(self.validation_data)},
+            "data": {"train": data_hash(self.train_data), "validation": data_hash(self.validation_data)},
             "partner": self.config.partner and asdict(self.config.partner),
             "evaluation": evaluation,
         }

@@ -244,7 +244,7 @@ def content_key(row: Trajectory | Comparison) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def fingerprint(rows: Iterable[Trajectory | Comparison]) -> str:
+def data_hash(rows: Iterable[Trajectory | Comparison]) -> str:
     """Return the sha256 over the canonical records in order. It is equal exactly if the data are equal."""
     digest = hashlib.sha256()
     for row in rows:

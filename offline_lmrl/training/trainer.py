@@ -29,7 +29,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from offline_lmrl.decoding.probe import check_plays, check_trains, probing
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.files import read_object, reading, sync
-from offline_lmrl.logs.io import fingerprint, read_trajectories
+from offline_lmrl.logs.io import data_hash, read_trajectories
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.adapters import (
@@ -720,7 +720,7 @@ class OfflineTrainer(BaseTrainer):
                 "step_rule": asdict(self.step_rule(args)),
                 "reward_scale": self.scale.to_dict(),
                 "few_shot": args.few_shot and asdict(args.few_shot),
-                "data": fingerprint(train),
+                "data": data_hash(train),
             }
             | self.stored_blocks(args)
         )

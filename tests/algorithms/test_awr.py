@@ -197,5 +197,5 @@ def test_another_critic_under_the_same_path_is_another_run_and_all_tokens_count_
     assert training_cost(tmp_path / "awr")["training_tokens"] == sum(tokens)
     extract()
     load_model(cloned).save_pretrained(valued)
-    with pytest.raises(InputError, match="contents.value_weights: found "):
+    with pytest.raises(InputError, match="input_hashes.value_weights: found "):
         extract()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
-from offline_lmrl.logs.io import content_key, fingerprint, read_comparisons, split_by_group, write_comparisons
+from offline_lmrl.logs.io import content_key, data_hash, read_comparisons, split_by_group, write_comparisons
 from offline_lmrl.logs.trajectory import Turn
 from tests.comparisons import check_one, comparisons
 
@@ -88,7 +88,7 @@ def test_a_selection_takes_everything_of_its_options_along():
 def test_every_format_gives_back_what_was_written(tmp_path, name):
     write_comparisons(tmp_path / name, [RANKED, SOFT])
     assert read_comparisons(tmp_path / name) == [RANKED, SOFT]
-    assert fingerprint(read_comparisons(tmp_path / name)) == fingerprint([RANKED, SOFT]) != fingerprint([SOFT, RANKED])
+    assert data_hash(read_comparisons(tmp_path / name)) == data_hash([RANKED, SOFT]) != data_hash([SOFT, RANKED])
 
 
 @settings(max_examples=25, deadline=None)

@@ -17,7 +17,7 @@ from offline_lmrl.logs import io
 from offline_lmrl.logs.forms import read_row
 from offline_lmrl.logs.io import (
     atomic_output,
-    fingerprint,
+    data_hash,
     read_comparisons,
     read_splits,
     read_trajectories,
@@ -527,7 +527,7 @@ def test_stored_comparisons_are_those_that_are_read(tmp_path, monkeypatch, proce
     )
     assert list(stored) == expected and len(stored) == 9 and counts[0] == counts[1] != Counter()
     assert stored[-1] == expected[-1] and stored[2:7:2] == expected[2:7:2]
-    assert fingerprint(stored) == fingerprint(expected)
+    assert data_hash(stored) == data_hash(expected)
     with pytest.raises(IndexError):
         stored[9]
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), hold.append, (stored,)) as pool:
@@ -694,12 +694,12 @@ def test_shares_that_are_no_distribution_are_refused(shares):
     assert "expected shares from 0 up that sum to 1" in message_of(split_by_group, games(3), shares, 0)
 
 
-def test_fingerprint_survives_a_round_trip_and_sees_every_change(tmp_path):
+def test_data_hash_survives_a_round_trip_and_sees_every_change(tmp_path):
     write_trajectories(tmp_path / "a.parquet", EPISODES)
-    assert fingerprint(read_trajectories(tmp_path / "a.parquet")) == fingerprint(EPISODES)
-    assert fingerprint(EPISODES) != fingerprint(EPISODES[::-1])
+    assert data_hash(read_trajectories(tmp_path / "a.parquet")) == data_hash(EPISODES)
+    assert data_hash(EPISODES) != data_hash(EPISODES[::-1])
     unscored, zero = ([Trajectory((Turn("assistant", "a", reward=reward),))] for reward in (None, 0.0))
-    assert fingerprint(unscored) != fingerprint(zero)
+    assert data_hash(unscored) != data_hash(zero)
 
 
 def test_no_name_is_no_folder(tmp_path, monkeypatch):

@@ -457,7 +457,7 @@ def test_fingerprint_names_tokenizer_and_template(tmp_path):
 
 
 @each_family
-def test_fingerprint_survives_saving_and_use(name, tmp_path):
+def test_data_hash_survives_saving_and_use(name, tmp_path):
     view = renderer(name)
     tokenizer = copy.deepcopy(view.tokenizer)
     tokenizer("hello", truncation=True, max_length=3)
