@@ -26,7 +26,7 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 from offline_lmrl.decoding.policy import load_value_model
-from offline_lmrl.decoding.value_model import log_encoder, read_values
+from offline_lmrl.decoding.value_model import compute_step_values, log_encoder
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory
@@ -131,7 +131,7 @@ class AWRTrainer(OfflineTrainer):
     def _windows(self, trajectories: Sequence[Trajectory], args: AWRConfig, counts: Counter[str]) -> WindowDataset:
         windows = super()._windows(trajectories, args, counts)
         share = args.process_index, args.world_size
-        values = read_values(self.value_model.model, windows, args.per_device_eval_batch_size, share)
+        values = compute_step_values(self.value_model.model, windows, args.per_device_eval_batch_size, share)
         # Each rank has zeros outside its share, so the sum over ranks is the whole.
         advantage = reduce(torch.from_numpy(values["target_q"] - values["v"]).to(args.device), "sum")
         # A column beside the others, with the same offsets, so that batches carry each step's advantage.

@@ -23,7 +23,7 @@ from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
 from offline_lmrl.tokens.conditioning import LABEL
 from offline_lmrl.tokens.episodes import EpisodeEncoder, StepRule
 
-READ = ("target_q", "v", "next_v")
+STEP_VALUES = ("target_q", "v", "next_v")
 
 
 def log_encoder(policy: LanguagePolicy) -> EpisodeEncoder:
@@ -37,7 +37,7 @@ def log_encoder(policy: LanguagePolicy) -> EpisodeEncoder:
 
 
 @torch.no_grad()
-def read_values(
+def compute_step_values(
     model: nn.Module, windows: WindowDataset, batch_size: int = 32, share: tuple[int, int] = (0, 1)
 ) -> dict[str, np.ndarray]:
     """Compute `target_q` (minimum over the target heads) of the action, `v` and `next_v` at each of N logged steps.
@@ -51,7 +51,7 @@ def read_values(
     """
     model.eval()
     offsets = windows.flat["state"][1]
-    values = {name: np.zeros(windows.action_tokens, dtype=np.float32) for name in READ}
+    values = {name: np.zeros(windows.action_tokens, dtype=np.float32) for name in STEP_VALUES}
     order = np.argsort(-windows.lengths, kind="stable")  # similar lengths together: little padding
     for first in range(share[0] * batch_size, len(order), share[1] * batch_size):
         index = order[first : first + batch_size]
@@ -60,7 +60,7 @@ def read_values(
         steps = {name: column.to(model.device) for name, column in batch["steps"].items()}
         outputs = model(**inputs, steps=steps, windows=batch["windows"])
         places = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in index])
-        for name in READ:
+        for name in STEP_VALUES:
             values[name][places] = outputs[name].float().cpu().numpy()
     return values
 
@@ -104,13 +104,13 @@ def relabel(
     counts: Counter[str] = Counter()
     columns = encode_trajectories(trajectories, encoder, counts)
     windows = WindowDataset(columns, policy.renderer.close_id, next_rows=True, end_rows=False)
-    values = read_values(policy.model, windows, batch_size)
+    values = compute_step_values(policy.model, windows, batch_size)
     flat = {name: column for name, (column, _) in columns.items()}
     last = flat["closes_turn"].astype(bool)
     # A turn without a closing token, because it was cut in the middle, is the last of its window.
     last[columns["state"][1][1:] - 1] = True
     known = torch.from_numpy(flat["has_target"][last].astype(bool))
-    target_q, v, next_v = (torch.from_numpy(values[name][last]) for name in READ)
+    target_q, v, next_v = (torch.from_numpy(values[name][last]) for name in STEP_VALUES)
     # If a log is cut after a finished agent turn, V before its last token is used for the whole remaining return.
     reward = torch.where(known, torch.from_numpy(flat["reward"][last]), v)
     next_v = torch.where(known, next_v * torch.from_numpy(flat["bootstrap"][last]), 0.0)

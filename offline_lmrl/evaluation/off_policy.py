@@ -25,7 +25,7 @@ from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.value_model import log_encoder
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.metrics import Cells, Estimate
-from offline_lmrl.evaluation.offline import acting_log_prob, read_logs, values_at
+from offline_lmrl.evaluation.offline import acting_log_prob, compute_step_outputs, values_at
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, with_own_token_ids
 from offline_lmrl.models.adapters import run_metadata
@@ -98,7 +98,7 @@ def importance_sampling(policy: LanguagePolicy, trajectories: Sequence[Trajector
     # If the environment restricted the agent to a choice of texts, it did not play from π over all tokens.
     whole = [bool(of) and not t.labels.get("options") for of, t in zip(said, trajectories, strict=True)]
     _require_all(ok and all(of.values()) for ok, of in zip(whole, said, strict=True))  # before the model runs
-    steps = read_logs(policy, trajectories)
+    steps = compute_step_outputs(policy, trajectories)
     tokens = Counter(zip(steps.trajectory.tolist(), steps.turn.tolist(), strict=True))
     _require_all(all(len(known) == tokens[i, turn] for turn, known in of.items()) for i, of in enumerate(said))
     behaviour = [sum(map(sum, of.values())) for of in said]
@@ -169,7 +169,7 @@ def fitted_q_evaluation(
             heads.update_targets(target_rate)
             if progress is not None:
                 progress(fit * steps + step + 1, fits * steps)
-        value, error = logs.read(heads, batch_size)
+        value, error = logs.first_values(heads, batch_size)
         values.append(float(np.mean(list(value.values()))))
         errors.append(error)
     return FittedValue(float(np.mean(values)), tuple(values), float(np.mean(errors)), logs.encoder.step_rule)
@@ -215,7 +215,7 @@ class _Logs:
         parts: dict[str, list[Tensor]] = {}
         for start in range(0, len(experience.windows), WINDOWS):
             index = np.arange(start, min(start + WINDOWS, len(experience.windows)))
-            for name, values in _read(policy, experience.windows.batch(index)).items():
+            for name, values in _step_columns(policy, experience.windows.batch(index)).items():
                 parts.setdefault(name, []).append(values)
         self.columns = {name: torch.cat(values) for name, values in parts.items()}
         spread, mean = torch.std_mean(self.columns["features"], dim=0, correction=0)
@@ -254,7 +254,7 @@ class _Logs:
         return loss, expected, (q[0] - target).detach() * known
 
     @torch.no_grad()
-    def read(self, heads: ValueHeads, batch_size: int) -> tuple[dict[int, float], float]:
+    def first_values(self, heads: ValueHeads, batch_size: int) -> tuple[dict[int, float], float]:
         """Return the value of each episode's first state, by episode, and the root mean square TD error.
 
         Both are in reward units.
@@ -271,7 +271,7 @@ class _Logs:
 
 
 @torch.no_grad()
-def _read(policy: LanguagePolicy, batch: TokenBatch) -> dict[str, Tensor]:
+def _step_columns(policy: LanguagePolicy, batch: TokenBatch) -> dict[str, Tensor]:
     """Return the columns of `_Logs` for the steps of a batch."""
     model, windows = policy.model.eval(), batch["windows"]
     ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))

@@ -30,7 +30,7 @@ CHUNK = 2**24  # largest number of entries in a (states, vocabulary) tensor; bou
 
 
 @dataclass(frozen=True)
-class LoggedSteps:
+class StepOutputs:
     """The agent's tokens in logs, as the policy evaluates them. Arrays are (N,), in the order of the logs.
 
     q, v and return_to_go are in reward units, less the reward scale's shift per scored turn (which is 0 unless all
@@ -62,13 +62,13 @@ class LoggedSteps:
     counts: Counter[str]
 
 
-def read_logs(
+def compute_step_outputs(
     policy: LanguagePolicy,
     trajectories: Sequence[Trajectory],
     betas: Sequence[float] = (),
     batch_size: int = 32,
     demonstrations: Sequence[Trajectory] | None = None,
-) -> LoggedSteps:
+) -> StepOutputs:
     """Run the model over the logs once, with the windows, reward scale and discounts of its training.
 
     Args:
@@ -115,7 +115,7 @@ def read_logs(
     flat = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
     order = np.lexsort((flat.pop("state"), flat["turn"], flat["trajectory"]))  # back to the order of the logs
     flat = {name: values[..., order] for name, values in flat.items()}
-    return LoggedSteps(**{"q": None, "v": None, **flat}, counts=+counts)
+    return StepOutputs(**{"q": None, "v": None, **flat}, counts=+counts)
 
 
 def few_shot_of_logs(
@@ -127,7 +127,7 @@ def few_shot_of_logs(
     """Return the ids of the few-shot demonstrations before each log.
 
     Args:
-      demonstrations: as in `read_logs`.
+      demonstrations: as in `compute_step_outputs`.
       return_ids_for: as in `encode_few_shot`.
     """
     untrained = run_metadata(policy.model.config).get("few_shot") is None
@@ -249,13 +249,13 @@ def decoding_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor, v: Tens
     return guide(scores, q, v, beta, decoding.q_reduce, decoding.clip).log_softmax(-1)
 
 
-def guidance_by_beta(steps: LoggedSteps, betas: Sequence[float]) -> list[dict[str, float]]:
+def guidance_by_beta(steps: StepOutputs, betas: Sequence[float]) -> list[dict[str, float]]:
     """Return the effect of guidance at each β, averaged over logged agent tokens.
 
     Both measures are exact given the state (no sampling).
 
     Args:
-      betas: the values that `read_logs` was given.
+      betas: the values that `compute_step_outputs` was given.
     Returns: one entry per `beta`, with `kl`, the mean KL(guided ‖ π) in nats per token (π at the policy's temperature,
       without filters), and `changed`, the share of tokens where guidance changes the best choice.
     """
@@ -273,7 +273,7 @@ def choose_beta(by_beta: Sequence[Mapping[str, float]], kl_budget: float) -> flo
     return max((entry["beta"] for entry in by_beta if entry["kl"] <= kl_budget), default=0.0)
 
 
-def calibration(steps: LoggedSteps, bins: int = 10) -> list[dict[str, float]]:
+def calibration(steps: StepOutputs, bins: int = 10) -> list[dict[str, float]]:
     """Return predicted against realised returns: one entry for each of `bins` equally full bins of Q.
 
     An entry holds the bin's means, `q` and `return_to_go`, and its number of tokens, `n`. Tokens of logs that were cut
@@ -288,7 +288,7 @@ def calibration(steps: LoggedSteps, bins: int = 10) -> list[dict[str, float]]:
     ]
 
 
-def ranking_accuracy(steps: LoggedSteps, trajectories: Sequence[Trajectory]) -> Estimate | None:
+def ranking_accuracy(steps: StepOutputs, trajectories: Sequence[Trajectory]) -> Estimate | None:
     """Return the share of pairs that Σ(Q − V) over the agent's tokens orders as their returns do; a tie counts half.
 
     A pair is two finished trajectories of one group with unequal returns; .5 is chance. The interval is clustered by
@@ -365,11 +365,11 @@ def evaluate_offline(
     Args:
       betas: candidates for β; ignored without value heads.
       kl_budget: limit for choosing β, in nats per token.
-      demonstrations: as in `read_logs`.
-    Raises: InputError as `read_logs` does.
+      demonstrations: as in `compute_step_outputs`.
+    Raises: InputError as `compute_step_outputs` does.
     """
     guided = _has_heads(policy)
-    steps = read_logs(policy, trajectories, betas if guided else (), demonstrations=demonstrations)
+    steps = compute_step_outputs(policy, trajectories, betas if guided else (), demonstrations=demonstrations)
     clusters = [trajectories[i].group or int(i) for i in steps.trajectory]
     log_prob = Cells.of((0, *pair) for pair in zip(clusters, steps.log_prob.tolist(), strict=True)).estimate()
     values: dict[str, Any] = {}
@@ -391,9 +391,9 @@ def show(policy: LanguagePolicy, trajectory: Trajectory, demonstrations: Sequenc
     fit in the policy's window is printed without its tokens.
 
     Args:
-      demonstrations: as in `read_logs`.
+      demonstrations: as in `compute_step_outputs`.
     """
-    steps = read_logs(policy, [trajectory], demonstrations=demonstrations)
+    steps = compute_step_outputs(policy, [trajectory], demonstrations=demonstrations)
     lines = [f"return {trajectory.total_return:g}" + ("" if trajectory.terminated else " (partial: the log was cut)")]
     for number, turn in enumerate(trajectory.turns):
         lines.append(f"{turn.role}: {turn.content}")

@@ -115,7 +115,7 @@ def test_fits_are_drawn_anew_and_the_same_again(policy):
 def stand_in(monkeypatch, log_prob, n):
     """What reading logs of one token per turn says."""
     steps = SimpleNamespace(trajectory=np.arange(n), turn=np.ones(n, dtype=int), acting_log_prob=np.array(log_prob))
-    monkeypatch.setattr(off_policy, "read_logs", lambda *_: steps)
+    monkeypatch.setattr(off_policy, "compute_step_outputs", lambda *_: steps)
     model = SimpleNamespace(config=SimpleNamespace(offline_lmrl={}))
     return SimpleNamespace(return_tokens=None, model=model, renderer=SimpleNamespace(fingerprint="me"))
 

@@ -13,10 +13,10 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.offline import (
     calibration,
     choose_beta,
+    compute_step_outputs,
     evaluate_offline,
     guidance_by_beta,
     ranking_accuracy,
-    read_logs,
     show,
 )
 from offline_lmrl.logs.io import write_trajectories
@@ -86,7 +86,7 @@ def said(text, reward, group="g", terminated=True):
 
 
 def test_steps_carry_likelihood_values_and_what_the_log_earned():
-    steps = read_logs(table_policy(scale=10.0), [said("b", 4.0), said("a", 1.0)])
+    steps = compute_step_outputs(table_policy(scale=10.0), [said("b", 4.0), said("a", 1.0)])
     assert steps.trajectory.tolist() == [0, 0, 1, 1] and steps.token.tolist() == [B, CLOSE, A, CLOSE]
     np.testing.assert_allclose(steps.log_prob, [math.log(0.25), 0.0, math.log(0.75), 0.0], atol=1e-6)
     np.testing.assert_allclose(steps.q, [30.0, 20.0, 10.0, 20.0])  # the model's 3, 2, 1, 2 in reward units
@@ -114,7 +114,7 @@ def test_logs_are_read_behind_demonstrations(monkeypatch, tmp_path, source):
         return forward(self, input_ids, attention_mask, use_cache)
 
     monkeypatch.setattr(Table, "forward_with_hidden", watched)
-    steps = read_logs(policy, logs, demonstrations=shown[:1] if source == "given" else None)
+    steps = compute_step_outputs(policy, logs, demonstrations=shown[:1] if source == "given" else None)
     assert steps.token.tolist() == [B, CLOSE, A, CLOSE]
     n = len(RENDERER.preamble_of(()))
     assert [tuple(row[n : n + len(own)]) for row, own in zip(read, ids, strict=True)] == ids
@@ -122,7 +122,7 @@ def test_logs_are_read_behind_demonstrations(monkeypatch, tmp_path, source):
 
 
 def test_what_a_cut_log_would_have_earned_is_not_known():
-    steps = read_logs(table_policy(), [said("b", 4.0, terminated=False)])
+    steps = compute_step_outputs(table_policy(), [said("b", 4.0, terminated=False)])
     assert np.isnan(steps.return_to_go).all() and calibration(steps) == []
 
 
@@ -143,7 +143,7 @@ def test_what_a_cut_log_would_have_earned_is_not_known():
     ids=["even", "turned", "clip", "support", "candidates", "unguided"],
 )
 def test_divergence_of_guidance_is_exact(beta, decoding, kl, changed):
-    (entry,) = guidance_by_beta(read_logs(table_policy(**decoding), [said("a", 1.0)], [beta]), [beta])
+    (entry,) = guidance_by_beta(compute_step_outputs(table_policy(**decoding), [said("a", 1.0)], [beta]), [beta])
     assert entry["kl"] == pytest.approx(kl / 2, abs=1e-5)  # the closing token, which is certain, adds 0
     if changed is not None:  # an even choice may fall either way
         assert entry["changed"] == changed / 2
@@ -155,7 +155,7 @@ def test_the_largest_beta_within_the_budget_is_chosen():
 
 
 def test_calibration_sets_predictions_beside_returns():
-    steps = read_logs(table_policy(), [said("a", 2.0), said("b", 6.0)])
+    steps = compute_step_outputs(table_policy(), [said("a", 2.0), said("b", 6.0)])
     # Q of a, two closings and b: 1, 2, 2, 3; in two bins: (a, closing of a), (closing of b, b)
     assert calibration(steps, bins=2) == [
         {"q": 1.5, "return_to_go": 2.0, "n": 2},
@@ -178,10 +178,10 @@ def test_ranking_counts_the_pairs_of_a_group_in_the_right_order():
         said("b", 0.0, ""),
         said("a", 9.0, ""),  # rows without a group are not one group
     ]
-    accuracy = ranking_accuracy(read_logs(table_policy(), logs), logs)
+    accuracy = ranking_accuracy(compute_step_outputs(table_policy(), logs), logs)
     assert accuracy.mean == 0.5 and accuracy.n == 3  # (1 + 0 + ½) / 3
-    assert ranking_accuracy(read_logs(table_policy(), logs[:2]), logs[:2]).mean == 1.0
-    assert ranking_accuracy(read_logs(table_policy(), logs[6:8]), logs[6:8]) is None
+    assert ranking_accuracy(compute_step_outputs(table_policy(), logs[:2]), logs[:2]).mean == 1.0
+    assert ranking_accuracy(compute_step_outputs(table_policy(), logs[6:8]), logs[6:8]) is None
 
 
 def test_the_report_prints_everything_and_chooses_beta():
@@ -197,14 +197,14 @@ def test_a_policy_without_heads_has_its_likelihood_only():
     report = evaluate_offline(table_policy(heads=False), [said("a", 0.0)], betas=[1.0], kl_budget=0.1)
     assert report.by_beta is None and "beta" not in str(report)
     with pytest.raises(InputError, match="betas: found"):
-        read_logs(table_policy(heads=False), [said("a", 0.0)], [1.0])
+        compute_step_outputs(table_policy(heads=False), [said("a", 0.0)], [1.0])
 
 
 def test_logs_without_a_turn_that_fits_are_an_input_error():
     policy = table_policy()
     policy.window = WindowRule(max_length=3)
     with pytest.raises(InputError, match="no agent turn that fits"):
-        read_logs(policy, [said("a", 0.0)])
+        compute_step_outputs(policy, [said("a", 0.0)])
 
 
 def test_a_dialogue_is_shown_token_by_token():
@@ -230,14 +230,14 @@ def played():
 
 def test_logged_log_probs_are_those_of_play(played):
     policy, trajectories = played
-    steps = read_logs(policy, trajectories)
+    steps = compute_step_outputs(policy, trajectories)
     drawn = [p for t in trajectories for turn in t.turns if turn.is_trainable for p in turn.behaviour_log_prob]
     np.testing.assert_allclose(steps.log_prob, drawn, atol=1e-4)
 
 
 def test_the_batch_size_changes_nothing(played):
     policy, trajectories = played
-    whole, single = (read_logs(policy, trajectories, [2.0], batch_size=size) for size in (32, 1))
+    whole, single = (compute_step_outputs(policy, trajectories, [2.0], batch_size=size) for size in (32, 1))
     for name in ("token", "log_prob", "q", "v", "kl"):
         np.testing.assert_allclose(getattr(whole, name), getattr(single, name), atol=1e-5)
 
@@ -255,5 +255,5 @@ def test_guidance_is_measured_on_the_distribution_that_the_sampler_draws_from(pl
     # Monte Carlo over the sampler's own draws: the mean of log p − log π over many seeds
     replies = guided.sampler.sample([prompt] * 4000, range(4000))
     drawn = np.array([reply.log_prob[0] - reply.policy_log_prob[0] for reply in replies])
-    exact = read_logs(guided, [Trajectory((history, Turn("assistant", "0", reward=0.0)))], [5.0]).kl[0, 0]
+    exact = compute_step_outputs(guided, [Trajectory((history, Turn("assistant", "0", reward=0.0)))], [5.0]).kl[0, 0]
     assert exact > 0.1 and abs(exact - drawn.mean()) < 4 * drawn.std() / math.sqrt(4000)
