@@ -174,8 +174,8 @@ def _compare(rows: Sequence[Judged], reference: str, counts: Counter[str]) -> Co
     total = math.fsum(odds)
     context = (Turn("user", rows[0].instruction),)
     texts = [reference, *mean]
-    said = {name: dict.fromkeys(row.labels[name] for row in rows if name in row.labels) for name in KEPT}
-    labels: dict[str, Any] = {name: ", ".join(values) for name, values in said.items() if values}
+    values_of = {name: dict.fromkeys(row.labels[name] for row in rows if name in row.labels) for name in KEPT}
+    labels: dict[str, Any] = {name: ", ".join(values) for name, values in values_of.items() if values}
     labels["options"] = [{"generator": ", ".join(authors[text]), "preference": mean.get(text, 0.5)} for text in texts]
     return Comparison(
         context,

@@ -10,8 +10,8 @@ rows are read:
   with no other reaction is dropped.
 - The turns after the last reply with a thumb are cut off, since nobody is credited for them.
 
-People react to replies that stand out, so shares of thumbs are not shares of good replies. The report gives the number
-of replies with a thumb.
+People react to replies that are unusual, so shares of thumbs are not shares of good replies. The report gives the
+number of replies with a thumb.
 """
 
 from collections import Counter
@@ -169,18 +169,18 @@ def _value(reaction: Mapping, where: str, counts: Counter[str]) -> float:
 def _turn(reaction: Mapping, turns: Sequence[Turn], where: str, counts: Counter[str]) -> int:
     """Return the index of the turn that the reaction is on."""
     place = fields.whole(reaction, "turn", where)
-    said = None if reaction.get("text") is None else fields.text(reaction, "text", where).strip()
+    quoted = None if reaction.get("text") is None else fields.text(reaction, "text", where).strip()
     replies = [
         i
         for i, turn in enumerate(turns)
-        if turn.role == "assistant" and turn.content.strip() and said in (None, turn.content.strip())
+        if turn.role == "assistant" and turn.content.strip() and quoted in (None, turn.content.strip())
     ]
     if place in replies:
         return place
     if turns and turns[0].role == "system" and place + 1 in replies:
         counts["repaired: turn counted without the system message"] += 1
         return place + 1
-    if said is not None and len(replies) == 1:
+    if quoted is not None and len(replies) == 1:
         counts["repaired: reply found by its text"] += 1
         return replies[0]
     raise Drop("a reaction that is not on a reply of the agent")

@@ -23,8 +23,8 @@ def join_groups(made: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
         return key
 
     def links(row: Row) -> list[tuple[bool, str]]:
-        said = root_group(row.turns if isinstance(row, Trajectory) else row.context)
-        return [(is_id, name) for is_id, name in ((False, said), (True, row.group)) if name]
+        root = root_group(row.turns if isinstance(row, Trajectory) else row.context)
+        return [(is_id, name) for is_id, name in ((False, root), (True, row.group)) if name]
 
     for rows in made.values():
         for row in rows:

@@ -165,5 +165,5 @@ def _prompt(text: str) -> tuple[Turn, ...]:
     first, *rest = _TAG.split(read_text(text))
     if not first.strip():
         raise Drop("empty prompt")
-    said = zip(rest[::2], rest[1::2], strict=True)
-    return Turn("user", first), *(Turn(_ROLES[speaker], words) for speaker, words in said)
+    parts = zip(rest[::2], rest[1::2], strict=True)
+    return Turn("user", first), *(Turn(_ROLES[speaker], words) for speaker, words in parts)

@@ -112,22 +112,22 @@ def read_game(row: Mapping | list, where: str, counts: Counter[str], reward: str
     if row.get("action") is not None:
         return _move(row, where, int(where.rpartition(":")[2]))
     if row.get("text_history") is not None:
-        said = _history(row, where)
+        parts = _history(row, where)
         done = any([thumb(value, "dones", where, Counter()) for value in fields.items(row, "dones", where)])
     elif row.get("sequence") is not None:
-        said, done = _sequence(row, where), thumb(row.get("done"), "done", where, counts)
+        parts, done = _sequence(row, where), thumb(row.get("done"), "done", where, counts)
     elif row.get("buyer_info") is not None:
-        said, done = _sale(row, where, reward), row.get("output") is not None
+        parts, done = _sale(row, where, reward), row.get("output") is not None
     elif row.get("lines") is not None and "correct" in row:
         correct = thumb(row["correct"], "correct", where, counts)
-        said = _questions(row, correct, where)
-        done = correct or len(said) // 2 >= QUESTIONS
+        parts = _questions(row, correct, where)
+        done = correct or len(parts) // 2 >= QUESTIONS
     else:
         raise InputError(f"{where}: fields: found {shown(list(row))}, expected {_LAYOUTS}")
     if done is None:
         raise Drop("a game without a value of done")
     labels = extra_columns(row, {name for name in row if row[name] is not None} - _USED, counts)
-    return _game(said, done, labels)
+    return _game(parts, done, labels)
 
 
 def join(moves: Iterable[Move], counts: Counter[str]) -> Iterator[Trajectory]:
@@ -161,8 +161,8 @@ def _move(record: Any, where: str, line: int) -> Move:
 
 
 def _moves(moves: Sequence[Move]) -> Trajectory:
-    said = [part for move in moves for part in ((move.state, False, 0.0), (move.action, True, move.reward))]
-    return replace(_game(said, moves[-1].done, {}), group=moves[0].group)
+    parts = [part for move in moves for part in ((move.state, False, 0.0), (move.action, True, move.reward))]
+    return replace(_game(parts, moves[-1].done, {}), group=moves[0].group)
 
 
 def _history(row: Mapping, where: str) -> list[tuple[str, bool, float]]:
@@ -197,29 +197,29 @@ def _parts(
 
 
 def _questions(row: Mapping, correct: bool | None, where: str) -> list[tuple[str, bool, float]]:
-    said = [("Questions:", False, 0.0)]
+    parts = [("Questions:", False, 0.0)]
     lines = _texts(row, "lines", where)
     for i, line in enumerate(lines):
         match = _QUESTION.fullmatch(line)
         if match is None:
             raise InputError(f"{where}: lines[{i}]: found {shown(line)}, expected a question and its answer")
         earned = 0.0 if correct and i == len(lines) - 1 else -1.0
-        said += [(match["question"], True, earned), (match["answer"], False, 0.0)]
-    return said
+        parts += [(match["question"], True, earned), (match["answer"], False, 0.0)]
+    return parts
 
 
 def _sale(row: Mapping, where: str, kind: str) -> list[tuple[str, bool, float]]:
-    said = [("Beginning of Conversation", False, 0.0)]
+    parts = [("Beginning of Conversation", False, 0.0)]
     for i, line in enumerate(fields.objects(row, "lines", where)):
         here = f"{where}: lines[{i}]"
         role = fields.text(line, "role", here)
         if role not in ("Buyer", *_DEALER):
             raise InputError(f"{here}: role: found {shown(role)}, expected one of Buyer, {', '.join(_DEALER)}")
-        said.append((fields.text(line, "text", here), role in _DEALER, 0.0))
+        parts.append((fields.text(line, "text", here), role in _DEALER, 0.0))
     if row.get("output") is not None:
-        last = max((i for i, (_, act, _) in enumerate(said) if act), default=0)
-        said[last] = (*said[last][:2], _earned(row, where, kind))
-    return said
+        last = max((i for i, (_, act, _) in enumerate(parts) if act), default=0)
+        parts[last] = (*parts[last][:2], _earned(row, where, kind))
+    return parts
 
 
 def _earned(row: Mapping, where: str, kind: str) -> float:
@@ -242,10 +242,10 @@ def _earned(row: Mapping, where: str, kind: str) -> float:
     return 0.0 if price is None else price / ((budget + listed) / 2)
 
 
-def _game(said: Iterable[tuple[str, bool, float]], done: bool, labels: Mapping[str, Any]) -> Trajectory:
+def _game(parts: Iterable[tuple[str, bool, float]], done: bool, labels: Mapping[str, Any]) -> Trajectory:
     """Build a game from (text, whether it is an action, its reward); consecutive actions are one turn."""
     turns: list[Turn] = []
-    for text, act, reward in said:
+    for text, act, reward in parts:
         text = text.rstrip("\n")
         if act and turns and turns[-1].role == "assistant":
             joined = f"{turns[-1].content} {text}"

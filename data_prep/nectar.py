@@ -49,7 +49,7 @@ def read_ranked(row: Mapping, where: str, counts: Counter[str]) -> Comparison | 
     """
     prompt, answers = fields.text(row, "prompt", where), fields.objects(row, "answers", where)
     here = [f"{where}: answers[{i}]" for i in range(len(answers))]
-    said = [fields.text(answer, "answer", place) for answer, place in zip(answers, here, strict=True)]
+    replies = [fields.text(answer, "answer", place) for answer, place in zip(answers, here, strict=True)]
     ranks = [
         None if answer.get("rank") is None else fields.number(answer, "rank", place)
         for answer, place in zip(answers, here, strict=True)
@@ -57,5 +57,5 @@ def read_ranked(row: Mapping, where: str, counts: Counter[str]) -> Comparison | 
     labels = extra_columns(row, {name for name in row if row[name] is not None} - {"prompt", "answers"}, counts)
     labels["options"] = [extra_columns(answer, {"model"} & answer.keys(), counts) for answer in answers]
     return read_comparison(
-        {"prompt": prompt, "responses": said, "ranks": ranks, "source": "nectar", "labels": labels}, where, counts
+        {"prompt": prompt, "responses": replies, "ranks": ranks, "source": "nectar", "labels": labels}, where, counts
     )

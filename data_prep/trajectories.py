@@ -74,7 +74,7 @@ def scored_pairs(rows: Sequence[Trajectory]) -> list[tuple[Comparison, int, int]
 def _disagreements(rows: Sequence[Trajectory]) -> dict[str, int]:
     by_words, by_group = defaultdict(set), defaultdict(set)
     for row in rows:
-        by_words[tuple((turn.said, turn.is_trainable) for turn in row.turns)].add(row.total_return)
+        by_words[tuple((turn.spoken, turn.is_trainable) for turn in row.turns)].add(row.total_return)
         by_group[group_key(row)].add(row.total_return)
     return {
         "texts with different returns": sum(len(returns) > 1 for returns in by_words.values()),

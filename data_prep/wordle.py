@@ -104,30 +104,35 @@ def _logged(trajectory: Trajectory, player: str, group: str) -> Trajectory:
 
 
 def _adversarial(expert: Trajectory, game: functools.partial) -> Iterator[Trajectory]:
-    said, first = _said(expert), _first_branch_seed(expert)
+    opening, first = _said(expert), _first_branch_seed(expert)
     yield expert
-    if len(said) > SHARED_TURNS:
+    if len(opening) > SHARED_TURNS:
         failing, others = range(first, first + COPIES), range(first + COPIES, first + 2 * COPIES)
-        yield from _branches("repeat", Repeat(), said[:SHARED_TURNS], expert, game, failing)
+        yield from _branches("repeat", Repeat(), opening[:SHARED_TURNS], expert, game, failing)
         yield from _branches("mixture", Mixture(0.5, Consistent(), Uniform()), [], expert, game, others)
 
 
 def _branching(expert: Trajectory, game: functools.partial) -> Iterator[Trajectory]:
-    said, first = _said(expert), _first_branch_seed(expert)
+    opening, first = _said(expert), _first_branch_seed(expert)
     yield expert
-    for turn in range(len(said)):
-        yield from _branches("wrong", Wrong(), said[:turn], expert, game, [first + turn])
+    for turn in range(len(opening)):
+        yield from _branches("wrong", Wrong(), opening[:turn], expert, game, [first + turn])
 
 
 BRANCHING = {"adversarial": _adversarial, "branching": _branching}
 
 
 def _branches(
-    name: str, player: Player, said: Sequence[str], expert: Trajectory, game: functools.partial, seeds: Sequence[int]
+    name: str,
+    player: Player,
+    opening: Sequence[str],
+    expert: Trajectory,
+    game: functools.partial,
+    seeds: Sequence[int],
 ) -> Iterator[Trajectory]:
-    """Yield games with the expert's secret that begin with the texts `said`, in the expert's group."""
+    """Yield games with the expert's secret that begin with the texts `opening`, in the expert's group."""
     same = functools.partial(game, secret=expert.labels["secret"])
-    policy = Forced(Scripted(player, same()), said)
+    policy = Forced(Scripted(player, same()), opening)
     for trajectory in rollout(policy, same, seeds):
         yield _logged(trajectory, name, expert.group)
 

@@ -449,9 +449,9 @@ class PPOTrainer(LoopTrainer):
         # Iterations, and runs that differ in their seed alone, get disjoint ranges of episode seeds.
         first = args.first_seed + (args.seed * args.max_steps + self.iteration) * args.episodes
         seeds = list(range(first, first + args.episodes))[args.process_index :: args.world_size]
-        told = None if bar is None else lambda done, total: bar.set_postfix(played=f"{done}/{total}")
+        show = None if bar is None else lambda done, total: bar.set_postfix(played=f"{done}/{total}")
         with self.accelerator.autocast():
-            trajectories = rollout(self.player, self.environment, seeds, max_turns=args.max_turns, progress=told)
+            trajectories = rollout(self.player, self.environment, seeds, max_turns=args.max_turns, progress=show)
         if args.save_rollouts:
             part = f"-{args.process_index}" if args.world_size > 1 else ""
             file = Path(args.output_dir) / "rollouts" / f"iteration-{self.iteration:05d}{part}.jsonl"
@@ -549,11 +549,11 @@ class PPOTrainer(LoopTrainer):
         ids_of_option = self.player.sampler.ids_of_option
         found = []
         for episode, turn, k in experience.tokens():
-            said = trajectories[episode].turns[turn].token_ids
+            sampled = trajectories[episode].turns[turn].token_ids
             options = trajectories[episode].labels.get("options", {}).get(str(turn))
             ids = options and [ids_of_option[text] for text in options]
             # Allowed next tokens are those of the options that start with the k tokens sampled so far.
-            found.append(ids and {option[k] for option in ids if option[:k] == said[:k] and len(option) > k})
+            found.append(ids and {option[k] for option in ids if option[:k] == sampled[:k] and len(option) > k})
         return found
 
     def _mask(self, allowed: Sequence[set[int] | None]) -> Tensor:

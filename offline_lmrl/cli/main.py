@@ -74,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # about a file of the user, or from a library about a missing model or data set
-        said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return _refuse(str(InputError(said)))
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _refuse(str(InputError(message)))
     except Stopped as stop:
         print(stop.line or "terminated", file=sys.stderr)
         return 128 + stop.number

@@ -569,16 +569,16 @@ class _Comparison:
 
         Raises: InputError if bad input caused all of them, else Failed.
         """
-        said: dict[str, list[str]] = defaultdict(list)
+        lacking: dict[str, list[str]] = defaultdict(list)
         for failures, skipped in ((self.untrained, "skipped"), (self.unmeasured, "rows skipped")):
             for (name, seed), failure in failures.items():
                 title = f"failed: {failure.line}" if failure.cause is None else f"{skipped} because of {failure.cause}"
-                said[title].append(f"{name}-{seed}")
-        if not said:
+                lacking[title].append(f"{name}-{seed}")
+        if not lacking:
             return
         failed = [failure for failures in (self.untrained, self.unmeasured) for failure in failures.values()]
         kind = InputError if all(failure.unusable for failure in failed) else Failed
-        lines = "; ".join(f"{', '.join(runs)} {title}" for title, runs in said.items())
+        lines = "; ".join(f"{', '.join(runs)} {title}" for title, runs in lacking.items())
         raise kind(
             f"{lines}; `offline-lmrl compare {self.folder}` reports on the rest, and the same command "
             "tries the missing runs again"

@@ -241,7 +241,7 @@ def _count_scale(axes: Axes, zero: float | None = None) -> None:
     """Label the x axis with short counts ("20k"). It becomes logarithmic if they differ by a factor of 5 or more.
 
     Args:
-      zero: position that stands for 0 on a logarithmic axis; None = no count is 0.
+      zero: position of 0 on a logarithmic axis; None = no count is 0.
     """
     from matplotlib.ticker import MaxNLocator, NullLocator
 
@@ -315,8 +315,8 @@ def achieved_against_asked(results: Results) -> tuple[Figure, str]:
     for x, key in zip(asked, keys, strict=True):
         _mark(axes, results, key, x)
     low, high = np.min(axes.dataLim.get_points()), np.max(axes.dataLim.get_points())
-    room = 0.05 * (high - low) or 1.0
-    axes.set(xlim=(low - room, high + room), ylim=(low - room, high + room))
+    margin = 0.05 * (high - low) or 1.0
+    axes.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin))
     _legend(figure, results, keys)
     return figure, "On the dotted line, the achieved return equals the requested one."
 

@@ -192,7 +192,7 @@ def build_report(results: Results, drawings: Sequence[Drawing], missing: Mapping
         if found:
             page += [("h3", f"Win rates, {name}"), ("p", WINS), ("table", _matrix(found))]
     page += [("h2", "Figures not drawn"), ("list", [f"{title}: {reason}." for title, reason in missing.items()])]
-    if told := _dialogues(results):
+    if dialogues := _dialogues(results):
         page += [
             ("h2", "Ten fixed dialogues"),
             (
@@ -200,7 +200,7 @@ def build_report(results: Results, drawings: Sequence[Drawing], missing: Mapping
                 "The same episodes for every method, chosen at random before any play; the runs are those of the "
                 "first training seed. No dialogue is omitted, but the middle of a long one is cut.",
             ),
-            ("dialogues", told),
+            ("dialogues", dialogues),
         ]
     return [*page, ("h2", "Configuration"), *_configuration(results)]
 
@@ -218,7 +218,7 @@ def glance(results: Results) -> list[str]:
     runs = results.groups[best]
     line = next(line for line in _settings(results) if line["method"] == str(best))
     spent = [f"{line[name]} {name}" for name in COSTS[:5] if name in line]
-    said = [
+    sentences = [
         f"Highest score without a β chosen by returns: {best}: {_with_n(results.estimates[best])} episodes, "
         f"{len(runs)} training seed{'s'[: len(runs) != 1]}.",
         f"Its training data: {runs[0]['regime']}. Its cost: {', '.join(spent)}.",
@@ -226,20 +226,20 @@ def glance(results: Results) -> list[str]:
     baseline = results.shown["baseline"]
     same = next((key for key in keys if key.method == baseline and key.decode == best.decode), None)
     if same and same != best and (difference := results.difference(best, same)):
-        said.append(f"Its difference from {same}: {difference}, {_verdict(difference)}.")
+        sentences.append(f"Its difference from {same}: {difference}, {_verdict(difference)}.")
     rivals = {key: results.difference(best, key) for key in keys if key != best and key.decode == best.decode}
     close = [str(key) for key, difference in rivals.items() if difference and difference.low <= 0 <= difference.high]
     if close:
-        said.append(f"Not distinguishable from it (the paired interval includes 0): {'; '.join(close)}.")
+        sentences.append(f"Not distinguishable from it (the paired interval includes 0): {'; '.join(close)}.")
     guided = [key for key in results.groups if key.chosen == "returns"]
     if guided:
         top = max(guided, key=lambda key: results.estimates[key].mean)
-        said.append(f"Highest score with β chosen by returns on other episodes: {top}: {results.estimates[top]}.")
+        sentences.append(f"Highest score with β chosen by returns on other episodes: {top}: {results.estimates[top]}.")
     if len(runs) < FEW_SEEDS:
         several = f"Fewer than {FEW_SEEDS} training seeds: intervals are wide, so the table lists every seed."
         one = "One training seed: intervals describe this run over episodes, and no method is called better."
-        said.append(several if len(runs) > 1 else one)
-    return said
+        sentences.append(several if len(runs) > 1 else one)
+    return sentences
 
 
 def _with_n(estimate: Estimate) -> str:
@@ -313,11 +313,11 @@ def _dialogues(results: Results) -> list[tuple[int, list[Row], list[tuple[Key, R
 
     It holds the episode seed, the opening turns that all settings share, and each setting with its sample.
     """
-    told: dict[int, list[tuple[Key, Row]]] = {}
+    dialogues: dict[int, list[tuple[Key, Row]]] = {}
     for key, runs in results.groups.items():
         for sample in next((run["samples"] for run in runs if run.get("samples")), ()):
-            told.setdefault(sample["seed"], []).append((key, sample))
-    return [(seed, _shared([sample["turns"] for _, sample in said]), said) for seed, said in told.items()]
+            dialogues.setdefault(sample["seed"], []).append((key, sample))
+    return [(seed, _shared([sample["turns"] for _, sample in given]), given) for seed, given in dialogues.items()]
 
 
 def _shared(dialogues: Sequence[Sequence[Sequence[str]]]) -> list[Sequence[str]]:
@@ -407,12 +407,12 @@ def _figure_markdown(drawing: Drawing) -> str:
     return f"![{title}](figures/{drawing.name}.svg)\n\n{title}. {caption}"
 
 
-def _dialogues_markdown(told: Sequence[tuple[int, list, list]]) -> str:
+def _dialogues_markdown(dialogues: Sequence[tuple[int, list, list]]) -> str:
     parts = []
-    for seed, shared, said in told:
+    for seed, shared, given in dialogues:
         parts.append(f"### Episode {seed}")
         parts += [f"> {_quoted(role)}: {_quoted(text)}" for role, text in shared]
-        for key, sample in said:
+        for key, sample in given:
             turns = _shortened(sample["turns"][len(shared) :])
             lines = [f"- {_quoted(role)}: {_quoted(text)}" if role else f"- {text}" for role, text in turns]
             parts.append("\n".join([f"{_text(str(key))}, score {sample['score']:g}", "", *lines]))
@@ -498,13 +498,13 @@ def _figure_html(drawing: Drawing) -> str:
     return f"<figure>\n{svg}<figcaption>{caption}</figcaption>\n</figure>"
 
 
-def _dialogues_html(told: Sequence[tuple[int, list, list]]) -> str:
+def _dialogues_html(dialogues: Sequence[tuple[int, list, list]]) -> str:
     parts = []
-    for place, (seed, shared, said) in enumerate(told):
+    for place, (seed, shared, given) in enumerate(dialogues):
         columns = "".join(
             f"<section><h4>{escape(str(key))}<br>score {sample['score']:g}</h4>\n"
             f"{_turns_html(_shortened(sample['turns'][len(shared) :]))}</section>\n"
-            for key, sample in said
+            for key, sample in given
         )
         opened = " open" if place == 0 else ""
         side = f'<div class="scroll side" tabindex="0">\n{columns}</div>'

@@ -52,7 +52,7 @@ def _commit() -> str | None:
 def _git(folder: Path, *command: str) -> str | None:
     """Run git in a folder and return its output, without outer whitespace; None if it fails or is not installed."""
     try:
-        said = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
+        done = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
     except OSError:
         return None
-    return said.stdout.strip() if said.returncode == 0 else None
+    return done.stdout.strip() if done.returncode == 0 else None

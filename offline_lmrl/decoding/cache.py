@@ -14,16 +14,16 @@ from offline_lmrl.errors import InputError
 Layer = tuple[Tensor, Tensor]  # keys and values, each (B, heads, L, width)
 
 
-class RoomyLayer(DynamicLayer):
-    """A cache layer that allocates room for `room` more tokens whenever it grows.
+class ReservingLayer(DynamicLayer):
+    """A cache layer that allocates space for `reserve` more tokens whenever it grows.
 
     It copies keys and values once per reply; DynamicLayer copies them for every token, which took a third of the time
     of a rollout with long windows.
     """
 
-    def __init__(self, room: int):
+    def __init__(self, reserve: int):
         super().__init__()
-        self.room = room
+        self.reserve = reserve
         self.buffers: list[Tensor] = []  # self.keys and self.values are views of the filled part
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> Layer:
@@ -34,7 +34,7 @@ class RoomyLayer(DynamicLayer):
         if not self.buffers or self.buffers[0].shape[-2] < new:
             held, self.buffers = (self.keys, self.values), []
             for states, before in zip((key_states, value_states), held, strict=True):
-                self.buffers.append(states.new_empty(*states.shape[:-2], new + self.room, states.shape[-1]))
+                self.buffers.append(states.new_empty(*states.shape[:-2], new + self.reserve, states.shape[-1]))
                 if old:
                     self.buffers[-1][..., :old, :] = before
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
@@ -44,7 +44,7 @@ class RoomyLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.buffers = []  # the reordered keys and values are new tensors, without spare room
+        self.buffers = []  # the reordered keys and values are new tensors, without spare space
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -62,20 +62,20 @@ def cache_argument(model: PreTrainedModel) -> str:
     raise InputError(f"model: found {type(base).__name__}, expected one that takes past_key_values")
 
 
-def new_cache(model: PreTrainedModel, room: int) -> DynamicCache:
-    """Return an empty cache with the kinds of layers that the model needs; plain ones become `RoomyLayer`.
+def new_cache(model: PreTrainedModel, reserve: int) -> DynamicCache:
+    """Return an empty cache with the kinds of layers that the model needs; plain ones become `ReservingLayer`.
 
     Args:
-      room: tokens of the coming reply.
+      reserve: tokens of the coming reply.
     """
     cache = DynamicCache(config=model.config)
-    cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [ReservingLayer(reserve) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 def is_kept_per_token(cache: DynamicCache) -> bool:
     """True if every layer holds one entry per token; sliding windows and recurrent states do not."""
-    return all(isinstance(layer, RoomyLayer) for layer in cache.layers)
+    return all(isinstance(layer, ReservingLayer) for layer in cache.layers)
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ class _Beam:
       first: the first imagined utterance; None before there is one.
       first_key: key of that utterance's cache in the memory of the first level.
       paid: Σ γ^i r_i over the imagined utterances, in reward units.
-      said: number of imagined utterances.
+      utterances: number of imagined utterances.
       score: as in the docstring of this file, in reward units.
       ended: True if the beam cannot grow: the episode probably ended, or the window is full.
     """
@@ -163,7 +163,7 @@ class _Beam:
     first: Reply | None = None
     first_key: int = 0
     paid: float = 0.0
-    said: int = 0
+    utterances: int = 0
     score: float = 0.0
     ended: bool = False
 
@@ -266,10 +266,12 @@ class PlannerSession:
                 different.setdefault(replies[key].text, key)
             for key in different.values():
                 reply = replies[key]
-                said = Turn("assistant", reply.text, token_ids=reply.token_ids)
-                first = (beam.first, beam.first_key) if beam.said else (reply, key)
-                longer.append(replace(beam, turns=[*beam.turns, said], key=key, first=first[0], first_key=first[1]))
-                turn = policy.renderer.encode_turn(said)
+                utterance = Turn("assistant", reply.text, token_ids=reply.token_ids)
+                first = (beam.first, beam.first_key) if beam.utterances else (reply, key)
+                longer.append(
+                    replace(beam, turns=[*beam.turns, utterance], key=key, first=first[0], first_key=first[1])
+                )
+                turn = policy.renderer.encode_turn(utterance)
                 ends.append([*window, *turn.actions])
         self._score(longer, ends, memory)
         return longer, memory
@@ -294,9 +296,9 @@ class PlannerSession:
             rated = [float(score[0]) for score in score_rows(asked, planner.scorer)]
         for i, (beam, (reward, after, ended)) in enumerate(zip(beams, outcomes, strict=True)):
             value = planner.unit * (reward + gamma * after) if rated is None else rated[i]
-            beam.score = beam.paid + gamma**beam.said * value
-            beam.paid += gamma**beam.said * planner.unit * reward
-            beam.said += 1
+            beam.score = beam.paid + gamma**beam.utterances * value
+            beam.paid += gamma**beam.utterances * planner.unit * reward
+            beam.utterances += 1
             beam.ended = ended >= 0.5
 
     def _imagined(self, beams: Sequence[_Beam], memory: CacheMemory) -> tuple[list[_Beam], CacheMemory]:
@@ -318,9 +320,10 @@ class PlannerSession:
         if not beams:
             return [], memory
         memory = memory.fork({i: beam.key for i, beam in enumerate(beams)})
-        said = self.planner.environment(role).sample(windows, [0] * len(beams), memory=memory, rows=range(len(beams)))
+        rows = range(len(beams))
+        replies = self.planner.environment(role).sample(windows, [0] * len(beams), memory=memory, rows=rows)
         imagined = []
-        for i, (beam, reply) in enumerate(zip(beams, said, strict=True)):
+        for i, (beam, reply) in enumerate(zip(beams, replies, strict=True)):
             self.planned_tokens[beam.row] += len(reply.log_prob)
             text = policy.renderer.decode(reply.token_ids[: len(reply.token_ids) - reply.closed], role)
             imagined.append(replace(beam, turns=[*beam.turns, Turn(role, text)], key=i))

@@ -381,8 +381,8 @@ class LanguageSession:
         if run := run_named_in_ask(kind):
             reader = self.policy.value_model(run)
             other = reader.renderer.fingerprint != self.fingerprint  # another tokenizer: sampled ids are invalid there
-            told = [[replace(t, token_ids=None) for t in history] if other else history for _, history in reading]
-            windows = [reader.null_window(history, reserve) for history in told]
+            as_text = [[replace(t, token_ids=None) for t in history] if other else history for _, history in reading]
+            windows = [reader.null_window(history, reserve) for history in as_text]
         else:
             reader = self.policy
             windows = [

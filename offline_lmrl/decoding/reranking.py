@@ -118,8 +118,8 @@ class BestOfNSession:
         threshold = self.reranked.threshold
         abstained = threshold is not None and bool(scores[best] < threshold)
         self.abstained[row] = self.abstained.get(row, 0) + abstained
-        said = Reply(self.reranked.abstention) if abstained else replies[best]
-        return replace(said, labels={"score": float(scores[best]), "n": len(replies), "abstained": abstained})
+        chosen = Reply(self.reranked.abstention) if abstained else replies[best]
+        return replace(chosen, labels={"score": float(scores[best]), "n": len(replies), "abstained": abstained})
 
     def labels(self, row: int) -> dict[str, Any]:
         """Return the policy's labels of the row's first candidate, with `scores` and `abstained`.

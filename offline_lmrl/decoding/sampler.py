@@ -251,7 +251,7 @@ class Sampler:
         """
         guided = self.null is not None and (self.config.beta != 0.0 or self.config.condition_scale != 0.0)
         # Without a requested return in any prompt, both streams would be equal, so one is enough.
-        told = guided and any(token > self.null for prompt in prompts for token in prompt)
+        with_returns = guided and any(token > self.null for prompt in prompts for token in prompt)
         run = _DecodingPass(
             sampler=self,
             prompts=[list(prompt) for prompt in prompts],
@@ -260,7 +260,7 @@ class Sampler:
             options=[self._option_ids(texts) for texts in options or [None] * len(prompts)],
             memory=self._usable(memory),
             rows=list(rows or range(len(prompts))),
-            streams=2 if told else 1,
+            streams=2 if with_returns else 1,
             with_hidden=self.config.beta != 0.0,
         )
         with evaluating(self.model):

@@ -58,7 +58,7 @@ class _ForcedSession:
         histories: Sequence[Sequence[Turn]],
         options: Sequence[Sequence[str] | None] | None = None,
     ) -> list[Reply]:
-        said = sum(turn.is_trainable for turn in histories[0])  # all rows of a rollout are at the same turn
-        if said < len(self.texts):
-            return [Reply(self.texts[said]) for _ in rows]
+        played = sum(turn.is_trainable for turn in histories[0])  # all rows of a rollout are at the same turn
+        if played < len(self.texts):
+            return [Reply(self.texts[played]) for _ in rows]
         return self.session.reply(rows, histories, options)

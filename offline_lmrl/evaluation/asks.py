@@ -58,14 +58,14 @@ def ask_curve(
 
 def ask_point(policy: LanguagePolicy, result: EvaluationResult) -> AskPoint:
     """Summarise episodes that were played with the ask in `policy.decoding`."""
-    told = [row["labels"] for row in result.episodes]
-    used = Counter(labels["bin"] for labels in told).most_common(1)[0][0]
+    labelled = [row["labels"] for row in result.episodes]
+    used = Counter(labels["bin"] for labels in labelled).most_common(1)[0][0]
     return AskPoint(
         ask=policy.decoding.ask,
-        asked=float(np.mean([labels["ask"] for labels in told])),
+        asked=float(np.mean([labels["ask"] for labels in labelled])),
         bin=used,
         training_turns=policy.return_tokens.scale.table(policy.task).counts[used],
-        clipped=float(np.mean([labels["clipped"] for labels in told])),
+        clipped=float(np.mean([labels["clipped"] for labels in labelled])),
         achieved=result.score(),
     )
 

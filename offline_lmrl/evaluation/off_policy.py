@@ -94,14 +94,16 @@ def importance_sampling(policy: LanguagePolicy, trajectories: Sequence[Trajector
     """
     _require_plain(policy)
     own = [with_own_token_ids(t, policy.renderer.fingerprint).turns for t in trajectories]
-    said = [{i: turn.behaviour_log_prob or () for i, turn in enumerate(turns) if turn.is_trainable} for turns in own]
+    log_probs = [
+        {i: turn.behaviour_log_prob or () for i, turn in enumerate(turns) if turn.is_trainable} for turns in own
+    ]
     # If the environment restricted the agent to a choice of texts, it did not play from π over all tokens.
-    whole = [bool(of) and not t.labels.get("options") for of, t in zip(said, trajectories, strict=True)]
-    _require_all(ok and all(of.values()) for ok, of in zip(whole, said, strict=True))  # before the model runs
+    whole = [bool(of) and not t.labels.get("options") for of, t in zip(log_probs, trajectories, strict=True)]
+    _require_all(ok and all(of.values()) for ok, of in zip(whole, log_probs, strict=True))  # before the model runs
     steps = compute_step_outputs(policy, trajectories)
     tokens = Counter(zip(steps.trajectory.tolist(), steps.turn.tolist(), strict=True))
-    _require_all(all(len(known) == tokens[i, turn] for turn, known in of.items()) for i, of in enumerate(said))
-    behaviour = [sum(map(sum, of.values())) for of in said]
+    _require_all(all(len(known) == tokens[i, turn] for turn, known in of.items()) for i, of in enumerate(log_probs))
+    behaviour = [sum(map(sum, of.values())) for of in log_probs]
     log_weight = np.bincount(steps.trajectory, steps.acting_log_prob, minlength=len(trajectories)) - behaviour
     if not np.isfinite(log_weight.max()):
         raise InputError("found only trajectories of probability 0 under this policy, expected at least one other")
@@ -280,8 +282,8 @@ def _step_columns(policy: LanguagePolicy, batch: TokenBatch) -> dict[str, Tensor
     logits, hidden = model.packed_logits(*place, input_ids=ids[:windows], attention_mask=mask[:windows])
     read, embedded = hidden, model.get_input_embeddings()(ids).float()
     if windows < len(ids):  # rows after the windows hold next states only, so they need no logits
-        behind = model.get_decoder()(input_ids=ids[windows:], attention_mask=mask[windows:], use_cache=False)[0]
-        read = torch.cat([hidden, behind])
+        following = model.get_decoder()(input_ids=ids[windows:], attention_mask=mask[windows:], use_cache=False)[0]
+        read = torch.cat([hidden, following])
     log_prob = acting_log_prob(policy, logits.float(), *values_at(policy, hidden[place]))
     best, actions = log_prob.topk(min(ACTIONS, log_prob.shape[-1]))
     so_far = embedded.cumsum(1) / torch.arange(1, ids.shape[1] + 1, device=ids.device).unsqueeze(-1)

@@ -123,8 +123,8 @@ def evaluate_policy(
     for repeat in range(repeats):
         player = policy if repeat == 0 else _Redrawn(policy, repeat)
         before = len(trajectories)
-        told = progress and (lambda done, _, before=before: progress(before + done, repeats * len(seeds)))
-        played = rollout(player, environment, list(seeds), batch_size=batch_size, few_shot=few_shot, progress=told)
+        show = progress and (lambda done, _, before=before: progress(before + done, repeats * len(seeds)))
+        played = rollout(player, environment, list(seeds), batch_size=batch_size, few_shot=few_shot, progress=show)
         rows += [_row(seed, repeat, t, cluster) for seed, t in zip(seeds, played, strict=True)]
         trajectories += played
     return EvaluationResult(rows, trajectories, time.monotonic() - started)

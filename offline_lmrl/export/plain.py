@@ -281,11 +281,11 @@ def _samples(policy: LanguagePolicy, saved: Mapping[str, Any], ids: Sequence[int
     known[columns:] += rows - columns  # the run's reserved ids follow the embedding's rows
     shape = (DRAWN[0], min(DRAWN[1], longest))
     drawn = known[torch.randint(len(known), shape, generator=torch.Generator().manual_seed(0))]
-    said = torch.tensor([_example_ids(policy, saved)[-longest:]])
-    for _ in range(min(REPLY, longest - said.shape[1])):
-        best = _run_log_prob(policy, said)[-1:, :columns].argmax(-1, keepdim=True)
-        said = torch.cat([said, best.cpu()], dim=1)
-    return [_Sample(read, _run_log_prob(policy, read)[:, :columns].log_softmax(-1)) for read in (drawn, said)]
+    played = torch.tensor([_example_ids(policy, saved)[-longest:]])
+    for _ in range(min(REPLY, longest - played.shape[1])):
+        best = _run_log_prob(policy, played)[-1:, :columns].argmax(-1, keepdim=True)
+        played = torch.cat([played, best.cpu()], dim=1)
+    return [_Sample(read, _run_log_prob(policy, read)[:, :columns].log_softmax(-1)) for read in (drawn, played)]
 
 
 def _run_log_prob(policy: LanguagePolicy, read: Tensor) -> Tensor:

@@ -188,8 +188,8 @@ def _shared_start(first: str, second: str) -> list[str]:
     shared = commonprefix([first, second])
     if not shared.strip():
         return []
-    behind = first[len(shared) :][:1], second[len(shared) :][:1]
-    return ["inside a reply"] + ["inside a word"] * (shared[-1].isalnum() and any(map(str.isalnum, behind)))
+    following = first[len(shared) :][:1], second[len(shared) :][:1]
+    return ["inside a reply"] + ["inside a word"] * (shared[-1].isalnum() and any(map(str.isalnum, following)))
 
 
 def _count_faults(rows: Sequence[Comparison | Trajectory]) -> Counter:

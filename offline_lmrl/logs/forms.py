@@ -487,5 +487,5 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _prompt_group(prompt: Sequence[Turn]) -> str:
-    text = json.dumps([turn.said for turn in prompt])
+    text = json.dumps([turn.spoken for turn in prompt])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

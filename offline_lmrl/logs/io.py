@@ -379,7 +379,7 @@ def _kept(kept: Kept, source: str, counts: Counter | None, mine: Counter) -> Kep
 
 
 def _said(turns: Iterable[Turn]) -> list[list[Any]]:
-    return [[*turn.said, turn.is_trainable, turn.reward] for turn in turns]
+    return [[*turn.spoken, turn.is_trainable, turn.reward] for turn in turns]
 
 
 def _file_rows(path: Path) -> RawRows:

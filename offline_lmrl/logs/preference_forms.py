@@ -108,13 +108,13 @@ def transcript(text: str, repairs: Counter) -> list[Turn]:
     if head.strip():
         raise Drop("text before the first speaker tag")
     turns: list[Turn] = []
-    for speaker, said in zip(pieces[::2], pieces[1::2], strict=True):
-        role, said = _SPEAKERS[speaker], said.strip()
+    for speaker, spoken in zip(pieces[::2], pieces[1::2], strict=True):
+        role, spoken = _SPEAKERS[speaker], spoken.strip()
         if turns and turns[-1].role == role:
             repairs[f"repaired: consecutive {speaker} turns merged"] += 1
-            turns[-1] = Turn(role, f"{turns[-1].content}\n\n{said}".strip())
+            turns[-1] = Turn(role, f"{turns[-1].content}\n\n{spoken}".strip())
         else:
-            turns.append(Turn(role, said))
+            turns.append(Turn(role, spoken))
     return turns
 
 
@@ -293,8 +293,8 @@ def _split(sides: Sequence[list[Turn]], allow_empty: bool) -> tuple[list[Turn], 
 
     Raises: Drop if the remaining turns cannot be compared.
     """
-    said, common = [_said(side) for side in sides], 0
-    while all(len(side) > common and side[common] == said[0][common] for side in said):
+    spoken, common = [_said(side) for side in sides], 0
+    while all(len(side) > common and side[common] == spoken[0][common] for side in spoken):
         common += 1
     options = [side[common:] for side in sides]
     if any(options) and not all(options):
@@ -315,7 +315,7 @@ def require_replies(options: Sequence[Sequence[Turn]], allow_empty: bool) -> Non
 
     Raises: Drop if the check fails.
     """
-    words = [[[text.split() for text in turn.said] for turn in option] for option in options]
+    words = [[[text.split() for text in turn.spoken] for turn in option] for option in options]
     if any(words.count(option) > 1 for option in words):
         raise Drop("identical replies")
     if not allow_empty and any(map(_is_empty, options)):
@@ -323,7 +323,7 @@ def require_replies(options: Sequence[Sequence[Turn]], allow_empty: bool) -> Non
 
 
 def _said(turns: Sequence[Turn]) -> tuple[tuple[str, ...], ...]:
-    return tuple(turn.said for turn in turns)
+    return tuple(turn.spoken for turn in turns)
 
 
 def _is_empty(reply: Sequence[Turn]) -> bool:

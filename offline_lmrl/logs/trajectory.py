@@ -117,7 +117,7 @@ class Turn:
         return self.role == "assistant" if self.trainable is None else self.trainable
 
     @property
-    def said(self) -> tuple[str, ...]:
+    def spoken(self) -> tuple[str, ...]:
         """The role and all text (content, thought, calls, tools); equal for turns with equal text."""
         apart = (self.thinking or "", self.tool_calls or "", self.tools or "")
         return (self.role, self.content, *(apart if any(apart) else ()))

@@ -60,7 +60,7 @@ class ActorCritic(nn.Module):
         if next_v:
             if windows < len(ids):
                 trunk = self.value_trunk or self.policy.get_decoder()
-                behind = trunk(input_ids=ids[windows:], attention_mask=mask[windows:], use_cache=False)[0]
-                hidden = torch.cat([hidden, behind])
+                following = trunk(input_ids=ids[windows:], attention_mask=mask[windows:], use_cache=False)[0]
+                hidden = torch.cat([hidden, following])
             outputs["next_v"] = self.value_head(hidden[steps["next_row"], steps["next_state"]])[0]
         return outputs

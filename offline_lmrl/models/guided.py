@@ -656,10 +656,10 @@ def from_scratch(auto_class: type, spec: Mapping[str, Any], tokenizer, **extra: 
         if wrong := re.search(r"Field '(\w+)' expected (.+?), got", str(error)):
             found = shown((sizes | fields).get(wrong[1]))
             raise InputError(f"model.scratch.{wrong[1]}: found {found}, expected {wrong[2]}") from error
-        said = str(error).strip() or type(error).__name__
+        message = str(error).strip() or type(error).__name__
         raise InputError(
             f"model.scratch: found fields from which transformers cannot make a {model_type} model "
-            f"({said.splitlines()[0]}), expected other values"
+            f"({message.splitlines()[0]}), expected other values"
         ) from error
 
 

@@ -48,10 +48,10 @@ def head_scale(model: PreTrainedModel) -> float:
     head = model.get_output_embeddings()
     step = torch.linspace(-SMALL, SMALL, head.weight.shape[0], device=head.weight.device)
     made_up = torch.stack([torch.zeros_like(step), step, LARGE / SMALL * step]).unsqueeze(0)  # (1,3,V)
-    said: list[Tensor] = []
+    from_head: list[Tensor] = []
 
     def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        said.append(output)
+        from_head.append(output)
         return made_up
 
     handle = head.register_forward_hook(replace)
@@ -62,7 +62,7 @@ def head_scale(model: PreTrainedModel) -> float:
         )
     finally:
         handle.remove()
-    before = _multiple(said[0] - said[0][:, :1], F.linear(hidden - hidden[:, :1], head.weight))
+    before = _multiple(from_head[0] - from_head[0][:, :1], F.linear(hidden - hidden[:, :1], head.weight))
     after = _multiple(outputs.logits - outputs.logits[:, :1], made_up)
     if before is None or after is None:
         found = "a transform before its LM head" if before is None else "a soft cap or similar after its LM head"

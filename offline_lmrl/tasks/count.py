@@ -35,9 +35,9 @@ class Count:
 
     def step(self, text: str) -> StepResult:
         """Take the letters of one turn, separated by white space; a wrong number or other letters pay nothing."""
-        said = text.split()
-        valid = len(said) == self.letters and set(said) <= set(LETTERS)
-        reward = float(said.count(PAID)) if valid else 0.0
+        letters = text.split()
+        valid = len(letters) == self.letters and set(letters) <= set(LETTERS)
+        reward = float(letters.count(PAID)) if valid else 0.0
         self.invalid += not valid
         self.left -= 1
         return StepResult((NEXT,) if self.left else (), reward, not self.left, False)
@@ -128,11 +128,11 @@ class _AskSession:
         if self.player.update:
             asked -= sum(past)
         left = (toy.turns - len(past)) * toy.letters
-        said = []
+        letters = []
         for m in range(left, left - toy.letters, -1):
-            said.append(_letter(rng, asked / m))
-            asked -= said[-1] == PAID
-        return " ".join(said)
+            letters.append(_letter(rng, asked / m))
+            asked -= letters[-1] == PAID
+        return " ".join(letters)
 
 
 def _letter(rng: np.random.Generator, share: float) -> str:

@@ -120,10 +120,10 @@ class PrefGold:
             else:
                 ranking.append([worse])
         best = ranking[0]
-        said = tuple((Turn("assistant", REPLIES[place]),) for place in drawn)
+        replies = tuple((Turn("assistant", REPLIES[place]),) for place in drawn)
         return Comparison(
             (Turn("user", CUES[prompt]),),
-            said,
+            replies,
             tuple((i in best) / len(best) for i in range(options)),
             tuple(map(tuple, ranking)),
             group=group,

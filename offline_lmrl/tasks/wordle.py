@@ -211,8 +211,8 @@ class Wordle:
         self.won = guess == self.secret
         if self.won or self.tries == TRIES:
             return StepResult((), 0.0 if self.won else -1.0, True, False)
-        told = self.spell(COLOURS[words.table[words.index[guess], words.index[self.secret]]]) if known else UNKNOWN
-        return StepResult((Turn("user", told),), -1.0, False, False)
+        answer = self.spell(COLOURS[words.table[words.index[guess], words.index[self.secret]]]) if known else UNKNOWN
+        return StepResult((Turn("user", answer),), -1.0, False, False)
 
     def labels(self) -> dict[str, object]:
         """Return the secret, whether it was found, and the number of texts that were no word of the list."""
@@ -431,7 +431,7 @@ class _ScriptedSession:
 
     def _known(self, history: Sequence[Turn]) -> Knowledge:
         known = Knowledge(self.game.lexicon, self.game.lexicon.everything)
-        for said, told in zip(history[1::2], history[2::2], strict=True):
-            colours = "" if told.content == UNKNOWN else "".join(told.content.split())
-            known = known.after("".join(said.content.split()), colours)
+        for guess, answer in zip(history[1::2], history[2::2], strict=True):
+            colours = "" if answer.content == UNKNOWN else "".join(answer.content.split())
+            known = known.after("".join(guess.content.split()), colours)
         return known

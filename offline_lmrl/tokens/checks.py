@@ -286,9 +286,9 @@ def _observed(turns: Sequence[Turn]) -> Iterator[tuple[tuple, str]]:
     observation: list[tuple[str, str]] = []
     for turn in turns:
         if not turn.is_trainable:
-            observation.append(turn.said)
+            observation.append(turn.spoken)
         elif observation:
-            yield tuple(observation), "\n".join(turn.said)
+            yield tuple(observation), "\n".join(turn.spoken)
             observation = []
 
 

@@ -1,6 +1,6 @@
 """Turn comparisons into batches: each option is rendered once as rows of tokens, and a batch gathers comparisons.
 
-An option is one row: context and reply. With `by_turn`, where each agent turn is judged separately, an option is one
+An option is one row: context and reply. With `by_turn`, where each agent turn is scored separately, an option is one
 row per agent turn: the turns that a policy with the same window rule sees before that turn, and the turn itself
 (tokens/windows.py). A scored trajectory is a comparison with one option, whose target is its return.
 """

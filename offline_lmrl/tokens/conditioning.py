@@ -341,12 +341,12 @@ def with_return_ids(
             f"prompt: found {list(prompt[-n:])} at its end, expected the ids of the agent's opening, {opening}, "
             "because a return is inserted directly before them"
         )
-    told: list[int] = []
+    found: list[int] = []
     for i, token in enumerate(prompt):
         if i == len(prompt) - n or list(prompt[i : i + len(past)]) == past and i < len(prompt) - n:
-            told += return_ids
-        told.append(token)
-    return told
+            found += return_ids
+        found.append(token)
+    return found
 
 
 @dataclass(frozen=True)

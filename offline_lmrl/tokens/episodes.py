@@ -152,7 +152,8 @@ class _Episode:
         self.return_ids = dict(zip([*self.agent_turns, len(turns)], return_ids, strict=True))
         self.turns = turns
         self.encoded = [
-            turn.behind(self.return_ids.get(index, ())) for index, turn in enumerate(encoder.renderer.encode(turns))
+            turn.with_prefix(self.return_ids.get(index, ()))
+            for index, turn in enumerate(encoder.renderer.encode(turns))
         ]
         self.lengths = [turn.longest for turn in self.encoded]
         self.reward = [encoder.scale.apply(turn.reward) for turn in turns]
@@ -238,8 +239,8 @@ class _Episode:
             # V at the state of the last action closes the log, so the reward of that action must not count as well.
             return 0.0, gamma ** (left - 1)
         # The reward is paid at the last action, left − 1 steps after action k, and the next turn opens one step later.
-        behind = gamma**left * self._turn_discount(index)
-        return gamma ** (left - 1) * self.reward[index] + behind * total, behind * factor
+        later = gamma**left * self._turn_discount(index)
+        return gamma ** (left - 1) * self.reward[index] + later * total, later * factor
 
     def _turn_discount(self, index: int) -> float:
         # discount_per_turn belongs to the action that closes a turn, which an unfinished turn does not have.

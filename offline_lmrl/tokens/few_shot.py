@@ -164,7 +164,7 @@ def few_shot_ids(
         turns = with_own_token_ids(trajectory, renderer.fingerprint).turns
         agent = [index for index, turn in enumerate(turns) if turn.is_trainable]
         own = dict(zip(agent, return_ids_for(trajectory)[: len(agent)], strict=True)) if return_ids_for else {}
-        encoded = [turn.behind(own.get(index, ())) for index, turn in enumerate(renderer.encode(turns))]
+        encoded = [turn.with_prefix(own.get(index, ())) for index, turn in enumerate(renderer.encode(turns))]
         part = turns[first:stop]
         pieces = renderer.window_ids(part, encoded[first:stop], 0, len(part), live=False)
         ids += [token for piece in pieces for token in piece]

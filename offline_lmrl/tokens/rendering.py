@@ -73,7 +73,7 @@ class EncodedTurn(NamedTuple):
         """The number of tokens of the longest form, which a window rule counts."""
         return max(map(len, (self.ids, self.loop, self.past)))
 
-    def behind(self, prefix: tuple[int, ...]) -> "EncodedTurn":
+    def with_prefix(self, prefix: tuple[int, ...]) -> "EncodedTurn":
         """Return the turn with the ids `prefix` put before its opening."""
         if not prefix:
             return self

@@ -200,14 +200,14 @@ def reply_window(
     Returns: the ids, or None if turn and reply alone do not fit; training leaves such a reply out.
     """
     renderer.notice(turns)
-    said = [*turns, Turn(role, "")]
-    encoded, preamble, head, fixed = _encoded(said, renderer, return_ids, few_shot)
+    with_reply = [*turns, Turn(role, "")]
+    encoded, preamble, head, fixed = _encoded(with_reply, renderer, return_ids, few_shot)
     lengths = [turn.longest for turn in encoded]
     index, reply = len(turns) - 1, encoded[-1].action_start + reserve
     if fixed + lengths[index] + reply > rule.max_length:
         return None
     first = first_visible(rule, lengths, index, head, fixed, reply)
-    *kept, blank = answered_ids(renderer, said, encoded, first, len(turns), len(said))
+    *kept, blank = answered_ids(renderer, with_reply, encoded, first, len(turns), len(with_reply))
     return [*preamble, *(token for ids in kept for token in ids), *blank[: encoded[-1].action_start]]
 
 
@@ -218,6 +218,6 @@ def _encoded(
     encoded = renderer.encode(turns)
     if return_ids is not None:
         for index, ids in zip((i for i, turn in enumerate(turns) if turn.is_trainable), return_ids, strict=True):
-            encoded[index] = encoded[index].behind(ids)
+            encoded[index] = encoded[index].with_prefix(ids)
     head, preamble = leading_system_turns(turns), (*renderer.preamble_of(turns), *few_shot)
     return encoded, preamble, head, len(preamble) + sum(turn.longest for turn in encoded[:head])
