@@ -15,7 +15,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-RENAMED: dict[str, str] = {}  # configuration keys and checkpoint fields: the name before -> the name after
+# Configuration keys and checkpoint fields, and values of settings: the name before -> the name after.
+RENAMED = {
+    "sampling": "decoding",
+    "prompt": "few_shot",
+    "critic": "value_model",
+    "judge": "reward_model",
+    "place": "reward_at",
+    "contents": "input_hashes",
+    "critic_weights": "value_weights",
+    "memory": "state",
+}
+VALUES = {("reward_at", "terminal"): "end", ("algorithm", "iql"): "awr"}
 
 
 def record(checkout: Path, folder: Path) -> dict[str, Any]:
@@ -33,9 +44,19 @@ def record(checkout: Path, folder: Path) -> dict[str, Any]:
 
 
 def renamed(value: Any) -> Any:
-    """The value with its keys under the names of after."""
+    """The value with its keys, and the values of settings, under the names of after."""
     if isinstance(value, dict):
-        return {RENAMED.get(key, key): renamed(inner) for key, inner in value.items()}
+        found = {}
+        for key, inner in value.items():
+            is_text = key == "prompt" and isinstance(inner, str | list)  # of data and templates, not demonstrations
+            name = key if is_text else RENAMED.get(key, key)
+            found[name] = VALUES.get((name, inner) if isinstance(inner, str) else None, renamed(inner))
+        return found
+    if isinstance(value, str) and value.startswith("{"):  # labels of a row, which are stored as JSON
+        try:
+            return json.dumps(renamed(json.loads(value)), sort_keys=True)
+        except ValueError:
+            return value
     return [renamed(inner) for inner in value] if isinstance(value, list) else value
 
 

@@ -27,7 +27,7 @@ LLAMA = {
     "intermediate_size": 32,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
 ARGS = {
@@ -60,7 +60,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "returns": {"algorithm": "return_conditioned"},
     "returns, quantiles": {"algorithm": "return_conditioned", "args": {"binning": "quantile", "context": 1}},
     "returns, text": {"algorithm": "return_conditioned", "args": {"condition": "text", "condition_dropout": 0.0}},
-    "returns, few-shot": {"algorithm": "return_conditioned", "args": {"prompt": {"n": 1, "max_tokens": 40}}},
+    "returns, few-shot": {
+        "algorithm": "return_conditioned",
+        "args": {"prompt": {"n": 1, "max_tokens": 100}, "max_length": 192},
+    },
     "returns, heads": {
         "algorithm": "return_conditioned",
         "args": {"return_weight": 1.0, "environment_weight": 0.5, "condition_dropout": 0.3},
@@ -134,7 +137,8 @@ class Recorder:
         """Lines without the folder, bars and times."""
         for path, name in ((self.folder, "FOLDER"), (sys.prefix, "PYTHON"), (os.getcwd(), "CHECKOUT")):
             text = text.replace(str(path), name)
-        lines = [line for line in re.split(r"[\r\n]+", text) if not re.search(r"\d+%\||it/s|━", line)]
+        unsteady = r"\d+%\||it/s|━|is now called"  # bars, and warnings about the names of settings used here
+        lines = [line for line in re.split(r"[\r\n]+", text) if not re.search(unsteady, line)]
         return [re.sub(r"\d+(\.\d+)? ?(s|min|h|seconds)\b|\d+:\d\d(:\d\d)?", "TIME", line) for line in lines]
 
     def files(self, name: str, folder: Path) -> None:
