@@ -203,21 +203,6 @@ def labels_text(labels: Mapping[str, Any]) -> str:
         raise InputError(f"labels: found {error}, expected values that JSON can hold") from error
 
 
-def from_record(record: Mapping[str, Any], where: str) -> Trajectory:
-    """Build the trajectory of one record, as the inverse of `to_record`; absent and null fields get their defaults.
-
-    Args:
-      record: a dict with `messages`, `terminated`, `group`, `task`, `source` and `labels` (JSON text or an object).
-      where: "file:row", put in front of every error message.
-    Raises: InputError for a field of the wrong type, a row without an agent turn, or an agent turn without any text.
-    """
-    messages = record.get("messages")
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise InputError(f"{where}: messages: found {shown(messages)}, expected a list of turns")
-    turns = tuple(turn_from_record(message, f"{where}: messages[{i}]") for i, message in enumerate(messages))
-    return build_trajectory(turns, record, where)
-
-
 def turn_from_record(message: Any, where: str, allow_empty: bool = False) -> Turn:
     """Build the turn of one message.
 
@@ -240,7 +225,7 @@ def turn_from_record(message: Any, where: str, allow_empty: bool = False) -> Tur
 
 
 def build_trajectory(turns: Sequence[Turn], record: Mapping[str, Any], where: str) -> Trajectory:
-    """Build a trajectory from these turns and the other fields of a record; errors as for `from_record`."""
+    """Build a trajectory from these turns and the other fields of a record; errors as for `turn_from_record`."""
     fields = {name: record[name] for name in ("terminated", "group", "task", "source") if record.get(name) is not None}
     try:
         labels = read_labels(record.get("labels"))

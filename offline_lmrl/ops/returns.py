@@ -11,23 +11,12 @@ from torch import Tensor
 from offline_lmrl.ops.shapes import check_shapes
 
 
-def discounted_return(reward: Tensor, discount: Tensor) -> Tensor:
-    """Compute the return of the whole sequence:  Σ_t (Π_{k<t} γ_k) r_t.
-
-    Args:
-      reward: (B,T) r_t, for the action of step t.
-      discount: (B,T) γ_t between step t and step t+1.
-    Returns: (B,) in reward units.
-    """
-    return return_to_go(reward, discount)[:, 0]
-
-
 def return_to_go(reward: Tensor, discount: Tensor, end_value: Tensor | None = None) -> Tensor:
     """Compute the return from every step on:  G_t = r_t + γ_t · G_{t+1},  G_T = end_value.
 
     Args:
       reward: (B,T).
-      discount: (B,T), as in `discounted_return`.
+      discount: (B,T) γ_t between step t and step t+1.
       end_value: (B,) V at the end of a log that was cut; None = 0.
     Returns: (B,T) in reward units.
     """

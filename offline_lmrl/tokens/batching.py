@@ -195,11 +195,6 @@ class WindowDataset(torch.utils.data.Dataset):
         return batch
 
 
-def collate_windows(items: Sequence[WindowRef]) -> TokenBatch:
-    """Collate items of one `WindowDataset` into a batch."""
-    return items[0].dataset.batch([item.index for item in items])
-
-
 def pick(flat: FlatLists, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the values of the chosen lists, concatenated, and the length of each list."""
     values, offsets = flat

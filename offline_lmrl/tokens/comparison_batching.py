@@ -141,11 +141,6 @@ class ComparisonDataset(torch.utils.data.Dataset):
         return batch
 
 
-def collate_comparisons(items: Sequence[ComparisonRef]) -> ComparisonBatch:
-    """Collate items of one `ComparisonDataset` into a batch."""
-    return items[0].dataset.batch([item.index for item in items])
-
-
 def encode_comparisons(
     comparisons: Sequence[Comparison],
     renderer: Renderer,

@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 
 from offline_lmrl.errors import InputError
-from offline_lmrl.logs.trajectory import Trajectory, Turn, from_record, to_record, with_own_token_ids
+from offline_lmrl.logs.trajectory import (
+    Trajectory,
+    Turn,
+    build_trajectory,
+    to_record,
+    turn_from_record,
+    with_own_token_ids,
+)
+
+
+def from_record(row, where):
+    turns = [turn_from_record(message, f"{where}: messages[{i}]") for i, message in enumerate(row["messages"])]
+    return build_trajectory(turns, row, where)
 
 
 def record(*messages, **fields):

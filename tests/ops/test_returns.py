@@ -2,7 +2,6 @@ import torch
 from torch.testing import assert_close
 
 from offline_lmrl.ops.returns import (
-    discounted_return,
     lambda_return,
     monte_carlo_mixture,
     qdt_returns_to_go,
@@ -10,10 +9,12 @@ from offline_lmrl.ops.returns import (
 )
 
 
-def test_discounted_return_by_hand():
+def test_return_to_go_by_hand():
     reward = torch.tensor([[1.0, 2.0, 4.0]])
     discount = torch.tensor([[0.5, 0.5, 0.0]])
-    assert_close(discounted_return(reward, discount), torch.tensor([1 + 0.5 * (2 + 0.5 * 4)]))  # 3
+    assert_close(
+        return_to_go(reward, discount), torch.tensor([[1 + 0.5 * (2 + 0.5 * 4), 2 + 0.5 * 4, 4.0]])
+    )  # 3, 4, 4
 
 
 def test_return_to_go_ends_at_a_terminal_action_and_bootstraps_at_a_cut():

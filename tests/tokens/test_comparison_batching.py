@@ -12,7 +12,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.tokens import comparison_batching
-from offline_lmrl.tokens.comparison_batching import collate_comparisons, encode_comparisons, encode_scored
+from offline_lmrl.tokens.comparison_batching import encode_comparisons, encode_scored
 from offline_lmrl.tokens.windows import WindowRule
 from tests.comparisons import RENDERER
 
@@ -79,7 +79,7 @@ def test_heads_are_read_at_the_closing_tokens_and_at_the_last():
 
 def test_more_padding_and_other_neighbours_change_nothing():
     data = encode([PAIR, RANKED])
-    alone, together = data.batch([1]), collate_comparisons([data[0], data[1]])
+    alone, together = data.batch([1]), data.batch([0, 1])
     width = alone["input_ids"].shape[1]
     for name in ("input_ids", "action_mask", "closing_mask", "attention_mask"):
         assert (

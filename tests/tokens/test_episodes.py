@@ -10,7 +10,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.ops.returns import return_to_go
-from offline_lmrl.tokens.batching import WindowDataset, collate_windows, encode_trajectories
+from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
 from offline_lmrl.tokens.conditioning import returns_to_go
 from offline_lmrl.tokens.episodes import EpisodeEncoder, StepRule
 from offline_lmrl.tokens.rendering import Renderer
@@ -320,7 +320,7 @@ def test_every_window_gives_the_same_steps_alone_and_in_a_batch():
     episodes = [Trajectory(DIALOGUE), Trajectory((user("aaa"), agent("x", 1.0), user("b")), terminated=False)]
     encoder = EpisodeEncoder(LetterRenderer(), WindowRule(context=1), StepRule(), RewardScale())
     dataset = WindowDataset(encode_trajectories(episodes, encoder, Counter()), 0, next_rows=True, end_rows=True)
-    together = collate_windows([dataset[i] for i in range(len(dataset))])["steps"]
+    together = dataset.batch(range(len(dataset)))["steps"]
     alone = [dataset.batch([i])["steps"] for i in range(len(dataset))]
     for name in ("action", "reward", "discount", "next_state", "end_state", "return_to_go", "bootstrap"):
         assert together[name].tolist() == [value for steps in alone for value in steps[name].tolist()]
