@@ -3,6 +3,7 @@
 Runs, checkpoints and results that an earlier version wrote are read under the new names.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,35 +25,51 @@ KEYS = {
 }
 # Values of settings: new name of the setting -> old value -> new value.
 VALUES = {"reward_at": {"terminal": "end"}, "algorithm": {"iql": "awr"}}
+CONFIGS = {"maze/iql": "maze/awr"}  # shipped configs
 # Mappings whose keys are not ours (of environments, data, libraries, tables and templates) stay as they are.
-FOREIGN = ("environment", "training_environment", "prepare", "scratch", "lora", "tables", "template_text", "reference")
+FOREIGN = (
+    "environment",
+    "training_environment",
+    "settings",
+    "prepare",
+    "scratch",
+    "lora",
+    "labels",
+    "tables",
+    "template_text",
+    "reference",
+)
 CHOSEN = "methods"  # the mapping whose keys are names that users chose
 
 
-def current(block: Any, where: str = "") -> Any:
-    """Return a mapping of settings, with those inside it, under their current names and values.
+def current(block: Any, where: str = "", path: str = "") -> Any:
+    """Return settings, with those inside them, under their current names and values.
 
     Args:
-      block: the mapping; anything else is returned unchanged.
-      where: the user's file that it is from, for a warning about each old name; "" = no warning.
+      block: a mapping or a list of mappings; anything else is returned unchanged.
+      where: the user's file that it is from, for errors and for a warning about each old name; "" = no warning.
+      path: dotted name of the mapping in the file, with a dot at its end; "" = the top of the file.
     Raises: InputError if a setting is given under both names.
     """
+    if isinstance(block, list):
+        return [current(value, where, path) for value in block]
     if not isinstance(block, Mapping):
         return block
-    found: dict[Any, Any] = {}
+    file, found = where and f"{where}: ", {}
     for key, value in block.items():
         name = KEYS.get(key, key) if isinstance(key, str) else key
         if name != key:
             if name in block:
-                raise InputError(f"{key}: found it beside {name}, which is its new name, expected only one of them")
-            _warn(where and f"{where}: ", key, name)
+                raise InputError(f"{file}{path}{key}: found it with {name}, its new name, expected only one of them")
+            _warn(file, f"{path}{key}", f"{path}{name}")
+        below = f"{path}{name}."
         if isinstance(value, str) and value in VALUES.get(name, {}):
-            _warn(where and f"{where}: ", f"{name}: {value}", f"{name}: {VALUES[name][value]}")
+            _warn(file, f"{path}{name}: {value}", f"{path}{name}: {VALUES[name][value]}")
             value = VALUES[name][value]
         elif name == CHOSEN and isinstance(value, Mapping):
-            value = {own: current(settings, where) for own, settings in value.items()}
+            value = {own: current(settings, where, f"{below}{own}.") for own, settings in value.items()}
         elif name not in FOREIGN:
-            value = current(value, where)
+            value = current(value, where, below)
         found[name] = value
     return found
 
@@ -60,6 +77,7 @@ def current(block: Any, where: str = "") -> Any:
 def current_flags(argv: Sequence[str]) -> list[str]:
     """Return a command line with its flags, such as --args.sampling.top_p, and values under their current names."""
     found: list[str] = []
+    flag = None  # the flag whose value comes next
     for word in argv:
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
@@ -69,15 +87,34 @@ def current_flags(argv: Sequence[str]) -> list[str]:
             name = ".".join(KEYS.get(part, part) if i < foreign and i != own else part for i, part in enumerate(parts))
             if name != key:
                 _warn("--", key, name)
-            found.append(f"--{name}{equals}{_value(name, value)}")
+            flag = name if foreign == len(parts) else None
+            found.append(f"--{name}{equals}{_value(flag, value) if equals else ''}")
+            flag = None if equals else flag
         else:
-            named = found[-1][2:] if found and found[-1].startswith("--") and "=" not in found[-1] else ""
-            found.append(_value(named, word))
+            found.append(_value(flag, word))
+            flag = None
     return found
 
 
-def _value(flag: str, value: str) -> str:
-    new = VALUES.get(flag.rpartition(".")[2], {}).get(value, value)
+def _value(flag: str | None, value: str) -> str:
+    """Return the value of a flag under its current name; None = of no flag, or of one whose values are not ours."""
+    if flag is None:
+        return value
+    leaf = flag.rpartition(".")[2]
+    if value.startswith("{"):
+        import yaml  # not with the module, which the top-level help loads
+
+        from offline_lmrl.logs.yaml_text import load_yaml
+
+        try:
+            block = load_yaml(value)
+        except yaml.YAMLError:  # the parser of the command reports it
+            return value
+        new = current({leaf: block})[leaf]
+        if new != block:
+            _warn("--", f"{flag} {value}", f"{flag} {json.dumps(new)}")
+        return value if new == block else json.dumps(new)
+    new = VALUES.get(leaf, {}).get(value, value)
     if new != value:
         _warn("--", f"{flag} {value}", f"{flag} {new}")
     return new

@@ -299,7 +299,7 @@ def weights_hash(folder: str | None) -> str | None:
 def value_model_of(args: BaseConfig) -> str | None:
     """Return the run whose values this one learns from or starts from; None if PPO's V uses the policy or its copy."""
     name = getattr(args, "value_model", None)
-    return None if name in ("shared", "copy") else name
+    return None if name in getattr(args, "own_value_models", ()) else name
 
 
 def demonstrations_of(args: BaseConfig) -> str | None:

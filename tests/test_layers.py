@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = {
     "errors": 0,
-    "renamed": 1,
+    "renamed": 2,
     "settings": 0,
     "ops": 0,
     "logs": 1,

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from offline_lmrl.cli import main as cli
+from offline_lmrl.comparison.report import read_results
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError
 from offline_lmrl.renamed import KEYS, VALUES, current, current_flags
@@ -34,9 +35,19 @@ def test_settings_are_renamed_at_every_depth_but_not_where_the_keys_are_not_ours
     assert current(current(old)) == current(old)
 
 
-def test_both_names_of_a_setting_are_refused():
-    with pytest.raises(InputError, match="^critic: found it beside value_model, which is its new name"):
-        current({"value_model": "a", "critic": "b"})
+def test_chains_of_methods_in_results_are_renamed_but_not_the_labels_of_users(tmp_path):
+    link = {"algorithm": "iql", "sampling": {}, "critic": [{"algorithm": "ilql", "judge": "x"}]}
+    labels = {"memory": 0.5, "place": 2.0, "prompt": 1.0}
+    row = {"kind": "published", "method": "critic", "score": 1.0, "labels": labels, "config": {"method": [link]}}
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
+    (found,) = read_results(tmp_path / "results.jsonl")
+    link = {"algorithm": "awr", "decoding": {}, "value_model": [{"algorithm": "ilql", "reward_model": "x"}]}
+    assert found == row | {"config": {"method": [link]}}
+
+
+def test_both_names_of_a_setting_are_refused_with_file_and_key():
+    with pytest.raises(InputError, match="^f.yaml: args.critic: found it with value_model, its new name"):
+        current({"args": {"value_model": "a", "critic": "b"}}, "f.yaml")
 
 
 @pytest.mark.parametrize(
@@ -50,6 +61,20 @@ def test_both_names_of_a_setting_are_refused():
         (["--methods.critic.sampling.ask", "max"], ["--methods.critic.decoding.ask", "max"]),
         (["--environment.prompt", "terminal"], ["--environment.prompt", "terminal"]),
         (["terminal", "--scorer", "iql"], ["terminal", "--scorer", "iql"]),
+        (
+            ["--environment.algorithm", "iql", "--algorithm", "iql"],
+            ["--environment.algorithm", "iql", "--algorithm", "awr"],
+        ),
+        (
+            ["--settings.memory", "3", "--settings.place=terminal"],
+            ["--settings.memory", "3", "--settings.place=terminal"],
+        ),
+        (["--args", "{critic: runs/x, seed: 1}"], ["--args", '{"value_model": "runs/x", "seed": 1}']),
+        (["--data.preference={place: terminal}"], ['--data.preference={"reward_at": "end"}']),
+        (
+            ["--environment", "{prompt: x}", "--args", "{seed: 1}"],
+            ["--environment", "{prompt: x}", "--args", "{seed: 1}"],
+        ),
     ],
 )
 def test_flags_are_renamed_with_their_values(given, expected):
@@ -99,7 +124,7 @@ def command(tmp_path, logs, name, *more):
 def test_runs_written_before_open_play_and_resume_to_the_same_weights(tmp_path, logs, capsys, caplog):
     few_shot = ("few_shot", {"n": 1, "max_tokens": 100})
     assert command(tmp_path, logs, "ilql", few_shot) == 0
-    assert "prompt is now called few_shot" in caplog.text
+    assert "args.prompt is now called args.few_shot" in caplog.text
     straight = (tmp_path / "ilql" / "model.safetensors").read_bytes()
     write_as_before(tmp_path / "ilql")
     policy = LanguagePolicy.load(tmp_path / "ilql", device="cpu")

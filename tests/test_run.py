@@ -163,9 +163,9 @@ def test_the_resolved_settings_lie_in_the_folder(tmp_path, data):
 def test_a_null_setting_may_be_absent_from_an_older_run(tmp_path):
     (tmp_path / "config.yaml").write_text("args: {seed: 1}\n")
     (tmp_path / "complete.json").write_text("{}")
-    assert run.run_there(tmp_path, {"args": {"seed": 1, "prompt": None}}) == "same"
-    with pytest.raises(InputError, match="args.prompt: found None, expected {'n': 1}; take another output_dir"):
-        run.run_there(tmp_path, {"args": {"seed": 1, "prompt": {"n": 1}}})
+    assert run.run_there(tmp_path, {"args": {"seed": 1, "few_shot": None}}) == "same"
+    with pytest.raises(InputError, match="args.few_shot: found None, expected {'n': 1}; take another output_dir"):
+        run.run_there(tmp_path, {"args": {"seed": 1, "few_shot": {"n": 1}}})
 
 
 def test_other_demonstrations_under_the_same_path_are_another_run(tmp_path):

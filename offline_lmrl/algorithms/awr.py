@@ -54,7 +54,7 @@ class AWRConfig(OfflineConfig):
         "β_w, per range of the training returns; a larger value puts weight on fewer actions; 0 = behaviour cloning "
         "[3; 10 for AntMaze].",
     )
-    weight_clip: float = setting(100.0, "C, the largest weight of a token [100].")
+    weight_clip: float = setting(100.0, "c, the largest weight of a token [100].")
 
     def __post_init__(self) -> None:
         if self.value_model is None:

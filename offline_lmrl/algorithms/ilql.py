@@ -98,20 +98,20 @@ class ILQLConfig(OfflineConfig):
     beta: float = setting(4.0, "Weight of value guidance in decoding.")
     q_reduce: Literal["min", "mean", "first"] = setting(
         "min",
-        "Reduction over the twin Q heads in decoding: min, mean or first.",
+        "Reduction over the twin Q heads in decoding: min, mean or first (saved with the run) (saved with the run).",
     )
     support: float = setting(
         0.02,
         "Least probability of a token under π, as a share of the likeliest token's, that decoding may choose; 0 = all "
-        "tokens.",
+        "tokens (saved with the run).",
     )
     candidates: int | None = setting(
         None,
-        "Number of likeliest tokens under π that decoding chooses among; null = no limit.",
+        "Number of likeliest tokens under π that decoding chooses among; null = no limit (saved with the run).",
     )
     clip: float | None = setting(
         None,
-        "Upper bound of the advantage Q − V in decoding; null = no bound.",
+        "Upper bound of the advantage Q − V in decoding; null = no bound (saved with the run).",
     )
 
     def __post_init__(self) -> None:

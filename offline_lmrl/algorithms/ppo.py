@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -98,6 +98,8 @@ class PPOConfig(OfflineConfig):
     save_strategy, save_steps, save_total_limit, bf16, use_cpu and disable_tqdm. per_device_train_batch_size is the
     number of windows per forward pass and changes no gradient.
     """
+
+    own_value_models: ClassVar[tuple[str, ...]] = ("shared", "copy")  # values of value_model that name no run
 
     max_steps: int = setting(
         200,

@@ -111,32 +111,33 @@ class ReturnConditionedConfig(OfflineConfig):
         "p90",
         "Requested return in play. A number, p90 or max of the training returns, or auto (the best Q at the start) is "
         "requested once, and rewards earned are then subtracted; decoding/asks.py lists what each earned. expert:κ is "
-        "computed anew before every turn (`ReturnHeads.expert`). null = no request.",
+        "computed anew before every turn (`ReturnHeads.expert`). null = no request (saved with the run).",
     )
     condition_scale: float = setting(
         0.0,
-        "Weight w of return guidance in play, 0 or more; 0 = plain conditioning.",
+        "Weight w of return guidance in play, 0 or more; 0 = plain conditioning (saved with the run).",
     )
     beta: float = setting(
         0.0,
-        "Weight of value guidance in play, for a model with value heads; 0 = none.",
+        "Weight of value guidance in play, for a model with value heads; 0 = none (saved with the run).",
     )
     q_reduce: Literal["min", "mean", "first"] = setting(
         "min",
-        "Reduction over the Q heads in play: min, mean or first.",
+        "Reduction over the Q heads in play: min, mean or first (saved with the run).",
     )
     support: float = setting(
         0.0,
         "Least probability of a token under π, as a share of the likeliest token's, that decoding may choose; 0 = all "
-        "tokens.",
+        "tokens (saved with the run).",
     )
     candidates: int | None = setting(
         None,
-        "Number of likeliest tokens under π that value-guided decoding chooses among; null = no limit.",
+        "Number of likeliest tokens under π that value-guided decoding chooses among; null = no limit (saved with the "
+        "run).",
     )
     clip: float | None = setting(
         None,
-        "Upper bound of the advantage Q − V in decoding; null = no bound.",
+        "Upper bound of the advantage Q − V in decoding; null = no bound (saved with the run).",
     )
 
     def __post_init__(self) -> None:

@@ -85,14 +85,18 @@ class RewardModelConfig(BaseConfig):
     head: Literal["terminal", "turn", "token"] = setting(
         "terminal",
         "Tokens of a reply that are scored: terminal (its last token), turn (the last token of each of its agent "
-        "turns) or token (every agent token). The reply's score is the sum over these tokens. context: with head turn "
-        "or token, score each agent turn on its own, after at most this many turns before it and the leading system "
-        "turns, as a policy with the same `context` sees it. With 1 a turn is scored after the turn that it answers "
-        "(Christiano et al. 2017). null = a reply is scored as a whole, and its turns share its history.",
+        "turns) or token (every agent token). The reply's score is the sum over these tokens.",
+    )
+    context: int | None = setting(
+        None,
+        "With head turn or token, score each agent turn on its own, after at most this many turns before it and the "
+        "leading system turns, as a policy with the same `context` sees it. With 1 a turn is scored after the turn "
+        "that it answers (Christiano et al. 2017). null = a reply is scored as a whole, and its turns share its "
+        "history.",
     )
     loss: Literal["pairs", "best_of_k", "plackett_luce", "regression"] = setting(
         "pairs",
-        "Pairs, best_of_k or plackett_luce for comparisons, or regression for scored trajectories. plackett_luce "
+        "pairs, best_of_k or plackett_luce for comparisons, or regression for scored trajectories. plackett_luce "
         "needs a ranking in every comparison of more than two options.",
     )
     error_rate: float = setting(
@@ -101,7 +105,7 @@ class RewardModelConfig(BaseConfig):
     )
     margin: float = setting(
         0.0,
-        "M of loss pairs, in score units per unit of `labels.strength` and of the difference of the targets; 0 = "
+        "m of loss pairs, in score units per unit of `labels.strength` and of the difference of the targets; 0 = "
         "none.",
     )
     binarise: bool = setting(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from offline_lmrl.cli.parser import Parser, call, nearest, split_file
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.terminal import visible
+from offline_lmrl.renamed import CONFIGS
 
 if TYPE_CHECKING:
     from offline_lmrl.tokens.rendering import Renderer
@@ -288,7 +289,7 @@ def config(argv: Sequence[str]) -> None:
     """Run the command `config`, which lists the shipped configs, or `config TASK/METHOD`, which prints one."""
     name, rest = split_file(argv)
     Parser("config [TASK/METHOD]", "List the shipped configs, or print one.").parse(rest)
-    shipped = shipped_configs()
+    shipped, name = shipped_configs(), CONFIGS.get(name, name)
     if name is None:
         print("\n".join(shipped))
         return
@@ -309,7 +310,7 @@ def config_path(name: str) -> str:
 
     Raises: InputError if it is neither.
     """
-    shipped = shipped_configs()
+    shipped, name = shipped_configs(), CONFIGS.get(name, name)
     if Path(name).exists() or name.endswith((".yaml", ".yml")):
         return name
     if name not in shipped:

@@ -42,6 +42,13 @@ Row = Mapping[str, Any]
 Line = dict[str, str]  # column -> cell
 
 
+def _current_row(row: Any) -> Any:
+    """Return a row of results with its algorithm and config under their current names; the rest holds none."""
+    if not isinstance(row, dict):
+        return row
+    return row | current({name: row[name] for name in ("algorithm", "config") if name in row})
+
+
 def read_results(path: str | Path) -> list[dict[str, Any]]:
     """Read the rows of a results.jsonl.
 
@@ -52,7 +59,7 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(current(json.loads(line)))
+            rows.append(_current_row(json.loads(line)))
         except ValueError as error:
             raise InputError(f"{path}:{number}: found {error}, expected one row of results as JSON") from error
         _check_row(rows[-1], f"{path}:{number}")

@@ -87,7 +87,7 @@ class DecodingConfig:
     )
     condition_scale: float = setting(
         0.0,
-        "W ≥ 0 of return guidance, (1 + w)·log π(·|ask) − w·log π(·); 0 = plain conditioning.",
+        "w ≥ 0 of return guidance, (1 + w)·log π(·|ask) − w·log π(·); 0 = plain conditioning.",
     )
     max_new_tokens: int = setting(64, "Longest reply in tokens, closing token included.")
     stop: tuple[str, ...] = setting((), "Texts that end a reply; the reply's text is cut before the first of them.")

@@ -130,8 +130,8 @@ def few_shot_of_logs(
       demonstrations: as in `compute_step_outputs`.
       return_ids_for: as in `encode_few_shot`.
     """
-    untrained = run_metadata(policy.model.config).get("few_shot") is None
-    if demonstrations is None and (policy.few_shot is not None or untrained):
+    without = run_metadata(policy.model.config).get("few_shot") is None
+    if demonstrations is None and (policy.few_shot is not None or without):
         return iter([policy.shared_few_shot.without_returns] * len(trajectories))
     spec = replace(policy.spec, drop=0.0)
     if demonstrations is None and spec.demonstrations is not None:

@@ -147,7 +147,7 @@ def _turns(
         score = _score(row, turns, reward, where, repairs)
         return _scored(turns, score, dialogue, where, repairs), "", used | ({"reward"} if reward is None else set())
     if "prompt" in present and completion is not None:
-        prompt = few_shot_ids_of(row["prompt"], where, repairs)
+        prompt = read_prompt(row["prompt"], where, repairs)
         turns = _completion(row[completion], where, completion, repairs)
         if completion != "completion":
             repairs[f"repaired: column {completion!r} read as completion"] += 1
@@ -176,7 +176,7 @@ def read_dialogue(row: Mapping, name: str, where: str, repairs: Counter) -> tupl
     return turns, used
 
 
-def few_shot_ids_of(value: Any, where: str, repairs: Counter) -> list[Turn]:
+def read_prompt(value: Any, where: str, repairs: Counter) -> list[Turn]:
     """Read the turns of a prompt, which is text or messages. Its agent turns are context (trainable = False)."""
     if isinstance(value, str):
         return [Turn("user", read_text(value))] if value else []  # without a prompt the agent opens

@@ -30,9 +30,9 @@ from offline_lmrl.logs.forms import (
     Drop,
     as_list,
     extra_columns,
-    few_shot_ids_of,
     given_fields,
     read_messages,
+    read_prompt,
     read_text,
     with_tools,
 )
@@ -171,7 +171,7 @@ def _pair(row: Mapping, where: str, repairs: Counter, allow_empty: bool) -> tupl
         if any(len(option) > 1 for option in options):
             raise Drop("the sides differ before the last reply")
         return context, options
-    context = [] if prompt is None else few_shot_ids_of(prompt, where, repairs)
+    context = [] if prompt is None else read_prompt(prompt, where, repairs)
     if prompt is None and any(isinstance(side, str) for side in sides):
         repairs["repaired: text without turns read as the agent's reply, without a context"] += 1
     prompt = _repeated(prompt, sides)
@@ -253,7 +253,7 @@ def _labels_of(row: Mapping, places: Sequence[int], size: int, where: str) -> di
 def read_context(prompt: Any, where: str, repairs: Counter) -> list[Turn]:
     """Read the turns of a prompt: text, messages, or a transcript that may end with an open "Assistant:"."""
     if not is_transcript(prompt):
-        return few_shot_ids_of(prompt, where, repairs)
+        return read_prompt(prompt, where, repairs)
     turns = transcript(prompt, repairs)
     if turns[-1] == Turn("assistant", ""):
         turns.pop()

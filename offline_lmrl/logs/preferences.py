@@ -91,7 +91,8 @@ def to_trajectories(
     made = _normalised(raw, keys, normalise)
     how = {
         "reward": reward if isinstance(reward, str) else origin_of(reward),
-        "reward_at": reward_at,
+        # As version 0.1 spelt it: labels are part of data_hash, by which a run knows its data.
+        "place": {"end": "terminal"}.get(reward_at, reward_at),
         "normalise": normalise,
     }
     trajectories = []

@@ -71,7 +71,7 @@ def read_words(source: str, counts: Counter | None = None) -> tuple[str, ...]:
     words = tuple(sorted(set(usable)))
     if len(words) < 2:
         raise InputError(f"words: found {len(words)} words of five letters in {source}, expected at least 2")
-    left_out = {"not five letters a-z": len(found) - len(usable), "said before": len(usable) - len(words)}
+    left_out = {"not five letters a-z": len(found) - len(usable), "repeated": len(usable) - len(words)}
     if counts is not None:
         counts.update({reason: n for reason, n in left_out.items() if n})
     return words

@@ -40,7 +40,7 @@ class FewShotConfig:
     n: int = setting(1, "Number of demonstrations per row, all different and all of the row's task.")
     part: Literal["whole", "first", "last", "best", "random"] = setting(
         "whole",
-        "Whole, or `turns` consecutive agent turns with the turns before each: the first, the last, the best (largest "
+        "whole, or `turns` consecutive agent turns with the turns before each: the first, the last, the best (largest "
         "sum of rewards; the earliest if equal) or random ones.",
     )
     turns: int = setting(1, "Number of agent turns in a part; a demonstration with fewer is shown whole.")

@@ -134,7 +134,7 @@ def test_the_constants_in_the_labels_give_the_raw_reward_back(tmp_path, normalis
     for row in read_trajectories(tmp_path / "a.jsonl"):
         how = row.labels["preference"]
         assert row.total_return * how["scale"] + how["shift"] == pytest.approx(how["raw"]) == 1
-        assert (how["reward"], how["reward_at"], how["normalise"]) == ("Lengths", "end", normalise)
+        assert (how["reward"], how["place"], how["normalise"]) == ("Lengths", "terminal", normalise)
 
 
 def test_only_the_option_is_trained_and_the_reward_is_where_it_was_asked_for():
