@@ -154,7 +154,9 @@ class Recorder:
                 self.found[key] = self.timeless(json.loads(path.read_text()))
             elif path.suffix == ".jsonl":
                 self.found[key] = [self.timeless(json.loads(line)) for line in path.read_text().splitlines()]
-            elif path.suffix in (".md", ".yaml", ".txt", ".jinja"):
+            elif path.suffix == ".yaml":
+                self.found[key] = self.timeless(yaml.safe_load(path.read_text()))
+            elif path.suffix in (".md", ".txt", ".jinja"):
                 self.found[key] = self.plain(path.read_text())
 
     def timeless(self, value: Any) -> Any:
