@@ -1,6 +1,6 @@
-"""Names of settings that changed in version 0.2, each accepted under its old spelling for that version.
+"""New names of settings that were renamed in version 0.2, which still accepts the old names.
 
-Runs, checkpoints and results that an earlier version wrote are read under the new names.
+The same functions rename what an earlier version wrote to runs, checkpoints and results, whenever these are read.
 """
 
 import logging
@@ -30,11 +30,11 @@ CHOSEN = "methods"  # the mapping whose keys are names that users chose
 
 
 def current(block: Any, where: str = "") -> Any:
-    """Return a mapping of settings, with those inside it, under their current names and values.
+    """Return a mapping of settings with old names and values replaced by the current ones, at every level.
 
     Args:
-      block: the mapping; anything else is returned unchanged.
-      where: the user's file that it is from, for a warning about each old name; "" = no warning.
+      block: the mapping, such as a config; anything else is returned unchanged.
+      where: the user's file that the mapping is from, named in a warning about each old name; "" = no warning.
     Raises: InputError if a setting is given under both names.
     """
     if not isinstance(block, Mapping):
@@ -58,7 +58,11 @@ def current(block: Any, where: str = "") -> Any:
 
 
 def current_flags(argv: Sequence[str]) -> list[str]:
-    """Return a command line with its flags, such as --args.sampling.top_p, and values under their current names."""
+    """Replace old names of flags (--args.sampling.top_p) and old values of settings in a command line, with a warning.
+
+    Args:
+      argv: the words of the command line, without the program.
+    """
     found: list[str] = []
     for word in argv:
         if word.startswith("--"):
