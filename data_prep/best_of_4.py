@@ -1,6 +1,7 @@
 """Convert best-of-four samples in token ids (Ziegler et al. 2019; openai/lm-human-preferences) to comparisons.
 
-A row is a `query`, `sample0` to `sample3` and the index of the `best`, all as GPT-2 ids. How rows are read:
+A row is a `query` and four continuations, `sample0` to `sample3`, all as GPT-2 token ids, and `best`, the index of the
+best one. How rows are read:
 - Padding at both ends is removed first, because its id is outside the vocabulary. The given tokenizer decodes the
   rest.
 - Texts were cut at a number of tokens, so their last character may be incomplete; it is removed. A row whose ids do
@@ -70,7 +71,10 @@ def read_samples(
     """Return the comparison of one row.
 
     Args:
-      counts: receives the repairs.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, under a key that describes it.
+      tokenizer: the tokenizer that made the ids.
+      pad: the id used as padding.
 
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """
