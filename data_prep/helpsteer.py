@@ -39,7 +39,7 @@ _PAIRS = (
 
 @dataclass(frozen=True)
 class Rated:
-    """One response to a prompt, and its ratings by name."""
+    """One response to a prompt, and its five ratings, name -> 0 to 4."""
 
     prompt: tuple[Turn, ...]
     response: str
@@ -84,8 +84,12 @@ def prepare(
 
 
 def read_row(row: Mapping, where: str, counts: Counter[str]) -> Rated | tuple[str, Comparison] | None:
-    """Return a rated response, or a comparison and the split that its row names ("" = none).
+    """Return what one row holds: a rated response; or a comparison, together with the split that the row names.
 
+    Args:
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, or once for a dropped row, under a key that describes it.
+    Returns: a Rated; or (split, comparison), where split is "" if the row names none; or None if the row is dropped.
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """
     for names in _PAIRS:
@@ -102,11 +106,11 @@ def read_row(row: Mapping, where: str, counts: Counter[str]) -> Rated | tuple[st
 
 
 def compare(rows: Iterable[Rated], rating: str, counts: Counter[str]) -> Iterator[Comparison]:
-    """Yield one comparison of all responses to each prompt.
+    """Yield, for each prompt, one comparison of all responses to it.
 
     Args:
       rating: the name of the rating by which responses are ranked.
-      counts: receives every response, and the reasons why sets of responses are left out.
+      counts: incremented for each response (compared or not), and for each repaired or dropped set of responses.
     """
     together: dict[tuple, list[Rated]] = defaultdict(list)
     for row in rows:
