@@ -2,7 +2,7 @@
 
 A row is two transcripts, `chosen` and `rejected`. How rows are read:
 - Turns are split at "\\n\\nHuman:" and "\\n\\nAssistant:" only. A tag elsewhere was written by the model; it stays
-  text and is counted. Turns are stripped. Consecutive turns of one speaker are one turn that was split, and are
+  part of the text, and the row is counted. Turns are stripped. Consecutive turns of one speaker were one turn, and are
   merged.
 - Only the last reply was judged. All turns before it are context, and must be the same on both sides, or the row is
   dropped.
@@ -56,10 +56,12 @@ def prepare(
 
 
 def read_transcripts(row: Mapping, where: str, counts: Counter[str], allow_empty: bool = False) -> Comparison | None:
-    """Return the comparison of one row, or None if it is dropped.
+    """Return the comparison of one row, or None if the row is dropped.
 
     Args:
-      counts: receives the repairs, or the reason why the row is dropped.
+      row: has two transcripts, `chosen` and `rejected`.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, or once for a dropped row, under a key that describes it.
       allow_empty: keep a row with an empty reply.
     Raises: InputError if the row is not a pair of transcripts.
     """
