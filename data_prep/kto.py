@@ -4,7 +4,8 @@ A row is `prompt, completion, label`, TRL's unpaired preference. How rows are re
 - The reply earns 1 if the label is true and −1 if it is false, on its last agent turn; no other turn is credited.
 - Prompt and completion are text, messages or a transcript; a prompt repeated at the start of a completion is removed.
 - A row without a label is dropped: it is not a bad reply.
-- The report gives the balance of the classes and the weights that would balance them: KTO's λ, with n_D λ_D = n_U λ_U.
+- The report gives the numbers n_D and n_U of true and false labels, and weights that balance them: KTO's λ, with
+  n_D λ_D = n_U λ_U.
 """
 
 from collections import Counter
@@ -54,10 +55,12 @@ def prepare(
 
 
 def read_labelled(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
-    """Return the trajectory of one row.
+    """Return the trajectory of one row, whose last agent turn has the reward 1 or −1.
 
     Args:
-      counts: receives the repairs.
+      row: has `prompt`, `completion` and `label`.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, under a key that describes it.
 
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """
