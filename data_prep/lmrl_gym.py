@@ -45,7 +45,15 @@ _LAYOUTS = (
 
 @dataclass(frozen=True)
 class Move:
-    """One action of a game whose moves are separate rows. `line` is the row's number in the file."""
+    """One action of a game whose moves are separate rows or items of a list.
+
+    Attributes:
+      state: the text before the action.
+      reward: the reward of the action.
+      done: True if the game ended with the action.
+      line: number of the row in its file, or of the move in its list; moves of one game have consecutive numbers.
+      group: the game's group if the user named a column for it, else "".
+    """
 
     state: str
     action: str
@@ -97,11 +105,13 @@ def prepare(
 
 
 def read_game(row: Mapping | list, where: str, counts: Counter[str], reward: str = "fancy") -> Trajectory | Move:
-    """Return the game of one row, or one move of a game.
+    """Return the game of one row, or, if the row is only one move, this move.
 
     Args:
-      counts: receives the repairs.
-      reward: see `prepare`.
+      row: in one of the layouts that the module describes.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, under a key that describes it.
+      reward: the reward in Car Dealer, "fancy" or "revenue"; see `prepare`.
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """
     if isinstance(row, list):
@@ -131,9 +141,12 @@ def read_game(row: Mapping | list, where: str, counts: Counter[str], reward: str
 
 
 def join(moves: Iterable[Move], counts: Counter[str]) -> Iterator[Trajectory]:
-    """Yield the games made of consecutive moves.
+    """Join consecutive moves to games, and yield the games.
 
     A game ends with a move that is done, at a gap between lines, or where the group changes.
+
+    Args:
+      counts: incremented under "moves" for each move, and under "games of moves" for each game.
     """
     game: list[Move] = []
     for move in moves:
@@ -223,7 +236,7 @@ def _sale(row: Mapping, where: str, kind: str) -> list[tuple[str, bool, float]]:
 
 
 def _earned(row: Mapping, where: str, kind: str) -> float:
-    """Return the dealer's reward for a sale.
+    """Return the dealer's reward for a dialogue of Car Dealer, by the kind "fancy" or "revenue".
 
     "fancy": the price / ((budget + list price) / 2); without a sale −(budget − list price) / list price. "revenue":
     the price / 1000.
@@ -243,7 +256,12 @@ def _earned(row: Mapping, where: str, kind: str) -> float:
 
 
 def _game(parts: Iterable[tuple[str, bool, float]], done: bool, labels: Mapping[str, Any]) -> Trajectory:
-    """Build a game from (text, whether it is an action, its reward); consecutive actions are one turn."""
+    """Build a game from its texts; consecutive actions become one turn.
+
+    Args:
+      parts: for each text, (text, True if it is an action of the agent, its reward).
+      done: True if the game ended by itself; False if it was cut.
+    """
     turns: list[Turn] = []
     for text, act, reward in parts:
         text = text.rstrip("\n")
@@ -259,9 +277,14 @@ def _game(parts: Iterable[tuple[str, bool, float]], done: bool, labels: Mapping[
 
 
 def _cut(game: Trajectory, max_steps: int | None, counts: Counter[str]) -> Trajectory:
-    """Set the game's group, and mark the game as not terminated if it was cut at max_steps.
+    """Return the game with a group, and marked as not terminated if it was cut at max_steps.
 
-    A game without a group gets a hash of its content.
+    A game without a group gets a hash of its content as group. A game of at least `max_steps` actions was cut, unless
+    its last action earned more than any other.
+
+    Args:
+      max_steps: number of actions after which games were cut; None = the logged `done` decides.
+      counts: incremented for each game that was logged as done but was cut.
     """
     game = replace(game, group=game.group or content_key(game)[:16])
     *before, last = (turn.reward for turn in game.turns if turn.reward is not None)
