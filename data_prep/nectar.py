@@ -1,8 +1,8 @@
 """Convert Nectar (Zhu et al. 2023; berkeley-nest/Nectar) to comparisons of seven replies ranked by a model.
 
 A row is `prompt`, a transcript that ends with an open "Assistant:", and `answers`, objects with `answer`, `model` and
-`rank` (1 = best). All answers make one comparison. The labels hold the author of each, `source` (the list of origins
-of the prompt) and `good_natured`.
+`rank` (1 = best). All answers make one comparison. The labels hold the `model` that wrote each answer, `source` (the
+list of origins of the prompt) and `good_natured`.
 """
 
 from collections import Counter
@@ -42,10 +42,12 @@ def prepare(
 
 
 def read_ranked(row: Mapping, where: str, counts: Counter[str]) -> Comparison | None:
-    """Return the comparison of one prompt, or None if it is dropped.
+    """Return the comparison of one row, or None if the row is dropped.
 
     Args:
-      counts: receives the repairs, or the reason why the row is dropped.
+      row: has `prompt` and `answers`.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, or once for a dropped row, under a key that describes it.
     """
     prompt, answers = fields.text(row, "prompt", where), fields.objects(row, "answers", where)
     here = [f"{where}: answers[{i}]" for i in range(len(answers))]
