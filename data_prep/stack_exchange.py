@@ -65,7 +65,8 @@ def read_question(row: Mapping, where: str, counts: Counter[str]) -> Comparison 
     """Return the comparison of one question, or None if it is dropped.
 
     Args:
-      counts: receives the repairs, or the reason why the row is dropped.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, or once for a dropped row, under a key that describes it.
     """
     if row.get("question") is None and row.get("title") is not None:
         title = html.unescape(fields.text(row, "title", where))  # titles are escaped, but have no tags
