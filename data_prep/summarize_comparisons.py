@@ -79,7 +79,8 @@ def read_choice(row: Mapping, where: str, counts: Counter[str], soft: bool = Fal
     """Return the split and comparison of one row.
 
     Args:
-      counts: receives the repairs.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, under a key that describes it.
 
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """
