@@ -63,7 +63,8 @@ def read_rated(row: Mapping, where: str, counts: Counter[str], truthful_qa: bool
     """Return the comparison of one instruction, or None if it is dropped.
 
     Args:
-      counts: receives the repairs, or the reason why the row is dropped.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, or once for a dropped row, under a key that describes it.
       truthful_qa: keep the questions of TruthfulQA.
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """
