@@ -61,7 +61,8 @@ def read_answers(row: Mapping, where: str, counts: Counter[str], quotes: bool = 
     """Return the comparison of one row.
 
     Args:
-      counts: receives the repairs.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, under a key that describes it.
 
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """
