@@ -3,7 +3,7 @@
 A row is one transcript and its rating. How rows are read:
 - The public file is one JSON list, whatever its suffix.
 - The rating, from 0 to 4, is of the whole attempt and high if the attack succeeded. Every reply is trained on, and the
-  last one earns −rating, or instead the score of a preference model, which is low if a reply was harmful.
+  last one earns −rating, or instead the unchanged score of a preference model, which is low if a reply was harmful.
 - Turns are split and merged as in hh-rlhf. A last message without a reply is removed.
 - The group is the first message. All other fields are in the labels, the team member as `annotator`.
 """
