@@ -62,9 +62,10 @@ def prepare(
 
 
 def read_question(row: Mapping, where: str, counts: Counter[str]) -> Comparison | None:
-    """Return the comparison of one question, or None if it is dropped.
+    """Return the comparison of the answers to one question, or None if the row is dropped.
 
     Args:
+      row: in one of the two forms that the module describes.
       where: "file:row", the start of error messages.
       counts: incremented for each repair, or once for a dropped row, under a key that describes it.
     """
@@ -97,9 +98,12 @@ def read_question(row: Mapping, where: str, counts: Counter[str]) -> Comparison 
 
 
 def vote_score(votes: int, accepted: bool) -> int:
-    """Return the score of an answer: log2(1 + votes), rounded, + 1 if it is accepted; −1 below 0 votes.
+    """Return the score of an answer: log2(1 + votes), rounded, + 1 if the answer is accepted; −1 below 0 votes.
 
     Askell et al. 2021, section 4.1.
+
+    Args:
+      votes: upvotes minus downvotes.
     """
     return -1 if votes < 0 else round(math.log2(1 + votes)) + accepted
 
@@ -121,7 +125,7 @@ def plain_text(text: str) -> str:
 
 
 class _Reader(HTMLParser):
-    """A parser that collects the text in `parts`."""
+    """An HTML parser that collects the pieces of the plain text in `parts`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +167,7 @@ def _plain(text: str, counts: Counter[str]) -> str:
 
 
 def _rank(answer: Mapping, where: str) -> int | None:
-    """Return minus the score, since the lowest rank is best."""
+    """Return the rank of an answer, lowest = best: minus its score. None = it has no score."""
     if answer.get("pm_score") is not None:
         return -fields.whole(answer, "pm_score", where)
     if answer.get("score") is None:
