@@ -177,6 +177,8 @@ def _finish(
       names: the splits of the source.
       output: the user's folder, which is only checked for splits of an earlier call.
       made: the staging folder, whose files are moved to `output` later.
+      report, validation, seed, features: see `publish`.
+      processes: number of processes, which each take one bucket at a time.
     Returns: the content of report.json.
     """
     settle = partial(_settle, names=names, validation=validation, seed=seed, features=features)
@@ -214,6 +216,11 @@ def _settle(
     """Merge and split the comparisons of one bucket; return counts for the report.
 
     Each split of the bucket is written to a file next to it, in the order of the source.
+
+    Args:
+      bucket: the bucket's file.
+      names: the splits of the source.
+      validation, seed, features: see `publish`.
     """
     made: dict[str, list[Comparison]] = {name: [] for name in names}
     places: dict[tuple, int] = {}
