@@ -291,9 +291,12 @@ def _talk(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def _with_outcome(side: Side, repairs: Counter[str]) -> Side:
-    """Read the logged selection: the items that this side took, and whether the two selections fit.
+    """Return the side with its outcome and division, as read from the logged selection in its labels.
 
-    The plain form holds one division, and a flag `agree` if the partner's fits; the tagged form holds both divisions.
+    In the plain form, the selection is this side's division, and a flag is `agree` if the partner's division fits. In
+    the tagged form, the selection is both divisions.
+
+    Raises: Unreadable if the selection cannot be read.
     """
     selection, reward, flag = (side.labels[name] for name in ("logged_selection", "logged_reward", "logged_flag"))
     words = selection.split(" ")
