@@ -109,6 +109,7 @@ def compare(rows: Iterable[Rated], rating: str, counts: Counter[str]) -> Iterato
     """Yield, for each prompt, one comparison of all responses to it.
 
     Args:
+      rows: responses to any prompts, in any order.
       rating: the name of the rating by which responses are ranked.
       counts: incremented for each response (compared or not), and for each repaired or dropped set of responses.
     """
