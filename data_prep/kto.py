@@ -1,7 +1,7 @@
 """Convert single replies with a thumb to trajectories, in the form of KTO (Ethayarajh et al. 2024) and TRL.
 
 A row is `prompt, completion, label`, TRL's unpaired preference. How rows are read:
-- The reply earns 1 if the label is true and −1 if it is false, on its last agent turn; no other turn is credited.
+- The last agent turn of the reply has the reward 1 if the label is true and −1 if it is false; other turns have none.
 - Prompt and completion are text, messages or a transcript; a prompt repeated at the start of a completion is removed.
 - A row without a label is dropped: it is not a bad reply.
 - The report gives the numbers n_D and n_U of true and false labels, and weights that balance them: KTO's λ, with
