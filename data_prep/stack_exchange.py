@@ -109,7 +109,7 @@ def vote_score(votes: int, accepted: bool) -> int:
 
 
 def plain_text(text: str) -> str:
-    """Convert HTML to text; return text without an HTML tag unchanged.
+    """Convert HTML to plain text; return a text without an HTML tag unchanged.
 
     Raises: Drop if the HTML cannot be read.
     """
