@@ -34,9 +34,9 @@ class InputError(ValueError):
 
 
 def shown(value: Any) -> str:
-    """Return a value as an error prints it: one short line.
+    """Return a value as an error message prints it: one line of at most 60 characters.
 
-    The time is bounded even for a large value or one that contains itself.
+    It takes little time even for a large value or a list that contains itself.
     """
     text = ""
     for part in _parts(value):
@@ -47,7 +47,7 @@ def shown(value: Any) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names from the user as an error lists them: plain names unchanged, others as `shown` prints them."""
+    """Return names, joined by commas, as an error message lists them; unusual names are printed by `shown`."""
     names = list(names)
     plain = [name if re.fullmatch(rf"[\w.-]{{1,{_SHOWN}}}", name) else shown(name) for name in names[:_LISTED]]
     return ", ".join([*plain, "..."] if len(names) > _LISTED else plain)
