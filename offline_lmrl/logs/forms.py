@@ -122,7 +122,7 @@ def with_tools(turns: Sequence[Turn], tools: Any, where: str) -> list[Turn]:
 
 
 def _abstained(row: Mapping, where: str) -> bool:
-    """True if `generate` wrote the row for a reply that its scorer withheld."""
+    """True if the command `generate` wrote the row for a prompt to which the policy gave no reply (it abstained)."""
     try:
         return read_labels(row.get("labels")).get("abstained") is True
     except InputError as error:
@@ -147,7 +147,14 @@ def extra_columns(row: Mapping, names: set[str], repairs: Counter) -> dict[str, 
 def _turns(
     row: Mapping, present: set[str], where: str, repairs: Counter, reward: str | None
 ) -> tuple[list[Turn], str, set[str]]:
-    """Return the turns, the group ("" for a dialogue), and the names of the columns that were used."""
+    """Read the turns of a row, with the score of the row as the reward of the agent's last turn.
+
+    Args:
+      present: the columns of the row that are not null.
+      reward: the column that holds the score; None = `reward`, or `label` in a row with a prompt.
+    Returns: the turns; the group, a hash of the prompt ("" for a row without a prompt); and the columns used.
+    Raises: InputError for a comparison, an unknown form or a value of the wrong type.
+    """
     for fields in COMPARISON_FIELDS:
         if set(fields) <= present:
             raise InputError(
@@ -195,7 +202,11 @@ def read_dialogue(row: Mapping, name: str, where: str, repairs: Counter) -> tupl
 
 
 def few_shot_ids_of(value: Any, where: str, repairs: Counter) -> list[Turn]:
-    """Read the turns of a prompt, which is text or messages. Its agent turns are context (trainable = False)."""
+    """Read the turns of a prompt. Agent turns among them are context (trainable = False).
+
+    Args:
+      value: text (a user turn; "" = no turn) or a list of messages.
+    """
     if isinstance(value, str):
         return [Turn("user", read_text(value))] if value else []  # without a prompt the agent opens
     if isinstance(value, Sequence):
@@ -219,7 +230,10 @@ def _completion(value: Any, where: str, field: str, repairs: Counter) -> list[Tu
 def _prompt_score(
     row: Mapping, turns: Sequence[Turn], where: str, repairs: Counter, reward: str | None
 ) -> float | None:
-    """Return the score of a row with a prompt. Such a row must have a `reward` or a `label`, even if it is null."""
+    """Return the score of a row with a prompt; None = not scored.
+
+    Raises: InputError if `reward` is None and the row has neither the column `reward` nor `label`, not even as null.
+    """
     if reward is None and "reward" not in row and "label" not in row:
         known = {*_ROW_FIELDS, "prompt", *COMPLETIONS}
         columns = likely_scores(name for name, value in row.items() if name not in known and is_score(value))
@@ -269,10 +283,10 @@ def is_score(value: Any) -> bool:
 
 
 def likely_scores(names: Iterable[str]) -> list[str]:
-    """Return the columns whose name suggests a score; if there are none, the first three.
+    """Return the columns whose name suggests a score; if there are none, the first three columns.
 
     Args:
-      names: columns whose values can be scores.
+      names: columns whose values can be scores (`is_score`).
     """
     names = list(names)
     return [name for name in names if name.casefold() in _SCORE_NAMES] or names[:3]
@@ -474,7 +488,10 @@ def _role(message: Mapping) -> Any:
 
 
 def _content(message: Mapping, repairs: Counter) -> Any:
-    """Return the content as one text. A value that cannot be content is returned unchanged, and refused later."""
+    """Return the content of a message as one text; a number or the like is returned unchanged, and refused later.
+
+    Raises: Drop if there is no content, or it is not text.
+    """
     content = message.get("content")
     if isinstance(content, list | tuple):
         content = "".join(_part(part) for part in content)
@@ -509,9 +526,9 @@ def _part(part: Any) -> str:
 
 
 def read_text(text: str) -> str:
-    """Return the text itself.
+    """Return the text itself if UTF-8 can encode it.
 
-    Raises: Drop if UTF-8 cannot hold it.
+    Raises: Drop if UTF-8 cannot.
     """
     try:
         text.encode()
