@@ -158,6 +158,7 @@ def read_splits(
 ) -> dict[str, list[Trajectory]]:
     """Read every split of a source as `read_trajectories` reads one.
 
+    Args: see `read_trajectories`.
     Returns: name of the split -> its trajectories. A source without splits has the one key "all".
     """
     counts = Counter() if counts is None else counts
@@ -165,7 +166,11 @@ def read_splits(
 
 
 def read_comparison_splits(source: str | Path, *, counts: Counter | None = None) -> dict[str, list[Comparison]]:
-    """Read every split of a source of comparisons; return {name of the split: its comparisons}, as `read_splits`."""
+    """Read every split of a source of comparisons.
+
+    Args: see `read_trajectories`.
+    Returns: name of the split -> its comparisons. A source without splits has the one key "all".
+    """
     counts = Counter() if counts is None else counts
     return {
         name: _read(rows, f"{source} ({name})", counts, read_comparison) for name, rows in raw_splits(source).items()
@@ -184,7 +189,7 @@ def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> 
 
 
 def write_comparisons(path: str | Path, comparisons: Iterable[Comparison]) -> None:
-    """Write comparisons without loss, as `write_trajectories` writes trajectories."""
+    """Write comparisons without loss. Args and errors: see `write_trajectories`."""
     _write(Path(path), [comparison_record(comparison) for comparison in comparisons], "comparisons")
 
 
@@ -242,10 +247,10 @@ def in_one_group(rows: Sequence[Row]) -> bool:
 
 
 def content_key(row: Trajectory | Comparison) -> str:
-    """Hash the content of a row; rows with equal keys are duplicates.
+    """Return a hash of the content of a row, as hexadecimal text; rows with equal hashes are duplicates.
 
-    A trajectory's content is its turns, their rewards, and whether it terminated. A comparison's is its context and
-    its options in any order.
+    The content of a trajectory is the turns, their rewards, and `terminated`. The content of a comparison is the
+    context and the options in any order.
     """
     if isinstance(row, Comparison):
         content = [_said(row.context), sorted(map(_said, row.options))]
@@ -498,7 +503,7 @@ def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _cells(header: list[str], cells: list[str], where: str) -> dict[str, str | None]:
-    """Return a row of a table as a dict of texts; an empty cell is None."""
+    """Return a row of a table as {name in the header: text of the cell}; an empty cell becomes None."""
     if len(cells) != len(header):
         raise InputError(f"{where}: row: found {len(cells)} cells, expected {len(header)} as in the header")
     return {name: cell or None for name, cell in zip(header, cells, strict=True)}
