@@ -273,7 +273,11 @@ def _labels_of(row: Mapping, places: Sequence[int], size: int, where: str) -> di
 
 
 def read_context(prompt: Any, where: str, repairs: Counter) -> list[Turn]:
-    """Read the turns of a prompt: text, messages, or a transcript that may end with an open "Assistant:"."""
+    """Read the turns of a prompt, none of which is trainable.
+
+    Args:
+      prompt: text, a list of messages, or a transcript, which may end with "Assistant:" and no text after it.
+    """
     if not is_transcript(prompt):
         return few_shot_ids_of(prompt, where, repairs)
     turns = transcript(prompt, repairs)
@@ -338,9 +342,10 @@ def require_replies(options: Sequence[Sequence[Turn]], allow_empty: bool) -> Non
     """Check that no two options are equal up to white space and that none is empty.
 
     Args:
-      allow_empty: accept empty options.
+      options: the turns of each option.
+      allow_empty: True: accept empty options.
 
-    Raises: Drop if the check fails.
+    Raises: Drop if two options are equal or one is empty.
     """
     words = [[[text.split() for text in turn.spoken] for turn in option] for option in options]
     if any(words.count(option) > 1 for option in words):
