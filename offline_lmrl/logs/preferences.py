@@ -395,7 +395,7 @@ def _trajectory(row: Comparison, i: int, reward: float, reward_at: str, how: Map
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Return turns as messages for chat templates; the environment's turns become the user's."""
+    """Return turns as messages for chat templates; turns of role "environment" get the role "user"."""
     return [
         message_of(turn) | ({"role": "user"} if turn.role == "environment" else {})
         for turn in turns
@@ -404,6 +404,6 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def _tools(turns: Sequence[Turn]) -> dict[str, Any]:
-    """Return the column `tools` of a row with these turns, as a dict that is empty if no turn has tools."""
+    """Return {"tools": list of schemas} for a row with these turns; {} if no turn has tools."""
     tools = next((turn.tools for turn in turns if turn.tools is not None), None)
     return {} if tools is None else {"tools": json.loads(tools)}
