@@ -47,10 +47,10 @@ class Environment(Protocol):
     """
 
     def reset(self, seed: int) -> Sequence[Turn]:
-        """Start the episode of this seed; return the turns before the agent's first."""
+        """Start the episode of this seed; return the turns before the agent's first turn."""
 
     def step(self, text: str) -> StepResult:
-        """Play the agent's text."""
+        """Play a text as the agent's turn; return the environment's answer."""
 
 
 class VectorEnvironment(Protocol):
@@ -61,10 +61,10 @@ class VectorEnvironment(Protocol):
     """
 
     def reset(self, seeds: Sequence[int]) -> list[Sequence[Turn]]:
-        """Start one episode per seed; return each episode's turns before the agent's first."""
+        """Start one episode per seed; return, for each, the turns before the agent's first turn."""
 
     def step(self, rows: Sequence[int], texts: Sequence[str]) -> list[StepResult]:
-        """Play one text in each of these rows; return the results in the same order."""
+        """Play texts[i] as the agent's turn in the episode rows[i]; return one result per row, in the same order."""
 
 
 def is_vector(environment: Any) -> bool:
@@ -84,7 +84,12 @@ class Scorer(Protocol):
     """
 
     def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
-        """Return one raw score per option, shape (K,); higher is better."""
+        """Return the scores of K alternative replies to a context, (K,); higher is better.
+
+        Args:
+          context: the turns before the replies.
+          options: the replies, each a sequence of turns.
+        """
 
 
 @dataclass(frozen=True)
