@@ -332,6 +332,8 @@ def require_labels(labels: Any) -> None:
 def require_text(name: str, value: Any) -> None:
     """Check that a value is text that UTF-8 can encode (JSON text can contain half a surrogate pair).
 
+    Args:
+      name: the field that the error message names.
     Raises: InputError if it is not.
     """
     if not isinstance(value, str):
@@ -364,9 +366,11 @@ def finite(name: str, value: Any) -> float:
 
 
 def require_list(name: str, value: Any) -> Sequence:
-    """Return the value itself.
+    """Return the value itself if it is a sequence other than text, such as a list or a tuple.
 
-    Raises: InputError unless it is a sequence other than text, such as a list or a tuple.
+    Args:
+      name: the field that the error message names.
+    Raises: InputError if it is not.
     """
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise InputError(f"{name}: found {shown(value)}, expected a list")
