@@ -206,7 +206,7 @@ def adaptive_kl_weight(kl_weight: float, kl: float, target: float, episodes: int
 
 
 class Moments(NamedTuple):
-    """The running count, mean and sum of squared deviations of all scores so far, to be saved with the run."""
+    """The count, mean and sum of squared deviations of all scores so far in training; saved with the trained model."""
 
     count: int = 0
     mean: float = 0.0
@@ -247,7 +247,7 @@ def tensorflow_adam_eps(eps: float, beta2: float, step: int) -> float:
     """Return the ε with which PyTorch's Adam makes the same step as TensorFlow's:  ε / √(1 − β₂^step).
 
     TensorFlow adds ε before the bias correction of the second moment (Kingma & Ba 2015, end of section 2), PyTorch
-    after it. TensorFlow, which OpenAI's runs used, therefore damps early steps more.
+    after it. With TensorFlow, which OpenAI used, ε therefore shortens early steps more.
 
     Args:
       eps: ε of TensorFlow's Adam.
