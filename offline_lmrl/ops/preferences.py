@@ -159,15 +159,15 @@ def plackett_luce_loss(score: Tensor, rank: Tensor, comparison: Tensor) -> Tenso
 
 
 def gain_and_bias(score: Tensor, mean: float = 0.0, std: float = 1.0) -> tuple[float, float]:
-    """Return (g, b) for which g · score + b has the given mean and standard deviation.
+    """Return two numbers (g, b) for which g · score + b has the given mean and standard deviation.
 
     g = std / σ and b = mean − g · μ, with the mean μ and the population standard deviation σ of the scores. Ziegler et
     al. 2019 normalise on samples of the reference policy, so that one KL weight means the same for all reward models.
 
     Args:
-      score: (M,).
-      mean: of the normalised scores.
-      std: of the normalised scores.
+      score: (M,), scores of sample texts.
+      mean: the mean that the normalised scores shall have.
+      std: their population standard deviation.
     Raises: ValueError if the scores do not vary.
     """
     check_shapes("m", score)
@@ -180,9 +180,9 @@ def gain_and_bias(score: Tensor, mean: float = 0.0, std: float = 1.0) -> tuple[f
 
 
 def centring_bias(score: Tensor) -> float:
-    """Return b for which score + b has mean 0 on reference texts (Stiennon et al. 2020: human summaries).
+    """Return the number b for which score + b has mean 0 on reference texts (Stiennon et al. 2020: human summaries).
 
-    Bradley–Terry losses do not determine this constant.
+    Bradley–Terry losses do not determine b, because they depend only on differences of scores.
 
     Args:
       score: (M,), of the reference texts.
@@ -199,7 +199,7 @@ def best_of_n(prob: Tensor, score: Tensor, n: int) -> Tensor:
     `prob`.
 
     Args:
-      prob: (V,), the probabilities of all answers of a policy.
+      prob: (V,), the policy's probabilities of all V possible answers.
       score: (V,), the scores of these answers.
       n: the number of draws.
     Returns: (V,) fp64.
