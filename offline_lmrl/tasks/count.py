@@ -79,7 +79,7 @@ class Count1(Count):
 
 
 class Talk(Count):
-    """Two turns of Count1; the behaviour policy draws p for each turn anew, so the turns are independent."""
+    """A game of two turns like the turn of Count1. The behaviour policy draws p for each turn anew."""
 
     name, turns, letters = "talk", 2, 8
 
