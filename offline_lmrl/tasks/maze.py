@@ -176,7 +176,12 @@ def optimum(observed: Literal["full", "partial"], starts: Sequence[Cell] = START
 
 
 def _told_apart(weights: Counter[Cell], observe: Callable[[Cell], Hashable]) -> list[Belief]:
-    """Split weighted cells into beliefs, one for each observation text: cells that look alike stay together."""
+    """Split weighted cells into beliefs, one for each observation: cells that look alike stay together.
+
+    Args:
+      weights: cell -> its weight.
+      observe: returns the observation in a cell.
+    """
     parts: dict[Hashable, list[tuple[Cell, int]]] = {}
     for cell, weight in sorted(weights.items()):
         parts.setdefault(observe(cell), []).append((cell, weight))
