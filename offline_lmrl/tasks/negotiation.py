@@ -56,7 +56,7 @@ def scenario_turn(counts: Triple, values: Triple) -> Turn:
 
 
 def division_text(division: Triple | None) -> str:
-    """Return the text by which a side takes a division: "take books 0, hats 4, balls 1"; "no agreement" for None.
+    """Return the text of a division: "take books 0, hats 4, balls 1"; "no agreement" for None.
 
     Each number follows the name of its item, as in the opening turn, so that a model can look both up by name.
     """
@@ -72,12 +72,12 @@ def divisions(counts: Triple) -> dict[str, Triple | None]:
 
 
 def worth(division: Triple, values: Triple) -> int:
-    """Return the value of a division to a side: Σ number · value over the kinds of items."""
+    """Return the value of a side's division to this side: Σ number · value over the kinds of items."""
     return sum(number * value for number, value in zip(division, values, strict=True))
 
 
 def fits(counts: Triple, first: Triple | None, second: Triple | None) -> bool:
-    """True if two divisions add up to the pool; False if one of them is None (no agreement)."""
+    """True if what two sides take, `first` and `second`, adds up to `counts`; False if one of them is None."""
     if first is None or second is None:
         return False
     return all(a + b == count for a, b, count in zip(first, second, counts, strict=True))
@@ -161,7 +161,7 @@ class _Dialogue:
             self.invalid += not text
 
     def hear_partner(self, reply: Reply) -> list[Turn]:
-        """Add the partner's turn, and return the turns that the agent sees of it."""
+        """Add the partner's turn to the dialogue; return the turns to show the agent, "divide" after a selection."""
         self.turns += 1
         text = reply.text.strip()
         # If the length limit ended the turn, its ids lack the closing token. It is then encoded anew from its text,
@@ -227,11 +227,14 @@ class Negotiation:
 
     @property
     def episodes(self) -> int:
-        """The number of different episodes: scenarios × 2 sides × orders."""
+        """The number of different episodes: scenarios × 2 sides × (2 if `first` is "both", else 1)."""
         return len(self.scenarios) * 2 * len(self.orders)
 
     def reset(self, seeds: Sequence[int]) -> list[Sequence[Turn]]:
-        """Start one episode per seed and return its first turns, the partner's too if the partner speaks first."""
+        """Start one episode per seed; return the turns before the agent's first turn, for each episode.
+
+        These are the agent's counts and values, and the partner's first turn if the partner speaks first.
+        """
         if isinstance(self.partner, str | Path):
             # Imported here, because it imports the model libraries, which rules and logs do not need.
             from offline_lmrl.decoding.policy import LanguagePolicy
@@ -246,7 +249,7 @@ class Negotiation:
         return openings
 
     def step(self, rows: Sequence[int], texts: Sequence[str]) -> list[StepResult]:
-        """Take the agent's turns: a message, the selection, or, after "divide", a division."""
+        """Play the agent's turns, one text per row: a message, the selection, or, after "divide", a division."""
         texts = [text.strip() for text in texts]
         selected = set()
         for row, text in zip(rows, texts, strict=True):
@@ -271,7 +274,7 @@ class Negotiation:
         return results
 
     def options(self, row: int) -> list[str] | None:
-        """Return the possible divisions if the next turn has to be one, else None."""
+        """Return the texts of the possible divisions if the agent's next turn has to be one of them, else None."""
         dialogue = self.dialogues[row]
         return list(dialogue.options) if dialogue.dividing else None
 
@@ -311,7 +314,7 @@ class Negotiation:
         return _Dialogue(scenario, side, order, [scenario_turn(scenario.counts, scenario.values[1 - side])])
 
     def _ask_partner(self, rows: Sequence[int]) -> dict[int, Reply]:
-        """Draw the partner's next turn in each of these rows; a partner that divides chooses a possible division."""
+        """Return {row: the partner's next turn}; if the partner has to divide, its turn is a possible division."""
         if not rows:
             return {}
         histories = [self.dialogues[row].partner_history for row in rows]
