@@ -133,7 +133,7 @@ class Lexicon:
         return int.from_bytes(np.packbits(self.table[guess] == code, bitorder="little").tobytes(), "little")
 
     def members(self, words: WordSet) -> np.ndarray:
-        """Return the indices of the words in a set, ascending, (k,) int."""
+        """Return the indices of the k words in a set, ascending, (k,) int."""
         size = len(self.words)
         bits = np.frombuffer(words.to_bytes(-(-size // 8), "little"), np.uint8)
         return np.flatnonzero(np.unpackbits(bits, count=size, bitorder="little"))
@@ -249,7 +249,7 @@ class Knowledge:
         return Knowledge(words, consistent, (*self.tries, (guess, colours)))
 
     def draw(self, words: WordSet, rng: np.random.Generator) -> str:
-        """Draw a word of a set, uniformly."""
+        """Return a word (as text) drawn uniformly from a set of words."""
         members = self.lexicon.members(words)
         return self.lexicon.words[members[rng.integers(len(members))]]
 
