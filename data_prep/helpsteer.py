@@ -1,9 +1,10 @@
 """Convert HelpSteer2 and HelpSteer3 (Wang et al. 2024, 2025; nvidia/HelpSteer2, nvidia/HelpSteer3) to comparisons.
 
 Three of their layouts are read; the columns determine which one a row has:
-- `prompt, response, helpfulness, correctness, coherence, complexity, verbosity` (HelpSteer2 and HelpSteer): a row
-  rates one response from 0 to 4. All responses to a prompt make one comparison, ranked by one of the five ratings,
-  where equal ratings tie. The labels hold all five, and the one used as the option's `rating`.
+- `prompt, response, helpfulness, correctness, coherence, complexity, verbosity` (HelpSteer2 and HelpSteer): a row is
+  one response with five ratings from 0 to 4. All responses to a prompt make one comparison, ranked by one of the five
+  ratings, where equal ratings tie. The labels hold all five, and again the one by which the options are ranked, under
+  the name `rating`.
 - `prompt, response_1, response_2, preference_strength, split` (preferences of HelpSteer2): the row names its split.
 - `context, response1, response2, overall_preference` (preferences of HelpSteer3): the context is messages.
 
