@@ -1,17 +1,17 @@
 """Convert the published logs of LMRL-Gym (Abdulhai et al. 2023) to scored games.
 
 A row's fields determine its layout:
-- A list of `state, action, reward, done`: Maze fully observed, Chess Endgames. In a variant, each row is one of these,
-  with its state in `from_state` (Chess): the rows up to the next `done`, or to an empty line, are one game, and boards
-  and moves are spelt letter by letter, as the task plays them.
+- A list of objects with `state, action, reward, done`, one per move: Maze fully observed, Chess Endgames. In a variant
+  (Chess), each row is one such object, with the state in `from_state`: the rows up to the next `done`, or to an empty
+  line, are one game, and boards and moves are spelt letter by letter, as in the published game.
 - `text_history, rewards, dones`: Maze partially observed, Text-Nav. Every second text is an action; there is a reward
   for each text or for each action.
-- `sequence, reward, done`: Wordle, and logs converted from other tasks. Each text has a flag that marks actions. There
-  is one reward per text; the first may be missing.
+- `sequence, reward, done`: Wordle, and logs converted from other tasks. The sequence is pairs of a text and whether it
+  is an action. There is one reward per text; the first may be missing.
 - `lines, correct, word`: Twenty Questions and Guess My City. A line is a question and its answer. A question earns −1;
   the last one earns 0 if it is correct. Twenty questions, or a correct one, end the game; other games are cut.
-- `buyer_info, lines, output`: Car Dealer. The agent is the dealer, whose last turn earns the reward computed from the
-  output; without an output the dialogue was cut.
+- `buyer_info, lines, output`: Car Dealer. The agent is the dealer, whose last turn earns a reward that is computed
+  from `output`; if a row has no `output`, the dialogue was cut.
 
 Line breaks at the end of texts are removed, since a turn has its own end. Consecutive texts of the agent are one turn.
 `done` is taken as logged. Text-Nav and Maze also log it for games that were only cut; `max_steps` corrects that (15
