@@ -1,4 +1,7 @@
-"""`Comparison`: alternative replies to one context with people's preference among them, and its form on disk."""
+"""`Comparison`: alternative replies to one context with people's preference among them, and its form on disk.
+
+The context is the turns before the replies. A reply is called an option.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
