@@ -1,9 +1,9 @@
 """Convert comparisons to scored trajectories and to the rows of other trainers, and trajectories back to comparisons.
 
-`to_trajectories` makes one scored trajectory of every option; no other code turns preference into reward. A preference
-compares two replies to one prompt and contains no information about the prompt. Rewards are therefore centred within
-each group by default: otherwise a high return would mark easy prompts, which a return-conditioned model would then
-learn. (In ILQL, V absorbs the difficulty of a prompt.)
+`to_trajectories` makes one scored trajectory of every option (reply); no other code turns preference into reward. A
+preference compares two replies to one prompt and contains no information about the prompt. By default, the mean reward
+of each group (all rows about one prompt or conversation) is therefore subtracted: otherwise a high return would be a
+mark of easy prompts, and a return-conditioned model would learn this. (In ILQL, V absorbs the difficulty of a prompt.)
 """
 
 import json
