@@ -1,8 +1,8 @@
 """Read YAML from users (settings files, scorers, command-line values) as plain values.
 
-jsonargparse parses it, since unlike plain PyYAML it reads `1e-5` as a number. Before that, this module refuses text
-that would expand without end; after that, values that no setting can have. Importing this module makes jsonargparse
-use the same checks on the command line.
+jsonargparse parses the text, since unlike plain PyYAML it reads `1e-5` as a number. Before parsing, this module
+refuses text that would expand without end; after parsing, it refuses values that no setting can have. Importing this
+module makes jsonargparse use the same checks on the command line.
 """
 
 from pathlib import Path
