@@ -1,4 +1,4 @@
-"""Sums over the vocabulary that never hold one number per state and token."""
+"""Sums over the vocabulary without a table of one number per state and token in memory."""
 
 import torch
 from torch import Tensor
