@@ -206,7 +206,7 @@ def adaptive_kl_weight(kl_weight: float, kl: float, target: float, episodes: int
 
 
 class Moments(NamedTuple):
-    """The count, mean and sum of squared deviations of all scores so far in training; saved with the trained model."""
+    """The count, mean and sum of squared deviations of all scores so far in training; saved in checkpoints."""
 
     count: int = 0
     mean: float = 0.0
