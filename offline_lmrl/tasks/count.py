@@ -1,6 +1,6 @@
 """Tasks that test whether a policy earns the requested return: Count, Count1 and Talk.
 
-Their logs contain every possible return, so that a policy trained on them can be given each as a request.
+Their logs contain every possible return, so a policy that is trained on them can be asked for each of these returns.
 """
 
 import itertools
