@@ -61,12 +61,12 @@ def prepare(
       input: a .jsonl, .jsonl.gz or .parquet file of annotations, a folder of such files or a hub name.
       output: folder to write to; created if needed.
       reference: keep the reference, the output that all others were judged against, as an option.
-      min_gap: write pairs of options instead, whose preferences over the reference differ by at least this
-        probability; null = write whole comparisons.
+      min_gap: write only pairs of outputs, of which one is preferred to the reference with a probability that is at
+        least this much higher than for the other; null = write comparisons of all outputs.
       validation: share of the instructions that goes to validation.
-      group: column that identifies what must stay in one split; null = the instruction.
+      group: column by which rows are kept together in one split; null = the instruction.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json. Its `assembled` counts every instruction and every output
+    Returns: the content of report.json. Its `assembled` counts every instruction and every output
       once, so that imported rows = outputs other than references + rows averaged with another.
     Raises: InputError for a min_gap below 0, if nothing can be read, nothing is left or the output cannot be written.
     """
@@ -111,6 +111,7 @@ def read_judged(row: Mapping, where: str, counts: Counter[str], group: str | Non
     """Return the content of one row.
 
     Args:
+      row: has `instruction`, `output_1`, `output_2` and `preference`.
       where: "file:row", the start of error messages.
       counts: incremented for each repair, under a key that describes it.
       group: the column that holds the group; None = no group.
