@@ -43,7 +43,7 @@ def prepare(
     group: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Read samples as ids and write train.jsonl, validation.jsonl and report.json.
+    """Read best-of-four labels and write train.jsonl, validation.jsonl and report.json.
 
     Args:
       input: a file of labels, a folder of them or a hub name.
@@ -51,9 +51,9 @@ def prepare(
       tokenizer: folder or hub name of the tokenizer that made the ids; GPT-2's for the public files.
       pad: the id used as padding of queries and samples.
       validation: share of the queries that goes to validation.
-      group: column that identifies what must stay in one split, such as a customer; null = the query.
+      group: column by which rows are kept together in one split, such as a customer; null = the query.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     loaded = load_tokenizer(tokenizer)
