@@ -64,9 +64,9 @@ def prepare(
       output: folder to write to; created if needed.
       rating: the rating by which responses are ranked.
       validation: share of the groups (first user turns) that goes to validation if the source has no validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = the first user turn.
+      group: column by which rows are kept together in one split, such as a customer; null = the first user turn.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json. Its `assembled` counts every rated response once.
+    Returns: the content of report.json. Its `assembled` counts every rated response once.
     Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
     """
     found, report = import_rows(input, read_row, group)
