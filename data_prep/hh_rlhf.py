@@ -43,11 +43,11 @@ def prepare(
       input: a file of one public folder, such as harmless-base, or that folder with its train and test files.
       output: folder to write to; created if needed.
       validation: share of the groups (first human turns) of the training rows that goes to validation.
-      group: column that identifies what must stay in one split, such as a customer; null = the first human turn.
+      group: column by which rows are kept together in one split, such as a customer; null = the first human turn.
       allow_empty: keep rows in which a reply is empty.
       seed: random seed of the split.
       processes: number of processes that read rows.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     return convert(
