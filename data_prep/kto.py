@@ -38,9 +38,9 @@ def prepare(
       input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files, a datasets folder or a hub name.
       output: folder to write to; created if needed.
       validation: share of the groups (first user turns) that goes to validation if the source has no validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = the first user turn.
+      group: column by which rows are kept together in one split, such as a customer; null = the first user turn.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     made, report = import_rows(input, read_labelled, group)
