@@ -83,9 +83,9 @@ def prepare(
       max_steps: number of actions after which a game was cut, whatever its `done` is. A game whose last action earned
         more than any other ended by itself. null = `done` decides.
       validation: share of the games that goes to validation if the source has no validation split.
-      group: column that identifies what must stay in one split; null = each game is its own group.
+      group: column by which rows are kept together in one split; null = each game is its own group.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json; `games` counts moves, games joined from them, and games cut.
+    Returns: the content of report.json; `games` counts moves, games joined from them, and games cut.
     Raises: InputError for a max_steps below 1, if nothing can be read or the output cannot be written.
     """
     if max_steps is not None and max_steps < 1:
