@@ -38,9 +38,9 @@ def prepare(
       reward: the reward of a reply: quality (its mean rating, in [0, 1]) or thumbs ((up − down) / (up + down)).
       languages: tags of the languages whose messages are kept, such as en or pt-BR; null = all.
       validation: share of the groups (first messages) that goes to validation if the source has no validation split.
-      group: column of a reply, or of its tree, that identifies what must stay in one split; null = the first message.
+      group: column of a reply, or of its tree, by which rows are kept together in one split; null = the first message.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json. Its `assembled` counts every message once.
+    Returns: the content of report.json. Its `assembled` counts every message once.
     Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
     """
     replies, report = import_replies(input, languages, group)
