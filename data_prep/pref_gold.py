@@ -33,7 +33,7 @@ def prepare(
       gold_seed: random seed of the toy.
       validation: share of the pairs that goes to validation.
       seed: random seed of the pairs and of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError for settings out of range or an output that cannot be written.
     """
     rows = PrefGold(gold_seed).comparisons(pairs, seed, temperature=temperature, flips=flips, tie=tie)
