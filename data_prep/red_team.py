@@ -43,9 +43,9 @@ def prepare(
       reward: rating (the attacker's, 0 to 4, negated) or harmlessness (a preference model's score of the most harmful
         reply, unbounded).
       validation: share of the groups (first messages) that goes to validation.
-      group: column that identifies what must stay in one split, such as a customer; null = the first message.
+      group: column by which rows are kept together in one split, such as a customer; null = the first message.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
 
