@@ -46,9 +46,9 @@ def prepare(
       min_ratio: smallest ratio of the votes of a pair that is kept, from 1 up.
       max_pairs: largest number of pairs of one post; null = all.
       validation: share of the posts that goes to validation if the source has no validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = the post.
+      group: column by which rows are kept together in one split, such as a customer; null = the post.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError for settings out of range, if nothing can be read or the output cannot be written.
     """
     if min_ratio < 1:
