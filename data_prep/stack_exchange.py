@@ -52,10 +52,10 @@ def prepare(
       input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files or a hub name.
       output: folder to write to; created if needed.
       validation: share of the groups (questions) that goes to validation if the source has no validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = the question.
+      group: column by which rows are kept together in one split, such as a customer; null = the question.
       seed: random seed of the split.
       processes: number of processes that read rows.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     return convert(input, read_question, output, validation, seed, processes, group)
