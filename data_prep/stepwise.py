@@ -45,9 +45,9 @@ def prepare(
       right: reward of a right step.
       wrong: reward of a wrong step; less than `right`.
       validation: share of the groups (prompts) that goes to validation if the source has no validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = the prompt.
+      group: column by which rows are kept together in one split, such as a customer; null = the prompt.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     if not wrong < right:
