@@ -55,9 +55,9 @@ def prepare(
       centre: subtract from each reward the mean reward of the post's summaries.
       validation: share of the posts that goes to validation if there are rows of the train split and none of the
         validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = the post.
+      group: column by which rows are kept together in one split, such as a customer; null = the post.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if all weights are 0, nothing can be read or the output cannot be written.
     """
     given = dict(zip(AXES, (overall, accuracy, coverage, coherence), strict=True))
