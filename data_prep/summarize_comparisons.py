@@ -49,9 +49,9 @@ def prepare(
       soft: make the target from the worker's confidence if it is known: P(the second summary is better) =
         (confidence − 1) / 8.
       validation: share of the posts that goes to validation if no row is of the validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = the post.
+      group: column by which rows are kept together in one split, such as a customer; null = the post.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
 
@@ -168,7 +168,8 @@ def by_own_split(found: Mapping[str, Sequence[tuple[str, Row]]]) -> dict[str, li
     """Return rows by the split that each of them names, instead of by the file that they are from.
 
     Args:
-      found: (split that the row names, row) by split of the source.
+      found: split of the source -> pairs of (split that the row names, row).
+    Returns: split -> rows, without empty splits.
     """
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS.values()}
     for rows in found.values():
