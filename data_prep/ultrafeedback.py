@@ -51,10 +51,10 @@ def prepare(
       output: folder to write to; created if needed.
       truthful_qa: keep the questions of TruthfulQA.
       validation: share of the groups (instructions) that goes to validation if the source has no validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = the instruction.
+      group: column by which rows are kept together in one split, such as a customer; null = the instruction.
       seed: random seed of the split.
       processes: number of processes that read rows.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     return convert(input, partial(read_rated, truthful_qa=truthful_qa), output, validation, seed, processes, group)
