@@ -44,9 +44,9 @@ def prepare(
       output: folder to write to; created if needed.
       quotes: put the quotes of an answer before it, and keep the marks that cite them.
       validation: share of the questions that goes to validation.
-      group: column that identifies what must stay in one split, such as a customer; null = the question.
+      group: column by which rows are kept together in one split, such as a customer; null = the question.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
 
