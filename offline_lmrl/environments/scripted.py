@@ -48,7 +48,7 @@ class Forced:
         self.policy, self.texts = policy, texts
 
     def start(self, seeds: Sequence[int]) -> Session:
-        """Start a batch of episodes, one row per seed; the seeds are those of the later turns."""
+        """Start a batch of episodes, one row per seed, from which the other policy draws the later turns."""
         return _ForcedSession(self.policy.start(seeds), self.texts)
 
 
