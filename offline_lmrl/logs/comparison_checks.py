@@ -36,11 +36,11 @@ _CUTS = (512, 1024, 2048)
 
 
 def describe(comparisons: Sequence[Comparison], features: Mapping[str, Feature] | None = None) -> dict[str, Any]:
-    """Summarise comparisons as plain values for JSON.
+    """Summarise comparisons as a nested dict of plain values, for JSON.
 
-    `baselines` holds how often the option with more of a feature is preferred, over all pairs of options of one
-    comparison, without pairs whose options are equally preferred. A reward model that does no better has learnt
-    nothing beyond that feature. `checks` counts properties of the data that other tools handle badly.
+    The entry `baselines` holds how often the option with more of a feature is preferred, over all pairs of options of
+    one comparison, without pairs whose options are equally preferred. A reward model that does no better has learnt
+    nothing beyond that feature. The entry `checks` counts properties of the data that other tools handle badly.
 
     Args:
       features: name -> feature, for further baselines besides those of _FEATURES; None = no others.
@@ -208,7 +208,7 @@ def _effective(groups: Mapping[tuple[int, int, int], int], share: float, pairs: 
 
 
 def _shared_start(first: str, second: str) -> list[str]:
-    """Name the damage that a tool does which takes the longest common prefix of two replies, in characters, as prompt.
+    """Name the damage that is done to two replies if their longest common prefix, in characters, is taken as prompt.
 
     Returns: keys to count: none if the replies share no text at their start; else "inside a reply", and also "inside a
       word" if the cut is within a word of either reply.
