@@ -75,7 +75,7 @@ def read_object(path: str | Path, advice: str = "a complete file") -> dict[str, 
     """Return the JSON object in a file that this project wrote.
 
     Args:
-      advice: see `reading`.
+      advice: the end of the error message, after "expected"; see `reading`.
 
     Raises: InputError if the file is missing or damaged.
     """
