@@ -66,9 +66,9 @@ class RewardScale:
         """Convert a scaled return-to-go to logged units.
 
         Args:
-          total: the scaled return-to-go.
-          scored_before: number of scored turns already played. Their shifts are not part of the return-to-go, so only
-            the shifts of the remaining scored turns are undone.
+          total: the scaled return-to-go, the sum of scaled rewards from the present turn on.
+          scored_before: number of scored turns before the present turn. Their rewards are not part of the
+            return-to-go, so the shift is undone for the remaining scored turns only.
         """
         return total * self.scale + (self.scored_turns - scored_before) * self.shift
 
