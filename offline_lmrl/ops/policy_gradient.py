@@ -301,5 +301,5 @@ def value_statistics(v: Tensor, behaviour_v: Tensor, returns: Tensor, clip_range
 
 
 def _is_last(index: Tensor) -> Tensor:
-    """Return (N,) bool, True at the last entry of every run of equal entries."""
+    """Return (N,) bool, True where the next entry is different, and at the end."""
     return F.pad(index[1:] != index[:-1], (0, 1), value=True)
