@@ -23,8 +23,8 @@ class Pairs(NamedTuple):
     """P pairs of options to compare. They do not depend on scores, so they are made once per batch.
 
     Args:
-      first: (P,) long, the index of the pair's first option among the M.
-      second: (P,) long, the same for its second option.
+      first: (P,) long, the index of the pair's first option among the M options of the batch.
+      second: (P,) long, the index of the pair's second option among the M.
       prob: (P,), the probability that `first` is preferred; ½ = a tie.
       comparison: (P,) long, the index of the pair's comparison.
       comparisons: C, the number of comparisons.
