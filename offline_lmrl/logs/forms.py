@@ -122,7 +122,7 @@ def with_tools(turns: Sequence[Turn], tools: Any, where: str) -> list[Turn]:
 
 
 def _abstained(row: Mapping, where: str) -> bool:
-    """True if the command `generate` wrote the row for a prompt to which the policy gave no reply (it abstained)."""
+    """True if `generate --threshold` wrote the row and the agent abstained: its reply scored below the threshold."""
     try:
         return read_labels(row.get("labels")).get("abstained") is True
     except InputError as error:
