@@ -1,10 +1,10 @@
 """Convert judge annotations in the form of AlpacaEval (Li et al. 2023; tatsu-lab/alpaca_eval) to comparisons.
 
-A row holds how likely a judge prefers `output_2` to `output_1` for one `instruction`: preference − 1, with preference
-from 1 to 2; 0 is a tie, null a failed annotation. If all rows of an instruction share one output, the reference, they
-become one comparison of all its outputs. With p the preference for an output over the reference, the output's target
-is proportional to its odds p / (1 − p) and the reference's to 1 (Luce's choice rule, which reproduces every p). Other
-rows stay pairs.
+A row has an `instruction`, two outputs, and `preference`, from 1 to 2: preference − 1 is the probability that a
+judging model prefers `output_2` to `output_1`; 0 is a tie, null a failed annotation. If one output, the reference, is
+in all rows of an instruction, these rows become one comparison of all outputs. If the judging model prefers an output
+to the reference with probability p, the output's target is proportional to its odds p / (1 − p), and the reference's
+target to 1 (Luce's choice rule, which reproduces every p). Other rows stay pairs.
 """
 
 import math
@@ -27,7 +27,15 @@ _CERTAIN = 1e-9  # bound on p and 1 - p: at 0 or 1 the odds would be 0 or infini
 
 
 class Judged(NamedTuple):
-    """One row: two outputs, the names of their authors, and P(the second is better)."""
+    """One row of the source.
+
+    Attributes:
+      outputs: two replies to the instruction.
+      generators: the models that wrote them; "" = unknown.
+      preference: P(the second output is better), in [0, 1].
+      labels: the columns KEPT, as far as the row has them.
+      group: the row's group if the user named a column for it, else "".
+    """
 
     instruction: str
     outputs: tuple[str, str]
@@ -53,12 +61,12 @@ def prepare(
       input: a .jsonl, .jsonl.gz or .parquet file of annotations, a folder of such files or a hub name.
       output: folder to write to; created if needed.
       reference: keep the reference, the output that all others were judged against, as an option.
-      min_gap: write pairs of options instead, whose preferences over the reference differ by at least this
-        probability; null = write whole comparisons.
+      min_gap: write only pairs of outputs, of which one is preferred to the reference with a probability that is at
+        least this much higher than for the other; null = write comparisons of all outputs.
       validation: share of the instructions that goes to validation.
-      group: column that identifies what must stay in one split; null = the instruction.
+      group: column by which rows are kept together in one split; null = the instruction.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json. Its `assembled` counts every instruction and every output
+    Returns: the content of report.json. Its `assembled` counts every instruction and every output
       once, so that imported rows = outputs other than references + rows averaged with another.
     Raises: InputError for a min_gap below 0, if nothing can be read, nothing is left or the output cannot be written.
     """
@@ -100,11 +108,13 @@ def prepare(
 
 
 def read_judged(row: Mapping, where: str, counts: Counter[str], group: str | None = None) -> Judged:
-    """Return one row.
+    """Return the content of one row.
 
     Args:
-      counts: receives the repairs.
-      group: column of the group; None = no group.
+      row: has `instruction`, `output_1`, `output_2` and `preference`.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, under a key that describes it.
+      group: the column that holds the group; None = no group.
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """
     instruction, *outputs = (fields.text(row, name, where) for name in ("instruction", "output_1", "output_2"))
@@ -124,9 +134,10 @@ def assemble(rows: Sequence[Judged], reference: bool, min_gap: float | None, cou
 
     Args:
       rows: all rows of the instruction.
-      reference: keep the reference as an option.
-      min_gap: see `prepare`.
-      counts: receives outputs and instructions that are used or left out, by reason.
+      reference: True: the reference, the output that is in all rows, stays as an option. False: it is left out.
+      min_gap: return pairs of outputs whose preferences over the reference differ by at least this probability; None =
+        return comparisons of all outputs.
+      counts: incremented for each instruction and output, and again under the reason for each that is left out.
     """
     common = set(rows[0].outputs).intersection(*(row.outputs for row in rows))
     counts["instructions"] += 1
@@ -152,7 +163,13 @@ def assemble(rows: Sequence[Judged], reference: bool, min_gap: float | None, cou
 
 
 def _compare(rows: Sequence[Judged], reference: str, counts: Counter[str]) -> Comparison:
-    """Return one comparison of the reference, which comes first, and all outputs judged against it."""
+    """Return one comparison whose first option is the reference and whose others are the outputs judged against it.
+
+    Args:
+      rows: rows with the reference as one of their two outputs.
+      reference: the text of the reference.
+      counts: incremented for each row averaged with another and each preference moved inward from 0 or 1.
+    """
     preferences: dict[str, list[float]] = defaultdict(list)
     authors: dict[str, list[str]] = defaultdict(list)
     for row in rows:
@@ -200,7 +217,7 @@ def _preference(row: Mapping, where: str, counts: Counter[str]) -> float:
 
 
 def _mean_preferences(rows: Iterable[Judged]) -> dict[str, float]:
-    """Return, by author, the mean preference for the second output over the first."""
+    """Return {model: mean preference for its output over the other output, where its output is the second one}."""
     values = defaultdict(list)
     for row in rows:
         values[row.generators[1]].append(row.preference)

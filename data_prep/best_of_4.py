@@ -1,6 +1,7 @@
 """Convert best-of-four samples in token ids (Ziegler et al. 2019; openai/lm-human-preferences) to comparisons.
 
-A row is a `query`, `sample0` to `sample3` and the index of the `best`, all as GPT-2 ids. How rows are read:
+A row is a `query` and four continuations, `sample0` to `sample3`, all as GPT-2 token ids, and `best`, the index of the
+best one. How rows are read:
 - Padding at both ends is removed first, because its id is outside the vocabulary. The given tokenizer decodes the
   rest.
 - Texts were cut at a number of tokens, so their last character may be incomplete; it is removed. A row whose ids do
@@ -42,7 +43,7 @@ def prepare(
     group: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Read samples as ids and write train.jsonl, validation.jsonl and report.json.
+    """Read best-of-four labels and write train.jsonl, validation.jsonl and report.json.
 
     Args:
       input: a file of labels, a folder of them or a hub name.
@@ -50,9 +51,9 @@ def prepare(
       tokenizer: folder or hub name of the tokenizer that made the ids; GPT-2's for the public files.
       pad: the id used as padding of queries and samples.
       validation: share of the queries that goes to validation.
-      group: column that identifies what must stay in one split, such as a customer; null = the query.
+      group: column by which rows are kept together in one split, such as a customer; null = the query.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     loaded = load_tokenizer(tokenizer)
@@ -70,7 +71,10 @@ def read_samples(
     """Return the comparison of one row.
 
     Args:
-      counts: receives the repairs.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, under a key that describes it.
+      tokenizer: the tokenizer that made the ids.
+      pad: the id used as padding.
 
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """

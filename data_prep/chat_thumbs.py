@@ -1,4 +1,4 @@
-"""Convert chats in which people rated some replies with a thumb to dialogues in which only those replies are scored.
+"""Convert chats in which people rated some replies with a thumb to trajectories, in which only these have a reward.
 
 Two forms are read: `messages` with `reaction` or `reactions` (`turn, value`, 1 or −1, and any other fields), and the
 reactions of ComparIA (`conversation_a, conversation_b, model_pos, msg_index, response_content, liked, disliked`). How
@@ -8,7 +8,7 @@ rows are read:
   system message. If the text of the reply was logged too, only a reply with this text is meant.
 - A reaction is left out if it is neither up nor down, is not on a reply of the agent, or contradicts another. A row
   with no other reaction is dropped.
-- The turns after the last reply with a thumb are cut off, since nobody is credited for them.
+- The turns after the last reply with a thumb are cut off, since no reward is known for them.
 
 People react to replies that are unusual, so shares of thumbs are not shares of good replies. The report gives the
 number of replies with a thumb.
@@ -55,12 +55,13 @@ def prepare(
 
     Args:
       input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files or a hub name. A row has `messages` and
-        `reaction: {turn, value}`, value 1 or -1, or `reactions`, a list of those; or it is a reaction of ComparIA.
+        either `reaction`, an object of `turn` (index of the rated message, from 0) and `value` (1 or -1), or
+        `reactions`, a list of such objects; or it has the columns of ComparIA's data set of reactions.
       output: folder to write to; created if needed.
       validation: share of the groups (first user turns) that goes to validation if the source has no validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = the first user turn.
+      group: column by which rows are kept together in one split, such as a customer; null = the first user turn.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     made, report = import_rows(input, read_chat, group)
@@ -75,10 +76,12 @@ def prepare(
 
 
 def read_chat(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
-    """Return the trajectory of one row.
+    """Return the trajectory of one chat, in which the replies with a thumb have the reward 1 or −1.
 
     Args:
-      counts: receives the repairs.
+      row: in one of the two forms that the module describes.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, under a key that describes it.
 
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """
@@ -135,7 +138,7 @@ def read_chat(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
 
 
 def _from_comparia(row: Mapping, where: str) -> dict[str, Any]:
-    """Return the row in the form with `messages` and `reaction`; the reaction contains the text of the reply."""
+    """Convert a row of ComparIA to one with `messages` and `reaction`; `reaction` also has the text of the reply."""
     side = row["model_pos"]
     if side not in ("a", "b"):
         raise InputError(f"{where}: model_pos: found {shown(side)}, expected a or b")
@@ -155,7 +158,10 @@ def _from_comparia(row: Mapping, where: str) -> dict[str, Any]:
 
 
 def _value(reaction: Mapping, where: str, counts: Counter[str]) -> float:
-    """Return the reaction's value, 1 or −1."""
+    """Return the reaction's value, 1 (thumb up) or −1.
+
+    Raises: Drop if it has neither.
+    """
     if reaction.get("value") is not None:
         value = fields.number(reaction, "value", where)
     else:
@@ -167,7 +173,10 @@ def _value(reaction: Mapping, where: str, counts: Counter[str]) -> float:
 
 
 def _turn(reaction: Mapping, turns: Sequence[Turn], where: str, counts: Counter[str]) -> int:
-    """Return the index of the turn that the reaction is on."""
+    """Return the index of the turn that the reaction is about.
+
+    Raises: Drop if that turn is not a reply of the agent.
+    """
     place = fields.whole(reaction, "turn", where)
     quoted = None if reaction.get("text") is None else fields.text(reaction, "text", where).strip()
     replies = [

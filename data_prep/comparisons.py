@@ -4,8 +4,8 @@ Every row becomes a comparison or is dropped for a named reason, and the counts 
 and imported = the comparisons of all splits + those merged into others + those removed because their group is in a
 later split.
 
-Comparisons are stored on disk, in buckets by group, until all rows are read. Merging, splitting and counting need one
-group at a time, and a bucket holds its groups whole, so memory holds one bucket and not the data.
+Until all rows are read, comparisons are stored on disk in buckets: files, of which each holds all comparisons of some
+groups. Merging, splitting and counting need one group at a time, so memory holds one bucket and not all data.
 """
 
 import heapq
@@ -51,12 +51,13 @@ def convert(
     Memory does not grow with the number of rows.
 
     Args:
-      read: see `import_rows`.
+      source: file, folder or hub name.
+      read: function (row, "file:row", counter for repairs) -> comparison or None; see `import_rows`.
       output: folder to write to.
-      validation: see `separate`.
-      seed: see `separate`.
+      validation: share of the groups that goes to validation; see `separate`.
+      seed: random seed of the split.
       processes: number of processes that read rows.
-      group: see `import_rows`.
+      group: the column that holds the group; None = the group that `read` sets.
     Returns: the content of report.json.
     """
     parts = raw_splits(source)
@@ -73,14 +74,17 @@ def convert(
 def import_rows(
     source: str | Path, read: Callable[[Any, str, Counter], Any], group: str | None = None, lists: bool = False
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """Apply `read` to each row of a source; return the results by split, and the counts.
+    """Apply `read` to each row of a source.
 
     Args:
-      read: function of an object, "file:row" and a counter for its repairs. It drops a row by raising Drop, or by
-        returning None after it has counted the drop. A row that it refuses with an InputError is dropped too, and
-        counted under the error's field and what was expected there.
+      source: file, folder or hub name.
+      read: function (row, "file:row", counter) -> result. It increments the counter for each repair of the row. It
+        drops a row by raising Drop, or by returning None after it has counted the drop. A row for which it raises
+        InputError is dropped too, and counted under the field that the error names and what was expected there.
       group: the column that holds the group of the result of `read`; None = the group that `read` sets.
-      lists: accept a row that is a list, which has no columns.
+      lists: True: accept rows that are lists and not objects, and therefore have no columns.
+    Returns: the results by split of the source ("all" if it has no splits), and the entries with which the report
+      begins: the numbers of rows, imported, dropped, repaired and kept rows.
     Raises: InputError if the source cannot be read, or none of its rows can be used.
     """
     made: dict[str, list[Any]] = {}
@@ -103,12 +107,13 @@ def check_share(validation: float) -> None:
 def separate(made: Mapping[str, list[Row]], validation: float, seed: int) -> tuple[dict[str, list[Row]], int]:
     """Make splits that share no group; return them and the number of rows removed to achieve this.
 
-    A source without splits, or with a train split but no validation split, gets a share `validation` of its groups as
-    validation split. A group in several splits is kept only in the last one (train comes first).
+    If the source has no splits, or a train split but no validation split, a share of its training groups becomes the
+    validation split. The rows of a group that is in several splits are kept only in the last of these splits (train is
+    the first).
 
     Args:
       made: rows by split of the source; "all" if it has no splits.
-      validation: share of the groups, from 0 to below 1.
+      validation: share of the groups that becomes the validation split, from 0 to below 1.
       seed: random seed of the split.
     Raises: InputError if the share is out of range.
     """
@@ -137,15 +142,17 @@ def publish(
     seed: int,
     features: Mapping[str, Feature] | None = None,
 ) -> dict[str, Any]:
-    """Merge repeats, split by group, and write <split>.jsonl and report.json.
+    """Merge repeated comparisons, split by group, and write <split>.jsonl and report.json.
 
     Args:
       rows: comparisons by split of the source.
-      report: the first entries of the report.
-      validation: see `separate`.
-      seed: see `separate`.
-      features: further baselines by name.
-    Returns: the report.
+      output: folder to write to.
+      report: the entries with which the report begins.
+      validation: share of the groups that goes to validation; see `separate`.
+      seed: random seed of the split.
+      features: name -> function (comparison, index of an option) -> number. The report says how often the option with
+        the larger number is preferred; None = only for the usual features.
+    Returns: the content of report.json.
     """
     with prepared(output) as made, staging(Path(output) / "buckets") as folder:
         _spill((_line(name, place, row) for name, some in rows.items() for place, row in enumerate(some)), folder)
@@ -163,9 +170,16 @@ def _finish(
     processes: int,
     features: Mapping[str, Feature],
 ) -> dict[str, Any]:
-    """Merge, split and count the buckets in `folder`; write the splits and the report to `made`.
+    """Merge, split and count the buckets in `folder`, each by itself; write the splits and the report to `made`.
 
-    A group is in one bucket, so each bucket is processed by itself.
+    Args:
+      folder: the folder with the buckets.
+      names: the splits of the source.
+      output: the user's folder, which is only checked for splits of an earlier call.
+      made: the staging folder, whose files are moved to `output` later.
+      report, validation, seed, features: see `publish`.
+      processes: number of processes, which each take one bucket at a time.
+    Returns: the content of report.json.
     """
     settle = partial(_settle, names=names, validation=validation, seed=seed, features=features)
     counts: Counter = Counter()
@@ -199,7 +213,15 @@ def _finish(
 def _settle(
     bucket: Path, names: Sequence[str], validation: float, seed: int, features: Mapping[str, Feature]
 ) -> Counter:
-    """Merge and split the comparisons of one bucket, and write them beside it, in the order of the source."""
+    """Merge and split the comparisons of one bucket; return counts for the report.
+
+    Each split of the bucket is written to a file next to it, in the order of the source.
+
+    Args:
+      bucket: the bucket's file.
+      names: the splits of the source.
+      validation, seed, features: see `publish`.
+    """
     made: dict[str, list[Comparison]] = {name: [] for name in names}
     places: dict[tuple, int] = {}
     with bucket.open(encoding="utf-8") as lines:
@@ -239,7 +261,12 @@ def _convert(
 
 
 def _line(name: str, place: int, row: Comparison) -> tuple[int, str]:
-    """Return the number of the comparison's bucket, and the line that is stored there."""
+    """Return the number of the comparison's bucket, and the line that is stored there.
+
+    Args:
+      name: split of the source.
+      place: index of the comparison in the split.
+    """
     return zlib.crc32(group_key(row).encode()) % _BUCKETS, json.dumps([name, place, to_record(row)])
 
 
@@ -257,7 +284,7 @@ def _words(row: Comparison) -> tuple:
 
 
 def _counted(source: str | Path, counts: Counter[str]) -> dict[str, Any]:
-    """Return the row counts that open a report: read, imported, dropped by reason, repaired.
+    """Return the entries with which a report begins: counts of rows read, imported, dropped and repaired.
 
     Raises: InputError if no row was imported.
     """
@@ -286,7 +313,11 @@ def read_raw(
     """Apply `read` to a row as described in `import_rows`; return its result, or None if the row is dropped.
 
     Args:
-      counts: receives the row, its repairs or the reason why it is dropped, and whether it was imported.
+      row: a raw row, see `offline_lmrl.logs.io.parsed`.
+      where: "file:row", the start of error messages.
+      read, group, lists: see `import_rows`.
+      counts: incremented under "rows"; and then under "imported" and for each repair, or under "dropped: " and the
+        reason.
     """
     counts["rows"] += 1
     mine: Counter[str] = Counter()  # separate, because the repairs of a dropped row are not counted
@@ -315,7 +346,11 @@ def read_raw(
 
 
 def _in_group(one: Any, group: str) -> Any:
-    """Return the result of `read` with another group. The result is a row, or a tuple that ends with one."""
+    """Return `one` with `group` as the group of its row.
+
+    Args:
+      one: a result of `read` in `import_rows`: a row, or a tuple whose last item is a row.
+    """
     if isinstance(one, tuple) and isinstance(one[-1], Trajectory | Comparison):
         return (*one[:-1], replace(one[-1], group=group))
     return replace(one, group=group)

@@ -5,7 +5,7 @@ line is a dialogue as one side saw it. It becomes that side's episode in the for
 `offline_lmrl.tasks.negotiation`: the side's values, the dialogue, "divide", and the items that the side takes,
 with the reward on that last turn.
 
-How the logs are read:
+A selection is the division of the items that a side chose at the end. How the logs are read:
 - The reward is the value of the items that the side took if both selections add up to the pool, and otherwise 0,
   whatever the line's `reward=` is.
 - A disconnect is a cut before the division: the episode ends with "divide" and is not terminated.
@@ -73,14 +73,19 @@ _OUTCOMES = {
 
 
 class Unreadable(ValueError):
-    """The line is dropped; the message is the reason under which it is counted."""
+    """Raised if a line cannot be used and is dropped; the message is the reason under which this is counted."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One line: a dialogue as one side saw it. In `scenario` this side's values come first.
+    """One line of a file: a negotiation as one of its two sides saw it.
 
-    `outcome` is "agreement", "selections do not fit", "no agreement", "division not logged" or "disconnect".
+    Attributes:
+      scenario: `scenario.values` holds this side's values first, then the partner's.
+      talk: the turns, each as (YOU or THEM, text); YOU is this side.
+      outcome: "agreement", "selections do not fit", "no agreement", "division not logged" or "disconnect".
+      division: the number of items of each kind that this side took; None if there is none or it was not logged.
+      labels: the partner's values, and what the line says of selection and reward, for the trajectory's labels.
     """
 
     scenario: Scenario
@@ -149,9 +154,9 @@ def prepare(
 
 
 def read_log(path: Path) -> tuple[list[Side], dict[str, Any]]:
-    """Read one file; return its sides and its counts.
+    """Read one file; return a `Side` for each line that is kept, and counts for the report.
 
-    The counts add up: lines = kept + Σ dropped. Repairs and outcomes are of kept lines.
+    The counts add up: lines = kept + Σ dropped. The counts of repairs and outcomes are about kept lines only.
 
     Raises: InputError if the file cannot be read or has no line of either form.
     """
@@ -185,10 +190,10 @@ def read_log(path: Path) -> tuple[list[Side], dict[str, Any]]:
 
 
 def parse_line(line: str, repairs: Counter[str]) -> Side:
-    """Read a line of either form.
+    """Read a line of the plain or the tagged form.
 
     Args:
-      repairs: counts the lines whose logged reward is not used as it is.
+      repairs: incremented, under the reason, if the logged reward is not used as it is.
     Raises: Unreadable if the line cannot be used.
     """
     if not line:
@@ -222,7 +227,11 @@ def parse_line(line: str, repairs: Counter[str]) -> Side:
 
 
 def to_trajectory(side: Side, source: str) -> Trajectory:
-    """Return the episode of this side, with the reward on its last turn."""
+    """Return the negotiation as an episode of this side, with the reward on this side's last turn.
+
+    Args:
+      source: name of the file, stored in the trajectory.
+    """
     turns = [scenario_turn(side.scenario.counts, side.scenario.values[0])]
     turns += [Turn("assistant" if speaker == "YOU" else "user", words) for speaker, words in side.talk]
     if side.outcome == "division not logged":
@@ -244,9 +253,10 @@ def to_trajectory(side: Side, source: str) -> Trajectory:
 
 
 def permutations(side: Side) -> list[Side]:
-    """Return the dialogue with its items in each of the five other orders. The labels of the logged selection stay.
+    """Return the dialogue with books, hats and balls exchanged in each of the five other orders.
 
-    If two orders give the same side (no word, count or value distinguishes two items), it is returned once.
+    The labels of the logged selection are not changed. If two orders give the same result, because no word, count or
+    value distinguishes two items, it is returned once.
     """
     versions = {}
     for order in itertools.permutations(range(len(ITEMS))):
@@ -281,9 +291,12 @@ def _talk(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def _with_outcome(side: Side, repairs: Counter[str]) -> Side:
-    """Read the logged selection: the items that this side took, and whether the two selections fit.
+    """Return the side with its outcome and division, as read from the logged selection in its labels.
 
-    The plain form holds one division, and a flag `agree` if the partner's fits; the tagged form holds both divisions.
+    In the plain form, the selection is this side's division, and a flag is `agree` if the partner's division fits. In
+    the tagged form, the selection is both divisions.
+
+    Raises: Unreadable if the selection cannot be read.
     """
     selection, reward, flag = (side.labels[name] for name in ("logged_selection", "logged_reward", "logged_flag"))
     words = selection.split(" ")
@@ -308,7 +321,7 @@ def _with_outcome(side: Side, repairs: Counter[str]) -> Side:
 
 
 def _files(source: Path) -> dict[str, Path]:
-    """Return the file of each split."""
+    """Return {split: file} for a folder with any of the public files, or for one file."""
     if source.is_dir():
         found = {
             split: [source / name for name in names if (source / name).is_file()] for split, names in FILES.items()
@@ -322,10 +335,13 @@ def _files(source: Path) -> dict[str, Path]:
 
 
 def _held_out(rows: Sequence[Trajectory], number: int | None, seed: int, path: Path) -> set[str]:
-    """Draw groups by hash, so that they do not depend on the order of the lines.
+    """Draw the groups that are held out from training, by hash, so that they do not depend on the order of the lines.
 
     Args:
-      number: of groups; None = 200, or a fifth of the groups if that is less.
+      rows: the trajectories to draw from.
+      number: number of groups; None = 200, or a fifth of the groups if that is less.
+      path: the file of the rows, for error messages.
+    Raises: InputError if no group would be left.
     """
     groups = sorted({row.group for row in rows}, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
     if number is None:

@@ -1,6 +1,8 @@
 """Read fields of raw rows with the type that an importer needs.
 
-A field of another type raises InputError "where: name: found X, expected Y".
+In all functions, `record` is a row, or an object inside a row; `name` is the field to read; and `where` ("file:row")
+is the start of error messages. A field that is missing or of another type raises InputError
+"where: name: found X, expected Y".
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,9 +14,9 @@ from offline_lmrl.logs.trajectory import finite, require_list, shown
 
 
 def text(record: Mapping, name: str, where: str) -> str:
-    """Return a text, which may be empty.
+    """Return a field that is text, possibly empty.
 
-    Raises: Drop if UTF-8 cannot hold it, InputError if it is not text.
+    Raises: Drop if UTF-8 cannot encode it. InputError if it is not text.
     """
     value = record.get(name)
     if not isinstance(value, str):
@@ -23,7 +25,7 @@ def text(record: Mapping, name: str, where: str) -> str:
 
 
 def number(record: Mapping, name: str, where: str) -> float:
-    """Return a finite number."""
+    """Return a field that is a finite number."""
     try:
         return finite(name, record.get(name))
     except InputError as error:
@@ -31,7 +33,7 @@ def number(record: Mapping, name: str, where: str) -> float:
 
 
 def whole(record: Mapping, name: str, where: str) -> int:
-    """Return a number without a fraction. A float counts: Parquet with nulls and pandas turn 3 into 3.0."""
+    """Return a field that is a whole number. 3.0 is one too, since Parquet with nulls and pandas turn 3 into 3.0."""
     value = number(record, name, where)
     if value != int(value):
         raise InputError(f"{where}: {name}: found {value}, expected a whole number")
@@ -39,7 +41,7 @@ def whole(record: Mapping, name: str, where: str) -> int:
 
 
 def items(record: Mapping, name: str, where: str) -> Sequence[Any]:
-    """Return a list."""
+    """Return a field that is a list."""
     try:
         return require_list(name, record.get(name))
     except InputError as error:
@@ -47,7 +49,7 @@ def items(record: Mapping, name: str, where: str) -> Sequence[Any]:
 
 
 def objects(record: Mapping, name: str, where: str) -> Sequence[Mapping]:
-    """Return a list of objects."""
+    """Return a field that is a list of objects (dicts)."""
     values = items(record, name, where)
     for i, value in enumerate(values):
         if not isinstance(value, Mapping):
@@ -56,7 +58,7 @@ def objects(record: Mapping, name: str, where: str) -> Sequence[Mapping]:
 
 
 def inner(record: Mapping, name: str, where: str) -> Mapping:
-    """Return an object."""
+    """Return a field that is an object (dict)."""
     value = record.get(name)
     if not isinstance(value, Mapping):
         raise InputError(f"{where}: {name}: found {shown(value)}, expected an object")
@@ -64,7 +66,7 @@ def inner(record: Mapping, name: str, where: str) -> Mapping:
 
 
 def group(record: Mapping, name: str, where: str) -> str:
-    """Return the text or whole number that identifies which rows stay together, as text."""
+    """Return a field that holds the group of a row, as text: the text itself, or the digits of a whole number."""
     value = record.get(name)
     if is_whole(value):
         return str(int(value))
@@ -74,5 +76,5 @@ def group(record: Mapping, name: str, where: str) -> str:
 
 
 def known_values(record: Mapping, names: Iterable[str]) -> dict[str, str | float]:
-    """Return the texts, numbers and flags under some names, for the labels; other values are left out."""
+    """Return {name: value} for those of `names` whose value is text, a number or a truth value, to store as labels."""
     return {name: record[name] for name in names if isinstance(record.get(name), str | int | float)}

@@ -1,4 +1,4 @@
-"""Join the groups of sources that have their own id for each prompt."""
+"""Join groups of rows about the same prompt, for sources that give each prompt an id."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,10 +9,13 @@ from offline_lmrl.logs.trajectory import Trajectory
 
 
 def join_groups(made: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
-    """Give one group to all rows linked by the source's id (their group so far) or by their first user turn.
+    """Return the rows with new groups: two rows get the same group if they have the same id or first user turn.
 
-    Links are followed through other rows. The id alone misses prompts that were posted twice; the words alone miss
-    prompts that were edited.
+    If rows A and B have the same id, and B and C the same first user turn (`root_group`), all three get one group. The
+    id alone misses prompts that were posted twice; the words alone miss prompts that were edited.
+
+    Args:
+      made: rows by split; the group of a row is the source's id so far.
     """
     parents: dict[tuple[bool, str], tuple[bool, str]] = {}
 

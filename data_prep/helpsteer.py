@@ -1,9 +1,10 @@
 """Convert HelpSteer2 and HelpSteer3 (Wang et al. 2024, 2025; nvidia/HelpSteer2, nvidia/HelpSteer3) to comparisons.
 
 Three of their layouts are read; the columns determine which one a row has:
-- `prompt, response, helpfulness, correctness, coherence, complexity, verbosity` (HelpSteer2 and HelpSteer): a row
-  rates one response from 0 to 4. All responses to a prompt make one comparison, ranked by one of the five ratings,
-  where equal ratings tie. The labels hold all five, and the one used as the option's `rating`.
+- `prompt, response, helpfulness, correctness, coherence, complexity, verbosity` (HelpSteer2 and HelpSteer): a row is
+  one response with five ratings from 0 to 4. All responses to a prompt make one comparison, ranked by one of the five
+  ratings, where equal ratings tie. The labels hold all five, and again the one by which the options are ranked, under
+  the name `rating`.
 - `prompt, response_1, response_2, preference_strength, split` (preferences of HelpSteer2): the row names its split.
 - `context, response1, response2, overall_preference` (preferences of HelpSteer3): the context is messages.
 
@@ -39,7 +40,7 @@ _PAIRS = (
 
 @dataclass(frozen=True)
 class Rated:
-    """One response to a prompt, and its ratings by name."""
+    """One response to a prompt, and its five ratings, name -> 0 to 4."""
 
     prompt: tuple[Turn, ...]
     response: str
@@ -63,9 +64,9 @@ def prepare(
       output: folder to write to; created if needed.
       rating: the rating by which responses are ranked.
       validation: share of the groups (first user turns) that goes to validation if the source has no validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = the first user turn.
+      group: column by which rows are kept together in one split, such as a customer; null = the first user turn.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json. Its `assembled` counts every rated response once.
+    Returns: the content of report.json. Its `assembled` counts every rated response once.
     Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
     """
     found, report = import_rows(input, read_row, group)
@@ -84,8 +85,12 @@ def prepare(
 
 
 def read_row(row: Mapping, where: str, counts: Counter[str]) -> Rated | tuple[str, Comparison] | None:
-    """Return a rated response, or a comparison and the split that its row names ("" = none).
+    """Return what one row holds: a rated response; or a comparison, together with the split that the row names.
 
+    Args:
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, or once for a dropped row, under a key that describes it.
+    Returns: a Rated; or (split, comparison), where split is "" if the row names none; or None if the row is dropped.
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """
     for names in _PAIRS:
@@ -102,11 +107,12 @@ def read_row(row: Mapping, where: str, counts: Counter[str]) -> Rated | tuple[st
 
 
 def compare(rows: Iterable[Rated], rating: str, counts: Counter[str]) -> Iterator[Comparison]:
-    """Yield one comparison of all responses to each prompt.
+    """Yield, for each prompt, one comparison of all responses to it.
 
     Args:
+      rows: responses to any prompts, in any order.
       rating: the name of the rating by which responses are ranked.
-      counts: receives every response, and the reasons why sets of responses are left out.
+      counts: incremented for each response (compared or not), and for each repaired or dropped set of responses.
     """
     together: dict[tuple, list[Rated]] = defaultdict(list)
     for row in rows:

@@ -2,7 +2,7 @@
 
 A row is two transcripts, `chosen` and `rejected`. How rows are read:
 - Turns are split at "\\n\\nHuman:" and "\\n\\nAssistant:" only. A tag elsewhere was written by the model; it stays
-  text and is counted. Turns are stripped. Consecutive turns of one speaker are one turn that was split, and are
+  part of the text, and the row is counted. Turns are stripped. Consecutive turns of one speaker were one turn, and are
   merged.
 - Only the last reply was judged. All turns before it are context, and must be the same on both sides, or the row is
   dropped.
@@ -43,11 +43,11 @@ def prepare(
       input: a file of one public folder, such as harmless-base, or that folder with its train and test files.
       output: folder to write to; created if needed.
       validation: share of the groups (first human turns) of the training rows that goes to validation.
-      group: column that identifies what must stay in one split, such as a customer; null = the first human turn.
+      group: column by which rows are kept together in one split, such as a customer; null = the first human turn.
       allow_empty: keep rows in which a reply is empty.
       seed: random seed of the split.
       processes: number of processes that read rows.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     return convert(
@@ -56,10 +56,12 @@ def prepare(
 
 
 def read_transcripts(row: Mapping, where: str, counts: Counter[str], allow_empty: bool = False) -> Comparison | None:
-    """Return the comparison of one row, or None if it is dropped.
+    """Return the comparison of one row, or None if the row is dropped.
 
     Args:
-      counts: receives the repairs, or the reason why the row is dropped.
+      row: has two transcripts, `chosen` and `rejected`.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, or once for a dropped row, under a key that describes it.
       allow_empty: keep a row with an empty reply.
     Raises: InputError if the row is not a pair of transcripts.
     """

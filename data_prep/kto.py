@@ -1,10 +1,11 @@
 """Convert single replies with a thumb to trajectories, in the form of KTO (Ethayarajh et al. 2024) and TRL.
 
 A row is `prompt, completion, label`, TRL's unpaired preference. How rows are read:
-- The reply earns 1 if the label is true and −1 if it is false, on its last agent turn; no other turn is credited.
+- The last agent turn of the reply has the reward 1 if the label is true and −1 if it is false; other turns have none.
 - Prompt and completion are text, messages or a transcript; a prompt repeated at the start of a completion is removed.
 - A row without a label is dropped: it is not a bad reply.
-- The report gives the balance of the classes and the weights that would balance them: KTO's λ, with n_D λ_D = n_U λ_U.
+- The report gives the numbers n_D and n_U of true and false labels, and weights that balance them: KTO's λ, with
+  n_D λ_D = n_U λ_U.
 """
 
 from collections import Counter
@@ -37,9 +38,9 @@ def prepare(
       input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files, a datasets folder or a hub name.
       output: folder to write to; created if needed.
       validation: share of the groups (first user turns) that goes to validation if the source has no validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = the first user turn.
+      group: column by which rows are kept together in one split, such as a customer; null = the first user turn.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     made, report = import_rows(input, read_labelled, group)
@@ -54,10 +55,12 @@ def prepare(
 
 
 def read_labelled(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
-    """Return the trajectory of one row.
+    """Return the trajectory of one row, whose last agent turn has the reward 1 or −1.
 
     Args:
-      counts: receives the repairs.
+      row: has `prompt`, `completion` and `label`.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, under a key that describes it.
 
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """

@@ -1,17 +1,17 @@
 """Convert the published logs of LMRL-Gym (Abdulhai et al. 2023) to scored games.
 
 A row's fields determine its layout:
-- A list of `state, action, reward, done`: Maze fully observed, Chess Endgames. In a variant, each row is one of these,
-  with its state in `from_state` (Chess): the rows up to the next `done`, or to an empty line, are one game, and boards
-  and moves are spelt letter by letter, as the task plays them.
+- A list of objects with `state, action, reward, done`, one per move: Maze fully observed, Chess Endgames. In a variant
+  (Chess), each row is one such object, with the state in `from_state`: the rows up to the next `done`, or to an empty
+  line, are one game, and boards and moves are spelt letter by letter, as in the published game.
 - `text_history, rewards, dones`: Maze partially observed, Text-Nav. Every second text is an action; there is a reward
   for each text or for each action.
-- `sequence, reward, done`: Wordle, and logs converted from other tasks. Each text has a flag that marks actions. There
-  is one reward per text; the first may be missing.
+- `sequence, reward, done`: Wordle, and logs converted from other tasks. The sequence is pairs of a text and whether it
+  is an action. There is one reward per text; the first may be missing.
 - `lines, correct, word`: Twenty Questions and Guess My City. A line is a question and its answer. A question earns −1;
   the last one earns 0 if it is correct. Twenty questions, or a correct one, end the game; other games are cut.
-- `buyer_info, lines, output`: Car Dealer. The agent is the dealer, whose last turn earns the reward computed from the
-  output; without an output the dialogue was cut.
+- `buyer_info, lines, output`: Car Dealer. The agent is the dealer, whose last turn earns a reward that is computed
+  from `output`; if a row has no `output`, the dialogue was cut.
 
 Line breaks at the end of texts are removed, since a turn has its own end. Consecutive texts of the agent are one turn.
 `done` is taken as logged. Text-Nav and Maze also log it for games that were only cut; `max_steps` corrects that (15
@@ -45,7 +45,15 @@ _LAYOUTS = (
 
 @dataclass(frozen=True)
 class Move:
-    """One action of a game whose moves are separate rows. `line` is the row's number in the file."""
+    """One action of a game whose moves are separate rows or items of a list.
+
+    Attributes:
+      state: the text before the action.
+      reward: the reward of the action.
+      done: True if the game ended with the action.
+      line: number of the row in its file, or of the move in its list; moves of one game have consecutive numbers.
+      group: the game's group if the user named a column for it, else "".
+    """
 
     state: str
     action: str
@@ -75,9 +83,9 @@ def prepare(
       max_steps: number of actions after which a game was cut, whatever its `done` is. A game whose last action earned
         more than any other ended by itself. null = `done` decides.
       validation: share of the games that goes to validation if the source has no validation split.
-      group: column that identifies what must stay in one split; null = each game is its own group.
+      group: column by which rows are kept together in one split; null = each game is its own group.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json; `games` counts moves, games joined from them, and games cut.
+    Returns: the content of report.json; `games` counts moves, games joined from them, and games cut.
     Raises: InputError for a max_steps below 1, if nothing can be read or the output cannot be written.
     """
     if max_steps is not None and max_steps < 1:
@@ -97,11 +105,13 @@ def prepare(
 
 
 def read_game(row: Mapping | list, where: str, counts: Counter[str], reward: str = "fancy") -> Trajectory | Move:
-    """Return the game of one row, or one move of a game.
+    """Return the game of one row, or, if the row is only one move, this move.
 
     Args:
-      counts: receives the repairs.
-      reward: see `prepare`.
+      row: in one of the layouts that the module describes.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, under a key that describes it.
+      reward: the reward in Car Dealer, "fancy" or "revenue"; see `prepare`.
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """
     if isinstance(row, list):
@@ -131,9 +141,12 @@ def read_game(row: Mapping | list, where: str, counts: Counter[str], reward: str
 
 
 def join(moves: Iterable[Move], counts: Counter[str]) -> Iterator[Trajectory]:
-    """Yield the games made of consecutive moves.
+    """Join consecutive moves to games, and yield the games.
 
     A game ends with a move that is done, at a gap between lines, or where the group changes.
+
+    Args:
+      counts: incremented under "moves" for each move, and under "games of moves" for each game.
     """
     game: list[Move] = []
     for move in moves:
@@ -223,7 +236,7 @@ def _sale(row: Mapping, where: str, kind: str) -> list[tuple[str, bool, float]]:
 
 
 def _earned(row: Mapping, where: str, kind: str) -> float:
-    """Return the dealer's reward for a sale.
+    """Return the dealer's reward for a dialogue of Car Dealer, by the kind "fancy" or "revenue".
 
     "fancy": the price / ((budget + list price) / 2); without a sale −(budget − list price) / list price. "revenue":
     the price / 1000.
@@ -243,7 +256,12 @@ def _earned(row: Mapping, where: str, kind: str) -> float:
 
 
 def _game(parts: Iterable[tuple[str, bool, float]], done: bool, labels: Mapping[str, Any]) -> Trajectory:
-    """Build a game from (text, whether it is an action, its reward); consecutive actions are one turn."""
+    """Build a game from its texts; consecutive actions become one turn.
+
+    Args:
+      parts: for each text, (text, True if it is an action of the agent, its reward).
+      done: True if the game ended by itself; False if it was cut.
+    """
     turns: list[Turn] = []
     for text, act, reward in parts:
         text = text.rstrip("\n")
@@ -259,9 +277,14 @@ def _game(parts: Iterable[tuple[str, bool, float]], done: bool, labels: Mapping[
 
 
 def _cut(game: Trajectory, max_steps: int | None, counts: Counter[str]) -> Trajectory:
-    """Set the game's group, and mark the game as not terminated if it was cut at max_steps.
+    """Return the game with a group, and marked as not terminated if it was cut at max_steps.
 
-    A game without a group gets a hash of its content.
+    A game without a group gets a hash of its content as group. A game of at least `max_steps` actions was cut, unless
+    its last action earned more than any other.
+
+    Args:
+      max_steps: number of actions after which games were cut; None = the logged `done` decides.
+      counts: incremented for each game that was logged as done but was cut.
     """
     game = replace(game, group=game.group or content_key(game)[:16])
     *before, last = (turn.reward for turn in game.turns if turn.reward is not None)

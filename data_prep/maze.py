@@ -1,8 +1,8 @@
-"""Generate logs of scripted players in the double-T maze: a data set that can only be solved by stitching.
+"""Generate logs of scripted players in the double-T maze, which can only be solved by combining parts of episodes.
 
-85% of the episodes are uniformly random walks, and 15% are played by a suboptimal solver. Each is confined to one of
-three parts of the maze that share row 5: the left T, the right T, and the lower part with the goal. No episode that
-starts in an upper bar reaches the goal, but together the parts contain every step of the way.
+85% of the episodes are uniformly random walks, and 15% are played by a suboptimal solver. Each episode is confined to
+one of three parts of the maze that share row 5: the left T, the right T, and the lower part with the goal. No episode
+that starts in the upper bar of a T reaches the goal, but together the parts contain every step of the way.
 """
 
 from collections import Counter
@@ -57,9 +57,14 @@ def prepare(
 
 
 def logs(observed: Literal["full", "partial"], episodes: int, seed: int) -> list[Trajectory]:
-    """Play episodes of the scripted players.
+    """Play episodes of the scripted players, each in a group of its own.
 
-    Part and player are in the labels; each episode is its own group.
+    Args:
+      observed: "full" or "partial" observations.
+      episodes: number of episodes.
+      seed: random seed of the players.
+    Returns: trajectories with the labels `part` (left, right or lower), `player` (solver or walk) and `end` (see
+      `_play`).
     """
     rng = np.random.default_rng(seed)
     remaining = distances()
@@ -94,9 +99,13 @@ def logs(observed: Literal["full", "partial"], episodes: int, seed: int) -> list
 
 
 def _play(maze: Maze, player: Callable[[Cell], str], part: frozenset[Cell]) -> tuple[tuple[Turn, ...], str]:
-    """Play one episode, and return its turns and its end.
+    """Play one episode, and return its turns and the way in which it ended.
 
-    It ends with "goal", or is cut by "leaving" the part or by "length". The last observation is included.
+    Args:
+      player: returns the action in a cell.
+      part: the cells in which the episode stays.
+    Returns: the turns, with the last observation of an episode that is cut; and "goal" if the episode reached the
+      goal, "leaving" if it was cut because it left the part, or "length" if it was cut after MAX_STEPS.
     """
     turns, end = list(maze.reset(seed=0)), ""
     while not end:

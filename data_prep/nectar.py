@@ -1,8 +1,8 @@
 """Convert Nectar (Zhu et al. 2023; berkeley-nest/Nectar) to comparisons of seven replies ranked by a model.
 
 A row is `prompt`, a transcript that ends with an open "Assistant:", and `answers`, objects with `answer`, `model` and
-`rank` (1 = best). All answers make one comparison. The labels hold the author of each, `source` (the list of origins
-of the prompt) and `good_natured`.
+`rank` (1 = best). All answers make one comparison. The labels hold the `model` that wrote each answer, `source` (the
+list of origins of the prompt) and `good_natured`.
 """
 
 from collections import Counter
@@ -32,20 +32,22 @@ def prepare(
       input: a .parquet, .jsonl or .jsonl.gz file, a folder of such files, a datasets folder or a hub name.
       output: folder to write to; created if needed.
       validation: share of the groups (first user turns) that goes to validation if the source has no validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = the first user turn.
+      group: column by which rows are kept together in one split, such as a customer; null = the first user turn.
       seed: random seed of the split.
       processes: number of processes that read rows.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     return convert(input, read_ranked, output, validation, seed, processes, group)
 
 
 def read_ranked(row: Mapping, where: str, counts: Counter[str]) -> Comparison | None:
-    """Return the comparison of one prompt, or None if it is dropped.
+    """Return the comparison of one row, or None if the row is dropped.
 
     Args:
-      counts: receives the repairs, or the reason why the row is dropped.
+      row: has `prompt` and `answers`.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, or once for a dropped row, under a key that describes it.
     """
     prompt, answers = fields.text(row, "prompt", where), fields.objects(row, "answers", where)
     here = [f"{where}: answers[{i}]" for i in range(len(answers))]

@@ -39,19 +39,29 @@ _KEPT = {
 
 
 class Message(NamedTuple):
-    """One message; `unusable` is the reason why it is left out, or ""."""
+    """One message of a conversation tree.
+
+    Attributes:
+      id: the message's id.
+      parent: the id of the message that it replies to; None for the first message of a tree.
+      rank: the rank among the replies to the same message, 0 = best; None = not ranked.
+      labels: facts by name, among them `labels` (mean ratings by reviewers: quality, toxicity, ...) and `emojis`
+        (number of thumbs and others), each a mapping.
+      unusable: the reason why the message is left out; "" = it is used.
+      group: the group if the user named a column for it, else "".
+    """
 
     id: str
     parent: str | None
     turn: Turn
     rank: float | None
-    labels: Mapping[str, Any]  # facts by name, with `labels` (quality, toxicity, ...) and `emojis` as mappings
+    labels: Mapping[str, Any]
     unusable: str
     group: str = ""
 
 
 class Thread(NamedTuple):
-    """A turn and the turns before it. Replies share these turns, so memory holds each turn of a tree once."""
+    """A turn and the turns before it, as a linked list: replies share it, so memory holds each turn of a tree once."""
 
     turn: Turn
     before: "Thread | None"
@@ -76,9 +86,9 @@ def prepare(
       output: folder to write to; created if needed.
       languages: tags of the languages whose messages are kept, such as en or pt-BR; null = all.
       validation: share of the groups (first messages) that goes to validation if the source has no validation split.
-      group: column of a reply, or of its tree, that identifies what must stay in one split; null = the first message.
+      group: column of a reply, or of its tree, by which rows are kept together in one split; null = the first message.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json. Its `assembled` counts every message once.
+    Returns: the content of report.json. Its `assembled` counts every message once.
     Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
     """
     replies, report = import_replies(input, languages, group)
@@ -92,12 +102,14 @@ def prepare(
 def import_replies(
     source: str | Path, languages: Collection[str] | None, group: str | None = None
 ) -> tuple[dict[str, list[Reply]], dict[str, Any]]:
-    """Return the assistant's replies by split, and the report so far; its `assembled` counts all other messages.
+    """Read the assistant's replies with the turns before them.
 
     Args:
-      source: see `prepare`, `input`.
-      languages: keep messages in these languages; None = all.
+      source: file, folder or hub name.
+      languages: keep only messages in these languages, such as en; None = all.
       group: column of a reply or of its tree that holds the group; None = no group.
+    Returns: the replies by split of the source, and the entries with which the report begins. The entry `assembled`
+      counts all messages that are not such replies, by reason.
     """
 
     def read(row: Mapping, where: str, counts: Counter[str]) -> list[Message]:
@@ -120,10 +132,11 @@ def import_replies(
 
 
 def connect(messages: Iterable[Message], counts: Counter[str]) -> Iterator[Reply]:
-    """Yield the assistant's replies whose context is known, parents first.
+    """Yield the assistant's replies for which all messages before them are known, each message before its replies.
 
     Args:
-      counts: receives all other messages, by reason.
+      messages: in any order.
+      counts: incremented for each message that is not yielded, under the reason.
     """
     known: dict[str, Message] = {}
     for message in messages:
@@ -158,10 +171,10 @@ def turns_of(thread: Thread | None) -> list[Turn]:
 
 
 def compare(replies: Iterable[Reply], counts: Counter[str]) -> Iterator[Comparison]:
-    """Yield one comparison of all ranked replies to each message.
+    """Yield, for each message with at least two ranked replies, one comparison of these.
 
     Args:
-      counts: receives all replies, and the reasons why sets of replies are left out.
+      counts: incremented for each reply (compared or not), and for each repaired or dropped set of replies.
     """
     siblings: dict[str, list[Reply]] = defaultdict(list)
     for before, reply in replies:
@@ -192,7 +205,7 @@ def compare(replies: Iterable[Reply], counts: Counter[str]) -> Iterator[Comparis
 
 
 def _records(row: Mapping, where: str) -> Iterator[tuple[str, Mapping, Any]]:
-    """Yield each message of a row with its place for errors and the id of its parent."""
+    """Yield (start of error messages, message, id of the message that it replies to) for each message of a row."""
     if row.get("message_id") is not None:
         yield where, row, row.get("parent_id")
     elif row.get("thread") is not None:
@@ -243,9 +256,15 @@ def _message(
 
 
 def _by_name(record: Mapping, field: str, key: str, where: str) -> dict[str, float]:
-    """Return {name: number}, without nulls.
+    """Return the reviewers' labels or the emojis of a message as {name: number}, without nulls.
 
     Exports hold {name: {value, count}} or {name: count}; the hub holds {name: [...], value: [...], count: [...]}.
+
+    Args:
+      record: the message.
+      field: "labels" or "emojis".
+      key: which number to return, "value" or "count".
+      where: the start of error messages.
     """
     if record.get(field) is None:
         return {}

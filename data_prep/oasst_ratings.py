@@ -1,7 +1,7 @@
 """Convert OpenAssistant conversation trees (Köpf et al. 2023) to scored replies, each rated by itself.
 
 Messages are read and left out as in `data_prep.oasst`. Every rated reply of the assistant becomes a trajectory. The
-messages from the root to the reply are context, for which nobody is credited. The reply earns
+messages from the root to the reply are context, which is not trained on. The reply earns
 - "quality": the mean quality that its reviewers gave it, in [0, 1], or
 - "thumbs": (up − down) / (up + down) of its thumbs, in [−1, 1].
 A reply without a rating is not a bad reply; it is left out and counted.
@@ -38,9 +38,9 @@ def prepare(
       reward: the reward of a reply: quality (its mean rating, in [0, 1]) or thumbs ((up − down) / (up + down)).
       languages: tags of the languages whose messages are kept, such as en or pt-BR; null = all.
       validation: share of the groups (first messages) that goes to validation if the source has no validation split.
-      group: column of a reply, or of its tree, that identifies what must stay in one split; null = the first message.
+      group: column of a reply, or of its tree, by which rows are kept together in one split; null = the first message.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json. Its `assembled` counts every message once.
+    Returns: the content of report.json. Its `assembled` counts every message once.
     Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
     """
     replies, report = import_replies(input, languages, group)
@@ -55,8 +55,8 @@ def rate(replies: Iterable[Reply], reward: Literal["quality", "thumbs"], counts:
     """Yield a trajectory of each rated reply.
 
     Args:
-      reward: see `prepare`.
-      counts: receives all replies.
+      reward: "quality" or "thumbs", as the module describes.
+      counts: incremented for each reply, as scored or as without rating.
     """
     for before, reply in replies:
         score = _quality(reply) if reward == "quality" else _thumbs(reply)

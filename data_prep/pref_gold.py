@@ -1,4 +1,7 @@
-"""Generate comparisons of the toy pref_gold, whose replies have a known but hidden value, with human-like labels."""
+"""Generate comparisons of the toy pref_gold, in which simulated people label pairs of replies.
+
+Each reply has a gold reward: the true reward, which is known but hidden from the learner (tasks/pref_gold.py).
+"""
 
 from pathlib import Path
 from typing import Any
@@ -23,14 +26,14 @@ def prepare(
     Args:
       output: folder to write to; created if needed.
       pairs: number of pairs.
-      temperature: noise of the labels, in standard deviations of gold: P(first is better) = σ(difference /
-        temperature).
+      temperature: noise of the labels, in standard deviations of the gold reward: P(first is better) = σ(difference
+        of the gold rewards / temperature).
       flips: share of the labels that are reversed.
-      tie: largest difference in gold at which a pair is a tie.
+      tie: largest difference of the gold rewards at which a pair is a tie.
       gold_seed: random seed of the toy.
       validation: share of the pairs that goes to validation.
       seed: random seed of the pairs and of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError for settings out of range or an output that cannot be written.
     """
     rows = PrefGold(gold_seed).comparisons(pairs, seed, temperature=temperature, flips=flips, tie=tie)

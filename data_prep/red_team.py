@@ -2,8 +2,8 @@
 
 A row is one transcript and its rating. How rows are read:
 - The public file is one JSON list, whatever its suffix.
-- The rating, from 0 to 4, is of the whole attempt and high if the attack succeeded. Every reply is credited, and the
-  last one earns −rating. The preference model's score is low if a reply was harmful, and is used unchanged.
+- The rating, from 0 to 4, is of the whole attempt and high if the attack succeeded. Every reply is trained on, and the
+  last one earns −rating, or instead the unchanged score of a preference model, which is low if a reply was harmful.
 - Turns are split and merged as in hh-rlhf. A last message without a reply is removed.
 - The group is the first message. All other fields are in the labels, the team member as `annotator`.
 """
@@ -43,9 +43,9 @@ def prepare(
       reward: rating (the attacker's, 0 to 4, negated) or harmlessness (a preference model's score of the most harmful
         reply, unbounded).
       validation: share of the groups (first messages) that goes to validation.
-      group: column that identifies what must stay in one split, such as a customer; null = the first message.
+      group: column by which rows are kept together in one split, such as a customer; null = the first message.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
 
@@ -57,10 +57,13 @@ def prepare(
 
 
 def read_attempt(row: Mapping, where: str, counts: Counter[str], reward: str = "rating") -> Trajectory:
-    """Return the trajectory of one row.
+    """Return the trajectory of one attempt, whose last reply has the reward.
 
     Args:
-      counts: receives the repairs.
+      row: has `transcript`, and `rating` or the preference model's score.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, under a key that describes it.
+      reward: "rating" or "harmlessness", see `prepare`.
 
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """

@@ -1,4 +1,4 @@
-"""Write the JSON files beside prepared data."""
+"""Write the output folder of an importer: its data files and the report on them."""
 
 import json
 import os
@@ -13,18 +13,18 @@ from offline_lmrl.logs.io import REPORT, write_text
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write indented JSON to a file that exists whole or not at all."""
+    """Write indented JSON, in one step: an interrupted call leaves the old file, or none, at `path`."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager
 def prepared(output: str | Path) -> Iterator[Path]:
-    """Yield a folder for a data set and its report, and move its files into `output` afterwards, the report last.
+    """Context manager: yield a temporary folder, and afterwards move its files into `output`, the report last.
 
-    If an error occurs before the move, `output` stays as it was. A kill during the move leaves a folder without a
-    report, which counts as not finished.
+    The caller writes a data set and its report to the temporary folder. If an error occurs before the move, `output`
+    stays as it was. If the process is killed during the move, `output` has no report, which counts as not finished.
 
-    Raises: InputError if `output` cannot be written, or another process holds it.
+    Raises: InputError if `output` cannot be written, or another process has locked it.
     """
     output = Path(output)
     with locked(output), writing(output), staging(output / REPORT) as folder:
@@ -38,9 +38,14 @@ def prepared(output: str | Path) -> Iterator[Path]:
 
 
 def require_no_other_splits(output: str | Path, splits: Collection[str]) -> None:
-    """Check that the folder holds no splits of an earlier run, whose groups may be in the new splits too.
+    """Check that the folder has no split files of an earlier call besides those that will be replaced.
 
-    Raises: InputError if it does.
+    Their groups may be in the new splits too.
+
+    Args:
+      output: the folder; it need not exist.
+      splits: names of the new splits.
+    Raises: InputError if the folder has other splits.
     """
     others = sorted(path.name for path in Path(output).glob("*.jsonl") if path.stem not in splits)
     if others:

@@ -1,6 +1,7 @@
 """Convert scored rows in any common form (offline_lmrl/logs/forms.py) to trajectories in splits.
 
-Nothing is changed except what those forms repair and count. The group of a row without one is its first user turn.
+Nothing is changed except for the repairs described there, which are counted. The group of a row that has none is a
+hash of its first user turn.
 """
 
 from collections import Counter
@@ -33,10 +34,10 @@ def prepare(
       output: folder to write to; created if needed.
       reward: the column that holds the score of a row; null = `reward`, or `label` in rows with a prompt.
       validation: share of the groups that goes to validation if the source has no validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = `group`, or the first user
-        turn.
+      group: column by which rows are kept together in one split, such as a customer; null = the column `group`, or the
+        first user turn in rows without it.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read, no row has the column `reward`, or the output cannot be written.
     """
 

@@ -1,10 +1,11 @@
 """Convert comments on a post and their votes (Ethayarajh et al. 2022; stanfordnlp/SHP and SHP-2) to comparisons.
 
 A row is a post, `history`, with two comments A and B, and `labels`, which is 1 if A got more votes. How rows are read:
-- Votes are evidence for a comment only if it did not have more time to collect them. A row is dropped if its preferred
-  comment is the older one, or if its votes contradict its label.
-- log(score_ratio) is the strength. A ratio near 1 is noise; `min_ratio` drops it.
-- One post may have hundreds of pairs of a few comments; the `max_pairs` pairs with the highest ratios are kept.
+- More votes are evidence for a comment only if it did not have more time to collect them. A row is dropped if its
+  preferred comment is the older one, or if its votes contradict its label.
+- The strength of the preference is log(score_ratio), where score_ratio is the ratio of the votes. Ratios near 1 are
+  noise; `min_ratio` drops such rows.
+- A few comments on one post may make hundreds of pairs; only the `max_pairs` pairs with the highest ratios are kept.
 - The group is the post: all rows with one id or with the same words.
 """
 
@@ -45,9 +46,9 @@ def prepare(
       min_ratio: smallest ratio of the votes of a pair that is kept, from 1 up.
       max_pairs: largest number of pairs of one post; null = all.
       validation: share of the posts that goes to validation if the source has no validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = the post.
+      group: column by which rows are kept together in one split, such as a customer; null = the post.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError for settings out of range, if nothing can be read or the output cannot be written.
     """
     if min_ratio < 1:
@@ -72,6 +73,10 @@ def prepare(
 def read_pair(row: Mapping, where: str, min_ratio: float = 1.0) -> Comparison:
     """Return the comparison of one row.
 
+    Args:
+      row: has a post, two comments and their votes, under the names of the public data.
+      where: "file:row", the start of error messages.
+      min_ratio: smallest ratio of the votes of a pair that is kept.
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """
     post, *comments = (text(row, name, where) for name in ("history", "human_ref_A", "human_ref_B"))
@@ -109,10 +114,11 @@ def read_pair(row: Mapping, where: str, min_ratio: float = 1.0) -> Comparison:
 
 
 def strongest(rows: Sequence[Comparison], most: int) -> list[Comparison]:
-    """Keep, for each post, the pairs with the highest ratios, in their order.
+    """Keep, for each post, the pairs with the highest ratios of votes; the order of the rows stays.
 
     Args:
-      most: number of pairs kept per post.
+      rows: comparisons whose group is the post.
+      most: largest number of pairs kept per post.
     """
     by_post = defaultdict(list)
     for place, row in enumerate(rows):

@@ -52,20 +52,22 @@ def prepare(
       input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files or a hub name.
       output: folder to write to; created if needed.
       validation: share of the groups (questions) that goes to validation if the source has no validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = the question.
+      group: column by which rows are kept together in one split, such as a customer; null = the question.
       seed: random seed of the split.
       processes: number of processes that read rows.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     return convert(input, read_question, output, validation, seed, processes, group)
 
 
 def read_question(row: Mapping, where: str, counts: Counter[str]) -> Comparison | None:
-    """Return the comparison of one question, or None if it is dropped.
+    """Return the comparison of the answers to one question, or None if the row is dropped.
 
     Args:
-      counts: receives the repairs, or the reason why the row is dropped.
+      row: in one of the two forms that the module describes.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, or once for a dropped row, under a key that describes it.
     """
     if row.get("question") is None and row.get("title") is not None:
         title = html.unescape(fields.text(row, "title", where))  # titles are escaped, but have no tags
@@ -96,15 +98,18 @@ def read_question(row: Mapping, where: str, counts: Counter[str]) -> Comparison 
 
 
 def vote_score(votes: int, accepted: bool) -> int:
-    """Return the score of an answer: log2(1 + votes), rounded, + 1 if it is accepted; −1 below 0 votes.
+    """Return the score of an answer: log2(1 + votes), rounded, + 1 if the answer is accepted; −1 below 0 votes.
 
     Askell et al. 2021, section 4.1.
+
+    Args:
+      votes: upvotes minus downvotes.
     """
     return -1 if votes < 0 else round(math.log2(1 + votes)) + accepted
 
 
 def plain_text(text: str) -> str:
-    """Convert HTML to text; return text without an HTML tag unchanged.
+    """Convert HTML to plain text; return a text without an HTML tag unchanged.
 
     Raises: Drop if the HTML cannot be read.
     """
@@ -120,7 +125,7 @@ def plain_text(text: str) -> str:
 
 
 class _Reader(HTMLParser):
-    """A parser that collects the text in `parts`."""
+    """An HTML parser that collects the pieces of the plain text in `parts`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +167,7 @@ def _plain(text: str, counts: Counter[str]) -> str:
 
 
 def _rank(answer: Mapping, where: str) -> int | None:
-    """Return minus the score, since the lowest rank is best."""
+    """Return the rank of an answer, lowest = best: minus its score. None = it has no score."""
     if answer.get("pm_score") is not None:
         return -fields.whole(answer, "pm_score", where)
     if answer.get("score") is None:

@@ -3,11 +3,12 @@
 A row is `prompt, completions, labels`. How rows are read:
 - Every step is a turn of the agent and earns 1 if its label is true and −1 if it is false. A longer solution of right
   steps thus earns more; with `right` 0, only mistakes count.
-- A step without a label is context, since nobody judged it.
-- White space around a step, which separates it from the next, is removed; a turn has its own end.
+- A step without a label is context, since nobody rated it.
+- White space around a step, which separates it from the next step, is removed, since the end of a turn is marked by
+  the chat format.
 - Some sources stop at the first mistake, others continue. Right steps after a wrong one are kept, and rows with such
   steps are counted.
-- The correctness of the final answer is another fact. A column for it stays in the labels and earns nothing.
+- Whether the final answer is correct does not count. A column for it is kept in the labels.
 """
 
 from collections import Counter
@@ -44,9 +45,9 @@ def prepare(
       right: reward of a right step.
       wrong: reward of a wrong step; less than `right`.
       validation: share of the groups (prompts) that goes to validation if the source has no validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = the prompt.
+      group: column by which rows are kept together in one split, such as a customer; null = the prompt.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     if not wrong < right:
@@ -60,10 +61,14 @@ def prepare(
 
 
 def read_steps(row: Mapping, where: str, counts: Counter[str], right: float = 1.0, wrong: float = -1.0) -> Trajectory:
-    """Return the trajectory of one row.
+    """Return the trajectory of one solution, with one agent turn per step.
 
     Args:
-      counts: receives the repairs.
+      row: has `prompt`, `completions` and `labels`.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, under a key that describes it.
+      right: reward of a right step.
+      wrong: reward of a wrong step.
 
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """

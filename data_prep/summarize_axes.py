@@ -1,9 +1,10 @@
 """Convert ratings of summaries (Stiennon et al. 2020; openai/summarize-from-feedback, `axis_evals`) to trajectories.
 
-A row is `info`, as in the comparisons, and one `summary` with the `axes` on which a worker rated it, each from 1 to 7.
-It becomes one trajectory, whose reward is a weighted sum of axes. A rating depends on the quality of the summary and
-also on the difficulty of its post, so rewards are centred by post by default. The labels hold the axes, the raw reward
-and the subtracted mean. White space, splits and groups are treated as in `summarize_comparisons`.
+A row has `info`, the text to summarise, and one `summary` with the ratings of a worker, from 1 to 7, on several `axes`
+(AXES). It becomes one trajectory, whose reward is a weighted sum of the ratings. A rating depends on the quality of
+the summary and also on the difficulty of the text (the post), so by default the mean reward of each post is
+subtracted. The labels hold the ratings, the raw reward and the subtracted mean. White space, splits and groups are
+treated as in `summarize_comparisons`.
 """
 
 import math
@@ -51,12 +52,12 @@ def prepare(
       accuracy: weight of this axis in the reward.
       coverage: weight of this axis in the reward.
       coherence: weight of this axis in the reward.
-      centre: subtract the mean reward of the post.
+      centre: subtract from each reward the mean reward of the post's summaries.
       validation: share of the posts that goes to validation if there are rows of the train split and none of the
         validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = the post.
+      group: column by which rows are kept together in one split, such as a customer; null = the post.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if all weights are 0, nothing can be read or the output cannot be written.
     """
     given = dict(zip(AXES, (overall, accuracy, coverage, coherence), strict=True))
@@ -79,10 +80,13 @@ def prepare(
 def read_rating(
     row: Mapping, where: str, counts: Counter[str], weights: Mapping[str, float]
 ) -> tuple[str, Trajectory]:
-    """Return the split and trajectory of one row.
+    """Return the split that one row names, and the trajectory of its summary.
 
     Args:
-      counts: receives the repairs.
+      row: has `info`, `summary` and `split`.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, under a key that describes it.
+      weights: axis -> its weight in the reward.
 
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """
@@ -113,10 +117,11 @@ def read_rating(
 def centred(
     made: Mapping[str, Sequence[Trajectory]], post: Callable[[Trajectory], str] = group_key
 ) -> dict[str, list[Trajectory]]:
-    """Subtract from each reward the mean reward of the row's post, over all splits.
+    """Subtract from each reward the mean reward of all rows on the same post, in all splits.
 
     Args:
-      post: function that returns the key of a row's post.
+      made: rows by split.
+      post: function that returns the key of the post that a row is about.
     """
     raws = defaultdict(list)
     for rows in made.values():

@@ -4,9 +4,9 @@ A row is `info`, two `summaries`, and the `choice` of a worker. How rows are rea
 - The text to summarise is a forum post or an article of a site; the fields present determine which, not the batch
   name.
 - White space at the ends of a summary is removed: in some batches it reveals the author.
-- The worker's confidence is a point on one scale of 9 for both sides (the paper's appendix C), here from 1 (surely the
-  first summary) to 9 (surely the second), as in the repository's example. It is kept in the labels; `soft` makes the
-  target from it. If it contradicts the choice, the choice is used, and the row is counted.
+- The worker's confidence is one number for both summaries (the paper's appendix C), from 1 (surely the first summary)
+  to 9 (surely the second), as in the repository's example. It is kept in the labels; `soft` makes the target from it.
+  If it contradicts the choice, the choice is used, and the row is counted.
 - valid1 was used to choose models and becomes the validation split; valid2 was used for final figures and becomes the
   test split.
 - The group is the post: all rows with one id or with the same words.
@@ -46,11 +46,12 @@ def prepare(
     Args:
       input: a file with a batch, a folder of such files or a hub name.
       output: folder to write to; created if needed.
-      soft: make the target from the worker's confidence if known: (confidence − 1) / 8 for the second summary.
+      soft: make the target from the worker's confidence if it is known: P(the second summary is better) =
+        (confidence − 1) / 8.
       validation: share of the posts that goes to validation if no row is of the validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = the post.
+      group: column by which rows are kept together in one split, such as a customer; null = the post.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
 
@@ -76,10 +77,13 @@ def prepare(
 
 
 def read_choice(row: Mapping, where: str, counts: Counter[str], soft: bool = False) -> tuple[str, Comparison]:
-    """Return the split and comparison of one row.
+    """Return the split that one row names, and the comparison of its two summaries.
 
     Args:
-      counts: receives the repairs.
+      row: has `info`, `summaries`, `choice` and `split`.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, under a key that describes it.
+      soft: make the target from the worker's confidence, see `prepare`.
 
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """
@@ -116,7 +120,11 @@ def read_choice(row: Mapping, where: str, counts: Counter[str], soft: bool = Fal
 
 
 def read_info(row: Mapping, where: str) -> tuple[tuple[Turn, ...], dict[str, Any]]:
-    """Return the turn with the text to summarise, and the facts about the row and its worker."""
+    """Return the user turn with the text to summarise, as a tuple, and facts for the labels.
+
+    Returns: the turn; and id and site of the text, worker, batch and split, by name, as far as they are known.
+    Raises: Drop if the text is empty. InputError for values of the wrong type.
+    """
     info, place = inner(row, "info", where), f"{where}: info"
     kinds = [name for name in ("post", "article") if info.get(name) is not None]
     if len(kinds) != 1:
@@ -132,7 +140,14 @@ def read_info(row: Mapping, where: str) -> tuple[tuple[Turn, ...], dict[str, Any
 
 
 def read_summary(summary: Mapping, where: str, counts: Counter[str]) -> str:
-    """Return the text of a summary without white space at its ends."""
+    """Return the text of a summary without white space at its ends.
+
+    Args:
+      summary: an object with `text`.
+      where: the start of error messages.
+      counts: incremented if white space is removed.
+    Raises: Drop if the text is empty.
+    """
     words = text(summary, "text", where)
     if not words.strip():
         raise Drop("empty summary")
@@ -142,7 +157,7 @@ def read_summary(summary: Mapping, where: str, counts: Counter[str]) -> str:
 
 
 def read_split(row: Mapping, where: str) -> str:
-    """Return our split for the split that the row names."""
+    """Return the split (train, validation or test) for the name in the row's column `split`, a key of SPLITS."""
     split = text(row, "split", where)
     if split not in SPLITS:
         raise InputError(f"{where}: split: found {shown(split)}, expected one of {', '.join(SPLITS)}")
@@ -150,7 +165,12 @@ def read_split(row: Mapping, where: str) -> str:
 
 
 def by_own_split(found: Mapping[str, Sequence[tuple[str, Row]]]) -> dict[str, list[Row]]:
-    """Return rows by the split that each names, whichever file they are from."""
+    """Return rows by the split that each of them names, instead of by the file that they are from.
+
+    Args:
+      found: split of the source -> pairs of (split that the row names, row).
+    Returns: split -> rows, without empty splits.
+    """
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS.values()}
     for rows in found.values():
         for split, row in rows:
@@ -159,7 +179,7 @@ def by_own_split(found: Mapping[str, Sequence[tuple[str, Row]]]) -> dict[str, li
 
 
 def win_rates(rows: Sequence[Comparison]) -> dict[str | None, float]:
-    """Return, for each policy, the share of comparisons in which its summary is preferred."""
+    """Return {policy: share of comparisons in which its summary is preferred}; None is the key of unknown policies."""
     wins = defaultdict(list)
     for row in rows:
         for option, probability in zip(row.labels["options"], row.target, strict=True):

@@ -1,4 +1,4 @@
-"""Generate logs of a toy's own scripted behaviour, for configs that start from a clone of it."""
+"""Generate logs of a toy's behaviour policy, for configs that start from a model trained to imitate it."""
 
 from pathlib import Path
 

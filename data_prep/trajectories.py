@@ -27,10 +27,11 @@ def publish(
 
     Args:
       made: trajectories by split of the source.
-      report: the first entries of the report.
-      validation: see `comparisons.separate`.
-      seed: see `comparisons.separate`.
-    Returns: the report.
+      output: folder to write to.
+      report: the entries with which the report begins.
+      validation: share of the groups that goes to validation; see `comparisons.separate`.
+      seed: random seed of the split.
+    Returns: the content of report.json.
     """
     splits, removed = separate(made, validation, seed)
     splits = {name: rows for name, rows in splits.items() if rows}
@@ -56,10 +57,13 @@ def publish(
 
 
 def scored_pairs(rows: Sequence[Trajectory]) -> list[tuple[Comparison, int, int]]:
-    """Pair scored turns at random, and return the pairs whose rewards differ, each as (comparison, better, worse).
+    """Pair scored turns at random, and return those pairs whose rewards differ, for `comparison_checks.baselines`.
 
-    Each turn is used once, so the pairs are independent. Nobody compared these turns: the pairs only show which
-    features go with a higher reward, whatever the prompt.
+    Each turn is used at most once, so the pairs are independent. Nobody compared these turns: the pairs only show
+    which features go with a higher reward, whatever the prompt.
+
+    Returns: per pair, a comparison of the two turns without context, and the indices of the option with the higher
+      reward (0) and of the other one (1).
     """
     turns = [turn for row in rows for turn in row.turns if turn.reward is not None]
     random.Random(0).shuffle(turns)

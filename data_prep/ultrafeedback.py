@@ -7,10 +7,11 @@ How rows are read:
   measure the quality of each option.
 - Ratings are text, and some are "N/A". Only aspects rated in every rated completion are averaged; a completion without
   any rating is left out.
-- `overall_score` is not used. Some published versions have 10 where the critic meant 1; beside ratings of at most 2 on
-  average it is kept in the labels as 1.
+- `overall_score` is not used. Some published versions have 10 where the annotating model meant 1; if the mean rating
+  is at most 2, a 10 is therefore stored in the labels as 1.
 - Questions of TruthfulQA, which is a benchmark, are dropped by default.
-- Completions of one instruction were sampled with different system prompts, so these are labels and not context.
+- Completions of one instruction were sampled with different system prompts, so these prompts are stored in the labels
+  and are not context.
 """
 
 import math
@@ -50,20 +51,22 @@ def prepare(
       output: folder to write to; created if needed.
       truthful_qa: keep the questions of TruthfulQA.
       validation: share of the groups (instructions) that goes to validation if the source has no validation split.
-      group: column that identifies what must stay in one split, such as a customer; null = the instruction.
+      group: column by which rows are kept together in one split, such as a customer; null = the instruction.
       seed: random seed of the split.
       processes: number of processes that read rows.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
     return convert(input, partial(read_rated, truthful_qa=truthful_qa), output, validation, seed, processes, group)
 
 
 def read_rated(row: Mapping, where: str, counts: Counter[str], truthful_qa: bool = False) -> Comparison | None:
-    """Return the comparison of one instruction, or None if it is dropped.
+    """Return the comparison of the completions of one instruction, or None if the row is dropped.
 
     Args:
-      counts: receives the repairs, or the reason why the row is dropped.
+      row: has `instruction` and `completions`.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, or once for a dropped row, under a key that describes it.
       truthful_qa: keep the questions of TruthfulQA.
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """
@@ -104,7 +107,7 @@ def read_rated(row: Mapping, where: str, counts: Counter[str], truthful_qa: bool
 
 
 def _ratings(completion: Mapping, where: str) -> dict[str, float]:
-    """Return the ratings, from 1 to 5, of the aspects that have one."""
+    """Return {aspect: rating from 1 to 5} for the ASPECTS for which the completion has a rating."""
     found = {}
     annotations = _object(completion, "annotations", where)
     for aspect in ASPECTS:

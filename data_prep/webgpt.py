@@ -1,12 +1,12 @@
 """Convert comparisons of two answers with sources (Nakano et al. 2021; openai/webgpt_comparisons).
 
-A row is a `question` and two answers, each with the quotes it was written from and its score, which is how much it is
-preferred, from −1 to 1. How rows are read:
+A row is a `question` and two answers, each with the quotes from which it was written and a score from −1 to 1, by how
+much it is preferred to the other answer. How rows are read:
 - P(the first is better) = (1 + score_0) / 2, so a score of 0 is a tie, which is kept. The target contains the strength
   of the preference, so the labels do not repeat it; `labels["options"]` holds the raw scores.
-- An answer cites its quotes as [1], [2]. By default the quotes are left out, and the citation marks are removed as
-  meaningless. With `quotes`, the marks stay, and each answer follows a tool turn with its quotes, for which nobody is
-  credited.
+- An answer cites its quotes as [1], [2]. By default the quotes are left out, and so are the citation marks, which mean
+  nothing without them. With `quotes`, the marks stay, and before each answer there is a tool turn with its quotes,
+  which is not trained on.
 - The group is the question: all rows with one id or with the same words. The token ids repeat the texts and are not
   read.
 """
@@ -44,9 +44,9 @@ def prepare(
       output: folder to write to; created if needed.
       quotes: put the quotes of an answer before it, and keep the marks that cite them.
       validation: share of the questions that goes to validation.
-      group: column that identifies what must stay in one split, such as a customer; null = the question.
+      group: column by which rows are kept together in one split, such as a customer; null = the question.
       seed: random seed of the split.
-    Returns: counts and facts, the content of report.json.
+    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
     Raises: InputError if nothing can be read or the output cannot be written.
     """
 
@@ -58,10 +58,13 @@ def prepare(
 
 
 def read_answers(row: Mapping, where: str, counts: Counter[str], quotes: bool = False) -> Comparison:
-    """Return the comparison of one row.
+    """Return the comparison of the two answers in one row.
 
     Args:
-      counts: receives the repairs.
+      row: has `question`, the answers, their scores and their quotes, under the names of the public data.
+      where: "file:row", the start of error messages.
+      counts: incremented for each repair, under a key that describes it.
+      quotes: put the quotes of an answer before it, see `prepare`.
 
     Raises: Drop if the row cannot be used, InputError for values of the wrong type.
     """
@@ -104,7 +107,11 @@ def _answer(row: Mapping, i: int, where: str, quotes: bool, counts: Counter[str]
 
 
 def _quotes(row: Mapping, name: str, where: str) -> str:
-    """Return the quotes with the numbers that the answer cites, or "" if it has none."""
+    """Return the quotes of an answer as one text, each with the number by which the answer cites it; "" = no quotes.
+
+    Args:
+      name: the column with the quotes.
+    """
     if row.get(name) is None:
         return ""
     place = f"{where}: {name}"

@@ -1,11 +1,13 @@
 """Generate logs of scripted Wordle players, modelled on those of the published systems.
 
-Most logs are games of one player, by its name. Two sets branch off from games of the expert, the player with the
-greatest information:
-- adversarial (ILQL, section 5): for every expert game of at least 3 turns, 5 games that share its first two words and
-  then repeat them, and 5 games of their own by a player who is consistent half of the time. The best opening therefore
-  looks bad on average. This misleads values that look one step ahead, but not values that bootstrap.
-- branching: from every state of an expert game, one game that continues with words that contradict the colours.
+Most logs are games of one of the PLAYERS in tasks/wordle.py. Two further sets are made from games of the expert, the
+player that guesses the word with the greatest expected information:
+- adversarial (ILQL, section 5): every expert game; and, for every expert game of at least 3 turns, 5 games that begin
+  with its first two words and then repeat them, and 5 games with the same secret by a player whose guesses are
+  consistent with the colours with probability ½, else random. The best opening therefore looks bad on average. This
+  misleads values that look one step ahead, but not values that bootstrap.
+- branching: every expert game; and, from every state of it, one game that continues with words that contradict the
+  colours.
 """
 
 import dataclasses
@@ -130,7 +132,16 @@ def _branches(
     game: functools.partial,
     seeds: Sequence[int],
 ) -> Iterator[Trajectory]:
-    """Yield games with the expert's secret that begin with the texts `opening`, in the expert's group."""
+    """Yield games with the expert's secret, and in the expert's group, that begin with fixed guesses.
+
+    Args:
+      name: the player's name, for the labels.
+      player: chooses the guesses after the opening.
+      opening: the texts of the first guesses.
+      expert: a game of the expert.
+      game: makes a Wordle game.
+      seeds: the seed of each game.
+    """
     same = functools.partial(game, secret=expert.labels["secret"])
     policy = Forced(Scripted(player, same()), opening)
     for trajectory in rollout(policy, same, seeds):

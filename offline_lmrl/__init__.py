@@ -1,6 +1,6 @@
-"""Offline reinforcement learning for language models: logs in, value-guided text out.
+"""Offline reinforcement learning for language models: it learns from logs, and decodes text guided by values.
 
-The names below are loaded when they are first used, so that `import offline_lmrl` costs next to nothing.
+The names below are imported when they are first used, so that `import offline_lmrl` itself takes hardly any time.
 """
 
 from importlib import import_module

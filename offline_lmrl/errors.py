@@ -18,12 +18,12 @@ _BITS = 1000  # of the largest whole number that is printed; Python refuses to p
 
 
 class InputError(ValueError):
-    """A file, row, setting or name given by the user that cannot be used.
+    """The error for a file, row, setting or name given by the user that cannot be used.
 
     The message is one line with the place, the field, what was found and what was expected, for example `logs.jsonl:7:
     messages[2].reward: found nan, expected a finite number`. Print the found value with `shown`. The command line
-    prints the message unchanged and exits with code 2. A message longer than LONGEST_MESSAGE, for example with a
-    library's own text in it, loses its middle.
+    prints the message unchanged and exits with code 2. The middle of a message longer than LONGEST_MESSAGE characters,
+    for example with a library's own text in it, is replaced by " ... ".
     """
 
     def __init__(self, message: str):
@@ -34,9 +34,9 @@ class InputError(ValueError):
 
 
 def shown(value: Any) -> str:
-    """Return a value as an error prints it: one short line.
+    """Return a value as an error message prints it: one line of at most 60 characters.
 
-    The time is bounded even for a large value or one that contains itself.
+    It takes little time even for a large value or a list that contains itself.
     """
     text = ""
     for part in _parts(value):
@@ -47,14 +47,14 @@ def shown(value: Any) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names from the user as an error lists them: plain names unchanged, others as `shown` prints them."""
+    """Return names, joined by commas, as an error message lists them; unusual names are printed by `shown`."""
     names = list(names)
     plain = [name if re.fullmatch(rf"[\w.-]{{1,{_SHOWN}}}", name) else shown(name) for name in names[:_LISTED]]
     return ", ".join([*plain, "..."] if len(names) > _LISTED else plain)
 
 
 def _parts(value: Any) -> Iterator[str]:
-    """Yield the text of `repr` piece by piece, but only the beginning of text and bytes."""
+    """Yield `repr(value)` piece by piece; long texts, bytes and whole numbers are shortened."""
     if isinstance(value, str | bytes):
         yield repr(value[: _SHOWN + 1])
     elif isinstance(value, int) and value.bit_length() > _BITS:
@@ -73,11 +73,11 @@ def _parts(value: Any) -> Iterator[str]:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended a command, which left nothing half done.
+    """Raised when a signal ends a command, after the command has left nothing half done.
 
     Attributes:
       line: the message that tells the user how to continue; "" = none.
-      number: the signal.
+      number: the number of the signal.
     """
 
     def __init__(self, line: str, number: int):
@@ -86,9 +86,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class Failed(RuntimeError):
-    """A part of a command failed after its traceback was printed, while the rest of the command finished.
+    """Raised at the end of a command of which one part failed and the rest succeeded.
 
-    The message is one line that names the part. The command line prints it unchanged and exits with code 1.
+    The traceback of the failed part has been printed. The message is one line that names the part. The command line
+    prints it unchanged and exits with code 1.
     """
 
 
@@ -125,13 +126,13 @@ def reading_pretrained(name: str | Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Context manager: stop code from outside, such as a chat template, that might never end.
+    """Context manager: stop code of others that might never end, such as the chat template of a downloaded model.
 
     Works in the main thread only; other threads cannot be interrupted, and run without a limit.
 
     Args:
       seconds: the limit.
-      what: the name of that code in the message.
+      what: what the message calls this code.
 
     Raises: InputError if the code takes longer.
     """
@@ -157,7 +158,7 @@ def reading(where: str | Path, what: str) -> Iterator[None]:
     """Context manager: turn any exception raised while a library reads data into one InputError.
 
     Args:
-      where: the place that the message names.
+      where: the start of the message, such as "file:row".
       what: a noun for the data, such as "a Parquet file".
 
     Raises: InputError with the place and the first line of the library's message.
@@ -172,10 +173,12 @@ def reading(where: str | Path, what: str) -> Iterator[None]:
 
 
 def in_our_words(message: str, prefix: str = "") -> str:
-    """Rewrite jsonargparse's error about a wrong type as `key: found x, expected y`; return other messages unchanged.
+    """Rewrite jsonargparse's error about a wrong type as `key: found x, expected y`.
+
+    Other messages keep their words and become one line.
 
     Args:
-      prefix: text put before the key, its dot included.
+      prefix: text put before the key, such as "args.", when the key is that of a nested config.
     """
     message = " ".join(message.split())
     if ours := re.search(r"Errors: - (\S+: found .*) - Expected a <class 'NoneType'>", message):
@@ -200,7 +203,7 @@ def _short(text: str) -> str:
 
 
 def _plain_type(text: str) -> str:
-    """Rewrite a type that jsonargparse printed for people: <class 'int'>, <class 'NoneType'> -> int or null."""
+    """Rewrite a type that jsonargparse printed into plain words: <class 'int'>, <class 'NoneType'> -> int or null."""
     text = re.sub(r"<(?:class|enum) '(?:\w+\.)*(\w+)'>", r"\1", text)
     text = text.replace("typing.", "").replace("NoneType", "null")
     if choices := re.fullmatch(r"Literal\[(.*)\]", text):

@@ -1,6 +1,6 @@
-"""Names of settings that changed in version 0.2, each accepted under its old spelling for that version.
+"""New names of settings that were renamed in version 0.2, which still accepts the old names.
 
-Runs, checkpoints and results that an earlier version wrote are read under the new names.
+The same functions rename what an earlier version wrote to runs, checkpoints and results, whenever these are read.
 """
 
 import json
@@ -43,11 +43,11 @@ CHOSEN = "methods"  # the mapping whose keys are names that users chose
 
 
 def current(block: Any, where: str = "", path: str = "") -> Any:
-    """Return settings, with those inside them, under their current names and values.
+    """Return settings with old names and values replaced by the current ones, at every level.
 
     Args:
-      block: a mapping or a list of mappings; anything else is returned unchanged.
-      where: the user's file that it is from, for errors and for a warning about each old name; "" = no warning.
+      block: a mapping, such as a config, or a list of mappings; anything else is returned unchanged.
+      where: the user's file that it is from, for errors and a warning about each old name; "" = no warning.
       path: dotted name of the mapping in the file, with a dot at its end; "" = the top of the file.
     Raises: InputError if a setting is given under both names.
     """
@@ -75,7 +75,11 @@ def current(block: Any, where: str = "", path: str = "") -> Any:
 
 
 def current_flags(argv: Sequence[str]) -> list[str]:
-    """Return a command line with its flags, such as --args.sampling.top_p, and values under their current names."""
+    """Replace old names of flags (--args.sampling.top_p) and old values of settings in a command line, with a warning.
+
+    Args:
+      argv: the words of the command line, without the program.
+    """
     found: list[str] = []
     flag = None  # the flag whose value comes next
     for word in argv:

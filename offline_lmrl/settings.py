@@ -1,4 +1,4 @@
-"""Fields of config dataclasses that hold their help text, as those of TrainingArguments do."""
+"""Fields for config dataclasses with their help text in the metadata, as in transformers' TrainingArguments."""
 
 from dataclasses import field
 from typing import Any
@@ -8,7 +8,7 @@ def setting(default: Any, help: str) -> Any:
     """Return a dataclass field with a default and the text that the command line shows for it.
 
     Args:
-      default: the default, or a function without arguments that makes it, for values that may change.
+      default: the default, or a function without arguments that makes it, for mutable values such as lists.
       help: what the setting does, its unit, and what null means.
     """
     if callable(default):

@@ -1,4 +1,4 @@
-"""A prompt set with a reward for replies, as a task of one turn, so that RLHF and games share all code."""
+"""A set of prompts with a reward for replies, as an environment of one turn, so that RLHF and games share all code."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from offline_lmrl.logs.trajectory import Turn, finite, shown, turn_from_record
 
 SLOW = 2.0  # seconds of scoring after which a progress bar appears
 
-# Maps the turns before each reply of a batch, the replies, and the further columns of each prompt's row to rewards.
+# Maps three lists (the turns before each reply; the replies; the further columns of each prompt's row) to rewards.
 RewardFunction = Callable[[list[tuple[Turn, ...]], list[str], list[Mapping[str, Any]]], Sequence[float]]
 
 
@@ -28,16 +28,19 @@ class PromptEnvironment:
     Args:
       prompts: a file or folder of rows with `prompt` (a text, or messages) or `messages` (of which those before the
         agent's last turn are the prompt), and any further columns; or the prompts themselves, as texts or turns.
-      reward: a Scorer; or a function of (contexts, texts, labels), one entry per reply, that returns one number per
-        reply; or the name of such a function or Scorer class as package.module:name, which may be in the working
-        folder. Labels are the further columns of the prompt's row.
-      batch_size: replies that are scored at once.
-      seed: of the shuffled order.
+      reward: a Scorer; or a function (contexts, texts, labels) -> one number per reply; or the name of such a function
+        or of a Scorer class as package.module:name, which may be in the working folder. The arguments of the function
+        are three lists with one entry per reply: the turns before the reply (a tuple of Turn), the reply (text), and
+        the further columns of the prompt's row (a dict).
+      batch_size: number of replies that are scored at once.
+      seed: random seed of the shuffled order.
 
     Attributes:
-      counts: number of prompts that were left out, by reason.
+      prompts: the n different prompts, each as (turns, further columns of its row).
+      counts: reason -> number of prompts that were left out.
 
-    Raises: InputError if the prompts cannot be read; when it scores, if the reward is not one finite number per reply.
+    Raises: InputError if the prompts cannot be read, or, during play, if the reward is not one finite number per
+      reply.
     """
 
     def __init__(
@@ -114,10 +117,10 @@ def _number(value: Any, text: str) -> float:
 
 
 def _turns(prompt: Any, where: str = "prompts") -> tuple[Turn, ...]:
-    """Return the turns before the reply, from a text, turns, or messages.
+    """Return the turns of a prompt, which is a text (one user turn) or a list of turns or messages.
 
     Args:
-      where: the place of the prompt, for error messages.
+      where: the start of error messages, such as "file:row: prompt".
     """
     if isinstance(prompt, str):
         return (Turn("user", prompt),)
@@ -132,7 +135,7 @@ def _turns(prompt: Any, where: str = "prompts") -> tuple[Turn, ...]:
 
 
 def _read(source: str | Path) -> list[tuple[tuple[Turn, ...], dict[str, Any]]]:
-    """Read the prompts of a file or folder, each with the further columns of its row."""
+    """Read the prompts of a file or folder; return (turns of the prompt, further columns of its row) for each row."""
     parts = raw_splits(source)
     if len(parts) > 1:
         raise InputError(f"{source}: found the splits {', '.join(parts)}, expected one of them: give its file")
@@ -154,6 +157,6 @@ def _read(source: str | Path) -> list[tuple[tuple[Turn, ...], dict[str, Any]]]:
 
 
 def _find(name: str) -> Any:
-    """Import a function or class from its dotted name; of a class, return an instance made without arguments."""
+    """Import a function or class named package.module:name; a class is instantiated without arguments."""
     found = import_object(name, "reward")
     return found() if isinstance(found, type) else found

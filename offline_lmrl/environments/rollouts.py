@@ -1,4 +1,4 @@
-"""Rollouts: a policy plays many episodes of an environment in one batch, and they are stored as trajectories."""
+"""Rollouts: a policy plays many episodes of an environment at once, and each becomes a trajectory."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,10 +11,12 @@ MAX_TURNS = 1000  # so that an evaluation ends even if the environment never doe
 
 
 class SideBySide:
-    """A vector environment made of one Environment per row, stepped one after the other; implements VectorEnvironment.
+    """A vector environment made of one Environment per episode, stepped one after the other.
+
+    Implements VectorEnvironment.
 
     Args:
-      factory: makes a new Environment, such as its class.
+      factory: function without arguments that makes a new Environment, such as a class.
     """
 
     def __init__(self, factory: Callable[[], Environment]):
@@ -50,23 +52,27 @@ def rollout(
 
     Agent turns hold their reward and, if the policy gives them, token_ids and behaviour_log_prob. An episode that was
     cut, by the environment or by max_turns, is not `terminated` and keeps its last observation. `labels` holds the
-    environment's labels, the session's own labels, if any (such as the requested return), and:
+    environment's labels, labels that the policy adds (such as the requested return), and:
 
       "seed": the seed.
-      "tokenizer": fingerprint of the renderer that the ids belong to. This label and the next two are only stored for
-        policies with a tokenizer.
-      "policy_log_prob": log π per agent turn and token, without filters and guidance, at the same temperature.
-      "options": the allowed texts of turns that the environment restricted, by index of the turn, as text.
+      "tokenizer": fingerprint of the tokenizer and chat format to which the token_ids belong. This label and the next
+        two are stored only if the policy has a tokenizer.
+      "policy_log_prob": one list per agent turn, with one number per token: log π at the sampling temperature, without
+        filters such as top-p and without guidance by Q and V.
+      "options": index of a turn, as text -> the texts to which the environment restricted this turn. Only stored if
+        the environment restricted a turn.
 
     Args:
       policy: the player.
-      environment: a VectorEnvironment, or a factory of Environments, such as a class; `make_environment` gives these.
+      environment: a VectorEnvironment, or a function without arguments that makes an Environment, such as a class;
+        `make_environment` returns one of these.
       seeds: the seed of each episode, for the environment and for the policy.
-      batch_size: episodes that are played at once.
-      max_turns: agent turns after which an episode is cut; None = no limit.
-      few_shot: maps a seed to the few-shot demonstrations of its episode, or to None for no demonstrations
-        (`few_shot_of_task` in tokens/few_shot.py); None = the policy's own demonstrations in all episodes.
-      progress: called with (episodes done, all episodes) whenever some have ended.
+      batch_size: number of episodes that are played at once.
+      max_turns: number of agent turns after which an episode is cut; None = no limit.
+      few_shot: maps the seed of an episode to the few-shot demonstrations that the policy reads before it, or to None
+        for no demonstrations (`few_shot_of_task` in tokens/few_shot.py makes such a function). None = the policy reads
+        the demonstrations that it was made with, if any, in all episodes.
+      progress: called with (number of episodes that have ended, number of all episodes) whenever some have ended.
     Returns: one trajectory per seed, in the order of the seeds.
     Raises: InputError if the environment gives a reward that is not a finite number.
     """
@@ -97,11 +103,11 @@ def _as_vector(environment: Any) -> VectorEnvironment:
 
 
 class _Episodes:
-    """A batch of episodes from reset to end.
+    """A batch of episodes from reset to end; row i is the episode of the i-th seed.
 
     Attributes:
       live: rows whose episode has not ended.
-      ended: rows whose episode ended with the last turn.
+      ended: rows whose episode ended in the last call of `play_turn`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Scripted play: episodes of a fixed behaviour, and policies whose first turns are fixed."""
+"""Scripted play: episodes whose texts a function chooses, and policies whose first turns are fixed texts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,9 +15,9 @@ def scripted_episode(
 
     Args:
       environment: the environment.
-      opening: the turns that its reset returned.
-      choose: returns the agent's next text.
-      fields: further fields of the trajectory, such as group and task.
+      opening: the turns that its `reset` returned.
+      choose: called without arguments; returns the agent's next text.
+      fields: further fields of the trajectory by name, such as group and task.
     """
     turns, ended = list(opening), False
     while not ended:
@@ -35,16 +35,20 @@ def check_episodes(episodes: int) -> None:
 
 
 class Forced:
-    """A policy whose first turns are fixed texts, and whose other turns come from another policy; implements Policy.
+    """A policy whose first turns are fixed texts and whose later turns are another policy's; implements Policy.
 
-    It shows how a policy acts after a history that it did not choose, such as one with given rewards.
+    It shows how a policy acts after turns that it did not choose, for example turns that earn known rewards.
+
+    Args:
+      policy: makes the turns after the fixed ones.
+      texts: the first turns, the same in every episode.
     """
 
     def __init__(self, policy: Policy, texts: Sequence[str]):
         self.policy, self.texts = policy, texts
 
     def start(self, seeds: Sequence[int]) -> Session:
-        """Start a session with one row per seed."""
+        """Start a batch of episodes, one row per seed, from which the other policy draws the later turns."""
         return _ForcedSession(self.policy.start(seeds), self.texts)
 
 

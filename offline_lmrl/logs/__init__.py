@@ -1,1 +1,4 @@
-"""Scored dialogues and everything that reads, checks, renders and batches them; import the modules by name."""
+"""Logged dialogues and comparisons of replies: their classes, and how they are read, converted, checked and written.
+
+Import the modules by name.
+"""

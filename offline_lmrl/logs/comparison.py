@@ -1,4 +1,7 @@
-"""`Comparison`: alternative replies to one context with people's preference among them, and its form on disk."""
+"""`Comparison`: alternative replies to one context with people's preference among them, and its form on disk.
+
+The context is the turns before the replies. A reply is called an option.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,21 +28,23 @@ class Comparison:
     """K replies to one context, with the probability that each is the best.
 
     Attributes:
-      context: the turns before every option. Nobody is credited for them here, so an agent turn among them has
+      context: the turns before every option. They are not trained on, so an agent turn among them gets
         trainable = False. May be empty: then the agent opens the dialogue.
-      options: K >= 2 continuations, each with at least one agent turn. Their turns have no rewards, because a
-        preference is not a reward.
-      target: (K,) probability that each option is the best: one-hot, uniform over the tied options, or soft. Sums to
-        1.
-      ranking: groups of tied options, best first, which together hold every option once; None = unknown.
-      weight: how much the comparison counts, above 0.
-      group: root prompt or conversation, the unit of every split; "" = unknown.
-      source: the origin of the row.
-      labels: every raw human signal, as values that JSON can hold; never rendered. `labels["options"]`, if present, is
-        a list with one entry per option (its author, its votes). `labels["strength"]`, if present, is by how much the
-        better option is better, from 0 up.
+      options: K >= 2 replies, each a tuple of turns with at least one trainable turn. Their turns have no rewards,
+        because a preference is not a reward.
+      target: (K,) probability that each option is the best: one-hot, uniform over options that tie as the best, or
+        soft. Sums to 1.
+      ranking: tuples of indices into `options`, best first; options in one tuple are tied. Every index occurs exactly
+        once. None = unknown.
+      weight: factor of this comparison in averages and losses, above 0.
+      group: a key of the prompt or conversation; "" = unknown. Comparisons of one group always go to the same split
+        (train, validation or test).
+      source: the name of the data set or file that the comparison is from.
+      labels: every raw human signal by name, as values that JSON can hold; never shown to a model.
+        `labels["options"]`, if present, is a list with one entry per option (such as its author and votes).
+        `labels["strength"]`, if present, is by how much the better option is better, from 0 up.
 
-    Raises: InputError that names the field.
+    Raises: InputError that names the invalid field.
     """
 
     context: tuple[Turn, ...]
@@ -71,7 +76,7 @@ class Comparison:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """(K,) rank of each option: 0 = best, tied options share a rank.
+        """The rank of each of the K options: 0 = best, 1 = next best, ...; tied options have the same rank.
 
         Without a ranking, options are ordered by target.
         """
@@ -93,13 +98,13 @@ class Comparison:
         return (1 + (ranks[i] < ranks[j]) - (ranks[i] > ranks[j])) / 2
 
     def select(self, places: Sequence[int]) -> "Comparison":
-        """Return the comparison of the options at these places, in this order.
+        """Return a comparison of some of the options only, in a given order.
 
-        If options are left out, the target is renormalised; if it is 0 on all that are kept, it becomes uniform over
-        the best ranked of them.
+        If options are left out, the target is renormalised. If the target is 0 for all options that are kept, it
+        becomes uniform over those of them with the best rank.
 
         Args:
-          places: indices of options: a permutation, a pair, or any other selection.
+          places: indices of the options to keep: a permutation, a pair, or any other selection.
         """
         target = [self.target[i] for i in places]
         if len(places) < len(self.options):
@@ -143,9 +148,11 @@ def to_record(comparison: Comparison) -> dict[str, Any]:
 def build_comparison(
     context: Sequence[Turn], options: Sequence[Sequence[Turn]], record: Mapping[str, Any], where: str
 ) -> Comparison:
-    """Build a comparison of these turns and the other fields of a record; absent and null fields take their defaults.
+    """Build a comparison of these turns and the other fields of a record.
 
     Args:
+      record: has target, and may have ranking, weight, group, source and labels; absent and null fields take their
+        defaults.
       where: the start of error messages, "file:row".
 
     Raises: InputError if `Comparison` refuses the values.

@@ -1,4 +1,9 @@
-"""Describe a set of comparisons, and measure which features besides quality a reward model could learn from it."""
+"""Describe a set of comparisons, and measure which features besides quality a reward model could learn from it.
+
+A feature is a function of (comparison, index of an option) that returns a number, such as the length of the reply. A
+pair is (comparison, i, j): options i and j of one comparison. A pair wins for a feature if the option with more of the
+feature is the preferred one, loses if it is the other one, and ties if both options have equally much of the feature.
+"""
 
 import math
 import re
@@ -31,20 +36,25 @@ _CUTS = (512, 1024, 2048)
 
 
 def describe(comparisons: Sequence[Comparison], features: Mapping[str, Feature] | None = None) -> dict[str, Any]:
-    """Summarise comparisons as plain values for JSON.
+    """Summarise comparisons as a nested dict of plain values, for JSON.
 
-    `baselines` holds how often the option with more of a feature is preferred, over all pairs of options of one
-    comparison that are not ties. A reward model that does no better has learnt nothing beyond that feature. `checks`
-    counts properties of the data that other tools handle badly.
+    The entry `baselines` holds how often the option with more of a feature is preferred, over all pairs of options of
+    one comparison, without pairs whose options are equally preferred. A reward model that does no better has learnt
+    nothing beyond that feature. The entry `checks` counts properties of the data that other tools handle badly.
 
     Args:
-      features: further baselines by name.
+      features: name -> feature, for further baselines besides those of _FEATURES; None = no others.
     """
     return summary(count_features(comparisons, features))
 
 
 def count_features(comparisons: Sequence[Comparison], features: Mapping[str, Feature] | None = None) -> Counter:
-    """Count everything that `summary` needs. Counts of two sets that share no group add up to the counts of both."""
+    """Count everything that `summary` needs.
+
+    If two sets of comparisons share no group, their counts can be added to get the counts of the union.
+
+    Args: see `describe`.
+    """
     pairs = [(row, i, j) for row in comparisons for i, j in combinations(range(len(row.options)), 2)]
     decided = [(row, i, j) for row, i, j in pairs if row.preference(i, j) != 0.5]
     counts = _count_faults(comparisons)
@@ -98,24 +108,34 @@ def summary(counts: Counter) -> dict[str, Any]:
 
 
 def data_faults(rows: Sequence[Comparison | Trajectory]) -> dict[str, Any]:
-    """Count properties of the data that other tools handle badly.
+    """Count properties of the data that other tools handle badly, such as replies of at most one word.
 
-    The replies of a trajectory are its trainable turns.
+    The replies of a comparison are its options, those of a trajectory its trainable turns.
+
+    Returns: description of the property -> the number of cases, or a share in [0, 1].
     """
     return _check_summary(_count_faults(rows))
 
 
 def baselines(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Return the result of `prefer` for every feature, by name."""
+    """Return the result of `prefer` for each of _FEATURES, by its name.
+
+    Args:
+      pairs: pairs of options of which one is preferred.
+    """
     return {name: prefer(pairs, feature) for name, feature in _FEATURES.items()}
 
 
 def prefer(pairs: Iterable[Pair], feature: Feature) -> dict[str, Any]:
     """Measure how often the option with more of a feature is the preferred one.
 
-    Returns: the numbers of wins, losses and ties of the feature; the accuracy, in which a tie counts half; and its 95%
-      interval. The interval is Wilson's (1927) for the `_effective` number of pairs, since the pairs of a group are
-      not independent, with the quantile of Student's t for as many groups as its variance is estimated from.
+    Args:
+      pairs: pairs of options of which one is preferred.
+    Returns: the numbers of `wins`, `losses` and `ties` of the feature; `accuracy`, the share of wins, in which a tie
+      counts half; and `interval`, the lower and upper end of its 95% confidence interval. The last two are missing if
+      there are no pairs. The interval is Wilson's (1927) for the `_effective` number of pairs, since the pairs of a
+      group are not independent. Its quantile is that of Student's t with (number of groups − 1) degrees of freedom,
+      or the normal one if the data do not show how much groups differ.
     """
     return _accuracy(count_outcomes_per_group(_by_group(pairs), feature))
 
@@ -128,7 +148,10 @@ def _by_group(pairs: Iterable[Pair]) -> list[list[Pair]]:
 
 
 def count_outcomes_per_group(groups: Iterable[Sequence[Pair]], feature: Feature) -> Counter[tuple[int, int, int]]:
-    """Count groups by their (wins, losses, ties). A zero entry is included, so the result is never empty."""
+    """Count groups of pairs by how many of their pairs win, lose and tie for a feature.
+
+    Returns: (wins, losses, ties) -> number of groups. (0, 0, 0) is always a key, so the result is never empty.
+    """
     counts = Counter({(0, 0, 0): 0})
     for pairs in groups:
         found = Counter(_outcome(pair, feature) for pair in pairs)
@@ -161,12 +184,17 @@ def _varies(share: float, groups: int) -> bool:
 
 
 def _effective(groups: Mapping[tuple[int, int, int], int], share: float, pairs: int) -> float:
-    """Estimate how many independent pairs would be as informative: p(1 − p) / variance, at most the number of pairs.
+    """Estimate how many independent pairs would be as informative: p(1 − p) / variance, at most the number n of pairs.
 
     The variance is the jackknife's over the G groups, (G − 1)/G · Σ_g ((w_g − p n_g) / (1 − n_g/n))² / n², with w_g
     wins among n_g of n pairs. A tie is a coin flip: half a win, with a variance of 1/4.
     If every pair has the same outcome, or one group holds all pairs, the data do not show how alike the pairs of a
     group are. They then count as fully dependent, which gives n² / Σ n_g².
+
+    Args:
+      groups: (wins, losses, ties) -> number of groups, as from `count_outcomes_per_group`.
+      share: p, the share of wins over all pairs, with a tie as half a win.
+      pairs: n.
     """
     many = sum(groups.values())
     if not _varies(share, many):
@@ -180,9 +208,9 @@ def _effective(groups: Mapping[tuple[int, int, int], int], share: float, pairs: 
 
 
 def _shared_start(first: str, second: str) -> list[str]:
-    """Name the damage if a prompt were cut off as the longest common prefix of both replies, character by character.
+    """Name the damage that is done to two replies if their longest common prefix, in characters, is taken as prompt.
 
-    Returns: names of counts: none if the replies share no text at their start, else "inside a reply", and "inside a
+    Returns: keys to count: none if the replies share no text at their start; else "inside a reply", and also "inside a
       word" if the cut is within a word of either reply.
     """
     shared = commonprefix([first, second])
@@ -228,15 +256,16 @@ def _check_summary(counts: Counter) -> dict[str, Any]:
 
 
 def merge_repeats(comparisons: Sequence[Comparison], counts: Counter[str]) -> list[Comparison]:
-    """Merge comparisons of the same replies to one context in one group: average targets by weight, add weights.
+    """Merge comparisons of the same replies, in any order, to the same context in one group into the first of them.
 
-    A reply that is preferred in one comparison and rejected in another thus gets a soft target. The labels of the
-    others are kept in `labels["merged"]` unless they would nest too deep. If the comparisons disagree on the ranking
-    or the strength, both are removed.
+    The merged target is the mean of their targets, weighted by `weight`; the merged weight is the sum. A reply that is
+    preferred in one comparison and rejected in another thus gets a soft target. The labels of all but the first are
+    kept in the list `labels["merged"]`, unless they would nest too deep. If the comparisons disagree on `ranking` or
+    on `labels["strength"]`, the merged comparison has neither.
 
     Args:
-      counts: receives the number of comparisons merged into others, how many of those contradict the first, and the
-        number of labels left out.
+      counts: incremented for each comparison merged into an earlier one, for each of those that orders the replies
+        differently, and for each entry of labels that is left out, under keys that start with "merged: ".
     """
     together: dict[tuple, list[Comparison]] = {}
     for row in comparisons:
@@ -280,7 +309,7 @@ def _merged(rows: Sequence[Comparison], counts: Counter[str]) -> Comparison:
 
 
 def _replies(row: Comparison | Trajectory) -> list[tuple[int, str]]:
-    """Return each reply with the number of characters before it."""
+    """Return (number of characters before the reply, text of the reply) for each reply."""
     if isinstance(row, Comparison):
         before = len(_text(row.context))
         return [(before, _text(option)) for option in row.options]
@@ -313,7 +342,7 @@ _FEATURES: dict[str, Feature] = {
 def _quantiles(counts: Counter, kind: str) -> dict[str, float]:
     """Return median, 95% quantile and maximum of the lengths counted under (kind, length).
 
-    Interpolates as np.quantile does, without expanding the counts.
+    The result is that of np.quantile on the list of all lengths, which is not built. Empty if there are no lengths.
     """
     lengths = sorted(key[1] for key in counts if key[0] == kind)
     ends = np.cumsum([counts[kind, length] for length in lengths])

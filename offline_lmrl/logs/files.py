@@ -1,8 +1,9 @@
 """Write output that is whole or absent, by one command at a time, without leftovers of killed commands.
 
-A command holds an flock on the folder that it works in; the lock ends with the process, however the process ends. A
-staging folder of ours that no process holds was therefore left by a killed command: `sweep` removes it and restores
-what that command had moved aside.
+Output is built in a staging folder, which is hidden and next to the output path, and is renamed when it is complete. A
+command holds an flock on its staging folder; the lock ends with the process, however the process ends. A staging
+folder without a lock was therefore left by a killed command: `sweep` removes it. If that command had moved an old
+output into it and had not yet replaced that output, `sweep` restores the old output first.
 """
 
 import fcntl
@@ -54,10 +55,11 @@ def _unwritable(path: str | Path, reason: str) -> InputError:
 
 @contextmanager
 def reading(path: str | Path, advice: str = "a complete file") -> Iterator[None]:
-    """Context manager: turn any exception from reading a file of ours into one InputError that names the file.
+    """Context manager: turn any exception from reading a file of this project into an InputError that names the file.
 
     Args:
-      advice: what the message says was expected, such as a hint at what to do.
+      path: the file that the message names.
+      advice: the end of the message, after "expected": what a usable file would be, or what the user can do.
     """
     try:
         yield
@@ -70,12 +72,12 @@ def reading(path: str | Path, advice: str = "a complete file") -> Iterator[None]
 
 
 def read_object(path: str | Path, advice: str = "a complete file") -> dict[str, Any]:
-    """Return the JSON object in a file of ours.
+    """Return the JSON object in a file that this project wrote.
 
     Args:
-      advice: see `reading`.
+      advice: the end of the error message, after "expected"; see `reading`.
 
-    Raises: InputError if the file is damaged.
+    Raises: InputError if the file is missing or damaged.
     """
     with reading(path, advice):
         found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -85,9 +87,13 @@ def read_object(path: str | Path, advice: str = "a complete file") -> dict[str, 
 
 
 def differences(found: Any, expected: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return the settings, by dotted name, in which two resolved configs differ, as (found, expected).
+    """Return the settings in which two configs with all defaults filled in differ, such as a saved and a new one.
 
     At the top level only the names in `expected` are compared. A missing setting counts as None.
+
+    Args:
+      where: the dotted name of the part that is compared; "" = the whole config.
+    Returns: dotted name of the setting -> (value in `found`, value in `expected`).
     """
     if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
         found, expected = dict(enumerate(found)), dict(enumerate(expected))
@@ -103,7 +109,7 @@ def differences(found: Any, expected: Any, where: str = "") -> dict[str, tuple[A
 
 
 def say_differences(found: Any, expected: Any) -> str:
-    """Describe in one line all settings in which two resolved configs differ; return "" if they agree."""
+    """Describe in one line all `differences` between two configs; return "" if they agree."""
     return "; ".join(
         f"{name}: found {shown(there)}, expected {shown(here)}"
         for name, (there, here) in differences(found, expected).items()
@@ -117,7 +123,7 @@ def sync(path: Path) -> None:
 
 
 def sync_entry(path: Path) -> None:
-    """Flush one file to the disk, or the list of names in one folder."""
+    """Flush one path to the disk: the content of a file, or the list of file names of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -127,9 +133,10 @@ def sync_entry(path: Path) -> None:
 
 @contextmanager
 def staging(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path` in which to build the output.
+    """Context manager: yield an empty, locked folder next to `path`, the path of the output that is built in it.
 
-    The folder is removed afterwards; leftovers of killed commands for the same output are removed first.
+    The folder is removed afterwards; the caller moves the output out of it before that. Leftovers of killed commands
+    for the same output are removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, path.name)
@@ -149,12 +156,12 @@ def staging(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Hold a folder for this process, and remove what killed commands left in it.
+    """Context manager: lock a folder for this process, and remove what killed commands left in it.
 
-    The same process may hold the folder more than once. The folder is created if needed; new folders that are empty in
-    the end are removed again, parents included.
+    The same process may enter it for a folder that it has already locked. The folder and its parents are created if
+    needed; those that were created and are empty at the end are removed again.
 
-    Raises: InputError if another process holds the folder.
+    Raises: InputError if another process has locked the folder, or it cannot be written.
     """
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -183,10 +190,10 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Remove what killed commands left in a folder, or restore an output that they had moved aside.
+    """Remove what killed commands left in a folder, and restore old outputs that they had moved aside.
 
     Args:
-      name: only leftovers of this output; None means of every output.
+      name: file name of the output whose leftovers are removed; None = those of every output in the folder.
     """
     for path in folder.iterdir():
         found = _LEFTOVER.fullmatch(path.name)
@@ -204,7 +211,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 
 def _clear(path: Path, target: Path) -> None:
-    """Remove a staging folder or file. An output moved aside in it is restored if nothing replaced it."""
+    """Remove a staging folder or file; first move an old output that is in it back to `target` if that is missing."""
     if (path / ASIDE).exists() and not target.exists():
         (path / ASIDE).rename(target)
     if path.is_dir():
@@ -219,11 +226,11 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _lock(path: Path) -> int | None:
-    """Lock a file or folder and return the descriptor that holds the lock.
+    """Lock a file or folder.
 
-    Returns: the descriptor; None, with a warning, if the file system does not support such locks.
+    Returns: the descriptor whose closing ends the lock; None, with a warning, if the file system has no such locks.
 
-    Raises: BlockingIOError if another process holds it. FileNotFoundError if it was removed meanwhile.
+    Raises: BlockingIOError if another process has locked it. FileNotFoundError if it was removed meanwhile.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

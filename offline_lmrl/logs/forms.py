@@ -1,4 +1,6 @@
-"""Read log rows of several forms as trajectories. Every repair and every dropped row is counted.
+"""Read rows of logs, in several forms, as trajectories. Every repair and every dropped row is counted.
+
+A row is one line of a data file, as a dict. These forms are read:
 
     messages: [{role, content, reward?, trainable?, token_ids?, behaviour_log_prob?}]     the project's own form
     messages, reward                one number for the whole conversation
@@ -16,9 +18,12 @@ Other spellings are read too, and counted: `conversations` with `from` and `valu
 else). `weight: 0` on a message of the agent means that it is not trained on.
 
 Content that is a list of text parts is joined. Tool calls, a thought (`reasoning_content` or `thinking`), and a column
-`tools` are stored apart from the text, for the chat template; the column goes to the leading system turn. A message
-drops its row if it has neither content nor tool calls, or if its content is an object or has a part that is not text.
-Any other value of the wrong type is an error.
+`tools` are stored apart from the text, for the chat template; the column goes to the leading system turn. A row is
+dropped if one of its messages has neither content nor tool calls, or has content that is an object or has a part that
+is not text. Any other value of the wrong type is an error.
+
+In all functions, `where` is "file:row", the start of every error message, and `repairs` is a counter that is
+incremented for each repair, under a key that describes it.
 """
 
 import hashlib
@@ -67,17 +72,19 @@ _WORDS = {"true": True, "false": False, "1": True, "0": False}
 
 
 class Drop(Exception):
-    """The row cannot be used; the message is the reason that is counted."""
+    """Raised if a row cannot be used and is left out; the message is the reason under which this is counted."""
 
 
 def read_row(row: Any, where: str, counts: Counter, reward: str | None = None) -> Trajectory | None:
     """Read the trajectory of one row in any accepted form; return None if the row is dropped.
 
     Args:
-      row: one object of a log.
+      row: the row, a dict from column names to values.
       where: "file:row", the start of every error message.
-      counts: receives one count per repair of a kept row, or one under the reason why the row is dropped.
-      reward: the column (or label) that holds a row's score. None means `reward`, or `label` in a row with a prompt.
+      counts: incremented for each repair of a kept row, under "repaired: ..." (or "kept: ..." for a row that lacks the
+        column `reward`), or once for a dropped row, under "dropped: " and the reason.
+      reward: the column (or entry of `labels`) that holds the score. None = `reward`, or `label` in a row with a
+        prompt.
 
     Raises: InputError for comparisons, unknown forms and values of the wrong type.
     """
@@ -101,7 +108,11 @@ def read_row(row: Any, where: str, counts: Counter, reward: str | None = None) -
 
 
 def with_tools(turns: Sequence[Turn], tools: Any, where: str) -> list[Turn]:
-    """Put a row's list of tools on the leading system turn, which is created if there is none."""
+    """Return the turns with a row's list of tools on the leading system turn, which is created if there is none.
+
+    Args:
+      tools: list of schemas, or JSON text of one; if it is empty, the turns stay as they are.
+    """
     has_system = bool(turns) and turns[0].role == "system"
     try:
         leading = replace(turns[0] if has_system else Turn("system", ""), tools=tools)
@@ -111,7 +122,7 @@ def with_tools(turns: Sequence[Turn], tools: Any, where: str) -> list[Turn]:
 
 
 def _abstained(row: Mapping, where: str) -> bool:
-    """True if `generate` wrote the row for a reply that its scorer withheld."""
+    """True if `generate --threshold` wrote the row and the agent abstained: its reply scored below the threshold."""
     try:
         return read_labels(row.get("labels")).get("abstained") is True
     except InputError as error:
@@ -119,7 +130,11 @@ def _abstained(row: Mapping, where: str) -> bool:
 
 
 def extra_columns(row: Mapping, names: set[str], repairs: Counter) -> dict[str, Any]:
-    """Return the columns of a row that go to the labels. Values that JSON cannot hold are left out and counted."""
+    """Return columns of a row as entries for `labels`. Values that JSON cannot hold are left out and counted.
+
+    Args:
+      names: the columns to return.
+    """
     extra = {}
     for name in sorted(names):
         try:
@@ -132,7 +147,14 @@ def extra_columns(row: Mapping, names: set[str], repairs: Counter) -> dict[str, 
 def _turns(
     row: Mapping, present: set[str], where: str, repairs: Counter, reward: str | None
 ) -> tuple[list[Turn], str, set[str]]:
-    """Return the turns, the group ("" for a dialogue), and the names of the columns that were used."""
+    """Read the turns of a row, with the score of the row as the reward of the agent's last turn.
+
+    Args:
+      present: the columns of the row that are not null.
+      reward: the column that holds the score; None = `reward`, or `label` in a row with a prompt.
+    Returns: the turns; the group, a hash of the prompt ("" for a row without a prompt); and the columns used.
+    Raises: InputError for a comparison, an unknown form or a value of the wrong type.
+    """
     for fields in COMPARISON_FIELDS:
         if set(fields) <= present:
             raise InputError(
@@ -165,7 +187,10 @@ def _turns(
 def read_dialogue(row: Mapping, name: str, where: str, repairs: Counter) -> tuple[list[Turn], set[str]]:
     """Read the turns of a column that holds a dialogue; return them and the names of the columns that were used.
 
-    A ShareGPT row may have its system text in a column of its own.
+    A ShareGPT row may have its system text in the column `system`; this text then becomes the first turn.
+
+    Args:
+      name: the column, one of DIALOGUES.
     """
     turns, used = read_messages(row[name], where, name, repairs), {name}
     if name != "messages" and isinstance(row.get("system"), str) and not any(turn.role == "system" for turn in turns):
@@ -177,7 +202,11 @@ def read_dialogue(row: Mapping, name: str, where: str, repairs: Counter) -> tupl
 
 
 def read_prompt(value: Any, where: str, repairs: Counter) -> list[Turn]:
-    """Read the turns of a prompt, which is text or messages. Its agent turns are context (trainable = False)."""
+    """Read the turns of a prompt. Agent turns among them are context (trainable = False).
+
+    Args:
+      value: text (a user turn; "" = no turn) or a list of messages.
+    """
     if isinstance(value, str):
         return [Turn("user", read_text(value))] if value else []  # without a prompt the agent opens
     if isinstance(value, Sequence):
@@ -201,7 +230,10 @@ def _completion(value: Any, where: str, field: str, repairs: Counter) -> list[Tu
 def _prompt_score(
     row: Mapping, turns: Sequence[Turn], where: str, repairs: Counter, reward: str | None
 ) -> float | None:
-    """Return the score of a row with a prompt. Such a row must have a `reward` or a `label`, even if it is null."""
+    """Return the score of a row with a prompt; None = not scored.
+
+    Raises: InputError if `reward` is None and the row has neither the column `reward` nor `label`, not even as null.
+    """
     if reward is None and "reward" not in row and "label" not in row:
         known = {*_ROW_FIELDS, "prompt", *COMPLETIONS}
         columns = likely_scores(name for name, value in row.items() if name not in known and is_score(value))
@@ -215,10 +247,14 @@ def _prompt_score(
 
 
 def _score(row: Mapping, turns: Sequence[Turn], column: str | None, where: str, repairs: Counter) -> float | None:
-    """Return the number under `reward`, or in the named column; true counts 1 and false 0. None = not scored.
+    """Return the score of a row, a number; true counts 1 and false 0. None = not scored.
 
-    Rows that were prepared with the named column keep it in the labels. Their turns already have the rewards, so the
-    result is None.
+    Rows that `prepare` wrote have the named column in their labels, and their turns already have the rewards. For such
+    a row the result is None.
+
+    Args:
+      turns: the turns read from the row.
+      column: the column that holds the score; None = `reward`.
     """
     name = "reward" if column is None else column
     value = row.get(name)
@@ -235,29 +271,33 @@ def _score(row: Mapping, turns: Sequence[Turn], column: str | None, where: str, 
 
 
 def no_score(name: str) -> str:
-    """Return the name of the count of rows that lack the score's column."""
+    """Return the key under which rows without the column `name`, which should hold the score, are counted."""
     return f"kept: no {name!r} in the row, so it is not scored"
 
 
 def is_score(value: Any) -> bool:
-    """True if a value of a column can be a score."""
+    """True for a number or a truth value, which may be written as text."""
     if isinstance(value, str):
         return bool(_NUMBER.fullmatch(value.strip())) or value.strip().casefold() in _WORDS
     return isinstance(value, int | float)
 
 
 def likely_scores(names: Iterable[str]) -> list[str]:
-    """Return the columns whose name suggests a score; if there are none, the first three.
+    """Return the columns whose name suggests a score; if there are none, the first three columns.
 
     Args:
-      names: columns whose values can be scores.
+      names: columns whose values can be scores (`is_score`).
     """
     names = list(names)
     return [name for name in names if name.casefold() in _SCORE_NAMES] or names[:3]
 
 
 def reward_hint(columns: Sequence[str]) -> str:
-    """Return the end of an error message about a missing score: the setting that reads it from another column."""
+    """Return the end of an error message about a missing score: which setting reads the score from another column.
+
+    Args:
+      columns: columns that may hold the score; none = no hint, "".
+    """
     if not columns:
         return ""
     first, *others = map(shown, columns)
@@ -269,7 +309,12 @@ def reward_hint(columns: Sequence[str]) -> str:
 
 
 def _scored(turns: list[Turn], score: float | None, field: str, where: str, repairs: Counter) -> list[Turn]:
-    """Return the turns with the row's score on the agent's last turn."""
+    """Return the turns with the row's score, if there is one, as the reward of the agent's last turn.
+
+    Args:
+      field: the column that the turns are from, for error messages.
+    Raises: InputError if a turn already has a reward.
+    """
     agent = [i for i, turn in enumerate(turns) if turn.is_trainable]
     if score is None or not agent:
         return turns
@@ -284,7 +329,12 @@ def _scored(turns: list[Turn], score: float | None, field: str, where: str, repa
 
 
 def thumb(value: Any, name: str, where: str, repairs: Counter) -> bool | None:
-    """Return a label that is true, false or None. It may also be written as a word or as 1 or 0."""
+    """Return a label that is true, false or None; true and false may also be given as words or as 1 and 0.
+
+    Args:
+      name: the column, for error messages and counts.
+    Raises: InputError for any other value.
+    """
     if isinstance(value, bool | None):
         return value
     field = name.partition("[")[0]
@@ -300,7 +350,7 @@ def thumb(value: Any, name: str, where: str, repairs: Counter) -> bool | None:
 def as_number(name: str, value: Any, repairs: Counter) -> float:
     """Return a finite number, which may also be written as text; true is 1 and false 0.
 
-    Raises: InputError without a place, which the caller adds.
+    Raises: InputError that starts with `name`; the caller puts the file and row before it.
     """
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         repairs[f"repaired: {name} written as text"] += 1
@@ -330,9 +380,12 @@ def is_whole(value: Any) -> bool:
 
 
 def given_fields(row: Mapping, names: Collection[str], where: str, repairs: Counter) -> dict[str, Any]:
-    """Return those of the named fields of a row that are not null.
+    """Return {name: value} for the named fields of a row, without those that are missing or null.
 
-    A whole number as group, task or source becomes text; `terminated` and `weight` may be written as text.
+    Values are converted: a whole number under group, task or source to text, text under `terminated` to true or false,
+    and text under `weight` to a number.
+
+    Raises: InputError if a text under `terminated` or `weight` cannot be converted.
     """
     given = {name: row[name] for name in names if row.get(name) is not None}
     for name in ("group", "task", "source"):
@@ -353,6 +406,8 @@ def read_messages(messages: Any, where: str, field: str, repairs: Counter, allow
     """Read the turns of a list of messages.
 
     Args:
+      messages: list of dicts with role and content, or JSON text of such a list.
+      field: the column that holds the messages, for error messages.
       allow_empty: accept an agent turn without text.
 
     Raises: Drop for content that is not text. InputError for values of the wrong type and, unless `allow_empty`, for
@@ -365,9 +420,10 @@ def read_messages(messages: Any, where: str, field: str, repairs: Counter, allow
 
 
 def prompt_messages(messages: Any, where: str, field: str) -> list[Turn]:
-    """Read the turns of a prompt that must be answered, so that its row cannot be dropped.
+    """Read the messages of a prompt that the caller will reply to, and whose row can therefore not be dropped.
 
-    Raises: InputError also where `read_messages` raises Drop.
+    Args: see `read_messages`.
+    Raises: InputError where `read_messages` raises InputError or Drop.
     """
     try:
         return read_messages(messages, where, field, Counter())
@@ -399,7 +455,7 @@ def _turn(message: Any, where: str, repairs: Counter, allow_empty: bool) -> Turn
 
 
 def _named(message: Mapping, where: str, repairs: Counter) -> dict[str, Any]:
-    """Rename a message's fields to ours.
+    """Return a message without null fields, and with the field names and roles of this project.
 
     Handles ShareGPT's `from` and `value`, other names of roles, `weight`, and rewards written as text.
     """
@@ -426,13 +482,16 @@ def _named(message: Mapping, where: str, repairs: Counter) -> dict[str, Any]:
 
 
 def _role(message: Mapping) -> Any:
-    """Return our name for the role of a message, or the role itself if we have none."""
+    """Return this project's name for the role of a message, or the role unchanged if it is unknown."""
     role = message.get("role", message.get("from"))
     return _ROLE_NAMES.get(role.strip().casefold(), role) if isinstance(role, str) else role
 
 
 def _content(message: Mapping, repairs: Counter) -> Any:
-    """Return the content as one text. A value that cannot be content is returned unchanged, and refused later."""
+    """Return the content of a message as one text; a number or the like is returned unchanged, and refused later.
+
+    Raises: Drop if there is no content, or it is not text.
+    """
     content = message.get("content")
     if isinstance(content, list | tuple):
         content = "".join(_part(part) for part in content)
@@ -447,7 +506,7 @@ def _content(message: Mapping, repairs: Counter) -> Any:
 
 
 def _thought(message: Mapping, where: str) -> str | None:
-    """Return an agent's thought under either of its two field names. An empty thought counts as none."""
+    """Return an agent's thought from the field `thinking` or `reasoning_content`; None if it is missing or empty."""
     thoughts = {message[name] for name in ("thinking", "reasoning_content") if isinstance(message.get(name), str)}
     thoughts = {thought for thought in map(read_text, thoughts) if thought}
     if len(thoughts) > 1:
@@ -467,9 +526,9 @@ def _part(part: Any) -> str:
 
 
 def read_text(text: str) -> str:
-    """Return the text itself.
+    """Return the text itself if UTF-8 can encode it.
 
-    Raises: Drop if UTF-8 cannot hold it.
+    Raises: Drop if UTF-8 cannot.
     """
     try:
         text.encode()

@@ -1,4 +1,8 @@
-"""Read and write data (JSON Lines, Parquet, CSV, `datasets` folders, hub names), split it by group and hash it."""
+"""Read and write data (JSON Lines, Parquet, CSV, `datasets` folders, hub names), split it by group and hash it.
+
+A row is one line of a data file, or the `Trajectory` or `Comparison` read from it. A group is a set of rows about one
+prompt or conversation, which must all be in the same split (train, validation or test).
+"""
 
 import csv
 import errno
@@ -61,7 +65,7 @@ def read_trajectories(
         beside other data are ignored.
       split: the split to read. Needed if the source has several. A folder with a file named train, validation or test
         is a folder of splits; in any other folder the files are parts of one data set.
-      counts: receives {reason: number of rows} for every repair and every dropped row.
+      counts: incremented for every repair and every dropped row, under a key that describes it.
       reward: the column that holds a row's score, if it is not `reward` or `label`.
 
     Raises: InputError `file:row: field: found X, expected Y`.
@@ -74,18 +78,18 @@ def read_comparisons(
 ) -> list[Comparison]:
     """Read the comparisons of a source, in any form of `offline_lmrl.logs.preference_forms`.
 
-    Args: see `read_trajectories`.
+    Args and errors: see `read_trajectories`.
     """
     return _read(_part(source, split), str(source), counts, read_comparison)
 
 
 class Stored(Sequence[Row]):
-    """A list of rows that is kept on disk and read row by row, so that memory holds 8 bytes per row.
+    """An immutable list of rows that is kept on disk and read row by row, so that memory holds 8 bytes per row.
 
     The rows are in an unnamed temporary file, which forked processes can read too.
 
     Args:
-      pickled: the pickled rows, in order. `store` pickles them first.
+      pickled: the rows in order, each pickled. `store` makes such a list from rows that are not pickled.
     """
 
     def __init__(self, pickled: Iterable[bytes]):
@@ -123,17 +127,20 @@ def in_temporary_folder() -> Iterator[None]:
 
 
 def store(rows: Iterable[Row]) -> Stored[Row]:
-    """Write rows to disk one at a time, for more rows than fit in memory."""
+    """Write rows to a temporary file, one at a time; return a list that reads them from there when needed."""
     return Stored(map(pickle.dumps, rows))
 
 
 def store_comparisons(
     source: str | Path, *, split: str | None = None, counts: Counter | None = None, processes: int = 1
 ) -> Stored[Comparison]:
-    """Read comparisons as `read_comparisons` does, with several processes, for more rows than fit in memory.
+    """Read comparisons as `read_comparisons` does, but with several processes, and keep them on disk.
+
+    Memory does not grow with the size of the data, except by 8 bytes per row.
 
     Args:
-      processes: how many processes read rows at once; 1 uses only this one.
+      source, split, counts: see `read_comparisons`.
+      processes: how many processes read rows at once; 1 = only the calling process.
     """
     mine: Counter = Counter()
 
@@ -151,14 +158,19 @@ def read_splits(
 ) -> dict[str, list[Trajectory]]:
     """Read every split of a source as `read_trajectories` reads one.
 
-    Returns: trajectories by the name of the split. A source without splits has one, named "all".
+    Args: see `read_trajectories`.
+    Returns: name of the split -> its trajectories. A source without splits has the one key "all".
     """
     counts = Counter() if counts is None else counts
     return {name: _scored(rows, f"{source} ({name})", counts, reward) for name, rows in raw_splits(source).items()}
 
 
 def read_comparison_splits(source: str | Path, *, counts: Counter | None = None) -> dict[str, list[Comparison]]:
-    """Read every split of a source of comparisons, as `read_splits` reads trajectories."""
+    """Read every split of a source of comparisons.
+
+    Args: see `read_trajectories`.
+    Returns: name of the split -> its comparisons. A source without splits has the one key "all".
+    """
     counts = Counter() if counts is None else counts
     return {
         name: _read(rows, f"{source} ({name})", counts, read_comparison) for name, rows in raw_splits(source).items()
@@ -177,7 +189,7 @@ def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> 
 
 
 def write_comparisons(path: str | Path, comparisons: Iterable[Comparison]) -> None:
-    """Write comparisons without loss, as `write_trajectories` writes trajectories."""
+    """Write comparisons without loss. Args and errors: see `write_trajectories`."""
     _write(Path(path), [comparison_record(comparison) for comparison in comparisons], "comparisons")
 
 
@@ -194,12 +206,15 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def split_by_group(rows: Iterable[Row], shares: Mapping[str, float], seed: int) -> dict[str, list[Row]]:
-    """Split rows so that no group is in two splits, by a hash of seed and group. New rows never move old ones.
+    """Split rows so that no group is in two splits.
 
-    A row without a group is placed by a hash of its own content.
+    A hash of the seed and the group decides the split, so adding rows never moves a row to another split. For a row
+    without a group, a hash of its content takes the place of the group.
 
     Args:
-      shares: each split's share of the groups. The shares sum to 1, and the result has these names in this order.
+      shares: name of the split -> its expected share of the groups; the shares sum to 1.
+      seed: another seed gives another division.
+    Returns: name of the split -> its rows, in their order; the names are those of `shares`.
 
     Raises: InputError if the shares are negative or do not sum to 1.
     """
@@ -216,12 +231,12 @@ def split_by_group(rows: Iterable[Row], shares: Mapping[str, float], seed: int) 
 
 
 def group_key(row: Trajectory | Comparison) -> str:
-    """Return the key of the rows that must stay in one split: the group, or a hash of the row if it has no group."""
+    """Return the row's group, or a hash of its content if it has none; rows of equal keys must be in one split."""
     return row.group or "row:" + content_key(row)
 
 
 def shared_groups(first: Sequence[Row], second: Sequence[Row]) -> set[str]:
-    """Return the groups that are in both sets of rows. Memory holds only the groups of the second."""
+    """Return the `group_key`s that occur in both sets of rows. Memory holds only the keys of the second set."""
     keys = {group_key(row) for row in second}
     return keys.intersection(map(group_key, first))
 
@@ -232,10 +247,10 @@ def in_one_group(rows: Sequence[Row]) -> bool:
 
 
 def content_key(row: Trajectory | Comparison) -> str:
-    """Hash the content of a row; rows with equal keys are duplicates.
+    """Return a hash of the content of a row, as hexadecimal text; rows with equal hashes are duplicates.
 
-    A trajectory's content is its turns, their rewards, and whether it terminated. A comparison's is its context and
-    its options in any order.
+    The content of a trajectory is the turns, their rewards, and `terminated`. The content of a comparison is the
+    context and the options in any order.
     """
     if isinstance(row, Comparison):
         content = [_said(row.context), sorted(map(_said, row.options))]
@@ -245,7 +260,7 @@ def content_key(row: Trajectory | Comparison) -> str:
 
 
 def data_hash(rows: Iterable[Trajectory | Comparison]) -> str:
-    """Return the sha256 over the canonical records in order. It is equal exactly if the data are equal."""
+    """Return a sha256 of all fields of all rows, in order. Equal hashes mean equal data."""
     digest = hashlib.sha256()
     for row in rows:
         record = comparison_record(row) if isinstance(row, Comparison) else trajectory_record(row)
@@ -255,11 +270,12 @@ def data_hash(rows: Iterable[Trajectory | Comparison]) -> str:
 
 @contextmanager
 def atomic_output(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` for a file or a folder; rename it at the end, remove it on any error.
+    """Context manager: yield a temporary path at which the caller writes a file or folder, then rename it to `path`.
 
-    A new folder replaces only a `datasets` folder or an empty one.
+    After an error, nothing is left at the temporary path, and what was at `path` is unchanged. A file replaces an
+    existing file; a folder replaces only a `datasets` folder or an empty one.
 
-    Raises: InputError if the path cannot be written.
+    Raises: InputError if `path` cannot be written.
     """
     path = Path(path)
     if not path.name:
@@ -274,7 +290,7 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file that exists whole or not at all.
+    """Write a text file, in one step: an interrupted call leaves the old file, or none, at `path`.
 
     Raises: InputError if the path cannot be written.
     """
@@ -283,9 +299,15 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def is_prepared(data: str | Path, output: str | Path) -> bool:
-    """True if the data exist and, if they are in the folder `output` that `prepare` writes, `prepare` finished.
+    """True if data exist and are complete.
 
-    Leftovers of killed commands in `output` are removed first.
+    Data outside the folder `output`, which the command `prepare` writes, count as complete. Data inside it are
+    complete if `prepare` has written its report there, which it does last. Leftovers of killed commands in `output`
+    are removed first.
+
+    Args:
+      data: the file or folder that is needed.
+      output: the folder that `prepare` writes.
     """
     place, folder = Path(data).resolve(), Path(output).resolve()
     if folder.is_dir():
@@ -294,10 +316,14 @@ def is_prepared(data: str | Path, output: str | Path) -> bool:
 
 
 def raw_splits(source: str | Path, split: str | None = None) -> dict[str, RawRows]:
-    """Return the splits of a source by name, each as raw rows for `parsed` that are read during iteration.
+    """Return the splits of a source, without reading their rows.
 
     Args:
-      split: the only split to load from a hub dataset with several; None loads all.
+      source: see `read_trajectories`.
+      split: the only split to load if the source is a hub dataset; None = all.
+    Returns: name of the split ("all" for a source without splits) -> iterable of ("file:row", raw row), which reads
+      rows during iteration. `parsed` makes plain values of a raw row.
+    Raises: InputError if the source does not exist.
     """
     path = Path(source)
     if path.is_file():
@@ -341,7 +367,7 @@ def _read(
 
 
 def _scored(rows: RawRows, source: str, counts: Counter | None, reward: str | None) -> list[Trajectory]:
-    """Read trajectories whose score is in the column `reward`.
+    """Read trajectories whose score is in the column `reward`; None = the usual columns.
 
     Raises: InputError if no row has this column.
     """
@@ -420,7 +446,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _elements(text: bytes) -> list[bytes]:
-    """Return the elements of one JSON list, each as text.
+    """Return the elements of a JSON list, each as its own JSON text.
 
     Raises: ValueError if the text is not exactly one list.
     """
@@ -440,7 +466,7 @@ def _elements(text: bytes) -> list[bytes]:
 
 
 def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a CSV or TSV file as (header, cells), named by the line on which they begin."""
+    """Yield ("file:line", (header, cells)) for each row of a CSV or TSV file; `line` is where the row begins."""
     # A quoted cell may hold line breaks: a row begins at line `start` and ends at line `number`.
     number, start = 0, 1
 
@@ -477,7 +503,7 @@ def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _cells(header: list[str], cells: list[str], where: str) -> dict[str, str | None]:
-    """Return a row of a table as a dict of texts; an empty cell is None."""
+    """Return a row of a table as {name in the header: text of the cell}; an empty cell becomes None."""
     if len(cells) != len(header):
         raise InputError(f"{where}: row: found {len(cells)} cells, expected {len(header)} as in the header")
     return {name: cell or None for name, cell in zip(header, cells, strict=True)}
@@ -489,7 +515,7 @@ def parsed(row: Any, where: str, counts: Counter | None = None) -> Any:
     Args:
       row: JSON as bytes, (header, cells) of a table, or plain values.
       where: the start of error messages, "file:row".
-      counts: receives the number of keys that a JSON object has twice.
+      counts: incremented for each key that is repeated in a JSON object; its last value is used.
 
     Raises: InputError if the row cannot be used.
     """
@@ -531,7 +557,7 @@ def _too_deep(where: str) -> InputError:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a Parquet file by pyarrow alone; metadata of other libraries is ignored, however malformed."""
+    """Yield ("file:row", row as a dict) by pyarrow alone, which ignores metadata of other libraries in the file."""
     import pyarrow.parquet
 
     def rows() -> Iterator[Any]:

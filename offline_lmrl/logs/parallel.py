@@ -19,8 +19,8 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], processes
 
     Unlike `Pool.imap`, this takes items only as they are needed, so memory holds few of them. Items and results are
     pickled. The function is not: the forked children inherit it with everything it holds, such as rows and tokenizers.
-    If a child dies, BrokenProcessPool ends the iteration. An error of `items` or `function` is raised where `map`
-    would raise it: after all earlier results.
+    If a child dies, BrokenProcessPool is raised. An error of `items` or `function` is raised where `map` would raise
+    it: after all earlier results.
 
     Args:
       processes: number of processes; 1 = no child processes.
@@ -56,7 +56,7 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], processes
 
 
 def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Yield the items in lists of `size` (the last may be shorter), taken as they are needed."""
+    """Yield the items in lists of `size` (the last may be shorter); items are taken only as they are needed."""
     items = iter(items)
     while chunk := list(islice(items, size)):
         yield chunk
@@ -80,7 +80,7 @@ def _begin(function: Callable[[Any], Any]) -> None:
 
 
 def end_with_parent() -> None:
-    """Make this child process exit when its parent does, even by signal 9, since nobody would take its results."""
+    """Make this child process exit when its parent ends, even if that is killed by signal 9."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()

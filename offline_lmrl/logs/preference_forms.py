@@ -1,4 +1,6 @@
-"""Read preference rows of several forms as comparisons. Every repair and every dropped row is counted.
+"""Read rows of preferences, in several forms, as comparisons. Every repair and every dropped row is counted.
+
+A row is one line of a data file, as a dict. These forms are read:
 
     context, options, target [, ranking, weight]     the project's own form; context and each option are messages
     prompt, chosen, rejected                         explicit: text or messages on each side
@@ -13,7 +15,12 @@ conversation. If responses are left out, so are their entries in `labels["option
 
 The context is the turns that all sides share; sides are compared turn by turn, never character by character. Text with
 "Human:" and "Assistant:" tags is a transcript: its turns are stripped, consecutive turns of one speaker are merged,
-and only the last reply is compared. Other text without a prompt has no turns to find: all of it is the agent's.
+and only the last reply is compared. Other text without a prompt cannot be divided into turns: all of it is the
+agent's.
+
+In all functions, `where` is "file:row", the start of every error message, and `repairs` is a counter that is
+incremented for each repair, under a key that describes it. A side is one of the replies or conversations that a row
+compares. `allow_empty` accepts replies without text.
 """
 
 import hashlib
@@ -62,11 +69,12 @@ def read_comparison(row: Any, where: str, counts: Counter, allow_empty: bool = F
     """Read the comparison of one row in any accepted form; return None if the row is dropped.
 
     Args:
-      row: one object of a log.
+      row: the row, a dict from column names to values.
       where: "file:row", the start of every error message.
-      counts: receives one count per repair of a kept row, or one under the reason why the row is dropped.
+      counts: incremented for each repair of a kept row, under "repaired: ...", or once for a dropped row, under
+        "dropped: " and the reason.
       allow_empty: keep rows with an empty reply. Rows of the project's own form may have one in any case, so that
-        written data can be read back; importers check these with `require_replies`.
+        data that this project wrote can be read again; the importers in `data_prep` check these by `require_replies`.
 
     Raises: InputError for unknown forms and values of the wrong type.
     """
@@ -100,7 +108,7 @@ def read_comparison(row: Any, where: str, counts: Counter, allow_empty: bool = F
 def transcript(text: str, repairs: Counter) -> list[Turn]:
     """Split "\\n\\nHuman: ...\\n\\nAssistant: ..." into stripped turns; consecutive turns of one speaker are merged.
 
-    A tag counts only after a blank line; elsewhere it is part of the text.
+    A tag is read as such only after a blank line or at the start; elsewhere it is part of the text.
 
     Raises: Drop for text before the first tag.
     """
@@ -124,20 +132,29 @@ def is_transcript(text: Any) -> bool:
 
 
 def root_group(context: Sequence[Turn]) -> str:
-    """Hash the first user turn, ignoring case, punctuation and white space; return "" if there is none."""
+    """Return a group for rows of one conversation: a hash of the first user turn; "" if there is no user turn.
+
+    The hash ignores case, punctuation and white space.
+    """
     first = next((turn.content for turn in context if turn.role == "user"), None)
     return "" if first is None else hashlib.sha256(normalised(first).encode()).hexdigest()[:16]
 
 
 def normalised(text: str) -> str:
-    """Return text without case, punctuation and extra white space; text without any word is only stripped."""
+    """Return the words of a text in lower case, separated by single spaces; text without a word is only stripped."""
     return " ".join(re.findall(r"\w+", text.casefold())) or text.strip()
 
 
 def _parts(
     row: Mapping, present: set[str], where: str, repairs: Counter, allow_empty: bool
 ) -> tuple[list[Turn], list[list[Turn]], dict[str, Any], set[str]]:
-    """Return the context, the options, further fields (target, ranking, labels) and the names of the columns used."""
+    """Read a row into the parts of a comparison.
+
+    Args:
+      present: the columns of the row that are not null.
+    Returns: the context; the options; further fields of `Comparison` by name (target, ranking, labels); and the names
+      of the columns that were used.
+    """
     if {"context", "options", "target"} <= present:
         context = read_messages(row["context"], where, "context", repairs, allow_empty=True)
         options = [
@@ -186,9 +203,12 @@ def _pair(row: Mapping, where: str, repairs: Counter, allow_empty: bool) -> tupl
 def _ranked(
     row: Mapping, column: str, where: str, repairs: Counter, allow_empty: bool
 ) -> tuple[list[Turn], list[list[Turn]], list[float], dict[str, Any]]:
-    """Return the context, the options, their ranks and the row's labels.
+    """Return the context, the options, their ranks (lowest = best) and the row's labels.
 
-    `labels["options"]` keeps only the entries of these options.
+    Responses without a rank, and repeated ones, are left out, also from `labels["options"]`.
+
+    Args:
+      column: the column with the ranks, "ranks" or "rank".
     """
     responses, ranks = (_list(row[name], where, name, repairs) for name in ("responses", column))
     if len(responses) != len(ranks):
@@ -224,10 +244,11 @@ def _ranked(
 
 
 def _repeated(prompt: Any, sides: Sequence) -> Any:
-    """Return the prompt if replies may repeat it at their start, else None.
+    """Return the prompt if it has to be removed from the start of replies that repeat it, else None.
 
-    If only some of several text replies start with a plain-text prompt, they are whole replies, such as "Hello there"
-    to "Hello". A transcript prompt is removed in any case: no reply starts like a transcript.
+    If all text replies start with a plain-text prompt, they repeat it. If only some do, it is a coincidence, as in the
+    reply "Hello there" to the prompt "Hello". A transcript or a list of messages is removed in any case, because no
+    reply starts with one by coincidence.
     """
     texts = [side for side in sides if isinstance(side, str) and side]
     is_told = is_transcript(prompt) or not isinstance(prompt, str) or all(text.startswith(prompt) for text in texts)
@@ -235,9 +256,10 @@ def _repeated(prompt: Any, sides: Sequence) -> Any:
 
 
 def _labels_of(row: Mapping, places: Sequence[int], size: int, where: str) -> dict[str, Any]:
-    """Return the row's labels. If `labels["options"]` has an entry per response, keep those at `places`.
+    """Return the row's labels. If `labels["options"]` has one entry per response, only those at `places` are kept.
 
     Args:
+      places: indices of the responses that are used.
       size: the number of responses in the row.
     """
     try:
@@ -251,7 +273,11 @@ def _labels_of(row: Mapping, places: Sequence[int], size: int, where: str) -> di
 
 
 def read_context(prompt: Any, where: str, repairs: Counter) -> list[Turn]:
-    """Read the turns of a prompt: text, messages, or a transcript that may end with an open "Assistant:"."""
+    """Read the turns of a prompt, none of which is trainable.
+
+    Args:
+      prompt: text, a list of messages, or a transcript, which may end with "Assistant:" and no text after it.
+    """
     if not is_transcript(prompt):
         return read_prompt(prompt, where, repairs)
     turns = transcript(prompt, repairs)
@@ -263,9 +289,13 @@ def read_context(prompt: Any, where: str, repairs: Counter) -> list[Turn]:
 def read_reply(side: Any, context: list[Turn], prompt: Any, where: str, field: str, repairs: Counter) -> list[Turn]:
     """Read the turns of one side, without the context that it may repeat at its start.
 
+    An end token at the end of the last turn is removed too.
+
     Args:
+      side: a text, a message or a list of messages.
       context: the turns of the prompt.
       prompt: the text or messages that `context` was read from; None = replies given as text do not repeat it.
+      field: the column of the side, for error messages.
     """
     if isinstance(side, str):
         text = read_text(side)
@@ -289,8 +319,9 @@ def read_reply(side: Any, context: list[Turn], prompt: Any, where: str, field: s
 
 
 def _split(sides: Sequence[list[Turn]], allow_empty: bool) -> tuple[list[Turn], list[list[Turn]]]:
-    """Split sides into the turns that all begin with and the remaining turns of each.
+    """Split sides into the turns that are equal at the start of all of them, and the remaining turns of each side.
 
+    Returns: the shared turns, as context, and one list of turns per side.
     Raises: Drop if the remaining turns cannot be compared.
     """
     spoken, common = [_said(side) for side in sides], 0
@@ -311,9 +342,10 @@ def require_replies(options: Sequence[Sequence[Turn]], allow_empty: bool) -> Non
     """Check that no two options are equal up to white space and that none is empty.
 
     Args:
-      allow_empty: accept empty options.
+      options: the turns of each option.
+      allow_empty: True: accept empty options.
 
-    Raises: Drop if the check fails.
+    Raises: Drop if two options are equal or one is empty.
     """
     words = [[[text.split() for text in turn.spoken] for turn in option] for option in options]
     if any(words.count(option) > 1 for option in words):

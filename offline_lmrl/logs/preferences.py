@@ -1,9 +1,9 @@
 """Convert comparisons to scored trajectories and to the rows of other trainers, and trajectories back to comparisons.
 
-`to_trajectories` makes one scored trajectory of every option; no other code turns preference into reward. A preference
-compares two replies to one prompt and contains no information about the prompt. Rewards are therefore centred within
-each group by default: otherwise a high return would mark easy prompts, which a return-conditioned model would then
-learn. (In ILQL, V absorbs the difficulty of a prompt.)
+`to_trajectories` makes one scored trajectory of every option (reply); no other code turns preference into reward. A
+preference compares two replies to one prompt and contains no information about the prompt. By default, the mean reward
+of each group (all rows about one prompt or conversation) is therefore subtracted: otherwise a high return would be a
+mark of easy prompts, and a return-conditioned model would learn this. (In ILQL, V absorbs the difficulty of a prompt.)
 """
 
 import json
@@ -38,32 +38,33 @@ def to_trajectories(
     normalise: Normalise = "group",
     counts: Counter[str] | None = None,
 ) -> list[Trajectory]:
-    """Make one trajectory per option, with a reward computed from the preference and an untrained context.
+    """Make one trajectory per option, with a reward computed from the preference; the context is not trained on.
 
-    Let w be the mean over the other options of P(this one is better) (`Comparison.preference`); for a pair, w is p.
+    For an option of K, let w be the mean of P(the option is better than option j) over the K − 1 other options j
+    (`Comparison.preference`).
 
     Args:
       reward: how the reward is computed. "prob": 2w − 1, in [−1, 1]. "sign": the sign of 2w − 1, so a tie earns 0.
-        "strength": `labels["strength"]` times 2w − 1. "rank": the number of options ranked below it minus the number
-        ranked above it, over K − 1, so 1 for the best and −1 for the last. "bt": latent scores of a Bradley–Terry
-        model fitted to all comparisons of a group (`fit_scores`). "rating": the option's own `rating` in
-        `labels["options"]`. A scorer: its score of the option.
+        "strength": `labels["strength"]` times 2w − 1. "rank": the number of options ranked below this one minus the
+        number ranked above it, over K − 1, so 1 for the best and −1 for the last. "bt": latent scores of a
+        Bradley–Terry model fitted to all comparisons of a group (`fit_scores`). "rating": the option's `rating` in
+        `labels["options"]`. A scorer, such as a reward model: its score of the option.
       reward_at: which turns get the reward. "end": the last agent turn of the option. "turn": equal parts on each of
         its agent turns. A turn's reward is paid with its closing token. There is no "token": one label on a reply has
         no information about its tokens, and an equal part on each has the same return. Dense rewards come from a
         reward model.
       normalise: "none". "global": to mean 0 and standard deviation 1 over all options. "group": minus the group's
-        mean. "rank": the share of the group's other options that it beats, ties counted half, in [0, 1] (1/2 if it is
-        alone).
-      counts: receives one count per option or comparison that is left out, by reason.
+        mean. "rank": the share of the group's other options that have a lower reward, ties counted half, in [0, 1]
+        (1/2 if the group has no other option).
+      counts: incremented for each option or comparison that is left out, under a key that gives the reason.
 
-    A trajectory's labels are the comparison's, with this option's entry of `labels["options"]` under `option`. Its
-    label `preference` holds the option's place among the options, its target and weight, and how its reward was made:
-    kind or scorer (`origin_of`), reward_at, normalisation, the raw reward, and the constants in reward = (raw − shift)
-    / scale.
+    A trajectory's labels are the comparison's, with this option's entry of `labels["options"]` under `option`. The
+    label `preference` is a dict with the option's index (`option`), its `target`, the `weight` of the comparison, and
+    how the reward was made: `reward` (kind, or `origin_of` the scorer), `reward_at`, `normalise`, the `raw` reward,
+    and, except for "rank", the constants in reward = (raw − `shift`) / `scale`.
 
-    Rewards belong to whole turns, and training drops the oldest turns or a whole reply that does not fit, so no reward
-    is moved or lost.
+    Rewards belong to whole turns. If a dialogue is too long, training leaves out its oldest turns or a whole reply, so
+    no reward is ever moved to another turn or reply.
 
     Raises: InputError for unknown settings, for scores that are not finite, and if no trajectory is left.
     """
@@ -118,7 +119,9 @@ def fit_scores(comparisons: Sequence[Comparison]) -> dict[tuple, float]:
     standard normal prior keeps the scores of replies that always win finite. It also makes scores sum to 0 over
     replies that are connected by comparisons, directly or through others. Bradley and Terry 1952; the prior is ours.
 
-    Returns: (context, option) -> score.
+    Args:
+      comparisons: all comparisons of one group.
+    Returns: (context, option) -> score, both as tuples of turns.
     """
     places: dict[tuple, int] = {}
     pairs = []
@@ -151,14 +154,16 @@ def fit_scores(comparisons: Sequence[Comparison]) -> dict[tuple, float]:
 
 
 def origin_of(scorer: Scorer) -> Any:
-    """Return the scorer's `origin` (what it was made from, as its user gave it), or its class name if it has none."""
+    """Return the scorer's `origin` (the name or specification that it was loaded from), or else its class name."""
     return getattr(scorer, "origin", type(scorer).__name__)
 
 
 def score_rows(rows: Sequence[Scored], scorer: Scorer) -> list[np.ndarray]:
-    """Score the K options of each row, with many rows at once if the scorer has `score_each`.
+    """Score the options of each row, with many rows at once if the scorer has `score_each`.
 
-    Returns: one array (K,) per row.
+    Args:
+      rows: pairs of a context and the K alternative replies to it; K may differ between rows.
+    Returns: one float64 array (K,) per row.
 
     Raises: InputError for scores that are not one finite number per option.
     """
@@ -175,13 +180,14 @@ def score_rows(rows: Sequence[Scored], scorer: Scorer) -> list[np.ndarray]:
 
 
 def to_comparisons(trajectories: Iterable[Trajectory], counts: Counter[str] | None = None) -> list[Comparison]:
-    """Combine replies to one context into one comparison, ranked by return; the inverse of `to_trajectories`.
+    """Combine trajectories that reply to the same context into one comparison of the replies, ranked by return.
 
-    The context of a trajectory is the turns before its first agent turn. Trajectories with one context and the same
-    words are one option, with their mean return. `labels["options"]` holds the returns.
+    The context of a trajectory is the turns before its first agent turn; the reply is all other turns. Trajectories
+    with the same context and the same reply make one option, with their mean return. `labels["options"]` holds
+    {"return": the option's mean return}.
 
     Args:
-      counts: receives one count per trajectory whose context has no other reply.
+      counts: incremented for each trajectory that is left out because its context has no other reply.
     """
     returns: dict[tuple[Turn, ...], dict[tuple[Turn, ...], list[Trajectory]]] = defaultdict(lambda: defaultdict(list))
     for trajectory in trajectories:
@@ -216,9 +222,9 @@ def to_comparisons(trajectories: Iterable[Trajectory], counts: Counter[str] | No
 def binarised(comparisons: Iterable[Comparison], good: str = "good:", bad: str = "bad:") -> Iterator[Comparison]:
     """Make of every pair A ≻ B two comparisons of a reply with itself: good A ≻ bad A, and bad B ≻ good B.
 
-    A system turn before the reply marks it as good or bad. Tied pairs are left out.
+    "good A" is a system turn with the text `good`, followed by reply A. Tied pairs are left out.
     Askell et al. 2021, on binarising ranked data: a reward model that is first trained on such pairs (made of votes,
-    for example) then learns from fewer ranked pairs.
+    for example) needs fewer ranked pairs afterwards.
 
     Args:
       good: text of the system turn that marks a good reply.
@@ -240,8 +246,8 @@ def preference_rows(comparisons: Iterable[Comparison], counts: Counter[str] | No
     """Yield rows `prompt, chosen, rejected` of messages for TRL's DPO and reward trainers, one per pair of options.
 
     Args:
-      counts: receives one count per dropped pair: a tie, or replies that contain turns of others, which TRL would
-        train on.
+      counts: incremented for each dropped pair. A pair is dropped if it is a tie, or if a reply contains turns that
+        are not the agent's, since TRL would train on them.
     """
     counts = Counter() if counts is None else counts
     for row in comparisons:
@@ -268,9 +274,9 @@ def label_rows(
     """Yield rows `prompt, completion, label` of messages for TRL's KTO trainer.
 
     Args:
-      threshold: the label is return > threshold.
-      counts: receives one count per dropped row: its return equals the threshold, so it is neither good nor bad, or
-        its completion contains turns of others, which TRL would train on.
+      threshold: the label is True if the return is above it and False if it is below.
+      counts: incremented for each dropped trajectory. A trajectory is dropped if its return equals the threshold, or
+        if its completion contains turns that are not the agent's, since TRL would train on them.
     """
     counts = Counter() if counts is None else counts
     for row in trajectories:
@@ -291,7 +297,7 @@ def label_rows(
 def sft_rows(trajectories: Iterable[Trajectory], minimum: float = -math.inf) -> Iterator[dict[str, Any]]:
     """Yield rows `prompt, completion` of messages for TRL's SFT trainer, one per agent turn.
 
-    An agent turn without text or tool calls has no row.
+    No row is made of an agent turn that has neither text nor tool calls.
 
     Args:
       minimum: the smallest return of a trajectory that is used.
@@ -304,7 +310,7 @@ def sft_rows(trajectories: Iterable[Trajectory], minimum: float = -math.inf) -> 
 
 
 def _known(rows: Sequence[Comparison], known: Sequence[bool], reason: str, counts: Counter[str]) -> list[Comparison]:
-    """Return the rows marked as known, and count the others under `reason`."""
+    """Return the rows for which `known` is True, and count the others under `reason`."""
     if not all(known):
         counts[reason] += len(rows) - sum(known)
     return [row for row, is_known in zip(rows, known, strict=True) if is_known]
@@ -341,7 +347,12 @@ def _reward_of(row: Comparison, kind: str) -> list[float]:
 def _normalised(
     raw: Sequence[Sequence[float]], keys: Sequence[str], normalise: Normalise
 ) -> list[list[tuple[float, Mapping[str, float]]]]:
-    """Return, per comparison and option, the reward and the constants (shift, scale) that made it."""
+    """Return, per comparison and option, the normalised reward and the constants {"shift", "scale"} that made it.
+
+    Args:
+      raw: raw rewards per comparison and option.
+      keys: the group of each comparison.
+    """
     if normalise == "global":
         everything = [value for values in raw for value in values]
         shift, scale = float(np.mean(everything)), float(np.std(everything)) or 1.0
@@ -385,7 +396,7 @@ def _trajectory(row: Comparison, i: int, reward: float, reward_at: str, how: Map
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Return turns as messages for chat templates; the environment's turns become the user's."""
+    """Return turns as messages for chat templates; turns of role "environment" get the role "user"."""
     return [
         message_of(turn) | ({"role": "user"} if turn.role == "environment" else {})
         for turn in turns
@@ -394,6 +405,6 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def _tools(turns: Sequence[Turn]) -> dict[str, Any]:
-    """Return the column `tools` of a row with these turns, as a dict that is empty if no turn has tools."""
+    """Return {"tools": list of schemas} for a row with these turns; {} if no turn has tools."""
     tools = next((turn.tools for turn in turns if turn.tools is not None), None)
     return {} if tools is None else {"tools": json.loads(tools)}

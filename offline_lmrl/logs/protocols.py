@@ -1,7 +1,8 @@
 """Structural types for players, environments and scorers; no base classes to inherit.
 
-In an episode the environment gives turns, the agent replies with one text, and the environment steps, and so on. All
-calls are batched over rows. Each row has its own seed, so an episode does not depend on the others in the batch.
+In an episode the environment gives turns, the agent replies with one text, the environment answers with further turns,
+and so on. Several episodes are played at once, as a batch. A row is the index of an episode in its batch. Each row has
+its own seed, so an episode does not depend on the others in the batch.
 """
 
 import importlib
@@ -22,10 +23,10 @@ class StepResult(NamedTuple):
     """The environment's answer to an agent turn.
 
     Attributes:
-      turns: the environment's turns that follow.
+      turns: the environment's turns that follow the agent turn.
       reward: the reward of the agent turn.
-      terminated: the episode ended.
-      truncated: the episode was cut off.
+      terminated: True if the episode ended by itself.
+      truncated: True if the episode was cut off, for example by a limit on its length.
     """
 
     turns: Sequence[Turn]
@@ -38,30 +39,32 @@ class Environment(Protocol):
     """An environment that plays one episode at a time.
 
     Three methods are optional:
-    - `labels() -> dict`: facts for the results table once the episode is over (invalid actions, for example).
-    - `options() -> list[str] | None`: the only texts allowed for the coming agent turn; None = any text.
-    - `task(seed) -> str`: the task of the episode with this seed, used to choose its demonstrations.
+    - `labels() -> dict`: facts about the finished episode for the results table (number of invalid actions, for
+      example).
+    - `options() -> list[str] | None`: the only texts allowed for the next agent turn; None = any text.
+    - `task(seed) -> str`: the name of the task in the episode with this seed, by which few-shot demonstrations are
+      chosen.
     """
 
     def reset(self, seed: int) -> Sequence[Turn]:
-        """Start the episode of this seed; return the turns before the agent's first."""
+        """Start the episode of this seed; return the turns before the agent's first turn."""
 
     def step(self, text: str) -> StepResult:
-        """Play the agent's text."""
+        """Play a text as the agent's turn; return the environment's answer."""
 
 
 class VectorEnvironment(Protocol):
     """An environment that plays many episodes at once.
 
-    `rows` index into the seeds of the last reset. A finished row is not stepped again.
-    `labels(row)`, `options(row)` and `task(seed)` are optional, as in `Environment`.
+    Row i is the episode of the i-th seed of the last reset. A finished row is not stepped again.
+    The methods `labels(row)`, `options(row)` and `task(seed)` are optional; they mean the same as in `Environment`.
     """
 
     def reset(self, seeds: Sequence[int]) -> list[Sequence[Turn]]:
-        """Start one episode per seed; return each episode's turns before the agent's first."""
+        """Start one episode per seed; return, for each, the turns before the agent's first turn."""
 
     def step(self, rows: Sequence[int], texts: Sequence[str]) -> list[StepResult]:
-        """Play one text in each of these rows; return the results in the same order."""
+        """Play texts[i] as the agent's turn in the episode rows[i]; return one result per row, in the same order."""
 
 
 def is_vector(environment: Any) -> bool:
@@ -71,17 +74,22 @@ def is_vector(environment: Any) -> bool:
 
 
 class Scorer(Protocol):
-    """A reward model, rule or Q head that rates alternative continuations of one context.
+    """A reward model, rule or Q head that rates alternative replies (options) to one context.
 
     Two members are optional:
-    - `score_each(rows)`: score many pairs of context and options at once. `score_rows` (logs/preferences.py) uses it
-      if present.
-    - `origin`: what the scorer was made from (the name of a run, a specification), as values that JSON can hold. It is
-      stored beside the rewards that the scorer gives.
+    - `score_each(rows)`: score many (context, options) at once, with one result of `score` per row. `score_rows`
+      (logs/preferences.py) uses it if present.
+    - `origin`: the name or specification that the scorer was loaded from, as values that JSON can hold. It is stored
+      with the rewards that the scorer gives.
     """
 
     def score(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]) -> np.ndarray:
-        """Return one raw score per option, shape (K,); higher is better."""
+        """Return the scores of K alternative replies to a context, (K,); higher is better.
+
+        Args:
+          context: the turns before the replies.
+          options: the replies, each a sequence of turns.
+        """
 
 
 @dataclass(frozen=True)
@@ -92,8 +100,9 @@ class Reply:
       text: the turn's text without its closing token.
       token_ids: the sampled ids with the closing token; None for players without a tokenizer.
       log_prob: log probability of each id under the distribution it was sampled from, in nats.
-      policy_log_prob: log probability of each id under the unguided policy at the same temperature, in nats.
-      closed: the closing token was sampled; False = the length limit ended the turn.
+      policy_log_prob: log probability of each id, in nats, under the policy at the sampling temperature, without
+        guidance by Q and V and without filters such as top-p.
+      closed: True if the closing token was sampled; False if the length limit ended the turn.
       labels: facts about how the reply was chosen, such as its score, as values that JSON can hold.
     """
 
@@ -106,11 +115,12 @@ class Reply:
 
 
 class Session(Protocol):
-    """One batch of episodes from their first turn to their last. A session may keep caches per row.
+    """A policy's side of one batch of episodes, from their first turn to their last. It may keep caches per row.
 
     Two members are optional:
-    - `fingerprint`: that of the tokenizer to which the replies' token_ids belong.
-    - `labels(row) -> dict`: facts for the results table once the episode is over (the requested return, for example).
+    - `fingerprint`: a hash that identifies the tokenizer and chat format to which the replies' token_ids belong.
+    - `labels(row) -> dict`: facts about the finished episode for the results table (the requested return, for
+      example).
     """
 
     def reply(
@@ -122,29 +132,32 @@ class Session(Protocol):
         """Return the next agent turn of each of these rows.
 
         Args:
-          histories: all turns so far of each row.
-          options: the texts to which each row's reply is restricted; None = any text.
+          rows: indices of episodes that have not ended.
+          histories: for each of `rows`, all turns of the episode so far.
+          options: for each of `rows`, the texts to which the reply is restricted, or None for any text; None = no row
+            is restricted.
         """
 
 
 class Policy(Protocol):
     """A player: a language model with its decoding, or a script.
 
-    The `start` of a policy that reads demonstrations first also takes `few_shot`: for each row its list of
-    demonstrations, or None.
+    The `start` of a policy that can read few-shot demonstrations also takes the argument `few_shot`: a list with one
+    entry per seed, either a list of demonstrations (trajectories) or None for no demonstrations.
     """
 
     def start(self, seeds: Sequence[int]) -> Session:
-        """Return a session with one row per seed."""
+        """Start a batch of episodes; return the session, in which row i is played with the sampling seed seeds[i]."""
 
 
 def import_object(name: str, field: str) -> Any:
     """Import the object called package.module:name; modules in the working folder are found too.
 
     Args:
-      field: the setting that the error names.
+      name: such as "my_rewards:score".
+      field: the setting that the error message names.
 
-    Raises: InputError if it cannot be imported or does not exist.
+    Raises: InputError if the object cannot be imported or does not exist.
     """
     module_name, _, attribute = name.partition(":")
     wanted = "expected package.module:function or package.module:Class"

@@ -1,4 +1,4 @@
-"""The reward transform that trainer, sampler and evaluator share."""
+"""The linear transform from logged rewards to the units of Q and V, shared by trainer, sampler and evaluator."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +9,9 @@ from offline_lmrl.logs.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class RewardScale:
-    """The transform (reward − shift) / scale, applied to every scored turn; Q and V are learnt in these units.
+    """The transform (reward − shift) / scale, applied to every scored turn; Q and V are learnt in the resulting units.
+
+    Logged units are the units of the rewards in the data. A scored turn is a turn whose reward is not None.
 
     The scale is the range of the training returns, so that 10·r and r give the same policy. A shift is safe only if it
     changes all returns by the same constant. This requires that nothing is discounted (otherwise the shift would count
@@ -17,9 +19,10 @@ class RewardScale:
     the shift would reward longer or shorter episodes). If the shift is safe, it is the mean reward, so that r − 1 and
     r give the same policy. If not, it would change the task, so it is 0.
 
-    shift: in logged units.
-    scale: in logged units, above 0.
-    scored_turns: number of scored turns in every finished episode if the shift is safe; else 0.
+    Attributes:
+      shift: in logged units.
+      scale: in logged units, above 0.
+      scored_turns: number of scored turns in every finished episode if the shift is safe; else 0.
     """
 
     shift: float = 0.0
@@ -35,8 +38,9 @@ class RewardScale:
         """Fit shift and scale to the training split.
 
         Args:
-          scale: replaces the fitted range, in the units of the logged rewards; None = fit it.
-          discounted: True if any step's discount is below 1 (`StepRule.discounted`).
+          trajectories: the training split.
+          scale: the scale to use, in logged units; None = fit it.
+          discounted: True if any step's discount is below 1 (`StepRule.discounted` in tokens/episodes.py).
         """
         scored = [[turn.reward for turn in t.turns if turn.reward is not None] for t in trajectories]
         counts = {len(rewards) for rewards, t in zip(scored, trajectories, strict=True) if t.terminated}
@@ -51,20 +55,20 @@ class RewardScale:
         return cls(shift, scale, max(counts) if fixed else 0)
 
     def apply(self, reward: float | None) -> float:
-        """Return the scaled reward of a turn; the reward of an unscored turn (None) is 0 in either unit."""
+        """Return the scaled reward of a turn; a turn that is not scored (None) has the scaled reward 0."""
         return 0.0 if reward is None else (reward - self.shift) / self.scale
 
     def apply_to_return(self, total: float) -> float:
-        """Return the scaled return of a whole episode, in which the reward of every scored turn is shifted."""
+        """Return the scaled return of a whole, finished episode from its return in logged units."""
         return (total - self.scored_turns * self.shift) / self.scale
 
     def invert_return(self, total: float, scored_before: int = 0) -> float:
-        """Convert a scaled return-to-go to the units of the logged rewards.
+        """Convert a scaled return-to-go to logged units.
 
         Args:
-          total: the scaled return-to-go.
-          scored_before: number of scored turns already played. Their shifts are not part of the return-to-go, so only
-            the shifts of the remaining scored turns are undone.
+          total: the scaled return-to-go, the sum of scaled rewards from the present turn on.
+          scored_before: number of scored turns before the present turn. Their rewards are not part of the
+            return-to-go, so the shift is undone for the remaining scored turns only.
         """
         return total * self.scale + (self.scored_turns - scored_before) * self.shift
 

@@ -1,8 +1,8 @@
 """A scored dialogue or game: `Turn`, `Trajectory`, and their form on disk.
 
-A trajectory is one episode of an agent that acts by text. The turns for which the agent is credited are `trainable`;
-each may have the reward that it earned, in the raw units of the log. A record is the same data as one plain dict,
-without loss, as stored in one line of JSON Lines or one row of Parquet.
+A trajectory is one episode of an agent that acts by text. The turns on which a model is trained are `trainable`, by
+default those of the agent. Only a trainable turn may have a reward, in the raw units of the log. A record is the same
+data as one plain dict, without loss, as stored in one line of JSON Lines or one row of Parquet.
 """
 
 import json
@@ -38,10 +38,11 @@ class Turn:
     Attributes:
       role: the speaker, one of ROLES.
       content: the text, unchanged; may be empty.
-      trainable: True if the agent is credited or blamed for this text; None means (role == "assistant").
+      trainable: True: an action of the agent, whose tokens are trained on. False: context only. None means
+        (role == "assistant").
       reward: the reward that the turn earned, finite, only on trainable turns; None = not scored, counts as 0.
       token_ids: the ids as sampled, closing token included; None = unknown. Encoding the text may give other ids.
-      behaviour_log_prob: log-probability of each of `token_ids` under the policy that acted, in nats.
+      behaviour_log_prob: log-probability of each of `token_ids` under the policy that sampled them, in nats.
       thinking: the agent's thought before its words, if the log stores it separately (`reasoning_content`,
         `thinking`).
       tool_calls: the agent's tool calls as JSON text of a list of {"function": {"name", "arguments"}, "id"?}; a list
@@ -113,12 +114,12 @@ class Turn:
 
     @property
     def is_trainable(self) -> bool:
-        """True if the agent is credited for this turn."""
+        """True if the turn is an action of the agent: its tokens are trained on, and it may have a reward."""
         return self.role == "assistant" if self.trainable is None else self.trainable
 
     @property
     def spoken(self) -> tuple[str, ...]:
-        """The role and all text (content, thought, calls, tools); equal for turns with equal text."""
+        """The role and all text (content, thought, tool calls, tools), by which turns are compared."""
         apart = (self.thinking or "", self.tool_calls or "", self.tools or "")
         return (self.role, self.content, *(apart if any(apart) else ()))
 
@@ -129,11 +130,13 @@ class Trajectory:
 
     Attributes:
       turns: at least one.
-      terminated: True: the episode ended by itself. False: the log was cut, so values bootstrap past its end.
-      group: the root prompt or conversation; rows of one group stay in one split. "" = unknown.
-      task: identity of the task.
-      source: the origin of the row.
-      labels: raw human signals and private facts, as values that JSON can store; never rendered.
+      terminated: True: the episode ended by itself. False: it was cut off, so the return after its last turn is
+        estimated by V and not 0.
+      group: a key of the prompt or conversation that the episode is about; "" = unknown. Trajectories of one group
+        always go to the same split (train, validation or test).
+      task: the name of the task; few-shot demonstrations of an episode may be chosen by it. "" = unknown.
+      source: the name of the data set, file or player that the episode is from.
+      labels: raw human signals and private facts by name, as values that JSON can store; never shown to a model.
 
     Raises: InputError that names the invalid field.
     """
@@ -165,7 +168,7 @@ class Trajectory:
 
 
 def to_record(trajectory: Trajectory) -> dict[str, Any]:
-    """Return the trajectory as a plain dict for disk, without the None fields of turns, and with labels as JSON text.
+    """Return the trajectory as a record: turns as messages without None fields, and labels as JSON text.
 
     Raises: InputError if the labels cannot be written as JSON.
     """
@@ -204,9 +207,10 @@ def labels_text(labels: Mapping[str, Any]) -> str:
 
 
 def turn_from_record(message: Any, where: str, allow_empty: bool = False) -> Turn:
-    """Build the turn of one message.
+    """Build a turn from a message of a record.
 
     Args:
+      message: a mapping from names of `Turn`'s fields to values.
       where: "file:row: field", put in front of every error message.
       allow_empty: True: accept an agent turn without any text.
     Raises: InputError for an invalid field.
@@ -225,7 +229,13 @@ def turn_from_record(message: Any, where: str, allow_empty: bool = False) -> Tur
 
 
 def build_trajectory(turns: Sequence[Turn], record: Mapping[str, Any], where: str) -> Trajectory:
-    """Build a trajectory from these turns and the other fields of a record; errors as for `turn_from_record`."""
+    """Build a trajectory from turns and the other fields of a record.
+
+    Args:
+      record: may have terminated, group, task, source and labels; absent and null fields take their defaults.
+      where: "file:row", put in front of every error message.
+    Raises: InputError for an invalid field, or if no turn is trainable.
+    """
     fields = {name: record[name] for name in ("terminated", "group", "task", "source") if record.get(name) is not None}
     try:
         labels = read_labels(record.get("labels"))
@@ -239,7 +249,7 @@ def build_trajectory(turns: Sequence[Turn], record: Mapping[str, Any], where: st
 
 
 def leading_system_turns(turns: Sequence[Turn]) -> int:
-    """Return the number of system turns at the start, which stay in every window."""
+    """Return the number of system turns at the start, which stay in a model's input when old turns are left out."""
     return next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
 
 
@@ -249,9 +259,14 @@ def as_context(turns: Iterable[Turn]) -> list[Turn]:
 
 
 def with_own_token_ids(trajectory: Trajectory, fingerprint: str) -> Trajectory:
-    """Return the trajectory itself if its sampled ids belong to this renderer, else a copy without ids and log-probs.
+    """Return the trajectory with its sampled token ids if this renderer understands them, else a copy without them.
 
-    `labels["tokenizer"]` is the fingerprint of the renderer that sampled the ids; ids of unknown origin are dropped.
+    A renderer turns dialogues into token ids, by a tokenizer and a chat format. `labels["tokenizer"]` is the
+    fingerprint of the renderer with which the ids were sampled; ids of unknown origin are removed. The
+    log-probabilities of removed ids are removed too.
+
+    Args:
+      fingerprint: the fingerprint of the renderer that will be used.
     """
     if trajectory.labels.get("tokenizer") == fingerprint or all(turn.token_ids is None for turn in trajectory.turns):
         return trajectory
@@ -290,7 +305,7 @@ def nests_too_deep(value: Any) -> bool:
 
 
 def names_in(value: Any) -> Iterator[Any]:
-    """Yield the keys of the objects in a value, at every level."""
+    """Yield the keys of all objects (dicts) inside a JSON value, at every level."""
     level = [value]
     while level:
         objects = [one for one in level if isinstance(one, dict)]
@@ -317,6 +332,8 @@ def require_labels(labels: Any) -> None:
 def require_text(name: str, value: Any) -> None:
     """Check that a value is text that UTF-8 can encode (JSON text can contain half a surrogate pair).
 
+    Args:
+      name: the field that the error message names.
     Raises: InputError if it is not.
     """
     if not isinstance(value, str):
@@ -330,6 +347,8 @@ def require_text(name: str, value: Any) -> None:
 def finite(name: str, value: Any) -> float:
     """Return the value as a float.
 
+    Args:
+      name: the field that the error message names.
     Raises: InputError unless it is a finite number of at most LARGEST_NUMBER in size, so that sums of such numbers,
       and training in 32 bits, do not overflow.
     """
@@ -347,9 +366,11 @@ def finite(name: str, value: Any) -> float:
 
 
 def require_list(name: str, value: Any) -> Sequence:
-    """Return the value itself.
+    """Return the value itself if it is a sequence other than text, such as a list or a tuple.
 
-    Raises: InputError unless it is a sequence other than text, such as a list or a tuple.
+    Args:
+      name: the field that the error message names.
+    Raises: InputError if it is not.
     """
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise InputError(f"{name}: found {shown(value)}, expected a list")
@@ -364,9 +385,11 @@ def _token_ids(value: Any) -> tuple[int, ...]:
 
 
 def _objects_text(name: str, value: Any) -> str | None:
-    """Return a list of objects, given as a list or as JSON text, as JSON text with the keys in their order.
+    """Return a list of objects, given as a list or as JSON text, as JSON text; keys keep their order.
 
-    Returns: None for an empty list.
+    Args:
+      name: the field of the turn, "tool_calls" or "tools".
+    Returns: the text, or None for an empty list.
     Raises: InputError if the value is not a list of objects, or a tool call has no name.
     """
     if isinstance(value, str):
@@ -405,7 +428,10 @@ def read_labels(value: Any) -> dict[str, Any]:
 
 
 def message_of(turn: Turn) -> dict[str, Any]:
-    """Return a turn as a message for chat templates. A thought is passed under both names that templates use."""
+    """Return a turn as a message for chat templates.
+
+    A thought is stored under both names that templates use, `thinking` and `reasoning_content`.
+    """
     message: dict[str, Any] = {"role": turn.role, "content": turn.content}
     if turn.thinking is not None:
         message |= {"reasoning_content": turn.thinking, "thinking": turn.thinking}

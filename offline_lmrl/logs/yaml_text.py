@@ -1,8 +1,8 @@
 """Read YAML from users (settings files, scorers, command-line values) as plain values.
 
-jsonargparse parses it, since unlike plain PyYAML it reads `1e-5` as a number. Before that, this module refuses text
-that would expand without end; after that, values that no setting can have. Importing this module makes jsonargparse
-use the same checks on the command line.
+jsonargparse parses the text, since unlike plain PyYAML it reads `1e-5` as a number. Before parsing, this module
+refuses text that would expand without end; after parsing, it refuses values that no setting can have. Importing this
+module makes jsonargparse use the same checks on the command line.
 """
 
 from pathlib import Path
@@ -23,7 +23,8 @@ _read = get_loader("yaml")
 def load_yaml(text: str) -> Any:
     """Return the value of a YAML text: mappings with text as names, lists, text, numbers, true, false or null.
 
-    Raises: yaml.YAMLError for text that is not YAML or holds other values; its subclass NoEnd as in `require_an_end`.
+    Raises: yaml.YAMLError for text that is not YAML or contains other values; its subclass NoEnd for text with more,
+      or deeper nested, values than settings can have.
     """
     try:
         _count(text)
@@ -40,7 +41,7 @@ def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
     Args:
-      what: a noun for its content in error messages.
+      what: a noun for the content of the file, such as "settings" or "a scorer", for error messages.
 
     Raises: InputError if the file cannot be read or is not a mapping.
     """
@@ -59,8 +60,8 @@ def yaml_mapping(text: str, where: str, what: str) -> dict[str, Any]:
     """Return the mapping in a YAML text.
 
     Args:
-      where: the start of error messages.
-      what: a noun for its content in error messages.
+      where: the start of error messages, such as the file's path.
+      what: a noun for the content of the text, such as "settings" or "a scorer", for error messages.
 
     Raises: InputError if the text is not a mapping in YAML.
     """
@@ -74,14 +75,14 @@ def yaml_mapping(text: str, where: str, what: str) -> dict[str, Any]:
 
 
 class NoEnd(yaml.YAMLError):
-    """The text has more values, or deeper nested ones, than settings can have."""
+    """An error for YAML text with more values, or deeper nested ones, than settings can have."""
 
 
 def require_an_end(text: str) -> None:
     """Check that a text, read as YAML, has no more and no deeper nested values than settings can have.
 
-    An alias counts as many values as it refers to, so one that contains itself never ends. jsonargparse reads some
-    texts without calling `load_yaml`.
+    An alias counts as many values as it refers to, so an alias inside the value that it refers to has infinitely many.
+    This check is separate from `load_yaml`, because jsonargparse reads some texts without calling that.
 
     Raises: NoEnd if the check fails.
     """
@@ -94,9 +95,9 @@ def require_an_end(text: str) -> None:
 
 
 def _count(text: str) -> None:
-    """Count values while the text is scanned; raise NoEnd for too many or too deep ones.
+    """Count the values of a YAML text while it is scanned, without building them; raise NoEnd if there are too many.
 
-    No value is built, so any text can be checked.
+    NoEnd is also raised for values nested deeper than MAX_NESTING levels.
     """
     whole: dict[str, tuple[int, int]] = {}  # anchor -> (values, levels) of what it names
     open_values: list[tuple[str | None, int, int]] = [(None, 0, 0)]  # (anchor, values, levels) of open collections

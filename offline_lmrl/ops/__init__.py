@@ -1,4 +1,4 @@
 """Pure functions of tensors: returns, value learning, policy gradients, preferences, chunked sums, decoding.
 
-Nothing here needs more than torch.
+The modules need only torch and the standard library.
 """

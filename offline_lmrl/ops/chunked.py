@@ -1,4 +1,4 @@
-"""Sums over the vocabulary that never hold one number per state and token."""
+"""Sums over the vocabulary without a table of one number per state and token in memory."""
 
 import torch
 from torch import Tensor
@@ -8,17 +8,17 @@ from torch.utils.checkpoint import checkpoint
 def chunked_logsumexp(
     features: Tensor, weight: Tensor, bias: Tensor | None = None, *, max_elements: int = 2**24
 ) -> Tensor:
-    """Compute log Σ_a exp(features · weight[a] + bias[a]) in chunks of rows, which the backward pass computes again.
+    """Compute log Σ_a exp(features · weight[a] + bias[a]) over the vocabulary, in chunks of states.
 
-    Only one chunk's table of scores exists at a time, in forward and in backward. The peak memory, beside the weights
-    and their gradient, is therefore a few times `max_elements` numbers instead of H·N·V. If all rows fit into one
-    chunk, nothing is computed twice.
+    Only one chunk's table of scores, (H, states of the chunk, V), exists at a time; the backward pass computes it
+    again. The peak memory, beside the weights and their gradient, is therefore a few times `max_elements` numbers
+    instead of H·N·V. If all states fit into one chunk, nothing is computed twice.
 
     Args:
-      features: (H,N,K) for H heads.
-      weight: (H,V,K), or (1,V,K) if the heads share it.
+      features: (H,N,K), K features of N states for each of H heads.
+      weight: (H,V,K), or (1,V,K) if the heads share it; V is the size of the vocabulary.
       bias: (H,V) or None.
-      max_elements: the most entries of a table of scores; a chunk has at least one row, however large V is.
+      max_elements: largest number of entries in a table of scores; a chunk has at least one state, however large V is.
     Returns: (H,N).
     """
     heads, rows, _ = features.shape

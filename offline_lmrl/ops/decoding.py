@@ -3,7 +3,7 @@
 The order is fixed. First π is filtered and divided by the temperature, because Q is trained only on tokens like those
 of the data. Then guidance is added on the remaining tokens: log π(a|s) + β·clip(reduce(Q) − V) (Snell et al. 2023,
 ILQL, section on policy extraction). Filters, warping and guidance take any leading shape (...) before the vocabulary,
-such as (B, V) or (B, T, V).
+such as (B, V) or (B, T, V). In shapes, V is the size of the vocabulary; in equations, it is the state value.
 """
 
 import torch
@@ -53,12 +53,12 @@ def warp_log_probs(
 ) -> Tensor:
     """Compute log π after warping: support filter at temperature 1, then temperature, top-k, top-p and min-p.
 
-    The support filter is applied first because it estimates which tokens the data cover, which does not depend on the
-    temperature. The others are in the order of transformers' `generate`.
+    The support filter comes first because it estimates which tokens occur in the data, which does not depend on the
+    temperature. The other steps are in the order of transformers' `generate`.
 
     Args:
       logits: (..., V); −inf marks tokens that a constraint forbids.
-      temperature: the divisor of log π; 0 (greedy) counts as 1 here, and the caller takes the argmax.
+      temperature: the divisor of log π; 0 (greedy) has the effect of 1 here, and the caller takes the argmax.
       top_k: keep the k best tokens; None = all.
       top_p: keep the smallest set of best tokens with this probability; None = all.
       min_p: keep tokens with at least min_p times the best probability at this temperature (Nguyen et al. 2024);
@@ -79,11 +79,13 @@ def warp_log_probs(
 
 
 def reduce_q(q: Tensor, q_reduce: str) -> Tensor:
-    """Reduce Q of H heads to one, (H, ...) -> (...).
+    """Reduce Q of H heads to one Q.
 
     Args:
       q: (H, ...).
-      q_reduce: "min" (the papers'), "mean", or "first"; the last two are linear, so Q can be added to an LM head.
+      q_reduce: "min" (used in the papers), "mean", or "first" (the first head). The last two are linear, so Q can be
+        merged into the weights of an LM head.
+    Returns: (...).
     """
     if q_reduce == "min":
         return q.amin(0)
@@ -106,7 +108,7 @@ def guide(
 
     Args:
       log_prob: (..., V) log π after warping (or logits); −inf stays −inf.
-      q: (H, ..., V), one row per head, in the units of the value heads.
+      q: (H, ..., V), Q of each of H heads for every token, in scaled reward units.
       v: V(s), (...); needed only with `clip`, because V cancels in a softmax otherwise. None = it is not subtracted.
       beta: β, a number or a tensor that broadcasts against (..., V), such as (B, 1).
       q_reduce: how the H heads become one Q (`reduce_q`).
@@ -124,16 +126,16 @@ def guide(
 
 
 def condition_shift(conditional: Tensor, null: Tensor, scale: float, temperature: float = 1.0) -> Tensor:
-    """Compute the change of log π(a|s) by a requested return R:  (1 + w) · (log π(a|s,R) − log π(a|s)) / T.
+    """Compute how a requested return R changes log π(a|s):  (1 + w) · (log π(a|s,R) − log π(a|s)) / T.
 
-    With log π added, this is classifier-free guidance (Ho and Salimans 2022, on log-probabilities) at temperature T,
-    (1+w)·log π(·|R) − w·log π.
+    The sum of log π(·|s) / T and this change is classifier-free guidance (Ho and Salimans 2022, on log-probabilities),
+    ((1+w)·log π(·|s,R) − w·log π(·|s)) / T.
 
     Args:
-      conditional: logits with the requested return, (..., V).
-      null: logits under the null condition, (..., V).
-      scale: w; 0 gives the sum log π(·|R).
-      temperature: T; 0 counts as 1, as in `warp_log_probs`.
+      conditional: logits of the model whose input requests the return R, (..., V).
+      null: logits of the same model whose input requests no return (the null condition), (..., V).
+      scale: w; with 0 the sum is log π(·|s,R) / T.
+      temperature: T; 0 has the effect of 1, as in `warp_log_probs`.
     Returns: (..., V), fp32 or float64.
     """
     conditional, null = at_least_float32(conditional), at_least_float32(null)
@@ -152,13 +154,13 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def uniform(seed: Tensor, counter: Tensor) -> Tensor:
-    """Return uniform numbers in [0, 1), each a function of its own (seed, counter) alone.
+    """Return random numbers, uniform in [0, 1); number i is a function of seed[i] and counter[i] only.
 
-    The random numbers of a row therefore do not depend on the batch that it is in.
+    The random numbers of an episode therefore do not depend on the other episodes in its batch.
 
     Args:
       seed: (B,) int64.
-      counter: (B,) int64.
+      counter: (B,) int64, the index of the draw in the sequence of this seed.
     Returns: (B,) fp64, with 53 random bits.
     """
     golden = -0x61C8864680B583EB  # SplitMix64's increment, 0x9E3779B97F4A7C15, as int64
@@ -171,8 +173,8 @@ def sample_from(scores: Tensor, u: Tensor) -> Tensor:
 
     Args:
       scores: (B, V) unnormalised log-probabilities; −inf is never drawn.
-      u: (B,) in [0, 1).
-    Returns: (B,) long.
+      u: (B,) in [0, 1), such as from `uniform`.
+    Returns: (B,) long, token ids.
     """
     cdf = at_least_float32(scores).softmax(-1).cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1:].contiguous()

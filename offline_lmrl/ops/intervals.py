@@ -36,9 +36,9 @@ def wilson(share: float, n: float, quantile: float) -> tuple[float, float]:
     """Return the lower and upper end, in [0, 1], of Wilson's interval for a share (Wilson 1927).
 
     Args:
-      share: the observed share.
-      n: the number of independent outcomes.
-      quantile: the half width in standard errors, such as 1.96.
+      share: the observed share, in [0, 1].
+      n: the number of independent outcomes, above 0, not necessarily a whole number.
+      quantile: the half width in standard errors, such as 1.96 for a 95% interval.
     """
     z2 = quantile**2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)

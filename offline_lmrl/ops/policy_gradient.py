@@ -2,8 +2,8 @@
 
 Everything is packed: N agent tokens in the order in which they were written, one episode after another, without
 padding and without environment text. A mean over the N is therefore the mean over agent tokens, and no mask is needed.
-Losses return one number per token. The caller sums them and divides by the number of agent tokens of the minibatch,
-with all its micro-batches.
+Losses return one number per token. The caller sums them and divides by the number of agent tokens in the whole
+minibatch, over all its micro-batches.
 
 Schulman et al. 2017 (PPO); Ziegler et al. 2019 for the additions for language.
 """
@@ -24,7 +24,7 @@ def kl_k1(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
     Schulman 2020, note on approximating KL divergences.
 
     Args:
-      log_prob: (N,) log π of the taken actions.
+      log_prob: (N,) log π of the actions taken.
       ref_log_prob: (N,) log π_ref of the same actions.
     Returns: (N,) nats; single values may be negative.
     """
@@ -39,7 +39,7 @@ def kl_k3(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
     k3 with the policy that acted as the first argument and the updated policy as the second.
 
     Args:
-      log_prob: (N,) log π of the taken actions.
+      log_prob: (N,) log π of the actions taken.
       ref_log_prob: (N,) log π_ref of the same actions.
     Returns: (N,) nats.
     """
@@ -61,11 +61,13 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def kl_shaped_reward(reward: Tensor, kl: Tensor, kl_weight: float) -> Tensor:
-    """Compute r_t − β · kl_t, which PPO maximises. Ziegler et al. 2019, section 2, their reward R split over tokens.
+    """Compute r_t − β · kl_t, the reward per token that PPO maximises.
+
+    Ziegler et al. 2019, section 2; their reward R is the sum of this over the tokens of a reply.
 
     Args:
-      reward: (N,) r, the scores of turns at the tokens that close them.
-      kl: (N,) `kl_k1` or `kl_k3` to the reference, in nats.
+      reward: (N,) r: the score of a turn at the token that closes the turn, 0 at other tokens.
+      kl: (N,) `kl_k1` or `kl_k3` to the reference policy, in nats.
       kl_weight: β, in reward units per nat.
     Returns: (N,) detached, in reward units.
     """
@@ -77,7 +79,7 @@ def replace_unfinished(score: Tensor, closed: Tensor, fixed: float) -> Tensor:
     """Replace the score of every turn that was not closed by its stop token by a fixed score.
 
     Args:
-      score: (M,).
+      score: (M,), one score per turn.
       closed: (M,) bool, True if the stop token closed the turn.
       fixed: the score of unfinished turns (Ziegler et al. 2019: −1).
     Returns: (M,).
@@ -90,7 +92,7 @@ def penalize_unfinished(score: Tensor, closed: Tensor, penalty: float) -> Tensor
     """Subtract a penalty from the score of every turn that was not closed by its stop token.
 
     Args:
-      score: (M,).
+      score: (M,), one score per turn.
       closed: (M,) bool, True if the stop token closed the turn.
       penalty: in units of the score.
     Returns: (M,).
@@ -105,13 +107,13 @@ def generalized_advantage(
     """Compute advantages  A_t = Σ_k (Π_{j<k} γ_{t+j} λ) δ_{t+k},  δ = y − V(s),  and the returns A + V.
 
     Schulman et al. 2016 (GAE), section 3. Steps are the agent's tokens only: the step after the last token of an
-    utterance is the first token of the agent's next utterance. The sum ends with the episode. Whether V counts at that
-    end (yes after a cut, no after a terminal action) is already part of y = `value_learning.td_target`. λ = 0 gives δ,
-    λ = 1 the return minus V.
+    utterance is the first token of the agent's next utterance. The sum ends with the episode. Whether y includes V of
+    the state after the last step (yes if the episode was cut, no after a terminal action) was decided when
+    `value_learning.td_target` computed y. λ = 0 gives δ, λ = 1 the return minus V.
 
     Args:
       td_target: y, (N,) r + γ · bootstrap · V(s′).
-      v: (N,) V(s) of the rollout.
+      v: (N,) V(s) at the time of the rollout.
       discount: γ of each step, (N,) or one number for all.
       episode: (N,) long, the index of each token's episode; tokens of an episode are adjacent and in order of time.
         Steps without a target must be left out.
@@ -136,12 +138,13 @@ def generalized_advantage(
 def whiten(x: Tensor, keep_mean: bool = False) -> Tensor:
     """Compute (x − μ) / √(σ² + 1e-8), plus μ if the mean is kept.
 
-    Ziegler et al. 2019, as in their code: σ is the population's. For advantages the mean is not kept. If it is kept,
-    for rewards, every token gains μ (1 − 1/σ) compared with x / σ, which rewards or punishes length.
+    Ziegler et al. 2019, as in their code: σ is the population standard deviation. They whiten advantages without the
+    mean, and rewards with it. Compared with rewards x / σ, every token then gains μ (1 − 1/σ), which rewards or
+    punishes long replies.
 
     Args:
       x: (N,).
-      keep_mean: add μ again.
+      keep_mean: True: add μ again after the division.
     Returns: (N,).
     """
     check_shapes("n", x)
@@ -157,7 +160,7 @@ def policy_loss(log_prob: Tensor, behaviour_log_prob: Tensor, advantage: Tensor,
 
     Args:
       log_prob: (N,) of the policy being trained.
-      behaviour_log_prob: (N,) of the policy that acted, at the same temperature and with the same mask.
+      behaviour_log_prob: (N,) of the policy that acted, at the same temperature and with the same forbidden tokens.
       advantage: A, (N,).
       clip_range: ε; math.inf = no clipping.
     Returns: (N,); gradients reach log_prob alone.
@@ -171,7 +174,7 @@ def policy_loss(log_prob: Tensor, behaviour_log_prob: Tensor, advantage: Tensor,
 def value_loss(v: Tensor, behaviour_v: Tensor, returns: Tensor, clip_range: float) -> Tensor:
     """Compute the clipped value loss  ½ max((V − G)², (V_b + clip(V − V_b, ±ε) − G)²).
 
-    It is that of OpenAI's code (baselines, ppo2); Schulman et al. 2017 do not have it.
+    From OpenAI's code (baselines, ppo2), not from Schulman et al. 2017.
 
     Args:
       v: V, (N,), online.
@@ -193,7 +196,7 @@ def adaptive_kl_weight(kl_weight: float, kl: float, target: float, episodes: int
 
     Args:
       kl_weight: β, the present weight.
-      kl: mean KL of an episode to the reference in the last batch, in nats.
+      kl: mean over the last batch of an episode's KL to the reference policy, in nats.
       target: the intended value of `kl`, in nats.
       episodes: n, the number of episodes in the batch.
       horizon: h, in episodes.
@@ -203,7 +206,7 @@ def adaptive_kl_weight(kl_weight: float, kl: float, target: float, episodes: int
 
 
 class Moments(NamedTuple):
-    """The running count, mean and sum of squared deviations of all scores so far, to be saved with the run."""
+    """The count, mean and sum of squared deviations of all scores so far in training; saved in checkpoints."""
 
     count: int = 0
     mean: float = 0.0
@@ -231,7 +234,7 @@ def scale_scores(score: Tensor, std: float, clip: float) -> Tensor:
     The mean is not subtracted, because the sign of a score has a meaning.
 
     Args:
-      score: (M,).
+      score: (M,), one score per turn.
       std: σ, from `Moments`.
       clip: c, in standard deviations; math.inf = no clipping.
     Returns: (M,).
@@ -244,7 +247,7 @@ def tensorflow_adam_eps(eps: float, beta2: float, step: int) -> float:
     """Return the ε with which PyTorch's Adam makes the same step as TensorFlow's:  ε / √(1 − β₂^step).
 
     TensorFlow adds ε before the bias correction of the second moment (Kingma & Ba 2015, end of section 2), PyTorch
-    after it. TensorFlow, which OpenAI's runs used, therefore damps early steps more.
+    after it. With TensorFlow, which OpenAI used, ε therefore shortens early steps more.
 
     Args:
       eps: ε of TensorFlow's Adam.
@@ -261,8 +264,8 @@ def policy_statistics(log_prob: Tensor, behaviour_log_prob: Tensor, clip_range: 
       log_prob: (N,) of the policy being trained.
       behaviour_log_prob: (N,) of the policy that acted.
       clip_range: ε.
-    Returns: scalars.
-      approx_kl: mean k3 of KL(behaviour‖policy), in nats, also used to stop an epoch early.
+    Returns: name -> scalar tensor.
+      approx_kl: mean of the estimate k3 of KL(behaviour‖policy), in nats, also used to stop an epoch early.
       clip_fraction: share of tokens whose ratio is outside 1 ± ε.
       ratio_max: the largest ratio.
     """
@@ -284,7 +287,7 @@ def value_statistics(v: Tensor, behaviour_v: Tensor, returns: Tensor, clip_range
       behaviour_v: V_b, (N,), the values from which advantages were computed.
       returns: G, (N,).
       clip_range: ε in reward units.
-    Returns: scalars.
+    Returns: name -> scalar tensor.
       value_clip_fraction: share of tokens whose V is outside V_b ± ε.
       explained_variance: 1 − Var(G − V_b) / Var(G); nan if the returns do not vary.
     """
@@ -298,5 +301,5 @@ def value_statistics(v: Tensor, behaviour_v: Tensor, returns: Tensor, clip_range
 
 
 def _is_last(index: Tensor) -> Tensor:
-    """Return (N,) bool, True at the last entry of every run of equal entries."""
+    """Return (N,) bool, True where the next entry is different, and at the end."""
     return F.pad(index[1:] != index[:-1], (0, 1), value=True)

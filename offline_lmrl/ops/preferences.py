@@ -1,10 +1,11 @@
 """Preferences and scores: losses of reward models, their normalisation, best-of-n, combined scores, abstention.
 
-A batch of comparisons is packed: scores (M,) of all options of all C comparisons, and `comparison` (M,) long, the
-index in 0..C−1 of each option's comparison. The options of a comparison may be anywhere in the M, and their number K
-may differ between comparisons. Losses return one number per comparison, (C,), for any K: all pairs of one prompt are
-one element of the batch (Ouyang et al. 2022, InstructGPT, on reward modelling). Labels are `target` (M,), the
-probability that each option is the best of its comparison, or `rank` (M,) long, 0 = best, equal = tied.
+A comparison is a set of K alternative replies (options) to one prompt, with people's preference among them. A batch of
+comparisons is packed: `score` (M,) of all options of all C comparisons, and `comparison` (M,) long, the index in
+0..C−1 of each option's comparison. The options of a comparison may be anywhere in the M, and K may differ between
+comparisons. Losses return one number per comparison, (C,), for any K: all pairs of one prompt are one element of the
+batch (Ouyang et al. 2022, InstructGPT, on reward modelling). Labels are `target` (M,), the probability that each
+option is the best of its comparison, or `rank` (M,) long, 0 = best, equal = tied.
 """
 
 import math
@@ -22,8 +23,8 @@ class Pairs(NamedTuple):
     """P pairs of options to compare. They do not depend on scores, so they are made once per batch.
 
     Args:
-      first: (P,) long, the index of the pair's first option among the M.
-      second: (P,) long, the same for its second option.
+      first: (P,) long, the index of the pair's first option among the M options of the batch.
+      second: (P,) long, the index of the pair's second option among the M.
       prob: (P,), the probability that `first` is preferred; ½ = a tie.
       comparison: (P,) long, the index of the pair's comparison.
       comparisons: C, the number of comparisons.
@@ -39,12 +40,12 @@ class Pairs(NamedTuple):
 def known_pairs(target: Tensor, rank: Tensor, comparison: Tensor) -> Pairs:
     """Return the unordered pairs within comparisons whose order is known.
 
-    If either option has a target above 0, prob = t_i / (t_i + t_j) (Luce 1959, the choice axiom); for two options this
-    is the target itself. Otherwise prob is 1 or 0, by the ranks. Two options with targets of 0 and equal ranks make no
-    pair, because unordered options look like this too.
+    If one of the two options has a target above 0, prob = t_i / (t_i + t_j) (Luce 1959, the choice axiom); in a
+    comparison of two options this is t_i. If both targets are 0, prob is 1 or 0, by the ranks. Two options with
+    targets of 0 and equal ranks make no pair, since this is also how options of unknown order are stored.
 
     Args:
-      target: (M,).
+      target: t, (M,).
       rank: (M,) long, 0 = best.
       comparison: (M,) long.
     """
@@ -61,9 +62,9 @@ def bradley_terry_loss(
 ) -> Tensor:
     """Compute −[p log P̃ + (1 − p) log(1 − P̃)]  with  P̃ = (1 − ε) σ(Δ − m) + ε/2.
 
-    Bradley & Terry 1952. Soft p for ties and uncertain labels, and the share ε of random labels (0.1 in the paper),
-    are from Christiano et al. 2017, on fitting the reward function. With ε > 0, the loss is at most −log(ε/2), and the
-    gradient of a label that the scores contradict with confidence vanishes.
+    Bradley & Terry 1952. Probabilities p other than 0 and 1, for ties and uncertain labels, and the share ε of random
+    labels (0.1 in the paper), are from Christiano et al. 2017, on fitting the reward function. With ε > 0, the loss is
+    at most −log(ε/2), and the gradient vanishes for a label that the scores clearly contradict.
 
     Args:
       difference: Δ, (P,), the score of the first option minus that of the second.
@@ -84,8 +85,9 @@ def all_pairs_loss(score: Tensor, pairs: Pairs, margin: Tensor | None = None, er
 
     Args:
       score: (M,).
-      pairs: the pairs to compare.
-      margin: (M,); in a pair, the first option should lead by its own margin minus that of the second. None = 0.
+      pairs: the pairs to compare, such as from `known_pairs`.
+      margin: (M,), in units of the score. In a pair, the lead m that the first option should have is its margin minus
+        the margin of the second. None = 0.
       error_rate: ε in [0, 1), as in `bradley_terry_loss`.
     Returns: (C,) nats.
     """
@@ -119,7 +121,7 @@ def regression_loss(score: Tensor, rating: Tensor) -> Tensor:
 
     Args:
       score: (M,).
-      rating: (M,), in the same unit.
+      rating: (M,), the rating that the score should predict, in the same unit.
     Returns: (M,).
     """
     check_shapes("m, m", score, rating)
@@ -132,10 +134,11 @@ def plackett_luce_loss(score: Tensor, rank: Tensor, comparison: Tensor) -> Tenso
     The best option is chosen from all, the next from the remaining ones, and so on (Plackett 1975, Luce 1959). For two
     options it is Bradley–Terry.
 
-    Each tied option is chosen from all options not above it, its equals included (as Breslow 1974 does for survival
-    times), which draws the scores of tied options together. A last group of g tied options is weighted with g − 1
-    choices instead of g, because in any order of them the last choice is forced. A tie of two options is then
-    Bradley–Terry at p = ½. If the order of the remaining options is unknown and not tied, use `best_of_k_loss`.
+    Each of several tied options is chosen from all options that are not ranked above it, the tied ones included (as
+    Breslow 1974 does for survival times), which draws the scores of tied options together. If g options tie as the
+    last, the loss counts g − 1 choices among them and not g, because in any order of them the last choice is forced. A
+    tie of two options is then Bradley–Terry at p = ½. If only the best option is known, and the order of the others is
+    unknown rather than tied, use `best_of_k_loss`.
 
     Args:
       score: s, (M,).
@@ -156,15 +159,15 @@ def plackett_luce_loss(score: Tensor, rank: Tensor, comparison: Tensor) -> Tenso
 
 
 def gain_and_bias(score: Tensor, mean: float = 0.0, std: float = 1.0) -> tuple[float, float]:
-    """Return (g, b) for which g · score + b has the given mean and standard deviation.
+    """Return two numbers (g, b) for which g · score + b has the given mean and standard deviation.
 
     g = std / σ and b = mean − g · μ, with the mean μ and the population standard deviation σ of the scores. Ziegler et
     al. 2019 normalise on samples of the reference policy, so that one KL weight means the same for all reward models.
 
     Args:
-      score: (M,).
-      mean: of the normalised scores.
-      std: of the normalised scores.
+      score: (M,), scores of sample texts.
+      mean: the mean that the normalised scores shall have.
+      std: their population standard deviation.
     Raises: ValueError if the scores do not vary.
     """
     check_shapes("m", score)
@@ -177,9 +180,9 @@ def gain_and_bias(score: Tensor, mean: float = 0.0, std: float = 1.0) -> tuple[f
 
 
 def centring_bias(score: Tensor) -> float:
-    """Return b for which score + b has mean 0 on reference texts (Stiennon et al. 2020: human summaries).
+    """Return the number b for which score + b has mean 0 on reference texts (Stiennon et al. 2020: human summaries).
 
-    Bradley–Terry losses do not determine this constant.
+    Bradley–Terry losses do not determine b, because they depend only on differences of scores.
 
     Args:
       score: (M,), of the reference texts.
@@ -196,7 +199,7 @@ def best_of_n(prob: Tensor, score: Tensor, n: int) -> Tensor:
     `prob`.
 
     Args:
-      prob: (V,), the probabilities of all answers of a policy.
+      prob: (V,), the policy's probabilities of all V possible answers.
       score: (V,), the scores of these answers.
       n: the number of draws.
     Returns: (V,) fp64.
@@ -213,7 +216,10 @@ def best_of_n(prob: Tensor, score: Tensor, n: int) -> Tensor:
 
 
 def best_of_n_kl(prob: Tensor, score: Tensor, n: int) -> Tensor:
-    """Compute the exact KL of `best_of_n` to the policy `prob`, in nats; arguments as there. Returns: scalar fp64."""
+    """Compute the exact KL of the distribution `best_of_n` to the policy `prob`, in nats, as a scalar fp64 tensor.
+
+    Args: see `best_of_n`.
+    """
     best = best_of_n(prob, score, n)
     return (torch.xlogy(best, best) - torch.xlogy(best, prob.double())).sum()
 
@@ -233,8 +239,8 @@ def rule_adjusted_score(preference: Tensor, average: Tensor | float, kept: Tenso
     the rules are kept. A rule that is certainly broken gives 0. Glaese et al. 2022 (Sparrow), their reranking score.
 
     Args:
-      preference: R, (K,), the scores of a preference model.
-      average: the mean of such scores, a number or (K,).
+      preference: R, (K,), the scores that a preference model gives to K answers.
+      average: the preference model's score of an average answer, one number or (K,).
       kept: p, (K,n), the probability that each of n ≥ 1 rules is kept.
     Returns: (K,) in [0, 1].
     """
@@ -260,14 +266,14 @@ def calibration_error(prob: Tensor, outcome: Tensor, bins: int = 10) -> Tensor:
 
 
 def abstention_threshold(score: Tensor, coverage: float) -> float:
-    """Return the threshold for which the share `coverage` of scores is at or above it: answer if score ≥ threshold.
+    """Return the threshold that the best share `coverage` of scores reach; a model answers if score ≥ threshold.
 
-    Menick et al. 2022 (GopherCite), one threshold for all questions. If several scores equal the threshold, the share
-    is larger. If the coverage is less than half of one score, the threshold is infinite, so no question is answered.
+    Menick et al. 2022 (GopherCite), one threshold for all questions. If several scores equal the threshold, a larger
+    share reaches it. If coverage · N rounds to 0, the threshold is infinite, so no question is answered.
 
     Args:
-      score: (N,), of held-out answers.
-      coverage: in [0, 1].
+      score: (N,), of answers to held-out questions.
+      coverage: the share of questions to answer, in [0, 1].
     """
     check_shapes("n", score)
     if not 0 <= coverage <= 1:
@@ -297,7 +303,7 @@ def _mean_per(value: Tensor, index: Tensor, count: int) -> Tensor:
 
 
 def _segment_logsumexp(value: Tensor, index: Tensor, count: int) -> Tensor:
-    """Return (count,), log Σ e^value over the entries of each index."""
+    """Return log Σ e^value over the entries of each index, (count,)."""
     # The peak only prevents overflow. It cancels, so no gradient has to pass through it.
     peak = value.new_full((count,), -torch.inf).scatter_reduce(0, index, value.detach(), "amax")
     return peak + value.new_zeros(count).index_add(0, index, (value - peak[index]).exp()).log()

@@ -1,8 +1,8 @@
 """Returns of reward sequences by plain recursion; time is the last axis.
 
 The discount of a step is the factor of V after that step: 0 after a terminal action, else γ per token, multiplied by γ
-per turn if the step closes a turn. Training uses the same returns in packed form from tokens/episodes.py, which
-iterates over turns and not over tokens.
+per turn if the step closes a turn. Training computes the same returns in tokens/episodes.py, for packed steps and by a
+recursion over turns instead of tokens.
 """
 
 import torch
@@ -15,9 +15,9 @@ def return_to_go(reward: Tensor, discount: Tensor, end_value: Tensor | None = No
     """Compute the return from every step on:  G_t = r_t + γ_t · G_{t+1},  G_T = end_value.
 
     Args:
-      reward: (B,T).
-      discount: (B,T) γ_t between step t and step t+1.
-      end_value: (B,) V at the end of a log that was cut; None = 0.
+      reward: (B,T) r.
+      discount: (B,T) γ_t between step t and step t+1, 0 after a terminal action.
+      end_value: (B,) V of the state after the last step, for episodes that were cut; None = 0.
     Returns: (B,T) in reward units.
     """
     following = torch.zeros_like(reward) if end_value is None else end_value[:, None].expand_as(reward)
@@ -32,9 +32,9 @@ def lambda_return(reward: Tensor, next_v: Tensor, discount: Tensor, mix: float) 
     of the log.
 
     Args:
-      reward: (B,T).
+      reward: (B,T) r.
       next_v: (B,T) V(s_{t+1}).
-      discount: (B,T), 0 after a terminal action.
+      discount: (B,T) γ_t, 0 after a terminal action.
       mix: λ in [0, 1].
     Returns: (B,T) detached, in reward units.
     """
@@ -50,7 +50,7 @@ def lambda_return(reward: Tensor, next_v: Tensor, discount: Tensor, mix: float) 
 def monte_carlo_mixture(td_target: Tensor, monte_carlo: Tensor, share: float) -> Tensor:
     """Mix two targets:  (1 − share) · TD target + share · Monte-Carlo return.
 
-    share = 1 gives V and Q of the behaviour policy, without stitching.
+    With share = 1, Q and V become those of the behaviour policy, which never combine parts of different episodes.
 
     Args:
       td_target: (N,), in reward units.
@@ -65,8 +65,9 @@ def monte_carlo_mixture(td_target: Tensor, monte_carlo: Tensor, share: float) ->
 def qdt_returns_to_go(reward: Tensor, next_v: Tensor, discount: float = 1.0) -> Tensor:
     """Relabel the return-to-go per agent turn:  R_t = r_t + γ · max(R_{t+1}, V(s_{t+1})),  R_{T+1} = V(s_{T+1}).
 
-    Yamagata et al. 2023 (Q-learning Decision Transformer), after d3rlpy's reproduction. R_t is the return of the turn
-    if either the log or the policy of V continues after it, whichever is better. The maximum keeps lucky rewards.
+    Yamagata et al. 2023 (Q-learning Decision Transformer), after d3rlpy's reproduction. After turn t, the better of
+    two continuations is assumed: the logged one, or the policy whose value is V. A logged return that is high by luck
+    is therefore kept.
 
     Args:
       reward: (B,T), one per agent turn; shorter rows are padded on the left.

@@ -1,5 +1,6 @@
-"""Losses of Q and V over packed action steps: N steps, H twin heads.
+"""Losses of Q and V over packed action steps.
 
+A step is one token that the agent wrote; the N steps of a batch are one axis, without padding. Q has H twin heads.
 Each loss returns one number per step, (N,). The caller sums them and divides by the number of agent tokens in the
 optimizer step, so that every term has the same normaliser.
 """
@@ -19,8 +20,8 @@ def td_target(reward: Tensor, next_v: Tensor, bootstrap: Tensor, discount: Tenso
 
     Args:
       reward: (N,) r of this action token; zero except for tokens that close a turn.
-      next_v: (N,) V of the state in which the agent acts next.
-      bootstrap: (N,) b, 1.0 if V(s′) counts, 0.0 after a terminal action; 1.0 at the end of a log that was cut.
+      next_v: (N,) V(s′) of the state in which the agent acts next.
+      bootstrap: (N,) b: 0.0 if the action ended the episode, else 1.0, also at the end of an episode that was cut.
       discount: γ of this step, one number for all or (N,).
     Returns: (N,) detached targets, in reward units.
     """
@@ -32,7 +33,7 @@ def q_loss(q: Tensor, target: Tensor) -> Tensor:
     """Compute Σ_i (Q_i(s,a) − y)², summed over the twin heads, without ½ (Snell et al. 2022).
 
     Args:
-      q: (H,N) online heads at the taken action.
+      q: (H,N) Q of the online heads for the action taken.
       target: (N,) y, detached.
     Returns: (N,).
     """
@@ -48,7 +49,7 @@ def expectile_loss(v: Tensor, target_q: Tensor, expectile: float) -> Tensor:
 
     Args:
       v: (N,) online V.
-      target_q: (N,) Q̄, the minimum of the target heads at the taken action.
+      target_q: (N,) Q̄, the minimum over the target heads for the action taken.
       expectile: τ in (0, 1).
     Returns: (N,); no gradient reaches target_q.
     """
@@ -65,8 +66,8 @@ def conservative_loss(logsumexp_q: Tensor, q: Tensor) -> Tensor:
     Kumar et al. 2020 (CQL), as Snell et al. 2022 use it.
 
     Args:
-      logsumexp_q: (H,N) over the vocabulary.
-      q: (H,N) at the taken action.
+      logsumexp_q: (H,N) log Σ_a e^Q over the vocabulary.
+      q: (H,N) Q of the action taken.
     Returns: (N,).
     """
     check_shapes("h n, h n", logsumexp_q, q)

@@ -1,4 +1,7 @@
-"""Text environments that a policy can play: games, toys, a negotiation, prompt sets, or your own."""
+"""Text environments that a policy can play: games, toys, a negotiation, prompt sets, or your own.
+
+Environments implement `Environment` or `VectorEnvironment` (logs/protocols.py).
+"""
 
 import difflib
 import functools
@@ -28,12 +31,12 @@ ENVIRONMENTS = {
 
 
 def make_environment(name: str, **settings: Any) -> VectorEnvironment | Callable[[], Environment]:
-    """Make an environment for `rollout`: itself if it plays many episodes at once, else a factory of it.
+    """Make an environment for `rollout` (environments/rollouts.py).
 
     Args:
       name: one of ENVIRONMENTS, or "package.module:Class" of your own; the working folder is searched too.
-      settings: the arguments of its class.
-
+      settings: keyword arguments of the environment's class.
+    Returns: the environment if it plays many episodes at once; else a function that makes a new environment per call.
     Raises: InputError if the name is unknown (naming the nearest one), or if the class does not take the settings.
     """
     factory = functools.partial(_find(name), **settings)
@@ -49,8 +52,8 @@ def task_of(environment: VectorEnvironment | Callable[[], Environment]) -> Calla
     """Return the function that maps the seed of an episode to the name of its task.
 
     Args:
-      environment: an environment or a factory of it, as `rollout` takes it.
-    Raises: InputError if the environment does not name tasks.
+      environment: the result of `make_environment`.
+    Raises: InputError if the environment has no method `task`.
     """
     made = environment() if callable(environment) else environment
     if not hasattr(made, "task"):

@@ -1,4 +1,8 @@
-"""A task that tests stitching: no logged episode of a start earns anything, but together they hold the whole path."""
+"""A task that tests stitching, the combination of parts of different episodes.
+
+No logged episode that begins at a start earns a reward, but together the episodes contain the path from a start to the
+reward.
+"""
 
 from collections.abc import Sequence
 
@@ -16,9 +20,9 @@ class Corridor:
     """Three binary choices from one of 16 starts, then one more at a junction that all starts share.
 
     Each start has its own secret code of three choices, which leads to the junction; any other three choices end the
-    episode with 0. At the junction, "1" ends the episode with reward 1 and "0" with 0. A text other than "0" and "1"
-    ends the episode with 0, anywhere. The observation is the start and the choices so far, or the junction, so one
-    turn of context makes the game Markov. Implements Environment.
+    episode with reward 0. At the junction, "1" ends the episode with reward 1, and "0" with 0. A text other than "0"
+    and "1" ends the episode with 0 anywhere. The last observation is the state: it names the start and the choices so
+    far, or the junction. Implements Environment.
 
     Args:
       code_seed: seed of the 16 codes, which must be the same for logs and play.
@@ -49,7 +53,7 @@ class Corridor:
         return StepResult(self._observe(), 0.0, False, False)
 
     def labels(self) -> dict[str, object]:
-        """Return the start, whether the junction was reached, and the number of texts that were no choice."""
+        """Return `start` (0 to 15), `reached` (whether the junction was) and `invalid`, the number of wrong texts."""
         return {"start": self.start, "reached": self.at_junction, "invalid": self.invalid}
 
     def optimum(self) -> float:
@@ -57,10 +61,10 @@ class Corridor:
         return 1.0
 
     def logs(self, episodes: int, seed: int) -> list[Trajectory]:
-        """Return logs in which half of the episodes start at the junction and half at a random start.
+        """Return logs in which every second episode begins at the junction, and the others at a random start.
 
-        The first half take "1". The others choose at random, and take "0" if they reach the junction, so that no
-        episode from a start has a return above 0.
+        Episodes that begin at the junction choose "1" there. The others choose at random, and "0" if they reach the
+        junction, so their returns are 0.
         """
         check_episodes(episodes)
         rng = np.random.default_rng(seed)

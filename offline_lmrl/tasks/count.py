@@ -1,6 +1,6 @@
 """Tasks that test whether a policy earns the requested return: Count, Count1 and Talk.
 
-Their logs contain every possible return, so that a policy trained on them can be given each as a request.
+Their logs contain every possible return, so a policy that is trained on them can be asked for each of these returns.
 """
 
 import itertools
@@ -21,9 +21,9 @@ NEXT = Turn("user", "next")
 class Count:
     """A game of eight turns of one letter, a to h: "g" pays 1; any other letter or text pays nothing.
 
-    The behaviour policy draws p ~ U(0, 1) for the episode and then, in each turn, says "g" with probability p, else
-    one of the other letters, drawn uniformly. Its returns are uniform on 0..8. All episodes have the same length, so
-    length does not reveal the return. Implements Environment.
+    The behaviour policy draws p ~ U(0, 1) for the episode. In each turn it then writes "g" with probability p, or else
+    a letter drawn uniformly from the seven others. Its returns are uniform on 0..8. All episodes have the same length,
+    so length does not reveal the return. Implements Environment.
     """
 
     name, turns, letters = "count", 8, 1
@@ -47,14 +47,14 @@ class Count:
         return {"invalid": self.invalid}
 
     def optimum(self) -> float:
-        """Return the best return, computed backwards: V(n letters left) = max over letters of pay + V(n − 1)."""
+        """Return the best return, computed backwards: V(n letters left) = max over letters of reward + V(n − 1)."""
         value = 0.0
         for _ in range(self.turns * self.letters):
             value = max((letter == PAID) + value for letter in LETTERS)
         return value
 
     def logs(self, episodes: int, seed: int) -> list[Trajectory]:
-        """Return episodes of the behaviour policy."""
+        """Return this many episodes of the behaviour policy, each in a group of its own."""
         check_episodes(episodes)
         rng = np.random.default_rng(seed)
         trajectories = []
@@ -79,7 +79,7 @@ class Count1(Count):
 
 
 class Talk(Count):
-    """Two turns of Count1; the behaviour policy draws p for each turn anew, so the turns are independent."""
+    """A game of two turns like the turn of Count1. The behaviour policy draws p for each turn anew."""
 
     name, turns, letters = "talk", 2, 8
 
@@ -90,23 +90,23 @@ class Talk(Count):
 class AskPlayer:
     """A player of Count, Count1 or Talk that earns a requested return; implements Policy.
 
-    It says "g" with probability r/m, where r is the return still to be earned with m letters left. It earns every
-    whole number from 0 to 8 (16 in Talk) exactly. In Count and Count1 it is the behaviour policy conditioned on its
-    return: under p ~ U(0, 1), all orders of r paid and m − r unpaid letters are equally likely. In Talk, where p is
-    drawn anew, this holds in the last turn only.
+    It writes "g" with probability r/m, where r is the return still to be earned with m letters left. It earns every
+    requested whole number from 0 to 8 (16 in Talk) exactly. In Count and Count1 it is the behaviour policy conditioned
+    on its return: under p ~ U(0, 1), all orders of r paid and m − r unpaid letters are equally likely. In Talk, where
+    p is drawn anew for each turn, this holds in the last turn only.
 
     Args:
-      toy: Count, Count1 or Talk.
+      toy: the class of the game: Count, Count1 or Talk.
       ask: the requested return.
-      update: subtract the rewards of earlier turns from the request; False keeps the request constant, to measure how
-        much this update matters.
+      update: True: subtract the rewards of earlier turns from the request. False: keep the request constant, to
+        measure how much the subtraction matters.
     """
 
     def __init__(self, toy: type[Count], ask: float, update: bool = True):
         self.toy, self.ask, self.update = toy, ask, update
 
     def start(self, seeds: Sequence[int]) -> "_AskSession":
-        """Start a session with one row per seed."""
+        """Start a batch of episodes; row i of the session draws its letters with seed seeds[i]."""
         return _AskSession(self, seeds)
 
 

@@ -1,4 +1,4 @@
-"""A task that tests whether a method learns the mean: luck in the logs must not be mistaken for skill."""
+"""A task that tests whether a method learns mean returns: a high return by luck must not count as a good choice."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ class Gamble:
         return StepResult((), reward, True, False)
 
     def labels(self) -> dict[str, object]:
-        """Return the chosen text, and as `invalid` 1 if it was neither "safe" nor "gamble", else 0."""
+        """Return `choice`, the agent's text, and `invalid`: 1 if it is neither "safe" nor "gamble", else 0."""
         return {"choice": self.choice, "invalid": int(self.choice not in ("safe", "gamble"))}
 
     def optimum(self) -> float:

@@ -1,4 +1,4 @@
-"""A task that tests whether a policy follows demonstrations: without one of its rule, it can only be guessed."""
+"""A task that tests whether a policy follows demonstrations: it can only guess a rule that was not demonstrated."""
 
 import functools
 import itertools
@@ -20,16 +20,16 @@ HELD_OUT = 336  # a fifth of the 1,680 rules
 class HiddenRule:
     """A game of four cues, w to z, in random order, each with one right answer, a to h, which pays 1.
 
-    The task is a rule: a different right answer for each cue, which gives 1,680 rules. The texts do not show which
-    answers earned a reward, so without a demonstration of the same rule the player can only guess: over all rules, one
-    answer in eight is right. Implements Environment.
+    The task of an episode is a rule, which gives each of the four cues a different right answer; there are 1,680
+    rules. The texts do not show which answers earned a reward, so without a demonstration of the same rule the player
+    can only guess: over all rules, one answer in eight is right. Implements Environment.
 
     With n rules, seeds 0..24n−1 are every rule with every order of the cues; seeds that differ by n have the same
     rule.
 
     Args:
-      held_out: play the 336 rules that are held out from training, instead of the 1,344 others.
-      split_seed: seed of this split, which must be the same for training and test.
+      held_out: True: play the 336 rules that are kept for tests. False: play the 1,344 rules for training.
+      split_seed: seed of the division into these two sets, which must be the same for training and test.
     """
 
     def __init__(self, held_out: bool = False, split_seed: int = 0):
@@ -50,11 +50,11 @@ class HiddenRule:
         return StepResult(self._observe(), reward, not self.cues, False)
 
     def labels(self) -> dict[str, object]:
-        """Return the task name, as in trajectories of the same rule, and the number of texts that were no answer."""
+        """Return `task`, the task name of the rule, and `invalid`, the number of texts that were none of LETTERS."""
         return {"task": task_name(self.rule), "invalid": self.invalid}
 
     def optimum(self) -> float:
-        """Return the best return of a player who knows the rule, mean over rules: the best answer to every cue."""
+        """Return the best return of a player who knows the rule, averaged over rules."""
         best = [max(_right(rule, cue, answer) for answer in LETTERS) for rule in self.rules for cue in CUES]
         return sum(best) / len(self.rules)
 
@@ -63,7 +63,7 @@ class HiddenRule:
         return task_name(self.rules[seed % len(self.rules)])
 
     def logs(self, episodes: int, seed: int) -> list[Trajectory]:
-        """Return episodes of random rules; an answer is right with probability .7, else any of the seven others."""
+        """Return episodes of random rules; an answer is right with probability .7, else a random wrong letter."""
         check_episodes(episodes)
         rng = np.random.default_rng(seed)
 
@@ -77,7 +77,7 @@ class HiddenRule:
         ]
 
     def demonstrations(self, per_rule: int, seed: int) -> list[Trajectory]:
-        """Return `per_rule` episodes of each rule with all four answers right; rules are in the order of the seeds."""
+        """Return `per_rule` episodes of each rule with all four answers right, sorted by rule, as the seeds are."""
         if per_rule < 1:
             raise InputError(f"per_rule: found {per_rule}, expected at least 1")
         rng = np.random.default_rng(seed)
@@ -103,13 +103,13 @@ class HiddenRule:
 
 
 def task_name(rule: str) -> str:
-    """Return the task name of a rule, such as "hidden_rule-cafe", with the answers to w, x, y and z."""
+    """Return the task name of a rule: in "hidden_rule-cafe", the answers to w, x, y and z are c, a, f and e."""
     return f"hidden_rule-{rule}"
 
 
 @functools.cache
 def _split_rules(seed: int) -> tuple[list[str], list[str]]:
-    """Return the rules for training and the held-out rules, each list in random order."""
+    """Return the rules (texts such as "cafe") for training and those for tests, each list in random order."""
     rules = ["".join(answers) for answers in itertools.permutations(LETTERS, len(CUES))]
     shuffled = [rules[i] for i in np.random.default_rng(seed).permutation(len(rules))]
     return shuffled[HELD_OUT:], shuffled[:HELD_OUT]

@@ -4,8 +4,9 @@ Cells are (row, column) from 0. The goal is (8, 6); the other 25 free cells are 
 step that reaches the goal costs nothing; a text that is no action costs 4. After 100 steps the episode is cut: it is
 then `truncated` and not `terminated`.
 
-Full observation names the goal, the position and the walls, so that the game is Markov for a policy that sees one turn
-(`context: 1`). Partial observation names only the walls; there, the published policies see the last 40 texts.
+A full observation names the goal, the position and the walls, so it is the state, and a policy needs to see only the
+last turn (`context: 1`). A partial observation names only the walls; there, the published policies see the last 40
+texts.
 """
 
 from collections import Counter
@@ -40,7 +41,7 @@ def move(cell: Cell, action: str) -> Cell:
 
 
 def observation(cell: Cell, observed: Literal["full", "partial"]) -> str:
-    """Return the observation text in `cell`: goal, position and walls (full), or the walls only (partial)."""
+    """Return the text observed in `cell`: goal, position and adjacent walls ("full"), or only walls ("partial")."""
     walls = [side for side, (down, right) in SIDES.items() if (cell[0] + down, cell[1] + right) not in FREE]
     text = f"There {'is a wall' if len(walls) == 1 else 'are walls'} {', '.join(walls)}."
     if observed == "full":
@@ -49,9 +50,14 @@ def observation(cell: Cell, observed: Literal["full", "partial"]) -> str:
 
 
 def normalised(score: float, observed: Literal["full", "partial"] = "full") -> float:
-    """Return the published score, 0 to 100, of a mean return.
+    """Convert a mean return to the score of the published results, 0 to 100.
 
-    It is piecewise linear through (−101, 0), (−83, 50) and (the best return, 100).
+    The score is a piecewise linear function of the return through (−101, 0), (−83, 50) and (the best return in SCALES,
+    100).
+
+    Args:
+      score: the mean return.
+      observed: the kind of observation, which decides the best return.
     """
     low, middle, high = SCALES[observed]
     if score < middle:
@@ -72,10 +78,10 @@ def distances() -> dict[Cell, int]:
 
 
 class Maze:
-    """The maze with one player; implements Environment.
+    """The maze; implements Environment.
 
     Args:
-      observed: "full" or "partial".
+      observed: "full" or "partial" observations.
       start: (row, column) where every episode starts; None = STARTS[seed % 25], so that seeds 0..799 are 32 episodes
         from each of the 25 starts.
     """
@@ -113,14 +119,14 @@ class Maze:
         return StepResult(self._observe(), reward, False, self.steps == MAX_STEPS)
 
     def labels(self) -> dict[str, object]:
-        """Return the number of texts that were no action, and the start cell of the episode."""
+        """Return `invalid`, the number of texts that were no action, and `start`, the start cell [row, column]."""
         return {"invalid": self.invalid, "start": list(self.first)}
 
     def optimum(self) -> float:
         """Return the mean return, over the starts, of the best player: −6.84 for full observation.
 
-        For partial observation, the best player does not know its start but remembers all that it has seen. Its return
-        is far above −25.75, which the published scale maps to 100.
+        For partial observation, the best player does not know its start but remembers all observations and actions.
+        Its return is far above −25.75, the return that has the published score 100.
         """
         return optimum(self.observed, STARTS if self.start is None else (self.start,))
 
@@ -134,13 +140,18 @@ Belief = tuple[tuple[Cell, int], ...]  # cells where the player may be, each wit
 def optimum(observed: Literal["full", "partial"], starts: Sequence[Cell] = STARTS) -> float:
     """Return the exact mean return, over `starts`, of the best player with perfect memory.
 
-    Moves and observations are deterministic, so the player's belief b is a set of weighted cells, and its expected
-    number of paid steps obeys
+    A belief b is the set of cells where the player may be, each with a weight: the number of starts from which the
+    player would now be there. Moves and observations are deterministic, so the number of steps that cost 1, summed
+    over these starts, obeys
 
         cost(b) = min_a [ weight of b that action a does not move to the goal + Σ_parts cost(part) ],
 
     where the parts are the beliefs after a, one per observation. The equation is iterated from 0 to its fixed point.
     With full observation every part is one cell, and this is breadth-first search.
+
+    Args:
+      observed: "full" or "partial" observations.
+      starts: the cells where episodes start, all equally likely.
     """
     first = _told_apart(Counter(starts), lambda cell: observation(cell, observed))
     choices: dict[Belief, list[tuple[int, list[Belief]]]] = {}
@@ -165,7 +176,12 @@ def optimum(observed: Literal["full", "partial"], starts: Sequence[Cell] = START
 
 
 def _told_apart(weights: Counter[Cell], observe: Callable[[Cell], Hashable]) -> list[Belief]:
-    """Split weighted cells into one belief per observation."""
+    """Split weighted cells into beliefs, one for each observation: cells that look alike stay together.
+
+    Args:
+      weights: cell -> its weight.
+      observe: returns the observation in a cell.
+    """
     parts: dict[Hashable, list[tuple[Cell, int]]] = {}
     for cell, weight in sorted(weights.items()):
         parts.setdefault(observe(cell), []).append((cell, weight))

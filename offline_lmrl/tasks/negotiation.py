@@ -1,8 +1,11 @@
 """Deal or no deal (Lewis et al. 2017): two sides divide books, hats and balls by talking.
 
-Counts are public, values are private, and every pool is worth 10 to each side. Either side ends the talk with the turn
-`<selection>`; then each side states its division. If what both take adds up to the pool, each side earns the value of
-what it takes; otherwise both earn 0. Logs, agent and partner all get their turns from the functions in this file.
+The pool is the set of items to divide. Both sides know the number of items of each kind; the values of the items
+differ between the sides and are private, and every pool is worth 10 to each side. Either side ends the talk with the
+turn `<selection>`; then each side writes its division, the numbers of items that it takes. If what both take adds up
+to the pool, each side earns the value of what it takes; otherwise both earn 0. In play the two sides are the agent,
+which is trained or evaluated, and its partner. The functions in this file make the texts of the turns for logs, agent
+and partner alike.
 """
 
 import itertools
@@ -27,11 +30,11 @@ Triple = tuple[int, int, int]  # a number for each of ITEMS
 
 @dataclass(frozen=True)
 class Scenario:
-    """A pool to divide.
+    """A pool to divide, with its values.
 
     Args:
-      counts: number of items of each kind.
-      values: what one item of each kind is worth, for side 0 and for side 1.
+      counts: number of items of each of the kinds ITEMS.
+      values: for side 0 and for side 1, what one item of each kind is worth.
     """
 
     counts: Triple
@@ -45,7 +48,7 @@ class Scenario:
 
 
 def scenario_turn(counts: Triple, values: Triple) -> Turn:
-    """Return the turn that tells one side its scenario: "books 1 worth 0, hats 4 worth 2, balls 1 worth 2"."""
+    """Return a side's first turn, its counts and values: "books 1 worth 0, hats 4 worth 2, balls 1 worth 2"."""
     return Turn(
         "user",
         ", ".join(f"{item} {count} worth {value}" for item, count, value in zip(ITEMS, counts, values, strict=True)),
@@ -53,7 +56,7 @@ def scenario_turn(counts: Triple, values: Triple) -> Turn:
 
 
 def division_text(division: Triple | None) -> str:
-    """Return the text by which a side takes a division: "take books 0, hats 4, balls 1"; "no agreement" for None.
+    """Return the text of a division: "take books 0, hats 4, balls 1"; "no agreement" for None.
 
     Each number follows the name of its item, as in the opening turn, so that a model can look both up by name.
     """
@@ -63,25 +66,29 @@ def division_text(division: Triple | None) -> str:
 
 
 def divisions(counts: Triple) -> dict[str, Triple | None]:
-    """Return all texts that a side may use to divide the pool, and the division that each one means."""
+    """Return {text: division} for all texts by which a side may divide the pool; None means no agreement."""
     choices: list[Triple | None] = list(itertools.product(*(range(count + 1) for count in counts)))
     return {division_text(division): division for division in [*choices, None]}
 
 
 def worth(division: Triple, values: Triple) -> int:
-    """Return the value of a division to a side: Σ number · value over the kinds of items."""
+    """Return the value of a side's division to this side: Σ number · value over the kinds of items."""
     return sum(number * value for number, value in zip(division, values, strict=True))
 
 
 def fits(counts: Triple, first: Triple | None, second: Triple | None) -> bool:
-    """True if two divisions add up to the pool; False if one of them is None (no agreement)."""
+    """True if what two sides take, `first` and `second`, adds up to `counts`; False if one of them is None."""
     if first is None or second is None:
         return False
     return all(a + b == count for a, b, count in zip(first, second, counts, strict=True))
 
 
 def is_pareto_optimal(scenario: Scenario, scores: tuple[int, int]) -> bool:
-    """True if no division of the pool gives one side more than in `scores` and the other side no less."""
+    """True if no division of the pool gives one side more than in `scores` and the other side no less.
+
+    Args:
+      scores: of side 0 and of side 1.
+    """
     for first in itertools.product(*(range(count + 1) for count in scenario.counts)):
         second = tuple(count - number for count, number in zip(scenario.counts, first, strict=True))
         other = worth(first, scenario.values[0]), worth(second, scenario.values[1])
@@ -93,7 +100,7 @@ def is_pareto_optimal(scenario: Scenario, scores: tuple[int, int]) -> bool:
 def read_scenarios(path: str | Path) -> list[Scenario]:
     """Read scenarios from a JSON file: `[{"counts": [1, 4, 1], "values": [[0, 2, 2], [4, 1, 2]]}, ...]`.
 
-    Raises: InputError that names the file or the wrong entry.
+    Raises: InputError that names the file, or the wrong entry as "file:number of the entry, from 1".
     """
     try:
         entries = parse_json(Path(path).read_text(encoding="utf-8"))
@@ -154,7 +161,7 @@ class _Dialogue:
             self.invalid += not text
 
     def hear_partner(self, reply: Reply) -> list[Turn]:
-        """Add the partner's turn, and return the turns that the agent sees of it."""
+        """Add the partner's turn to the dialogue; return the turns to show the agent, "divide" after a selection."""
         self.turns += 1
         text = reply.text.strip()
         # If the length limit ended the turn, its ids lack the closing token. It is then encoded anew from its text,
@@ -167,7 +174,7 @@ class _Dialogue:
         return [Turn("user", text)]
 
     def settle(self, agent_text: str, partner_text: str) -> None:
-        """Score two divisions; a text that is none of the options gives no agreement."""
+        """Score the divisions of agent and partner; a text that is no possible division means no agreement."""
         self.invalid += agent_text not in self.options
         agent, partner = self.options.get(agent_text), self.options.get(partner_text)
         self.agreement = fits(self.scenario.counts, agent, partner)
@@ -184,15 +191,17 @@ class Negotiation:
     """A negotiation in which the agent plays one side and a frozen partner the other; implements VectorEnvironment.
 
     The seed determines the episode. With n scenarios and both orders, seeds 0..4n−1 are every scenario from both sides
-    in both orders: seed % n is the scenario, seed // n % 2 the side, and seed // 2n % 2 the order. Seeds from 4n on
-    repeat these with other random numbers for the partner.
+    in both orders: seed % n is the scenario, seed // n % 2 the agent's side, and seed // 2n % 2 who speaks first.
+    Seeds from 4n on repeat these with other random numbers for the partner.
 
     Args:
       scenarios: a file for `read_scenarios`, or scenarios.
-      partner: a run directory, loaded on the first reset, or any Policy. It is never trained here.
-      first: the side that speaks first: "agent", "partner", or "both" orders.
-      max_turns: turns of both sides, selection included, after which a dialogue is cut with score 0.
-      partner_sampling: fields of DecodingConfig that replace those saved in the partner's run directory.
+      partner: the run directory of a trained policy, which is loaded on the first reset, or any Policy. It is never
+        trained here.
+      first: who speaks first: "agent", "partner", or "both" (one or the other, by the seed).
+      max_turns: number of turns of both sides, selection included, after which a dialogue is cut with score 0.
+      partner_sampling: fields of DecodingConfig by name, which replace those saved in the partner's run directory;
+        None = replace none.
     """
 
     def __init__(
@@ -218,11 +227,14 @@ class Negotiation:
 
     @property
     def episodes(self) -> int:
-        """The number of different episodes: scenarios × 2 sides × orders."""
+        """The number of different episodes: scenarios × 2 sides × (2 if `first` is "both", else 1)."""
         return len(self.scenarios) * 2 * len(self.orders)
 
     def reset(self, seeds: Sequence[int]) -> list[Sequence[Turn]]:
-        """Start one episode per seed and return its first turns, the partner's too if the partner speaks first."""
+        """Start one episode per seed; return the turns before the agent's first turn, for each episode.
+
+        These are the agent's counts and values, and the partner's first turn if the partner speaks first.
+        """
         if isinstance(self.partner, str | Path):
             # Imported here, because it imports the model libraries, which rules and logs do not need.
             from offline_lmrl.decoding.policy import LanguagePolicy
@@ -237,7 +249,7 @@ class Negotiation:
         return openings
 
     def step(self, rows: Sequence[int], texts: Sequence[str]) -> list[StepResult]:
-        """Take the agent's turns: a message, the selection, or, after "divide", a division."""
+        """Play the agent's turns, one text per row: a message, the selection, or, after "divide", a division."""
         texts = [text.strip() for text in texts]
         selected = set()
         for row, text in zip(rows, texts, strict=True):
@@ -262,12 +274,23 @@ class Negotiation:
         return results
 
     def options(self, row: int) -> list[str] | None:
-        """Return the possible divisions if the next turn has to be one, else None."""
+        """Return the texts of the possible divisions if the agent's next turn has to be one of them, else None."""
         dialogue = self.dialogues[row]
         return list(dialogue.options) if dialogue.dividing else None
 
     def labels(self, row: int) -> dict[str, Any]:
-        """Return the outcome of an episode (scores, agreement, length) and its scenario, side and order."""
+        """Return facts about an episode.
+
+        Returns:
+          score, partner_score: rewards of agent and partner.
+          agreement: whether the divisions add up to the pool.
+          score_when_agreed: the agent's score, or None without an agreement.
+          pareto: whether no division would give one of them more and the other no less.
+          turns: number of turns of both, up to and including the selection.
+          agent_words: number of words in the agent's turns before the selection.
+          scenario, side, order: the scenario's key, the agent's side (0 or 1), and who spoke first.
+          invalid: number of the agent's empty turns, plus 1 if its division is not a possible one.
+        """
         dialogue = self.dialogues[row]
         in_order = dialogue.scores if dialogue.side == 0 else dialogue.scores[::-1]
         return {
@@ -291,7 +314,7 @@ class Negotiation:
         return _Dialogue(scenario, side, order, [scenario_turn(scenario.counts, scenario.values[1 - side])])
 
     def _ask_partner(self, rows: Sequence[int]) -> dict[int, Reply]:
-        """Draw the partner's next turn in each of these rows; a partner that divides chooses a possible division."""
+        """Return {row: the partner's next turn}; if the partner has to divide, its turn is a possible division."""
         if not rows:
             return {}
         histories = [self.dialogues[row].partner_history for row in rows]

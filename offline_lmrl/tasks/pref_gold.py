@@ -1,8 +1,9 @@
-"""A task with a known but hidden true reward (gold), to measure exactly what a model learns from preferences.
+"""A task whose true reward is known but hidden from the learner, to measure exactly what preferences teach.
 
-The gold of a reply is a sum of terms for its letters and pairs of adjacent letters. Simulated people compare replies
-by gold with noise, flips and ties, so a reward model can be wrong. All 4,096 replies to each of four prompts can be
-enumerated, so optimum, expectations and divergences are exact sums, not estimates from samples.
+The true reward is called gold reward. That of a reply is a sum of terms for its letters and pairs of adjacent letters.
+Simulated people compare replies by gold reward with noise, reversals and ties, so a reward model that learns from them
+can be wrong. All 4,096 replies to each of four prompts can be enumerated, so optimum, expectations and divergences are
+exact sums, not estimates from samples.
 """
 
 import functools
@@ -24,15 +25,19 @@ REPLIES = tuple(" ".join(letters) for letters in itertools.product(LETTERS, repe
 
 
 class PrefGold:
-    """One prompt, w to z, and one reply of four letters a to h, "c a a g"; the reward is the reply's gold.
+    """One prompt, w to z, and one reply of four letters a to h, such as "c a a g", which earns its gold reward.
 
-    gold = Σ_t u[y_t] + v[y_{t−1}, y_t], where y_0 is the prompt and u and v are normal random numbers. Gold is shifted
-    and scaled to mean 0 and standard deviation 1 over all prompts and replies. Any other text gets the lowest gold of
-    the table. The behaviour policy draws each letter independently, with unequal shares that do not depend on gold.
-    Implements Environment.
+    gold reward = Σ_t u[y_t] + v[y_{t−1}, y_t], where y_0 is the prompt and u and v are normal random numbers, then
+    shifted and scaled to mean 0 and standard deviation 1 over all prompts and replies. Any other text earns the lowest
+    gold reward of all prompts and replies. The behaviour policy draws each letter independently, with unequal
+    probabilities that do not depend on the gold reward. Implements Environment.
 
     Args:
-      gold_seed: draws u, v and the behaviour; logs and play must agree on it.
+      gold_seed: random seed of u, v and the behaviour policy, which must be the same for logs and play.
+
+    Attributes:
+      table: (4, 4096) gold rewards, prompts CUES × replies REPLIES.
+      letter_shares: (8,) the behaviour policy's probabilities of LETTERS.
     """
 
     def __init__(self, gold_seed: int = 0):
@@ -49,20 +54,20 @@ class PrefGold:
         return StepResult((), self.gold(self.prompt, text), True, False)
 
     def labels(self) -> dict[str, object]:
-        """Return the prompt, and as `invalid` 1 if the text was not four letters a to h, else 0."""
+        """Return `prompt`, and `invalid`: 1 if the reply is not four letters a to h, else 0."""
         return {"prompt": self.prompt, "invalid": self.invalid}
 
     def gold(self, prompt: str, text: str) -> float:
-        """Return the gold of a reply to a prompt; the lowest gold of the table if the text is not a valid reply."""
+        """Return the gold reward of a reply to a prompt; for text that is no valid reply, the lowest of the table."""
         place = _PLACES.get(" ".join(text.split()))
         return float(self.table.min() if place is None else self.table[CUES.index(prompt), place])
 
     def optimum(self) -> float:
-        """Return the best expected return: the mean over prompts of the best reply's gold."""
+        """Return the best expected return: the mean over prompts of the best reply's gold reward."""
         return float(self.table.max(axis=1).mean())
 
     def logs(self, episodes: int, seed: int) -> list[Trajectory]:
-        """Return episodes of the behaviour policy with gold as reward; preference methods must not use this reward."""
+        """Return episodes of the behaviour policy with gold rewards, which preference methods must not use."""
         check_episodes(episodes)
         rng = np.random.default_rng(seed)
         return [
@@ -81,17 +86,18 @@ class PrefGold:
     ) -> list[Comparison]:
         """Simulate human comparisons of different replies, drawn by the behaviour policy, to one prompt.
 
-        Replies are ranked by gold / temperature plus Gumbel noise: P(i is better than j) = σ((g_i − g_j)/temperature)
-        for two, Plackett–Luce for more (Yellott 1977). Then some rankings are reversed, and ties are made. Each
-        comparison is its own group; `labels["options"]` holds the gold of each reply.
+        Replies are ranked by gold / temperature plus Gumbel noise, where gold is the gold reward g:
+        P(i is better than j) = σ((g_i − g_j)/temperature) for two, Plackett–Luce for more (Yellott 1977). Then some
+        rankings are reversed, and ties are made. Each comparison is in a group of its own; `labels["options"]` holds
+        {"gold": g} for each reply.
 
         Args:
           n: number of comparisons, at least 1.
           seed: of the random numbers.
           options: replies per comparison, at least 2.
-          temperature: of the noise, above 0, in units of gold.
+          temperature: of the noise, above 0, in units of the gold reward.
           flips: probability that a ranking is reversed, in [0, 1].
-          tie: neighbours in a ranking are tied if their gold differs by at most this.
+          tie: neighbours in a ranking are tied if their gold rewards differ by at most this.
         Raises: InputError for settings out of range.
         """
         if n < 1 or options < 2 or temperature <= 0 or not 0 <= flips <= 1 or tie < 0:
@@ -146,7 +152,7 @@ _STRIDES = len(LETTERS) ** np.arange(LENGTH)[::-1]
 
 @functools.cache
 def _hidden(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the gold table (4, 4096), prompts × replies, and the behaviour policy's shares of the letters (8,)."""
+    """Draw gold rewards (4, 4096), prompts × replies, and the behaviour policy's probabilities of the letters (8,)."""
     rng = np.random.default_rng(seed)
     alone, pairs = rng.normal(size=len(LETTERS)), rng.normal(size=(len(CUES) + len(LETTERS), len(LETTERS)))
     table = np.zeros((len(CUES), *[len(LETTERS)] * LENGTH))

@@ -1,4 +1,4 @@
-"""A task that tests looking ahead: the choice that pays at once loses more later than it pays."""
+"""A task that tests looking ahead: one choice pays a small reward at once, and thereby loses a larger one later."""
 
 from collections.abc import Sequence
 
@@ -17,9 +17,10 @@ class TalkTrap:
 
     The environment greets with one of w to z. After "patient", which pays nothing, it replies with another of these
     letters, determined by the greeting; one of the letters a to h, determined by this reply, then pays 1. After
-    "bait", or any other text, it replies "bad", and no letter pays. The behaviour policy first says "bait" with
-    probability .7, "patient" with .1, or else a random letter, and then a random letter. After "patient" it earns .125
-    on average, so under its own values "bait" is better. Implements Environment.
+    "bait", or any other text, it replies "bad", and no letter pays. In the first turn, the behaviour policy writes
+    "bait" with probability .7, "patient" with .1, or else a random letter; in the second, a random letter. After
+    "patient" it earns .125 on average, so for the values of the behaviour policy "bait" is better. Implements
+    Environment.
     """
 
     bait = 0.3
@@ -42,11 +43,14 @@ class TalkTrap:
         return StepResult((), self._second(self.reply, word), True, False)
 
     def labels(self) -> dict[str, object]:
-        """Return whether the first text was "patient", and the number of texts that the behaviour never says."""
+        """Return `patient`, whether that was the first text, and `invalid`.
+
+        `invalid` is the number of texts that the behaviour policy never writes in that turn.
+        """
         return {"patient": self.reply != BAD, "invalid": self.invalid}
 
     def optimum(self) -> float:
-        """Return the best return, mean over greetings, computed backwards: best letter first, then best first word."""
+        """Return the best return, averaged over greetings, computed backwards from the best letter at the end."""
         later = {reply: max(self._second(reply, letter) for letter in LETTERS) for reply in (BAD, *self.right)}
         outcomes = {greeting: [self._first(greeting, word) for word in self.words] for greeting in self.replies}
         best = [max(reward + later[reply] for reward, reply in choices) for choices in outcomes.values()]

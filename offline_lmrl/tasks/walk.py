@@ -17,10 +17,10 @@ LONGEST_WALK = 10
 class Walk:
     """A walk to the goal, node a, through a directed graph of 21 nodes, a to u, whose edges are not shown.
 
-    The observation is the current node, and the player names the next one. Each step costs 1, the last one too. A text
-    that is not a node to which an edge leads ends the walk and costs 10, as much as the longest walk, so that giving
-    up never pays. After 10 steps a walk is cut: it is then `truncated` and not `terminated`. One turn of context makes
-    the game Markov. Implements Environment.
+    The observation is the current node, which is the state, and the player names the next node. Each step costs 1, the
+    last one too. A text that is not a node to which an edge leads ends the walk and costs 10, as much as the longest
+    walk, so that giving up never pays. After 10 steps a walk is cut: it is then `truncated` and not `terminated`.
+    Implements Environment.
 
     Args:
       graph_seed: seed of the graph, which must be the same for logs and play. Each edge exists with probability .1,
@@ -50,9 +50,13 @@ class Walk:
         return StepResult(self._observe(), -1.0, False, self.steps == LONGEST_WALK)
 
     def labels(self) -> dict[str, object]:
-        """Return the start of the walk, the fewest steps from there to the goal, whether it arrived, and `invalid`.
+        """Return facts about the walk.
 
-        `invalid` is the number of texts that named no edge.
+        Returns:
+          start: the first node.
+          shortest: the fewest steps from there to the goal.
+          arrived: whether the walk ended at the goal.
+          invalid: the number of texts that were not a node to which an edge leads.
         """
         return {
             "start": self.start,
@@ -62,9 +66,9 @@ class Walk:
         }
 
     def optimum(self) -> float:
-        """Return the best return, mean over starts.
+        """Return the best return, averaged over starts.
 
-        V(node, n steps left) = max(−10, max over edges of V(next, n−1) − 1).
+        V(node, n steps left) = max(−10, max over edges of V(next node, n−1) − 1).
         """
         value = dict.fromkeys(NODES, 0.0)
         for _ in range(LONGEST_WALK):
@@ -75,7 +79,7 @@ class Walk:
         return sum(value.values()) / (len(NODES) - 1)
 
     def logs(self, episodes: int, seed: int) -> list[Trajectory]:
-        """Return random walks; start and edges are drawn uniformly."""
+        """Return random walks, in which the start and each edge are drawn uniformly."""
         check_episodes(episodes)
         rng = np.random.default_rng(seed)
         return [
@@ -100,7 +104,7 @@ class Walk:
 
 @functools.cache
 def _graph(seed: int) -> tuple[Mapping[str, Sequence[str]], Mapping[str, int]]:
-    """Draw the graph; return, for each node, the nodes that its edges lead to, and the fewest steps to the goal."""
+    """Draw the graph; return {node: nodes to which its edges lead} and {node: fewest steps to the goal}."""
     rng = np.random.default_rng(seed)
     distances: dict[str, int] = {}
     while len(distances) < len(NODES):

@@ -2,17 +2,19 @@
 
 The player has six tries to find a secret word of five letters. Each guess costs 1, but the guess that finds the secret
 costs nothing, so the return of a won game is −(guesses − 1) and that of a lost game −6; both games are `terminated`.
-Guesses and colours are spelled in pieces with spaces between them: `c r a n e` is answered by `b y b b g`, with black
-for a letter that is not in the secret, yellow for a letter at another place, and green for a letter at its place.
+Guesses and the colours that answer them are spelled in pieces with spaces between them: `c r a n e` is answered by
+`b y b b g`. A letter of the guess is black if it is not in the secret, yellow if it is at another place of the secret,
+and green if it is at the same place.
 
 There are two rules for letters that occur more than once. Under "real", each letter of the secret colours one letter
 of the guess: greens first, then yellows from the left. Under "simplified", the rule of the published systems, every
 letter of the guess that occurs in the secret is at least yellow. For example, `eerie` against `crane` has two yellows
 that are black under "real".
 
-Deviations: the secret is drawn once per game. The published code draws it anew from the consistent words at every
-guess, which gives the same distribution of games. A guess has to be in the list, as in LMRL-Gym (the ILQL code takes
-any five letters); a guess that is not costs a try and gives no information.
+Deviations: the secret is drawn once per game. The published code draws it anew at every guess, from the words
+consistent with all colours so far, which gives the same distribution of games. A guess has to be in the word list, as
+in LMRL-Gym (the ILQL code takes any five letters); a guess that is not in the list costs a try and gives no
+information.
 
 Published results for the list of 431 words, simplified rule, over 4,096 games: mean return −4.12 for the player of the
 logs (a consistent word with probability .34, else any word; s.d. 1.59, 4.82 turns, success .70), and −1.935 for the
@@ -56,7 +58,7 @@ def read_words(source: str, counts: Counter | None = None) -> tuple[str, ...]:
 
     Args:
       source: the name of a list that is shipped (LISTS), or a text file with white space between words.
-      counts: receives the number of entries that are left out, by reason.
+      counts: incremented for each entry that is left out, under a key that gives the reason.
     Raises: InputError if the file cannot be read, or if fewer than two words are left.
     """
     path = LISTS.get(source, Path(source))
@@ -78,13 +80,13 @@ def read_words(source: str, counts: Counter | None = None) -> tuple[str, ...]:
 
 
 def colour_codes(guess: np.ndarray, secrets: np.ndarray, duplicates: Duplicates) -> np.ndarray:
-    """Return the answer to a guess under each of n secrets, as an index into COLOURS.
+    """Return the colours of a guess for each of n secrets.
 
     Args:
-      guess: (5,) letters as numbers.
-      secrets: (n, 5) letters as numbers.
+      guess: (5,) letters as numbers, such as their ASCII codes.
+      secrets: (n, 5) letters as the same numbers.
       duplicates: the rule for letters that occur more than once.
-    Returns: (n,) uint8.
+    Returns: (n,) uint8, the code of the colours: their index in COLOURS.
     """
     green = secrets == guess
     code = np.zeros(len(secrets), int)
@@ -110,11 +112,11 @@ class Lexicon:
       words: n different words, sorted.
       duplicates: the rule for letters that occur more than once.
     Attributes:
-      words: the words; elsewhere a word is given by its index in this tuple.
+      words: the words; the methods take and return words as indices into this tuple.
       index: word -> its index.
-      table: (n, n) uint8, at [i, j] the code of the answer to guess i if j is the secret.
+      table: (n, n) uint8; [i, j] is the code (index in COLOURS) of the colours of guess i if j is the secret.
       everything: the set of all words.
-      order: (n,) the secrets of the episode seeds 0 .. n − 1, a fixed shuffle.
+      order: (n,) indices of the secrets for the episode seeds 0 .. n − 1, a fixed shuffle.
     """
 
     def __init__(self, words: Sequence[str], duplicates: Duplicates):
@@ -127,26 +129,27 @@ class Lexicon:
         self._informative: dict[WordSet, int] = {}
 
     def consistent(self, guess: int, code: int) -> WordSet:
-        """Return the set of secrets under which the answer to `guess` has this code."""
+        """Return the set of secrets for which the colours of `guess` have this code."""
         return int.from_bytes(np.packbits(self.table[guess] == code, bitorder="little").tobytes(), "little")
 
     def members(self, words: WordSet) -> np.ndarray:
-        """Return the indices of the words in a set, ascending, (k,) int."""
+        """Return the indices of the k words in a set, ascending, (k,) int."""
         size = len(self.words)
         bits = np.frombuffer(words.to_bytes(-(-size // 8), "little"), np.uint8)
         return np.flatnonzero(np.unpackbits(bits, count=size, bitorder="little"))
 
     def information(self, guess: int, secrets: np.ndarray) -> float:
-        """Return the expected information of a guess about a uniform secret among `secrets` (k,), in bits.
+        """Return the expected information of a guess about the secret, in bits: the entropy of its colours.
 
-        It is the entropy of the answers.
+        Args:
+          secrets: (k,) indices of the possible secrets, all equally likely.
         """
         share = np.bincount(self.table[guess, secrets]) / len(secrets)
         share = share[share > 0]
         return -float((share * np.log2(share)).sum())
 
     def most_informative(self, words: WordSet) -> int:
-        """Return the word of a set with the most expected information on a secret in the set; the first of equals."""
+        """Return the word of a set that, as a guess, has most `information` on a secret in the set; first of ties."""
         if words not in self._informative:
             members = self.members(words)
             bits = [round(self.information(guess, members), 9) for guess in members]  # rounded, so that ties are exact
@@ -163,7 +166,7 @@ class Lexicon:
 
 @functools.cache
 def lexicon(words: str, duplicates: Duplicates) -> Lexicon:
-    """Return the lexicon of a list; it is made once per process."""
+    """Return the lexicon of a word list (see `read_words`); it is made once per process."""
     return Lexicon(read_words(words), duplicates)
 
 
@@ -171,7 +174,7 @@ class Wordle:
     """A game of Wordle; implements Environment.
 
     Args:
-      words: the list of guesses and secrets: "common", "forty", or a text file of words.
+      words: the list of possible guesses and secrets: "common", "forty", or a text file of words.
       duplicates: "real" or "simplified", the rule for letters that occur more than once.
       spelling: "letters" (`c r a n e`) or "halves" (`cr ane`), for guesses and colours.
       secret: the secret of every game; None = given by the seed, in a fixed shuffle of the n words, so that any n
@@ -195,7 +198,7 @@ class Wordle:
         self.pieces, self.fixed = SPELLINGS[spelling], secret
 
     def reset(self, seed: int) -> Sequence[Turn]:
-        """Start a game; the opening turn gives no information."""
+        """Start a game and return its opening turn, which is the same in every game."""
         words = self.lexicon
         self.secret = self.fixed or words.words[words.order[seed % len(words.words)]]
         self.tries = self.invalid = 0
@@ -215,11 +218,11 @@ class Wordle:
         return StepResult((Turn("user", answer),), -1.0, False, False)
 
     def labels(self) -> dict[str, object]:
-        """Return the secret, whether it was found, and the number of texts that were no word of the list."""
+        """Return `secret`, `won`, and `invalid`, the number of texts that were no word of the list."""
         return {"secret": self.secret, "won": self.won, "invalid": self.invalid}
 
     def spell(self, text: str) -> str:
-        """Return a word, or its colours, in pieces with spaces between them."""
+        """Return a word, or its colours, as the pieces of this game's spelling with spaces between them."""
         ends = list(itertools.accumulate(self.pieces, initial=0))
         return " ".join(text[start:end] for start, end in itertools.pairwise(ends))
 
@@ -228,10 +231,10 @@ class Wordle:
 class Knowledge:
     """A player's knowledge before a guess.
 
-    Args:
+    Attributes:
       lexicon: the words of the game.
-      consistent: the words that fit all colours so far.
-      tries: (guess, colours) so far; the colours of a guess that is not in the list are "".
+      consistent: the set of words that fit all colours so far.
+      tries: (guess, colours) of each try so far; the colours of a guess that is not in the list are "".
     """
 
     lexicon: Lexicon
@@ -246,16 +249,16 @@ class Knowledge:
         return Knowledge(words, consistent, (*self.tries, (guess, colours)))
 
     def draw(self, words: WordSet, rng: np.random.Generator) -> str:
-        """Draw a word of a set, uniformly."""
+        """Return a word (as text) drawn uniformly from a set of words."""
         members = self.lexicon.members(words)
         return self.lexicon.words[members[rng.integers(len(members))]]
 
 
 class Player(Protocol):
-    """A player, which chooses each guess."""
+    """A way of choosing each guess."""
 
     def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
-        """Return the next guess."""
+        """Return the next guess, a word without spaces."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +279,7 @@ class Consistent:
 
 @dataclass(frozen=True)
 class Wrong:
-    """A player that guesses a word that contradicts the colours, or any word if none does (before the first guess)."""
+    """A player that guesses a word that contradicts the colours so far, or any word if none does (at first)."""
 
     def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
         everything = known.lexicon.everything
@@ -296,7 +299,7 @@ class Optimal:
 
 @dataclass(frozen=True)
 class StartWord:
-    """A player that opens with one of the 28 most informative words, and then plays as another player.
+    """A player that opens with one of the 28 most informative words, and then plays as the player `then`.
 
     The published list of openings is fixed; this one is computed from the words of the game, so it fits any list.
     """
@@ -312,9 +315,9 @@ class StartWord:
 
 @dataclass(frozen=True)
 class Repeat:
-    """A player whose first `first_n` words are another player's, and which then repeats these words at random.
+    """A player that chooses `first_n` words as the player `first`, and then guesses these words again, at random.
 
-    It loses unless one of them is the secret.
+    It loses unless one of these words is the secret.
     """
 
     first: Player = Optimal()
@@ -342,10 +345,10 @@ class Mixture:
 class MonteCarlo:
     """A player that guesses the consistent word with the best mean return over simulated games.
 
-    Args:
+    Attributes:
       player: plays the simulated games after the guess.
       samples: simulated games per word.
-      candidates: most words to try; they are drawn from the consistent ones.
+      candidates: largest number of words to try; if more are consistent, this many of them are drawn.
     """
 
     player: Player = Consistent()
@@ -399,16 +402,20 @@ PLAYERS: dict[str, Player] = {
 
 
 class Scripted:
-    """A policy that plays as a Wordle player, with the words and spelling of a game; implements Policy.
+    """A policy that plays Wordle as a given `Player`; implements Policy.
 
-    It depends on the history alone, whoever made the guesses in it.
+    Its guesses depend on the history alone, so the first guesses may have been made by another policy.
+
+    Args:
+      player: chooses the guesses.
+      game: has the words and the spelling of the guesses.
     """
 
     def __init__(self, player: Player, game: Wordle):
         self.player, self.game = player, game
 
     def start(self, seeds: Sequence[int]) -> Session:
-        """Start a session with one row, and one random generator, per seed."""
+        """Start a batch of episodes; row i of the session draws its guesses with seed seeds[i]."""
         return _ScriptedSession(self, seeds)
 
 
