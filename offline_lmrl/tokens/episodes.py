@@ -128,7 +128,8 @@ class EpisodeEncoder:
         """Yield all windows of a trajectory.
 
         Args:
-          counts: updated in place with the number of dropped items and of steps without a target, by reason.
+          counts: a Counter, updated in place: message -> number of dropped turns, steps without a target or other
+            faults.
           few_shot: ids of the few-shot demonstrations, put after the preamble in every window (tokens/few_shot.py).
         """
         episode = _Episode(self, trajectory, few_shot)
@@ -206,7 +207,8 @@ class _Episode:
         """Return "terminated" or, for a cut log, where it was cut.
 
         "observation": after a turn of another speaker; "finished": after a complete agent turn; "unfinished": inside
-        an agent turn. If that agent turn does not fit in a window, the log is first shortened to end before it.
+        an agent turn. If an agent turn at the end does not fit in a window, the log is shortened to end before it,
+        which gives "observation".
         """
         if terminated:
             return "terminated"
@@ -265,7 +267,10 @@ class _Episode:
         return 1.0 if inside else self.step_rule.discount_per_turn
 
     def _tokens(self, first: int, stop: int) -> list[int]:
-        """Return the ids of preamble, demonstrations, leading system turns and turns first..stop−1 in history form."""
+        """Return the ids of preamble, demonstrations, leading system turns and turns first..stop−1.
+
+        All turns are in the form in which they are printed once the dialogue continues.
+        """
         pieces = self.renderer.window_ids(self.turns, self.encoded, first, stop, live=False)
         return [*self.preamble, *(token for ids in pieces for token in ids)]
 
