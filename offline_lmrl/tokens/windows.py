@@ -2,8 +2,8 @@
 
 Agent turn i sees every leading system turn and the turns from `first_visible(i)` on. The first visible turn moves
 forward in steps of `stride` turns, and only as far as needed to keep at most `context` turns of history and at most
-`max_length` tokens. With stride 1 the agent sees exactly the last k turns. With a larger stride many agent turns share
-one window (and one cache), but the history varies between context − stride + 1 and context turns.
+`max_length` tokens. With stride 1 the agent sees exactly the last `context` turns. With a larger stride many agent
+turns share one window (and one cache), but the history varies between context − stride + 1 and context turns.
 
 If `context` alone determines the window, training and live play start at the same turn. If max_length binds, they may
 differ. Training counts the tokens of the logged turn. Live play cannot know the reply, so it counts the tokens of the
@@ -32,7 +32,8 @@ from offline_lmrl.tokens.rendering import EncodedTurn, Renderer
 class WindowRule:
     """The limits on how much of an episode the policy sees at once.
 
-    context: maximum number of turns of history before an agent turn; None = all. 1 makes a fully observed game Markov.
+    context: maximum number of turns of history before an agent turn; None = all. With 1, the policy sees only the
+      latest turn, as suits a game whose turns show its whole state.
     stride: number of turns by which the window's start moves at a time, 1 ≤ stride ≤ context.
     max_length: maximum number of tokens in a window. The oldest turns are dropped whole; the reply itself never is.
     """
@@ -74,7 +75,7 @@ def first_visible(
     Args:
       rule: the limits of a window.
       lengths: number of tokens of each turn, up to and including turn `index`.
-      index: the agent turn; it may be len(turns) for the turn that comes next.
+      index: index of the agent turn, which may be the next one, not yet written.
       head: number of leading system turns.
       fixed: number of tokens in the preamble, the demonstrations and the leading system turns.
       reply: number of tokens of the environment's reply that the window holds after the turn. They count towards
@@ -102,7 +103,7 @@ def cut_windows(
     fixed: int,
     answered: Mapping[int, int],
 ) -> tuple[list[Span], list[int]]:
-    """Cut an episode into windows, so that consecutive agent turns share one window where they see the same tokens.
+    """Cut an episode into windows, in which consecutive agent turns share a window if they see the same first turn.
 
     Args:
       rule: the limits of a window.
