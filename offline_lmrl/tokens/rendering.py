@@ -281,8 +281,8 @@ class Renderer:
         If the template then prints another text than was sampled, the ids are those of the template's text.
 
         Args:
-          form: the turn's form, loop or past, as text.
-          text: the turn in all forms, as text.
+          form: the form to encode, `text.loop` or `text.past`.
+          text: the turn as text, in all forms.
         """
         kept = turn.token_ids[:-1]
         # Sampled control tokens have no text from which they could be encoded again, so the sampled ids are kept.
