@@ -556,7 +556,9 @@ class Printer:
         )
 
     def _held(self, turn: Turn) -> tuple[Turn, list[str]]:
-        """Replace every control token typed in a turn, and every probe word, by a placeholder such as Held0Word.
+        """Replace control tokens and probe words that are typed in a turn by placeholders such as Held0Word.
+
+        Only <think> and </think> stay as they are.
 
         Returns: the changed turn, and the replaced texts; placeholder i replaces text i.
         """
