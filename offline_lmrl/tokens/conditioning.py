@@ -187,6 +187,9 @@ class ReturnScale:
     kind: "unique", "linear" or "quantile", as for `fit_edges`.
     per: "global", or "task" if each task has bins that are fitted to that task's returns only.
     tables: task -> its bins; if `per` is "global", the only key is "".
+
+    The methods take and return returns in logged units. Their argument `task` is a trajectory's task; it is ignored if
+    `per` is "global".
     """
 
     kind: str
@@ -403,7 +406,7 @@ class ReturnTokens:
         return cls(scale, null, bins, block["discount_per_turn"])
 
     def ids(self, value: float | None, task: str = "") -> Ids:
-        """Return the ids of a return; None gives those of the null condition."""
+        """Return the ids that encode a return in logged units; for None, those of the null condition."""
         return self.null if value is None else self.bins[self.scale.bin_of(value, task)]
 
     def of_log(self, trajectory: Trajectory) -> list[Ids]:
