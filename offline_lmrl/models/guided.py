@@ -56,7 +56,7 @@ MOST_LAYERS = 10_000
 
 
 def _table_rows(config: PreTrainedConfig) -> int | None:
-    """Return the number of bins of the return embedding; None = no embedding, as for returns written as text."""
+    """Return the number of bins of the return embedding in a model's config; None = the model has no embedding."""
     block = run_metadata(config).get("returns") or {}
     return block["bins"] if block.get("condition") == "embedding" else None
 
@@ -529,7 +529,7 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
         Args:
           beta: β, one number or one per row (B,); logits become logits + β · advantage under the stored decoding
-            settings. None and 0 = the base's logits.
+            settings. None and 0 = the base class's logits.
           steps: packed action steps (`ActionSteps` in tokens/batching.py), (N,) each; None = not packed.
           windows: number of leading rows that have steps; of the rows after them only V is computed, without gradient.
             None = all rows have steps.
