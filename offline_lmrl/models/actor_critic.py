@@ -1,4 +1,7 @@
-"""A policy and V of its states in one module, for training by playing (PPO)."""
+"""A policy and V of its states in one module, for training by playing (PPO).
+
+A step is one token that the agent chose, and its state the position before it (tokens/batching.py).
+"""
 
 import contextlib
 
@@ -16,9 +19,10 @@ class ActorCritic(nn.Module):
 
     Args:
       policy: a guided model without value heads, or a PeftModel around one.
-      value_model: the model whose hidden states V is computed from; None = the policy. It is a guided model or a
-        reward model (`load_reward_model`, without an adapter). V starts at the score of a reward model, else at 0.
-      reward_scale: the divisor of the reward model's score: V starts at score / reward_scale.
+      value_model: the model from whose hidden states V is computed, which is trained too: a guided model, or a reward
+        model (`load_reward_model`) without an adapter; None = the policy. V starts at the reward model's score, else
+        at 0.
+      reward_scale: the number by which rewards are divided; V starts at the reward model's score / reward_scale.
     """
 
     def __init__(self, policy: nn.Module, value_model: PreTrainedModel | None, reward_scale: float = 1.0):
@@ -41,10 +45,10 @@ class ActorCritic(nn.Module):
         """Compute the policy's logits and V at the N steps of a batch.
 
         Args:
-          batch: rows of tokens with packed steps.
-          next_v: also compute V of the next states.
-          value_only: let gradients reach the value head only.
-        Returns: "logits" (N,V), "v" (N,), and with `next_v` "next_v" (N,).
+          batch: rows of tokens with packed steps; with `next_v`, it must contain the rows for next states.
+          next_v: True: also compute V of the next states.
+          value_only: True: gradients reach the value head only.
+        Returns: "logits" (N, vocabulary size), "v" (N,), and with `next_v` "next_v" (N,).
         """
         steps, ids, mask = batch["steps"], batch["input_ids"], batch["attention_mask"]
         place, windows = (steps["row"], steps["state"]), batch["windows"]

@@ -4,7 +4,8 @@ peft would freeze them and save none. It never adapts a head either, because hea
 linear layers that adapters look for. The head of a reward model is such a layer; peft trains and saves it in full
 (`modules_to_save`).
 
-The module also reads and checks the settings that training stores with a model, the `offline_lmrl` block.
+The module also reads and checks the run metadata: the settings that training stores with a model. They are the entry
+`offline_lmrl` of config.json or, in a LoRA folder, the file offline_lmrl.json.
 """
 
 import json
@@ -50,16 +51,16 @@ def require_peft() -> ModuleType:
 
 
 def run_metadata(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the run metadata in a model's config, its `offline_lmrl` block; {} if there is none."""
+    """Return the run metadata in a model's config, with settings under their current names; {} if there is none."""
     return current(getattr(config, "offline_lmrl", None) or {})
 
 
 def check_run_metadata(name: str | Path, block: Any) -> None:
-    """Check that the `offline_lmrl` block of a model has the form that training writes.
+    """Check that the run metadata of a model has the form that training writes.
 
     Args:
-      name: the model's, for the error.
-      block: the block as read from JSON.
+      name: the model's name, for the error.
+      block: the run metadata as read from JSON.
     Raises: InputError if it has another form.
     """
     where = f"model: {name}: offline_lmrl"
@@ -96,7 +97,7 @@ def check_run_metadata(name: str | Path, block: Any) -> None:
 
 
 def read_run_metadata(folder: str | Path) -> dict[str, Any]:
-    """Read the `offline_lmrl` settings that `save_heads` wrote into a LoRA folder.
+    """Read the run metadata that `save_heads` wrote into a LoRA folder.
 
     Raises: InputError if they are missing or damaged.
     """
@@ -110,9 +111,11 @@ def read_run_metadata(folder: str | Path) -> dict[str, Any]:
 
 
 def saved_run_metadata(path_or_name: str | Path) -> dict[str, Any]:
-    """Read the `offline_lmrl` block of a folder (LoRA or not) or hub name, without loading weights.
+    """Read the run metadata of a model without loading weights; {} if it has none.
 
-    Raises: InputError if there is no model, or if the block is damaged.
+    Args:
+      path_or_name: a folder (LoRA or not) or hub name.
+    Raises: InputError if there is no model, if the run metadata are damaged, or if a LoRA folder has none.
     """
     if (Path(path_or_name) / "adapter_config.json").exists():
         return read_run_metadata(path_or_name)
@@ -123,7 +126,7 @@ def saved_run_metadata(path_or_name: str | Path) -> dict[str, Any]:
 
 
 def _parts(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the submodules of a guided model that peft does not handle, by name.
+    """Return the heads and the return embedding of a guided model, which peft does not handle, by name.
 
     Raises: InputError if peft wraps one of them, because `modules_to_save` names it.
     """
@@ -135,7 +138,7 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def unfreeze_heads(model: nn.Module) -> None:
-    """Make online heads and the return embedding trainable again after `get_peft_model`; targets stay frozen."""
+    """Make all heads but the target heads, and the return embedding, trainable again after `get_peft_model`."""
     parts = _parts(model)
     for part in parts.values():
         part.requires_grad_(True)
@@ -144,7 +147,10 @@ def unfreeze_heads(model: nn.Module) -> None:
 
 
 def save_heads(model: nn.Module, folder: str | Path) -> None:
-    """Write the heads and the return embedding, if any, and the `offline_lmrl` block into an adapter's folder."""
+    """Write the heads and the return embedding, if any, and the run metadata into an adapter's folder.
+
+    Each file is replaced as a whole, so that an interrupted call leaves no partial file under its name.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".writing"  # renamed when complete, so that no file is ever half written
@@ -156,7 +162,10 @@ def save_heads(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_heads(model: nn.Module, folder: str | Path) -> None:
-    """Load the weights that `save_heads` wrote into the model's parts. Raises: InputError if a file is missing."""
+    """Load the weights that `save_heads` wrote into the heads and the return embedding that the model has.
+
+    Raises: InputError if a file is missing or damaged.
+    """
     for name, part in _parts(model).items():
         path = Path(folder) / f"{name}.safetensors"
         if not path.exists():

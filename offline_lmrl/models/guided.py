@@ -3,8 +3,13 @@ returns, and packed per-step outputs.
 
 `guided_class(GPT2LMHeadModel)` is a subclass of GPT2LMHeadModel. Parameter names do not change, so the base class can
 load the same folder as a plain policy, and `generate`, caches, PEFT and sharding keep working. The added weights are
-in the submodules `value_heads`, `return_embedding` and `return_heads`, the added settings in the `offline_lmrl` block
-of config.json.
+in the submodules `value_heads`, `return_embedding` and `return_heads`, the added settings in the run metadata (the
+entry `offline_lmrl` of config.json).
+
+Notation: B rows of T tokens (S in a prompt), vocabulary size V, width d of the hidden states, H Q heads. A step is one
+token that the agent chose, at a state (row, position); N is the number of steps in a batch, M that of the steps that
+close a turn (tokens/batching.py). A requested return is encoded by a reserved id before each agent turn; the null
+condition is the reserved id for "no return requested" (tokens/conditioning.py).
 
 A forward hook on the decoder stores the hidden states, and `forward_with_hidden` returns them. The hook is a plain
 function that stores them on the module it is called with, so a deep copy never writes into its original. For packed
@@ -51,7 +56,7 @@ MOST_LAYERS = 10_000
 
 
 def _table_rows(config: PreTrainedConfig) -> int | None:
-    """Return the number of bins of the return embedding; None = no embedding, as for returns written as text."""
+    """Return the number of bins of the return embedding in a model's config; None = the model has no embedding."""
     block = run_metadata(config).get("returns") or {}
     return block["bins"] if block.get("condition") == "embedding" else None
 
@@ -105,8 +110,8 @@ class Guided:
     def get_decoder(self) -> nn.Module:
         """Return the module that maps tokens to the hidden states that enter the LM head.
 
-        This is the first module that contains the input embedding but not the LM head, among the base's own answer
-        and the model's direct children.
+        The candidates, in this order, are what the base class's `get_decoder` returns and the model's direct children.
+        The first one that contains the input embedding but not the LM head is returned.
 
         Raises: InputError if there is no such module.
         """
@@ -139,7 +144,7 @@ class Guided:
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
-        """Save as the base class does, but name the base class in config.json, because other engines know it."""
+        """Save as the base class does, but name the base class in config.json: other engines do not know this one."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         # The base class has just written the name of the guided class, so config.json is written again.
         self.config.architectures = [self.base_name]
@@ -161,18 +166,19 @@ class Guided:
     ):
         """Generate as the base class does, with value guidance and a requested return.
 
-        The stored `support`, `candidates`, `clip` and `q_reduce` apply. The arguments `temperature`, `top_k` and
-        `top_p` of `generate` then act on the guided distribution.
+        Of the decoding settings in the run metadata, `support`, `candidates`, `clip` and `q_reduce` apply, and `beta`
+        and `ask` are the defaults. The arguments `temperature`, `top_k` and `top_p` of `generate` act on the guided
+        distribution.
 
-        With `ask`, prompts must end with the agent's opening, and logits processors see only the new tokens. Every
-        agent turn in a prompt is conditioned on the same return, because the rewards of earlier turns are unknown
-        here: subtract them from `ask`, or use LanguagePolicy, which does. If any prompt contains reserved ids, all
-        prompts stay as they are and `ask` is ignored.
+        With `ask`, prompts must end with the agent's opening (the generation prompt), and logits processors see only
+        the new tokens. Every agent turn in a prompt is conditioned on the same return, because the rewards of earlier
+        turns are unknown here: subtract them from `ask`, or use LanguagePolicy, which does. If any prompt contains
+        reserved ids, all prompts stay as they are and `ask` is ignored.
 
         Args:
           beta: the weight of value guidance, one number or one per row (B,); None = the stored value, else 0.
           ask: the requested return, for a model with a return embedding: a number in reward units, a name such as
-            "max" or "p90", or one of these per row; None = the stored value.
+            "max" or "p90", or a list with one of these per row; None = the stored value.
         Raises: InputError if `ask` is combined with `beta` or a stored `condition_scale` other than 0.
         """
         decoding = _stored_decoding(self.config)
@@ -218,7 +224,8 @@ class Guided:
           ids: prompts, (B,S).
           mask: (B,S), 0 for padding; None = no padding.
           ask: one requested return for all rows, or one per row.
-        Returns: embeddings (B,T,d) and mask (B,T), padded on the left.
+        Returns: embeddings (B,T,width) and mask (B,T), padded on the left.
+        Raises: InputError if the model has no return embedding, or a request or prompt cannot be used.
         """
         if self.return_embedding is None:
             raise InputError(
@@ -245,7 +252,7 @@ class Guided:
         return self.return_embedding(padded, self.get_input_embeddings()), mask
 
     def forward_with_hidden(self, *args, **kwargs) -> tuple[Any, Tensor]:
-        """Run the base's forward; return its outputs and the decoder's last hidden states (B,T,d)."""
+        """Run the base class's forward; return its outputs and the decoder's last hidden states (B,T,d)."""
         args, kwargs = self._embedded(args, kwargs)
         outputs = super().forward(*args, **kwargs)
         decoder = self.get_decoder()
@@ -254,9 +261,9 @@ class Guided:
         return outputs, hidden
 
     def _embedded(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Replace input_ids by inputs_embeds if the model has a return embedding.
+        """Replace input_ids by inputs_embeds in the arguments of a forward, if the model has a return embedding.
 
-        The model's own embedding has no rows for the reserved ids, so its lookup must never see them.
+        The base class's embedding has no rows for the reserved ids, so its lookup must never see them.
         """
         ids = args[0] if args else kwargs.get("input_ids")
         if self.return_embedding is None or ids is None:
@@ -266,12 +273,12 @@ class Guided:
         return args, kwargs | ids | {"inputs_embeds": embeddings}
 
     def q_values(self, hidden: Tensor, candidates: Tensor | None = None, target: bool = True) -> Tensor:
-        """Compute Q of all tokens, or of some.
+        """Compute Q of all tokens, or of some, in scaled reward units.
 
         Args:
-          hidden: (..., d).
-          candidates: token ids (..., K) per state; None = the whole vocabulary.
-          target: use the target heads instead of the online ones.
+          hidden: hidden states, (..., d).
+          candidates: token ids (..., K), K per state; None = the whole vocabulary.
+          target: True: use the target heads. False: the online ones.
         Returns: (H, ..., V) or (H, ..., K), fp32.
         """
         head = self.value_heads.target_q if target else self.value_heads.q
@@ -282,7 +289,7 @@ class Guided:
         return q.view(q.shape[0], *lead, q.shape[-1])
 
     def v_values(self, hidden: Tensor) -> Tensor:
-        """Compute V, (..., d) -> (...), fp32."""
+        """Compute V of hidden states, (..., d) -> (...), fp32, in scaled reward units."""
         return self.value_heads.v(hidden.reshape(-1, hidden.shape[-1])).view(hidden.shape[:-1])
 
     def update_targets(self, rate: float) -> None:
@@ -297,11 +304,14 @@ class Guided:
     def _guided_logits(self, logits: Tensor, hidden: Tensor, beta: float | Tensor) -> Tensor:
         """Return logits + β · advantage for the tokens that `support` and `candidates` keep, and −inf for others.
 
+        `support`, `candidates`, `clip` and `q_reduce` are the decoding settings of the run metadata (ops/decoding.py).
+
         Args:
           logits: (B,T,V).
-          hidden: (B,T,d).
+          hidden: hidden states, (B,T,d).
           beta: β, one number or one per row (B,); a row whose β is 0 keeps its logits.
         Returns: (B,T,V), fp32.
+        Raises: InputError if the model has no value heads.
         """
         if self.value_heads is None:
             raise InputError(f"beta: found {beta}, expected 0, as this model has no value heads; train them (ILQL)")
@@ -322,12 +332,12 @@ class Guided:
         return torch.where(beta == 0, logits.float(), guided) if isinstance(beta, Tensor) else guided
 
     def packed_logits(self, row: Tensor, state: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute logits at N states only, and the hidden states of all positions.
+        """Compute logits at N states only, which saves memory, and the hidden states of all positions.
 
         Args:
-          row: (N,), the batch row of each state.
-          state: (N,), the position of each state in its row: tokens 0..state have been read.
-          inputs: `input_ids`, `attention_mask` and the like, of the whole batch.
+          row: (N,) long, the batch row of each state.
+          state: (N,) long, the position of each state in its row: tokens 0..state have been read.
+          inputs: keyword arguments of the forward for the whole batch, such as `input_ids` and `attention_mask`.
         Returns: logits (N,V) of the token after each state, and the last hidden states (B,T,d).
         """
         head = self.get_output_embeddings()
@@ -349,9 +359,10 @@ class Guided:
         condition_dropout: float,
         environment: Mapping[str, Tensor] | None,
     ) -> dict[str, Tensor]:
-        """Compute the per-step outputs; arguments and outputs are those of `forward` (see `guided_class`).
+        """Compute the per-step outputs, with the arguments and outputs of `forward` in `guided_class`.
 
-        The LM head runs at the N states of `steps` and the E states of `environment` only.
+        `kwargs` are the keywords of the base class's forward; `scale` is `value_grad_scale`. The LM head runs at the N
+        states of `steps` and the E states of `environment` only.
         """
         row, state, action = steps["row"], steps["state"], steps["action"]
         # peft passes arguments that nobody gave, as None.
@@ -379,10 +390,14 @@ class Guided:
         return packed | self._packed_values(hidden, read, steps, scale, conservative)
 
     def _packed_outcomes(self, input_ids: Tensor, hidden: Tensor, steps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Score the outcomes of the M turns that close in the batch with the return heads.
+        """Score the outcomes (reward, returns, end) of the M turns that close in the batch with the return heads.
 
-        Returns: "outcome_log_prob" (M,), and "outcome_mask" (M,) bool, which is True for a turn with a known outcome
-          in a row without a requested return.
+        Args:
+          input_ids: (B,T).
+          hidden: hidden states, (B,T,d).
+          steps: the N packed action steps, (N,) each.
+        Returns: "outcome_log_prob" (M,), nats, and "outcome_mask" (M,) bool, which is True for a turn with a known
+          outcome in a row without a requested return.
         """
         turns = {name: column[steps["closes_turn"]] for name, column in steps.items()}
         row = turns["row"]
@@ -395,7 +410,10 @@ class Guided:
         return {"outcome_log_prob": log_prob, "outcome_mask": null}
 
     def _without_conditions(self, input_ids: Tensor, share: float) -> Tensor:
-        """Replace all returns by null in a random share of the rows (B,T), to train the null condition too."""
+        """Replace all ids of requested returns by null in a random share of the rows (B,T).
+
+        The model is so trained under the null condition too.
+        """
         null = self.get_input_embeddings().weight.shape[0]
         dropped = torch.rand(len(input_ids), 1, device=input_ids.device) < share
         # Bins have the ids above null, so that the clamp maps them to null and leaves all other ids as they are.
@@ -403,10 +421,15 @@ class Guided:
 
     @torch.no_grad()
     def _rows_behind(self, inputs: Mapping[str, Tensor], windows: int) -> Tensor | None:
-        """Return hidden states of the rows after the windows, which only serve V of a next state; None = no such rows.
+        """Return the hidden states of the rows of which only V is computed; None if there are none.
 
         All ranks of a sharded model must run the decoder equally often. With several ranks, a rank without such rows
-        therefore reads one row and ignores the result. A plain policy has no such rows on any rank.
+        therefore runs it on the first row of the batch and discards the result. If the model has no value heads, no
+        rank has such rows.
+
+        Args:
+          inputs: `input_ids` and `attention_mask` of all rows, (B,T) each.
+          windows: number of leading rows, which hold the trained tokens; the rows after them are read here.
         """
         extra = {name: value[windows:] for name, value in inputs.items()}
         wanted = len(extra["input_ids"]) > 0
@@ -425,11 +448,11 @@ class Guided:
         """Compute Q, V and their targets at the N steps; keys and shapes as in `forward`.
 
         Args:
-          hidden: hidden states of the windows, (B,T,d).
-          read: hidden states of all rows, without gradient, in which next states are looked up.
+          hidden: hidden states of the rows with steps, (windows,T,d).
+          read: hidden states of all rows, (B,T,d), without gradient, in which next states are looked up.
           steps: the packed action steps, (N,) each.
-          scale: the share of the gradient that reaches the trunk.
-          conservative: also compute "logsumexp_q".
+          scale: factor on the gradient that reaches the trunk, 0 to 1.
+          conservative: True: also compute "logsumexp_q".
         """
         heads, matrix = self.value_heads, self.get_output_embeddings().weight
         action = steps["action"].unsqueeze(1)
@@ -453,10 +476,11 @@ class Guided:
         """Compute Q and V of whole turns: Q after the closing token of a turn, V before its first token.
 
         Args:
-          hidden: hidden states of the windows, (B,T,d).
-          read: hidden states of all rows, without gradient.
+          hidden: hidden states of the rows with steps, (windows,T,d).
+          read: hidden states of all rows, (B,T,d), without gradient.
           closing: the M steps that close a turn, (M,) each.
-          scale: the share of the gradient that reaches the trunk.
+          scale: factor on the gradient that reaches the trunk, 0 to 1.
+        Returns: the "utterance_..." outputs of `forward`.
         """
         heads, row = self.value_heads, closing["row"]
         turns = _scale_gradient(hidden[row, closing["state"] + 1], scale)  # (M,d)
@@ -486,11 +510,13 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         environment=None,
         **kwargs,
     ):
-        """Run the base's forward, with guided logits (`beta`) or with packed per-step outputs (`steps`).
+        """Run the base class's forward, with guided logits (`beta`) or with packed per-step outputs (`steps`).
 
-        Without `steps`, the outputs are the base's, with guided logits if `beta` is given. With `steps`, inputs must
-        be the keywords input_ids and attention_mask, and the result is a dict of tensors for the N steps (those
-        marked * carry no gradient):
+        Without `steps`, the outputs are the base class's, with guided logits if `beta` is given. With `steps`, inputs
+        must be the keywords input_ids and attention_mask, and the result is a dict of tensors for the N steps (those
+        marked * have no gradient). "log_prob" is log π of the action in nats; Q, of the action, and V are in scaled
+        reward units; "next" is the step's next state, "end" the end of a cut log. Which keys there are depends on the
+        parts of the model, and "environment" on the argument:
 
             always             "log_prob" (N,)
             value heads        "q" (H,N), "v" (N,), "target_q"* (N,) the minimum over heads, "next_v"* (N,),
@@ -503,14 +529,16 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
         Args:
           beta: β, one number or one per row (B,); logits become logits + β · advantage under the stored decoding
-            settings. None and 0 = the base's logits.
-          steps: packed action steps (tokens/batching.py), (N,) each.
-          windows: number of rows that have steps; the rows after them only serve V of a next state and are read
-            without gradient. None = all rows have steps.
-          value_grad_scale: share of the values' gradient that reaches the trunk.
-          conservative: whether to compute "logsumexp_q".
-          condition_dropout: share of rows whose returns become null in training mode, drawn anew in each call.
-          environment: "row" and "state" (E,) before each token of the environment's turns.
+            settings. None and 0 = the base class's logits.
+          steps: packed action steps (`ActionSteps` in tokens/batching.py), (N,) each; None = not packed.
+          windows: number of leading rows that have steps; of the rows after them only V is computed, without gradient.
+            None = all rows have steps.
+          value_grad_scale: factor on the gradient that Q and V pass on to the trunk, 0 to 1.
+          conservative: True: compute "logsumexp_q", log Σ_a exp Q(s,a).
+          condition_dropout: share of rows whose requested returns become null in training mode, drawn anew in each
+            call.
+          environment: "row" and "state", (E,) long: the state before each token of the environment's replies; None =
+            no such outputs.
         """
         if steps is not None:
             return self._packed(kwargs, steps, windows, value_grad_scale, conservative, condition_dropout, environment)
@@ -547,9 +575,11 @@ def _without_adapter(model: nn.Module) -> PreTrainedModel:
 
 
 def as_guided(model: PreTrainedModel) -> PreTrainedModel:
-    """Turn a causal LM, or the one inside a PeftModel, into a guided model in place, and return the same object.
+    """Turn a causal LM, or the one inside a PeftModel, into a guided model without heads, in place.
 
-    Heads that it already has stay as they are.
+    A model that is already guided stays as it is, with its heads.
+
+    Returns: the object that was passed.
     """
     inner = _without_adapter(model)
     if not isinstance(inner, Guided):
@@ -559,10 +589,12 @@ def as_guided(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def add_value_heads(model: PreTrainedModel, value_heads: ValueHeadsConfig) -> PreTrainedModel:
-    """Turn a model into a guided one with fresh value heads, in place, and return the same object.
+    """Turn a model into a guided one with fresh value heads, in place.
 
     Args:
       model: a causal LM, or a PeftModel around one; existing value heads are replaced.
+      value_heads: kind and number of the heads.
+    Returns: the object that was passed.
     """
     inner = _without_adapter(as_guided(model))
     inner.config.offline_lmrl = run_metadata(inner.config) | {"value_heads": asdict(value_heads)}
@@ -575,11 +607,13 @@ def add_value_heads(model: PreTrainedModel, value_heads: ValueHeadsConfig) -> Pr
 
 
 def add_returns(model: PreTrainedModel, block: Mapping[str, Any]) -> PreTrainedModel:
-    """Make a guided model return-conditioned in place, and return the same object.
+    """Make a guided model return-conditioned, in place.
 
     Args:
-      block: the entry `returns` of the config's `offline_lmrl` block (`ReturnTokens.from_block`). With
-        `condition: embedding`, the model gets a fresh return embedding for its `bins`.
+      model: a guided model, or a PeftModel around one.
+      block: the new entry `returns` of the run metadata (`ReturnTokens.from_block`). With `condition: embedding`, the
+        model gets a fresh return embedding with one row for null and one for each of the `bins`.
+    Returns: the object that was passed.
     """
     inner = _without_adapter(model)
     inner.config.offline_lmrl = run_metadata(inner.config) | {"returns": dict(block)}
@@ -591,10 +625,12 @@ def add_returns(model: PreTrainedModel, block: Mapping[str, Any]) -> PreTrainedM
 
 
 def add_return_heads(model: PreTrainedModel, block: Mapping[str, Any]) -> PreTrainedModel:
-    """Add fresh return heads to a guided model in place, and return the same object.
+    """Add fresh return heads, which predict rewards and returns of turns, to a guided model, in place.
 
     Args:
-      block: the entry `return_heads` of the config's `offline_lmrl` block (`ReturnHeads`).
+      model: a guided model, or a PeftModel around one.
+      block: the new entry `return_heads` of the run metadata (`fit_heads` in models/return_heads.py).
+    Returns: the object that was passed.
     """
     inner = _without_adapter(model)
     inner.config.offline_lmrl = run_metadata(inner.config) | {"return_heads": dict(block)}
@@ -610,9 +646,11 @@ def return_tokens_of(model: PreTrainedModel, renderer: Renderer) -> ReturnTokens
 
 
 def remove_heads(model: PreTrainedModel) -> PreTrainedModel:
-    """Remove the heads and the return embedding of a guided model in place, and return the same object.
+    """Remove the value heads, the return heads and the return embedding of a guided model, in place.
 
-    Their entries, and `decoding`, are removed from the config's `offline_lmrl` block too.
+    Their entries in the run metadata, and the entry `decoding`, are removed too.
+
+    Returns: the object that was passed.
     """
     inner = _without_adapter(model)
     inner.value_heads = inner.return_embedding = inner.return_heads = None
@@ -622,11 +660,13 @@ def remove_heads(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def from_scratch(auto_class: type, spec: Mapping[str, Any], tokenizer, **extra: Any) -> PreTrainedModel:
-    """Build a model of a causal LM's family with fresh fp32 weights, with the vocabulary size of the tokenizer.
+    """Build a model with fresh fp32 weights from the user's config fields.
 
     Args:
       auto_class: the auto class of transformers that decides the head, such as AutoModelForCausalLM.
-      spec: {"model_type": "gpt2", "n_layer": 2, ...}, fields of that type's transformers config.
+      spec: {"model_type": "gpt2", "n_layer": 2, ...}: a model type that transformers has as a causal LM, and fields of
+        its config.
+      tokenizer: gives the vocabulary size and the ids of pad, BOS and EOS, unless `spec` sets them.
       extra: further config fields, set by the caller and not by the user.
     Raises: InputError that names the wrong field.
     """
@@ -664,7 +704,10 @@ def from_scratch(auto_class: type, spec: Mapping[str, Any], tokenizer, **extra: 
 
 
 def _require_room(auto_class: type, config: PreTrainedConfig) -> None:
-    """Check that the model fits into this machine's memory, before any is allocated. Raises: InputError if not."""
+    """Check that the weights, in fp32, fit into this machine's RAM, before any are allocated.
+
+    Raises: InputError if they do not, or if the model has more than MOST_LAYERS layers.
+    """
     layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
     if layers > MOST_LAYERS:
         raise InputError(f"model.scratch: found {layers} layers, expected at most {MOST_LAYERS}")
@@ -680,7 +723,7 @@ def _require_room(auto_class: type, config: PreTrainedConfig) -> None:
 
 
 def build_model(spec: Mapping[str, Any], tokenizer) -> PreTrainedModel:
-    """Build a guided model with fresh weights and no value heads; arguments and errors as in `from_scratch`."""
+    """Build a guided model with fresh weights and no heads; arguments and errors are those of `from_scratch`."""
     return as_guided(from_scratch(AutoModelForCausalLM, spec, tokenizer))
 
 
@@ -705,16 +748,17 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a guided model from the folder or hub name of any causal LM, guided or not, or from a LoRA folder.
 
-    A LoRA folder gives the PeftModel around the guided model (which forwards attributes and methods to it), with
-    trainable adapter and online heads.
+    For a LoRA folder, the result is a PeftModel around the guided model, to which it forwards attributes and methods;
+    adapter, online heads and return embedding are trainable.
 
     Args:
       path_or_name: the folder or hub name.
-      value_heads: make fresh value heads if there are none on disk; None = load what is there.
-      dtype: of the trunk; heads are always fp32.
-      trust_remote_code: as in transformers.
+      value_heads: the value heads to make, fresh, if there are none on disk; None = make none. Not used for a LoRA
+        folder.
+      dtype: dtype of the trunk; heads are always fp32.
+      trust_remote_code: run code that comes with the model, as in transformers.
     Raises: InputError if there is no model, if it is a reward model, if the config names heads whose weights are
-      missing, or if `value_heads` differs in form from the heads on disk.
+      missing, or if the heads on disk differ from `value_heads` in kind, number or utterance heads.
     """
     name = str(path_or_name)
     if os.path.isfile(os.path.join(name, "adapter_config.json")):
@@ -741,7 +785,12 @@ def load_model(
 
 
 def _require_token_ids(name: str, model: PreTrainedModel) -> None:
-    """Check that the special tokens in config.json and generation_config.json are ids. Raises: InputError if not."""
+    """Check that the special tokens in config.json and generation_config.json are ids.
+
+    Args:
+      name: the model's name, for the error.
+    Raises: InputError if they are not.
+    """
     for source in (model.config, model.generation_config):
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
             found = getattr(source, field, None)
@@ -753,10 +802,10 @@ def _require_token_ids(name: str, model: PreTrainedModel) -> None:
 
 
 def _causal_lm_class(config: PreTrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:
-    """Return the class that AutoModelForCausalLM would choose, remote code included.
+    """Return the class that AutoModelForCausalLM would choose, which may be remote code.
 
-    The text part of some models has a config class that the auto class does not know; for these, return the causal LM
-    that config.json names.
+    The auto class does not know the config class of the text part of some multimodal models; for these, return the
+    causal LM class that config.json names.
     """
     named = getattr(transformers, (config.architectures or [""])[0], None)
     if type(config) not in AutoModelForCausalLM._model_mapping and named and named.__name__.endswith("ForCausalLM"):
@@ -802,7 +851,7 @@ def check_same_heads(name: str, asked: Mapping[str, Any], stored: Mapping[str, A
     Args:
       name: the model's name, for the error.
       asked: the requested ValueHeadsConfig as a dict.
-      stored: the same for the model's own heads.
+      stored: the ValueHeadsConfig of the heads that the model has, as a dict.
     Raises: InputError if they differ.
     """
     for field in ("kind", "heads", "utterance"):

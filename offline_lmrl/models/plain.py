@@ -26,9 +26,9 @@ def q_matrix(head: QHead, matrix: Tensor, q_reduce: str) -> Tensor:
     """Return W_Q (V,d), fp32, for which reduce(Q)(s,a) = W_Q[a] · h + a term of the state alone.
 
     Args:
-      head: a tied or linear head.
-      matrix: the LM head's, (V,d).
-      q_reduce: "mean" or "first".
+      head: H Q heads of the kind "tied" or "linear" (models/value_heads.py).
+      matrix: the weight of the LM head, (V,d).
+      q_reduce: how the H heads become one Q, "mean" or "first".
     """
     # The head is linear, so its features of the unit vectors are the columns of its map.
     unit = torch.eye(matrix.shape[1], device=matrix.device)
@@ -43,7 +43,7 @@ def head_scale(model: PreTrainedModel) -> float:
     The LM head's output is compared with W h. It is then replaced by test outputs, small and large, and the logits are
     compared with these; large ones are needed because a soft cap hardly changes small ones.
 
-    Raises: InputError if, in either comparison, one is not a multiple of the other.
+    Raises: InputError if, in either comparison, the two are not multiples of each other.
     """
     head = model.get_output_embeddings()
     step = torch.linspace(-SMALL, SMALL, head.weight.shape[0], device=head.weight.device)
@@ -75,7 +75,7 @@ def head_scale(model: PreTrainedModel) -> float:
 
 
 def _multiple(x: Tensor, y: Tensor) -> float | None:
-    """Return the number c in x = c · y; None if there is none, or if a value is nan, or if shapes differ."""
+    """Return the number c for which x = c · y; None if there is none, if a value is nan, or if shapes differ."""
     if x.shape != y.shape:
         return None
     x, y = x.flatten().double(), y.flatten().double()
@@ -85,7 +85,7 @@ def _multiple(x: Tensor, y: Tensor) -> float | None:
 
 @torch.no_grad()
 def add_to_lm_head(model: PreTrainedModel, rows: Tensor) -> None:
-    """Add `rows` (V,d) to the LM head's matrix; if it is tied to the embedding, untie it first."""
+    """Add `rows` (V,d) to the weight of the LM head, in place; all tied weights of the model are untied."""
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight + rows.to(head.weight.dtype))
     for config in (model.config, model.config.get_text_config()):
@@ -101,15 +101,16 @@ def add_to_lm_head(model: PreTrainedModel, rows: Tensor) -> None:
 
 @torch.no_grad()
 def spell_returns(model: PreTrainedModel, returns: Tensor, ids: Sequence[int]) -> None:
-    """Store a return embedding in the rows of some token ids, and keep `generate` from emitting these ids.
+    """Store a return embedding in the model's own embedding, and keep `generate` from emitting its ids.
 
-    An untied LM head gets the mean row of the other tokens for these ids. Their logits are then never the largest,
-    for engines that ignore `suppress_tokens`.
+    An untied LM head gets the mean row of the ordinary tokens for these ids. Their logits are then never the largest,
+    also in engines that ignore `suppress_tokens`.
 
     Args:
       model: changed in place; its embedding is enlarged if necessary.
-      returns: rows of the return embedding, (n,d).
-      ids: the n token ids; all ids below the least of them are ordinary tokens.
+      returns: rows of the return embedding, (n, width).
+      ids: the n token ids under which to store the rows, in this order; all ids below the least of them are ordinary
+        tokens.
     Raises: InputError if the model's embedding does more than look up rows and scale them.
     """
     if max(ids) >= model.get_input_embeddings().weight.shape[0]:
@@ -133,7 +134,12 @@ def spell_returns(model: PreTrainedModel, returns: Tensor, ids: Sequence[int]) -
 
 
 def plain(model: nn.Module) -> PreTrainedModel:
-    """Merge the adapter, if any, and remove heads, return embedding and settings, in place; return the model."""
+    """Turn a guided model into a plain causal LM, in place.
+
+    Merge the adapter, if any, and remove the heads, the embedding of returns and the run metadata in the config.
+
+    Returns: the model; for a PeftModel, the model inside it.
+    """
     if hasattr(model, "peft_config"):
         _untie(model)
         model = model.merge_and_unload()

@@ -1,4 +1,8 @@
-"""The renderer of a model, with the template text stored for it and the tokens that end its replies."""
+"""The renderer of a model, with the template text stored for it and the tokens that end its replies.
+
+A renderer converts dialogues to tokens with a tokenizer and a chat template; the scheme is the version of its rules
+(tokens/rendering.py). Run metadata are the settings that training stores with a model (models/adapters.py).
+"""
 
 import json
 import logging
@@ -24,19 +28,19 @@ def reply_ends(model: nn.Module) -> tuple[int, ...]:
 
 
 def rendering_block(renderer: Renderer) -> dict[str, Any]:
-    """Return what `renderer_of` needs to rebuild this renderer: entries of the config's `offline_lmrl` block."""
+    """Return the entries of the run metadata from which `renderer_of` rebuilds this renderer."""
     return {"template": renderer.template, "template_text": renderer.text.to_dict(), "tokenizer": renderer.fingerprint}
 
 
 def renderer_of(tokenizer: PreTrainedTokenizerBase, model: nn.Module, where: str | Path) -> Renderer:
-    """Return the renderer of a run, or of any model with its tokenizer.
+    """Return the renderer that a trained model needs; for a model without run metadata, make a new one.
 
-    If the run was trained under another rendering scheme, make a new renderer from its template and log a warning.
+    If the model was trained under another rendering scheme, make a new renderer from its template and log a warning.
 
     Args:
-      tokenizer: the model's.
+      tokenizer: the model's tokenizer.
       model: a guided model, or any other.
-      where: the run's name, for errors.
+      where: the model's folder or hub name, for warnings and errors.
     Raises: InputError if the model was trained with another tokenizer or template.
     """
     block = run_metadata(model.config)
@@ -61,16 +65,17 @@ def renderer_of(tokenizer: PreTrainedTokenizerBase, model: nn.Module, where: str
 def training_renderer(
     tokenizer: PreTrainedTokenizerBase, model: nn.Module, template: str, output_dir: str | Path
 ) -> Renderer:
-    """Return the renderer of a training run: of its last checkpoint, else of the run that it starts from, else new.
+    """Return the renderer for training, which reuses stored template text, because a template may print the date.
 
-    The stored template text is used again, because a template may print the date.
+    The text is that of the last checkpoint in `output_dir`; if there is no checkpoint, that of `model`. If neither has
+    one, or if it belongs to another scheme or setting `template`, the text is derived anew.
 
     Args:
-      tokenizer: the model's.
+      tokenizer: the model's tokenizer.
       model: the model that training starts from.
-      template: the setting `template`.
-      output_dir: the run's folder.
-    Raises: InputError if the checkpoint was rendered under another scheme.
+      template: "auto", "assembled" or "plain", as for `Renderer`.
+      output_dir: the folder of the training run.
+    Raises: InputError if the checkpoint was made under another rendering scheme.
     """
     start = run_metadata(model.config)
     checkpoint = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
@@ -89,7 +94,12 @@ def training_renderer(
 
 
 def scheme_of(block: Mapping[str, Any]) -> int | None:
-    """Return the rendering scheme of a run; None if its block names no tokenizer."""
+    """Return the version of the rendering scheme under which a model was trained.
+
+    Args:
+      block: the model's run metadata.
+    Returns: the version; None if the run metadata name no tokenizer.
+    """
     fingerprint = block.get("tokenizer")
     if not isinstance(fingerprint, str):
         return None
@@ -103,7 +113,7 @@ def _stored_text(block: Mapping[str, Any], where: str | Path) -> TemplateText:
 
 
 def _stored_block(folder: Path) -> dict[str, Any]:
-    """Read the `offline_lmrl` block of a checkpoint; {} if there is none."""
+    """Read the run metadata of a checkpoint; {} if there are none."""
     for name, key in ((METADATA_FILE, None), ("config.json", "offline_lmrl")):
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8"))

@@ -1,7 +1,8 @@
 """An embedding of reserved ids, which conditions a causal LM on a requested return without a larger vocabulary.
 
-If the model's own embedding has R rows, id R is null (no return is requested) and R+1, R+2, ... are the bins. Rows of
-reserved ids are inserted into `inputs_embeds`. The LM head keeps its R rows, so no reserved id can be emitted.
+If the model's own embedding has R rows, id R is null (no return is requested) and R+1, R+2, ... are the bins into
+which returns are divided, lowest first (tokens/conditioning.py). Rows of reserved ids are inserted into
+`inputs_embeds`. The LM head keeps its R rows, so no reserved id can be emitted.
 """
 
 import torch
@@ -20,7 +21,7 @@ class ReturnEmbedding(Head):
 
     Args:
       bins: the number of bins, at least 2.
-      width: of the model's embeddings.
+      width: the width of the model's embedding.
     """
 
     def __init__(self, bins: int, width: int):
@@ -31,9 +32,11 @@ class ReturnEmbedding(Head):
 
     @torch.no_grad()
     def reset(self, embedding: nn.Module) -> None:
-        """Fill in fresh rows: null and base become the mean of the model's embeddings.
+        """Fill in fresh rows: null and base become the mean of the embeddings of ordinary tokens.
 
-        The mean is over outputs of the embedding module, because some families scale stored rows there.
+        Args:
+          embedding: the model's own embedding module. Its outputs are averaged, not its stored rows, because in some
+            families the module scales the rows.
         """
         device = next(embedding.parameters()).device
         rows = embedding(torch.arange(embedding.weight.shape[0], device=device)).float()
@@ -48,12 +51,12 @@ class ReturnEmbedding(Head):
         return torch.cat([self.null.unsqueeze(0), bins])
 
     def forward(self, input_ids: Tensor, embedding: nn.Module) -> Tensor:
-        """Embed ordinary and reserved ids (B,T).
+        """Embed ordinary and reserved ids.
 
         Args:
-          input_ids: (B,T).
-          embedding: the model's own, for ordinary ids.
-        Returns: (B,T,width), in the dtype of `embedding`.
+          input_ids: (B,T) long.
+          embedding: the model's own embedding module, for ordinary ids.
+        Returns: (B,T,width), in the dtype of the outputs of `embedding`.
         """
         # Both lookups run at all positions; ids of the other kind are set to a valid one there, and not used.
         reserved = input_ids - embedding.weight.shape[0]

@@ -8,8 +8,9 @@ Each head predicts a distribution over bins (Janner et al. 2021, Trajectory Tran
     after     after the turn's closing token      R_{t+1}, the return from the next turn on
     ended     after the turn's closing token      1 if the turn ended the episode, else 0
 
-The heads are trained and used under the null condition only. With a requested return R̂_t in the context, R_t would be
-known, and with R̂_{t+1} also r_t. All numbers are in scaled reward units.
+The heads are trained and used under the null condition only: no return is requested in the context
+(tokens/conditioning.py). With a requested return R̂_t in the context, R_t would be known, and with R̂_{t+1} also r_t.
+All numbers are in scaled reward units. d is the width of the hidden states.
 """
 
 from collections.abc import Mapping
@@ -28,12 +29,15 @@ HEADS = ("returns", "reward", "after", "ended")
 
 
 def fit_heads(steps: Mapping[str, np.ndarray], most: int, discount_per_turn: float) -> dict[str, Any]:
-    """Fit the bins of all heads to the training data; return the block `return_heads` of a model's settings.
+    """Fit the bins of all heads to the training data.
 
     Args:
-      steps: columns of the action steps (tokens/batching.py) that close turns and have a target; at least one step.
-      most: the most bins of a head.
+      steps: columns of the action steps (`ActionSteps` in tokens/batching.py) that close turns and have a target, (M,)
+        each; at least one step.
+      most: maximum number of bins of a head.
       discount_per_turn: γ of the returns, which is stored with the bins.
+    Returns: the entry `return_heads` of a model's run metadata: name of the head -> its bins (`fit_bins`), and
+      `discount_per_turn`.
     """
     earned = outcomes(steps)
     return {name: fit_bins(earned[name], most) for name in HEADS} | {"discount_per_turn": discount_per_turn}
@@ -45,6 +49,9 @@ def fit_bins(values: np.ndarray, most: int) -> dict[str, list[float]]:
     If there are at most `most` distinct values, each gets a bin. Otherwise there are `most` bins of equal width,
     without the empty ones.
 
+    Args:
+      values: (N,).
+      most: maximum number of bins.
     Returns: `edges`, the K − 1 rising borders between bins, and `means`, the mean of the values in each of the K bins.
     """
     edges = fit_edges(values, "unique" if len(distinct(values)[0]) <= most else "linear", most)
@@ -53,7 +60,7 @@ def fit_bins(values: np.ndarray, most: int) -> dict[str, list[float]]:
 
 
 class BinHead(TwoLayers):
-    """A head that gives logits of K bins, d -> 2d -> K. All bins are equally likely before training.
+    """A head that gives logits of K bins: two layers, d -> 2d -> K. All bins are equally likely before training.
 
     Args:
       bins: `edges` and `means`, as `fit_bins` returns them.
@@ -77,7 +84,7 @@ class BinHead(TwoLayers):
             return F.linear(self.features(hidden.float())[0], self.weight, self.bias)
 
     def mean(self, hidden: Tensor) -> Tensor:
-        """Return the expected number, (N,d) -> (N,)."""
+        """Return the mean of the predicted distribution, (N,d) -> (N,)."""
         probability = self(hidden).softmax(-1)
         return probability @ probability.new_tensor(self.means)
 
@@ -85,8 +92,8 @@ class BinHead(TwoLayers):
         """Return the log-probability of the bins that contain the values.
 
         Args:
-          hidden: (N,d).
-          values: (N,).
+          hidden: hidden states, (N,d).
+          values: the true numbers, (N,).
         Returns: (N,), nats.
         """
         bins = torch.bucketize(values.float(), values.new_tensor(self.edges, dtype=torch.float32), right=True)
@@ -97,7 +104,7 @@ class ReturnHeads(nn.Module):
     """The four heads, as submodules with the names in HEADS.
 
     Args:
-      block: their bins by name (`fit_heads`), which is the block `return_heads` of a model's settings.
+      block: name of the head -> its bins: the entry `return_heads` of a model's run metadata (`fit_heads`).
       width: d.
     """
 
@@ -111,8 +118,8 @@ class ReturnHeads(nn.Module):
 
         Args:
           opening: hidden states before the first token of each turn, (M,d).
-          closing: hidden states after the closing token, (M,d).
-          outcome: the true number for each head, (M,) each, as from `outcomes`.
+          closing: hidden states after the closing token of each turn, (M,d).
+          outcome: name of the head -> the true numbers, (M,) each (`outcomes`).
         Returns: (M,), nats.
         """
         total = self.returns.log_prob(opening, outcome["returns"])
@@ -134,20 +141,23 @@ class ReturnHeads(nn.Module):
         return (logits + inverse_temperature * means).softmax(-1) @ means
 
     def outcome(self, closing: Tensor) -> Tensor:
-        """Predict the outcome of turns from the states after their closing tokens, (N,d).
+        """Predict the outcome of turns.
 
-        Returns: (N,3): expected reward of the turn, expected return after it, probability that it ended the episode.
+        Args:
+          closing: hidden states after the closing tokens of the turns, (N,d).
+        Returns: (N,3): expected reward of the turn, expected return after it (both in scaled reward units), and
+          probability that it ended the episode.
         """
         return torch.stack([getattr(self, name).mean(closing) for name in HEADS[1:]], dim=-1)
 
 
 def outcomes(steps: Mapping[str, Any]) -> dict[str, Any]:
-    """Compute the true number of every head.
+    """Compute the number that each head should predict.
 
     Args:
-      steps: the packed action steps that close turns, (M,) each. The `return_to_go` of each step is R_t of its whole
-        turn.
-    Returns: name of the head -> (M,).
+      steps: the packed action steps that close turns (`ActionSteps` in tokens/batching.py), (M,) each. The
+        `return_to_go` of such a step is R_t of the whole turn.
+    Returns: name of the head -> the true numbers, (M,).
     """
     return {
         "returns": steps["return_to_go"],

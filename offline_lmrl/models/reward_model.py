@@ -12,12 +12,15 @@ Its score then depends on nothing older. Christiano et al. score each step of a 
 
 A terminal model is a plain ...ForSequenceClassification with one label, the others are ...ForTokenClassification.
 Class names, weights and config are those of transformers, which loads them without this project. With LoRA, the folder
-holds the adapter and the head in peft's own form, and our block beside it (models/adapters.py). Without this project,
-a classification class scores the last token that is not config.pad_token_id, so the pad token must not be the one that
-closes a turn.
+holds the adapter and the head in peft's own form, and the run metadata in a file of ours (models/adapters.py).
+Without this project, a classification class scores the last token that is not config.pad_token_id, so the pad token
+must not be the one that closes a turn.
 
-This module adds `forward(..., read=mask)` and the config's block `offline_lmrl.reward`, which holds head and bias. The
-scorer adds the bias once per reply (decoding/scorers.py), because the heads have none, or one per token.
+This module adds `forward(..., read=mask)` and the entry `reward` of the run metadata (in the config's `offline_lmrl`),
+which holds the kind of head, as `head`, and a constant, as `bias`. The scorer adds this bias once per reply
+(decoding/scorers.py), because the heads have none, or one per token.
+
+A batch has B rows of T tokens and M options, the replies that are compared (tokens/comparison_batching.py).
 """
 
 import functools
@@ -55,13 +58,13 @@ class Reward:
     """The mixin that `reward_class` adds to a classification class."""
 
     def forward(self, *args, read: Tensor | None = None, **kwargs):
-        """Run the base's forward, or with `read` compute scores.
+        """Run the base class's forward or, with `read`, compute the score of each row.
 
         Scores leave out the dropout that token classification applies before its head.
 
         Args:
-          read: (B,T) bool, the tokens to sum over; None = the base's forward.
-        Returns: the base's outputs, or scores (B,), fp32, without the bias of the config.
+          read: (B,T) bool, True for the tokens whose numbers are summed; None = the base class's forward.
+        Returns: the base class's outputs, or scores (B,), fp32, without the bias of the run metadata.
         """
         if read is None:
             return super().forward(*args, **kwargs)
@@ -75,8 +78,8 @@ class Reward:
 def reward_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return a subclass of a classification class, with the argument `read` in its forward.
 
-    It keeps the name of the base, which config.json stores for other engines. It also keeps the module, because
-    transformers takes a class of another module for custom code and skips its buffers.
+    It has the name of the base class, which config.json stores for other engines. Its `__module__` is also that of the
+    base class, because transformers treats a class of another module as custom code and skips its buffers.
     """
     return type(base.__name__, (Reward, base), {"__module__": base.__module__, "__doc__": Reward.__doc__})
 
@@ -107,7 +110,11 @@ def reset_head(model: PreTrainedModel) -> None:
 
 
 def read_mask(batch: ComparisonBatch, head: str) -> Tensor:
-    """Return (B,T) bool, True for the tokens that the kind of head sums over."""
+    """Return (B,T) bool, True for the tokens whose numbers a head sums.
+
+    Args:
+      head: the kind of head, "terminal", "turn" or "token".
+    """
     if head == "terminal":
         positions = torch.arange(batch["input_ids"].shape[1], device=batch["last"].device)
         return positions == batch["last"].unsqueeze(1)
@@ -115,35 +122,53 @@ def read_mask(batch: ComparisonBatch, head: str) -> Tensor:
 
 
 def reads_by_turn(head: str, window: WindowRule) -> bool:
-    """True if each agent turn is read in a row of its own, after at most `window.context` turns."""
+    """True if each agent turn of a reply is scored in a row of its own, after at most `window.context` turns.
+
+    Args:
+      head: the kind of head, "terminal", "turn" or "token".
+    """
     return window.context is not None and head != "terminal"
 
 
 def option_scores(model: nn.Module, batch: ComparisonBatch, head: str) -> Tensor:
-    """Return the scores (M,) of the options of a batch, fp32, without bias; an option's rows are summed."""
+    """Compute the scores of the M options of a batch; the rows of an option are summed.
+
+    Args:
+      model: a reward model, which may be wrapped for peft or for several processes.
+      head: the kind of head, "terminal", "turn" or "token".
+    Returns: (M,), fp32, without the bias of the run metadata.
+    """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     score = model(**inputs, read=read_mask(batch, head))
     return score.new_zeros(len(batch["comparison"])).index_add(0, batch["option"], score)
 
 
 def score_bias(model: nn.Module) -> float:
-    """Return the constant b in a score w · h + b at one token: the head's own bias, if any, plus the config's.
+    """Return the constant b in a score w · h + b at one token.
 
-    The config's bias is the one set by normalisation (`rescale_head`).
+    It is the bias of the linear layer, if any, plus the bias of the run metadata, which normalisation sets
+    (`rescale_head`).
     """
     own = head_of(model).bias
     return run_metadata(model.config)["reward"]["bias"] + (0.0 if own is None else own.item())
 
 
 def with_head_beside(peft_config: Any, model: PreTrainedModel) -> Any:
-    """Return the peft config, changed so that the head is trained and saved in full and gets no adapter."""
+    """Return a copy of a peft config by which the model's head is trained and saved in full and gets no adapter."""
     name = next(name for name in HEAD_NAMES if getattr(model, name, None) is head_of(model))
     saved = {*(peft_config.modules_to_save or ()), name}
     return replace(peft_config, modules_to_save=sorted(saved), exclude_modules=[name])
 
 
 def build_reward_model(spec: Mapping[str, Any], tokenizer, head: str) -> PreTrainedModel:
-    """Build a reward model with fresh weights and the given kind of head; other arguments as in `from_scratch`."""
+    """Build a reward model with fresh weights.
+
+    Args:
+      spec: model type and config fields, as for `from_scratch` in models/guided.py.
+      tokenizer: gives the vocabulary size and special tokens.
+      head: the kind of head, "terminal", "turn" or "token".
+    Raises: InputError that names a wrong field of `spec`.
+    """
     model = _with_read(from_scratch(HEADS[head], spec, tokenizer, num_labels=1), head)
     reset_head(model)
     return model
@@ -152,16 +177,14 @@ def build_reward_model(spec: Mapping[str, Any], tokenizer, head: str) -> PreTrai
 def load_reward_model(
     path_or_name: str | Path, head: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load a reward model, with fp32 weights, from a folder or hub name.
-
-    This can be a reward model, any sequence classifier with one label, or, if `head` is given, a causal LM (guided or
-    not), which then gets a fresh head. A LoRA folder gives the PeftModel around the model, with trainable adapter and
-    head.
+    """Load a reward model with fp32 weights.
 
     Args:
-      path_or_name: the folder or hub name.
-      head: the kind of head that the model must have or get; None = the stored one.
-      trust_remote_code: as in transformers.
+      path_or_name: a folder or hub name: of a reward model, of any sequence classifier with one label or, if `head` is
+        given, of a causal LM (guided or not), which then gets a fresh head.
+      head: the kind of head that the model must have or get, "terminal", "turn" or "token"; None = the stored one.
+      trust_remote_code: run code that comes with the model, as in transformers.
+    Returns: the model; for a LoRA folder, the PeftModel around it, with trainable adapter and head.
     Raises: InputError if there is no such model, or if its head is of another kind than `head`.
     """
     name = str(path_or_name)
@@ -223,9 +246,9 @@ def _load_adapter(folder: Path, head: str | None, trust_remote_code: bool) -> nn
 
 
 def rescale_head(model: PreTrainedModel, gain: float, bias: float) -> None:
-    """Normalise scores in place: score ← gain · (raw score) + bias.
+    """Normalise the model's scores, in place: score ← gain · (score of the head) + bias.
 
-    The gain is multiplied into the head; the bias replaces that of the config.
+    The head's weights are multiplied by the gain; the bias replaces the one in the run metadata.
     """
     head = head_of(model)
     with torch.no_grad():
@@ -243,7 +266,7 @@ def _with_read(model: PreTrainedModel, head: str) -> PreTrainedModel:
 
 
 def _stored_head(config: Any) -> str | None:
-    """Return the kind of head that a model with this config has; None = none."""
+    """Return the kind of head that a model with this config has; None if it is no reward model."""
     stored = run_metadata(config).get("reward", {}).get("head")
     if stored is None and any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         return "terminal"

@@ -1,7 +1,7 @@
-"""Parameters that a loss does not reach, such as the vision tower of a multimodal model on text.
+"""Parameters on which a loss does not depend, such as the vision tower of a multimodal model that reads text.
 
 They are frozen before training: otherwise the optimizer would keep state for them, and processes that share gradients
-would wait for theirs for ever.
+would wait for ever for the gradients of these parameters.
 """
 
 from collections import defaultdict
@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 
 def freeze_unreached(model: nn.Module, output: Tensor) -> bool:
-    """Freeze the parameters that an output of the model does not depend on, by its autograd graph.
+    """Freeze the parameters on which an output of the model does not depend, as its autograd graph shows.
 
-    An expert of a mixture may be unused by one batch and used by another. A parameter therefore stays trainable if a
-    similar one is reached: one whose name differs only in numbers, in modules of the same classes.
+    An expert of a mixture may be unused by one batch and used by another. A parameter therefore stays trainable if the
+    output depends on a similar one: one whose name differs only in numbers, in modules of the same classes.
 
     Args:
-      model: the model.
+      model: the model, whose parameters are frozen in place.
       output: the result of a forward pass that runs the same parts of the model as training does.
-    Returns: True if some parameters that stay trainable were not reached this time.
+    Returns: True if the output does not depend on some parameters that stay trainable, so that data-parallel training
+      must search for unused parameters in every step.
     """
     reached = set(map(id, _leaves(output)))
     modules = dict(model.named_modules())

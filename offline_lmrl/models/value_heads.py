@@ -1,4 +1,8 @@
-"""Twin Q heads, their targets and V, read from the hidden states of a causal LM (Snell et al. 2023, ILQL).
+"""Twin Q heads, their target heads and V, computed from the hidden states of a causal LM (Snell et al. 2023, ILQL).
+
+A state s is a position in a row of tokens, with the hidden state h (d numbers) of the decoder there; an action a is
+the next token, one of V. N is the number of states, C that of candidate tokens per state. Online heads are the trained
+ones; target heads are slow averages of online Q heads.
 
 A Q head is linear in its features: Q_i(s,a) = z_i(s) · row_i[a] + bias_i[a] + offset_i(s), for heads i = 1..H that are
 computed together. There are three kinds:
@@ -42,7 +46,7 @@ TIE_BREAK = 2e-4  # standard deviation of a fresh head's Q around initial_value,
 
 
 def _in_fp32(method: Callable) -> Callable:
-    """A decorator for methods of heads: cast hidden states to fp32 and disable autocast.
+    """A decorator for methods of heads that casts their hidden states to fp32 and disables autocast.
 
     Advantages are small differences of large values, for which half precision does not suffice.
 
@@ -91,7 +95,7 @@ class Head(nn.Module):
 
 
 class TwoLayers(Head):
-    """The first layer of mlp Q heads and scalar heads, d -> 2d for each of the H heads.
+    """The first layer of Q heads of the kind "mlp", scalar heads and bin heads, d -> 2d for each of the H heads.
 
     Args:
       heads: H.
@@ -114,12 +118,12 @@ class TwoLayers(Head):
 
 
 class ScalarHead(TwoLayers):
-    """H heads that give one number per state, d -> 2d -> 1: V, and Q and V of whole turns.
+    """H heads that give one number per state, by two layers d -> 2d -> 1: for V, and for Q and V of whole turns.
 
     Args:
       heads: H.
       width: d.
-      initial_value: the output before training.
+      initial_value: the output before training, in scaled reward units.
     """
 
     def __init__(self, heads: int, width: int, initial_value: float):
@@ -169,12 +173,12 @@ class QHead:
 
     @_in_fp32
     def forward(self, hidden: Tensor, matrix: Tensor, candidates: Tensor | None = None) -> Tensor:
-        """Compute Q.
+        """Compute Q of all tokens, or of some.
 
         Args:
-          hidden: (N,d).
-          matrix: the LM head's, (V,d).
-          candidates: token ids (N,C) per state; None = the whole vocabulary.
+          hidden: hidden states, (N,d).
+          matrix: the weight of the LM head, (V,d).
+          candidates: token ids (N,C), C per state; None = the whole vocabulary.
         Returns: (H,N,V) or (H,N,C), fp32.
         """
         if candidates is None:
@@ -187,7 +191,12 @@ class QHead:
 
     @_in_fp32
     def logsumexp(self, hidden: Tensor, matrix: Tensor) -> Tensor:
-        """Compute log Σ_a exp Q_i(s,a), (N,d) -> (H,N), without a table of all Q."""
+        """Compute log Σ_a exp Q_i(s,a), (N,d) -> (H,N), without holding Q of all tokens in memory.
+
+        Args:
+          hidden: hidden states, (N,d).
+          matrix: the weight of the LM head, (V,d).
+        """
         return chunked_logsumexp(self.features(hidden), self.rows(matrix), self.bias) + self.offset(hidden)
 
 
@@ -211,7 +220,7 @@ class TiedQ(QHead, Head):
 
     @torch.no_grad()
     def follow(self, matrix: Tensor) -> None:
-        """Set c from the present LM head's matrix (V,d)."""
+        """Set c from the present weight of the LM head, (V,d)."""
         length = torch.linalg.vector_norm(matrix, dtype=torch.float32) / matrix.shape[0] ** 0.5
         self.row_scale.copy_(1 / length.clamp(min=1e-6))
 
@@ -227,7 +236,7 @@ class TiedQ(QHead, Head):
 
 
 class OwnRows(QHead):
-    """A Q head whose rows are its own parameters, so that their number is the vocabulary's size."""
+    """A Q head whose rows are its own parameters, and must be resized if the vocabulary's size changes."""
 
     def rows(self, matrix: Tensor, candidates: Tensor | None = None) -> Tensor:
         return self.weight if candidates is None else _pick(self.weight, candidates)
@@ -295,7 +304,7 @@ class ValueHeadsConfig:
       heads: H, the number of online Q heads, and of target heads; 2 is the papers' double Q.
       initial_value: the output of Q and V before training, in scaled reward units; the mean return-to-go of the data
         is best.
-      utterance: whether there are also heads for Q and V of whole turns.
+      utterance: True: also make heads for Q and V of whole turns.
     """
 
     kind: str = "tied"
@@ -311,14 +320,14 @@ class ValueHeadsConfig:
 
 
 class ValueHeads(nn.Module):
-    """The value heads of a model: q, target_q and v.
+    """The value heads of a model: the submodules q, target_q and v.
 
-    With `utterance` there are also utterance_q, utterance_target_q and utterance_v.
+    With `utterance` there are also utterance_q, utterance_target_q and utterance_v, for whole turns.
 
     Args:
-      config: their kind and number.
-      vocabulary: V, rows of the LM head.
-      width: d, columns of the LM head.
+      config: the kind and number of the heads.
+      vocabulary: V, the number of rows of the LM head's weight.
+      width: d, the number of its columns.
     """
 
     def __init__(self, config: ValueHeadsConfig, vocabulary: int, width: int):
@@ -338,7 +347,7 @@ class ValueHeads(nn.Module):
         return [head for name, head in self.named_children() if "target" in name]
 
     def follow(self, matrix: Tensor) -> None:
-        """Adapt the heads to a changed LM head's matrix (V,d): to its size, and for tied heads to its scale."""
+        """Adapt the heads to a changed weight (V,d) of the LM head: tied heads to its scale, others to its size."""
         for head in (self.q, self.target_q):
             if isinstance(head, TiedQ):
                 head.follow(matrix)

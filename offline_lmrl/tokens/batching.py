@@ -1,8 +1,9 @@
-"""Turn trajectories into batches of packed action steps.
+"""Turn trajectories into batches of token rows and packed action steps.
 
-There is one index convention: in state (row, t) the model has read tokens 0..t of that row, and its action is token
-t+1. Rendering and index arithmetic happen once, in `encode_trajectories`; a batch is then a few gathers over flat
-arrays.
+A window is a row of tokens with agent turns to train on; a step is one token that the agent chose in it; a log is cut
+if it ends before the episode does (tokens/episodes.py). There is one index convention: in state (row, t) the model has
+read tokens 0..t of that row, and its action is token t+1. Rendering and index arithmetic happen once, in
+`encode_trajectories`; a batch is then a few gathers over flat arrays.
 """
 
 from array import array
@@ -21,11 +22,14 @@ from offline_lmrl.tokens.episodes import EpisodeEncoder, RowKind, Step
 ROWS = ("input_ids", "next_ids", "end_ids")
 LISTS = (*ROWS, "environment")  # columns of whole windows; all other columns have one value per step
 STEP_CODES = {float: "f", bool: "b", int: "i"}
-FlatLists = tuple[np.ndarray, np.ndarray]  # the values of all lists, concatenated; (lists + 1,) offsets of the lists
+FlatLists = tuple[np.ndarray, np.ndarray]  # the values of L lists, concatenated; (L+1,) offsets of the lists
 
 
 class ActionSteps(TypedDict):
-    """The batch as an MDP: N agent tokens, packed, without padding or prompt tokens. Each entry is (N,).
+    """The batch as an MDP: N agent tokens, packed, without padding or prompt tokens.
+
+    Each entry is (N,): float32 for reward, discount, bootstrap, return_to_go and end_discount, bool for has_target and
+    closes_turn, long for all others.
 
     row: batch row of the state.
     state: column of the state in that row.
@@ -36,14 +40,15 @@ class ActionSteps(TypedDict):
     next_row: batch row of the next state.
     next_state: column of the next state.
     bootstrap: 1 if V of the next state counts, 0 after a terminal action.
-    has_target: False only for the last action of a log that was cut right after a finished agent turn.
+    has_target: False only for the last action of a log that was cut right after a finished agent turn: neither the
+      reward nor the state after it is known.
     closes_turn: True if the action ends its turn.
     turn: index of the turn in its trajectory.
     open_state: column of the turn's first state.
     return_to_go: sum of the discounted scaled rewards to the end of the log.
-    end_row: batch row of the state whose V closes a cut log.
-    end_state: column of the state whose V closes a cut log.
-    end_discount: discount of that V; 0 if the episode terminated.
+    end_row: batch row of the state whose V replaces the rewards after the end of a cut log.
+    end_state: column of that state.
+    end_discount: discount from this state to that V; 0 if the episode terminated.
     """
 
     row: Tensor
@@ -65,14 +70,19 @@ class ActionSteps(TypedDict):
 
 
 class TokenBatch(TypedDict):
-    """B rows of T tokens. The first rows are the windows; later rows only serve to compute V of other states."""
+    """B rows of T tokens, padded on the right.
+
+    The first rows are the windows, which hold the trained turns. The rows after them hold the states after a window or
+    at the end of a cut log, of which only V is computed.
+    """
 
     input_ids: Tensor  # (B,T) long
     attention_mask: Tensor  # (B,T) bool
     action_mask: Tensor  # (B,T) bool: token t was chosen by the agent and is trained in this window
     steps: ActionSteps
-    windows: int  # number of rows that have steps
-    environment: NotRequired[dict[str, Tensor]]  # row, state: (E,), before each token of the replies
+    windows: int  # number of windows; all steps are in these first rows
+    # "row" and "state", (E,) long: the state before each of the E tokens of the environment's replies
+    environment: NotRequired[dict[str, Tensor]]
 
 
 class WindowRef(NamedTuple):
@@ -91,7 +101,7 @@ class WindowDataset(torch.utils.data.Dataset):
       pad_id: the id that fills shorter rows on the right. Only the attention mask distinguishes padding from tokens.
       next_rows: True: a batch includes the rows that only serve to compute V of the next state.
       end_rows: True: a batch includes the rows that only serve to compute V at the end of a cut log.
-      replies: True: a batch includes the positions of the environment's replies, which the encoder must have kept.
+      replies: True: a batch has the entry "environment"; the encoder must have been made with `replies` too.
     """
 
     def __init__(
@@ -114,7 +124,7 @@ class WindowDataset(torch.utils.data.Dataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        """The number of tokens of each window, (len,)."""
+        """The number of tokens of each window, (len(self),)."""
         return np.diff(self.flat["input_ids"][1])
 
     @property
@@ -129,7 +139,7 @@ class WindowDataset(torch.utils.data.Dataset):
 
     @property
     def closing_steps(self) -> np.ndarray:
-        """A mask (N,) of the steps that close a turn and have a target."""
+        """A mask (N,) bool of the data set's N steps, True for those that close a turn and have a target."""
         return self.flat["closes_turn"][0].astype(bool) & self.flat["has_target"][0].astype(bool)
 
     def summary(self) -> dict[str, int]:
@@ -141,7 +151,7 @@ class WindowDataset(torch.utils.data.Dataset):
         return float(self.flat["return_to_go"][0].mean())
 
     def batch(self, indices: Sequence[int]) -> TokenBatch:
-        """Return these windows as one padded batch with packed steps; extra rows come after the windows."""
+        """Return the windows with these indices as one padded batch; the rows for V only come after the windows."""
         index = np.asarray(indices)
         rows = [pick(self.flat["input_ids"], index)]
         next_row = end_row = None
@@ -196,14 +206,19 @@ class WindowDataset(torch.utils.data.Dataset):
 
 
 def pick(flat: FlatLists, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values of the chosen lists, concatenated, and the length of each list."""
+    """Return the values of the lists with the indices (n,), concatenated, and the length of each list, (n,)."""
     values, offsets = flat
     places, lengths = places_of(offsets, index)
     return values[places], lengths
 
 
 def places_of(offsets: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of the chosen lists' values, concatenated, and the length of each list."""
+    """Return the positions of the values of some lists, concatenated, and the length of each list, (n,).
+
+    Args:
+      offsets: (L+1,) where each of L lists starts, and where the last one ends.
+      index: (n,) indices of the lists.
+    """
     lengths = offsets[index + 1] - offsets[index]
     # Position j of the result is j plus a shift per list: its offset less the total length of the lists before it.
     starts = np.repeat(offsets[index] - np.concatenate([[0], lengths.cumsum()[:-1]]), lengths)
@@ -211,7 +226,12 @@ def places_of(offsets: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _append_rows(rows: list, extra: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Append the non-empty lists to `rows`; return the batch row of each window's list, 0 if the list is empty."""
+    """Append the non-empty lists of `extra` to `rows`; return the batch row of every list, 0 for an empty one.
+
+    Args:
+      rows: entries (values, lengths): some rows, concatenated, and the length of each.
+      extra: one list per window, as values and lengths.
+    """
     values, lengths = extra
     present = lengths > 0
     first = sum(len(lengths) for _, lengths in rows)
@@ -241,10 +261,10 @@ def encode_trajectories(
     """Render every trajectory once and return the columns of a `WindowDataset`.
 
     Args:
-      counts: updated in place with the number of dropped items and of steps without a target, by reason.
-      few_shot: per trajectory, the ids of the few-shot demonstrations with which all its windows begin
+      counts: a Counter, updated in place: message -> number of dropped turns, steps without a target or other faults.
+      few_shot: per trajectory, the ids of the few-shot demonstrations that all its windows contain after the preamble
         (tokens/few_shot.py); None = no demonstrations.
-    Raises: InputError if no agent turn fits.
+    Raises: InputError if no agent turn fits into max_length.
     """
     values = {name: array("i") for name in LISTS} | {
         name: array(STEP_CODES[kind]) for name, kind in Step.__annotations__.items()

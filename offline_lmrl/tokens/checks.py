@@ -26,11 +26,11 @@ TEMPLATE_ROWS = 100  # number of rows compared with the stock template, which is
 
 
 class LongRow(NamedTuple):
-    """One of the longest rows.
+    """One of the longest rows of a split; a row is one trajectory.
 
-    row: its number, counted from 1.
+    row: number of the row, counted from 1.
     length: in tokens; in characters if there is no renderer.
-    group: its group.
+    group: the row's `group` (its root prompt or conversation); "" = unknown.
     """
 
     row: int
@@ -39,7 +39,14 @@ class LongRow(NamedTuple):
 
 
 class TokenRow(NamedTuple):
-    """One token of a trained row; the reward of a turn is at the token that closes the turn."""
+    """One token of a row as rendered for training.
+
+    index: position of the token in the row, from 0.
+    text: the token, decoded.
+    role: the speaker of the turn; "" before the first turn.
+    action: True if the agent chose this token and is trained on it.
+    reward: the turn's reward, in logged units, at the token that closes a scored turn; None elsewhere.
+    """
 
     index: int
     text: str
@@ -50,10 +57,19 @@ class TokenRow(NamedTuple):
 
 @dataclass(frozen=True)
 class SplitReport:
-    """A summary of one split. Returns are undiscounted sums of raw rewards; shares are from 0 to 1.
+    """A summary of one split. A return is the undiscounted sum of a row's raw rewards; shares are from 0 to 1.
 
-    `histogram` contains (low, high, number of rows) per bin, with low == high if there are few distinct returns.
-    Fields about tokens are None without a renderer; `truncated` is also None without a length limit.
+    rows, turns: their numbers; `agent_turns` counts the trained turns, `scored_turns` the turns with a reward.
+    groups: number of distinct groups (root prompts or conversations).
+    duplicates: number of rows whose content equals that of an earlier row.
+    terminated_share: share of the rows whose episode ended by itself and was not cut.
+    distinct_returns: number of different returns, rounded to nine decimals.
+    return_quantiles: "min", "5%", "25%", "median", "75%", "95%" and "max" -> return.
+    histogram: (low, high, number of rows) per bin of returns; low == high if there are few distinct returns.
+    longest: the longest rows, longest first.
+    tokens: number of tokens of all rows; None without a renderer.
+    agent_token_share: share of the tokens that the agent wrote; None without a renderer.
+    truncated: number of rows longer than the limit of tokens; None without a renderer or a limit.
     """
 
     rows: int
@@ -77,9 +93,9 @@ class SplitReport:
 class CheckReport:
     """The result of `check`.
 
-    splits: a summary of each split.
-    shared_groups: for each pair of splits with common groups, the number of these groups.
-    counts: repairs and drops by the reader, by reason.
+    splits: name -> a summary of the split.
+    shared_groups: "split, split" -> number of groups that both contain; pairs without common groups are left out.
+    counts: reason -> number of repairs or drops while the files were read.
     warnings: one line each.
     """
 
@@ -121,11 +137,11 @@ def check(
     """Describe a data set and warn of what would make learning from it fail.
 
     Args:
-      trajectories_by_split: at least one row per split.
-      renderer: used to count tokens and to compare with the stock chat template; None = do neither.
+      trajectories_by_split: name of a split, such as "train" -> its rows, at least one.
+      renderer: used to count tokens and to compare with the tokenizer's own chat template; None = do neither.
       max_length: maximum number of tokens of a row, beyond which its oldest turns are dropped; needs a renderer. None
         = no limit.
-      counts: repairs and drops by the reader, by reason; None = none.
+      counts: reason -> number of repairs or drops while the files were read, for the report; None = none.
     """
     counts = dict(counts or {})
     splits, warnings = {}, []
@@ -151,7 +167,11 @@ def check(
 
 
 def score_columns(trajectories: Sequence[Trajectory]) -> list[str]:
-    """Return the labels that may be a score: all values present are numbers or booleans, and not all are equal."""
+    """Return the names of the labels that may be a score and thus a reward, to suggest them to the user.
+
+    All values that are not None must be numbers or booleans, and not all equal; `likely_scores` chooses among these
+    names.
+    """
     values: dict[str, list[Any]] = defaultdict(list)
     for trajectory in trajectories:
         for name, value in trajectory.labels.items():
@@ -163,7 +183,7 @@ def score_columns(trajectories: Sequence[Trajectory]) -> list[str]:
 
 
 def token_table(trajectory: Trajectory, renderer: "Renderer") -> list[TokenRow]:
-    """Return one row per token of the whole trajectory as rendered for training; the preamble has the role ""."""
+    """Return one `TokenRow` per token of the whole trajectory as rendered for training."""
     turns = with_own_token_ids(trajectory, renderer.fingerprint).turns
     encoded = renderer.encode(turns)
     rows = [(token, "", False, None) for token in renderer.preamble_of(turns)]
@@ -206,7 +226,7 @@ def _describe(trajectories: Sequence[Trajectory], renderer: "Renderer | None", m
 
 
 def _token_counts(trajectory: Trajectory, renderer: "Renderer") -> tuple[int, int]:
-    """Return the numbers of all tokens and of the agent's tokens in the whole row."""
+    """Return the number of all tokens and the number of the agent's tokens in the whole row."""
     turns = with_own_token_ids(trajectory, renderer.fingerprint).turns
     encoded = renderer.encode(turns)
     ids = renderer.window_ids(turns, encoded, 0, len(turns), True)
@@ -251,9 +271,11 @@ def _warnings(
 
 
 def first_difference(renderer: "Renderer", dialogues: Sequence[Sequence[Turn]]) -> str | None:
-    """Return one line on the dialogues that the stock chat template prints differently; None if there are none.
+    """Compare the text for training with what the tokenizer's own chat template prints.
 
-    Only the first TEMPLATE_ROWS dialogues are compared, because the stock template is slow.
+    Only the first TEMPLATE_ROWS dialogues are compared, because the template is slow.
+
+    Returns: one line with the number of dialogues that differ and the first difference; None if all agree.
     """
     found = {
         number: text

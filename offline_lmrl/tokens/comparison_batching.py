@@ -1,8 +1,9 @@
 """Turn comparisons into batches: each option is rendered once as rows of tokens, and a batch gathers comparisons.
 
-An option is one row: context and reply. With `by_turn`, where each agent turn is scored separately, an option is one
-row per agent turn: the turns that a policy with the same window rule sees before that turn, and the turn itself
-(tokens/windows.py). A scored trajectory is a comparison with one option, whose target is its return.
+A comparison has one context and K options: the replies (one or more turns) among which people chose. An option is one
+row of tokens: context and reply. With `by_turn`, where each agent turn is scored separately, an option is one row per
+agent turn: the turns that a policy with the same window rule sees before that turn, and the turn itself
+(tokens/windows.py). A scored trajectory becomes a comparison with one option, whose target is the trajectory's return.
 """
 
 import sys
@@ -33,7 +34,7 @@ _CHUNK = 500  # number of comparisons that a process renders at a time
 
 
 class ComparisonBatch(TypedDict):
-    """A batch of C comparisons with M = ΣK options in total, as B rows of T tokens.
+    """A batch of C comparisons with M = ΣK options in total, as B rows of T tokens, padded on the right.
 
     The options of a comparison are adjacent and in order, and so are the rows of an option. Without `by_turn`, a row
     is context + option, so B = M, and all rows of a comparison have the same context, truncated at the same turn. With
@@ -42,15 +43,15 @@ class ComparisonBatch(TypedDict):
 
     input_ids: Tensor  # (B,T) long
     attention_mask: Tensor  # (B,T) bool
-    action_mask: Tensor  # (B,T) bool: the agent wrote token t of the option; a head per token is applied here
-    closing_mask: Tensor  # (B,T) bool: token t is the last of its agent turn; a head per turn is applied here
-    last: Tensor  # (B,) long: column of the row's last action token; a terminal head is applied here
+    action_mask: Tensor  # (B,T) bool: the agent wrote token t of the option; a reward head "token" scores these
+    closing_mask: Tensor  # (B,T) bool: token t is the last of its agent turn; a reward head "turn" scores these
+    last: Tensor  # (B,) long: column of the row's last action token; a reward head "terminal" scores it
     option: Tensor  # (B,) long: row -> option, 0 to M − 1
     comparison: Tensor  # (M,) long: option -> comparison, 0 to C − 1
     target: Tensor  # (M,) float: probability that this option is the best of its comparison; if alone, its return
-    rank: Tensor  # (M,) long: rank of this option's group of ties, 0 = best
-    weight: Tensor  # (C,) float
-    strength: Tensor  # (C,) float: `labels["strength"]`, 0 if unknown
+    rank: Tensor  # (M,) long: rank of this option in its comparison, 0 = best; tied options share a rank
+    weight: Tensor  # (C,) float: how much the comparison counts in the loss, above 0
+    strength: Tensor  # (C,) float: by how much the better option is better, `labels["strength"]`; 0 if unknown
 
 
 class ComparisonRef(NamedTuple):
@@ -67,13 +68,14 @@ class ComparisonDataset(torch.utils.data.Dataset):
 
     Args:
       input_ids: one list of token ids per row.
-      actions: one list per row with the kind of each token: no action, an action, or an action that closes its turn.
+      actions: one list per row with the kind of each token: 0 = not chosen by the agent, 1 = an action, 2 = the action
+        that closes its turn.
       row_offsets: (options + 1,) index of each option's first row, then the number of rows.
-      offsets: (len + 1,) index of each comparison's first option, then the number of options.
+      offsets: (comparisons + 1,) index of each comparison's first option, then the number of options.
       target: (options,) as in `ComparisonBatch`.
       rank: (options,) as in `ComparisonBatch`.
-      weight: (len,) as in `ComparisonBatch`.
-      strength: (len,) as in `ComparisonBatch`.
+      weight: (comparisons,) as in `ComparisonBatch`.
+      strength: (comparisons,) as in `ComparisonBatch`.
       pad_id: the id that fills shorter rows on the right. Only the attention mask distinguishes padding from tokens.
     """
 
@@ -101,7 +103,7 @@ class ComparisonDataset(torch.utils.data.Dataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        """The number of tokens of each comparison's longest row, (len,)."""
+        """The number of tokens of each comparison's longest row, (len(self),)."""
         return np.maximum.reduceat(np.diff(self.input_ids[1]), self.row_offsets[self.offsets[:-1]])
 
     @property
@@ -113,7 +115,7 @@ class ComparisonDataset(torch.utils.data.Dataset):
         return {"comparisons": len(self), "options": len(self.target), "tokens": self.tokens}
 
     def batch(self, indices: Sequence[int]) -> ComparisonBatch:
-        """Return these comparisons as one padded batch."""
+        """Return the comparisons with these indices as one padded batch."""
         index = np.asarray(indices)
         options, sizes = places_of(self.offsets, index)
         rows, parts = places_of(self.row_offsets, options)
@@ -151,14 +153,17 @@ def encode_comparisons(
 ) -> ComparisonDataset:
     """Render every comparison once and return a data set that reads from anonymous files in the temporary folder.
 
-    If a comparison is longer than `window` allows, all its options lose the same oldest turns of the context, and
-    never a token of their own. If one option alone does not fit, the whole comparison is dropped.
+    If a comparison is longer than `window` allows, the oldest turns of the context are dropped, the same ones for all
+    options (with `by_turn`, for each row separately); a reply is never shortened. If an option does not fit even
+    without them, the whole comparison is dropped.
 
     Args:
-      counts: updated in place with the number of comparisons that were dropped or lost turns, by reason.
+      window: the limits on turns and tokens of a row.
+      counts: a Counter, updated in place: message -> number of comparisons that were dropped, lost turns or have
+        another fault.
       processes: number of processes that render in parallel.
       by_turn: False: one row per option. True: one row per agent turn of an option, each after the turns that `window`
-        lets it see.
+        lets the agent see there.
     Raises: InputError if no comparison is left.
     """
     return _dataset(comparisons, partial(_compared, renderer, window, by_turn), renderer.close_id, counts, processes)
@@ -180,14 +185,18 @@ def encode_scored(
 
 
 class _Rendered(NamedTuple):
-    """Some rendered comparisons: values per token, per row, per option and per comparison, with the types in _CODES.
+    """Some rendered comparisons as flat columns with the types in _CODES.
+
+    input_ids and actions have one value per token; target and rank one per option; weight and strength one per
+    comparison.
 
     token_ends: per row, the number of tokens up to its end.
     row_ends: per option, the number of rows up to its end.
     option_ends: per comparison, the number of options up to its end.
 
-    The fields are arrays in the processes that render. They are then appended to files, in which the ends count from
-    the very first comparison and start with a 0. Finally they are memory maps of these files.
+    In the processes that render, the columns are arrays of a part of the data. The main process appends them to one
+    file per column, in which the ends count from the first comparison of the data set and begin with a 0. The data set
+    reads these files as memory maps.
     """
 
     input_ids: Any
@@ -280,7 +289,7 @@ def _dataset(
 def _own_rows(
     comparison: Comparison, renderer: Renderer, window: WindowRule, counts: Counter[str], by_turn: bool = False
 ) -> list[list[Row]] | None:
-    """Return `encode_options` of a comparison; its sampled ids are used if they are those of this renderer."""
+    """Apply `encode_options` to a comparison; sampled ids of another tokenizer or template are first removed."""
     turns = [
         with_own_token_ids(
             Trajectory((*comparison.context, *option), labels=comparison.labels), renderer.fingerprint
@@ -303,8 +312,10 @@ def encode_options(
 
     Args:
       context: turns that all options share.
-      options: the turns of each option. Sampled ids, if any, must be those of this renderer.
-      counts: updated in place if an option does not fit or the context loses turns.
+      options: the turns of each option. Sampled ids, if any, must come from this renderer's tokenizer and template.
+      window: the limits on turns and tokens of a row.
+      counts: a Counter, updated in place if an option does not fit, the context loses turns or the template prints a
+        turn with a fault.
       by_turn: as for `encode_comparisons`.
     Returns: one list of rows per option, or None if an option does not fit.
     """
@@ -325,7 +336,7 @@ def encode_options(
     ]
 
 
-# For each row: first turn of the reply, first visible turn after the leading system turns, end of the reply.
+# For each row of an option: first turn of the reply, first visible turn after the leading system turns, end of reply.
 _Spans = list[tuple[int, int, int]]
 
 
@@ -336,10 +347,15 @@ def _cut_as_one_turn(
     renderer: Renderer,
     window: WindowRule,
 ) -> list[_Spans] | None:
-    """Return the span of one row per option, whose reply starts at turn `start`; None if an option does not fit.
+    """Return one span per option, each with its whole reply; None if an option does not fit.
 
     The window is cut as if all options were one next turn, as long as the longest option, so that all options have the
     same context.
+
+    Args:
+      rows: per option, the turns of context and reply.
+      encoded: the same turns, encoded.
+      start: number of turns in the context, which is the index at which every reply starts.
     """
     head = leading_system_turns(rows[0][:start])
     before = [turn.longest for turn in encoded[0][:start]]
@@ -356,7 +372,10 @@ def _cut_by_turn(
     renderer: Renderer,
     window: WindowRule,
 ) -> list[_Spans] | None:
-    """Return the spans of one row per agent turn from `start`, cut as a policy's window; None if one is too long."""
+    """Return, for each option, one span per agent turn of its reply, cut like a policy's window.
+
+    Returns: the spans, or None if a turn does not fit. Arguments as for `_cut_as_one_turn`.
+    """
     cuts = []
     for row, turns in zip(rows, encoded, strict=True):
         head, lengths = leading_system_turns(row), [turn.longest for turn in turns]
@@ -374,11 +393,14 @@ def _row(
     renderer: Renderer,
     counts: Counter[str],
 ) -> tuple[list[int], list[int]]:
-    """Return token ids and kinds of a row: a context and, from turn `start` on, a reply.
+    """Return the token ids and the kind of each token of a row: a context and, from turn `start` on, a reply.
 
-    If the template prints no closing, the agent's closing token is appended at the end of the row, because scores are
-    computed there; inside an option, the last token before the next turn counts as the closing instead. An agent turn
-    that the template prints differently once others follow has no actions; `counts` records such turns.
+    If the template prints no closing token, the agent's is appended at the end of the row, because scores are computed
+    there; an agent turn inside the reply closes with its last printed token instead. An agent turn that the template
+    prints differently once other turns follow gets no actions; `counts` records the number of such turns.
+
+    Args:
+      first: the first visible turn after the leading system turns.
     """
     pieces = renderer.window_ids(turns, encoded, first, len(turns), live=True)
     if turns[-1].role == "assistant":

@@ -1,7 +1,9 @@
 """Condition a model on returns: returns-to-go as floats, the scale that bins them, and the ids that encode them.
 
-Return ids come directly before the opening of every agent turn: `[return] opening text closing`. They encode the
-return that is still to come, as one reserved id after the model's vocabulary (models/return_embedding.py) or as text.
+Return ids come directly before the opening of every agent turn: `[return] opening text closing`. They encode the bin
+of the return-to-go (the rewards from this turn on), as one reserved id after the model's vocabulary
+(models/return_embedding.py) or as text. In training it is the logged return-to-go; in play it is the requested return
+(`ask`) less the rewards so far. Null ids are the ids that are used where no return is requested (the null condition).
 Returns are stored and updated as floats, because bins cannot be subtracted; they are binned only here, at the model's
 input.
 """
@@ -29,11 +31,12 @@ Ids = tuple[int, ...]
 def returns_to_go(trajectory: Trajectory, discount_per_turn: float = 1.0) -> list[float]:
     """Return the return-to-go of each agent turn, R_k = r_k + γ · R_{k+1}, in logged units.
 
-    An unscored turn counts as reward 0. For a cut log, only logged rewards count. If the label "return_to_go" exists,
-    its values are returned unchanged.
+    An unscored turn counts as reward 0. If the log was cut before the episode ended, only logged rewards count. If the
+    trajectory has a label "return_to_go", the label's values are returned unchanged.
 
     Args:
       discount_per_turn: γ.
+    Returns: one number per trainable turn, in order.
     Raises: InputError if the label is not one finite number per agent turn.
     """
     rewards = [turn.reward or 0.0 for turn in trajectory.turns if turn.is_trainable]
@@ -53,6 +56,8 @@ def returns_to_go(trajectory: Trajectory, discount_per_turn: float = 1.0) -> lis
 
 def check_ask(ask: float | str | None) -> None:
     """Check that a requested return is None, a finite number or a known name.
+
+    The names are "max", "p0" to "p100", "auto", "auto:RUN" and "expert:κ".
 
     Raises: InputError if it is none of these.
     """
@@ -78,13 +83,13 @@ def check_binning(kind: str, bins: int, per: str) -> None:
 
 @dataclass(frozen=True)
 class ReturnTable:
-    """The bins of one scale. Bin b holds the returns in [edges[b − 1], edges[b]).
+    """The bins of one task, or of all tasks. Bin b, from 0, holds the returns-to-go in [edges[b − 1], edges[b]).
 
-    edges: the edges between neighbouring bins, increasing (`fit_edges`).
-    least: the smallest return at a turn start in the training split.
-    most: the largest return at a turn start in the training split.
+    edges: the B − 1 edges between neighbouring bins, increasing (`fit_edges`).
+    least: the smallest return-to-go of an agent turn in the training split.
+    most: the largest one.
     quantiles: p0, p1, ..., p100 of the returns of whole trajectories, the values of the requests "p0" to "p100".
-    counts: number of training turns per bin.
+    counts: number of the training split's agent turns in each bin.
     """
 
     edges: tuple[float, ...]
@@ -98,7 +103,7 @@ class ReturnTable:
         """Fit the bins.
 
         Args:
-          at_turns: (N,) returns at turn starts, at least two of them distinct.
+          at_turns: (N,) returns-to-go of agent turns, at least two of them distinct.
           of_trajectories: (M,) returns of whole trajectories.
           kind: as for `fit_edges`.
           bins: as for `fit_edges`.
@@ -126,10 +131,12 @@ def rounding_error(values: np.ndarray) -> float:
 
 
 def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the smallest and the largest entry of each distinct number, in increasing order, (K,) each.
+    """Group values that are equal up to rounding into K distinct numbers.
 
-    Entries that differ only by rounding count as one number: .7 − .1 and .6, or sums of the same rewards in another
+    Values that differ only by rounding count as one number: .7 − .1 and .6, or sums of the same rewards in another
     order.
+
+    Returns: the smallest and the largest value of each number, (K,) each, increasing.
     """
     ordered, tolerance = np.sort(values), rounding_error(values)
     starts = np.flatnonzero(np.append(True, np.diff(ordered) > tolerance))
@@ -157,10 +164,10 @@ def fit_edges(values: np.ndarray, kind: str, bins: int) -> np.ndarray:
     Args:
       values: (N,) returns.
       kind: "unique" (one bin per distinct number), "linear" (equal widths from the smallest to the largest) or
-        "quantile" (equally many values per bin). A number on a cut belongs to the bin above it. Empty bins are left
-        out.
+        "quantile" (equally many values per bin). A number exactly on the border of two such bins belongs to the upper
+        one. Empty bins are left out.
       bins: number of bins to aim for, at least 2; unused for "unique".
-    Returns: (B − 1,) edges; empty if all numbers are the same.
+    Returns: (B − 1,) edges of B bins; empty if kind is "unique" and all numbers are the same.
     """
     first, last = distinct(values)
     between = (last[:-1] + first[1:]) / 2
@@ -178,8 +185,11 @@ class ReturnScale:
     """A map from returns to bins, fitted on the training split and saved with the weights.
 
     kind: "unique", "linear" or "quantile", as for `fit_edges`.
-    per: "global", or "task" if the bins of each task are fitted on its own returns.
-    tables: task -> its bins; the only key is "" if the scale is global.
+    per: "global", or "task" if each task has bins that are fitted to that task's returns only.
+    tables: task -> its bins; if `per` is "global", the only key is "".
+
+    The methods take and return returns in logged units. Their argument `task` is a trajectory's task; it is ignored if
+    `per` is "global".
     """
 
     kind: str
@@ -256,9 +266,9 @@ class ReturnScale:
         return self.tables[name]
 
     def bin_of(self, value: float, task: str = "") -> int:
-        """Return the bin of a return, counted from 0; outside the data the first or the last bin.
+        """Return the bin of a return, counted from 0; the first or the last bin for a return outside the data.
 
-        Raises: InputError for NaN.
+        Raises: InputError for NaN, or for an unknown task of a scale per task.
         """
         if math.isnan(value):
             raise InputError("ask: found nan, expected a number")
@@ -284,11 +294,13 @@ class ReturnScale:
     def asks_for_the_usual(self, name: str, task: str = "") -> str | None:
         """Return a warning if a percentile above the 50th has the same bin as the median, and a better bin exists.
 
-        This happens if, for example, fewer than one log in ten earns more than the rest: "p90" then requests no more
-        than the rest earn.
+        Such a request has no effect: if, for example, fewer than one log in ten earns more than the rest, "p90"
+        requests no more than the rest earn.
 
+        Args:
+          name: "max", or "p0" to "p100" for a percentile.
         Returns: one line, or None if there is nothing to warn of.
-        Raises: InputError as `named_ask`.
+        Raises: InputError for any other name.
         """
         asked, median, best = (self.named_ask(one, task) for one in (name, "p50", "max"))
         percent = 100 if name == "max" else int(name.removeprefix("p"))
@@ -318,20 +330,25 @@ class ReturnScale:
 
 
 def texts_of(block: Mapping[str, Any]) -> list[str]:
-    """Return the text of each bin for a `returns` block whose returns are encoded as text."""
+    """Return the text that encodes each bin, lowest bin first.
+
+    Args:
+      block: the entry `returns` of a model's run metadata, with `condition: text`; `text` is a format with {bin}, from
+        1, and {bins}.
+    """
     return [block["text"].format(bin=b + 1, bins=block["bins"]) for b in range(block["bins"])]
 
 
 def with_return_ids(
     prompt: Sequence[int], opening: Sequence[int], return_ids: Ids, past_opening: Sequence[int] | None = None
 ) -> list[int]:
-    """Insert the same ids before every opening of the agent in a prompt that ends with such an opening.
+    """Insert the same return ids before every opening of the agent in a prompt that ends with such an opening.
 
     Args:
       prompt: ids that end with `opening`.
-      opening: ids before the agent's next turn.
+      opening: ids that the template puts before the agent's next turn (the generation prompt).
       return_ids: the ids to insert.
-      past_opening: ids before the agent's earlier turns; None = the same as `opening`.
+      past_opening: ids that the template puts before the agent's earlier turns; None = the same as `opening`.
     Raises: InputError if the prompt does not end with `opening`.
     """
     n, opening = len(opening), list(opening)
@@ -351,11 +368,11 @@ def with_return_ids(
 
 @dataclass(frozen=True)
 class ReturnTokens:
-    """The ids that encode returns for the model, and functions that choose them for a log.
+    """The ids that encode returns for a model, and functions that choose them for a log.
 
     scale: the map from returns to bins.
-    null: the ids used if no return is requested.
-    bins: the ids of each bin.
+    null: the ids used if no return is requested; () if returns are encoded as text.
+    bins: the ids of each bin, lowest bin first.
     discount_per_turn: γ of the returns.
     """
 
@@ -366,13 +383,14 @@ class ReturnTokens:
 
     @classmethod
     def from_block(cls, block: Mapping[str, Any], vocabulary: int, renderer: Renderer | None) -> "ReturnTokens":
-        """Build them from the `returns` block of a model's settings.
+        """Build them from the run metadata of a return-conditioned model.
 
         Args:
-          block: the `returns` block.
+          block: the entry `returns` of the run metadata, with `condition` ("embedding" = reserved ids, or "text"),
+            `scale`, `bins`, `discount_per_turn` and, for "text", `text`.
           vocabulary: number of rows of the model's embedding. The reserved ids start at this number, null first.
-          renderer: encodes returns as text, with no ids for null; unused if returns are encoded by reserved ids.
-        Raises: InputError if the tokenizer gives two of the texts the same ids.
+          renderer: encodes the texts of "text"; unused, and may be None, for "embedding".
+        Raises: InputError if the tokenizer gives two of the texts the same ids, or no ids for a text.
         """
         scale = ReturnScale.from_dict(block["scale"])
         if block["condition"] == "embedding":
@@ -388,24 +406,26 @@ class ReturnTokens:
         return cls(scale, null, bins, block["discount_per_turn"])
 
     def ids(self, value: float | None, task: str = "") -> Ids:
-        """Return the ids of a return; None gives those of the null condition."""
+        """Return the ids that encode a return in logged units; for None, those of the null condition."""
         return self.null if value is None else self.bins[self.scale.bin_of(value, task)]
 
     def of_log(self, trajectory: Trajectory) -> list[Ids]:
-        """Return the ids for each agent turn, and null ids for a turn after the end, whose return is unknown."""
+        """Return the ids for each agent turn of a log, and null ids for a turn after it, whose return is unknown."""
         returns = returns_to_go(trajectory, self.discount_per_turn)
         return [*(self.ids(value, trajectory.task) for value in returns), self.null]
 
     def nulls(self, trajectory: Trajectory) -> list[Ids]:
-        """Return as many ids as `of_log`, all null, as for a policy from which no return is requested."""
+        """Return null ids for each agent turn of a log and for a turn after its end, for training without requests."""
         return [self.null] * (1 + sum(turn.is_trainable for turn in trajectory.turns))
 
     def backwards(self, value: float, rewards: Sequence[float | None]) -> list[float]:
-        """Return the requested return at each past agent turn; the inverse of `remaining`.
+        """Return the requested return at each past agent turn, R_k = r_k + γ · R_{k+1}, given that at the next turn.
+
+        It is the inverse of `remaining`.
 
         Args:
           value: the requested return at the next turn, in logged units.
-          rewards: the reward of each past agent turn; None counts as 0.
+          rewards: the reward of each past agent turn, in logged units; None counts as 0.
         """
         returns = [value]
         for reward in reversed(rewards):
@@ -419,7 +439,7 @@ class ReturnTokens:
 
         Args:
           asked: the requested return at the first turn, in logged units.
-          rewards: the reward of each past agent turn; None counts as 0.
+          rewards: the reward of each past agent turn, in logged units; None counts as 0.
         """
         returns = [asked]
         for reward in rewards:

@@ -1,4 +1,10 @@
-"""Cut one trajectory into windows of tokens and steps: the index arithmetic of rewards, next states and cut ends."""
+"""Cut one trajectory into windows of tokens and steps: the index arithmetic of rewards, next states and cut ends.
+
+A window holds the turns that the policy sees before a reply, and the reply (tokens/windows.py). A step is one token
+that the agent chose. A state is a position in a row of tokens: the model has read the tokens up to and including that
+position. A log is cut if it ends before the episode does (`Trajectory.terminated` is False); V of the state at its
+end, the closing V, then replaces the rewards that were not logged.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +29,8 @@ class StepRule:
     discount_per_token: γ of every step, from one action token to the next.
     discount_per_turn: an extra factor on the step that closes a turn; that step's discount is the product of both.
     bootstrap_from_turn: False: the next state of a token is the state of the next token. True: it is the first state
-      of the agent's next turn, and the turn's reward is brought forward (an n-step target to the end of the turn).
+      of the agent's next turn, and every token of a turn gets the turn's reward, discounted by the tokens in between
+      (an n-step target to the end of the turn).
     """
 
     discount_per_token: float = 1.0
@@ -37,15 +44,18 @@ class StepRule:
 
 
 class RowKind(IntEnum):
-    """The row of a batch that holds a state."""
+    """The kind of row that holds a state; a window has up to three rows (`Window`)."""
 
-    OWN = 0  # the window's own row
-    NEXT = 1  # the row up to the agent's next turn
-    END = 2  # the row up to the end of a cut log
+    OWN = 0  # input_ids, the row with the trained turns
+    NEXT = 1  # next_ids, the row up to the opening of the agent's next turn
+    END = 2  # end_ids, the row up to the end of a cut log
 
 
 class Step(NamedTuple):
-    """One action token; `ActionSteps` (batching.py) explains the fields. next_row_kind, end_row_kind: a RowKind."""
+    """One action token. `ActionSteps` (batching.py) explains the fields.
+
+    next_row_kind and end_row_kind are RowKinds, from which a batch computes next_row and end_row.
+    """
 
     state: int
     action: int
@@ -65,15 +75,15 @@ class Step(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A row of tokens, the steps that are trained in it, and up to two rows in which only V is computed.
+    """A row of tokens with the steps that are trained in it, and up to two further rows in which only V is computed.
 
     input_ids: the row that holds the trained turns.
-    next_ids: the row up to the agent's next turn, whose last state gives V(s′); empty where input_ids holds that
-      state.
-    end_ids: the row whose last state gives the V that closes a cut log; empty where another row holds that state, or
-      the episode terminated.
-    environment: the states in input_ids whose next token belongs to the environment's reply to a turn that is trained
-      there; empty unless the encoder keeps replies.
+    next_ids: the row up to and including the opening of the agent's next turn; at its last position, V is the value of
+      the next state after the window's last turn. Empty if input_ids holds that state, or if the log has none.
+    end_ids: for a window before the last one of a cut log, the row whose last position gives the closing V. Empty for
+      the last window, whose other rows hold that state, and if the episode terminated.
+    environment: the positions in input_ids before each token of the environment's replies to the turns trained here;
+      empty unless the encoder was made with `replies`.
     steps: one per trained action token.
     """
 
@@ -87,13 +97,14 @@ class Window(NamedTuple):
 class EpisodeEncoder:
     """An encoder that cuts trajectories into windows.
 
-    The renderer, window rule and reward scale must be those of the policy that plays later.
-
     Args:
+      renderer: converts turns to tokens. It, `window` and `scale` must be those of the policy that plays later.
+      window: the limits of a window.
       step_rule: the rule for rewards, discounts and next states.
-      return_ids_for: a function of the trajectory that returns the ids to put before the opening of each agent turn,
-        and before the one that would follow the log (`ReturnTokens` in tokens/conditioning.py has two such methods);
-        None = no ids.
+      scale: the transform of logged rewards to the units in which Q and V are learnt.
+      return_ids_for: a function of a trajectory that returns, for each agent turn and for the turn that would follow
+        the log, the ids to put before its opening (`ReturnTokens.of_log` and `.nulls` in tokens/conditioning.py are
+        such functions); None = no ids.
       replies: True: a window also holds the environment's reply to its last agent turn, as training targets for a
         model of the environment. The text after the last agent turn of a finished episode is not a reply: nobody acts
         on it.
@@ -117,7 +128,8 @@ class EpisodeEncoder:
         """Yield all windows of a trajectory.
 
         Args:
-          counts: updated in place with the number of dropped items and of steps without a target, by reason.
+          counts: a Counter, updated in place: message -> number of dropped turns, steps without a target or other
+            faults.
           few_shot: ids of the few-shot demonstrations, put after the preamble in every window (tokens/few_shot.py).
         """
         episode = _Episode(self, trajectory, few_shot)
@@ -139,7 +151,8 @@ class EpisodeEncoder:
 
 
 class _Episode:
-    # The intermediate results for one trajectory: encoded turns, spans, and returns after each turn.
+    # The intermediate results for one trajectory: encoded turns, spans (the turn indices of each window), and returns
+    # after each turn.
 
     def __init__(self, encoder: EpisodeEncoder, trajectory: Trajectory, few_shot: tuple[int, ...]):
         self.renderer, self.rule, self.step_rule = encoder.renderer, encoder.window, encoder.step_rule
@@ -172,10 +185,10 @@ class _Episode:
         self.after = self._returns_after_turns() if self.spans else {}
 
     def _replies(self, terminated: bool) -> dict[int, int]:
-        """Return, per agent turn, the index after the last turn of the environment's reply to it.
+        """Map the index of each agent turn to the index after the last turn of the environment's reply to it.
 
-        A turn without a reply maps to the index after itself; the last agent turn of a terminated episode never has
-        one. A turn that does not fit in a window together with its reply is left out.
+        An agent turn without a reply maps to the index after itself. The last agent turn of a terminated episode never
+        has a reply. An agent turn that does not fit in a window together with its reply is missing from the result.
         """
         answered = {}
         for index, following in zip(self.agent_turns, [*self.agent_turns[1:], None], strict=True):
@@ -191,10 +204,11 @@ class _Episode:
         return answered
 
     def _kind_of_end(self, terminated: bool) -> str:
-        """Return "terminated", or how the log was cut.
+        """Return "terminated" or, for a cut log, where it was cut.
 
         "observation": after a turn of another speaker; "finished": after a complete agent turn; "unfinished": inside
-        an agent turn.
+        an agent turn. If an agent turn at the end does not fit in a window, the log is shortened to end before it,
+        which gives "observation".
         """
         if terminated:
             return "terminated"
@@ -208,7 +222,7 @@ class _Episode:
         return "finished" if self.encoded[last].closed else "unfinished"
 
     def lost_to_length(self, span: Span) -> bool:
-        """True if max_length, rather than context, determined where the window starts."""
+        """True if the window of `span` starts where it does because of max_length (tokens), not `context` (turns)."""
         roomy = first_visible(replace(self.rule, max_length=10**9), self.lengths, span.stop - 1, self.head, self.fixed)
         return span.first != roomy
 
@@ -219,7 +233,10 @@ class _Episode:
         return len(self.encoded[index].actions)
 
     def _returns_after_turns(self) -> dict[int, tuple[float, float]]:
-        """Map every agent turn to the discounted return after it and the discount of the V that closes a cut log."""
+        """Map the index of every agent turn to the discounted return after it and the discount of the closing V.
+
+        Both count from the first state of the next agent turn. The discount is 0 if the episode terminated.
+        """
         after = {}
         total, factor = 0.0, float(self.end != "terminated")
         for index in reversed(self.agent_turns):
@@ -228,11 +245,13 @@ class _Episode:
         return after
 
     def _return_from(self, index: int, k: int, total: float, factor: float) -> tuple[float, float]:
-        """Return the discounted return from action k of a turn and the discount of the V that closes the log.
+        """Return the discounted return from action k of a turn on, and the discount of the closing V from there.
 
         Args:
-          total: the discounted return after the turn.
-          factor: the discount of the closing V as seen from after the turn.
+          index: index of the turn.
+          k: number of the action in the turn, from 0.
+          total: the discounted return after the turn, from the first state of the next agent turn.
+          factor: the discount of the closing V from the same state.
         """
         gamma, left = self.step_rule.discount_per_token, self._actions(index) - k
         if self.end == "finished" and index == self.agent_turns[-1]:
@@ -248,12 +267,18 @@ class _Episode:
         return 1.0 if inside else self.step_rule.discount_per_turn
 
     def _tokens(self, first: int, stop: int) -> list[int]:
-        """Return the ids of preamble, demonstrations, leading system turns and turns first..stop−1 in history form."""
+        """Return the ids of preamble, demonstrations, leading system turns and turns first..stop−1.
+
+        All turns are in the form in which they are printed once the dialogue continues.
+        """
         pieces = self.renderer.window_ids(self.turns, self.encoded, first, stop, live=False)
         return [*self.preamble, *(token for ids in pieces for token in ids)]
 
     def _row(self, span: Span) -> tuple[list[int], dict[int, int]]:
-        """Return the ids of a window and, per turn index, the state before the first token that the speaker chose."""
+        """Return the ids of a window's row, and a mapping from the index of each turn in it to a position in the row.
+
+        The position is the state before the first token that the turn's speaker chose.
+        """
         if span.answered > span.stop:
             pieces = answered_ids(self.renderer, self.turns, self.encoded, span.first, span.stop, span.answered)
         else:
@@ -272,13 +297,19 @@ class _Episode:
         return ids, {i: start + self.encoded[i].action_start - 1 for i, start in zip(places, starts, strict=True)}
 
     def _opening(self, index: int) -> tuple[int, ...]:
-        """Return the opening ids of the agent's turn `index`: one of the log, or the one that would follow it."""
+        """Return the ids that open the agent's turn `index`, such as the role header.
+
+        A turn that would follow the log, or that does not fit in a window, gets the generation prompt's ids.
+        """
         if index < self.length and index not in self.dropped:
             return self.encoded[index].ids[: self.encoded[index].action_start]
         return (*self.return_ids[index], *self.renderer.opening_after(self.turns[:index]))
 
     def _visible_at(self, index: int) -> int:
-        """Return the first turn that the agent sees at `index`: a turn of the log or the one that would follow it."""
+        """Return the index of the first turn that the agent sees, after the leading system turns, at turn `index`.
+
+        `index` is an agent turn of the log, or the turn that would follow the log.
+        """
         if index < self.length and index not in self.dropped:
             lengths, reply = self.lengths, self._reply_length(index)
         else:  # only the opening is read there
@@ -322,7 +353,7 @@ class _Episode:
         return Window(input_ids, next_ids, end_ids, environment, steps)
 
     def _end_ids(self) -> list[int]:
-        """Return the row whose last state gives the V that closes the log, for windows before the last one."""
+        """Return the row whose last position gives the closing V, for windows before the last; [] if terminated."""
         if self.end == "terminated":
             return []
         last = self.agent_turns[-1]
@@ -333,7 +364,7 @@ class _Episode:
         return [*self._tokens(self._visible_at(last), last), *self.encoded[last].ids[:read]]
 
     def _steps(self, opening: int, index: int, follows: tuple[int, int], end: tuple[int, int]) -> Iterator[Step]:
-        # opening: the state before the turn's first action. follows: kind of row (own or next) and column of the first
+        # opening: the state before the turn's first action. follows: kind of row (OWN or NEXT) and column of the first
         # state of the agent's next turn. end: kind of row and column of the state whose V closes a cut log.
         actions, gamma = self.encoded[index].actions, self.step_rule.discount_per_token
         n = len(actions)

@@ -1,4 +1,8 @@
-"""Episodes that a policy has just played, as arrays with one number per step, for online algorithms."""
+"""Episodes that a policy has just played, as arrays with one number per step, for online algorithms.
+
+A step is one token that the agent chose. A window is a row of tokens with agent turns to train on
+(tokens/episodes.py).
+"""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,12 +32,14 @@ class _Numbering:
 
 @dataclass
 class Experience:
-    """Played episodes to learn from: windows, with columns of further results, one number per step.
+    """Played episodes to learn from: windows, and further columns with one number per step, such as advantages.
 
-    windows: include rows for next states until V has been computed there.
+    windows: the windows with their N steps. They also contain the rows for V of next states, until the caller sets
+      `windows.next_rows` to False.
     episode: (N,) index of the trajectory of each step.
     n: number of trajectories.
-    kept: (N, V/8) bits: the tokens that the sampler's filters kept; None = all tokens.
+    kept: (N, ⌈V/8⌉) uint8, the tokens of the vocabulary (V) that the sampler's filters (top-k, top-p, allowed texts)
+      kept at each step, one bit per token; None = all tokens.
     """
 
     windows: WindowDataset
@@ -45,11 +51,11 @@ class Experience:
     def of(
         cls, trajectories: Sequence[Trajectory], encoder: EpisodeEncoder, counts: Counter[str], pad_id: int
     ) -> "Experience":
-        """Encode trajectories as played, without further columns.
+        """Encode trajectories, without further columns.
 
         Args:
-          counts: as for `encode_trajectories`.
-          pad_id: as for `WindowDataset`.
+          counts: a Counter, updated in place: message -> number of dropped turns or other faults.
+          pad_id: the id that fills shorter rows of a batch.
         """
         numbering = _Numbering(encoder)
         columns = encode_trajectories(trajectories, numbering, counts)
@@ -58,7 +64,7 @@ class Experience:
         return cls(windows, episode, len(trajectories))
 
     def column(self, name: str) -> Tensor:
-        """Return a column, (N,)."""
+        """Return the column of this name, (N,): a field of `Step` or one that `add` stored."""
         return torch.from_numpy(np.asarray(self.windows.flat[name][0]))
 
     def add(self, **columns: Tensor | np.ndarray) -> None:
@@ -66,22 +72,33 @@ class Experience:
         self.windows.flat = {**self.windows.flat, **{n: (np.asarray(c), offsets) for n, c in columns.items()}}
 
     def tokens(self) -> Iterator[tuple[int, int, int]]:
-        """Yield, for each step, the indices of its trajectory, of the turn in it, and of the action in that turn."""
+        """Yield three indices per step: its trajectory, its turn in the trajectory, its action token in the turn."""
         turn, state, start = (self.windows.flat[name][0] for name in ("turn", "state", "open_state"))
         return zip(self.episode.tolist(), turn.tolist(), (state - start).tolist(), strict=True)
 
     def places(self, index: np.ndarray) -> np.ndarray:
-        """Return the positions, among the N steps, of the steps of these windows."""
+        """Return the positions, among the N steps, of the steps of the windows with these indices."""
         return places_of(self.windows.flat["state"][1], index)[0]
 
     def keep(self, places: np.ndarray, kept: Tensor) -> None:
-        """Store which tokens the filters kept, (n, V) bool, at n of the N steps."""
+        """Store which tokens the sampler's filters kept.
+
+        Args:
+          places: (n,) positions of steps among the N steps.
+          kept: (n, V) bool.
+        """
         if self.kept is None:
             self.kept = np.zeros((len(self.episode), -(-kept.shape[1] // 8)), dtype=np.uint8)
         self.kept[places] = np.packbits(kept.cpu().numpy(), axis=1)
 
     def kept_at(self, places: np.ndarray, vocabulary: int) -> Tensor | None:
-        """Return the tokens that `keep` stored for these steps, (n, V) bool; None = all tokens at all steps."""
+        """Return the tokens that `keep` stored for some steps.
+
+        Args:
+          places: (n,) positions of steps among the N steps.
+          vocabulary: V.
+        Returns: (n, V) bool; None = all tokens at all steps.
+        """
         if self.kept is None:
             return None
         bits = np.unpackbits(self.kept[places], axis=1, count=vocabulary)

@@ -1,8 +1,9 @@
 """Few-shot demonstrations (Prompt-DT: Xu et al. 2022): other episodes of the same task, put before a window.
 
-They follow the renderer's preamble and precede the rest of the window. They stay whole when old turns of the window
-are dropped. They contain no steps, so they contribute no loss. For a return-conditioned model they contain their own
-return_ids_for. There is no separator between demonstrations other than their turns.
+A window is what the policy sees before a reply (tokens/windows.py). The demonstrations come after its preamble (what
+the template prints before the first turn) and before its turns. They stay whole when old turns of the window are
+dropped. They contain no trained tokens, so they contribute no loss. For a return-conditioned model, each of their
+agent turns has the ids of its own return-to-go (tokens/conditioning.py). No separator is put between demonstrations.
 
 Deviations from the paper: a demonstration is whole unless `part` selects a part (the paper's code: its last steps);
 demonstrations and window share one embedding; each row keeps its demonstrations in all epochs.
@@ -26,7 +27,7 @@ Ids = tuple[int, ...]
 
 
 class Shown(NamedTuple):
-    """A part of a demonstration: the turns first..stop−1 of a trajectory."""
+    """The shown part of a demonstration: the turns first..stop−1 of a trajectory."""
 
     trajectory: Trajectory
     first: int
@@ -74,7 +75,7 @@ class FewShotConfig:
             raise InputError(f"few_shot.seed: found {self.seed}, expected at least 0")
 
     def cut(self, demonstration: Trajectory, rng: np.random.Generator) -> Shown:
-        """Return the part of a demonstration that is shown; `rng` is used only for part "random"."""
+        """Return the part of a demonstration to show, as `part` and `turns` select it; only "random" uses `rng`."""
         agent = [index for index, turn in enumerate(demonstration.turns) if turn.is_trainable]
         last = len(agent) - self.turns  # the last index at which so many agent turns can begin
         if self.part == "whole" or last < 0:
@@ -91,10 +92,13 @@ class FewShotConfig:
 def draw_few_shot(
     spec: FewShotConfig, trajectories: Sequence[Trajectory], demonstrations: Sequence[Trajectory] | None = None
 ) -> Iterator[tuple[Shown, ...]]:
-    """Yield the demonstrations of each trajectory, in order; () for a trajectory that is trained without any.
+    """Draw, for each training row, `spec.n` demonstrations of the same task, and yield the parts to show.
 
     Args:
+      spec: how demonstrations are chosen and cut.
+      trajectories: the training rows.
       demonstrations: the trajectories to draw from; None = `trajectories`.
+    Returns: one tuple per row, in order; () for a row that is trained without demonstrations (`spec.drop`).
     Raises: InputError for a row without a task, and for a task with too few demonstrations.
     """
     pool = trajectories if demonstrations is None else demonstrations
@@ -128,12 +132,14 @@ def draw_few_shot(
 def few_shot_of_task(
     spec: FewShotConfig, demonstrations: Sequence[Trajectory], task: Callable[[int], str]
 ) -> Callable[[int], list[Trajectory]]:
-    """Return a function from an episode's seed to the `spec.n` different demonstrations of its task for live play.
+    """Return a function that draws the demonstrations of an episode to be played.
 
     Args:
-      spec: only `n` and `seed` are used here; the policy itself cuts out the part to show.
+      spec: only `n` and `seed` are used here; the policy later selects the part to show.
+      demonstrations: the trajectories to draw from.
       task: a function from an episode's seed to its task.
-    Raises: InputError, when the returned function is called, for a task with too few demonstrations.
+    Returns: a function from an episode's seed to `spec.n` different demonstrations of the episode's task, whole. It
+      raises InputError for a task with too few demonstrations.
     """
     of_task: dict[str, list[Trajectory]] = defaultdict(list)
     for demonstration in demonstrations:
@@ -152,12 +158,13 @@ def few_shot_of_task(
 def few_shot_ids(
     shown: Sequence[Shown], renderer: Renderer, return_ids_for: Callable[[Trajectory], Sequence[Ids]] | None = None
 ) -> Ids:
-    """Return the ids of the few-shot demonstrations.
+    """Return the token ids of the shown parts of few-shot demonstrations, concatenated.
 
     Args:
-      shown: the demonstrations, in order.
-      return_ids_for: a function of a trajectory that returns the ids before the opening of each agent turn, as for
-        `EpisodeEncoder`; None = no ids.
+      shown: the parts, in order.
+      return_ids_for: a function of a trajectory that returns, for each of its agent turns, the return ids to put
+        before the opening, such as `ReturnTokens.of_log`; an entry for a turn after the end is not used; None = no
+        ids.
     """
     ids: list[int] = []
     for trajectory, first, stop in shown:
@@ -178,9 +185,11 @@ def encode_few_shot(
     renderer: Renderer,
     return_ids_for: Callable[[Trajectory], Sequence[Ids]] | None,
 ) -> Iterator[Ids]:
-    """Yield the ids of each trajectory's demonstrations; arguments as for `draw_few_shot` and `few_shot_ids`.
+    """Draw the demonstrations of each training row and yield their token ids, () for a row without any.
 
-    Raises: InputError as `draw_few_shot`, and for demonstrations of more than max_tokens.
+    Arguments are those of `draw_few_shot` and `few_shot_ids`.
+
+    Raises: InputError as `draw_few_shot`, and if the demonstrations of a row have more than `spec.max_tokens` tokens.
     """
     for row, part in enumerate(draw_few_shot(spec, trajectories, demonstrations)):
         ids = few_shot_ids(part, renderer, return_ids_for)

@@ -1,4 +1,9 @@
-"""Print turns as text the way the chat template does, piece by piece, and report where this differs from it."""
+"""Print turns as text, one by one, as the chat template prints the whole dialogue, and report any difference.
+
+A probe is a unique word in place of a turn's content; what the template prints between probes is what it adds.
+templates.py explains opening, closing, preamble, generation prompt, and the live and past form of an agent's turn. The
+stock template is the tokenizer's own chat template. Control tokens are the added tokens that structure a dialogue.
+"""
 
 import functools
 import json
@@ -19,7 +24,7 @@ Form = tuple[tuple[bool, str], ...]  # (is content, text) pairs: opening first, 
 
 
 class TurnText(NamedTuple):
-    """A turn as text, in the forms of `EncodedTurn`.
+    """A turn as text, in the forms ids, loop, past and after_system of `EncodedTurn` (rendering.py).
 
     as_is: True if the template prints the turn's content unchanged between the usual opening and closing.
     prompt: the generation prompt before an agent's turn; None = the usual one.
@@ -33,12 +38,12 @@ class TurnText(NamedTuple):
     prompt: str | None = None
 
     def opened(self, prompt: str, before: str, usual: Sequence[str]) -> "TurnText":
-        """Return an agent's turn as printed after an unusual prompt.
+        """Return this agent turn with another opening, as some templates print it after tool results.
 
         Args:
           prompt: the generation prompt before the turn.
-          before: the text before the agent's words.
-          usual: the openings that the two replace.
+          before: the whole text before the agent's words; it usually begins with `prompt`.
+          usual: the openings to replace, if a form begins with one of them.
         """
 
         def change(form: Form) -> Form:
@@ -56,14 +61,15 @@ class TurnText(NamedTuple):
 
 
 class Block(NamedTuple):
-    """An agent's turn together with the text around the tool results that answer it.
+    """An agent's turn together with the text around the n tool results that answer it.
 
     agent: the agent's turn.
-    around: the text before, between and after the results.
-    quoted: True if results are printed as JSON strings.
-    strips: the white space that results lose on the left and on the right.
+    around: n + 1 texts, before, between and after the results.
+    quoted: True if the contents of results are printed as JSON strings.
+    strips: the white space that the template removes on the left and on the right of a result's content.
     dropped: True if the template does not print results at all.
-    follows: the prompt of an agent's turn after the results, and the text before its words; None = the usual ones.
+    follows: for an agent's turn directly after the results, the generation prompt and the text before the agent's
+      words; None = the usual ones.
     """
 
     agent: TurnText
@@ -79,10 +85,12 @@ def in_window(
 ) -> Iterator[tuple[int, str]]:
     """Yield the index and the form of each turn of a window: the leading system turns and turns first..stop−1.
 
+    The form is the name of a field of `TurnText` and `EncodedTurn`: "ids", "loop", "past" or "after_system".
+
     Args:
       turns: all turns of the dialogue.
-      speaks_as_user: tells which turns are printed as a user's.
-      live: True: an agent turn at the end of the window is in the form in which it is trained.
+      speaks_as_user: a function that returns True for a turn that is printed as a user's.
+      live: True: an agent turn at the end of the window is in the form in which it is trained ("ids").
     """
     head = leading_system_turns(turns)
     places = [*range(head), *range(max(first, head), stop)]
@@ -105,10 +113,10 @@ class Printer:
 
     Args:
       text: the text around turns.
-      stock: the chat template; None for the plain template.
+      stock: the stock template; None for the plain template.
       appends: True: a printed turn never changes later (`template: assembled`).
-      controls: the tokens that structure the dialogue.
-      added: all added tokens of the tokenizer.
+      controls: the texts of the control tokens.
+      added: the texts of all added tokens of the tokenizer.
     """
 
     def __init__(
@@ -133,16 +141,19 @@ class Printer:
         return self.text.preamble["system" if turns and turns[0].role == "system" else "default"]
 
     def own_prompt(self, turns: Sequence[Turn]) -> str | None:
-        """Return the generation prompt after these turns; None = the usual one, as after any turn but a tool's."""
+        """Return the generation prompt after these turns; None = the usual one.
+
+        After tool results, some templates print another prompt than usual, or none.
+        """
         if not turns or turns[-1].role != "tool":
             return None
         return self.texts([*turns, Turn("assistant", "x")])[-1].prompt
 
     def dialogue(self, turns: Sequence[Turn], prompt: bool) -> list[tuple[str, Form]]:
-        """Return the role and the text of every turn of a dialogue.
+        """Return the role and the printed text of every turn of a dialogue.
 
         Args:
-          prompt: True: the agent speaks next, so that no turn is in its live form.
+          prompt: True: the generation prompt will follow, so that an agent turn at the end is not in its live form.
         """
         texts = self.texts(turns)
         window = in_window(turns, self.speaks_as_user, 0, len(turns), live=not prompt)
@@ -156,8 +167,8 @@ class Printer:
         """Return the dialogue as text.
 
         Args:
-          prompt: True: add the opening of the agent's next turn.
-          before: text put before that opening.
+          prompt: True: add the generation prompt.
+          before: text put directly before the generation prompt, such as that of a requested return.
         """
         ours = self.preamble(turns) + "".join(text for _, form in self.dialogue(turns, prompt) for _, text in form)
         if not prompt:
@@ -169,10 +180,11 @@ class Printer:
 
     @functools.cached_property
     def mismatches(self) -> dict[str, str]:
-        """Map each kind of dialogue that is not printed as the stock template does to its first difference.
+        """Map each kind of dialogue that is printed differently from the stock template to one line on the difference.
 
         The kinds are "plain" (user and agent alone), "system", "thoughts" and "tools", named after what such a
-        dialogue contains. The texts of probe dialogues are compared (`cells`), but not their tokens.
+        dialogue contains. They are found on the test dialogues of `cells`, whose texts are compared, but not tokens. A
+        kind without a difference is missing.
         """
         found: dict[str, str] = {}
         for kind, name, turns, prompt in cells():
@@ -184,7 +196,7 @@ class Printer:
 
     @property
     def prompt_mismatch(self) -> str | None:
-        """A line on the generation prompt if finished agent turns do not begin with it; None if they do.
+        """A line on the generation prompt if the live form of agent turns does not begin with it; None if it does.
 
         With such a prompt, training on logs does not cover the state in which an inference engine begins a reply.
         """
@@ -196,7 +208,7 @@ class Printer:
         )
 
     def _is_unusual(self, turns: Sequence[Turn]) -> bool:
-        """True if the dialogue contains something that the probe dialogues do not cover in every combination."""
+        """True if the dialogue contains something of which the test dialogues (`cells`) lack some combinations."""
         roles = ["user" if self.speaks_as_user(turn) else turn.role for turn in turns]
         apart = any(
             turn.thinking
@@ -231,9 +243,10 @@ class Printer:
         return frozenset(name for name, (turns, word) in shown.items() if word not in self.printed(turns))
 
     def faults_in(self, turns: Sequence[Turn]) -> list[str]:
-        """Return one line for each part of a dialogue that is not printed, or not as the stock template prints it.
+        """Return one line for each fault in how a dialogue is printed.
 
-        The lines about a difference from the stock template begin with MISMATCH.
+        Faults are parts that are not printed at all, differences from the stock template (their lines begin with
+        MISMATCH), and agent turns that do not begin with the generation prompt.
         """
         held = {
             "thoughts": any(turn.thinking for turn in turns),
@@ -263,7 +276,12 @@ class Printer:
         return lines
 
     def differences(self, turns: Sequence[Turn], prompt: bool) -> str | None:
-        """Return one line on the first difference from what the stock template prints; None if there is none."""
+        """Compare the text of a dialogue with what the stock template prints.
+
+        Args:
+          prompt: True: with the generation prompt.
+        Returns: one line on the first difference; None if there is none, or no stock template.
+        """
         if self._stock is None:
             return None
         try:
@@ -279,8 +297,10 @@ class Printer:
         )
 
     def stock(self, turns: Sequence[Turn], prompt: bool) -> str:
-        """Return the stock template's own text for a dialogue.
+        """Return the text that the stock template prints for a dialogue.
 
+        Args:
+          prompt: True: with the generation prompt.
         Raises: InputError if the template refuses the dialogue.
         """
         return self._stock.turns(
@@ -293,7 +313,7 @@ class Printer:
 
     @functools.cached_property
     def probes(self) -> list[str] | None:
-        """The stock template's text for each probe dialogue; None for the plain template."""
+        """The stock template's text for each test dialogue of `cells`; None for the plain template."""
         if self._stock is None:
             return None
         printed = []
@@ -327,10 +347,13 @@ class Printer:
         return texts
 
     def _block(self, turn: Turn, tools: Sequence[Turn]) -> tuple[list[TurnText], tuple[str, str] | None]:
-        """Return the texts of an agent's turn with the tool results that answer it, or of any other turn alone.
+        """Print an agent's turn with the tool results that answer it, or any other turn alone.
 
-        Returns: the texts, and the prompt and the text before the words for an agent's turn that follows, or None if
-          these are the usual ones.
+        Args:
+          turn: the first turn.
+          tools: the tool results that follow it; empty unless `turn` is the agent's.
+        Returns: the texts of all these turns; and, for an agent's turn directly after them, the generation prompt and
+          the text before the agent's words, or None if these are the usual ones.
         """
         block = None
         if tools and self._stock is not None:
@@ -398,9 +421,10 @@ class Printer:
         return self.text.opening["user"] + self.text.lead["user"]
 
     def _with_tools(self, turn: Turn) -> Form | None:
-        """Return a leading system turn with tools, from the preamble to the opening of the user's turn.
+        """Return the printed text of a leading system turn with tools, from the preamble to the next user's opening.
 
-        Returns: the form, or None if the template does not print the turn.
+        Returns: the text as a form; None if the template refuses the dialogue or loses a probe, or if there is no
+          stock template.
         """
         if self._stock is None:
             return None
@@ -409,7 +433,10 @@ class Printer:
         return None if pieces is None else self._segments(pieces[0].removesuffix(self.text.lead["user"]), "", names)
 
     def _print_turn(self, turn: Turn) -> TurnText | None:
-        """Return an agent's turn as the template itself prints it between probes; None if the template refuses it."""
+        """Return an agent's turn as the stock template prints it in a dialogue whose other turns are probes.
+
+        Returns: the turn in all forms; None if the template refuses the dialogue or loses a probe.
+        """
         turn, names = self._held(turn)
         printed = self._print_forms(turn)
         if printed is None:
@@ -418,7 +445,10 @@ class Printer:
         return TurnText(live, past, past, past, as_is=False)
 
     def _print_forms(self, turn: Turn) -> tuple[tuple[str, str], tuple[str, str]] | None:
-        """Return (text up to the closing, closing) of an agent's turn, in the live and in the past form."""
+        """Return (text up to the closing, closing) of an agent's turn, in the live and in the past form.
+
+        If the template refuses a later turn, the past form is the live form. None if it refuses the turn itself.
+        """
         user, later = Turn("user", probe(0)), (Turn("user", probe(1)), Turn("assistant", probe(2)))
         live = self._stock.around([user, turn])
         if live is None:
@@ -432,17 +462,18 @@ class Printer:
         return (body, closing), (body if self._appends else past_body, past_closing)
 
     def _split(self, text: str, closing: str) -> tuple[str, str]:
-        """Split a turn's text from its closing: the template's usual closing, or a control token at the end."""
+        """Split a turn's text from its closing, which is `closing` or, if the text ends otherwise, a control token."""
         if not text.endswith(closing):
             ending = self._ending.search(text)
             closing = "" if ending is None else text[ending.start() :]
         return text.removesuffix(closing), closing
 
     def _print_block(self, turn: Turn, tools: tuple[Turn, ...]) -> "Block | None":
-        """Return an agent's turn and the text around the tool results that answer it; None if the template refuses.
+        """Let the stock template print an agent's turn and the tool results that answer it, and split what it prints.
 
         Args:
-          tools: tool turns whose contents are probes.
+          tools: the tool turns, whose contents are probes.
+        Returns: None if the template refuses the dialogue, or prints it in a way that cannot be split into turns.
         """
         turn, names = self._held(turn)
         user, later = Turn("user", probe(0)), (Turn("assistant", probe(1)), Turn("user", probe(2)))
@@ -501,9 +532,12 @@ class Printer:
             return False
 
     def _changed_results(self, turn: Turn, tool: Turn) -> tuple[bool, tuple[str, str]]:
-        """Return how the template changes a tool's result.
+        """Find out how the template changes the content of a tool's result.
 
-        Returns: True if the result is printed as a JSON string, and the white space that it loses on the left and on
+        Args:
+          turn: the agent's turn with the call.
+          tool: the result, whose content is a probe.
+        Returns: True if the content is printed as a JSON string; and the white space that it loses on the left and on
           the right.
         """
         user, word = Turn("user", probe(0)), tool.content
@@ -522,7 +556,12 @@ class Printer:
         )
 
     def _held(self, turn: Turn) -> tuple[Turn, list[str]]:
-        """Return the turn with a placeholder word for every control token typed in it, and the tokens so replaced."""
+        """Replace control tokens and probe words that are typed in a turn by placeholders such as Held0Word.
+
+        Only <think> and </think> stay as they are.
+
+        Returns: the changed turn, and the replaced texts; placeholder i replaces text i.
+        """
         names: list[str] = []
 
         def hold(match: re.Match) -> str:
@@ -537,7 +576,14 @@ class Printer:
         return replace(turn, **fields), names
 
     def _segments(self, text: str, closing: str, names: Sequence[str], opening: str = "") -> Form:
-        """Return text that the template printed as a form, in which typed control tokens count as content."""
+        """Convert text that the template printed to a form, in which typed control tokens count as content.
+
+        Args:
+          text: the printed text, with placeholders such as Held0Word.
+          closing: the text after it, which becomes the closing.
+          names: the texts that the placeholders replace (`_held`).
+          opening: becomes the opening, if `text` begins with it.
+        """
         opening = opening if text.startswith(opening) else ""
         pieces = _HELD.split(text.removeprefix(opening))
         inner = [(i % 2 == 1, names[int(piece)] if i % 2 else piece) for i, piece in enumerate(pieces)]
@@ -564,7 +610,7 @@ def _strip(text: str, sides: tuple[str, str]) -> str:
 
 
 def unsampled(turn: Turn) -> Turn:
-    """Return the turn without sampled ids, credit and reward, which no template prints."""
+    """Return the turn without sampled ids, log-probabilities, `trainable` and reward, which no template prints."""
     if turn.role == "assistant" or turn.token_ids is not None:
         return replace(turn, trainable=None, reward=None, token_ids=None, behaviour_log_prob=None)
     return turn
@@ -589,9 +635,11 @@ _TOOLS = [
 
 @functools.cache
 def cells() -> tuple[tuple[str, str, tuple[Turn, ...], bool], ...]:
-    """Return the probe dialogues to compare with the stock template: kind, name, turns, and True if a prompt follows.
+    """Return the test dialogues on which a `Printer` is compared with the stock template.
 
     The fingerprint of a renderer covers the texts printed for them, so a change here must raise SCHEME (rendering.py).
+
+    Returns: kind (as in `Printer.mismatches`), name, turns, and True if the generation prompt is added, of each.
     """
     user, agent, more, again = (Turn(role, _word(i)) for i, role in enumerate(("user", "assistant") * 2))
     third, system = Turn("user", _word(4)), Turn("system", _word(5))

@@ -4,12 +4,15 @@ Every turn is tokenised on its own, as opening + content + closing, and appended
 template, in which special tokens are active. In content, special tokens are plain text, so nobody can close a turn or
 open another one by typing.
 
-With `template: auto`, a dialogue is printed as the stock chat template prints it. Once a dialogue continues, a
-template may print an agent's turn differently: without its thought, or with another closing. Such a turn has several
-forms (templates.py). If the forms differ in more than the closing, a row of training data ends with the turn, and the
-next agent turn gets a row of its own, whose history is in the past form. With `template: assembled`, tokens are only
-ever appended. `Printer.mismatches` (printing.py) and `Renderer.differences` report where the result differs from the
-stock template.
+The stock template is the tokenizer's own chat template. With `template: auto`, a dialogue is printed as it does. Once
+a dialogue continues, a template may print an agent's turn differently: without its thought, or with another closing.
+Such a turn has several forms (`EncodedTurn`). If the forms differ in more than the closing, a window (a row of
+training data) ends with the turn, and the next agent turn gets a window of its own, whose history is in the past form.
+With `template: assembled`, tokens are only ever appended. `Printer.mismatches` (printing.py) and
+`Renderer.differences` report where the result differs from the stock template.
+
+Control tokens are the added tokens that structure a dialogue: the special tokens, and others that the template prints.
+The scheme is the version of these rules (SCHEME).
 """
 
 import functools
@@ -44,9 +47,9 @@ class EncodedTurn(NamedTuple):
       actions: the tokens that the speaker chose, the closing token last. Other forms may have another token in place
         of the closing one. If the template prints no closing, the closing token is not in `ids` but would follow them.
       closed: False for a sampled agent turn that was cut before its closing token.
-      loop: the form once other turns follow.
-      past: the form once a user's turn follows; for a system turn, the form directly before a user's turn.
-      after_system: the form directly after the leading system turns.
+      loop: the form if other turns follow, such as tool results, but no user's turn.
+      past: the form if a user's turn follows at any later place; for a system turn, if it follows directly.
+      after_system: the form of a turn directly after the leading system turns, if it is not the agent's.
     """
 
     ids: tuple[int, ...]
@@ -59,18 +62,18 @@ class EncodedTurn(NamedTuple):
 
     @property
     def action_stop(self) -> int:
-        """The index in `ids` after the last action; one past their end if the template prints no closing."""
+        """The index in `ids` after the last action; len(ids) + 1 if the template prints no closing token."""
         return self.action_start + len(self.actions)
 
     @property
     def stays(self) -> bool:
-        """True if every window of a later turn repeats this turn's tokens, up to the action that closes it."""
+        """True if windows of later turns contain this turn with the same tokens, up to the action that closes it."""
         kept = self.action_stop - self.closed
         return self.ids[:kept] == self.loop[:kept] and self.loop == self.past
 
     @property
     def longest(self) -> int:
-        """The number of tokens of the longest form, which a window rule counts."""
+        """The number of tokens of the longest form (`after_system` left out), which a window rule counts."""
         return max(map(len, (self.ids, self.loop, self.past)))
 
     def with_prefix(self, prefix: tuple[int, ...]) -> "EncodedTurn":
@@ -97,12 +100,12 @@ class Renderer:
 
     Attributes:
       text: the text around turns.
-      printer: prints dialogues, and reports where the stock template prints something else.
-      agent_opening: ids of the generation prompt, which comes before an agent turn; never empty.
+      printer: prints dialogues as text, and reports where the stock template prints something else.
+      agent_opening: ids of the generation prompt, after which the agent writes; never empty.
       close_id: the token that ends an agent turn.
       close_ids: all tokens that end an agent turn.
-      fingerprint: a string that is equal for equal tokenizers and printed texts, also after saving and loading; it
-        begins with the scheme.
+      fingerprint: a string that is equal for renderers with equal tokenizer and printed texts, also after saving and
+        loading; it begins with the scheme.
 
     Raises: InputError for a tokenizer or template that cannot be used.
     """
@@ -184,7 +187,7 @@ class Renderer:
 
     @property
     def past_opening(self) -> tuple[int, ...]:
-        """The ids before the agent's words in history."""
+        """The ids before the agent's words once the dialogue has continued."""
         before = self.text.past[0]
         if before.startswith(self.text.prompt):
             return self.agent_opening
@@ -199,20 +202,20 @@ class Renderer:
         return self._template_ids("", self.printer.preamble(turns))
 
     def opening(self, role: str) -> tuple[int, ...]:
-        """Return the ids printed before a turn of this role."""
+        """Return the ids printed before a turn of this role; for the agent, those of the generation prompt."""
         if role == "assistant":
             return self.agent_opening
         return self._template_ids(self.text.past[1] or "x", self.text.opening[role])
 
     def closing(self, role: str) -> tuple[int, ...]:
-        """Return the ids printed after a turn of this role; for the agent, as in its last turn."""
+        """Return the ids printed after a turn of this role; for the agent, after the last turn of a dialogue."""
         if role != "assistant":
             return self._template_ids("x", self.text.closing[role])
         chosen, rest = self._closing_ids(self.text.live[1])
         return (*(chosen or (self.close_id,)), *rest)
 
     def encode_content(self, text: str) -> list[int]:
-        """Return the ids that `encode` puts between opening and closing for an agent's text; `decode` is the inverse.
+        """Return the ids between opening and closing of an agent turn with this text; `decode` is the inverse.
 
         Special tokens typed in the text stay text.
 
@@ -226,10 +229,11 @@ class Renderer:
         return self.encode([turn])[0]
 
     def encode(self, turns: Sequence[Turn]) -> list[EncodedTurn]:
-        """Encode the turns of a dialogue or of a part of one; `in_window` selects the form that a window holds.
+        """Encode the turns of a dialogue or of a part of one, each in all its forms.
 
-        An agent turn's `token_ids` (sampled content and closing token) are used unchanged. If they lack the closing
-        token, the turn is unfinished and nothing is appended. The caller must first remove ids of another tokenizer.
+        `window_ids` then selects the form that a window holds. An agent turn's `token_ids` (sampled content and
+        closing token) are used unchanged. If they lack the closing token, the turn is unfinished and nothing is
+        appended. The caller must first remove ids of another tokenizer or template (`with_own_token_ids`).
         """
         return [self._encoded(turn, text) for turn, text in zip(turns, self.printer.texts(turns), strict=True)]
 
@@ -241,7 +245,8 @@ class Renderer:
         Args:
           turns: all turns of the dialogue.
           encoded: the same turns, encoded.
-          live: True: an agent turn at the end of the window is in the form in which it is trained.
+          live: True: an agent turn at the end of the window is in the form in which it is trained (`ids`). False: it
+            is in the form in which the dialogue continues.
         """
         window = in_window(turns, self.printer.speaks_as_user, first, stop, live)
         return [getattr(encoded[i], form) for i, form in window]
@@ -271,9 +276,13 @@ class Renderer:
         return EncodedTurn(ids, start, turn.token_ids, True, loop, past, past)
 
     def _history_ids(self, turn: Turn, form: Form, text: TurnText) -> tuple[int, ...]:
-        """Return a sampled turn's ids in history: the sampled ids with the template's closing.
+        """Return a sampled turn's ids once the dialogue continues: the sampled ids with the template's closing.
 
-        If the template prints another text there than was sampled, the ids are those of the template's text.
+        If the template then prints another text than was sampled, the ids are those of the template's text.
+
+        Args:
+          form: the form to encode, `text.loop` or `text.past`.
+          text: the turn as text, in all forms.
         """
         kept = turn.token_ids[:-1]
         # Sampled control tokens have no text from which they could be encoded again, so the sampled ids are kept.
@@ -288,7 +297,7 @@ class Renderer:
         return (*self._opening_ids(text.prompt), *kept, *self._template_ids("x", form[-1][1]))
 
     def opening_after(self, turns: Sequence[Turn]) -> tuple[int, ...]:
-        """Return the generation prompt's ids after these turns; some templates print none after a tool's result."""
+        """Return the generation prompt's ids after these turns; () if the template prints none after tool results."""
         return self._opening_ids(self.printer.own_prompt(turns))
 
     def _opening_ids(self, prompt: str | None) -> tuple[int, ...]:
@@ -313,7 +322,7 @@ class Renderer:
         """Return the ids of a dialogue, encoded from its text rather than from sampled ids.
 
         Args:
-          prompt: True: add the opening of the agent's next turn.
+          prompt: True: add the generation prompt after the last turn.
         """
         ids = list(self.preamble_of(turns))
         for role, form in self.printer.dialogue([unsampled(turn) for turn in turns], prompt):
@@ -323,29 +332,28 @@ class Renderer:
     # Differences from the stock template.
 
     def is_control(self, token: int) -> bool:
-        """True if the token structures dialogues, so that no content encodes to it."""
+        """True if the token is a control token, to which no content is encoded."""
         return token in self._controls
 
     @property
     def closing_stays(self) -> bool:
-        """True if history contains the token that closes an agent's turn."""
+        """True if the token that closes an agent's turn is still printed once the dialogue continues."""
         chosen = self._closing_ids(self.text.live[1])[0]
         return bool(chosen) and self._closing_ids(self.text.past[1])[0] == chosen
 
     def notice(self, turns: Sequence[Turn]) -> None:
-        """Log the faults that the printer finds in a dialogue; each line is logged only once."""
+        """Log a warning for each fault that `Printer.faults_in` finds in a dialogue, each message only once."""
         for line in self.printer.faults_in(turns):
             if line not in self._noticed:
                 self._noticed.add(line)
                 logging.getLogger(__name__).warning(line)
 
     def differences(self, turns: Sequence[Turn], prompt: bool | None = None) -> str | None:
-        """Return one line on the first difference from what the stock template prints; None if there is none.
-
-        For the plain template there is no stock template, so the result is None.
+        """Compare the text and tokens for training with what the stock template prints.
 
         Args:
           prompt: True: compare with the generation prompt added; None = add it unless the agent speaks last.
+        Returns: one line on the first difference; None if there is none, or no stock template (`template: plain`).
         """
         prompt = turns[-1].role != "assistant" if prompt is None else prompt
         difference = self.printer.differences(turns, prompt)
@@ -373,9 +381,9 @@ class Renderer:
         return ids
 
     def _closing_ids(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Split the ids of an agent's closing after the token that the agent chooses.
+        """Encode an agent's closing and split its ids after the closing token, which the agent chooses.
 
-        Returns: the ids up to and including that token, () if there is none, and the ids after it.
+        Returns: the ids up to and including that token, () if the closing has none, and the ids after it.
         """
         ids = self._template_ids("x", text)
         stop = next((i for i, token in enumerate(ids) if token in self._controls), None)
@@ -387,9 +395,9 @@ class Renderer:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
 
     def _encode_template(self, before: str, text: str) -> tuple[int, ...]:
-        """Return the ids of template text when it follows the text `before`.
+        """Return the ids of `text`, a text of the template, when it follows the text `before`.
 
-        The preceding text matters: some tokenizers put a space at the start of a text or after a special token.
+        The preceding text matters: some tokenizers add a space at the start of a text or after a special token.
         """
         if not text:
             return ()
@@ -417,7 +425,12 @@ class Renderer:
 
 
 def _content_backend(description: dict[str, Any], controls: set[str]) -> Tokenizer:
-    """Return the tokenizer for content: it reads control tokens as text and adds no space in front of a text."""
+    """Return a tokenizer for content, which encodes control tokens as plain text and adds no space before a text.
+
+    Args:
+      description: the content of tokenizer.json.
+      controls: the texts of the control tokens.
+    """
     description = dict(description, truncation=None, padding=None)
     description["added_tokens"] = [
         token | {"special": token["content"] in controls} for token in description["added_tokens"]
@@ -433,9 +446,13 @@ def _content_backend(description: dict[str, Any], controls: set[str]) -> Tokeniz
 
 
 def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the normalizer or pre-tokenizer without the space that it adds in front of the text.
+    """Change a normalizer or pre-tokenizer so that it adds no space before the text; None if nothing of it is left.
 
-    In a sequence only the first member is changed: later members see words, and there the space belongs to the word.
+    Of a Sequence, only the first member is changed: the later ones get text that is already split into words, whose
+    leading space is part of the word.
+
+    Args:
+      part: the section "normalizer" or "pre_tokenizer" of tokenizer.json; None = the tokenizer has none.
     """
     match part:
         case {"type": "Sequence"}:
@@ -452,7 +469,11 @@ def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _without_strip(decoder: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the decoder without the step that removes the leading space, which `_without_prefix` no longer adds."""
+    """Change a decoder so that it keeps a leading space, because `_without_prefix` has removed the step that adds one.
+
+    Args:
+      decoder: the section "decoder" of tokenizer.json; None = the tokenizer has none.
+    """
     match decoder:
         case {"type": "Sequence"}:
             return decoder | {"decoders": [_without_strip(part) for part in decoder["decoders"]]}
@@ -464,7 +485,7 @@ def _without_strip(decoder: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _inside(controls: set[str]) -> re.Pattern:
-    """Return a pattern that matches the position after the first character of every control token."""
+    """Return a pattern that matches, in a text, the position after the first character of each control token."""
     places = [f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in sorted(controls) if len(name) > 1]
     return re.compile("|".join(places) or "(?!)")
 

@@ -1,9 +1,13 @@
 """Find the text that a chat template prints around turns.
 
-A chat template is a program that maps messages to text. We run it on dialogues of unique probe words; the text between
-the probes is what the template adds. A plain dialogue of user and assistant gives the text around every kind of turn
-(`TemplateText`). It is derived once, saved with a run and reused. Turns whose text the template itself rewrites
-(thoughts, tool calls, white space at the edges) are printed by the template one at a time, between probes.
+A chat template is a program that maps messages to text. We run it on dialogues whose turns contain only probes, which
+are unique words; what is printed between the probes is what the template adds. A few such dialogues give the text
+around every kind of turn (`TemplateText`). It is derived once, saved with a run and reused. Turns whose text the
+template itself rewrites (thoughts, tool calls, white space at the edges) are printed by the template one at a time, in
+a dialogue whose other turns are probes.
+
+The text that the template prints before a turn's content is the turn's opening, the text after it the closing. The
+generation prompt is the text after which the agent writes. The preamble is the text before the first turn.
 
 An agent's turn has two forms. The *live* form is the last turn of a finished dialogue; the agent is trained to write
 it. The *past* form is printed once the dialogue continues; it may lack a thought, or have another closing.
@@ -31,23 +35,23 @@ WHITE_SPACE = " \t\n\r\v\f"
 
 @dataclass(frozen=True)
 class TemplateText:
-    """The text around turns.
+    """The text that a chat template prints around turns.
 
     Attributes:
-      preamble: the text before the first turn. "system": if that is a system turn; "default": otherwise, with the
-        system text that the template adds by itself.
-      opening: the text before a turn, for each role except the agent's.
-      lead: white space after the opening that is tokenised together with the content ("User:" is followed by the
-        single token " Hi").
-      closing: the text after a turn, for each role except the agent's.
+      preamble: the text before the first turn, under two keys. "system": if that is a system turn; "default": if not,
+        with the system text that the template adds by itself.
+      opening: role -> the text before a turn, for each role except the agent's.
+      lead: role -> white space after the opening that is tokenised together with the content ("User:" is followed by
+        the single token " Hi").
+      closing: role -> the text after a turn, for each role except the agent's.
       user_after_system: the opening of a user turn directly after the system turns.
       user_last: the closing of a user turn that ends a dialogue without a generation prompt.
-      prompt: the generation prompt, which comes before the agent's turn.
+      prompt: the generation prompt, after which the agent writes.
       live: the text before and after the agent's words in the live form.
       past: the text before and after the agent's words in the past form.
-      strips: per role, the white space that the template removes on the left and on the right.
+      strips: role -> the white-space characters that the template removes on the left and on the right of a content.
       user_roles: the roles that the template lacks, and which are therefore printed as the user's.
-      parts: True if the template accepts content only as a list of parts.
+      parts: True if the template accepts content only as a list of parts ({"type": "text", "text": content}).
       date: the day, YYYY-MM-DD, on which a template that prints the date was derived; "" for any other template.
     """
 
@@ -80,7 +84,9 @@ class TemplateText:
 def plain_template(bos: str, eos: str) -> TemplateText:
     """Return a template of one line per turn with the speaker's name.
 
-    The agent's turn ends with `eos`, or with a line break if `eos` is "".
+    Args:
+      bos: the text before the first turn, such as the BOS token; may be "".
+      eos: the text that ends an agent turn, such as the EOS token; "" = a line break.
     """
     others = [role for role in ROLES if role != "assistant"]
     opening = {role: f"{role.capitalize()}:" for role in others}
@@ -100,10 +106,10 @@ def plain_template(bos: str, eos: str) -> TemplateText:
 
 
 def appended_only(text: TemplateText) -> TemplateText:
-    """Return the same text with only the past form of the agent's turn, so that printed turns never change.
+    """Change a template's text so that a printed turn never changes later: the live form gets the past form's opening.
 
-    A generation prompt with which past turns do not begin (for example, because it opens a thought) is replaced by
-    their opening.
+    If the past form does not begin with the generation prompt (for example, because the prompt opens a thought), the
+    prompt is replaced by the opening of the past form.
     """
     before, after = text.past
     prompt = text.prompt if before.startswith(text.prompt) else before.rstrip(" ")
@@ -112,13 +118,13 @@ def appended_only(text: TemplateText) -> TemplateText:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template as a program.
+    """A tokenizer's chat template, as a program that prints dialogues.
 
     Args:
       tokenizer: the tokenizer that holds the template.
-      tokens: the tokenizer's added tokens, which are never cut in the middle.
+      tokens: the texts of the tokenizer's added tokens, which `shared_prefix` and `shared_suffix` never cut.
       date: the day, YYYY-MM-DD, that a template prints as today's date; "" = the real date.
-      parts: True: pass content to the template as a list of parts.
+      parts: True: pass content to the template as a list of parts ({"type": "text", "text": content}).
     """
 
     def __init__(
@@ -129,9 +135,10 @@ class ChatTemplate:
         self._unit = re.compile("|".join([*map(re.escape, longest_first), "."]), flags=re.DOTALL)
 
     def messages(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False, tools: Any = None) -> str:
-        """Return the text printed for messages.
+        """Return the text that the template prints for messages.
 
         Args:
+          messages: dicts with "role", "content" and whatever else the template reads.
           prompt: True: add the generation prompt.
           tools: a list of tool schemas; None = no tools.
         Raises: InputError, with the template's own message, if the template refuses the dialogue.
@@ -154,11 +161,13 @@ class ChatTemplate:
             raise InputError(f"chat template: {str(error) or type(error).__name__}") from error
 
     def turns(self, turns: Sequence[Turn], prompt: bool = False) -> str:
-        """Return the text printed for turns, with their tool calls, thoughts and tools.
+        """Return the text that the template prints for turns, with their tool calls, thoughts and tools.
 
-        Arguments of tool calls are passed as an object, or as JSON text if the template refuses objects.
+        The template gets the arguments of tool calls as an object, or as JSON text if it refuses objects.
 
-        Raises: InputError as `messages`.
+        Args:
+          prompt: True: add the generation prompt.
+        Raises: InputError, with the template's own message, if the template refuses the dialogue.
         """
         tools = next((json.loads(turn.tools) for turn in turns if turn.tools), None)
         messages = [message_of(turn) for turn in turns if turn.content or not turn.tools]
@@ -174,9 +183,13 @@ class ChatTemplate:
         return self.messages(messages, prompt, tools)
 
     def around(self, turns: Sequence[Turn], prompt: bool = False) -> list[str] | None:
-        """Return the texts before, between and after the contents that are probes.
+        """Return the texts that the template prints before, between and after the probes of a dialogue.
 
-        Returns: None if the template refuses the dialogue, or loses, repeats or reorders a probe.
+        Args:
+          turns: turns whose content is a probe (`probe`) or any other text, which then belongs to the texts between.
+          prompt: True: add the generation prompt.
+        Returns: one text more than there are probes; None if the template refuses the dialogue, or loses, repeats or
+          reorders a probe.
         """
         try:
             text = self.turns(turns, prompt)
@@ -191,12 +204,12 @@ class ChatTemplate:
         return self.around([Turn(role, probe(i)) for i, role in enumerate(roles)], prompt)
 
     def shared_prefix(self, first: str, *others: str) -> str:
-        """Return the longest common prefix that cuts no added token."""
+        """Return the longest common prefix of these texts that cuts no added token in the middle."""
         units = [self._unit.findall(text) for text in (first, *others)]
         return "".join(row[0] for row in takewhile(lambda row: len(set(row)) == 1, zip(*units, strict=False)))
 
     def shared_suffix(self, first: str, second: str) -> str:
-        """Return the longest common suffix that cuts no added token."""
+        """Return the longest common suffix of two texts that cuts no added token in the middle."""
         units = [self._unit.findall(text)[::-1] for text in (first, second)]
         return "".join([row[0] for row in takewhile(lambda row: row[0] == row[1], zip(*units, strict=False))][::-1])
 
@@ -291,13 +304,14 @@ def derive_template(template: ChatTemplate) -> TemplateText:
 def _user_closing(
     template: ChatTemplate, before_past: str, before_live: str, bare: str, prompted: str
 ) -> tuple[str, str]:
-    """Return the user's closing and the generation prompt, "" if the template has none.
+    """Separate the closing of a user turn from what follows it.
 
     Args:
-      before_past: the text between user and agent, for an earlier agent turn.
-      before_live: the text between user and agent, for the last agent turn.
-      bare: the text after a last user turn, without the generation prompt.
-      prompted: the text after a last user turn, with the generation prompt.
+      before_past: the text between the contents of a user turn and of an agent turn that other turns follow.
+      before_live: the text between the contents of a user turn and of the last agent turn.
+      bare: the text after the content of a last user turn, without the generation prompt.
+      prompted: the text after the content of a last user turn, with the generation prompt.
+    Returns: the closing, and the generation prompt; "" for one that the template does not print.
     """
     has_prompt = prompted != bare
     following = prompted if has_prompt else before_live
@@ -308,11 +322,10 @@ def _user_closing(
 
 
 def _system_text(template: ChatTemplate, user_opening: str) -> tuple[str, str, str, str] | None:
-    """Return the texts around a system turn; None if the template has no system turn.
+    """Derive the texts around a system turn, which may be "" or put the turn inside the user's turn.
 
-    The template may print the turn without any text around it, or inside the user's turn.
-
-    Returns: opening and closing of the system turn, the preamble before it, and the opening of the user turn after it.
+    Returns: opening and closing of the system turn, the preamble before it, and the opening of the user turn after it;
+      None if the template has no system turn.
     """
     pieces = template.around_roles(("system", *PLAIN_DIALOGUE))
     if pieces is None:
@@ -329,10 +342,13 @@ def _system_text(template: ChatTemplate, user_opening: str) -> tuple[str, str, s
 
 
 def _reply_text(template: ChatTemplate, role: str, past_before: str, past_after: str) -> tuple[str, str] | None:
-    """Return opening and closing of a role that replies to the agent.
+    """Derive opening and closing of a role that replies to the agent ("tool" or "environment").
 
-    Returns: None if the role has none of its own, or if the template prints it as the agent, because it distinguishes
-      only the user from everybody else.
+    Args:
+      past_before: the text before the agent's words in the past form.
+      past_after: the text after the agent's words in the past form.
+    Returns: opening and closing; None if the template has no text for this role, or prints its turn as the agent's,
+      because it distinguishes only the user from everybody else.
     """
     # The agent's turn after it must not be the last one: templates print more there, for example an empty thought.
     pieces = template.around_roles(("user", "assistant", role, "assistant", "user", "assistant"))
@@ -345,7 +361,11 @@ def _reply_text(template: ChatTemplate, role: str, past_before: str, past_after:
 
 
 def _stripped(template: ChatTemplate, user_roles: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Return, per role, the white space that the template removes on the left and on the right of a text."""
+    """Return `TemplateText.strips`: role -> the white space that the template removes on the left and on the right.
+
+    Args:
+      user_roles: the roles that are printed as the user's.
+    """
     strips = {}
     for role, roles in (
         ("user", PLAIN_DIALOGUE),

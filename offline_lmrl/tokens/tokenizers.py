@@ -1,4 +1,4 @@
-"""Load a tokenizer, or train one on the task's own texts for models from scratch."""
+"""Load a tokenizer, or, for a model with fresh weights, train one on the texts of the task."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -48,9 +48,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     added in front. Equal texts give equal tokenizers.
 
     Args:
+      texts: the training texts.
       vocab_size: maximum number of tokens, special tokens included. There are fewer if the texts have no more pairs to
         merge.
-    Raises: InputError if the vocabulary cannot hold the bytes and special tokens.
+    Raises: InputError if `vocab_size` is less than the number of bytes and special tokens.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = [*SPECIAL_TOKENS, *ROLE_TOKENS]

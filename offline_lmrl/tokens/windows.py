@@ -2,16 +2,20 @@
 
 Agent turn i sees every leading system turn and the turns from `first_visible(i)` on. The first visible turn moves
 forward in steps of `stride` turns, and only as far as needed to keep at most `context` turns of history and at most
-`max_length` tokens. With stride 1 the agent sees exactly the last k turns. With a larger stride many agent turns share
-one window (and one cache), but the history varies between context − stride + 1 and context turns.
+`max_length` tokens. With stride 1 the agent sees exactly the last `context` turns. With a larger stride many agent
+turns share one window (and one cache), but the history varies between context − stride + 1 and context turns.
 
 If `context` alone determines the window, training and live play start at the same turn. If max_length binds, they may
 differ. Training counts the tokens of the logged turn. Live play cannot know the reply, so it counts the tokens of the
 agent's opening and of the longest possible reply (`reserve`, the sampler's max_new_tokens). A logged turn shorter than
 that may then be trained with older turns in view that the agent would not see live; a longer one with fewer turns.
 
-A window may also hold the environment's reply to its last agent turn, as a target (tokens/episodes.py). The reply
-follows the same turns as the agent's turn; if max_length binds, the oldest turns are dropped until both fit.
+A window may also hold the environment's reply to its last agent turn, as a training target for a model of the
+environment (tokens/episodes.py). If max_length binds, the oldest turns are dropped until turn and reply both fit.
+
+Terms. Preamble: what the chat template prints before the first turn. Opening and closing: what it prints before and
+after the text of one turn, such as a role header and an end-of-turn token. Few-shot demonstrations: other episodes,
+which are put between the preamble and the first turn (tokens/few_shot.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +32,8 @@ from offline_lmrl.tokens.rendering import EncodedTurn, Renderer
 class WindowRule:
     """The limits on how much of an episode the policy sees at once.
 
-    context: maximum number of turns of history before an agent turn; None = all. 1 makes a fully observed game Markov.
+    context: maximum number of turns of history before an agent turn; None = all. With 1, the policy sees only the
+      latest turn, as suits a game whose turns show its whole state.
     stride: number of turns by which the window's start moves at a time, 1 ≤ stride ≤ context.
     max_length: maximum number of tokens in a window. The oldest turns are dropped whole; the reply itself never is.
     """
@@ -49,10 +54,11 @@ class WindowRule:
 class Span(NamedTuple):
     """One window: the leading system turns, then turns first..stop−1. All fields are turn indices.
 
-    first: the first turn after the leading system turns.
-    credited: agent turns from here on are trained in this window.
+    first: the first visible turn after the leading system turns.
+    credited: the first agent turn that is trained in this window; earlier agent turns are only context.
     stop: one after the window's last agent turn.
-    answered: the window also holds turns stop..answered−1, the environment's reply to the last agent turn.
+    answered: one after the environment's reply to the last agent turn, which the window also holds; equal to `stop` if
+      the window holds no reply.
     """
 
     first: int
@@ -64,16 +70,19 @@ class Span(NamedTuple):
 def first_visible(
     rule: WindowRule, lengths: Sequence[int], index: int, head: int, fixed: int, reply: int = 0
 ) -> int | None:
-    """Return the index of the first turn that agent turn `index` sees.
+    """Return the index of the first turn that agent turn `index` sees, after the leading system turns.
 
     Args:
+      rule: the limits of a window.
       lengths: number of tokens of each turn, up to and including turn `index`.
+      index: index of the agent turn, which may be the next one, not yet written.
       head: number of leading system turns.
       fixed: number of tokens in the preamble, the demonstrations and the leading system turns.
       reply: number of tokens of the environment's reply that the window holds after the turn. They count towards
-        max_length only. The caller makes sure that turn and reply fit together.
-    Returns: an index in head..index, or None if not even the turn alone fits. The result is monotone in `index` and
-      does not depend on earlier windows, so training and live play agree whenever the lengths are equal.
+        max_length, but not towards `context`. The caller makes sure that turn and reply fit together.
+    Returns: an index in head..index, or None if the turn does not even fit without earlier turns. The result never
+      decreases as `index` grows and does not depend on earlier windows, so training and live play agree whenever the
+      lengths are equal.
     """
     if fixed + lengths[index] > rule.max_length:
         return None
@@ -94,17 +103,18 @@ def cut_windows(
     fixed: int,
     answered: Mapping[int, int],
 ) -> tuple[list[Span], list[int]]:
-    """Cut an episode into windows.
+    """Cut an episode into windows, in which consecutive agent turns share a window if they see the same first turn.
 
     Args:
+      rule: the limits of a window.
       lengths: number of tokens of each turn.
-      agent: True for each trainable turn of the agent.
-      stays: True for each turn that later windows hold with the same tokens. Once a visible turn does not stay, the
-        next agent turn starts a new window.
+      agent: one entry per turn, True if it is a trainable turn of the agent.
+      stays: one entry per turn, True if the turn keeps its tokens once the dialogue continues (`EncodedTurn.stays`).
+        After a visible turn that does not, the next agent turn starts a new window.
       head: number of leading system turns.
       fixed: number of tokens in the preamble, the demonstrations and the leading system turns.
-      answered: agent turn -> index after the environment's reply that its window also holds. Agent turns without a
-        reply may be missing.
+      answered: index of an agent turn -> one after the environment's reply that its window also holds. An agent turn
+        that is missing here gets no reply.
     Returns: the windows, and the indices of the agent turns that do not fit and are dropped.
     """
     spans: list[Span] = []
@@ -127,9 +137,15 @@ def answered_ids(
 ) -> list[tuple[int, ...]]:
     """Return the ids of each turn of a window that ends with agent turn stop−1 and its reply, turns stop..answered−1.
 
-    The reply must follow the tokens that the agent saw and wrote. If, once the dialogue continues, the template
-    changes only the closing of the agent's turn, that closing is the one in history. If it rewrites the turn or an
-    earlier one, the tokens that the agent saw and wrote are kept.
+    The reply must follow the tokens that the agent saw and wrote, but a template may print turns differently once the
+    dialogue continues. If only the closing of the agent's turn differs, all ids are those of the continued dialogue.
+    If the turn itself or an earlier one differs, the tokens that the agent saw and wrote are kept, and only the reply
+    is taken from the continued dialogue.
+
+    Args:
+      turns: all turns of the dialogue.
+      encoded: the same turns, encoded.
+      first: the first visible turn after the leading system turns.
     """
     written = renderer.window_ids(turns, encoded, first, stop, live=True)
     history = renderer.window_ids(turns, encoded, first, answered, live=False)
@@ -154,9 +170,10 @@ def policy_window(
       turns: the dialogue so far.
       reserve: number of tokens kept free for the reply (max_new_tokens). If max_length binds, the window starts where
         training would start it for a turn of the opening and this many tokens, whatever the reply's real length.
-      return_ids: the ids before the opening of each agent turn, those of the next turn last; None = no ids.
-      few_shot: ids of the few-shot demonstrations (tokens/few_shot.py), which are never dropped.
-    Raises: InputError if the demonstrations and the leading system turns leave no room for the reply.
+      return_ids: for each past agent turn and, last, for the next one, the ids put before its opening, which encode
+        the requested return (tokens/conditioning.py); None = no ids.
+      few_shot: ids of the few-shot demonstrations, which are never dropped.
+    Raises: InputError if the demonstrations and the leading system turns leave too few tokens for the reply.
     """
     renderer.notice(turns)
     opening = renderer.opening_after(turns)
@@ -186,7 +203,7 @@ def reply_window(
     return_ids: Sequence[tuple[int, ...]] | None = None,
     few_shot: Sequence[int] = (),
 ) -> list[int] | None:
-    """Return the ids that come before the environment's reply to the last turn, which is the agent's.
+    """Return the ids after which a model of the environment writes the reply to the agent's last turn.
 
     They are the window of the agent's turn, the turn itself, and the opening of a turn of role `role`. Training
     windows hold the same ids before a logged reply.
@@ -195,9 +212,10 @@ def reply_window(
       turns: the dialogue so far, up to and including the agent's turn.
       role: the speaker of the reply.
       reserve: number of tokens kept free for the reply.
-      return_ids: the ids before the opening of each agent turn; None = no ids.
-      few_shot: as for `policy_window`.
-    Returns: the ids, or None if turn and reply alone do not fit; training leaves such a reply out.
+      return_ids: for each agent turn, the ids put before its opening; None = no ids.
+      few_shot: ids of the few-shot demonstrations; () = no demonstrations.
+    Returns: the ids, or None if turn and reply do not fit even without earlier turns; training leaves such a reply
+      out.
     """
     renderer.notice(turns)
     with_reply = [*turns, Turn(role, "")]
@@ -214,7 +232,11 @@ def reply_window(
 def _encoded(
     turns: Sequence[Turn], renderer: Renderer, return_ids: Sequence[tuple[int, ...]] | None, few_shot: Sequence[int]
 ) -> tuple[list[EncodedTurn], tuple[int, ...], int, int]:
-    """Return the encoded turns with return_ids, the ids before them, and the `head` and `fixed` of `first_visible`."""
+    """Encode turns for a window.
+
+    Returns: the turns, with return_ids put before those of the agent; the ids of preamble and demonstrations; and the
+      arguments `head` and `fixed` of `first_visible`.
+    """
     encoded = renderer.encode(turns)
     if return_ids is not None:
         for index, ids in zip((i for i, turn in enumerate(turns) if turn.is_trainable), return_ids, strict=True):
