@@ -86,13 +86,15 @@ class ReturnRequests:
         return isinstance(ask, str) and (ask.startswith("expert") or not self._continues(row, history))
 
     def _continues(self, row: int, history: Sequence[Turn]) -> bool:
-        """True if `history` is the history before the row's latest reply, then one agent turn and the turns after."""
+        """True if `history` is that of the row's latest reply, continued by one agent turn and the turns after it."""
         used, read = self.used.get(row, []), self.read.get(row, [])
         agent_turns = sum(turn.is_trainable for turn in history)
         return len(used) == agent_turns > 0 and [(turn.role, turn.content) for turn in history[: len(read)]] == read
 
     def before_reply(self, row: int, history: Sequence[Turn], value: float | None = None) -> list[Ids]:
-        """Return the return ids of each agent turn in the history and, last, of the next one; store their returns.
+        """Return the ids that encode the requested return of each agent turn in `history` and, last, of the next turn.
+
+        The requested returns are stored, so that the next call for this row can continue them.
 
         Args:
           row: the row in the session.

@@ -84,10 +84,10 @@ def is_kept_per_token(cache: DynamicCache) -> bool:
 
 @dataclass(frozen=True)
 class _Block:
-    """The stored cache of one batch of B rows.
+    """The stored cache of one batch of B rows, in L columns that each hold a token or padding.
 
     Args:
-      layers: keys and values of each layer, (B, heads, L, width).
+      layers: keys and values of each layer, (B, heads, L, width of a head).
       mask: (B, L) bool, True at columns that hold a token; the tokens of a row are in order, from left to right.
       bytes: size of `layers` in bytes.
     """
@@ -167,7 +167,7 @@ class CacheMemory:
 
         Args:
           rows: keys of the B rows.
-          tokens: tokens to take from each row; 0 for a row that has no cache here.
+          tokens: number of tokens to take from each row; 0 for a row that has no cache here.
           cache: the empty cache, which is changed in place.
         Returns: (B, max(tokens)) bool mask, True at the filled columns, on the cache's device.
         """

@@ -69,7 +69,12 @@ class TokenTrie:
 
 
 def _insert(nodes: list[dict[int, int]], options: tuple[tuple[int, ...], ...]) -> int:
-    """Add a trie of these options to `nodes` and return its root; an option's last token leads to FREE."""
+    """Add a trie of these options to `nodes` and return its root; an option's last token leads to FREE.
+
+    Args:
+      nodes: per node, token -> child; changed in place.
+      options: the token ids of each option, at least one id each.
+    """
     root = len(nodes)
     nodes.append({})
     for option in options:

@@ -58,7 +58,8 @@ class PlannerConfig:
     def planner(self, policy: LanguagePolicy) -> "Planner":
         """Return a planner with these settings that draws its proposals from `policy`.
 
-        Raises: InputError as `Planner`, `load_value_model` and `require_no_few_shot` do.
+        Raises: InputError if `scorer` is a run without value heads, or one that was trained with few-shot
+          demonstrations, or as `Planner` does.
         """
         scorer = None
         if self.scorer != "heads":
@@ -78,9 +79,9 @@ class Planner:
       scorer: predicts, from a beam's last utterance and the turns before it, the utterance's reward plus the return
         after it, in reward units; such as a `ValueModelScorer` or a `FunctionScorer` (decoding/scorers.py). None = the
         model's return heads. The rewards of a beam's earlier utterances always come from the return heads.
-      width: as in `PlannerConfig`.
-      expand: as in `PlannerConfig`.
-      depth: as in `PlannerConfig`.
+      width: number of beams kept after each utterance, at least 1.
+      expand: number of utterances that each beam proposes, at least 1.
+      depth: number of agent utterances to look ahead, at least 1.
 
     Raises: InputError if expand is above 1 at temperature 0, where all proposals would be equal, or if return heads
       are needed and the model has none.
@@ -117,7 +118,7 @@ class Planner:
             )
 
     def start(self, seeds: Sequence[int]) -> "PlannerSession":
-        """Start a session with one row per seed."""
+        """Start a session, which plays one dialogue (row) per seed."""
         return PlannerSession(self, seeds)
 
     def environment(self, role: str) -> Sampler:
@@ -230,7 +231,7 @@ class PlannerSession:
         return {"scores": self.scores.get(row, []), "planned_tokens": self.planned_tokens[row]}
 
     def _best(self, beams: Sequence[_Beam]) -> list[_Beam]:
-        """Return the `width` best beams of each row, best first."""
+        """Return the `width` beams with the highest scores of each row, best first."""
         kept: dict[int, list[_Beam]] = {}
         for beam in sorted(beams, key=lambda beam: -beam.score):
             if len(kept.setdefault(beam.row, [])) < self.planner.width:

@@ -128,7 +128,10 @@ class LanguagePolicy:
             return cls(model, renderer, decoding, **(saved.get("window") or {}), task=task, few_shot=few_shot)
 
     def with_decoding(self, **changes: Any) -> "LanguagePolicy":
-        """Return a policy with the same model, and with these fields of its DecodingConfig changed."""
+        """Return a policy with the same model, and with these fields of its DecodingConfig changed.
+
+        Raises: InputError if a value is outside its range, or needs something that the model lacks.
+        """
         decoding = replace(self.decoding, **changes)
         same = {**asdict(self.window), "task": self.task, "few_shot": self.few_shot, "value_models": self.value_models}
         return LanguagePolicy(self.model, self.renderer, decoding, **same)
@@ -147,8 +150,8 @@ class LanguagePolicy:
           few_shot: the few-shot demonstrations of each row, None for a row without any; None = the demonstrations of
             the policy for all rows.
 
-        Raises: InputError as `return_requests` and `few_shot_ids_of` do, or if the lengths of `few_shot` and `seeds`
-          differ.
+        Raises: InputError if the model cannot serve a request (`return_requests`), if demonstrations do not fit
+          (`few_shot_ids_of`), or if the lengths of `few_shot` and `seeds` differ.
         """
         if few_shot is not None and len(few_shot) != len(seeds):
             raise InputError(f"few_shot: found {len(few_shot)}, expected one for each of {len(seeds)} rows")
@@ -184,7 +187,7 @@ class LanguagePolicy:
         return FewShotIds(with_returns, without_returns)
 
     def null_window(self, turns: Sequence[Turn], reserve: int, few_shot: Ids | None = None) -> list[int]:
-        """Return the ids that the policy sees before its next turn, under the null condition.
+        """Return the ids that the policy sees before its next turn, under the null condition (no requested return).
 
         Args:
           turns: the dialogue so far.
@@ -197,7 +200,7 @@ class LanguagePolicy:
         )
 
     def null_reply_window(self, turns: Sequence[Turn], role: str, reserve: int) -> list[int] | None:
-        """Return the ids that the policy sees before the environment's next turn, under the null condition.
+        """Return the ids that the policy sees before the environment's next turn, without a requested return.
 
         The policy's own few-shot demonstrations come first.
 
@@ -205,7 +208,7 @@ class LanguagePolicy:
           turns: the dialogue so far, which ends with an agent turn.
           role: the role of the environment's turn.
           reserve: tokens to keep free for that turn.
-        Returns: ids, or None if they do not fit into the window.
+        Returns: the ids; None if they and that turn do not fit into max_length.
         """
         return_ids, few_shot = self._null_return_ids(turns), self.shared_few_shot.without_returns
         return reply_window(turns, role, self.renderer, self.window, reserve, return_ids, few_shot)
@@ -223,7 +226,7 @@ class LanguagePolicy:
 
         Args:
           run: a run directory or hub name.
-        Raises: InputError as `load_value_model` and `require_no_few_shot` do.
+        Raises: InputError if the run has no value heads or was trained with few-shot demonstrations.
         """
         if run not in self.value_models:
             value_model = self.value_models[run] = require_no_few_shot(load_value_model(run, device=self.model.device))
@@ -292,8 +295,11 @@ class LanguagePolicy:
 
 
 def load_value_model(run: str | Path, *, device: str | torch.device | None = None) -> LanguagePolicy:
-    """Load the policy of a run with value heads, without a requested return; arguments as for `LanguagePolicy.load`.
+    """Load the policy of a run with value heads, to be used without a requested return.
 
+    Args:
+      run: a run directory or hub name.
+      device: where the model is put; None = the first GPU, else the CPU.
     Raises: InputError if the run has no value heads.
     """
     value_model = LanguagePolicy.load(run, device=device, ask=None)

@@ -55,9 +55,10 @@ def check_trains(model: nn.Module, renderer: Renderer) -> None:
     """Check the model's log-probabilities in a right-padded batch, as in training, and that train mode works too.
 
     Args:
-      model: as in `check_plays`.
-      renderer: as in `check_plays`.
-    Raises: InputError as `check_plays` does.
+      model: a guided model (`guided_class`), or a PeftModel around one.
+      renderer: encodes the check's text.
+    Raises: InputError, with the name of the model's class, if the log-probabilities differ from those of each row run
+      alone, or if the model fails.
     """
     if not _is_first():
         return
@@ -80,7 +81,8 @@ def check_scores(model: PreTrainedModel, renderer: Renderer) -> None:
     Args:
       model: a reward model (`Reward` in models/reward_model.py).
       renderer: encodes the check's text.
-    Raises: InputError as `check_plays` does.
+    Raises: InputError, with the name of the model's class, if the scores differ from those of each row run alone, or
+      if the model fails.
     """
     if not _is_first():
         return

@@ -181,7 +181,10 @@ class _Batch:
     streams: int
 
     def in_cache(self, rows: Tensor) -> Tensor:
-        """Return the cache rows (streams · R,) of R batch rows (R,): first all of stream 0, then all of stream 1."""
+        """Return the cache rows (streams · R,) of R batch rows (R,): all of stream 0, then all of stream 1, if any.
+
+        A stream is one pass of every row through the model.
+        """
         return torch.cat([rows + stream * len(self.index) for stream in range(self.streams)])
 
     def select(self, rows: Tensor) -> "_Batch":
@@ -285,7 +288,7 @@ class Sampler:
         Args:
           head: maps hidden states (N, d) and logits (N, V) of N prompts to a tensor (N, ...).
           prompts: token ids, at least one each.
-          memory: as in `sample`.
+          memory: holds caches of earlier calls; those of this call are stored in it. None = no reuse.
           rows: the key of each prompt in `memory`; None = 0, 1, ... A row under the null condition has the key ~row.
         Returns: one number or nested list per prompt.
         """
@@ -364,13 +367,15 @@ class Sampler:
         """Choose the next token of each row.
 
         Args:
-          logits: (S·B, V) for S streams; the rows under the null condition come last.
+          logits: (S·B, V). S = 2 if each row also passes through the model under the null condition (no requested
+            return), else 1; the rows under the null condition come last.
           hidden: (S·B, d) hidden states; used only if beta is not 0, else may be None.
           u: (B,) uniform random numbers in [0, 1).
           trie: the allowed replies.
           node: (B,) each row's node in the trie.
-        Returns: three (B,): token ids; their log-probabilities under the distribution they are drawn from; and their
-          log-probabilities under the unguided policy (conditioned on the requested return, if any).
+        Returns: three tensors (B,): token ids; their log-probabilities in nats under the distribution that they are
+          drawn from; and their log-probabilities in nats under the unguided policy (conditioned on the requested
+          return, if any).
         """
         config, rows, streams = self.config, len(u), len(logits) // len(u)
         null, logits = logits[-rows:], logits[:rows]  # the same rows if there is one stream
@@ -477,7 +482,7 @@ class _DecodingPass:
         return found
 
     def cached(self) -> list[int]:
-        """Return, per prompt, the number of first tokens that every stream has cached."""
+        """Return, per prompt, the number of tokens from its start that `memory` holds for each of its streams."""
         if self.memory is None:
             return [0] * len(self.prompts)
         self.memory.keep_only([*self.rows, *(~row for row in self.rows)])
@@ -486,7 +491,10 @@ class _DecodingPass:
         return [min(cached[i :: len(self.prompts)]) for i in range(len(self.prompts))]
 
     def streams_of(self, rows: Sequence[int], prompts: Sequence[list[int]]) -> tuple[list[int], list[list[int]]]:
-        """Return the keys in `memory` and the prompts of stream 0, followed by those of stream 1 if there is one."""
+        """Return the keys in `memory` and the prompts of stream 0, followed by those of stream 1 if there is one.
+
+        In stream 1, the null condition replaces the returns in the prompts.
+        """
         if self.streams == 1:
             return list(rows), list(prompts)
         null = self.sampler.null
@@ -519,8 +527,8 @@ class _DecodingPass:
         Args:
           chunk: indices of B prompts.
           node: (B,) each row's first node in the trie of allowed replies.
-        Returns: the batch, and for S streams the logits (S·B, V) and hidden states (S·B, d) after each prompt; None
-          instead of hidden states if they are not computed.
+        Returns: the batch; the logits (S·B, V) and the hidden states (S·B, d) after each prompt, where S is the number
+          of streams; None instead of hidden states if they are not computed.
         """
         device = self.sampler.model.device
         first: dict[tuple[int, ...], int] = {}

@@ -48,8 +48,8 @@ def compute_step_values(
 
     Args:
       model: a guided model (`guided_class`) with value heads; it is left in eval mode.
-      windows: the logs, encoded as in the training of `model` (`log_encoder`). `next_v` is only meaningful with
-        `next_rows`.
+      windows: the logs as rows of tokens, encoded as in the training of `model` (`log_encoder`). `next_v` is only
+        meaningful with `next_rows`.
       batch_size: windows per forward pass.
       share: (i, n): compute only every n-th batch, starting with batch i, and leave zeros elsewhere.
     Returns: "target_q" (Q of the logged token, the minimum over the target heads), "v" (V of the state) and "next_v"
