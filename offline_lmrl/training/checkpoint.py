@@ -100,7 +100,7 @@ def publish(written: Path, checkpoint: Path) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint by a rename first, so that a kill while its files are deleted leaves no part of it."""
+    """Remove a checkpoint, renaming it first, so that a kill while files are deleted leaves no partial checkpoint."""
     with staging(checkpoint) as folder:
         os.replace(checkpoint, folder / checkpoint.name)
 

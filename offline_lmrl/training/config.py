@@ -139,7 +139,7 @@ def check_schedule(args: TrainingArguments) -> None:
 def check_trackers(args: TrainingArguments) -> None:
     """Check that the experiment trackers in `report_to` are known and installed, before training starts.
 
-    Raises: InputError if one is not.
+    Raises: InputError if a tracker is unknown or not installed.
     """
     for name in args.report_to or ():
         if name not in INTEGRATION_TO_CALLBACK:

@@ -212,11 +212,11 @@ class ResumedAverages(TrainerCallback):
 
 
 class BaseTrainer(transformers.Trainer):
-    """A trainer on a packed data set: each batch is one dict of tensors and gives one loss per item.
+    """A trainer on encoded data: each batch is one dict of tensors and gives one loss per item.
 
-    A subclass defines how data and model are prepared (`prepare`), the loss (`losses`) and the number of items over
-    which the loss is averaged (`items_in`). For `run.train`, it also defines how data are read (`read_rows`) and how
-    models are made (`new_model`, `open_model`).
+    An item is a token that the agent wrote, or a comparison of replies. A subclass defines how data and model are
+    prepared (`prepare`), the loss (`losses`) and the number of items over which the loss is averaged (`items_in`). For
+    `run.train`, it also defines how data are read (`read_rows`) and how models are made (`new_model`, `open_model`).
 
     Args:
       model: a model, or the folder or hub name of one.
@@ -336,7 +336,7 @@ class BaseTrainer(transformers.Trainer):
         raise TypeError(f"{type(self).__name__} does not define `losses`")
 
     def items_in(self, batch: Mapping[str, Any]) -> int:
-        """Return the number of items in a batch; the loss is averaged over items."""
+        """Return the number of items (such as agent tokens) in a batch; the loss is averaged over items."""
         raise TypeError(f"{type(self).__name__} does not define `items_in`")
 
     def costs(self) -> dict[str, int]:
@@ -354,7 +354,7 @@ class BaseTrainer(transformers.Trainer):
         return {}
 
     def plan(self) -> dict[str, int]:
-        """Return the size of the training data and the number of optimizer steps, without training."""
+        """Return, by name, the size of the training data and the number of optimizer steps, without training."""
         return {**self.train_dataset.summary(), "optimizer steps": self.total_steps}
 
     @property
@@ -818,7 +818,13 @@ class OfflineTrainer(BaseTrainer):
         return None
 
     def prepare_model(self, model: PreTrainedModel, args: OfflineConfig, windows: WindowDataset) -> PreTrainedModel:
-        """Return the guided model with the parts that this algorithm needs."""
+        """Return the guided model with the parts that this algorithm needs.
+
+        Args:
+          model: a guided model.
+          args: the settings.
+          windows: the encoded training data.
+        """
         return as_guided(model)
 
     def stored_blocks(self, args: OfflineConfig) -> Mapping[str, Any]:
@@ -858,7 +864,12 @@ class OfflineTrainer(BaseTrainer):
         )
 
     def demonstrations(self, source: str | None) -> Sequence[Trajectory] | None:
-        """Return the trajectories from which demonstrations are drawn; None = from the training rows themselves."""
+        """Return the trajectories from which few-shot demonstrations are drawn.
+
+        Args:
+          source: file, folder or hub name of the trajectories; None = the training rows themselves.
+        Returns: the trajectories; None for the training rows.
+        """
         return None if source is None else read_trajectories(source)
 
     def rows_for_end_v(self, args: OfflineConfig) -> bool:
@@ -883,7 +894,8 @@ class OfflineTrainer(BaseTrainer):
 def check_model(model: PreTrainedModel, renderer: Renderer, max_length: int) -> None:
     """Check that the model can read rows of `max_length` tokens that `renderer` makes.
 
-    Raises: InputError if it has too few positions or embeddings, or was trained with another tokenizer or template.
+    Raises: InputError if the model has too few positions or embeddings, or was trained with another tokenizer or
+      template.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and max_length > limit:
