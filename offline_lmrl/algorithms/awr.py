@@ -42,7 +42,7 @@ from offline_lmrl.training.trainer import OfflineTrainer
 
 @dataclass
 class AWRConfig(OfflineConfig):
-    """The settings of policy extraction. A number in square brackets in a help text is the paper's value."""
+    """The settings of AWR. A number in square brackets in a help text is the paper's value."""
 
     value_model: str | None = setting(
         None,
@@ -64,11 +64,12 @@ class AWRConfig(OfflineConfig):
 
 
 def awr_loss(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: AWRConfig) -> tuple[Tensor, Tensor]:
-    """Compute the loss and the weight of each action token.
+    """Compute the loss and the weight of each of N action tokens (tokens that the agent wrote).
 
     Args:
       outputs: "log_prob" (N,), log π(a|s) of the policy in nats.
-      steps: `ActionSteps` with a further entry "advantage" (N,), by the value model, in scaled reward units.
+      steps: `ActionSteps` (tokens/batching.py) with a further entry "advantage" (N,), Q − V of the value model, in
+        scaled reward units.
       config: gives β_w (`inverse_temperature`) and c (`weight_clip`).
     Returns: loss and weight, each (N,).
     """
@@ -79,8 +80,8 @@ def awr_loss(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config:
 class AWRTrainer(OfflineTrainer):
     """A trainer of a policy without value heads by advantage-weighted regression; arguments as for `OfflineTrainer`.
 
-    While the trainer is built, the value model computes the advantages of all windows once, each rank a share of them.
-    Then the value model is released.
+    While the trainer is built, the value model computes the advantages of all windows (rows of tokens cut from the
+    trajectories) once, each rank a share of them. Then the value model is released.
     """
 
     algorithm = "awr"

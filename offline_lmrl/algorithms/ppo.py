@@ -262,12 +262,12 @@ def log_distribution(logits: Tensor, temperature: float, kept: Tensor | None) ->
 
 
 def ppo_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: PPOConfig) -> dict[str, Tensor]:
-    """Compute the terms of L (module docstring), times their weights, for each of N agent tokens.
+    """Compute the value, policy and entropy terms of L, times their weights, for each of N agent tokens.
 
     Args:
       outputs: "v" (N,); "log_prob" (N,) of the token, unless only V learns; "entropy" (N,) if its weight is above 0.
-      steps: `ActionSteps` with the further entries behaviour_log_prob and behaviour_v (before the update), advantage
-        and returns, each (N,).
+      steps: `ActionSteps` (tokens/batching.py) with the further entries behaviour_log_prob and behaviour_v (log π and
+        V before the update), advantage and returns, each (N,).
       config: the settings.
     Returns: "value" and, if `outputs` has their inputs, "policy" and "entropy", each (N,); 0 at steps without a
       target.
@@ -514,7 +514,7 @@ class PPOTrainer(LoopTrainer):
 
     @torch.no_grad()
     def observe(self, trajectories: Sequence[Trajectory]) -> Experience:
-        """Encode episodes and compute the model's outputs at all N steps before the first update.
+        """Encode episodes and compute the model's outputs at all N steps (agent tokens) before the first update.
 
         Returns: the encoded episodes with further columns, (N,) each: "behaviour_log_prob" (log π_old), "ref_log_prob"
           (log π_ref), "sampled_log_prob" (as the sampler reported it), "behaviour_v" (V of the state), "next_v" (V of
@@ -614,8 +614,10 @@ class PPOTrainer(LoopTrainer):
     # Crediting.
 
     def credit(self, experience: Experience) -> dict[str, float]:
-        """Add the columns "advantage" and "returns" to the experience.
+        """Add the columns "advantage" and "returns" (N,) to the encoded episodes, in place.
 
+        Args:
+          experience: the result of `observe`.
         Returns: metrics of the iteration before its update, by name, averaged over the processes.
         """
         args = self.args
@@ -649,8 +651,10 @@ class PPOTrainer(LoopTrainer):
     # Learning.
 
     def update(self, experience: Experience) -> dict[str, float]:
-        """Run K epochs of minibatches over the shuffled windows, which stay whole; return mean statistics by name.
+        """Run K epochs of minibatches over shuffled windows (rows of tokens); return mean statistics by name.
 
+        Args:
+          experience: the encoded episodes, with advantages and returns.
         Raises: InputError if there are fewer windows than minibatches.
         """
         args, rows = self.args, []
@@ -749,7 +753,11 @@ class PPOTrainer(LoopTrainer):
         return losses, {name: value.detach()[known] for name, value in compared.items()}
 
     def ptx_terms(self, index: np.ndarray) -> dict[str, Tensor]:
-        """Return the loss on logged data, "ptx" -> (N,): γ · −log π of the N agent tokens in these logged windows."""
+        """Return the loss on logged data, "ptx" -> (N,): ptx_weight · −log π of the N agent tokens in its windows.
+
+        Args:
+          index: indices of logged windows.
+        """
         batch = self._batch(self.ptx, index)
         with self.accelerator.autocast():
             logits = self.wrapped(batch)["logits"].float()

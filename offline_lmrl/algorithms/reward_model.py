@@ -204,7 +204,7 @@ def accuracy(score: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def bootstrap_sample(rows: Rows, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw as many groups as there are, with replacement.
+    """Draw groups (the rows of one root prompt or conversation) with replacement, as many as there are.
 
     Args:
       rows: the comparisons or trajectories.
