@@ -32,7 +32,8 @@ def check_plays(model: nn.Module, renderer: Renderer) -> None:
     Args:
       model: a guided model (`guided_class`), or a PeftModel around one.
       renderer: encodes the check's text.
-    Raises: InputError, with the name of the model's class, if they differ from those of each row run alone.
+    Raises: InputError, with the name of the model's class, if the log-probabilities differ from those of each row run
+      alone, or if the model fails.
     """
     if not _is_first():
         return

@@ -101,7 +101,13 @@ class BestOfNSession:
         histories: Sequence[Sequence[Turn]],
         options: Sequence[Sequence[str] | None] | None = None,
     ) -> list[Reply]:
-        """Return, for each of these rows, the best of n candidates for the next agent turn, or the abstention."""
+        """Return, for each of these rows, the best of n candidates for the next agent turn, or the abstention.
+
+        Args:
+          rows: rows of this session.
+          histories: all turns so far of each row.
+          options: the only texts allowed for each row's reply; None = any text.
+        """
         drawn = self.candidates(rows, histories, options)
         return [self._chosen(row, *found) for row, found in zip(rows, drawn, strict=True)]
 
@@ -111,7 +117,14 @@ class BestOfNSession:
         histories: Sequence[Sequence[Turn]],
         options: Sequence[Sequence[str] | None] | None = None,
     ) -> list[tuple[list[Reply], np.ndarray]]:
-        """Draw and score n replies per row; return, per row, the n replies and their scores, (n,)."""
+        """Draw and score n replies per row.
+
+        Args:
+          rows: rows of this session.
+          histories: all turns so far of each row.
+          options: the only texts allowed for each row's replies; None = any text.
+        Returns: per row, the n replies and their scores, (n,).
+        """
         n = self.reranked.n
         texts = None if options is None else [own for own in options for _ in range(n)]
         replies = self.session.reply(

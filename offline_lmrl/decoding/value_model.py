@@ -78,9 +78,9 @@ def relabel(
     discount_per_turn: float = 1.0,
     batch_size: int = 32,
 ) -> list[Trajectory]:
-    """Set `labels["return_to_go"]` of trajectories, one number per agent turn in reward units, from a value model's Q
-    or V.
+    """Set `labels["return_to_go"]` of trajectories from the Q or V of a value model.
 
+    The label is a list with one number per agent turn, in reward units. `label` chooses how it is computed:
     "max": R_t = r_t + γ · max(R_{t+1}, V(s_{t+1})), backwards (`qdt_returns_to_go`). It combines good parts of
     different episodes (stitching), but a lucky outcome stays in the label.
     "q": Q(s_t, a_t), the minimum over target heads at the turn's last token. It averages luck out, but depends on Q
