@@ -97,9 +97,9 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """The training and validation data, each a file, a folder or a hub name of scored trajectories.
+    """The data, each a file, folder or hub name: scored trajectories or, for a reward model, comparisons of replies.
 
-    A reward model learns from comparisons of replies instead, or from scored trajectories with loss regression.
+    A reward model with `loss: regression` learns from scored trajectories, too.
     """
 
     train: str | None = setting(None, "Data to learn from; null = no logs, for ppo, which plays in an environment.")
