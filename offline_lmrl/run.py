@@ -1,4 +1,4 @@
-"""One training run as a folder: resolved config, metrics, checkpoints, and the final model at its top.
+"""One training run as a folder: resolved config, metrics, checkpoints, and the final model at the top of the folder.
 
 The command line and `compare` call `train`, which builds the same trainer as a Python program would.
 """
@@ -97,7 +97,10 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """The data: scored trajectories, or for a reward model comparisons, each as a file, a folder or a hub name."""
+    """The data, each a file, folder or hub name: scored trajectories or, for a reward model, comparisons of replies.
+
+    A reward model with `loss: regression` learns from scored trajectories, too.
+    """
 
     train: str | None = setting(None, "Data to learn from; null = no logs, for ppo, which plays in an environment.")
     validation: str | None = setting(None, "Data on which eval_loss is measured; null = no validation.")
@@ -121,7 +124,7 @@ class DataConfig:
 
 
 def build_tokenizer(config: ModelConfig, rows: Rows) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that the model config names, or train one on the text of the data."""
+    """Load the tokenizer that `config` names, or train one on the text of the data `rows`."""
     if config.tokenizer is not None or config.path is not None:
         name = config.tokenizer or config.path
         return load_tokenizer(name, trust_remote_code=config.trust_remote_code)
@@ -136,9 +139,13 @@ def read_data(algorithm: str, data: DataConfig, args: BaseConfig, counts: Counte
     """Read the training and the validation data.
 
     Args:
-      args: the algorithm's settings, some of which have the number of reading `processes`.
-      counts: is filled with the numbers of repaired and dropped rows by reason, and with faults of the groups.
-    Returns: training rows and validation rows; ([], None) for an algorithm that plays and has no data.train.
+      algorithm: name of the algorithm, a key of ALGORITHMS.
+      data: the sources.
+      args: the algorithm's settings; if they have `processes`, that many processes read comparisons.
+      counts: is incremented for each repaired or dropped row, under the reason, and for other faults of the data, such
+        as groups (rows of one root prompt or conversation) that are in both training and validation data.
+    Returns: training rows, and validation rows or None; ([], None) for an algorithm that plays and has no data.train.
+    Raises: InputError if data cannot be read, or if an algorithm that learns from data has no data.train.
     """
     trainer_class = load_algorithm(algorithm)[1]
     if data.train is None:
@@ -167,7 +174,13 @@ def read_data(algorithm: str, data: DataConfig, args: BaseConfig, counts: Counte
 
 
 def scored(source: str, preference: Mapping[str, Any], counts: Counter[str]) -> list[Trajectory]:
-    """Read comparisons and turn them into scored trajectories; see `DataConfig.preference`."""
+    """Read comparisons and turn them into scored trajectories.
+
+    Args:
+      source: file, folder or hub name of the comparisons.
+      preference: the setting `DataConfig.preference`.
+      counts: is incremented for each repaired or dropped row, under the reason.
+    """
     rows, settings = read_comparisons(source, counts=counts), dict(preference)
     if settings.get("reward", "sign") not in get_args(RewardKind):
         settings["reward"] = load_scorer(settings["reward"])
@@ -176,7 +189,11 @@ def scored(source: str, preference: Mapping[str, Any], counts: Counter[str]) -> 
 
 
 def scorer_runs(preference: Mapping[str, Any] | None) -> list[str]:
-    """List all texts in the scorer that makes rewards, each of which may be the folder of a run."""
+    """Return all texts in the specification of the scorer that makes rewards; each may be the folder of a run.
+
+    Args:
+      preference: the setting `DataConfig.preference`, whose `reward` may specify a scorer; None = no scorer.
+    """
 
     def texts(value: Any) -> Iterator[str]:
         if isinstance(value, str):
@@ -195,10 +212,16 @@ def build_trainer(
     args: BaseConfig,
     environment: Any = None,
 ) -> BaseTrainer:
-    """Build the tokenizer, the model and the trainer.
+    """Build the tokenizer, the model and the trainer, and return the trainer.
 
     Args:
+      algorithm: name of the algorithm, a key of ALGORITHMS.
+      model: the origin of the model.
+      rows: the training data.
+      validation: the validation data; None = no validation.
+      args: the algorithm's settings.
       environment: the result of `open_environment`; None for an algorithm that learns from data.
+    Raises: InputError if model, data and settings do not fit together.
     """
     trainer_class = load_algorithm(algorithm)[1]
     transformers.set_seed(args.seed)  # fresh weights and heads follow the run's seed
@@ -220,12 +243,14 @@ def build_trainer(
 
 
 def open_environment(algorithm: str, environment: Mapping[str, Any] | None, players: Mapping[str, Any]) -> Any:
-    """Open the environment that the algorithm plays in.
+    """Make the environment that the algorithm plays in.
 
     Args:
-      environment: `name` and settings of `make_environment`; None = none.
-      players: further arguments of `make_environment` that are objects, such as a partner's policy.
-    Returns: None for an algorithm that learns from data.
+      algorithm: name of the algorithm, a key of ALGORITHMS.
+      environment: arguments of `make_environment`: `name` and the environment's settings; None = no environment.
+      players: further arguments of `make_environment` that are objects, such as the policy of a partner (the model
+        that plays the other side).
+    Returns: the environment or a factory of it, as `rollout` takes it; None for an algorithm that learns from data.
     Raises: InputError if an environment is missing, or given to an algorithm that learns from data.
     """
     if not load_algorithm(algorithm)[1].plays:
@@ -242,7 +267,7 @@ def open_environment(algorithm: str, environment: Mapping[str, Any] | None, play
 def resolved_config(
     algorithm: str, model: ModelConfig, data: DataConfig, args: BaseConfig, environment: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Return all settings that determine the run's result, as plain values."""
+    """Return all settings that determine the run's result, as plain values: the main part of config.yaml."""
     played = {} if environment is None else {"environment": dict(environment)}
     values = {
         name: value
@@ -266,12 +291,15 @@ def input_hashes(
     """Hash the inputs that a run names by path, so that a changed input is noticed when the run is resumed.
 
     Args:
-      demonstrations: source of few-shot demonstrations; None = none.
-      reference: source of the replies on which a reward model is normalised; None = none.
+      model: the origin of the model.
+      rows: the training data.
+      validation: the validation data; None = no validation.
+      demonstrations: file, folder or hub name of few-shot demonstrations; None = there are none.
+      reference: file, folder or hub name of the replies on which a reward model is normalised; None = there are none.
       value_model: folder or hub name of the run whose values this run learns from, or from which PPO's V starts; None
-        = none.
-    Returns: sha256 by name of data, demonstrations, reference and the weights in local folders; None for validation
-      data or starting weights that are not there.
+        = there is none.
+    Returns: input -> sha256, with the keys "train", "validation" and "start_weights", and "demonstrations",
+      "reference" and "value_weights" if these are given. None = no validation data, or no weights in a local folder.
     """
     found = {
         "train": data_hash(rows),
@@ -285,7 +313,7 @@ def input_hashes(
 
 
 def weights_hash(folder: str | None) -> str | None:
-    """Return the sha256 of the weights in a local folder, None if there are none."""
+    """Return the sha256 of the *.safetensors files in a local folder; None if there are none."""
     files = sorted(Path(folder).glob("*.safetensors")) if folder else []
     if not files:
         return None
@@ -297,13 +325,16 @@ def weights_hash(folder: str | None) -> str | None:
 
 
 def value_model_of(args: BaseConfig) -> str | None:
-    """Return the run whose values this one learns from or starts from; None if PPO's V uses the policy or its copy."""
+    """Return the folder or hub name in the setting `value_model`: a model whose values this run learns or starts from.
+
+    None if there is none, as for PPO with V from the policy or a copy of it.
+    """
     name = getattr(args, "value_model", None)
     return None if name in getattr(args, "own_value_models", ()) else name
 
 
 def demonstrations_of(args: BaseConfig) -> str | None:
-    """Return the source of few-shot demonstrations; None if there are none or they come from the training data."""
+    """Return the file, folder or hub name of few-shot demonstrations; None = none, or those of the training data."""
     few_shot = getattr(args, "few_shot", None)
     return few_shot and few_shot.demonstrations
 
@@ -311,9 +342,12 @@ def demonstrations_of(args: BaseConfig) -> str | None:
 def run_there(folder: Path, config: dict[str, Any]) -> Literal["none", "same", "shorter"]:
     """Compare the run in a folder with a config.
 
-    Returns: "none" = no run, or one that died before its first checkpoint; "same" = this run; "shorter" = this run
-      with fewer steps, which can be extended.
-    Raises: InputError if the folder holds another run; it names all settings that differ.
+    Args:
+      folder: the folder.
+      config: the resolved config of the run that is asked for.
+    Returns: "same" = the folder holds this run; "shorter" = it holds this run with fewer steps or epochs, which can be
+      extended; "none" = it holds no run, or another run that ended before its first checkpoint.
+    Raises: InputError if the folder holds another run; the message names all settings that differ.
     """
     file = folder / "config.yaml"
     if not file.exists():
@@ -336,7 +370,10 @@ def _is_longer(name: str, there: Any, here: Any) -> bool:
 
 
 def _hold(folder: Path, args: BaseConfig, held: ExitStack) -> None:
-    """Lock the folder in the process that writes there, and raise in all processes if that fails."""
+    """Lock the folder in the process that writes there, until `held` is closed; if that fails, raise in all processes.
+
+    Raises: InputError if another command holds the lock.
+    """
     refused: list[InputError | None] = [None]
     if args.should_save:
         try:
@@ -364,12 +401,18 @@ def train(
     Counts of dropped data are logged before training starts, and stored in `complete.json`.
 
     Args:
-      environment: `name` and settings of `make_environment`, for an algorithm that plays.
-      players: further arguments of `make_environment` that are objects, such as a partner's policy.
-      settings: settings with which the data were made, added to the run's config.
-      costs: costs of making the data, added to the costs in `complete.json`.
-    Returns: the run directory. `LanguagePolicy.load` opens it, or `load_scorer` if it is a reward model; transformers
+      algorithm: name of the algorithm, a key of ALGORITHMS.
+      model: the origin of the model.
+      data: the training and validation data.
+      args: the algorithm's settings; `output_dir` is the run's folder.
+      environment: arguments of `make_environment`: `name` and the environment's settings, for an algorithm that plays.
+      players: further arguments of `make_environment` that are objects, such as the policy of a partner (the model
+        that plays the other side).
+      settings: settings with which the data were made, added to the run's config.yaml.
+      costs: costs of making the data by name, added to those in `complete.json`.
+    Returns: the run's folder. `LanguagePolicy.load` opens it, or `load_scorer` if it is a reward model; transformers
       opens it too.
+    Raises: InputError if an input is wrong, or if the folder holds another run; Stopped after SIGTERM or SIGINT.
     """
     folder = Path(args.output_dir)
     counts: Counter[str] = Counter()
@@ -419,7 +462,7 @@ def train(
 
 
 def _say_start(trainer: BaseTrainer, folder: Path, checkpoint: Path | None, extended: bool) -> None:
-    """Log the step from which training resumes, and warn that the schedule of an extended run changes."""
+    """Log the step from which training resumes, and warn if the schedule changes because the run is extended."""
     if checkpoint is None:
         return
     step, steps = step_of(checkpoint), trainer.total_steps
@@ -435,9 +478,12 @@ def _say_start(trainer: BaseTrainer, folder: Path, checkpoint: Path | None, exte
 
 
 def read_report(folder: str | Path) -> dict[str, Any]:
-    """Read the complete.json of a run.
+    """Return the contents of complete.json, the report that a run writes when it ends.
 
-    Raises: InputError if it is damaged.
+    They are costs (`steps`, `training_tokens` and others), measurements, `start_tokens` and `before` (training tokens
+    of the runs that this run builds on: the sum, and by folder), and `counts` of faults in the data.
+
+    Raises: InputError if the file is missing or damaged.
     """
     file = Path(folder) / COMPLETE
     advice = "the report of a finished run; remove this file and train again, which finishes the run"
@@ -450,9 +496,9 @@ def read_report(folder: str | Path) -> dict[str, Any]:
 
 
 def runs_before(*folders: str | None) -> dict[str, int]:
-    """Return the training tokens of the runs in these folders and of the runs that they build on, by folder.
+    """Return the training tokens of the runs in these folders and of all runs that they build on, by folder.
 
-    A run that is reached in several ways is counted once. Folders without a complete run are skipped.
+    A run on which several others build is in the result once. None and folders without a complete run are skipped.
     """
     found: dict[str, int] = {}
     for folder in filter(None, folders):
@@ -469,10 +515,10 @@ def dry_run(
     args: BaseConfig,
     environment: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Build everything without training.
+    """Build everything that `train` builds, with the same arguments, but do not train.
 
-    Returns: the trainer's plan (such as rows, tokens and steps), numbers of parameters, memory in bytes (fp32, AdamW),
-      and counts of dropped data.
+    Returns: number by name: the trainer's plan (such as rows, tokens and steps), numbers of parameters, memory in
+      bytes (fp32, AdamW), and counts of dropped data.
     """
     args, counts = copy.copy(args), Counter()
     with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer creates output_dir

@@ -18,6 +18,8 @@ ALGORITHMS = {
 def load_algorithm(name: str) -> tuple[type, type]:
     """Import an algorithm by name.
 
+    Args:
+      name: a key of ALGORITHMS.
     Returns: its config class and its trainer class.
     Raises: InputError if the name is unknown.
     """

@@ -5,14 +5,14 @@ heads:
 
     L = −min(exp(β_w · (min_i Q̄_i(s,a) − V(s))), c) · log π(a|s)            over the agent's N action tokens
 
-The paper calls β_w an inverse temperature, and its code sets c = 100. Weights carry no gradient. The value model,
-usually an ILQL run, has learnt Q and V before. It evaluates the same windows as the policy, so every action token has
-one fixed weight.
+with twin target heads Q̄_i. The paper calls β_w an inverse temperature, and its code sets c = 100. Weights carry no
+gradient. The value model, usually an ILQL run, has learnt Q and V before. It evaluates the same windows (rows of
+tokens cut from the trajectories) as the policy, so every action token has one fixed weight.
 
 Deviations from the paper:
 - The value model is trained first and frozen, instead of beside the policy (the policy never enters its losses).
-- Advantages are in the value model's scaled reward units, as in ILQL's own weighted loss: β_w is per range of the
-  training returns. In the paper each task scales returns in its own way.
+- Advantages are in the value model's scaled reward units, as in ILQL's weighted loss: a reward is divided by the range
+  of the training returns, so β_w is per range. In the paper each task scales returns in another way.
 - An action is a token, not a reply, so weights vary along a reply.
 `inverse_temperature: 0` makes all weights 1, which is behaviour cloning.
 """
@@ -42,7 +42,7 @@ from offline_lmrl.training.trainer import OfflineTrainer
 
 @dataclass
 class AWRConfig(OfflineConfig):
-    """The settings of policy extraction. Numbers in square brackets are the paper's."""
+    """The settings of AWR. A number in square brackets in a help text is the paper's value."""
 
     value_model: str | None = setting(
         None,
@@ -64,11 +64,13 @@ class AWRConfig(OfflineConfig):
 
 
 def awr_loss(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: AWRConfig) -> tuple[Tensor, Tensor]:
-    """Compute the loss and the weight of each action token.
+    """Compute the loss and the weight of each of N action tokens (tokens that the agent wrote).
 
     Args:
-      outputs: log_prob (N,) of the policy.
-      steps: `ActionSteps` with the value model's `advantage` (N,) in scaled reward units.
+      outputs: "log_prob" (N,), log π(a|s) of the policy in nats.
+      steps: `ActionSteps` (tokens/batching.py) with a further entry "advantage" (N,), Q − V of the value model, in
+        scaled reward units.
+      config: gives β_w (`inverse_temperature`) and c (`weight_clip`).
     Returns: loss and weight, each (N,).
     """
     weight = awr_weight(steps["advantage"], config.inverse_temperature, config.weight_clip)
@@ -76,10 +78,10 @@ def awr_loss(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config:
 
 
 class AWRTrainer(OfflineTrainer):
-    """A trainer of a plain policy; see `OfflineTrainer` for the arguments.
+    """A trainer of a policy without value heads by advantage-weighted regression; arguments as for `OfflineTrainer`.
 
-    The value model evaluates all windows once, while the trainer is built, each rank a share of them. Then it is
-    released.
+    While the trainer is built, the value model computes the advantages of all windows (rows of tokens cut from the
+    trajectories) once, each rank a share of them. Then the value model is released.
     """
 
     algorithm = "awr"

@@ -3,8 +3,9 @@
     L = −log π(a|s), averaged over the agent's action tokens of the trajectories that are kept.
 
 BC keeps all trajectories. Filtered BC (%BC: Chen et al. 2021, Decision Transformer; Snell et al. 2022) keeps the best
-by total return: a share of them, over all data or within each group, and those at or above a threshold. It is the
-baseline to beat. If the best episodes alone do not cover every situation, start it from a BC checkpoint.
+by total return: a share of all trajectories, or of each group (trajectories from one root prompt or conversation), and
+of these the trajectories at or above a threshold. It is the baseline to beat. If the best episodes alone do not cover
+every situation, start filtered BC from a run of BC.
 """
 
 import math
@@ -43,15 +44,17 @@ class BCConfig(OfflineConfig):
 def keep_best(
     trajectories: Sequence[Trajectory], share: float = 1.0, above: float | None = None, per_group: bool = False
 ) -> list[Trajectory]:
-    """Select the best trajectories by total return, in their original order; of equal ones the earlier come first.
+    """Return the trajectories with the highest total return, in their original order.
 
-    The total return of a trajectory that was cut off is the sum of its logged rewards.
+    The total return is the sum of the logged rewards, even if the episode was cut off. Of trajectories with equal
+    returns, the earlier ones are kept.
 
     Args:
-      share: share to keep, in (0, 1]; at least one trajectory per group (or overall) passes it.
+      trajectories: the trajectories to choose from.
+      share: share to keep, in (0, 1]. At least one trajectory per group (or overall) is kept, before `above` applies.
       above: least total return to keep, in reward units; None = no threshold.
-      per_group: take the share within each group instead of over all trajectories.
-    Raises: InputError if the threshold leaves none.
+      per_group: True: keep the share of each group; False: keep the share of all trajectories.
+    Raises: InputError if no trajectory is left.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index, trajectory in enumerate(trajectories):
@@ -69,7 +72,7 @@ def keep_best(
 
 
 class BCTrainer(OfflineTrainer):
-    """A trainer of a plain policy; see `OfflineTrainer` for the arguments."""
+    """A trainer of a policy without value heads by behaviour cloning; arguments as for `OfflineTrainer`."""
 
     algorithm = "bc"
 

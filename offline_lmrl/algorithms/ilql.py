@@ -46,9 +46,10 @@ from offline_lmrl.training.trainer import KNOWN_TURN, OfflineTrainer, TargetUpda
 
 @dataclass
 class ILQLConfig(OfflineConfig):
-    """The settings of ILQL. Numbers in square brackets are those of the paper's code.
+    """The settings of ILQL. A number in square brackets in a help text is the value in the paper's code.
 
-    beta, q_reduce, support, candidates and clip are saved with the run, which is decoded by them.
+    `beta`, `q_reduce`, `support`, `candidates` and `clip` are decoding settings: they are saved with the run and used
+    when it plays.
     """
 
     value_heads: Literal["tied", "linear", "mlp"] = setting(
@@ -136,19 +137,21 @@ class ILQLConfig(OfflineConfig):
 
 
 def decoding_fields(config: ILQLConfig) -> dict[str, Any]:
-    """Return the DecodingConfig fields that are saved with the run."""
+    """Return the fields of DecodingConfig that are saved with the run, by name."""
     return {name: getattr(config, name) for name in ("beta", "q_reduce", "support", "candidates", "clip")}
 
 
 def ilql_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: ILQLConfig) -> dict[str, Tensor]:
-    """Compute the four loss terms per action token, without their weights in the total loss.
+    """Compute the loss terms of each of N action tokens, not yet multiplied by their weights in the total loss.
 
     Args:
-      outputs: packed outputs of the guided model's forward (models/guided.py): log_prob, q, target_q, v, next_v,
-        end_v, and logsumexp_q if conservative_weight is above 0.
-      steps: `ActionSteps`.
-    Returns: q, v, policy and, if its weight is above 0, conservative, each (N,). Value terms are 0 at steps without a
-      target.
+      outputs: packed outputs of the guided model's forward pass (`guided_class` in models/guided.py): log_prob, v,
+        target_q, next_v and end_v, each (N,); q and, if conservative_weight is above 0, logsumexp_q, each (2, N) for
+        twin heads.
+      steps: `ActionSteps` (tokens/batching.py), (N,) each.
+      config: the settings.
+    Returns: "q", "v", "policy" and, if its weight is above 0, "conservative", each (N,). "q", "v" and "conservative"
+      are 0 at steps without a target.
     """
     target = td_target(steps["reward"], outputs["next_v"], steps["bootstrap"], steps["discount"])
     if config.monte_carlo > 0:
@@ -169,11 +172,16 @@ def ilql_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], conf
 
 
 def utterance_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: ILQLConfig) -> Tensor:
-    """Compute the losses of Q and V of whole replies, one step for each of the M agent turns.
+    """Compute the loss of Q and V of whole replies for each of the batch's M agent turns.
 
-    These are the TD and expectile losses of the module docstring with a reply as the action (Snell et al. 2022, the
+    It is the sum of L_Q and L_V in the module docstring with a whole reply as the action (Snell et al. 2022, the
     per-utterance variant).
 
+    Args:
+      outputs: packed outputs of the guided model's forward pass: utterance_q (2, M) for twin heads; utterance_v,
+        utterance_target_q and utterance_next_v, each (M,).
+      steps: `ActionSteps` (tokens/batching.py), (N,) each.
+      config: the settings.
     Returns: (M,), 0 at turns without a target.
     """
     close = steps["closes_turn"]
@@ -185,7 +193,7 @@ def utterance_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor],
 
 
 class ILQLTrainer(OfflineTrainer):
-    """A trainer of policy, Q and V together on scored trajectories; see `OfflineTrainer` for the arguments."""
+    """A trainer of policy, Q and V together on scored trajectories; arguments as for `OfflineTrainer`."""
 
     algorithm = "ilql"
     rows_for_next_v = True
@@ -202,10 +210,10 @@ class ILQLTrainer(OfflineTrainer):
         return StepRule(args.discount_per_token, args.discount_per_turn, args.bootstrap_from_turn)
 
     def fit_scale(self, model, train, args: ILQLConfig) -> RewardScale:
-        """Reuse the reward scale stored with existing value heads, whose outputs are in that unit; else fit one.
+        """Return the reward scale stored with the model's value heads, whose outputs are in that unit; else fit one.
 
-        Raises: InputError if `reward_scale` differs from the stored scale, or if the shift of the stored scale would
-          change this task.
+        Raises: InputError if the setting `reward_scale` differs from the stored scale, or if the stored shift of
+          rewards would change this task (see `RewardScale`).
         """
         fitted = super().fit_scale(model, train, args)
         stored = run_metadata(model.config).get("reward_scale")
@@ -226,9 +234,10 @@ class ILQLTrainer(OfflineTrainer):
         return found
 
     def return_ids(self, model, train, args: ILQLConfig):
-        """Return null ids, so that a return-conditioned model learns values under the null condition.
+        """Return the function that maps a trajectory to null ids (no requested return) before its agent turns.
 
-        A return in the context would leak the outcome. None for a model that is not conditioned on returns.
+        A return-conditioned model learns values under the null condition, because a return in the context would leak
+        the outcome. None for a model that is not conditioned on returns.
         """
         tokens = return_tokens_of(model, self.renderer)
         return tokens and tokens.nulls

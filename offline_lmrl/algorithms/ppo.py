@@ -1,17 +1,18 @@
 """Proximal policy optimisation (Schulman et al. 2017) for language, as RLHF runs it (Ziegler et al. 2019).
 
 PPO is the only algorithm here that generates its own data. `iterate` is one iteration, top to bottom: the sampler
-plays episodes, which become packed steps as in the offline algorithms (the sampled token ids are kept, nothing is
-tokenised again); one pass computes log-probabilities and V of all steps; K epochs of minibatches follow. Over the
-agent's N tokens:
+plays episodes; they are encoded, as in the offline algorithms, as windows (rows of tokens) with packed steps, one for
+each token that the agent wrote (the sampled token ids are kept, nothing is tokenised again); one pass computes
+log-probabilities and V of all steps; K epochs of minibatches follow. Over the agent's N tokens:
 
     r_t = score on the token that closes a turn − β · (log π − log π_ref)          A: GAE of r and V, across env. text
     L   = max(−A ρ, −A clip(ρ, 1 ± ε)) + c_v · ½ max((V − G)², (V_clipped − G)²) − c_e · H  [+ γ · −log π(log)]
 
-π_ref is the model at the start: a frozen copy or, when a fresh adapter is trained, the same model with the adapter
-off. The ratio ρ = π / π_old takes π_old from the learner itself: its log-probabilities before the first step of the
-iteration, at the sampler's temperature and under its filters. In the first iteration these must agree with the
-sampler's own log-probabilities, and π with π_ref; otherwise the run stops before anything is learnt.
+G is A + V before the update, and "log" marks logged data (`ptx_weight`). π_ref is the model at the start: a frozen
+copy or, when a fresh adapter is trained, the same model with the adapter off. The ratio is ρ = π / π_old, where π_old
+is computed by the learner (the model in training), before the first optimizer step of the iteration, at the sampler's
+temperature and under its filters. In the first iteration π_old must agree with the log-probabilities that the sampler
+reported, and π with π_ref; otherwise the run stops before anything is learnt.
 
 Deviations from the papers and from OpenAI's code, each a setting:
 - An episode may have many turns, each with its own reward.
@@ -90,7 +91,7 @@ SUMS = ("episodes", "environment_steps", "reward_queries", "generated_tokens", "
 
 @dataclass
 class PPOConfig(OfflineConfig):
-    """The settings of PPO. Numbers in square brackets are OpenAI's (Ziegler et al. 2019).
+    """The settings of PPO. A number in square brackets in a help text is OpenAI's value (Ziegler et al. 2019).
 
     Of the inherited settings, PPO uses context, stride, max_length, template, reward_scale (a plain divisor, 1 if not
     given), output_dir, seed, max_steps, per_device_train_batch_size, learning_rate, lr_scheduler_type,
@@ -250,10 +251,11 @@ class PPOConfig(OfflineConfig):
 
 
 def log_distribution(logits: Tensor, temperature: float, kept: Tensor | None) -> Tensor:
-    """Return log π at the temperature of the rollout, over the tokens that its filters kept.
+    """Return log π over the vocabulary, at the temperature of the rollout and over the tokens that its filters kept.
 
     Args:
       logits: (N, V).
+      temperature: temperature of the rollout, above 0.
       kept: (N, V) bool, False for tokens that were filtered out; None = all are kept.
     Returns: (N, V) fp32, −inf for tokens that are not kept.
     """
@@ -262,12 +264,15 @@ def log_distribution(logits: Tensor, temperature: float, kept: Tensor | None) ->
 
 
 def ppo_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: PPOConfig) -> dict[str, Tensor]:
-    """Compute the weighted terms of L per agent token.
+    """Compute the value, policy and entropy terms of L, times their weights, for each of N agent tokens.
 
     Args:
-      outputs: v (N,); log_prob (N,) unless only V learns; and entropy (N,) if entropy_weight is above 0.
-      steps: `ActionSteps` with behaviour_log_prob, behaviour_v, advantage and returns, each (N,).
-    Returns: value and, if given, policy and entropy, each (N,), 0 at steps without a target.
+      outputs: "v" (N,); "log_prob" (N,) of the token, unless only V learns; "entropy" (N,) if its weight is above 0.
+      steps: `ActionSteps` (tokens/batching.py) with the further entries behaviour_log_prob and behaviour_v (log π and
+        V before the update), advantage and returns, each (N,).
+      config: the settings.
+    Returns: "value" and, if `outputs` has their inputs, "policy" and "entropy", each (N,); 0 at steps without a
+      target.
     """
     known, clip = steps["has_target"], config.value_clip_range or math.inf
     loss = value_loss(outputs["v"], steps["behaviour_v"], steps["returns"], clip)
@@ -284,13 +289,15 @@ class PPOTrainer(LoopTrainer):
     """A trainer of a policy that plays in an environment.
 
     Args:
-      model: a causal LM, or a folder or hub name of one. Value heads and a table of returns are removed from it.
+      model: a causal LM, or the folder or hub name of one. Value heads and the embedding of returns are removed.
       args: the settings.
       environment: any environment that `rollout` takes, such as prompts with a scorer (environments/prompts.py).
       ptx_dataset: logged trajectories for `ptx_weight`; None = no such data.
-      processing_class: the tokenizer; None = the one stored with the model.
-      peft_config: configuration of an adapter that is trained instead of the trunk; the reference is then the model
-        without the adapter. None = the trunk is trained.
+      processing_class: the tokenizer; None = the one saved with the model.
+      peft_config: a config of peft, such as LoraConfig, for an adapter that is trained instead of the trunk; the
+        reference is then the model without the adapter. None = train the trunk.
+
+    Raises: InputError if settings, model, data and environment do not fit together.
     """
 
     algorithm = "ppo"
@@ -357,10 +364,10 @@ class PPOTrainer(LoopTrainer):
         self.tokens_read = 0  # by this process since the last row of metrics
 
     def _open_value_model(self) -> PreTrainedModel:
-        """Load the model that `value_model` names.
+        """Load the model that the setting `value_model` names.
 
-        Raises: InputError if its tokens differ from the policy's, or if it is a reward model at whose score V cannot
-          start.
+        Raises: InputError if its tokens differ from the policy's, or if it is a reward model whose score cannot be the
+          initial V.
         """
         args, name = self.args, self.args.value_model
         is_reward = is_reward_model(name)
@@ -393,7 +400,11 @@ class PPOTrainer(LoopTrainer):
     def _freeze_unreached(self, module: ActorCritic) -> None:
         """Freeze the parameters that get no gradient from the policy's logits or from V.
 
-        The test dialogue is long, because some parts of a model are used for long texts only.
+        They are found by one forward pass on a made-up dialogue. It is long, because some parts of a model are used
+        for long texts only.
+
+        Args:
+          module: policy and V, on the training device.
         """
         long = "a " * (self.args.max_length // 4)
         dialogue = Trajectory((Turn("user", long), Turn("assistant", "b", reward=0.0)))
@@ -404,7 +415,13 @@ class PPOTrainer(LoopTrainer):
             self.accelerator.ddp_handler.find_unused_parameters = True
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
-        """Run all iterations, or those after the given checkpoint; write metrics and checkpoints to output_dir."""
+        """Run all iterations; write metrics and checkpoints to output_dir.
+
+        Args:
+          resume_from_checkpoint: folder of the checkpoint after which training continues; None = start anew.
+        Raises: InputError if the checkpoint cannot be loaded, or if training fails (`check_start`, `max_kl`, a
+          gradient that is not finite); Stopped after a signal.
+        """
         args = self.args
         self.begin(resume_from_checkpoint)
         self.remove_rollouts_from(self.iteration)
@@ -416,7 +433,7 @@ class PPOTrainer(LoopTrainer):
         self.log({"train_runtime": time.monotonic() - started})
 
     def iterate(self, bar: tqdm) -> None:
-        """Run one iteration: play episodes, learn from them, and log a row of metrics."""
+        """Run one iteration: play episodes, learn from them, and log a row of metrics; `bar` shows the progress."""
         args, at = self.args, time.monotonic()
         trajectories = self.play(bar)
         played = time.monotonic()
@@ -446,7 +463,12 @@ class PPOTrainer(LoopTrainer):
     # Acting.
 
     def play(self, bar: tqdm | None = None) -> list[Trajectory]:
-        """Play this process's share of the iteration's episodes; no seed is used twice in a run."""
+        """Play this process's share of the iteration's episodes; no seed is used twice in a run.
+
+        Args:
+          bar: shows the number of episodes played; None = no progress bar.
+        Returns: one trajectory per episode, with the environment's rewards.
+        """
         args = self.args
         # Iterations, and runs that differ in their seed alone, get disjoint ranges of episode seeds.
         first = args.first_seed + (args.seed * args.max_steps + self.iteration) * args.episodes
@@ -467,9 +489,10 @@ class PPOTrainer(LoopTrainer):
                 file.unlink()
 
     def scored(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """Return the trajectories with the scores that PPO learns from.
+        """Return the trajectories with each agent turn's reward replaced by the score that PPO learns from.
 
-        The order is: unfinished turns, then `scale_scores`, then `clip_scores`.
+        The changes are made in this order: `unfinished_score` and `unfinished_penalty`, then `scale_scores`, then
+        `clip_scores`.
         """
         args, ends = self.args, self.renderer.close_ids
         turns = [turn for t in trajectories for turn in t.turns if turn.is_trainable]
@@ -493,7 +516,12 @@ class PPOTrainer(LoopTrainer):
 
     @torch.no_grad()
     def observe(self, trajectories: Sequence[Trajectory]) -> Experience:
-        """Encode episodes and compute, per step, log π, log π_ref, V of this state and V of the next one."""
+        """Encode episodes and compute the model's outputs at all N steps (agent tokens) before the first update.
+
+        Returns: the encoded episodes with further columns, (N,) each: "behaviour_log_prob" (log π_old), "ref_log_prob"
+          (log π_ref), "sampled_log_prob" (as the sampler reported it), "behaviour_v" (V of the state), "next_v" (V of
+          the next state), "entropy", and "place" (the index of the step).
+        """
         args, play = self.args, self.args.play
         experience = Experience.of(trajectories, self.encoder, self.counts, self.renderer.close_id)
         windows, allowed = experience.windows, self._allowed(trajectories, experience)
@@ -542,7 +570,7 @@ class PPOTrainer(LoopTrainer):
             return (self.reference or self.policy).packed_logits(steps["row"], steps["state"], **inputs)[0]
 
     def _allowed(self, trajectories: Sequence[Trajectory], experience: Experience) -> list[set[int] | None] | None:
-        """Return, per step, the tokens that the environment's options allowed.
+        """Return, per step, the token ids that the environment's options (the only texts allowed in a turn) left open.
 
         None for a step = all tokens; None instead of a list = no episode has options.
         """
@@ -568,7 +596,7 @@ class PPOTrainer(LoopTrainer):
     def check_start(self, experience: Experience) -> None:
         """Check, before the first update, that the policy equals its reference and that sampler and learner agree.
 
-        Raises: InputError if either does not hold; it names which.
+        Raises: InputError that names which of the two is not so.
         """
         log_prob = experience.column("behaviour_log_prob")
         kl = (log_prob - experience.column("ref_log_prob")).abs().max().item()
@@ -588,7 +616,12 @@ class PPOTrainer(LoopTrainer):
     # Crediting.
 
     def credit(self, experience: Experience) -> dict[str, float]:
-        """Add advantages and returns to the experience; return metrics of the iteration before its update."""
+        """Add the columns "advantage" and "returns" (N,) to the encoded episodes, in place.
+
+        Args:
+          experience: the result of `observe`.
+        Returns: metrics of the iteration before its update, by name, averaged over the processes.
+        """
         args = self.args
         column, known = experience.column, experience.column("has_target").bool()
         log_prob, ref_log_prob = column("behaviour_log_prob"), column("ref_log_prob")
@@ -620,7 +653,12 @@ class PPOTrainer(LoopTrainer):
     # Learning.
 
     def update(self, experience: Experience) -> dict[str, float]:
-        """Run K epochs of minibatches over shuffled windows, none of which is split; return mean statistics."""
+        """Run K epochs of minibatches over shuffled windows (rows of tokens); return mean statistics by name.
+
+        Args:
+          experience: the encoded episodes, with advantages and returns.
+        Raises: InputError if there are fewer windows than minibatches.
+        """
         args, rows = self.args, []
         dice = np.random.default_rng([args.seed, self.iteration, args.process_index])
         if len(experience.windows) < args.minibatches:
@@ -642,12 +680,13 @@ class PPOTrainer(LoopTrainer):
     def minibatch(
         self, experience: Experience, index: np.ndarray, dice: np.random.Generator
     ) -> dict[str, float] | None:
-        """Take one optimizer step on these windows and return its statistics.
+        """Take one optimizer step on some windows.
 
         Args:
-          index: numbers of the windows in `experience`.
-          dice: generator that draws the logged windows for `ptx_weight`.
-        Returns: None, without a step, if `stop_kl` is exceeded.
+          experience: the encoded episodes.
+          index: indices of the windows in `experience`.
+          dice: the random generator that draws the logged windows for `ptx_weight`.
+        Returns: statistics of the step by name; None, without a step, if `stop_kl` is exceeded.
         """
         args, size = self.args, self.args.per_device_train_batch_size
         warming = self.iteration < args.value_warmup
@@ -691,12 +730,14 @@ class PPOTrainer(LoopTrainer):
     def ppo_terms(
         self, experience: Experience, index: np.ndarray, warming: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Compute the weighted terms of L on these windows.
+        """Compute the terms of L, times their weights, on some windows.
 
         Args:
-          warming: True while only the value head learns.
-        Returns: the terms by name, each (N,), and the detached inputs of the statistics by name, one number per step
-          with a target.
+          experience: the encoded episodes.
+          index: indices of the windows in `experience`.
+          warming: True while only the value head learns (`value_warmup`).
+        Returns: the terms by name, each (N,) for the N steps of the windows; and the inputs of the statistics by name,
+          without gradient, one number per step with a target.
         """
         args, batch = self.args, self._batch(experience.windows, index)
         steps, known = batch["steps"], batch["steps"]["has_target"]
@@ -714,7 +755,11 @@ class PPOTrainer(LoopTrainer):
         return losses, {name: value.detach()[known] for name, value in compared.items()}
 
     def ptx_terms(self, index: np.ndarray) -> dict[str, Tensor]:
-        """Return γ · −log π of the agent's logged tokens in these windows, (N,)."""
+        """Return the loss on logged data, "ptx" -> (N,): ptx_weight · −log π of the N agent tokens in its windows.
+
+        Args:
+          index: indices of logged windows.
+        """
         batch = self._batch(self.ptx, index)
         with self.accelerator.autocast():
             logits = self.wrapped(batch)["logits"].float()
@@ -758,7 +803,11 @@ class PPOTrainer(LoopTrainer):
     # Accounting.
 
     def episode_metrics(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        """Return means over the episodes as the environment scored them, and add their counts to the totals."""
+        """Return means over the episodes, by name, and add the numbers in SUMS to the run's totals.
+
+        Args:
+          trajectories: the episodes of this process, with the environment's rewards.
+        """
         turns = [turn for t in trajectories for turn in t.turns if turn.is_trainable]
         tokens = sum(len(turn.token_ids) for turn in turns)
         scored = sum(turn.reward is not None for turn in turns)
@@ -778,7 +827,7 @@ class PPOTrainer(LoopTrainer):
         )
 
     def plan(self) -> dict[str, int]:
-        """Return the numbers of iterations, episodes and optimizer steps that `train` would run."""
+        """Return the numbers of iterations, episodes and optimizer steps that `train` would run, by name."""
         args = self.args
         return {
             "iterations": args.max_steps,

@@ -2,21 +2,23 @@
 
     L = −log π(a | s, R̂)          R̂_k = r_k + γ R̂_{k+1}, the return-to-go at the start of the agent's turn k
 
-averaged over the agent's action tokens. R̂ is binned and placed before the opening of every agent turn, as one
-reserved id with its own embedding row (models/return_embedding.py) or as plain text. In play the requested return
-takes its place and is updated with every reward received, R̂ ← (R̂ − r) / γ (decoding/asks.py). Preference labels are
-the case of two bins: rewards +1 and −1 give a "good" and a "bad" control token.
+averaged over the agent's action tokens. R̂ is binned and placed before the opening (the first tokens, such as a role
+header) of every agent turn, as one reserved id with an embedding row of its own (models/return_embedding.py) or as
+plain text. In play the requested return takes the place of R̂ and is updated with every reward received,
+R̂ ← (R̂ − r) / γ (decoding/asks.py). Preference labels are the case of two bins: rewards +1 and −1 give a "good" and a
+"bad" control token.
 
 Deviations from the paper, all for text and pretrained models:
 - There is one id per turn, in ordinal bins, instead of an embedded number per step. The LM and its vocabulary stay as
   they are.
-- In a share of the windows the condition is null, so the same weights are also the plain policy, and guidance between
-  both is possible (Ho and Salimans 2022, Classifier-Free Diffusion Guidance).
+- In a share of the windows (rows of training tokens) the condition is null: a reserved id for "no return requested"
+  replaces each return. The same weights are therefore also the plain policy, and guidance between both is possible (Ho
+  and Salimans 2022, Classifier-Free Diffusion Guidance).
 - The loss is the LM's own cross-entropy over the agent's tokens.
 
 With a `value_model` the algorithm is the Q-learning Decision Transformer (QDT: Yamagata, Khalil, Santos-Rodriguez
 2023): before training, the value model's V or Q replaces logged returns R̂ (`relabel` in decoding/value_model.py; by
-default where V is above the logged return). That restores stitching.
+default where V is above the logged return). That restores stitching: good parts of different episodes are combined.
 
 With `return_weight` the model also learns the outcomes of turns (models/return_heads.py), and with
 `environment_weight` the environment's replies. Together they are the Trajectory Transformer (Janner, Li, Levine 2021)
@@ -55,11 +57,13 @@ TABLE_RATE = 10.0  # learning rate of the return table, as a multiple of the mod
 
 @dataclass
 class ReturnConditionedConfig(OfflineConfig):
-    """The settings of return conditioning. Numbers in square brackets are the paper's.
+    """The settings of return conditioning. A number in square brackets in a help text is the paper's value.
 
-    A model that was already trained with returns keeps its bins, and bins, binning, per, discount_per_turn, condition
-    and text are unused. ask, condition_scale, beta, q_reduce, support, candidates and clip are saved with the run,
-    which is decoded by them.
+    A model that was already trained with returns keeps its return bins and encodes returns as before: for these,
+    `bins`, `binning`, `per`, `discount_per_turn`, `condition` and `text` are then ignored.
+
+    `ask`, `condition_scale`, `beta`, `q_reduce`, `support`, `candidates` and `clip` are decoding settings: they are
+    saved with the run and used when it plays.
     """
 
     bins: int = setting(32, "Largest number of bins of the returns; 2 to 8 suit small data.")
@@ -163,13 +167,13 @@ class ReturnConditionedConfig(OfflineConfig):
 
 
 def decoding_fields(config: ReturnConditionedConfig) -> dict[str, Any]:
-    """Return the DecodingConfig fields that are saved with the run."""
+    """Return the fields of DecodingConfig that are saved with the run, by name."""
     names = ("ask", "condition_scale", "beta", "q_reduce", "support", "candidates", "clip")
     return {name: getattr(config, name) for name in names}
 
 
 class ReturnConditionedTrainer(OfflineTrainer):
-    """A trainer of a policy that is conditioned on the requested return; see `OfflineTrainer` for the arguments."""
+    """A trainer of a policy that is conditioned on the requested return; arguments as for `OfflineTrainer`."""
 
     algorithm = "return_conditioned"
 
@@ -193,9 +197,9 @@ class ReturnConditionedTrainer(OfflineTrainer):
         return StepRule(discount_per_turn=args.discount_per_turn)
 
     def fit_scale(self, model, train, args: ReturnConditionedConfig) -> RewardScale:
-        """Reuse the reward scale stored with existing value or return heads, whose outputs are in that unit; else fit.
+        """Return the scale stored with the model's value or return heads, whose outputs are in this unit, or fit one.
 
-        The returns of the condition do not depend on it: they are in the units of the logged rewards.
+        The returns on which the model is conditioned do not depend on it: they are in the units of the logged rewards.
         """
         stored = run_metadata(model.config).get("reward_scale")
         heads = (getattr(model, name, None) for name in ("value_heads", "return_heads"))
@@ -255,7 +259,10 @@ class ReturnConditionedTrainer(OfflineTrainer):
         return {"decoding": decoding_fields(args)}
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        """Create Trainer's optimizer with an extra group for the return table: TABLE_RATE times the rate, no decay."""
+        """Create Trainer's optimizer with an extra group of parameters for the embedding of returns.
+
+        This group has TABLE_RATE times the learning rate and no weight decay.
+        """
         # A second call returns the optimizer that exists; conditions as text have no table.
         if self.optimizer is not None or self.model.return_embedding is None:
             return super().create_optimizer(*args, **kwargs)

@@ -1,7 +1,10 @@
 """Reward models from comparisons or ratings (Christiano 2017, Ziegler 2019, Stiennon 2020, Ouyang 2022, and others).
 
-An option's score s is the sum of the head's outputs over the tokens that it scores (models/reward_model.py). Let t be
-the probability that an option is the best of its comparison (one-hot, a tie, or soft). The loss of one comparison is
+A comparison is one context (the turns before a reply) with K options, the replies that were compared. The score s of
+an option is the sum of the head's outputs over the tokens that the head scores (models/reward_model.py). Let t, the
+target, be the probability that an option is the best of its comparison (one-hot, a tie, or soft), and p the
+probability that option i of a pair (i, j) is the better one. ε is `error_rate` and m the margin. The loss of one
+comparison is
 
     pairs          mean over its pairs of  −[p log P̃ + (1 − p) log(1 − P̃)],  P̃ = (1 − ε) σ(s_i − s_j − m) + ε/2
     best_of_k      −Σ_i t_i log softmax_i(s)
@@ -20,9 +23,10 @@ and scaled to mean 0 and standard deviation 1 (`normalise: standard`; Ziegler et
 policy) or shifted to mean 0 (`centre`; Stiennon et al. 2020 use human summaries). Without `reference`, the options of
 the training data are used. With `none`, a model trained on ratings scores in the ratings' unit.
 
-An ensemble is several runs, each with its own `seed` and `bootstrap`. Each run learns from groups of comparisons drawn
-with replacement and is evaluated on the groups that it did not draw, 1/e of them (Christiano et al. 2017 draw single
-comparisons; comparisons of one conversation are alike, so one would not test another).
+An ensemble is several runs with different `seed` and `bootstrap`. Each run learns from groups (the comparisons of one
+root prompt or conversation) drawn with replacement, and is evaluated on the groups that were not drawn, 1/e of all
+(Christiano et al. 2017 draw single comparisons; but comparisons of one conversation are alike, so one would not be a
+test of a model that was trained on another).
 """
 
 from collections import Counter
@@ -80,7 +84,7 @@ Rows = Sequence[Comparison] | Sequence[Trajectory]
 
 @dataclass
 class RewardModelConfig(BaseConfig):
-    """The settings of a reward model. Numbers in square brackets are from papers."""
+    """The settings of a reward model. A number in square brackets in a help text is a paper's value."""
 
     head: Literal["terminal", "turn", "token"] = setting(
         "terminal",
@@ -164,7 +168,15 @@ def pairs_loss(score: Tensor, batch: Mapping[str, Tensor], config: RewardModelCo
 
 
 def cross_entropy(score: Tensor, batch: Mapping[str, Tensor], config: RewardModelConfig) -> Tensor:
-    """Return −log P(labels) per comparison, (C,) in nats, under the model of the loss and without its margin."""
+    """Return −log P(target) of each of C comparisons, (C,) in nats, without margin.
+
+    P is the preference model that `config.loss` names: Bradley–Terry over pairs, the best of K, or Plackett–Luce.
+
+    Args:
+      score: (M,), the scores of all options of the batch.
+      batch: a `ComparisonBatch` (tokens/comparison_batching.py).
+      config: the settings.
+    """
     if config.loss == "pairs":
         pairs = known_pairs(batch["target"], batch["rank"], batch["comparison"])
         return all_pairs_loss(score, pairs, None, config.error_rate)
@@ -181,7 +193,14 @@ LOSSES: dict[str, Callable[[Tensor, Mapping[str, Tensor], RewardModelConfig], Te
 
 
 def accuracy(score: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return 1 for each pair whose better option scores higher, ½ at equal scores, else 0: (P,), ties left out."""
+    """Return 1 for each pair of options whose better option scores higher, ½ for equal scores, else 0: (P,).
+
+    Pairs that are labelled as a tie, and comparisons of weight 0, are left out.
+
+    Args:
+      score: (M,), the scores of all options of the batch.
+      batch: a `ComparisonBatch` (tokens/comparison_batching.py).
+    """
     pairs = known_pairs(batch["target"], batch["rank"], batch["comparison"])
     counted = (pairs.prob != 0.5) & (batch["weight"] > 0)[pairs.comparison]
     lead = (score[pairs.first] - score[pairs.second]).sign() * (pairs.prob - 0.5).sign()
@@ -189,9 +208,12 @@ def accuracy(score: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def bootstrap_sample(rows: Rows, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw as many groups as there are, with replacement.
+    """Draw groups (the rows of one root prompt or conversation) with replacement, as many as there are.
 
-    Returns: the indices of the rows in drawn groups, an index n times if its group was drawn n times, and the indices
+    Args:
+      rows: the comparisons or trajectories.
+      seed: seed of the draw.
+    Returns: the indices of the rows in drawn groups, an index n times if its group was drawn n times; and the indices
       of all other rows.
     """
     groups: dict[str, int] = {}
@@ -201,10 +223,11 @@ def bootstrap_sample(rows: Rows, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class RewardModelTrainer(BaseTrainer):
-    """A trainer of a reward model on comparisons or scored trajectories; see `BaseTrainer` for the other arguments.
+    """A trainer of a reward model on comparisons or scored trajectories; other arguments as for `BaseTrainer`.
 
     Args:
-      model: a reward model, or a folder or hub name of one or of a causal LM, whose trunk then gets a fresh head.
+      model: a reward model; or the folder or hub name of a reward model or of a causal LM, whose trunk then gets a
+        fresh head.
     """
 
     algorithm = "reward_model"
@@ -283,7 +306,10 @@ class RewardModelTrainer(BaseTrainer):
         return model, encoded, held_out
 
     def _pad_id(self) -> int:
-        """Return a token id that closes no turn: transformers' classifiers score the last token that is not this."""
+        """Return an id for padding that closes no turn.
+
+        Classifiers of transformers score the last token that is not padding, which must be the closing token.
+        """
         tokenizer = self.renderer.tokenizer
         candidates = (tokenizer.pad_token_id, *tokenizer.all_special_ids, 0, 1)
         return next(token for token in candidates if token not in (None, self.renderer.close_id))
@@ -308,8 +334,13 @@ class RewardModelTrainer(BaseTrainer):
         return encoded
 
     def _standardise(self, train: ComparisonDataset, *others: ComparisonDataset | None) -> None:
-        """Standardise all ratings with the mean and standard deviation of the training ratings; store these two.
+        """Standardise all ratings, in place, by the mean and standard deviation of the training ratings.
 
+        `self.rating` stores both numbers.
+
+        Args:
+          train: the training data.
+          others: further data sets; None is skipped.
         Raises: InputError if the training ratings do not differ.
         """
         self.rating = float(train.target.mean()), float(train.target.std())
@@ -319,7 +350,7 @@ class RewardModelTrainer(BaseTrainer):
             data.target = (data.target - self.rating[0]) / self.rating[1]
 
     def items_in(self, batch: Mapping[str, Any]) -> int:
-        """Count the comparisons of a batch without those of weight 0, which only fill the batch of a rank."""
+        """Return the number of comparisons in a batch; those of weight 0, which only fill up a rank, are left out."""
         return int((batch["weight"] > 0).sum())
 
     def losses(self, model, batch):
@@ -334,7 +365,7 @@ class RewardModelTrainer(BaseTrainer):
         return loss * batch["weight"], logged
 
     def train(self, *args, **kwargs):
-        """Train as Trainer does, evaluate on the groups that `bootstrap` left out, then normalise the scores.
+        """Train as `BaseTrainer` does, evaluate on the groups that `bootstrap` left out, then normalise the scores.
 
         Checkpoints hold the weights before normalisation.
         """
@@ -353,9 +384,12 @@ class RewardModelTrainer(BaseTrainer):
 
     @torch.no_grad()
     def normalise(self) -> None:
-        """Shift and scale the head as `normalise` says, from the scores of at most NORMALISED_ON reference replies.
+        """Shift and scale the head, in place, as the setting `normalise` names it.
 
-        Raises: InputError if these scores do not differ, so that no gain gives them a spread.
+        Mean and standard deviation are those of the scores of the options in at most NORMALISED_ON reference rows. If
+        `normalise` is "none", a model trained on ratings is scaled back to the unit of the ratings.
+
+        Raises: InputError for "standard" if the scores do not differ, so that no gain gives them a spread.
         """
         model = self.accelerator.unwrap_model(self.model).eval()
         if self.args.normalise == "none":

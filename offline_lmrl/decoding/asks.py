@@ -1,6 +1,8 @@
-"""The requested return of each row in a session: set once, updated after every reward, and passed to the model as ids.
+"""The requested return of each episode: set once, updated after every reward, and passed to the model as ids.
 
-The ids that encode the return requested for an agent turn precede the turn's opening (`ReturnTokens`).
+A session plays one batch of episodes; a row is the index of an episode in it. The ids that encode the return requested
+for an agent turn (return ids: `ReturnTokens` in tokens/conditioning.py) come directly before the turn's opening, the
+tokens that start the turn, such as a role header. Under the null condition no return is requested.
 
 The tables below compare the requests. They show exact expected returns of sampled play, one column per training seed;
 the last column is the mean difference from BC with its 95 % t interval over the seeds. Settings were tuned on other
@@ -47,14 +49,16 @@ class ReturnRequests:
     """The requested returns of a session's rows.
 
     The return ids of turns that were sampled in this session never change, so that caches need only be extended. For
-    a history that the session has not seen, they are computed from the request and the rewards in the history.
+    a history that the session has not seen, the return ids are computed from the request and the rewards in the
+    history.
 
     Args:
       return_tokens: the token ids of each return bin and of the null condition.
-      task: the task of all rows, for a scale that has bins per task.
-      asks: the requested return of each row: a number in reward units, "max" or a percentile such as "p90" of the
-        training returns, None for the null condition, or "auto", "auto:RUN" or "expert:κ". For the last three, the
-        caller computes the value whenever `is_read` is True, and passes it to `before_reply`.
+      task: the task of all rows, for a model whose return bins differ between tasks.
+      asks: the requested return of each row. None = the null condition. A number is in reward units. "max" or a
+        percentile such as "p90" is one of the training returns. "auto" (the best Q), "auto:RUN" (the best Q of the
+        run RUN) and "expert:κ" (`ReturnHeads.expert`) depend on the dialogue: the caller computes their value
+        whenever `is_read` is True, and passes it to `before_reply`.
     Raises: InputError if a request is unknown, or if the task is not in the training data.
     """
 
@@ -73,22 +77,24 @@ class ReturnRequests:
         self.first: dict[int, dict[str, Any]] = {}
 
     def is_read(self, row: int, history: Sequence[Turn]) -> bool:
-        """True if the caller must compute the value of the row's request before the next turn.
+        """True if the caller must compute the value of the row's request before the next agent turn.
 
-        That is the case for "expert:κ" before every turn, and for "auto" and "auto:RUN" before the first turn of a
-        history that is new to the session; after that turn only rewards change the value.
+        This is so for "expert:κ" before every turn. For "auto" and "auto:RUN" it is so only if `history` does not
+        continue the row's earlier turns in this session; if it does, the value changes only by the rewards earned.
         """
         ask = self.asks[row]
         return isinstance(ask, str) and (ask.startswith("expert") or not self._continues(row, history))
 
     def _continues(self, row: int, history: Sequence[Turn]) -> bool:
-        """True if the history extends the one before the row's latest reply by one agent turn and what followed it."""
+        """True if `history` is that of the row's latest reply, continued by one agent turn and the turns after it."""
         used, read = self.used.get(row, []), self.read.get(row, [])
         agent_turns = sum(turn.is_trainable for turn in history)
         return len(used) == agent_turns > 0 and [(turn.role, turn.content) for turn in history[: len(read)]] == read
 
     def before_reply(self, row: int, history: Sequence[Turn], value: float | None = None) -> list[Ids]:
-        """Return the return ids of all agent turns in the history and of the next one, and remember their returns.
+        """Return the ids that encode the requested return of each agent turn in `history` and, last, of the next turn.
+
+        The requested returns are stored, so that the next call for this row can continue them.
 
         Args:
           row: the row in the session.
@@ -111,11 +117,14 @@ class ReturnRequests:
         return [self.return_tokens.ids(one, self.task) for one in asked]
 
     def _note(self, row: int, ask: float, now: float) -> None:
-        """Record what the first reply of a row was conditioned on; warn once if it is outside the training range.
+        """Record the return requested for a row's first reply; warn once if it is outside the training range.
+
+        Later calls for the same row do nothing.
 
         Args:
-          ask: the return requested at the first agent turn of the history.
-          now: the return requested at the next turn.
+          row: the row in the session.
+          ask: the return requested at the first agent turn of the history, in reward units.
+          now: the return requested at the next agent turn, in reward units.
         """
         if row in self.first:
             return
@@ -132,7 +141,7 @@ class ReturnRequests:
             )
 
     def _say_once(self, ask: float | str, kind: str, line: str) -> None:
-        """Log a warning, unless one of this kind was logged before for the same request and training returns."""
+        """Log `line` as a warning, unless one of the same kind, request and training returns was logged before."""
         key = (ask, kind, self.return_tokens.scale.table(self.task))
         if key not in _WARNED:
             _WARNED.add(key)

@@ -1,4 +1,7 @@
-"""Caches of keys and values that are kept between turns, per row, so that rows can be batched anew every turn."""
+"""Caches of attention keys and values that are kept between turns, so that rows can be batched anew every turn.
+
+A row is one token sequence that the model continues, such as an episode. The caller names it by an integer, its key.
+"""
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,10 +18,10 @@ Layer = tuple[Tensor, Tensor]  # keys and values, each (B, heads, L, width)
 
 
 class ReservingLayer(DynamicLayer):
-    """A cache layer that allocates space for `reserve` more tokens whenever it grows.
+    """A cache layer that, whenever its space is too small, allocates space for `reserve` tokens more than it needs.
 
-    It copies keys and values once per reply; DynamicLayer copies them for every token, which took a third of the time
-    of a rollout with long windows.
+    If no reply is longer than `reserve`, it copies keys and values once per reply. DynamicLayer copies them for every
+    token, which took a third of the time of a rollout with long windows.
     """
 
     def __init__(self, reserve: int):
@@ -66,7 +69,8 @@ def new_cache(model: PreTrainedModel, reserve: int) -> DynamicCache:
     """Return an empty cache with the kinds of layers that the model needs; plain ones become `ReservingLayer`.
 
     Args:
-      reserve: tokens of the coming reply.
+      model: a causal LM, or a PeftModel around one.
+      reserve: number of tokens that the coming reply may have.
     """
     cache = DynamicCache(config=model.config)
     cache.layers = [ReservingLayer(reserve) if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -74,18 +78,18 @@ def new_cache(model: PreTrainedModel, reserve: int) -> DynamicCache:
 
 
 def is_kept_per_token(cache: DynamicCache) -> bool:
-    """True if every layer holds one entry per token; sliding windows and recurrent states do not."""
+    """True if every layer holds one entry per token; layers with sliding windows or recurrent states do not."""
     return all(isinstance(layer, ReservingLayer) for layer in cache.layers)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """The stored cache of one batch of B rows.
+    """The stored cache of one batch of B rows, in L columns that each hold a token or padding.
 
     Args:
-      layers: keys and values of each layer, (B, heads, L, width).
-      mask: (B, L) True at columns that hold a token; a row's tokens are in order.
-      bytes: size of `layers`.
+      layers: keys and values of each layer, (B, heads, L, width of a head).
+      mask: (B, L) bool, True at columns that hold a token; the tokens of a row are in order, from left to right.
+      bytes: size of `layers` in bytes.
     """
 
     layers: list[Layer]
@@ -94,36 +98,37 @@ class _Block:
 
 
 class CacheMemory:
-    """The caches of a session's rows between turns.
+    """A store that keeps the caches of rows between turns.
 
-    A row's cache is reused for the first tokens of the next prompt, as long as they equal the cached ids.
+    At the next turn, a row's cache is reused for the first tokens of its prompt, as far as they equal the cached ids.
 
     Args:
-      max_bytes: a block that would exceed this total is not kept; its rows compute their whole prompt again next turn.
+      max_bytes: limit on the size of all stored caches, in bytes. Caches that would exceed it are not stored; their
+        rows compute their whole prompt again at the next turn.
     """
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
-        self.rows: dict[int, tuple[_Block, int, list[int]]] = {}  # row -> block, index in it, ids read
+        self.rows: dict[int, tuple[_Block, int, list[int]]] = {}  # key -> block, the row's index in it, cached ids
 
     def keep_only(self, rows: Sequence[int]) -> None:
-        """Drop all rows but these: the others have usually finished, and would keep their block in memory."""
+        """Drop all rows but these: the others have usually finished, and would keep their batch's cache in memory."""
         self.rows = {row: self.rows[row] for row in rows if row in self.rows}
 
     def fork(self, sources: Mapping[int, int]) -> "CacheMemory":
-        """Return a new memory in which each row starts with the cache of its source row here; no tensor is copied.
+        """Return a new memory in which each row starts with the cache of a row of this one; no tensor is copied.
 
         Args:
-          sources: row in the new memory -> row in this one.
+          sources: key of each row in the new memory -> key of a row in this one; a source without a cache is ignored.
         """
         other = CacheMemory(self.max_bytes)
         other.rows = {row: self.rows[source] for row, source in sources.items() if source in self.rows}
         return other
 
     def reusable(self, row: int, prompt: Sequence[int]) -> int:
-        """Return the number of first tokens of the prompt that are cached.
+        """Return the number of tokens, from the start of the prompt (ids), that the row's cache holds.
 
-        It is less than the prompt's length, because the model has to run on at least one token to give logits.
+        The number is less than the prompt's length, because the model has to run on at least one token to give logits.
         """
         if row not in self.rows:
             return 0
@@ -138,10 +143,10 @@ class CacheMemory:
 
         Args:
           rows: R keys under which the caches are stored.
-          ids: the ids that each row's cache holds, as many as its mask has True columns.
+          ids: per row, the ids that its cache holds, as many as its mask has True columns.
           cache: the cache of a batch that contains the rows.
-          chosen: (R,) the index of each row in that cache.
-          mask: (R, L) True at columns that hold a token.
+          chosen: (R,) long, the index of each row in that cache.
+          mask: (R, L) bool, True at columns that hold a token.
         """
         # Rows of one batch share a block, which counts once.
         held = {id(block): block.bytes for block, _, _ in self.rows.values()}
@@ -162,7 +167,7 @@ class CacheMemory:
 
         Args:
           rows: keys of the B rows.
-          tokens: tokens to take from each row; 0 for a row that has no cache here.
+          tokens: number of tokens to take from each row; 0 for a row that has no cache here.
           cache: the empty cache, which is changed in place.
         Returns: (B, max(tokens)) bool mask, True at the filled columns, on the cache's device.
         """
@@ -186,13 +191,14 @@ class CacheMemory:
         return torch.arange(length, device=device) >= length - torch.tensor(tokens, device=device).unsqueeze(-1)
 
     def _copies(self, rows: Sequence[int], tokens: Sequence[int], places: list[int]) -> tuple:
-        """Find the tokens to copy for rows that one block holds.
+        """Find the N cached tokens to copy out of one block (the stored cache of one batch) into a new cache.
 
         Args:
           rows: as in `gather`.
           tokens: as in `gather`.
           places: positions in `rows` of the rows that the block holds.
-        Returns: the block, and four (N,): row and column of each token in the block, and in the new cache.
+        Returns: the block, then four index tensors (N,): each token's row and column in the block, and its row and
+          column in the new cache.
         """
         block = self.rows[rows[places[0]]][0]
         device = block.mask.device

@@ -1,23 +1,27 @@
-"""Decoding restricted to given texts: a trie of token ids on the device, so that no token waits for the host."""
+"""Decoding restricted to given texts: a trie of token ids on the model's device.
+
+The next token is then restricted without waiting for the CPU.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-FREE = 0  # a node without edges, at which any token is allowed: for rows without options and finished rows
+FREE = 0  # a node without edges, at which any token is allowed: for rows without options and for finished rows
 
 
 class TokenTrie:
-    """A trie of the allowed replies of every row of a batch; rows with the same options share their nodes.
+    """A trie of the allowed replies (options) of the B rows of a batch; rows with the same options share their nodes.
 
-    Edges are stored sorted by node: node n has the edges edge_offset[n] .. edge_offset[n + 1] − 1.
+    Edges are stored sorted by node: node n has the edges edge_offset[n] .. edge_offset[n + 1] − 1, each with a token
+    (edge_token) and the node that the token leads to (edge_child).
 
     Args:
-      options: per row, the token ids of each allowed reply, closing token included, or None if any reply is allowed.
-      device: where the trie is stored.
+      options: per row, the token ids of each allowed reply, closing token included; None = any reply is allowed.
+      device: the device of the trie's tensors.
     Attributes:
-      start: (B,) each row's node before its first token.
+      start: (B,) long, each row's node before its first token.
     """
 
     def __init__(self, options: Sequence[Sequence[Sequence[int]] | None], device: torch.device):
@@ -40,14 +44,14 @@ class TokenTrie:
         self.most_edges = max(counts)
 
     def _edges(self, node: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return token and child of each node's edges, and True for edges that exist, (B, most_edges) each."""
+        """Return, for nodes (B,), each edge's token, its child, and whether it exists, (B, most_edges) each."""
         edge = self.edge_offset[node].unsqueeze(-1) + torch.arange(self.most_edges, device=node.device)
         valid = edge < self.edge_offset[node + 1].unsqueeze(-1)
         edge = edge.clamp(max=len(self.edge_token) - 1)  # edges that do not exist may be out of range
         return self.edge_token[edge], self.edge_child[edge], valid
 
     def mask(self, logits: Tensor, node: Tensor) -> Tensor:
-        """Set the logits (B, V) to −inf wherever the row's node (B,) has no edge; rows at FREE are not changed."""
+        """Return logits (B, V), −inf for tokens without an edge from the row's node (B,); FREE allows all tokens."""
         if self.most_edges == 0:
             return logits
         token, _, valid = self._edges(node)
@@ -56,7 +60,7 @@ class TokenTrie:
         return logits.masked_fill(~allowed, -torch.inf)
 
     def step(self, node: Tensor, token: Tensor) -> Tensor:
-        """Return the node (B,) after this token (B,); FREE once an option is complete."""
+        """Return each row's node after its next token: nodes, tokens (B,) -> (B,); FREE once an option is complete."""
         if self.most_edges == 0:
             return node
         tokens, children, valid = self._edges(node)
@@ -65,7 +69,12 @@ class TokenTrie:
 
 
 def _insert(nodes: list[dict[int, int]], options: tuple[tuple[int, ...], ...]) -> int:
-    """Add a trie of these options to `nodes` and return its root; an option's last token leads to FREE."""
+    """Add a trie of these options to `nodes` and return its root; an option's last token leads to FREE.
+
+    Args:
+      nodes: per node, token -> child; changed in place.
+      options: the token ids of each option, at least one id each.
+    """
     root = len(nodes)
     nodes.append({})
     for option in options:

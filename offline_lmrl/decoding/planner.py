@@ -3,17 +3,18 @@ Trajectory Transformer, section 3.2), with utterances instead of actions.
 
     score of a beam after its k-th utterance = Σ_{i<k} γ^i r_i + γ^k V
 
-Here r_i is the expected reward of utterance i, from 0, and V the expected return after the k-th. A scorer, if there is
-one, gives the last reward and V as one number.
+A beam is the dialogue so far, continued by imagined turns; an utterance is an imagined turn of the agent. r_i is the
+expected reward of utterance i (i = 0, 1, ...), and V the expected return after the k-th utterance. Both come from the
+model's return heads (models/return_heads.py). A scorer, if one is given, predicts r_{k−1} + γ V as one number.
 
-Each beam proposes several replies, drawn from the policy with its own decoding settings (top_p and similar filters
-keep them probable, since the score contains no likelihood). Each reply is scored at its last token, because values
+Each beam proposes several utterances, drawn from the policy with its own decoding settings (top_p and similar filters
+keep them probable, since the score contains no likelihood). Each utterance is scored at its last token, because values
 inside a turn cannot be compared. The best beams are kept, and the same model imagines, greedily, the environment's
-answer to them. For that, the utterance follows the window that it was chosen on, the same ids as in training. After
-`depth` utterances, the first utterance of the best beam becomes the reply; the next turn plans anew.
+answer to them. It reads the same ids as in training: the window (the turns visible before the utterance), then the
+utterance. After `depth` utterances, the first utterance of the best beam becomes the reply. The next turn plans anew.
 
-The model is under the null condition throughout, because its heads were trained there: a return in the context would
-give away the outcome that they predict.
+The model is always under the null condition (no return is requested), because its heads were trained under it: a
+requested return in the context would give away the outcome that they predict.
 """
 
 import logging
@@ -57,7 +58,8 @@ class PlannerConfig:
     def planner(self, policy: LanguagePolicy) -> "Planner":
         """Return a planner with these settings that draws its proposals from `policy`.
 
-        Raises: InputError as `Planner`, `load_value_model` and `require_no_few_shot` do.
+        Raises: InputError if `scorer` is a run without value heads, or one that was trained with few-shot
+          demonstrations, or as `Planner` does.
         """
         scorer = None
         if self.scorer != "heads":
@@ -72,14 +74,14 @@ class Planner:
 
     Args:
       policy: draws the proposals, with its own decoding settings but without its requested return, and imagines the
-        environment. For depth above 1 it needs return heads and training on the environment's replies
-        (return_conditioned, return_weight, environment_weight).
-      scorer: rates a beam's last utterance, given the turns before it, by its reward and the return after it, in
-        reward units; such as a `Critic`, or a function of the environment (decoding/scorers.py). None = the model's
-        own return heads. The rewards of a beam's earlier utterances always come from the return heads.
-      width: as in `PlannerConfig`.
-      expand: as in `PlannerConfig`.
-      depth: as in `PlannerConfig`.
+        environment. For depth above 1 it needs return heads and training on the environment's replies (algorithm:
+        return_conditioned with return_weight and environment_weight above 0).
+      scorer: predicts, from a beam's last utterance and the turns before it, the utterance's reward plus the return
+        after it, in reward units; such as a `ValueModelScorer` or a `FunctionScorer` (decoding/scorers.py). None = the
+        model's return heads. The rewards of a beam's earlier utterances always come from the return heads.
+      width: number of beams kept after each utterance, at least 1.
+      expand: number of utterances that each beam proposes, at least 1.
+      depth: number of agent utterances to look ahead, at least 1.
 
     Raises: InputError if expand is above 1 at temperature 0, where all proposals would be equal, or if return heads
       are needed and the model has none.
@@ -106,7 +108,7 @@ class Planner:
         self.no_room = False
 
     def say_no_room(self) -> None:
-        """Warn, once per planner, that some plans end early for lack of room."""
+        """Log a warning, once per planner, that some plans end early because max_length is too small."""
         if not self.no_room:
             self.no_room = True
             logging.getLogger(__name__).warning(
@@ -116,12 +118,14 @@ class Planner:
             )
 
     def start(self, seeds: Sequence[int]) -> "PlannerSession":
-        """Start a session with one row per seed."""
+        """Start a session, which plays one dialogue (row) per seed."""
         return PlannerSession(self, seeds)
 
     def environment(self, role: str) -> Sampler:
-        """Return the sampler that imagines the environment's turns in this role, greedily.
+        """Return the sampler that imagines the environment's turns, greedily.
 
+        Args:
+          role: the speaker of these turns, such as "user".
         Raises: InputError for the role "tool", or if the chat template has no token that ends a turn of this role.
         """
         if role not in self.samplers:
@@ -146,15 +150,15 @@ class _Beam:
     """A beam: the turns played so far, followed by imagined turns.
 
     Args:
-      row: the row of the session that is planned for.
-      turns: played and imagined turns.
-      key: key of the beam's cache in the current memory.
-      first: the first imagined utterance; None before there is one.
-      first_key: key of that utterance's cache in the memory of the first level.
+      row: the row of the session (the episode in its batch) that is planned for.
+      turns: the played and the imagined turns.
+      key: key of the beam's cache in the current `CacheMemory`.
+      first: the first imagined utterance, which becomes the reply if this beam wins; None before there is one.
+      first_key: key of that utterance's cache in the `CacheMemory` that the first search level left.
       paid: Σ γ^i r_i over the imagined utterances, in reward units.
       utterances: number of imagined utterances.
-      score: as in the docstring of this file, in reward units.
-      ended: True if the beam cannot grow: the episode probably ended, or the window is full.
+      score: the score defined in the module docstring, in reward units.
+      ended: True if the beam cannot grow: the episode probably ended, or max_length leaves no space.
     """
 
     row: int
@@ -169,12 +173,15 @@ class _Beam:
 
 
 class PlannerSession:
-    """A session over the rows of one batch of dialogues; implements Session.
+    """A session that plans every reply of a batch of dialogues, one per row; implements Session.
 
     Between turns it keeps the caches of the chosen replies.
 
+    Args:
+      planner: the planner with its settings.
+      seeds: the seed of each row's random numbers.
     Attributes:
-      fingerprint: of the tokenizer and template that the replies' token_ids belong to.
+      fingerprint: identifies the tokenizer and chat template that the replies' token_ids belong to.
     """
 
     def __init__(self, planner: Planner, seeds: Sequence[int]):
@@ -193,7 +200,12 @@ class PlannerSession:
     ) -> list[Reply]:
         """Plan the next agent turn of each of these rows.
 
-        `options` restrict the reply itself, not the utterances that are imagined after it.
+        Args:
+          rows: rows of the session.
+          histories: all turns so far of each row.
+          options: the only texts allowed for the reply of each row, not for the utterances imagined after it; None =
+            any text.
+        Returns: one reply per row.
         """
         beams = [_Beam(row, list(history), row) for row, history in zip(rows, histories, strict=True)]
         beams, memory = self._proposals(beams, self.memory, 0, options)
@@ -215,11 +227,11 @@ class PlannerSession:
         return [chosen[row].first for row in rows]
 
     def labels(self, row: int) -> dict[str, Any]:
-        """Return labels of a row: `scores` of the chosen plans, per turn, and `planned_tokens`, all tokens drawn."""
+        """Return `scores`, the score of the row's chosen plan at each turn, and `planned_tokens`, all tokens drawn."""
         return {"scores": self.scores.get(row, []), "planned_tokens": self.planned_tokens[row]}
 
     def _best(self, beams: Sequence[_Beam]) -> list[_Beam]:
-        """Return the `width` best beams of each row, best first."""
+        """Return the `width` beams with the highest scores of each row, best first."""
         kept: dict[int, list[_Beam]] = {}
         for beam in sorted(beams, key=lambda beam: -beam.score):
             if len(kept.setdefault(beam.row, [])) < self.planner.width:
@@ -233,14 +245,14 @@ class PlannerSession:
         level: int,
         options: Sequence[Sequence[str] | None] | None = None,
     ) -> tuple[list[_Beam], CacheMemory]:
-        """Extend each beam by `expand` sampled utterances, of which equal texts count once, and score the results.
+        """Extend each beam by `expand` sampled utterances and score the results; equal texts give one beam.
 
         Args:
           beams: the beams to extend.
-          memory: holds their caches.
-          level: utterances imagined before this one.
+          memory: holds the caches of `beams`.
+          level: number of utterances that each beam has already.
           options: the only texts allowed for the utterances of each beam; None = any text.
-        Returns: the longer beams, and the memory that holds their caches.
+        Returns: the extended beams, and the memory that holds their caches.
         """
         planner, policy, n = self.planner, self.policy, self.planner.expand
         windows = [policy.null_window(beam.turns, policy.decoding.max_new_tokens) for beam in beams]
@@ -277,10 +289,11 @@ class PlannerSession:
         return longer, memory
 
     def _score(self, beams: Sequence[_Beam], ends: Sequence[list[int]], memory: CacheMemory) -> None:
-        """Score beams by their last utterance, which is new; the beams are changed in place.
+        """Set `score`, `paid`, `utterances` and `ended` of beams that were just extended by an utterance, in place.
 
         Args:
-          ends: per beam, the ids up to and including the last token of that utterance.
+          beams: the beams; the last turn of each is the new utterance.
+          ends: per beam, the ids that the model reads, up to and including the last token of that utterance.
           memory: holds the caches of the beams.
         """
         planner, gamma = self.planner, self.planner.discount
@@ -304,9 +317,12 @@ class PlannerSession:
     def _imagined(self, beams: Sequence[_Beam], memory: CacheMemory) -> tuple[list[_Beam], CacheMemory]:
         """Extend each beam by the environment's imagined answer.
 
-        A beam ends if max_length leaves no room for the answer: training leaves out such an answer, too.
+        A beam ends if max_length leaves no space for the answer; training leaves out such answers, too.
 
-        Returns: the longer beams without those that ended, and the memory that holds their caches.
+        Args:
+          beams: the beams to extend; `ended` is set in place on those that end here.
+          memory: holds the caches of `beams`.
+        Returns: the extended beams, without those that ended, and the memory that holds their caches.
         """
         # All rows play one game, so the environment's role is the same in all.
         role, policy = _speaker(beams[0].turns), self.policy
@@ -331,11 +347,14 @@ class PlannerSession:
 
 
 class ValueModelScorer:
-    """A scorer of replies that uses the Q heads of a run: min Q̄ at the closing token; implements Scorer.
+    """A scorer of replies by the Q heads of a trained run; implements Scorer.
 
-    The score is the expected reward of the reply plus the return after it, in reward units. If the run's training
-    shifted the rewards, a constant is missing from the score.
+    The score is the minimum over the target Q heads of Q at the token that closes the reply: the expected reward of
+    the reply plus the return after it, in reward units. If the run's training shifted the rewards (`RewardScale`), a
+    constant is missing from the score.
 
+    Args:
+      value_model: the run, loaded as a policy.
     Raises: InputError if the model has no value heads.
     """
 
@@ -349,7 +368,7 @@ class ValueModelScorer:
         return self.score_each([(context, options)])[0]
 
     def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
-        """Return the scores (K,) of each row's K options; an option is one agent turn."""
+        """Return, per pair of context and K options in `rows`, the K scores, (K,); an option is one agent turn."""
         value_model, prompts = self.value_model, []
         for context, options in rows:
             turns = [value_model.renderer.encode_turn(replace(reply, token_ids=None)) for (reply,) in options]

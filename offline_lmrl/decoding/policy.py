@@ -1,4 +1,8 @@
-"""A language model as a policy: the window it sees of a dialogue, its decoding, and its caches between turns."""
+"""A language model as a policy: the window it sees of a dialogue, its decoding, and its caches between turns.
+
+A window is the part of a dialogue that fits into the limits of training, as token ids (tokens/windows.py). A run is
+the folder of a trained model. Under the null condition, a return-conditioned model gets no requested return.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -34,10 +38,10 @@ SAMPLE_STRIDE = 2**32  # difference between the seeds of one history's samples: 
 
 
 class FewShotIds(NamedTuple):
-    """Few-shot demonstrations as token ids, in two versions that are equal for a model without returns.
+    """Few-shot demonstrations as token ids, in two versions, which are equal for a model without returns.
 
-    with_returns: with the returns of the demonstrated episodes.
-    without_returns: with the null condition in their place.
+    with_returns: with the ids of the demonstrated episodes' returns.
+    without_returns: with the null condition's ids in the place of these returns.
     """
 
     with_returns: Ids
@@ -56,15 +60,15 @@ class LanguagePolicy:
       decoding: how replies are decoded; None = the defaults of DecodingConfig.
       context: most turns of history in a window (tokens/windows.py), as in training; None = limited by max_length
         alone.
-      stride: turns by which the start of the window moves at a time, as in training.
-      max_length: most tokens of a window, of which max_new_tokens stay free for the reply; None = the number of
-        positions in the model's config, or 1024 if it has none.
+      stride: number of turns by which the start of the window moves at a time, as in training.
+      max_length: most tokens of window and reply together; max_new_tokens of them stay free for the reply. None =
+        max_position_embeddings of the model's config, or 1024 if it has none.
       task: name of the played task, for a model that was trained with returns per task.
       few_shot: few-shot demonstrations (tokens/few_shot.py), which come before the window of every row, in the given
-        order; None = none. Each is cut to the part that the model was trained with, or kept whole if it was trained
-        without demonstrations.
-      value_models: the runs loaded for requests "auto:RUN", by name, to which new ones are added; None = a new
-        dictionary.
+        order; None = none. Each is cut to the part that the training settings name, or kept whole if the model was
+        trained without demonstrations.
+      value_models: RUN -> its policy, for the requests "auto:RUN" (the best Q of that run); runs loaded later are
+        added to it. None = a new dictionary.
 
     Raises: InputError if the settings need something that the model lacks.
     """
@@ -107,9 +111,9 @@ class LanguagePolicy:
 
         Args:
           run: a run directory, or the folder or hub name of a causal LM.
-          device: where the model is put; None = the first accelerator, else the CPU.
-          task: as in the class.
-          few_shot: as in the class.
+          device: where the model is put; None = the first GPU, else the CPU.
+          task: as for `LanguagePolicy`.
+          few_shot: as for `LanguagePolicy`.
           decoding: fields of DecodingConfig that replace those saved with the run.
 
         Raises: InputError if there is no model or tokenizer, or if the model was trained with another tokenizer.
@@ -124,7 +128,10 @@ class LanguagePolicy:
             return cls(model, renderer, decoding, **(saved.get("window") or {}), task=task, few_shot=few_shot)
 
     def with_decoding(self, **changes: Any) -> "LanguagePolicy":
-        """Return a policy with the same model, and with these fields of its DecodingConfig changed."""
+        """Return a policy with the same model, and with these fields of its DecodingConfig changed.
+
+        Raises: InputError if a value is outside its range, or needs something that the model lacks.
+        """
         decoding = replace(self.decoding, **changes)
         same = {**asdict(self.window), "task": self.task, "few_shot": self.few_shot, "value_models": self.value_models}
         return LanguagePolicy(self.model, self.renderer, decoding, **same)
@@ -135,15 +142,16 @@ class LanguagePolicy:
         asks: Sequence[float | str | None] | None = None,
         few_shot: Sequence[Sequence[Trajectory] | None] | None = None,
     ) -> "LanguageSession":
-        """Start a session with one row per seed.
+        """Start a session, which plays one dialogue (row) per seed.
 
         Args:
           seeds: the seed of each row's random numbers.
           asks: the requested return of each row; None = that of the DecodingConfig for all rows.
-          few_shot: the few-shot demonstrations of each row, None for a row without any; None = the policy's own
-            demonstrations for all rows.
+          few_shot: the few-shot demonstrations of each row, None for a row without any; None = the demonstrations of
+            the policy for all rows.
 
-        Raises: InputError as `asks` and `few_shot_ids_of` do, or if there is not one entry of `few_shot` per seed.
+        Raises: InputError if the model cannot serve a request (`return_requests`), if demonstrations do not fit
+          (`few_shot_ids_of`), or if the lengths of `few_shot` and `seeds` differ.
         """
         if few_shot is not None and len(few_shot) != len(seeds):
             raise InputError(f"few_shot: found {len(few_shot)}, expected one for each of {len(seeds)} rows")
@@ -154,9 +162,10 @@ class LanguagePolicy:
     def few_shot_ids_of(self, demonstrations: Sequence[Trajectory] | None) -> FewShotIds:
         """Return the token ids of these few-shot demonstrations; None gives no ids.
 
-        If a random part of each is shown, the same demonstrations always give the same parts.
+        If random parts of demonstrations are shown (`FewShotConfig.part`), the same list always gives the same parts.
 
-        Raises: InputError if this is not a list of demonstrations, or if it leaves no room for a reply.
+        Raises: InputError if this is not a list of demonstrations, if it is empty, or if it leaves no space for a
+          reply.
         """
         if demonstrations is None:
             return NO_FEW_SHOT
@@ -178,7 +187,7 @@ class LanguagePolicy:
         return FewShotIds(with_returns, without_returns)
 
     def null_window(self, turns: Sequence[Turn], reserve: int, few_shot: Ids | None = None) -> list[int]:
-        """Return the ids that the policy sees before its next turn, under the null condition.
+        """Return the ids that the policy sees before its next turn, under the null condition (no requested return).
 
         Args:
           turns: the dialogue so far.
@@ -191,7 +200,7 @@ class LanguagePolicy:
         )
 
     def null_reply_window(self, turns: Sequence[Turn], role: str, reserve: int) -> list[int] | None:
-        """Return the ids that the policy sees before the environment's next turn, under the null condition.
+        """Return the ids that the policy sees before the environment's next turn, without a requested return.
 
         The policy's own few-shot demonstrations come first.
 
@@ -199,23 +208,25 @@ class LanguagePolicy:
           turns: the dialogue so far, which ends with an agent turn.
           role: the role of the environment's turn.
           reserve: tokens to keep free for that turn.
-        Returns: ids, or None if they do not fit into the window.
+        Returns: the ids; None if they and that turn do not fit into max_length.
         """
         return_ids, few_shot = self._null_return_ids(turns), self.shared_few_shot.without_returns
         return reply_window(turns, role, self.renderer, self.window, reserve, return_ids, few_shot)
 
     def _null_return_ids(self, turns: Sequence[Turn], coming: int = 0) -> list[Ids] | None:
-        """Return null ids for each agent turn in `turns` and `coming` more; None for a model without returns."""
+        """Return the null ids of each agent turn in `turns` and of `coming` more; None for a model without returns."""
         if self.return_tokens is None:
             return None
         return [self.return_tokens.null] * (coming + sum(turn.is_trainable for turn in turns))
 
     def value_model(self, run: str) -> "LanguagePolicy":
-        """Return a run with value heads, on this model's device; it is loaded on first use.
+        """Load the policy of a run with value heads on this model's device; a second call returns the same object.
 
-        Logs a warning if its Q discounts later turns by another factor than this model's returns do.
+        Log a warning if the discount per turn of its Q differs from that of this model's returns.
 
-        Raises: InputError as `load_value_model` and `require_no_few_shot` do.
+        Args:
+          run: a run directory or hub name.
+        Raises: InputError if the run has no value heads or was trained with few-shot demonstrations.
         """
         if run not in self.value_models:
             value_model = self.value_models[run] = require_no_few_shot(load_value_model(run, device=self.model.device))
@@ -229,9 +240,10 @@ class LanguagePolicy:
         return self.value_models[run]
 
     def head_of(self, ask: str) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the function that computes the requested return of "auto", "auto:RUN" or "expert:κ".
+        """Return the function that computes the requested return `ask`: "auto", "auto:RUN" or "expert:κ".
 
-        It maps hidden states (N, d) and logits (N, V) before an agent turn to returns (N,), in scaled units.
+        The function maps hidden states (N, d) and logits (N, V) before an agent turn to returns (N,), in scaled reward
+        units.
         """
         if ask.startswith("auto"):
             return self._best_q
@@ -239,9 +251,13 @@ class LanguagePolicy:
         return lambda hidden, _: self.model.return_heads.expert(hidden, inverse_temperature)
 
     def _best_q(self, hidden: Tensor, logits: Tensor) -> Tensor:
-        """Return max_a min over heads of Q(s, a), (N,), over the first tokens a of the turn that π supports.
+        """Return max_a min over heads of Q(s, a), (N,) in scaled reward units, with a the first token of the turn.
 
-        Q is not trained on unsupported tokens.
+        Tokens to which π gives too little probability (ASK_SUPPORT) are left out, because Q is not trained on them.
+
+        Args:
+          hidden: hidden states (N, d) before the turn.
+          logits: (N, V) of the turn's first token.
         """
         q = reduce_q(self.model.q_values(hidden), "min")
         return q.masked_fill(support_filter(logits, ASK_SUPPORT) == -torch.inf, -torch.inf).amax(-1)
@@ -279,8 +295,11 @@ class LanguagePolicy:
 
 
 def load_value_model(run: str | Path, *, device: str | torch.device | None = None) -> LanguagePolicy:
-    """Load a run with value heads, under the null condition; arguments as in `LanguagePolicy.load`.
+    """Load the policy of a run with value heads, to be used without a requested return.
 
+    Args:
+      run: a run directory or hub name.
+      device: where the model is put; None = the first GPU, else the CPU.
     Raises: InputError if the run has no value heads.
     """
     value_model = LanguagePolicy.load(run, device=device, ask=None)
@@ -294,7 +313,7 @@ def load_value_model(run: str | Path, *, device: str | torch.device | None = Non
 def require_no_few_shot(value_model: LanguagePolicy) -> LanguagePolicy:
     """Return the value model unchanged.
 
-    Raises: InputError if it was trained with few-shot demonstrations: here it sees the dialogue alone.
+    Raises: InputError if it was trained with few-shot demonstrations, because a value model sees the dialogue alone.
     """
     if run_metadata(value_model.model.config).get("few_shot") is not None:
         raise InputError(
@@ -305,12 +324,17 @@ def require_no_few_shot(value_model: LanguagePolicy) -> LanguagePolicy:
 
 
 class LanguageSession:
-    """A session over the rows of one batch of dialogues; implements Session.
+    """A session of a language model over a batch of dialogues, one per row; implements Session.
 
-    It keeps the cache of each row between turns, to reuse it while the row's window only grows at its end.
+    It keeps the cache of each row between turns and reuses it as far as the row's window starts with the same ids.
 
+    Args:
+      policy: draws the replies.
+      seeds: the seed of each row's random numbers.
+      asks: the requested return of each row; None = no requested return.
+      few_shot: the ids of each row's few-shot demonstrations.
     Attributes:
-      fingerprint: of the tokenizer and template that the replies' token_ids belong to.
+      fingerprint: identifies the tokenizer and chat template that the replies' token_ids belong to.
     """
 
     def __init__(
@@ -338,8 +362,14 @@ class LanguageSession:
     ) -> list[Reply]:
         """Draw the next agent turn of each of these rows.
 
-        Rows that are left out lose their cache. They can still be passed later, at the cost of reading their window
-        anew.
+        Rows of the session that are not in `rows` lose their cache. They can be passed later; the model then runs on
+        their whole window.
+
+        Args:
+          rows: rows of the session.
+          histories: all turns so far of each row.
+          options: the only texts allowed for each row's reply; None = any text.
+        Returns: one reply per row.
         """
         return_ids: list[list[Ids] | None] = [None] * len(rows)
         if self.requests is not None:
@@ -361,10 +391,10 @@ class LanguageSession:
         return replies
 
     def _values(self, rows: Sequence[int], histories: Sequence[Sequence[Turn]]) -> list[float | None]:
-        """Compute the requested returns that depend on the state before this turn, under the null condition.
+        """Compute the requested returns that depend on the dialogue before this turn, under the null condition.
 
-        Returns: in reward units, per row, the best Q for "auto" and "auto:RUN" or the expert return for "expert:κ";
-          None for a row whose request does not depend on this state.
+        Returns: per row, in reward units, the best Q for "auto" and "auto:RUN", or the expert return for "expert:κ";
+          None for a row whose request needs no new value here (`ReturnRequests.is_read`).
         """
         reading: dict[str, list[tuple[int, Sequence[Turn]]]] = {}
         for row, history in zip(rows, histories, strict=True):
@@ -398,10 +428,11 @@ class LanguageSession:
         }
 
     def labels(self, row: int) -> dict[str, Any]:
-        """Return labels of a row with a requested return: `ask`, `bin` and `clipped`, at its first reply.
+        """Return labels of a row: `ask`, `bin` and `clipped`, as of its first reply; {} without a requested return.
 
-        `ask` is the requested return, `bin` the bin that represents it, and `clipped` is True if the return is outside
-        the range of the training data. Empty for a row without a requested return.
+        `ask` is the return requested at the first agent turn, in reward units. `bin` is the index of the return bin
+        that the model was given for the first reply, and `clipped` is True if the return requested there is outside
+        the range of the training data.
         """
         return {} if self.requests is None else dict(self.requests.first.get(row, {}))
 
@@ -412,21 +443,22 @@ def run_named_in_ask(ask: float | str | None) -> str | None:
 
 
 def _memory(policy: LanguagePolicy) -> CacheMemory | None:
-    """Return a new store for a session's caches; None for windows of one turn, which never grow."""
+    """Return a new store for a session's caches; None if windows hold one turn of history, and so never grow."""
     return None if policy.window.context == 1 else CacheMemory(CACHE_BYTES)
 
 
 def generate_texts(
     policy: Policy, histories: Sequence[Sequence[Turn]], n: int = 1, seeds: Sequence[int] | None = None
 ) -> list[list[Reply]]:
-    """Draw n independent replies to each history; sample j does not depend on n.
+    """Draw n independent replies to each history; reply j of a history does not depend on n.
 
     Args:
       policy: draws the replies.
       histories: the dialogues to reply to.
       n: replies per history, at least 1.
-      seeds: one per history, from 0 to 2³²; None = 0, 1, ...
+      seeds: the random seed of each history, from 0 to 2³²; None = 0, 1, ...
     Returns: per history, its n replies.
+    Raises: InputError if n is below 1.
     """
     if n < 1:
         raise InputError(f"n: found {n}, expected at least 1")

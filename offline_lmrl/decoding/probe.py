@@ -30,9 +30,10 @@ def check_plays(model: nn.Module, renderer: Renderer) -> None:
     """Check the model's log-probabilities in a left-padded batch, run piece by piece with a cache, as in the sampler.
 
     Args:
-      model: a guided model, or a PeftModel around one.
+      model: a guided model (`guided_class`), or a PeftModel around one.
       renderer: encodes the check's text.
-    Raises: InputError, with the name of the model's class, if they differ from those of each row alone.
+    Raises: InputError, with the name of the model's class, if the log-probabilities differ from those of each row run
+      alone, or if the model fails.
     """
     if not _is_first():
         return
@@ -52,12 +53,13 @@ def check_plays(model: nn.Module, renderer: Renderer) -> None:
 
 
 def check_trains(model: nn.Module, renderer: Renderer) -> None:
-    """Check the model's log-probabilities in a right-padded batch, as in training, and that training mode works too.
+    """Check the model's log-probabilities in a right-padded batch, as in training, and that train mode works too.
 
     Args:
-      model: as in `check_plays`.
-      renderer: as in `check_plays`.
-    Raises: InputError as `check_plays` does.
+      model: a guided model (`guided_class`), or a PeftModel around one.
+      renderer: encodes the check's text.
+    Raises: InputError, with the name of the model's class, if the log-probabilities differ from those of each row run
+      alone, or if the model fails.
     """
     if not _is_first():
         return
@@ -75,9 +77,13 @@ def check_trains(model: nn.Module, renderer: Renderer) -> None:
 
 
 def check_scores(model: PreTrainedModel, renderer: Renderer) -> None:
-    """Check the scores of a reward model (`Reward` in models/reward_model.py) in a right-padded batch.
+    """Check the scores of a reward model in a right-padded batch, as in training.
 
-    Raises: InputError as `check_plays` does.
+    Args:
+      model: a reward model (`Reward` in models/reward_model.py).
+      renderer: encodes the check's text.
+    Raises: InputError, with the name of the model's class, if the scores differ from those of each row run alone, or
+      if the model fails.
     """
     if not _is_first():
         return
@@ -101,9 +107,10 @@ def _rows(model: nn.Module, renderer: Renderer) -> list[Tensor]:
 
 
 def _batch(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
-    """Return ids and mask of the two rows, (2, LONG) each, padded on this side.
+    """Pad two rows of token ids to LONG tokens on `side`, "left" or "right"; return ids and mask, (2, LONG) each.
 
-    Padding is an ordinary token: the embedding of a pad token may be 0, which would hide a fault.
+    The padding is an ordinary token: the embedding of a pad token may be 0, and then a model that ignores the mask
+    would go unnoticed.
     """
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     padding = rows[0][0].item()

@@ -2,8 +2,8 @@
 
 Nakano et al. 2021 (WebGPT) take the best of n samples by a reward model. Menick et al. 2022 (GopherCite) give no
 answer if even the best sample scores below a threshold, the same for all questions; and they draw the candidates from
-different documents in turn. For policies that can be enumerated, ops/preferences.py computes the distribution of the
-best of n and its KL divergence (`best_of_n`, `best_of_n_kl` and its bound log n − (n − 1)/n).
+different documents in turn. For policies whose replies can be enumerated, ops/preferences.py computes the distribution
+of the best of n and its KL divergence (`best_of_n`, `best_of_n_kl` and its bound log n − (n − 1)/n).
 """
 
 from collections.abc import Callable, Sequence
@@ -25,21 +25,23 @@ CANDIDATE_STRIDE = 2**48  # between the seeds of one reply's candidates: larger 
 class BestOfN:
     """A policy that draws n replies from another one and returns the best by a scorer; implements Policy.
 
-    Of equal scores, the first reply is returned. Its labels hold `score` (the best score, in the scorer's unit), `n`,
-    and `abstained`.
+    Of equal scores, the first reply is returned. The reply's labels hold `score` (the best score, in the scorer's
+    unit), `n`, and `abstained` (True if the reply is the abstention).
 
     It works with any policy: cloned, guided, or conditioned on returns. A turn costs n times that policy's tokens, and
     n scores. A reply's log_prob is its log-probability under that policy, not the log-probability of being chosen.
 
     Args:
-      policy: draws the replies.
-      scorer: scores them.
-      n: replies per turn, at least 1.
+      policy: draws the n replies, the candidates.
+      scorer: scores the candidates.
+      n: number of candidates per turn, at least 1.
       threshold: if the best score is below this, the reply is `abstention`; None = always answer.
-      abstention: the reply in that case.
-      contexts: maps a history to up to n histories from which candidates 0, 1, ... are drawn in turn, such as one for
-        each document to answer from; None = the history itself. The scorer sees the history itself. A rollout stores
-        the history itself too, although log_prob is that in the context the reply was drawn from.
+      abstention: the text of the reply in that case.
+      contexts: maps a history to 1 to n other histories, such as one for each document to answer from; candidates 0,
+        1, ... are drawn from them in turn. None = all are drawn from the history itself. In any case the scorer sees
+        the history itself, and a rollout stores it, although log_prob is that in the context the reply was drawn from.
+
+    Raises: InputError if n is below 1.
     """
 
     def __init__(
@@ -67,13 +69,25 @@ class BestOfN:
         return [contexts[j % len(contexts)] for j in range(self.n)]
 
     def start(self, seeds: Sequence[int]) -> "BestOfNSession":
-        """Start a session with one row per seed; the first candidate is the reply that the policy alone would give."""
+        """Start a session, which plays one dialogue (row) per seed.
+
+        Candidate 0 is the reply that the policy alone would give with this seed, if `contexts` is None.
+        """
         drawn_from = [seed + j * CANDIDATE_STRIDE for seed in seeds for j in range(self.n)]
         return BestOfNSession(self, self.policy.start(drawn_from))
 
 
 class BestOfNSession:
-    """A session over the rows of one batch, each of which is n rows of the policy's session; implements Session."""
+    """A session that draws n replies per row and returns the one with the highest score; implements Session.
+
+    Row i of it uses the rows i·n to i·n + n − 1 of the policy's session.
+
+    Args:
+      reranked: the policy with its settings.
+      session: the session of `reranked.policy`, with n rows for each row of this one.
+    Attributes:
+      fingerprint: identifies the tokenizer that the replies' token_ids belong to; None if the policy has none.
+    """
 
     def __init__(self, reranked: BestOfN, session: Session):
         self.reranked, self.session = reranked, session
@@ -87,7 +101,13 @@ class BestOfNSession:
         histories: Sequence[Sequence[Turn]],
         options: Sequence[Sequence[str] | None] | None = None,
     ) -> list[Reply]:
-        """Return the best of n next agent turns of each of these rows."""
+        """Return, for each of these rows, the best of n candidates for the next agent turn, or the abstention.
+
+        Args:
+          rows: rows of this session.
+          histories: all turns so far of each row.
+          options: the only texts allowed for each row's reply; None = any text.
+        """
         drawn = self.candidates(rows, histories, options)
         return [self._chosen(row, *found) for row, found in zip(rows, drawn, strict=True)]
 
@@ -97,7 +117,14 @@ class BestOfNSession:
         histories: Sequence[Sequence[Turn]],
         options: Sequence[Sequence[str] | None] | None = None,
     ) -> list[tuple[list[Reply], np.ndarray]]:
-        """Draw and score n replies per row; return, per row, the replies and their scores (n,)."""
+        """Draw and score n replies per row.
+
+        Args:
+          rows: rows of this session.
+          histories: all turns so far of each row.
+          options: the only texts allowed for each row's replies; None = any text.
+        Returns: per row, the n replies and their scores, (n,).
+        """
         n = self.reranked.n
         texts = None if options is None else [own for own in options for _ in range(n)]
         replies = self.session.reply(
@@ -122,9 +149,9 @@ class BestOfNSession:
         return replace(chosen, labels={"score": float(scores[best]), "n": len(replies), "abstained": abstained})
 
     def labels(self, row: int) -> dict[str, Any]:
-        """Return the policy's labels of the row's first candidate, with `scores` and `abstained`.
+        """Return the labels that the policy's session has for the row's candidate 0, with `scores` and `abstained`.
 
-        `scores` holds the best score of each turn, and `abstained` is the number of turns without an answer.
+        `scores` holds the best score of each turn, and `abstained` is the number of turns with the abstention.
         """
         own = self.session.labels(row * self.reranked.n) if hasattr(self.session, "labels") else {}
         return {**own, "scores": self.scores.get(row, []), "abstained": self.abstained.get(row, 0)}
@@ -133,14 +160,16 @@ class BestOfNSession:
 def calibrated_threshold(
     reranked: BestOfN, histories: Sequence[Sequence[Turn]], coverage: float, seeds: Sequence[int] | None = None
 ) -> float:
-    """Return the threshold at which a given share of held-out histories is answered (`abstention_threshold`).
+    """Return the threshold of `BestOfN` at which a given share of held-out histories is answered.
+
+    It is the `abstention_threshold` of the best scores of these histories.
 
     Args:
       reranked: draws and scores the replies.
-      histories: the held-out histories.
+      histories: the held-out histories, each the turns before a reply.
       coverage: the share to answer, in [0, 1].
-      seeds: one per history; None = 0, 1, ...
-    Returns: a threshold in the scorer's unit.
+      seeds: the random seed of each history; None = 0, 1, ...
+    Returns: a threshold in the scorer's unit; infinite if so small a share means that none is answered.
     Raises: InputError if the share is outside [0, 1].
     """
     session = reranked.start(range(len(histories)) if seeds is None else seeds)
@@ -156,15 +185,16 @@ def rejection_sample(
 ) -> list[Trajectory]:
     """Return the best `keep` of n replies to each history as trajectories, with scores as rewards: data for cloning.
 
-    Replies of equal text count once, and replies below the threshold are dropped, so a history may give fewer than
-    `keep`, or none. `labels` hold `seed`, `rank` among the different texts (0 = best), `n`, and `tokenizer`, the
-    fingerprint of the policy's tokenizer, if it has one.
+    Replies of equal text count once, and replies that score below the threshold are dropped, so a history may give
+    fewer than `keep` trajectories, or none. Only the reply is trainable. The labels of a trajectory are `seed`, `rank`
+    (the reply's place among the different texts, 0 = best), `n`, and `tokenizer`, the fingerprint of the policy's
+    tokenizer, if it has one.
 
     Args:
       reranked: draws and scores the replies.
-      histories: the turns before the replies.
+      histories: per history, the turns before the reply.
       keep: most replies per history, 1 to n.
-      seeds: one per history; None = 0, 1, ...
+      seeds: the random seed of each history; None = 0, 1, ...
     Raises: InputError if `keep` is outside 1 to n.
     """
     if not 1 <= keep <= reranked.n:

@@ -1,14 +1,16 @@
 """The token loop: draw tokens by log π(a|s) + (1+w)·Δ_R + β·clip(reduce(Q) − V), in batches, with caches across turns.
 
 Filters act on π first. Guidance acts on the tokens that survive them, because Q is only trained where there is data
-(Snell et al. 2023, ILQL; the official code also filters before guidance). With `candidates`, guidance is computed only
-for the policy's k most probable tokens. Each row's random numbers are a hash of its own (seed, token count), so its
-sample does not depend on the batch it is in.
+(Snell et al. 2023, ILQL; the official code also filters before guidance). β, the reduction of the Q heads and the
+clip are the settings `beta`, `q_reduce` and `clip`; w is `condition_scale`. With `candidates`, guidance is computed
+only for the policy's k most probable tokens. A row is one prompt with its reply. The random numbers of a row are a
+hash of its seed and of the number of tokens drawn so far, so its sample does not depend on the batch it is in.
 
 With a requested return R, Δ_R = log π(a|s,R) − log π(a|s). At w = β = 0 the sum is log π(a|s,R): one forward pass
-conditioned on R is enough, and the filters act on π(a|s,R). Otherwise each row passes through the model twice, in one
-batch and one cache: once with its returns and once with the null condition in their place. The second pass gives
-π(a|s), on which the filters then act, and Q and V, which were trained under the null condition.
+conditioned on R is enough, and the filters act on π(a|s,R). Otherwise each row passes through the model in two
+streams, in one batch and one cache: once with its returns and once with the null condition (no requested return) in
+their place. The second stream gives π(a|s), on which the filters then act, and Q and V, which were trained under the
+null condition.
 """
 
 import bisect
@@ -41,9 +43,9 @@ CACHE_BYTES = 2**31  # limit on the caches that a session keeps between turns
 
 
 def sync_every(device: torch.device) -> int:
-    """Return the number of tokens between two checks for finished rows.
+    """Return the number of tokens that are drawn between two checks for finished rows.
 
-    A check waits for an accelerator to catch up; on a CPU it costs nothing.
+    On a GPU each check waits until the GPU has finished its queued work; on a CPU it costs nothing.
     """
     return 1 if device.type == "cpu" else 8
 
@@ -141,22 +143,22 @@ class DecodingConfig:
 
 @dataclass
 class _Batch:
-    """A batch of B rows that are decoded together. All tensors are on the model's device.
+    """A batch of B rows that are decoded together. All tensors are on the model's device, long if not named otherwise.
 
     Args:
-      index: (B,) index of each row's prompt in the call.
+      index: (B,) index of each row's prompt among the prompts of `Sampler.sample`.
       seed: (B,) seed of each row's random numbers.
-      counter: (B,) tokens drawn from this seed in earlier calls.
-      node: (B,) current node in the trie of allowed options.
-      length: (B,) tokens of the prompt, without padding.
-      drawn: (B,) tokens of the reply so far.
-      finished: (B,) True once the reply has ended.
-      mask: (B, width + max_new_tokens) False at padding.
+      counter: (B,) number of tokens drawn from this seed in earlier calls.
+      node: (B,) current node of each row in the trie of allowed replies (`TokenTrie`).
+      length: (B,) number of tokens of the prompt, without padding.
+      drawn: (B,) number of tokens of the reply so far.
+      finished: (B,) bool, True once the reply has ended.
+      mask: (B, width + max_new_tokens) bool, False at padding.
       tokens: (B, max_new_tokens) ids drawn.
-      log_prob: (B, max_new_tokens) of each token, under the distribution it was drawn from, in nats.
-      policy_log_prob: (B, max_new_tokens) of each token, under the unguided policy, in nats.
+      log_prob: (B, max_new_tokens) fp32, log π of each token in the distribution that it was drawn from, in nats.
+      policy_log_prob: (B, max_new_tokens) fp32, log π of each token under the unguided policy, in nats.
       cache: keys and values of streams · B rows.
-      width: columns of the prompts, padding included.
+      width: number of columns of the prompts, padding included.
       padded: True if any prompt has padding in those columns.
       streams: 2 if each row also passes through the model under the null condition, else 1. Cache and logits have
         streams · B rows; the rows under the null condition come last.
@@ -179,11 +181,14 @@ class _Batch:
     streams: int
 
     def in_cache(self, rows: Tensor) -> Tensor:
-        """Return the cache rows (streams · R,) of these R batch rows: first all of stream 0, then all of stream 1."""
+        """Return the cache rows (streams · R,) of R batch rows (R,): all of stream 0, then all of stream 1, if any.
+
+        A stream is one pass of every row through the model.
+        """
         return torch.cat([rows + stream * len(self.index) for stream in range(self.streams)])
 
     def select(self, rows: Tensor) -> "_Batch":
-        """Return a batch of only these rows; the cache is changed in place."""
+        """Return a batch of only these rows, (R,) indices; the cache is changed in place."""
         self.cache.reorder_cache(self.in_cache(rows))  # recurrent layers lack batch_select_indices, but have this
         chosen = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **chosen)
@@ -197,7 +202,8 @@ class Sampler:
         `q_values` of a guided model, and `v_values` if clip is set.
       renderer: holds the ids that close a reply, and decodes ids to text.
       config: how tokens are chosen.
-      close_id: the id that closes the turns of another role than the agent; None = the renderer's, for the agent.
+      close_id: the id that ends a reply, for turns of another role than the agent; None = any of the ids that end
+        the agent's turns.
 
     Raises: InputError if beta is not 0 and the model has no value heads, if condition_scale is not 0 and the model has
       no null condition, or if the model takes no cache.
@@ -241,12 +247,15 @@ class Sampler:
         A reply that a stop text ended has no token_ids: they would decode to more than its text.
 
         Args:
-          prompts: token ids up to and including the agent's opening; at least one id each.
-          seeds: one per prompt.
-          counters: tokens already drawn from each seed; None = 0.
-          options: the only texts allowed for each prompt; None = any text.
-          memory: holds the caches of earlier turns and receives those of this one; None = no reuse.
+          prompts: token ids up to and including the opening of the turn to draw (such as a role header); at least one
+            id each.
+          seeds: the random seed of each prompt.
+          counters: number of tokens already drawn from each seed, which is where its random numbers continue; None =
+            0 for all.
+          options: the only texts allowed as replies to each prompt; None = any text.
+          memory: holds the caches of earlier turns; those of this turn are stored in it. None = no reuse.
           rows: the key of each prompt in `memory`, 0 or more; None = 0, 1, ...
+        Returns: one reply per prompt.
         Raises: InputError if a list of options is empty, or if an option is longer than max_new_tokens.
         """
         guided = self.null is not None and (self.config.beta != 0.0 or self.config.condition_scale != 0.0)
@@ -277,9 +286,9 @@ class Sampler:
         """Apply a head to the model's output after the last token of each prompt.
 
         Args:
-          head: maps hidden states (N, d) and logits (N, V) to a tensor (N, ...).
+          head: maps hidden states (N, d) and logits (N, V) of N prompts to a tensor (N, ...).
           prompts: token ids, at least one each.
-          memory: as in `sample`.
+          memory: holds caches of earlier calls; those of this call are stored in it. None = no reuse.
           rows: the key of each prompt in `memory`; None = 0, 1, ... A row under the null condition has the key ~row.
         Returns: one number or nested list per prompt.
         """
@@ -326,13 +335,16 @@ class Sampler:
     def forward(
         self, ids: Tensor, mask: Tensor | None, position: Tensor, cache: DynamicCache, with_hidden: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Run the model on ids (B, T), which follow what the cache holds.
+        """Run the model on T tokens per row, which follow the cached ones.
 
         Args:
-          mask: (B, cached + T) True at real tokens; None = no padding anywhere.
+          ids: (B, T) token ids.
+          mask: (B, cached + T) bool, True at real tokens; None = no padding anywhere.
           position: (B, T) position ids.
-          with_hidden: also return the hidden state.
-        Returns: logits (B, V) fp32 and hidden state (B, d), or None, after the last token.
+          cache: the cache of the B rows, which is extended in place.
+          with_hidden: also return the hidden states.
+        Returns: logits (B, V) fp32 and hidden states (B, d) after the last token; None instead of hidden states
+          without `with_hidden`.
         """
         if self.cache_argument == "cache_params" and mask is not None:
             mask = mask[:, -ids.shape[1] :]  # a recurrent state has no columns, so there is no padding left to mask
@@ -355,13 +367,15 @@ class Sampler:
         """Choose the next token of each row.
 
         Args:
-          logits: (S·B, V) for S streams; the rows under the null condition come last.
-          hidden: (S·B, d) hidden states; read only if beta is not 0.
+          logits: (S·B, V). S = 2 if each row also passes through the model under the null condition (no requested
+            return), else 1; the rows under the null condition come last.
+          hidden: (S·B, d) hidden states; used only if beta is not 0, else may be None.
           u: (B,) uniform random numbers in [0, 1).
-          trie: the allowed options.
+          trie: the allowed replies.
           node: (B,) each row's node in the trie.
-        Returns: three (B,): token ids; their log-probabilities under the distribution they are drawn from; and their
-          log-probabilities under the unguided policy (conditioned on the requested return, if any).
+        Returns: three tensors (B,): token ids; their log-probabilities in nats under the distribution that they are
+          drawn from; and their log-probabilities in nats under the unguided policy (conditioned on the requested
+          return, if any).
         """
         config, rows, streams = self.config, len(u), len(logits) // len(u)
         null, logits = logits[-rows:], logits[:rows]  # the same rows if there is one stream
@@ -391,7 +405,10 @@ class Sampler:
         return token.squeeze(-1), log_prob.gather(-1, column).squeeze(-1), policy_log_prob
 
     def stop_at(self, tokens: list[int]) -> tuple[int, str] | None:
-        """Find the first stop text: return the number of tokens that complete it and the text before it, else None."""
+        """Find the first stop text in a reply's ids.
+
+        Returns: the number of tokens up to its end, and the text before it; None if the reply has no stop text.
+        """
         stop = self.config.stop
 
         def stopped(count: int) -> bool:
@@ -420,9 +437,19 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @dataclass
 class _DecodingPass:
-    """The state of one call of `Sampler.sample` or `Sampler.read`. All lists have one entry per prompt.
+    """The state of one call of `Sampler.sample` or `Sampler.apply_head`. All lists have one entry per prompt.
 
-    In `memory`, the cache of a row's second stream, in which no return is requested, has the key ~row (bitwise not).
+    Args:
+      sampler: the sampler.
+      prompts: token ids, with return ids if a return is requested.
+      seeds: random seeds.
+      counters: number of tokens already drawn from each seed.
+      options: token ids of the allowed replies; None = any reply.
+      memory: the stored caches; None = no reuse.
+      rows: key of each prompt in `memory`. The cache of its second stream, in which no return is requested, has the
+        key ~row (bitwise not).
+      streams: number of passes of each prompt through the model, 1 or 2.
+      with_hidden: also compute hidden states.
     """
 
     sampler: Sampler
@@ -455,7 +482,7 @@ class _DecodingPass:
         return found
 
     def cached(self) -> list[int]:
-        """Return, per prompt, the number of first tokens that every stream has cached."""
+        """Return, per prompt, the number of tokens from its start that `memory` holds for each of its streams."""
         if self.memory is None:
             return [0] * len(self.prompts)
         self.memory.keep_only([*self.rows, *(~row for row in self.rows)])
@@ -464,7 +491,10 @@ class _DecodingPass:
         return [min(cached[i :: len(self.prompts)]) for i in range(len(self.prompts))]
 
     def streams_of(self, rows: Sequence[int], prompts: Sequence[list[int]]) -> tuple[list[int], list[list[int]]]:
-        """Return the memory keys and prompts of stream 0, followed by those of the null stream if there is one."""
+        """Return the keys in `memory` and the prompts of stream 0, followed by those of stream 1 if there is one.
+
+        In stream 1, the null condition replaces the returns in the prompts.
+        """
         if self.streams == 1:
             return list(rows), list(prompts)
         null = self.sampler.null
@@ -472,9 +502,9 @@ class _DecodingPass:
         return [*rows, *(~row for row in rows)], [*prompts, *([min(t, null) for t in ids] for ids in prompts)]
 
     def chunks(self) -> Iterator[list[int]]:
-        """Yield the indices of the prompts in batches that fit in memory.
+        """Yield the indices of the prompts in batches within MOST_TOKENS and MOST_LOGITS.
 
-        Prompts are sorted by the number of tokens that are not cached, longest first, with equal prompts together.
+        Prompts are sorted by the number of their tokens that are not cached, most first, with equal prompts together.
         """
         most_rows, most_tokens = self.sampler.most_rows // self.streams or 1, MOST_TOKENS // self.streams
         unread = [len(prompt) - cached for prompt, cached in zip(self.prompts, self.cached_tokens, strict=True)]
@@ -496,8 +526,9 @@ class _DecodingPass:
 
         Args:
           chunk: indices of B prompts.
-          node: (B,) each row's first node in the trie of options.
-        Returns: the batch, logits (S·B, V) and hidden states (S·B, d), or None, after each prompt, for S streams.
+          node: (B,) each row's first node in the trie of allowed replies.
+        Returns: the batch; the logits (S·B, V) and the hidden states (S·B, d) after each prompt, where S is the number
+          of streams; None instead of hidden states if they are not computed.
         """
         device = self.sampler.model.device
         first: dict[tuple[int, ...], int] = {}
@@ -587,7 +618,8 @@ class _DecodingPass:
         """Remove finished rows from the batch, if they are at least FINISHED_SHARE of it.
 
         Args:
-          step: index of the last token drawn.
+          batch: the batch.
+          step: index of the last token drawn, from 0.
           everyone: remove all rows, finished or not, because max_new_tokens is reached.
         Returns: the batch of the remaining rows; None if there are none.
         """
@@ -606,6 +638,11 @@ class _DecodingPass:
         """Store the replies and caches of the rows that leave the batch.
 
         A cache lacks the token that was drawn last, because the model has not read it yet.
+
+        Args:
+          batch: the batch.
+          leaving: indices of these rows in the batch.
+          step: index of the last token drawn, from 0.
         """
         rows = torch.tensor(leaving, device=batch.finished.device)
         places = batch.index[rows].tolist()
@@ -620,9 +657,10 @@ class _DecodingPass:
         """Store the caches of these rows in `memory`, if there is one.
 
         Args:
-          leaving: indices in the batch.
+          batch: the batch.
+          leaving: indices of these rows in the batch.
           tokens: ids of each row's reply.
-          step: columns after the prompt that the cache holds.
+          step: number of columns after the prompt that the cache holds.
         """
         if self.memory is None:
             return

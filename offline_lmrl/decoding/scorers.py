@@ -1,7 +1,9 @@
 """Scorers of replies: reward models, their ensembles, rules, value heads, likelihood, functions, and combinations.
 
-All implement `Scorer` (logs/protocols.py): `score(context, options)` returns one number per option. Scorers that run a
-model also have `score_each(rows)`, for many contexts at once. `load_scorer` makes one from a name or a small mapping:
+All implement `Scorer` (logs/protocols.py): `score(context, options)` returns one number per option, shape (K,), higher
+is better. A context is the turns before a reply; each of its K options is a continuation of it, a list of turns.
+Scorers that run a model also have `score_each(rows)`, for many pairs of context and options at once, and `fits`, which
+is True if the options fit into the model's limit of tokens. `load_scorer` makes a scorer from a name or a mapping:
 
     runs/reward                                          a reward model
     package.module:function                              a function (context, option) -> number
@@ -48,19 +50,19 @@ MOST_TOKENS = 4096  # limit on rows × longest row in one forward pass
 
 
 class RowScorer:
-    """Base class of scorers that run a model over rows of tokens; a subclass defines `score_batch`.
+    """The base class of scorers that run a model over rows of tokens; a subclass defines `score_batch`.
 
     The score of an option is the sum over its rows, plus `bias`. An option has one row, context + option; with
-    `by_turn` it has one row per agent turn, each with the turns that the window shows before it. Turns of the context
-    that do not fit into the window are left out.
+    `by_turn` it has one row per agent turn, each with the turns that the window rule shows before that turn. Turns of
+    the context that do not fit into max_length are left out.
 
     Args:
-      model: put in eval mode.
+      model: the model, which is put in eval mode.
       renderer: turns a dialogue into token ids.
-      window: the window rule of the rows.
-      by_turn: one row per agent turn instead of one per option.
+      window: the limits on the turns and tokens of a row.
+      by_turn: True: one row per agent turn; False: one row per option.
 
-    Raises: InputError, when it scores, if an option does not fit into the window.
+    Raises: InputError, when it scores, if an option does not fit into max_length.
     """
 
     bias = 0.0
@@ -73,7 +75,7 @@ class RowScorer:
 
     @torch.inference_mode()
     def score_each(self, rows: Sequence[Scored]) -> list[np.ndarray]:
-        """Return the scores (K,) of the K options of each row."""
+        """Return, per pair of context and K options in `rows`, the scores (K,) of the options."""
         encoded = [self._encode(*row) for row in rows]
         # With `by_turn`, options that share a beginning (as in `relabel_trajectories`) share rows: run each only once.
         distinct = {_key(row): row for options in encoded for option in options for row in option}
@@ -93,7 +95,12 @@ class RowScorer:
         return self._rows(context, options) is not None
 
     def score_batch(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return one number per row, (B,); the batch has the fields input_ids to last of `ComparisonBatch`."""
+        """Return one number per row of tokens, (B,).
+
+        Args:
+          batch: input_ids, attention_mask, action_mask, closing_mask and last, as in `ComparisonBatch`
+            (tokens/comparison_batching.py).
+        """
         raise TypeError(f"{type(self).__name__}: found no method `score_batch`, expected the subclass to define it")
 
     def _rows(self, context: Sequence[Turn], options: Sequence[Sequence[Turn]]):
@@ -130,9 +137,12 @@ def _batch(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
 
 
 class RewardModel(RowScorer):
-    """A scorer with a reward model: its score plus its bias.
+    """A scorer by a reward model: the model's score plus the bias stored with it.
 
-    The model is a run of algorithm reward_model, or any ...ForSequenceClassification with one label.
+    Args:
+      model: a run of algorithm reward_model, or any ...ForSequenceClassification with one label.
+      renderer: turns a dialogue into token ids.
+      window: the limits on the turns and tokens that the model reads at once.
     """
 
     def __init__(self, model: PreTrainedModel, renderer: Renderer, window: WindowRule):
@@ -145,18 +155,18 @@ class RewardModel(RowScorer):
 
     @property
     def shift(self) -> float:
-        """The constant that is added to each sum over turns or tokens; 0 for a terminal score, which is no sum."""
+        """The constant in every score that no turn earned: the bias, or 0 for head terminal, whose score is no sum."""
         return 0.0 if run_metadata(self.model.config)["reward"]["head"] == "terminal" else self.bias
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | None = None) -> "RewardModel":
         """Load a reward model from a folder or hub name.
 
-        Without a window saved in its settings, max_length is the number of positions in its config, or 1024.
+        If no window is saved with the model, max_length is max_position_embeddings of its config, or 1024.
 
         Args:
           path: folder or hub name.
-          device: where the model is put; None = the first accelerator, else the CPU.
+          device: where the model is put; None = the first GPU, else the CPU.
         Raises: InputError if there is no reward model, or if it was trained with another tokenizer.
         """
         device = find_device(device)
@@ -172,9 +182,11 @@ class RewardModel(RowScorer):
 
 
 class PolicyScorer(RowScorer):
-    """Base class of scorers that run a causal LM.
+    """The base class of scorers that run a causal LM.
 
-    Raises: InputError if the model is conditioned on returns, because no return is known here.
+    Args:
+      policy: a run, loaded as a policy.
+    Raises: InputError if the model is conditioned on returns, because a scorer has no return to condition on.
     """
 
     def __init__(self, policy: LanguagePolicy):
@@ -183,16 +195,21 @@ class PolicyScorer(RowScorer):
             raise InputError("scorer: found a model that is conditioned on returns, expected one that is not")
 
     def _states(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, for the N agent tokens of the options, row, state and token id, each (N,).
+        """Return row, state and token id of the N agent tokens of the options, each (N,).
 
-        The state is the column before the token, whose output predicts it.
+        A token's state is the column before it: the model's output there predicts the token.
         """
         row, place = batch["action_mask"].nonzero(as_tuple=True)
         return row, place - 1, batch["input_ids"][row, place]
 
 
 class LikelihoodScorer(PolicyScorer):
-    """A scorer by log π(option | context) in nats: the sum over the agent tokens, or with `mean` their mean."""
+    """A scorer by log π(option | context) in nats.
+
+    Args:
+      policy: a run, loaded as a policy.
+      mean: True: the mean over the option's agent tokens; False: the sum.
+    """
 
     def __init__(self, policy: LanguagePolicy, mean: bool = False):
         super().__init__(policy)
@@ -210,12 +227,11 @@ class LikelihoodScorer(PolicyScorer):
 class ValueHeadsScorer(PolicyScorer):
     """A scorer with the value heads of an ILQL run, in reward units.
 
-    The score is Σ over agent tokens of min Q̄(s,a) − V(s), or min Q̄ of the whole reply.
-
     Args:
       policy: the run.
-      of: advantage = the sum; utterance = Q of the whole reply, from heads that only runs with utterance_weight > 0
-        have. Snell et al. 2022 (ILQL) rerank by these.
+      of: "advantage": Σ over the option's agent tokens of min Q̄(s,a) − V(s), with the minimum over the target heads.
+        "utterance": min Q̄ of the whole reply, from heads that only runs with utterance_weight > 0 have. Snell et al.
+        2022 (ILQL) rerank by such heads.
     Raises: InputError if `of` is neither, or if the run lacks the heads for whole replies.
     """
 
@@ -245,9 +261,10 @@ class FunctionScorer:
     """A scorer that calls a Python function, such as a toy's true reward or a rule.
 
     Args:
-      function: maps (context turns, option turns) to a number.
+      function: maps (turns of the context, turns of an option) to a number.
       name: the function's name in error messages.
-    Raises: InputError if this is not a function; `score` raises it if the function fails or returns no finite number.
+    Raises: InputError if `function` cannot be called; `score` raises it if the function fails or returns no finite
+      number.
     """
 
     def __init__(self, function: Callable[[Sequence[Turn], Sequence[Turn]], float], name: str = "scorer"):
@@ -272,11 +289,11 @@ class FunctionScorer:
 
 
 def regex_rule(pattern: str, must: bool = False) -> FunctionScorer:
-    """Return a scorer that gives 1 if a rule is kept and 0 if it is broken.
+    """Return a scorer that gives 1 if an option keeps a rule and 0 if it breaks it.
 
     Args:
-      pattern: a regular expression that no agent turn of the option may contain.
-      must: the opposite rule: at least one agent turn has to contain it.
+      pattern: a regular expression. The rule is that no agent turn of the option contains a match.
+      must: True: the rule is that at least one agent turn contains a match.
     Raises: InputError if the pattern is not a regular expression.
     """
     try:
@@ -287,16 +304,16 @@ def regex_rule(pattern: str, must: bool = False) -> FunctionScorer:
 
 
 class RuleScorer:
-    """A scorer that gives the probability that a rule is kept, by a reward model.
+    """A scorer that gives the probability that an option keeps a rule, by a reward model.
 
     The reward model gets the rule as a system turn before all other turns. Therefore one model serves every rule,
     including rules that it was not trained on (Glaese et al. 2022, Sparrow): it is trained on comparisons of a reply
-    that keeps a rule with one that breaks it, each after the rule's text. Deviation: the probability is σ(score), so
-    scores have to be above 0 for a kept rule and below 0 for a broken one (`normalise: centre`).
+    that keeps a rule with a reply that breaks it, each after the rule's text. Deviation: the probability is σ(score),
+    so scores have to be above 0 for a kept rule and below 0 for a broken one (`normalise: centre`).
 
     Args:
       scorer: the reward model.
-      text: the rule.
+      text: the rule's text.
     """
 
     def __init__(self, scorer: Scorer, text: str):
@@ -315,18 +332,19 @@ class RuleScorer:
 
 
 def shift_of(scorer: Scorer) -> float:
-    """Return the part of every score that belongs to no turn of a reply; 0 for a scorer that names none."""
+    """Return the constant in every score that no turn of a reply earned: the scorer's `shift`, or 0 if it has none."""
     return getattr(scorer, "shift", 0.0)
 
 
 class Ensemble:
-    """A scorer by mean − k · standard deviation over several scorers (Christiano et al. 2017).
+    """A scorer by mean − k · standard deviation over the scores of several scorers (Christiano et al. 2017).
 
-    Each scorer has to be normalised on its own.
+    The scorers must have the same unit: normalise each of them (setting `normalise` of a reward model).
 
     Args:
-      scorers: at least 2.
-      k: above 0, options on which the scorers disagree, which offline data cannot settle, score lower.
+      scorers: the members, at least 2.
+      k: 0 = the mean. Above 0, options on which the members disagree, which offline data cannot settle, score lower.
+    Raises: InputError if there are fewer than 2 scorers.
     """
 
     def __init__(self, scorers: Sequence[Scorer], k: float = 0.0):
@@ -348,7 +366,7 @@ class Ensemble:
         return [member.mean(0) - self.k * member.std(0) for member in self.members(rows)]
 
     def members(self, rows: Sequence[Scored]) -> list[np.ndarray]:
-        """Return the scores of each member, (members, K), per row of K options."""
+        """Return, per pair of context and K options in `rows`, the scores of every member, (members, K)."""
         return [np.stack(found) for found in zip(*(score_rows(rows, one) for one in self.scorers), strict=True)]
 
 
@@ -359,7 +377,8 @@ class Combined:
       preference: the main scorer.
       others: R scorers.
       how: maps the scores of K options, preference (K,) and others (K, R), to the combined scores (K,).
-      shift: the constant part of the combined score, which no turn of a reply earned (`relabel_trajectories`).
+      shift: the constant in every combined score that no turn earned (`shift_of`). If each turn is rewarded,
+        `relabel_trajectories` gives every turn an equal part of it.
     """
 
     def __init__(
@@ -386,11 +405,11 @@ class Combined:
 
 
 def weighted_sum(scorers: Sequence[Scorer], weights: Sequence[float] | None = None) -> Combined:
-    """Return a scorer by Σ_i w_i · s_i.
+    """Return a scorer by the weighted sum Σ_i w_i · s_i of scores.
 
     Args:
-      scorers: at least 2.
-      weights: w, one per scorer; None = all 1.
+      scorers: the scorers of s_i, at least 2.
+      weights: w_i, one per scorer; None = all 1.
     Raises: InputError if there is not one weight per scorer, or fewer than 2 scorers.
     """
     weights = [1.0] * len(scorers) if weights is None else weights
@@ -404,9 +423,14 @@ def weighted_sum(scorers: Sequence[Scorer], weights: Sequence[float] | None = No
 
 
 def veto(preference: Scorer, rules: Sequence[Scorer], floor: float, threshold: float = 0.5) -> Combined:
-    """Return a scorer that gives the preference score if every rule is kept, else `floor`.
+    """Return a scorer that gives the preference score if an option keeps every rule, else `floor`.
 
-    A rule counts as kept if its score, a probability, is at least `threshold`.
+    Args:
+      preference: scores replies.
+      rules: give the probability that an option keeps a rule; at least one.
+      floor: the score of an option that breaks a rule.
+      threshold: a rule counts as kept if its probability is at least this.
+    Raises: InputError if there are no rules.
     """
     _require_rules(rules)
     shift = shift_of(preference)
@@ -416,11 +440,11 @@ def veto(preference: Scorer, rules: Sequence[Scorer], floor: float, threshold: f
 def sparrow(preference: Scorer, rules: Sequence[Scorer], average: float = 0.0) -> Combined:
     """Return a scorer by σ(preference − average) times the geometric mean of the rules' probabilities.
 
-    Glaese et al. 2022 (Sparrow); see `rule_adjusted_score`.
+    Glaese et al. 2022 (Sparrow); see `rule_adjusted_score` in ops/preferences.py.
 
     Args:
       preference: scores replies.
-      rules: give the probability that a rule is kept; at least one.
+      rules: give the probability that an option keeps a rule; at least one.
       average: the mean preference score of replies; 0 for a centred reward model.
     Raises: InputError if there are no rules; when it scores, if the rules' scores are not probabilities.
     """
@@ -459,12 +483,12 @@ KINDS: dict[str, Callable[..., Scorer]] = {
 
 
 def load_scorer(spec: str | Path | Mapping[str, Any]) -> Scorer:
-    """Make a scorer from its specification, which the scorer keeps as its `origin`.
+    """Make a scorer from its specification; the attribute `origin` of the scorer holds the specification.
 
     Args:
-      spec: a mapping with `kind` and that kind's parameters; such a mapping as YAML text or a YAML file; the folder or
-        hub name of a reward model; or package.module:function.
-    Raises: InputError that names the wrong key.
+      spec: a mapping with `kind` (one of KINDS) and the parameters of that kind; such a mapping as YAML text or as the
+        name of a YAML file; the folder or hub name of a reward model; or package.module:function.
+    Raises: InputError that names the key with a wrong value.
     """
     origin = spec = _without_paths(spec)
     if isinstance(spec, str):
@@ -503,9 +527,15 @@ def _without_paths(spec: Any) -> Any:
 
 
 def _setting(name: str, value: Any, parameter: inspect.Parameter) -> Any:
-    """Check a value of the specification and convert it to what the scorer takes, such as nested scorers.
+    """Check a value of a specification and convert it to what the scorer takes, such as nested scorers.
 
     A parameter name has the same meaning in all kinds.
+
+    Args:
+      name: the parameter's name.
+      value: the value in the specification.
+      parameter: the parameter in the signature of the kind's function.
+    Raises: InputError if the value is of another type than the parameter.
     """
     where = f"scorer.{name}"
     if value is None and parameter.default is None:
@@ -541,9 +571,13 @@ def fits(scorer: Scorer, context: Sequence[Turn], options: Sequence[Sequence[Tur
 
 
 def drop_too_long(comparisons: Sequence[Comparison], scorer: Scorer, counts: Counter[str]) -> list[Comparison]:
-    """Return the comparisons whose replies all fit into the scorer's window; `counts` receives the number of others.
+    """Return the comparisons whose replies all fit into the scorer's window.
 
-    Raises: InputError if none is left.
+    Args:
+      comparisons: the comparisons to filter.
+      scorer: the scorer.
+      counts: the number of comparisons left out is added to its entry TOO_LONG.
+    Raises: InputError if no comparison is left.
     """
     kept = [row for row in comparisons if fits(scorer, row.context, row.options)]
     counts[TOO_LONG] += len(comparisons) - len(kept)
@@ -553,11 +587,11 @@ def drop_too_long(comparisons: Sequence[Comparison], scorer: Scorer, counts: Cou
 
 
 def relabel_comparisons(comparisons: Sequence[Comparison], scorer: Scorer) -> list[Comparison]:
-    """Replace the human judgements of comparisons by a scorer's.
+    """Return the comparisons with the human judgements replaced by those of a scorer.
 
-    The target becomes softmax(scores), as in the Bradley-Terry model, and the ranking follows the scores.
-    `labels["scores"]` holds the scores, `labels["scorer"]` the scorer's `origin_of`, and `labels["target"]` the old
-    target.
+    The target (the probability of each option to be the best) becomes softmax(scores), as in the Bradley-Terry model,
+    and the ranking is in the order of the scores. `labels["scores"]` holds the scores, `labels["scorer"]` the origin
+    of the scorer (`origin_of`), and `labels["target"]` the old target.
     """
     rows = score_rows([(row.context, row.options) for row in comparisons], scorer)
     return [_relabelled(row, scores, origin_of(scorer)) for row, scores in zip(comparisons, rows, strict=True)]
@@ -578,17 +612,19 @@ def relabel_trajectories(
     reward_at: Literal["end", "turn"] = "end",
     counts: Counter[str] | None = None,
 ) -> list[Trajectory]:
-    """Replace the rewards of trajectories by scores.
+    """Return the trajectories with their rewards replaced by scores.
 
-    `labels["scorer"]` holds the scorer's `origin_of`, and `labels["rewards"]` the old rewards, one per agent turn.
+    `labels["scorer"]` holds the origin of the scorer (`origin_of`), and `labels["rewards"]` the old rewards, one per
+    agent turn.
 
     Args:
       trajectories: each with at least one agent turn.
-      scorer: scores all turns from the first agent turn on, given the turns before it.
-      reward_at: end = the last agent turn earns the score of the whole; turn = each agent turn earns the score of the
-        trajectory up to it, less the score up to the agent turn before it. Both have the same sum.
-      counts: receives the number of trajectories that are left out because a reply does not fit the scorer's window.
-    Raises: InputError for another reward_at, a trajectory without agent turns, or if none is left.
+      scorer: scores the turns from the first agent turn on as one option, after the turns before it.
+      reward_at: "end": the last agent turn earns the score of the whole trajectory. "turn": each agent turn earns the
+        score of the trajectory up to this turn, minus the score up to the previous agent turn. The sum is the same.
+      counts: the number of trajectories that are left out, because a reply does not fit into the scorer's window, is
+        added to its entry TOO_LONG; None = they are not counted.
+    Raises: InputError for another reward_at, for a trajectory without agent turns, or if no trajectory is left.
     """
     if reward_at not in ("end", "turn"):
         raise InputError(f"reward_at: found {shown(reward_at)}, expected end or turn")
@@ -633,8 +669,8 @@ def most_disputed(comparisons: Sequence[Comparison], ensemble: Ensemble, n: int)
     """Return the n pairs of options on which the members of an ensemble disagree most, as comparisons, most first.
 
     Disagreement is the variance, over members, of the predicted preference σ(s_i − s_j). Each comparison gives at most
-    one pair. Christiano et al. 2017 collect labels for such pairs. `labels["disagreement"]` is the standard deviation.
-    Ties keep the order of the data.
+    one pair. Christiano et al. 2017 collect labels for such pairs. `labels["disagreement"]` of a pair is the standard
+    deviation. Pairs of equal disagreement keep the order of the data.
     """
     found = []
     members = ensemble.members([(row.context, row.options) for row in comparisons])

@@ -1,4 +1,7 @@
-"""Q and V of every logged step, computed by a trained model with value heads, and logs relabelled with them."""
+"""Q and V of every logged step, computed by a trained model with value heads, and logs relabelled with them.
+
+A step is one token that the agent wrote (`ActionSteps` in tokens/batching.py). Its state is the text before the token.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +32,8 @@ STEP_VALUES = ("target_q", "v", "next_v")
 def log_encoder(policy: LanguagePolicy) -> EpisodeEncoder:
     """Return an encoder that encodes logs as the policy's training did: with its windows, reward scale and discounts.
 
-    For a return-conditioned model it encodes them with the null condition, under which the values were trained.
+    Logs for a return-conditioned model are encoded without a requested return, as they were when the values were
+    trained.
     """
     saved, return_tokens = run_metadata(policy.model.config), return_tokens_of(policy.model, policy.renderer)
     scale, rule = RewardScale(**saved.get("reward_scale", {})), StepRule(**saved.get("step_rule", {}))
@@ -40,14 +44,16 @@ def log_encoder(policy: LanguagePolicy) -> EpisodeEncoder:
 def compute_step_values(
     model: nn.Module, windows: WindowDataset, batch_size: int = 32, share: tuple[int, int] = (0, 1)
 ) -> dict[str, np.ndarray]:
-    """Compute `target_q` (minimum over the target heads) of the action, `v` and `next_v` at each of N logged steps.
+    """Compute Q and V at each of N logged steps.
 
     Args:
-      model: a guided model with value heads; it is left in eval mode.
-      windows: encoded as in the model's own training; `next_v` needs its `next_rows`.
+      model: a guided model (`guided_class`) with value heads; it is left in eval mode.
+      windows: the logs as rows of tokens, encoded as in the training of `model` (`log_encoder`). `next_v` is only
+        meaningful with `next_rows`.
       batch_size: windows per forward pass.
-      share: (i, n): compute only every n-th batch, starting with the i-th, and leave zeros elsewhere.
-    Returns: arrays (N,) by name, in the order of the windows' steps, in scaled reward units.
+      share: (i, n): compute only every n-th batch, starting with batch i, and leave zeros elsewhere.
+    Returns: "target_q" (Q of the logged token, the minimum over the target heads), "v" (V of the state) and "next_v"
+      (V of the next state), each (N,) fp32, in the order of the windows' steps, in scaled reward units.
     """
     model.eval()
     offsets = windows.flat["state"][1]
@@ -72,10 +78,11 @@ def relabel(
     discount_per_turn: float = 1.0,
     batch_size: int = 32,
 ) -> list[Trajectory]:
-    """Set `labels["return_to_go"]` of trajectories, one number per agent turn in reward units, from a value model's Q
-    or V.
+    """Set `labels["return_to_go"]` of trajectories from the Q or V of a value model.
 
-    "max": R_t = r_t + γ · max(R_{t+1}, V(s_{t+1})), backwards (`qdt_returns_to_go`). It stitches, and keeps luck.
+    The label is a list with one number per agent turn, in reward units. `label` chooses how it is computed:
+    "max": R_t = r_t + γ · max(R_{t+1}, V(s_{t+1})), backwards (`qdt_returns_to_go`). It combines good parts of
+    different episodes (stitching), but a lucky outcome stays in the label.
     "q": Q(s_t, a_t), the minimum over target heads at the turn's last token. It averages luck out, but depends on Q
     being accurate.
 
@@ -84,12 +91,12 @@ def relabel(
 
     Args:
       trajectories: a list, or a path or hub name that `read_trajectories` takes.
-      value_model: a run with value heads. It should be trained with an expectile of at least .8, since a V that is too
-        low gives labels that are too low.
+      value_model: a run with value heads, loaded or as its folder or hub name. It should be trained with an expectile
+        of at least .8, since a V that is too low gives labels that are too low.
       label: "max" or "q".
       discount_per_turn: γ of the returns, the same as of the model that is trained on them.
       batch_size: windows per forward pass.
-    Returns: the trajectories with the label; all else is unchanged.
+    Returns: copies of the trajectories with the label; all else is unchanged.
     Raises: InputError if the label is unknown, if the value model has no value heads or was trained with few-shot
       demonstrations, or if agent turns do not fit into its window.
     """

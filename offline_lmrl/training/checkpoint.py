@@ -1,7 +1,8 @@
 """The folder of a run during training: checkpoints that are complete or absent, rows of metrics, and stopping.
 
-A checkpoint is complete if it holds everything that training needs to resume bit for bit. Checkpoints are added and
-removed by a rename, so a killed process leaves none in part. Its unfinished files are in the folder `.saving`.
+A run is one training, with all its files in one folder. A checkpoint is a subfolder checkpoint-STEP; it is complete if
+it holds everything that training needs to resume bit for bit. Checkpoints are added and removed by a rename, so a
+killed process leaves no half-written checkpoint: its unfinished files are in the folder `.saving` (STAGING).
 """
 
 import json
@@ -41,11 +42,11 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def last_complete(folder: str | Path, lacking: Callable[[Path], Sequence[str]]) -> Path | None:
-    """Return the newest complete checkpoint, and log why newer ones are not used; None = none is complete.
+    """Return the newest complete checkpoint, and log why newer ones are not used; None if none is complete.
 
     Args:
-      folder: the run's.
-      lacking: returns the names of files that a checkpoint lacks and resuming needs.
+      folder: folder of the run.
+      lacking: maps a checkpoint to the names of files that resuming needs and the checkpoint does not have.
     """
     refused = ""
     for checkpoint in reversed(checkpoints(folder)):
@@ -61,7 +62,10 @@ def last_complete(folder: str | Path, lacking: Callable[[Path], Sequence[str]]) 
 
 
 def missing(checkpoint: Path, patterns: Sequence[str]) -> list[str]:
-    """Return the patterns that match no file of the checkpoint, and the names of missing shards of its weights."""
+    """Return the glob patterns that match no file in the checkpoint, and the names of missing shards of weights.
+
+    Raises: InputError if an index of shards is damaged.
+    """
     found = [pattern for pattern in patterns if not any(checkpoint.glob(pattern))]
     for index in checkpoint.glob("*.safetensors.index.json"):
         with reading(index, DAMAGED):
@@ -72,10 +76,10 @@ def missing(checkpoint: Path, patterns: Sequence[str]) -> list[str]:
 
 @contextmanager
 def filling(folder: Path, target: Path) -> Iterator[None]:
-    """A context in which a staging folder is filled.
+    """A context manager in whose body files are written into a staging folder.
 
-    An error in writing becomes an InputError that names `target`. After any error the folder is removed, because the
-    disk may be full.
+    An error in writing becomes an InputError that names `target`, the final path. After any error the staging folder
+    is removed, because the disk may be full.
     """
     try:
         with writing(target):
@@ -86,7 +90,7 @@ def filling(folder: Path, target: Path) -> Iterator[None]:
 
 
 def publish(written: Path, checkpoint: Path) -> None:
-    """Rename the written folder to `checkpoint`, after its files are on the disk; replace one of that name."""
+    """Rename the written folder to `checkpoint`, after its files are on the disk; replace an existing checkpoint."""
     with writing(checkpoint):
         sync(written)
         if checkpoint.exists():
@@ -96,22 +100,22 @@ def publish(written: Path, checkpoint: Path) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint by a rename first, so that a kill while its files are deleted leaves no part of it."""
+    """Remove a checkpoint, renaming it first, so that a kill while files are deleted leaves no partial checkpoint."""
     with staging(checkpoint) as folder:
         os.replace(checkpoint, folder / checkpoint.name)
 
 
 def rotate(folder: str | Path, newest: int, limit: int | None, best: str | None = None) -> None:
-    """Remove the oldest checkpoints up to the step `newest`, so that `limit` of them are left.
+    """Remove the oldest checkpoints of steps up to `newest`, so that at most `limit` of them are left.
 
-    Checkpoints of later steps are neither counted nor removed: they were left when training resumed from an earlier
-    one.
+    Checkpoints of later steps are neither counted nor removed: they are from before training resumed at an earlier
+    step.
 
     Args:
-      folder: the run's.
-      newest: the present step; the newest checkpoint up to it is kept.
-      limit: the number to keep; None or 0 = all.
-      best: the path of the best checkpoint, which is kept too.
+      folder: folder of the run.
+      newest: the current step. The newest checkpoint up to it is always kept.
+      limit: number of checkpoints to keep; None or 0 = all.
+      best: path of the best checkpoint, which counts towards `limit` and is always kept; None = there is none.
     """
     mine = [path for path in checkpoints(folder) if step_of(path) <= newest]
     if limit is None or limit < 1 or not mine:
@@ -134,7 +138,10 @@ def append_metrics(folder: str | Path, row: Mapping[str, Any]) -> None:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Read the rows of metrics.jsonl, without an unfinished last one. Raises: InputError if a row is damaged."""
+    """Return the rows of a run's metrics.jsonl as dicts, without an unfinished last row.
+
+    Raises: InputError if the file cannot be read or a row is damaged.
+    """
     path, rows = Path(folder) / METRICS, []
     with reading(path, "a JSON object of metrics on each line; remove this file, or the run"):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -148,7 +155,10 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def keep_metrics_until(folder: str | Path, step: int) -> None:
-    """Drop the rows after `step` and the closing row, which a run resumed at `step` writes again; at 0, drop all."""
+    """Drop the rows of metrics.jsonl that a run resumed at `step` writes again; at step 0 these are all rows.
+
+    They are the rows of later steps, and the last row of a finished run.
+    """
     path = Path(folder) / METRICS
     if path.exists():
         rows = read_metrics(folder) if step > 0 else []
@@ -161,7 +171,11 @@ def keep_metrics_until(folder: str | Path, step: int) -> None:
 
 
 class Signals:
-    """The last SIGTERM or SIGINT that arrived; a second SIGINT raises KeyboardInterrupt at once."""
+    """A record of the last SIGTERM or SIGINT that arrived; a second SIGINT raises KeyboardInterrupt at once.
+
+    Attributes:
+      number: number of that signal; None = none has arrived.
+    """
 
     number: int | None = None
 
@@ -174,9 +188,12 @@ class Signals:
         self.number = number
 
     def agreed(self, processes: int) -> int | None:
-        """Return a signal that any of the processes got, or None; the answer is the same in all of them.
+        """Return the number of a signal that any of the processes got, or None; all processes get the same answer.
 
         All processes must call this at the same steps.
+
+        Args:
+          processes: number of processes that train together.
         """
         if processes == 1:
             return self.number
@@ -189,9 +206,9 @@ class Signals:
 
 @contextmanager
 def noted_signals() -> Iterator[Signals]:
-    """A context in which SIGTERM and SIGINT are only recorded, so that training decides when to stop.
+    """A context manager in whose body SIGTERM and SIGINT are only recorded, so that training decides when to stop.
 
-    In a thread other than the main one, which gets no signals, nothing is recorded.
+    Nothing is recorded in a thread other than the main one, because such a thread gets no signals.
     """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
@@ -209,10 +226,10 @@ def stopped(number: int, folder: str | Path, step: int, steps: int) -> Stopped:
     """Return the exception that ends training at a signal, after a checkpoint is written.
 
     Args:
-      number: the signal's.
-      folder: the run's.
-      step: the present step.
-      steps: of the whole run.
+      number: number of the signal.
+      folder: folder of the run.
+      step: the current step.
+      steps: number of steps of the whole run.
     """
     by = signal.Signals(number).name
     return Stopped(

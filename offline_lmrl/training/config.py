@@ -17,7 +17,12 @@ from offline_lmrl.tokens.windows import WindowRule
 
 @dataclass
 class BaseConfig(TrainingArguments):
-    """The settings of every algorithm, in addition to the fields of `transformers.TrainingArguments`."""
+    """The settings of every algorithm, in addition to the fields of `transformers.TrainingArguments`.
+
+    A window is one row of training tokens: the turns of a dialogue that the policy sees at once (tokens/windows.py).
+
+    Raises: InputError if a setting is outside its range.
+    """
 
     context: int | None = setting(
         None,
@@ -112,14 +117,14 @@ class OfflineConfig(BaseConfig):
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, as TrainingArguments does, those of the demonstrations included."""
+        """Return the fields as plain values, as TrainingArguments does; `few_shot` becomes a dict or None."""
         return super().to_dict() | {"few_shot": self.few_shot and asdict(self.few_shot)}
 
 
 def check_schedule(args: TrainingArguments) -> None:
     """Check that a learning rate schedule can be built from the settings, before training starts.
 
-    Raises: InputError if not.
+    Raises: InputError if it cannot.
     """
     try:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
@@ -134,7 +139,7 @@ def check_schedule(args: TrainingArguments) -> None:
 def check_trackers(args: TrainingArguments) -> None:
     """Check that the experiment trackers in `report_to` are known and installed, before training starts.
 
-    Raises: InputError if one is not.
+    Raises: InputError if a tracker is unknown or not installed.
     """
     for name in args.report_to or ():
         if name not in INTEGRATION_TO_CALLBACK:
@@ -155,8 +160,9 @@ def check_range(config: object, **bounds: tuple[float, float]) -> None:
     """Check that fields of `config` are numbers in closed ranges.
 
     Args:
-      bounds: field name -> (lowest, highest allowed value).
-    Raises: InputError that names the first field outside its range, or None.
+      config: any object with these fields.
+      bounds: name of a field -> (lowest, highest allowed value).
+    Raises: InputError that names the first field that is None or outside its range.
     """
     for name, (low, high) in bounds.items():
         value = getattr(config, name)

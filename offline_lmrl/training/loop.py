@@ -1,7 +1,7 @@
-"""The base of trainers that run their own loop, on accelerate: optimizer, averaged weights, and the run's folder.
+"""The base of trainers that run their own training loop, on accelerate: optimizer, averaged weights, and run folder.
 
-The folder has the same contents as that of any other run: metrics.jsonl, the model, and checkpoints that are complete
-or absent and from which training resumes bit for bit.
+The run folder has the same contents as that of other trainers: metrics.jsonl, the model, and checkpoints that are
+complete or absent and from which training resumes bit for bit.
 """
 
 import contextlib
@@ -46,14 +46,18 @@ from offline_lmrl.training.trainer import check_processes, move_model
 class LoopTrainer:
     """The base class of trainers that run their own loop and generate their data.
 
-    A subclass calls `set_up` with a policy and the module around it, runs the loop in `train`, and saves and restores
-    its extra state (`state_dict`, `load_state_dict`). Its random numbers must depend on seed and iteration alone.
+    A subclass has to:
+    - call `set_up(module, policy, average)` in its constructor, with the nn.Module that is trained; it contains the
+      policy's model, for example together with a value head;
+    - run the loop in `train`, one iteration (playing and learning) after another;
+    - save and restore its extra state in `state_dict` and `load_state_dict`;
+    - draw random numbers that depend only on the seed and the iteration, so that training resumes exactly.
 
     Args:
       args: the settings.
       processing_class: the tokenizer.
-      policy: the model that plays.
-      find_unused_parameters: whether some losses do not reach all parameters.
+      policy: the model that plays. If it was trained before, its run metadata decide how dialogues become tokens.
+      find_unused_parameters: True if some losses do not reach all parameters (as in DistributedDataParallel).
     """
 
     algorithm = ""
@@ -81,12 +85,12 @@ class LoopTrainer:
         self.iteration, self.updates = 0, 0
 
     def set_up(self, module: nn.Module, policy: nn.Module, average: bool) -> None:
-        """Set the module and the policy, and make optimizer and schedule.
+        """Set the module and the policy, and make optimizer and learning rate schedule.
 
         Args:
-          module: holds all trained parameters.
-          policy: the part of it that is saved as the run's model.
-          average: whether to keep averaged weights, which are then saved instead of the trained ones.
+          module: contains all trained parameters.
+          policy: the part of `module` that is saved as the run's model.
+          average: True: keep averaged weights, which are saved instead of the trained ones.
         """
         args, self.module, self.policy = self.args, module, policy
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -122,14 +126,14 @@ class LoopTrainer:
     # Metrics and counts.
 
     def mean(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Average every metric over the processes."""
+        """Return the mean of every metric over the processes, by name."""
         if self.args.world_size == 1 or not metrics:
             return dict(metrics)
         values = torch.tensor(list(metrics.values()), device=self.args.device)
         return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
 
     def costs(self) -> dict[str, int]:
-        """Return the number of iterations and the other totals of the run so far, for complete.json."""
+        """Return the number of iterations so far as `steps`, and the totals of the run by name, for complete.json."""
         return {"steps": self.iteration} | dict(self.totals)
 
     def outcome(self) -> dict[str, float]:
@@ -151,7 +155,7 @@ class LoopTrainer:
         return self.args.disable_tqdm or not self.accelerator.is_main_process
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Append a row to metrics.jsonl.
+        """Append a row to metrics.jsonl: the iteration as `step`, and the metrics.
 
         A number that is not finite is written as null, such as the explained variance of returns that do not vary.
         """
@@ -162,7 +166,7 @@ class LoopTrainer:
     # Resuming and stopping.
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest complete checkpoint of the run; None = there is none."""
+        """Return the newest complete checkpoint of the run; None if there is none."""
         return last_complete(self.args.output_dir, self.lacking)
 
     def lacking(self, checkpoint: Path) -> list[str]:
@@ -171,7 +175,10 @@ class LoopTrainer:
         return missing(checkpoint, ["trained.safetensors", *average, "optimizer.pt", "loop.json"])
 
     def begin(self, checkpoint: str | Path | None) -> None:
-        """Load the checkpoint, if one is given, and drop the rows of metrics that were written after it."""
+        """Load a checkpoint, if one is given, and remove leftovers of training that went further than this checkpoint.
+
+        Rows of metrics that were written after it are dropped; with None, all rows.
+        """
         if checkpoint is not None:
             self.load(Path(checkpoint))
         if self.args.should_save:
@@ -183,7 +190,10 @@ class LoopTrainer:
         self.accelerator.wait_for_everyone()
 
     def finish_iteration(self) -> None:
-        """Save a checkpoint if one is due or a signal came; after a signal, stop training. Raises: Stopped."""
+        """Save a checkpoint if one is due or a signal came.
+
+        Raises: Stopped after a signal, to end training.
+        """
         # With several processes this is a collective call, so all of them make it in every iteration.
         number = None if self.signals is None else self.signals.agreed(self.args.world_size)
         last = self.iteration == self.args.max_steps
@@ -196,13 +206,13 @@ class LoopTrainer:
     # Saving.
 
     def saves(self, last: bool) -> bool:
-        """True if a checkpoint is due; `last`: this is the last iteration."""
+        """True if a checkpoint is due after this iteration; `last`: True if it is the last iteration of the run."""
         return self.args.save_strategy == "steps" and (last or self.iteration % int(self.args.save_steps) == 0)
 
     def save_checkpoint(self) -> None:
-        """Save everything that the next iteration depends on, and the policy as `save_model` writes it.
+        """Save a checkpoint: everything that the next iteration depends on, and the policy as `save_model` writes it.
 
-        The checkpoint is written in a staging folder, so that it is complete or absent.
+        The checkpoint is written in a staging folder and then renamed, so that it is complete or absent.
         """
         if self.args.should_save:
             folder, name = Path(self.args.output_dir), f"checkpoint-{self.iteration}"
@@ -241,8 +251,8 @@ class LoopTrainer:
     def load(self, checkpoint: Path) -> None:
         """Restore what `save_checkpoint` saved.
 
-        Raises: InputError if the checkpoint is incomplete or damaged, or is of another run's weights or number of
-          processes.
+        Raises: InputError if the checkpoint is incomplete or damaged, or if it has the weights of another model or was
+          written by another number of processes.
         """
         if names := self.lacking(checkpoint):
             raise InputError(f"{checkpoint}: found no {', '.join(names)}, expected {DAMAGED}")
@@ -297,7 +307,7 @@ class LoopTrainer:
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
-        """A context in which the averaged weights, if there are any, replace the trained ones."""
+        """A context manager in whose body the averaged weights, if there are any, replace the trained ones."""
         if self.average is None:
             yield
             return

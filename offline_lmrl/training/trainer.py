@@ -1,7 +1,11 @@
 """The base of all offline trainers, built on transformers' Trainer.
 
-It adds packed batches, exact counts, target updates, checkpoints that are either complete or absent, and losses that
-do not depend on how a batch is split over micro-batches and ranks.
+It adds packed batches, exact counts, updates of target heads, checkpoints that are either complete or absent, and
+losses that do not depend on how a batch is split over micro-batches and ranks.
+
+A data set consists of rows of tokens, such as windows (parts of a dialogue, tokens/windows.py) or comparisons of
+replies. Packed: a batch also lists the steps, which are the tokens that the agent wrote; outputs and losses are
+computed at these only. An item is what the loss is averaged over: a step, or a comparison.
 """
 
 import json
@@ -77,10 +81,10 @@ def require_targets(name: str, weight: float, targets: int, what: str) -> None:
     """Check that a loss with a weight above 0 has targets in the training data.
 
     Args:
-      name: the setting, for the error.
-      weight: the weight of the loss.
-      targets: the number of its targets in the training data.
-      what: the kind of target, for the error.
+      name: name of the setting with the weight, for the error message.
+      weight: weight of the loss.
+      targets: number of targets of the loss in the training data.
+      what: description of a target, for the error message.
     Raises: InputError if the weight is above 0 and there are no targets.
     """
     if weight > 0 and not targets:
@@ -88,14 +92,15 @@ def require_targets(name: str, weight: float, targets: int, what: str) -> None:
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler[int]):
-    """A shuffle in which neighbours have similar lengths.
+    """A sampler that shuffles the rows so that neighbours have similar lengths.
 
-    The order depends on (seed, epoch) alone, so that resuming is exact.
+    The shuffled rows are cut into pools of 50 batches; each pool is sorted by length, and then the batches are
+    shuffled. The order depends on (seed, epoch) alone, so that resuming is exact.
 
     Args:
-      lengths: tokens per row.
-      batch_size: rows per step over all ranks; a pool of 50 such batches is sorted by length.
-      seed: of the shuffle.
+      lengths: (rows,) number of tokens of each row.
+      batch_size: rows per batch, over all ranks.
+      seed: seed of the shuffle.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
@@ -120,16 +125,16 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
 
 
 class EvenBatches(torch.utils.data.BatchSampler):
-    """A batch sampler that gives every rank the same number of full batches.
+    """A batch sampler that gives every rank (process) the same number of batches, all of the same size.
 
-    The last batches of an epoch are padded with the index `surplus`, which `collate_even` drops. accelerate would
+    The last batches of an epoch are filled up with the index `surplus`, which `collate_even` drops. accelerate would
     repeat the epoch's first rows instead, and they would count twice.
 
     Args:
-      sampler: the order of the rows.
+      sampler: yields the indices of the rows in the order of training.
       batch_size: indices per batch.
-      ranks: the number of batches is a multiple of it.
-      surplus: an index that no row has (see `collate_even`).
+      ranks: number of ranks; the number of batches becomes a multiple of it.
+      surplus: an index that no row has, such as the number of rows.
     """
 
     def __init__(self, sampler: torch.utils.data.Sampler[int], batch_size: int, ranks: int, surplus: int):
@@ -145,9 +150,13 @@ class EvenBatches(torch.utils.data.BatchSampler):
 
 
 def collate_even(items: Sequence[WindowRef | ComparisonRef]) -> Mapping[str, Any]:
-    """Collate a batch of `EvenBatches`, without the items after the end of the dataset.
+    """Collate a batch of `EvenBatches`, without its surplus indices.
 
-    Every rank must run forward, so a batch of such items alone becomes one without weight in the loss.
+    Every rank must run a forward pass, so a batch of surplus indices only becomes one row without weight in the loss.
+
+    Args:
+      items: references to rows of one data set; the index of a surplus reference is at least the number of rows.
+    Returns: the batch as the data set's `batch` makes it, name -> tensor (or a dict of tensors, or a number).
     """
     dataset = items[0].dataset
     real = [item.index for item in items if item.index < len(dataset)]
@@ -155,12 +164,15 @@ def collate_even(items: Sequence[WindowRef | ComparisonRef]) -> Mapping[str, Any
 
 
 class TargetUpdates(TrainerCallback):
-    """A callback that averages the target heads (a Polyak step) after every optimizer step.
+    """A callback that updates the target heads of Q after every optimizer step.
 
-    It leaves out steps that the loss scaler skipped.
+    The update (a Polyak step) is target ← rate · online + (1 − rate) · target. Optimizer steps that the loss scaler
+    skipped are left out.
 
     Args:
-      rate: target ← rate · online + (1 − rate) · target.
+      rate: share of the online heads, in [0, 1].
+    Attributes:
+      count: number of updates so far.
     """
 
     def __init__(self, rate: float):
@@ -200,20 +212,23 @@ class ResumedAverages(TrainerCallback):
 
 
 class BaseTrainer(transformers.Trainer):
-    """A trainer on a packed data set: each batch is one dict of tensors and gives one loss per item.
+    """A trainer on encoded data: each batch is one dict of tensors and gives one loss per item.
 
-    A subclass defines how data and model are prepared (`prepare`), the loss (`losses`) and the items that it is
-    averaged over (`items_in`). For `run.train`, it also defines how data are read (`read`) and models are made
-    (`new_model`, `open_model`).
+    An item is a token that the agent wrote, or a comparison of replies. A subclass defines how data and model are
+    prepared (`prepare`), the loss (`losses`) and the number of items over which the loss is averaged (`items_in`). For
+    `run.train`, it also defines how data are read (`read_rows`) and how models are made (`new_model`, `open_model`).
 
     Args:
-      model: a model, or a folder or hub name of one.
+      model: a model, or the folder or hub name of one.
       args: the settings.
-      train_dataset: rows of data, or a path or hub name.
+      train_dataset: rows of data (such as trajectories), or a path or hub name of them.
       eval_dataset: the same for held-out data; None = no evaluation.
       processing_class: the tokenizer; None = the one saved with the model.
-      peft_config: train an adapter of this kind instead of the trunk; None = train the trunk.
+      peft_config: a config of peft, such as LoraConfig, for an adapter that is trained instead of the trunk; None =
+        train the trunk.
       kwargs: further arguments of transformers.Trainer.
+
+    Raises: InputError if one process has several GPUs, or if model, data and settings do not fit together.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the items of all micro-batches, so Trainer must not
@@ -274,16 +289,22 @@ class BaseTrainer(transformers.Trainer):
         """Read the rows of data at a path or hub name; return a sequence of rows as it is.
 
         Args:
-          args: the settings, which may choose how data are read.
+          args: the settings, of which some may choose how data are read.
           source: a path, a hub name, or rows.
-          counts: receives the numbers of repaired and dropped rows by reason; None = they are not counted.
-          reward: the column of the scores, as in `read_trajectories`.
+          counts: is incremented for each repaired or dropped row, under the reason; None = they are not counted.
+          reward: the column that holds a row's score; None = `reward` or `label`, as for `read_trajectories`.
         """
         raise TypeError("this trainer does not define `read_rows`")
 
     @staticmethod
     def new_model(args: BaseConfig, spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """Build a model with fresh weights; `spec` is as in `build_model`."""
+        """Build a model with fresh weights.
+
+        Args:
+          args: the settings.
+          spec: `model_type` and config fields, as for `build_model` in models/guided.py.
+          tokenizer: decides the vocabulary size.
+        """
         raise TypeError("this trainer does not define `new_model`")
 
     @staticmethod
@@ -296,32 +317,44 @@ class BaseTrainer(transformers.Trainer):
     ) -> tuple[torch.nn.Module, Dataset, Dataset | None]:
         """Return the model with all its parts, the encoded training data, and the encoded held-out data or None.
 
-        `self.counts` receives the numbers of dropped rows by reason. Arguments are those of the constructor, where
-        `train` is called `train_dataset` and `held_out` is called `eval_dataset`.
+        `self.counts` is incremented for each dropped row, under the reason.
+
+        Args:
+          model: the model.
+          args: the settings.
+          train: rows, or a path or hub name of them.
+          held_out: the same for evaluation; None = no evaluation.
+          peft_config: a config of peft for an adapter; None = train the trunk.
         """
         raise TypeError(f"{type(self).__name__} does not define `prepare`")
 
     def losses(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss per item, (N,), and values to log: name -> (N,) or (K,), each averaged over its entries."""
+        """Return the loss of each of the batch's N items, (N,), and values to log.
+
+        The values are name -> tensor of one axis, of any length; the mean over its entries is logged.
+        """
         raise TypeError(f"{type(self).__name__} does not define `losses`")
 
     def items_in(self, batch: Mapping[str, Any]) -> int:
-        """Return the number of items in a batch; the loss is averaged over items."""
+        """Return the number of items (such as agent tokens) in a batch; the loss is averaged over items."""
         raise TypeError(f"{type(self).__name__} does not define `items_in`")
 
     def costs(self) -> dict[str, int]:
-        """Return the optimizer steps so far and the training tokens, each counted as often as it was read."""
+        """Return `steps`, the optimizer steps so far, and `training_tokens`, the tokens read so far.
+
+        A token that was read in three epochs counts three times.
+        """
         return {
             "steps": self.state.global_step,
             "training_tokens": round(self.state.epoch * self.train_dataset.tokens),
         }
 
     def outcome(self) -> dict[str, float]:
-        """Return measurements made at the end of training, for complete.json."""
+        """Return measurements made at the end of training, name -> number, for complete.json."""
         return {}
 
     def plan(self) -> dict[str, int]:
-        """Return the size of the training data and the number of optimizer steps, without training."""
+        """Return, by name, the size of the training data and the number of optimizer steps, without training."""
         return {**self.train_dataset.summary(), "optimizer steps": self.total_steps}
 
     @property
@@ -336,13 +369,14 @@ class BaseTrainer(transformers.Trainer):
     # Shared by all subclasses.
 
     def check_model(self, model: PreTrainedModel, args: BaseConfig) -> None:
-        """Check that the model can read the rendered data. Raises: InputError if it cannot."""
+        """Check that the model can read the data as they are encoded. Raises: InputError if it cannot."""
         check_model(model, self.renderer, args.max_length)
 
     def _freeze_unreached(self) -> None:
-        """Freeze parameters that the loss does not reach.
+        """Freeze parameters that get no gradient from the loss.
 
-        This is measured on the longest row, because some models have parts that only long texts use.
+        They are found by one forward pass on the longest row, because some parts of a model are used for long texts
+        only.
         """
         batch = self.train_dataset.batch([int(self.train_dataset.lengths.argmax())])
         batch = send_to_device(batch, self.model.device)
@@ -385,11 +419,11 @@ class BaseTrainer(transformers.Trainer):
         return (loss, logged) if return_outputs else loss
 
     def _add_up(self, logged: Mapping[str, Tensor], count: bool = True) -> None:
-        """Add the values of each metric, and how many there are, to the running sums.
+        """Add the values of each metric, and their number, to the running sums.
 
         Args:
-          logged: name -> values of any length.
-          count: False adds nothing but makes the entries, so that this rank can take part in joining the sums.
+          logged: name -> values, a tensor of one axis.
+          count: False: add 0 to both sums. The entries then exist, as they must on every rank when sums are reduced.
         """
         for name, values in logged.items():
             # A rank that does not count adds an empty slice: all ranks must have the same entries to reduce.
@@ -398,7 +432,7 @@ class BaseTrainer(transformers.Trainer):
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def _averages(self, prefix: str = "") -> dict[str, float]:
-        """Return sum / count of every metric over all ranks since the last call, with `prefix` before each name."""
+        """Return the mean of every metric over all ranks since the last call, with `prefix` before each name."""
         if not self._sums:
             return {}
         total = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum")
@@ -416,7 +450,7 @@ class BaseTrainer(transformers.Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        """Compute means over the items of the whole set; they do not depend on batch size or number of ranks."""
+        """Compute the mean loss and metrics of the whole data set, independent of batch size and number of ranks."""
         training_sums, self._sums = self._sums, {}
         dataset, size = dataloader.dataset, self.args.eval_batch_size
         model = self._wrap_model(self.model, training=False).eval()
@@ -434,13 +468,14 @@ class BaseTrainer(transformers.Trainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataset))
 
     def compare_with_template(self, dialogues: Sequence[Sequence[Turn]]) -> None:
-        """Check on some dialogues that they are rendered as the tokenizer's own chat template prints them.
+        """Check that some dialogues are rendered as the tokenizer's own chat template prints them.
 
-        `self.counts` receives a difference, if there is one.
+        If one is not, `self.counts` is incremented under a line that describes the difference.
 
         Args:
-          dialogues: turns of the first rows of the data.
-        Raises: InputError if, with `template: auto`, any dialogue of the data is counted as rendered otherwise.
+          dialogues: the turns of each dialogue, such as the first rows of the data.
+        Raises: InputError with `template: auto`, if `self.counts` holds such a difference, found here or while the
+          data were encoded.
         """
         if (difference := first_difference(self.renderer, dialogues)) is not None:
             self.counts[difference] += 1
@@ -453,13 +488,14 @@ class BaseTrainer(transformers.Trainer):
     # Resuming: exactly, or not at all.
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train, as Trainer does, but resume exactly.
+        """Train as Trainer does, but resume exactly.
 
-        A resumed run has the same weights, metrics and sums, bit for bit, as one that was never stopped.
+        A resumed run has the same weights and metrics, bit for bit, as one that was never stopped.
 
         Args:
-          resume_from_checkpoint: a checkpoint folder; True = the newest complete one; None or False = start anew.
-          kwargs: further arguments of Trainer's method.
+          resume_from_checkpoint: a checkpoint folder; True = the newest complete checkpoint; None or False = start
+            anew.
+          kwargs: further arguments of `Trainer.train`.
         Raises: InputError if the checkpoint is incomplete or damaged, if it was written by another number of
           processes, or if there is none for True.
         """
@@ -486,7 +522,7 @@ class BaseTrainer(transformers.Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest complete checkpoint of the run; None = there is none.
+        """Return the newest complete checkpoint of the run; None if there is none.
 
         Raises: InputError if it was written by another number of processes.
         """
@@ -510,7 +546,7 @@ class BaseTrainer(transformers.Trainer):
         return missing(checkpoint, needed)
 
     def _rank_files(self, checkpoint: Path) -> list[str]:
-        """Return the names of the per-process files, for the number of processes that wrote the checkpoint."""
+        """Return the names of the files that each of the processes wrote into the checkpoint: random states, sums."""
         first = checkpoint / "averages-0.json"
         ranks = range(self._processes(checkpoint) if first.exists() else 1)
         states = ["rng_state.pth"] if len(ranks) == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
@@ -522,7 +558,10 @@ class BaseTrainer(transformers.Trainer):
             return int(read_object(file, DAMAGED)["processes"])
 
     def _check_resumable(self, checkpoint: Path) -> TrainerState:
-        """Return the trainer state of a checkpoint. Raises: InputError if training cannot resume exactly from it."""
+        """Return the trainer state of a checkpoint.
+
+        Raises: InputError if training cannot resume exactly from this checkpoint.
+        """
         if names := self.lacking(checkpoint):
             raise InputError(f"{checkpoint}: found no {', '.join(names)}, expected {DAMAGED}")
         check_processes(checkpoint, self._processes(checkpoint), self.args.world_size)
@@ -546,8 +585,10 @@ class BaseTrainer(transformers.Trainer):
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
         """Log, save and evaluate as Trainer does, but write a step's checkpoint last, then stop if a signal came.
 
-        Trainer calls this once more after the last step of an epoch, for everything due at the end of the epoch. The
-        checkpoint of that step is therefore held back until the second call.
+        After the last step of an epoch, Trainer calls this twice: once for the step and once for the epoch. The
+        checkpoint of that step is therefore not written before the second call.
+
+        Raises: Stopped after a signal, to end training.
         """
         step, due = self.state.global_step, self.control.should_save
         last = self.control.should_training_stop or float(self.state.epoch).is_integer()
@@ -567,7 +608,7 @@ class BaseTrainer(transformers.Trainer):
             raise stopped(number, self.args.output_dir, step, self.state.max_steps)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save the random state as Trainer does, and the running sums since the last row of metrics."""
+        """Save the random state as Trainer does, and the sums of metrics and losses since the last row of metrics."""
         super()._save_rng_state(output_dir)
         sums = {name: pair.tolist() for name, pair in self._sums.items()}
         found = {
@@ -596,7 +637,7 @@ class BaseTrainer(transformers.Trainer):
     # Checkpoints: complete or absent.
 
     def _get_output_dir(self, trial) -> str:
-        """Return the folder below which Trainer writes checkpoints: a staging folder, from which they are moved."""
+        """Return the folder in which Trainer writes checkpoints: a staging folder, from which they are moved."""
         return os.path.join(super()._get_output_dir(trial), STAGING)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -643,9 +684,9 @@ class BaseTrainer(transformers.Trainer):
             save_heads(self.model, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """Load weights as Trainer does, and the heads saved beside an adapter.
+        """Load weights as Trainer does, and with an adapter the heads that are saved beside it.
 
-        Raises: InputError if the checkpoint is damaged or lacks weights, about which Trainer would only warn.
+        Raises: InputError if the checkpoint is damaged, or if weights are missing, where Trainer would only warn.
         """
         model, checkpoint = model or self.model, Path(resume_from_checkpoint)
         for file in checkpoint.glob("*.safetensors"):
@@ -677,19 +718,20 @@ class BaseTrainer(transformers.Trainer):
 
 
 class OfflineTrainer(BaseTrainer):
-    """A trainer of a guided model on scored trajectories.
+    """A trainer of a guided model (a causal LM with optional value heads: `guided_class`) on scored trajectories.
 
-    A subclass defines the loss (`loss_terms`), the outputs of forward that it needs (`forward_options`), how rewards
-    are distributed over tokens (`step_rule`) and the parts that the model needs (`prepare_model`).
+    A subclass defines the loss (`loss_terms`), the outputs of the forward pass that the loss needs
+    (`forward_options`), how rewards are distributed over tokens (`step_rule`) and the parts that the model needs
+    (`prepare_model`).
 
     Args:
-      model: a causal LM, or a folder or hub name of one.
+      model: a causal LM, or the folder or hub name of one.
       args: the settings.
       train_dataset: trajectories, or a path or hub name for `read_trajectories`.
       eval_dataset: the same for held-out data; None = no evaluation.
       processing_class: the tokenizer; None = the one saved with the model.
-      peft_config: train an adapter of this kind instead of the trunk, with heads trained and saved in full beside it;
-        None = train the trunk.
+      peft_config: a config of peft, such as LoraConfig, for an adapter that is trained instead of the trunk; heads are
+        trained and saved in full beside it. None = train the trunk.
     """
 
     rows_for_next_v = False
@@ -763,21 +805,30 @@ class OfflineTrainer(BaseTrainer):
         return StepRule()
 
     def fit_scale(self, model: PreTrainedModel, train: Sequence[Trajectory], args: OfflineConfig) -> RewardScale:
-        """Return the scale of rewards; it is fitted before any row is encoded."""
+        """Return the transform of rewards to scaled units; it is fitted before any trajectory is encoded."""
         return RewardScale.fit(train, args.reward_scale, discounted=self.step_rule(args).discounted)
 
     def return_ids(
         self, model: PreTrainedModel, train: Sequence[Trajectory], args: OfflineConfig
     ) -> ReturnIdsFor | None:
-        """Return the return ids before the agent's turns (tokens/conditioning.py); None = no conditioning."""
+        """Return the function that maps a trajectory to the return ids before its agent turns; None = no return ids.
+
+        Return ids encode requested returns (tokens/conditioning.py).
+        """
         return None
 
     def prepare_model(self, model: PreTrainedModel, args: OfflineConfig, windows: WindowDataset) -> PreTrainedModel:
-        """Return the guided model with the parts that this algorithm needs."""
+        """Return the guided model with the parts that this algorithm needs.
+
+        Args:
+          model: a guided model.
+          args: the settings.
+          windows: the encoded training data.
+        """
         return as_guided(model)
 
     def stored_blocks(self, args: OfflineConfig) -> Mapping[str, Any]:
-        """Return further entries for the `offline_lmrl` block of config.json."""
+        """Return further entries for the run metadata, the `offline_lmrl` block of config.json."""
         return {}
 
     def forward_options(self) -> Mapping[str, Any]:
@@ -786,12 +837,12 @@ class OfflineTrainer(BaseTrainer):
     def loss_terms(
         self, outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss per action token, and values to log.
+        """Compute the loss of each of the batch's N action tokens (the tokens that the agent wrote).
 
         Args:
-          outputs: of the guided model's forward (see `guided_class`).
-          steps: the packed action steps, (N,) each.
-        Returns: the loss (N,), and name -> (N,) or (K,), each averaged over its entries.
+          outputs: packed outputs of the guided model's forward pass (see `guided_class`).
+          steps: `ActionSteps` (tokens/batching.py), (N,) each.
+        Returns: the loss (N,), and values to log: name -> tensor of one axis, whose mean is logged.
         """
         raise TypeError(f"{type(self).__name__} does not define `loss_terms`")
 
@@ -813,7 +864,12 @@ class OfflineTrainer(BaseTrainer):
         )
 
     def demonstrations(self, source: str | None) -> Sequence[Trajectory] | None:
-        """Return the trajectories from which demonstrations are drawn; None = from the training rows themselves."""
+        """Return the trajectories from which few-shot demonstrations are drawn.
+
+        Args:
+          source: file, folder or hub name of the trajectories; None = the training rows themselves.
+        Returns: the trajectories; None for the training rows.
+        """
         return None if source is None else read_trajectories(source)
 
     def rows_for_end_v(self, args: OfflineConfig) -> bool:
@@ -824,7 +880,7 @@ class OfflineTrainer(BaseTrainer):
         return False
 
     def items_in(self, batch: Mapping[str, Any]) -> int:
-        """Return the number of action tokens."""
+        """Return the number of action tokens of a batch."""
         return len(batch["steps"]["row"])
 
     def losses(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -836,9 +892,10 @@ class OfflineTrainer(BaseTrainer):
 
 
 def check_model(model: PreTrainedModel, renderer: Renderer, max_length: int) -> None:
-    """Check that the model can read windows of `max_length` tokens that `renderer` makes.
+    """Check that the model can read rows of `max_length` tokens that `renderer` makes.
 
-    Raises: InputError if it has too few positions or embeddings, or was trained with another tokenizer or template.
+    Raises: InputError if the model has too few positions or embeddings, or was trained with another tokenizer or
+      template.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and max_length > limit:
@@ -858,6 +915,9 @@ def check_model(model: PreTrainedModel, renderer: Renderer, max_length: int) -> 
 def with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
     """Return the model inside a trainable adapter; heads stay trainable in full.
 
+    Args:
+      model: the model.
+      peft_config: a config of peft for the adapter, such as LoraConfig.
     Raises: InputError if the model has an adapter already, or cannot take this one.
     """
     if hasattr(model, "peft_config"):
@@ -901,9 +961,11 @@ def _linear_layers_with_several_outputs(model: PreTrainedModel) -> list[str]:
 
 
 def _check_whole(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Check that every weight of the model is in the checkpoint, tied ones once.
+    """Check that the checkpoint has every weight of the model; of tied weights, one is enough.
 
-    Mixture-of-experts files fail here, because Trainer restores them only in part. Raises: InputError.
+    The checkpoint of a mixture of experts fails here, because Trainer would restore only some of its weights.
+
+    Raises: InputError that names a missing weight.
     """
     stored: set[str] = set()
     for file in checkpoint.glob("*.safetensors"):
@@ -917,7 +979,10 @@ def _check_whole(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def tokenizer_beside(model: PreTrainedModel | str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer saved with a model. Raises: InputError if there is none."""
+    """Return the tokenizer saved with a model (the model, or its folder or hub name).
+
+    Raises: InputError if there is none.
+    """
     return load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
 
 
@@ -937,12 +1002,12 @@ def move_model(staging: Path, folder: Path) -> None:
 def check_processes(checkpoint: Path, found: int, here: int) -> None:
     """Check that a checkpoint was written by as many processes as run now.
 
-    Another number would change the rows of a step, because each process reads its own.
+    Another number of processes would put other rows into a step, because each process reads its share of the rows.
 
     Args:
-      checkpoint: its folder, for the error.
-      found: the number of processes that wrote it.
-      here: the number of processes now.
+      checkpoint: folder of the checkpoint, for the error message.
+      found: number of processes that wrote the checkpoint.
+      here: number of processes that run now.
     Raises: InputError if the numbers differ.
     """
     if found != here:
