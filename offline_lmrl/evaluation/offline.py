@@ -205,9 +205,9 @@ def acting_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor | None, v:
 
 
 def values_at(policy: LanguagePolicy, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return Q and V of the target heads at hidden states (n, d), in scaled reward units.
+    """Return Q and V at hidden states (n, d), in scaled reward units.
 
-    Returns: Q, (heads, n, vocabulary), and V, (n,); (None, None) without value heads.
+    Returns: Q of the target heads, (heads, n, vocabulary), and V, (n,); (None, None) without value heads.
     """
     if not _has_heads(policy):
         return None, None
