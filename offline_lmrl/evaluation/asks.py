@@ -24,11 +24,11 @@ FEW_TURNS = 30  # a bin with fewer training turns is marked in the table
 class AskPoint:
     """The result of one ask over many episodes.
 
-    The model is conditioned on a bin of returns: the range, fitted to the training data, that holds the requested one.
+    The model is given a request as a bin, one of the ranges into which the returns of the training data are divided.
 
     ask: the ask as it was given: a number in reward units, or a name such as "p90".
     asked: return requested at the first agent turn, mean over episodes, in reward units.
-    bin: number, from 0, of the bin that was used most often at the first reply.
+    bin: number, from 0, of the bin that was most often requested for the first reply.
     training_turns: number of training turns in that bin.
     clipped: share of episodes whose first request was outside the returns of the training data.
     achieved: mean score (undiscounted return) with its 95% interval.

@@ -168,7 +168,7 @@ class Cells:
         return Estimate(mean, low, high, round(episodes), len(self.seeds))
 
     def _variance(self) -> tuple[float, float | None]:
-        """Return Var(mean) and df of the module's docstring; (0, None) for one seed with one cluster."""
+        """Return Var(mean) and df, as defined in the module's docstring; (0, None) for one seed with one cluster."""
         (a, df_a), (b, df_b) = (_jackknife(self.total.sum(axis), self.count.sum(axis)) for axis in (1, 0))
         if df_a is None or df_b is None:
             return max(a, b), df_a or df_b  # an axis with one unit has variance 0 and no df

@@ -188,7 +188,7 @@ def _measured(
 
 
 def acting_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor | None, v: Tensor | None) -> Tensor:
-    """Return the log-probabilities of the next token in the policy's play, at its own β, (n, vocabulary).
+    """Return the log-probabilities that the policy draws its next token from in play, (n, vocabulary).
 
     At temperature 0 (greedy play), they are 0 at the best token and −∞ elsewhere.
 
@@ -283,7 +283,7 @@ def guidance_by_beta(steps: StepOutputs, betas: Sequence[float]) -> list[dict[st
 
 
 def choose_beta(by_beta: Sequence[Mapping[str, float]], kl_budget: float) -> float:
-    """Return the largest β whose `kl` is at most the budget, which is the β "chosen offline"; 0 if there is none.
+    """Return the largest β whose `kl` is at most the budget, the β "chosen offline"; 0, no guidance, if there is none.
 
     Args:
       by_beta: result of `guidance_by_beta`.
@@ -293,12 +293,15 @@ def choose_beta(by_beta: Sequence[Mapping[str, float]], kl_budget: float) -> flo
 
 
 def calibration(steps: StepOutputs, bins: int = 10) -> list[dict[str, float]]:
-    """Compare Q with realised returns, in bins that hold equally many agent tokens, ordered by Q.
+    """Compare Q with realised returns: sort the agent tokens by Q and cut them into equally large bins.
 
     Tokens of logs that were cut are left out, because their return is unknown.
 
-    Returns: one mapping per bin: `q` and `return_to_go`, the means over its tokens in reward units, and `n`, their
-      number; empty if no log is complete.
+    Args:
+      steps: measurements at the agent tokens, with Q.
+      bins: number of bins.
+    Returns: one mapping per bin: `q` and `return_to_go`, the means over its tokens in reward units, and `n`, the
+      number of its tokens; empty if no log is complete.
     """
     known = np.flatnonzero(~np.isnan(steps.return_to_go))
     ordered = known[np.argsort(steps.q[known], kind="stable")]

@@ -71,7 +71,7 @@ class EvaluationResult:
         return sum(sums) / len(sums)
 
     def summary(self) -> dict[str, Any]:
-        """Return what the episodes are like on average.
+        """Average the columns of `episodes`.
 
         Returns: `n`, the number of episodes; `turns` and `tokens` of the agent per episode; `invalid_rate` per agent
           turn; `truncated_rate` per episode; and `labels`, the mean of each numeric label, name -> mean.

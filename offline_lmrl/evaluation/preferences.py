@@ -31,10 +31,10 @@ def evaluate_scorer(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[s
     better, Δ the score of the first minus that of the second. Comparisons with an option that is too long for the
     scorer are left out everywhere, and counted. The last two measures below need a scorer in units of log odds.
 
-    Returns: values that JSON can hold, by name. Besides the numbers of comparisons left out, comparisons, pairs and
-      groups (such as prompts):
-      "accuracy": share of pairs whose better option scores higher; equal scores count half. The 95% interval treats
-        the pairs of a group as dependent, and describes this scorer only. A text, "mean [low, high]".
+    Returns: values that JSON can hold, by name: the number of comparisons left out; "comparisons", "pairs" and
+      "groups" (such as prompts), the numbers of those measured; and
+      "accuracy": share of pairs whose better option scores higher; equal scores count half. A text, "mean [low,
+        high]", whose 95% interval treats the pairs of a group as dependent and describes this scorer only.
       "baselines": the same share for the longer and for the shorter option and, if `labels["options"]` name the
         `generator` (author) of every option, for the option whose author wins more often among these same pairs.
       "difference": accuracy of the scorer minus that of the best baseline, pair by pair, as such a text.
