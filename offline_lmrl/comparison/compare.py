@@ -679,7 +679,8 @@ class _Comparison:
     def train_side_by_side(self) -> None:
         """Train all methods with each seed in a worker process per seed.
 
-        The partner is trained first if a method learns by playing, because that needs it; else at the same time.
+        The partner is trained first if a method learns by playing, because it plays against the partner; otherwise it
+        is trained at the same time, in a worker process of its own.
         """
         waiting: list[int | None] = list(self.config.seeds)
         if self.config.partner is not None:
@@ -703,12 +704,12 @@ class _Comparison:
         return {} if self.config.partner is None else {self.config.partner.argument: self._partner_policy}
 
     def scorer(self, name: str, seed: int) -> Path | None:
-        """Return the run directory whose value heads rate the plans of a method's planner.
+        """Return the run directory of the model whose value heads rate the candidate replies of a method's planner.
 
         Args:
           name: name of the method.
           seed: training seed of both runs.
-        Returns: None if the method has no planner, or one that rates plans by its own return heads.
+        Returns: the directory; None if the method has no planner, or rates the replies by its own return heads.
         """
         other = self.config.methods[name].scorer
         return None if other is None else self.trained(other, seed)

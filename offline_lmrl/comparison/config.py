@@ -185,7 +185,7 @@ class PartnerConfig:
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """The episodes that are played to choose β, the weight of value guidance; never the reported ones."""
+    """The episodes that are played to choose β, the weight of value guidance; their scores are not reported."""
 
     episodes: int = setting(200, "Number of episodes per β.")
     first_seed: int = setting(1_000_000, "First episode seed.")
@@ -332,12 +332,12 @@ class CompareConfig:
 
     @property
     def evaluated(self) -> list[str]:
-        """The names of the methods that get rows."""
+        """The names of the methods that are measured and get rows of results."""
         return [name for name, method in self.methods.items() if method.evaluate]
 
     @property
     def trained(self) -> list[str]:
-        """The names of the methods that get rows, and of those that rate their plans or give their requested returns.
+        """The names of the measured methods, and of those that rate their plans or give their requested returns.
 
         Methods that these start or learn from are not listed.
         """
@@ -347,10 +347,10 @@ class CompareConfig:
         return list(dict.fromkeys([*self.evaluated, *filter(None, helpers)]))
 
     def _resolved(self, name: str) -> MethodConfig:
-        """Return a method with the fields that `run_of` leaves out filled in; one without `run_of` is unchanged.
+        """Return the full settings of a method; those of a method with `run_of: OTHER` are completed from OTHER.
 
-        The filled-in fields come from the method that `run_of` names. `evaluate` and `planner` keep their values, as
-        do `betas` and `regime` if they are given; fields of `decoding` replace those of that method one by one.
+        Such a method keeps its `evaluate`, `planner` and `decoding`, and its `betas` and `regime` if they are given.
+        Fields of `decoding` that it does not set, and all other settings, are those of OTHER.
         """
         method = self.methods[name]
         if method.run_of is None:
@@ -365,7 +365,8 @@ class CompareConfig:
     def _check_way(self, name: str, before: tuple[str, ...] = ()) -> None:
         """Check the references of a method to other methods.
 
-        The methods must exist and must not need this one in turn, and nothing that they determine may also be set.
+        The methods must exist and must not need this one in turn. A setting that a reference determines must not be
+        given as well, such as `args.value_model` with `value_model`.
 
         Args:
           name: name of the method.

@@ -330,7 +330,7 @@ def _dialogues(results: Results) -> list[tuple[int, list[Row], list[tuple[Key, R
 
 
 def _shared(dialogues: Sequence[Sequence[Sequence[str]]]) -> list[Sequence[str]]:
-    """Return the first turns, (role, text) each, that are equal in all dialogues, without any turn of an agent."""
+    """Return the turns, (role, text) each, with which all dialogues begin, without the agent's turns."""
     shared = []
     for turns in zip(*dialogues, strict=False):
         if any(turn != turns[0] for turn in turns) or turns[0][0] == "assistant":

@@ -179,8 +179,8 @@ def _wins(mine: Sequence[Row], theirs: Sequence[Row]) -> Iterator[tuple[Any, Any
     """Yield (training seed, cluster, wins of `mine`, number of episodes) for the training seeds that both have.
 
     Args:
-      mine: the runs of one method and setting.
-      theirs: those of another one. A tie counts as half a win.
+      mine: the runs of one method and setting, whose wins are counted; a tie counts half.
+      theirs: the runs of another method or setting, which played the same episodes.
     """
     rivals = {run["seed"]: run for run in theirs}
     for run in mine:
@@ -194,7 +194,7 @@ def _wins(mine: Sequence[Row], theirs: Sequence[Row]) -> Iterator[tuple[Any, Any
 
 
 def table_lines(results: Results) -> list[Line]:
-    """Return the lines of the table that `table` describes, in its order."""
+    """Return the lines of the table that `table` describes, in the same order."""
     shown, labels = results.shown, results.shown["labels"]
     lines = [_fixed_line(row, labels) for row in results.of("behaviour", "optimum")]
     lines += [_method_line(key, runs, results.cells, shown) for key, runs in results.groups.items()]
