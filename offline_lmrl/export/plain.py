@@ -51,8 +51,8 @@ class Export:
     difference: largest absolute difference between a token's log-probability under the checkpoint and under the run,
       in nats.
     states: number of prefixes (states) at which all log-probabilities were compared.
-    returns: texts of the special tokens that request a return, from the lowest to the highest; the first one stands
-      for "no return requested". Empty if the run was not trained with reserved ids for returns.
+    returns: texts of the special tokens for requested returns: first the one for "no return requested", then those of
+      the bins, from the lowest to the highest return. Empty if the run has no reserved ids for returns.
     readable: True if the exported tokenizer encodes the text of the example prompt to the same ids as in training.
     """
 
@@ -256,8 +256,8 @@ def _set_generation(model: PreTrainedModel, decoding: DecodingConfig, close_id: 
     """Replace the model's generation config, so that engines end the agent's turn and sample as the run does.
 
     Of the base model's settings only the special token ids are kept: a repetition penalty, for example, is not part of
-    the run's policy. The filter `support` becomes min-p. It is defined at temperature 1, and min-p at the sampling
-    temperature T, so min_p = support^(1/T).
+    the run's policy. The filter `support` becomes min-p. `support` is defined at temperature 1, and min-p at the
+    sampling temperature T, so min_p = support^(1/T); if the run also has min_p, the larger of the two is used.
 
     Args:
       model: changed in place.
