@@ -166,8 +166,8 @@ def _required(source: Callable[..., Any]) -> list[str]:
 def print_report(report: Mapping[str, Any], indent: str = "") -> None:
     """Print a report, one `name: value` per line.
 
-    A report inside this one is printed indented under its name. A report inside that one is printed on one line if it
-    contains no further reports.
+    A report inside the report is printed indented under its name. From the second level down, a report that contains
+    no further report is printed on one line.
 
     Args:
       report: name -> value, or name -> another report.

@@ -116,8 +116,8 @@ def _evaluate(
       episodes: number of episodes to play.
       seed: seed of the first episode; the following ones count up from it.
       repeats: number of times that every episode is played, each with other random numbers in decoding.
-      cluster: label of an episode, such as start, that is equal in dependent episodes; the interval is taken over its
-        values. null = over the episodes' seeds.
+      cluster: name of a label, such as start, that is equal in episodes that depend on each other; the interval treats
+        these as one cluster. null = every episode seed is a cluster.
       batch_size: number of episodes played in parallel.
       output: file for the played episodes, which can be trained on. With asks, a JSON Lines file for the results of
         each requested return. For comparisons, a JSON file for the printed report. null = no file.
@@ -209,9 +209,10 @@ def _check_measures(
     decoding: Mapping[str, Any],
     **_: Any,
 ) -> None:
-    """Check that the settings of `_evaluate` can be combined; arguments as there, `_` collects those not checked.
+    """Check that the settings of `_evaluate` can be combined.
 
-    Raises: InputError if they cannot.
+    Args: as in `_evaluate`; `_` receives the others, which are not checked.
+    Raises: InputError if they cannot be combined.
     """
     from offline_lmrl.tokens.conditioning import check_ask
 
@@ -465,7 +466,7 @@ def _replies(
 ) -> Iterator[Trajectory]:
     """Let the policy give `n` replies to each history and yield a trajectory for each.
 
-    Only the reply is trainable in it; if the policy abstained, no turn is.
+    In the trajectory, only the reply is trainable; if the policy abstained, no turn is trainable.
 
     Args:
       policy: gives the replies.
