@@ -892,7 +892,7 @@ class _MethodEvaluation:
 
     @cached_property
     def logged(self) -> OfflineReport:
-        """The evaluation of the policy on `evaluation.offline_rows` held-out logs, the same for every method."""
+        """The evaluation on held-out logs, the same ones for every method: at most `evaluation.offline_rows`."""
         settings, logs = self.comparison.config.evaluation, self.comparison.validation_data
         logs = random.Random(0).sample(logs, min(settings.offline_rows, len(logs)))
         policy = self.player("sampled", 0.0)

@@ -1,4 +1,4 @@
-"""The origin of results, which is stored in every row: code, libraries, machine and command."""
+"""The origin of results, which is stored in every measured row: code, libraries, machine and command."""
 
 import os
 import platform
