@@ -54,7 +54,14 @@ Convert logs of a known source to scored trajectories or comparisons. Sources: {
 
 
 def prepare(argv: Sequence[str]) -> None:
-    """Run the command `prepare SOURCE --output DIR`; its settings are the parameters of the source's function."""
+    """Run the command `prepare SOURCE --output DIR`, which converts the logs of a known source.
+
+    It calls the `prepare` function of the module for SOURCE (SOURCES); the settings are that function's parameters.
+
+    Args:
+      argv: the command line after `prepare`.
+    Raises: InputError if the source is unknown or a setting cannot be used.
+    """
     if not argv or argv[0] in ("-h", "--help"):
         print(PREPARE_HELP)
         return
@@ -68,7 +75,12 @@ def prepare(argv: Sequence[str]) -> None:
 
 
 def prepare_from_settings(settings: Mapping[str, Any]) -> None:
-    """Run `prepare` from the `prepare` block of a config: `command` and the settings of that source."""
+    """Run `prepare` with settings from a config file instead of the command line; nothing is printed.
+
+    Args:
+      settings: the `prepare` block of the config: `command`, the name of a source, and the parameters of its function.
+    Raises: InputError if the source is unknown, or a setting is missing or cannot be used.
+    """
     settings = dict(settings)
     source = _source(settings.pop("command"))
     missing = [f"prepare.{name}" for name in _required(source) if settings.get(name) is None]
@@ -78,11 +90,15 @@ def prepare_from_settings(settings: Mapping[str, Any]) -> None:
 
 
 def _source(name: str) -> Callable[..., Mapping[str, Any]]:
-    """Return the function of a source, wrapped in checks that hold for every source.
+    """Return the function that prepares a source, wrapped in checks that are the same for every source.
 
-    The checks come first because some sources read data for a long time before they would fail.
+    The checks run first, because some sources read data for a long time before they would fail. The output folder is
+    locked while the function runs.
 
-    Raises: InputError if the source is unknown.
+    Args:
+      name: name of a source, a key of SOURCES.
+    Raises: InputError if the source is unknown. The returned function raises InputError if a path is empty, the share
+      of validation data is out of range, or the output would replace the input.
     """
     if name not in SOURCES:
         raise InputError(f"source: found {shown(name)}, expected one of {', '.join(SOURCES)}{nearest(name, SOURCES)}")
@@ -107,9 +123,12 @@ def _source(name: str) -> Callable[..., Mapping[str, Any]]:
 
 
 def _require_apart(source: Path, output: Path) -> None:
-    """Check that the output cannot replace the input.
+    """Check that writing the output cannot replace the input.
 
-    Raises: InputError if it could.
+    Args:
+      source: input file or folder.
+      output: output folder.
+    Raises: InputError if the output is the input, or the folder of the input file.
     """
     if output.resolve() in (source.resolve(), source.resolve().parent if source.is_file() else None):
         raise InputError(f"output: found {output}, which is or contains the input, expected another folder")
@@ -119,7 +138,8 @@ def check_output(output: Path, *read: str | None) -> None:
     """Check, before any work is done, that the output can be written.
 
     Args:
-      read: paths or names of the inputs; None entries are skipped.
+      output: file or folder that will be written.
+      read: paths or hub names of the inputs; None is skipped.
     Raises: InputError if the path cannot be written, equals an input, or is directly inside an input folder.
     """
     folder = output.parent
@@ -134,7 +154,7 @@ def check_output(output: Path, *read: str | None) -> None:
 
 
 def check_output_file(output: Path, *read: str | None) -> None:
-    """Check an output as `check_output` does, and that it is not an existing folder."""
+    """Check an output file as `check_output` does, and that it is not an existing folder; arguments as there."""
     check_output(output, *read)
     if output.is_dir():
         raise InputError(f"output: found the folder {output}, expected a file")
@@ -145,9 +165,14 @@ def _required(source: Callable[..., Any]) -> list[str]:
 
 
 def print_report(report: Mapping[str, Any], indent: str = "") -> None:
-    """Print a report as one `name: value` per line.
+    """Print a report, one `name: value` per line.
 
-    A nested report is indented; a report nested in that one is printed on one line if it is flat.
+    A report inside the report is printed indented under its name. From the second level down, a report that contains
+    no further report is printed on one line.
+
+    Args:
+      report: name -> value, or name -> another report.
+      indent: spaces before every line.
     """
     for name, value in report.items():
         if isinstance(value, Mapping) and value:
@@ -168,7 +193,7 @@ def _plain(value: Any) -> Any:
 
 
 def check(argv: Sequence[str]) -> None:
-    """Run the command `check DATA [DATA ...]`; several sources are splits of one data set."""
+    """Run the command `check DATA [DATA ...]`, which reports on a data set; several sources are splits of one set."""
     parser = Parser("check DATA [DATA ...] [--key value ...]")
     parser.add_argument(
         "data",
@@ -237,9 +262,13 @@ def _check(
 
 
 def _splits(data: Sequence[str], read: Callable[[str], dict[str, list[Any]]]) -> dict[str, list[Any]]:
-    """Read the splits of all sources, by name.
+    """Read the splits of all sources.
 
-    With several sources, a name includes the source: its last path component if these differ, else the whole.
+    Args:
+      data: files, folders or hub names.
+      read: function that reads one source and returns its splits, name -> rows.
+    Returns: name -> rows of all splits. With several sources, the name of a split contains that of its source: the
+      last component of the path if these differ, else the whole path.
     """
     found = {source: read(source) for source in data}
     if len(found) == 1:
@@ -299,15 +328,20 @@ def config(argv: Sequence[str]) -> None:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Return the files of all shipped configs by "task/method": inside an installed package, beside it in a clone."""
+    """Return "task/method" -> file of all shipped configs.
+
+    Their folder configs/ is inside an installed package, and next to the package in a clone of the repository.
+    """
     package = Path(__file__).parents[1]
     folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
 
 
 def config_path(name: str) -> str:
-    """Return the file of a config, given as a path or as the name of a shipped config.
+    """Return the path of a config file.
 
+    Args:
+      name: a path, or the name "task/method" of a shipped config.
     Raises: InputError if it is neither.
     """
     shipped, name = shipped_configs(), CONFIGS.get(name, name)

@@ -1,4 +1,4 @@
-"""The console script. It runs the named command and turns errors into one line and an exit code.
+"""The console script `offline-lmrl`. It runs the named command and turns errors into one line and an exit code.
 
 Exit codes: 0 done, 1 the program or a part of it failed (with a traceback), 2 an input or a setting cannot be used,
 130 interrupted, 143 terminated.
@@ -46,7 +46,11 @@ HELP = "\n".join(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code."""
+    """Run one command and return the exit code.
+
+    Args:
+      argv: the command line without the program's name; None = that of this process.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
@@ -87,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Make SIGTERM raise an exception, as SIGINT does, so that the command cleans up before it ends."""
+    """Context manager: make SIGTERM raise Stopped, so that the command cleans up before it ends, as after SIGINT."""
 
     def stop(number: int, frame: object) -> None:
         raise Stopped("", number)
@@ -103,7 +107,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _require_text(arguments: Sequence[str]) -> None:
-    """Check now, not when a config or report is saved, that all arguments can be written to a text file.
+    """Check at the start, not only when a config or report is saved, that all arguments can be written to a text file.
 
     Raises: InputError for an argument with a NUL character or text that is not UTF-8.
     """

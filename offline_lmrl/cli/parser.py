@@ -1,7 +1,7 @@
 """Parsing of a command's settings, typed by the functions and dataclasses that receive them, with one-line errors.
 
-jsonargparse does the parsing. This module adds a settings file before the command line's settings, a suggestion for a
-misspelt key, and the help texts that dataclass fields hold (settings.py).
+jsonargparse does the parsing. This module adds a settings file, whose values the command line overrides; a suggestion
+for a misspelt key; and the help texts that are stored in dataclass fields (offline_lmrl/settings.py).
 """
 
 import difflib
@@ -21,7 +21,12 @@ from offline_lmrl.logs.yaml_text import load_yaml, read_yaml, require_an_end, to
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a suggestion that ends an error about an unknown name: "; did you mean 'x'?", "" if none is near."""
+    """Return the end of an error message about an unknown name: "; did you mean 'x'?", or "" if no name is near.
+
+    Args:
+      name: the unknown name, perhaps with dots.
+      known: the names that exist.
+    """
     known, name = list(known), name[:200]  # a longer name is no misspelling and is slow to compare
     leaf = name.rpartition(".")[2]
     # The right name under the wrong group (`learning_rate` for `args.learning_rate`) is nearer than any spelling.
@@ -32,13 +37,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 class Parser(ArgumentParser):
-    """A command's parser: raises InputError instead of printing its usage, and takes no abbreviations."""
+    """A command's parser, which raises InputError instead of printing its usage, and refuses abbreviated names."""
 
     def __init__(self, usage: str = "", description: str | None = None, **more: Any):
         """Create the parser of one command.
 
         Args:
-          usage: the command line without the program's name.
+          usage: the command line without the program's name, for help and errors.
+          description: text at the top of the help; None = none.
           more: extra arguments that jsonargparse passes when it creates sub-parsers for optional dataclasses.
         """
         usage = f"offline-lmrl {usage}"
@@ -50,12 +56,14 @@ class Parser(ArgumentParser):
     def add_dataclass(
         self, cls: type, key: str | None = None, base: type | None = None, show_base: bool = True
     ) -> None:
-        """Add the fields of a dataclass as `--key.field`.
+        """Add the fields of a dataclass as options `--key.field`.
 
         Args:
-          key: prefix of the fields; None = no prefix.
-          base: base class whose fields come last in the help, unless a subclass declares them again; None = none.
-          show_base: show these fields in the help at all.
+          cls: the dataclass.
+          key: prefix of the options; None = no prefix.
+          base: base class of `cls`. Its fields come last in the help, except those that a subclass declares again.
+            None = all fields keep their order.
+          show_base: False: leave these last fields out of the help.
         """
         self.add_class_arguments(cls, key)
         prefix = f"{key}." if key else ""
@@ -64,7 +72,7 @@ class Parser(ArgumentParser):
         for group in self._action_groups:
             for action in group._group_actions:
                 if action.dest in (self.groups or {}) or action.dest.endswith(".help"):
-                    action.help = SUPPRESS  # options of jsonargparse: a file for a group, help of a nested class
+                    action.help = SUPPRESS  # jsonargparse's own: a file for a group, help of a nested class
                 elif action.dest in inherited and not show_base:
                     action.help = SUPPRESS
                 else:
@@ -73,18 +81,25 @@ class Parser(ArgumentParser):
             group._group_actions.sort(key=lambda action: action.dest in inherited)
 
     def add_overrides(self, cls: type, title: str, skip: Collection[str] = ()) -> None:
-        """Add the fields of a dataclass as `--field`; the parsed result holds only fields that were given."""
+        """Add the fields of a dataclass as options `--field`; the parsed result has only the fields that were given.
+
+        Args:
+          cls: the dataclass.
+          title: heading of these options in the help.
+          skip: names of fields to leave out.
+        """
         hints, texts, group = get_type_hints(cls), field_help(cls), self.add_argument_group(title)
         for field in (field for field in fields(cls) if field.name not in skip):
             group.add_argument(f"--{field.name}", type=hints[field.name], default=SUPPRESS, help=texts.get(field.name))
 
     def parse(self, argv: Sequence[str], settings: Mapping[str, Any] | None = None, source: str = "") -> Namespace:
-        """Parse the settings of a file and the command line, which wins, and build the dataclasses.
+        """Parse the settings of a file and of the command line, which overrides the file, and build the dataclasses.
 
         Args:
           argv: the command line after the command and its file.
           settings: the settings of the file; None = no file.
-          source: name of the file, for errors.
+          source: name of the file, for error messages.
+        Returns: the settings by name; those of a dataclass are an instance of it.
         Raises: InputError that names the key, and the file if the value is from the file.
         """
         start = None
@@ -111,13 +126,14 @@ class Parser(ArgumentParser):
             self.error(str(error), error)
 
     def _restated(self, argv: Sequence[str], start: Namespace | None) -> list[str]:
-        """Move optional groups of the file to arguments if the command line also sets fields of them.
+        """Turn groups of settings from the file into arguments if the command line also sets fields in them.
 
-        jsonargparse would not merge the two sources.
+        This concerns groups that may be null (optional dataclasses): jsonargparse would not merge the two sources.
 
         Args:
-          start: parsed settings of the file; the moved groups become None in it.
-        Returns: the arguments that set the moved groups.
+          argv: the command line.
+          start: parsed settings of the file, in which the groups found are set to None; None = no file.
+        Returns: arguments that set these groups as in the file, to be put before those of the command line.
         """
         arguments = []
         for action in self._actions if start is not None else ():
@@ -137,7 +153,10 @@ class Parser(ArgumentParser):
         return self.parse_object(stated, _skip_required=True)
 
     def _refuse_nulls(self, values: Namespace) -> None:
-        """Refuse null for settings whose type does not allow it: jsonargparse accepts null for every type."""
+        """Refuse null for settings whose type does not allow it, because jsonargparse accepts null for every type.
+
+        Raises: InputError that names the setting.
+        """
         for action in self._actions:
             typed = getattr(action, "_typehint", None)
             if typed is None or action.default is None or action.dest not in values or values[action.dest] is not None:
@@ -167,13 +186,15 @@ def call(
     settings: Mapping[str, Any] | None = None,
     positional: bool = True,
 ) -> Any:
-    """Call a function with arguments from the command line.
+    """Call a function with arguments from the command line and return its result.
 
     Args:
       usage: the command line without the program's name, for help and errors.
+      function: the function; its parameters become the options, and its docstring their help.
       argv: the command line after the command.
-      settings: arguments by name, from a config; the command line wins. None = no config.
-      positional: give required parameters without a name.
+      settings: arguments by name, from a config; the command line overrides them. None = no config.
+      positional: True: required parameters are given without a name, in order; False: as `--name value`.
+    Raises: InputError that names the argument which cannot be used.
     """
     parser = Parser(usage)
     parser.add_function_arguments(function, as_positional=positional)
@@ -181,20 +202,25 @@ def call(
 
 
 def split_file(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Split a command line into the FILE.yaml before the settings (None if there is none) and the settings."""
+    """Split a command line into FILE.yaml, which comes first (None if there is none), and the settings after it."""
     has_file = bool(argv) and not argv[0].startswith("-")
     return (argv[0], list(argv[1:])) if has_file else (None, list(argv))
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Read the mapping in a YAML file; unlike in plain PyYAML, `1e-5` is a number."""
+    """Read the mapping in a YAML file; unlike in plain PyYAML, `1e-5` is a number.
+
+    Raises: InputError if the file cannot be read or does not hold a mapping.
+    """
     return read_yaml(path, "settings")
 
 
 def overrides_of(argv: Sequence[str]) -> dict[str, Any]:
-    """Parse `--a.b value` and `--a.b=value` pairs to {"a.b": value}, with values in YAML.
+    """Parse pairs `--a.b value` and `--a.b=value`, with values in YAML, to {"a.b": value}.
 
-    Raises: InputError if an argument is no such pair or a value is no YAML.
+    Args:
+      argv: the command line after the command and its file.
+    Raises: InputError if an argument is not part of such a pair, or a value is not YAML.
     """
     given, rest = {}, list(argv)
     while rest:
@@ -213,7 +239,12 @@ def overrides_of(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def field_help(cls: type, prefix: str = "") -> dict[str, str]:
-    """Collect the help texts of a dataclass's fields, and of the dataclasses in its fields, by dotted name."""
+    """Return dotted name -> help text of a dataclass's fields, and of the fields of dataclasses inside it.
+
+    Args:
+      cls: the dataclass.
+      prefix: start of every dotted name, with a dot at its end; "" = none.
+    """
     texts = {f"{prefix}{field.name}": field.metadata["help"] for field in fields(cls) if "help" in field.metadata}
     for name, hint in get_type_hints(cls).items():
         for part in (hint, *get_args(hint)):  # get_args: a dataclass that may be null
@@ -223,7 +254,10 @@ def field_help(cls: type, prefix: str = "") -> dict[str, str]:
 
 
 def _only_in(base: type, cls: type) -> set[str]:
-    """Return the fields of `base` that no class between it and `cls` declares again, for example for a new default."""
+    """Return the names of the fields of `base` that neither `cls` nor a class between them declares again.
+
+    A subclass declares a field again to change its default, for example.
+    """
     between = cls.__mro__[: cls.__mro__.index(base)]
     return {field.name for field in fields(base)} - {
         name for parent in between for name in parent.__dict__.get("__annotations__", ())

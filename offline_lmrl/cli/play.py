@@ -1,4 +1,4 @@
-"""Commands that use a run: evaluate, generate, export."""
+"""Commands that use a run (the folder with a trained model that `train` wrote): evaluate, generate, export."""
 
 import json
 import sys
@@ -34,18 +34,18 @@ PROMPTS_AT_ONCE = 256  # prompts per call of the sampler; the progress bar moves
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """Run the command `evaluate RUN (--environment NAME | --data HELDOUT)`."""
+    """Run `evaluate RUN (--environment NAME | --data HELDOUT)`, which measures a run by play or on held-out data."""
     _call("evaluate RUN (--environment NAME | --data HELDOUT) [--key value ...]", _evaluate, argv)
 
 
 def generate(argv: Sequence[str]) -> None:
-    """Run the command `generate RUN [--prompts FILE] [--chat]`."""
+    """Run `generate RUN [--prompts FILE] [--chat]`, which replies to prompts or talks turn by turn."""
     flags = {"chat": "talk with the run turn by turn on stdin and stdout, until the input ends"}
     _call("generate RUN [--prompts FILE] [--output FILE] [--chat] [--key value ...]", _generate, argv, flags)
 
 
 def export(argv: Sequence[str]) -> None:
-    """Run the command `export RUN --output DIR`."""
+    """Run `export RUN --output DIR`, which writes a checkpoint that other inference engines can serve."""
     _call("export RUN --output DIR [--key value ...]", _export, argv, without=("ask", "max_new_tokens", "stop"))
 
 
@@ -56,12 +56,17 @@ def _call(
     flags: Mapping[str, str] | None = None,
     without: Collection[str] = (),
 ) -> None:
-    """Call a command's function; fields of DecodingConfig in `argv` are passed as its parameter `decoding`.
+    """Call a command's function with arguments from the command line.
+
+    The fields of DecodingConfig are accepted as further options; those that are given are passed as `decoding`.
 
     Args:
       usage: the command line without the program's name, for help and errors.
-      flags: help texts by name of the parameters that take no value on the command line; None = none.
-      without: fields of DecodingConfig that the command does not accept.
+      function: the command's function; its parameters except `decoding` become options.
+      argv: the command line after the command.
+      flags: parameters that take no value on the command line, name -> help text; None = none.
+      without: names of fields of DecodingConfig that the command does not accept.
+    Raises: InputError that names the setting which cannot be used.
     """
     from offline_lmrl.decoding.sampler import DecodingConfig
 
@@ -111,8 +116,8 @@ def _evaluate(
       episodes: number of episodes to play.
       seed: seed of the first episode; the following ones count up from it.
       repeats: number of times that every episode is played, each with other random numbers in decoding.
-      cluster: label of an episode, such as start, that is equal in dependent episodes; the interval is taken over its
-        values. null = over the episodes' seeds.
+      cluster: name of a label, such as start, that is equal in episodes that depend on each other; the interval treats
+        these as one cluster. null = every episode seed is a cluster.
       batch_size: number of episodes played in parallel.
       output: file for the played episodes, which can be trained on. With asks, a JSON Lines file for the results of
         each requested return. For comparisons, a JSON file for the printed report. null = no file.
@@ -181,7 +186,12 @@ def _evaluate(
 
 
 def _say(data: str | None, counts: Mapping[str, int]) -> None:
-    """Print to stderr how many rows the reader repaired and dropped, by reason."""
+    """Print to stderr how many rows were repaired and dropped while reading, by reason.
+
+    Args:
+      data: path of the data, the start of each line.
+      counts: reason -> number of rows.
+    """
     for reason, n in counts.items():
         print(f"{data}: {reason}: {n}", file=sys.stderr)
 
@@ -201,7 +211,8 @@ def _check_measures(
 ) -> None:
     """Check that the settings of `_evaluate` can be combined.
 
-    Raises: InputError if they cannot.
+    Args: as in `_evaluate`; `_` receives the others, which are not checked.
+    Raises: InputError if they cannot be combined.
     """
     from offline_lmrl.tokens.conditioning import check_ask
 
@@ -411,11 +422,14 @@ def _export(run: str, *, output: Path, device: str | None = None, decoding: Mapp
 
 
 def read_prompts(source: str) -> list[list[Turn]]:
-    """Read one dialogue per line of a file, or of stdin for "-".
+    """Read the dialogues to reply to, one per line that is not blank.
 
-    A line is a user turn as plain text, or JSON with `prompt` (text or messages) or with `messages` or one of the
-    other field names that logs may use for it.
+    A line is a user turn as plain text, or a JSON object with the field `prompt` (text, or a list of messages) or
+    `messages` (or another name that logs use for it, such as `conversations`).
 
+    Args:
+      source: path of the file; "-" = stdin.
+    Returns: the turns of each dialogue.
     Raises: InputError "source:line: field: ..." if a line cannot be read or there is no prompt.
     """
     try:
@@ -450,7 +464,17 @@ def _prompt(line: str, where: str) -> list[Turn]:
 def _replies(
     policy: "Policy", tokenizer: str, histories: Sequence[Sequence[Turn]], n: int, seed: int
 ) -> Iterator[Trajectory]:
-    """Yield a trajectory per reply, of which only the reply is trainable, or nothing if the policy abstained."""
+    """Let the policy give `n` replies to each history and yield a trajectory for each.
+
+    In the trajectory, only the reply is trainable; if the policy abstained, no turn is trainable.
+
+    Args:
+      policy: gives the replies.
+      tokenizer: fingerprint of the policy's tokenizer and chat format, stored as the label "tokenizer".
+      histories: the turns before each reply.
+      n: number of replies to each history.
+      seed: sampling seed of the first history; the following ones count up from it.
+    """
     from offline_lmrl.decoding.policy import generate_texts
 
     with _progress("generating", len(histories)) as progress:
@@ -490,9 +514,12 @@ def _ask() -> str | None:
 
 @contextmanager
 def _progress(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on stderr, removed at the end and not shown in a log file; yield its update function.
+    """Context manager: show a progress bar on stderr, if it is a terminal, and remove the bar at the end.
 
-    The function takes the numbers of items (done, in all).
+    Args:
+      title: text before the bar.
+      total: number of items in all.
+    Yields: a function that updates the bar, called with the numbers of items (done, in all).
     """
     from rich.console import Console
     from rich.progress import Progress

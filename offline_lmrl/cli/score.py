@@ -11,12 +11,12 @@ from offline_lmrl.errors import InputError, shown
 
 
 def relabel(argv: Sequence[str]) -> None:
-    """Run the command `relabel`, which scores DATA anew with SCORER."""
+    """Run `relabel DATA --scorer SCORER --output PATH`, which writes the rows of DATA with new scores to PATH."""
     call("relabel DATA --scorer SCORER --output PATH [--key value ...]", _relabel, argv)
 
 
 def select(argv: Sequence[str]) -> None:
-    """Run the command `select DATA --scorer ENSEMBLE --output PATH`."""
+    """Run `select DATA --scorer ENSEMBLE --output PATH`, which writes the pairs with the largest disagreement."""
     call("select DATA --scorer ENSEMBLE --output PATH [--key value ...]", _select, argv)
 
 
@@ -39,8 +39,8 @@ def _relabel(
       reward_at: for trajectories, the agent turns that get rewards. end = the last one gets the whole score; turn =
         each gets the change of the score since the agent turn before it, and an equal part of the shift of a
         normalised reward model. The sum is the same. null = end.
-      make: for comparisons, the result: targets (comparisons with new targets) or rewards (trajectories with rewards);
-        null = targets.
+      make: for comparisons, the result: targets (comparisons with new targets, the probability that each option is the
+        best) or rewards (trajectories with rewards); null = targets.
       normalise: for comparisons with --make rewards, the scale of the rewards: none (as scored), global (mean 0 and
         standard deviation 1 over all options), group (minus the mean of the group) or rank (the share of the group's
         other options that score lower, 0 to 1, ties counted half); null = none.

@@ -29,7 +29,11 @@ command tries it again. `compare FOLDER` draws the report again from FOLDER/resu
 
 
 def train(argv: Sequence[str]) -> None:
-    """Run the command `train FILE.yaml`: one algorithm on one data set; print the run directory."""
+    """Run the command `train FILE.yaml`, which trains one algorithm, and print the run directory.
+
+    Args:
+      argv: the command line after `train`.
+    """
     values = train_settings(argv)
 
     from accelerate import PartialState
@@ -61,7 +65,7 @@ def train(argv: Sequence[str]) -> None:
 
 
 def _leave_together() -> None:
-    """Wait for all ranks, then close their connections: a rank that exits early would break the others'."""
+    """Wait for all ranks, then close their connections; a rank that exits earlier would make the others fail."""
     from accelerate import PartialState
 
     ranks = PartialState()
@@ -70,9 +74,12 @@ def _leave_together() -> None:
 
 
 def train_settings(argv: Sequence[str]) -> "Namespace":
-    """Build and check the settings of a train file and of the command line after it.
+    """Read and check the settings of the command `train`, from its file and from the command line.
 
-    Returns: `algorithm`, `model`, `data`, `prepare`, `environment`, `args` and `dry_run`.
+    Args:
+      argv: the command line after `train`: FILE.yaml or the name of a shipped config, then settings that override it.
+    Returns: `algorithm`, its name; `model`, a ModelConfig; `data`, a DataConfig; `args`, the algorithm's config;
+      `prepare` and `environment`, mappings or None; and `dry_run`, a bool.
     Raises: InputError if the algorithm is missing, or a setting cannot be used.
     """
     file, rest = split_file(argv)
@@ -113,7 +120,15 @@ def train_settings(argv: Sequence[str]) -> "Namespace":
 
 
 def _algorithm(argv: Sequence[str], settings: dict, file: str | None) -> str | None:
-    """Find the name of the algorithm before parsing, because it determines which other settings exist."""
+    """Find the name of the algorithm before parsing, because it determines which other settings exist.
+
+    Args:
+      argv: the settings of the command line; --algorithm there overrides the file.
+      settings: the settings of the file.
+      file: name of the file, for error messages.
+    Returns: None if neither names an algorithm.
+    Raises: InputError if the name is not text.
+    """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--algorithm", nargs="?")
     name = early.parse_known_args(argv)[0].algorithm or settings.get("algorithm")
@@ -123,9 +138,12 @@ def _algorithm(argv: Sequence[str], settings: dict, file: str | None) -> str | N
 
 
 def compare(argv: Sequence[str]) -> None:
-    """Run the command `compare FILE.yaml`: several methods over seeds, one table and a report.
+    """Run the command `compare FILE.yaml`, which trains and measures methods over seeds and writes a report.
 
-    `compare FOLDER` writes only the report, from the results in that folder.
+    `compare FOLDER` only writes the report, from the results in that folder.
+
+    Args:
+      argv: the command line after `compare`.
     """
     file, rest = split_file(argv)
     if file is not None and Path(file).is_dir():

@@ -1,10 +1,14 @@
 """Train and evaluate several methods over several seeds. The result is one file of rows and one table; an interrupted
 comparison resumes after the last row that it wrote.
 
-Every method plays the same episodes: sampled, greedy, and planned if it has a `planner`. Value-guided methods are
-measured at up to two values of β: one chosen from held-out logs alone (by a KL budget), and one chosen by its score on
-other episodes. β is never chosen on the reported episodes. Rows that results.jsonl already holds are not measured
-again.
+A method is an algorithm with its settings; it is trained once per seed, which gives one run (a folder with the trained
+model). Every run plays the same episodes: sampled, greedily, and with its planner if it has one. Value-guided methods
+are measured at up to two values of β, the weight of guidance: one chosen from held-out logs alone (by a KL budget),
+and one chosen by its score on other episodes. β is never chosen on the reported episodes. A setting is a way of
+decoding together with the way in which β was chosen, and each method, seed and setting gives one row of results.jsonl.
+Rows that the file already has are not measured again.
+
+A partner is a further model, trained once for the whole comparison, that plays the other side inside the environment.
 """
 
 import json
@@ -59,8 +63,8 @@ from offline_lmrl.tasks import make_environment
 from offline_lmrl.training.checkpoint import read_metrics
 
 SAMPLES = 10
-# Version of the row format. Increase it when a code change makes the same settings train or play differently: rows of
-# the old version are then refused instead of being mixed with new ones.
+# Version of the rows. Increase it when a code change makes the same settings train or play differently: rows of the
+# old version are then refused instead of being mixed with new ones.
 SCHEME = 2
 CURVE = ("environment_steps", "reward_queries", "score", "kl")  # metrics of a run that played, copied into its rows
 CURVE_POINTS = 50
@@ -76,21 +80,21 @@ def run_compare(
     prepare: Callable[[Mapping[str, Any]], object] | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Train and measure whatever a comparison still lacks, then print its table.
+    """Train and measure all that a comparison still lacks, then write its report and print its table.
 
-    `config.output` then holds results.jsonl (report.py describes its rows), table.md, config.json, episodes/ (one row
-    per episode), samples/ (ten dialogues per setting, the same episodes for every method), runs/ and report/ (page.py
-    describes its files).
+    The folder `config.output` then holds results.jsonl (report.py describes its rows), table.md, config.json,
+    episodes/ (files with one row per episode), samples/ (ten dialogues per setting, from the same episodes for every
+    method), runs/ (the trained models) and report/ (page.py describes its files).
 
     Args:
       config: the comparison.
-      prepare: function that makes the data. It is called with `config.prepare` if the training data are missing or
-        unfinished; None = never.
+      prepare: function that makes the data from the settings in `config.prepare`. It is called with them if the
+        training data are missing or unfinished; None = never.
       console: receives the progress messages; None = stderr. The table goes to stdout.
     Returns: path of report/report.html.
     Raises: InputError if the settings are wrong, the folder holds results of other settings, or another process is
-      writing to it. If a method fails, the others are still trained, measured and reported; afterwards InputError is
-      raised if bad input caused every failure, and Failed otherwise.
+      writing to the folder; Stopped if the process is interrupted. If a method fails, the others are still trained,
+      measured and reported; afterwards InputError is raised if bad input caused every failure, else Failed.
     """
     comparison = _Comparison(config, console or Console(stderr=True))
     comparison.check_settings()
@@ -132,11 +136,12 @@ def _begin_worker(threads: int) -> None:
 
 @dataclass(frozen=True)
 class _Failure:
-    """The reason why a method lacks its run, or some of its rows, for one seed.
+    """The reason why a method has no run, or lacks some of its rows, for one seed.
 
     line: the error message, in one line.
     unusable: True if an input or a setting was wrong, False if the program failed.
-    cause: for a method that was skipped, the failed method whose run it needs; None if it failed itself.
+    cause: for a method that was skipped, the name of the failed method whose run it needs; None for a method that
+      failed.
     """
 
     line: str
@@ -144,13 +149,14 @@ class _Failure:
     cause: str | None = None
 
 
-Failures = dict[tuple[str, int], _Failure]  # by method and seed
+Failures = dict[tuple[str, int], _Failure]  # (name of a method, training seed) -> failure
 
 
 def _train_seed(config: CompareConfig, seed: int | None) -> Failures:
-    """Train all methods for one seed, in a worker process, and return those that failed.
+    """Train all methods with one seed, in a worker process, and return the failures.
 
     Args:
+      config: the comparison.
       seed: a training seed; None trains the partner instead.
     """
     comparison = _Comparison(config, _quiet())
@@ -168,10 +174,10 @@ def _train_seed(config: CompareConfig, seed: int | None) -> Failures:
 
 @dataclass(frozen=True)
 class _Setting:
-    """One way of decoding a method.
+    """A way of decoding a method, with the way in which β, the weight of value guidance, is chosen.
 
     decode: "sampled", "greedy" or "planned".
-    chosen: how β was chosen, "offline" or "returns"; None without value guidance.
+    chosen: "offline", β is chosen from held-out logs; "returns", by playing other episodes; None, no value guidance.
     """
 
     decode: str
@@ -181,12 +187,15 @@ class _Setting:
 def _measure(
     config: CompareConfig, untrained: Failures, name: str, seed: int, settings: Sequence[_Setting]
 ) -> tuple[list[Row], Failures, Failures]:
-    """Measure a method with one seed, in a worker process.
+    """Measure a method trained with one seed, in a worker process.
 
     Args:
-      untrained: the runs that are already known to be missing.
-      settings: the settings that have no row yet.
-    Returns: the new rows, all runs now known to be missing (with `untrained`), and the failures during play.
+      config: the comparison.
+      untrained: failures of training so far; these runs are not tried again.
+      name: name of the method.
+      seed: its training seed.
+      settings: the settings to measure.
+    Returns: the new rows; `untrained` with the failures of training added; and the failures while measuring.
     """
     comparison = _Comparison(config, _quiet())
     comparison.untrained = untrained
@@ -200,7 +209,17 @@ def _quiet() -> Console:
 
 
 class _Comparison:
-    """The state of one `run_compare` call."""
+    """The state of one `run_compare` call.
+
+    rows: the rows of results.jsonl so far.
+    runs: (method, seed) -> run directory, of the runs that are trained.
+    untrained: the failures of training, also of methods skipped because they need a failed one.
+    unmeasured: the failures while measuring a trained run.
+
+    Args:
+      config: the comparison.
+      console: receives the progress messages.
+    """
 
     def __init__(self, config: CompareConfig, console: Console):
         self.config, self.console = config, console
@@ -216,7 +235,7 @@ class _Comparison:
     # Settings, and results of earlier calls.
 
     def check_settings(self) -> None:
-        """Build the settings of every run now, so that a mistake in the last method shows before hours of training.
+        """Build the settings of every run now, so that a mistake in the last method is found before hours of training.
 
         Raises: InputError that names the setting.
         """
@@ -240,8 +259,12 @@ class _Comparison:
                 make_environment(**self.config.environment | elsewhere)
 
     def _check_value_heads(self, name: str) -> None:
-        """Check that every method from which `name` takes V or Q has value heads, its own or those of its start.
+        """Check that every method from which `name` takes V or Q has value heads.
 
+        A method has them if its algorithm trains some, or if it starts from a method that has them.
+
+        Args:
+          name: name of the method.
         Raises: InputError that names the setting.
         """
         method = self.config.methods[name]
@@ -257,10 +280,13 @@ class _Comparison:
                 )
 
     def _check_reply_lengths(self, name: str, args: Any) -> None:
-        """Check that the longest reply of a method fits in `max_length`.
+        """Check that the longest reply of a method, `max_new_tokens`, is not longer than its window, `max_length`.
 
-        This holds for the play that it learns from and for the play that measures it.
+        Both the play that the method learns from, if any, and the play that measures it are checked.
 
+        Args:
+          name: name of the method.
+          args: the config of its algorithm.
         Raises: InputError that names the setting.
         """
         method, saved = self.config.methods[name], getattr(args, "decoding", {})
@@ -278,13 +304,18 @@ class _Comparison:
                 )
 
     def _play(self, method: Any) -> dict[str, Any]:
-        """Return the DecodingConfig fields that are used when a method (or the partner) is measured."""
+        """Return the DecodingConfig fields for the play that measures a method, or for the partner's play.
+
+        Args:
+          method: a MethodConfig or the PartnerConfig.
+        """
         return {**(self.config.evaluation.decoding if isinstance(method, MethodConfig) else {}), **method.decoding}
 
     def _reply_length_key(self, name: str, learning: bool) -> str:
-        """Return the dotted name of the setting that decides max_new_tokens, for use in error messages.
+        """Return the dotted name of the setting that decides max_new_tokens, for error messages.
 
         Args:
+          name: name of the method.
           learning: True for the play that the method learns from, False for the play that measures it.
         """
         method, own = self.config.methods[name], f"methods.{name}."
@@ -298,13 +329,14 @@ class _Comparison:
         return f"{found[0] if found else 'evaluation.decoding'}.max_new_tokens"
 
     def open_results(self) -> None:
-        """Start from an existing results.jsonl, if there is one.
+        """Start from the results.jsonl of an earlier call, if there is one, and write the first files of the folder.
 
-        Its runs are kept, the fixed rows are computed anew, and the file, its folders and config.json are written.
+        The rows of kind "run" in it are kept; all other rows are computed anew. Then results.jsonl, config.json and
+        the folders episodes/, samples/ and runs/ are written.
 
         Raises: InputError if a row was made with other settings.
         """
-        self._runs_in(self.folder / "report" / "results.jsonl")  # check only: the new report will overwrite it
+        self._runs_in(self.folder / "report" / "results.jsonl")  # only checked: the new report overwrites this file
         kept = self._runs_in(self.folder / "results.jsonl")
         for name in ("episodes", "samples", "runs"):
             with writing(self.folder / name):
@@ -314,9 +346,9 @@ class _Comparison:
         write_text(self.folder / "config.json", json.dumps(_plain(asdict(self.config)), indent=1) + "\n")
 
     def _runs_in(self, path: Path) -> list[Row]:
-        """Return the rows of kind "run" in a results file, or an empty list if there is no file.
+        """Return the rows of kind "run" in a results file; empty if there is no such file.
 
-        Raises: InputError if a run was made with other settings.
+        Raises: InputError if one of these rows was made with other settings.
         """
         runs = [row for row in read_results(path) if row["kind"] == "run"] if path.exists() else []
         for row in runs:
@@ -329,8 +361,7 @@ class _Comparison:
         return runs
 
     def _save(self) -> None:
-        """Write results.jsonl and rename it into place, so that a kill leaves the old rows or the new ones, never half
-        a row."""
+        """Write results.jsonl atomically: if the process is killed, the file has the old rows or all new ones."""
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
         write_text(self.folder / "results.jsonl", "".join(lines))
 
@@ -351,7 +382,7 @@ class _Comparison:
             yield {"kind": "published", "method": name, **known, "labels": labels}
 
     def _behaviour(self) -> Row:
-        """Return the row with the mean return of the training data, its interval over groups, and its label means."""
+        """Return the row of the training data: their mean return, its interval over groups, and the label means."""
         scale = self.config.evaluation.score
         returns = [t.total_return for t in self.train_data]
         behaviour = mean_interval(returns, [t.group or i for i, t in enumerate(self.train_data)])
@@ -392,9 +423,13 @@ class _Comparison:
         }
 
     def identity(self, name: str, decode: str) -> dict[str, Any]:
-        """Return everything that determines a row of this method: rows with equal identity may be kept.
+        """Return all settings and data hashes that determine the result rows of a method in one way of decoding.
 
-        For a method that is no longer listed, return only the part that all rows share.
+        An existing row is kept only if its identity equals this one.
+
+        Args:
+          name: name of the method. If the config no longer lists it, only what all rows share is returned.
+          decode: "sampled", "greedy" or "planned".
         """
         chain, planner = self._chain(name), self._planner(name) if decode == PLANNED else None
         if planner is not None:
@@ -403,14 +438,18 @@ class _Comparison:
         return self._shared_identity | ({"method": chain} if chain else {})
 
     def _planner(self, name: str) -> PlannerConfig | None:
-        """Return a method's planner settings, with its scorer as a method's name; None if it does not plan."""
+        """Return a method's PlannerConfig, whose `scorer` still names a method (or "heads"); None without planner."""
         planner = self.config.methods[name].planner if name in self.config.methods else None
         return None if planner is None else build(PlannerConfig, planner, f"methods.{name}.planner.")
 
     def _chain(self, name: str | None) -> list[dict[str, Any]]:
-        """Return the settings of a method, then those of the methods that it starts from, nearest first.
+        """Return the settings that determine the runs of a method, as values that JSON can hold.
 
-        Each entry also holds the chains of its value model, its reward model, and the method named in its ask.
+        Args:
+          name: name of the method; None or an unknown name gives an empty list.
+        Returns: the settings of the method, then those of the method that it starts from, and so on. The settings of
+          each also hold, under `value_model`, `reward_model` and `asks`, the same list for its value model, for its
+          reward model and for the method whose Q gives its requested return, if it has them.
         """
         if name not in self.config.methods:
             return []
@@ -446,9 +485,11 @@ class _Comparison:
         return {"model": model | dict(method.model), "args": args}
 
     def _same_reply_length(self, method: Any, decoding: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the DecodingConfig fields of the play that a method learns from.
+        """Return `decoding`, with max_new_tokens copied from the play that measures the method if it has none.
 
-        If `decoding` has no max_new_tokens, it is copied from the play that measures the method.
+        Args:
+          method: a MethodConfig or the PartnerConfig.
+          decoding: DecodingConfig fields of the play that the method learns from.
         """
         measured = {key: value for key, value in self._play(method).items() if key == "max_new_tokens"}
         return {**measured, **decoding}
@@ -467,14 +508,16 @@ class _Comparison:
         value_model: Path | None = None,
         reward_model: Path | None = None,
     ) -> tuple:
-        """Build the first four arguments of `train` for a method (or the partner).
+        """Build the first four arguments of `train` for a method or for the partner.
 
         Args:
-          where: dotted name of the method's settings, for error messages.
-          folder: run directory.
-          start: run that the weights are loaded from.
-          value_model: run that becomes `args.value_model`.
-          reward_model: run of a reward model that becomes `preference.reward`.
+          where: dotted name of its settings, for error messages: "methods.NAME" or "partner".
+          method: its settings, a MethodConfig or the PartnerConfig.
+          seed: training seed.
+          folder: run directory to train in.
+          start: run directory from which the weights are loaded, if the method has `start_from`.
+          value_model: run directory that becomes `args.value_model`, if the method has `value_model`.
+          reward_model: run directory that becomes `preference.reward`, if the method has `reward_model`.
         Returns: algorithm, ModelConfig, DataConfig, and the algorithm's config.
         Raises: InputError that names the setting.
         """
@@ -500,16 +543,16 @@ class _Comparison:
         return method.algorithm, model, DataConfig(**self.config.data, preference=preference), args
 
     def betas(self, name: str) -> tuple[float, ...]:
-        """Return the candidates for β of a method; none if its algorithm trains no value heads."""
+        """Return the candidates for β of a method; () if its algorithm trains no value heads."""
         method = self.config.methods[name]
         if "value_heads" not in _fields(method.algorithm):
             return ()
         return self.config.evaluation.betas if method.betas is None else method.betas
 
     def trained(self, name: str, seed: int) -> Path:
-        """Return the run directory of a method and seed.
+        """Return the run directory of a method and seed, after training the run if it is not complete.
 
-        Runs that are not complete are trained first, in the order in which they need each other.
+        The runs that it starts or learns from are completed before it.
         """
         if (name, seed) not in self.runs:
             method, folder = self.config.methods[name], self.folder / "runs" / f"{name}-{seed}"
@@ -523,9 +566,9 @@ class _Comparison:
         return self.runs[name, seed]
 
     def is_trained(self, name: str, seed: int) -> bool:
-        """Train a method, after those that it needs; return True if all of them succeed.
+        """Train a method and, before it, the methods whose runs it needs; return True if all succeed.
 
-        Otherwise the failure is noted, and a method that failed before is not tried again.
+        A failure is stored in `self.untrained`. A method that failed before is not tried again.
         """
         method, run = self.config.methods[name], (name, seed)
         before = (
@@ -540,24 +583,26 @@ class _Comparison:
         return run not in self.untrained
 
     def _because_of(self, other: str, seed: int) -> _Failure:
-        """Return the failure to note for a method that needs `other`, which failed or was skipped itself."""
+        """Return the failure of a method that cannot go on because `other`, which it needs, failed or was skipped."""
         failure = self.untrained[other, seed]
         return replace(failure, cause=failure.cause or other)
 
     @contextmanager
     def _noting(self, failures: Failures, name: str, seed: int, learning: bool) -> Iterator[None]:
-        """Context manager: catch an exception, print it at once and note it for `raise_failures`.
+        """Context manager: catch an exception, print it at once and store it for `raise_failures`.
 
         Args:
           failures: receives the failure under (name, seed).
-          learning: as in `_reply_length_key`.
+          name: name of the method that is trained or measured.
+          seed: its training seed.
+          learning: True while training, False while measuring.
         """
         try:
             yield
         except Exception as error:
             unusable = isinstance(error, InputError | OSError)  # the same two as on the command line
             line = " ".join((str(error) if unusable else "".join(traceback.format_exception_only(error))).split())
-            # Training and play know the setting by its short name; print where it is set in the compare file.
+            # Errors from training and play name only the field; print its dotted name in the compare file.
             line = re.sub(r"(?<![\w.])max_new_tokens", self._reply_length_key(name, learning), line)
             failures[name, seed] = _Failure(line, unusable)
             if not unusable:
@@ -565,7 +610,7 @@ class _Comparison:
             self.say(f"{name}-{seed} failed: {line}")
 
     def raise_failures(self) -> None:
-        """Raise one error that lists every failure, if there are any.
+        """Raise one error that lists all failures; do nothing if there are none.
 
         Raises: InputError if bad input caused all of them, else Failed.
         """
@@ -585,11 +630,15 @@ class _Comparison:
         )
 
     def _train(self, where: str, method: Any, seed: int, folder: Path, *others: Path | None) -> Path:
-        """Train a method (or the partner), in rounds or by play if it learns so, and return its run directory.
+        """Train a method or the partner and return its run directory; a complete run is not trained again.
 
         Args:
           where: dotted name of its settings, for error messages.
-          others: runs of its start, value model and reward model, in the order of `_entry`.
+          method: its settings, a MethodConfig or the PartnerConfig.
+          seed: training seed.
+          folder: run directory to train in.
+          others: run directories that it starts from, takes values from and takes rewards from, in this order (the
+            last three arguments of `_entry`); None = no such run.
         """
         if not (folder / "complete.json").exists():
             self.say(f"training {folder.name}")
@@ -603,10 +652,12 @@ class _Comparison:
 
     @contextmanager
     def _workers(self) -> Iterator[ProcessPoolExecutor]:
-        """Context manager: a pool of `workers` processes, each with its share of the cores.
+        """Context manager: a pool of `config.workers` processes, each with its share of the CPU cores.
 
         Small models use two cores better as two processes than as one process with two threads. If a worker fails or
         this process is stopped, all workers are terminated; those that train save a checkpoint first.
+
+        Raises: InputError if a worker process was killed.
         """
         share = max(1, (os.cpu_count() or 1) // self.config.workers)
         with ProcessPoolExecutor(
@@ -626,9 +677,10 @@ class _Comparison:
                 raise
 
     def train_side_by_side(self) -> None:
-        """Train each seed in a worker process.
+        """Train all methods with each seed in a worker process per seed.
 
-        The partner is trained before them if a method learns by playing against it, else at the same time.
+        The partner is trained first if a method learns by playing, because it plays against the partner; otherwise it
+        is trained at the same time, in a worker process of its own.
         """
         waiting: list[int | None] = list(self.config.seeds)
         if self.config.partner is not None:
@@ -652,12 +704,24 @@ class _Comparison:
         return {} if self.config.partner is None else {self.config.partner.argument: self._partner_policy}
 
     def scorer(self, name: str, seed: int) -> Path | None:
-        """Return the run that rates a method's plans; None if no other run does."""
+        """Return the run directory of the model whose value heads rate the candidate replies of a method's planner.
+
+        Args:
+          name: name of the method.
+          seed: training seed of both runs.
+        Returns: the directory; None if the method has no planner, or rates the replies by its own return heads.
+        """
         other = self.config.methods[name].scorer
         return None if other is None else self.trained(other, seed)
 
     def planned(self, name: str, seed: int, policy: LanguagePolicy) -> Planner:
-        """Wrap the policy of a method and seed in the method's planner."""
+        """Wrap the policy in the planner of its method.
+
+        Args:
+          name: name of the method.
+          seed: training seed of the run that rates the plans, if the planner uses one.
+          policy: the method's trained policy.
+        """
         planner, scorer = self._planner(name), self.scorer(name, seed)
         return (planner if scorer is None else replace(planner, scorer=str(scorer))).planner(policy)
 
@@ -679,10 +743,16 @@ class _Comparison:
         return [setting for setting in settings if (setting.decode, setting.chosen) not in done]
 
     def measure(self, name: str, seed: int, settings: Sequence[_Setting]) -> Iterator[Row]:
-        """Measure the settings in order and yield each row at once; stop at the first failure.
+        """Measure the settings of a method in order and yield each row at once; stop at the first failure.
 
-        Nothing is yielded if the run, or the run that its ask names, is missing. Planned settings are skipped if the
-        run that rates the plans is missing.
+        Runs that are needed and not complete are trained first. If the method's own run, or the run whose Q gives its
+        requested return, cannot be trained, nothing is yielded. If the run that rates its plans cannot be trained,
+        only planned play is skipped.
+
+        Args:
+          name: name of the method.
+          seed: its training seed.
+          settings: the settings to measure.
         """
         method = self.config.methods[name]
         if not settings or not self.is_trained(name, seed) or self._lacks(name, seed, method.asks):
@@ -699,7 +769,13 @@ class _Comparison:
                 yield row
 
     def _lacks(self, name: str, seed: int, helper: str | None) -> bool:
-        """True if the run of `helper` (which rates the plans or supplies the ask) is missing, which is then noted."""
+        """True if a method cannot be measured because the run of `helper` is missing; the failure is then stored.
+
+        Args:
+          name: name of the method.
+          seed: training seed of both runs.
+          helper: name of the method that rates the plans or gives the requested return; None = none is needed.
+        """
         if helper is None or self.is_trained(helper, seed):
             return False
         self.unmeasured[name, seed] = self._because_of(helper, seed)
@@ -719,7 +795,14 @@ class _Comparison:
                 self.add(row)
 
     def add(self, row: Row) -> None:
-        """Save a row with its identity and provenance. Rows are sorted by seed and method, not by time."""
+        """Add a row to results.jsonl, with two fields that say how it was made.
+
+        These are `config`, the settings and data hashes of `identity`, and `made`, the code, machine and command of
+        `provenance`. The rows of the file are sorted by seed and method, not by time.
+
+        Args:
+          row: a row of kind "run", as `_MethodEvaluation.row` returns it.
+        """
         self.rows.append({**row, "made": provenance(), "config": _plain(self.identity(row["method"], row["decode"]))})
         runs = ((seed, method) for seed in self.config.seeds for method in self.config.evaluated)
         order = {run: place for place, run in enumerate(runs)}
@@ -729,7 +812,10 @@ class _Comparison:
         self._save()
 
     def measure_side_by_side(self) -> None:
-        """Measure each method and seed in a worker process; a kill loses the measurements that are in progress."""
+        """Measure each method and seed in a worker process.
+
+        If this process is killed, only the measurements in progress are lost.
+        """
         with self._workers() as pool:
             waiting = [
                 pool.submit(_measure, self.config, self.untrained, method, seed, settings)
@@ -745,11 +831,12 @@ class _Comparison:
                     self.add(row)
 
     def play(self, policy: LanguagePolicy | Planner, title: str, selecting: bool = False) -> EvaluationResult:
-        """Play the reported episodes with a progress bar.
+        """Play the episodes on which every method is measured, with a progress bar.
 
         Args:
+          policy: the player.
           title: label of the progress bar.
-          selecting: True plays the episodes on which β is chosen instead.
+          selecting: True: play the episodes for choosing β (`evaluation.selection`) instead.
         """
         settings = self.config.evaluation
         environment, seeds = self.config.environment, settings.seeds
@@ -774,9 +861,20 @@ class _Comparison:
 
 
 class _MethodEvaluation:
-    """A trained method and seed that is measured setting by setting.
+    """One run of a method, loaded to be measured in several settings.
 
-    The model is loaded once, the logs are evaluated once, and play at the same (decoding, β) is not repeated.
+    The model is loaded once, the held-out logs are evaluated once, and play with the same decoding and β is not
+    repeated.
+
+    played: (decoding, β) -> the episodes played so far.
+    asks: run directory whose Q gives the requested return; None = none.
+    loaded: the policy, at β 0.
+
+    Args:
+      comparison: the comparison that the run belongs to.
+      name: name of the method.
+      seed: its training seed.
+      folder: its run directory.
     """
 
     def __init__(self, comparison: _Comparison, name: str, seed: int, folder: Path):
@@ -794,16 +892,19 @@ class _MethodEvaluation:
 
     @cached_property
     def logged(self) -> OfflineReport:
-        """The report on a fixed sample of the held-out logs: guidance for every β, and the calibration of Q."""
+        """The evaluation on held-out logs, the same ones for every method: at most `evaluation.offline_rows`."""
         settings, logs = self.comparison.config.evaluation, self.comparison.validation_data
         logs = random.Random(0).sample(logs, min(settings.offline_rows, len(logs)))
         policy = self.player("sampled", 0.0)
         return evaluate_offline(policy, logs, betas=self.comparison.betas(self.name), kl_budget=settings.kl_budget)
 
     def by_returns(self, decode: str) -> tuple[list[dict[str, Any]], int]:
-        """Play the selection episodes at each β.
+        """Play the episodes for choosing β at each candidate.
 
-        Returns: one entry per β with its score, interval and KL, and the number of tokens generated in all.
+        Args:
+          decode: "sampled" or "greedy".
+        Returns: one mapping per candidate with `beta`, `score` (mean), `interval` and `kl` (as in `kl`); and the
+          number of tokens generated in all of this play.
         """
         tried, tokens = [], 0
         for beta in self.comparison.betas(self.name):
@@ -815,14 +916,15 @@ class _MethodEvaluation:
         return tried, tokens
 
     def kl(self, decode: str, result: EvaluationResult) -> float | None:
-        """Return the KL of sampled play; None for other play.
+        """Return KL(sampling distribution ‖ policy) of sampled play in nats per episode (`EvaluationResult.kl`).
 
-        Other play does not draw from the distribution that its log-probabilities describe.
+        It is None for greedy and planned play, because there the stored log-probabilities do not describe the
+        distribution of the choice.
         """
         return result.kl() if decode == "sampled" and self.loaded.decoding.temperature > 0 else None
 
     def row(self, setting: _Setting) -> Row:
-        """Play one setting and write its episodes and samples.
+        """Play the reported episodes in one setting and write its files in episodes/ and samples/.
 
         Returns: the row for results.jsonl, without `config` and `made`, which `_Comparison.add` fills in.
         """
@@ -877,14 +979,13 @@ class _MethodEvaluation:
 
 
 def _logs(source: str, reward: str | None) -> list[Trajectory]:
-    """Read logged trajectories, or make them of comparisons.
+    """Read logged trajectories, or read comparisons and make a trajectory of each option.
 
-    Each option of a comparison becomes a trajectory. Its reward is the default of `to_trajectories`, whatever reward a
-    method itself learns from.
+    The trajectory of an option has the default reward of `to_trajectories`, whatever reward a method learns from.
 
     Args:
-      source: file or folder.
-      reward: column that holds the score of a row; None = the default one.
+      source: file or folder of trajectories or comparisons.
+      reward: column that holds the score of a trajectory's row; None = the default column.
     """
     if holds_comparisons(source):
         return to_trajectories(read_comparisons(source))
@@ -892,7 +993,7 @@ def _logs(source: str, reward: str | None) -> list[Trajectory]:
 
 
 def _fields(algorithm: str) -> set[str]:
-    """Return the names of an algorithm's settings."""
+    """Return the field names of an algorithm's config class."""
     return {field.name for field in fields(load_algorithm(algorithm)[0])}
 
 
@@ -901,15 +1002,15 @@ def _collects(method: Any) -> bool:
 
 
 def _plays(method: Any) -> bool:
-    """True if a method (or the partner) plays in the environment in order to learn."""
+    """True if a method (or the partner) learns from its own play in the environment."""
     return _collects(method) or load_algorithm(method.algorithm)[1].plays
 
 
 def divergence(run: Path) -> dict[str, float]:
-    """Return how far a PPO run moved; empty for a run of another algorithm.
+    """Return how far a PPO run moved from its start policy; empty for a run of another algorithm.
 
-    Returns: `training_kl`, the KL from the start policy in nats per episode, over the last training episodes; and
-      `ratio_max`, the largest probability ratio in any update.
+    Returns: `training_kl`, KL(policy ‖ start policy) in nats per episode, over the episodes of the last iteration; and
+      `ratio_max`, the largest ratio of the new to the old probability of a token in any update.
     """
     rows = [row for row in read_metrics(run) if "ratio_max" in row]
     return {"training_kl": rows[-1]["kl"], "ratio_max": max(row["ratio_max"] for row in rows)} if rows else {}
@@ -918,12 +1019,13 @@ def divergence(run: Path) -> dict[str, float]:
 def training_cost(run: Path, *helpers: Path | None) -> dict[str, float]:
     """Return the cost of training a run.
 
-    `training_tokens` counts each token as often as it was read. It includes the runs that this one starts from or
-    learns from, and the `helpers`. `training_seconds` is the wall time of its last training process. A run that played
-    also has `environment_steps` (agent turns), `reward_queries` (scored replies) and `played_tokens` (sampled tokens).
-
     Args:
-      helpers: runs that rate its plans or supply its ask; None is skipped.
+      run: the run directory.
+      helpers: directories of the runs that rate its plans or give its requested return; None is skipped.
+    Returns: `training_tokens`, the tokens that training read, each counted as often as it was read, including the runs
+      that this one starts or learns from, and the helpers; `training_seconds`, the wall time of its last training
+      process; and, if it played to learn, `environment_steps` (agent turns), `reward_queries` (scored replies) and
+      `played_tokens` (sampled tokens).
     """
     report = read_report(run)
     seconds = [row["train_runtime"] for row in read_metrics(run) if "train_runtime" in row]
@@ -935,11 +1037,12 @@ def training_cost(run: Path, *helpers: Path | None) -> dict[str, float]:
 
 
 def learning_curve(run: Path) -> list[Row]:
-    """Return one row per training iteration of a run that played; empty for a run that learnt from logs.
+    """Return the metrics of each training iteration of a run that played to learn; empty for other runs.
 
-    A row holds the environment steps and reward queries so far, the mean score of the iteration's episodes, and their
-    KL from the start policy in nats per episode. For a long run only every k-th iteration is kept, at most
-    CURVE_POINTS.
+    Of a long run, only every k-th iteration is returned, at most CURVE_POINTS of them.
+
+    Returns: one mapping per iteration: `environment_steps` and `reward_queries` so far; `score`, the mean over the
+      iteration's episodes; and `kl`, their KL(policy ‖ start policy) in nats per episode.
     """
     rows = [{name: row[name] for name in CURVE} for row in read_metrics(run) if "environment_steps" in row]
     # k = ⌈len / CURVE_POINTS⌉, or 1 if there are no rows
@@ -947,7 +1050,14 @@ def learning_curve(run: Path) -> list[Row]:
 
 
 def _fixed_episodes(result: EvaluationResult, seeds: Sequence[int]) -> Iterator[tuple[Row, Trajectory]]:
-    """Yield ten episodes, (row, trajectory). The episode seeds alone decide which, so all methods show the same."""
+    """Yield ten episodes of a result, as (its mapping in `EvaluationResult.episodes`, its trajectory).
+
+    They are drawn from the episode seeds only, so they are the same for every method.
+
+    Args:
+      result: the episodes of one setting.
+      seeds: all episode seeds.
+    """
     chosen = set(random.Random(0).sample(list(seeds), min(SAMPLES, len(seeds))))
     for row, trajectory in zip(result.episodes, result.trajectories, strict=True):
         if row["seed"] in chosen and row["repeat"] == 0:
@@ -955,7 +1065,7 @@ def _fixed_episodes(result: EvaluationResult, seeds: Sequence[int]) -> Iterator[
 
 
 def transcripts(result: EvaluationResult, seeds: Sequence[int]) -> str:
-    """Return the ten fixed episodes as text."""
+    """Return the ten episodes of `_fixed_episodes` as text; arguments as there."""
     blocks = []
     for row, trajectory in _fixed_episodes(result, seeds):
         head = f"episode {row['seed']}, score {row['score']:g}, {json.dumps(row['labels'], ensure_ascii=False)}"
@@ -965,7 +1075,10 @@ def transcripts(result: EvaluationResult, seeds: Sequence[int]) -> str:
 
 
 def dialogues(result: EvaluationResult, seeds: Sequence[int]) -> list[Row]:
-    """Return the ten fixed episodes in the form stored in results.jsonl; `turns` is a list of (role, text)."""
+    """Return the ten episodes of `_fixed_episodes` as stored in results.jsonl; arguments as there.
+
+    Returns: one mapping per episode: `seed`, `score` and `turns`, a list of (role, text).
+    """
     return [
         {"seed": row["seed"], "score": row["score"], "turns": [(turn.role, turn.content) for turn in trajectory.turns]}
         for row, trajectory in _fixed_episodes(result, seeds)
@@ -973,7 +1086,7 @@ def dialogues(result: EvaluationResult, seeds: Sequence[int]) -> list[Row]:
 
 
 def _optimum(environment: Any) -> float | None:
-    """Return the best possible mean score, or None if the environment does not know it.
+    """Return the best possible mean score; None if the environment has no method `optimum`.
 
     Args:
       environment: an environment, or a function that makes one.
@@ -983,5 +1096,5 @@ def _optimum(environment: Any) -> float | None:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as it will be when it is read back from JSON (tuples become lists, keys become strings)."""
+    """Return a value as JSON would give it back: with lists for tuples and texts for keys."""
     return json.loads(json.dumps(value))

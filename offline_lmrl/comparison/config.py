@@ -1,4 +1,9 @@
-"""The settings of a comparison: dataclasses for the contents of a `compare` file, and their checks."""
+"""The settings of a comparison: dataclasses for the contents of the YAML file that `compare` takes, and their checks.
+
+A method is an algorithm with its settings. It is trained once per seed, which gives one run: a folder with the trained
+model. A method may start from, learn from, plan with or take its requested return from the run of another method; the
+settings then name this method, and the run of the same seed is used.
+"""
 
 import argparse
 import dataclasses
@@ -18,12 +23,12 @@ from offline_lmrl.settings import setting
 
 TRAINING = {"model", "args", "from", "value_model", "preference", "reward_model", "collect"}  # excluded by `run_of`
 NAME = r"\w[\w.+=,@ -]{0,99}"  # a method's name, which is also part of file names
-ELSEWHERE = ("path", "scratch", "vocab_size", "tokenizer")  # model settings that `from` decides
+ELSEWHERE = ("path", "scratch", "vocab_size", "tokenizer")  # model settings that a method with `from` must not have
 
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """Rounds of play between rounds of offline training (rounds.py)."""
+    """Training in rounds: the policy plays, and is then trained offline on all logs so far (rounds.py)."""
 
     rounds: int = setting(
         1,
@@ -49,7 +54,7 @@ class CollectConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """A method, which is one group of rows in the table: an algorithm with its settings, trained once per seed."""
+    """A method of a comparison: an algorithm with its settings, trained once per seed."""
 
     algorithm: str = setting("", "Name of an algorithm, as in `train`.")
     model: Mapping[str, Any] = setting(dict, "Model settings, merged key by key over the comparison's `model`.")
@@ -110,23 +115,27 @@ class MethodConfig:
 
     @property
     def asks(self) -> str | None:
-        """The method whose Q supplies the requested return; None if no method does."""
+        """The name of the method whose Q gives the requested return (`ask: auto:NAME`); None if no method does."""
         ask = str(self.decoding.get("ask"))
         return ask.removeprefix("auto:") if ask.startswith("auto:") else None
 
     @property
     def scorer(self) -> str | None:
-        """The method whose run rates the plans; None if there is no planner or it uses the policy's own heads."""
+        """The name of the method whose value heads rate the planner's candidate replies.
+
+        None if there is no planner, or if it uses the policy's own return heads.
+        """
         scorer = (self.planner or {}).get("scorer", "heads")
         return None if scorer == "heads" else scorer
 
     @classmethod
     def of(cls, name: str, entry: Any) -> "MethodConfig":
-        """Build a method from its entry in a YAML file, in which `start_from` is called `from`.
+        """Build a method from its entry in a YAML file, and check the entry.
 
         Args:
           name: name of the method.
-          entry: mapping of its settings; a MethodConfig is returned as it is.
+          entry: mapping from field to value, in which `start_from` is called `from`; a MethodConfig is returned as it
+            is.
         Raises: InputError that names the setting.
         """
         if not (isinstance(name, str) and re.fullmatch(NAME, name)):
@@ -164,7 +173,7 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class PartnerConfig:
-    """A model that plays inside the environment. It is trained once and is the same for every method and seed."""
+    """A model that plays the other side inside the environment, trained once and used for every method and seed."""
 
     algorithm: str = setting("bc", "Name of an algorithm, as in `train`.")
     model: dict[str, Any] = setting(dict, "Model settings, merged over the comparison's `model`.")
@@ -176,7 +185,7 @@ class PartnerConfig:
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """Episodes on which β is chosen by returns. They are never the reported ones."""
+    """The episodes that are played to choose β, the weight of value guidance; their scores are not reported."""
 
     episodes: int = setting(200, "Number of episodes per β.")
     first_seed: int = setting(1_000_000, "First episode seed.")
@@ -192,7 +201,7 @@ class SelectionConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """The way in which every method is measured."""
+    """The settings by which every method is measured."""
 
     episodes: int = setting(800, "Number of episode seeds; every method plays the same ones.")
     first_seed: int = setting(0, "First episode seed; the seeds are first_seed .. first_seed + episodes − 1.")
@@ -323,21 +332,25 @@ class CompareConfig:
 
     @property
     def evaluated(self) -> list[str]:
-        """The names of the methods that get rows."""
+        """The names of the methods that are measured and get rows of results."""
         return [name for name, method in self.methods.items() if method.evaluate]
 
     @property
     def trained(self) -> list[str]:
-        """The names of the methods that get rows, and of those that rate their plans or supply their asks."""
+        """The names of the measured methods, and of those that rate their plans or give their requested returns.
+
+        Methods that these start or learn from are not listed.
+        """
         helpers = [
             helper for name in self.evaluated for helper in (self.methods[name].scorer, self.methods[name].asks)
         ]
         return list(dict.fromkeys([*self.evaluated, *filter(None, helpers)]))
 
     def _resolved(self, name: str) -> MethodConfig:
-        """Fill in a method with `run_of`: it takes the training settings of that method and keeps its own decoding.
+        """Return the full settings of a method; those of a method with `run_of: OTHER` are completed from OTHER.
 
-        A method without `run_of` is returned as it is.
+        Such a method keeps its `evaluate`, `planner` and `decoding`, and its `betas` and `regime` if they are given.
+        Fields of `decoding` that it does not set, and all other settings, are those of OTHER.
         """
         method = self.methods[name]
         if method.run_of is None:
@@ -350,11 +363,14 @@ class CompareConfig:
         return replace(other, **own, **given, decoding={**other.decoding, **method.decoding})
 
     def _check_way(self, name: str, before: tuple[str, ...] = ()) -> None:
-        """Check that the methods which this one needs exist, that they do not need it in turn, and that no setting is
-        given in two places.
+        """Check the references of a method to other methods.
+
+        The methods must exist and must not need this one in turn. A setting that a reference determines must not be
+        given as well, such as `args.value_model` with `value_model`.
 
         Args:
-          before: the methods that led here, for finding a circle.
+          name: name of the method.
+          before: names of the methods that need this one, to detect a circle.
         Raises: InputError that names the setting.
         """
         if name in before:
@@ -429,15 +445,15 @@ def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def build(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
-    """Build a dataclass instance from a mapping and check names and types.
+    """Build an instance of a dataclass from a mapping, after checking names and types.
 
-    Nested dataclasses are built one by one, so that an error names a key and not a union of types. Fields of type
-    dict[str, Any] are copied without parsing: the parser would interpret their strings again ("no" as False).
+    A dataclass in a field is built by a separate call, so that an error names a key and not a union of types. Fields
+    of type dict[str, Any] are copied without parsing: the parser would interpret their strings again ("no" as False).
 
     Args:
       cls: the dataclass.
-      raw: its settings.
-      prefix: dotted name of the mapping, for error messages, with a dot at its end; "" = the top of the file.
+      raw: mapping from field to value.
+      prefix: dotted name of the mapping with a dot at its end, for error messages; "" = the top of the file.
     Raises: InputError that names the key.
     """
     import jsonargparse
@@ -481,8 +497,10 @@ def require_known(names: Iterable[str], known: set[str], where: str) -> None:
     """Check that all names are known.
 
     Args:
+      names: the names to check.
+      known: the allowed names.
       where: dotted name of the setting that holds the names, for the error message.
-    Raises: InputError for the first unknown name, with the known name that is nearest to it.
+    Raises: InputError for the first unknown name, which also suggests the known name that is nearest to it.
     """
     for name in names:
         if not isinstance(name, str) or name not in known:
@@ -492,8 +510,10 @@ def require_known(names: Iterable[str], known: set[str], where: str) -> None:
 
 
 def require_at_least(name: str, value: float, least: float) -> None:
-    """Check that value >= least; NaN fails.
+    """Check that value ≥ least; NaN fails.
 
+    Args:
+      name: dotted name of the setting, for the error message.
     Raises: InputError that names the setting.
     """
     if not value >= least:

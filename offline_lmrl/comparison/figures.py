@@ -1,7 +1,8 @@
 """The figures of a report, made from the rows of results.jsonl alone. They need matplotlib (extra `plots`).
 
-Colour shows the method and the shape of a marker the decoding; a hollow marker is a β chosen by returns. If no row has
-a number that a figure needs, the report gives that reason instead of the figure.
+A `Key` (report.py) is a method with a way of decoding and of choosing β, the weight of value guidance; its runs are
+the rows of its training seeds. Colour shows the method, the shape of a marker the decoding; a hollow marker is a β
+chosen by returns. If no row has a number that a figure needs, the report prints this reason instead of the figure.
 """
 
 import io
@@ -18,10 +19,10 @@ from offline_lmrl.evaluation.metrics import Estimate
 
 Axes = Figure = Any  # matplotlib's classes; it is imported only when something is drawn
 
-INK, PAPER = "#1f2328", "#ffffff"  # the HTML page replaces these two by its own colours
+INK, PAPER = "#1f2328", "#ffffff"  # text and background; the HTML page replaces them by its own colours
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7b6fd0",
            "#a00000", "#00a6a6", "#66a61e", "#e7298a", "#b07aa1", "#9c755f", "#4e79a7", "#f28e2b")  # fmt: skip
-FEW_KEYS = 8  # a matrix of more settings has no space for numbers in its cells
+FEW_KEYS = 8  # a matrix with more rows has no space for numbers in its fields
 MARKERS = {"sampled": "o", "greedy": "s", "planned": "^"}
 WIDTH = 4.4  # inches; narrow, so that the text is readable on a phone
 STYLE = {
@@ -45,8 +46,8 @@ class Drawing:
     """A drawn figure.
 
     name: stem of its file names.
-    title: its title.
-    caption: explanation that a reader needs.
+    title: title, as plain text.
+    caption: what the figure shows, as plain text.
     svg: the figure as SVG.
     png: the figure as PNG.
     """
@@ -59,13 +60,13 @@ class Drawing:
 
 
 class Missing(Exception):
-    """The reason why a figure cannot be drawn: a number that no row has."""
+    """Raised if the rows lack what a figure needs; the message says what, for the report."""
 
 
 def draw(results: Results) -> tuple[list[Drawing], dict[str, str]]:
-    """Draw all figures that the rows allow. The same rows give the same bytes.
+    """Draw all figures for which the rows suffice. The same rows give the same bytes.
 
-    Returns: the drawn figures, and title -> reason of those that are missing.
+    Returns: the drawn figures, and title -> reason for every other one.
     Raises: ModuleNotFoundError without matplotlib.
     """
     import matplotlib
@@ -112,16 +113,16 @@ def _marker(results: Results, key: Key) -> dict[str, Any]:
 
 
 def _mark(axes: Axes, results: Results, key: Key, x: float) -> None:
-    """Draw the score of a setting with its interval at x."""
+    """Draw one marker at (x, mean score of the key), with the score's 95% interval as a vertical bar."""
     estimate = results.estimates[key]
     axes.errorbar(x, estimate.mean, yerr=_ends([estimate]), markersize=6, linewidth=1.5, **_marker(results, key))
 
 
 def _legend(figure: Figure, results: Results, keys: Iterable[Key]) -> None:
-    """Draw the legend below the axes.
+    """Draw the legend of these keys below the axes.
 
-    It has the colour of each method, the shapes of decodings if there are several, and the two choices of β if one was
-    by returns.
+    It explains the colour of each method; the shape of each decoding, if there are several; and full and hollow
+    markers, if a β was chosen by returns.
     """
     from matplotlib.lines import Line2D
 
@@ -138,9 +139,9 @@ def _legend(figure: Figure, results: Results, keys: Iterable[Key]) -> None:
 
 
 def _ends(estimates: Sequence[Estimate]) -> np.ndarray:
-    """Return how far each interval reaches below and above its mean, (2, n), as error bars.
+    """Return the error bars of n estimates, (2, n): how far each interval reaches below and above its mean.
 
-    Both are 0 for an unknown interval, so that no bar is drawn.
+    An estimate without interval gets 0 and 0, so that no bar is drawn.
     """
     known = [estimate.interval or (estimate.mean, estimate.mean) for estimate in estimates]
     means = np.array([estimate.mean for estimate in estimates])
@@ -148,10 +149,11 @@ def _ends(estimates: Sequence[Estimate]) -> np.ndarray:
 
 
 def _level(axes: Axes, results: Results, line: Callable) -> None:
-    """Draw lines at the score of the logs and at the best possible score, if they are known.
+    """Draw lines at the mean score of the logs and at the best possible score, if they are known.
 
     Args:
-      line: `axes.axhline` or `axes.axvline`.
+      axes: not used.
+      line: `axes.axhline` or `axes.axvline`, depending on the axis that shows the score.
     """
     for row in results.of("behaviour", "optimum"):
         if row.get("score") is not None:
@@ -214,7 +216,7 @@ def _track(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
 
 
 def _root(kl: float | None) -> float:
-    """Return √KL, with negative estimates (possible from samples) taken as 0 and None as NaN."""
+    """Return √KL; 0 for a negative estimate, which sampling can give, and NaN for None."""
     return math.nan if kl is None else math.sqrt(max(kl, 0.0))
 
 
@@ -224,11 +226,13 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _against(results: Results, label: str, cost: Callable[[Row], float], axes: Axes, figure: Figure) -> None:
-    """Draw the score of every setting at its mean cost.
+    """Draw one marker per key: mean score against mean cost, both over its training seeds; add the legend.
 
     Args:
       label: name of the cost, for the x axis.
-      cost: function from a run to its cost.
+      cost: function from a run (a row of results.jsonl) to its cost.
+      axes: axes to draw on.
+      figure: figure of these axes, which gets the legend.
     """
     _level(axes, results, axes.axhline)
     for key, runs in results.groups.items():
@@ -238,10 +242,11 @@ def _against(results: Results, label: str, cost: Callable[[Row], float], axes: A
 
 
 def _count_scale(axes: Axes, zero: float | None = None) -> None:
-    """Label the x axis with short counts ("20k"). It becomes logarithmic if they differ by a factor of 5 or more.
+    """Label the x axis with short counts ("20k"); make it logarithmic if the counts differ by a factor of 5 or more.
 
     Args:
-      zero: position of 0 on a logarithmic axis; None = no count is 0.
+      axes: the axes, with all data drawn.
+      zero: x position at which counts of 0 were drawn; the axis is then always logarithmic. None = no count is 0.
     """
     from matplotlib.ticker import MaxNLocator, NullLocator
 
@@ -250,7 +255,7 @@ def _count_scale(axes: Axes, zero: float | None = None) -> None:
     if zero is not None or high >= 5 * low:
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
-        low = low if zero is None else 4 * zero  # `return_against_play` puts 0 at a quarter of the least count
+        low = low if zero is None else 4 * zero  # `return_against_play` draws 0 at a quarter of the least count
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
         ticks = [step * 10.0**power for power in powers for step in (1, 2, 5)]
     shown = {tick: short(tick) for tick in ticks if low <= tick <= high}
@@ -277,7 +282,7 @@ def return_against_play(name: str, results: Results) -> tuple[Figure, str]:
         raise Missing("it equals the figure with environment steps, because every step was scored")
     curves = [(run, row) for run in results.of("run") for row in run.get("curve") or () if row[name] > 0]
     least = min([least, *(row[name] for _, row in curves)])
-    nowhere = least / 4  # where runs with a count of 0 are drawn, as a logarithmic axis has no 0
+    nowhere = least / 4  # x position of runs with a count of 0, because a logarithmic axis has no 0
     _against(results, name.replace("_", " "), lambda run: run["cost"].get(name, 0) or nowhere, axes, figure)
     for run in results.of("run"):
         points = [row for row in run.get("curve") or () if row[name] > 0]

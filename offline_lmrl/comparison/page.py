@@ -1,7 +1,9 @@
 """The report of a comparison: one page as Markdown and as HTML, its figures, and a manifest of its origin.
 
-Everything is made from the rows of results.jsonl, of which the report holds a copy; the same rows give the same bytes.
-A page is a list of blocks, (kind, content), which a Markdown and an HTML renderer both understand.
+Everything is made from the rows of results.jsonl, which is copied into the report; the same rows give the same bytes.
+A page is a list of blocks, (kind, content), such as ("p", text) or ("table", lines), from which one renderer makes
+Markdown and another one HTML. A setting is a way of decoding together with the way in which β, the weight of value
+guidance, was chosen; a `Key` (report.py) is a method in one setting.
 """
 
 import hashlib
@@ -54,7 +56,7 @@ NO_FIGURES = {
     "All figures": "matplotlib is not installed; run `pip install 'offline_lmrl[plots]'`, then "
     "`offline-lmrl compare FOLDER` with the folder of results.jsonl"
 }
-HEAD, TAIL = 12, 4  # turns shown from the start and the end of a dialogue with more than HEAD + TAIL turns
+HEAD, TAIL = 12, 4  # numbers of turns shown from the start and from the end of a longer dialogue
 
 Block = tuple[str, Any]
 
@@ -62,15 +64,16 @@ Block = tuple[str, Any]
 def write_report(folder: str | Path) -> Path:
     """Write the report of a comparison from results.jsonl.
 
-    The report consists of report.md, report.html (a single file), figures/ (SVG and PNG; none without matplotlib),
-    manifest.json (config, data fingerprints, seeds, and the code, machine and command that made the rows) and a copy
-    of results.jsonl.
+    The report consists of report.md, report.html (with all figures inside), figures/ (SVG and PNG; none without
+    matplotlib), manifest.json (config, data hashes, seeds, and the code, machine and command that made the rows) and
+    a copy of results.jsonl.
 
     Args:
-      folder: folder of a comparison, which gets a subfolder report/; or a report's own folder, which is redrawn.
+      folder: folder of a comparison, in which the subfolder report/ is written; or the folder of an existing report,
+        which is written again from its copy of the rows.
     Returns: the report's folder.
-    Raises: InputError if there is no results.jsonl, its rows come from different settings, or an existing report
-      holds rows of other settings.
+    Raises: InputError if there is no results.jsonl, or if its rows, or those of an existing report, belong to
+      different comparisons.
     """
     folder = Path(folder)
     source = folder / "results.jsonl"
@@ -99,14 +102,15 @@ def write_report(folder: str | Path) -> Path:
 
 
 def refuse_mixed(rows: Sequence[Row], source: Path) -> None:
-    """Check that all runs can belong to one comparison.
+    """Check that all rows of kind "run" can belong to one comparison.
 
-    They must share environment, data, partner and evaluation; and the runs of one method and decoding must have equal
-    configs.
+    They must agree in environment, data, partner and evaluation; and those of one method and way of decoding must have
+    equal configs.
 
     Args:
-      source: path of the results, for the error message.
-    Raises: InputError that names the settings that differ.
+      rows: rows of results, of any kind.
+      source: path of their file, for the error message.
+    Raises: InputError that names the settings which differ.
     """
     shared: dict[str, Any] | None = None
     own: dict[tuple[str, str], dict[str, Any]] = {}
@@ -125,12 +129,14 @@ def refuse_mixed(rows: Sequence[Row], source: Path) -> None:
 
 
 def manifest(results: Results, source: bytes) -> dict[str, Any]:
-    """Return the origin of the rows: config, data fingerprints, seeds, and what made them.
-
-    `made` has one entry for each group of rows that share a command, commit, machine and library versions.
+    """Return the origin of the rows, the contents of manifest.json.
 
     Args:
-      source: bytes of results.jsonl, of which the manifest stores the hash.
+      results: the rows.
+      source: bytes of results.jsonl, whose sha256 is stored.
+    Returns: `results`, the sha256 and number of all rows; `config` of the comparison; `data`, hashes of training and
+      validation data (None without runs); `seeds`, the training seeds; and `made`, a list of commands with commit,
+      machine and library versions, and the number of rows that each made.
     """
     runs = results.of("run")
     made: dict[str, dict[str, Any]] = {}
@@ -206,10 +212,11 @@ def build_report(results: Results, drawings: Sequence[Drawing], missing: Mapping
 
 
 def glance(results: Results) -> list[str]:
-    """Return the list at the top of the page.
+    """Return the sentences at the top of the page.
 
-    It names the highest score among the settings whose β was not chosen by returns, with its cost, the data it learnt
-    from, and how sure its lead is.
+    They name the method with the highest score, its cost, the data that it learnt from, and whether its lead is larger
+    than chance. Settings whose β was chosen by returns are left out, because that choice needs an environment; the
+    best of them is named separately.
     """
     keys = [key for key in results.groups if key.chosen != "returns"]
     if not keys:
@@ -259,9 +266,9 @@ def _only(line: Line, names: Sequence[str]) -> Line:
 
 
 def _settings(results: Results) -> list[Line]:
-    """Return the lines of the table, with the whole setting in the first column.
+    """Return the lines of the table, with decoding and choice of β added to the method in the first column.
 
-    A narrow screen then shows it next to the score.
+    They are then next to the score on a narrow screen.
     """
     lines = table_lines(results)
     first = len(results.of("behaviour", "optimum"))
@@ -272,17 +279,18 @@ def _settings(results: Results) -> list[Line]:
 
 
 def _results_of(line: Line, minus: str) -> Line:
-    """Return a line without its costs and with its labels last.
+    """Return a table line without the columns of COSTS, and with the columns of labels last.
 
     Args:
-      minus: name of the column of differences from the baseline.
+      line: a line of the table.
+      minus: name of the column that shows the difference from the baseline.
     """
     first = _only(line, ("method", *EVERYWHERE[:2], "per seed", "normalised", minus, *EVERYWHERE[2:]))
     return first | {name: cell for name, cell in line.items() if name not in COSTS}
 
 
 def _choices(results: Results) -> list[Line]:
-    """Return a line for each method and decoding that was measured with both choices of β."""
+    """Return a table line for each method and way of decoding that was measured with both choices of β."""
     lines = []
     for key in results.groups:
         other = key._replace(chosen="returns")
@@ -309,9 +317,10 @@ def _matrix(found: Mapping[tuple[Key, Key], Estimate]) -> list[Line]:
 
 
 def _dialogues(results: Results) -> list[tuple[int, list[Row], list[tuple[Key, Row]]]]:
-    """Return the fixed dialogues, one tuple per episode.
+    """Return the dialogues that the page shows, one tuple per episode.
 
-    It holds the episode seed, the opening turns that all settings share, and each setting with its sample.
+    Returns: (episode seed, turns before the agent's first that all methods share, [(method in a setting, its sample of
+      this episode: a mapping with `seed`, `score` and `turns`)]).
     """
     dialogues: dict[int, list[tuple[Key, Row]]] = {}
     for key, runs in results.groups.items():
@@ -321,7 +330,7 @@ def _dialogues(results: Results) -> list[tuple[int, list[Row], list[tuple[Key, R
 
 
 def _shared(dialogues: Sequence[Sequence[Sequence[str]]]) -> list[Sequence[str]]:
-    """Return the opening turns that all dialogues share, up to the first turn of an agent."""
+    """Return the turns, (role, text) each, with which all dialogues begin, without the agent's turns."""
     shared = []
     for turns in zip(*dialogues, strict=False):
         if any(turn != turns[0] for turn in turns) or turns[0][0] == "assistant":
@@ -331,7 +340,7 @@ def _shared(dialogues: Sequence[Sequence[Sequence[str]]]) -> list[Sequence[str]]
 
 
 def _shortened(turns: Sequence[Sequence[str]]) -> list[Sequence[str]]:
-    """Return (role, text) of each turn. In a long dialogue one entry without a role replaces the middle."""
+    """Return the turns, (role, text) each. In a long dialogue, one entry with the role "" replaces the middle."""
     if len(turns) <= HEAD + TAIL:
         return list(turns)
     left_out = f"… {len(turns) - HEAD - TAIL} turns …"
@@ -385,7 +394,7 @@ def _configuration(results: Results) -> list[Block]:
 
 
 def as_text(value: Any) -> str:
-    """Return plain values as one line of text, without null or empty ones."""
+    """Return nested mappings, lists and values as one line of text; entries that are None or empty are left out."""
     if isinstance(value, Mapping):
         return ", ".join(
             f"{name} {as_text(v) if not isinstance(v, Mapping) else '(' + as_text(v) + ')'}"
@@ -420,13 +429,12 @@ def _dialogues_markdown(dialogues: Sequence[tuple[int, list, list]]) -> str:
 
 
 def _text(text: str) -> str:
-    """Escape the report's own words, names and values as one line of Markdown: nothing in it can act as a tag, a link
-    or the end of a table cell."""
+    """Escape titles, names and values as one line of Markdown, so that none acts as a tag, a link or a cell's end."""
     return re.sub(r"\||\](?=[(\[:])", r"\\\g<0>", escape(" ".join(text.split()), quote=False))
 
 
 def _quoted(text: str) -> str:
-    """Escape the text of a log or a model as one line of Markdown that shows it literally."""
+    """Escape the text of a dialogue as one line of Markdown that shows this text literally."""
     return re.sub(r"[][\\`*_~|#$]", r"\\\g<0>", escape(" ".join(text.split()), quote=False))
 
 
@@ -446,7 +454,7 @@ MARKDOWN = {
 
 
 def as_html(page: Sequence[Block]) -> str:
-    """Render the page as a single HTML file with its styles and figures, without scripts or anything to fetch."""
+    """Render the page as one HTML file that contains its styles and figures and loads nothing else; no scripts."""
     body = "\n".join(HTML[kind](content) for kind, content in page)
     title = escape(next(content for kind, content in page if kind == "h1"))
     return (
@@ -486,9 +494,9 @@ def _wide(cell: str) -> str:
 
 
 def _figure_html(drawing: Drawing) -> str:
-    """Return a figure with its SVG inlined, in the page's text colour.
+    """Return a figure as HTML that contains the SVG, in the page's text colour.
 
-    Ids inside the SVG get the drawing's name as prefix: all drawings share one document.
+    Ids inside the SVG get the drawing's name as a prefix, because all drawings are in one document.
     """
     svg = drawing.svg[drawing.svg.index("<svg") :]
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{drawing.name}-", svg)

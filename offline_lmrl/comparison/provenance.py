@@ -1,4 +1,4 @@
-"""The origin of a row of results: code, libraries, machine and command."""
+"""The origin of results, which is stored in every measured row: code, libraries, machine and command."""
 
 import os
 import platform
@@ -17,10 +17,11 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 
 @cache
 def provenance() -> dict[str, Any]:
-    """Return the origin of results of this process, as plain values.
+    """Return the origin of the results of this process, as values that JSON can hold.
 
-    Returns: `command` as it was typed; `commit`, with "-dirty" appended if tracked files differ, or None outside a
-      checkout; `versions` by package; and `machine`, without its name.
+    Returns: `command`, the command line; `commit` of the code, with "-dirty" appended if tracked files were changed,
+      or None outside a git checkout; `versions`, package -> version; and `machine`: `system`, `cores` and
+      `accelerator` (None without a GPU), but no host name.
     """
     import torch
 
@@ -38,10 +39,10 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Return the commit of the checkout that tracks this file.
+    """Return the commit of the git checkout that tracks this file; None if no checkout does.
 
-    None if there is none: a repository that merely contains the installed package (in a virtual environment, for
-    example) does not count.
+    A repository whose folder merely contains the installed package, such as one with a virtual environment in it, does
+    not count.
     """
     here = Path(__file__)
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:

@@ -1,16 +1,18 @@
 """The tables of a comparison, made from the rows of results.jsonl alone.
 
-The `kind` of a row is one of:
+A row is one line of results.jsonl. Its `kind` is one of:
 
     comparison    the config, and the baseline and label columns that tables show
     behaviour     the training data
     optimum       the best possible mean score, if the environment knows it
     published     a result that is quoted, never measured here
-    run           one method, training seed and setting
+    run           the result of one method, training seed and setting
 
-A run stores its outcome as `cells`, a list of [cluster, sum of scores, episodes], from which means, intervals and
-paired differences over seeds are computed. `scores` lists the episode scores of each cell one by one, in the same
-order for every method.
+A setting is a way of decoding ("sampled", "greedy" or "planned") together with the way in which β, the weight of value
+guidance, was chosen. A row of kind run, called a run here, stores the outcome of its episodes as `cells`, a list of
+[cluster, sum of scores, number of episodes], from which means, intervals and paired differences over seeds are
+computed; a cluster is a set of episodes that depend on each other. `scores` lists the single episode scores of each
+cell, in the same order for every method.
 """
 
 import json
@@ -26,7 +28,7 @@ from offline_lmrl.logs.files import reading
 from offline_lmrl.logs.trajectory import shown
 from offline_lmrl.renamed import current
 
-FEW_SEEDS = 5  # with fewer, intervals over seeds are wide, so every seed's value is printed too
+FEW_SEEDS = 5  # with fewer, intervals over seeds are wide, so the mean of every seed is printed too
 COLUMNS = ("method", "decoding", "score [95%]", "beta", "per seed", "normalised")
 
 # kind of row -> fields that `read_results` requires, with their types
@@ -39,7 +41,7 @@ NEEDED = {
 }
 
 Row = Mapping[str, Any]
-Line = dict[str, str]  # column -> cell
+Line = dict[str, str]  # one line of a table: name of the column -> text
 
 
 def _current_row(row: Any) -> Any:
@@ -52,7 +54,7 @@ def _current_row(row: Any) -> Any:
 def read_results(path: str | Path) -> list[dict[str, Any]]:
     """Read the rows of a results.jsonl.
 
-    Raises: InputError "file:row: ..." for a row that no comparison writes.
+    Raises: InputError "file:row: ..." for the first row that `compare` cannot have written.
     """
     with reading(path, "rows of results as JSON"):
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -67,10 +69,11 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _check_row(row: Any, where: str) -> None:
-    """Check the fields of a row that are listed in NEEDED, and the form of its cells.
+    """Check the fields of a row that NEEDED requires, and the form of its `cells`.
 
     Args:
-      where: "file:row", for the error message.
+      row: the parsed row.
+      where: "file:row", the start of the error message.
     Raises: InputError that names the field.
     """
     kind = row.get("kind") if isinstance(row, dict) else None
@@ -87,11 +90,12 @@ def _check_row(row: Any, where: str) -> None:
 def table(results: str | Path | Sequence[Row]) -> str:
     """Return the results as a Markdown table, aligned for terminals.
 
-    Its lines are the behaviour, the optimum, each method and setting over its seeds, and the published results. The
-    score is the mean over seeds and episodes with its 95% interval (see metrics). The difference column is paired by
-    training seed and episodes with the baseline under the same decoding; planned play is compared with the baseline's
-    sampled play if the baseline does not plan. A `*` marks an interval that excludes 0. With one training seed,
-    intervals are "of this run", over episodes, and nothing is starred. A β marked "returns" was chosen by playing.
+    Its lines are the mean return of the training data, the optimum, each method and setting over its seeds, and the
+    published results. The score is the mean over seeds and episodes with its 95% interval (evaluation/metrics.py). The
+    column "minus BASELINE" is the difference from the baseline under the same decoding, paired by training seed and
+    episodes; planned play is compared with the baseline's sampled play if the baseline has no planner. A `*` marks a
+    difference whose interval excludes 0. With one training seed, intervals are "of this run", over episodes, and
+    nothing is starred. A β marked "offline" was chosen from held-out logs, one marked "returns" by playing.
 
     Args:
       results: path of a results.jsonl, or its rows.
@@ -101,10 +105,12 @@ def table(results: str | Path | Sequence[Row]) -> str:
 
 
 class Key(NamedTuple):
-    """A method in one setting.
+    """A method in one setting, by which runs are grouped over their seeds; `str` formats it for tables.
 
+    method: name of the method.
     decode: "sampled", "greedy" or "planned".
-    chosen: how β was chosen, "offline" or "returns"; None without value guidance.
+    chosen: how β, the weight of value guidance, was chosen: "offline", from held-out logs; "returns", by the returns
+      of other played episodes; None, no value guidance.
     """
 
     method: str
@@ -117,13 +123,14 @@ class Key(NamedTuple):
 
 
 class Results:
-    """The rows of a comparison, sorted by kind and setting.
+    """The rows of a comparison, grouped by kind, method and setting.
 
-    rows: all rows.
     shown: the row of kind "comparison".
-    groups: the runs of each setting, in the order of the rows.
-    cells: the outcome of each setting over its runs.
+    groups: the runs (one per seed) of each method and setting, in the order of the rows.
+    cells: the scores of the same runs, added up by training seed and cluster of episodes.
 
+    Args:
+      rows: all rows of results.jsonl.
     Raises: InputError if there is no row of kind "comparison".
     """
 
@@ -145,7 +152,7 @@ class Results:
         return {key: cells.estimate() for key, cells in self.cells.items()}
 
     def difference(self, key: Key, other: Key) -> Estimate | None:
-        """Return the paired difference, key − other.
+        """Return the difference of the mean scores, key − other, paired by training seed and episodes.
 
         None if the two share no training seed, or differ in their number of episodes.
         """
@@ -157,10 +164,11 @@ class Results:
 
     @cached_property
     def wins(self) -> dict[str, dict[tuple[Key, Key], Estimate]]:
-        """The share of episodes in which setting a scores more than setting b, by (a, b).
+        """The share of episodes in which one method and setting, a, scores higher than another one, b.
 
-        Episodes are paired by training seed and episode; a tie counts half. Greedy settings are compared among each
-        other, under "greedy", and all others under "sampled".
+        It maps "greedy" and "sampled" to {(a, b): share with its interval}. Under "greedy" are the pairs of greedy
+        settings, under "sampled" the pairs of sampled and planned ones. Both methods of a pair play the same episode
+        with the same training seed; a tie counts half.
         """
         found: dict[str, dict[tuple[Key, Key], Estimate]] = {"sampled": {}, "greedy": {}}
         keys = [key for key, runs in self.groups.items() if all("scores" in run for run in runs)]
@@ -175,7 +183,12 @@ class Results:
 
 
 def _wins(mine: Sequence[Row], theirs: Sequence[Row]) -> Iterator[tuple[Any, Any, float, int]]:
-    """Yield (training seed, cluster, wins of `mine`, episodes) for each cell of the training seeds that both have."""
+    """Yield (training seed, cluster, wins of `mine`, number of episodes) for the training seeds that both have.
+
+    Args:
+      mine: the runs of one method and setting, whose wins are counted; a tie counts half.
+      theirs: the runs of another method or setting, which played the same episodes.
+    """
     rivals = {run["seed"]: run for run in theirs}
     for run in mine:
         if run["seed"] not in rivals:
@@ -188,7 +201,7 @@ def _wins(mine: Sequence[Row], theirs: Sequence[Row]) -> Iterator[tuple[Any, Any
 
 
 def table_lines(results: Results) -> list[Line]:
-    """Return the lines of the table, each a mapping from column to text: one per fixed row and per setting."""
+    """Return the lines of the table that `table` describes, in the same order."""
     shown, labels = results.shown, results.shown["labels"]
     lines = [_fixed_line(row, labels) for row in results.of("behaviour", "optimum")]
     lines += [_method_line(key, runs, results.cells, shown) for key, runs in results.groups.items()]
@@ -200,9 +213,10 @@ def _cells(runs: Iterable[Row]) -> Cells:
 
 
 def _fixed_line(row: Row, labels: Collection[str] | None) -> dict[str, str]:
-    """Return the line of a behaviour, optimum or published row, with the columns that it has.
+    """Return the table line of a row of kind behaviour, optimum or published, without the columns it has no value for.
 
     Args:
+      row: the row.
       labels: names of the labels that become columns; None = all.
     """
     line = {"method": f"{row['method']} (published)" if row["kind"] == "published" else row["method"]}
@@ -271,7 +285,7 @@ def short(count: float) -> str:
 
 
 def columns_of(lines: Sequence[Line]) -> list[str]:
-    """Return the columns that at least one line fills: those of COLUMNS first, the others in order of appearance."""
+    """Return the columns that at least one line has: those of COLUMNS first, the others in the lines' own order."""
     present = dict.fromkeys(name for line in lines for name in line)
     # Later lines may have columns that the first ones lack, so the longest line decides the order of the rest.
     rest = max(lines, key=len, default={})

@@ -1,7 +1,8 @@
 """Offline learning in rounds: the trained policy plays, its scored episodes are added to the logs, and it is trained
 again.
 
-This is between offline and online learning. Every round costs environment steps and reward queries, which are counted.
+This is between offline and online learning. Every round costs environment steps (agent turns played) and reward
+queries (agent turns scored), which are counted.
 """
 
 import copy
@@ -34,20 +35,19 @@ def train_in_rounds(
     collect: CollectConfig,
     players: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Train an algorithm that learns from data, and `collect.rounds` times play with it and train it again on all logs
-    so far.
+    """Train a policy; then, `collect.rounds` times, play with it and train it again on all logs so far.
 
     Args:
-      algorithm: as in `train`.
-      model: as in `train`; the later trainings start from the run before them.
-      data: as in `train`; the logs before the first round.
-      args: as in `train`.
+      algorithm: name of an algorithm that learns from data.
+      model: the model of the first training; each later training starts from the weights of the one before.
+      data: the logs before the first round.
+      args: config of the algorithm, for every training; `args.output_dir` is the run directory of the last one.
       environment: `name` and settings of `make_environment`.
-      collect: the rounds of play.
-      players: further settings of `make_environment` that are not plain values, such as a partner's policy.
-    Returns: the run directory of the last training. It contains those of the earlier ones, round-0, round-1, ..., each
-      with the logs.jsonl that the next training learnt from. complete.json counts the play of all rounds.
-    Raises: InputError if the algorithm plays itself, there are no data, or `data.preference` is given.
+      collect: number and size of the rounds, and how they are played.
+      players: further settings of `make_environment` that are objects, such as a partner's policy; None = none.
+    Returns: the run directory of the last training. It contains those of the earlier ones, round-0, round-1, and so
+      on, each with the logs.jsonl that the next training learnt from. Its complete.json counts the play of all rounds.
+    Raises: InputError if the algorithm learns by playing, there are no data, or `data.preference` is given.
     """
     if load_algorithm(algorithm)[1].plays or data.train is None:
         raise InputError(
@@ -76,17 +76,21 @@ def train_in_rounds(
 def _collected(
     run: Path, world: Any, data: DataConfig, args: BaseConfig, collect: CollectConfig, number: int
 ) -> tuple[Path, Counter[str]]:
-    """Play a round with a run, unless these weights have played it already.
+    """Play one round with a trained run, unless these weights have played it already.
 
     Args:
-      run: the run directory, which receives logs.jsonl and collected.json.
+      run: the run directory. logs.jsonl and collected.json (the costs) are written into it.
+      world: the environment, as `make_environment` returns it.
       data: the logs so far.
-      number: index of the round.
-    Returns: path of logs.jsonl, the logs so far followed by the new episodes; and the costs of the new episodes.
+      args: config of the algorithm; its seed and device are used.
+      collect: how a round is played.
+      number: index of the round, from 0.
+    Returns: path of logs.jsonl, which holds the logs so far and then the new episodes; and the costs of the new
+      episodes: numbers of `episodes`, `environment_steps`, `reward_queries` and `generated_tokens`.
     """
     logs, report, weights = run / "logs.jsonl", run / "collected.json", weights_hash(str(run))
     if not report.exists() or _read_costs(report).pop("weights", weights) != weights:  # the run was extended since
-        # No two training seeds or rounds share an episode seed.
+        # Different training seeds and rounds get different episode seeds.
         first = collect.first_seed + (args.seed * collect.rounds + number) * collect.episodes
         policy = LanguagePolicy.load(run, device=args.device, **collect.decoding)
         episodes = rollout(policy, world, range(first, first + collect.episodes))

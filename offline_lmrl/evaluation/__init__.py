@@ -1,1 +1,1 @@
-"""Metrics with intervals, evaluation by logs and by play, and comparisons of methods. Import submodules by name."""
+"""Means with intervals, and evaluation of policies and scorers from logs and by play. Import submodules by name."""

@@ -1,7 +1,8 @@
 """The achieved return of a return-conditioned policy as a function of the requested one, which shows whether
 conditioning works.
 
-The asks are fixed before play. The curve shows how a policy responds; do not use it to choose the ask of a headline.
+A requested return is called an ask. All asks are fixed before play. The curve only shows how a policy responds: do not
+use it to choose the ask of a reported result.
 """
 
 from collections import Counter
@@ -23,12 +24,14 @@ FEW_TURNS = 30  # a bin with fewer training turns is marked in the table
 class AskPoint:
     """The result of one ask over many episodes.
 
-    ask: the ask as it was given: a number or a name such as "p90".
-    asked: return requested at the first turn, mean over episodes, in reward units.
-    bin: the bin that the first turn was conditioned on most often.
+    The model is given a request as a bin, one of the ranges into which the returns of the training data are divided.
+
+    ask: the ask as it was given: a number in reward units, or a name such as "p90".
+    asked: return requested at the first agent turn, mean over episodes, in reward units.
+    bin: number, from 0, of the bin that was most often requested for the first reply.
     training_turns: number of training turns in that bin.
-    clipped: share of episodes in which the requested return was outside the training data.
-    achieved: the mean score.
+    clipped: share of episodes whose first request was outside the returns of the training data.
+    achieved: mean score (undiscounted return) with its 95% interval.
     """
 
     ask: float | str
@@ -45,19 +48,20 @@ def ask_curve(
     """Play the same episodes once for each requested return (ask).
 
     Args:
-      environment: as in `evaluate_policy`.
+      policy: a policy whose model was trained with returns; its own ask is replaced.
+      environment: a VectorEnvironment, or a function that makes an Environment, as in `evaluate_policy`.
       asks: numbers in reward units, or names such as "p90".
-      seeds: episode seeds.
+      seeds: seeds of the episodes.
       play: further arguments of `evaluate_policy`.
-    Returns: for each ask, what was requested and what was achieved.
-    Raises: InputError for an ask that the model cannot understand, before anything is played.
+    Returns: one point per ask, in their order.
+    Raises: InputError, before anything is played, if the model cannot be conditioned on one of the asks.
     """
     asking = [policy.with_decoding(ask=ask) for ask in asks]
     return [ask_point(one, evaluate_policy(one, environment, seeds, **play)) for one in asking]
 
 
 def ask_point(policy: LanguagePolicy, result: EvaluationResult) -> AskPoint:
-    """Summarise episodes that were played with the ask in `policy.decoding`."""
+    """Summarise the episodes in `result`, which were played with the ask in `policy.decoding`."""
     labelled = [row["labels"] for row in result.episodes]
     used = Counter(labels["bin"] for labels in labelled).most_common(1)[0][0]
     return AskPoint(
@@ -71,9 +75,10 @@ def ask_point(policy: LanguagePolicy, result: EvaluationResult) -> AskPoint:
 
 
 def ask_table(points: Sequence[AskPoint]) -> str:
-    """Return a text table of asked and achieved returns, one line per ask.
+    """Return a text table of requested and achieved returns, one line per ask.
 
-    With three asks or more, a last line holds the correlation of the two and their mean distance.
+    With at least three asks and varying returns, a last line has the correlation of requested and achieved returns and
+    their mean absolute distance.
     """
     lines = [f"{'ask':>8} {'requested':>9} {'bin':>5} {'training turns':>15} {'clipped':>8}   achieved [95%]"]
     for point in points:
@@ -88,10 +93,10 @@ def ask_table(points: Sequence[AskPoint]) -> str:
 
 
 def ask_rows(points: Sequence[AskPoint]) -> list[dict[str, Any]]:
-    """Return the contents of `ask_table` as plain values: one row per ask, and a last one with `correlation` and
-    `mean_distance`.
+    """Return the contents of `ask_table` as values that JSON can hold.
 
-    `achieved` holds mean, low, high and n; low and high are None without an interval.
+    Returns: one row per ask with the fields of `AskPoint`, in which `achieved` is a mapping with `mean`, `low`, `high`
+      (both None without an interval) and `n`, the number of episodes; then the row of `_obedience`, if there is one.
     """
     rows = []
     for point in points:
@@ -102,9 +107,10 @@ def ask_rows(points: Sequence[AskPoint]) -> list[dict[str, Any]]:
 
 
 def _obedience(points: Sequence[AskPoint]) -> list[dict[str, float]]:
-    """Return a row with the correlation of asked and achieved returns and their mean absolute distance.
+    """Measure how well the achieved returns follow the requested ones.
 
-    The list is empty for fewer than three points, or if all asked or all achieved returns are equal.
+    Returns: a list of one row: `correlation`, and `mean_distance`, the mean absolute difference in reward units. The
+      list is empty for fewer than three points, or if all requested or all achieved returns are equal.
     """
     asked, achieved = _axes(points)
     if len(points) < 3 or asked.std() == 0 or achieved.std() == 0:
@@ -114,10 +120,11 @@ def _obedience(points: Sequence[AskPoint]) -> list[dict[str, float]]:
 
 
 def draw_asks(points: Sequence[AskPoint], path: Path) -> None:
-    """Write the curve as a picture.
+    """Plot achieved against requested return, one marker per point, with 95% intervals, and save the plot.
 
     Args:
-      path: file, whose suffix decides the format.
+      points: the points of one policy, in any order.
+      path: file to write; its suffix decides the format (.png, .svg, .pdf).
     Raises: ModuleNotFoundError without matplotlib (extra `plots`).
     """
     from matplotlib.figure import Figure

@@ -1,21 +1,22 @@
 """Means with intervals, paired differences and normalised scores. numpy only.
 
-Episodes are crossed with training runs: every run plays the same episodes, and episodes that share a scenario (or a
-start) are not independent. The outcome is therefore a `Cells` table, training seed × cluster, and its mean varies with
-both. Three estimates measure this variance: A is the jackknife over seeds, B the jackknife over clusters, and E comes
-from the residual of the cells without the effects of seeds and clusters. If S seeds play C clusters equally often,
-they are the mean squares of an analysis of variance divided by S·C, and
+A method is trained once per training seed, and every one of these runs plays the same episodes. Episodes that depend
+on each other, because they share a scenario or a start, form a cluster. The outcomes are therefore added up in a
+table, `Cells`, with one cell per training seed and cluster, and their mean varies with both. Three estimates measure
+this variance: A is the jackknife over seeds, B the jackknife over clusters, and E comes from the residual of the cells
+without the effects of seeds and clusters. If S seeds play C clusters equally often, the three are the mean squares of
+an analysis of variance divided by S·C, and
 
     Var(mean) = A + B − E    (A and B both contain E, which counts once); at least A and at least B
     df = (a + d)² / (a² / (S − 1) + d² / (C − 1)),    a = A · (1 + 8/(S − 1)⁴),    d = (Var − A) · (1 + 8/(C − 1)⁴)
 
 The interval is that of Student's t with these degrees of freedom (Satterthwaite 1946). Deviation: the factors 1 + 8/…⁴
-are our own. With two seeds A rests on one number, which is often far too small, and the formula without the factors
-then gives it too little weight. They were chosen by simulation; tests/evaluation/test_coverage.py holds coverage,
-false findings and width. For comparison, a percentile bootstrap covers 75 % instead of 95 % at three seeds. The
-factors cost width: if only clusters differ, the interval from two seeds is up to 2.4 times as wide as one that assumes
-equal seeds. No rule that uses these mean squares alone does much better: the best rule within 1.15 times the width
-covers 88 %. With one seed the interval describes that run, over its clusters.
+are our own. With two seeds, A is computed from a single difference and often far too small, and the formula without
+the factors then gives A too little weight. The factors were chosen by simulation; tests/evaluation/test_coverage.py
+measures coverage, false findings and width. For comparison, a percentile bootstrap covers 75 % instead of 95 % at
+three seeds. The factors cost width: if only clusters differ, the interval from two seeds is up to 2.4 times as wide as
+one that assumes equal seeds. No rule that uses these mean squares alone does much better: the best rule within 1.15
+times the width covers 88 %. With one seed, the interval is the one over the clusters and describes only that run.
 """
 
 import math
@@ -28,7 +29,7 @@ import numpy as np
 from offline_lmrl.errors import InputError
 from offline_lmrl.ops.intervals import student_t, wilson
 
-# Labels that rollouts record about an episode and that are not outcomes of it.
+# Labels that `rollout` adds to an episode for its own bookkeeping; they are no results of the play.
 BOOKKEEPING_LABELS = frozenset({"seed", "tokenizer", "policy_log_prob", "options"})
 
 
@@ -36,10 +37,10 @@ class Estimate(NamedTuple):
     """A mean and its 95% interval.
 
     mean: the mean.
-    low: lower end of the interval; −∞ if there is only one cluster of one seed, which shows no variation.
-    high: upper end; +∞ in the same case.
-    n: number of episodes.
-    seeds: number of training seeds. With one, the interval describes that run over episodes, not the method.
+    low: lower end of the interval; −∞ for one seed with one cluster, because these show no variation.
+    high: upper end of the interval; +∞ in the same case.
+    n: number of episodes (or of pairs, where the mean is over pairs).
+    seeds: number of training seeds. With one, the interval describes that run only, not the method.
     """
 
     mean: float
@@ -50,26 +51,26 @@ class Estimate(NamedTuple):
 
     @property
     def interval(self) -> list[float] | None:
-        """The ends as JSON can store them; None if they are infinite."""
+        """[low, high], as JSON can store it; None if they are infinite."""
         return [self.low, self.high] if math.isfinite(self.low) else None
 
     @classmethod
     def stored(cls, mean: float, interval: list[float] | None, n: int) -> "Estimate":
-        """Return the estimate of one run from its fields in a file, where `interval` is the property above."""
+        """Return the estimate of one run from its stored values; `interval` is that of the property `interval`."""
         low, high = interval or (-math.inf, math.inf)
         return cls(mean, low, high, n)
 
     def excludes(self, value: float) -> bool:
-        """True if several seeds and an interval without `value` show that the mean of methods is another one."""
+        """True if there are several training seeds and `value` is outside the interval."""
         return self.seeds > 1 and not self.low <= value <= self.high
 
     @property
     def sure(self) -> bool:
-        """True if a difference shows that one method is better."""
+        """True if this difference between two methods shows that one is better: several seeds, and 0 is excluded."""
         return self.excludes(0)
 
     def to_text(self, decimals: int) -> str:
-        """Return the mean and the interval as text, without "of this run"."""
+        """Return "mean [low, high]" with this many decimals; without an interval, the mean and the reason."""
         if self.interval is None:
             return f"{self.mean:.{decimals}f} (no interval: only one cluster of episodes)"
         return f"{self.mean:.{decimals}f} [{self.low:.{decimals}f}, {self.high:.{decimals}f}]"
@@ -80,12 +81,12 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Cells:
-    """The sums of an outcome by training seed and cluster of episodes.
+    """The sums of an outcome (such as the score) by training seed and cluster of dependent episodes.
 
-    seeds: S training seeds.
-    clusters: C names of clusters.
-    total: (S, C), sum of the outcome over the episodes of a cell.
-    count: (S, C), number of episodes; may be 0.
+    seeds: the S training seeds.
+    clusters: the ids of the C clusters.
+    total: (S, C), float, sum of the outcome over the episodes of each seed and cluster.
+    count: (S, C), float, number of these episodes; may be 0.
     """
 
     seeds: tuple[Hashable, ...]
@@ -95,12 +96,15 @@ class Cells:
 
     @classmethod
     def of(cls, values: Iterable[tuple[Hashable, Hashable, float]]) -> "Cells":
-        """Build the table from (training seed, cluster, outcome) of every episode."""
+        """Build the table from one (training seed, cluster, outcome) per episode."""
         return cls.summed((seed, cluster, value, 1) for seed, cluster, value in values)
 
     @classmethod
     def summed(cls, sums: Iterable[tuple[Hashable, Hashable, float, int]]) -> "Cells":
-        """Build the table from (training seed, cluster, sum of the outcome, episodes), as stored in results files."""
+        """Build the table from rows (training seed, cluster, sum of the outcome, number of episodes).
+
+        Rows of the same seed and cluster are added up.
+        """
         sums = list(sums)
         seeds = {seed: i for i, seed in enumerate(dict.fromkeys(row[0] for row in sums))}
         clusters = {cluster: i for i, cluster in enumerate(dict.fromkeys(row[1] for row in sums))}
@@ -111,9 +115,9 @@ class Cells:
         return cls(tuple(seeds), tuple(clusters), total, count)
 
     def __sub__(self, other: "Cells") -> "Cells":
-        """Return the paired difference self − other, episode by episode, over the training seeds that both have.
+        """Return the paired difference self − other: that of the sums in each cell, over the seeds that both have.
 
-        Raises: ValueError if the two did not play the same episodes.
+        Raises: ValueError if the two have different clusters, or different numbers of episodes in a cell.
         """
         seeds = [seed for seed in self.seeds if seed in other.seeds]
         mine = [self.seeds.index(seed) for seed in seeds]
@@ -133,23 +137,24 @@ class Cells:
 
     @property
     def mean(self) -> float:
-        """The mean over all episodes."""
+        """The mean of the outcome over all episodes. Raises: ValueError if there are none."""
         if not self.count.sum():
             raise ValueError("mean: no episodes")
         return float(self.total.sum() / self.count.sum())
 
     def estimate(self) -> Estimate:
-        """Return the mean over all episodes with its interval, as described at the top of the file."""
+        """Return the mean over all episodes with the 95% interval that the module's docstring describes."""
         variance, df = self._variance()
         half = student_t(df) * math.sqrt(variance) if df and math.isfinite(variance) else math.inf
         return Estimate(self.mean, self.mean - half, self.mean + half, round(self.count.sum()), len(self.seeds))
 
     def share(self) -> Estimate:
-        """Return the mean of outcomes in [0, 1] with Wilson's interval.
+        """Return the mean of outcomes in [0, 1] with Wilson's 95% interval.
 
-        It stays within [0, 1] and keeps a width even if all outcomes are equal. Its sample size is the number of
-        independent outcomes whose mean would have the same variance. If all outcomes are 0 or all are 1, it is the
-        number of clusters (the effective one, (Σn)² / Σn², if they have unequal numbers of episodes n).
+        The interval stays within [0, 1] and has a width even if all outcomes are equal. The sample size in Wilson's
+        formula is the number of independent outcomes whose mean would have the variance that `estimate` uses. If all
+        outcomes are 0 or all are 1, the sample size is the effective number of clusters, (Σn)² / Σn², where n is the
+        number of episodes of each cluster.
         """
         variance, df = self._variance()
         mean, episodes = self.mean, float(self.count.sum())
@@ -163,7 +168,7 @@ class Cells:
         return Estimate(mean, low, high, round(episodes), len(self.seeds))
 
     def _variance(self) -> tuple[float, float | None]:
-        """Return the variance of the mean and its degrees of freedom; (0, None) for one seed and one cluster."""
+        """Return Var(mean) and df, as defined in the module's docstring; (0, None) for one seed with one cluster."""
         (a, df_a), (b, df_b) = (_jackknife(self.total.sum(axis), self.count.sum(axis)) for axis in (1, 0))
         if df_a is None or df_b is None:
             return max(a, b), df_a or df_b  # an axis with one unit has variance 0 and no df
@@ -185,14 +190,14 @@ class Cells:
 
 
 def _jackknife(total: np.ndarray, count: np.ndarray) -> tuple[float, float | None]:
-    """Return the jackknife variance of Σ total / Σ count over K units, and its degrees of freedom.
+    """Return the jackknife variance of Σ total / Σ count over K units (seeds or clusters), and its degrees of freedom.
 
     With m_k the mean without unit k, the variance is (K − 1)/K · Σ_k (m_k − mean of all m_k)². The degrees of freedom
-    are K − 1 for equal units and fewer if a few units hold most episodes.
+    are K − 1 for units with equal counts, and fewer if a few units hold most episodes.
 
     Args:
-      total: (K,), sum of the outcome per unit.
-      count: (K,), episodes per unit; units without episodes are ignored.
+      total: (K,), sum of the outcome over the episodes of each unit.
+      count: (K,), number of episodes of each unit; units without episodes are ignored.
     Returns: variance and degrees of freedom (at least 1); (0, None) for fewer than two units.
     """
     total, count = total[count > 0], count[count > 0]
@@ -205,21 +210,21 @@ def _jackknife(total: np.ndarray, count: np.ndarray) -> tuple[float, float | Non
 
 
 def _without_each(values: np.ndarray) -> np.ndarray:
-    """Return the K sums that leave out one value each, (K,).
+    """Return, for each of K values, the sum of all others, (K,).
 
-    They add the sum of the values before to the sum of those after. Subtracting a value from the total instead would
-    leave only rounding error if that value makes up almost all of the total.
+    Each sum adds the values before and the values after the one left out. Subtracting that value from the total
+    instead would leave only rounding error if it makes up almost all of the total.
     """
     before, after = np.cumsum(values[:-1]), np.cumsum(values[:0:-1])[::-1]
     return np.concatenate([[0.0], before]) + np.concatenate([after, [0.0]])
 
 
 def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
-    """Return the mean over the episodes of one run with its interval.
+    """Return the mean over the episodes of one run with its 95% interval over clusters of episodes.
 
     Args:
       values: outcome of each episode.
-      clusters: cluster of each episode; episodes of one cluster are not independent. None = all are independent.
+      clusters: cluster of each episode; episodes of one cluster depend on each other. None = all are independent.
     """
     keys = range(len(values)) if clusters is None else clusters
     return Cells.of((0, key, value) for key, value in zip(keys, values, strict=True)).estimate()
@@ -244,7 +249,7 @@ class ScoreScale:
             raise InputError(f"score: found {found}, expected min < mean < max")
 
     def normalise(self, score: float) -> float:
-        """Return the score on the scale, without clipping: one beyond the ends is below 0 or above 100."""
+        """Return the score on this scale, not clipped: below 0 if it is below `min`, above 100 if above `max`."""
         if score < self.mean:
             return 50.0 * (score - self.min) / (self.mean - self.min)
         return 50.0 + 50.0 * (score - self.mean) / (self.max - self.mean)
@@ -253,11 +258,13 @@ class ScoreScale:
 def label_means(episodes: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Return the mean of every numeric or boolean label over the episodes that have it.
 
-    An episode without the label, or with None, does not count: if an environment sets `score_agreed` only on
-    agreement, its mean is the mean score given agreement. Labels that hold text or lists are ignored.
+    An episode without the label, or with the value None, does not count: if an environment sets `score_agreed` only
+    on agreement, the mean of that label is the mean score given agreement. Labels that hold text or lists, and those
+    of BOOKKEEPING_LABELS, are ignored.
 
     Args:
-      episodes: labels of each episode.
+      episodes: the labels of each episode, name -> value.
+    Returns: name -> mean; a boolean counts as 0 or 1.
     """
     values: dict[str, list[float]] = {}
     for labels in episodes:

@@ -1,16 +1,16 @@
-"""Estimates of a policy's return from logs of other policies. Use them beside other evidence, never as a headline.
+"""Estimates of a policy's return from logs of other policies. Use them only beside other evidence.
 
     weighted importance sampling    Σ_i w_i G_i / Σ_i w_i,    w_i = Π_t π(a_t|s_t) / b(a_t|s_t)
     fitted Q evaluation             Q(s,a) ← r + γ · b · V(s′),    V(s) ← Σ_a π(a|s) · Q̄(s,a)
 
-π is the distribution that the policy's play draws from, guidance and filters included. In the first line b is the
-behaviour policy's distribution, as the logs recorded it; in the second, b is 1 where V(s′) counts and 0 after a
-terminal action.
+π is the distribution that the policy draws its tokens from in play, guidance and filters included. In the first line,
+b(a|s) is the probability that the logs recorded for the token a, and G_i the undiscounted return of episode i. In the
+second, the factor b is 0 after a terminal action and else 1, and Q̄ is a slowly updated copy of Q.
 
 Weighted importance sampling (Precup, Sutton, Singh 2000) is consistent, but with long episodes a few of them carry all
-the weight. Its effective sample size shows how few, and its interval holds only if there are many. Fitted Q evaluation
-(Le, Voloshin, Yue 2019) has less variance, but its error stays invisible if the fit or the logs do not cover what π
-would do.
+the weight. The effective sample size shows how many episodes count, and the interval is valid only if they are many.
+Fitted Q evaluation (Le, Voloshin, Yue 2019) has less variance, but if the logs or the fit do not cover what π would
+do, nothing shows the error.
 """
 
 from collections import Counter
@@ -41,12 +41,13 @@ ACTIONS = 64  # the expectation over π uses this many of the most probable toke
 
 @dataclass(frozen=True)
 class WeightedReturn:
-    """A weighted importance sampling estimate of the undiscounted score; `str` formats it.
+    """A weighted importance sampling estimate of the undiscounted return; `str` formats it.
 
-    score: the estimate with its interval over groups.
+    score: the estimate with its 95% interval, for which the episodes of one group (`Trajectory.group`) depend on each
+      other.
     effective: effective sample size (Σw)² / Σw², in episodes.
     episodes: number of episodes.
-    cut: number of episodes whose log was cut; they count with the return that was logged.
+    cut: number of episodes that were cut before their end; they count with the return that was logged.
     """
 
     score: Estimate
@@ -65,11 +66,11 @@ class FittedValue:
 
     It has no interval: the spread of the fits does not show the error that all fits share, which is the larger one.
 
-    value: mean over fits, in reward units.
-    fits: the value of each fit, on its own bootstrap draw of groups.
-    td_error: root mean square of Q − (r + γ · b · V(s′)) on the logs, in reward units; 0 if the fit solves its
-      equation. Mean over fits.
-    discount: the discounts of the return.
+    value: mean of Σ_a π(a|s) · Q̄(s,a) over the first states of all episodes and over the fits, in reward units.
+    fits: the same mean for each fit. Each was trained on another draw of the logs.
+    td_error: root mean square of Q − (r + γ · b · V(s′)) on the logs, in reward units, mean over fits; 0 if each fit
+      solves its equation.
+    discount: the discounts of the return, per token and per turn.
     """
 
     value: float
@@ -86,11 +87,13 @@ class FittedValue:
 
 
 def importance_sampling(policy: LanguagePolicy, trajectories: Sequence[Trajectory]) -> WeightedReturn:
-    """Estimate the policy's score by weighted importance sampling, with one weight per episode.
+    """Estimate the policy's undiscounted return by weighted importance sampling, with one weight per episode.
 
-    Raises: InputError if an agent turn has no behaviour_log_prob for each of the policy's tokens, or does not fit in
-      its window; if the policy is return-conditioned or was trained with demonstrations; or if π gives every log
-      probability 0.
+    Args:
+      trajectories: logged episodes, sampled with the policy's tokenizer and chat format.
+    Raises: InputError if a trajectory has no agent turn, an agent turn has no behaviour_log_prob for each of the
+      policy's tokens or does not fit into the policy's window, or the agent had to choose from given texts; if the
+      policy is return-conditioned or was trained with few-shot demonstrations; or if π gives all logs probability 0.
     """
     _require_plain(policy)
     own = [with_own_token_ids(t, policy.renderer.fingerprint).turns for t in trajectories]
@@ -128,23 +131,24 @@ def fitted_q_evaluation(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> FittedValue:
-    """Estimate the policy's return by fitting fresh Q and V heads on its frozen trunk.
+    """Estimate the policy's discounted return by fitting new Q and V heads on its frozen decoder.
 
-    The input of the heads is the hidden state and the mean of the token embeddings so far, each dimension
-    standardised. The embeddings are needed because the hidden states of a policy that acts alike in two states need
-    not differ. Q cannot distinguish states that are alike in both. Windows and discounts are those of the policy's
-    run.
+    The input of the heads is the decoder's hidden state and the mean of the token embeddings up to this state, each
+    dimension standardised. The embeddings are needed because a policy that acts alike in two states may have the same
+    hidden state in both. Two states in which both inputs agree get the same Q. Context length and discounts are those
+    of the policy's training.
 
     Args:
+      trajectories: logged episodes.
       steps: optimizer steps per fit.
-      fits: number of fits, each on groups drawn anew with replacement.
+      fits: number of fits. For each, groups of trajectories (`Trajectory.group`) are drawn with replacement.
       batch_size: agent tokens per optimizer step.
-      learning_rate: of Adam.
-      target_rate: Polyak step of Q̄ per optimizer step.
+      learning_rate: learning rate of Adam.
+      target_rate: share of Q that moves into Q̄ after each optimizer step (Polyak averaging).
       seed: seed of the draws and of the heads' initial weights.
-      progress: called with (steps done, steps in all); None = not called.
-    Raises: InputError if the policy is return-conditioned or was trained with demonstrations, or if no agent turn
-      fits.
+      progress: called with (optimizer steps done, optimizer steps of all fits); None = not called.
+    Raises: InputError if `steps` is below 1, if the policy is return-conditioned or was trained with few-shot
+      demonstrations, or if no agent turn fits into the policy's window.
     """
     _require_plain(policy)
     if steps < 1:
@@ -197,14 +201,14 @@ def _require_plain(policy: LanguagePolicy) -> None:
 
 
 class _Logs:
-    """The N steps of the logs with everything that a fit needs; the trunk runs over them once.
+    """The N steps (agent tokens) of the logs with all that a fit needs; the decoder runs over the logs once.
 
-    encoder: makes windows and steps of the logs, with a reward scale fitted to them.
+    encoder: turns the logs into token rows (windows) and their steps, with a reward scale fitted to these logs.
     episode: (N,), index of the trajectory of each step.
-    mean_return: scaled, the initial value of the heads.
-    columns: by name: action, reward, discount, bootstrap and has_target of `ActionSteps`, each (N,); features and
-      next_features, (N, d), the heads' input at the state and at the next state; actions, (N, K), ids of the K tokens
-      that are most probable under π; probability, (N, K), their probabilities, which sum to 1.
+    mean_return: mean return in scaled reward units, the heads' initial output.
+    columns: by name: `action`, `reward`, `discount`, `bootstrap` and `has_target` of `ActionSteps`, each (N,);
+      `features` and `next_features`, (N, 2d), the heads' input at the state and at the next state; `actions`, (N, K),
+      ids of the K tokens that are most probable under π; `probability`, (N, K), π of these tokens, divided by its sum.
     """
 
     def __init__(self, policy: LanguagePolicy, trajectories: Sequence[Trajectory]):
@@ -225,10 +229,11 @@ class _Logs:
             self.columns[name] = (self.columns[name] - mean) / spread.clamp(min=1e-6)
 
     def drawn(self, groups: Sequence[Hashable], rng: np.random.Generator) -> np.ndarray:
-        """Return the indices of all steps in a bootstrap draw of groups: as many as there are, with replacement.
+        """Draw groups with replacement, as many as there are, and return the indices of all their steps, (n,).
 
         Args:
           groups: group of each trajectory.
+          rng: source of the draw.
         """
         members: dict[Hashable, list[int]] = {}
         for step, episode in enumerate(self.episode.tolist()):
@@ -237,11 +242,13 @@ class _Logs:
         return np.concatenate([lists[i] for i in rng.integers(len(lists), size=len(lists))])
 
     def losses(self, heads: ValueHeads, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss, Σ_a π(a|s) · Q̄(s,a) and the TD error at these steps.
+        """Return the loss of Q and V, the target of V and the TD error of Q at n steps.
 
         Args:
+          heads: the heads that are fitted.
           index: (n,), indices of steps.
-        Returns: three tensors (n,), in scaled reward units.
+        Returns: three tensors (n,): the loss; Σ_a π(a|s) · Q̄(s,a), and Q − (r + γ · b · V(s′)), both in scaled reward
+          units. The TD error is 0 where the next state is unknown.
         """
         steps = {name: column[index] for name, column in self.columns.items()}
         features = steps["features"]
@@ -257,9 +264,13 @@ class _Logs:
 
     @torch.no_grad()
     def first_values(self, heads: ValueHeads, batch_size: int) -> tuple[dict[int, float], float]:
-        """Return the value of each episode's first state, by episode, and the root mean square TD error.
+        """Return the value of each episode's first state and the root mean square TD error of all steps.
 
-        Both are in reward units.
+        Args:
+          heads: the fitted heads.
+          batch_size: steps per batch.
+        Returns: index of the trajectory -> Σ_a π(a|s) · Q̄(s,a) at its first agent token; and the TD error. Both are in
+          reward units.
         """
         chunks = np.array_split(np.arange(len(self.episode)), -(-len(self.episode) // batch_size))
         v, error = (
@@ -274,7 +285,7 @@ class _Logs:
 
 @torch.no_grad()
 def _step_columns(policy: LanguagePolicy, batch: TokenBatch) -> dict[str, Tensor]:
-    """Return the columns of `_Logs` for the steps of a batch."""
+    """Return `_Logs.columns` for the n steps of a batch, not yet standardised."""
     model, windows = policy.model.eval(), batch["windows"]
     ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
     steps = {name: value.to(model.device) for name, value in batch["steps"].items()}

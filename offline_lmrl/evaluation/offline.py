@@ -1,7 +1,11 @@
 """Evaluation of a policy from logs alone: no environment, and no rewards but the logged ones.
 
 It measures the likelihood of held-out agent tokens, the calibration of Q against realised returns, how well Σ(Q − V)
-ranks the replies of a group, and how far guidance moves π for each β. The last allows choosing β without play.
+ranks the trajectories of a group (those with the same `Trajectory.group`, such as replies to one prompt), and how far
+value guidance of weight β moves the policy π. The last allows choosing β without play.
+
+A window is a row of token ids cut from a logged dialogue: some of the agent's turns and the earlier turns that the
+policy sees before them.
 """
 
 from collections import Counter
@@ -26,27 +30,28 @@ from offline_lmrl.ops.decoding import guide, reduce_q, warp_log_probs
 from offline_lmrl.tokens.episodes import ReturnIdsFor, Step
 from offline_lmrl.tokens.few_shot import Ids, encode_few_shot
 
-CHUNK = 2**24  # largest number of entries in a (states, vocabulary) tensor; bounds memory
+CHUNK = 2**24  # largest number of entries in a (states, vocabulary) tensor; limits memory
 
 
 @dataclass(frozen=True)
 class StepOutputs:
-    """The agent's tokens in logs, as the policy evaluates them. Arrays are (N,), in the order of the logs.
+    """Measurements at each of the N agent tokens in logs, in the order of the logs. Arrays are (N,) unless noted.
 
-    q, v and return_to_go are in reward units, less the reward scale's shift per scored turn (which is 0 unless all
-    episodes have equally many scored turns).
+    q, v and return_to_go are in reward units, minus the reward scale's shift for each scored turn (`RewardScale`; the
+    shift is 0 unless all finished episodes have equally many scored turns).
 
     trajectory: index of the token's trajectory.
-    turn: index of its turn.
-    token: its id.
+    turn: index of the token's turn in that trajectory.
+    token: id of the token.
     log_prob: log π of the token at temperature 1, in nats.
-    acting_log_prob: log-probability of the token under the distribution that the policy's play draws from, in nats.
-    q: target Q of the token, reduced over the heads; None without value heads.
+    acting_log_prob: log-probability of the token under the distribution that the policy draws from in play, in nats.
+    q: Q of the token by the target heads, combined as `DecodingConfig.q_reduce` sets; None without value heads.
     v: V of the state before the token; None without value heads.
     return_to_go: return that the log earned from this token on, discounted as in training; NaN if the log was cut.
-    kl: (B, N) for B values of β, KL(guided ‖ π) in nats, with π at the policy's temperature and without filters.
-    changed: (B, N), 1 if guidance changes the most probable token, else 0.
-    counts: numbers of dropped turns and the like, by reason.
+    kl: (B, N) for B values of β, KL(guided ‖ π) over the vocabulary at the state before the token, in nats; π is at
+      the policy's temperature and without filters.
+    changed: (B, N), 1 if the most probable token of the guided policy is another one than that of π, else 0.
+    counts: reason -> number, such as that of agent turns which do not fit into a window.
     """
 
     trajectory: np.ndarray
@@ -69,17 +74,18 @@ def compute_step_outputs(
     batch_size: int = 32,
     demonstrations: Sequence[Trajectory] | None = None,
 ) -> StepOutputs:
-    """Run the model over the logs once, with the windows, reward scale and discounts of its training.
+    """Run the model over the logs once, with the context length, reward scale and discounts of its training.
 
     Args:
-      policy: the policy; a return-conditioned one is evaluated under its null condition.
+      policy: the policy; a return-conditioned one is evaluated with no return requested.
       trajectories: the logs.
       betas: values of β at which guidance is measured; other decoding settings are the policy's. () = none.
       batch_size: windows per forward pass.
-      demonstrations: few-shot demonstrations are drawn from these, of the task of each log. None = the policy's own
-        prompt, if it has one, else demonstrations drawn as in its training, except that no log goes without.
-    Raises: InputError if betas are given for a policy without value heads, if no agent turn fits, or if the task of a
-      log has too few demonstrations.
+      demonstrations: trajectories from which the few-shot demonstrations before each log are drawn, of the log's
+        task. None = the demonstrations with which the policy was loaded; without such, a policy that was trained with
+        demonstrations gets new ones, drawn as in training but for every log, and other policies get none.
+    Raises: InputError if betas are given for a policy without value heads, if no agent turn fits into a window, or if
+      the task of a log has too few demonstrations.
     """
     if betas and not _has_heads(policy):
         raise InputError(f"betas: found {list(betas)}, expected none: this policy has no value heads")
@@ -124,11 +130,13 @@ def few_shot_of_logs(
     demonstrations: Sequence[Trajectory] | None,
     return_ids_for: ReturnIdsFor | None,
 ) -> Iterator[Ids]:
-    """Return the ids of the few-shot demonstrations before each log.
+    """Return the token ids of the few-shot demonstrations before each log, in the order of the logs.
 
     Args:
+      trajectories: the logs.
       demonstrations: as in `compute_step_outputs`.
-      return_ids_for: as in `encode_few_shot`.
+      return_ids_for: function from a trajectory to the ids that stand for returns, put before each of its agent turns;
+        None = no such ids.
     """
     without = run_metadata(policy.model.config).get("few_shot") is None
     if demonstrations is None and (policy.few_shot is not None or without):
@@ -151,13 +159,15 @@ def _measured(
     betas: Sequence[float],
     unit: float,
 ) -> dict[str, np.ndarray]:
-    """Run the model over a batch of windows and return its measurements at the steps, each (n,) or (B, n).
+    """Run the model over a batch of windows and measure n agent tokens in them.
 
     Args:
-      rows: token ids of the windows.
-      steps: n pairs of an index into rows and a step in that window.
+      rows: token ids of each window.
+      steps: n pairs (index into `rows`, an agent token of that window).
       betas: B values of β.
       unit: factor that converts Q and V to reward units.
+    Returns: arrays by field of `StepOutputs`, (n,) each, or (B, n) for `kl` and `changed`; `q` and `v` only with value
+      heads.
     """
     model = policy.model.eval()
     device = model.device
@@ -178,14 +188,14 @@ def _measured(
 
 
 def acting_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor | None, v: Tensor | None) -> Tensor:
-    """Return the log-probabilities that the policy's play draws from, (n, V).
+    """Return the log-probabilities that the policy draws its next token from in play, (n, vocabulary).
 
-    Greedy play has 0 at its best token and −∞ elsewhere.
+    At temperature 0 (greedy play), they are 0 at the best token and −∞ elsewhere.
 
     Args:
-      logits: (n, V), at n states.
-      q: (H, n, V) from `values_at`, scaled; None without value heads.
-      v: (n,) from `values_at`, scaled; None without value heads.
+      logits: (n, vocabulary), the model's logits at n states.
+      q: (heads, n, vocabulary) from `values_at`, in scaled reward units; None without value heads.
+      v: (n,) from `values_at`, in scaled reward units; None without value heads.
     """
     log_prob = decoding_log_prob(policy, logits, q, v, policy.decoding.beta)
     if policy.decoding.temperature > 0:
@@ -195,7 +205,10 @@ def acting_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor | None, v:
 
 
 def values_at(policy: LanguagePolicy, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return Q (H, n, V) and V (n,) at hidden states (n, d), scaled; (None, None) without value heads."""
+    """Return Q and V at hidden states (n, d), in scaled reward units.
+
+    Returns: Q of the target heads, (heads, n, vocabulary), and V, (n,); (None, None) without value heads.
+    """
     if not _has_heads(policy):
         return None, None
     return policy.model.q_values(hidden), policy.model.v_values(hidden)
@@ -204,12 +217,12 @@ def values_at(policy: LanguagePolicy, hidden: Tensor) -> tuple[Tensor | None, Te
 def _of_states(
     policy: LanguagePolicy, logits: Tensor, hidden: Tensor, token: Tensor, betas: Sequence[float], unit: float
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield named measurements, each (n,) or (B, n), at n states.
+    """Yield (field of `StepOutputs`, values) at n states: (n,), or (B, n) for `kl` and `changed`.
 
     Args:
-      logits: (n, V).
-      hidden: (n, d).
-      token: (n,), id of the token that the log has there.
+      logits: (n, vocabulary).
+      hidden: (n, d), hidden states.
+      token: (n,), id of the token that follows each state in the log.
       betas: B values of β.
       unit: factor that converts Q and V to reward units.
     """
@@ -233,9 +246,15 @@ def _of_states(
 
 
 def decoding_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor, v: Tensor, beta: float) -> Tensor:
-    """Return the log-probabilities that the sampler draws from at this β, (n, V), as in `Sampler.draw`.
+    """Return the log-probabilities over the vocabulary that guidance of weight `beta` gives, (n, vocabulary).
 
-    Args: as in `acting_log_prob`; q and v are not used at β 0.
+    Filters and temperature are those of `policy.decoding`, applied as in `Sampler.draw`.
+
+    Args:
+      logits: as in `acting_log_prob`.
+      q: as in `acting_log_prob`; not used at β 0.
+      v: as in `acting_log_prob`; used only if `policy.decoding` limits the advantage (`clip`).
+      beta: weight of value guidance; 0 = none.
     """
     decoding = policy.decoding
     filters = decoding.top_k, decoding.top_p, decoding.min_p, decoding.support
@@ -250,34 +269,39 @@ def decoding_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor, v: Tens
 
 
 def guidance_by_beta(steps: StepOutputs, betas: Sequence[float]) -> list[dict[str, float]]:
-    """Return the effect of guidance at each β, averaged over logged agent tokens.
-
-    Both measures are exact given the state (no sampling).
+    """Return, for each β, how far value guidance moves the policy, averaged over logged agent tokens.
 
     Args:
+      steps: measurements at these tokens.
       betas: the values that `compute_step_outputs` was given.
-    Returns: one entry per `beta`, with `kl`, the mean KL(guided ‖ π) in nats per token (π at the policy's temperature,
-      without filters), and `changed`, the share of tokens where guidance changes the best choice.
+    Returns: one mapping per β: `beta`; `kl`, the mean KL(guided ‖ π) in nats per token, with π at the policy's
+      temperature and without filters; and `changed`, the share of tokens at which guidance changes the most probable
+      token. Both are computed over the whole vocabulary, not sampled.
     """
     means = zip(betas, steps.kl.mean(-1), steps.changed.mean(-1), strict=True)
     return [{"beta": float(beta), "kl": float(kl), "changed": float(changed)} for beta, kl, changed in means]
 
 
 def choose_beta(by_beta: Sequence[Mapping[str, float]], kl_budget: float) -> float:
-    """Return the largest β whose `kl` is within the budget ("chosen offline"); 0, no guidance, if there is none.
+    """Return the largest β whose `kl` is at most the budget, the β "chosen offline"; 0, no guidance, if there is none.
 
     Args:
-      by_beta: entries of `guidance_by_beta`.
+      by_beta: result of `guidance_by_beta`.
       kl_budget: in nats per token.
     """
     return max((entry["beta"] for entry in by_beta if entry["kl"] <= kl_budget), default=0.0)
 
 
 def calibration(steps: StepOutputs, bins: int = 10) -> list[dict[str, float]]:
-    """Return predicted against realised returns: one entry for each of `bins` equally full bins of Q.
+    """Compare Q with realised returns: sort the agent tokens by Q and cut them into equally large bins.
 
-    An entry holds the bin's means, `q` and `return_to_go`, and its number of tokens, `n`. Tokens of logs that were cut
-    do not count, because their return is unknown.
+    Tokens of logs that were cut are left out, because their return is unknown.
+
+    Args:
+      steps: measurements at the agent tokens, with Q.
+      bins: number of bins.
+    Returns: one mapping per bin: `q` and `return_to_go`, the means over its tokens in reward units, and `n`, the
+      number of its tokens; empty if no log is complete.
     """
     known = np.flatnonzero(~np.isnan(steps.return_to_go))
     ordered = known[np.argsort(steps.q[known], kind="stable")]
@@ -289,10 +313,13 @@ def calibration(steps: StepOutputs, bins: int = 10) -> list[dict[str, float]]:
 
 
 def ranking_accuracy(steps: StepOutputs, trajectories: Sequence[Trajectory]) -> Estimate | None:
-    """Return the share of pairs that Σ(Q − V) over the agent's tokens orders as their returns do; a tie counts half.
+    """Return the share of pairs of trajectories that Σ(Q − V) orders as their returns do.
 
-    A pair is two finished trajectories of one group with unequal returns; .5 is chance. The interval is clustered by
-    group, and n is the number of pairs. None if there is no such pair.
+    A pair is two finished trajectories of one group with unequal returns. The sum is over the agent's tokens; equal
+    sums count half, so 0.5 is chance.
+
+    Returns: the share, with a 95% interval that treats the pairs of a group as dependent; its n is the number of
+      pairs. None if there is no pair.
     """
     score = np.bincount(steps.trajectory, steps.q - steps.v, minlength=len(trajectories))
     seen = np.bincount(steps.trajectory, minlength=len(trajectories)) > 0
@@ -317,8 +344,8 @@ class OfflineReport:
 
     trajectories: number of logs.
     agent_tokens: number of agent tokens evaluated.
-    counts: numbers of dropped turns and the like, by reason.
-    log_prob: log π per agent token, in nats, clustered by group.
+    counts: reason -> number, such as that of agent turns which do not fit into a window.
+    log_prob: mean log π per agent token, in nats, with a 95% interval that treats the tokens of a group as dependent.
     kl_budget: limit for choosing β, in nats per token.
     calibration: result of `calibration`.
     ranking: result of `ranking_accuracy`; also None if no pair can be ranked.
@@ -363,6 +390,7 @@ def evaluate_offline(
     """Evaluate a policy on held-out logs: the likelihood, and with value heads calibration, ranking and guidance.
 
     Args:
+      trajectories: the logs.
       betas: candidates for β; ignored without value heads.
       kl_budget: limit for choosing β, in nats per token.
       demonstrations: as in `compute_step_outputs`.
@@ -387,8 +415,8 @@ def evaluate_offline(
 def show(policy: LanguagePolicy, trajectory: Trajectory, demonstrations: Sequence[Trajectory] | None = None) -> str:
     """Return one logged dialogue as text, with the agent's turns token by token.
 
-    Each token has its log π and, with value heads, Q, V and the advantage Q − V in reward units. A turn that does not
-    fit in the policy's window is printed without its tokens.
+    Each token is printed with its log π and, with value heads, Q, V and the advantage Q − V in reward units. A turn
+    that does not fit into the policy's window is printed without its tokens.
 
     Args:
       demonstrations: as in `compute_step_outputs`.

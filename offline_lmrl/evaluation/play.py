@@ -17,12 +17,15 @@ REPEAT_STRIDE = 1_000_003  # larger than any range of episode seeds, so no two (
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The episodes of one policy.
+    """The episodes that one policy played.
 
-    episodes: one row per episode: seed (of the episode), repeat (of the decoding), cluster, score (undiscounted
-      return), turns and tokens (of the agent), invalid (number of texts that the environment refused), truncated,
-      labels.
-    trajectories: the same episodes in full.
+    episodes: one mapping per episode:
+      `seed`, the episode seed; `repeat`, number from 0 of the repetition of that seed with other decoding seeds;
+      `cluster`, id that episodes share if they depend on each other; `score`, the undiscounted return; `turns` and
+      `tokens`, numbers of the agent's turns and tokens; `invalid`, the environment's label of that name, a number of
+      refused texts, else 0; `truncated`, True if the episode was cut before its end; `labels`, further facts from
+      environment and policy, name -> value.
+    trajectories: the same episodes in full, in the same order.
     seconds: wall time of the play.
     """
 
@@ -31,14 +34,14 @@ class EvaluationResult:
     seconds: float
 
     def cells(self) -> list[tuple[Hashable, float, int]]:
-        """Return (cluster, sum of scores, episodes) of each cluster, in the order of first appearance."""
+        """Return (cluster, sum of scores, number of episodes) of each cluster, in the order of first appearance."""
         cells = Cells.of((0, row["cluster"], row["score"]) for row in self.episodes)
         return list(zip(cells.clusters, cells.total[0].tolist(), cells.count[0].astype(int).tolist(), strict=True))
 
     def scores(self) -> list[list[float]]:
-        """Return the scores of the episodes in each cell of `cells`, in the same order.
+        """Return one list of episode scores per cluster, in the order of `cells`.
 
-        They allow comparing two methods episode by episode.
+        Two methods that played the same episodes can be compared by these, episode by episode.
         """
         by_cluster: dict[Hashable, list[float]] = {}
         for row in self.episodes:
@@ -46,15 +49,18 @@ class EvaluationResult:
         return list(by_cluster.values())
 
     def score(self) -> Estimate:
-        """Return the mean score with its interval over clusters of episodes."""
+        """Return the mean score with its 95% interval, computed over clusters of episodes."""
         return Cells.of((0, row["cluster"], row["score"]) for row in self.episodes).estimate()
 
     def kl(self) -> float | None:
         """Return an estimate of KL(sampling distribution ‖ π), in nats per episode.
 
         π has the same temperature, but no filters or guidance. The estimate is the mean over episodes of
-        Σ_t log_prob − policy_log_prob over the agent's tokens (k1: unbiased, and may be negative). It is None if the
-        policy gives no log-probabilities, and meaningless for greedy play, whose log_prob is not 0.
+        Σ_t (log_prob − policy_log_prob) over the agent's tokens, with log_prob under the sampling distribution and
+        policy_log_prob under π. It is unbiased and may be negative (the estimator called k1). It is meaningless for
+        greedy play, where the stored log_prob is not that of the choice, 0.
+
+        Returns: the estimate; None if the policy stored no log-probabilities.
         """
         sums = []
         for trajectory in self.trajectories:
@@ -65,7 +71,11 @@ class EvaluationResult:
         return sum(sums) / len(sums)
 
     def summary(self) -> dict[str, Any]:
-        """Return means over the episodes; `invalid_rate` is per agent turn and `truncated_rate` per episode."""
+        """Average the columns of `episodes`.
+
+        Returns: `n`, the number of episodes; `turns` and `tokens` of the agent per episode; `invalid_rate` per agent
+          turn; `truncated_rate` per episode; and `labels`, the mean of each numeric label, name -> mean.
+        """
         n = len(self.episodes)
         turns = sum(row["turns"] for row in self.episodes)
         labels = label_means(row["labels"] for row in self.episodes)
@@ -83,9 +93,10 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class _Redrawn:
-    """A policy whose decoding uses other random numbers, while the environment keeps the episode seed.
+    """A policy that decodes with other random numbers, while the environment keeps the episode seeds.
 
-    repeat: number of the repeat, which shifts the decoding seeds.
+    policy: the policy that plays.
+    repeat: number of the repetition; each gives other decoding seeds.
     """
 
     policy: Policy
@@ -109,12 +120,15 @@ def evaluate_policy(
     """Play every episode seed `repeats` times.
 
     Args:
-      environment: as in `rollout`.
-      seeds: episode seeds.
-      repeats: decoding seeds per episode seed; the environment's randomness is the same in all of them.
-      cluster: label that dependent episodes share, for the interval; None = the episode seed.
+      policy: the player.
+      environment: a VectorEnvironment, or a function that makes a new Environment (such as its class).
+      seeds: episode seeds, which fix the environment's randomness.
+      repeats: number of times that each episode seed is played, each with another seed for decoding.
+      cluster: name of the label whose value is equal in episodes that depend on each other, for intervals; None =
+        every episode seed is a cluster.
       batch_size: episodes played at the same time.
-      few_shot: as in `rollout`.
+      few_shot: function from an episode seed to the few-shot demonstrations of that episode, or None for no
+        demonstrations; None = the policy's own in all episodes.
       progress: called with (episodes done, episodes in all); None = not called.
     Raises: InputError if an episode has no label `cluster`.
     """

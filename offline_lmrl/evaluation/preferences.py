@@ -1,5 +1,5 @@
-"""Evaluation of a scorer: its agreement with held-out preferences, beside baselines that need no model (length), and
-the effect of best-of-n by a score on a policy whose answers can be enumerated."""
+"""Evaluation of a scorer: its agreement with held-out preferences, compared with baselines that need no model (such as
+choosing by length), and best-of-n computed exactly for a policy whose answers can be enumerated."""
 
 import math
 from collections import Counter, defaultdict
@@ -25,22 +25,23 @@ BASELINES = {
 
 
 def evaluate_scorer(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """Measure how well a scorer agrees with comparisons.
+    """Measure how well a scorer agrees with people's preferences.
 
-    A pair is two options of one comparison, without a tie; p is the probability that the first is better, and Δ its
-    score minus that of the second. The last two measures below need a scorer in units of log odds. Comparisons with an
-    option that is too long for the scorer are left out everywhere, and counted.
+    A pair is two options (replies) of one comparison that are not tied. p is the probability that the first one is
+    better, Δ the score of the first minus that of the second. Comparisons with an option that is too long for the
+    scorer are left out everywhere, and counted. The last two measures below need a scorer in units of log odds.
 
-    Returns: plain values by name, among them
-      "accuracy": share of pairs whose better option scores higher; equal scores count half. The 95% interval is over
-        groups, because pairs of one prompt are not independent, and describes this scorer alone.
-      "baselines": the same share for choosing by length, and, if `labels["options"]` name the `generator` of every
-        option, for choosing the author that wins more often among these very pairs.
-      "difference": accuracy of the scorer minus that of the best baseline, paired.
-      "cross entropy": mean −[p log σ(Δ) + (1 − p) log σ(−Δ)] in nats; .693 for a scorer that gives equal scores.
-      "calibration error": that of σ(Δ) against p. Each pair enters in both orders, because many logs put the better
-        reply first.
-    Raises: InputError if no comparison fits or no pair remains.
+    Returns: values that JSON can hold, by name: the number of comparisons left out; "comparisons", "pairs" and
+      "groups" (such as prompts), the numbers of those measured; and
+      "accuracy": share of pairs whose better option scores higher; equal scores count half. A text, "mean [low,
+        high]", whose 95% interval treats the pairs of a group as dependent and describes this scorer only.
+      "baselines": the same share for the longer and for the shorter option and, if `labels["options"]` name the
+        `generator` (author) of every option, for the option whose author wins more often among these same pairs.
+      "difference": accuracy of the scorer minus that of the best baseline, pair by pair, as such a text.
+      "cross entropy": mean −[p log σ(Δ) + (1 − p) log σ(−Δ)] in nats; 0.693 for a scorer that gives equal scores.
+      "calibration error": of σ(Δ) as a prediction of p. Each pair is counted in both orders, because many logs put the
+        better reply first.
+    Raises: InputError if every comparison has an option that is too long, or if all options are tied.
     """
     counts: Counter[str] = Counter()
     comparisons = drop_too_long(comparisons, scorer, counts)
@@ -55,10 +56,10 @@ def evaluate_scorer(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[s
         raise InputError("comparisons: found only ties, expected pairs in which one reply is better")
 
     def right(value) -> Cells:
-        """Count, by group, how often the better option has the higher value; equal values count half.
+        """Count, by group, the pairs in which the better option has the higher value; equal values count half.
 
         Args:
-          value: function (index of a comparison, index of an option) -> number.
+          value: function from the index of a comparison and the index of an option in it to a number.
         """
         return Cells.of(
             (0, group_key(comparisons[place]), 0.5 + 0.5 * _sign(value(place, i) - value(place, j)) * _sign(p - 0.5))
@@ -88,17 +89,17 @@ def evaluate_scorer(scorer: Scorer, comparisons: Sequence[Comparison]) -> dict[s
 def best_of_n_curve(
     prob: torch.Tensor, score: torch.Tensor, gold: torch.Tensor, ns: Sequence[int]
 ) -> list[dict[str, float]]:
-    """Compute best-of-n by a score exactly, for a policy whose V answers can be enumerated.
+    """Compute exactly what best-of-n by a score gives for each n, for a policy with M possible answers.
 
-    The score is over-optimised where gold falls while the score rises (Gao et al. 2023).
+    The score is over-optimised where the true reward falls while the score rises (Gao et al. 2023).
 
     Args:
-      prob: (V,), probability of each answer.
-      score: (V,), the score that chooses the best of n.
-      gold: (V,), the true reward.
+      prob: (M,), the policy's probability of each answer.
+      score: (M,), the score that chooses the best of n answers.
+      gold: (M,), the true reward of each answer.
       ns: values of n.
-    Returns: one row per `n`: "kl", KL(best of n ‖ policy) in nats; "bound", log n − (n − 1)/n, which "kl" does not
-      exceed; and "score" and "gold", their means over the best of n.
+    Returns: one mapping per value of n: "n"; "kl", KL(best of n ‖ policy) in nats; "bound", log n − (n − 1)/n, which
+      "kl" does not exceed; "score" and "gold", the expected score and true reward of the chosen answer.
     """
     rows = []
     for n in ns:
@@ -116,8 +117,14 @@ def best_of_n_curve(
 
 
 def _authors(pairs: Sequence[tuple], comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """Return a baseline that rates an option by the share of pairs that its author wins; empty if an author is
-    unknown."""
+    """Return a baseline that rates an option by the share of pairs that its author wins.
+
+    Args:
+      pairs: (index of a comparison, i, j, probability that its option i is better than j) of each pair.
+      comparisons: the comparisons.
+    Returns: name of the baseline -> function from a comparison and the index of an option to its value; empty if the
+      author of any option in the pairs is unknown.
+    """
 
     def author(row: Comparison, i: int) -> str | None:
         return (row.labels.get("options") or [{}] * len(row.options))[i].get("generator")

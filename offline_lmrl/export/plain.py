@@ -1,11 +1,16 @@
 """Export of a run as a plain checkpoint of its base architecture, which any inference engine can serve, with a model
 card.
 
-Only forms that are exact are written: plain policies; guidance by Q heads that are linear in the hidden state, reduced
-by mean or first, over all tokens and without a filter or a clip; and requested returns as tokens of the vocabulary. An
-approximate form is not safe: without the filter that the run applies to the policy first, the Q of tokens that the
-data never contained would decide. The written checkpoint is loaded again and compared with the run before the folder
-gets its name.
+A run is the folder that `train` wrote; a plain checkpoint is a transformers folder that needs no code of this project.
+A checkpoint is only written if it generates exactly as the run does. This is possible for policies without value
+guidance; for guidance by Q heads that are linear in the hidden state, whose mean or first is used, over all tokens and
+without a filter or a clip, because such a Q can be added to the LM head's weights; and for requested returns, which
+are either text or become special tokens of the vocabulary. An approximation is not safe: without the filter that the
+run applies to the policy before guidance, the Q of tokens that the data never contained would decide. The written
+checkpoint is loaded again and compared with the run before the folder gets its final name.
+
+The example prompt is a short prompt of one user turn (EXAMPLE), in the format of the run's training. It is printed in
+the model card and used in the comparison. For a return-conditioned run it requests the highest return.
 """
 
 import copy
@@ -31,8 +36,8 @@ from offline_lmrl.tokens.conditioning import ASK_NAMES, ReturnTokens, texts_of
 from offline_lmrl.tokens.windows import WindowRule, policy_window
 
 TOLERANCE = 1e-3  # nats by which the log-probability of a token may differ between checkpoint and run
-DRAWN = (4, 16)  # rows and tokens of the random text on which checkpoint and run are compared
-REPLY = 24  # tokens of the run's reply to the example prompt, on which they are compared too
+DRAWN = (4, 16)  # number and length in tokens of the random texts on which checkpoint and run are compared
+REPLY = 24  # largest number of tokens of the run's reply to the example prompt, on which they are compared too
 UNLIMITED = 2**31  # max_length of a window that drops no turn
 EXAMPLE = (Turn("user", "How are you?"),)
 
@@ -41,13 +46,14 @@ EXAMPLE = (Turn("user", "How are you?"),)
 class Export:
     """The description of a written checkpoint; `str` formats it.
 
-    folder: where it was written.
-    decoding: the decoding settings that the checkpoint plays.
-    difference: the largest difference of a token's log-probability from the run's, in nats.
-    states: number of prefixes over which the difference was measured.
-    returns: texts of the tokens that request a return, with that of no return first; empty if the run has no such
-      tokens.
-    readable: True if the tokenizer reads the example prompt as it was read in training.
+    folder: the checkpoint's folder.
+    decoding: the decoding settings that the checkpoint reproduces.
+    difference: largest absolute difference between a token's log-probability under the checkpoint and under the run,
+      in nats.
+    states: number of prefixes (states) at which all log-probabilities were compared.
+    returns: texts of the special tokens for requested returns: first the one for "no return requested", then those of
+      the bins, from the lowest to the highest return. Empty if the run has no reserved ids for returns.
+    readable: True if the exported tokenizer encodes the text of the example prompt to the same ids as in training.
     """
 
     folder: Path
@@ -78,10 +84,11 @@ class Export:
 
 @dataclass(frozen=True)
 class _Sample:
-    """A text on which the checkpoint is compared with the run.
+    """Texts on which the checkpoint is compared with the run.
 
-    ids: (B, T), the run's token ids.
-    log_prob: (B·T, C), the run's log-probabilities of the next token, over the C tokens that are not returns.
+    ids: (B, T) long, B texts of T tokens, in the run's token ids.
+    log_prob: (B·T, C), the run's log-probabilities of the next token after each prefix, normalised over the C tokens
+      of the vocabulary other than those that request a return.
     """
 
     ids: Tensor
@@ -91,15 +98,15 @@ class _Sample:
 def export_run(
     run: str | Path, output: str | Path, *, device: str | torch.device | None = None, **changes: Any
 ) -> Export:
-    """Write a checkpoint that plays as the run does, for engines that know nothing of this project.
+    """Write a transformers checkpoint that generates as the run does, for engines that know nothing of this project.
 
     Args:
       run: a run directory.
-      output: a folder that does not exist yet.
+      output: folder to write, which must not exist yet.
       device: device for the models; None = the first accelerator, else the CPU.
       changes: DecodingConfig fields that replace those saved with the run.
-    Raises: InputError if `run` is not a run of a policy, `output` exists, or a plain checkpoint cannot play the run
-      exactly. Nothing is written then.
+    Raises: InputError if `run` is not a run of a policy, `output` exists, or a plain checkpoint cannot generate
+      exactly as the run does; nothing is written then.
     """
     output = Path(output)
     if output.exists():
@@ -136,12 +143,13 @@ def export_run(
 def _check_exportable(
     run: str | Path, saved: Mapping[str, Any], decoding: DecodingConfig, ask: float | str | None
 ) -> None:
-    """Check, by its settings alone, that a plain checkpoint can play a run exactly.
+    """Check, from the run's settings only, that a plain checkpoint can generate exactly as the run does.
 
     Args:
-      saved: settings saved with the run.
-      decoding: its decoding settings, with those that the caller replaced.
-      ask: the ask that the caller gave; None = none.
+      run: the run, for error messages.
+      saved: the run metadata: the settings saved with the model.
+      decoding: the decoding settings to reproduce.
+      ask: the requested return that the caller of `export_run` gave; None = none given.
     Raises: InputError that names the setting.
     """
     if ask is not None and "returns" not in saved:
@@ -180,12 +188,13 @@ def _check_exportable(
 
 
 def _check_folds(decoding: DecodingConfig, heads: int) -> None:
-    """Check that guidance can be folded into the LM head as one matrix.
+    """Check that guidance can be added to the LM head's weights.
 
-    Filters cannot: engines apply them to the LM head's output and therefore after guidance, while the run filters π
-    before guidance.
+    With filters it cannot: engines apply them to the LM head's output and therefore after guidance, while the run
+    filters π before guidance.
 
     Args:
+      decoding: the decoding settings to reproduce; β is not 0.
       heads: number of Q heads.
     Raises: InputError that lists the settings which would have to change.
     """
@@ -214,9 +223,11 @@ def _setting(value: Any) -> str:
 
 
 def _plain_model(model: PreTrainedModel, decoding: DecodingConfig) -> PreTrainedModel:
-    """Remove the heads from a guided model, in place, and fold the guidance of these settings into its LM head.
+    """Remove the heads from a guided model, in place, and add the guidance of these settings to its LM head's weights.
 
-    Raises: InputError if anything but the LM head and a constant factor comes between the decoder and the logits.
+    Returns: the plain model.
+    Raises: InputError if, with β other than 0, the logits are not a multiple of the LM head applied to the decoder's
+      output.
     """
     rows = None
     if decoding.beta != 0:
@@ -229,9 +240,10 @@ def _plain_model(model: PreTrainedModel, decoding: DecodingConfig) -> PreTrained
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
-    """Add special tokens for `count` returns to a tokenizer and return their ids, that of no return first.
+    """Add `count` special tokens to a tokenizer, in place: one for "no return requested", then one per bin of returns.
 
-    Raises: InputError if the tokenizer has a token of such a name.
+    Returns: the ids of the new tokens, in this order.
+    Raises: InputError if the tokenizer already has a token of one of these names.
     """
     names = ["<return_none>", *(f"<return_{b}>" for b in range(1, count))]
     if known := set(names) & set(tokenizer.get_vocab()):
@@ -243,9 +255,14 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
 def _set_generation(model: PreTrainedModel, decoding: DecodingConfig, close_id: int) -> None:
     """Replace the model's generation config, so that engines end the agent's turn and sample as the run does.
 
-    Of the base model's settings only the special token ids stay: a repetition penalty, for example, is not part of the
-    run's policy. A support filter without guidance becomes min-p. Support is defined at temperature 1 and min-p at the
-    sampling temperature T, so min_p = support^(1/T).
+    Of the base model's settings only the special token ids are kept: a repetition penalty, for example, is not part of
+    the run's policy. The filter `support` becomes min-p. `support` is defined at temperature 1, and min-p at the
+    sampling temperature T, so min_p = support^(1/T); if the run also has min_p, the larger of the two is used.
+
+    Args:
+      model: changed in place.
+      decoding: the decoding settings to reproduce.
+      close_id: id of the token that ends an agent turn.
     """
     base = model.generation_config
     ends = {close_id, *(base.eos_token_id if isinstance(base.eos_token_id, list) else [base.eos_token_id])} - {None}
@@ -269,16 +286,20 @@ def _set_generation(model: PreTrainedModel, decoding: DecodingConfig, close_id: 
 
 @torch.inference_mode()
 def _samples(policy: LanguagePolicy, saved: Mapping[str, Any], ids: Sequence[int]) -> list[_Sample]:
-    """Return the texts for the comparison: random tokens, with the reserved ids among them, and the example prompt
-    with the run's greedy reply.
+    """Return the texts on which the checkpoint is compared with the run, with the run's log-probabilities.
+
+    They are random token ids, some of them ids that request a return, and the example prompt with the run's greedy
+    reply.
 
     Args:
-      ids: the checkpoint's tokens for returns; empty if it has none.
+      policy: the run.
+      saved: the run metadata.
+      ids: the checkpoint's token ids for returns, none first; empty if it has none.
     """
     longest, rows = policy.window.max_length, policy.model.get_input_embeddings().weight.shape[0]
-    columns = min([rows, *ids])  # below this, ids mean the same to run and checkpoint and are no returns
+    columns = min([rows, *ids])  # ids below this are ordinary tokens, the same in run and checkpoint
     known = torch.arange(columns + len(ids))
-    known[columns:] += rows - columns  # the run's reserved ids follow the embedding's rows
+    known[columns:] += rows - columns  # the run's ids for returns start after the last row of the embedding
     shape = (DRAWN[0], min(DRAWN[1], longest))
     drawn = known[torch.randint(len(known), shape, generator=torch.Generator().manual_seed(0))]
     played = torch.tensor([_example_ids(policy, saved)[-longest:]])
@@ -289,10 +310,11 @@ def _samples(policy: LanguagePolicy, saved: Mapping[str, Any], ids: Sequence[int
 
 
 def _run_log_prob(policy: LanguagePolicy, read: Tensor) -> Tensor:
-    """Return the run's unnormalised log-probabilities after every prefix, without filters, (B·T, V).
+    """Return the run's logits after temperature and guidance, without filters, after every prefix, (B·T, vocabulary).
 
     Args:
-      read: (B, T), token ids.
+      policy: the run.
+      read: (B, T) long, token ids of B texts.
     """
     decoding, read = policy.decoding, read.to(policy.model.device)
     outputs, hidden = policy.model.forward_with_hidden(
@@ -308,12 +330,14 @@ def _run_log_prob(policy: LanguagePolicy, read: Tensor) -> Tensor:
 def _difference(
     folder: Path, policy: LanguagePolicy, samples: Sequence[_Sample], rows: int, ids: Sequence[int]
 ) -> float:
-    """Load the checkpoint in a folder and return the largest difference of a log-probability from the run's, in nats.
+    """Load the checkpoint and measure the largest difference between its log-probabilities and the run's, in nats.
 
     Args:
+      folder: folder of the checkpoint.
+      policy: the run.
       samples: texts with the run's log-probabilities.
-      rows: the first of the run's reserved ids.
-      ids: the checkpoint's tokens in the place of the reserved ids.
+      rows: number of ordinary token ids of the run; its ids for returns are rows, rows + 1, and so on.
+      ids: the checkpoint's token ids for these returns, in the same order; empty if it has none.
     Raises: InputError if the difference is not below TOLERANCE, or transformers cannot open the checkpoint.
     """
     device, difference = policy.model.device, 0.0
@@ -341,9 +365,13 @@ def _difference(
 
 
 def _example_ids(policy: LanguagePolicy, saved: Mapping[str, Any]) -> list[int]:
-    """Return the ids of the example prompt as the run reads it.
+    """Return the example prompt in the run's token ids.
 
-    A run that was trained with returns gets the highest one.
+    If the run was trained with returns, the prompt requests the highest one.
+
+    Args:
+      policy: the run.
+      saved: the run metadata.
     """
     return_ids = [policy.return_tokens.bins[-1]] if "returns" in saved else None
     return policy_window(EXAMPLE, policy.renderer, WindowRule(max_length=UNLIMITED), return_ids=return_ids)
@@ -352,10 +380,14 @@ def _example_ids(policy: LanguagePolicy, saved: Mapping[str, Any]) -> list[int]:
 def _example(
     policy: LanguagePolicy, saved: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
 ) -> tuple[str, bool]:
-    """Return the text of the example prompt, and whether the tokenizer reads it as it was read in training.
+    """Return the example prompt as text, and check how `tokenizer` encodes it.
 
     Args:
-      ids: the checkpoint's tokens for returns; empty if it has none.
+      policy: the run.
+      saved: the run metadata.
+      tokenizer: the checkpoint's tokenizer.
+      ids: the checkpoint's token ids for returns, none first; empty if it has none.
+    Returns: the text; and True if `tokenizer` encodes it to the same ids as in training.
     """
     text = ""
     if "returns" in saved:  # the highest return
