@@ -106,7 +106,7 @@ def _logged(trajectory: Trajectory, player: str, group: str) -> Trajectory:
 
 
 def _adversarial(expert: Trajectory, game: functools.partial) -> Iterator[Trajectory]:
-    opening, first = _said(expert), _first_branch_seed(expert)
+    opening, first = _guesses(expert), _first_branch_seed(expert)
     yield expert
     if len(opening) > SHARED_TURNS:
         failing, others = range(first, first + COPIES), range(first + COPIES, first + 2 * COPIES)
@@ -115,7 +115,7 @@ def _adversarial(expert: Trajectory, game: functools.partial) -> Iterator[Trajec
 
 
 def _branching(expert: Trajectory, game: functools.partial) -> Iterator[Trajectory]:
-    opening, first = _said(expert), _first_branch_seed(expert)
+    opening, first = _guesses(expert), _first_branch_seed(expert)
     yield expert
     for turn in range(len(opening)):
         yield from _branches("wrong", Wrong(), opening[:turn], expert, game, [first + turn])
@@ -152,13 +152,13 @@ def _first_branch_seed(expert: Trajectory) -> int:
     return (expert.labels["seed"] + 1) * BRANCH_SEEDS
 
 
-def _said(trajectory: Trajectory) -> list[str]:
+def _guesses(trajectory: Trajectory) -> list[str]:
     return [turn.content for turn in trajectory.turns if turn.is_trainable]
 
 
 def _report(trajectories: list[Trajectory]) -> dict[str, float]:
     returns = [trajectory.total_return for trajectory in trajectories]
-    turns = sum(len(_said(trajectory)) for trajectory in trajectories)
+    turns = sum(len(_guesses(trajectory)) for trajectory in trajectories)
     return {
         "episodes": len(trajectories),
         "turns": turns,

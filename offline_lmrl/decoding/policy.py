@@ -178,10 +178,10 @@ class LanguagePolicy:
         kinds = (None, None) if tokens is None else (tokens.of_log, tokens.nulls)
         with_returns, without_returns = (few_shot_ids(shown, self.renderer, kind) for kind in kinds)
         rule, reply = self.window, self.decoding.max_new_tokens
-        room = rule.max_length - len(self.renderer.preamble_of(())) - len(self.renderer.agent_opening) - reply
-        if len(with_returns) > room:
+        free = rule.max_length - len(self.renderer.preamble_of(())) - len(self.renderer.agent_opening) - reply
+        if len(with_returns) > free:
             raise InputError(
-                f"few_shot: found {len(with_returns)} tokens, expected at most {room}, as max_length "
+                f"few_shot: found {len(with_returns)} tokens, expected at most {free}, as max_length "
                 f"({rule.max_length}) also has to hold a reply of max_new_tokens ({reply})"
             )
         return FewShotIds(with_returns, without_returns)

@@ -135,7 +135,7 @@ def few_shot_of_logs(
     Args:
       trajectories: the logs.
       demonstrations: as in `compute_step_outputs`.
-      return_ids_for: function from a trajectory to the ids that stand for returns, put before each of its agent turns;
+      return_ids_for: function from a trajectory to the ids that encode returns, put before each of its agent turns;
         None = no such ids.
     """
     without = run_metadata(policy.model.config).get("few_shot") is None

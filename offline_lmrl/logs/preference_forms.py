@@ -230,9 +230,9 @@ def _ranked(
         if _is_empty(reply) and not allow_empty:
             repairs["repaired: empty response left out"] += 1
             continue
-        if _said(reply) not in ranked:
-            ranked[_said(reply)] = reply, rank, i
-        elif ranked[_said(reply)][1] == rank:
+        if _spoken(reply) not in ranked:
+            ranked[_spoken(reply)] = reply, rank, i
+        elif ranked[_spoken(reply)][1] == rank:
             repairs["repaired: equal responses of the same rank merged"] += 1
         else:
             raise Drop("one text with two ranks")
@@ -306,7 +306,7 @@ def read_reply(side: Any, context: list[Turn], prompt: Any, where: str, field: s
     else:
         side = [side] if isinstance(side, Mapping) else side
         turns = read_messages(side, where, field, repairs, allow_empty=True)
-        if context and _said(turns[: len(context)]) == _said(context):
+        if context and _spoken(turns[: len(context)]) == _spoken(context):
             turns = turns[len(context) :]
             repairs["repaired: prompt removed from the start of a reply"] += 1
     if turns:
@@ -324,7 +324,7 @@ def _split(sides: Sequence[list[Turn]], allow_empty: bool) -> tuple[list[Turn], 
     Returns: the shared turns, as context, and one list of turns per side.
     Raises: Drop if the remaining turns cannot be compared.
     """
-    spoken, common = [_said(side) for side in sides], 0
+    spoken, common = [_spoken(side) for side in sides], 0
     while all(len(side) > common and side[common] == spoken[0][common] for side in spoken):
         common += 1
     options = [side[common:] for side in sides]
@@ -354,7 +354,7 @@ def require_replies(options: Sequence[Sequence[Turn]], allow_empty: bool) -> Non
         raise Drop("empty reply")
 
 
-def _said(turns: Sequence[Turn]) -> tuple[tuple[str, ...], ...]:
+def _spoken(turns: Sequence[Turn]) -> tuple[tuple[str, ...], ...]:
     return tuple(turn.spoken for turn in turns)
 
 

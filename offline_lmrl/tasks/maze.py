@@ -153,7 +153,7 @@ def optimum(observed: Literal["full", "partial"], starts: Sequence[Cell] = START
       observed: "full" or "partial" observations.
       starts: the cells where episodes start, all equally likely.
     """
-    first = _told_apart(Counter(starts), lambda cell: observation(cell, observed))
+    first = _split_by_observation(Counter(starts), lambda cell: observation(cell, observed))
     choices: dict[Belief, list[tuple[int, list[Belief]]]] = {}
     frontier = list(first)
     for belief in frontier:  # the list grows during the loop
@@ -165,7 +165,7 @@ def optimum(observed: Literal["full", "partial"], starts: Sequence[Cell] = START
             for cell, weight in belief:
                 moved[move(cell, action)] += weight
             del moved[GOAL]  # arriving is free and ends the episode
-            parts = _told_apart(moved, lambda cell: observation(cell, observed))
+            parts = _split_by_observation(moved, lambda cell: observation(cell, observed))
             choices[belief].append((moved.total(), parts))
             frontier.extend(parts)
     cost, previous = dict.fromkeys(choices, 0), None
@@ -175,7 +175,7 @@ def optimum(observed: Literal["full", "partial"], starts: Sequence[Cell] = START
     return -sum(cost[belief] for belief in first) / len(starts)
 
 
-def _told_apart(weights: Counter[Cell], observe: Callable[[Cell], Hashable]) -> list[Belief]:
+def _split_by_observation(weights: Counter[Cell], observe: Callable[[Cell], Hashable]) -> list[Belief]:
     """Split weighted cells into beliefs, one for each observation: cells that look alike stay together.
 
     Args:
