@@ -253,9 +253,9 @@ def content_key(row: Trajectory | Comparison) -> str:
     context and the options in any order.
     """
     if isinstance(row, Comparison):
-        content = [_said(row.context), sorted(map(_said, row.options))]
+        content = [_spoken(row.context), sorted(map(_spoken, row.options))]
     else:
-        content = [_said(row.turns), row.terminated]
+        content = [_spoken(row.turns), row.terminated]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -404,7 +404,7 @@ def _kept(kept: Kept, source: str, counts: Counter | None, mine: Counter) -> Kep
     return kept
 
 
-def _said(turns: Iterable[Turn]) -> list[list[Any]]:
+def _spoken(turns: Iterable[Turn]) -> list[list[Any]]:
     return [[*turn.spoken, turn.is_trainable, turn.reward] for turn in turns]
 
 

@@ -118,7 +118,7 @@ def test_words_of_a_file_are_played_and_left_out_ones_counted(tmp_path):
     (tmp_path / "words.txt").write_text("crane slate cargo toolong crane\n")
     report, games = made(tmp_path / "out", words=str(tmp_path / "words.txt"), logs="optimal", episodes=9)
     assert report["words"] == 3
-    assert report["words left out, not five letters a-z"] == report["words left out, said before"] == 1
+    assert report["words left out, not five letters a-z"] == report["words left out, repeated"] == 1
     assert Counter(game.labels["secret"] for game in games) == {"crane": 3, "slate": 3, "cargo": 3}
 
 
