@@ -52,11 +52,6 @@ def renamed(value: Any) -> Any:
             name = key if is_text else RENAMED.get(key, key)
             found[name] = VALUES.get((name, inner) if isinstance(inner, str) else None, renamed(inner))
         return found
-    if isinstance(value, str) and value.startswith("{"):  # labels of a row, which are stored as JSON
-        try:
-            return json.dumps(renamed(json.loads(value)), sort_keys=True)
-        except ValueError:
-            return value
     return [renamed(inner) for inner in value] if isinstance(value, list) else value
 
 
