@@ -3,14 +3,10 @@
 The same functions rename what an earlier version wrote to runs, checkpoints and results, whenever these are read.
 """
 
-import json
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from offline_lmrl.errors import InputError
-
-log = logging.getLogger(__name__)
 
 # Settings, entries of a run's config, and fields of checkpoints: old name -> new name.
 KEYS = {
@@ -106,7 +102,9 @@ def _value(flag: str | None, value: str) -> str:
         return value
     leaf = flag.rpartition(".")[2]
     if value.startswith("{"):
-        import yaml  # not with the module, which the top-level help loads
+        import json  # here and below: the top-level help loads this module and needs none of these
+
+        import yaml
 
         from offline_lmrl.logs.yaml_text import load_yaml
 
@@ -126,4 +124,8 @@ def _value(flag: str | None, value: str) -> str:
 
 def _warn(before: str, old: str, new: str) -> None:
     if before:
-        log.warning("%s%s is now called %s; version 0.2 is the last to accept the old name", before, old, new)
+        import logging
+
+        logging.getLogger(__name__).warning(
+            "%s%s is now called %s; version 0.2 is the last to accept the old name", before, old, new
+        )

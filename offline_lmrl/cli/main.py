@@ -16,7 +16,6 @@ from importlib import import_module
 from offline_lmrl.algorithms import ALGORITHMS
 from offline_lmrl.errors import Failed, InputError, Stopped, shown
 from offline_lmrl.logs.terminal import visible
-from offline_lmrl.renamed import current_flags
 
 COMMANDS = {
     "prepare": ("offline_lmrl.cli.data:prepare", "convert logs of a known source to trajectories or comparisons"),
@@ -66,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _require_text(arguments)
         with _ended_by_sigterm():
+            from offline_lmrl.renamed import current_flags
+
             rest = arguments[1:]
             _command(arguments[0])(rest if arguments[0] == "prepare" else current_flags(rest))
     except InputError as error:
