@@ -92,9 +92,9 @@ def prepare_from_settings(settings: Mapping[str, Any]) -> None:
 def _source(name: str) -> Callable[..., Mapping[str, Any]]:
     """Return the function that prepares a source, wrapped in checks that all sources share.
 
-    A source is a form of logs (such as that of a public data set) or a toy task that makes its own. The checks run
-    before the function, so that a wrong setting fails at once and not after a long time of reading. The output
-    folder is locked while the function runs.
+    A source is a public data set, another form of logs, or a task that generates its own logs. The checks run before
+    the function, so that a wrong setting fails at once and not after a long time of reading. The output folder is
+    locked while the function runs.
 
     Args:
       name: name of the source, a key of SOURCES.
@@ -201,7 +201,7 @@ def _plain(value: Any) -> Any:
 
 
 def check(argv: Sequence[str]) -> None:
-    """Run the command `check DATA [DATA ...]`, which reports on a data set; each DATA is a split of this set."""
+    """Run the command `check DATA [DATA ...]`, which reports on a data set; several DATA are its splits."""
     parser = Parser("check DATA [DATA ...] [--key value ...]")
     parser.add_argument(
         "data",

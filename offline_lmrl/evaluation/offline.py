@@ -37,8 +37,8 @@ CHUNK = 2**24  # largest number of entries in a (states, vocabulary) tensor; lim
 class StepOutputs:
     """Measurements at each of the N agent tokens in logs, in the order of the logs. Arrays are (N,) unless noted.
 
-    q, v and return_to_go are in reward units. If the policy's reward scale has a shift, they count each reward minus
-    the shift (`RewardScale`; most scales have none).
+    q, v and return_to_go are in reward units. If the policy's reward scale has a shift (`RewardScale`), they count the
+    reward of each scored turn minus the shift.
 
     trajectory: index of the token's trajectory.
     turn: index of the token's turn in that trajectory.

@@ -299,8 +299,8 @@ def _samples(policy: LanguagePolicy, saved: Mapping[str, Any], ids: Sequence[int
     Args:
       policy: the run.
       saved: the run metadata.
-      ids: the checkpoint's special token ids that request a return, in the order of `_add_tokens`; empty if the
-        checkpoint has no such tokens.
+      ids: ids of the checkpoint's special tokens: the one for "no return requested", then one per bin of returns,
+        lowest first; empty if the checkpoint has no such tokens.
     """
     longest, rows = policy.window.max_length, policy.model.get_input_embeddings().weight.shape[0]
     columns = min([rows, *ids])  # ids below this are ordinary tokens, the same in run and checkpoint
@@ -394,8 +394,8 @@ def _example(
       policy: the run.
       saved: the run metadata.
       tokenizer: the checkpoint's tokenizer.
-      ids: the checkpoint's special token ids that request a return, in the order of `_add_tokens`; empty if the
-        checkpoint has no such tokens.
+      ids: ids of the checkpoint's special tokens: the one for "no return requested", then one per bin of returns,
+        lowest first; empty if the checkpoint has no such tokens.
     Returns: the text; and True if `tokenizer` encodes it to the same ids as in training.
     """
     text = ""

@@ -66,10 +66,11 @@ class Block(NamedTuple):
     agent: the agent's turn.
     around: n + 1 texts, before, between and after the results.
     quoted: True if the contents of results are printed as JSON strings.
-    strips: the white-space characters that the template removes on the left, and on the right, of a result's content.
+    strips: two texts, the white-space characters that the template removes on the left of a result's content, and
+      those that it removes on the right.
     dropped: True if the template does not print results at all.
-    follows: how an agent's turn directly after the results begins: its generation prompt, and the whole text before
-      the agent's words; None = as any other agent's turn.
+    follows: how an agent's turn directly after the results begins, as two texts: its generation prompt, and the whole
+      text before the agent's words. None = as any other agent's turn.
     """
 
     agent: TurnText
