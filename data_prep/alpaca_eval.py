@@ -163,12 +163,13 @@ def assemble(rows: Sequence[Judged], reference: bool, min_gap: float | None, cou
 
 
 def _compare(rows: Sequence[Judged], reference: str, counts: Counter[str]) -> Comparison:
-    """Return one comparison whose first option is the reference and whose others are the outputs judged against it.
+    """Return one comparison. Its first option is the reference; the others are the outputs compared with it.
 
     Args:
-      rows: rows with the reference as one of their two outputs.
+      rows: rows that each have the reference as one of their two outputs.
       reference: the text of the reference.
-      counts: incremented for each row averaged with another and each preference moved inward from 0 or 1.
+      counts: incremented for each row that is averaged with another, and for each preference of 0 or 1, which is moved
+        inward by _CERTAIN.
     """
     preferences: dict[str, list[float]] = defaultdict(list)
     authors: dict[str, list[str]] = defaultdict(list)
@@ -217,7 +218,7 @@ def _preference(row: Mapping, where: str, counts: Counter[str]) -> float:
 
 
 def _mean_preferences(rows: Iterable[Judged]) -> dict[str, float]:
-    """Return {model: mean preference for its output over the other output, where its output is the second one}."""
+    """Return {model: mean of `preference`, in [0, 1], over the rows in which `output_2` is by this model}."""
     values = defaultdict(list)
     for row in rows:
         values[row.generators[1]].append(row.preference)

@@ -52,7 +52,8 @@ def convert(
 
     Args:
       source: file, folder or hub name.
-      read: function (row, "file:row", counter for repairs) -> comparison or None; see `import_rows`.
+      read: function (row, "file:row", counter for repairs) that returns a comparison, or None if it drops the row; see
+        `import_rows`.
       output: folder to write to.
       validation: share of the groups that goes to validation; see `separate`.
       seed: random seed of the split.
@@ -150,8 +151,9 @@ def publish(
       report: the entries with which the report begins.
       validation: share of the groups that goes to validation; see `separate`.
       seed: random seed of the split.
-      features: name -> function (comparison, index of an option) -> number. The report says how often the option with
-        the larger number is preferred; None = only for the usual features.
+      features: name -> function (comparison, index of an option) that returns a number. For each feature the report
+        counts how often the option with the larger number is preferred. None = no features but those that are always
+        in the report (_FEATURES in logs/comparison_checks.py, such as the length of the reply).
     Returns: the content of report.json.
     """
     with prepared(output) as made, staging(Path(output) / "buckets") as folder:
@@ -177,7 +179,10 @@ def _finish(
       names: the splits of the source.
       output: the user's folder, which is only checked for splits of an earlier call.
       made: the staging folder, whose files are moved to `output` later.
-      report, validation, seed, features: see `publish`.
+      report: the entries with which the report begins.
+      validation: share of the groups that goes to validation; see `separate`.
+      seed: random seed of the split.
+      features: further features for the report; see `publish`.
       processes: number of processes, which each take one bucket at a time.
     Returns: the content of report.json.
     """
@@ -220,7 +225,9 @@ def _settle(
     Args:
       bucket: the bucket's file.
       names: the splits of the source.
-      validation, seed, features: see `publish`.
+      validation: share of the groups that goes to validation; see `separate`.
+      seed: random seed of the split.
+      features: further features for the report; see `publish`.
     """
     made: dict[str, list[Comparison]] = {name: [] for name in names}
     places: dict[tuple, int] = {}
@@ -315,7 +322,9 @@ def read_raw(
     Args:
       row: a raw row, see `offline_lmrl.logs.io.parsed`.
       where: "file:row", the start of error messages.
-      read, group, lists: see `import_rows`.
+      read: function (row, "file:row", counter) -> result; see `import_rows`.
+      group: the column that holds the group of the result; None = the group that `read` sets.
+      lists: True: accept rows that are lists and not objects.
       counts: incremented under "rows"; and then under "imported" and for each repair, or under "dropped: " and the
         reason.
     """

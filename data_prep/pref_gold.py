@@ -26,11 +26,11 @@ def prepare(
     Args:
       output: folder to write to; created if needed.
       pairs: number of pairs.
-      temperature: noise of the labels, in standard deviations of the gold reward: P(first is better) = σ(difference
-        of the gold rewards / temperature).
-      flips: share of the labels that are reversed.
-      tie: largest difference of the gold rewards at which a pair is a tie.
-      gold_seed: random seed of the toy.
+      temperature: noise of the labels, above 0, in units of the gold reward (its standard deviation is 1). A label
+        prefers the first reply with probability σ((its gold reward − that of the second reply) / temperature).
+      flips: probability that a label is reversed, 0 to 1.
+      tie: largest difference of the two gold rewards at which a pair is a tie, in units of the gold reward.
+      gold_seed: random seed from which the gold rewards of all replies are made.
       validation: share of the pairs that goes to validation.
       seed: random seed of the pairs and of the split.
     Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.

@@ -126,13 +126,13 @@ def reading_pretrained(name: str | Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Context manager: stop code of others that might never end, such as the chat template of a downloaded model.
+    """Context manager: limit the time of code of others that might never end, such as a downloaded chat template.
 
-    Works in the main thread only; other threads cannot be interrupted, and run without a limit.
+    It works in the main thread only; other threads cannot be interrupted, and run without a limit.
 
     Args:
-      seconds: the limit.
-      what: what the message calls this code.
+      seconds: the limit, in seconds.
+      what: name of this code in the message, a noun such as "template".
 
     Raises: InputError if the code takes longer.
     """
@@ -178,6 +178,7 @@ def in_our_words(message: str, prefix: str = "") -> str:
     Other messages keep their words and become one line.
 
     Args:
+      message: the error message of jsonargparse.
       prefix: text put before the key, such as "args.", when the key is that of a nested config.
     """
     message = " ".join(message.split())
@@ -198,12 +199,16 @@ def in_our_words(message: str, prefix: str = "") -> str:
 
 
 def _short(text: str) -> str:
-    """Shorten a value that jsonargparse printed to the length that `shown` allows."""
+    """Return the text of a value, cut to at most _SHOWN characters, the length that `shown` allows."""
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def _plain_type(text: str) -> str:
-    """Rewrite a type that jsonargparse printed into plain words: <class 'int'>, <class 'NoneType'> -> int or null."""
+    """Put a type into plain words, for example "<class 'int'>, <class 'NoneType'>" into "int or null".
+
+    Args:
+      text: the type as jsonargparse prints it.
+    """
     text = re.sub(r"<(?:class|enum) '(?:\w+\.)*(\w+)'>", r"\1", text)
     text = text.replace("typing.", "").replace("NoneType", "null")
     if choices := re.fullmatch(r"Literal\[(.*)\]", text):

@@ -142,8 +142,8 @@ def read_data(algorithm: str, data: DataConfig, args: BaseConfig, counts: Counte
       algorithm: name of the algorithm, a key of ALGORITHMS.
       data: the sources.
       args: the algorithm's settings; if they have `processes`, that many processes read comparisons.
-      counts: is incremented for each repaired or dropped row, under the reason, and for other faults of the data, such
-        as groups (rows of one root prompt or conversation) that are in both training and validation data.
+      counts: is incremented for each repaired or dropped row, under the reason, and for other faults of the data, for
+        example for each group (rows of one root prompt or conversation) that is in both training and validation data.
     Returns: training rows, and validation rows or None; ([], None) for an algorithm that plays and has no data.train.
     Raises: InputError if data cannot be read, or if an algorithm that learns from data has no data.train.
     """
@@ -480,9 +480,13 @@ def _say_start(trainer: BaseTrainer, folder: Path, checkpoint: Path | None, exte
 def read_report(folder: str | Path) -> dict[str, Any]:
     """Return the contents of complete.json, the report that a run writes when it ends.
 
-    They are costs (`steps`, `training_tokens` and others), measurements, `start_tokens` and `before` (training tokens
-    of the runs that this run builds on: the sum, and by folder), and `counts` of faults in the data.
-
+    Args:
+      folder: the run directory.
+    Returns: costs, such as `steps` and `training_tokens`, and measurements, such as those at the end of training, by
+      name; and three further entries:
+      before: folder of each run that this run builds on -> its training tokens.
+      start_tokens: the sum of these training tokens.
+      counts: description of a fault of the data -> number of cases.
     Raises: InputError if the file is missing or damaged.
     """
     file = Path(folder) / COMPLETE
@@ -498,7 +502,11 @@ def read_report(folder: str | Path) -> dict[str, Any]:
 def runs_before(*folders: str | None) -> dict[str, int]:
     """Return the training tokens of the runs in these folders and of all runs that they build on, by folder.
 
-    A run on which several others build is in the result once. None and folders without a complete run are skipped.
+    A run on which several others build is in the result once.
+
+    Args:
+      folders: run directories; None and folders without a complete run are skipped.
+    Returns: folder of the run -> its training tokens.
     """
     found: dict[str, int] = {}
     for folder in filter(None, folders):
@@ -515,10 +523,16 @@ def dry_run(
     args: BaseConfig,
     environment: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Build everything that `train` builds, with the same arguments, but do not train.
+    """Build everything that `train` builds, but do not train.
 
-    Returns: number by name: the trainer's plan (such as rows, tokens and steps), numbers of parameters, memory in
-      bytes (fp32, AdamW), and counts of dropped data.
+    Args:
+      algorithm: name of the algorithm, a key of ALGORITHMS.
+      model: the origin of the model.
+      data: the sources of the data.
+      args: the algorithm's settings.
+      environment: arguments of `make_environment`, for an algorithm that plays; None = no environment.
+    Returns: name -> number: the size of the training data, the number of optimizer steps, the numbers of parameters,
+      memory in bytes (fp32, AdamW), and counts of dropped data.
     """
     args, counts = copy.copy(args), Counter()
     with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer creates output_dir

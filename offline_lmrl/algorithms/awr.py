@@ -78,10 +78,12 @@ def awr_loss(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config:
 
 
 class AWRTrainer(OfflineTrainer):
-    """A trainer of a policy without value heads by advantage-weighted regression; arguments as for `OfflineTrainer`.
+    """The trainer that fits a plain policy (no value heads) by advantage-weighted regression.
 
     While the trainer is built, the value model computes the advantages of all windows (rows of tokens cut from the
-    trajectories) once, each rank a share of them. Then the value model is released.
+    trajectories) once, each process a share of them. Then the value model is released.
+
+    It takes the arguments of `OfflineTrainer`: model, settings, training data, held-out data, tokenizer, peft config.
     """
 
     algorithm = "awr"

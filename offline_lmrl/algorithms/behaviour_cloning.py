@@ -72,7 +72,10 @@ def keep_best(
 
 
 class BCTrainer(OfflineTrainer):
-    """A trainer of a policy without value heads by behaviour cloning; arguments as for `OfflineTrainer`."""
+    """The trainer that fits a plain policy (no value heads) by behaviour cloning.
+
+    It takes the arguments of `OfflineTrainer`: model, settings, training data, held-out data, tokenizer, peft config.
+    """
 
     algorithm = "bc"
 

@@ -151,7 +151,8 @@ def ilql_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], conf
       steps: `ActionSteps` (tokens/batching.py), (N,) each.
       config: the settings.
     Returns: "q", "v", "policy" and, if its weight is above 0, "conservative", each (N,). "q", "v" and "conservative"
-      are 0 at steps without a target.
+      are 0 where `steps["has_target"]` is False: at the last action of a log that was cut right after it, because the
+      reward and the next state are not known.
     """
     target = td_target(steps["reward"], outputs["next_v"], steps["bootstrap"], steps["discount"])
     if config.monte_carlo > 0:
@@ -182,7 +183,7 @@ def utterance_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor],
         utterance_target_q and utterance_next_v, each (M,).
       steps: `ActionSteps` (tokens/batching.py), (N,) each.
       config: the settings.
-    Returns: (M,), 0 at turns without a target.
+    Returns: (M,); 0 for a turn if `steps["has_target"]` is False at the action that closes it.
     """
     close = steps["closes_turn"]
     bootstrap = steps["bootstrap"][close]
@@ -193,7 +194,10 @@ def utterance_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor],
 
 
 class ILQLTrainer(OfflineTrainer):
-    """A trainer of policy, Q and V together on scored trajectories; arguments as for `OfflineTrainer`."""
+    """The trainer that fits policy, Q and V together to scored trajectories.
+
+    It takes the arguments of `OfflineTrainer`: model, settings, training data, held-out data, tokenizer, peft config.
+    """
 
     algorithm = "ilql"
     rows_for_next_v = True

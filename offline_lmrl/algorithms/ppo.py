@@ -419,8 +419,9 @@ class PPOTrainer(LoopTrainer):
 
         Args:
           resume_from_checkpoint: folder of the checkpoint after which training continues; None = start anew.
-        Raises: InputError if the checkpoint cannot be loaded, or if training fails (`check_start`, `max_kl`, a
-          gradient that is not finite); Stopped after a signal.
+        Raises: InputError if the checkpoint cannot be loaded, if the check before the first update (`check_start`)
+          fails, if the KL of an iteration exceeds the setting `max_kl`, or if a gradient is not finite. Stopped if a
+          signal ends training.
         """
         args = self.args
         self.begin(resume_from_checkpoint)
@@ -596,7 +597,9 @@ class PPOTrainer(LoopTrainer):
     def check_start(self, experience: Experience) -> None:
         """Check, before the first update, that the policy equals its reference and that sampler and learner agree.
 
-        Raises: InputError that names which of the two is not so.
+        Args:
+          experience: the result of `observe`.
+        Raises: InputError that names the check that failed.
         """
         log_prob = experience.column("behaviour_log_prob")
         kl = (log_prob - experience.column("ref_log_prob")).abs().max().item()

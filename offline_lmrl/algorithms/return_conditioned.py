@@ -59,8 +59,8 @@ TABLE_RATE = 10.0  # learning rate of the return table, as a multiple of the mod
 class ReturnConditionedConfig(OfflineConfig):
     """The settings of return conditioning. A number in square brackets in a help text is the paper's value.
 
-    A model that was already trained with returns keeps its return bins and encodes returns as before: for these,
-    `bins`, `binning`, `per`, `discount_per_turn`, `condition` and `text` are then ignored.
+    A model that was already trained with returns keeps its return bins and its way of encoding returns. The settings
+    `bins`, `binning`, `per`, `discount_per_turn`, `condition` and `text` then have no effect on either.
 
     `ask`, `condition_scale`, `beta`, `q_reduce`, `support`, `candidates` and `clip` are decoding settings: they are
     saved with the run and used when it plays.
@@ -173,7 +173,10 @@ def decoding_fields(config: ReturnConditionedConfig) -> dict[str, Any]:
 
 
 class ReturnConditionedTrainer(OfflineTrainer):
-    """A trainer of a policy that is conditioned on the requested return; arguments as for `OfflineTrainer`."""
+    """The trainer that fits a policy that is conditioned on the requested return.
+
+    It takes the arguments of `OfflineTrainer`: model, settings, training data, held-out data, tokenizer, peft config.
+    """
 
     algorithm = "return_conditioned"
 
@@ -197,9 +200,10 @@ class ReturnConditionedTrainer(OfflineTrainer):
         return StepRule(discount_per_turn=args.discount_per_turn)
 
     def fit_scale(self, model, train, args: ReturnConditionedConfig) -> RewardScale:
-        """Return the scale stored with the model's value or return heads, whose outputs are in this unit, or fit one.
+        """Return the reward scale stored with the model's value or return heads; fit one if it has no such heads.
 
-        The returns on which the model is conditioned do not depend on it: they are in the units of the logged rewards.
+        The outputs of the heads are in units of the stored scale. The returns on which the model is conditioned do not
+        depend on it: they are in the units of the logged rewards.
         """
         stored = run_metadata(model.config).get("reward_scale")
         heads = (getattr(model, name, None) for name in ("value_heads", "return_heads"))

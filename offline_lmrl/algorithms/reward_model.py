@@ -208,7 +208,7 @@ def accuracy(score: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def bootstrap_sample(rows: Rows, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw groups (the rows of one root prompt or conversation) with replacement, as many as there are.
+    """Draw as many groups (the rows of one root prompt or conversation) as there are, with replacement.
 
     Args:
       rows: the comparisons or trajectories.
@@ -223,7 +223,10 @@ def bootstrap_sample(rows: Rows, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class RewardModelTrainer(BaseTrainer):
-    """A trainer of a reward model on comparisons or scored trajectories; other arguments as for `BaseTrainer`.
+    """The trainer that fits a reward model to comparisons or scored trajectories.
+
+    After `model` it takes the arguments of `BaseTrainer`: settings, training data, held-out data, tokenizer, peft
+    config.
 
     Args:
       model: a reward model; or the folder or hub name of a reward model or of a causal LM, whose trunk then gets a

@@ -90,13 +90,14 @@ def prepare_from_settings(settings: Mapping[str, Any]) -> None:
 
 
 def _source(name: str) -> Callable[..., Mapping[str, Any]]:
-    """Return the function that prepares a source, wrapped in checks that are the same for every source.
+    """Return the function that prepares a source, wrapped in checks that all sources share.
 
-    The checks run first, because some sources read data for a long time before they would fail. The output folder is
+    A source is a public data set, another form of logs, or a task that generates its own logs. The checks run before
+    the function, so that a wrong setting fails at once and not after a long time of reading. The output folder is
     locked while the function runs.
 
     Args:
-      name: name of a source, a key of SOURCES.
+      name: name of the source, a key of SOURCES.
     Raises: InputError if the source is unknown. The returned function raises InputError if a path is empty, the share
       of validation data is out of range, or the output would replace the input.
     """
@@ -126,8 +127,8 @@ def _require_apart(source: Path, output: Path) -> None:
     """Check that writing the output cannot replace the input.
 
     Args:
-      source: input file or folder.
-      output: output folder.
+      source: the input, a file or folder.
+      output: the output folder.
     Raises: InputError if the output is the input, or the folder of the input file.
     """
     if output.resolve() in (source.resolve(), source.resolve().parent if source.is_file() else None):
@@ -154,7 +155,14 @@ def check_output(output: Path, *read: str | None) -> None:
 
 
 def check_output_file(output: Path, *read: str | None) -> None:
-    """Check an output file as `check_output` does, and that it is not an existing folder; arguments as there."""
+    """Run the checks of `check_output` on an output file, and check that the path is not that of a folder.
+
+    Args:
+      output: file that will be written.
+      read: paths or hub names of the inputs; None is skipped.
+    Raises: InputError if the path cannot be written, is that of a folder, equals an input, or is directly inside an
+      input folder.
+    """
     check_output(output, *read)
     if output.is_dir():
         raise InputError(f"output: found the folder {output}, expected a file")
@@ -193,7 +201,7 @@ def _plain(value: Any) -> Any:
 
 
 def check(argv: Sequence[str]) -> None:
-    """Run the command `check DATA [DATA ...]`, which reports on a data set; several sources are splits of one set."""
+    """Run the command `check DATA [DATA ...]`, which reports on a data set; several DATA are its splits."""
     parser = Parser("check DATA [DATA ...] [--key value ...]")
     parser.add_argument(
         "data",
@@ -262,13 +270,13 @@ def _check(
 
 
 def _splits(data: Sequence[str], read: Callable[[str], dict[str, list[Any]]]) -> dict[str, list[Any]]:
-    """Read the splits of all sources.
+    """Read the splits of all sources; here a source is a file, folder or hub name.
 
     Args:
-      data: files, folders or hub names.
+      data: the sources.
       read: function that reads one source and returns its splits, name -> rows.
     Returns: name -> rows of all splits. With several sources, the name of a split contains that of its source: the
-      last component of the path if these differ, else the whole path.
+      last component of the source's path or, if two sources have the same last component, the whole path.
     """
     found = {source: read(source) for source in data}
     if len(found) == 1:

@@ -93,14 +93,15 @@ class Parser(ArgumentParser):
             group.add_argument(f"--{field.name}", type=hints[field.name], default=SUPPRESS, help=texts.get(field.name))
 
     def parse(self, argv: Sequence[str], settings: Mapping[str, Any] | None = None, source: str = "") -> Namespace:
-        """Parse the settings of a file and of the command line, which overrides the file, and build the dataclasses.
+        """Parse the settings of a file and of the command line, which overrides the file.
 
         Args:
           argv: the command line after the command and its file.
           settings: the settings of the file; None = no file.
           source: name of the file, for error messages.
-        Returns: the settings by name; those of a dataclass are an instance of it.
-        Raises: InputError that names the key, and the file if the value is from the file.
+        Returns: the settings by name. The fields that `add_dataclass` added under a key are one entry: an instance of
+          the dataclass, under that key.
+        Raises: InputError that names the setting, and the file if the value is from the file.
         """
         start = None
         if settings:
@@ -126,9 +127,10 @@ class Parser(ArgumentParser):
             self.error(str(error), error)
 
     def _restated(self, argv: Sequence[str], start: Namespace | None) -> list[str]:
-        """Turn groups of settings from the file into arguments if the command line also sets fields in them.
+        """Return groups of settings from the file as arguments, if the command line also sets fields in them.
 
-        This concerns groups that may be null (optional dataclasses): jsonargparse would not merge the two sources.
+        This is needed for groups that may be null (optional dataclasses), because jsonargparse does not merge the
+        fields of such a group from file and command line.
 
         Args:
           argv: the command line.

@@ -1050,9 +1050,10 @@ def learning_curve(run: Path) -> list[Row]:
 
 
 def _fixed_episodes(result: EvaluationResult, seeds: Sequence[int]) -> Iterator[tuple[Row, Trajectory]]:
-    """Yield ten episodes of a result, as (its mapping in `EvaluationResult.episodes`, its trajectory).
+    """Yield ten episodes of a result, each as (its mapping in `EvaluationResult.episodes`, its trajectory).
 
-    They are drawn from the episode seeds only, so they are the same for every method.
+    They are drawn from the episode seeds only, so they are the same for every method. With fewer than ten seeds, there
+    is one episode per seed.
 
     Args:
       result: the episodes of one setting.
@@ -1065,7 +1066,12 @@ def _fixed_episodes(result: EvaluationResult, seeds: Sequence[int]) -> Iterator[
 
 
 def transcripts(result: EvaluationResult, seeds: Sequence[int]) -> str:
-    """Return the ten episodes of `_fixed_episodes` as text; arguments as there."""
+    """Return ten episodes of a result, those of `_fixed_episodes`, as text.
+
+    Args:
+      result: the episodes of one setting.
+      seeds: all episode seeds.
+    """
     blocks = []
     for row, trajectory in _fixed_episodes(result, seeds):
         head = f"episode {row['seed']}, score {row['score']:g}, {json.dumps(row['labels'], ensure_ascii=False)}"
@@ -1075,8 +1081,11 @@ def transcripts(result: EvaluationResult, seeds: Sequence[int]) -> str:
 
 
 def dialogues(result: EvaluationResult, seeds: Sequence[int]) -> list[Row]:
-    """Return the ten episodes of `_fixed_episodes` as stored in results.jsonl; arguments as there.
+    """Return ten episodes of a result, those of `_fixed_episodes`, in the form that is stored in results.jsonl.
 
+    Args:
+      result: the episodes of one setting.
+      seeds: all episode seeds.
     Returns: one mapping per episode: `seed`, `score` and `turns`, a list of (role, text).
     """
     return [

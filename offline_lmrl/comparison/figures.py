@@ -66,7 +66,7 @@ class Missing(Exception):
 def draw(results: Results) -> tuple[list[Drawing], dict[str, str]]:
     """Draw all figures for which the rows suffice. The same rows give the same bytes.
 
-    Returns: the drawn figures, and title -> reason for every other one.
+    Returns: the drawn figures; and title -> reason for each figure that was not drawn.
     Raises: ModuleNotFoundError without matplotlib.
     """
     import matplotlib
@@ -139,7 +139,7 @@ def _legend(figure: Figure, results: Results, keys: Iterable[Key]) -> None:
 
 
 def _ends(estimates: Sequence[Estimate]) -> np.ndarray:
-    """Return the error bars of n estimates, (2, n): how far each interval reaches below and above its mean.
+    """Return the lengths of the error bars of n estimates, (2, n): below and above each mean.
 
     An estimate without interval gets 0 and 0, so that no bar is drawn.
     """

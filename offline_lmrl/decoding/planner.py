@@ -108,7 +108,7 @@ class Planner:
         self.no_room = False
 
     def say_no_room(self) -> None:
-        """Log a warning, once per planner, that some plans end early because max_length is too small."""
+        """Log a warning, once per planner, that some beams end early because max_length is too small."""
         if not self.no_room:
             self.no_room = True
             logging.getLogger(__name__).warning(
@@ -227,7 +227,11 @@ class PlannerSession:
         return [chosen[row].first for row in rows]
 
     def labels(self, row: int) -> dict[str, Any]:
-        """Return `scores`, the score of the row's chosen plan at each turn, and `planned_tokens`, all tokens drawn."""
+        """Return facts about a row.
+
+        Returns: `scores`, the score of the chosen beam for each reply of the row; and `planned_tokens`, the number of
+          tokens drawn for it, imagined turns included.
+        """
         return {"scores": self.scores.get(row, []), "planned_tokens": self.planned_tokens[row]}
 
     def _best(self, beams: Sequence[_Beam]) -> list[_Beam]:
@@ -245,13 +249,13 @@ class PlannerSession:
         level: int,
         options: Sequence[Sequence[str] | None] | None = None,
     ) -> tuple[list[_Beam], CacheMemory]:
-        """Extend each beam by `expand` sampled utterances and score the results; equal texts give one beam.
+        """Sample `expand` next utterances for each beam; return a new, scored beam for each different text.
 
         Args:
-          beams: the beams to extend.
+          beams: the beams to extend, each by one utterance.
           memory: holds the caches of `beams`.
           level: number of utterances that each beam has already.
-          options: the only texts allowed for the utterances of each beam; None = any text.
+          options: for each beam, the only texts allowed as its next utterance; None = any text.
         Returns: the extended beams, and the memory that holds their caches.
         """
         planner, policy, n = self.planner, self.policy, self.planner.expand

@@ -288,8 +288,9 @@ class Sampler:
         Args:
           head: maps hidden states (N, d) and logits (N, V) of N prompts to a tensor (N, ...).
           prompts: token ids, at least one each.
-          memory: holds caches of earlier calls; those of this call are stored in it. None = no reuse.
-          rows: the key of each prompt in `memory`; None = 0, 1, ... A row under the null condition has the key ~row.
+          memory: holds the caches of earlier calls; those of this call are stored in it. None = no reuse.
+          rows: the key of each prompt in `memory`; None = 0, 1, ... For a prompt under the null condition (no return
+            requested) it is ~row (bitwise not), the key under which `sample` stores the caches of that condition.
         Returns: one number or nested list per prompt.
         """
         run = _DecodingPass(
@@ -471,7 +472,12 @@ class _DecodingPass:
         return self.done
 
     def apply_head(self, head: Callable[[Tensor, Tensor], Tensor]) -> list[Any]:
-        """Return the head's output after every prompt, in the order of the prompts."""
+        """Apply a head to the model's output after the last token of each prompt.
+
+        Args:
+          head: maps hidden states (n, d) and logits (n, V) of n prompts to a tensor (n, ...).
+        Returns: one number or nested list per prompt, in the order of the prompts.
+        """
         found: list[Any] = [None] * len(self.prompts)
         self.cached_tokens = self.cached()
         for chunk in self.chunks():

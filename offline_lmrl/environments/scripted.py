@@ -11,12 +11,12 @@ from offline_lmrl.logs.trajectory import Trajectory, Turn
 def scripted_episode(
     environment: Environment, opening: Sequence[Turn], choose: Callable[[], str], **fields: Any
 ) -> Trajectory:
-    """Play an episode of an environment that was just reset; an episode that is cut keeps its last observation.
+    """Play an episode and return its trajectory; an episode that is cut keeps its last observation.
 
     Args:
-      environment: the environment.
+      environment: an environment that was just reset.
       opening: the turns that its `reset` returned.
-      choose: called without arguments; returns the agent's next text.
+      choose: function without arguments that returns the agent's next text.
       fields: further fields of the trajectory by name, such as group and task.
     """
     turns, ended = list(opening), False
@@ -40,15 +40,19 @@ class Forced:
     It shows how a policy acts after turns that it did not choose, for example turns that earn known rewards.
 
     Args:
-      policy: makes the turns after the fixed ones.
-      texts: the first turns, the same in every episode.
+      policy: the policy that draws the turns after the fixed ones.
+      texts: the texts of the first turns, the same in every episode.
     """
 
     def __init__(self, policy: Policy, texts: Sequence[str]):
         self.policy, self.texts = policy, texts
 
     def start(self, seeds: Sequence[int]) -> Session:
-        """Start a batch of episodes, one row per seed, from which the other policy draws the later turns."""
+        """Start a session for a batch of episodes, one row per seed.
+
+        Args:
+          seeds: the random seed of each row, with which `policy` draws the turns after the fixed ones.
+        """
         return _ForcedSession(self.policy.start(seeds), self.texts)
 
 

@@ -56,7 +56,13 @@ class Estimate(NamedTuple):
 
     @classmethod
     def stored(cls, mean: float, interval: list[float] | None, n: int) -> "Estimate":
-        """Return the estimate of one run from its stored values; `interval` is that of the property `interval`."""
+        """Rebuild the estimate of one run from stored values.
+
+        Args:
+          mean: the mean.
+          interval: [low, high], the value of the property `interval`; None = no interval.
+          n: number of episodes (or of pairs, where the mean is over pairs).
+        """
         low, high = interval or (-math.inf, math.inf)
         return cls(mean, low, high, n)
 
@@ -66,7 +72,7 @@ class Estimate(NamedTuple):
 
     @property
     def sure(self) -> bool:
-        """True if this difference between two methods shows that one is better: several seeds, and 0 is excluded."""
+        """True if this estimate, a difference between two methods, is of several seeds and its interval excludes 0."""
         return self.excludes(0)
 
     def to_text(self, decimals: int) -> str:
@@ -115,7 +121,7 @@ class Cells:
         return cls(tuple(seeds), tuple(clusters), total, count)
 
     def __sub__(self, other: "Cells") -> "Cells":
-        """Return the paired difference self − other: that of the sums in each cell, over the seeds that both have.
+        """Return the paired difference self − other: the difference of the sums in each cell, over common seeds.
 
         Raises: ValueError if the two have different clusters, or different numbers of episodes in a cell.
         """

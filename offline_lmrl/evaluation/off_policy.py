@@ -90,10 +90,12 @@ def importance_sampling(policy: LanguagePolicy, trajectories: Sequence[Trajector
     """Estimate the policy's undiscounted return by weighted importance sampling, with one weight per episode.
 
     Args:
+      policy: the policy to evaluate, π.
       trajectories: logged episodes, sampled with the policy's tokenizer and chat format.
-    Raises: InputError if a trajectory has no agent turn, an agent turn has no behaviour_log_prob for each of the
-      policy's tokens or does not fit into the policy's window, or the agent had to choose from given texts; if the
-      policy is return-conditioned or was trained with few-shot demonstrations; or if π gives all logs probability 0.
+    Raises: InputError if a trajectory has no agent turn or its agent had to choose from given texts. InputError if an
+      agent turn does not fit into the policy's window, or does not have one behaviour_log_prob per token of the
+      policy's tokenizer. InputError if the policy is return-conditioned or was trained with few-shot demonstrations.
+      InputError if all logs have probability 0 under π.
     """
     _require_plain(policy)
     own = [with_own_token_ids(t, policy.renderer.fingerprint).turns for t in trajectories]
@@ -135,10 +137,11 @@ def fitted_q_evaluation(
 
     The input of the heads is the decoder's hidden state and the mean of the token embeddings up to this state, each
     dimension standardised. The embeddings are needed because a policy that acts alike in two states may have the same
-    hidden state in both. Two states in which both inputs agree get the same Q. Context length and discounts are those
-    of the policy's training.
+    hidden state in both. Two states with equal inputs get the same Q. Context length and discounts are those of the
+    policy's training.
 
     Args:
+      policy: the policy to evaluate, π.
       trajectories: logged episodes.
       steps: optimizer steps per fit.
       fits: number of fits. For each, groups of trajectories (`Trajectory.group`) are drawn with replacement.
@@ -229,7 +232,7 @@ class _Logs:
             self.columns[name] = (self.columns[name] - mean) / spread.clamp(min=1e-6)
 
     def drawn(self, groups: Sequence[Hashable], rng: np.random.Generator) -> np.ndarray:
-        """Draw groups with replacement, as many as there are, and return the indices of all their steps, (n,).
+        """Draw as many groups as there are, with replacement; return the indices of all their steps, (n,).
 
         Args:
           groups: group of each trajectory.
@@ -269,7 +272,7 @@ class _Logs:
         Args:
           heads: the fitted heads.
           batch_size: steps per batch.
-        Returns: index of the trajectory -> Σ_a π(a|s) · Q̄(s,a) at its first agent token; and the TD error. Both are in
+        Returns: index of the trajectory -> Σ_a π(a|s) · Q̄(s,a) at its first agent token; and the TD error; both in
           reward units.
         """
         chunks = np.array_split(np.arange(len(self.episode)), -(-len(self.episode) // batch_size))

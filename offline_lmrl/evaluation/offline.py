@@ -37,8 +37,8 @@ CHUNK = 2**24  # largest number of entries in a (states, vocabulary) tensor; lim
 class StepOutputs:
     """Measurements at each of the N agent tokens in logs, in the order of the logs. Arrays are (N,) unless noted.
 
-    q, v and return_to_go are in reward units, minus the reward scale's shift for each scored turn (`RewardScale`; the
-    shift is 0 unless all finished episodes have equally many scored turns).
+    q, v and return_to_go are in reward units. If the policy's reward scale has a shift (`RewardScale`), they count the
+    reward of each scored turn minus the shift.
 
     trajectory: index of the token's trajectory.
     turn: index of the token's turn in that trajectory.
@@ -50,8 +50,8 @@ class StepOutputs:
     return_to_go: return that the log earned from this token on, discounted as in training; NaN if the log was cut.
     kl: (B, N) for B values of β, KL(guided ‖ π) over the vocabulary at the state before the token, in nats; π is at
       the policy's temperature and without filters.
-    changed: (B, N), 1 if the most probable token of the guided policy is another one than that of π, else 0.
-    counts: reason -> number, such as that of agent turns which do not fit into a window.
+    changed: (B, N), 1 if guidance changes the most probable token, else 0.
+    counts: description of a fault -> number of cases, for example of agent turns that do not fit into a window.
     """
 
     trajectory: np.ndarray
@@ -82,8 +82,8 @@ def compute_step_outputs(
       betas: values of β at which guidance is measured; other decoding settings are the policy's. () = none.
       batch_size: windows per forward pass.
       demonstrations: trajectories from which the few-shot demonstrations before each log are drawn, of the log's
-        task. None = the demonstrations with which the policy was loaded; without such, a policy that was trained with
-        demonstrations gets new ones, drawn as in training but for every log, and other policies get none.
+        task. None = the demonstrations with which the policy was loaded. If it was loaded with none, but trained with
+        demonstrations, new ones are drawn for every log as in training; other policies get none.
     Raises: InputError if betas are given for a policy without value heads, if no agent turn fits into a window, or if
       the task of a log has too few demonstrations.
     """
@@ -133,8 +133,10 @@ def few_shot_of_logs(
     """Return the token ids of the few-shot demonstrations before each log, in the order of the logs.
 
     Args:
+      policy: the policy.
       trajectories: the logs.
-      demonstrations: as in `compute_step_outputs`.
+      demonstrations: trajectories from which few-shot demonstrations are drawn; None = those of the policy, see
+        `compute_step_outputs`.
       return_ids_for: function from a trajectory to the ids that encode returns, put before each of its agent turns;
         None = no such ids.
     """
@@ -251,9 +253,9 @@ def decoding_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor, v: Tens
     Filters and temperature are those of `policy.decoding`, applied as in `Sampler.draw`.
 
     Args:
-      logits: as in `acting_log_prob`.
-      q: as in `acting_log_prob`; not used at β 0.
-      v: as in `acting_log_prob`; used only if `policy.decoding` limits the advantage (`clip`).
+      logits: (n, vocabulary), the model's logits at n states.
+      q: (heads, n, vocabulary), in scaled reward units; not used at β 0.
+      v: (n,), in scaled reward units; used only if `policy.decoding` limits the advantage (`clip`).
       beta: weight of value guidance; 0 = none.
     """
     decoding = policy.decoding
@@ -344,7 +346,7 @@ class OfflineReport:
 
     trajectories: number of logs.
     agent_tokens: number of agent tokens evaluated.
-    counts: reason -> number, such as that of agent turns which do not fit into a window.
+    counts: description of a fault -> number of cases, for example of agent turns that do not fit into a window.
     log_prob: mean log π per agent token, in nats, with a 95% interval that treats the tokens of a group as dependent.
     kl_budget: limit for choosing β, in nats per token.
     calibration: result of `calibration`.
@@ -390,11 +392,13 @@ def evaluate_offline(
     """Evaluate a policy on held-out logs: the likelihood, and with value heads calibration, ranking and guidance.
 
     Args:
+      policy: the policy; a return-conditioned one is evaluated with no return requested.
       trajectories: the logs.
       betas: candidates for β; ignored without value heads.
       kl_budget: limit for choosing β, in nats per token.
-      demonstrations: as in `compute_step_outputs`.
-    Raises: InputError as `compute_step_outputs` does.
+      demonstrations: trajectories from which few-shot demonstrations are drawn; None = those of the policy, see
+        `compute_step_outputs`.
+    Raises: InputError if no agent turn fits into a window, or the task of a log has too few demonstrations.
     """
     guided = _has_heads(policy)
     steps = compute_step_outputs(policy, trajectories, betas if guided else (), demonstrations=demonstrations)
@@ -419,7 +423,10 @@ def show(policy: LanguagePolicy, trajectory: Trajectory, demonstrations: Sequenc
     that does not fit into the policy's window is printed without its tokens.
 
     Args:
-      demonstrations: as in `compute_step_outputs`.
+      policy: the policy.
+      trajectory: the logged dialogue.
+      demonstrations: trajectories from which few-shot demonstrations are drawn; None = those of the policy, see
+        `compute_step_outputs`.
     """
     steps = compute_step_outputs(policy, [trajectory], demonstrations=demonstrations)
     lines = [f"return {trajectory.total_return:g}" + ("" if trajectory.terminated else " (partial: the log was cut)")]

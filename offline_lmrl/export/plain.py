@@ -46,13 +46,15 @@ EXAMPLE = (Turn("user", "How are you?"),)
 class Export:
     """The description of a written checkpoint; `str` formats it.
 
+    Returns are divided into ranges, called bins; a return is requested by the special token of its bin.
+
     folder: the checkpoint's folder.
     decoding: the decoding settings that the checkpoint reproduces.
     difference: largest absolute difference between a token's log-probability under the checkpoint and under the run,
       in nats.
     states: number of prefixes (states) at which all log-probabilities were compared.
-    returns: texts of the special tokens for requested returns: first the one for "no return requested", then those of
-      the bins, from the lowest to the highest return. Empty if the run has no reserved ids for returns.
+    returns: texts of the special tokens that request a return: first that for "no return requested", then one per bin,
+      lowest first. Empty if the run requests returns as text or is not return-conditioned.
     readable: True if the exported tokenizer encodes the text of the example prompt to the same ids as in training.
     """
 
@@ -149,7 +151,8 @@ def _check_exportable(
       run: the run, for error messages.
       saved: the run metadata: the settings saved with the model.
       decoding: the decoding settings to reproduce.
-      ask: the requested return that the caller of `export_run` gave; None = none given.
+      ask: the requested return that the caller of `export_run` gave, a number or a name; None = the caller gave no
+        `ask`.
     Raises: InputError that names the setting.
     """
     if ask is not None and "returns" not in saved:
@@ -240,8 +243,10 @@ def _plain_model(model: PreTrainedModel, decoding: DecodingConfig) -> PreTrained
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
-    """Add `count` special tokens to a tokenizer, in place: one for "no return requested", then one per bin of returns.
+    """Add special tokens that request a return to a tokenizer, in place.
 
+    Args:
+      count: number of tokens: one for "no return requested", then one per bin of returns, lowest first.
     Returns: the ids of the new tokens, in this order.
     Raises: InputError if the tokenizer already has a token of one of these names.
     """
@@ -288,13 +293,14 @@ def _set_generation(model: PreTrainedModel, decoding: DecodingConfig, close_id: 
 def _samples(policy: LanguagePolicy, saved: Mapping[str, Any], ids: Sequence[int]) -> list[_Sample]:
     """Return the texts on which the checkpoint is compared with the run, with the run's log-probabilities.
 
-    They are random token ids, some of them ids that request a return, and the example prompt with the run's greedy
-    reply.
+    The first sample holds random token ids, ids that request a return included. The second holds the example prompt
+    with the run's greedy reply.
 
     Args:
       policy: the run.
       saved: the run metadata.
-      ids: the checkpoint's token ids for returns, none first; empty if it has none.
+      ids: ids of the checkpoint's special tokens: the one for "no return requested", then one per bin of returns,
+        lowest first; empty if the checkpoint has no such tokens.
     """
     longest, rows = policy.window.max_length, policy.model.get_input_embeddings().weight.shape[0]
     columns = min([rows, *ids])  # ids below this are ordinary tokens, the same in run and checkpoint
@@ -310,11 +316,12 @@ def _samples(policy: LanguagePolicy, saved: Mapping[str, Any], ids: Sequence[int
 
 
 def _run_log_prob(policy: LanguagePolicy, read: Tensor) -> Tensor:
-    """Return the run's logits after temperature and guidance, without filters, after every prefix, (B·T, vocabulary).
+    """Return the run's logits of the next token for every prefix, with temperature and guidance, without filters.
 
     Args:
       policy: the run.
       read: (B, T) long, token ids of B texts.
+    Returns: (B·T, vocabulary), not normalised.
     """
     decoding, read = policy.decoding, read.to(policy.model.device)
     outputs, hidden = policy.model.forward_with_hidden(
@@ -336,8 +343,9 @@ def _difference(
       folder: folder of the checkpoint.
       policy: the run.
       samples: texts with the run's log-probabilities.
-      rows: number of ordinary token ids of the run; its ids for returns are rows, rows + 1, and so on.
-      ids: the checkpoint's token ids for these returns, in the same order; empty if it has none.
+      rows: number of ordinary token ids of the run; its ids that request a return are rows, rows + 1, and so on.
+      ids: the checkpoint's special token ids that request these returns, in the same order; empty if the checkpoint
+        has no such tokens.
     Raises: InputError if the difference is not below TOLERANCE, or transformers cannot open the checkpoint.
     """
     device, difference = policy.model.device, 0.0
@@ -386,7 +394,8 @@ def _example(
       policy: the run.
       saved: the run metadata.
       tokenizer: the checkpoint's tokenizer.
-      ids: the checkpoint's token ids for returns, none first; empty if it has none.
+      ids: ids of the checkpoint's special tokens: the one for "no return requested", then one per bin of returns,
+        lowest first; empty if the checkpoint has no such tokens.
     Returns: the text; and True if `tokenizer` encodes it to the same ids as in training.
     """
     text = ""

@@ -43,6 +43,7 @@ def describe(comparisons: Sequence[Comparison], features: Mapping[str, Feature] 
     nothing beyond that feature. The entry `checks` counts properties of the data that other tools handle badly.
 
     Args:
+      comparisons: the comparisons.
       features: name -> feature, for further baselines besides those of _FEATURES; None = no others.
     """
     return summary(count_features(comparisons, features))
@@ -53,7 +54,9 @@ def count_features(comparisons: Sequence[Comparison], features: Mapping[str, Fea
 
     If two sets of comparisons share no group, their counts can be added to get the counts of the union.
 
-    Args: see `describe`.
+    Args:
+      comparisons: the comparisons.
+      features: name -> feature, for further baselines besides those of _FEATURES; None = no others.
     """
     pairs = [(row, i, j) for row in comparisons for i, j in combinations(range(len(row.options)), 2)]
     decided = [(row, i, j) for row, i, j in pairs if row.preference(i, j) != 0.5]
@@ -118,10 +121,11 @@ def data_faults(rows: Sequence[Comparison | Trajectory]) -> dict[str, Any]:
 
 
 def baselines(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Return the result of `prefer` for each of _FEATURES, by its name.
+    """Measure, for each feature in _FEATURES, how often the option with more of it is the preferred one.
 
     Args:
       pairs: pairs of options of which one is preferred.
+    Returns: name of the feature -> the result of `prefer`: `wins`, `losses`, `ties`, `accuracy` and `interval`.
     """
     return {name: prefer(pairs, feature) for name, feature in _FEATURES.items()}
 
@@ -150,6 +154,9 @@ def _by_group(pairs: Iterable[Pair]) -> list[list[Pair]]:
 def count_outcomes_per_group(groups: Iterable[Sequence[Pair]], feature: Feature) -> Counter[tuple[int, int, int]]:
     """Count groups of pairs by how many of their pairs win, lose and tie for a feature.
 
+    Args:
+      groups: the pairs of each group.
+      feature: the feature.
     Returns: (wins, losses, ties) -> number of groups. (0, 0, 0) is always a key, so the result is never empty.
     """
     counts = Counter({(0, 0, 0): 0})
@@ -208,7 +215,7 @@ def _effective(groups: Mapping[tuple[int, int, int], int], share: float, pairs: 
 
 
 def _shared_start(first: str, second: str) -> list[str]:
-    """Name the damage that is done to two replies if their longest common prefix, in characters, is taken as prompt.
+    """Name the damage that two replies suffer if their longest common prefix, in characters, is taken as the prompt.
 
     Returns: keys to count: none if the replies share no text at their start; else "inside a reply", and also "inside a
       word" if the cut is within a word of either reply.
@@ -256,7 +263,7 @@ def _check_summary(counts: Counter) -> dict[str, Any]:
 
 
 def merge_repeats(comparisons: Sequence[Comparison], counts: Counter[str]) -> list[Comparison]:
-    """Merge comparisons of the same replies, in any order, to the same context in one group into the first of them.
+    """Merge comparisons that have the same group, context and replies (in any order) into the first of them.
 
     The merged target is the mean of their targets, weighted by `weight`; the merged weight is the sum. A reply that is
     preferred in one comparison and rejected in another thus gets a soft target. The labels of all but the first are
@@ -264,8 +271,9 @@ def merge_repeats(comparisons: Sequence[Comparison], counts: Counter[str]) -> li
     on `labels["strength"]`, the merged comparison has neither.
 
     Args:
-      counts: incremented for each comparison merged into an earlier one, for each of those that orders the replies
-        differently, and for each entry of labels that is left out, under keys that start with "merged: ".
+      comparisons: the comparisons.
+      counts: incremented, under keys that start with "merged: ", for each comparison that is merged into an earlier
+        one, for each of these that orders the replies in another way, and for each entry of labels that is left out.
     """
     together: dict[tuple, list[Comparison]] = {}
     for row in comparisons:

@@ -138,7 +138,7 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def unfreeze_heads(model: nn.Module) -> None:
-    """Make all heads but the target heads, and the return embedding, trainable again after `get_peft_model`."""
+    """Make the return embedding and all heads except the target heads trainable; `get_peft_model` froze them."""
     parts = _parts(model)
     for part in parts.values():
         part.requires_grad_(True)

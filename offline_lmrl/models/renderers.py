@@ -65,17 +65,20 @@ def renderer_of(tokenizer: PreTrainedTokenizerBase, model: nn.Module, where: str
 def training_renderer(
     tokenizer: PreTrainedTokenizerBase, model: nn.Module, template: str, output_dir: str | Path
 ) -> Renderer:
-    """Return the renderer for training, which reuses stored template text, because a template may print the date.
+    """Return the renderer for training, with the template text that earlier training stored, if there is one.
 
-    The text is that of the last checkpoint in `output_dir`; if there is no checkpoint, that of `model`. If neither has
-    one, or if it belongs to another scheme or setting `template`, the text is derived anew.
+    Some templates print today's date, so template text that is derived anew can differ from the stored one. The stored
+    text of the last checkpoint in `output_dir` is used or, without a checkpoint, that of `model`. The text is derived
+    anew if there is no stored one, or if `model` was trained under another scheme, or if the stored text was made with
+    another setting `template`.
 
     Args:
       tokenizer: the model's tokenizer.
       model: the model that training starts from.
-      template: "auto", "assembled" or "plain", as for `Renderer`.
+      template: form of the text: "auto" (by the chat template; plain if the tokenizer has none), "assembled" (the chat
+        template's text around turns, so that later turns only append) or "plain" (one line per turn).
       output_dir: the folder of the training run.
-    Raises: InputError if the checkpoint was made under another rendering scheme.
+    Raises: InputError if the last checkpoint in `output_dir` was made under another scheme.
     """
     start = run_metadata(model.config)
     checkpoint = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None

@@ -19,13 +19,13 @@ from offline_lmrl.ops.shapes import check_shapes
 
 
 def kl_k1(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
-    """Compute k1 = log π(a|s) − log π_ref(a|s), the unbiased estimate of KL(π‖π_ref) from actions of π.
+    """Compute k1 = log π(a|s) − log π_ref(a|s), an unbiased estimate of KL(π‖π_ref) if a was drawn from π.
 
-    Schulman 2020, note on approximating KL divergences.
+    Schulman 2020, "Approximating KL Divergence" (a web page).
 
     Args:
-      log_prob: (N,) log π of the actions taken.
-      ref_log_prob: (N,) log π_ref of the same actions.
+      log_prob: (N,) log π of the actions taken, in nats.
+      ref_log_prob: (N,) log π_ref of the same actions, in nats.
     Returns: (N,) nats; single values may be negative.
     """
     check_shapes("n, n", log_prob, ref_log_prob)
@@ -33,14 +33,15 @@ def kl_k1(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
 
 
 def kl_k3(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
-    """Compute k3 = e^{−k1} − 1 + k1, unbiased like `kl_k1`, never negative, and of lower variance near π = π_ref.
+    """Compute k3 = e^{−k1} − 1 + k1  with  k1 = log π(a|s) − log π_ref(a|s), an estimate of KL(π‖π_ref).
 
-    Schulman 2020, same note. The actions must be those of π, the first argument. The `approx_kl` of PPO is therefore
-    k3 with the policy that acted as the first argument and the updated policy as the second.
+    k3 is unbiased if a was drawn from π, as k1 is. It is never negative, and near π = π_ref it varies less than k1
+    (Schulman 2020, "Approximating KL Divergence", a web page). In PPO's statistic `approx_kl`, π is therefore the
+    policy that chose the actions, and π_ref is the updated policy.
 
     Args:
-      log_prob: (N,) log π of the actions taken.
-      ref_log_prob: (N,) log π_ref of the same actions.
+      log_prob: (N,) log π of the actions taken, in nats.
+      ref_log_prob: (N,) log π_ref of the same actions, in nats.
     Returns: (N,) nats.
     """
     k1 = kl_k1(log_prob, ref_log_prob)

@@ -34,7 +34,10 @@ class Count:
         return (NEXT,)
 
     def step(self, text: str) -> StepResult:
-        """Take the letters of one turn, separated by white space; a wrong number or other letters pay nothing."""
+        """Take the letters of one turn, separated by white space.
+
+        A turn with a wrong number of letters, or with any other text, pays nothing.
+        """
         letters = text.split()
         valid = len(letters) == self.letters and set(letters) <= set(LETTERS)
         reward = float(letters.count(PAID)) if valid else 0.0
@@ -68,18 +71,21 @@ class Count:
         return trajectories
 
     def _shares(self, rng: np.random.Generator) -> Iterable[float]:
-        """Draw the probability p of "g" for each turn; here it is the same in all turns."""
+        """Draw the probability p of "g" of each turn; in Count it is the same in all turns of an episode."""
         return itertools.repeat(rng.random(), self.turns)
 
 
 class Count1(Count):
-    """A Count with one turn of eight letters, such as "a g g b h g c g", which pays 1 for each g."""
+    """A game of one turn of eight letters, such as "a g g b h g c g", which pays 1 for each g; otherwise as Count."""
 
     name, turns, letters = "count1", 1, 8
 
 
 class Talk(Count):
-    """A game of two turns like the turn of Count1. The behaviour policy draws p for each turn anew."""
+    """A game of two turns of eight letters, each played and paid as the turn of Count1: each g pays 1.
+
+    The behaviour policy draws the probability p of "g" anew for each turn.
+    """
 
     name, turns, letters = "talk", 2, 8
 

@@ -161,7 +161,10 @@ class _Dialogue:
             self.invalid += not text
 
     def hear_partner(self, reply: Reply) -> list[Turn]:
-        """Add the partner's turn to the dialogue; return the turns to show the agent, "divide" after a selection."""
+        """Add the partner's turn to the dialogue, and return the turns that the agent sees.
+
+        These are the partner's turn and, if it is the selection, the turn "divide", which asks for a division.
+        """
         self.turns += 1
         text = reply.text.strip()
         # If the length limit ended the turn, its ids lack the closing token. It is then encoded anew from its text,
@@ -249,7 +252,14 @@ class Negotiation:
         return openings
 
     def step(self, rows: Sequence[int], texts: Sequence[str]) -> list[StepResult]:
-        """Play the agent's turns, one text per row: a message, the selection, or, after "divide", a division."""
+        """Play one agent turn in each of these rows.
+
+        Args:
+          rows: indices of episodes, in the order of the seeds that `reset` was given.
+          texts: the agent's turn in each row: a message or `<selection>`; but if the environment's last turn was
+            "divide", a division, such as "take books 0, hats 4, balls 1".
+        Returns: one result per row. An episode ends with the division, for which the agent earns its score.
+        """
         texts = [text.strip() for text in texts]
         selected = set()
         for row, text in zip(rows, texts, strict=True):
@@ -274,7 +284,7 @@ class Negotiation:
         return results
 
     def options(self, row: int) -> list[str] | None:
-        """Return the texts of the possible divisions if the agent's next turn has to be one of them, else None."""
+        """Return the texts of the possible divisions if the agent's next turn has to be a division, else None."""
         dialogue = self.dialogues[row]
         return list(dialogue.options) if dialogue.dividing else None
 
@@ -314,7 +324,7 @@ class Negotiation:
         return _Dialogue(scenario, side, order, [scenario_turn(scenario.counts, scenario.values[1 - side])])
 
     def _ask_partner(self, rows: Sequence[int]) -> dict[int, Reply]:
-        """Return {row: the partner's next turn}; if the partner has to divide, its turn is a possible division."""
+        """Return {row: the partner's next turn}; a turn that has to be a division is one of the possible ones."""
         if not rows:
             return {}
         histories = [self.dialogues[row].partner_history for row in rows]

@@ -72,10 +72,10 @@ class ComparisonDataset(torch.utils.data.Dataset):
         that closes its turn.
       row_offsets: (options + 1,) index of each option's first row, then the number of rows.
       offsets: (comparisons + 1,) index of each comparison's first option, then the number of options.
-      target: (options,) as in `ComparisonBatch`.
-      rank: (options,) as in `ComparisonBatch`.
-      weight: (comparisons,) as in `ComparisonBatch`.
-      strength: (comparisons,) as in `ComparisonBatch`.
+      target: (options,), probability that the option is the best of its comparison, or a trajectory's return.
+      rank: (options,), rank of the option in its comparison, 0 = best.
+      weight: (comparisons,), weight of the comparison in the loss, above 0.
+      strength: (comparisons,), by how much the better option is better; 0 = unknown.
       pad_id: the id that fills shorter rows on the right. Only the attention mask distinguishes padding from tokens.
     """
 
@@ -179,7 +179,16 @@ def encode_scored(
 ) -> ComparisonDataset:
     """Render scored trajectories as comparisons of one option: the turns from the first agent turn on.
 
-    The target of the option is the trajectory's return. Arguments and errors are those of `encode_comparisons`.
+    The target of the option is the trajectory's return.
+
+    Args:
+      window: the limits on turns and tokens of a row.
+      counts: a Counter, updated in place: message -> number of trajectories that were dropped, lost turns or have
+        another fault.
+      processes: number of processes that render in parallel.
+      by_turn: False: one row per trajectory. True: one row per agent turn, after the turns that `window` lets the
+        agent see there.
+    Raises: InputError if no trajectory is left, or if one has no agent turn.
     """
     return _dataset(trajectories, partial(_rated, renderer, window, by_turn), renderer.close_id, counts, processes)
 
@@ -289,7 +298,7 @@ def _dataset(
 def _own_rows(
     comparison: Comparison, renderer: Renderer, window: WindowRule, counts: Counter[str], by_turn: bool = False
 ) -> list[list[Row]] | None:
-    """Apply `encode_options` to a comparison; sampled ids of another tokenizer or template are first removed."""
+    """Apply `encode_options` to a comparison, after removing sampled ids of another tokenizer or template."""
     turns = [
         with_own_token_ids(
             Trajectory((*comparison.context, *option), labels=comparison.labels), renderer.fingerprint
@@ -316,7 +325,7 @@ def encode_options(
       window: the limits on turns and tokens of a row.
       counts: a Counter, updated in place if an option does not fit, the context loses turns or the template prints a
         turn with a fault.
-      by_turn: as for `encode_comparisons`.
+      by_turn: False: one row per option. True: one row per agent turn of an option.
     Returns: one list of rows per option, or None if an option does not fit.
     """
     rows = [[*context, *option] for option in options]
@@ -336,7 +345,8 @@ def encode_options(
     ]
 
 
-# For each row of an option: first turn of the reply, first visible turn after the leading system turns, end of reply.
+# The spans of an option, one per row. A span names the turns of the row by their indices: the first turn of the reply,
+# the first visible turn after the leading system turns, and the turn after the end of the reply.
 _Spans = list[tuple[int, int, int]]
 
 
@@ -347,15 +357,16 @@ def _cut_as_one_turn(
     renderer: Renderer,
     window: WindowRule,
 ) -> list[_Spans] | None:
-    """Return one span per option, each with its whole reply; None if an option does not fit.
+    """Return the spans of each option (see _Spans): one, which holds the whole reply; None if an option does not fit.
 
-    The window is cut as if all options were one next turn, as long as the longest option, so that all options have the
-    same context.
+    All options keep the same turns of the context: those that `window` keeps before the longest option.
 
     Args:
-      rows: per option, the turns of context and reply.
+      rows: for each option, the turns of context and reply.
       encoded: the same turns, encoded.
-      start: number of turns in the context, which is the index at which every reply starts.
+      start: number of turns in the context, and therefore index of the first turn of every reply.
+      renderer: the renderer of the turns.
+      window: the limits on turns and tokens of a row.
     """
     head = leading_system_turns(rows[0][:start])
     before = [turn.longest for turn in encoded[0][:start]]
@@ -372,9 +383,16 @@ def _cut_by_turn(
     renderer: Renderer,
     window: WindowRule,
 ) -> list[_Spans] | None:
-    """Return, for each option, one span per agent turn of its reply, cut like a policy's window.
+    """Return the spans of each option (see _Spans): one per agent turn of its reply; None if such a turn does not fit.
 
-    Returns: the spans, or None if a turn does not fit. Arguments as for `_cut_as_one_turn`.
+    A span holds the turns that a policy with this window rule sees before the agent turn, and that turn as the reply.
+
+    Args:
+      rows: for each option, the turns of context and reply.
+      encoded: the same turns, encoded.
+      start: number of turns in the context, and therefore index of the first turn of every reply.
+      renderer: the renderer of the turns.
+      window: the limits on turns and tokens of a row.
     """
     cuts = []
     for row, turns in zip(rows, encoded, strict=True):
@@ -400,7 +418,12 @@ def _row(
     prints differently once other turns follow gets no actions; `counts` records the number of such turns.
 
     Args:
-      first: the first visible turn after the leading system turns.
+      turns: all turns up to the end of the reply.
+      encoded: the same turns, encoded.
+      start: index of the first turn of the reply.
+      first: index of the first visible turn after the leading system turns.
+      renderer: the renderer of the turns.
+      counts: a Counter, updated in place.
     """
     pieces = renderer.window_ids(turns, encoded, first, len(turns), live=True)
     if turns[-1].role == "assistant":

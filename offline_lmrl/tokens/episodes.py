@@ -52,9 +52,10 @@ class RowKind(IntEnum):
 
 
 class Step(NamedTuple):
-    """One action token. `ActionSteps` (batching.py) explains the fields.
+    """A token that the agent chose, with what is learnt at it. `ActionSteps` (batching.py) explains the other fields.
 
-    next_row_kind and end_row_kind are RowKinds, from which a batch computes next_row and end_row.
+    next_row_kind: the kind (`RowKind`) of the row that holds the next state; a batch turns it into `next_row`.
+    end_row_kind: the kind of the row that holds the state of the closing V; a batch turns it into `end_row`.
     """
 
     state: int

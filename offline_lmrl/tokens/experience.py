@@ -54,6 +54,8 @@ class Experience:
         """Encode trajectories, without further columns.
 
         Args:
+          trajectories: the played episodes.
+          encoder: the encoder that cuts them into windows.
           counts: a Counter, updated in place: message -> number of dropped turns or other faults.
           pad_id: the id that fills shorter rows of a batch.
         """
@@ -77,15 +79,20 @@ class Experience:
         return zip(self.episode.tolist(), turn.tolist(), (state - start).tolist(), strict=True)
 
     def places(self, index: np.ndarray) -> np.ndarray:
-        """Return the positions, among the N steps, of the steps of the windows with these indices."""
+        """Return where the steps of some windows are in arrays of N steps.
+
+        Args:
+          index: (n,) indices of the windows.
+        Returns: the indices of the steps, (m,), in the order of `index`.
+        """
         return places_of(self.windows.flat["state"][1], index)[0]
 
     def keep(self, places: np.ndarray, kept: Tensor) -> None:
         """Store which tokens the sampler's filters kept.
 
         Args:
-          places: (n,) positions of steps among the N steps.
-          kept: (n, V) bool.
+          places: (n,) indices of steps, 0 to N − 1.
+          kept: (n, V) bool, True for a token that the filters kept at this step.
         """
         if self.kept is None:
             self.kept = np.zeros((len(self.episode), -(-kept.shape[1] // 8)), dtype=np.uint8)
@@ -95,8 +102,8 @@ class Experience:
         """Return the tokens that `keep` stored for some steps.
 
         Args:
-          places: (n,) positions of steps among the N steps.
-          vocabulary: V.
+          places: (n,) indices of steps, 0 to N − 1.
+          vocabulary: V, number of tokens of the vocabulary.
         Returns: (n, V) bool; None = all tokens at all steps.
         """
         if self.kept is None:

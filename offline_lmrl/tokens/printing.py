@@ -66,10 +66,11 @@ class Block(NamedTuple):
     agent: the agent's turn.
     around: n + 1 texts, before, between and after the results.
     quoted: True if the contents of results are printed as JSON strings.
-    strips: the white space that the template removes on the left and on the right of a result's content.
+    strips: two texts, the white-space characters that the template removes on the left of a result's content, and
+      those that it removes on the right.
     dropped: True if the template does not print results at all.
-    follows: for an agent's turn directly after the results, the generation prompt and the text before the agent's
-      words; None = the usual ones.
+    follows: how an agent's turn directly after the results begins, as two texts: its generation prompt, and the whole
+      text before the agent's words. None = as any other agent's turn.
     """
 
     agent: TurnText
@@ -168,7 +169,7 @@ class Printer:
 
         Args:
           prompt: True: add the generation prompt.
-          before: text put directly before the generation prompt, such as that of a requested return.
+          before: text put directly before the generation prompt, such as the text of a requested return.
         """
         ours = self.preamble(turns) + "".join(text for _, form in self.dialogue(turns, prompt) for _, text in form)
         if not prompt:
@@ -352,8 +353,8 @@ class Printer:
         Args:
           turn: the first turn.
           tools: the tool results that follow it; empty unless `turn` is the agent's.
-        Returns: the texts of all these turns; and, for an agent's turn directly after them, the generation prompt and
-          the text before the agent's words, or None if these are the usual ones.
+        Returns: the texts of all these turns; and how an agent's turn directly after them begins, as
+          `Block.follows` describes it.
         """
         block = None
         if tools and self._stock is not None:
@@ -537,8 +538,8 @@ class Printer:
         Args:
           turn: the agent's turn with the call.
           tool: the result, whose content is a probe.
-        Returns: True if the content is printed as a JSON string; and the white space that it loses on the left and on
-          the right.
+        Returns: True if the content is printed as a JSON string; and a pair of the white-space characters that the
+          content loses on the left, and on the right.
         """
         user, word = Turn("user", probe(0)), tool.content
         plain = self._stock.turns([user, turn, tool], True)
@@ -639,7 +640,8 @@ def cells() -> tuple[tuple[str, str, tuple[Turn, ...], bool], ...]:
 
     The fingerprint of a renderer covers the texts printed for them, so a change here must raise SCHEME (rendering.py).
 
-    Returns: kind (as in `Printer.mismatches`), name, turns, and True if the generation prompt is added, of each.
+    Returns: for each dialogue, its kind (one of those that `Printer.mismatches` lists), its name, its turns, and True
+      if the generation prompt is added.
     """
     user, agent, more, again = (Turn(role, _word(i)) for i, role in enumerate(("user", "assistant") * 2))
     third, system = Turn("user", _word(4)), Turn("system", _word(5))

@@ -47,8 +47,9 @@ class LoopTrainer:
     """The base class of trainers that run their own loop and generate their data.
 
     A subclass has to:
-    - call `set_up(module, policy, average)` in its constructor, with the nn.Module that is trained; it contains the
-      policy's model, for example together with a value head;
+    - call `set_up(module, policy, average)` in its constructor: `module` holds all trained parameters, `policy` is the
+      part of it that is saved (`module` may also hold a value head, for example), and `average` is True to keep
+      averaged weights;
     - run the loop in `train`, one iteration (playing and learning) after another;
     - save and restore its extra state in `state_dict` and `load_state_dict`;
     - draw random numbers that depend only on the seed and the iteration, so that training resumes exactly.
@@ -57,7 +58,7 @@ class LoopTrainer:
       args: the settings.
       processing_class: the tokenizer.
       policy: the model that plays. If it was trained before, its run metadata decide how dialogues become tokens.
-      find_unused_parameters: True if some losses do not reach all parameters (as in DistributedDataParallel).
+      find_unused_parameters: True if some losses do not reach all parameters; DistributedDataParallel needs to know.
     """
 
     algorithm = ""
@@ -175,9 +176,12 @@ class LoopTrainer:
         return missing(checkpoint, ["trained.safetensors", *average, "optimizer.pt", "loop.json"])
 
     def begin(self, checkpoint: str | Path | None) -> None:
-        """Load a checkpoint, if one is given, and remove leftovers of training that went further than this checkpoint.
+        """Load a checkpoint, if one is given, and remove the rows of metrics that were written after it.
 
-        Rows of metrics that were written after it are dropped; with None, all rows.
+        A checkpoint that a killed process left half written is removed, too.
+
+        Args:
+          checkpoint: folder of the checkpoint; None = start anew, without the rows of metrics of earlier training.
         """
         if checkpoint is not None:
             self.load(Path(checkpoint))
@@ -206,7 +210,11 @@ class LoopTrainer:
     # Saving.
 
     def saves(self, last: bool) -> bool:
-        """True if a checkpoint is due after this iteration; `last`: True if it is the last iteration of the run."""
+        """Return True if a checkpoint is due after this iteration.
+
+        Args:
+          last: True if this is the last iteration of the run.
+        """
         return self.args.save_strategy == "steps" and (last or self.iteration % int(self.args.save_steps) == 0)
 
     def save_checkpoint(self) -> None:
