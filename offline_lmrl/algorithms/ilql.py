@@ -96,10 +96,10 @@ class ILQLConfig(OfflineConfig):
         0.0,
         "Weight of the losses of the heads that score whole replies (for reranking); 0 = no such heads.",
     )
-    beta: float = setting(4.0, "Weight of value guidance in decoding.")
+    beta: float = setting(4.0, "Weight of value guidance in decoding (saved with the run).")
     q_reduce: Literal["min", "mean", "first"] = setting(
         "min",
-        "Reduction over the twin Q heads in decoding: min, mean or first (saved with the run) (saved with the run).",
+        "Reduction over the twin Q heads in decoding: min, mean or first (saved with the run).",
     )
     support: float = setting(
         0.02,
