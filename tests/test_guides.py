@@ -76,7 +76,7 @@ def test_the_algorithm_of_the_guide_learns(examples, tmp_path):
 
 
 def test_every_algorithm_and_what_pages_name_is_importable_from_the_package():
-    names = {name for _, *pair in ALGORITHMS.values() for name in pair}
+    names = {name for algorithm in ALGORITHMS.values() for name in (algorithm.config, algorithm.trainer)}
     names |= {
         "make_environment",
         "relabel_trajectories",

@@ -1,17 +1,38 @@
 """The algorithms, all of them offline except ppo. A new one needs a file in this folder and a line in `ALGORITHMS`."""
 
 from importlib import import_module
+from typing import Literal, NamedTuple
 
 from offline_lmrl.errors import InputError, shown
 
-# name -> module, config class, trainer class; modules are imported when an algorithm is used
+
+class Algorithm(NamedTuple):
+    """An algorithm by the names of its parts, which are imported when it is used.
+
+    module: its module in this folder.
+    config: the config class.
+    trainer: the trainer class.
+    trains_values: its runs have value heads.
+    value_model: use of the run in the setting `value_model`: "learns" from its Q and V, or "starts" V from its trunk;
+      None = the algorithm has no such setting.
+    """
+
+    module: str
+    config: str
+    trainer: str
+    trains_values: bool = False
+    value_model: Literal["learns", "starts"] | None = None
+
+
 ALGORITHMS = {
-    "bc": ("behaviour_cloning", "BCConfig", "BCTrainer"),
-    "ilql": ("ilql", "ILQLConfig", "ILQLTrainer"),
-    "return_conditioned": ("return_conditioned", "ReturnConditionedConfig", "ReturnConditionedTrainer"),
-    "awr": ("awr", "AWRConfig", "AWRTrainer"),
-    "ppo": ("ppo", "PPOConfig", "PPOTrainer"),
-    "reward_model": ("reward_model", "RewardModelConfig", "RewardModelTrainer"),
+    "bc": Algorithm("behaviour_cloning", "BCConfig", "BCTrainer"),
+    "ilql": Algorithm("ilql", "ILQLConfig", "ILQLTrainer", trains_values=True),
+    "return_conditioned": Algorithm(
+        "return_conditioned", "ReturnConditionedConfig", "ReturnConditionedTrainer", value_model="learns"
+    ),
+    "awr": Algorithm("awr", "AWRConfig", "AWRTrainer", value_model="learns"),
+    "ppo": Algorithm("ppo", "PPOConfig", "PPOTrainer", value_model="starts"),
+    "reward_model": Algorithm("reward_model", "RewardModelConfig", "RewardModelTrainer"),
 }
 
 
@@ -25,6 +46,6 @@ def load_algorithm(name: str) -> tuple[type, type]:
     """
     if name not in ALGORITHMS:
         raise InputError(f"algorithm: found {shown(name)}, expected one of {', '.join(ALGORITHMS)}")
-    module, config, trainer = ALGORITHMS[name]
-    loaded = import_module(f"{__name__}.{module}")
-    return getattr(loaded, config), getattr(loaded, trainer)
+    algorithm = ALGORITHMS[name]
+    loaded = import_module(f"{__name__}.{algorithm.module}")
+    return getattr(loaded, algorithm.config), getattr(loaded, algorithm.trainer)

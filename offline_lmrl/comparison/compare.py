@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -32,7 +32,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from offline_lmrl.algorithms import load_algorithm
+from offline_lmrl.algorithms import ALGORITHMS, load_algorithm
 from offline_lmrl.comparison.config import ELSEWHERE, CollectConfig, CompareConfig, MethodConfig, build
 from offline_lmrl.comparison.page import write_report
 from offline_lmrl.comparison.provenance import provenance
@@ -269,9 +269,11 @@ class _Comparison:
         """
         method = self.config.methods[name]
         sources = {"value_model": method.value_model, "planner.scorer": method.scorer, "decoding.ask": method.asks}
+        if method.run_of is None and ALGORITHMS[method.algorithm].value_model == "starts":
+            del sources["value_model"]  # only the trunk is taken
         for key, source in sources.items():
             start = source
-            while start is not None and "value_heads" not in _fields(self.config.methods[start].algorithm):
+            while start is not None and not ALGORITHMS[self.config.methods[start].algorithm].trains_values:
                 start = self.config.methods[start].start_from
             if source is not None and start is None:
                 where = f"methods.{name}.{key}"
@@ -530,7 +532,7 @@ class _Comparison:
         model = build(ModelConfig, merged["model"], f"{where}.model.")
         args = {**merged["args"], "output_dir": str(folder), "seed": seed}
         if getattr(method, "value_model", None) is not None:
-            if "value_model" not in _fields(method.algorithm):
+            if ALGORITHMS[method.algorithm].value_model is None:
                 raise InputError(
                     f"{where}.value_model: found {shown(method.value_model)}, expected none: "
                     f"{method.algorithm} takes no value model"
@@ -545,7 +547,7 @@ class _Comparison:
     def betas(self, name: str) -> tuple[float, ...]:
         """Return the candidates for β of a method; () if its algorithm trains no value heads."""
         method = self.config.methods[name]
-        if "value_heads" not in _fields(method.algorithm):
+        if not ALGORITHMS[method.algorithm].trains_values:
             return ()
         return self.config.evaluation.betas if method.betas is None else method.betas
 
@@ -990,11 +992,6 @@ def _logs(source: str, reward: str | None) -> list[Trajectory]:
     if holds_comparisons(source):
         return to_trajectories(read_comparisons(source))
     return read_trajectories(source, reward=reward)
-
-
-def _fields(algorithm: str) -> set[str]:
-    """Return the field names of an algorithm's config class."""
-    return {field.name for field in fields(load_algorithm(algorithm)[0])}
 
 
 def _collects(method: Any) -> bool:

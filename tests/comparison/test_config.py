@@ -1,7 +1,10 @@
 import re
 
 import pytest
+from rich.console import Console
 
+from offline_lmrl.cli.data import config_path
+from offline_lmrl.comparison.compare import _Comparison
 from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.errors import InputError
 
@@ -157,3 +160,16 @@ def test_a_file_that_is_no_mapping_is_an_input_error(tmp_path, content, message)
 def test_a_missing_file_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="nowhere.yaml: found No such file"):
         CompareConfig.read(tmp_path / "nowhere.yaml")
+
+
+def test_ppo_may_start_its_values_from_a_model_without_heads_but_nothing_learns_from_one():
+    path = config_path("maze/quickstart")
+    _Comparison(CompareConfig.read(path, {"methods.ppo.value_model": "bc"}), Console()).check_settings()
+    awr = {"methods.awr": {"algorithm": "awr", "from": "bc", "value_model": "bc"}}
+    with pytest.raises(InputError, match="methods.awr.value_model: found 'bc', which has no value heads"):
+        _Comparison(CompareConfig.read(path, awr), Console()).check_settings()
+    bc = {"methods.filtered_bc.value_model": "ilql"}
+    with pytest.raises(
+        InputError, match="filtered_bc.value_model: found 'ilql', expected none: bc takes no value model"
+    ):
+        _Comparison(CompareConfig.read(path, bc), Console()).check_settings()
