@@ -42,7 +42,7 @@ from offline_lmrl.training.trainer import OfflineTrainer
 
 @dataclass
 class AWRConfig(OfflineConfig):
-    """The settings of AWR. A number in square brackets in a help text is the paper's value."""
+    """The settings of AWR; square brackets hold the paper's value."""
 
     value_model: str | None = setting(
         None,

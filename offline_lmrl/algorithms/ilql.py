@@ -46,7 +46,7 @@ from offline_lmrl.training.trainer import KNOWN_TURN, OfflineTrainer, TargetUpda
 
 @dataclass
 class ILQLConfig(OfflineConfig):
-    """The settings of ILQL. A number in square brackets in a help text is the value in the paper's code.
+    """The settings of ILQL; square brackets hold the value in the paper's code.
 
     `beta`, `q_reduce`, `support`, `candidates` and `clip` are decoding settings: they are saved with the run and used
     when it plays.

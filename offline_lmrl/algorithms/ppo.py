@@ -91,7 +91,7 @@ SUMS = ("episodes", "environment_steps", "reward_queries", "generated_tokens", "
 
 @dataclass
 class PPOConfig(OfflineConfig):
-    """The settings of PPO. A number in square brackets in a help text is OpenAI's value (Ziegler et al. 2019).
+    """The settings of PPO; square brackets hold OpenAI's value (Ziegler et al. 2019).
 
     Of the inherited settings, PPO uses context, stride, max_length, template, reward_scale (a plain divisor, 1 if not
     given), output_dir, seed, max_steps, per_device_train_batch_size, learning_rate, lr_scheduler_type,

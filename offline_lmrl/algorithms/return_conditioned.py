@@ -57,7 +57,7 @@ TABLE_RATE = 10.0  # learning rate of the return table, as a multiple of the mod
 
 @dataclass
 class ReturnConditionedConfig(OfflineConfig):
-    """The settings of return conditioning. A number in square brackets in a help text is the paper's value.
+    """The settings of return conditioning; square brackets hold the paper's value.
 
     A model that was already trained with returns keeps its return bins and its way of encoding returns. The settings
     `bins`, `binning`, `per`, `discount_per_turn`, `condition` and `text` then have no effect on either.

@@ -84,7 +84,7 @@ Rows = Sequence[Comparison] | Sequence[Trajectory]
 
 @dataclass
 class RewardModelConfig(BaseConfig):
-    """The settings of a reward model. A number in square brackets in a help text is a paper's value."""
+    """The settings of a reward model; square brackets hold a paper's value."""
 
     head: Literal["terminal", "turn", "token"] = setting(
         "terminal",
