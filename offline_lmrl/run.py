@@ -97,9 +97,10 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """The data, each a file, folder or hub name: scored trajectories or, for a reward model, comparisons of replies.
+    """The data, each a file, a folder or a hub name.
 
-    A reward model with `loss: regression` learns from scored trajectories, too.
+    They are scored trajectories; for a reward model they are comparisons of replies, but scored trajectories with
+    `loss: regression`.
     """
 
     train: str | None = setting(None, "Data to learn from; null = no logs, for ppo, which plays in an environment.")
