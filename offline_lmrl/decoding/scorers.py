@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -467,12 +467,24 @@ def _value_heads(run: str, of: str = "advantage", device: str | None = None) -> 
     return ValueHeadsScorer(require_no_few_shot(load_value_model(run, device=device)), of)
 
 
-# kind -> a function that makes the scorer; `_setting` checks the type of each parameter by its name
+def _likelihood(run: str, mean: bool = False, device: str | None = None) -> LikelihoodScorer:
+    return LikelihoodScorer(LanguagePolicy.load(run, device=device), mean)
+
+
+def _reward_model(run: str, device: str | None = None) -> RewardModel:
+    return RewardModel.load(run, device=device)
+
+
+def _python(function: str) -> FunctionScorer:
+    return FunctionScorer(import_object(function, "scorer.function"), function)
+
+
+# kind -> a function that makes the scorer; `_setting` checks each parameter by its annotation
 KINDS: dict[str, Callable[..., Scorer]] = {
-    "reward_model": lambda run, device=None: RewardModel.load(run, device=device),
-    "likelihood": lambda run, mean=False, device=None: LikelihoodScorer(LanguagePolicy.load(run, device=device), mean),
+    "reward_model": _reward_model,
+    "likelihood": _likelihood,
     "value_heads": _value_heads,
-    "python": lambda function: FunctionScorer(import_object(function, "scorer.function"), function),
+    "python": _python,
     "regex": regex_rule,
     "rule": RuleScorer,
     "ensemble": Ensemble,
@@ -504,15 +516,16 @@ def load_scorer(spec: str | Path | Mapping[str, Any]) -> Scorer:
     found = spec.get("kind") if isinstance(spec, Mapping) else spec
     if not isinstance(found, str) or found not in KINDS:
         raise InputError(f"scorer.kind: found {shown(found)}, expected one of {', '.join(KINDS)}")
-    given = {name: value for name, value in spec.items() if name != "kind"}
-    parameters = inspect.signature(KINDS[spec["kind"]]).parameters
+    make, given = KINDS[found], {name: value for name, value in spec.items() if name != "kind"}
+    parameters = inspect.signature(make, eval_str=True).parameters
     for name in given:
         if name not in parameters:
-            raise InputError(f"scorer: {spec['kind']} has no setting {shown(name)}, expected {', '.join(parameters)}")
+            raise InputError(f"scorer: {found} has no setting {shown(name)}, expected {', '.join(parameters)}")
     for name, parameter in parameters.items():
         if name not in given and parameter.default is parameter.empty:
-            raise InputError(f"scorer.{name}: missing, {spec['kind']} needs it")
-    made = KINDS[spec["kind"]](**{name: _setting(name, value, parameters[name]) for name, value in given.items()})
+            raise InputError(f"scorer.{name}: missing, {found} needs it")
+    types = {name: parameter.annotation for name, parameter in parameters.items()}
+    made = make(**{name: _setting(f"scorer.{name}", value, types[name]) for name, value in given.items()})
     made.origin = origin
     return made
 
@@ -526,33 +539,32 @@ def _without_paths(spec: Any) -> Any:
     return str(spec) if isinstance(spec, Path) else spec
 
 
-def _setting(name: str, value: Any, parameter: inspect.Parameter) -> Any:
-    """Check a value of a specification and convert it to what the scorer takes, such as nested scorers.
-
-    A parameter name has the same meaning in all kinds.
+def _setting(where: str, value: Any, kind: Any) -> Any:
+    """Check a value of a specification and convert it to what the scorer takes, such as a nested scorer.
 
     Args:
-      name: the parameter's name.
+      where: the setting's name, the start of every error message.
       value: the value in the specification.
-      parameter: the parameter in the signature of the kind's function.
-    Raises: InputError if the value is of another type than the parameter.
+      kind: the annotation of the parameter: str, bool, int, float, Scorer, a Sequence of one of these, or one of all
+        these that may be None.
+    Raises: InputError if the value is of another type.
     """
-    where = f"scorer.{name}"
-    if value is None and parameter.default is None:
-        return None
-    if name in ("preference", "scorer"):
+    parts = get_args(kind)
+    if type(None) in parts:
+        (kind,) = (part for part in parts if part is not type(None))
+        return None if value is None else _setting(where, value, kind)
+    if get_origin(kind) is Sequence:
+        return [_setting(where, one, parts[0]) for one in require_list(where, value)]
+    if kind is Scorer:
         return load_scorer(value)
-    if name in ("scorers", "rules"):
-        return [load_scorer(one) for one in require_list(where, value)]
-    if name == "weights":
-        return [finite(where, one) for one in require_list(where, value)]
-    if name in ("k", "average", "floor", "threshold"):
+    if kind is bool and not isinstance(value, bool):
+        raise InputError(f"{where}: found {shown(value)}, expected true or false")
+    if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
+        raise InputError(f"{where}: found {shown(value)}, expected a whole number")
+    if kind is float:
         return finite(where, value)
-    if name in ("mean", "must"):
-        if not isinstance(value, bool):
-            raise InputError(f"{where}: found {shown(value)}, expected true or false")
-        return value
-    require_text(where, value)
+    if kind is str:
+        require_text(where, value)
     return value
 
 

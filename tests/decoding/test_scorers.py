@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import yaml
 
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.scorers import (
+    KINDS,
     TOO_LONG,
     Ensemble,
     FunctionScorer,
@@ -34,6 +36,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.offline import compute_step_outputs
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.preferences import to_trajectories
+from offline_lmrl.logs.protocols import Scorer
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import add_value_heads, build_model
 from offline_lmrl.models.renderers import rendering_block
@@ -450,3 +453,22 @@ def test_what_is_no_sum_over_turns_is_earned_where_it_is_added():
     turns = [Turn("user", "say it"), Turn("assistant", "up"), Turn("user", "on"), Turn("assistant", "up")]
     (made,) = relabel_trajectories([Trajectory(tuple(turns))], FunctionScorer(lambda context, option: -1.5), "turn")
     assert [turn.reward for turn in made.turns if turn.is_trainable] == [-1.5, 0.0]
+
+
+def long_enough(words: int, scorers: Sequence[Scorer], names: Sequence[str] = ()) -> FunctionScorer:
+    return FunctionScorer(lambda context, option: float(len(option[-1].content.split()) >= words))
+
+
+def test_a_new_kind_is_typed_by_its_annotations(monkeypatch):
+    monkeypatch.setitem(KINDS, "long_enough", long_enough)
+    inner = [{"kind": "regex", "pattern": "x"}]
+    scorer = load_scorer({"kind": "long_enough", "words": 2, "scorers": inner, "names": ["a"]})
+    assert scorer.score(ASKED, said("up", "up and left")).tolist() == [0.0, 1.0]
+    for wrong, message in (
+        ({"words": "2", "scorers": inner}, "scorer.words: found '2', expected a whole number"),
+        ({"words": True, "scorers": inner}, "scorer.words: found True, expected a whole number"),
+        ({"words": 2, "scorers": [3]}, "scorer.kind: found 3"),
+        ({"words": 2, "scorers": inner, "names": [4]}, "scorer.names: found 4, expected text"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_scorer({"kind": "long_enough", **wrong})
