@@ -281,36 +281,24 @@ def resolved_config(
     )
 
 
-def input_hashes(
-    model: ModelConfig,
-    rows: Rows,
-    validation: Rows | None,
-    demonstrations: str | None = None,
-    reference: str | None = None,
-    value_model: str | None = None,
-) -> dict[str, str | None]:
+def input_hashes(model: ModelConfig, rows: Rows, validation: Rows | None, args: BaseConfig) -> dict[str, str | None]:
     """Hash the inputs that a run names by path, so that a changed input is noticed when the run is resumed.
 
     Args:
       model: the origin of the model.
       rows: the training data.
       validation: the validation data; None = no validation.
-      demonstrations: file, folder or hub name of few-shot demonstrations; None = there are none.
-      reference: file, folder or hub name of the replies on which a reward model is normalised; None = there are none.
-      value_model: folder or hub name of the run whose values this run learns from, or from which PPO's V starts; None
-        = there is none.
-    Returns: input -> sha256, with the keys "train", "validation" and "start_weights", and "demonstrations",
-      "reference" and "value_weights" if these are given. None = no validation data, or no weights in a local folder.
+      args: the algorithm's settings, which may name further data and a run (`named_data`, `named_run`).
+    Returns: input -> sha256, with the keys "train", "validation" and "start_weights", the names of further data, and
+      "value_weights" if the settings name a run. None = no validation data, or no weights in a local folder.
     """
     found = {
         "train": data_hash(rows),
         "validation": None if validation is None else data_hash(validation),
         "start_weights": weights_hash(model.path),
     }
-    for name, source in (("demonstrations", demonstrations), ("reference", reference)):
-        if source is not None:
-            found[name] = data_hash(read_trajectories(source))
-    return found if value_model is None else found | {"value_weights": weights_hash(value_model)}
+    found |= {name: data_hash(read_trajectories(source)) for name, source in args.named_data.items()}
+    return found if args.named_run is None else found | {"value_weights": weights_hash(args.named_run)}
 
 
 def weights_hash(folder: str | None) -> str | None:
@@ -323,21 +311,6 @@ def weights_hash(folder: str | None) -> str | None:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def value_model_of(args: BaseConfig) -> str | None:
-    """Return the folder or hub name in the setting `value_model`: a model whose values this run learns or starts from.
-
-    None if there is none, as for PPO with V from the policy or a copy of it.
-    """
-    name = getattr(args, "value_model", None)
-    return None if name in getattr(args, "own_value_models", ()) else name
-
-
-def demonstrations_of(args: BaseConfig) -> str | None:
-    """Return the file, folder or hub name of few-shot demonstrations; None = none, or those of the training data."""
-    few_shot = getattr(args, "few_shot", None)
-    return few_shot and few_shot.demonstrations
 
 
 def run_there(folder: Path, config: dict[str, Any]) -> Literal["none", "same", "shorter"]:
@@ -419,8 +392,7 @@ def train(
     counts: Counter[str] = Counter()
     rows, validation = read_data(algorithm, data, args, counts)
     config = resolved_config(algorithm, model, data, args, environment) | dict(settings or {})
-    reference, value_model = getattr(args, "reference", None), value_model_of(args)
-    config["input_hashes"] = input_hashes(model, rows, validation, demonstrations_of(args), reference, value_model)
+    config["input_hashes"] = input_hashes(model, rows, validation, args)
     if run_there(folder, config) == "same" and (folder / COMPLETE).exists():
         if args.should_save:
             sweep(folder)  # a process that was killed after complete.json may have left temporary files
@@ -448,7 +420,7 @@ def train(
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(folder))
         if trainer.args.should_save:
-            before = runs_before(model.path, value_model, *scorer_runs(data.preference))
+            before = runs_before(model.path, args.named_run, *scorer_runs(data.preference))
             report = {
                 **trainer.costs(),
                 **trainer.outcome(),

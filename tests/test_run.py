@@ -173,10 +173,9 @@ def test_other_demonstrations_under_the_same_path_are_another_run(tmp_path):
     args = BCConfig(output_dir=str(tmp_path), few_shot=FewShotConfig(demonstrations=path), use_cpu=True)
     for n in (1, 2):
         write_trajectories(path, logs(n))
-        shown = run.demonstrations_of(args)
-        found.append(run.input_hashes(ModelConfig(scratch=SCRATCH), logs(2), None, shown))
+        found.append(run.input_hashes(ModelConfig(scratch=SCRATCH), logs(2), None, args))
     assert found[0].pop("demonstrations") != found[1].pop("demonstrations") and found[0] == found[1]
-    assert run.demonstrations_of(BCConfig(output_dir=str(tmp_path), use_cpu=True)) is None
+    assert BCConfig(output_dir=str(tmp_path), use_cpu=True).named_data == {}
 
 
 PAIRS = [

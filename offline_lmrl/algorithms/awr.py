@@ -62,6 +62,10 @@ class AWRConfig(OfflineConfig):
         check_range(self, inverse_temperature=(0, 1e6), weight_clip=(1e-6, 1e6))
         super().__post_init__()
 
+    @property
+    def named_run(self) -> str | None:
+        return self.value_model
+
 
 def awr_loss(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: AWRConfig) -> tuple[Tensor, Tensor]:
     """Compute the loss and the weight of each of N action tokens (tokens that the agent wrote).

@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -99,8 +99,6 @@ class PPOConfig(OfflineConfig):
     save_strategy, save_steps, save_total_limit, bf16, use_cpu and disable_tqdm. per_device_train_batch_size is the
     number of windows per forward pass and changes no gradient.
     """
-
-    own_value_models: ClassVar[tuple[str, ...]] = ("shared", "copy")  # values of value_model that name no run
 
     max_steps: int = setting(
         200,
@@ -244,6 +242,10 @@ class PPOConfig(OfflineConfig):
         if decoding.temperature == 0:
             raise InputError("decoding.temperature: found 0, expected above 0: greedy play explores nothing")
         super().__post_init__()
+
+    @property
+    def named_run(self) -> str | None:
+        return None if self.value_model in ("shared", "copy") else self.value_model
 
     @property
     def play(self) -> DecodingConfig:

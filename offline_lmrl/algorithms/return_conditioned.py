@@ -165,6 +165,10 @@ class ReturnConditionedConfig(OfflineConfig):
         DecodingConfig(**decoding_fields(self))  # checks the ranges
         super().__post_init__()
 
+    @property
+    def named_run(self) -> str | None:
+        return self.value_model
+
 
 def decoding_fields(config: ReturnConditionedConfig) -> dict[str, Any]:
     """Return the fields of DecodingConfig that are saved with the run, by name."""

@@ -160,6 +160,10 @@ class RewardModelConfig(BaseConfig):
             raise InputError("binarise: found true with loss: regression, expected a loss for comparisons")
         super().__post_init__()
 
+    @property
+    def named_data(self) -> dict[str, str]:
+        return super().named_data | ({} if self.reference is None else {"reference": self.reference})
+
 
 def pairs_loss(score: Tensor, batch: Mapping[str, Tensor], config: RewardModelConfig) -> Tensor:
     pairs = known_pairs(batch["target"], batch["rank"], batch["comparison"])

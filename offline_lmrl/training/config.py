@@ -95,6 +95,16 @@ class BaseConfig(TrainingArguments):
     def window(self) -> WindowRule:
         return WindowRule(self.context, self.stride, self.max_length)
 
+    @property
+    def named_data(self) -> dict[str, str]:
+        """The data that these settings name besides training and validation data: name -> file, folder or hub name."""
+        return {}
+
+    @property
+    def named_run(self) -> str | None:
+        """The folder or hub name of the run whose values this one learns from or starts from; None = there is none."""
+        return None
+
 
 @dataclass
 class OfflineConfig(BaseConfig):
@@ -115,6 +125,11 @@ class OfflineConfig(BaseConfig):
                 f"({self.max_length}), which holds the demonstrations and the window after them"
             )
         super().__post_init__()
+
+    @property
+    def named_data(self) -> dict[str, str]:
+        shown = self.few_shot and self.few_shot.demonstrations  # None = those of the training data
+        return super().named_data | ({"demonstrations": shown} if shown else {})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, as TrainingArguments does; `few_shot` becomes a dict or None."""

@@ -26,7 +26,7 @@ from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context
 from offline_lmrl.models.guided import build_model
 from offline_lmrl.models.reward_model import build_reward_model, load_reward_model
 from offline_lmrl.ops.policy_gradient import adaptive_kl_weight, tensorflow_adam_eps
-from offline_lmrl.run import DataConfig, ModelConfig, input_hashes, train, value_model_of, weights_hash
+from offline_lmrl.run import DataConfig, ModelConfig, input_hashes, train, weights_hash
 from offline_lmrl.tasks.gamble import Gamble
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 
@@ -596,11 +596,10 @@ def test_v_starts_at_the_score_of_a_reward_model_where_that_is_read(tmp_path, he
 
 def test_v_learns_on_from_a_reward_model_and_from_a_copy_of_the_policy_starts_at_0(tmp_path):
     reward = reward_run(tmp_path / "reward")
-    found = input_hashes(ModelConfig(path="x"), [], None, value_model=reward)
-    assert found["value_weights"] == weights_hash(reward) is not None
-    assert value_model_of(PPOConfig(output_dir=str(tmp_path), use_cpu=True)) is None
+    assert PPOConfig(output_dir=str(tmp_path), use_cpu=True).named_run is None
     run = from_reward(tmp_path, reward)
-    assert value_model_of(run.args) == reward
+    found = input_hashes(ModelConfig(path="x"), [], None, run.args)
+    assert found["value_weights"] == weights_hash(reward) is not None
     start = {name: p.detach().clone() for name, p in run.trained.items()}
     assert sum(name.startswith("value_trunk") for name in start) > 10
     run.train()

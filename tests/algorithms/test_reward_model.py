@@ -248,7 +248,7 @@ def test_scores_of_the_replies_of_reference_are_normalised(tmp_path, normalise):
     assert_close(found.mean(), torch.tensor(0.0), atol=1e-4, rtol=0)
     assert (abs(found.std(correction=0) - 1) < 1e-4) == (normalise == "standard")
     assert abs((scores(made, batch_of(made)) + bias).mean()) > 1e-3
-    found = run.input_hashes(ModelConfig(path="x"), RULE, None, reference=str(tmp_path / "said.jsonl"))
+    found = run.input_hashes(ModelConfig(path="x"), RULE, None, made.args)
     assert found["reference"] == run.data_hash(read_trajectories(tmp_path / "said.jsonl"))
     with pytest.raises(InputError, match="reference: found a source with normalise: none"):
         config(tmp_path, reference="x", normalise="none")
