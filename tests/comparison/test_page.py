@@ -251,6 +251,21 @@ def test_text_of_logs_is_shown_as_it_is_and_commands_no_terminal(tmp_path, plain
     assert r" a\|&lt;b&gt;\u001b[1m " in text
 
 
+def test_no_value_of_the_rows_acts_as_markup_or_as_part_of_a_template(tmp_path, plain):
+    mark = "<script>x</script>{{ 7 * 7 }}{% raw %}"
+    text = json.dumps(results())
+    for name in ("gamble", "ilql", "labels only", "max_steps", "offline-lmrl compare", "2.7", "12ab", "user", "over"):
+        text = text.replace(name, name + mark)
+    report = write_report(write(tmp_path, json.loads(text)))
+    page = Page()
+    page.feed((report / "report.html").read_text())
+    assert page.open == [] and "script" not in page.tags
+    for name in ("report.md", "report.html"):
+        text = (report / name).read_text().replace("\\*", "*")
+        shown = text.count("&lt;script&gt;x&lt;/script&gt;{{ 7 * 7 }}{% raw %}")
+        assert "<script" not in text and shown == text.count("{{") and shown > 50
+
+
 def test_dialogues_stand_side_by_side_behind_the_turns_they_share(drawn):
     text = (drawn / "report.md").read_text().partition("# Ten fixed dialogues")[2]
     episode = text.partition("### Episode 77")[2].partition("## Configuration")[0]
