@@ -363,9 +363,16 @@ def test_a_figure_with_a_single_point_is_not_drawn(tmp_path):
 
 
 def test_a_requested_return_that_all_settings_share_is_drawn_against_what_they_achieved(tmp_path):
-    rows = [run("asked", 0), run("asked", 0, "greedy", score=1.0, cells=[["a", 2.0, 2], ["b", 2.0, 2]])]
+    less = {"labels": {"ask": 2.0}, "score": 1.0, "cells": [["a", 2.0, 2], ["b", 2.0, 2]]}
+    rows = [run("asked", 0), run("asked", 0, "greedy", **less)]
     report = write_report(write(tmp_path, [results()[0], *rows]))
     assert (report / "figures" / "asked.svg").exists()  # its axes have the same limits, which are wide enough
+
+
+def test_rounding_errors_of_a_kl_give_no_axis(tmp_path):
+    rows = [run("bc", 0, kl=1e-9), run("ilql", 0, kl=3e-8)]
+    found = reasons((write_report(write(tmp_path, [results()[0], *rows])) / "report.md").read_text())
+    assert found["Return against √KL"].endswith("“√KL(decoding ‖ policy), √nats per episode” is 0 everywhere.")
 
 
 def test_play_that_all_methods_had_alike_gives_no_axis_of_play(tmp_path):
