@@ -37,7 +37,7 @@ Turn = Sequence[str]  # (role, text)
 def page_contents(
     results: Results, drawings: Sequence[Drawing], missing: Mapping[str, str], origin: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the values that templates/page.jinja shows, by the names that it uses.
+    """Return the values that templates/page.j2 shows, by the names that it uses.
 
     Args:
       results: the rows.

@@ -1,8 +1,8 @@
 """The report of a comparison: one page as Markdown and as HTML, its figures, and a manifest of its origin.
 
 Everything is made from the rows of results.jsonl, which is copied into the report; the same rows give the same bytes.
-contents.py computes the values that the page shows, and templates/page.jinja holds its text; report.md.jinja and
-report.html.jinja define how headings, tables and so on are written in each format.
+contents.py computes the values that the page shows, and templates/page.j2 holds its text; report.md.j2 and
+report.html.j2 define how headings, tables and so on are written in each format.
 """
 
 import json
@@ -86,7 +86,7 @@ def render(name: str, values: Mapping[str, Any]) -> str:
     environment.filters["columns"] = columns_of
     for filter_ in (one_line, quoted, markdown_table, code, inline_svg):
         environment.filters[filter_.__name__] = lambda value, finished=filter_: Markup(finished(value))
-    text = environment.get_template(f"{name}.jinja").render(values)
+    text = environment.get_template(f"{name}.j2").render(values)
     if name == "report.html":
         return text
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"  # macros of several lines leave more blank lines than one
