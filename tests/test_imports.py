@@ -2,6 +2,7 @@
 
 import configparser
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +66,18 @@ def test_every_folder_of_modules_is_installed():
     folders = {path.parent for package in ("offline_lmrl", "data_prep") for path in (ROOT / package).rglob("*.py")}
     in_tree = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert set(setup["options"]["packages"].split()) == in_tree | {"offline_lmrl.configs"}
+
+
+def test_every_file_beside_the_modules_is_installed():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    folders = {package: ROOT / package.replace(".", "/") for package in setup["options"]["packages"].split()}
+    folders["offline_lmrl.configs"] = ROOT / "configs"
+    installed = {
+        path
+        for package, patterns in setup["options.package_data"].items()
+        for pattern in re.split(r",\s*", patterns.strip())
+        for path in folders[package].glob(pattern)
+    }
+    files = {path for path in (ROOT / "offline_lmrl").rglob("*") if path.is_file()}
+    assert {path for path in files if path.suffix not in (".py", ".pyc")} <= installed

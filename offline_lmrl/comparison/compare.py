@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import traceback
 from collections import defaultdict
@@ -36,7 +37,7 @@ from offline_lmrl.algorithms import ALGORITHMS, load_algorithm
 from offline_lmrl.comparison.config import ELSEWHERE, CollectConfig, CompareConfig, MethodConfig, build
 from offline_lmrl.comparison.page import write_report
 from offline_lmrl.comparison.provenance import provenance
-from offline_lmrl.comparison.report import read_results, table
+from offline_lmrl.comparison.report import read_results, table, terminal_table
 from offline_lmrl.comparison.rounds import train_in_rounds
 from offline_lmrl.decoding.planner import Planner, PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
@@ -70,6 +71,7 @@ CURVE = ("environment_steps", "reward_queries", "score", "kl")  # metrics of a r
 CURVE_POINTS = 50
 TEMPERATURES = {"sampled": {}, "greedy": {"temperature": 0.0}}
 PLANNED = "planned"
+TABLE_WIDTH = 100  # columns of the printed table, at most; a file that output is redirected to has no width of its own
 
 Row = dict[str, Any]
 
@@ -80,11 +82,12 @@ def run_compare(
     prepare: Callable[[Mapping[str, Any]], object] | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Train and measure all that a comparison still lacks, then write its report and print its table.
+    """Train and measure all that a comparison still lacks, then write its report and print a table.
 
-    The folder `config.output` then holds results.jsonl (report.py describes its rows), table.md, config.json,
-    episodes/ (files with one row per episode), samples/ (ten dialogues per setting, from the same episodes for every
-    method), runs/ (the trained models) and report/ (page.py describes its files).
+    The table on the terminal has the most important columns; table.md and the report have all. The folder
+    `config.output` then holds results.jsonl (report.py describes its rows), table.md, config.json, episodes/ (files
+    with one row per episode), samples/ (ten dialogues per setting, from the same episodes for every method), runs/
+    (the trained models) and report/ (page.py describes its files).
 
     Args:
       config: the comparison.
@@ -121,9 +124,9 @@ def _compare(comparison: "_Comparison") -> Path:
         comparison.measure_side_by_side()
     else:
         comparison.measure_one_by_one()
-    drawn = table(comparison.rows)
-    write_text(comparison.folder / "table.md", visible(drawn) + "\n")
-    Console().print(visible(drawn), markup=False, highlight=False, soft_wrap=True)
+    write_text(comparison.folder / "table.md", visible(table(comparison.rows)) + "\n")
+    width = min(TABLE_WIDTH, shutil.get_terminal_size((TABLE_WIDTH, 24)).columns)
+    Console(width=width).print(terminal_table(comparison.rows))
     page = write_report(comparison.folder) / "report.html"
     comparison.raise_failures()
     return page

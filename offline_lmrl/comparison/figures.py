@@ -2,7 +2,8 @@
 
 A `Key` (report.py) is a method with a way of decoding and of choosing β, the weight of value guidance; its runs are
 the rows of its training seeds. Colour shows the method, the shape of a marker the decoding; a hollow marker is a β
-chosen by returns. If no row has a number that a figure needs, the report prints this reason instead of the figure.
+chosen by returns. If no row has a number that a figure needs, or if the figure would be a single point or values that
+are practically equal, the report prints this reason instead of the figure.
 """
 
 import io
@@ -24,6 +25,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8
            "#a00000", "#00a6a6", "#66a61e", "#e7298a", "#b07aa1", "#9c755f", "#4e79a7", "#f28e2b")  # fmt: skip
 FEW_KEYS = 8  # a matrix with more rows has no space for numbers in its fields
 MARKERS = {"sampled": "o", "greedy": "s", "planned": "^"}
+SAME = 0.005  # axes whose values differ by less than this share of the largest have ticks such as 6.994 and 7.004
+NO_KL = 1e-6  # nats; log-probabilities in fp32 that should be equal give a KL up to this size
 WIDTH = 4.4  # inches; narrow, so that the text is readable on a phone
 STYLE = {
     "font.size": 9,
@@ -60,7 +63,7 @@ class Drawing:
 
 
 class Missing(Exception):
-    """Raised if the rows lack what a figure needs; the message says what, for the report."""
+    """Raised if the rows lack what a figure needs or if it would show nothing; the message is the reason to print."""
 
 
 def draw(results: Results) -> tuple[list[Drawing], dict[str, str]]:
@@ -76,11 +79,38 @@ def draw(results: Results) -> tuple[list[Drawing], dict[str, str]]:
         for name, (title, plot) in FIGURES.items():
             try:
                 figure, caption = plot(results)
+                _check_shows_something(figure)
             except Missing as reason:
                 missing[title] = str(reason)
                 continue
             drawings.append(Drawing(name, title, caption, *_files(figure)))
     return drawings, missing | NEVER
+
+
+def _check_shows_something(figure: Figure) -> None:
+    """Check that the axes hold several points, and that the values along each axis that has a label differ.
+
+    Error bars and the lines of `_level` count as values, because a score can be compared with them; if the limits of
+    an axis were set, as where both axes have the same ones, they count instead.
+
+    Args:
+      figure: a finished figure with one pair of axes. A matrix, which draws no markers and labels no axis, passes.
+    Raises: Missing.
+    """
+    (axes,) = figure.axes
+    lines = [line.get_xydata() for line in axes.lines if line.get_transform() is axes.transData]  # no reference lines
+    points = {tuple(point) for line in lines for point in line if np.isfinite(point).all()}
+    if len(points) == 1:
+        raise Missing("it would show a single point")
+    x = axes.get_xlabel(), axes.dataLim.intervalx if axes.get_autoscalex_on() else axes.get_xlim()
+    y = axes.get_ylabel(), axes.dataLim.intervaly if axes.get_autoscaley_on() else axes.get_ylim()
+    for label, (low, high) in (x, y):
+        if not label or high - low > SAME * max(abs(low), abs(high)):
+            continue
+        least, most = (short(end) if end >= 1000 else f"{end:.4g}" for end in (low, high))
+        if least == most:
+            raise Missing(f"“{label}” is {least} everywhere")
+        raise Missing(f"“{label}” is nearly the same everywhere: from {least} to {most}")
 
 
 def _files(figure: Figure) -> tuple[str, bytes]:
@@ -216,8 +246,10 @@ def _track(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
 
 
 def _root(kl: float | None) -> float:
-    """Return √KL; 0 for a negative estimate, which sampling can give, and NaN for None."""
-    return math.nan if kl is None else math.sqrt(max(kl, 0.0))
+    """Return √KL; 0 for an estimate that is negative, which sampling can give, or a rounding error; NaN for None."""
+    if kl is None:
+        return math.nan
+    return math.sqrt(kl) if kl > NO_KL else 0.0
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -288,10 +320,13 @@ def return_against_play(name: str, results: Results) -> tuple[Figure, str]:
         points = [row for row in run.get("curve") or () if row[name] > 0]
         thin = {"color": colours(results)[run["method"]], "linewidth": 0.9, "alpha": 0.6}
         axes.plot([row[name] for row in points], [row["score"] for row in points], **thin)
-    _count_scale(axes, nowhere)
-    axes.axvline(least / 2, color="#8a9199", linewidth=0.8)
+    divided = 0 in costs  # else nothing is left of the divider, and an axis with one count would look like two
+    _count_scale(axes, nowhere if divided else None)
+    if divided:
+        axes.axvline(least / 2, color="#8a9199", linewidth=0.8)
+    logs = "Left of the vertical line: methods that learnt from logs alone. " if divided else ""
     return figure, (
-        "Large markers: the score in this evaluation. Left of the vertical line: methods that learnt from logs alone. "
+        f"Large markers: the score in this evaluation. {logs}"
         f"Thin lines, one per training seed: the score of the episodes played in training. {LEVELS}"
     )
 

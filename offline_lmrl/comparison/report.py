@@ -20,13 +20,17 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.metrics import Cells, Estimate
 from offline_lmrl.logs.files import reading
+from offline_lmrl.logs.terminal import visible
 from offline_lmrl.logs.trajectory import shown
 from offline_lmrl.renamed import current
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FEW_SEEDS = 5  # with fewer, intervals over seeds are wide, so the mean of every seed is printed too
 COLUMNS = ("method", "decoding", "score [95%]", "beta", "per seed", "normalised")
@@ -88,7 +92,7 @@ def _check_row(row: Any, where: str) -> None:
 
 
 def table(results: str | Path | Sequence[Row]) -> str:
-    """Return the results as a Markdown table, aligned for terminals.
+    """Return the results as a Markdown table with all columns, which are aligned.
 
     Its lines are the mean return of the training data, the optimum, each method and setting over its seeds, and the
     published results. The score is the mean over seeds and episodes with its 95% interval (evaluation/metrics.py). The
@@ -102,6 +106,39 @@ def table(results: str | Path | Sequence[Row]) -> str:
     """
     rows = read_results(results) if isinstance(results, str | Path) else results
     return markdown(table_lines(Results(rows)))
+
+
+def terminal_table(rows: Sequence[Row]) -> "Table":
+    """Return the results as a table for a terminal: the lines of `table` with its most important columns only.
+
+    Scores of 10 and more have one decimal, others two; the line then fits 100 columns. In a narrower terminal, and if
+    a name or a list of βs is long, cells are wrapped, not cut.
+
+    Args:
+      rows: rows of results.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    results = Results(rows)
+    decimals = 1 if any(abs(estimate.mean) >= 10 for estimate in results.estimates.values()) else 2
+    lines = [_fixed_line(row, (), decimals) for row in results.of("behaviour", "optimum")]
+    lines += [_terminal_line(key, results, decimals) for key in results.groups]
+    # Of a published result without a score, only labels are known, which this table does not have.
+    lines += [_fixed_line(row, (), decimals) for row in results.of("published") if row.get("score") is not None]
+    columns = ("method", "decoding", "β", "score [95%]", f"minus {results.shown['baseline']}", "cost")
+    columns = [name for name in columns if any(line.get(name) for line in lines)]
+    caption = "Cost is that of training. All columns are in table.md and in the report."
+    if any(estimate.seeds == 1 for estimate in results.estimates.values()):
+        caption += " With one training seed, an interval describes that run."
+    drawn = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
+    # The remark on cut logs in the first line is the longest text; wrapped like this, it leaves space for intervals.
+    widest = max([18, *(len(key.method) for key in results.groups)])
+    for name in columns:
+        drawn.add_column(Text(visible(name)), overflow="fold", max_width=widest if name == "method" else None)
+    for line in lines:
+        drawn.add_row(*(Text(visible(line.get(name, ""))) for name in columns))
+    return drawn
 
 
 class Key(NamedTuple):
@@ -162,6 +199,19 @@ class Results:
             return None
         return (mine - theirs).estimate()
 
+    def against_baseline(self, key: Key) -> Estimate | None:
+        """Return the mean score of the key minus that of the baseline, paired by training seed and episodes.
+
+        The baseline is taken under the same decoding and choice of β, else without guidance, else in sampled play.
+        None for the baseline itself, and if the two share no training seed.
+        """
+        baseline = self.shown["baseline"]
+        alike = ((baseline, key.decode, key.chosen), (baseline, key.decode, None), (baseline, "sampled", None))
+        rivals = [self.cells[other] for other in alike if other in self.cells]
+        if key.method == baseline or not rivals or not set(self.cells[key].seeds) & set(rivals[0].seeds):
+            return None
+        return (self.cells[key] - rivals[0]).estimate()
+
     @cached_property
     def wins(self) -> dict[str, dict[tuple[Key, Key], Estimate]]:
         """The share of episodes in which one method and setting, a, scores higher than another one, b.
@@ -202,9 +252,8 @@ def _wins(mine: Sequence[Row], theirs: Sequence[Row]) -> Iterator[tuple[Any, Any
 
 def table_lines(results: Results) -> list[Line]:
     """Return the lines of the table that `table` describes, in the same order."""
-    shown, labels = results.shown, results.shown["labels"]
-    lines = [_fixed_line(row, labels) for row in results.of("behaviour", "optimum")]
-    lines += [_method_line(key, runs, results.cells, shown) for key, runs in results.groups.items()]
+    lines = [_fixed_line(row, results.shown["labels"]) for row in results.of("behaviour", "optimum")]
+    lines += [_method_line(key, results) for key in results.groups]
     return lines + [_fixed_line(row, None) for row in results.of("published")]
 
 
@@ -212,18 +261,18 @@ def _cells(runs: Iterable[Row]) -> Cells:
     return Cells.summed((run["seed"], cluster, total, count) for run in runs for cluster, total, count in run["cells"])
 
 
-def _fixed_line(row: Row, labels: Collection[str] | None) -> dict[str, str]:
+def _fixed_line(row: Row, labels: Collection[str] | None, decimals: int = 2) -> Line:
     """Return the table line of a row of kind behaviour, optimum or published, without the columns it has no value for.
 
     Args:
       row: the row.
       labels: names of the labels that become columns; None = all.
+      decimals: decimals of the score.
     """
     line = {"method": f"{row['method']} (published)" if row["kind"] == "published" else row["method"]}
     if row.get("score") is not None:
-        line["score [95%]"] = f"{row['score']:.2f}"
-        if row.get("interval"):
-            line["score [95%]"] += f" [{row['interval'][0]:.2f}, {row['interval'][1]:.2f}]"
+        score = Estimate.stored(row["score"], row.get("interval"), 0)
+        line["score [95%]"] = score.to_text(decimals) if score.interval else f"{score.mean:.{decimals}f}"
     if row.get("normalised") is not None:
         line["normalised"] = f"{row['normalised']:.1f}"
     return line | {name: f"{value:.3g}" for name, value in _chosen(row["labels"], labels).items()}
@@ -233,24 +282,35 @@ def _chosen(labels: Mapping[str, float], names: Collection[str] | None) -> dict[
     return {name: value for name, value in labels.items() if names is None or name in names}
 
 
-def _method_line(key: tuple, runs: Sequence[Row], cells: Mapping[tuple, Cells], shown: Row) -> dict[str, str]:
-    method, decode, chosen = key
-    mine = cells[key]
-    line = {"method": method, "decoding": decode, "score [95%]": str(mine.estimate())}
-    if chosen is not None:
-        betas = [f"{run['beta']:g}" for run in runs]
-        line["beta"] = f"{betas[0] if len(set(betas)) == 1 else '/'.join(betas)} ({chosen})"
+def _betas(key: Key, runs: Sequence[Row]) -> str:
+    betas = [f"{run['beta']:g}" for run in runs]
+    return f"{betas[0] if len(set(betas)) == 1 else '/'.join(betas)} ({key.chosen})"
+
+
+def _terminal_line(key: Key, results: Results, decimals: int) -> Line:
+    runs = results.groups[key]
+    line = {"method": key.method, "decoding": key.decode, "score [95%]": results.estimates[key].to_text(decimals)}
+    if key.chosen is not None:
+        line["β"] = _betas(key, runs)
+    if difference := results.against_baseline(key):
+        line[f"minus {results.shown['baseline']}"] = f"{difference.to_text(decimals)}{'*' * difference.sure}"
+    line["cost"] = f"{short(_mean(run['cost']['training_tokens'] for run in runs))} tokens"
+    if steps := _mean(run["cost"].get("environment_steps", 0) for run in runs):
+        line["cost"] += f", {short(steps)} steps"
+    return line
+
+
+def _method_line(key: Key, results: Results) -> Line:
+    runs, mine, shown = results.groups[key], results.cells[key], results.shown
+    line = {"method": key.method, "decoding": key.decode, "score [95%]": str(results.estimates[key])}
+    if key.chosen is not None:
+        line["beta"] = _betas(key, runs)
     if 1 < len(mine.seeds) < FEW_SEEDS:
         line["per seed"] = " ".join(f"{mean:.2f}" for mean in mine.per_seed().values())
     if runs[0]["normalised"] is not None:
         line["normalised"] = f"{_mean(run['normalised'] for run in runs):.1f}"
-    baseline = shown["baseline"]
-    # the baseline under the same decoding, else without guidance, else in sampled play
-    alike = ((baseline, decode, chosen), (baseline, decode, None), (baseline, "sampled", None))
-    rivals = [cells[other] for other in alike if other in cells]
-    if method != baseline and rivals and set(mine.seeds) & set(rivals[0].seeds):
-        difference = (mine - rivals[0]).estimate()
-        line[f"minus {baseline}"] = f"{difference}{'*' * difference.sure}"
+    if difference := results.against_baseline(key):
+        line[f"minus {shown['baseline']}"] = f"{difference}{'*' * difference.sure}"
     labels = [_chosen(run["labels"], shown["labels"]) for run in runs]
     for name in dict.fromkeys(name for means in labels for name in means):
         line[name] = f"{_mean(means[name] for means in labels if name in means):.3g}"

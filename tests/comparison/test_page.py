@@ -35,6 +35,7 @@ MADE = {"command": "offline-lmrl compare gamble", "commit": None, "versions": {"
 MADE["machine"] = {"cores": 2}
 # What every episode of a seed scores: all alike, so that every interval is a point.
 SCORES = {"bc": 1.0, "ilql": 3.0, "asked": 1.5, "ppo": 3.0}
+READ = {"bc": 615_000, "ilql": 1_230_000, "asked": 1_845_000, "ppo": 1_230_000}  # training tokens
 TURNS = [["user", "safe or <gamble>?"], ["assistant", "safe & sound"], ["environment", "over"]]
 
 
@@ -45,16 +46,17 @@ def run(method, seed, decode="sampled", chosen=None, **changes):
     row = {
         "kind": "run", "method": method, "algorithm": "bc", "seed": seed, "decode": decode, "beta": 4.0,
         "beta_chosen": chosen, "betas_tried": tried if chosen == "returns" else None, "score": score, "n": 4,
-        "normalised": None, "labels": {"ask": 2.0} if method == "asked" else {}, "turns": 2.0, "tokens": 10.0,
+        "normalised": None, "turns": 2.0, "tokens": 12.0 if method == "ilql" else 10.0,
+        "labels": {"ask": {"sampled": 2.0, "greedy": 1.0}[decode]} if method == "asked" else {},
         "invalid_rate": 0.0, "regime": "environment" if method == "ppo" else "labels only",
         "cells": [["a", 2 * score, 2], ["b", 2 * score, 2]], "scores": [[score] * 2, [score] * 2],
         "kl": 0.5 if decode == "sampled" else None,
-        "calibration": [{"q": 1.0, "return_to_go": 2.0, "n": 5}] if chosen == "offline" else None,
+        "calibration": [{"q": q, "return_to_go": 2 * q, "n": 5} for q in (1.0, 2.0)] if chosen == "offline" else None,
         "curve": [{"environment_steps": s, "reward_queries": s, "score": 2.0, "kl": 1.0} for s in (0, 100, 500)]
         if method == "ppo" else [],
         "samples": [{"seed": 77, "score": score, "turns": TURNS}] if seed == 0 else [],
-        "cost": {"training_tokens": 1_230_000, "training_seconds": 61.0, "generated_tokens": 40, "selection_tokens": 0,
-                 **play},
+        "cost": {"training_tokens": READ[method], "training_seconds": 61.0, "generated_tokens": 40,
+                 "selection_tokens": 0, **play},
         "made": MADE,
         "config": {"environment": CONFIG["environment"], "data": {"train": "12ab"}, "partner": None,
                    "evaluation": CONFIG["evaluation"], "method": [{"algorithm": "bc", "args": {"max_steps": 7}}]},
@@ -249,6 +251,21 @@ def test_text_of_logs_is_shown_as_it_is_and_commands_no_terminal(tmp_path, plain
     assert r" a\|&lt;b&gt;\u001b[1m " in text
 
 
+def test_no_value_of_the_rows_acts_as_markup_or_as_part_of_a_template(tmp_path, plain):
+    mark = "<script>x</script>{{ 7 * 7 }}{% raw %}"
+    text = json.dumps(results())
+    for name in ("gamble", "ilql", "labels only", "max_steps", "offline-lmrl compare", "2.7", "12ab", "user", "over"):
+        text = text.replace(name, name + mark)
+    report = write_report(write(tmp_path, json.loads(text)))
+    page = Page()
+    page.feed((report / "report.html").read_text())
+    assert page.open == [] and "script" not in page.tags
+    for name in ("report.md", "report.html"):
+        text = (report / name).read_text().replace("\\*", "*")
+        shown = text.count("&lt;script&gt;x&lt;/script&gt;{{ 7 * 7 }}{% raw %}")
+        assert "<script" not in text and shown == text.count("{{") and shown > 50
+
+
 def test_dialogues_stand_side_by_side_behind_the_turns_they_share(drawn):
     text = (drawn / "report.md").read_text().partition("# Ten fixed dialogues")[2]
     episode = text.partition("### Episode 77")[2].partition("## Configuration")[0]
@@ -300,6 +317,71 @@ def test_rows_without_the_numbers_of_a_figure_leave_it_out_with_the_reason(tmp_p
     ):
         assert reason in text
     assert "Ten fixed dialogues" not in text and "Made by" not in text
+
+
+def reasons(text):
+    """Title -> reason of the figures that a page in Markdown says were not drawn."""
+    below = text.partition("## Figures not drawn")[2].partition("\n## ")[0]
+    return dict(line.removeprefix("- ").split(": ", 1) for line in below.strip().splitlines())
+
+
+def spread(low, high):
+    """Rows of BC and ILQL that generate `low` and `high` tokens per answer, and whose other numbers differ plainly."""
+    rows = [run("bc", 0), run("ilql", 0, chosen="offline")]
+    return [results()[0], *(row | {"turns": 1.0, "tokens": n} for row, n in zip(rows, (low, high), strict=True))]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "reason"),
+    [
+        (7.0, 7.0, "“generated tokens per answer” is 7 everywhere."),
+        (7.0, 7.0 + 1e-9, "“generated tokens per answer” is 7 everywhere."),
+        (6.995, 7.003, "“generated tokens per answer” is nearly the same everywhere: from 6.995 to 7.003."),
+        (6.9, 7.0, None),
+    ],
+)
+def test_a_figure_whose_axis_has_nearly_equal_values_is_not_drawn(low, high, reason, tmp_path):
+    report = write_report(write(tmp_path, spread(low, high)))
+    assert reasons((report / "report.md").read_text()).get("Return against generated tokens per answer") == reason
+    assert (report / "figures" / "generated_tokens.svg").exists() == (reason is None)
+    assert (report / "figures" / "training_tokens.svg").exists()
+
+
+def test_a_figure_with_a_single_point_is_not_drawn(tmp_path):
+    bins = [{"q": 1.0, "return_to_go": 2.0, "n": 5}]
+    report = write_report(write(tmp_path, [*results()[:3], run("ilql", 0, chosen="offline", calibration=bins)]))
+    found = reasons((report / "report.md").read_text())
+    titles = [title for title, reason in found.items() if reason == "it would show a single point."]
+    assert titles == [
+        "Score per method",
+        "Return against √KL",
+        "Return against training tokens",
+        "Return against generated tokens per answer",
+        "Calibration of Q",
+    ]
+    assert not (report / "figures").exists()
+
+
+def test_a_requested_return_that_all_settings_share_is_drawn_against_what_they_achieved(tmp_path):
+    less = {"labels": {"ask": 2.0}, "score": 1.0, "cells": [["a", 2.0, 2], ["b", 2.0, 2]]}
+    rows = [run("asked", 0), run("asked", 0, "greedy", **less)]
+    report = write_report(write(tmp_path, [results()[0], *rows]))
+    assert (report / "figures" / "asked.svg").exists()  # its axes have the same limits, which are wide enough
+
+
+def test_rounding_errors_of_a_kl_give_no_axis(tmp_path):
+    rows = [run("bc", 0, kl=1e-9), run("ilql", 0, kl=3e-8)]
+    found = reasons((write_report(write(tmp_path, [results()[0], *rows])) / "report.md").read_text())
+    assert found["Return against √KL"].endswith("“√KL(decoding ‖ policy), √nats per episode” is 0 everywhere.")
+
+
+def test_play_that_all_methods_had_alike_gives_no_axis_of_play(tmp_path):
+    played = [run("ppo", 0, curve=[]) for _ in range(2)]
+    played[1] |= {"method": "rloo", "score": 1.0, "cells": [["a", 2.0, 2], ["b", 2.0, 2]]}
+    report = write_report(write(tmp_path, [results()[0], *played]))
+    found = reasons((report / "report.md").read_text())
+    assert found["Return against environment steps"] == "“environment steps” is 500 everywhere."
+    assert found["Return against reward queries"] == "“reward queries” is 400 everywhere."
 
 
 def changed(row, **config):

@@ -1,8 +1,9 @@
 import json
 
 import pytest
+from rich.console import Console
 
-from offline_lmrl.comparison.report import table
+from offline_lmrl.comparison.report import table, terminal_table
 from offline_lmrl.errors import InputError
 
 COMPARISON = {"kind": "comparison", "baseline": "bc", "labels": None}
@@ -108,6 +109,55 @@ def test_behaviour_optimum_and_published_rows_stand_around_the_methods():
     assert [line["method"] for line in columns(text)] == ["behaviour", "optimum", "bc", "RL (published)"]
     assert [line["agreement"] for line in columns(text)] == ["0.8", "", "0.75", "0.899"]
     assert columns(text)[0]["score [95%]"] == "5.00 [4.00, 6.00]" and "side" not in text
+
+
+def printed(rows, width=100):
+    """Lines of the table as a terminal of this width shows them."""
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(terminal_table(rows))
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+def test_the_table_of_the_terminal_has_the_columns_that_decide():
+    cost = {"training_tokens": 1_234_567, "training_seconds": 60.0, "generated_tokens": 900, "environment_steps": 500}
+    rows = [
+        COMPARISON,
+        {"kind": "behaviour", "method": "behaviour", "score": 0.5, "interval": [0.25, 0.75], "labels": {"side": 0.3}},
+        *(run("bc", seed, [["a", 1.0, 1], ["b", 1.0, 1]]) for seed in (0, 1)),
+        *(run("ilql", seed, [["a", 3.0, 1], ["b", 3.0, 1]], beta=4.0, chosen="offline", cost=cost) for seed in (0, 1)),
+        {"kind": "published", "method": "RL", "score": 7.1, "labels": {}},
+        {"kind": "published", "method": "of labels alone", "labels": {"side": 0.5}},
+    ]
+    assert printed(rows) == [
+        "method          decoding  β            score [95%]        minus bc            cost",
+        "behaviour                              0.50 [0.25, 0.75]",
+        "bc              sampled                1.00 [1.00, 1.00]                      1.23M tokens",
+        "ilql            sampled   4 (offline)  3.00 [3.00, 3.00]  2.00 [2.00, 2.00]*  1.23M tokens, 500",
+        "                                                                              steps",
+        "RL (published)                         7.10",
+        "Cost is that of training. All columns are in table.md and in the report.",
+    ]
+
+
+def test_the_table_of_the_terminal_fits_and_cuts_no_text():
+    cells = [["a", -50.0, 1], ["b", -120.0, 1]]
+    name, wide = "return_conditioned_from_ilql_with_a_long_name", "a name wider than a terminal " * 4
+    rows = [
+        COMPARISON,
+        {"kind": "behaviour", "method": "behaviour (85% of the logs are cut)", "score": -44.2, "labels": {}},
+        run("bc", 0, cells),
+        *(run(method, 0, cells, beta=16.0, chosen="returns") for method in (name, wide, "\x1b[2J[bold]")),
+    ]
+    for width in (100, 80):
+        lines = printed(rows, width)
+        assert max(map(len, lines)) <= width
+        column = lines[0].index("decoding")
+        methods = "".join(line[:column].strip() for line in lines[1:])
+        for text in (name, wide.replace(" ", ""), "behaviour(85%ofthelogsarecut)", "\\u001b[2J[bold]"):
+            assert text in methods.replace(" ", "")
+    assert "-85.0 [-529.7, 359.7]" in " ".join(printed(rows, 200))  # t of two clusters: 12.706 · 35; one decimal
+    assert printed(rows, 200)[-1].endswith("With one training seed, an interval describes that run.")
 
 
 def test_the_table_is_drawn_from_the_file_alone(tmp_path):
