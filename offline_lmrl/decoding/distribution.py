@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 Q_REDUCTIONS = ("min", "mean", "first")
+LOOKUP_COST = 2  # computing Q of a token that is looked up for one state, in units of that of a token for all states
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -263,16 +264,40 @@ def next_token(
       normalised: True: the scores are log-probabilities. False: they are the filtered logits at the temperature plus
         the terms, on the scale of the logits.
     """
-    scores, terms = filter_policy(logits, form), form.terms()
+    scores, terms, ids = filter_policy(logits, form), form.terms(), None
+    if terms:
+        scores, ids = _possible(scores, form)
     if normalised:
         scores = scores.log_softmax(-1)  # also before the terms: small numbers lose less when these are added
-    if not terms:
-        return NextToken(scores, None)
-    ids, vocabulary = None, logits.shape[-1]
-    # Tokens beyond top_k are −inf already, so they need no column.
-    most = min(form.candidates or vocabulary, form.top_k or vocabulary)
-    if most < vocabulary:
-        scores, ids = scores.topk(most, dim=-1)
     for term in terms:
         scores = scores + term(outputs, ids)
-    return NextToken(scores.log_softmax(-1) if normalised else scores, ids)
+    return NextToken(scores.log_softmax(-1) if normalised and terms else scores, ids)
+
+
+def _possible(scores: Tensor, form: Form) -> NextToken:
+    """Reduce filtered scores (..., V) to columns for the tokens that are left, so that terms are computed for these.
+
+    With n such tokens in the state that has the most, there are K columns, where K is n rounded up to a power of two,
+    so that few shapes occur. In states with fewer than K such tokens, the other columns are dropped tokens (−inf).
+    Columns are in the order of the vocabulary, or, with `candidates` or `top_k`, the most probable token comes first.
+    """
+    vocabulary = scores.shape[-1]
+    # Tokens beyond top_k are −inf already, so they need no column.
+    most = min(form.candidates or vocabulary, form.top_k or vocabulary)
+    best, ids = scores.topk(most, dim=-1) if most < vocabulary else (scores, None)
+    if form.support <= 0 and form.top_p is None and form.min_p is None:
+        return NextToken(best, ids)
+    left = (best > -torch.inf).flatten(0, -2)
+    count = left.sum(-1, keepdim=True, dtype=torch.int32)
+    columns = 1 << (int(count.max()) - 1).bit_length()
+    if columns >= most:
+        return NextToken(best, ids)
+    if ids is not None:
+        return NextToken(best[..., :columns], ids[..., :columns])
+    if LOOKUP_COST * columns * len(left) > vocabulary:
+        return NextToken(scores, None)
+    # The first dropped tokens of each state fill it up to K. They are among its first 2K tokens.
+    start = left[:, : 2 * columns]
+    start |= (~start).cumsum(-1) <= columns - count
+    ids = left.nonzero()[:, 1].view(*scores.shape[:-1], columns)
+    return NextToken(scores.gather(-1, ids), ids)

@@ -174,6 +174,48 @@ def test_candidates_have_no_effect_without_terms():
     assert_close(next_token(LOGITS, Form(candidates=1)).scores.exp(), PROB)
 
 
+SHARES = torch.full((2, 64), 0.001)  # π relative to the best token of two states; at .1 three and one survive
+SHARES[0, [63, 3, 40]] = torch.tensor([1.0, 0.5, 0.3])
+SHARES[1, 7] = 1.0
+MANY_Q = torch.randn(2, 2, 64, generator=torch.Generator().manual_seed(0))
+
+
+def asked_for(logits, form, q=MANY_Q):
+    """The distribution, and the ids for which it asked for Q."""
+    asked = []
+    outputs = ModelOutputs(q=lambda ids: asked.append(ids) or outputs_of(q).q(ids))
+    found = next_token(logits, form, outputs).over_vocabulary(64)
+    assert len(asked) == 1
+    return found, asked[0]
+
+
+def test_terms_are_computed_for_the_survivors_only():
+    form = Form(beta=2.0, support=0.1)
+    expected = (SHARES.log() + 2 * MANY_Q.amin(0)).masked_fill(SHARES < 0.1, -math.inf).log_softmax(-1)
+    # three survivors, rounded up to four columns, which the first dropped tokens fill up
+    found, ids = asked_for(SHARES.log() - 9, form)
+    assert ids.tolist() == [[0, 3, 40, 63], [0, 1, 2, 7]]
+    assert_close(found, expected)
+    found, ids = asked_for(SHARES.log()[None], form, MANY_Q[:, None])
+    assert ids.shape == (1, 2, 4)
+    assert_close(found, expected[None])
+    # one survivor in the only state; top-p .8 keeps 1 and .5, which have .806 of the sum 1.861
+    assert asked_for(SHARES[1:].log(), form, MANY_Q[:, 1:])[1].tolist() == [[7]]
+    assert asked_for(SHARES[:1].log(), Form(beta=2.0, top_p=0.8), MANY_Q[:, :1])[1].tolist() == [[3, 63]]
+
+
+def test_candidates_that_do_not_survive_get_no_column():
+    found, ids = asked_for(SHARES.log(), Form(beta=2.0, support=0.1, candidates=16))
+    assert ids.shape == (2, 4) and ids[0, :3].tolist() == [63, 3, 40] and ids[1, 0] == 7
+    assert (found > -math.inf).sum(-1).tolist() == [3, 1]
+
+
+def test_where_most_tokens_survive_q_is_computed_for_all():
+    _, ids = asked_for(SHARES.log(), Form(beta=2.0, support=1e-6))
+    assert ids is None
+    assert asked_for(SHARES.log(), Form(beta=2.0))[1] is None
+
+
 def old_log_prob(logits, form, outputs):
     """The formula as the sampler computed it before it was in one place, for the whole vocabulary."""
     log_prob = support_filter(logits, form.support) / (form.temperature or 1.0)
