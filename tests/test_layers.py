@@ -14,6 +14,7 @@ RANKS = {
     "ops": 0,
     "logs": 1,
     "tokens": 2,
+    "decoding.distribution": 0,  # it imports torch alone, so that models may read the formula and exports contain it
     "models": 3,
     "decoding": 4,
     "environments": 5,
@@ -63,9 +64,14 @@ def imports_of(name: str, sources: Mapping[str, str]) -> Iterator[tuple[str, boo
 
 
 def layer(module: str) -> str:
-    """The part of the project that a module belongs to: offline_lmrl.logs.io -> logs, offline_lmrl.run -> run."""
+    """The part of the project that a module belongs to: offline_lmrl.logs.io -> logs, offline_lmrl.run -> run.
+
+    A module with a rank of its own is a part of its own.
+    """
     root, _, rest = module.partition(".")
-    return rest.partition(".")[0] if root == "offline_lmrl" else root
+    if root != "offline_lmrl":
+        return root
+    return rest if rest in RANKS else rest.partition(".")[0]
 
 
 def violations(sources: Mapping[str, str]) -> list[str]:
@@ -108,6 +114,12 @@ def test_ops_needs_torch_alone():
         if target.partition(".")[0] not in {"torch", *sys.stdlib_module_names} and layer(target) != "ops"
     }
     assert foreign == set()
+
+
+def test_the_formula_needs_torch_alone_and_none_of_this_project():
+    sources = project_sources()
+    found = {target.partition(".")[0] for target, _ in imports_of("offline_lmrl.decoding.distribution", sources)}
+    assert found - set(sys.stdlib_module_names) == {"torch"}
 
 
 def test_what_few_commands_need_is_imported_only_where_it_is_used():

@@ -7,7 +7,7 @@ twin heads Q_i, their target copies Q̄_i and V:
     L_Q = Σ_i (Q_i(s,a) − y)²          L_V = |τ − 1{u<0}| · u²,  u = min_i Q̄_i(s,a) − V(s)
     L_C = Σ_i (logsumexp_a Q_i(s,a) − Q_i(s,a_data))             L_π = −log π(a|s) · min(exp(β_w (min Q̄ − V)), 100)
 
-Decoding: log π(a|s) + β · (min Q̄(s,a) − V(s)) on the tokens that π supports (ops/decoding.py).
+Decoding: log π(a|s) + β · (min Q̄(s,a) − V(s)) on tokens that π supports (decoding/distribution.py).
 
 Deviations from the paper, each a number or a default of the config:
 - One trunk serves π, Q and V. The targets are averaged heads on that live trunk (the paper's code keeps three trunks).

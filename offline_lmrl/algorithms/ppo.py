@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from offline_lmrl.decoding.distribution import filter_policy
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.probe import check_plays, check_trains
 from offline_lmrl.decoding.sampler import DecodingConfig
@@ -55,7 +56,6 @@ from offline_lmrl.models.guided import as_guided, load_model, remove_heads
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import is_reward_model, load_reward_model
 from offline_lmrl.models.unreached import freeze_unreached
-from offline_lmrl.ops.decoding import warp_log_probs
 from offline_lmrl.ops.policy_gradient import (
     Moments,
     adaptive_kl_weight,
@@ -545,8 +545,7 @@ class PPOTrainer(LoopTrainer):
                 logits = logits.masked_fill(~self._mask([allowed[i] for i in places]), -torch.inf)
             if filtered or allowed is not None:
                 # Updates normalise over the same tokens as the sampler did, so that ρ is 1 before the first step.
-                kept = warp_log_probs(logits, play.temperature, play.top_k, play.top_p, play.min_p, play.support)
-                kept = kept > -torch.inf
+                kept = filter_policy(logits, play.form) > -torch.inf
                 experience.keep(places, kept)
             log_probs = log_distribution(logits, play.temperature, kept)
             action = batch["steps"]["action"].unsqueeze(-1)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.asks import ReturnRequests
 from offline_lmrl.decoding.cache import CacheMemory
+from offline_lmrl.decoding.distribution import reduce_q, support_filter
 from offline_lmrl.decoding.probe import check_plays
 from offline_lmrl.decoding.sampler import CACHE_BYTES, DecodingConfig, Sampler
 from offline_lmrl.errors import InputError, reading_pretrained, shown
@@ -25,7 +26,6 @@ from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import find_device, load_model, return_tokens_of, run_metadata
 from offline_lmrl.models.renderers import renderer_of
-from offline_lmrl.ops.decoding import reduce_q, support_filter
 from offline_lmrl.tokens.conditioning import Ids
 from offline_lmrl.tokens.episodes import StepRule
 from offline_lmrl.tokens.few_shot import FewShotConfig, few_shot_ids

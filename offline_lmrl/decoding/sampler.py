@@ -27,10 +27,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from offline_lmrl.decoding.cache import CacheMemory, cache_argument, is_kept_per_token, new_cache
 from offline_lmrl.decoding.constraints import TokenTrie
+from offline_lmrl.decoding.distribution import Q_REDUCTIONS, Form, ModelOutputs, next_token
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.protocols import Reply
 from offline_lmrl.logs.trajectory import Turn
-from offline_lmrl.ops.decoding import Q_REDUCTIONS, condition_shift, guide, sample_from, uniform, warp_log_probs
+from offline_lmrl.ops.decoding import sample_from, uniform
 from offline_lmrl.settings import setting
 from offline_lmrl.tokens.conditioning import check_ask
 from offline_lmrl.tokens.rendering import Renderer
@@ -122,6 +123,11 @@ class DecodingConfig:
             raise InputError(f"q_reduce: found {shown(self.q_reduce)}, expected one of {', '.join(Q_REDUCTIONS)}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"stop: found {shown(self.stop)}, expected texts that are not empty")
+
+    @property
+    def form(self) -> Form:
+        """The settings of the formula, without those of requests and replies."""
+        return Form(**{field.name: getattr(self, field.name) for field in fields(Form)})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values for JSON."""
@@ -258,9 +264,9 @@ class Sampler:
         Returns: one reply per prompt.
         Raises: InputError if a list of options is empty, or if an option is longer than max_new_tokens.
         """
-        guided = self.null is not None and (self.config.beta != 0.0 or self.config.condition_scale != 0.0)
+        reads = frozenset().union(*(term.reads for term in self.config.form.terms()))
         # Without a requested return in any prompt, both streams would be equal, so one is enough.
-        with_returns = guided and any(token > self.null for prompt in prompts for token in prompt)
+        with_returns = self.null is not None and any(token > self.null for prompt in prompts for token in prompt)
         run = _DecodingPass(
             sampler=self,
             prompts=[list(prompt) for prompt in prompts],
@@ -269,8 +275,8 @@ class Sampler:
             options=[self._option_ids(texts) for texts in options or [None] * len(prompts)],
             memory=self._usable(memory),
             rows=list(rows or range(len(prompts))),
-            streams=2 if with_returns else 1,
-            with_hidden=self.config.beta != 0.0,
+            streams=2 if with_returns and "null stream" in reads else 1,
+            with_hidden="hidden states" in reads,
         )
         with evaluating(self.model):
             return run.replies()
@@ -380,27 +386,16 @@ class Sampler:
         """
         config, rows, streams = self.config, len(u), len(logits) // len(u)
         null, logits = logits[-rows:], logits[:rows]  # the same rows if there is one stream
-        allowed = trie.mask(null, node)
-        log_prob = warp_log_probs(
-            allowed, config.temperature, config.top_k, config.top_p, config.min_p, config.support
+        # Q and V were trained under the null condition, whose rows come last.
+        outputs = ModelOutputs(
+            q=lambda ids: self.model.q_values(hidden[-rows:], candidates=ids),
+            v=lambda: self.model.v_values(hidden[-rows:]),
+            conditional=logits if streams == 2 else None,
+            null=null,
         )
-        vocabulary_of = None  # (B, K) token id of each column; None = column c is token c
-        if config.beta != 0.0 or config.condition_scale != 0.0:
-            # Tokens beyond top_k are −inf already, so they need no Q either.
-            shortlist = min(config.candidates or logits.shape[-1], config.top_k or logits.shape[-1])
-            if shortlist < logits.shape[-1]:
-                log_prob, vocabulary_of = log_prob.topk(shortlist, dim=-1)
-            if streams == 2:
-                shift = condition_shift(logits, null, config.condition_scale, config.temperature)
-                log_prob = log_prob + (shift if vocabulary_of is None else shift.gather(-1, vocabulary_of))
-            if config.beta != 0.0:
-                # Q and V were trained under the null condition, whose rows come last.
-                q = self.model.q_values(hidden[-rows:], candidates=vocabulary_of)
-                v = None if config.clip is None else self.model.v_values(hidden[-rows:])
-                log_prob = guide(log_prob, q, v, config.beta, config.q_reduce, config.clip)
-            log_prob = log_prob.log_softmax(-1)
+        log_prob, ids = next_token(trie.mask(null, node), config.form, outputs)
         column = (log_prob.argmax(-1) if config.temperature == 0.0 else sample_from(log_prob, u)).unsqueeze(-1)
-        token = column if vocabulary_of is None else vocabulary_of.gather(-1, column)
+        token = column if ids is None else ids.gather(-1, column)
         policy = logits / (config.temperature or 1.0)
         policy_log_prob = policy.gather(-1, token).squeeze(-1) - policy.logsumexp(-1)
         return token.squeeze(-1), log_prob.gather(-1, column).squeeze(-1), policy_log_prob

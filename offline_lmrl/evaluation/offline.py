@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from offline_lmrl.decoding.distribution import ModelOutputs, next_token, reduce_q
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.value_model import log_encoder
 from offline_lmrl.errors import InputError
@@ -26,7 +27,6 @@ from offline_lmrl.evaluation.metrics import Cells, Estimate
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import run_metadata
-from offline_lmrl.ops.decoding import guide, reduce_q, warp_log_probs
 from offline_lmrl.tokens.episodes import ReturnIdsFor, Step
 from offline_lmrl.tokens.few_shot import Ids, encode_few_shot
 
@@ -258,16 +258,9 @@ def decoding_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor, v: Tens
       v: (n,), in scaled reward units; used only if `policy.decoding` limits the advantage (`clip`).
       beta: weight of value guidance; 0 = none.
     """
-    decoding = policy.decoding
-    filters = decoding.top_k, decoding.top_p, decoding.min_p, decoding.support
-    scores = warp_log_probs(logits, decoding.temperature, *filters)
-    if beta == 0:
-        return scores
-    if decoding.candidates is not None:
-        best, index = scores.topk(min(decoding.candidates, scores.shape[-1]), dim=-1)
-        scores = torch.full_like(scores, -torch.inf).scatter(-1, index, best)
-    v = None if decoding.clip is None else v
-    return guide(scores, q, v, beta, decoding.q_reduce, decoding.clip).log_softmax(-1)
+    outputs = ModelOutputs(q=lambda ids: q if ids is None else q.gather(-1, ids.expand(len(q), -1, -1)), v=lambda: v)
+    form = replace(policy.decoding.form, beta=beta)
+    return next_token(logits, form, outputs).over_vocabulary(logits.shape[-1])
 
 
 def guidance_by_beta(steps: StepOutputs, betas: Sequence[float]) -> list[dict[str, float]]:

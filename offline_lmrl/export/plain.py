@@ -24,6 +24,7 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from offline_lmrl.decoding.distribution import TERMS, Form, ModelOutputs, next_token
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError, shown
@@ -31,7 +32,6 @@ from offline_lmrl.logs.io import atomic_output
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.models.adapters import saved_run_metadata
 from offline_lmrl.models.plain import add_to_lm_head, head_scale, plain, q_matrix, spell_returns
-from offline_lmrl.ops.decoding import guide
 from offline_lmrl.tokens.conditioning import ASK_NAMES, ReturnTokens, texts_of
 from offline_lmrl.tokens.windows import WindowRule, policy_window
 
@@ -202,14 +202,15 @@ def _check_folds(decoding: DecodingConfig, heads: int) -> None:
     Raises: InputError that lists the settings which would have to change.
     """
     exact = {
-        "q_reduce": ("mean", "first") if heads > 1 else (decoding.q_reduce,),
         "support": (0.0,),
         "candidates": (None,),
-        "clip": (None,),
         "top_k": (None,),
         "top_p": (None, 1.0),
         "min_p": (None, 0.0),
+        **{name: values for term in TERMS for name, values in term.folds.items()},
     }
+    if heads == 1:  # every reduction of one head is that head
+        del exact["q_reduce"]
     wrong = {name: values[0] for name, values in exact.items() if getattr(decoding, name) not in values}
     if wrong:
         found = ", ".join(f"{name} {getattr(decoding, name)}" for name in wrong)
@@ -327,10 +328,9 @@ def _run_log_prob(policy: LanguagePolicy, read: Tensor) -> Tensor:
     outputs, hidden = policy.model.forward_with_hidden(
         input_ids=read, attention_mask=torch.ones_like(read), use_cache=False
     )
-    scores = outputs.logits.float() / (decoding.temperature or 1.0)
-    if decoding.beta != 0:
-        scores = guide(scores, policy.model.q_values(hidden), None, decoding.beta, decoding.q_reduce)
-    return scores.flatten(0, 1)
+    form = Form(decoding.temperature, beta=decoding.beta, q_reduce=decoding.q_reduce)
+    values = ModelOutputs(q=lambda ids: policy.model.q_values(hidden, ids))
+    return next_token(outputs.logits, form, values, normalised=False).scores.flatten(0, 1)
 
 
 @torch.inference_mode()

@@ -35,6 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
+from offline_lmrl.decoding.distribution import Form, ModelOutputs, next_token
 from offline_lmrl.errors import InputError, reading_pretrained, shown
 from offline_lmrl.models.adapters import (
     PARTS,
@@ -48,7 +49,6 @@ from offline_lmrl.models.adapters import (
 from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.return_heads import ReturnHeads, outcomes
 from offline_lmrl.models.value_heads import Head, ValueHeads, ValueHeadsConfig
-from offline_lmrl.ops.decoding import guide, support_filter
 from offline_lmrl.tokens.conditioning import ReturnTokens, check_ask, with_return_ids
 from offline_lmrl.tokens.rendering import Renderer
 
@@ -304,7 +304,7 @@ class Guided:
     def _guided_logits(self, logits: Tensor, hidden: Tensor, beta: float | Tensor) -> Tensor:
         """Return logits + β · advantage for the tokens that `support` and `candidates` keep, and −inf for others.
 
-        `support`, `candidates`, `clip` and `q_reduce` are the decoding settings of the run metadata (ops/decoding.py).
+        `support`, `candidates`, `clip` and `q_reduce` are the decoding settings of the run metadata.
 
         Args:
           logits: (B,T,V).
@@ -318,17 +318,10 @@ class Guided:
         decoding = _stored_decoding(self.config)
         if isinstance(beta, Tensor):
             beta = beta.view(-1, 1, 1)  # (B,1,1), to broadcast over positions and vocabulary
-        # Filter first: outside the data's support, Q was never trained.
-        scores = support_filter(logits.float(), decoding.get("support", 0.0))
-        # V cancels in the softmax unless the advantage is clipped.
-        v = None if decoding.get("clip") is None else self.v_values(hidden)
-        options = {"beta": beta, "q_reduce": decoding.get("q_reduce", "min"), "clip": decoding.get("clip")}
-        if decoding.get("candidates") is None:
-            guided = guide(scores, self.q_values(hidden), v, **options)
-        else:
-            best, index = scores.topk(min(decoding["candidates"], scores.shape[-1]), dim=-1)
-            guided = guide(best, self.q_values(hidden, index), v, **options)
-            guided = torch.full_like(scores, -torch.inf).scatter(-1, index, guided)
+        names = ("support", "candidates", "clip", "q_reduce")
+        form = Form(beta=beta, **{name: decoding[name] for name in names if name in decoding})
+        outputs = ModelOutputs(q=lambda ids: self.q_values(hidden, ids), v=lambda: self.v_values(hidden))
+        guided = next_token(logits, form, outputs, normalised=False).over_vocabulary(logits.shape[-1])
         return torch.where(beta == 0, logits.float(), guided) if isinstance(beta, Tensor) else guided
 
     def packed_logits(self, row: Tensor, state: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:

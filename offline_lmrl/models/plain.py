@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from offline_lmrl.decoding.distribution import reduce_q
 from offline_lmrl.errors import InputError
 from offline_lmrl.models.guided import remove_heads
 from offline_lmrl.models.value_heads import QHead
-from offline_lmrl.ops.decoding import reduce_q
 
 SMALL, LARGE = 0.01, 100.0  # test outputs of the LM head; a soft cap changes only large ones
 

@@ -185,9 +185,18 @@ class QHead:
             q = torch.einsum("hnk,hvk->hnv", self.features(hidden), self.rows(matrix))
             bias = None if self.bias is None else self.bias.unsqueeze(1)
         else:
-            q = (self.features(hidden).unsqueeze(2) * self.rows(matrix, candidates)).sum(-1)
+            q = self._looked_up(self.features(hidden), matrix, candidates)
             bias = None if self.bias is None else _pick(self.bias, candidates)
         return (q if bias is None else q + bias) + self.offset(hidden).unsqueeze(-1)
+
+    def _looked_up(self, features: Tensor, matrix: Tensor, candidates: Tensor) -> Tensor:
+        """Multiply features (H,N,K) by the rows of candidates (N,C), without a bias; return (H,N,C)."""
+        if candidates.shape[1] == 1:
+            return (features.unsqueeze(2) * self.rows(matrix, candidates)).sum(-1)
+        # States share most of their candidates, so it is cheaper to look up and widen each row once for all states.
+        tokens, column = candidates.unique(return_inverse=True)
+        q = torch.einsum("hnk,hvk->hnv", features, self.rows(matrix, tokens.unsqueeze(0)).squeeze(1))
+        return q.gather(-1, column.expand(len(q), -1, -1))
 
     @_in_fp32
     def logsumexp(self, hidden: Tensor, matrix: Tensor) -> Tensor:

@@ -137,14 +137,17 @@ def test_peak_memory_of_a_fresh_process():
         )
 
 
-def decoder(shape_name, heads=None, **decoding):
+def decoding_sampler(model, **decoding):
     from offline_lmrl.decoding.sampler import DecodingConfig, Sampler
     from offline_lmrl.tokens.rendering import Renderer
 
-    shape = SHAPES[shape_name]
-    renderer = Renderer(tokenizer_of(shape["vocabulary"]))
-    model = model_of(shape, heads).eval()
-    sampler = Sampler(model, renderer, DecodingConfig(max_new_tokens=64, **decoding))
+    renderer = Renderer(tokenizer_of(model.config.vocab_size))
+    return Sampler(model, renderer, DecodingConfig(max_new_tokens=64, **decoding))
+
+
+def decoder(shape_name, heads=None, **decoding):
+    model = model_of(SHAPES[shape_name], heads).eval()
+    sampler = decoding_sampler(model, **decoding)
     prompts = [[1, 3, *range(20, 34)] for _ in range(8)]
     return model, prompts, lambda: sampler.sample(prompts, list(range(8)), [0] * 8)
 
@@ -156,6 +159,36 @@ def test_time_of_guided_over_plain_decoding(shape, candidates):
     for kind in ("tied", "linear", "mlp"):
         _, _, guided = decoder(shape, kind, top_k=64, beta=2.0, candidates=candidates)
         report(f"guided ({kind}, candidates {candidates}) over plain decoding, {shape}", paired(guided, plain))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_time_of_guided_over_plain_decoding_in_the_default_form(rows, dtype):
+    """Support .02 and all candidates, on a random model whose policy keeps some hundred tokens, as trained ones do."""
+    model, prompts, _ = decoder("gpt2-small", "tied")
+    torch.nn.init.constant_(model.transformer.ln_f.weight, 4.2)
+    model.to(dtype).config.offline_lmrl["decoding"] = {"support": 0.02}
+    ids = torch.tensor(prompts[:rows]) + 1000 * torch.arange(rows).unsqueeze(1)
+
+    def ours(beta):
+        sampler = decoding_sampler(model, support=0.02, beta=beta)
+        sampler.ends = torch.tensor([-1])  # all replies have the same length
+        return lambda: sampler.sample(ids.tolist(), list(range(rows)))
+
+    def theirs(beta):
+        return lambda: model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=64,
+            min_new_tokens=64,
+            pad_token_id=0,
+            beta=beta,
+        )
+
+    for name, decode in (("our decoding", ours), ("generate", theirs)):
+        report(f"guided over plain, {name}, B {rows}, {dtype}", paired(decode(2.0), decode(0.0)))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

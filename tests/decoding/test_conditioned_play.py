@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from offline_lmrl.decoding import asks
 from offline_lmrl.decoding import policy as policies
+from offline_lmrl.decoding.distribution import reduce_q
 from offline_lmrl.decoding.planner import PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession, load_value_model
 from offline_lmrl.decoding.sampler import DecodingConfig
@@ -19,7 +20,6 @@ from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import add_return_heads, add_returns, add_value_heads, as_guided, build_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
-from offline_lmrl.ops.decoding import reduce_q
 from offline_lmrl.tokens.conditioning import ReturnScale
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.tokenizers import train_tokenizer

@@ -1,6 +1,7 @@
 """The sampler against distributions enumerated by the model's own uncached forward, and against `generate`."""
 
 import itertools
+import math
 from collections import Counter
 
 import pytest
@@ -191,6 +192,14 @@ def test_candidates_ask_for_their_rows_only_and_v_only_where_it_matters():
     assert model.asked == {"rows of Q": 3}
     sample(model, [[1]], beta=1.0, clip=0.5, max_new_tokens=1)
     assert model.asked == {"rows of Q": 3 + 24, "v": 1}
+
+
+def test_q_is_computed_for_the_tokens_that_the_support_leaves():
+    model = tiny(WithValues)
+    logits = next_logits(model, [1])
+    left = int((logits >= logits.max() + math.log(0.3)).sum())
+    sample(model, [[1]], beta=1.0, support=0.3, max_new_tokens=1)
+    assert 1 < left <= model.asked["rows of Q"] < 2 * left  # rounded up to a power of two
 
 
 def test_as_many_candidates_as_tokens_change_nothing():

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offline_lmrl.cli import main as cli
+from offline_lmrl.decoding.distribution import Form, filter_policy
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError
 from offline_lmrl.export.plain import export_run
@@ -18,7 +19,6 @@ from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
 from offline_lmrl.models.guided import add_returns, add_value_heads, as_guided, build_model, load_model, remove_heads
 from offline_lmrl.models.value_heads import ValueHeadsConfig
-from offline_lmrl.ops.decoding import warp_log_probs
 from offline_lmrl.tokens.conditioning import ReturnScale
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.tokenizers import train_tokenizer
@@ -225,9 +225,8 @@ def test_filters_of_a_policy_without_guidance_are_those_of_generate(tmp_path, fo
     model, _ = plain(tmp_path / "plain")
     prompt = torch.tensor([prompt_of()])
     written = model.generate(prompt, max_new_tokens=1, output_scores=True, return_dict_in_generate=True).scores[0]
-    wanted = {name: form.get(name) for name in ("top_k", "top_p", "min_p")}
     logits = next_log_prob(load_model(run).eval(), prompt_of())
-    expected = warp_log_probs(logits, form.get("temperature", 1.0), support=form.get("support", 0.0), **wanted)
+    expected = filter_policy(logits, Form(**form)).log_softmax(-1)
     assert 1 < expected.isfinite().sum() < 250  # something is left out
     assert_close(written[0].log_softmax(-1), expected, atol=1e-4, rtol=0)
 

@@ -71,6 +71,22 @@ def test_the_stored_sampling_form_applies(form):
     assert greedy(model, PROMPTS, generation_config=GenerationConfig(pad_token_id=0)) == expected
 
 
+@pytest.mark.parametrize("kind", ["tied", "linear", "mlp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generate_computes_q_for_the_tokens_that_the_support_leaves(monkeypatch, dtype, kind):
+    model = guided_model(kind=kind).to(dtype)
+    model.config.offline_lmrl["decoding"] = {"support": 0.8}
+    inputs, asked, q_values = left_padded(PROMPTS), [], model.q_values
+    with torch.no_grad():
+        outputs, hidden = model.forward_with_hidden(**inputs)
+        logits = outputs.logits.float()
+        kept = logits >= logits.amax(-1, keepdim=True) + torch.tensor(0.8).log()
+        expected = (logits + 2 * q_values(hidden).amin(0)).masked_fill(~kept, -torch.inf)
+        monkeypatch.setattr(model, "q_values", lambda states, ids: asked.append(ids) or q_values(states, ids))
+        assert_close(model(**inputs, beta=2.0, logits_to_keep=1).logits, expected[:, -1:])
+    assert [ids.shape for ids in asked] == [(3, 1, 1 << (int(kept[:, -1].sum(-1).max()) - 1).bit_length())]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_one_beta_per_row_equals_separate_runs(family):
     model, betas = guided_model(family), [0.0, 1.0, 5.0]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from offline_lmrl.ops.decoding import condition_shift, sample_from, warp_log_probs
+from offline_lmrl.decoding.distribution import Form, condition_shift, next_token
+from offline_lmrl.ops.decoding import sample_from
 from offline_lmrl.ops.policy_gradient import entropy
 from offline_lmrl.ops.preferences import plackett_luce_loss
 from offline_lmrl.ops.value_learning import expectile_loss
@@ -14,12 +15,17 @@ from offline_lmrl.ops.value_learning import expectile_loss
 ODDS = torch.tensor([[1.0, 3.0]], dtype=torch.float64).log()  # probabilities ¼, ¾
 TIED = (torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long))  # rank and comparison of three equals
 
+
+def log_prob(logits):
+    return next_token(logits, Form()).scores
+
+
 BY_HAND = {
     # u = 3: .7 · 9; u = −2: .3 · 4
     "expectile": (lambda zero: expectile_loss(zero, zero + torch.tensor([3.0, -2.0]), 0.7), [6.3, 1.2]),
     # a group of three tied options counts twice, each time chosen from three: 3 · (1 − ⅓) · ln 3
     "Plackett-Luce": (lambda zero: plackett_luce_loss(zero[:1].expand(3), *TIED), [2 * math.log(3)]),
-    "warped": (lambda zero: warp_log_probs(zero + ODDS), [[-math.log(4), math.log(0.75)]]),
+    "warped": (lambda zero: log_prob(zero + ODDS), [[-math.log(4), math.log(0.75)]]),
     # w = 1: 2 · (ln ¼ − ln ½), 2 · (ln ¾ − ln ½)
     "condition": (lambda zero: condition_shift(zero + ODDS, zero[None], 1.0), [[-2 * math.log(2), 2 * math.log(1.5)]]),
     # ¼ ln 4 + ¾ ln 4/3
@@ -40,7 +46,7 @@ def test_half_precision_is_widened_to_fp32(half):
     assert_close(expectile_loss(v, target, 0.5), torch.tensor([0.5 * 3.015625**2]))
     zeros = torch.zeros(1, 2, dtype=half)
     tied = plackett_luce_loss(zeros.new_zeros(3), *TIED)
-    for found in (warp_log_probs(zeros), condition_shift(zeros, zeros, 1.0), entropy(zeros), tied):
+    for found in (log_prob(zeros), condition_shift(zeros, zeros, 1.0), entropy(zeros), tied):
         assert found.dtype == torch.float32
 
 

@@ -73,16 +73,16 @@ FAULTS = (
     ),
     Fault(
         "guidance turns away from value",
-        "return log_prob + beta * advantage",
-        "return log_prob - beta * advantage",
-        "test_decoding.py",
+        "return self.beta * advantage",
+        "return -self.beta * advantage",
+        "test_distribution.py",
     ),
-    Fault("the larger of two heads counts", "return q.amin(0)", "return q.amax(0)", "test_decoding.py"),
+    Fault("the larger of two heads counts", "return q.amin(0)", "return q.amax(0)", "test_distribution.py"),
     Fault(
         "guidance by returns is one too small",
         "(1.0 + scale) / (temperature or 1.0)",
         "scale / (temperature or 1.0)",
-        "test_decoding.py",
+        "test_distribution.py",
     ),
     Fault(
         "a row draws the same number at every token",
@@ -122,9 +122,9 @@ FAULTS = (
     ),
     Fault(
         "support is judged at the temperature that is asked for",
-        "support_filter(at_least_float32(logits), support)",
-        "support_filter(at_least_float32(logits) / (temperature or 1.0), support)",
-        "test_decoding.py",
+        "support_filter(_at_least_float32(logits), form.support)",
+        "support_filter(_at_least_float32(logits) / (form.temperature or 1.0), form.support)",
+        "test_distribution.py",
     ),
     Fault(
         "intervals forget that seeds differ",

@@ -1,0 +1,303 @@
+"""The distribution of the next token: the policy π, filtered, plus the terms that change it.
+
+    log p(a|s) = log π(a|s) + Σ_k term_k(s, a) + a constant of the state
+
+The order is fixed. First π is filtered and divided by the temperature, because Q is trained only on tokens like those
+of the data. Then the terms are added on the remaining tokens (Snell et al. 2023, ILQL, section on policy extraction;
+the official code also filters before guidance). A term is a class in TERMS. It has the attributes
+
+    reads    what it needs beside the logits of π: "hidden states", and "null stream" if a return is requested: a
+             second pass of the model, in which none is
+    folds    the values of settings with which it can be added to the weights of an LM head, the nearest value first
+
+and the methods `of(form)`, which returns the term, or None if the settings switch it off, and `__call__(outputs,
+ids)`, which returns its values (..., K) for the token ids (..., K); ids None = for the whole vocabulary.
+
+The tensors here have any leading shape (...) before the vocabulary, such as (B, V) or (B, T, V). In shapes, V is the
+size of the vocabulary, K the number of tokens that are still possible, and H the number of Q heads; in equations, V is
+the state value. This file needs torch alone, so that an exported checkpoint can contain a copy of it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+Q_REDUCTIONS = ("min", "mean", "first")
+LOOKUP_COST = 2  # computing Q of a token that is looked up for one state, in units of that of a token for all states
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    """Return x widened to fp32 if it is half precision; fp32 and float64 stay as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def support_filter(log_prob: Tensor, support: float) -> Tensor:
+    """Set tokens with π(a|s) < support · max π(·|s) to −inf; the best token always stays.
+
+    This is the threshold of discrete BCQ (Fujimoto et al. 2019).
+
+    Args:
+      log_prob: (..., V), log-probabilities or unnormalised logits, as only differences to the best token matter.
+      support: the threshold in [0, 1]; 0 keeps all tokens.
+    Returns: (..., V), not renormalised.
+    """
+    if support <= 0.0:
+        return log_prob
+    share = (log_prob - log_prob.amax(-1, keepdim=True)).exp()
+    return log_prob.masked_fill(share < support, -torch.inf)
+
+
+def _top_k_filter(log_prob: Tensor, k: int) -> Tensor:
+    worst_kept = log_prob.topk(min(k, log_prob.shape[-1]), dim=-1).values[..., -1:]
+    return log_prob.masked_fill(log_prob < worst_kept, -torch.inf)
+
+
+def _top_p_filter(log_prob: Tensor, top_p: float) -> Tensor:
+    """Keep the smallest set of best tokens with a total probability of at least top_p; set the others to −inf."""
+    prob, order = log_prob.softmax(-1).sort(-1, descending=True)
+    before = prob.cumsum(-1) - prob  # mass of the better tokens: 0 for the best, which therefore always stays
+    dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+    return log_prob.masked_fill(dropped, -torch.inf)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The settings of the formula, of which `DecodingConfig` (decoding/sampler.py) describes each.
+
+    `beta` may also be a tensor that broadcasts against (..., K). Without terms, `candidates` has no effect.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    support: float = 0.0
+    beta: float | Tensor = 0.0
+    q_reduce: str = "min"
+    candidates: int | None = None
+    clip: float | None = None
+    condition_scale: float = 0.0
+
+    @property
+    def guided(self) -> bool:
+        return isinstance(self.beta, Tensor) or self.beta != 0 or self.condition_scale != 0
+
+    def terms(self) -> "list[ReturnTerm | ValueTerm]":
+        """Return the terms that these settings switch on, in the order of TERMS; none = the plain policy."""
+        return [term for kind in TERMS if (term := kind.of(self)) is not None]
+
+
+def filter_policy(logits: Tensor, form: Form) -> Tensor:
+    """Filter π: support filter at temperature 1, then temperature, top-k, top-p and min-p.
+
+    The support filter comes first because it estimates which tokens occur in the data, which does not depend on the
+    temperature. The other steps are in the order of transformers' `generate`, and min-p is that of Nguyen et al. 2024.
+
+    Args:
+      logits: (..., V); −inf marks tokens that a constraint forbids.
+      form: the settings. Temperature 0 (greedy) has the effect of 1 here, and the caller takes the argmax.
+    Returns: (..., V), fp32 or float64, logits divided by the temperature; −inf for dropped tokens.
+    """
+    scores = support_filter(_at_least_float32(logits), form.support)
+    if form.temperature not in (0.0, 1.0):
+        scores = scores / form.temperature
+    if form.top_k is not None:
+        scores = _top_k_filter(scores, form.top_k)
+    if form.top_p is not None and form.top_p < 1.0:
+        scores = _top_p_filter(scores, form.top_p)
+    if form.min_p is not None:
+        scores = support_filter(scores, form.min_p)
+    return scores
+
+
+def reduce_q(q: Tensor, q_reduce: str) -> Tensor:
+    """Reduce Q of H heads to one Q.
+
+    Args:
+      q: (H, ...).
+      q_reduce: "min" (used in the papers), "mean", or "first" (the first head). The last two are linear, so Q can be
+        merged into the weights of an LM head.
+    Returns: (...).
+    """
+    if q_reduce == "min":
+        return q.amin(0)
+    if q_reduce == "mean":
+        return q.mean(0)
+    if q_reduce == "first":
+        return q[0]
+    raise ValueError(f"q_reduce: found {q_reduce!r}, expected one of {', '.join(Q_REDUCTIONS)}")
+
+
+def condition_shift(conditional: Tensor, null: Tensor, scale: float, temperature: float = 1.0) -> Tensor:
+    """Compute how a requested return R changes log π(a|s):  (1 + w) · (log π(a|s,R) − log π(a|s)) / T.
+
+    The sum of log π(·|s) / T and this change is classifier-free guidance (Ho and Salimans 2022, on log-probabilities),
+    ((1+w)·log π(·|s,R) − w·log π(·|s)) / T.
+
+    Args:
+      conditional: logits of the model whose input requests the return R, (..., V).
+      null: logits of the same model whose input requests no return (the null condition), (..., V).
+      scale: w; with 0 the sum is log π(·|s,R) / T.
+      temperature: T; 0 has the effect of 1, as in `warp_log_probs`.
+    Returns: (..., V), fp32 or float64.
+    """
+    conditional, null = _at_least_float32(conditional), _at_least_float32(null)
+    difference = conditional.log_softmax(-1) - null.log_softmax(-1)
+    return (1.0 + scale) / (temperature or 1.0) * difference
+
+
+@dataclass(frozen=True)
+class ModelOutputs:
+    """What a model computed at some states, beside the logits of π, for the terms to read.
+
+    Args:
+      q: function that maps token ids (..., K), or None for the whole vocabulary, to Q of the H heads in scaled reward
+        units, (H, ..., K); None = no Q.
+      v: function that returns V(s) in scaled reward units, (...); None = no V.
+      conditional: logits of a pass with a requested return, (..., V); None = no return is requested.
+      null: logits of the same pass without a requested return, (..., V); needed with `conditional`.
+    """
+
+    q: Callable[[Tensor | None], Tensor] | None = None
+    v: Callable[[], Tensor] | None = None
+    conditional: Tensor | None = None
+    null: Tensor | None = None
+
+
+NOTHING_ELSE = ModelOutputs()
+
+
+@dataclass(frozen=True)
+class ReturnTerm:
+    """Guidance by a requested return R:  (1 + w) · (log π(a|s,R) − log π(a|s)) / T.
+
+    Args:
+      scale: w.
+      temperature: T; 0 has the effect of 1.
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset({"null stream"})
+    folds: ClassVar[Mapping[str, tuple[Any, ...]]] = {"condition_scale": (0.0,)}
+
+    scale: float
+    temperature: float = 1.0
+
+    @classmethod
+    def of(cls, form: Form) -> "ReturnTerm | None":
+        # With w = β = 0 the sum is log π(a|s,R), so one pass that is conditioned on R gives it without this term.
+        return cls(form.condition_scale, form.temperature) if form.guided else None
+
+    def __call__(self, outputs: ModelOutputs, ids: Tensor | None) -> Tensor | float:
+        if outputs.conditional is None:
+            return 0.0
+        shift = condition_shift(outputs.conditional, outputs.null, self.scale, self.temperature)
+        return shift if ids is None else shift.gather(-1, ids)
+
+
+@dataclass(frozen=True)
+class ValueTerm:
+    """Guidance by values:  β · clip(reduce(Q(s,a)) − V(s)).
+
+    V cancels in the softmax unless the advantage is clipped, so it is computed only then.
+
+    Args:
+      beta: β, a number or a tensor that broadcasts against (..., K), such as (B, 1).
+      q_reduce: how the H heads become one Q (`reduce_q`).
+      clip: the upper limit of the advantage; 0.0 only punishes tokens below V; None = no limit.
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset({"hidden states", "null stream"})  # Q is trained without requests
+    folds: ClassVar[Mapping[str, tuple[Any, ...]]] = {"q_reduce": ("mean", "first"), "clip": (None,)}
+
+    beta: float | Tensor
+    q_reduce: str = "min"
+    clip: float | None = None
+
+    @classmethod
+    def of(cls, form: Form) -> "ValueTerm | None":
+        active = isinstance(form.beta, Tensor) or form.beta != 0
+        return cls(form.beta, form.q_reduce, form.clip) if active else None
+
+    def __call__(self, outputs: ModelOutputs, ids: Tensor | None) -> Tensor:
+        advantage = reduce_q(outputs.q(ids), self.q_reduce)
+        if self.clip is not None:
+            if outputs.v is None:
+                raise ValueError("clip caps Q − V, but v is None; pass v or drop the clip")
+            advantage = (advantage - outputs.v().unsqueeze(-1)).clamp(max=self.clip)
+        return self.beta * advantage
+
+
+TERMS = (ReturnTerm, ValueTerm)
+
+
+class NextToken(NamedTuple):
+    """The scores of the tokens that are possible next.
+
+    scores: (..., K), fp32 or float64; −inf for tokens that were dropped.
+    ids: token id of each column, (..., K), distinct in each state; None = column c is token c.
+    """
+
+    scores: Tensor
+    ids: Tensor | None
+
+    def over_vocabulary(self, vocabulary: int) -> Tensor:
+        """Return the scores of all V tokens, (..., V), −inf for those without a column."""
+        if self.ids is None:
+            return self.scores
+        everything = self.scores.new_full((*self.scores.shape[:-1], vocabulary), -torch.inf)
+        return everything.scatter(-1, self.ids, self.scores)
+
+
+def next_token(
+    logits: Tensor, form: Form, outputs: ModelOutputs = NOTHING_ELSE, *, normalised: bool = True
+) -> NextToken:
+    """Compute the distribution of the next token.
+
+    Args:
+      logits: the model's logits, (..., V), without a requested return if there are terms; −inf marks tokens that a
+        constraint forbids.
+      form: the settings.
+      outputs: what the terms read.
+      normalised: True: the scores are log-probabilities. False: they are the filtered logits at the temperature plus
+        the terms, on the scale of the logits.
+    """
+    scores, terms, ids = filter_policy(logits, form), form.terms(), None
+    if terms:
+        scores, ids = _possible(scores, form)
+    if normalised:
+        scores = scores.log_softmax(-1)  # also before the terms: small numbers lose less when these are added
+    for term in terms:
+        scores = scores + term(outputs, ids)
+    return NextToken(scores.log_softmax(-1) if normalised and terms else scores, ids)
+
+
+def _possible(scores: Tensor, form: Form) -> NextToken:
+    """Reduce filtered scores (..., V) to columns for the tokens that are left, so that terms are computed for these.
+
+    With n such tokens in the state that has the most, there are K columns, where K is n rounded up to a power of two,
+    so that few shapes occur. In states with fewer than K such tokens, the other columns are dropped tokens (−inf).
+    Columns are in the order of the vocabulary, or, with `candidates` or `top_k`, the most probable token comes first.
+    """
+    vocabulary = scores.shape[-1]
+    # Tokens beyond top_k are −inf already, so they need no column.
+    most = min(form.candidates or vocabulary, form.top_k or vocabulary)
+    best, ids = scores.topk(most, dim=-1) if most < vocabulary else (scores, None)
+    if form.support <= 0 and form.top_p is None and form.min_p is None:
+        return NextToken(best, ids)
+    left = (best > -torch.inf).flatten(0, -2)
+    count = left.sum(-1, keepdim=True, dtype=torch.int32)
+    columns = 1 << (int(count.max()) - 1).bit_length()
+    if columns >= most:
+        return NextToken(best, ids)
+    if ids is not None:
+        return NextToken(best[..., :columns], ids[..., :columns])
+    if LOOKUP_COST * columns * len(left) > vocabulary:
+        return NextToken(scores, None)
+    # The first dropped tokens of each state fill it up to K. They are among its first 2K tokens.
+    start = left[:, : 2 * columns]
+    start |= (~start).cumsum(-1) <= columns - count
+    ids = left.nonzero()[:, 1].view(*scores.shape[:-1], columns)
+    return NextToken(scores.gather(-1, ids), ids)
