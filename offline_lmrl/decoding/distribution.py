@@ -141,7 +141,7 @@ def condition_shift(conditional: Tensor, null: Tensor, scale: float, temperature
       conditional: logits of the model whose input requests the return R, (..., V).
       null: logits of the same model whose input requests no return (the null condition), (..., V).
       scale: w; with 0 the sum is log π(·|s,R) / T.
-      temperature: T; 0 has the effect of 1, as in `warp_log_probs`.
+      temperature: T; 0 has the effect of 1, as in `filter_policy`.
     Returns: (..., V), fp32 or float64.
     """
     conditional, null = _at_least_float32(conditional), _at_least_float32(null)

@@ -18,6 +18,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ class DecodingConfig:
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"stop: found {shown(self.stop)}, expected texts that are not empty")
 
-    @property
+    @cached_property  # it is read for every token
     def form(self) -> Form:
         """The settings of the formula, without those of requests and replies."""
         return Form(**{field.name: getattr(self, field.name) for field in fields(Form)})
