@@ -15,18 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# Configuration keys and checkpoint fields, and values of settings: the name before -> the name after.
-RENAMED = {
-    "sampling": "decoding",
-    "prompt": "few_shot",
-    "critic": "value_model",
-    "judge": "reward_model",
-    "place": "reward_at",
-    "contents": "input_hashes",
-    "critic_weights": "value_weights",
-    "memory": "state",
-}
-VALUES = {("reward_at", "terminal"): "end", ("algorithm", "iql"): "awr"}
+from offline_lmrl.renamed import current
 
 
 def record(checkout: Path, folder: Path) -> dict[str, Any]:
@@ -41,18 +30,6 @@ def record(checkout: Path, folder: Path) -> dict[str, Any]:
     script = Path(__file__).with_name("record.py")
     subprocess.run([sys.executable, script, folder], env=environment, cwd=checkout, check=True)
     return json.loads((folder / "record.json").read_text())
-
-
-def renamed(value: Any) -> Any:
-    """The value with its keys, and the values of settings, under the names of after."""
-    if isinstance(value, dict):
-        found = {}
-        for key, inner in value.items():
-            is_text = key == "prompt" and isinstance(inner, str | list)  # of data and templates, not demonstrations
-            name = key if is_text else RENAMED.get(key, key)
-            found[name] = VALUES.get((name, inner) if isinstance(inner, str) else None, renamed(inner))
-        return found
-    return [renamed(inner) for inner in value] if isinstance(value, list) else value
 
 
 def first_difference(before: Any, after: Any, way: str = "") -> str:
@@ -79,7 +56,8 @@ def main() -> int:
     left_out = [part for part in given.without.split(",") if part]
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
-        before = renamed(record(given.before.resolve(), folder / "before"))
+        # What an earlier version wrote is compared under the names of settings of today.
+        before = {name: current(value) for name, value in record(given.before.resolve(), folder / "before").items()}
         after = record(given.after.resolve(), folder / "after")
     names = [name for name in {**before, **after} if not any(part in name for part in left_out)]
     different = [name for name in names if name not in before or name not in after or before[name] != after[name]]
