@@ -1,11 +1,7 @@
 """Corridor: its logs hold the whole path but no episode of a start earns, and only the code pays."""
 
 from offline_lmrl.tasks.corridor import STARTS, Corridor
-
-
-def play(environment, seed, texts):
-    first = environment.reset(seed)
-    return first, [environment.step(text) for text in texts]
+from tests.tasks.playing import play
 
 
 def test_code_then_one_earns_the_optimum_from_every_start():

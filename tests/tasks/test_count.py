@@ -8,14 +8,11 @@ import pytest
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.scripted import Forced
 from offline_lmrl.tasks.count import AskPlayer, Count, Count1, Talk
+from tests.tasks.playing import agent_turns
 
 
 def achieved(policy, toy, episodes=20):
     return [episode.total_return for episode in rollout(policy, toy, range(episodes))]
-
-
-def agent_turns(trajectory):
-    return [turn for turn in trajectory.turns if turn.is_trainable]
 
 
 def test_count_pays_one_for_g_and_ends_after_eight_turns():

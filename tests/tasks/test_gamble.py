@@ -3,11 +3,7 @@
 from collections import Counter
 
 from offline_lmrl.tasks.gamble import Gamble
-
-
-def play(environment, seed, texts):
-    first = environment.reset(seed)
-    return first, [environment.step(text) for text in texts]
+from tests.tasks.playing import play
 
 
 def test_gamble_pays_five_for_sure_or_ten_by_chance():

@@ -8,10 +8,7 @@ import pytest
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.tasks.hidden_rule import ORDERS, HiddenRule
-
-
-def agent_turns(trajectory):
-    return [turn for turn in trajectory.turns if turn.is_trainable]
+from tests.tasks.playing import agent_turns
 
 
 def test_held_out_rules_are_a_fifth_and_apart_from_the_training_rules():

@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 
 from offline_lmrl.tasks.talk_trap import TalkTrap
-
-
-def play(environment, seed, texts):
-    first = environment.reset(seed)
-    return first, [environment.step(text) for text in texts]
+from tests.tasks.playing import play
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,9 @@ from offline_lmrl.tasks.hidden_rule import HiddenRule
 from offline_lmrl.tasks.talk_trap import TalkTrap
 from offline_lmrl.tasks.walk import Walk
 from offline_lmrl.tokens.tokenizers import train_tokenizer
+from tests.tasks.playing import play
 
 TOYS = [Corridor, Gamble, Count, Count1, Talk, TalkTrap, HiddenRule, Walk]
-
-
-def play(environment, seed, texts):
-    first = environment.reset(seed)
-    return first, [environment.step(text) for text in texts]
 
 
 @pytest.mark.parametrize("toy", TOYS)

@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 
 from offline_lmrl.tasks.walk import NODES, Walk
-
-
-def play(environment, seed, texts):
-    first = environment.reset(seed)
-    return first, [environment.step(text) for text in texts]
+from tests.tasks.playing import play
 
 
 def test_steps_towards_the_goal_earn_the_optimum():
