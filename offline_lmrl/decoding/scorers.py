@@ -240,7 +240,7 @@ class ValueHeadsScorer(PolicyScorer):
         if of not in ("advantage", "utterance"):
             raise InputError(f"of: found {shown(of)}, expected advantage or utterance")
         self.of, self.heads = of, policy.model.value_heads
-        if of == "utterance" and not hasattr(self.heads, "utterance_q"):
+        if of == "utterance" and not self.heads.utterance:
             raise InputError("of: found utterance, but the run has no heads for whole replies (utterance_weight: 0)")
         self.unit = RewardScale(**run_metadata(policy.model.config).get("reward_scale", {})).scale
 
