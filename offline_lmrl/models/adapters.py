@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from offline_lmrl.errors import InputError, reading, reading_pretrained, shown
 from offline_lmrl.logs.scale import RewardScale
@@ -48,6 +48,11 @@ def require_peft() -> ModuleType:
     except ImportError as error:
         raise InputError("lora: found no package peft; install it with `pip install 'offline_lmrl[peft]'`") from error
     return peft
+
+
+def without_adapter(model: nn.Module) -> PreTrainedModel:
+    """Return the model itself, or the one inside a PeftModel."""
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
 def run_metadata(config: PreTrainedConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer, ilql_losses, utterance_losses
 from offline_lmrl.decoding.policy import LanguagePolicy, generate_texts
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import build_model, load_model
+from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.tokens.batching import WindowDataset
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 

@@ -17,7 +17,7 @@ import offline_lmrl.training.trainer as training
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.errors import InputError, Stopped
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import build_model, load_model
+from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.tokens.episodes import RE_ENCODED
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 from offline_lmrl.training.checkpoint import Signals, noted_signals, rotate
