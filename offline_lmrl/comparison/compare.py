@@ -61,7 +61,7 @@ from offline_lmrl.logs.terminal import visible
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.run import SPEED, DataConfig, ModelConfig, read_report, runs_before, train
 from offline_lmrl.tasks import make_environment
-from offline_lmrl.training.checkpoint import read_metrics
+from offline_lmrl.training.metrics import read_metrics
 
 SAMPLES = 10
 # Version of the rows. Increase it when a code change makes the same settings train or play differently: rows of the

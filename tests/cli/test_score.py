@@ -11,7 +11,7 @@ from offline_lmrl.decoding.policy import LanguageSession
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import read_comparisons, read_trajectories, write_comparisons, write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import build_model
+from offline_lmrl.models.loading import build_model
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 ABSTAINED = "dropped: the agent abstained, so there is no reply"
@@ -130,9 +130,8 @@ def test_several_splits_become_several_files(command, pairs, tmp_path):
     assert code == 2 and err.endswith("new.jsonl for the splits train, validation, expected a folder\n")
     ensemble = ("--scorer", f"{{kind: ensemble, scorers: [{LENGTH}, {UP}]}}", "--output", tmp_path / "ask.jsonl")
     assert command("select", folder, *ensemble, "--split", "train")[1].startswith("pairs: 2\n")
-    assert command("evaluate", "scorer", UP, "--data", folder, "--split", "validation")[1].startswith(
-        "comparisons: 2\n"
-    )
+    _, out, _ = command("evaluate", "scorer", UP, "--data", folder, "--split", "validation")
+    assert out.startswith("comparisons: 2\n")
     assert "split: found none chosen, expected one of train, validation" in command("select", folder, *ensemble)[2]
 
 
@@ -153,11 +152,8 @@ def test_evaluate_says_how_often_a_scorer_agrees(command, pairs, tmp_path):
     assert facts["pairs"] == 2 and f"accuracy: {facts['accuracy']}" in out
     for more in (("--beta", 4), ("--fqe", 5), ("--environment", "maze")):
         code, _, err = command("evaluate", "scorer", UP, "--data", pairs, *more)
-        assert (
-            code == 2
-            and err.startswith(f"error: {more[0][2:]}: found")
-            and "found a setting that does not exist, expected one of scorer, data" in err
-        )
+        expected = "found a setting that does not exist, expected one of scorer, data"
+        assert code == 2 and err.startswith(f"error: {more[0][2:]}: {expected}")
 
 
 def test_generate_gives_the_best_of_several_replies_or_abstains(command, run, tmp_path):
