@@ -1,14 +1,14 @@
 """Every shipped config builds: known keys, values in range, algorithms, environments and data sources that exist."""
 
 import pytest
-from rich.console import Console
 from transformers import AutoConfig
 
 from offline_lmrl.cli.data import _source, config_path, shipped_configs
 from offline_lmrl.cli.parser import read_settings
 from offline_lmrl.cli.train import train_settings
-from offline_lmrl.comparison.compare import _Comparison
 from offline_lmrl.comparison.config import CompareConfig
+from offline_lmrl.comparison.resolve import resolve
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.settings import build
 from offline_lmrl.tasks import ENVIRONMENTS
 
@@ -50,7 +50,7 @@ def test_what_a_config_prepares_is_what_it_reads(name):
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_comparison_builds_what_every_run_is_given(name):
     config = CompareConfig.read(config_path(name), {"args.use_cpu": True})
-    _Comparison(config, Console()).check_settings()
+    resolve(config)
     assert config.environment["name"] in ENVIRONMENTS
 
 
@@ -65,3 +65,9 @@ def test_models_from_scratch_train_without_dropout(spec):
     # `summary_` fields are of a classifier's head, which no causal LM has.
     dropout = {name: p for name, p in config.items() if "drop" in name and not name.startswith("summary_")}
     assert not any(dropout.values()), dropout
+
+
+def test_part_of_a_methods_decoding_keeps_its_other_defaults():
+    flags = ["--args.use_cpu", "true", "--args.decoding.clip", "1"]
+    values = train_settings(["maze/ilql", *flags])  # the file has decoding: {beta: 64}
+    assert values.args.decoding == DecodingConfig(beta=64.0, clip=1.0, support=0.02)

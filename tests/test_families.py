@@ -10,7 +10,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.export.plain import export_run
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Turn
-from offline_lmrl.models.guided import load_model
+from offline_lmrl.models.loading import load_model
 from offline_lmrl.run import DataConfig, ModelConfig, train
 from offline_lmrl.tokens.windows import policy_window
 from tests.families import FAMILIES, small_model
@@ -70,11 +70,7 @@ def run_of(model_type, folder):
         save_strategy="no",
         disable_tqdm=True,
         max_length=96,
-        beta=1.0,
-        q_reduce="mean",
-        support=0.0,
-        candidates=None,
-        clip=None,
+        decoding=DecodingConfig(beta=1.0, q_reduce="mean"),
     )
     run = train("ilql", ModelConfig(path=str(folder / "base")), DataConfig(train=str(folder / "logs.jsonl")), args)
     model = load_model(run)

@@ -24,14 +24,15 @@ from offline_lmrl.errors import InputError, reading_pretrained, shown
 from offline_lmrl.logs.protocols import Policy, Reply
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import find_device, load_model, return_tokens_of, run_metadata
+from offline_lmrl.models.guided import return_tokens_of, run_metadata
+from offline_lmrl.models.loading import find_device, load_model
 from offline_lmrl.models.renderers import renderer_of
 from offline_lmrl.tokens.conditioning import Ids
 from offline_lmrl.tokens.episodes import StepRule
 from offline_lmrl.tokens.few_shot import FewShotConfig, few_shot_ids
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.tokenizers import load_tokenizer
-from offline_lmrl.tokens.windows import WindowRule, policy_window, reply_window
+from offline_lmrl.tokens.windows import EncodedDialogue, WindowRule, policy_window, reply_window
 
 ASK_SUPPORT = 0.02  # the best Q ignores first tokens with less than this share of the largest probability
 SAMPLE_STRIDE = 2**32  # difference between the seeds of one history's samples: larger than any range of seeds
@@ -211,7 +212,8 @@ class LanguagePolicy:
         Returns: the ids; None if they and that turn do not fit into max_length.
         """
         return_ids, few_shot = self._null_return_ids(turns), self.shared_few_shot.without_returns
-        return reply_window(turns, role, self.renderer, self.window, reserve, return_ids, few_shot)
+        dialogue = EncodedDialogue.of([*turns, Turn(role, "")], self.renderer, return_ids, few_shot)
+        return reply_window(dialogue, self.window, reserve)
 
     def _null_return_ids(self, turns: Sequence[Turn], coming: int = 0) -> list[Ids] | None:
         """Return the null ids of each agent turn in `turns` and of `coming` more; None for a model without returns."""

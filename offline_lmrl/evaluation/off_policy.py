@@ -15,7 +15,7 @@ do, nothing shows the error.
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from offline_lmrl.evaluation.offline import acting_log_prob, compute_step_output
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, with_own_token_ids
 from offline_lmrl.models.adapters import run_metadata
+from offline_lmrl.models.step_outputs import packed_logits
 from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
 from offline_lmrl.ops.value_learning import q_loss, td_target
 from offline_lmrl.tokens.batching import TokenBatch
@@ -215,8 +216,8 @@ class _Logs:
     """
 
     def __init__(self, policy: LanguagePolicy, trajectories: Sequence[Trajectory]):
-        self.encoder = log_encoder(policy)
-        self.encoder.scale = RewardScale.fit(trajectories, discounted=True)  # without a shift, whatever the run had
+        scale = RewardScale.fit(trajectories, discounted=True)  # without a shift, whatever the run had
+        self.encoder = replace(log_encoder(policy), scale=scale)
         experience = Experience.of(trajectories, self.encoder, Counter(), policy.renderer.close_id)
         if not len(experience.windows):
             raise InputError("data: found no agent turn that fits, expected at least one")
@@ -293,7 +294,7 @@ def _step_columns(policy: LanguagePolicy, batch: TokenBatch) -> dict[str, Tensor
     ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
     steps = {name: value.to(model.device) for name, value in batch["steps"].items()}
     place = steps["row"], steps["state"]
-    logits, hidden = model.packed_logits(*place, input_ids=ids[:windows], attention_mask=mask[:windows])
+    logits, hidden = packed_logits(model, *place, input_ids=ids[:windows], attention_mask=mask[:windows])
     read, embedded = hidden, model.get_input_embeddings()(ids).float()
     if windows < len(ids):  # rows after the windows hold next states only, so they need no logits
         following = model.get_decoder()(input_ids=ids[windows:], attention_mask=mask[windows:], use_cache=False)[0]

@@ -7,7 +7,8 @@ import yaml
 
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.comparison.compare import run_compare
-from offline_lmrl.comparison.config import CollectConfig, CompareConfig, EvaluationConfig, MethodConfig
+from offline_lmrl.comparison.config import CompareConfig, EvaluationConfig
+from offline_lmrl.comparison.methods import CollectConfig, MethodConfig
 from offline_lmrl.comparison.report import read_results
 from offline_lmrl.comparison.rounds import train_in_rounds
 from offline_lmrl.decoding.policy import LanguagePolicy
@@ -127,5 +128,5 @@ def test_a_comparison_trains_in_rounds_and_counts_what_was_played(tmp_path, logs
 
 
 def test_a_slip_in_rounds_names_its_key():
-    with pytest.raises(InputError, match="methods.x.collect: found 'round', expected one of .*did you mean 'rounds'"):
+    with pytest.raises(InputError, match="methods.x.collect.round: found .*did you mean '.*rounds'"):
         MethodConfig.of("x", {"algorithm": "bc", "collect": {"round": 1}})
