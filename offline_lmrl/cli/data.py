@@ -3,7 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, wraps
+from functools import partial
 from importlib import import_module
 from itertools import combinations
 from pathlib import Path
@@ -14,39 +14,39 @@ from offline_lmrl.cli.parser import Command, command_of
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.renamed import CONFIGS
-from offline_lmrl.settings import Parameter, arguments, nearest, parameters_of
+from offline_lmrl.settings import Parameter, build, nearest
 
 if TYPE_CHECKING:
     from offline_lmrl.tokens.rendering import Renderer
 
-# sources of `prepare SOURCE`; each is a module of data_prep, imported when it is used, with a function `prepare`
-SOURCES = (
-    "maze",
-    "toys",
-    "wordle",
-    "deal-or-no-deal",
-    "pref-gold",
-    "scored",
-    "hh-rlhf",
-    "alpaca-eval",
-    "preferences",
-    "stack-exchange",
-    "ultrafeedback",
-    "oasst",
-    "oasst-ratings",
-    "kto",
-    "stepwise",
-    "chat-thumbs",
-    "red-team",
-    "summarize-comparisons",
-    "summarize-axes",
-    "best-of-4",
-    "webgpt",
-    "shp",
-    "helpsteer",
-    "nectar",
-    "lmrl-gym",
-)
+# name of a source in `prepare SOURCE` -> module and dataclass; modules are imported when they are used
+SOURCES = {
+    "maze": ("data_prep.maze", "MazeLogs"),
+    "toys": ("data_prep.toys", "Toys"),
+    "wordle": ("data_prep.wordle", "WordleLogs"),
+    "deal-or-no-deal": ("data_prep.deal_or_no_deal", "DealOrNoDeal"),
+    "pref-gold": ("data_prep.pref_gold", "PrefGoldPairs"),
+    "scored": ("data_prep.scored", "Scored"),
+    "hh-rlhf": ("data_prep.hh_rlhf", "HhRlhf"),
+    "alpaca-eval": ("data_prep.alpaca_eval", "AlpacaEval"),
+    "preferences": ("data_prep.preferences", "Preferences"),
+    "stack-exchange": ("data_prep.stack_exchange", "StackExchange"),
+    "ultrafeedback": ("data_prep.ultrafeedback", "UltraFeedback"),
+    "oasst": ("data_prep.oasst", "Oasst"),
+    "oasst-ratings": ("data_prep.oasst_ratings", "OasstRatings"),
+    "kto": ("data_prep.kto", "Kto"),
+    "stepwise": ("data_prep.stepwise", "Stepwise"),
+    "chat-thumbs": ("data_prep.chat_thumbs", "ChatThumbs"),
+    "red-team": ("data_prep.red_team", "RedTeam"),
+    "summarize-comparisons": ("data_prep.summarize_comparisons", "SummarizeComparisons"),
+    "summarize-axes": ("data_prep.summarize_axes", "SummarizeAxes"),
+    "best-of-4": ("data_prep.best_of_4", "BestOf4"),
+    "webgpt": ("data_prep.webgpt", "WebGpt"),
+    "shp": ("data_prep.shp", "Shp"),
+    "helpsteer": ("data_prep.helpsteer", "HelpSteer"),
+    "nectar": ("data_prep.nectar", "Nectar"),
+    "lmrl-gym": ("data_prep.lmrl_gym", "LmrlGym"),
+}
 PREPARE_HELP = f"""usage: offline-lmrl prepare SOURCE --output DIR [--key value ...]
 
 Convert logs of a known source to scored trajectories or comparisons. Sources: {", ".join(SOURCES)}.
@@ -56,7 +56,7 @@ Convert logs of a known source to scored trajectories or comparisons. Sources: {
 def prepare(argv: Sequence[str]) -> None:
     """Run the command `prepare SOURCE --output DIR`, which converts the logs of a known source.
 
-    It calls the `prepare` function of the module for SOURCE (SOURCES); the settings are that function's parameters.
+    The settings are the fields of the dataclass for SOURCE (SOURCES).
 
     Args:
       argv: the command line after `prepare`.
@@ -66,7 +66,7 @@ def prepare(argv: Sequence[str]) -> None:
         print(PREPARE_HELP)
         return
     source = _source(argv[0])
-    report = source(**command_of(f"prepare {argv[0]}", source).read(argv[1:]))
+    report = source(**command_of(f"prepare {argv[0]}", source).read(argv[1:])).prepare()
     # Facts of the data come first; splits and removed rows come last, so that they do not scroll away.
     names = list(report)
     splits = names.index("splits") if "splits" in names else len(names)
@@ -77,57 +77,25 @@ def prepare_from_settings(settings: Mapping[str, Any]) -> None:
     """Run `prepare` with settings from a config file instead of the command line; nothing is printed.
 
     Args:
-      settings: the `prepare` block of the config: `command`, the name of a source, and the parameters of its function.
+      settings: the `prepare` block of the config: `command`, the name of a source, and the source's settings.
     Raises: InputError if the source is unknown, or a setting is missing or cannot be used.
     """
     settings = dict(settings)
     source = _source(settings.pop("command"))
-    source(**arguments(parameters_of(source), settings, "prepare"))
+    build(source, settings, "prepare").prepare()
 
 
-def _source(name: str) -> Callable[..., Mapping[str, Any]]:
-    """Return the function that prepares a source, wrapped in checks that all sources share.
-
-    A source is a public data set, another form of logs, or a task that generates its own logs. The checks run before
-    the function, so that a wrong setting fails at once and not after a long time of reading. The output folder is
-    locked while the function runs.
+def _source(name: str) -> type:
+    """Return the dataclass of a source: a public data set, another form of logs, or a task that generates its logs.
 
     Args:
       name: name of the source, a key of SOURCES.
-    Raises: InputError if the source is unknown. The returned function raises InputError if a path is empty, the share
-      of validation data is out of range, or the output would replace the input.
+    Raises: InputError if the source is unknown.
     """
     if name not in SOURCES:
         raise InputError(f"source: found {shown(name)}, expected one of {', '.join(SOURCES)}{nearest(name, SOURCES)}")
-    from data_prep.comparisons import check_share
-    from offline_lmrl.logs.files import locked
-
-    source = import_module(f"data_prep.{name.replace('-', '_')}").prepare
-
-    @wraps(source)
-    def checked(**settings: Any) -> Mapping[str, Any]:
-        for path in ("input", "output"):
-            if settings.get(path) == "":
-                raise InputError(f"{path}: found empty text, expected a path")
-        check_share(settings.get("validation", 0))
-        if settings.get("input") is not None:
-            _require_apart(Path(settings["input"]), Path(settings["output"]))
-        with locked(settings["output"]):
-            return source(**settings)
-
-    return checked
-
-
-def _require_apart(source: Path, output: Path) -> None:
-    """Check that writing the output cannot replace the input.
-
-    Args:
-      source: the input, a file or folder.
-      output: the output folder.
-    Raises: InputError if the output is the input, or the folder of the input file.
-    """
-    if output.resolve() in (source.resolve(), source.resolve().parent if source.is_file() else None):
-        raise InputError(f"output: found {output}, which is or contains the input, expected another folder")
+    module, source = SOURCES[name]
+    return vars(import_module(module))[source]
 
 
 def check(argv: Sequence[str]) -> None:

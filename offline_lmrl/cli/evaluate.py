@@ -255,7 +255,7 @@ class ScorerConfig:
 
 def evaluate_scorer(config: ScorerConfig) -> None:
     """Measure a scorer on held-out comparisons, print the report, and write it if an output is named."""
-    from data_prep.reports import write_json
+    from data_prep.source import write_json
     from offline_lmrl.decoding.scorers import load_scorer
     from offline_lmrl.evaluation import preferences
     from offline_lmrl.logs.io import read_comparisons
