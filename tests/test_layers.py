@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RANKS = {
     "errors": 0,
     "renamed": 2,
-    "settings": 0,
+    "settings": 1,
     "ops": 0,
     "logs": 1,
     "tokens": 2,

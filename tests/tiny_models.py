@@ -4,6 +4,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from offline_lmrl.models.guided import add_value_heads
+from offline_lmrl.models.step_outputs import StepRequest
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 
 VOCABULARY, WIDTH = 50, 16
@@ -71,6 +72,12 @@ def tiny_batch(padding: int = 0) -> dict:
     }
     pad = torch.nn.functional.pad
     return {"input_ids": pad(ids, (0, padding)), "attention_mask": pad(mask, (0, padding)), "steps": steps}
+
+
+def packed_of(model, batch, **options):
+    """The guided model's outputs at the steps of a batch."""
+    request = StepRequest(batch["steps"], **options)
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], request=request)
 
 
 def guided_model(family: str = "gpt2", kind: str = "tied", utterance: bool = False) -> PreTrainedModel:

@@ -145,7 +145,7 @@ def ilql_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], conf
     """Compute the loss terms of each of N action tokens, not yet multiplied by their weights in the total loss.
 
     Args:
-      outputs: packed outputs of the guided model's forward pass (`guided_class` in models/guided.py): log_prob, v,
+      outputs: outputs of the guided model's forward pass (`StepRequest` in models/step_outputs.py): log_prob, v,
         target_q, next_v and end_v, each (N,); q and, if conservative_weight is above 0, logsumexp_q, each (2, N) for
         twin heads.
       steps: `ActionSteps` (tokens/batching.py), (N,) each.

@@ -445,7 +445,7 @@ class _Comparison:
     def _planner(self, name: str) -> PlannerConfig | None:
         """Return a method's PlannerConfig, whose `scorer` still names a method (or "heads"); None without planner."""
         planner = self.config.methods[name].planner if name in self.config.methods else None
-        return None if planner is None else build(PlannerConfig, planner, f"methods.{name}.planner.")
+        return None if planner is None else build(PlannerConfig, planner, f"methods.{name}.planner")
 
     def _chain(self, name: str | None) -> list[dict[str, Any]]:
         """Return the settings that determine the runs of a method, as values that JSON can hold.
@@ -532,7 +532,7 @@ class _Comparison:
                 raise InputError(f"{where}.args.{key}: found a value, expected none: `seeds` and `output` set it")
         if getattr(method, "start_from", None) is not None:
             merged["model"]["path"] = str(start)
-        model = build(ModelConfig, merged["model"], f"{where}.model.")
+        model = build(ModelConfig, merged["model"], f"{where}.model")
         args = {**merged["args"], "output_dir": str(folder), "seed": seed}
         if getattr(method, "value_model", None) is not None:
             if ALGORITHMS[method.algorithm].value_model is None:
@@ -541,7 +541,7 @@ class _Comparison:
                     f"{method.algorithm} takes no value model"
                 )
             args["value_model"] = str(value_model)
-        args = build(load_algorithm(method.algorithm)[0], args, f"{where}.args.")
+        args = build(load_algorithm(method.algorithm)[0], args, f"{where}.args")
         preference = getattr(method, "preference", None)
         if getattr(method, "reward_model", None) is not None:
             preference = {**(preference or {}), "reward": str(reward_model)}

@@ -5,21 +5,19 @@ model. A method may start from, learn from, plan with or take its requested retu
 settings then name this method, and the run of the same seed is used.
 """
 
-import argparse
 import dataclasses
 import difflib
 import re
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from offline_lmrl.errors import InputError, in_our_words, shown
+from offline_lmrl.errors import InputError, shown
 from offline_lmrl.evaluation.metrics import ScoreScale
 from offline_lmrl.logs.yaml_text import read_yaml
 from offline_lmrl.renamed import current
-from offline_lmrl.settings import setting
+from offline_lmrl.settings import build, setting
 
 TRAINING = {"model", "args", "from", "value_model", "preference", "reward_model", "collect"}  # excluded by `run_of`
 NAME = r"\w[\w.+=,@ -]{0,99}"  # a method's name, which is also part of file names
@@ -166,7 +164,7 @@ class MethodConfig:
             raise InputError(f"methods.{name}.decoding.beta: found a value, expected none: `betas` sets it")
         given = {key: value for key, value in entry.items() if key != "from" and value is not None}
         if "collect" in given:
-            given["collect"] = build(CollectConfig, given["collect"], f"methods.{name}.collect.")
+            given["collect"] = build(CollectConfig, given["collect"], f"methods.{name}.collect")
             given.setdefault("regime", "environment")
         return cls(start_from=entry.get("from"), **given)
 
@@ -430,7 +428,7 @@ class CompareConfig:
             _set(raw, dotted, value)
         raw = current(raw, str(path))  # the overrides too
         try:
-            return build(cls, raw, "")
+            return build(cls, raw)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 
@@ -442,51 +440,6 @@ def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
             raw[key] = {}
         raw = raw[key]
     raw[last] = value
-
-
-def build(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
-    """Build an instance of a dataclass from a mapping, after checking names and types.
-
-    A dataclass in a field is built by a separate call, so that an error names a key and not a union of types. Fields
-    of type dict[str, Any] are copied without parsing: the parser would interpret their strings again ("no" as False).
-
-    Args:
-      cls: the dataclass.
-      raw: mapping from field to value.
-      prefix: dotted name of the mapping with a dot at its end, for error messages; "" = the top of the file.
-    Raises: InputError that names the key.
-    """
-    import jsonargparse
-
-    required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
-    hints = typing.get_type_hints(cls)
-    hints = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
-    nested = {}
-    for name, hint in hints.items():
-        for part in (hint, *typing.get_args(hint)):
-            if dataclasses.is_dataclass(part) or part == dict[str, Any]:
-                nested[name] = part
-    parts: dict[str, Any] = {}
-    for key, value in raw.items():
-        require_known([key], set(hints), prefix.rstrip(".") or "settings")
-        if key in nested and isinstance(value, Mapping):
-            part = nested[key]
-            parts[key] = build(part, value, f"{prefix}{key}.") if dataclasses.is_dataclass(part) else dict(value)
-        elif key in nested and value is not None:
-            raise InputError(f"{prefix}{key}: found {shown(value)}, expected a mapping of settings")
-    given = {key: value for key, value in raw.items() if key not in nested}
-    for key in [key for key, value in given.items() if value is None]:
-        if type(None) not in typing.get_args(hints[key]):
-            del given[key]  # null means "not given" for a setting that cannot be null
-    for name in sorted(required - set(parts) - set(given)):
-        raise InputError(f"{prefix}{name}: missing, expected {'a mapping' if name in nested else 'a value'}")
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, skip=set(hints) - set(given))  # adding all TrainingArguments would be slow
-    try:
-        plain = parser.parse_object(given).as_dict()
-    except argparse.ArgumentError as error:
-        raise InputError(in_our_words(str(error), prefix)) from error
-    return cls(**{key: plain[key] for key in given}, **parts)
 
 
 def _is_number(value: Any) -> bool:

@@ -13,13 +13,12 @@ is True if the options fit into the model's limit of tokens. `load_scorer` makes
 The token ids stored with a reply are ignored, since they may belong to another tokenizer: text is encoded anew.
 """
 
-import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,13 +31,14 @@ from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.preferences import Scored, origin_of, score_rows
 from offline_lmrl.logs.protocols import Scorer, import_object
 from offline_lmrl.logs.scale import RewardScale
-from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, finite, require_list, require_text, shown
+from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, finite, shown
 from offline_lmrl.logs.yaml_text import read_yaml, yaml_mapping
 from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.models.guided import find_device, return_tokens_of
 from offline_lmrl.models.renderers import renderer_of
 from offline_lmrl.models.reward_model import load_reward_model, read_mask, reads_by_turn
 from offline_lmrl.ops.preferences import rule_adjusted_score
+from offline_lmrl.settings import arguments
 from offline_lmrl.tokens.batching import pad
 from offline_lmrl.tokens.comparison_batching import Row, encode_options
 from offline_lmrl.tokens.rendering import Renderer
@@ -240,7 +240,7 @@ class ValueHeadsScorer(PolicyScorer):
         if of not in ("advantage", "utterance"):
             raise InputError(f"of: found {shown(of)}, expected advantage or utterance")
         self.of, self.heads = of, policy.model.value_heads
-        if of == "utterance" and not hasattr(self.heads, "utterance_q"):
+        if of == "utterance" and not self.heads.utterance:
             raise InputError("of: found utterance, but the run has no heads for whole replies (utterance_weight: 0)")
         self.unit = RewardScale(**run_metadata(policy.model.config).get("reward_scale", {})).scale
 
@@ -479,7 +479,7 @@ def _python(function: str) -> FunctionScorer:
     return FunctionScorer(import_object(function, "scorer.function"), function)
 
 
-# kind -> a function that makes the scorer; `_setting` checks each parameter by its annotation
+# kind -> a function or class that makes the scorer; each parameter takes values of its annotated type (settings.py)
 KINDS: dict[str, Callable[..., Scorer]] = {
     "reward_model": _reward_model,
     "likelihood": _likelihood,
@@ -517,15 +517,7 @@ def load_scorer(spec: str | Path | Mapping[str, Any]) -> Scorer:
     if not isinstance(found, str) or found not in KINDS:
         raise InputError(f"scorer.kind: found {shown(found)}, expected one of {', '.join(KINDS)}")
     make, given = KINDS[found], {name: value for name, value in spec.items() if name != "kind"}
-    parameters = inspect.signature(make, eval_str=True).parameters
-    for name in given:
-        if name not in parameters:
-            raise InputError(f"scorer: {found} has no setting {shown(name)}, expected {', '.join(parameters)}")
-    for name, parameter in parameters.items():
-        if name not in given and parameter.default is parameter.empty:
-            raise InputError(f"scorer.{name}: missing, {found} needs it")
-    types = {name: parameter.annotation for name, parameter in parameters.items()}
-    made = make(**{name: _setting(f"scorer.{name}", value, types[name]) for name, value in given.items()})
+    made = make(**arguments(make, given, "scorer", {Scorer: load_scorer}))
     made.origin = origin
     return made
 
@@ -537,35 +529,6 @@ def _without_paths(spec: Any) -> Any:
     if isinstance(spec, list | tuple):
         return [_without_paths(value) for value in spec]
     return str(spec) if isinstance(spec, Path) else spec
-
-
-def _setting(where: str, value: Any, kind: Any) -> Any:
-    """Check a value of a specification and convert it to what the scorer takes, such as a nested scorer.
-
-    Args:
-      where: the setting's name, the start of every error message.
-      value: the value in the specification.
-      kind: the annotation of the parameter: str, bool, int, float, Scorer, a Sequence of one of these, or one of all
-        these that may be None.
-    Raises: InputError if the value is of another type.
-    """
-    parts = get_args(kind)
-    if type(None) in parts:
-        (kind,) = (part for part in parts if part is not type(None))
-        return None if value is None else _setting(where, value, kind)
-    if get_origin(kind) is Sequence:
-        return [_setting(where, one, parts[0]) for one in require_list(where, value)]
-    if kind is Scorer:
-        return load_scorer(value)
-    if kind is bool and not isinstance(value, bool):
-        raise InputError(f"{where}: found {shown(value)}, expected true or false")
-    if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
-        raise InputError(f"{where}: found {shown(value)}, expected a whole number")
-    if kind is float:
-        return finite(where, value)
-    if kind is str:
-        require_text(where, value)
-    return value
 
 
 def _read_yaml(text: str) -> Mapping[str, Any]:

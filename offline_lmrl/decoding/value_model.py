@@ -21,6 +21,7 @@ from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.models.guided import return_tokens_of
+from offline_lmrl.models.step_outputs import StepRequest
 from offline_lmrl.ops.returns import qdt_returns_to_go
 from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
 from offline_lmrl.tokens.conditioning import LABEL
@@ -64,7 +65,7 @@ def compute_step_values(
         batch = windows.batch(index)
         inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
         steps = {name: column.to(model.device) for name, column in batch["steps"].items()}
-        outputs = model(**inputs, steps=steps, windows=batch["windows"])
+        outputs = model(**inputs, request=StepRequest(steps, batch["windows"]))
         places = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in index])
         for name in STEP_VALUES:
             values[name][places] = outputs[name].float().cpu().numpy()

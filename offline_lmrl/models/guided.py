@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -47,7 +46,8 @@ from offline_lmrl.models.adapters import (
     unfreeze_heads,
 )
 from offline_lmrl.models.return_embedding import ReturnEmbedding
-from offline_lmrl.models.return_heads import ReturnHeads, outcomes
+from offline_lmrl.models.return_heads import ReturnHeads
+from offline_lmrl.models.step_outputs import StepRequest, packed_outputs
 from offline_lmrl.models.value_heads import Head, ValueHeads, ValueHeadsConfig
 from offline_lmrl.tokens.conditioning import ReturnTokens, check_ask, with_return_ids
 from offline_lmrl.tokens.rendering import Renderer
@@ -68,17 +68,6 @@ def _stored_decoding(config: PreTrainedConfig) -> dict[str, Any]:
 def _keep_hidden(module: nn.Module, args: tuple, output: Any) -> None:
     # Index 0 is the last hidden state of a tuple and of a ModelOutput alike.
     module.last_hidden = output[0]
-
-
-def _scale_gradient(hidden: Tensor, scale: float) -> Tensor:
-    """Return scale · h + (1 − scale) · h.detach(), which has the values of h and `scale` times its gradient."""
-    # At 0 the graph is cut, so that no backward pass runs through the trunk for these terms.
-    return hidden.detach() if scale == 0 else hidden.detach().lerp(hidden, scale)
-
-
-def _several_ranks() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 class Guided:
@@ -260,6 +249,13 @@ class Guided:
         hidden, decoder.last_hidden = decoder.last_hidden, None
         return outputs, hidden
 
+    def hidden_states(self, **inputs: Tensor) -> Tensor:
+        """Run the decoder alone, with keywords of its forward; return its last hidden states (B,T,d)."""
+        decoder = self.get_decoder()
+        decoder(use_cache=False, **self._embedded((), inputs)[1])
+        hidden, decoder.last_hidden = decoder.last_hidden, None
+        return hidden
+
     def _embedded(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Replace input_ids by inputs_embeds in the arguments of a forward, if the model has a return embedding.
 
@@ -342,148 +338,6 @@ class Guided:
             handle.remove()
         return outputs.logits[0], hidden
 
-    def _packed(
-        self,
-        kwargs: dict,
-        steps: Mapping[str, Tensor],
-        windows: int | None,
-        scale: float,
-        conservative: bool,
-        condition_dropout: float,
-        environment: Mapping[str, Tensor] | None,
-    ) -> dict[str, Tensor]:
-        """Compute the per-step outputs, with the arguments and outputs of `forward` in `guided_class`.
-
-        `kwargs` are the keywords of the base class's forward; `scale` is `value_grad_scale`. The LM head runs at the N
-        states of `steps` and the E states of `environment` only.
-        """
-        row, state, action = steps["row"], steps["state"], steps["action"]
-        # peft passes arguments that nobody gave, as None.
-        inputs = {name: value for name, value in kwargs.items() if value is not None}
-        if self.training and condition_dropout > 0:
-            inputs["input_ids"] = self._without_conditions(inputs["input_ids"], condition_dropout)
-        extra = None
-        if windows:
-            extra = self._rows_behind(inputs, windows)
-            inputs = {name: value[:windows] for name, value in inputs.items()}
-        if environment is not None:  # one pass of the LM head for both kinds of states
-            row, state = (torch.cat([steps[name], environment[name]]) for name in ("row", "state"))
-            # The target of an environment state is the next token of its own row.
-            action = torch.cat([action, inputs["input_ids"][environment["row"], environment["state"] + 1]])
-        logits, hidden = self.packed_logits(row, state, **inputs)
-        log_prob = -F.cross_entropy(logits.float(), action, reduction="none")
-        packed = {"log_prob": log_prob[: len(steps["row"])]}
-        if environment is not None:
-            packed["environment_log_prob"] = log_prob[len(steps["row"]) :]
-        if self.return_heads is not None:
-            packed |= self._packed_outcomes(inputs["input_ids"], hidden, steps)
-        if self.value_heads is None:
-            return packed
-        read = hidden.detach() if extra is None else torch.cat([hidden.detach(), extra])
-        return packed | self._packed_values(hidden, read, steps, scale, conservative)
-
-    def _packed_outcomes(self, input_ids: Tensor, hidden: Tensor, steps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Score the outcomes (reward, returns, end) of the M turns that close in the batch with the return heads.
-
-        Args:
-          input_ids: (B,T).
-          hidden: hidden states, (B,T,d).
-          steps: the N packed action steps, (N,) each.
-        Returns: "outcome_log_prob" (M,), nats, and "outcome_mask" (M,) bool, which is True for a turn with a known
-          outcome in a row without a requested return.
-        """
-        turns = {name: column[steps["closes_turn"]] for name, column in steps.items()}
-        row = turns["row"]
-        # A state has not yet read its action: the closing token of a turn has been read at state + 1.
-        log_prob = self.return_heads.log_prob(
-            hidden[row, turns["open_state"]], hidden[row, turns["state"] + 1], outcomes(turns)
-        )
-        # Null is the first id after the vocabulary, and bins follow it: any id above null is a requested return.
-        null = (input_ids <= self.get_input_embeddings().weight.shape[0]).all(1)[row] & turns["has_target"]
-        return {"outcome_log_prob": log_prob, "outcome_mask": null}
-
-    def _without_conditions(self, input_ids: Tensor, share: float) -> Tensor:
-        """Replace all ids of requested returns by null in a random share of the rows (B,T).
-
-        The model is so trained under the null condition too.
-        """
-        null = self.get_input_embeddings().weight.shape[0]
-        dropped = torch.rand(len(input_ids), 1, device=input_ids.device) < share
-        # Bins have the ids above null, so that the clamp maps them to null and leaves all other ids as they are.
-        return torch.where(dropped, input_ids.clamp(max=null), input_ids)
-
-    @torch.no_grad()
-    def _rows_behind(self, inputs: Mapping[str, Tensor], windows: int) -> Tensor | None:
-        """Return the hidden states of the rows of which only V is computed; None if there are none.
-
-        All ranks of a sharded model must run the decoder equally often. With several ranks, a rank without such rows
-        therefore runs it on the first row of the batch and discards the result. If the model has no value heads, no
-        rank has such rows.
-
-        Args:
-          inputs: `input_ids` and `attention_mask` of all rows, (B,T) each.
-          windows: number of leading rows, which hold the trained tokens; the rows after them are read here.
-        """
-        extra = {name: value[windows:] for name, value in inputs.items()}
-        wanted = len(extra["input_ids"]) > 0
-        if not wanted:
-            if self.value_heads is None or not _several_ranks():
-                return None
-            extra = {name: value[:1] for name, value in inputs.items()}
-        decoder = self.get_decoder()
-        decoder(use_cache=False, **self._embedded((), extra)[1])
-        hidden, decoder.last_hidden = decoder.last_hidden, None
-        return hidden if wanted else None
-
-    def _packed_values(
-        self, hidden: Tensor, read: Tensor, steps: Mapping[str, Tensor], scale: float, conservative: bool
-    ) -> dict[str, Tensor]:
-        """Compute Q, V and their targets at the N steps; keys and shapes as in `forward`.
-
-        Args:
-          hidden: hidden states of the rows with steps, (windows,T,d).
-          read: hidden states of all rows, (B,T,d), without gradient, in which next states are looked up.
-          steps: the packed action steps, (N,) each.
-          scale: factor on the gradient that reaches the trunk, 0 to 1.
-          conservative: True: also compute "logsumexp_q".
-        """
-        heads, matrix = self.value_heads, self.get_output_embeddings().weight
-        action = steps["action"].unsqueeze(1)
-        states = _scale_gradient(hidden[steps["row"], steps["state"]], scale)  # (N,d)
-        # V has an axis of one head, (1,N), hence [0].
-        packed = {"q": heads.q(states, matrix, action).squeeze(-1), "v": heads.v(states)[0]}
-        if conservative:
-            packed["logsumexp_q"] = heads.q.logsumexp(states, matrix)
-        with torch.no_grad():
-            packed["target_q"] = heads.target_q(states, matrix, action).squeeze(-1).amin(0)
-            packed["next_v"] = heads.v(read[steps["next_row"], steps["next_state"]])[0]
-            packed["end_v"] = heads.v(read[steps["end_row"], steps["end_state"]])[0]
-        if hasattr(heads, "utterance_q"):
-            closing = {name: index[steps["closes_turn"]] for name, index in steps.items()}  # the M last actions
-            packed |= self._packed_utterances(hidden, read, closing, scale)
-        return packed
-
-    def _packed_utterances(
-        self, hidden: Tensor, read: Tensor, closing: Mapping[str, Tensor], scale: float
-    ) -> dict[str, Tensor]:
-        """Compute Q and V of whole turns: Q after the closing token of a turn, V before its first token.
-
-        Args:
-          hidden: hidden states of the rows with steps, (windows,T,d).
-          read: hidden states of all rows, (B,T,d), without gradient.
-          closing: the M steps that close a turn, (M,) each.
-          scale: factor on the gradient that reaches the trunk, 0 to 1.
-        Returns: the "utterance_..." outputs of `forward`.
-        """
-        heads, row = self.value_heads, closing["row"]
-        turns = _scale_gradient(hidden[row, closing["state"] + 1], scale)  # (M,d)
-        opens = _scale_gradient(hidden[row, closing["open_state"]], scale)
-        packed = {"utterance_q": heads.utterance_q(turns), "utterance_v": heads.utterance_v(opens)[0]}
-        with torch.no_grad():
-            packed["utterance_target_q"] = heads.utterance_target_q(turns).amin(0)
-            packed["utterance_next_v"] = heads.utterance_v(read[closing["next_row"], closing["next_state"]])[0]
-        return packed
-
 
 @functools.cache
 def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -491,50 +345,20 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     if issubclass(base, Guided):
         return base
 
-    def forward(
-        self,
-        *args,
-        beta=None,
-        steps=None,
-        windows=None,
-        value_grad_scale=1.0,
-        conservative=False,
-        condition_dropout=0.0,
-        environment=None,
-        **kwargs,
-    ):
-        """Run the base class's forward, with guided logits (`beta`) or with packed per-step outputs (`steps`).
-
-        Without `steps`, the outputs are the base class's, with guided logits if `beta` is given. With `steps`, inputs
-        must be the keywords input_ids and attention_mask, and the result is a dict of tensors for the N steps (those
-        marked * have no gradient). "log_prob" is log π of the action in nats; Q, of the action, and V are in scaled
-        reward units; "next" is the step's next state, "end" the end of a cut log. Which keys there are depends on the
-        parts of the model, and "environment" on the argument:
-
-            always             "log_prob" (N,)
-            value heads        "q" (H,N), "v" (N,), "target_q"* (N,) the minimum over heads, "next_v"* (N,),
-                               "end_v"* (N,), and with `conservative` "logsumexp_q" (H,N)
-            utterance heads    "utterance_q" (H,M), "utterance_v" (M,), "utterance_target_q"* (M,),
-                               "utterance_next_v"* (M,), for the M steps that close a turn
-            return heads       "outcome_log_prob" (M,) and "outcome_mask" (M,); the latter is False for turns in rows
-                               with a requested return, which would reveal the outcome, and for unknown outcomes
-            environment        "environment_log_prob" (E,)
+    def forward(self, *args, beta: float | Tensor | None = None, request: StepRequest | None = None, **kwargs):
+        """Run the base class's forward, with guided logits (`beta`), or compute outputs of logged steps (`request`).
 
         Args:
           beta: β, one number or one per row (B,); logits become logits + β · advantage under the stored decoding
             settings. None and 0 = the base class's logits.
-          steps: packed action steps (`ActionSteps` in tokens/batching.py), (N,) each; None = not packed.
-          windows: number of leading rows that have steps; of the rows after them only V is computed, without gradient.
-            None = all rows have steps.
-          value_grad_scale: factor on the gradient that Q and V pass on to the trunk, 0 to 1.
-          conservative: True: compute "logsumexp_q", log Σ_a exp Q(s,a).
-          condition_dropout: share of rows whose requested returns become null in training mode, drawn anew in each
-            call.
-          environment: "row" and "state", (E,) long: the state before each token of the environment's replies; None =
-            no such outputs.
+          request: what to compute at logged steps; all other arguments must then be the keywords input_ids and
+            attention_mask. None = nothing.
+        Returns: the base class's outputs; with `request` the dict of tensors that `StepRequest` describes.
         """
-        if steps is not None:
-            return self._packed(kwargs, steps, windows, value_grad_scale, conservative, condition_dropout, environment)
+        if request is not None:
+            # peft passes arguments that nobody gave, as None.
+            given = {name: value for name, value in kwargs.items() if value is not None}
+            return packed_outputs(self, request, given)
         outputs, hidden = self.forward_with_hidden(*args, **kwargs)
         if isinstance(beta, Tensor) or beta:
             keep = kwargs.get("logits_to_keep", 0)

@@ -331,7 +331,8 @@ class ValueHeadsConfig:
 class ValueHeads(nn.Module):
     """The value heads of a model: the submodules q, target_q and v.
 
-    With `utterance` there are also utterance_q, utterance_target_q and utterance_v, for whole turns.
+    With `utterance` there are also utterance_q, utterance_target_q and utterance_v, for whole turns. `utterance` is an
+    attribute too.
 
     Args:
       config: the kind and number of the heads.
@@ -344,7 +345,8 @@ class ValueHeads(nn.Module):
         q_head = functools.partial(Q_HEADS[config.kind], config.heads, width, vocabulary, config.initial_value)
         self.q, self.target_q = q_head(), q_head()
         self.v = ScalarHead(1, width, config.initial_value)
-        if config.utterance:
+        self.utterance = config.utterance
+        if self.utterance:
             self.utterance_q = ScalarHead(config.heads, width, config.initial_value)
             self.utterance_target_q = ScalarHead(config.heads, width, config.initial_value)
             self.utterance_v = ScalarHead(1, width, config.initial_value)
@@ -367,7 +369,7 @@ class ValueHeads(nn.Module):
     def update_targets(self, rate: float) -> None:
         """Set target ← rate · online + (1 − rate) · target; a rate of 1 copies."""
         pairs = [(self.q, self.target_q)]
-        if hasattr(self, "utterance_q"):
+        if self.utterance:
             pairs.append((self.utterance_q, self.utterance_target_q))
         for online, target in pairs:
             torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)

@@ -47,6 +47,7 @@ from offline_lmrl.models.adapters import (
 )
 from offline_lmrl.models.guided import as_guided, build_model, load_model
 from offline_lmrl.models.renderers import rendering_block, scheme_of, training_renderer
+from offline_lmrl.models.step_outputs import StepRequest
 from offline_lmrl.models.unreached import freeze_unreached
 from offline_lmrl.tokens.batching import WindowDataset, WindowRef, encode_trajectories
 from offline_lmrl.tokens.checks import TEMPLATE_ROWS, first_difference
@@ -832,6 +833,7 @@ class OfflineTrainer(BaseTrainer):
         return {}
 
     def forward_options(self) -> Mapping[str, Any]:
+        """Return the fields of `StepRequest` that differ from their defaults."""
         return {}
 
     def loss_terms(
@@ -840,7 +842,7 @@ class OfflineTrainer(BaseTrainer):
         """Compute the loss of each of the batch's N action tokens (the tokens that the agent wrote).
 
         Args:
-          outputs: packed outputs of the guided model's forward pass (see `guided_class`).
+          outputs: packed outputs of the guided model's forward pass (`StepRequest` in models/step_outputs.py).
           steps: `ActionSteps` (tokens/batching.py), (N,) each.
         Returns: the loss (N,), and values to log: name -> tensor of one axis, whose mean is logged.
         """
@@ -887,8 +889,8 @@ class OfflineTrainer(BaseTrainer):
         return self.loss_terms(self._forward(model, batch), batch["steps"])
 
     def _forward(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        inputs = {name: value for name, value in batch.items() if name != "action_mask"}
-        return model(**inputs, **self.forward_options())
+        request = StepRequest.of(batch, **self.forward_options())
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], request=request)
 
 
 def check_model(model: PreTrainedModel, renderer: Renderer, max_length: int) -> None:

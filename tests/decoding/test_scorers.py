@@ -231,7 +231,7 @@ def test_a_file_that_names_itself_is_refused(tmp_path):
         ({"kind": "regex", "pattern": "("}, "pattern: found .*expected a regular expression"),
         (
             {"kind": "regex", "pattern": "x", "most": True},
-            "scorer: regex has no setting 'most', expected pattern, must",
+            "scorer.most: found a setting that does not exist; did you mean 'scorer.must'",
         ),
         ({"kind": "veto", "rules": []}, "scorer.preference: missing"),
         ("tests.decoding.test_scorers:nothing", "scorer.function: .*expected package.module:function"),
@@ -240,11 +240,11 @@ def test_a_file_that_names_itself_is_refused(tmp_path):
         ("{kind: regex, pattern: 5}", "scorer.pattern: found 5, expected text"),
         ("{kind: regex, pattern: x, must: maybe}", "scorer.must: found 'maybe', expected true or false"),
         ("{kind: python, function: 3}", "scorer.function: found 3, expected text"),
-        ("{kind: reward_model, run: null}", "scorer.run: found None, expected text"),
+        ("{kind: reward_model, run: null}", "scorer.run: found null, expected text"),
         ("{kind: ensemble, scorers: runs/a}", "scorer.scorers: found 'runs/a', expected a list"),
-        ({**TWO, "kind": "ensemble", "k": "nan"}, "scorer.k: found 'nan', expected a number"),
+        ({**TWO, "kind": "ensemble", "k": "nan"}, "scorer.k: found 'nan', expected a finite number"),
         ({**TWO, "kind": "ensemble", "k": math.nan}, "scorer.k: found nan, expected a finite number"),
-        ({**TWO, "kind": "sum", "weights": ["a", "b"]}, "scorer.weights: found 'a', expected a number"),
+        ({**TWO, "kind": "sum", "weights": ["a", "b"]}, r"scorer.weights\[0\]: found 'a', expected a finite number"),
         ({**TWO, "kind": "sum", "weights": [1]}, "weights: found 1 for 2 scorers"),
         ({**TWO, "kind": "sum", "weights": 3}, "scorer.weights: found 3, expected a list"),
         ("os:environ", "os:environ: found _Environ, expected a function of .context, option"),
@@ -465,10 +465,10 @@ def test_a_new_kind_is_typed_by_its_annotations(monkeypatch):
     scorer = load_scorer({"kind": "long_enough", "words": 2, "scorers": inner, "names": ["a"]})
     assert scorer.score(ASKED, said("up", "up and left")).tolist() == [0.0, 1.0]
     for wrong, message in (
-        ({"words": "2", "scorers": inner}, "scorer.words: found '2', expected a whole number"),
+        ({"words": "two", "scorers": inner}, "scorer.words: found 'two', expected a whole number"),
         ({"words": True, "scorers": inner}, "scorer.words: found True, expected a whole number"),
         ({"words": 2, "scorers": [3]}, "scorer.kind: found 3"),
-        ({"words": 2, "scorers": inner, "names": [4]}, "scorer.names: found 4, expected text"),
+        ({"words": 2, "scorers": inner, "names": [4]}, r"scorer.names\[0\]: found 4, expected text"),
     ):
         with pytest.raises(InputError, match=message):
             load_scorer({"kind": "long_enough", **wrong})

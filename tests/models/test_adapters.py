@@ -12,7 +12,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
 from offline_lmrl.models.guided import add_value_heads, load_model, remove_heads
 from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
-from tests.tiny_models import guided_model, tiny_batch, tiny_model
+from tests.tiny_models import guided_model, packed_of, tiny_batch, tiny_model
 
 peft = pytest.importorskip("peft")
 CASES = [("gpt2", "tied"), ("llama", "linear"), ("gemma2", "mlp"), ("cohere", "tied")]
@@ -27,7 +27,7 @@ def with_lora(model, **options):
 
 def train_one_step(model):
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    packed = model(**tiny_batch(), windows=2, conservative=True)
+    packed = packed_of(model, tiny_batch(), windows=2, conservative=True)
     loss = sum(packed[name].square().sum() for name in ("log_prob", "q", "v", "logsumexp_q"))
     loss.backward()
     optimizer.step()
@@ -53,8 +53,8 @@ def test_adapter_and_heads_train_are_saved_and_come_back(family, kind, tmp_path)
     save_heads(model, tmp_path / "run")
     loaded = load_model(tmp_path / "run")
     assert loaded.config.offline_lmrl == model.config.offline_lmrl
-    expected = model.eval()(**tiny_batch())
-    for name, values in loaded.eval()(**tiny_batch()).items():
+    expected = packed_of(model.eval(), tiny_batch())
+    for name, values in packed_of(loaded.eval(), tiny_batch()).items():
         assert torch.equal(values, expected[name]), name
     for (name, parameter), other in zip(loaded.named_parameters(), model.parameters(), strict=True):
         assert parameter.requires_grad == other.requires_grad, name
@@ -88,17 +88,17 @@ def test_lora_never_lands_on_a_head():
 def test_packed_outputs_survive_a_trained_copy_of_the_lm_head(family):
     model = with_lora(guided_model(family, "linear"), modules_to_save=["lm_head"])
     batch = tiny_batch()
-    expected = guided_model(family, "linear")(**batch)
-    for name, values in model(**batch).items():
+    expected = packed_of(guided_model(family, "linear"), batch)
+    for name, values in packed_of(model, batch).items():
         assert_close(values, expected[name], msg=name)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(2)  # the copy that is trained
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     steps = batch["steps"]
     dense = logits.log_softmax(-1)[steps["row"], steps["state"], steps["action"]]
-    assert_close(model(**batch)["log_prob"], dense)
+    assert_close(packed_of(model, batch)["log_prob"], dense)
     copied = copy.deepcopy(model)
-    assert torch.equal(copied(**batch)["q"], model(**batch)["q"])
+    assert torch.equal(packed_of(copied, batch)["q"], packed_of(model, batch)["q"])
 
 
 def test_a_tied_head_reads_the_copy_of_the_lm_head_that_is_trained():
@@ -150,8 +150,8 @@ def test_heads_go_on_the_model_inside_an_adapter_and_come_back(tmp_path):
     model.save_pretrained(tmp_path / "run")
     save_heads(model, tmp_path / "run")
     again = load_model(tmp_path / "run")
-    expected = model.eval()(**tiny_batch())
-    for name, values in again.eval()(**tiny_batch()).items():
+    expected = packed_of(model.eval(), tiny_batch())
+    for name, values in packed_of(again.eval(), tiny_batch()).items():
         assert torch.equal(values, expected[name]), name
 
 

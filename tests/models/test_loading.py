@@ -13,7 +13,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.models.guided import add_value_heads, as_guided, build_model, guided_class, load_model, remove_heads
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from tests.families import small_model
-from tests.tiny_models import FAMILIES, VOCABULARY, guided_model, tiny_batch, tiny_model
+from tests.tiny_models import FAMILIES, VOCABULARY, guided_model, packed_of, tiny_batch, tiny_model
 
 KINDS = ["tied", "linear", "mlp"]
 CASES = [(family, "tied") for family in FAMILIES] + [("gpt2", "linear"), ("llama", "mlp")]
@@ -78,7 +78,7 @@ def test_targets_start_equal_and_frozen_however_heads_are_made(kind, tmp_path):
     constructed = guided_class(type(tiny_model()))(named)
     for model in (attached, loaded, from_scratch, by_class, constructed, copy.deepcopy(attached)):
         assert_targets_frozen(model, equal=True)
-        packed = model(**tiny_batch())
+        packed = packed_of(model, tiny_batch())
         for name in ("q", "target_q", "v", "next_v", "utterance_q", "utterance_v"):
             assert_close(packed[name], torch.full_like(packed[name], 0.25), atol=1e-3, rtol=0)
         assert model.config.offline_lmrl["value_heads"]["initial_value"] == 0.25
@@ -117,7 +117,7 @@ def test_heads_are_fp32_in_a_bf16_model(kind, tmp_path):
         assert model.lm_head.weight.dtype == torch.bfloat16
         for name, tensor in model.value_heads.state_dict().items():
             assert tensor.dtype == torch.float32, name
-        packed = model(**tiny_batch(), conservative=True)
+        packed = packed_of(model, tiny_batch(), conservative=True)
         assert {values.dtype for values in packed.values()} == {torch.float32}
     reread = load_model(tmp_path / "guided", dtype=torch.bfloat16).value_heads.state_dict()
     for name, tensor in load_model(tmp_path / "guided").value_heads.state_dict().items():
@@ -138,12 +138,12 @@ def test_a_deep_copy_is_independent_and_decodes_alike(family):
     logits(model)  # leaves nothing behind that cannot be copied
     copied = copy.deepcopy(model)
     batch = tiny_batch()
-    before = copied(**batch)["q"]
-    assert_close(before, model(**batch)["q"])
+    before = packed_of(copied, batch)["q"]
+    assert_close(before, packed_of(model, batch)["q"])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1)
-    assert torch.equal(copied(**batch)["q"], before)
+    assert torch.equal(packed_of(copied, batch)["q"], before)
     assert copied.get_decoder() is not model.get_decoder()
     model.config.offline_lmrl["decoding"] = {"beta": 9.0}
     assert "decoding" not in copied.config.offline_lmrl
@@ -152,22 +152,22 @@ def test_a_deep_copy_is_independent_and_decodes_alike(family):
 @pytest.mark.parametrize("family, kind", CASES)
 def test_resizing_the_vocabulary_resizes_the_heads(family, kind, tmp_path):
     model, batch = guided_model(family, kind), tiny_batch()
-    before = model(**batch)
+    before = packed_of(model, batch)
     model.resize_token_embeddings(VOCABULARY + 3)
-    after = model(**batch, conservative=True)
+    after = packed_of(model, batch, conservative=True)
     assert_close(after["v"], before["v"])
     if kind != "tied":  # the scale of a tied head follows the new matrix
         assert_close(after["q"], before["q"])
     _, hidden = model.forward_with_hidden(input_ids=batch["input_ids"])
     assert model.q_values(hidden).shape == (2, 2, 9, VOCABULARY + 3)
     model.save_pretrained(tmp_path)
-    assert_close(load_model(tmp_path)(**batch)["q"], after["q"])
+    assert_close(packed_of(load_model(tmp_path), batch)["q"], after["q"])
 
 
 def test_detached_heads_leave_the_plain_policy_also_on_disk(tmp_path):
     model = guided_model()
     model.config.offline_lmrl |= {"decoding": {"beta": 2.0}, "template": "plain"}
-    assert remove_heads(model) is model and set(model(**tiny_batch())) == {"log_prob"}
+    assert remove_heads(model) is model and set(packed_of(model, tiny_batch())) == {"log_prob"}
     model.save_pretrained(tmp_path)
     loaded = load_model(tmp_path)
     assert loaded.value_heads is None and loaded.config.offline_lmrl == {"template": "plain"}
@@ -248,7 +248,7 @@ def test_a_model_from_scratch_takes_its_sizes_from_the_tokenizer():
         Tokenizer(),
     )
     assert model.config.vocab_size == VOCABULARY and model.config.pad_token_id == 0
-    assert model.value_heads is None and set(model(**tiny_batch())) == {"log_prob"}
+    assert model.value_heads is None and set(packed_of(model, tiny_batch())) == {"log_prob"}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 

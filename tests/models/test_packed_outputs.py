@@ -1,4 +1,4 @@
-"""forward(steps=...): what each packed output is, where gradients go and where they do not."""
+"""forward(request=...): what each packed output is, where gradients go and where they do not."""
 
 import copy
 import inspect
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.tiny_models import FAMILIES, guided_model, tiny_batch, tiny_model
+from tests.tiny_models import FAMILIES, guided_model, packed_of, tiny_batch, tiny_model
 
 KINDS = ["tied", "linear", "mlp"]
 
@@ -29,7 +29,7 @@ def test_packed_log_prob_and_its_gradient_equal_the_plain_forwards(family):
     plain, batch = tiny_model(family), tiny_batch()
     guided = guided_model(family)
     expected = dense_log_prob(plain, batch)
-    packed = guided(**batch)["log_prob"]
+    packed = packed_of(guided, batch)["log_prob"]
     assert_close(packed, expected)
     expected.sum().backward()
     packed.sum().backward()
@@ -44,7 +44,7 @@ def test_values_are_read_at_the_states_that_the_steps_name(family):
     model, batch = guided_model(family, "mlp", utterance=True), tiny_batch()
     steps, heads = batch["steps"], model.value_heads
     _, hidden = model.forward_with_hidden(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    packed = model(**batch, conservative=True)
+    packed = packed_of(model, batch, conservative=True)
 
     def at(row, state):
         return torch.stack([hidden[r, s] for r, s in zip(steps[row].tolist(), steps[state].tolist(), strict=True)])
@@ -67,20 +67,20 @@ def test_values_are_read_at_the_states_that_the_steps_name(family):
 
 def test_logsumexp_is_only_computed_when_asked_for():
     model, batch = guided_model(), tiny_batch()
-    assert set(model(**batch)) == {"log_prob", "q", "target_q", "v", "next_v", "end_v"}
-    assert set(model(**batch, conservative=True)) - set(model(**batch)) == {"logsumexp_q"}
+    assert set(packed_of(model, batch)) == {"log_prob", "q", "target_q", "v", "next_v", "end_v"}
+    assert set(packed_of(model, batch, conservative=True)) - set(packed_of(model, batch)) == {"logsumexp_q"}
 
 
 def test_a_model_without_heads_gives_log_probs_only():
     model, batch = guided_model(), tiny_batch()
     model.value_heads = None
-    assert set(model(**batch)) == {"log_prob"}
+    assert set(packed_of(model, batch)) == {"log_prob"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_gradient_reaches_targets_or_what_is_marked_so(kind):
     model, batch = guided_model(kind=kind, utterance=True), tiny_batch()
-    packed = model(**batch, conservative=True)
+    packed = packed_of(model, batch, conservative=True)
     for name, values in packed.items():
         assert values.requires_grad == (
             name not in ("target_q", "next_v", "end_v") and "_target" not in name and "_next" not in name
@@ -95,7 +95,7 @@ def test_no_gradient_reaches_targets_or_what_is_marked_so(kind):
 def test_value_grad_scale_is_the_share_that_reaches_the_trunk(kind, scale):
     def gradients(value_grad_scale):
         model, batch = guided_model(kind=kind, utterance=True), tiny_batch()
-        packed = model(**batch, conservative=True, value_grad_scale=value_grad_scale)
+        packed = packed_of(model, batch, conservative=True, value_grad_scale=value_grad_scale)
         sum(packed[name].sum() for name in ("q", "v", "logsumexp_q", "utterance_q", "utterance_v")).backward()
         heads = {name: p.grad for name, p in model.value_heads.named_parameters() if p.grad is not None}
         return trunk_gradients(model), heads
@@ -121,9 +121,9 @@ def test_more_padding_and_another_order_of_rows_change_nothing(family):
         turned[name] = turned[name].flip(0)
     for name in ("row", "next_row", "end_row"):
         turned["steps"][name] = 1 - turned["steps"][name]
-    expected = model(**batch)
+    expected = packed_of(model, batch)
     for other in (padded, turned):
-        for name, values in model(**other).items():
+        for name, values in packed_of(model, other).items():
             assert_close(values, expected[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
@@ -131,7 +131,7 @@ def test_more_padding_and_another_order_of_rows_change_nothing(family):
 def test_values_are_fp32_under_autocast(kind):
     model, batch = guided_model(kind=kind), tiny_batch()
     with torch.autocast("cpu", torch.bfloat16):
-        packed = model(**batch, conservative=True)
+        packed = packed_of(model, batch, conservative=True)
     assert {values.dtype for values in packed.values()} == {torch.float32}
     sum(values.sum() for values in packed.values()).backward()
     online = [parameter for head in model.value_heads.online() for parameter in head.parameters()]
@@ -147,14 +147,14 @@ def test_rows_behind_the_windows_serve_next_values_only(family):
     batch["attention_mask"][2] = True
     steps["next_row"], steps["end_row"] = steps["row"].clone(), steps["row"].clone()
     steps["next_row"][3] = steps["end_row"][:4] = 2
-    together, apart = model(**batch, conservative=True), model(**batch, windows=2, conservative=True)
+    together, apart = packed_of(model, batch, conservative=True), packed_of(model, batch, windows=2, conservative=True)
     for name, values in apart.items():
         assert_close(values, together[name], atol=1e-5, rtol=1e-4, msg=name)
     alone = tiny_batch()
     alone["steps"]["next_row"] = alone["steps"]["end_row"] = alone["steps"]["row"]
     trained = [name for name, values in apart.items() if values.requires_grad]
     gradients = []
-    for packed in (apart, model(**alone, windows=2, conservative=True)):  # as many windows as rows
+    for packed in (apart, packed_of(model, alone, windows=2, conservative=True)):  # as many windows as rows
         model.zero_grad()
         sum(packed[name].sum() for name in trained).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
@@ -165,24 +165,24 @@ def test_rows_behind_the_windows_serve_next_values_only(family):
 @pytest.mark.parametrize("ranks, rows", [(None, [2]), (1, [2]), (2, [1, 2])])
 def test_among_several_ranks_the_decoder_runs_twice_even_without_rows_behind_the_windows(monkeypatch, ranks, rows):
     model, batch = guided_model(), tiny_batch()
-    expected = model(**batch)
+    expected = packed_of(model, batch)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: ranks is not None)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
     seen = []
     model.get_decoder().register_forward_hook(lambda module, args, output: seen.append(len(output[0])))
-    for name, values in model(**batch, windows=2).items():
+    for name, values in packed_of(model, batch, windows=2).items():
         assert torch.equal(values, expected[name]), name
     assert seen == rows
     seen.clear()
     model.value_heads = None
-    model(**batch, windows=2)
+    packed_of(model, batch, windows=2)
     assert seen == [2]
 
 
 def test_no_steps_give_empty_outputs():
     model, batch = guided_model(utterance=True), tiny_batch()
     batch["steps"] = {name: index[:0] for name, index in batch["steps"].items()}
-    packed = model(**batch, conservative=True)
+    packed = packed_of(model, batch, conservative=True)
     assert {values.numel() for values in packed.values()} == {0}
     sum(values.sum() for values in packed.values()).backward()
 
@@ -191,8 +191,7 @@ def test_no_steps_give_empty_outputs():
 def test_the_signature_is_the_bases_with_our_keywords(family):
     base = inspect.signature(type(tiny_model(family)).forward).parameters
     ours = inspect.signature(guided_model(family).forward).parameters
-    own = ["beta", "steps", "windows", "value_grad_scale", "conservative", "condition_dropout", "environment"]
-    assert [name for name in ours if name not in base] == own
+    assert [name for name in ours if name not in base] == ["beta", "request"]
     assert [name for name in base if name not in ours] == ["self"]
 
 
@@ -200,7 +199,7 @@ def test_the_lm_head_sees_packed_positions_only_and_is_left_as_it_was():
     model, batch = guided_model(), tiny_batch()
     seen = []
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
-    model(**batch)
+    packed_of(model, batch)
     model(input_ids=batch["input_ids"])
     assert seen == [(1, 7, 50), (2, 9, 50)]
     assert not model.lm_head._forward_pre_hooks

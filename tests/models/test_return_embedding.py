@@ -13,7 +13,7 @@ from offline_lmrl.models.guided import add_returns, add_value_heads, as_guided, 
 from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tokens.conditioning import ReturnScale
-from tests.tiny_models import FAMILIES, VOCABULARY, tiny_batch, tiny_model
+from tests.tiny_models import FAMILIES, VOCABULARY, packed_of, tiny_batch, tiny_model
 
 LOGS = [Trajectory((Turn("user", "at"), Turn("assistant", "go", reward=float(r)))) for r in range(4)]
 BLOCK = {"condition": "embedding", "bins": 4, "discount_per_turn": 1.0, "scale": ReturnScale.fit(LOGS).to_dict()}
@@ -48,7 +48,7 @@ def test_a_table_that_nothing_refers_to_changes_no_bit(family):
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
     assert torch.equal(model(batch["input_ids"]).logits, plain(batch["input_ids"]).logits)
-    assert torch.equal(model(**batch)["log_prob"], as_guided(plain)(**batch)["log_prob"])
+    assert torch.equal(packed_of(model, batch)["log_prob"], packed_of(as_guided(plain), batch)["log_prob"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -72,7 +72,7 @@ def test_packed_steps_caches_and_generate_read_the_rows_too(family):
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     steps = batch["steps"]
     logits = model(**inputs).logits.log_softmax(-1)
-    assert_close(model(**batch)["log_prob"], logits[steps["row"], steps["state"], steps["action"]])
+    assert_close(packed_of(model, batch)["log_prob"], logits[steps["row"], steps["state"], steps["action"]])
     first = model(input_ids=REWARDS[:, :3], use_cache=True)
     rest = model(input_ids=REWARDS[:, 3:], past_key_values=first.past_key_values)
     assert_close(rest.logits, model(input_ids=REWARDS).logits[:, 3:], atol=1e-4, rtol=0)
@@ -83,21 +83,22 @@ def test_packed_steps_caches_and_generate_read_the_rows_too(family):
 
 def test_padding_and_the_order_of_rows_change_no_loss():
     model, batch = conditioned(), conditioned_batch()
-    expected = model(**batch)["log_prob"]
+    expected = packed_of(model, batch)["log_prob"]
     padded = tiny_batch(padding=3) | {"steps": batch["steps"]}
     padded["input_ids"][:, 0] = batch["input_ids"][:, 0]
-    assert_close(model(**padded)["log_prob"], expected)
+    assert_close(packed_of(model, padded)["log_prob"], expected)
     swapped = {name: batch[name].flip(0) for name in ("input_ids", "attention_mask")}
-    assert_close(model(**swapped, steps=batch["steps"] | {"row": 1 - batch["steps"]["row"]})["log_prob"], expected)
+    swapped["steps"] = batch["steps"] | {"row": 1 - batch["steps"]["row"]}
+    assert_close(packed_of(model, swapped)["log_prob"], expected)
 
 
 def test_values_of_extra_rows_read_the_rows_of_returns():
     model, batch = conditioned(heads=ValueHeadsConfig("mlp")), conditioned_batch()
     torch.nn.init.normal_(model.value_heads.v.weight)
-    everything = model(**batch)
+    everything = packed_of(model, batch)
     batch["steps"] |= {"next_row": torch.ones(7, dtype=torch.long), "next_state": torch.full((7,), 3)}
     alone = {name: index[batch["steps"]["row"] == 0] for name, index in batch["steps"].items()}
-    packed = model(**batch | {"steps": alone}, windows=1)
+    packed = packed_of(model, batch | {"steps": alone}, windows=1)
     _, hidden = model.forward_with_hidden(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     assert_close(packed["next_v"], model.v_values(hidden[1, 3]).expand(4))
     assert_close(packed["log_prob"], everything["log_prob"][:4])
@@ -106,16 +107,16 @@ def test_values_of_extra_rows_read_the_rows_of_returns():
 def test_condition_dropout_makes_whole_rows_null_in_training_only():
     model, batch = conditioned(), conditioned_batch()
     as_null = batch | {"input_ids": batch["input_ids"].clamp(max=NULL)}
-    told, null = model(**batch)["log_prob"], model(**as_null)["log_prob"]
+    told, null = packed_of(model, batch)["log_prob"], packed_of(model, as_null)["log_prob"]
     assert not torch.isclose(told, null).any()
-    assert torch.equal(model(**batch, condition_dropout=1.0)["log_prob"], told)
+    assert torch.equal(packed_of(model, batch, condition_dropout=1.0)["log_prob"], told)
     model.train()
-    assert torch.equal(model(**batch, condition_dropout=1.0)["log_prob"], null)
+    assert torch.equal(packed_of(model, batch, condition_dropout=1.0)["log_prob"], null)
     torch.manual_seed(0)
     row = batch["steps"]["row"]
     kinds = set()
     for _ in range(20):
-        log_prob = model(**batch, condition_dropout=0.5)["log_prob"]
+        log_prob = packed_of(model, batch, condition_dropout=0.5)["log_prob"]
         dropped = torch.isclose(log_prob, null)
         assert_close(log_prob, torch.where(dropped, null, told))
         assert all(len(set(dropped[row == r].tolist())) == 1 for r in (0, 1))
@@ -127,7 +128,7 @@ def test_all_rows_of_the_table_learn():
     model = conditioned()
     batch = conditioned_batch()
     batch["input_ids"][1, 1] = NULL
-    model(**batch)["log_prob"].sum().backward()
+    packed_of(model, batch)["log_prob"].sum().backward()
     for name, parameter in model.return_embedding.named_parameters():
         assert parameter.grad.abs().sum() > 0, name
     # bin 2 of 0..3 is the highest that a row shows below the top: its step is in both sums, the last in one
@@ -173,7 +174,7 @@ def test_lora_trains_the_table_in_full_and_merging_keeps_it(family, tmp_path):
     fresh = model.return_embedding.rows().detach().clone()
     for _ in range(2):
         optimizer.zero_grad()
-        model(**conditioned_batch())["log_prob"].sum().backward()
+        packed_of(model, conditioned_batch())["log_prob"].sum().backward()
         optimizer.step()
     assert not torch.equal(model.return_embedding.rows(), fresh)
     model.save_pretrained(tmp_path / "run")

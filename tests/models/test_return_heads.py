@@ -9,7 +9,7 @@ from offline_lmrl.models.adapters import save_heads, unfreeze_heads
 from offline_lmrl.models.guided import add_return_heads, add_returns, as_guided, load_model, remove_heads
 from offline_lmrl.models.return_heads import BinHead, fit_bins
 from tests.models.test_return_embedding import BLOCK, NULL
-from tests.tiny_models import FAMILIES, tiny_batch, tiny_model
+from tests.tiny_models import FAMILIES, packed_of, tiny_batch, tiny_model
 
 BINS = {
     "returns": {"edges": [0.5], "means": [0.0, 1.0]},
@@ -70,7 +70,7 @@ def test_a_number_is_the_mean_of_its_bins_and_all_are_equally_likely_at_first():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_returns_are_read_before_a_turn_and_the_rest_behind_its_last_token(family):
     model, batch = with_heads(family), turns_batch([NULL, NULL])
-    packed = model(**batch)
+    packed = packed_of(model, batch)
     _, hidden = model.forward_with_hidden(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     opening, closing = (
         torch.stack([hidden[r, s] for r, s in places])
@@ -90,11 +90,11 @@ def test_returns_are_read_before_a_turn_and_the_rest_behind_its_last_token(famil
 
 def test_turns_under_a_condition_or_without_a_target_do_not_count():
     model, batch = with_heads(), turns_batch([NULL + 2, NULL])
-    assert model(**batch)["outcome_mask"].tolist() == [False, False, True]
+    assert packed_of(model, batch)["outcome_mask"].tolist() == [False, False, True]
     batch["steps"]["has_target"][6] = False
-    assert not model(**batch)["outcome_mask"].any()
+    assert not packed_of(model, batch)["outcome_mask"].any()
     model.train()
-    dropped = model(**turns_batch([NULL + 2, NULL + 1]), condition_dropout=1.0)["outcome_mask"]
+    dropped = packed_of(model, turns_batch([NULL + 2, NULL + 1]), condition_dropout=1.0)["outcome_mask"]
     assert dropped.all()
 
 
@@ -102,9 +102,9 @@ def test_replies_of_the_environment_are_scored_beside_the_steps():
     model, batch = with_heads(), turns_batch([NULL, NULL])
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
     where = {"row": torch.tensor([0, 0]), "state": torch.tensor([3, 4])}
-    packed = model(**batch, environment=where)
+    packed = packed_of(model, batch, environment=where)
     assert_close(packed["environment_log_prob"], logits[0, [3, 4], batch["input_ids"][0, [4, 5]]])
-    assert_close(packed["log_prob"], model(**batch)["log_prob"])
+    assert_close(packed["log_prob"], packed_of(model, batch)["log_prob"])
 
 
 def test_heads_change_no_logit_and_leave_with_their_block():

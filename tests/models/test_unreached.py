@@ -10,7 +10,7 @@ from offline_lmrl.models.guided import add_value_heads
 from offline_lmrl.models.unreached import freeze_unreached
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from tests.families import small_model
-from tests.tiny_models import tiny_batch
+from tests.tiny_models import packed_of, tiny_batch
 from tests.training.test_trainer import logs, trainer
 
 
@@ -41,7 +41,7 @@ def test_of_a_text_model_everything_but_the_targets_is_trained(tmp_path, algorit
 def test_heads_that_a_loss_does_not_read_are_frozen():
     model = add_value_heads(small_model("llama"), ValueHeadsConfig())
     batch = tiny_batch()
-    freeze_unreached(model, model(**batch)["log_prob"].sum())
+    freeze_unreached(model, packed_of(model, batch)["log_prob"].sum())
     assert frozen(model) == {name for name, _ in model.named_parameters() if name.startswith("value_heads")}
 
 

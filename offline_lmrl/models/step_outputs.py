@@ -1,0 +1,214 @@
+"""What a guided model computes at logged steps: Q, V, log π and what else losses and readers need.
+
+A step is one token that the agent chose, its action, at a state (row, position) before it (tokens/batching.py).
+Notation: B rows of T tokens, width d of the hidden states, H Q heads; N is the number of steps in a batch, M that of
+the steps that close a turn, E that of the environment's tokens.
+
+`StepRequest` is the argument `request` of the guided model's forward, which then returns the result of
+`packed_outputs`. Everything that has parameters so runs inside the forward of the model that DDP or FSDP wraps.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from offline_lmrl.models.return_heads import outcomes
+from offline_lmrl.models.value_heads import ValueHeads
+from offline_lmrl.tokens.batching import ActionSteps, TokenBatch
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """What the forward of a guided model computes for a batch of logged steps.
+
+    The result is a dict of tensors (those marked * have no gradient). "log_prob" is log π of the action in nats; Q, of
+    the action, and V are in scaled reward units; "next" is the step's next state, "end" the end of a cut log. Which
+    keys there are depends on the parts of the model, and "environment" on the field:
+
+        always             "log_prob" (N,)
+        value heads        "q" (H,N), "v" (N,), "target_q"* (N,) the minimum over heads, "next_v"* (N,),
+                           "end_v"* (N,), and with `conservative` "logsumexp_q" (H,N)
+        utterance heads    "utterance_q" (H,M), "utterance_v" (M,), "utterance_target_q"* (M,),
+                           "utterance_next_v"* (M,), for the M steps that close a turn
+        return heads       "outcome_log_prob" (M,) and "outcome_mask" (M,); the latter is False for turns in rows
+                           with a requested return, which would reveal the outcome, and for unknown outcomes
+        environment        "environment_log_prob" (E,)
+
+    steps: packed action steps (`ActionSteps` in tokens/batching.py), (N,) each.
+    windows: number of leading rows that have steps; of the rows after them only V is computed, without gradient.
+      None = all rows have steps.
+    environment: "row" and "state", (E,) long: the state before each token of the environment's replies; None = no such
+      outputs.
+    value_grad_scale: factor on the gradient that Q and V pass on to the trunk, 0 to 1.
+    conservative: True: compute "logsumexp_q", log Σ_a exp Q(s,a).
+    condition_dropout: share of rows whose requested returns become null in training mode, drawn anew in each call.
+    """
+
+    steps: ActionSteps
+    windows: int | None = None
+    environment: Mapping[str, Tensor] | None = None
+    value_grad_scale: float = 1.0
+    conservative: bool = False
+    condition_dropout: float = 0.0
+
+    @classmethod
+    def of(cls, batch: TokenBatch, **options: Any) -> "StepRequest":
+        """Return the request for all steps of a batch; `options` are the other fields."""
+        return cls(batch["steps"], batch["windows"], batch.get("environment"), **options)
+
+
+def packed_outputs(model: PreTrainedModel, request: StepRequest, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Compute the per-step outputs that `StepRequest` describes.
+
+    The LM head runs at the N states of the steps and the E states of `environment` only.
+
+    Args:
+      model: a guided model, not wrapped.
+      request: what to compute.
+      inputs: keyword arguments of the base class's forward, with `input_ids` and `attention_mask`, (B,T) each.
+    """
+    steps, environment, extra = request.steps, request.environment, None
+    row, state, action = steps["row"], steps["state"], steps["action"]
+    if model.training and request.condition_dropout > 0:
+        inputs = {**inputs, "input_ids": _without_conditions(model, inputs["input_ids"], request.condition_dropout)}
+    if request.windows:
+        extra = _extra_rows(model, inputs, request.windows)
+        inputs = {name: value[: request.windows] for name, value in inputs.items()}
+    if environment is not None:  # one pass of the LM head for both kinds of states
+        row, state = (torch.cat([steps[name], environment[name]]) for name in ("row", "state"))
+        # The target of an environment state is the next token of its own row.
+        action = torch.cat([action, inputs["input_ids"][environment["row"], environment["state"] + 1]])
+    logits, hidden = model.packed_logits(row, state, **inputs)
+    log_prob = -F.cross_entropy(logits.float(), action, reduction="none")
+    packed = {"log_prob": log_prob[: len(steps["row"])]}
+    if environment is not None:
+        packed["environment_log_prob"] = log_prob[len(steps["row"]) :]
+    if model.return_heads is not None:
+        packed |= _outcomes(model, inputs["input_ids"], hidden, steps)
+    if model.value_heads is not None:
+        read = hidden.detach() if extra is None else torch.cat([hidden.detach(), extra])
+        packed |= _values(model, hidden, read, request)
+    return packed
+
+
+def _without_conditions(model: PreTrainedModel, input_ids: Tensor, share: float) -> Tensor:
+    """Replace all ids of requested returns by null in a random share of the rows (B,T).
+
+    The model is so trained under the null condition too.
+    """
+    null = model.get_input_embeddings().weight.shape[0]
+    dropped = torch.rand(len(input_ids), 1, device=input_ids.device) < share
+    # Bins have the ids above null, so that the clamp maps them to null and leaves all other ids as they are.
+    return torch.where(dropped, input_ids.clamp(max=null), input_ids)
+
+
+@torch.no_grad()
+def _extra_rows(model: PreTrainedModel, inputs: Mapping[str, Tensor], windows: int) -> Tensor | None:
+    """Return the hidden states of the rows of which only V is computed; None if there are none.
+
+    All ranks of a sharded model must run the decoder equally often. With several ranks, a rank without such rows
+    therefore runs it on the first row of the batch and discards the result. If the model has no value heads, no rank
+    has such rows.
+
+    Args:
+      model: the guided model.
+      inputs: `input_ids` and `attention_mask` of all rows, (B,T) each.
+      windows: number of leading rows, which hold the trained tokens; the rows after them are read here.
+    """
+    extra = {name: value[windows:] for name, value in inputs.items()}
+    wanted = len(extra["input_ids"]) > 0
+    if not wanted:
+        if model.value_heads is None or not _several_ranks():
+            return None
+        extra = {name: value[:1] for name, value in inputs.items()}
+    hidden = model.hidden_states(**extra)
+    return hidden if wanted else None
+
+
+def _several_ranks() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _outcomes(
+    model: PreTrainedModel, input_ids: Tensor, hidden: Tensor, steps: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Score the outcomes (reward, returns, end) of the M turns that close in the batch with the return heads.
+
+    Args:
+      model: the guided model.
+      input_ids: (B,T).
+      hidden: hidden states, (B,T,d).
+      steps: the N packed action steps, (N,) each.
+    Returns: "outcome_log_prob" (M,), nats, and "outcome_mask" (M,) bool, which is True for a turn with a known outcome
+      in a row without a requested return.
+    """
+    turns = {name: column[steps["closes_turn"]] for name, column in steps.items()}
+    row = turns["row"]
+    # A state has not yet read its action: the closing token of a turn has been read at state + 1.
+    log_prob = model.return_heads.log_prob(
+        hidden[row, turns["open_state"]], hidden[row, turns["state"] + 1], outcomes(turns)
+    )
+    # Null is the first id after the vocabulary, and bins follow it: any id above null is a requested return.
+    null = (input_ids <= model.get_input_embeddings().weight.shape[0]).all(1)[row] & turns["has_target"]
+    return {"outcome_log_prob": log_prob, "outcome_mask": null}
+
+
+def _values(model: PreTrainedModel, hidden: Tensor, read: Tensor, request: StepRequest) -> dict[str, Tensor]:
+    """Compute Q, V and their targets at the N steps.
+
+    Args:
+      model: the guided model.
+      hidden: hidden states of the rows with steps, (windows,T,d).
+      read: hidden states of all rows, (B,T,d), without gradient, in which next states are looked up.
+      request: what to compute.
+    """
+    steps, scale = request.steps, request.value_grad_scale
+    heads, matrix = model.value_heads, model.get_output_embeddings().weight
+    action = steps["action"].unsqueeze(1)
+    states = _scale_gradient(hidden[steps["row"], steps["state"]], scale)  # (N,d)
+    # V has an axis of one head, (1,N), hence [0].
+    packed = {"q": heads.q(states, matrix, action).squeeze(-1), "v": heads.v(states)[0]}
+    if request.conservative:
+        packed["logsumexp_q"] = heads.q.logsumexp(states, matrix)
+    with torch.no_grad():
+        packed["target_q"] = heads.target_q(states, matrix, action).squeeze(-1).amin(0)
+        packed["next_v"] = heads.v(read[steps["next_row"], steps["next_state"]])[0]
+        packed["end_v"] = heads.v(read[steps["end_row"], steps["end_state"]])[0]
+    if heads.utterance:
+        closing = {name: index[steps["closes_turn"]] for name, index in steps.items()}  # the M last actions
+        packed |= _utterances(heads, hidden, read, closing, scale)
+    return packed
+
+
+def _utterances(
+    heads: ValueHeads, hidden: Tensor, read: Tensor, closing: Mapping[str, Tensor], scale: float
+) -> dict[str, Tensor]:
+    """Compute Q and V of whole turns: Q after the closing token of a turn, V before its first token.
+
+    Args:
+      heads: the value heads.
+      hidden: hidden states of the rows with steps, (windows,T,d).
+      read: hidden states of all rows, (B,T,d), without gradient.
+      closing: the M steps that close a turn, (M,) each.
+      scale: factor on the gradient that reaches the trunk, 0 to 1.
+    """
+    row = closing["row"]
+    turns = _scale_gradient(hidden[row, closing["state"] + 1], scale)  # (M,d)
+    opens = _scale_gradient(hidden[row, closing["open_state"]], scale)
+    packed = {"utterance_q": heads.utterance_q(turns), "utterance_v": heads.utterance_v(opens)[0]}
+    with torch.no_grad():
+        packed["utterance_target_q"] = heads.utterance_target_q(turns).amin(0)
+        packed["utterance_next_v"] = heads.utterance_v(read[closing["next_row"], closing["next_state"]])[0]
+    return packed
+
+
+def _scale_gradient(hidden: Tensor, scale: float) -> Tensor:
+    """Return scale · h + (1 − scale) · h.detach(), which has the values of h and `scale` times its gradient."""
+    # At 0 the graph is cut, so that no backward pass runs through the trunk for these terms.
+    return hidden.detach() if scale == 0 else hidden.detach().lerp(hidden, scale)
