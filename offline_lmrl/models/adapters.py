@@ -50,6 +50,11 @@ def require_peft() -> ModuleType:
     return peft
 
 
+def part_of(model: nn.Module, name: str) -> nn.Module | None:
+    """Return one of PARTS of a model, or of the model inside a PeftModel; None if it has no such part."""
+    return getattr(model, name, None)
+
+
 def run_metadata(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the run metadata in a model's config, with settings under their current names; {} if there is none."""
     return current(getattr(config, "offline_lmrl", None) or {})

@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
-from offline_lmrl.decoding.distribution import Form, ModelOutputs, next_token
+from offline_lmrl.decoding.distribution import Form, ModelOutputs, lookup_in, next_token
 from offline_lmrl.errors import InputError, reading_pretrained, shown
 from offline_lmrl.models.adapters import (
     PARTS,
@@ -284,6 +284,21 @@ class Guided:
         q = head(hidden.reshape(-1, hidden.shape[-1]), self.get_output_embeddings().weight, candidates)
         return q.view(q.shape[0], *lead, q.shape[-1])
 
+    def forward_with_q(self, *args, **kwargs) -> tuple[Any, Tensor, Tensor]:
+        """Run the base class's forward and compute Q of all tokens, in the same pass of the LM head if heads are tied.
+
+        Returns: its outputs, with logits at n positions; the decoder's last hidden states (B,T,d); and Q by the target
+          heads at the last n of these, (H,B,n,V), fp32, in scaled reward units.
+        """
+        head, lm_head = self.value_heads.target_q, self.get_output_embeddings()
+        # Hooks cannot be added while a graph is traced for a compiler.
+        if torch.compiler.is_compiling() or not head.uses_weight_of(lm_head):
+            outputs, hidden = self.forward_with_hidden(*args, **kwargs)
+            return outputs, hidden, self.q_values(hidden[:, -outputs.logits.shape[1] :])
+        with head.beside_logits(lm_head, lambda: self.get_decoder().last_hidden) as q:
+            outputs, hidden = self.forward_with_hidden(*args, **kwargs)
+        return outputs, hidden, q[0]
+
     def v_values(self, hidden: Tensor) -> Tensor:
         """Compute V of hidden states, (..., d) -> (...), fp32, in scaled reward units."""
         return self.value_heads.v(hidden.reshape(-1, hidden.shape[-1])).view(hidden.shape[:-1])
@@ -297,16 +312,16 @@ class Guided:
         for head in self.value_heads.targets():
             head.requires_grad_(False)
 
-    def _guided_logits(self, logits: Tensor, hidden: Tensor, beta: float | Tensor) -> Tensor:
-        """Return logits + β · advantage for the tokens that `support` and `candidates` keep, and −inf for others.
+    def _guided_outputs(self, beta: float | Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run the base class's forward; return its outputs with guided logits, (B,n,V), fp32.
 
+        They are logits + β · advantage for the tokens that `support` and `candidates` keep, and −inf for others.
         `support`, `candidates`, `clip` and `q_reduce` are the decoding settings of the run metadata.
 
         Args:
-          logits: (B,T,V).
-          hidden: hidden states, (B,T,d).
           beta: β, one number or one per row (B,); a row whose β is 0 keeps its logits.
-        Returns: (B,T,V), fp32.
+          args: positional arguments of the forward.
+          kwargs: keyword arguments of the forward.
         Raises: InputError if the model has no value heads.
         """
         if self.value_heads is None:
@@ -316,9 +331,19 @@ class Guided:
             beta = beta.view(-1, 1, 1)  # (B,1,1), to broadcast over positions and vocabulary
         names = ("support", "candidates", "clip", "q_reduce")
         form = Form(beta=beta, **{name: decoding[name] for name in names if name in decoding})
-        outputs = ModelOutputs(q=lambda ids: self.q_values(hidden, ids), v=lambda: self.v_values(hidden))
-        guided = next_token(logits, form, outputs, normalised=False).over_vocabulary(logits.shape[-1])
-        return torch.where(beta == 0, logits.float(), guided) if isinstance(beta, Tensor) else guided
+        keep = kwargs.get("logits_to_keep", 0)
+        # As in transformers, logits_to_keep 0 means all: slice(-0, None) is the whole axis.
+        kept = slice(-keep, None) if isinstance(keep, int) else keep
+        if form.reads_all_of_q(self.device) and isinstance(keep, int):
+            outputs, hidden, q = self.forward_with_q(*args, **kwargs)
+            read_q = lookup_in(q)
+        else:
+            outputs, hidden = self.forward_with_hidden(*args, **kwargs)
+            read_q = functools.partial(self.q_values, hidden[:, kept])
+        logits, values = outputs.logits, ModelOutputs(q=read_q, v=lambda: self.v_values(hidden[:, kept]))
+        guided = next_token(logits, form, values, normalised=False).over_vocabulary(logits.shape[-1])
+        outputs.logits = torch.where(beta == 0, logits.float(), guided) if isinstance(beta, Tensor) else guided
+        return outputs
 
     def packed_logits(self, row: Tensor, state: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Compute logits at N states only, which saves memory, and the hidden states of all positions.
@@ -359,13 +384,9 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             # peft passes arguments that nobody gave, as None.
             given = {name: value for name, value in kwargs.items() if value is not None}
             return packed_outputs(self, request, given)
-        outputs, hidden = self.forward_with_hidden(*args, **kwargs)
         if isinstance(beta, Tensor) or beta:
-            keep = kwargs.get("logits_to_keep", 0)
-            # As in transformers, logits_to_keep 0 means all: slice(-0, None) is the whole axis.
-            kept = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]
-            outputs.logits = self._guided_logits(outputs.logits, kept, beta)
-        return outputs
+            return self._guided_outputs(beta, args, kwargs)
+        return self.forward_with_hidden(*args, **kwargs)[0]
 
     # generate and Trainer inspect the signature: without the base's names, GPT-2 would silently lose its position ids.
     own = [p for p in inspect.signature(forward).parameters.values() if p.kind is p.KEYWORD_ONLY]

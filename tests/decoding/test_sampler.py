@@ -18,8 +18,10 @@ from transformers import (
     OpenAIGPTLMHeadModel,
 )
 
+from offline_lmrl.decoding import prompts as prompts_module
 from offline_lmrl.decoding import sampler as sampler_module
 from offline_lmrl.decoding.cache import CacheMemory
+from offline_lmrl.decoding.prompts import CachedModel
 from offline_lmrl.decoding.sampler import DecodingConfig, Sampler
 from offline_lmrl.errors import InputError
 from tests.tiny import one_form
@@ -45,6 +47,8 @@ class Letters:
 class WithValues(GPT2LMHeadModel):
     """Two Q heads and V, linear in the hidden state; counts what is asked of them."""
 
+    value_heads = "linear"
+
     def __init__(self, config):
         super().__init__(config)
         self.q_rows = torch.nn.Parameter(torch.randn(2, config.vocab_size, config.n_embd))
@@ -54,6 +58,10 @@ class WithValues(GPT2LMHeadModel):
     def forward_with_hidden(self, logits_to_keep=0, **inputs):
         outputs = self(**inputs, output_hidden_states=True)
         return outputs, outputs.hidden_states[-1]
+
+    def forward_with_q(self, **inputs):
+        outputs, hidden = self.forward_with_hidden(**inputs)
+        return outputs, hidden, self.q_values(hidden[:, -outputs.logits.shape[1] :])
 
     def q_values(self, hidden, candidates=None, target=True):
         assert target
@@ -276,20 +284,20 @@ def test_seeds_reproduce_and_differ():
 def test_how_rows_are_batched_changes_nothing(monkeypatch, name, value):
     model = tiny()
     before = sample(model, PROMPTS, max_new_tokens=10)
-    monkeypatch.setattr(sampler_module, name, value)
+    monkeypatch.setattr(prompts_module, name, value)
     assert_same_replies(before, sample(model, PROMPTS, max_new_tokens=10))
 
 
 def test_finished_rows_are_frozen_and_leave(monkeypatch):
     model = tiny()
     sizes = []
-    forward = Sampler.forward
+    forward = CachedModel.forward
 
     def counted(self, ids, *args):
         sizes.append(len(ids))
         return forward(self, ids, *args)
 
-    monkeypatch.setattr(Sampler, "forward", counted)
+    monkeypatch.setattr(CachedModel, "forward", counted)
     replies = sample(model, [[i % 20] for i in range(40)], max_new_tokens=30)
     ends = [reply for reply in replies if reply.closed]
     assert 5 < len(ends) < 40
@@ -412,13 +420,13 @@ def test_cached_turns_equal_uncached_ones(settings):
 
 def test_caches_are_really_used(monkeypatch):
     model, read = tiny(), []
-    forward = Sampler.forward
+    forward = CachedModel.forward
 
     def counted(self, ids, *args):
         read.append(ids.shape[1])
         return forward(self, ids, *args)
 
-    monkeypatch.setattr(Sampler, "forward", counted)
+    monkeypatch.setattr(CachedModel, "forward", counted)
     memory = CacheMemory(2**20)
     first = sample(model, [[1, 2, 3], [4]], [0, 1], memory, [0, 1], max_new_tokens=4)
     longer = [[1, 2, 3, *first[0].token_ids, 5], [4, *first[1].token_ids, 5]]
