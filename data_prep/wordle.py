@@ -26,17 +26,17 @@ from offline_lmrl.logs.io import REPORT, split_by_group, write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.tasks.wordle import (
     PLAYERS,
-    Consistent,
-    Mixture,
-    Optimal,
     Player,
-    Repeat,
     Scripted,
-    Uniform,
-    User,
     Wordle,
-    Wrong,
+    consistent,
+    mixture,
+    optimal,
     read_words,
+    repeat,
+    uniform,
+    user,
+    wrong,
 )
 
 VALIDATION_SHARE = 0.1
@@ -79,7 +79,7 @@ def prepare(
     if logs in PLAYERS:
         trajectories = _games(logs, PLAYERS[logs], game, seeds)
     elif logs in BRANCHING:
-        experts = _games("optimal", Optimal(), game, seeds)
+        experts = _games("optimal", optimal, game, seeds)
         trajectories = [trajectory for expert in experts for trajectory in BRANCHING[logs](expert, game)]
     else:
         raise InputError(f"logs: found {shown(logs)}, expected one of {', '.join([*PLAYERS, *BRANCHING])}")
@@ -95,7 +95,7 @@ def prepare(
 
 
 def _games(name: str, player: Player, game: functools.partial, seeds: range) -> list[Trajectory]:
-    at_once = 1 if isinstance(player, User) else 1024  # a person finishes a game before the next
+    at_once = 1 if player is user else 1024  # a person finishes a game before the next
     played = rollout(Scripted(player, game()), game, seeds, batch_size=at_once)
     return [_logged(trajectory, name, f"wordle-{seed}") for trajectory, seed in zip(played, seeds, strict=True)]
 
@@ -110,15 +110,15 @@ def _adversarial(expert: Trajectory, game: functools.partial) -> Iterator[Trajec
     yield expert
     if len(opening) > SHARED_TURNS:
         failing, others = range(first, first + COPIES), range(first + COPIES, first + 2 * COPIES)
-        yield from _branches("repeat", Repeat(), opening[:SHARED_TURNS], expert, game, failing)
-        yield from _branches("mixture", Mixture(0.5, Consistent(), Uniform()), [], expert, game, others)
+        yield from _branches("repeat", repeat, opening[:SHARED_TURNS], expert, game, failing)
+        yield from _branches("mixture", mixture(0.5, consistent, uniform), [], expert, game, others)
 
 
 def _branching(expert: Trajectory, game: functools.partial) -> Iterator[Trajectory]:
     opening, first = _guesses(expert), _first_branch_seed(expert)
     yield expert
     for turn in range(len(opening)):
-        yield from _branches("wrong", Wrong(), opening[:turn], expert, game, [first + turn])
+        yield from _branches("wrong", wrong, opening[:turn], expert, game, [first + turn])
 
 
 BRANCHING = {"adversarial": _adversarial, "branching": _branching}

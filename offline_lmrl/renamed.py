@@ -19,6 +19,13 @@ KEYS = {
     "critic_weights": "value_weights",
     "memory": "state",
 }
+# Settings that are in another mapping now: mapping that held them -> old name -> dotted new name in that mapping.
+MOVED = {
+    "args": {
+        name: f"decoding.{name}"
+        for name in ("ask", "beta", "candidates", "clip", "condition_scale", "q_reduce", "support")
+    }
+}
 # Values of settings: new name of the setting -> old value -> new value.
 VALUES = {"reward_at": {"terminal": "end"}, "algorithm": {"iql": "awr"}}
 CONFIGS = {"maze/iql": "maze/awr"}  # shipped configs
@@ -67,6 +74,27 @@ def current(block: Any, where: str = "", path: str = "") -> Any:
         elif name not in FOREIGN:
             value = current(value, where, below)
         found[name] = value
+    return _moved(found, file, path)
+
+
+def _moved(block: Mapping[str, Any], file: str, path: str) -> Mapping[str, Any]:
+    """Return a mapping with the settings of MOVED in the mapping that holds them now.
+
+    Args:
+      block: the mapping.
+      file: start of messages; "" = no warning.
+      path: dotted name of the mapping in the file, with a dot at its end; its last part chooses the entry of MOVED.
+    Raises: InputError if a setting is given in both places.
+    """
+    moves = MOVED.get(path.rstrip(".").rpartition(".")[2], {})
+    found = {key: value for key, value in block.items() if key not in moves}
+    for key in (key for key in block if key in moves):
+        group, _, name = moves[key].partition(".")
+        inner = found.get(group) or {}
+        if name in inner:
+            raise InputError(f"{file}{path}{key}: found it with {moves[key]}, its new name, expected only one of them")
+        _warn(file, f"{path}{key}", f"{path}{moves[key]}")
+        found[group] = {**inner, name: block[key]}
     return found
 
 
@@ -85,6 +113,9 @@ def current_flags(argv: Sequence[str]) -> list[str]:
             foreign = next((i for i, part in enumerate(parts) if part in FOREIGN), len(parts))
             own = 1 if parts[0] == CHOSEN else None
             name = ".".join(KEYS.get(part, part) if i < foreign and i != own else part for i, part in enumerate(parts))
+            group, _, leaf = name.rpartition(".")
+            moves = MOVED.get(group.rpartition(".")[2], {}) if foreign == len(parts) else {}
+            name = f"{group}.{moves[leaf]}" if leaf in moves else name
             if name != key:
                 _warn("--", key, name)
             flag = name if foreign == len(parts) else None

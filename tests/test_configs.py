@@ -11,6 +11,7 @@ from offline_lmrl.cli.parser import read_settings
 from offline_lmrl.cli.train import train_settings
 from offline_lmrl.comparison.compare import _Comparison
 from offline_lmrl.comparison.config import CompareConfig
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.tasks import ENVIRONMENTS
 
 CONFIGS = shipped_configs()
@@ -66,3 +67,9 @@ def test_models_from_scratch_train_without_dropout(spec):
     # `summary_` fields are of a classifier's head, which no causal LM has.
     dropout = {name: p for name, p in config.items() if "drop" in name and not name.startswith("summary_")}
     assert not any(dropout.values()), dropout
+
+
+def test_part_of_a_methods_decoding_keeps_its_other_defaults():
+    flags = ["--args.use_cpu", "true", "--args.decoding.clip", "1"]
+    values = train_settings(["maze/ilql", *flags])  # the file has decoding: {beta: 64}
+    assert values.args.decoding == DecodingConfig(beta=64.0, clip=1.0, support=0.02)

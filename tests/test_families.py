@@ -70,11 +70,7 @@ def run_of(model_type, folder):
         save_strategy="no",
         disable_tqdm=True,
         max_length=96,
-        beta=1.0,
-        q_reduce="mean",
-        support=0.0,
-        candidates=None,
-        clip=None,
+        decoding=DecodingConfig(beta=1.0, q_reduce="mean"),
     )
     run = train("ilql", ModelConfig(path=str(folder / "base")), DataConfig(train=str(folder / "logs.jsonl")), args)
     model = load_model(run)

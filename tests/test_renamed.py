@@ -10,7 +10,7 @@ from offline_lmrl.cli import main as cli
 from offline_lmrl.comparison.report import read_results
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError
-from offline_lmrl.renamed import KEYS, VALUES, current, current_flags
+from offline_lmrl.renamed import KEYS, MOVED, VALUES, current, current_flags
 
 WALK = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 256}
 
@@ -18,7 +18,7 @@ WALK = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positi
 def test_settings_are_renamed_at_every_depth_but_not_where_the_keys_are_not_ours():
     old = {
         "algorithm": "iql",
-        "args": {"critic": "run", "sampling": {"top_p": 0.9}},
+        "args": {"critic": "run", "beta": 2, "sampling": {"top_p": 0.9}},
         "methods": {"critic": {"judge": "prompt", "from": "critic"}},
         "environment": {"name": "mine", "prompt": "hello", "critic": 1},
         "preference": {"place": "terminal"},
@@ -26,7 +26,7 @@ def test_settings_are_renamed_at_every_depth_but_not_where_the_keys_are_not_ours
     }
     assert current(old) == {
         "algorithm": "awr",
-        "args": {"value_model": "run", "decoding": {"top_p": 0.9}},
+        "args": {"value_model": "run", "decoding": {"top_p": 0.9, "beta": 2}},
         "methods": {"critic": {"reward_model": "prompt", "from": "critic"}},
         "environment": {"name": "mine", "prompt": "hello", "critic": 1},
         "preference": {"reward_at": "end"},
@@ -46,6 +46,8 @@ def test_chains_of_methods_in_results_are_renamed_but_not_the_labels_of_users(tm
 
 
 def test_both_names_of_a_setting_are_refused_with_file_and_key():
+    with pytest.raises(InputError, match="^f.yaml: args.beta: found it with decoding.beta, its new name"):
+        current({"args": {"decoding": {"beta": 1}, "beta": 2}}, "f.yaml")
     with pytest.raises(InputError, match="^f.yaml: args.critic: found it with value_model, its new name"):
         current({"args": {"value_model": "a", "critic": "b"}}, "f.yaml")
 
@@ -55,6 +57,9 @@ def test_both_names_of_a_setting_are_refused_with_file_and_key():
     [
         (["--args.critic", "critic"], ["--args.value_model", "critic"]),
         (["--args.sampling.top_p=.9"], ["--args.decoding.top_p=.9"]),
+        (["--args.beta", "4", "--beta=4"], ["--args.decoding.beta", "4", "--beta=4"]),
+        (["--args={ask: max}"], ['--args={"decoding": {"ask": "max"}}']),
+        (["--methods.m.args.clip=1"], ["--methods.m.args.decoding.clip=1"]),
         (["--algorithm", "iql"], ["--algorithm", "awr"]),
         (["--algorithm=iql"], ["--algorithm=awr"]),
         (["--place", "terminal", "--place=turn"], ["--reward_at", "end", "--reward_at=turn"]),
@@ -86,6 +91,10 @@ def as_before(value):
     old = {new: key for key, new in KEYS.items()}
     if isinstance(value, dict):
         found = {}
+        if isinstance(args := value.get("args"), dict):
+            decoding = args.get("decoding", {})
+            moved = {name: decoding[name] for name in MOVED["args"] if name in decoding}
+            value = value | {"args": {name: inner for name, inner in args.items() if name != "decoding"} | moved}
         for name, inner in value.items():
             inner = (
                 {new: was for was, new in VALUES.get(name, {}).items()}.get(inner, inner)

@@ -142,9 +142,7 @@ class AWRTrainer(OfflineTrainer):
         values = compute_step_values(self.value_model.model, windows, args.per_device_eval_batch_size, share)
         # Each rank has zeros outside its share, so the sum over ranks is the whole.
         advantage = reduce(torch.from_numpy(values["target_q"] - values["v"]).to(args.device), "sum")
-        # A column beside the others, with the same offsets, so that batches carry each step's advantage.
-        windows.flat = {**windows.flat, "advantage": (advantage.cpu().numpy(), windows.flat["state"][1])}
-        return windows
+        return windows.with_columns(advantage=advantage.cpu().numpy())  # so that batches carry each step's advantage
 
     def loss_terms(self, outputs, steps):
         loss, weight = awr_loss(outputs, steps, self.args)

@@ -25,7 +25,7 @@ Deviations from the paper, each a number or a default of the config:
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -40,17 +40,13 @@ from offline_lmrl.ops.value_learning import awr_weight, conservative_loss, expec
 from offline_lmrl.settings import setting
 from offline_lmrl.tokens.batching import WindowDataset
 from offline_lmrl.tokens.episodes import StepRule
-from offline_lmrl.training.config import OfflineConfig, check_range
+from offline_lmrl.training.config import GuidedConfig, check_range
 from offline_lmrl.training.trainer import KNOWN_TURN, OfflineTrainer, TargetUpdates, require_targets
 
 
 @dataclass
-class ILQLConfig(OfflineConfig):
-    """The settings of ILQL; square brackets hold the value in the paper's code.
-
-    `beta`, `q_reduce`, `support`, `candidates` and `clip` are decoding settings: they are saved with the run and used
-    when it plays.
-    """
+class ILQLConfig(GuidedConfig):
+    """The settings of ILQL; square brackets hold the value in the paper's code."""
 
     value_heads: Literal["tied", "linear", "mlp"] = setting(
         "tied",
@@ -96,24 +92,12 @@ class ILQLConfig(OfflineConfig):
         0.0,
         "Weight of the losses of the heads that score whole replies (for reranking); 0 = no such heads.",
     )
-    beta: float = setting(4.0, "Weight of value guidance in decoding (saved with the run).")
-    q_reduce: Literal["min", "mean", "first"] = setting(
-        "min",
-        "Reduction over the twin Q heads in decoding: min, mean or first (saved with the run).",
+    decoding: DecodingConfig = setting(
+        lambda: DecodingConfig(beta=4.0, support=0.02),
+        "How the run chooses tokens when it plays; saved with the run.",
     )
-    support: float = setting(
-        0.02,
-        "Least probability of a token under π, as a share of the likeliest token's, that decoding may choose; 0 = all "
-        "tokens (saved with the run).",
-    )
-    candidates: int | None = setting(
-        None,
-        "Number of likeliest tokens under π that decoding chooses among; null = no limit (saved with the run).",
-    )
-    clip: float | None = setting(
-        None,
-        "Upper bound of the advantage Q − V in decoding; null = no bound (saved with the run).",
-    )
+
+    saved_decoding: ClassVar = ("beta", "q_reduce", "support", "candidates", "clip")
 
     def __post_init__(self) -> None:
         check_range(
@@ -129,16 +113,10 @@ class ILQLConfig(OfflineConfig):
             value_grad_scale=(0, 1),
             utterance_weight=(0, 1e6),
             inverse_temperature=(0, 1e6),
-            beta=(0, 1e9),
             learning_rate=(0, 1e6),
         )
-        DecodingConfig(**decoding_fields(self))  # checks the ranges
+        check_range(self.decoding, beta=(0, 1e9))
         super().__post_init__()
-
-
-def decoding_fields(config: ILQLConfig) -> dict[str, Any]:
-    """Return the fields of DecodingConfig that are saved with the run, by name."""
-    return {name: getattr(config, name) for name in ("beta", "q_reduce", "support", "candidates", "clip")}
 
 
 def ilql_losses(outputs: Mapping[str, Tensor], steps: Mapping[str, Tensor], config: ILQLConfig) -> dict[str, Tensor]:
@@ -258,7 +236,7 @@ class ILQLTrainer(OfflineTrainer):
         return add_value_heads(model, heads)
 
     def stored_blocks(self, args: ILQLConfig) -> Mapping[str, Any]:
-        return {"decoding": decoding_fields(args)}
+        return {"decoding": args.to_dict()["decoding"]}
 
     def forward_options(self) -> Mapping[str, Any]:
         return {

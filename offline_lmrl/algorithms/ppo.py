@@ -561,7 +561,8 @@ class PPOTrainer(LoopTrainer):
         sampled = [trajectories[episode].turns[turn].behaviour_log_prob[k] for episode, turn, k in experience.tokens()]
         found["sampled_log_prob"] = np.asarray(sampled, dtype=np.float32)
         experience.add(**found, place=np.arange(len(experience.episode)))
-        windows.next_rows = False  # next_v is stored now, so updates need no rows for next states
+        # next_v is stored now, so updates need no rows for next states.
+        experience.windows = replace(experience.windows, next_rows=False)
         return experience
 
     def _reference_logits(self, batch: TokenBatch) -> Tensor:

@@ -32,7 +32,7 @@ value_grad_scale 0 and weight_decay 0: the policy stays as it is, and values are
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -49,21 +49,18 @@ from offline_lmrl.settings import setting
 from offline_lmrl.tokens.batching import WindowDataset
 from offline_lmrl.tokens.conditioning import ReturnScale, ReturnTokens, check_binning
 from offline_lmrl.tokens.episodes import Step, StepRule
-from offline_lmrl.training.config import OfflineConfig, check_range
+from offline_lmrl.training.config import GuidedConfig, check_range
 from offline_lmrl.training.trainer import KNOWN_TURN, OfflineTrainer, require_targets
 
 TABLE_RATE = 10.0  # learning rate of the return table, as a multiple of the model's: its rows are not pretrained
 
 
 @dataclass
-class ReturnConditionedConfig(OfflineConfig):
+class ReturnConditionedConfig(GuidedConfig):
     """The settings of return conditioning; square brackets hold the paper's value.
 
     A model that was already trained with returns keeps its return bins and its way of encoding returns. The settings
     `bins`, `binning`, `per`, `discount_per_turn`, `condition` and `text` then have no effect on either.
-
-    `ask`, `condition_scale`, `beta`, `q_reduce`, `support`, `candidates` and `clip` are decoding settings: they are
-    saved with the run and used when it plays.
     """
 
     bins: int = setting(32, "Largest number of bins of the returns; 2 to 8 suit small data.")
@@ -111,38 +108,11 @@ class ReturnConditionedConfig(OfflineConfig):
         "and all that the agent saw; 0 = none. Above 0, windows also hold these replies and are longer by their "
         "tokens.",
     )
-    ask: float | str | None = setting(
-        "p90",
-        "Requested return in play. A number, p90 or max of the training returns, or auto (the best Q at the start) is "
-        "requested once, and rewards earned are then subtracted; decoding/asks.py lists what each earned. expert:κ is "
-        "computed anew before every turn (`ReturnHeads.expert`). null = no request (saved with the run).",
+    decoding: DecodingConfig = setting(
+        lambda: DecodingConfig(ask="p90"), "How the run chooses tokens when it plays; saved with the run."
     )
-    condition_scale: float = setting(
-        0.0,
-        "Weight w of return guidance in play, 0 or more; 0 = plain conditioning (saved with the run).",
-    )
-    beta: float = setting(
-        0.0,
-        "Weight of value guidance in play, for a model with value heads; 0 = none (saved with the run).",
-    )
-    q_reduce: Literal["min", "mean", "first"] = setting(
-        "min",
-        "Reduction over the Q heads in play: min, mean or first (saved with the run).",
-    )
-    support: float = setting(
-        0.0,
-        "Least probability of a token under π, as a share of the likeliest token's, that decoding may choose; 0 = all "
-        "tokens (saved with the run).",
-    )
-    candidates: int | None = setting(
-        None,
-        "Number of likeliest tokens under π that value-guided decoding chooses among; null = no limit (saved with the "
-        "run).",
-    )
-    clip: float | None = setting(
-        None,
-        "Upper bound of the advantage Q − V in decoding; null = no bound (saved with the run).",
-    )
+
+    saved_decoding: ClassVar = ("ask", "condition_scale", "beta", "q_reduce", "support", "candidates", "clip")
 
     def __post_init__(self) -> None:
         check_binning(self.binning, self.bins, self.per)
@@ -162,18 +132,11 @@ class ReturnConditionedConfig(OfflineConfig):
                 f"return_weight: found {self.return_weight}, expected 0: return heads learn from windows without a "
                 "requested return; to have these, set condition: embedding and condition_dropout above 0"
             )
-        DecodingConfig(**decoding_fields(self))  # checks the ranges
         super().__post_init__()
 
     @property
     def named_run(self) -> str | None:
         return self.value_model
-
-
-def decoding_fields(config: ReturnConditionedConfig) -> dict[str, Any]:
-    """Return the fields of DecodingConfig that are saved with the run, by name."""
-    names = ("ask", "condition_scale", "beta", "q_reduce", "support", "candidates", "clip")
-    return {name: getattr(config, name) for name in names}
 
 
 class ReturnConditionedTrainer(OfflineTrainer):
@@ -264,7 +227,7 @@ class ReturnConditionedTrainer(OfflineTrainer):
         return args.environment_weight > 0
 
     def stored_blocks(self, args: ReturnConditionedConfig):
-        return {"decoding": decoding_fields(args)}
+        return {"decoding": args.to_dict()["decoding"]}
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Create Trainer's optimizer with an extra group of parameters for the embedding of returns.

@@ -31,7 +31,7 @@ test of a model that was trained on another).
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -304,7 +304,7 @@ class RewardModelTrainer(BaseTrainer):
         if held_out is not None:
             held_out = self._encode(self.read_rows(args, held_out), args, Counter())
         if args.loss == "regression":
-            self._standardise(encoded, held_out, self.left_out)
+            encoded, held_out, self.left_out = self._standardised(encoded, held_out, self.left_out)
         self.reference = encoded
         if args.reference is not None:
             replies = read_trajectories(args.reference)
@@ -337,24 +337,25 @@ class RewardModelTrainer(BaseTrainer):
         encode = encode_scored if scored else encode_comparisons
         by_turn = reads_by_turn(args.head, args.window)
         encoded = encode(rows, self.renderer, args.window, counts, args.processes, by_turn)
-        encoded.weight = encoded.weight / encoded.weight.mean()  # the scale of weights does not change the loss
-        return encoded
+        # The scale of weights does not change the loss.
+        return replace(encoded, weight=encoded.weight / encoded.weight.mean())
 
-    def _standardise(self, train: ComparisonDataset, *others: ComparisonDataset | None) -> None:
-        """Standardise all ratings, in place, by the mean and standard deviation of the training ratings.
+    def _standardised(
+        self, train: ComparisonDataset, *others: ComparisonDataset | None
+    ) -> list[ComparisonDataset | None]:
+        """Return data sets with ratings standardised by mean and standard deviation of the training ratings.
 
         `self.rating` stores both numbers.
 
         Args:
           train: the training data.
-          others: further data sets; None is skipped.
+          others: further data sets; None stays None.
         Raises: InputError if the training ratings do not differ.
         """
-        self.rating = float(train.target.mean()), float(train.target.std())
-        if not self.rating[1] > 0:
-            raise InputError(f"loss: found regression on ratings that are all {self.rating[0]:g}, expected several")
-        for data in filter(None, (train, *others)):
-            data.target = (data.target - self.rating[0]) / self.rating[1]
+        self.rating = mean, spread = float(train.target.mean()), float(train.target.std())
+        if not spread > 0:
+            raise InputError(f"loss: found regression on ratings that are all {mean:g}, expected several")
+        return [data and replace(data, target=(data.target - mean) / spread) for data in (train, *others)]
 
     def items_in(self, batch: Mapping[str, Any]) -> int:
         """Return the number of comparisons in a batch; those of weight 0, which only fill up a rank, are left out."""

@@ -61,7 +61,7 @@ from offline_lmrl.logs.terminal import visible
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.run import SPEED, DataConfig, ModelConfig, read_report, runs_before, train
 from offline_lmrl.tasks import make_environment
-from offline_lmrl.training.checkpoint import read_metrics
+from offline_lmrl.training.metrics import read_metrics
 
 SAMPLES = 10
 # Version of the rows. Increase it when a code change makes the same settings train or play differently: rows of the
@@ -294,7 +294,7 @@ class _Comparison:
           args: the config of its algorithm.
         Raises: InputError that names the setting.
         """
-        method, saved = self.config.methods[name], getattr(args, "decoding", {})
+        method, saved = self.config.methods[name], args.to_dict().get("decoding", {})
         measured, found = DecodingConfig.from_dict({**saved, **self._play(method)}), {}
         if _plays(method):
             learning = self._collect(method).decoding if _collects(method) else saved
@@ -483,6 +483,9 @@ class _Comparison:
         if getattr(method, "start_from", None) is not None:
             model = {key: value for key, value in model.items() if key not in ELSEWHERE}
         args = self.config.args | dict(method.args)
+        shared, own = (source.get("decoding") for source in (self.config.args, method.args))
+        if isinstance(shared, Mapping) and isinstance(own, Mapping):
+            args["decoding"] = {**shared, **own}
         decoding = args.get("decoding") or {}
         if load_algorithm(method.algorithm)[1].plays and isinstance(decoding, Mapping):
             same = self._same_reply_length(method, decoding)

@@ -31,7 +31,7 @@ from offline_lmrl.tokens.episodes import StepRule
 from offline_lmrl.tokens.few_shot import FewShotConfig, few_shot_ids
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.tokenizers import load_tokenizer
-from offline_lmrl.tokens.windows import WindowRule, policy_window, reply_window
+from offline_lmrl.tokens.windows import EncodedDialogue, WindowRule, policy_window, reply_window
 
 ASK_SUPPORT = 0.02  # the best Q ignores first tokens with less than this share of the largest probability
 SAMPLE_STRIDE = 2**32  # difference between the seeds of one history's samples: larger than any range of seeds
@@ -211,7 +211,8 @@ class LanguagePolicy:
         Returns: the ids; None if they and that turn do not fit into max_length.
         """
         return_ids, few_shot = self._null_return_ids(turns), self.shared_few_shot.without_returns
-        return reply_window(turns, role, self.renderer, self.window, reserve, return_ids, few_shot)
+        dialogue = EncodedDialogue.of([*turns, Turn(role, "")], self.renderer, return_ids, few_shot)
+        return reply_window(dialogue, self.window, reserve)
 
     def _null_return_ids(self, turns: Sequence[Turn], coming: int = 0) -> list[Ids] | None:
         """Return the null ids of each agent turn in `turns` and of `coming` more; None for a model without returns."""

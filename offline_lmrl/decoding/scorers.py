@@ -39,8 +39,7 @@ from offline_lmrl.models.renderers import renderer_of
 from offline_lmrl.models.reward_model import load_reward_model, read_mask, reads_by_turn
 from offline_lmrl.ops.preferences import rule_adjusted_score
 from offline_lmrl.settings import arguments
-from offline_lmrl.tokens.batching import pad
-from offline_lmrl.tokens.comparison_batching import Row, encode_options
+from offline_lmrl.tokens.comparison_batching import Row, encode_options, row_tensors
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.tokenizers import load_tokenizer
 from offline_lmrl.tokens.windows import WindowRule
@@ -123,17 +122,8 @@ def _key(row: Row) -> bytes:
 
 def _batch(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
     lengths = np.array([len(ids) for ids, _ in rows])
-    ids, mask = pad([(np.concatenate([ids for ids, _ in rows]), lengths)], 0)
-    kinds, _ = pad([(np.concatenate([kinds for _, kinds in rows]), lengths)], 0)
-    batch = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "action_mask": kinds > 0,
-        "closing_mask": kinds > 1,
-        # argmax on the reversed row finds the last action token
-        "last": kinds.shape[1] - 1 - (kinds > 0)[:, ::-1].argmax(axis=1),
-    }
-    return {name: torch.from_numpy(values).to(device) for name, values in batch.items()}
+    ids, kinds = (np.concatenate(values) for values in zip(*rows, strict=True))
+    return {name: x.to(device) for name, x in row_tensors((ids, lengths), (kinds, lengths), 0).items()}
 
 
 class RewardModel(RowScorer):

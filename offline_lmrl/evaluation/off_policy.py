@@ -15,7 +15,7 @@ do, nothing shows the error.
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -215,8 +215,8 @@ class _Logs:
     """
 
     def __init__(self, policy: LanguagePolicy, trajectories: Sequence[Trajectory]):
-        self.encoder = log_encoder(policy)
-        self.encoder.scale = RewardScale.fit(trajectories, discounted=True)  # without a shift, whatever the run had
+        scale = RewardScale.fit(trajectories, discounted=True)  # without a shift, whatever the run had
+        self.encoder = replace(log_encoder(policy), scale=scale)
         experience = Experience.of(trajectories, self.encoder, Counter(), policy.renderer.close_id)
         if not len(experience.windows):
             raise InputError("data: found no agent turn that fits, expected at least one")

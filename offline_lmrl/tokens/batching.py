@@ -9,6 +9,7 @@ read tokens 0..t of that row, and its action is token t+1. Rendering and index a
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.trajectory import Trajectory
-from offline_lmrl.tokens.episodes import EpisodeEncoder, RowKind, Step
+from offline_lmrl.tokens.episodes import EpisodeEncoder, RowKind, Step, Window
+from offline_lmrl.tokens.windows import Ids
 
 ROWS = ("input_ids", "next_ids", "end_ids")
 LISTS = (*ROWS, "environment")  # columns of whole windows; all other columns have one value per step
@@ -92,11 +94,12 @@ class WindowRef(NamedTuple):
     index: int
 
 
+@dataclass(frozen=True, eq=False)
 class WindowDataset(torch.utils.data.Dataset):
     """A data set of windows, stored as flat arrays of values and offsets, so that a batch is a few numpy gathers.
 
     Args:
-      columns: name -> column with one list per window, for all of LISTS and all fields of `Step`. Further columns with
+      flat: name -> column with one list per window, for all of LISTS and all fields of `Step`. Further columns with
         one value per step are added to the steps of a batch under their name.
       pad_id: the id that fills shorter rows on the right. Only the attention mask distinguishes padding from tokens.
       next_rows: True: a batch includes the rows that only serve to compute V of the next state.
@@ -104,23 +107,22 @@ class WindowDataset(torch.utils.data.Dataset):
       replies: True: a batch has the entry "environment"; the encoder must have been made with `replies` too.
     """
 
-    def __init__(
-        self,
-        columns: Mapping[str, FlatLists],
-        pad_id: int,
-        *,
-        next_rows: bool,
-        end_rows: bool,
-        replies: bool = False,
-    ):
-        self.flat = columns
-        self.pad_id, self.next_rows, self.end_rows, self.replies = pad_id, next_rows, end_rows, replies
+    flat: Mapping[str, FlatLists]
+    pad_id: int
+    next_rows: bool = field(kw_only=True)
+    end_rows: bool = field(kw_only=True)
+    replies: bool = field(default=False, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.flat["input_ids"][1]) - 1
 
     def __getitem__(self, index: int) -> WindowRef:
         return WindowRef(self, int(index))
+
+    def with_columns(self, **columns: np.ndarray) -> "WindowDataset":
+        """Return a copy with further columns, which have one value per step."""
+        offsets = self.flat["state"][1]
+        return replace(self, flat={**self.flat, **{name: (values, offsets) for name, values in columns.items()}})
 
     @property
     def lengths(self) -> np.ndarray:
@@ -153,55 +155,47 @@ class WindowDataset(torch.utils.data.Dataset):
     def batch(self, indices: Sequence[int]) -> TokenBatch:
         """Return the windows with these indices as one padded batch; the rows for V only come after the windows."""
         index = np.asarray(indices)
-        rows = [pick(self.flat["input_ids"], index)]
-        next_row = end_row = None
-        if self.next_rows:
-            next_row = _append_rows(rows, pick(self.flat["next_ids"], index))
-        if self.end_rows:
-            end_row = _append_rows(rows, pick(self.flat["end_ids"], index))
+        column = {name: pick(values, index) for name, values in self.flat.items()}
+        rows = [column["input_ids"]]
+        window = np.arange(len(index))
+        extra = {"next": self.next_rows, "end": self.end_rows}
+        # The batch row of each window's own row and of its extra rows, in the order of RowKind.
+        places = [window]
+        for name, present in extra.items():
+            places.append(_append_rows(rows, column[f"{name}_ids"]) if present else np.zeros_like(window))
         input_ids, attention_mask = pad(rows, self.pad_id)
 
-        column = {name: pick(self.flat[name], index) for name in self.flat if name not in LISTS}
-        row = np.repeat(np.arange(len(index)), column["state"][1])
-        step = {name: values for name, (values, _) in column.items()}
-        # In the order of RowKind.
-        own = np.zeros_like(row)
-        places = [row, own if next_row is None else next_row[row], own if end_row is None else end_row[row]]
-        steps = {name: step[name] for name in step if not name.endswith("_row_kind")}
-        steps["row"] = row
-        steps["next_row"] = np.choose(step["next_row_kind"], places)
-        steps["end_row"] = np.choose(step["end_row_kind"], places)
-        # Without the extra rows V is never used there, but the index must still be valid.
-        for name, present in (("next", self.next_rows), ("end", self.end_rows)):
-            if not present:
-                own_row = step[f"{name}_row_kind"] == RowKind.OWN
-                steps[f"{name}_state"] = np.where(own_row, step[f"{name}_state"], 0)
+        steps = {name: values for name, (values, _) in column.items() if name not in LISTS}
+        row = steps["row"] = np.repeat(window, column["state"][1])
+        for name, present in extra.items():
+            kind = steps.pop(f"{name}_row_kind")
+            steps[f"{name}_row"] = np.choose(kind, [of_window[row] for of_window in places])
+            if not present:  # V is never used there, but the index must still be valid
+                steps[f"{name}_state"] = np.where(kind == RowKind.OWN, steps[f"{name}_state"], 0)
         # A closing action may be missing from its row (at the row's end) or be printed as another token: mask only
         # true actions.
-        inside = step["state"] + 1 < input_ids.shape[1]
-        place = row[inside], step["state"][inside] + 1
+        inside = steps["state"] + 1 < input_ids.shape[1]
+        place = row[inside], steps["state"][inside] + 1
         action_mask = np.zeros_like(attention_mask)
-        action_mask[place] = (input_ids[place] == step["action"][inside]) & attention_mask[place]
+        action_mask[place] = (input_ids[place] == steps["action"][inside]) & attention_mask[place]
         batch = {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),
             "action_mask": torch.from_numpy(action_mask),
-            "steps": {name: _tensor(values) for name, values in steps.items()},
+            "steps": _tensors(steps),
             "windows": len(index),
         }
         if self.replies:
-            state, lengths = pick(self.flat["environment"], index)
-            row = np.repeat(np.arange(len(index)), lengths)
-            batch["environment"] = {"row": _tensor(row), "state": _tensor(state)}
+            state, lengths = column["environment"]
+            batch["environment"] = _tensors({"row": np.repeat(window, lengths), "state": state})
         return batch
 
     def surplus_batch(self) -> TokenBatch:
         """Return one window without steps, for a rank that has no data left but must run a forward pass."""
         batch = self.batch([0])
         batch["action_mask"] = torch.zeros_like(batch["action_mask"])
-        batch["steps"] = {name: values[:0] for name, values in batch["steps"].items()}
-        if self.replies:
-            batch["environment"] = {name: values[:0] for name, values in batch["environment"].items()}
+        for packed in ("steps", "environment")[: 1 + self.replies]:
+            batch[packed] = {name: values[:0] for name, values in batch[packed].items()}
         return batch
 
 
@@ -247,16 +241,19 @@ def pad(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[np.
     return ids, mask
 
 
-def _tensor(values: np.ndarray) -> Tensor:
-    kind = {"f": np.float32, "b": bool}.get(values.dtype.char, np.int64)
-    return torch.from_numpy(values.astype(kind))
+def _tensors(columns: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    kinds = {"f": np.float32, "b": bool}
+    return {
+        name: torch.from_numpy(values.astype(kinds.get(values.dtype.char, np.int64)))
+        for name, values in columns.items()
+    }
 
 
 def encode_trajectories(
     trajectories: Iterable[Trajectory],
     encoder: EpisodeEncoder,
     counts: Counter[str],
-    few_shot: Iterable[tuple[int, ...]] | None = None,
+    few_shot: Iterable[Ids] | None = None,
 ) -> dict[str, FlatLists]:
     """Render every trajectory once and return the columns of a `WindowDataset`.
 
@@ -266,22 +263,27 @@ def encode_trajectories(
         (tokens/few_shot.py); None = no demonstrations.
     Raises: InputError if no agent turn fits into max_length.
     """
+    rows = ((t, ()) for t in trajectories) if few_shot is None else zip(trajectories, few_shot, strict=True)
+    return columns_of((window for t, ids in rows for window in encoder.encode(t, counts, ids)), counts)
+
+
+def columns_of(windows: Iterable[Window], counts: Counter[str]) -> dict[str, FlatLists]:
+    """Return the columns of a `WindowDataset` of these windows.
+
+    Args:
+      counts: message -> number of dropped turns or other faults, for the error message.
+    Raises: InputError if there is no window.
+    """
     values = {name: array("i") for name in LISTS} | {
         name: array(STEP_CODES[kind]) for name, kind in Step.__annotations__.items()
     }
     lengths = {name: array("q", [0]) for name in values}
-    if few_shot is None:
-        episodes = (encoder.encode(trajectory, counts) for trajectory in trajectories)
-    else:
-        episodes = (encoder.encode(t, counts, ids) for t, ids in zip(trajectories, few_shot, strict=True))
-    for windows in episodes:
-        for window in windows:
-            for name in LISTS:
-                values[name].extend(getattr(window, name))
-                lengths[name].append(len(getattr(window, name)))
-            for name, column in zip(Step._fields, zip(*window.steps, strict=True), strict=True):
-                values[name].extend(column)
-                lengths[name].append(len(column))
+    for window in windows:
+        lists = window._asdict()
+        steps = zip(*lists.pop("steps"), strict=True)
+        for name, items in (lists | dict(zip(Step._fields, steps, strict=True))).items():
+            values[name].extend(items)
+            lengths[name].append(len(items))
     if len(lengths["input_ids"]) == 1:
         raise InputError(
             f"training data: found no agent turn that fits into max_length, expected at least one ({dict(counts)})"

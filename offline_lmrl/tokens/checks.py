@@ -12,6 +12,7 @@ from offline_lmrl.logs.forms import REWARD_REMOVED, is_score, likely_scores, rew
 from offline_lmrl.logs.io import content_key, group_key, in_one_group
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.logs.trajectory import Trajectory, Turn, shown, with_own_token_ids
+from offline_lmrl.tokens.windows import EncodedDialogue, agent_turns
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -184,15 +185,19 @@ def score_columns(trajectories: Sequence[Trajectory]) -> list[str]:
 
 def token_table(trajectory: Trajectory, renderer: "Renderer") -> list[TokenRow]:
     """Return one `TokenRow` per token of the whole trajectory as rendered for training."""
-    turns = with_own_token_ids(trajectory, renderer.fingerprint).turns
-    encoded = renderer.encode(turns)
-    rows = [(token, "", False, None) for token in renderer.preamble_of(turns)]
-    for turn, own, ids in zip(turns, encoded, renderer.window_ids(turns, encoded, 0, len(turns), True), strict=True):
+    dialogue = _encoded(trajectory, renderer)
+    rows = [(token, "", False, None) for token in dialogue.preamble]
+    pieces = dialogue.pieces(0, len(dialogue.turns), live=True)
+    for turn, own, ids in zip(dialogue.turns, dialogue.encoded, pieces, strict=True):
         for place, token in enumerate(ids):
             action = turn.is_trainable and own.action_start <= place < own.action_stop
             reward = turn.reward if action and place == own.action_stop - 1 else None
             rows.append((token, turn.role, action, reward))
     return [TokenRow(index, renderer.tokenizer.decode([token]), *rest) for index, (token, *rest) in enumerate(rows)]
+
+
+def _encoded(trajectory: Trajectory, renderer: "Renderer") -> EncodedDialogue:
+    return EncodedDialogue.of(with_own_token_ids(trajectory, renderer.fingerprint).turns, renderer)
 
 
 def _describe(trajectories: Sequence[Trajectory], renderer: "Renderer | None", max_length: int | None) -> SplitReport:
@@ -202,9 +207,11 @@ def _describe(trajectories: Sequence[Trajectory], renderer: "Renderer | None", m
         lengths = [sum(len(turn.content) for turn in trajectory.turns) for trajectory in trajectories]
         tokens = {}
     else:
-        sizes = [_token_counts(trajectory, renderer) for trajectory in trajectories]
-        lengths = [total for total, _ in sizes]
-        tokens = {"tokens": sum(lengths), "agent_token_share": sum(agent for _, agent in sizes) / sum(lengths)}
+        lengths, of_agent = [], 0
+        for dialogue in (_encoded(trajectory, renderer) for trajectory in trajectories):
+            lengths.append(len(dialogue.joined(dialogue.pieces(0, len(dialogue.turns), live=True))))
+            of_agent += sum(len(dialogue.encoded[index].actions) for index in agent_turns(dialogue.turns))
+        tokens = {"tokens": sum(lengths), "agent_token_share": of_agent / sum(lengths)}
         if max_length is not None:
             tokens["truncated"] = sum(length > max_length for length in lengths)
     longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[:_LONGEST]
@@ -223,15 +230,6 @@ def _describe(trajectories: Sequence[Trajectory], renderer: "Renderer | None", m
         longest=[LongRow(i + 1, lengths[i], trajectories[i].group) for i in longest],
         **tokens,
     )
-
-
-def _token_counts(trajectory: Trajectory, renderer: "Renderer") -> tuple[int, int]:
-    """Return the number of all tokens and the number of the agent's tokens in the whole row."""
-    turns = with_own_token_ids(trajectory, renderer.fingerprint).turns
-    encoded = renderer.encode(turns)
-    ids = renderer.window_ids(turns, encoded, 0, len(turns), True)
-    agent = sum(len(own.actions) for turn, own in zip(turns, encoded, strict=True) if turn.is_trainable)
-    return len(renderer.preamble_of(turns)) + sum(map(len, ids)), agent
 
 
 def _histogram(returns: np.ndarray) -> list[tuple[float, float, int]]:
@@ -329,7 +327,8 @@ def _facts_table(splits: Mapping[str, SplitReport]) -> "Table":
         "mean_return",
         "distinct_returns",
     )
-    rows = [(name.replace("_", " "), *(getattr(split, name) for split in splits.values())) for name in names]
+    values = [vars(split) for split in splits.values()]
+    rows = [(name.replace("_", " "), *(split[name] for split in values)) for name in names]
     rows += [
         (f"return {level}", *(split.return_quantiles[level] for split in splits.values())) for level in _QUANTILES
     ]

@@ -6,14 +6,14 @@ agent turn: the turns that a policy with the same window rule sees before that t
 (tokens/windows.py). A scored trajectory becomes a comparison with one option, whose target is the trajectory's return.
 """
 
-import sys
 import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -24,13 +24,14 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import in_temporary_folder
 from offline_lmrl.logs.parallel import chunks, map_in_order
-from offline_lmrl.logs.trajectory import Trajectory, Turn, leading_system_turns, with_own_token_ids
-from offline_lmrl.tokens.batching import FlatLists, pad, pick, places_of
-from offline_lmrl.tokens.rendering import EncodedTurn, Renderer
-from offline_lmrl.tokens.windows import WindowRule, first_visible
+from offline_lmrl.logs.trajectory import Trajectory, Turn, with_own_token_ids
+from offline_lmrl.tokens.batching import pad, pick, places_of
+from offline_lmrl.tokens.rendering import Renderer
+from offline_lmrl.tokens.windows import EncodedDialogue, WindowRule, agent_turns
 
 _NOT_ACTION, _ACTION, _CLOSING = 0, 1, 2
 _CHUNK = 500  # number of comparisons that a process renders at a time
+Lists = tuple[np.ndarray, np.ndarray]  # the values of some lists, concatenated; the length of each list
 
 
 class ComparisonBatch(TypedDict):
@@ -61,39 +62,36 @@ class ComparisonRef(NamedTuple):
     index: int
 
 
+@dataclass(frozen=True, eq=False)
 class ComparisonDataset(torch.utils.data.Dataset):
     """A data set of comparisons as flat arrays, made by `encode_comparisons` or `encode_scored`.
 
     Its length, and therefore a batch size, counts comparisons.
 
     Args:
-      input_ids: one list of token ids per row.
-      actions: one list per row with the kind of each token: 0 = not chosen by the agent, 1 = an action, 2 = the action
-        that closes its turn.
-      row_offsets: (options + 1,) index of each option's first row, then the number of rows.
-      offsets: (comparisons + 1,) index of each comparison's first option, then the number of options.
+      input_ids: (tokens,), token ids of all rows.
+      actions: (tokens,), kind of each token: 0 = not chosen by the agent, 1 = an action, 2 = the action that closes
+        its turn.
+      row_ends: (rows + 1,), number of tokens up to the end of each row, after a 0.
+      option_ends: (options + 1,), number of rows up to the end of each option, after a 0.
       target: (options,), probability that the option is the best of its comparison, or a trajectory's return.
       rank: (options,), rank of the option in its comparison, 0 = best.
+      comparison_ends: (comparisons + 1,), number of options up to the end of each comparison, after a 0.
       weight: (comparisons,), weight of the comparison in the loss, above 0.
       strength: (comparisons,), by how much the better option is better; 0 = unknown.
       pad_id: the id that fills shorter rows on the right. Only the attention mask distinguishes padding from tokens.
     """
 
-    def __init__(
-        self,
-        input_ids: FlatLists,
-        actions: FlatLists,
-        row_offsets: np.ndarray,
-        offsets: np.ndarray,
-        target: np.ndarray,
-        rank: np.ndarray,
-        weight: np.ndarray,
-        strength: np.ndarray,
-        pad_id: int,
-    ):
-        self.input_ids, self.actions, self.pad_id = input_ids, actions, pad_id
-        self.row_offsets, self.offsets = row_offsets, offsets
-        self.target, self.rank, self.weight, self.strength = target, rank, weight, strength
+    input_ids: np.ndarray
+    actions: np.ndarray
+    row_ends: np.ndarray
+    option_ends: np.ndarray
+    target: np.ndarray
+    rank: np.ndarray
+    comparison_ends: np.ndarray
+    weight: np.ndarray
+    strength: np.ndarray
+    pad_id: int
 
     def __len__(self) -> int:
         return len(self.weight)
@@ -104,12 +102,12 @@ class ComparisonDataset(torch.utils.data.Dataset):
     @property
     def lengths(self) -> np.ndarray:
         """The number of tokens of each comparison's longest row, (len(self),)."""
-        return np.maximum.reduceat(np.diff(self.input_ids[1]), self.row_offsets[self.offsets[:-1]])
+        return np.maximum.reduceat(np.diff(self.row_ends), self.option_ends[self.comparison_ends[:-1]])
 
     @property
     def tokens(self) -> int:
         """The number of tokens in an epoch, over all rows."""
-        return len(self.input_ids[0])
+        return len(self.input_ids)
 
     def summary(self) -> dict[str, int]:
         return {"comparisons": len(self), "options": len(self.target), "tokens": self.tokens}
@@ -117,17 +115,11 @@ class ComparisonDataset(torch.utils.data.Dataset):
     def batch(self, indices: Sequence[int]) -> ComparisonBatch:
         """Return the comparisons with these indices as one padded batch."""
         index = np.asarray(indices)
-        options, sizes = places_of(self.offsets, index)
-        rows, parts = places_of(self.row_offsets, options)
-        values, lengths = pick(self.input_ids, rows)
-        input_ids, attention_mask = pad([(values, lengths)], self.pad_id)
-        actions, _ = pad([pick(self.actions, rows)], _NOT_ACTION)
+        options, sizes = places_of(self.comparison_ends, index)
+        rows, parts = places_of(self.option_ends, options)
+        ids, kinds = (pick((values, self.row_ends), rows) for values in (self.input_ids, self.actions))
         return {
-            "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy(attention_mask),
-            "action_mask": torch.from_numpy(actions != _NOT_ACTION),
-            "closing_mask": torch.from_numpy(actions == _CLOSING),
-            "last": torch.from_numpy(actions.shape[1] - 1 - (actions != _NOT_ACTION)[:, ::-1].argmax(axis=1)),
+            **row_tensors(ids, kinds, self.pad_id),
             "option": torch.from_numpy(np.repeat(np.arange(len(options)), parts)),
             "comparison": torch.from_numpy(np.repeat(np.arange(len(index)), sizes)),
             "target": torch.from_numpy(self.target[options]),
@@ -193,33 +185,42 @@ def encode_scored(
     return _dataset(trajectories, partial(_rated, renderer, window, by_turn), renderer.close_id, counts, processes)
 
 
-class _Rendered(NamedTuple):
-    """Some rendered comparisons as flat columns with the types in _CODES.
+def row_tensors(ids: Lists, kinds: Lists, pad_id: int) -> dict[str, Tensor]:
+    """Return the entries of a `ComparisonBatch` that describe its rows: the two masks of actions, and those before.
 
-    input_ids and actions have one value per token; target and rank one per option; weight and strength one per
-    comparison.
-
-    token_ends: per row, the number of tokens up to its end.
-    row_ends: per option, the number of rows up to its end.
-    option_ends: per comparison, the number of options up to its end.
-
-    In the processes that render, the columns are arrays of a part of the data. The main process appends them to one
-    file per column, in which the ends count from the first comparison of the data set and begin with a 0. The data set
-    reads these files as memory maps.
+    Args:
+      ids: the token ids of all rows, concatenated, and the length of each row.
+      kinds: the kind of each token (see `ComparisonDataset`), as `ids`.
+      pad_id: the id that fills shorter rows on the right.
     """
+    input_ids, attention_mask = pad([ids], pad_id)
+    actions, _ = pad([kinds], _NOT_ACTION)
+    chosen = actions != _NOT_ACTION
+    columns = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "action_mask": chosen,
+        "closing_mask": actions == _CLOSING,
+        # argmax on the reversed row finds the last action token
+        "last": chosen.shape[1] - 1 - chosen[:, ::-1].argmax(axis=1),
+    }
+    return {name: torch.from_numpy(values) for name, values in columns.items()}
 
-    input_ids: Any
-    actions: Any
-    token_ends: Any
-    row_ends: Any
-    target: Any
-    rank: Any
-    option_ends: Any
-    weight: Any
-    strength: Any
 
-
-_CODES = "ibqqfiqff"
+# The flat columns of a `ComparisonDataset` and the code of their type. In the processes that render, they are arrays
+# of a part of the data. The main process appends them to one file per column, which the data set reads as memory maps.
+_CODES = {
+    "input_ids": "i",
+    "actions": "b",
+    "row_ends": "q",
+    "option_ends": "q",
+    "target": "f",
+    "rank": "i",
+    "comparison_ends": "q",
+    "weight": "f",
+    "strength": "f",
+}
+_ENDS = {"row_ends": "input_ids", "option_ends": "row_ends", "comparison_ends": "target"}  # the column that is counted
 Row = tuple[list[int], list[int]]  # token ids, and the kind of each token
 # The rows of each option, target, ranks, weight and strength of a comparison; None if it does not fit.
 _Encoded = tuple[list[list[Row]], Sequence[float], Sequence[int], float, float] | None
@@ -228,13 +229,18 @@ _Encoded = tuple[list[list[Row]], Sequence[float], Sequence[int], float, float] 
 def _compared(
     renderer: Renderer, window: WindowRule, by_turn: bool, row: Comparison, counts: Counter[str]
 ) -> _Encoded:
-    rows = _own_rows(row, renderer, window, counts, by_turn)
+    own = [
+        with_own_token_ids(Trajectory((*row.context, *option), labels=row.labels), renderer.fingerprint).turns
+        for option in row.options
+    ]
+    start = len(row.context)
+    rows = encode_options(own[0][:start], [turns[start:] for turns in own], renderer, window, counts, by_turn)
     return rows and (rows, row.target, row.ranks, row.weight, float(row.labels.get("strength") or 0.0))
 
 
 def _rated(renderer: Renderer, window: WindowRule, by_turn: bool, row: Trajectory, counts: Counter[str]) -> _Encoded:
     turns = with_own_token_ids(row, renderer.fingerprint).turns
-    start = next((i for i, turn in enumerate(turns) if turn.is_trainable), None)
+    start = next(iter(agent_turns(turns)), None)
     if start is None:
         raise InputError("trajectories: found one without an agent turn, expected at least one")
     rows = encode_options(turns[:start], [turns[start:]], renderer, window, counts, by_turn)
@@ -243,70 +249,47 @@ def _rated(renderer: Renderer, window: WindowRule, by_turn: bool, row: Trajector
 
 def _rendered(
     rows: Sequence, encode: Callable[[Any, Counter[str]], _Encoded], places: Iterable[int]
-) -> tuple[_Rendered, Counter[str]]:
+) -> tuple[dict[str, array], Counter[str]]:
     counts: Counter[str] = Counter()
-    made = _Rendered(*map(array, _CODES))
-    for i in places:
-        encoded = encode(rows[i], counts)
+    made = {name: array(code) for name, code in _CODES.items()}
+    for encoded in (encode(rows[i], counts) for i in places):
         if encoded is None:
             continue
         options, target, ranks, weight, strength = encoded
         for option in options:
             for ids, kinds in option:
-                made.input_ids.extend(ids)
-                made.actions.extend(kinds)
-                made.token_ends.append(len(made.input_ids))
-            made.row_ends.append(len(made.token_ends))
-        made.target.extend(target)
-        made.rank.extend(ranks)
-        made.option_ends.append(len(made.target))
-        made.weight.append(weight)
-        made.strength.append(strength)
+                made["input_ids"].extend(ids)
+                made["actions"].extend(kinds)
+                made["row_ends"].append(len(made["input_ids"]))
+            made["option_ends"].append(len(made["row_ends"]))
+        made["target"].extend(target)
+        made["rank"].extend(ranks)
+        made["comparison_ends"].append(len(made["target"]))
+        made["weight"].append(weight)
+        made["strength"].append(strength)
     return made, counts
 
 
 def _dataset(
     rows: Sequence, encode: Callable[[Any, Counter[str]], _Encoded], pad_id: int, counts: Counter[str], processes: int
 ) -> ComparisonDataset:
-    places, tokens, lists, options = chunks(range(len(rows)), _CHUNK), 0, 0, 0
+    sizes: Counter[str] = Counter()  # values in each column so far
     with in_temporary_folder(), ExitStack() as opened:
-        files = _Rendered(*(opened.enter_context(tempfile.TemporaryFile()) for _ in _CODES))
-        for file in (files.token_ends, files.row_ends, files.option_ends):
-            file.write(bytes(8))  # the first offset is 0
+        files = {name: opened.enter_context(tempfile.TemporaryFile()) for name in _CODES}
+        for name in _ENDS:
+            files[name].write(bytes(8))  # the first end is 0
+        places = chunks(range(len(rows)), _CHUNK)
         for part, mine in map_in_order(partial(_rendered, rows, encode), places, processes):
             counts.update(mine)
-            ends = {
-                "token_ends": tokens + np.asarray(part.token_ends),
-                "row_ends": lists + np.asarray(part.row_ends),
-                "option_ends": options + np.asarray(part.option_ends),
-            }
-            tokens, lists = tokens + len(part.input_ids), lists + len(part.token_ends)
-            options += len(part.target)
-            for file, values in zip(files, part._replace(**ends), strict=True):
-                file.write(values)
-        if not options:
+            for name, values in part.items():
+                files[name].write(np.asarray(values) + sizes[_ENDS[name]] if name in _ENDS else values)
+            sizes.update({name: len(values) for name, values in part.items()})
+        if not sizes["target"]:
             raise InputError(
                 f"comparisons: found none that fits into max_length, expected at least one ({dict(counts)})"
             )
-        read = _Rendered(*(np.asarray(np.memmap(file, code, "r")) for file, code in zip(files, _CODES, strict=True)))
-    flat = (read.input_ids, read.token_ends), (read.actions, read.token_ends)
-    return ComparisonDataset(
-        *flat, read.row_ends, read.option_ends, read.target, read.rank, read.weight, read.strength, pad_id
-    )
-
-
-def _own_rows(
-    comparison: Comparison, renderer: Renderer, window: WindowRule, counts: Counter[str], by_turn: bool = False
-) -> list[list[Row]] | None:
-    """Apply `encode_options` to a comparison, after removing sampled ids of another tokenizer or template."""
-    turns = [
-        with_own_token_ids(
-            Trajectory((*comparison.context, *option), labels=comparison.labels), renderer.fingerprint
-        ).turns
-        for option in comparison.options
-    ]
-    start = len(comparison.context)
-    return encode_options(turns[0][:start], [row[start:] for row in turns], renderer, window, counts, by_turn)
+        read = {name: np.asarray(np.memmap(file, _CODES[name], "r")) for name, file in files.items()}
+    return ComparisonDataset(**read, pad_id=pad_id)
 
 
 def encode_options(
@@ -328,114 +311,74 @@ def encode_options(
       by_turn: False: one row per option. True: one row per agent turn of an option.
     Returns: one list of rows per option, or None if an option does not fit.
     """
-    rows = [[*context, *option] for option in options]
-    counts.update({line for row in rows for line in renderer.printer.faults_in(row)})
-    encoded = [renderer.encode(row) for row in rows]
+    dialogues = [EncodedDialogue.of([*context, *option], renderer) for option in options]
+    faults = chain.from_iterable(renderer.printer.faults_in(dialogue.turns) for dialogue in dialogues)
+    counts.update([*dict.fromkeys(faults)])  # each fault once per comparison
     cut = _cut_by_turn if by_turn else _cut_as_one_turn
-    cuts = cut(rows, encoded, len(context), renderer, window)
+    cuts = cut(dialogues, len(context), window)
     if cuts is None:
         counts["comparisons dropped: an option longer than max_length"] += 1
         return None
-    roomy = cut(rows, encoded, len(context), renderer, replace(window, max_length=sys.maxsize))
-    if cuts != roomy:
+    if cuts != cut(dialogues, len(context), window.without_max_length):
         counts["comparisons that lost old turns of the context"] += 1
-    return [
-        [_row(row[:stop], turns[:stop], start, first, renderer, counts) for start, first, stop in spans]
-        for row, turns, spans in zip(rows, encoded, cuts, strict=True)
-    ]
+    return [[_row(dialogue, span, counts) for span in spans] for dialogue, spans in zip(dialogues, cuts, strict=True)]
 
 
 # The spans of an option, one per row. A span names the turns of the row by their indices: the first turn of the reply,
 # the first visible turn after the leading system turns, and the turn after the end of the reply.
-_Spans = list[tuple[int, int, int]]
+_Span = tuple[int, int, int]
 
 
-def _cut_as_one_turn(
-    rows: Sequence[Sequence[Turn]],
-    encoded: Sequence[Sequence[EncodedTurn]],
-    start: int,
-    renderer: Renderer,
-    window: WindowRule,
-) -> list[_Spans] | None:
-    """Return the spans of each option (see _Spans): one, which holds the whole reply; None if an option does not fit.
+def _cut_as_one_turn(dialogues: Sequence[EncodedDialogue], start: int, window: WindowRule) -> list[list[_Span]] | None:
+    """Return the spans of each option: one, which holds the whole reply; None if an option does not fit.
 
     All options keep the same turns of the context: those that `window` keeps before the longest option.
 
     Args:
-      rows: for each option, the turns of context and reply.
-      encoded: the same turns, encoded.
+      dialogues: for each option, the turns of context and reply.
       start: number of turns in the context, and therefore index of the first turn of every reply.
-      renderer: the renderer of the turns.
       window: the limits on turns and tokens of a row.
     """
-    head = leading_system_turns(rows[0][:start])
-    before = [turn.longest for turn in encoded[0][:start]]
-    longest = max(sum(turn.longest for turn in turns[start:]) for turns in encoded)
-    fixed = len(renderer.preamble_of(rows[0])) + sum(before[:head])
-    first = first_visible(window, [*before, longest], start, head, fixed)
-    return None if first is None else [[(start, first, len(row))] for row in rows]
+    one = dialogues[0]
+    context = replace(one, turns=one.turns[:start], encoded=one.encoded[:start])
+    longest = max(sum(dialogue.lengths[start:]) for dialogue in dialogues)
+    first = context.first_visible(window, start, longest)
+    return None if first is None else [[(start, first, len(dialogue.turns))] for dialogue in dialogues]
 
 
-def _cut_by_turn(
-    rows: Sequence[Sequence[Turn]],
-    encoded: Sequence[Sequence[EncodedTurn]],
-    start: int,
-    renderer: Renderer,
-    window: WindowRule,
-) -> list[_Spans] | None:
-    """Return the spans of each option (see _Spans): one per agent turn of its reply; None if such a turn does not fit.
+def _cut_by_turn(dialogues: Sequence[EncodedDialogue], start: int, window: WindowRule) -> list[list[_Span]] | None:
+    """Return the spans of each option: one per agent turn of its reply; None if such a turn does not fit.
 
     A span holds the turns that a policy with this window rule sees before the agent turn, and that turn as the reply.
-
-    Args:
-      rows: for each option, the turns of context and reply.
-      encoded: the same turns, encoded.
-      start: number of turns in the context, and therefore index of the first turn of every reply.
-      renderer: the renderer of the turns.
-      window: the limits on turns and tokens of a row.
+    The arguments are those of `_cut_as_one_turn`.
     """
-    cuts = []
-    for row, turns in zip(rows, encoded, strict=True):
-        head, lengths = leading_system_turns(row), [turn.longest for turn in turns]
-        fixed = len(renderer.preamble_of(row)) + sum(lengths[:head])
-        agent = (i for i in range(start, len(row)) if row[i].is_trainable)
-        cuts.append([(i, first_visible(window, lengths, i, head, fixed), i + 1) for i in agent])
+    cuts = [
+        [(i, dialogue.first_visible(window, i), i + 1) for i in agent_turns(dialogue.turns) if i >= start]
+        for dialogue in dialogues
+    ]
     return None if any(first is None for spans in cuts for _, first, _ in spans) else cuts
 
 
-def _row(
-    turns: Sequence[Turn],
-    encoded: Sequence[EncodedTurn],
-    start: int,
-    first: int,
-    renderer: Renderer,
-    counts: Counter[str],
-) -> tuple[list[int], list[int]]:
-    """Return the token ids and the kind of each token of a row: a context and, from turn `start` on, a reply.
+def _row(dialogue: EncodedDialogue, span: _Span, counts: Counter[str]) -> Row:
+    """Return the token ids and the kind of each token of the row of a span.
 
     If the template prints no closing token, the agent's is appended at the end of the row, because scores are computed
     there; an agent turn inside the reply closes with its last printed token instead. An agent turn that the template
-    prints differently once other turns follow gets no actions; `counts` records the number of such turns.
-
-    Args:
-      turns: all turns up to the end of the reply.
-      encoded: the same turns, encoded.
-      start: index of the first turn of the reply.
-      first: index of the first visible turn after the leading system turns.
-      renderer: the renderer of the turns.
-      counts: a Counter, updated in place.
+    prints differently once other turns follow gets no actions; `counts`, a Counter, is updated with the number of such
+    turns.
     """
-    pieces = renderer.window_ids(turns, encoded, first, len(turns), live=True)
-    if turns[-1].role == "assistant":
-        last = encoded[-1]
+    start, first, stop = span
+    pieces = dialogue.pieces(first, stop, live=True)
+    last = dialogue.encoded[stop - 1]
+    if dialogue.turns[stop - 1].role == "assistant":
         pieces[-1] = (*pieces[-1], *last.actions[len(pieces[-1]) - last.action_start :])
-    ids = [*renderer.preamble_of(turns), *(token for piece in pieces for token in piece)]
+    ids = dialogue.joined(pieces)
     kinds, place = [_NOT_ACTION] * len(ids), len(ids)
     # Count from the end, because `pieces` lacks the turns that the window cut off between system turns and context.
-    for index in range(len(turns) - 1, start - 1, -1):
-        turn, piece = encoded[index], pieces[index - len(turns)]
+    for index in range(stop - 1, start - 1, -1):
+        turn, piece = dialogue.encoded[index], pieces[index - stop]
         place -= len(piece)
-        if not turns[index].is_trainable:
+        if not dialogue.turns[index].is_trainable:
             continue
         begin, kept = turn.action_start, len(turn.actions) - 1
         if piece[begin : begin + kept] != turn.actions[:kept]:
@@ -444,8 +387,8 @@ def _row(
             ] += 1
             continue
         closing = piece[begin + kept : begin + kept + 1]
-        closes = bool(closing) and (closing == turn.actions[kept:] or renderer.is_control(closing[0]))
-        stop = place + begin + kept + closes
-        kinds[place + begin : stop] = [_ACTION] * (kept + closes)
-        kinds[stop - 1] = _CLOSING
+        closes = bool(closing) and (closing == turn.actions[kept:] or dialogue.renderer.is_control(closing[0]))
+        end = place + begin + kept + closes
+        kinds[place + begin : end] = [_ACTION] * (kept + closes)
+        kinds[end - 1] = _CLOSING
     return ids, kinds

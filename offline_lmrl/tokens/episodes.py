@@ -8,17 +8,17 @@ end, the closing V, then replaces the rewards that were not logged.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from offline_lmrl.logs.scale import RewardScale
-from offline_lmrl.logs.trajectory import Trajectory, leading_system_turns, with_own_token_ids
+from offline_lmrl.logs.trajectory import Trajectory, with_own_token_ids
 from offline_lmrl.tokens.rendering import Renderer
-from offline_lmrl.tokens.windows import Span, WindowRule, answered_ids, cut_windows, first_visible
+from offline_lmrl.tokens.windows import EncodedDialogue, Ids, Span, WindowRule, agent_turns, cut_windows
 
-ReturnIdsFor = Callable[[Trajectory], Sequence[tuple[int, ...]]]
+ReturnIdsFor = Callable[[Trajectory], Sequence[Ids]]
 RE_ENCODED = "trajectories encoded from text: their ids are from another tokenizer, template or rendering scheme"
 
 
@@ -95,6 +95,7 @@ class Window(NamedTuple):
     steps: list[Step]
 
 
+@dataclass(frozen=True)
 class EpisodeEncoder:
     """An encoder that cuts trajectories into windows.
 
@@ -111,21 +112,14 @@ class EpisodeEncoder:
         on it.
     """
 
-    def __init__(
-        self,
-        renderer: Renderer,
-        window: WindowRule,
-        step_rule: StepRule,
-        scale: RewardScale,
-        return_ids_for: ReturnIdsFor | None = None,
-        *,
-        replies: bool = False,
-    ):
-        self.renderer, self.window, self.step_rule, self.scale = renderer, window, step_rule, scale
-        self.return_ids_for = return_ids_for
-        self.replies = replies
+    renderer: Renderer
+    window: WindowRule
+    step_rule: StepRule
+    scale: RewardScale
+    return_ids_for: ReturnIdsFor | None = None
+    replies: bool = False
 
-    def encode(self, trajectory: Trajectory, counts: Counter[str], few_shot: tuple[int, ...] = ()) -> Iterator[Window]:
+    def encode(self, trajectory: Trajectory, counts: Counter[str], few_shot: Ids = ()) -> Iterator[Window]:
         """Yield all windows of a trajectory.
 
         Args:
@@ -147,43 +141,28 @@ class EpisodeEncoder:
         )
         counts["windows that lost old turns to max_length"] += sum(map(episode.lost_to_length, episode.spans))
         counts["replies of the environment left out: longer than the space that max_length leaves"] += episode.left_out
+        steps = _TurnSteps(self, episode)
         for span in episode.spans:
-            yield episode.window(span)
+            yield episode.window(span, steps)
 
 
 class _Episode:
-    # The intermediate results for one trajectory: encoded turns, spans (the turn indices of each window), and returns
-    # after each turn.
+    # One trajectory as tokens: the turns of each window (`spans`), and the rows in which states are.
 
-    def __init__(self, encoder: EpisodeEncoder, trajectory: Trajectory, few_shot: tuple[int, ...]):
-        self.renderer, self.rule, self.step_rule = encoder.renderer, encoder.window, encoder.step_rule
+    def __init__(self, encoder: EpisodeEncoder, trajectory: Trajectory, few_shot: Ids):
         turns = with_own_token_ids(trajectory, encoder.renderer.fingerprint).turns
-        agent = [turn.is_trainable for turn in turns]
-        self.agent_turns = [index for index, is_agent in enumerate(agent) if is_agent]
-        given = encoder.return_ids_for
-        return_ids = given(trajectory) if given else [()] * (len(self.agent_turns) + 1)
+        self.agent_turns, self.rule, self.length = agent_turns(turns), encoder.window, len(turns)
+        given, of_turns = encoder.return_ids_for, None
         # The turn that would follow the log has the key len(turns).
-        self.return_ids = dict(zip([*self.agent_turns, len(turns)], return_ids, strict=True))
-        self.turns = turns
-        self.encoded = [
-            turn.with_prefix(self.return_ids.get(index, ()))
-            for index, turn in enumerate(encoder.renderer.encode(turns))
-        ]
-        self.lengths = [turn.longest for turn in self.encoded]
-        self.reward = [encoder.scale.apply(turn.reward) for turn in turns]
-        self.from_environment = [turn.role != "assistant" for turn in turns]
-        self.head = leading_system_turns(turns)
-        self.preamble = (*self.renderer.preamble_of(turns), *few_shot)
-        self.fixed = len(self.preamble) + sum(self.lengths[: self.head])
-        self.left_out = 0
+        self.return_ids: dict[int, Ids] = {}
+        if given is not None:
+            self.return_ids = dict(zip([*self.agent_turns, len(turns)], given(trajectory), strict=True))
+            of_turns = [self.return_ids[index] for index in self.agent_turns]
+        self.dialogue = EncodedDialogue.of(turns, encoder.renderer, of_turns, few_shot)
+        self.encoded, self.left_out = self.dialogue.encoded, 0
         self.answered = self._replies(trajectory.terminated) if encoder.replies else {}
-        stays = [turn.stays for turn in self.encoded]
-        self.spans, self.dropped = cut_windows(
-            self.rule, self.lengths, agent, stays, self.head, self.fixed, self.answered
-        )
-        self.length = len(turns)
+        self.spans, self.dropped = cut_windows(self.dialogue, self.rule, self.answered)
         self.end = self._kind_of_end(trajectory.terminated)
-        self.after = self._returns_after_turns() if self.spans else {}
 
     def _replies(self, terminated: bool) -> dict[int, int]:
         """Map the index of each agent turn to the index after the last turn of the environment's reply to it.
@@ -191,20 +170,20 @@ class _Episode:
         An agent turn without a reply maps to the index after itself. The last agent turn of a terminated episode never
         has a reply. An agent turn that does not fit in a window together with its reply is missing from the result.
         """
-        answered = {}
-        for index, following in zip(self.agent_turns, [*self.agent_turns[1:], None], strict=True):
+        answered, turns, lengths = {}, self.dialogue.turns, self.dialogue.lengths
+        for index in self.agent_turns:
             stop = index + 1
-            last = following or (stop if terminated else len(self.turns))
-            while stop < last and self.from_environment[stop]:
+            last = next((i for i in self.agent_turns if i > index), stop if terminated else len(turns))
+            while stop < last and turns[stop].role != "assistant":
                 stop += 1
-            needed = self.fixed + sum(self.lengths[index:stop])
-            if needed <= self.rule.max_length:
+            room = self.rule.max_length - self.dialogue.fixed - lengths[index]
+            if sum(lengths[index + 1 : stop]) <= room:
                 answered[index] = stop
             else:  # count only replies of turns that fit alone; the other turns are counted as dropped
-                self.left_out += self.fixed + self.lengths[index] <= self.rule.max_length
+                self.left_out += room >= 0
         return answered
 
-    def _kind_of_end(self, terminated: bool) -> str:
+    def _kind_of_end(self, terminated: bool) -> Literal["terminated", "observation", "finished", "unfinished"]:
         """Return "terminated" or, for a cut log, where it was cut.
 
         "observation": after a turn of another speaker; "finished": after a complete agent turn; "unfinished": inside
@@ -224,114 +203,66 @@ class _Episode:
 
     def lost_to_length(self, span: Span) -> bool:
         """True if the window of `span` starts where it does because of max_length (tokens), not `context` (turns)."""
-        roomy = first_visible(replace(self.rule, max_length=10**9), self.lengths, span.stop - 1, self.head, self.fixed)
-        return span.first != roomy
+        return span.first != self.dialogue.first_visible(self.rule.without_max_length, span.stop - 1)
 
-    def _reply_length(self, index: int) -> int:
-        return sum(self.lengths[index + 1 : self.answered.get(index, index + 1)])
+    def ends_inside(self, index: int) -> bool:
+        """True if agent turn `index` is unfinished, because the log was cut inside it."""
+        return self.end == "unfinished" and index == self.agent_turns[-1]
 
-    def _actions(self, index: int) -> int:
-        return len(self.encoded[index].actions)
+    def ends_after(self, index: int) -> bool:
+        """True if the log was cut directly after agent turn `index`, which is finished."""
+        return self.end == "finished" and index == self.agent_turns[-1]
 
-    def _returns_after_turns(self) -> dict[int, tuple[float, float]]:
-        """Map the index of every agent turn to the discounted return after it and the discount of the closing V.
+    def _before(self, index: int) -> tuple[int, list[int]]:
+        """Return what the agent sees before turn `index`: the first visible turn, and the ids up to its opening.
 
-        Both count from the first state of the next agent turn. The discount is 0 if the episode terminated.
+        All turns are in the form in which they are printed once the dialogue continues. `index` is an agent turn of
+        the log, or the turn that would follow the log. That one, or a turn that does not fit in a window, gets the
+        opening of the generation prompt, and only its opening is read.
         """
-        after = {}
-        total, factor = 0.0, float(self.end != "terminated")
-        for index in reversed(self.agent_turns):
-            after[index] = (total, factor)
-            total, factor = self._return_from(index, 0, total, factor)
-        return after
-
-    def _return_from(self, index: int, k: int, total: float, factor: float) -> tuple[float, float]:
-        """Return the discounted return from action k of a turn on, and the discount of the closing V from there.
-
-        Args:
-          index: index of the turn.
-          k: number of the action in the turn, from 0.
-          total: the discounted return after the turn, from the first state of the next agent turn.
-          factor: the discount of the closing V from the same state.
-        """
-        gamma, left = self.step_rule.discount_per_token, self._actions(index) - k
-        if self.end == "finished" and index == self.agent_turns[-1]:
-            # V at the state of the last action closes the log, so the reward of that action must not count as well.
-            return 0.0, gamma ** (left - 1)
-        # The reward is paid at the last action, left − 1 steps after action k, and the next turn opens one step later.
-        later = gamma**left * self._turn_discount(index)
-        return gamma ** (left - 1) * self.reward[index] + later * total, later * factor
-
-    def _turn_discount(self, index: int) -> float:
-        # discount_per_turn belongs to the action that closes a turn, which an unfinished turn does not have.
-        inside = self.end == "unfinished" and index == self.agent_turns[-1]
-        return 1.0 if inside else self.step_rule.discount_per_turn
-
-    def _tokens(self, first: int, stop: int) -> list[int]:
-        """Return the ids of preamble, demonstrations, leading system turns and turns first..stop−1.
-
-        All turns are in the form in which they are printed once the dialogue continues.
-        """
-        pieces = self.renderer.window_ids(self.turns, self.encoded, first, stop, live=False)
-        return [*self.preamble, *(token for ids in pieces for token in ids)]
+        if index < self.length and index not in self.dropped:
+            turn = self.encoded[index]
+            opening, length = turn.ids[: turn.action_start], None
+            reply = sum(self.dialogue.lengths[index + 1 : self.answered.get(index, index + 1)])
+        else:
+            seen = self.dialogue.turns[:index]
+            opening = (*self.return_ids.get(index, ()), *self.dialogue.renderer.opening_after(seen))
+            length, reply = len(opening), 0
+        first = self.dialogue.first_visible(self.rule, index, length, reply)
+        assert first is not None  # a whole agent turn fits in a window, so its opening does too
+        return first, [*self.dialogue.joined(self.dialogue.pieces(first, index, live=False)), *opening]
 
     def _row(self, span: Span) -> tuple[list[int], dict[int, int]]:
         """Return the ids of a window's row, and a mapping from the index of each turn in it to a position in the row.
 
         The position is the state before the first token that the turn's speaker chose.
         """
-        if span.answered > span.stop:
-            pieces = answered_ids(self.renderer, self.turns, self.encoded, span.first, span.stop, span.answered)
-        else:
-            pieces = self.renderer.window_ids(self.turns, self.encoded, span.first, span.stop, live=True)
-        ids = [*self.preamble, *(token for piece in pieces for token in piece)]
-        places = [*range(self.head), *range(max(span.first, self.head), span.answered)]
-        ends = accumulate(map(len, pieces), initial=len(self.preamble))
-        # `ends` begins with the end of the preamble, so its value at i is where piece i starts. The first action is at
-        # the same offset in every form of a turn, except that the opening directly after system turns may be shorter
-        # or longer. Therefore the offset counts from the end of the piece for all speakers but the agent.
-        starts = (
-            end + len(piece) - len(self.encoded[i].ids) if self.from_environment[i] else end
-            for i, piece, end in zip(places, pieces, ends, strict=False)
-        )
-        # The state of a token is the column before it, hence − 1.
-        return ids, {i: start + self.encoded[i].action_start - 1 for i, start in zip(places, starts, strict=True)}
+        head, turns = self.dialogue.head, self.dialogue.turns
+        pieces = self.dialogue.answered_pieces(span.first, span.stop, span.answered)
+        places = [*range(head), *range(max(span.first, head), span.answered)]
+        state = {}
+        stops = accumulate(map(len, pieces), initial=len(self.dialogue.preamble))
+        for i, piece, start in zip(places, pieces, stops, strict=False):  # there is one more stop, that of the row
+            # The first action is at the same offset in every form of a turn, except that the opening directly after
+            # system turns may be shorter or longer. Therefore the offset counts from the end of the piece for all
+            # speakers but the agent. The state of a token is the column before it, hence − 1.
+            longer = len(piece) - len(self.encoded[i].ids) if turns[i].role != "assistant" else 0
+            state[i] = start + longer + self.encoded[i].action_start - 1
+        return self.dialogue.joined(pieces), state
 
-    def _opening(self, index: int) -> tuple[int, ...]:
-        """Return the ids that open the agent's turn `index`, such as the role header.
-
-        A turn that would follow the log, or that does not fit in a window, gets the generation prompt's ids.
-        """
-        if index < self.length and index not in self.dropped:
-            return self.encoded[index].ids[: self.encoded[index].action_start]
-        return (*self.return_ids[index], *self.renderer.opening_after(self.turns[:index]))
-
-    def _visible_at(self, index: int) -> int:
-        """Return the index of the first turn that the agent sees, after the leading system turns, at turn `index`.
-
-        `index` is an agent turn of the log, or the turn that would follow the log.
-        """
-        if index < self.length and index not in self.dropped:
-            lengths, reply = self.lengths, self._reply_length(index)
-        else:  # only the opening is read there
-            lengths, reply = [*self.lengths[:index], len(self._opening(index))], 0
-        first = first_visible(self.rule, lengths, index, self.head, self.fixed, reply)
-        assert first is not None  # a whole agent turn fits in a window, so its opening does too
-        return first
-
-    def window(self, span: Span) -> Window:
+    def window(self, span: Span, steps: "_TurnSteps") -> Window:
         input_ids, state = self._row(span)
         inside = [index for index in self.agent_turns if span.credited <= index < span.stop]
         next_ids, end_ids = [], []
         last = inside[-1]
+        done = state[last] + len(self.encoded[last].actions)  # the state after the last action
         upcoming = next((index for index in self.agent_turns if index > last), self.length)
         follows = (RowKind.OWN, 0)
         if upcoming < self.length or self.end == "observation":
-            first = self._visible_at(upcoming)
-            opened = [*self._tokens(first, upcoming), *self._opening(upcoming)]
+            first, opened = self._before(upcoming)
             # If the next turn's context repeats this row up to the closing action (or up to the end of the reply), the
             # row is extended to hold the next opening as well. Otherwise V(s′) needs a row of its own.
-            kept = state[last] + self._actions(last) if span.answered == span.stop else len(input_ids)
+            kept = done if span.answered == span.stop else len(input_ids)
             if first == span.first and opened[:kept] == input_ids[:kept]:
                 input_ids, follows = opened, (RowKind.OWN, len(opened) - 1)
             else:
@@ -342,63 +273,101 @@ class _Episode:
             end_ids = self._end_ids()
             end = (RowKind.END, len(end_ids) - 1) if end_ids else (RowKind.OWN, 0)
         elif self.end in ("finished", "unfinished"):
-            end = (RowKind.OWN, state[last] + self._actions(last) - (self.end == "finished"))
-        steps = []
-        for index, after in zip(inside, [*inside[1:], None], strict=True):
-            place = follows if after is None else (RowKind.OWN, state[after])
-            steps += self._steps(state[index], index, place, end)
+            end = (RowKind.OWN, done - (self.end == "finished"))
+        next_states = [*((RowKind.OWN, state[index]) for index in inside[1:]), follows]
         # A reply is a target only in the window that trains the turn it answers: its content and closing, not its
         # opening, which the environment does not choose.
         replies = [turn for index in inside for turn in range(index + 1, self.answered.get(index, index + 1))]
-        environment = [state[turn] + k for turn in replies for k in range(self._actions(turn))]
-        return Window(input_ids, next_ids, end_ids, environment, steps)
+        return Window(
+            input_ids,
+            next_ids,
+            end_ids,
+            [state[turn] + k for turn in replies for k in range(len(self.encoded[turn].actions))],
+            [
+                step
+                for index, place in zip(inside, next_states, strict=True)
+                for step in steps.of(index, state[index], place, end)
+            ],
+        )
 
     def _end_ids(self) -> list[int]:
         """Return the row whose last position gives the closing V, for windows before the last; [] if terminated."""
         if self.end == "terminated":
             return []
-        last = self.agent_turns[-1]
         if self.end == "observation":
-            return [*self._tokens(self._visible_at(self.length), self.length), *self._opening(self.length)]
+            return self._before(self.length)[1]
         # After a finished turn no later state was logged, so V is taken at the state of the closing action.
-        read = self.encoded[last].action_stop - (self.end == "finished")
-        return [*self._tokens(self._visible_at(last), last), *self.encoded[last].ids[:read]]
+        last = self.agent_turns[-1]
+        turn = self.encoded[last]
+        return [*self._before(last)[1], *turn.ids[turn.action_start : turn.action_stop - (self.end == "finished")]]
 
-    def _steps(self, opening: int, index: int, follows: tuple[int, int], end: tuple[int, int]) -> Iterator[Step]:
-        # opening: the state before the turn's first action. follows: kind of row (OWN or NEXT) and column of the first
-        # state of the agent's next turn. end: kind of row and column of the state whose V closes a cut log.
-        actions, gamma = self.encoded[index].actions, self.step_rule.discount_per_token
-        n = len(actions)
-        is_last = index == self.agent_turns[-1]
-        bootstrap, turn_discount = 1.0, self._turn_discount(index)
-        reward, reach = self.reward[index], n  # the state `follows` is `reach` actions after the opening
-        if is_last and self.end == "terminated":
-            bootstrap = 0.0
-        elif is_last and self.end == "unfinished":
+
+class _TurnSteps:
+    # The steps of an episode's agent turns, with rewards, discounts and returns.
+
+    def __init__(self, encoder: EpisodeEncoder, episode: _Episode):
+        self.rule, self.episode = encoder.step_rule, episode
+        self.reward = [encoder.scale.apply(turn.reward) for turn in episode.dialogue.turns]
+        # Index of an agent turn -> the discounted return after it and the discount of the closing V, both from the
+        # first state of the next agent turn. The discount is 0 if the episode terminated.
+        self.after: dict[int, tuple[float, float]] = {}
+        after = 0.0, float(episode.end != "terminated")
+        for index in reversed(episode.agent_turns):
+            self.after[index] = after
+            after = self._return_from(index, 0)
+
+    def _return_from(self, index: int, k: int) -> tuple[float, float]:
+        """Return the discounted return from action k of a turn on, and the discount of the closing V from there."""
+        gamma, left = self.rule.discount_per_token, len(self.episode.encoded[index].actions) - k
+        if self.episode.ends_after(index):
+            # V at the state of the last action closes the log, so the reward of that action must not count as well.
+            return 0.0, gamma ** (left - 1)
+        # The reward is paid at the last action, left − 1 steps after action k, and the next turn opens one step later.
+        total, factor = self.after[index]
+        later = gamma**left * self._turn_discount(index)
+        return gamma ** (left - 1) * self.reward[index] + later * total, later * factor
+
+    def _turn_discount(self, index: int) -> float:
+        # discount_per_turn belongs to the action that closes a turn, which an unfinished turn does not have.
+        return 1.0 if self.episode.ends_inside(index) else self.rule.discount_per_turn
+
+    def of(self, index: int, opening: int, follows: tuple[int, int], end: tuple[int, int]) -> Iterator[Step]:
+        """Yield the steps of agent turn `index`.
+
+        Args:
+          opening: the state before the turn's first action.
+          follows: kind of row (`RowKind`) and column of the first state of the agent's next turn.
+          end: kind of row and column of the state whose V closes a cut log.
+        """
+        actions, gamma = self.episode.encoded[index].actions, self.rule.discount_per_token
+        n, inside = len(actions), self.episode.ends_inside(index)
+        terminal = self.episode.end == "terminated" and index == self.episode.agent_turns[-1]
+        reward, turn_discount = self.reward[index], self._turn_discount(index)
+        reach = n  # the state `follows` is `reach` actions after the opening
+        if inside:
             follows = (RowKind.OWN, opening + n)
-        elif is_last and self.end == "finished":
+        elif self.episode.ends_after(index):
             # No state after the closing action was logged: V is taken before it, and it gets no target itself.
             follows, reward, reach, turn_discount = (RowKind.OWN, opening + n - 1), 0.0, n - 1, 1.0
         for k in range(n):
             has_target = k < reach
+            paid, discount, place, bootstrap = 0.0, gamma, (RowKind.OWN, opening + k + 1), 1.0
             # The last action, and with bootstrap_from_turn every action, bootstraps from the state `follows`.
-            if has_target and (self.step_rule.bootstrap_from_turn or k == reach - 1):
+            if has_target and (self.rule.bootstrap_from_turn or k == reach - 1):
                 left = reach - k
                 paid, discount = gamma ** (left - 1) * reward, gamma**left * turn_discount
-                place, counts = follows, bootstrap
-            else:
-                paid, discount, place, counts = 0.0, gamma, (RowKind.OWN, opening + k + 1), 1.0
-            total, factor = self._return_from(index, k, *self.after[index]) if has_target else (0.0, 0.0)
+                place, bootstrap = follows, float(not terminal)
+            total, factor = self._return_from(index, k) if has_target else (0.0, 0.0)
             yield Step(
                 state=opening + k,
                 action=actions[k],
-                reward=paid if has_target else 0.0,
+                reward=paid,
                 discount=discount,
                 next_row_kind=place[0],
                 next_state=place[1],
-                bootstrap=counts,
+                bootstrap=bootstrap,
                 has_target=has_target,
-                closes_turn=k == n - 1 and not (is_last and self.end == "unfinished"),
+                closes_turn=k == n - 1 and not inside,
                 turn=index,
                 open_state=opening,
                 return_to_go=total,

@@ -13,29 +13,15 @@ import torch
 from torch import Tensor
 
 from offline_lmrl.logs.trajectory import Trajectory
-from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories, places_of
+from offline_lmrl.tokens.batching import WindowDataset, columns_of, places_of
 from offline_lmrl.tokens.episodes import EpisodeEncoder, Window
-
-
-class _Numbering:
-    """A wrapper around an encoder that records which trajectory each window came from."""
-
-    def __init__(self, encoder: EpisodeEncoder):
-        self.encoder, self.number, self.of_window = encoder, -1, []
-
-    def encode(self, trajectory: Trajectory, counts: Counter[str]) -> Iterator[Window]:
-        self.number += 1
-        for window in self.encoder.encode(trajectory, counts):
-            self.of_window.append(self.number)
-            yield window
 
 
 @dataclass
 class Experience:
     """Played episodes to learn from: windows, and further columns with one number per step, such as advantages.
 
-    windows: the windows with their N steps. They also contain the rows for V of next states, until the caller sets
-      `windows.next_rows` to False.
+    windows: the windows with their N steps.
     episode: (N,) index of the trajectory of each step.
     n: number of trajectories.
     kept: (N, ⌈V/8⌉) uint8, the tokens of the vocabulary (V) that the sampler's filters (top-k, top-p, allowed texts)
@@ -51,7 +37,7 @@ class Experience:
     def of(
         cls, trajectories: Sequence[Trajectory], encoder: EpisodeEncoder, counts: Counter[str], pad_id: int
     ) -> "Experience":
-        """Encode trajectories, without further columns.
+        """Encode trajectories, without further columns; batches include the rows for V of next states.
 
         Args:
           trajectories: the played episodes.
@@ -59,19 +45,24 @@ class Experience:
           counts: a Counter, updated in place: message -> number of dropped turns or other faults.
           pad_id: the id that fills shorter rows of a batch.
         """
-        numbering = _Numbering(encoder)
-        columns = encode_trajectories(trajectories, numbering, counts)
-        windows = WindowDataset(columns, pad_id, next_rows=True, end_rows=False)
-        episode = np.repeat(numbering.of_window, np.diff(columns["state"][1]))
-        return cls(windows, episode, len(trajectories))
+        of_window: list[int] = []  # index of each window's trajectory
+
+        def numbered() -> Iterator[Window]:
+            for number, trajectory in enumerate(trajectories):
+                for window in encoder.encode(trajectory, counts):
+                    of_window.append(number)
+                    yield window
+
+        windows = WindowDataset(columns_of(numbered(), counts), pad_id, next_rows=True, end_rows=False)
+        return cls(windows, np.repeat(of_window, np.diff(windows.flat["state"][1])), len(trajectories))
 
     def column(self, name: str) -> Tensor:
         """Return the column of this name, (N,): a field of `Step` or one that `add` stored."""
         return torch.from_numpy(np.asarray(self.windows.flat[name][0]))
 
     def add(self, **columns: Tensor | np.ndarray) -> None:
-        offsets = self.windows.flat["state"][1]
-        self.windows.flat = {**self.windows.flat, **{n: (np.asarray(c), offsets) for n, c in columns.items()}}
+        """Store further columns with one number per step."""
+        self.windows = self.windows.with_columns(**{name: np.asarray(values) for name, values in columns.items()})
 
     def tokens(self) -> Iterator[tuple[int, int, int]]:
         """Yield three indices per step: its trajectory, its turn in the trajectory, its action token in the turn."""

@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -21,9 +22,9 @@ from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.trajectory import Trajectory, with_own_token_ids
 from offline_lmrl.settings import setting
 from offline_lmrl.tokens.rendering import Renderer
+from offline_lmrl.tokens.windows import EncodedDialogue, Ids, agent_turns
 
 PARTS = ("whole", "first", "last", "best", "random")
-Ids = tuple[int, ...]
 
 
 class Shown(NamedTuple):
@@ -66,17 +67,20 @@ class FewShotConfig:
     def __post_init__(self) -> None:
         if self.part not in PARTS:
             raise InputError(f"few_shot.part: found {shown(self.part)}, expected one of {', '.join(PARTS)}")
-        for name in ("n", "turns", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"few_shot.{name}: found {getattr(self, name)}, expected at least 1")
+        for name, value, least in (
+            ("n", self.n, 1),
+            ("turns", self.turns, 1),
+            ("max_tokens", self.max_tokens, 1),
+            ("seed", self.seed, 0),
+        ):
+            if value < least:
+                raise InputError(f"few_shot.{name}: found {value}, expected at least {least}")
         if not 0 <= self.drop <= 1:
             raise InputError(f"few_shot.drop: found {self.drop}, expected a share from 0 to 1")
-        if self.seed < 0:
-            raise InputError(f"few_shot.seed: found {self.seed}, expected at least 0")
 
     def cut(self, demonstration: Trajectory, rng: np.random.Generator) -> Shown:
         """Return the part of a demonstration to show, as `part` and `turns` select it; only "random" uses `rng`."""
-        agent = [index for index, turn in enumerate(demonstration.turns) if turn.is_trainable]
+        agent = agent_turns(demonstration.turns)
         last = len(agent) - self.turns  # the last index at which so many agent turns can begin
         if self.part == "whole" or last < 0:
             return Shown(demonstration, 0, len(demonstration.turns))
@@ -169,12 +173,9 @@ def few_shot_ids(
     ids: list[int] = []
     for trajectory, first, stop in shown:
         turns = with_own_token_ids(trajectory, renderer.fingerprint).turns
-        agent = [index for index, turn in enumerate(turns) if turn.is_trainable]
-        own = dict(zip(agent, return_ids_for(trajectory)[: len(agent)], strict=True)) if return_ids_for else {}
-        encoded = [turn.with_prefix(own.get(index, ())) for index, turn in enumerate(renderer.encode(turns))]
-        part = turns[first:stop]
-        pieces = renderer.window_ids(part, encoded[first:stop], 0, len(part), live=False)
-        ids += [token for piece in pieces for token in piece]
+        own = return_ids_for and return_ids_for(trajectory)[: len(agent_turns(turns))]
+        part, encoded = turns[first:stop], EncodedDialogue.of(turns, renderer, own).encoded[first:stop]
+        ids += chain.from_iterable(renderer.window_ids(part, encoded, 0, len(part), live=False))
     return tuple(ids)
 
 

@@ -18,14 +18,18 @@ after the text of one turn, such as a role header and an end-of-turn token. Few-
 which are put between the preamble and the first turn (tokens/few_shot.py).
 """
 
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.trajectory import Turn, leading_system_turns
 from offline_lmrl.tokens.rendering import EncodedTurn, Renderer
+
+Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,10 @@ class WindowRule:
         if self.max_length < 2:
             raise InputError(f"max_length: found {self.max_length}, expected at least 2 tokens")
 
+    @property
+    def without_max_length(self) -> "WindowRule":
+        return replace(self, max_length=sys.maxsize)
+
 
 class Span(NamedTuple):
     """One window: the leading system turns, then turns first..stop−1. All fields are turn indices.
@@ -67,93 +75,144 @@ class Span(NamedTuple):
     answered: int
 
 
-def first_visible(
-    rule: WindowRule, lengths: Sequence[int], index: int, head: int, fixed: int, reply: int = 0
-) -> int | None:
-    """Return the index of the first turn that agent turn `index` sees, after the leading system turns.
+@dataclass(frozen=True)
+class EncodedDialogue:
+    """A dialogue as tokens, from which windows are cut.
 
-    Args:
-      rule: the limits of a window.
-      lengths: number of tokens of each turn, up to and including turn `index`.
-      index: index of the agent turn, which may be the next one, not yet written.
-      head: number of leading system turns.
-      fixed: number of tokens in the preamble, the demonstrations and the leading system turns.
-      reply: number of tokens of the environment's reply that the window holds after the turn. They count towards
-        max_length, but not towards `context`. The caller makes sure that turn and reply fit together.
-    Returns: an index in head..index, or None if the turn does not even fit without earlier turns. The result never
-      decreases as `index` grows and does not depend on earlier windows, so training and live play agree whenever the
-      lengths are equal.
+    Attributes:
+      renderer: the renderer that encoded the turns.
+      turns: all turns of the dialogue.
+      encoded: the same turns as tokens; those of the agent begin with their return ids, if any.
+      preamble: the ids before the first turn: preamble and few-shot demonstrations. They are never dropped.
     """
-    if fixed + lengths[index] > rule.max_length:
-        return None
-    first = min(head, index)
-    if rule.context is not None and index - first > rule.context:
-        first += -(-(index - first - rule.context) // rule.stride) * rule.stride  # −(−a // b) rounds a / b up
-    while first < index and fixed + sum(lengths[first : index + 1]) + reply > rule.max_length:
-        first = min(first + rule.stride, index)
-    return first
+
+    renderer: Renderer
+    turns: Sequence[Turn]
+    encoded: Sequence[EncodedTurn]
+    preamble: Ids
+
+    @classmethod
+    def of(
+        cls,
+        turns: Sequence[Turn],
+        renderer: Renderer,
+        return_ids: Sequence[Ids] | None = None,
+        few_shot: Sequence[int] = (),
+    ) -> "EncodedDialogue":
+        """Encode turns.
+
+        Args:
+          return_ids: for each agent turn, the ids put before its opening, which encode the requested return
+            (tokens/conditioning.py); None = no ids.
+          few_shot: ids of the few-shot demonstrations.
+        """
+        encoded = renderer.encode(turns)
+        if return_ids is not None:
+            for index, ids in zip(agent_turns(turns), return_ids, strict=True):
+                encoded[index] = encoded[index].with_prefix(ids)
+        return cls(renderer, turns, encoded, (*renderer.preamble_of(turns), *few_shot))
+
+    @cached_property
+    def head(self) -> int:
+        """The number of leading system turns."""
+        return leading_system_turns(self.turns)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each turn in its longest form."""
+        return [turn.longest for turn in self.encoded]
+
+    @cached_property
+    def fixed(self) -> int:
+        """The number of tokens that every window holds: preamble, demonstrations and leading system turns."""
+        return len(self.preamble) + sum(self.lengths[: self.head])
+
+    def first_visible(self, rule: WindowRule, index: int, length: int | None = None, reply: int = 0) -> int | None:
+        """Return the index of the first turn that agent turn `index` sees, after the leading system turns.
+
+        Args:
+          rule: the limits of a window.
+          index: index of the agent turn, which may be the next one, not yet written.
+          length: number of tokens of that turn; None = those of the encoded turn.
+          reply: number of tokens of the environment's reply that the window holds after the turn. They count towards
+            max_length, but not towards `context`. The caller makes sure that turn and reply fit together.
+        Returns: an index up to `index`, or None if the turn does not even fit without earlier turns. The result never
+          decreases as `index` grows and does not depend on earlier windows, so training and live play agree whenever
+          the lengths are equal.
+        """
+        needed = self.fixed + (self.lengths[index] if length is None else length)
+        if needed > rule.max_length:
+            return None
+        first = min(self.head, index)
+        if rule.context is not None and index - first > rule.context:
+            first += -(-(index - first - rule.context) // rule.stride) * rule.stride  # −(−a // b) rounds a / b up
+        while first < index and needed + sum(self.lengths[first:index]) + reply > rule.max_length:
+            first = min(first + rule.stride, index)
+        return first
+
+    def pieces(self, first: int, stop: int, live: bool) -> list[Ids]:
+        """Return the ids of each leading system turn and of turns first..stop−1 (`Renderer.window_ids`)."""
+        return self.renderer.window_ids(self.turns, self.encoded, first, stop, live)
+
+    def joined(self, pieces: Sequence[Sequence[int]]) -> list[int]:
+        """Return the ids of a window: the preamble, then the ids of its turns."""
+        return [*self.preamble, *chain.from_iterable(pieces)]
+
+    def answered_pieces(self, first: int, stop: int, answered: int) -> list[Ids]:
+        """Return the ids of each turn of a window that ends with agent turn stop−1 and its reply, up to answered−1.
+
+        The reply must follow the tokens that the agent saw and wrote, but a template may print turns differently once
+        the dialogue continues. If only the closing of the agent's turn differs, all ids are those of the continued
+        dialogue. If the turn itself or an earlier one differs, the tokens that the agent saw and wrote are kept, and
+        only the reply is taken from the continued dialogue. Without a reply, all ids are those that the agent saw and
+        wrote.
+
+        Args:
+          first: the first visible turn after the leading system turns.
+        """
+        written = self.pieces(first, stop, live=True)
+        if answered == stop:
+            return written
+        history = self.pieces(first, answered, live=False)
+        last, turn = len(written) - 1, self.encoded[stop - 1]
+        kept = turn.action_stop - turn.closed
+        if history[:last] == written[:last] and history[last][:kept] == written[last][:kept]:
+            return history
+        return [*written, *history[last + 1 :]]
+
+
+def agent_turns(turns: Sequence[Turn]) -> list[int]:
+    """Return the indices of the trainable turns, those of the agent."""
+    return [index for index, turn in enumerate(turns) if turn.is_trainable]
 
 
 def cut_windows(
-    rule: WindowRule,
-    lengths: Sequence[int],
-    agent: Sequence[bool],
-    stays: Sequence[bool],
-    head: int,
-    fixed: int,
-    answered: Mapping[int, int],
+    dialogue: EncodedDialogue, rule: WindowRule, answered: Mapping[int, int]
 ) -> tuple[list[Span], list[int]]:
     """Cut an episode into windows, in which consecutive agent turns share a window if they see the same first turn.
 
+    After a visible turn that changes its tokens once the dialogue continues (`EncodedTurn.stays`), the next agent turn
+    starts a new window.
+
     Args:
-      rule: the limits of a window.
-      lengths: number of tokens of each turn.
-      agent: one entry per turn, True if it is a trainable turn of the agent.
-      stays: one entry per turn, True if the turn keeps its tokens once the dialogue continues (`EncodedTurn.stays`).
-        After a visible turn that does not, the next agent turn starts a new window.
-      head: number of leading system turns.
-      fixed: number of tokens in the preamble, the demonstrations and the leading system turns.
       answered: index of an agent turn -> one after the environment's reply that its window also holds. An agent turn
         that is missing here gets no reply.
     Returns: the windows, and the indices of the agent turns that do not fit and are dropped.
     """
     spans: list[Span] = []
     dropped = []
-    changing = list(accumulate((-1 if same else i for i, same in enumerate(stays)), max))  # last changing turn ≤ i
-    for index in (i for i, is_agent in enumerate(agent) if is_agent):
+    # For each turn, the last turn up to it that changes.
+    changing = list(accumulate((-1 if turn.stays else i for i, turn in enumerate(dialogue.encoded)), max))
+    for index in agent_turns(dialogue.turns):
         stop = answered.get(index, index + 1)
-        first = first_visible(rule, lengths, index, head, fixed, sum(lengths[index + 1 : stop]))
+        first = dialogue.first_visible(rule, index, reply=sum(dialogue.lengths[index + 1 : stop]))
         if first is None:
             dropped.append(index)
-        elif spans and spans[-1].first == first and changing[spans[-1].stop - 1] < max(first, head):
+        elif spans and spans[-1].first == first and changing[spans[-1].stop - 1] < max(first, dialogue.head):
             spans[-1] = spans[-1]._replace(stop=index + 1, answered=stop)
         else:
             spans.append(Span(first, index, index + 1, stop))
     return spans, dropped
-
-
-def answered_ids(
-    renderer: Renderer, turns: Sequence[Turn], encoded: Sequence[EncodedTurn], first: int, stop: int, answered: int
-) -> list[tuple[int, ...]]:
-    """Return the ids of each turn of a window that ends with agent turn stop−1 and its reply, turns stop..answered−1.
-
-    The reply must follow the tokens that the agent saw and wrote, but a template may print turns differently once the
-    dialogue continues. If only the closing of the agent's turn differs, all ids are those of the continued dialogue.
-    If the turn itself or an earlier one differs, the tokens that the agent saw and wrote are kept, and only the reply
-    is taken from the continued dialogue.
-
-    Args:
-      turns: all turns of the dialogue.
-      encoded: the same turns, encoded.
-      first: the first visible turn after the leading system turns.
-    """
-    written = renderer.window_ids(turns, encoded, first, stop, live=True)
-    history = renderer.window_ids(turns, encoded, first, answered, live=False)
-    last, turn = len(written) - 1, encoded[stop - 1]
-    kept = turn.action_stop - turn.closed
-    if history[:last] == written[:last] and history[last][:kept] == written[last][:kept]:
-        return history
-    return [*written, *history[last + 1 :]]
 
 
 def policy_window(
@@ -161,7 +220,7 @@ def policy_window(
     renderer: Renderer,
     rule: WindowRule,
     reserve: int = 0,
-    return_ids: Sequence[tuple[int, ...]] | None = None,
+    return_ids: Sequence[Ids] | None = None,
     few_shot: Sequence[int] = (),
 ) -> list[int]:
     """Return the ids that the agent sees before its next turn: preamble, demonstrations, visible turns, its opening.
@@ -180,66 +239,35 @@ def policy_window(
     if return_ids is not None:
         *return_ids, coming = return_ids
         opening = (*coming, *opening)
-    encoded, preamble, head, fixed = _encoded(turns, renderer, return_ids, few_shot)
-    lengths = [*(turn.longest for turn in encoded), len(opening) + reserve]
-    first = first_visible(rule, lengths, len(turns), head, fixed)
+    dialogue = EncodedDialogue.of(turns, renderer, return_ids, few_shot)
+    length = len(opening) + reserve
+    first = dialogue.first_visible(rule, len(turns), length)
     if first is None:
         reply = f"a reply of max_new_tokens ({reserve})" if reserve else "a reply"
         also = "the few-shot demonstrations, " if few_shot else ""
         raise InputError(
-            f"max_length: found {rule.max_length}, expected at least {fixed + lengths[-1]} to hold {also}"
+            f"max_length: found {rule.max_length}, expected at least {dialogue.fixed + length} to hold {also}"
             f"the system turns and {reply}"
         )
-    kept = renderer.window_ids(turns, encoded, first, len(turns), live=False)
-    return [*preamble, *(token for ids in kept for token in ids), *opening]
+    return [*dialogue.joined(dialogue.pieces(first, len(turns), live=False)), *opening]
 
 
-def reply_window(
-    turns: Sequence[Turn],
-    role: str,
-    renderer: Renderer,
-    rule: WindowRule,
-    reserve: int = 0,
-    return_ids: Sequence[tuple[int, ...]] | None = None,
-    few_shot: Sequence[int] = (),
-) -> list[int] | None:
+def reply_window(dialogue: EncodedDialogue, rule: WindowRule, reserve: int = 0) -> list[int] | None:
     """Return the ids after which a model of the environment writes the reply to the agent's last turn.
 
-    They are the window of the agent's turn, the turn itself, and the opening of a turn of role `role`. Training
-    windows hold the same ids before a logged reply.
+    They are the window of the agent's turn, the turn itself, and the opening of the reply. Training windows hold the
+    same ids before a logged reply.
 
     Args:
-      turns: the dialogue so far, up to and including the agent's turn.
-      role: the speaker of the reply.
+      dialogue: the turns so far, up to and including the agent's turn, and the reply as a turn without text.
       reserve: number of tokens kept free for the reply.
-      return_ids: for each agent turn, the ids put before its opening; None = no ids.
-      few_shot: ids of the few-shot demonstrations; () = no demonstrations.
     Returns: the ids, or None if turn and reply do not fit even without earlier turns; training leaves such a reply
       out.
     """
-    renderer.notice(turns)
-    with_reply = [*turns, Turn(role, "")]
-    encoded, preamble, head, fixed = _encoded(with_reply, renderer, return_ids, few_shot)
-    lengths = [turn.longest for turn in encoded]
-    index, reply = len(turns) - 1, encoded[-1].action_start + reserve
-    if fixed + lengths[index] + reply > rule.max_length:
+    dialogue.renderer.notice(dialogue.turns[:-1])
+    stop, opened = len(dialogue.turns) - 1, dialogue.encoded[-1].action_start
+    if dialogue.fixed + dialogue.lengths[stop - 1] + opened + reserve > rule.max_length:
         return None
-    first = first_visible(rule, lengths, index, head, fixed, reply)
-    *kept, blank = answered_ids(renderer, with_reply, encoded, first, len(turns), len(with_reply))
-    return [*preamble, *(token for ids in kept for token in ids), *blank[: encoded[-1].action_start]]
-
-
-def _encoded(
-    turns: Sequence[Turn], renderer: Renderer, return_ids: Sequence[tuple[int, ...]] | None, few_shot: Sequence[int]
-) -> tuple[list[EncodedTurn], tuple[int, ...], int, int]:
-    """Encode turns for a window.
-
-    Returns: the turns, with return_ids put before those of the agent; the ids of preamble and demonstrations; and the
-      arguments `head` and `fixed` of `first_visible`.
-    """
-    encoded = renderer.encode(turns)
-    if return_ids is not None:
-        for index, ids in zip((i for i, turn in enumerate(turns) if turn.is_trainable), return_ids, strict=True):
-            encoded[index] = encoded[index].with_prefix(ids)
-    head, preamble = leading_system_turns(turns), (*renderer.preamble_of(turns), *few_shot)
-    return encoded, preamble, head, len(preamble) + sum(turn.longest for turn in encoded[:head])
+    first = dialogue.first_visible(rule, stop - 1, reply=opened + reserve)
+    *kept, blank = dialogue.answered_pieces(first, stop, stop + 1)
+    return dialogue.joined([*kept, blank[:opened]])

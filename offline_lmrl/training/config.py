@@ -1,13 +1,14 @@
 """The settings that all algorithms share, and the checks of their ranges before training starts."""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.settings import setting
 from offline_lmrl.tokens.few_shot import FewShotConfig
@@ -105,6 +106,10 @@ class BaseConfig(TrainingArguments):
         """The folder or hub name of the run whose values this one learns from or starts from; None = there is none."""
         return None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, as TrainingArguments does; a dataclass in a field becomes a dict."""
+        return {name: asdict(value) if is_dataclass(value) else value for name, value in super().to_dict().items()}
+
 
 @dataclass
 class OfflineConfig(BaseConfig):
@@ -131,9 +136,24 @@ class OfflineConfig(BaseConfig):
         shown = self.few_shot and self.few_shot.demonstrations  # None = those of the training data
         return super().named_data | ({"demonstrations": shown} if shown else {})
 
+
+@dataclass
+class GuidedConfig(OfflineConfig):
+    """The settings of an algorithm whose policies are guided in play; how they decode is saved with the run."""
+
+    decoding: DecodingConfig = setting(DecodingConfig, "How the run chooses tokens when it plays; saved with the run.")
+
+    saved_decoding: ClassVar[tuple[str, ...]] = ()  # fields of `decoding` that are saved even at their default
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, as TrainingArguments does; `few_shot` becomes a dict or None."""
-        return super().to_dict() | {"few_shot": self.few_shot and asdict(self.few_shot)}
+        """Return the fields as plain values; of `decoding`, only the part that is saved with the run."""
+        plain = asdict(DecodingConfig())
+        decoding = {
+            name: value
+            for name, value in asdict(self.decoding).items()
+            if name in self.saved_decoding or value != plain[name]
+        }
+        return super().to_dict() | {"decoding": decoding}
 
 
 def check_schedule(args: TrainingArguments) -> None:

@@ -1,11 +1,14 @@
 """ILQL: losses by hand, what changes nothing, where gradients go, how a log's end counts, runs that come back."""
 
+import json
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer, ilql_losses, utterance_losses
 from offline_lmrl.decoding.policy import LanguagePolicy, generate_texts
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.guided import build_model, load_model
 from offline_lmrl.tokens.batching import WindowDataset
@@ -60,6 +63,16 @@ def trainer(folder, logs=LOGS, model=None, peft_config=None, **settings):
     torch.manual_seed(0)
     model = build_model(SPEC, TOKENIZER) if model is None else model
     return ILQLTrainer(model, config(folder, **settings), logs, None, TOKENIZER, peft_config)
+
+
+def test_the_config_stores_the_form_of_decoding_and_what_is_not_at_its_default(tmp_path):
+    form = {"beta": 4.0, "q_reduce": "min", "support": 0.02, "candidates": None, "clip": None}
+    assert config(tmp_path).to_dict()["decoding"] == form
+    args = config(tmp_path, decoding=DecodingConfig(beta=2.0, stop=("\n",)))
+    stored = form | {"beta": 2.0, "support": 0.0, "stop": ("\n",)}
+    assert args.to_dict()["decoding"] == stored
+    assert json.loads(args.to_json_string())["decoding"] == stored | {"stop": ["\n"]}
+    assert "beta" in args.to_sanitized_dict()["decoding"]
 
 
 def with_random_heads(run):
@@ -404,7 +417,7 @@ def test_an_adapter_trains_and_resumes_to_equal_parameters(tmp_path, lora):
 
 def test_the_saved_adapter_opens_as_a_guided_policy(tmp_path, lora):
     base, adapter = lora
-    run = trainer(tmp_path / "run", model=base, peft_config=adapter, beta=3.0, context=2)
+    run = trainer(tmp_path / "run", model=base, peft_config=adapter, decoding=DecodingConfig(beta=3.0), context=2)
     run.train()
     run.save_model(str(tmp_path / "run"))
     policy = LanguagePolicy.load(tmp_path / "run", device="cpu", max_new_tokens=4, temperature=0.0)

@@ -326,7 +326,7 @@ def test_repeats_are_for_sampled_play_only(world):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("methods__ilql__args", {"expectil": 0.5}, "methods.ilql.args: found 'expectil', .*did you mean 'expectile'"),
+        ("methods__ilql__args", {"expectil": 0.5}, "methods.ilql.args.expectil: found .*did you mean '.*expectile'"),
         ("methods__ilql__args", {"expectile": 2.0}, "expectile: found 2.0, expected 0.5 to"),
         ("methods__ilql__args", {"seed": 3}, "methods.ilql.args.seed: found a value, expected none"),
         ("methods__ilql__algorithm", "illql", "algorithm: found 'illql'"),
@@ -335,7 +335,7 @@ def test_repeats_are_for_sampled_play_only(world):
             "bc",
             "methods.ilql.value_model: found 'bc', expected none: ilql takes no value model",
         ),
-        ("methods__bc__planner", {"wide": 3}, "methods.bc.planner: found 'wide', .*did you mean 'width'"),
+        ("methods__bc__planner", {"wide": 3}, "methods.bc.planner.wide: found .*did you mean '.*width'"),
         ("methods__bc__planner", {"depth": 0}, "depth: found 0, expected a whole number from 1"),
         ("methods__bc__decoding", {"temprature": 1}, "'temprature'; did you mean 'temperature'"),
         ("methods__bc__decoding", {"ask": "best"}, "ask: found 'best', expected a finite number"),
@@ -347,7 +347,7 @@ def test_repeats_are_for_sampled_play_only(world):
         ),
         ("evaluation__decoding", {"top_p": 2}, "top_p: found 2"),
         ("partner", {"algorithm": "bc", "decoding": {"topp": 1}}, "decoding has no setting 'topp'"),
-        ("model__scrach", {}, "methods.bc.model: found 'scrach'"),
+        ("model__scrach", {}, "methods.bc.model.scrach: found a setting that does not exist; did you mean '.*scratch"),
         ("data__validation", None, "data.validation: missing"),
     ],
 )

@@ -14,7 +14,7 @@ from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
 from offline_lmrl.tokens.conditioning import returns_to_go
 from offline_lmrl.tokens.episodes import EpisodeEncoder, StepRule
 from offline_lmrl.tokens.rendering import Renderer
-from offline_lmrl.tokens.windows import WindowRule, policy_window, reply_window
+from offline_lmrl.tokens.windows import EncodedDialogue, WindowRule, policy_window, reply_window
 from tests.tiny import TOKENIZERS, OneByOne, byte_level, one_form
 
 DEFAULT_WINDOWS, DEFAULT_STEPS = WindowRule(), StepRule()
@@ -574,4 +574,5 @@ def test_training_windows_hold_before_every_reply_what_is_read_live(name):
         for stop, ids in zip(range(2, 11, 2), trained, strict=True):
             reply = len(view.encode_turn(cut.turns[stop]).actions)
             seen = cut.turns[:stop]
-            assert ids == reply_window(seen, "user", view, rule, reply, told[: stop // 2], prompt), rule
+            dialogue = EncodedDialogue.of([*seen, user("")], view, told[: stop // 2], prompt)
+            assert ids == reply_window(dialogue, rule, reply), rule
