@@ -579,7 +579,7 @@ class PPOTrainer(LoopTrainer):
         """
         if not any(t.labels.get("options") for t in trajectories):
             return None
-        ids_of_option = self.player.sampler.ids_of_option
+        ids_of_option = self.player.sampler.options.ids_of
         found = []
         for episode, turn, k in experience.tokens():
             sampled = trajectories[episode].turns[turn].token_ids
