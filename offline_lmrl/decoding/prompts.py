@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from offline_lmrl.decoding.cache import CacheMemory, cache_argument, is_kept_per_token, new_cache
 from offline_lmrl.models.adapters import part_of
+from offline_lmrl.models.value_heads import forward_with_q
 
 MOST_TOKENS = 32_768  # limit on rows × (prompt + longest reply) in one batch
 MOST_LOGITS = 2**25  # limit on rows × vocabulary in one batch
@@ -81,8 +82,7 @@ class CachedModel:
     """A causal LM that runs on tokens which follow cached ones.
 
     Args:
-      model: any causal LM of transformers. Hidden states and Q need the methods `forward_with_hidden` and
-        `forward_with_q` of a guided model.
+      model: any causal LM of transformers; hidden states and Q need a guided model.
     Attributes:
       null: the id of the null condition, which comes after the vocabulary and before the ids of the return bins; None
         for a model without returns.
@@ -121,7 +121,7 @@ class CachedModel:
             "logits_to_keep": 1,
         }
         if "all of Q" in reads:
-            outputs, hidden, q = self.model.forward_with_q(**inputs)
+            outputs, hidden, q = forward_with_q(self.model, **inputs)
             return LastOutputs(outputs.logits[:, -1].float(), hidden[:, -1], q[:, :, -1])
         if "hidden states" in reads:
             outputs, hidden = self.model.forward_with_hidden(**inputs)

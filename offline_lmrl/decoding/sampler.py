@@ -110,8 +110,7 @@ class Sampler:
     """A sampler that draws replies from a model.
 
     Args:
-      model: any causal LM of transformers. Guidance (beta other than 0) needs the methods `forward_with_hidden`,
-        `forward_with_q` and `q_values` of a guided model, and `v_values` if clip is set.
+      model: any causal LM of transformers; guidance (beta other than 0) needs a guided model.
       renderer: holds the ids that close a reply, and decodes ids to text.
       config: how tokens are chosen.
       close_id: the id that ends a reply, for turns of another role than the agent; None = any of the ids that end

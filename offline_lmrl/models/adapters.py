@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from offline_lmrl.errors import InputError, reading, reading_pretrained, shown
 from offline_lmrl.logs.scale import RewardScale
@@ -53,6 +53,11 @@ def require_peft() -> ModuleType:
 def part_of(model: nn.Module, name: str) -> nn.Module | None:
     """Return one of PARTS of a model, or of the model inside a PeftModel; None if it has no such part."""
     return getattr(model, name, None)
+
+
+def without_adapter(model: nn.Module) -> PreTrainedModel:
+    """Return the model itself, or the one inside a PeftModel."""
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
 def run_metadata(config: PreTrainedConfig) -> dict[str, Any]:

@@ -35,9 +35,11 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from offline_lmrl.errors import InputError, shown
@@ -421,3 +423,22 @@ class ValueHeads(nn.Module):
             pairs.append((self.utterance_q, self.utterance_target_q))
         for online, target in pairs:
             torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
+
+
+def forward_with_q(model: PreTrainedModel, *args, **kwargs) -> tuple[Any, Tensor, Tensor]:
+    """Run a guided model and compute Q of all tokens, in the same pass of the LM head if the heads are tied.
+
+    Args:
+      model: the model, or a PeftModel around it.
+      args, kwargs: arguments of the forward of its base class, whose LM head reads the last n positions.
+    Returns: the outputs of that forward; the decoder's last hidden states (B,T,d); and Q by the target heads at the
+      last n of these, (H,B,n,V), fp32, in scaled reward units.
+    """
+    head, lm_head = model.value_heads.target_q, model.get_output_embeddings()
+    # Hooks cannot be added while a graph is traced for a compiler.
+    if torch.compiler.is_compiling() or not head.uses_weight_of(lm_head):
+        outputs, hidden = model.forward_with_hidden(*args, **kwargs)
+        return outputs, hidden, model.q_values(hidden[:, -outputs.logits.shape[1] :])
+    with head.beside_logits(lm_head, lambda: model.get_decoder().last_hidden) as q:
+        outputs, hidden = model.forward_with_hidden(*args, **kwargs)
+    return outputs, hidden, q[0]

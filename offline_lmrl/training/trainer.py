@@ -35,7 +35,8 @@ from offline_lmrl.models.adapters import (
     run_metadata,
     unfreeze_heads,
 )
-from offline_lmrl.models.guided import as_guided, build_model, load_model
+from offline_lmrl.models.guided import as_guided
+from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.models.renderers import rendering_block, scheme_of, training_renderer
 from offline_lmrl.models.step_outputs import StepRequest
 from offline_lmrl.models.unreached import freeze_unreached
@@ -178,7 +179,7 @@ class BaseTrainer(CheckpointedTrainer):
 
         Args:
           args: the settings.
-          spec: `model_type` and config fields, as for `build_model` in models/guided.py.
+          spec: `model_type` and config fields, as for `build_model` in models/loading.py.
           tokenizer: decides the vocabulary size.
         """
         raise TypeError("this trainer does not define `new_model`")

@@ -23,7 +23,7 @@ from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import read_trajectories, write_trajectories
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context
-from offline_lmrl.models.guided import build_model
+from offline_lmrl.models.loading import build_model
 from offline_lmrl.models.reward_model import build_reward_model, load_reward_model
 from offline_lmrl.ops.policy_gradient import adaptive_kl_weight, tensorflow_adam_eps
 from offline_lmrl.run import DataConfig, ModelConfig, input_hashes, train, weights_hash

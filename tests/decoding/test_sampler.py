@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ class Letters:
 class WithValues(GPT2LMHeadModel):
     """Two Q heads and V, linear in the hidden state; counts what is asked of them."""
 
-    value_heads = "linear"
+    value_heads = SimpleNamespace(target_q=SimpleNamespace(uses_weight_of=lambda lm_head: False))
 
     def __init__(self, config):
         super().__init__(config)
@@ -58,10 +59,6 @@ class WithValues(GPT2LMHeadModel):
     def forward_with_hidden(self, logits_to_keep=0, **inputs):
         outputs = self(**inputs, output_hidden_states=True)
         return outputs, outputs.hidden_states[-1]
-
-    def forward_with_q(self, **inputs):
-        outputs, hidden = self.forward_with_hidden(**inputs)
-        return outputs, hidden, self.q_values(hidden[:, -outputs.logits.shape[1] :])
 
     def q_values(self, hidden, candidates=None, target=True):
         assert target

@@ -7,6 +7,7 @@ from transformers import GenerationConfig
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.models.guided import as_guided
+from offline_lmrl.models.value_heads import forward_with_q
 from tests.tiny_models import FAMILIES, VOCABULARY, guided_model, tiny_model
 
 PROMPTS = [[5, 17, 30, 8], [22, 9], [41, 3, 12]]
@@ -128,7 +129,7 @@ def test_tied_heads_need_no_further_pass_over_the_lm_head():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_q_beside_the_logits_is_q_to_the_rounding_of_the_models_dtype(family):
     model, ids = guided_model(family).to(torch.bfloat16), torch.tensor(PROMPTS[:1])
-    outputs, hidden, q = model.forward_with_q(input_ids=ids, logits_to_keep=2)
+    outputs, hidden, q = forward_with_q(model, input_ids=ids, logits_to_keep=2)
     expected = model.q_values(hidden[:, -2:])
     assert q.dtype == torch.float32 and q.shape == expected.shape == (2, 1, 2, VOCABULARY)
     spread = (expected - expected.mean(-1, keepdim=True)).abs().max()

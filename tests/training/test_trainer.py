@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.errors import InputError, Stopped
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import build_model, load_model
+from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.tokens.episodes import RE_ENCODED
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 from offline_lmrl.training import checkpoint as checkpoint_module
