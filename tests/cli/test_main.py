@@ -21,7 +21,8 @@ from offline_lmrl.cli import main as cli
 from offline_lmrl.cli.data import SOURCES, prepare_from_settings
 from offline_lmrl.cli.parser import Parser, field_help, nearest, overrides_of, read_settings
 from offline_lmrl.cli.play import read_prompts
-from offline_lmrl.comparison.config import CompareConfig, MethodConfig
+from offline_lmrl.comparison.config import CompareConfig
+from offline_lmrl.comparison.methods import MethodConfig
 from offline_lmrl.decoding.planner import PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession
 from offline_lmrl.decoding.sampler import DecodingConfig
@@ -551,7 +552,7 @@ def test_prepare_makes_comparisons_that_check_describes(command, tmp_path):
 def test_prepare_block_of_a_comparison_is_typed(tmp_path):
     prepare_from_settings({"command": "maze", "output": str(tmp_path / "maze"), "episodes": 12})
     assert (tmp_path / "maze" / "train.jsonl").exists()
-    with pytest.raises(InputError, match="episodes: found many, expected int"):
+    with pytest.raises(InputError, match="^prepare.episodes: found 'many', expected a whole number$"):
         prepare_from_settings({"command": "maze", "output": str(tmp_path / "other"), "episodes": "many"})
     with pytest.raises(InputError, match="^prepare.input: missing, expected a value$"):
         prepare_from_settings({"command": "kto", "output": str(tmp_path / "other")})
