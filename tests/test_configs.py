@@ -1,17 +1,15 @@
 """Every shipped config builds: known keys, values in range, algorithms, environments and data sources that exist."""
 
-import inspect
-
 import pytest
-from rich.console import Console
 from transformers import AutoConfig
 
 from offline_lmrl.cli.data import _source, config_path, shipped_configs
 from offline_lmrl.cli.parser import read_settings
 from offline_lmrl.cli.train import train_settings
-from offline_lmrl.comparison.compare import _Comparison
 from offline_lmrl.comparison.config import CompareConfig
+from offline_lmrl.comparison.resolve import resolve
 from offline_lmrl.decoding.sampler import DecodingConfig
+from offline_lmrl.settings import build
 from offline_lmrl.tasks import ENVIRONMENTS
 
 CONFIGS = shipped_configs()
@@ -45,14 +43,14 @@ def test_training_config_builds(name):
 def test_what_a_config_prepares_is_what_it_reads(name):
     settings = read_settings(CONFIGS[name])
     made = dict(settings["prepare"])
-    inspect.signature(_source(made.pop("command"))).bind(**made)
+    build(_source(made.pop("command")), made)
     assert settings["data"]["train"].startswith(made["output"])
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_comparison_builds_what_every_run_is_given(name):
     config = CompareConfig.read(config_path(name), {"args.use_cpu": True})
-    _Comparison(config, Console()).check_settings()
+    resolve(config)
     assert config.environment["name"] in ENVIRONMENTS
 
 

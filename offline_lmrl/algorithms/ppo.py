@@ -52,9 +52,11 @@ from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.actor_critic import ActorCritic
 from offline_lmrl.models.adapters import run_metadata
-from offline_lmrl.models.guided import as_guided, load_model, remove_heads
+from offline_lmrl.models.guided import as_guided, remove_heads
+from offline_lmrl.models.loading import load_model
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import is_reward_model, load_reward_model
+from offline_lmrl.models.step_outputs import packed_logits
 from offline_lmrl.models.unreached import freeze_unreached
 from offline_lmrl.ops.policy_gradient import (
     Moments,
@@ -545,7 +547,7 @@ class PPOTrainer(LoopTrainer):
                 logits = logits.masked_fill(~self._mask([allowed[i] for i in places]), -torch.inf)
             if filtered or allowed is not None:
                 # Updates normalise over the same tokens as the sampler did, so that ρ is 1 before the first step.
-                kept = filter_policy(logits, play.form) > -torch.inf
+                kept = filter_policy(logits, play) > -torch.inf
                 experience.keep(places, kept)
             log_probs = log_distribution(logits, play.temperature, kept)
             action = batch["steps"]["action"].unsqueeze(-1)
@@ -570,7 +572,8 @@ class PPOTrainer(LoopTrainer):
         inputs = {"input_ids": batch["input_ids"][:windows], "attention_mask": batch["attention_mask"][:windows]}
         self.tokens_read += int(inputs["attention_mask"].sum())
         with self.policy.disable_adapter() if self.reference is None else contextlib.nullcontext():
-            return (self.reference or self.policy).packed_logits(steps["row"], steps["state"], **inputs)[0]
+            model = self.reference or self.policy
+            return packed_logits(model, steps["row"], steps["state"], **inputs)[0]
 
     def _allowed(self, trajectories: Sequence[Trajectory], experience: Experience) -> list[set[int] | None] | None:
         """Return, per step, the token ids that the environment's options (the only texts allowed in a turn) left open.
@@ -579,7 +582,7 @@ class PPOTrainer(LoopTrainer):
         """
         if not any(t.labels.get("options") for t in trajectories):
             return None
-        ids_of_option = self.player.sampler.ids_of_option
+        ids_of_option = self.player.sampler.options.ids_of
         found = []
         for episode, turn, k in experience.tokens():
             sampled = trajectories[episode].turns[turn].token_ids

@@ -1,51 +1,51 @@
 """Commands about data and files: prepare, check, config."""
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, wraps
+from functools import partial
 from importlib import import_module
-from inspect import signature
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from offline_lmrl.cli.parser import Parser, call, nearest, split_file
+from offline_lmrl.cli.output import print_report
+from offline_lmrl.cli.parser import Command, command_of
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.renamed import CONFIGS
+from offline_lmrl.settings import Parameter, build, nearest
 
 if TYPE_CHECKING:
     from offline_lmrl.tokens.rendering import Renderer
 
-# name of a source in `prepare SOURCE` -> module and function; modules are imported when they are used
+# name of a source in `prepare SOURCE` -> module and dataclass; modules are imported when they are used
 SOURCES = {
-    "maze": ("data_prep.maze", "prepare"),
-    "toys": ("data_prep.toys", "prepare"),
-    "wordle": ("data_prep.wordle", "prepare"),
-    "deal-or-no-deal": ("data_prep.deal_or_no_deal", "prepare"),
-    "pref-gold": ("data_prep.pref_gold", "prepare"),
-    "scored": ("data_prep.scored", "prepare"),
-    "hh-rlhf": ("data_prep.hh_rlhf", "prepare"),
-    "alpaca-eval": ("data_prep.alpaca_eval", "prepare"),
-    "preferences": ("data_prep.preferences", "prepare"),
-    "stack-exchange": ("data_prep.stack_exchange", "prepare"),
-    "ultrafeedback": ("data_prep.ultrafeedback", "prepare"),
-    "oasst": ("data_prep.oasst", "prepare"),
-    "oasst-ratings": ("data_prep.oasst_ratings", "prepare"),
-    "kto": ("data_prep.kto", "prepare"),
-    "stepwise": ("data_prep.stepwise", "prepare"),
-    "chat-thumbs": ("data_prep.chat_thumbs", "prepare"),
-    "red-team": ("data_prep.red_team", "prepare"),
-    "summarize-comparisons": ("data_prep.summarize_comparisons", "prepare"),
-    "summarize-axes": ("data_prep.summarize_axes", "prepare"),
-    "best-of-4": ("data_prep.best_of_4", "prepare"),
-    "webgpt": ("data_prep.webgpt", "prepare"),
-    "shp": ("data_prep.shp", "prepare"),
-    "helpsteer": ("data_prep.helpsteer", "prepare"),
-    "nectar": ("data_prep.nectar", "prepare"),
-    "lmrl-gym": ("data_prep.lmrl_gym", "prepare"),
+    "maze": ("data_prep.maze", "MazeLogs"),
+    "toys": ("data_prep.toys", "Toys"),
+    "wordle": ("data_prep.wordle", "WordleLogs"),
+    "deal-or-no-deal": ("data_prep.deal_or_no_deal", "DealOrNoDeal"),
+    "pref-gold": ("data_prep.pref_gold", "PrefGoldPairs"),
+    "scored": ("data_prep.scored", "Scored"),
+    "hh-rlhf": ("data_prep.hh_rlhf", "HhRlhf"),
+    "alpaca-eval": ("data_prep.alpaca_eval", "AlpacaEval"),
+    "preferences": ("data_prep.preferences", "Preferences"),
+    "stack-exchange": ("data_prep.stack_exchange", "StackExchange"),
+    "ultrafeedback": ("data_prep.ultrafeedback", "UltraFeedback"),
+    "oasst": ("data_prep.oasst", "Oasst"),
+    "oasst-ratings": ("data_prep.oasst_ratings", "OasstRatings"),
+    "kto": ("data_prep.kto", "Kto"),
+    "stepwise": ("data_prep.stepwise", "Stepwise"),
+    "chat-thumbs": ("data_prep.chat_thumbs", "ChatThumbs"),
+    "red-team": ("data_prep.red_team", "RedTeam"),
+    "summarize-comparisons": ("data_prep.summarize_comparisons", "SummarizeComparisons"),
+    "summarize-axes": ("data_prep.summarize_axes", "SummarizeAxes"),
+    "best-of-4": ("data_prep.best_of_4", "BestOf4"),
+    "webgpt": ("data_prep.webgpt", "WebGpt"),
+    "shp": ("data_prep.shp", "Shp"),
+    "helpsteer": ("data_prep.helpsteer", "HelpSteer"),
+    "nectar": ("data_prep.nectar", "Nectar"),
+    "lmrl-gym": ("data_prep.lmrl_gym", "LmrlGym"),
 }
 PREPARE_HELP = f"""usage: offline-lmrl prepare SOURCE --output DIR [--key value ...]
 
@@ -56,7 +56,7 @@ Convert logs of a known source to scored trajectories or comparisons. Sources: {
 def prepare(argv: Sequence[str]) -> None:
     """Run the command `prepare SOURCE --output DIR`, which converts the logs of a known source.
 
-    It calls the `prepare` function of the module for SOURCE (SOURCES); the settings are that function's parameters.
+    The settings are the fields of the dataclass for SOURCE (SOURCES).
 
     Args:
       argv: the command line after `prepare`.
@@ -66,8 +66,7 @@ def prepare(argv: Sequence[str]) -> None:
         print(PREPARE_HELP)
         return
     source = _source(argv[0])
-    needed = " ".join(f"--{name} {name.upper()}" for name in _required(source))
-    report = call(f"prepare {argv[0]} {needed} [--key value ...]", source, argv[1:], positional=False)
+    report = source(**command_of(f"prepare {argv[0]}", source).read(argv[1:])).prepare()
     # Facts of the data come first; splits and removed rows come last, so that they do not scroll away.
     names = list(report)
     splits = names.index("splits") if "splits" in names else len(names)
@@ -78,139 +77,30 @@ def prepare_from_settings(settings: Mapping[str, Any]) -> None:
     """Run `prepare` with settings from a config file instead of the command line; nothing is printed.
 
     Args:
-      settings: the `prepare` block of the config: `command`, the name of a source, and the parameters of its function.
+      settings: the `prepare` block of the config: `command`, the name of a source, and the source's settings.
     Raises: InputError if the source is unknown, or a setting is missing or cannot be used.
     """
     settings = dict(settings)
     source = _source(settings.pop("command"))
-    missing = [f"prepare.{name}" for name in _required(source) if settings.get(name) is None]
-    if missing:
-        raise InputError(f"{', '.join(missing)}: missing, expected a value")
-    call("prepare", source, settings=settings, positional=False)
+    build(source, settings, "prepare").prepare()
 
 
-def _source(name: str) -> Callable[..., Mapping[str, Any]]:
-    """Return the function that prepares a source, wrapped in checks that all sources share.
-
-    A source is a public data set, another form of logs, or a task that generates its own logs. The checks run before
-    the function, so that a wrong setting fails at once and not after a long time of reading. The output folder is
-    locked while the function runs.
+def _source(name: str) -> type:
+    """Return the dataclass of a source: a public data set, another form of logs, or a task that generates its logs.
 
     Args:
       name: name of the source, a key of SOURCES.
-    Raises: InputError if the source is unknown. The returned function raises InputError if a path is empty, the share
-      of validation data is out of range, or the output would replace the input.
+    Raises: InputError if the source is unknown.
     """
     if name not in SOURCES:
         raise InputError(f"source: found {shown(name)}, expected one of {', '.join(SOURCES)}{nearest(name, SOURCES)}")
-    from data_prep.comparisons import check_share
-    from offline_lmrl.logs.files import locked
-
-    module, function = SOURCES[name]
-    source = getattr(import_module(module), function)
-
-    @wraps(source)
-    def checked(**settings: Any) -> Mapping[str, Any]:
-        for path in ("input", "output"):
-            if settings.get(path) == "":
-                raise InputError(f"{path}: found empty text, expected a path")
-        check_share(settings.get("validation", 0))
-        if settings.get("input") is not None:
-            _require_apart(Path(settings["input"]), Path(settings["output"]))
-        with locked(settings["output"]):
-            return source(**settings)
-
-    return checked
-
-
-def _require_apart(source: Path, output: Path) -> None:
-    """Check that writing the output cannot replace the input.
-
-    Args:
-      source: the input, a file or folder.
-      output: the output folder.
-    Raises: InputError if the output is the input, or the folder of the input file.
-    """
-    if output.resolve() in (source.resolve(), source.resolve().parent if source.is_file() else None):
-        raise InputError(f"output: found {output}, which is or contains the input, expected another folder")
-
-
-def check_output(output: Path, *read: str | None) -> None:
-    """Check, before any work is done, that the output can be written.
-
-    Args:
-      output: file or folder that will be written.
-      read: paths or hub names of the inputs; None is skipped.
-    Raises: InputError if the path cannot be written, equals an input, or is directly inside an input folder.
-    """
-    folder = output.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not output.name or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"output: found {output}, expected a path that can be written")
-    for source in filter(None, read):
-        inside = output.resolve().parent if Path(source).is_dir() else None
-        if Path(source).resolve() in (output.resolve(), inside):
-            raise InputError(f"output: found {output}, which is or is in the input {source}, expected another path")
-
-
-def check_output_file(output: Path, *read: str | None) -> None:
-    """Run the checks of `check_output` on an output file, and check that the path is not that of a folder.
-
-    Args:
-      output: file that will be written.
-      read: paths or hub names of the inputs; None is skipped.
-    Raises: InputError if the path cannot be written, is that of a folder, equals an input, or is directly inside an
-      input folder.
-    """
-    check_output(output, *read)
-    if output.is_dir():
-        raise InputError(f"output: found the folder {output}, expected a file")
-
-
-def _required(source: Callable[..., Any]) -> list[str]:
-    return [name for name, parameter in signature(source).parameters.items() if parameter.default is parameter.empty]
-
-
-def print_report(report: Mapping[str, Any], indent: str = "") -> None:
-    """Print a report, one `name: value` per line.
-
-    A report inside the report is printed indented under its name. From the second level down, a report that contains
-    no further report is printed on one line.
-
-    Args:
-      report: name -> value, or name -> another report.
-      indent: spaces before every line.
-    """
-    for name, value in report.items():
-        if isinstance(value, Mapping) and value:
-            print(visible(f"{indent}{name}:"))
-            print_report({inner: _flat(one) for inner, one in value.items()}, indent + "  ")
-        else:
-            print(visible(f"{indent}{name}: {_plain(value)}"))
-
-
-def _flat(value: Any) -> Any:
-    if not isinstance(value, Mapping) or any(isinstance(one, Mapping) for one in value.values()):
-        return value
-    return ", ".join(f"{name}: {_plain(one)}" for name, one in value.items()) or "none"
-
-
-def _plain(value: Any) -> Any:
-    return f"{value:.4g}" if isinstance(value, float) else value if value != {} else "none"
+    module, source = SOURCES[name]
+    return vars(import_module(module))[source]
 
 
 def check(argv: Sequence[str]) -> None:
     """Run the command `check DATA [DATA ...]`, which reports on a data set; several DATA are its splits."""
-    parser = Parser("check DATA [DATA ...] [--key value ...]")
-    parser.add_argument(
-        "data",
-        nargs="+",
-        help="files, folders or hub names of scored trajectories or of "
-        "comparisons; several are read as the splits of one data set",
-    )
-    parser.add_function_arguments(_check, skip={"data"})
-    _check(**parser.parse(argv).as_dict())
+    _check(**command_of("check", _check, positional=("data",)).read(argv))
 
 
 def _check(
@@ -224,7 +114,8 @@ def _check(
     """Report the contents of a data set and the faults that will make learning from it fail.
 
     Args:
-      data: files, folders or hub names of scored trajectories or of comparisons.
+      data: files, folders or hub names of scored trajectories or of comparisons; several are read as the splits of one
+        data set.
       reward: column that holds the score of a row; null = `reward`, or `label` in rows with a prompt.
       tokenizer: folder or hub name of a tokenizer. It adds to the report token counts, a comparison with the chat
         template, and one row printed token by token; null = nothing is tokenized.
@@ -324,9 +215,10 @@ def _renderer(tokenizer: str, template: str):
 
 def config(argv: Sequence[str]) -> None:
     """Run the command `config`, which lists the shipped configs, or `config TASK/METHOD`, which prints one."""
-    name, rest = split_file(argv)
-    Parser("config [TASK/METHOD]", "List the shipped configs, or print one.").parse(rest)
-    shipped, name = shipped_configs(), CONFIGS.get(name, name)
+    name = Parameter(str | None, None, "Name of a shipped config, to print it; null = list all.")
+    command = Command("config", {"name": name}, "List the shipped configs, or print one.", ("name",))
+    shipped, name = shipped_configs(), command.read(argv).get("name")
+    name = CONFIGS.get(name, name)
     if name is None:
         print("\n".join(shipped))
         return

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from offline_lmrl.errors import InputError
@@ -16,6 +17,7 @@ from offline_lmrl.logs.trajectory import Turn, finite, shown, turn_from_record
 
 SLOW = 2.0  # seconds of scoring after which a progress bar appears
 
+Prompt = tuple[tuple[Turn, ...], Mapping[str, Any]]  # the turns of a prompt, and the further columns of its row
 # Maps three lists (the turns before each reply; the replies; the further columns of each prompt's row) to rewards.
 RewardFunction = Callable[[list[tuple[Turn, ...]], list[str], list[Mapping[str, Any]]], Sequence[float]]
 
@@ -52,10 +54,7 @@ class PromptEnvironment:
     ):
         if batch_size < 1:
             raise InputError(f"batch_size: found {batch_size}, expected at least 1")
-        self.batch_size, self.seed = batch_size, seed
-        self.reward = _find(reward) if isinstance(reward, str) else reward
-        if not (hasattr(self.reward, "score") or callable(self.reward)):
-            raise InputError(f"reward: found {shown(reward)}, expected a function or a Scorer")
+        self.batch_size, self.seed, self.reward = batch_size, seed, _reward_function(reward)
         rows = _read(prompts) if isinstance(prompts, str | Path) else [(_turns(prompt), {}) for prompt in prompts]
         # Reversed, so that the first of equal prompts is kept.
         unique = {context: labels for context, labels in reversed(rows)}
@@ -84,14 +83,11 @@ class PromptEnvironment:
     def labels(self, row: int) -> dict[str, Any]:
         return dict(self.chosen[row][1])
 
-    def _score(self, prompts: Sequence[tuple[tuple[Turn, ...], Mapping[str, Any]]], texts: list[str]) -> list[float]:
-        contexts, labels = [context for context, _ in prompts], [known for _, known in prompts]
+    def _score(self, prompts: Sequence[Prompt], texts: list[str]) -> list[float]:
+        """Return the rewards of the replies `texts` to the prompts."""
+        contexts, labels = map(list, zip(*prompts, strict=True))
         try:
-            if hasattr(self.reward, "score"):
-                options = [[(Turn("assistant", text),)] for text in texts]
-                found = [scores[0] for scores in score_rows(list(zip(contexts, options, strict=True)), self.reward)]
-            else:
-                found = self.reward(contexts, texts, labels)
+            found = self.reward(contexts, texts, labels)
         except InputError:
             raise
         except Exception as error:
@@ -109,9 +105,26 @@ class PromptEnvironment:
         return [_number(value, text) for value, text in zip(values, texts, strict=True)]
 
 
+def _reward_function(reward: Scorer | RewardFunction | str) -> RewardFunction:
+    """Return `reward`, or what a name of package.module:name imports, as a function; a class makes its own Scorer."""
+    found = import_object(reward, "reward") if isinstance(reward, str) else reward
+    if isinstance(reward, str) and isinstance(found, type):
+        found = found()
+    if isinstance(found, Scorer):
+        return lambda contexts, texts, labels: [
+            scores[0]
+            for scores in score_rows(
+                [(context, [(Turn("assistant", text),)]) for context, text in zip(contexts, texts, strict=True)], found
+            )
+        ]
+    if not callable(found):
+        raise InputError(f"reward: found {shown(reward)}, expected a function or a Scorer")
+    return found
+
+
 def _number(value: Any, text: str) -> float:
     try:
-        return finite("reward", value.item() if hasattr(value, "item") else value)
+        return finite("reward", value.item() if isinstance(value, torch.Tensor | np.ndarray | np.generic) else value)
     except InputError as error:
         raise InputError(f"{error}, for the reply {shown(text)}") from error
 
@@ -134,29 +147,23 @@ def _turns(prompt: Any, where: str = "prompts") -> tuple[Turn, ...]:
     return turns
 
 
-def _read(source: str | Path) -> list[tuple[tuple[Turn, ...], dict[str, Any]]]:
+def _read(source: str | Path) -> list[Prompt]:
     """Read the prompts of a file or folder; return (turns of the prompt, further columns of its row) for each row."""
     parts = raw_splits(source)
     if len(parts) > 1:
         raise InputError(f"{source}: found the splits {', '.join(parts)}, expected one of them: give its file")
     (rows,) = parts.values()
     found = []
-    for where, row in rows:
-        row = parsed(row, where)
-        if not isinstance(row, Mapping) or not ({"prompt", "messages"} & set(row)):
+    for where, raw in rows:
+        row = parsed(raw, where)
+        key = next((name for name in ("prompt", "messages") if isinstance(row, Mapping) and name in row), None)
+        if key is None:
             raise InputError(f"{where}: found {shown(row)}, expected a row with `prompt` or `messages`")
-        key = "prompt" if "prompt" in row else "messages"
         turns = _turns(row[key], f"{where}: {key}")
-        if key == "messages":
-            agent = [i for i, turn in enumerate(turns) if turn.is_trainable]
-            turns = turns[: agent[-1]] if agent else turns
-            if not turns:
-                raise InputError(f"{where}: messages: found no turn before the agent's, expected a prompt")
+        agent = [i for i, turn in enumerate(turns) if turn.is_trainable]
+        if key == "messages" and agent:
+            turns = turns[: agent[-1]]
+        if not turns:
+            raise InputError(f"{where}: messages: found no turn before the agent's, expected a prompt")
         found.append((turns, {name: value for name, value in row.items() if name != key and value is not None}))
     return found
-
-
-def _find(name: str) -> Any:
-    """Import a function or class named package.module:name; a class is instantiated without arguments."""
-    found = import_object(name, "reward")
-    return found() if isinstance(found, type) else found

@@ -1,13 +1,39 @@
 """Rollouts: a policy plays many episodes of an environment at once, and each becomes a trajectory."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from offline_lmrl.errors import InputError
-from offline_lmrl.logs.protocols import Environment, Policy, Reply, StepResult, VectorEnvironment, is_vector
+from offline_lmrl.logs.protocols import Environment, Policy, Reply, StepResult, VectorEnvironment, is_vector, optional
 from offline_lmrl.logs.trajectory import Trajectory, Turn, finite, shown
 
 MAX_TURNS = 1000  # so that an evaluation ends even if the environment never does
+
+
+@dataclass(frozen=True)
+class PlaySettings:
+    """How a set of episodes is played: the further arguments of `rollout`.
+
+    batch_size: number of episodes that are played at once.
+    max_turns: number of agent turns after which an episode is cut; None = no limit.
+    few_shot: maps the seed of an episode to the few-shot demonstrations that the policy reads before it, or to None
+      for no demonstrations (`few_shot_of_task` in tokens/few_shot.py makes such a function). None = the policy reads
+      the demonstrations that it was made with, if any, in all episodes.
+    progress: called with (number of episodes that have ended, number of all episodes) whenever some have ended; None =
+      not called.
+    """
+
+    batch_size: int = 1024
+    max_turns: int | None = MAX_TURNS
+    few_shot: Callable[[int], Sequence[Trajectory] | None] | None = None
+    progress: Callable[[int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_turns is not None and self.max_turns < 1:
+            raise InputError(f"max_turns: found {self.max_turns}, expected at least 1, or null")
+        if self.batch_size < 1:
+            raise InputError(f"batch_size: found {self.batch_size}, expected at least 1")
 
 
 class SideBySide:
@@ -30,23 +56,17 @@ class SideBySide:
         return [StepResult(*self.environments[row].step(text)) for row, text in zip(rows, texts, strict=True)]
 
     def labels(self, row: int) -> dict[str, Any]:
-        environment = self.environments[row]
-        return environment.labels() if hasattr(environment, "labels") else {}
+        return optional(self.environments[row], "labels")()
 
     def options(self, row: int) -> list[str] | None:
-        environment = self.environments[row]
-        return environment.options() if hasattr(environment, "options") else None
+        return optional(self.environments[row], "options")()
 
 
 def rollout(
     policy: Policy,
     environment: VectorEnvironment | Callable[[], Environment],
     seeds: Sequence[int],
-    *,
-    batch_size: int = 1024,
-    max_turns: int | None = MAX_TURNS,
-    few_shot: Callable[[int], Sequence[Trajectory] | None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
 ) -> list[Trajectory]:
     """Play one episode per seed; no episode depends on the others.
 
@@ -67,27 +87,19 @@ def rollout(
       environment: a VectorEnvironment, or a function without arguments that makes an Environment, such as a class;
         `make_environment` returns one of these.
       seeds: the seed of each episode, for the environment and for the policy.
-      batch_size: number of episodes that are played at once.
-      max_turns: number of agent turns after which an episode is cut; None = no limit.
-      few_shot: maps the seed of an episode to the few-shot demonstrations that the policy reads before it, or to None
-        for no demonstrations (`few_shot_of_task` in tokens/few_shot.py makes such a function). None = the policy reads
-        the demonstrations that it was made with, if any, in all episodes.
-      progress: called with (number of episodes that have ended, number of all episodes) whenever some have ended.
+      settings: fields of `PlaySettings`: batch_size, max_turns, few_shot and progress.
     Returns: one trajectory per seed, in the order of the seeds.
     Raises: InputError if the environment gives a reward that is not a finite number.
     """
-    if max_turns is not None and max_turns < 1:
-        raise InputError(f"max_turns: found {max_turns}, expected at least 1, or null")
-    if batch_size < 1:
-        raise InputError(f"batch_size: found {batch_size}, expected at least 1")
-    vector = _as_vector(environment)
+    play, vector = PlaySettings(**settings), _as_vector(environment)
     trajectories: list[Trajectory] = []
-    for start in range(0, len(seeds), batch_size):
-        batch = _Episodes(policy, vector, seeds[start : start + batch_size], few_shot)
+    for start in range(0, len(seeds), play.batch_size):
+        batch = _Batch(policy, vector, seeds[start : start + play.batch_size], play)
         while batch.live:
-            batch.play_turn(max_turns)
-            if progress is not None and batch.ended:
-                progress(start + len(batch.seeds) - len(batch.live), len(seeds))
+            before = len(batch.live)
+            batch.play_turn()
+            if play.progress is not None and len(batch.live) < before:
+                play.progress(start + len(batch.episodes) - len(batch.live), len(seeds))
         trajectories += batch.trajectories()
     return trajectories
 
@@ -102,80 +114,91 @@ def _as_vector(environment: Any) -> VectorEnvironment:
     return made if is_vector(made) else SideBySide(environment)
 
 
-class _Episodes:
+@dataclass
+class _Episode:
+    """One episode so far.
+
+    seed: its seed.
+    turns: its turns.
+    terminated: True if the environment ended it.
+    policy_log_prob: per agent turn, log π of each token.
+    options: index of a turn, as text -> the only texts that the environment allowed there.
+    """
+
+    seed: int
+    turns: list[Turn]
+    terminated: bool = False
+    policy_log_prob: list[list[float]] = field(default_factory=list)
+    options: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, allowed: list[str] | None, reply: Reply, result: StepResult) -> None:
+        """Add an agent turn and the environment's answer to it.
+
+        Args:
+          allowed: the texts to which the environment restricted the turn; None = any text.
+          reply: the policy's reply.
+          result: the environment's answer.
+        """
+        if allowed is not None:
+            self.options[str(len(self.turns))] = allowed
+        ids, reward = reply.token_ids, self._reward(result.reward)
+        agent = Turn("assistant", reply.text, None, reward, ids, None if ids is None else reply.log_prob)
+        self.turns += [agent, *result.turns]
+        self.policy_log_prob.append(list(reply.policy_log_prob or ()))
+        self.terminated = bool(result.terminated)
+
+    def _reward(self, found: Any) -> float:
+        try:
+            return finite("reward", float(found))
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"environment: found the reward {shown(found)} in the episode of seed {self.seed}, expected a finite "
+                "number"
+            ) from error
+
+
+class _Batch:
     """A batch of episodes from reset to end; row i is the episode of the i-th seed.
 
     Attributes:
+      episodes: the episodes.
       live: rows whose episode has not ended.
-      ended: rows whose episode ended in the last call of `play_turn`.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        environment: VectorEnvironment,
-        seeds: Sequence[int],
-        few_shot: Callable[[int], Sequence[Trajectory] | None] | None,
-    ):
-        self.environment, self.seeds = environment, list(seeds)
-        read = {} if few_shot is None else {"few_shot": [few_shot(seed) for seed in self.seeds]}
-        self.session = policy.start(self.seeds, **read)
-        self.turns = [list(turns) for turns in environment.reset(self.seeds)]
-        self.terminated = [False] * len(self.seeds)
-        self.policy_log_prob: list[list[list[float]]] = [[] for _ in self.seeds]
-        self.options: list[dict[str, list[str]]] = [{} for _ in self.seeds]
-        self.live = list(range(len(self.seeds)))
-        self.ended: list[int] = []
-        self.turns_played = 0
+    def __init__(self, policy: Policy, environment: VectorEnvironment, seeds: Sequence[int], play: PlaySettings):
+        self.environment, self.left = environment, play.max_turns
+        seeds = list(seeds)
+        shown_first = {} if play.few_shot is None else {"few_shot": [play.few_shot(seed) for seed in seeds]}
+        self.session = policy.start(seeds, **shown_first)
+        self.episodes = [
+            _Episode(seed, list(turns)) for seed, turns in zip(seeds, environment.reset(seeds), strict=True)
+        ]
+        self.live = list(range(len(seeds)))
 
-    def play_turn(self, max_turns: int | None) -> None:
+    def play_turn(self) -> None:
         """Play one agent turn in every live episode, and add the environment's answer."""
-        options = None
-        if hasattr(self.environment, "options"):
-            options = [self.environment.options(row) for row in self.live]
-        replies = self.session.reply(self.live, [self.turns[row] for row in self.live], options)
+        options = [optional(self.environment, "options")(row) for row in self.live]
+        replies = self.session.reply(self.live, [self.episodes[row].turns for row in self.live], options)
         results = self.environment.step(self.live, [reply.text for reply in replies])
-        self.turns_played += 1
-        self.ended = []
-        for row, texts in zip(self.live, options or (), strict=options is not None):
-            if texts is not None:
-                self.options[row][str(len(self.turns[row]))] = texts
-        for row, reply, result in zip(self.live, replies, results, strict=True):
-            self.turns[row] += [_agent_turn(reply, self._paid(row, result.reward)), *result.turns]
-            self.policy_log_prob[row].append(list(reply.policy_log_prob or ()))
-            self.terminated[row] = bool(result.terminated)
-            if result.terminated or result.truncated or self.turns_played == max_turns:
-                self.ended.append(row)
-        self.live = [row for row in self.live if row not in set(self.ended)]
-
-    def _paid(self, row: int, reward: Any) -> float:
-        try:
-            return finite("reward", float(reward))
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"environment: found the reward {shown(reward)} in the episode of seed "
-                f"{self.seeds[row]}, expected a finite number"
-            ) from error
+        self.left = self.left and self.left - 1
+        going_on = []
+        for row, allowed, reply, result in zip(self.live, options, replies, results, strict=True):
+            self.episodes[row].add(allowed, reply, result)
+            if not (result.terminated or result.truncated or self.left == 0):
+                going_on.append(row)
+        self.live = going_on
 
     def trajectories(self) -> list[Trajectory]:
         return [
-            Trajectory(tuple(self.turns[row]), terminated=self.terminated[row], labels=self._labels(row))
-            for row in range(len(self.seeds))
+            Trajectory(tuple(episode.turns), terminated=episode.terminated, labels=self._labels(row))
+            for row, episode in enumerate(self.episodes)
         ]
 
     def _labels(self, row: int) -> dict[str, Any]:
-        labels = dict(self.environment.labels(row)) if hasattr(self.environment, "labels") else {}
-        labels["seed"] = self.seeds[row]
-        fingerprint = getattr(self.session, "fingerprint", None)  # scripted players have none
-        if fingerprint is not None:
-            labels |= {"tokenizer": fingerprint, "policy_log_prob": self.policy_log_prob[row]}
-            if self.options[row]:
-                labels["options"] = self.options[row]
-        if hasattr(self.session, "labels"):
-            labels |= self.session.labels(row)
-        return labels
-
-
-def _agent_turn(reply: Reply, reward: float) -> Turn:
-    ids = reply.token_ids
-    return Turn("assistant", reply.text, None, reward, ids, None if ids is None else reply.log_prob)
+        episode, fingerprint = self.episodes[row], optional(self.session, "fingerprint")
+        labels = {**optional(self.environment, "labels")(row), "seed": episode.seed}
+        if fingerprint is not None:  # scripted players have none
+            labels |= {"tokenizer": fingerprint, "policy_log_prob": episode.policy_log_prob}
+            if episode.options:
+                labels["options"] = episode.options
+        return labels | optional(self.session, "labels")(row)

@@ -1,7 +1,9 @@
-"""Scripted play: episodes whose texts a function chooses, and policies whose first turns are fixed texts."""
+"""Scripted play: the logs of small tasks with a known behaviour policy, and policies that choose texts by a rule."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.protocols import Environment, Policy, Reply, Session
@@ -32,6 +34,89 @@ def check_episodes(episodes: int) -> None:
     """Check that there is at least one episode. Raises: InputError if not."""
     if episodes < 1:
         raise InputError(f"episodes: found {episodes}, expected at least 1")
+
+
+class Toy:
+    """The base class of toy tasks: environments with a known behaviour policy, whose logs they make themselves.
+
+    A subclass implements Environment, sets `name` and `invalid`, and defines `logged_episode`.
+
+    Attributes:
+      name: the task's name, with which the group of every logged episode begins.
+      invalid: number of texts of this episode that the game does not know.
+    """
+
+    name = ""
+    invalid = 0
+
+    def logged_episode(self, rng: np.random.Generator, number: int, **fields: Any) -> Trajectory:
+        """Play one episode of the behaviour policy (with `scripted_episode`).
+
+        Args:
+          rng: source of all random numbers.
+          number: index of the episode in its logs.
+          fields: fields of the trajectory by name: group and task.
+        """
+        raise TypeError(f"{type(self).__name__} does not define `logged_episode`")
+
+    def logs(self, episodes: int, seed: int) -> list[Trajectory]:
+        """Return this many episodes of the behaviour policy, each in a group of its own."""
+        check_episodes(episodes)
+        rng = np.random.default_rng(seed)
+        return [
+            self.logged_episode(rng, number, group=f"{self.name}-{seed}-{number}", task=self.name)
+            for number in range(episodes)
+        ]
+
+    def labels(self) -> dict[str, object]:
+        """Return `invalid`."""
+        return {"invalid": self.invalid}
+
+
+def distances_to(goal: Hashable, neighbours: Callable[[Any], Iterable[Hashable]]) -> dict[Hashable, int]:
+    """Return the fewest steps to the goal from every place that can reach it, by breadth-first search.
+
+    Args:
+      goal: the goal.
+      neighbours: maps a place to the places from which one step leads there.
+    """
+    found, frontier = {goal: 0}, [goal]
+    for place in frontier:  # the list grows during the loop
+        for before in neighbours(place):
+            if before not in found:
+                found[before] = found[place] + 1
+                frontier.append(before)
+    return found
+
+
+class ScriptedPolicy:
+    """The base class of policies whose next text is a function of the dialogue and of random numbers.
+
+    Implements Policy. A subclass defines `write`.
+    """
+
+    def write(self, history: Sequence[Turn], rng: np.random.Generator) -> str:
+        """Return the agent's next text, given all turns of the episode so far."""
+        raise TypeError(f"{type(self).__name__} does not define `write`")
+
+    def start(self, seeds: Sequence[int]) -> Session:
+        """Start a batch of episodes; row i of the session draws its texts with seed seeds[i]."""
+        return _ScriptedSession(self, seeds)
+
+
+class _ScriptedSession:
+    def __init__(self, policy: ScriptedPolicy, seeds: Sequence[int]):
+        self.policy, self.rngs = policy, [np.random.default_rng(seed) for seed in seeds]
+
+    def reply(
+        self,
+        rows: Sequence[int],
+        histories: Sequence[Sequence[Turn]],
+        options: Sequence[Sequence[str] | None] | None = None,
+    ) -> list[Reply]:
+        return [
+            Reply(self.policy.write(history, self.rngs[row])) for row, history in zip(rows, histories, strict=True)
+        ]
 
 
 class Forced:

@@ -113,9 +113,8 @@ def evaluate_policy(
     *,
     repeats: int = 1,
     cluster: str | None = None,
-    batch_size: int = 1024,
-    few_shot: Callable[[int], Sequence[Trajectory] | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
 ) -> EvaluationResult:
     """Play every episode seed `repeats` times.
 
@@ -126,10 +125,8 @@ def evaluate_policy(
       repeats: number of times that each episode seed is played, each with another seed for decoding.
       cluster: name of the label whose value is equal in episodes that depend on each other, for intervals; None =
         every episode seed is a cluster.
-      batch_size: episodes played at the same time.
-      few_shot: function from an episode seed to the few-shot demonstrations of that episode, or None for no
-        demonstrations; None = the policy's own in all episodes.
       progress: called with (episodes done, episodes in all); None = not called.
+      settings: further fields of `PlaySettings` (environments/rollouts.py): batch_size, max_turns and few_shot.
     Raises: InputError if an episode has no label `cluster`.
     """
     started = time.monotonic()
@@ -138,7 +135,7 @@ def evaluate_policy(
         player = policy if repeat == 0 else _Redrawn(policy, repeat)
         before = len(trajectories)
         show = progress and (lambda done, _, before=before: progress(before + done, repeats * len(seeds)))
-        played = rollout(player, environment, list(seeds), batch_size=batch_size, few_shot=few_shot, progress=show)
+        played = rollout(player, environment, seeds, progress=show, **settings)
         rows += [_row(seed, repeat, t, cluster) for seed, t in zip(seeds, played, strict=True)]
         trajectories += played
     return EvaluationResult(rows, trajectories, time.monotonic() - started)

@@ -11,12 +11,26 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.trajectory import Turn
+
+# The optional members of environments and sessions, with the value of each where an object lacks it.
+OPTIONAL: dict[str, Any] = {
+    "labels": lambda *row: {},
+    "options": lambda *row: None,
+    "task": None,
+    "fingerprint": None,
+    "counts": {},
+}
+
+
+def optional(owner: Any, member: str) -> Any:
+    """Return an optional member of an environment or session, or the value in OPTIONAL if `owner` lacks it."""
+    return getattr(owner, member, OPTIONAL[member])
 
 
 class StepResult(NamedTuple):
@@ -38,12 +52,13 @@ class StepResult(NamedTuple):
 class Environment(Protocol):
     """An environment that plays one episode at a time.
 
-    Three methods are optional:
+    Four members are optional (`optional` returns them or their defaults):
     - `labels() -> dict`: facts about the finished episode for the results table (number of invalid actions, for
       example).
     - `options() -> list[str] | None`: the only texts allowed for the next agent turn; None = any text.
     - `task(seed) -> str`: the name of the task in the episode with this seed, by which few-shot demonstrations are
       chosen.
+    - `counts`: reason -> number of rows that the environment left out of its own data.
     """
 
     def reset(self, seed: int) -> Sequence[Turn]:
@@ -57,7 +72,8 @@ class VectorEnvironment(Protocol):
     """An environment that plays many episodes at once.
 
     Row i is the episode of the i-th seed of the last reset. A finished row is not stepped again.
-    The methods `labels(row)`, `options(row)` and `task(seed)` are optional; they mean the same as in `Environment`.
+    The members `labels(row)`, `options(row)`, `task(seed)` and `counts` are optional; they mean the same as in
+    `Environment`.
     """
 
     def reset(self, seeds: Sequence[int]) -> list[Sequence[Turn]]:
@@ -73,6 +89,7 @@ def is_vector(environment: Any) -> bool:
     return sum(parameter.default is parameter.empty for parameter in parameters) == 2
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """A reward model, rule or Q head that rates alternative replies (options) to one context.
 

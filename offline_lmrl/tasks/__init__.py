@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from offline_lmrl.errors import InputError, shown
-from offline_lmrl.logs.protocols import Environment, VectorEnvironment, import_object, is_vector
+from offline_lmrl.logs.protocols import Environment, VectorEnvironment, import_object, is_vector, optional
 from offline_lmrl.logs.trajectory import require_text
 
 ENVIRONMENTS = {
@@ -56,12 +56,13 @@ def task_of(environment: VectorEnvironment | Callable[[], Environment]) -> Calla
     Raises: InputError if the environment has no method `task`.
     """
     made = environment() if callable(environment) else environment
-    if not hasattr(made, "task"):
+    task = optional(made, "task")
+    if task is None:
         raise InputError(
             f"environment: found {type(made).__name__}, which has no method task(seed), expected one with it: "
             "demonstrations are chosen by the task of an episode"
         )
-    return made.task
+    return task
 
 
 def _find(name: str) -> Callable[..., Any]:

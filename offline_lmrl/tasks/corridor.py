@@ -5,10 +5,11 @@ reward.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from offline_lmrl.environments.scripted import check_episodes, scripted_episode
+from offline_lmrl.environments.scripted import Toy, scripted_episode
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 
@@ -16,7 +17,7 @@ STARTS = 16
 CHOICES = 3
 
 
-class Corridor:
+class Corridor(Toy):
     """Three binary choices from one of 16 starts, then one more at a junction that all starts share.
 
     Each start has its own secret code of three choices, which leads to the junction; any other three choices end the
@@ -28,8 +29,9 @@ class Corridor:
       code_seed: seed of the 16 codes, which must be the same for logs and play.
     """
 
+    name = "corridor"
+
     def __init__(self, code_seed: int = 0):
-        self.code_seed = code_seed
         bits = np.random.default_rng(code_seed).integers(2, size=(STARTS, CHOICES))
         self.codes = ["".join(map(str, row)) for row in bits]
 
@@ -60,30 +62,21 @@ class Corridor:
         """Return the best return, which is the same from every start: the code, then "1"."""
         return 1.0
 
-    def logs(self, episodes: int, seed: int) -> list[Trajectory]:
-        """Return logs in which every second episode begins at the junction, and the others at a random start.
+    def logged_episode(self, rng: np.random.Generator, number: int, **fields: Any) -> Trajectory:
+        """Play a logged episode: every second one begins at the junction, and the others at a random start.
 
         Episodes that begin at the junction choose "1" there. The others choose at random, and "0" if they reach the
         junction, so their returns are 0.
         """
-        check_episodes(episodes)
-        rng = np.random.default_rng(seed)
-        trajectories = []
-        for episode in range(episodes):
-            from_junction = episode % 2 == 0
-            last = str(int(from_junction))
-            opening = self._enter(0 if from_junction else int(rng.integers(STARTS)), at_junction=from_junction)
-            trajectory = scripted_episode(
-                self,
-                opening,
-                lambda last=last: last if self.at_junction else str(rng.integers(2)),
-                group=f"corridor-{seed}-{episode}",
-                task="corridor",
-                labels={"from_junction": from_junction},
-            )
-            assert from_junction or trajectory.total_return == 0, "a logged episode from a start earns a reward"
-            trajectories.append(trajectory)
-        return trajectories
+        from_junction = number % 2 == 0
+        opening = self._enter(0 if from_junction else int(rng.integers(STARTS)), at_junction=from_junction)
+
+        def choose() -> str:
+            return str(int(from_junction) if self.at_junction else rng.integers(2))
+
+        trajectory = scripted_episode(self, opening, choose, labels={"from_junction": from_junction}, **fields)
+        assert from_junction or trajectory.total_return == 0, "a logged episode from a start earns a reward"
+        return trajectory
 
     def _enter(self, start: int, at_junction: bool = False) -> Sequence[Turn]:
         self.start, self.path, self.at_junction, self.invalid = start, "", at_junction, 0

@@ -5,11 +5,12 @@ Their logs contain every possible return, so a policy that is trained on them ca
 
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
-from offline_lmrl.environments.scripted import check_episodes, scripted_episode
-from offline_lmrl.logs.protocols import Reply, StepResult
+from offline_lmrl.environments.scripted import ScriptedPolicy, Toy, scripted_episode
+from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 
 LETTERS = tuple("abcdefgh")
@@ -18,7 +19,7 @@ UNPAID = tuple(letter for letter in LETTERS if letter != PAID)
 NEXT = Turn("user", "next")
 
 
-class Count:
+class Count(Toy):
     """A game of eight turns of one letter, a to h: "g" pays 1; any other letter or text pays nothing.
 
     The behaviour policy draws p ~ U(0, 1) for the episode. In each turn it then writes "g" with probability p, or else
@@ -45,10 +46,6 @@ class Count:
         self.left -= 1
         return StepResult((NEXT,) if self.left else (), reward, not self.left, False)
 
-    def labels(self) -> dict[str, object]:
-        """Return `invalid`, the number of turns with a wrong number of letters or with other letters."""
-        return {"invalid": self.invalid}
-
     def optimum(self) -> float:
         """Return the best return, computed backwards: V(n letters left) = max over letters of reward + V(n − 1)."""
         value = 0.0
@@ -56,19 +53,10 @@ class Count:
             value = max((letter == PAID) + value for letter in LETTERS)
         return value
 
-    def logs(self, episodes: int, seed: int) -> list[Trajectory]:
-        """Return this many episodes of the behaviour policy, each in a group of its own."""
-        check_episodes(episodes)
-        rng = np.random.default_rng(seed)
-        trajectories = []
-        for episode in range(episodes):
-            texts = (" ".join(_letter(rng, share) for _ in range(self.letters)) for share in self._shares(rng))
-            trajectories.append(
-                scripted_episode(
-                    self, self.reset(0), texts.__next__, group=f"{self.name}-{seed}-{episode}", task=self.name
-                )
-            )
-        return trajectories
+    def logged_episode(self, rng: np.random.Generator, number: int, **fields: Any) -> Trajectory:
+        """Play one episode of the behaviour policy."""
+        texts = (" ".join(_letter(rng, share) for _ in range(self.letters)) for share in self._shares(rng))
+        return scripted_episode(self, self.reset(0), texts.__next__, **fields)
 
     def _shares(self, rng: np.random.Generator) -> Iterable[float]:
         """Draw the probability p of "g" of each turn; in Count it is the same in all turns of an episode."""
@@ -93,8 +81,8 @@ class Talk(Count):
         return rng.random(self.turns)
 
 
-class AskPlayer:
-    """A player of Count, Count1 or Talk that earns a requested return; implements Policy.
+class AskPlayer(ScriptedPolicy):
+    """A player of Count, Count1 or Talk that earns a requested return.
 
     It writes "g" with probability r/m, where r is the return still to be earned with m letters left. It earns every
     requested whole number from 0 to 8 (16 in Talk) exactly. In Count and Count1 it is the behaviour policy conditioned
@@ -111,27 +99,10 @@ class AskPlayer:
     def __init__(self, toy: type[Count], ask: float, update: bool = True):
         self.toy, self.ask, self.update = toy, ask, update
 
-    def start(self, seeds: Sequence[int]) -> "_AskSession":
-        """Start a batch of episodes; row i of the session draws its letters with seed seeds[i]."""
-        return _AskSession(self, seeds)
-
-
-class _AskSession:
-    def __init__(self, player: AskPlayer, seeds: Sequence[int]):
-        self.player, self.rngs = player, [np.random.default_rng(seed) for seed in seeds]
-
-    def reply(
-        self,
-        rows: Sequence[int],
-        histories: Sequence[Sequence[Turn]],
-        options: Sequence[Sequence[str] | None] | None = None,
-    ) -> list[Reply]:
-        return [Reply(self._text(self.rngs[row], history)) for row, history in zip(rows, histories, strict=True)]
-
-    def _text(self, rng: np.random.Generator, history: Sequence[Turn]) -> str:
-        toy, asked = self.player.toy, self.player.ask
+    def write(self, history: Sequence[Turn], rng: np.random.Generator) -> str:
+        toy, asked = self.toy, self.ask
         past = [turn.reward or 0.0 for turn in history if turn.is_trainable]
-        if self.player.update:
+        if self.update:
             asked -= sum(past)
         left = (toy.turns - len(past)) * toy.letters
         letters = []

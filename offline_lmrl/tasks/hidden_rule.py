@@ -3,10 +3,11 @@
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from offline_lmrl.environments.scripted import check_episodes, scripted_episode
+from offline_lmrl.environments.scripted import Toy, scripted_episode
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn
@@ -17,7 +18,7 @@ ORDERS = tuple(itertools.permutations(CUES))
 HELD_OUT = 336  # a fifth of the 1,680 rules
 
 
-class HiddenRule:
+class HiddenRule(Toy):
     """A game of four cues, w to z, in random order, each with one right answer, a to h, which pays 1.
 
     The task of an episode is a rule, which gives each of the four cues a different right answer; there are 1,680
@@ -31,6 +32,8 @@ class HiddenRule:
       held_out: True: play the 336 rules that are kept for tests. False: play the 1,344 rules for training.
       split_seed: seed of the division into these two sets, which must be the same for training and test.
     """
+
+    name = "hidden_rule"
 
     def __init__(self, held_out: bool = False, split_seed: int = 0):
         training, kept = _split_rules(split_seed)
@@ -62,19 +65,14 @@ class HiddenRule:
         """Return the task name of this seed's episode; demonstrations for it have the same task."""
         return task_name(self.rules[seed % len(self.rules)])
 
-    def logs(self, episodes: int, seed: int) -> list[Trajectory]:
-        """Return episodes of random rules; an answer is right with probability .7, else a random wrong letter."""
-        check_episodes(episodes)
-        rng = np.random.default_rng(seed)
+    def logged_episode(self, rng: np.random.Generator, number: int, **fields: Any) -> Trajectory:
+        """Play an episode of a random rule; an answer is right with probability .7, else a random wrong letter."""
 
         def answer() -> str:
             right = self._right_answer()
             return right if rng.random() < 0.7 else str(rng.choice([a for a in LETTERS if a != right]))
 
-        return [
-            self._episode(self.rules[rng.integers(len(self.rules))], rng, answer, f"{seed}-{episode}")
-            for episode in range(episodes)
-        ]
+        return self._play(self.rules[rng.integers(len(self.rules))], rng, answer, **fields)
 
     def demonstrations(self, per_rule: int, seed: int) -> list[Trajectory]:
         """Return `per_rule` episodes of each rule with all four answers right, sorted by rule, as the seeds are."""
@@ -82,14 +80,14 @@ class HiddenRule:
             raise InputError(f"per_rule: found {per_rule}, expected at least 1")
         rng = np.random.default_rng(seed)
         return [
-            self._episode(rule, rng, self._right_answer, f"shown-{seed}-{rule}-{number}")
+            self._play(rule, rng, self._right_answer, group=f"{self.name}-shown-{seed}-{rule}-{number}")
             for rule in self.rules
             for number in range(per_rule)
         ]
 
-    def _episode(self, rule: str, rng: np.random.Generator, choose: Callable[[], str], group: str) -> Trajectory:
+    def _play(self, rule: str, rng: np.random.Generator, choose: Callable[[], str], **fields: Any) -> Trajectory:
         opening = self._enter(rule, ORDERS[rng.integers(len(ORDERS))])
-        return scripted_episode(self, opening, choose, group=f"hidden_rule-{group}", task=task_name(rule))
+        return scripted_episode(self, opening, choose, **fields | {"task": task_name(rule)})
 
     def _enter(self, rule: str, cues: Sequence[str]) -> Sequence[Turn]:
         self.rule, self.cues, self.invalid = rule, cues, 0

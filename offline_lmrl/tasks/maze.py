@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Literal
 
+from offline_lmrl.environments.scripted import distances_to
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Turn
@@ -30,8 +31,6 @@ FREE: frozenset[Cell] = frozenset(
 )
 STARTS: tuple[Cell, ...] = tuple(sorted(FREE - {GOAL}))
 MAX_STEPS = 100
-# Returns that the published scale maps to 0, 50 and 100: of the worst play, the published logs (mean), the best play.
-SCALES = {"full": (-101.0, -83.0, -6.84), "partial": (-101.0, -83.0, -25.75)}
 
 
 def move(cell: Cell, action: str) -> Cell:
@@ -49,32 +48,10 @@ def observation(cell: Cell, observed: Literal["full", "partial"]) -> str:
     return text
 
 
-def normalised(score: float, observed: Literal["full", "partial"] = "full") -> float:
-    """Convert a mean return to the score of the published results, 0 to 100.
-
-    The score is a piecewise linear function of the return through (−101, 0), (−83, 50) and (the best return in SCALES,
-    100).
-
-    Args:
-      score: the mean return.
-      observed: the kind of observation, which decides the best return.
-    """
-    low, middle, high = SCALES[observed]
-    if score < middle:
-        return 50 * (score - low) / (middle - low)
-    return 50 + 50 * (score - middle) / (high - middle)
-
-
 def distances() -> dict[Cell, int]:
-    """Return the number of steps from every free cell to the goal, by breadth-first search."""
-    found, frontier = {GOAL: 0}, [GOAL]
-    for cell in frontier:  # the list grows during the loop
-        for action in MOVES:  # every move has an opposite move, so the search can start at the goal
-            neighbour = move(cell, action)
-            if neighbour not in found:
-                found[neighbour] = found[cell] + 1
-                frontier.append(neighbour)
-    return found
+    """Return the number of steps from every free cell to the goal."""
+    # Every move has an opposite move, so the cells that a cell leads to are also those that lead to it.
+    return distances_to(GOAL, lambda cell: [move(cell, action) for action in MOVES])
 
 
 class Maze:
@@ -86,10 +63,8 @@ class Maze:
         from each of the 25 starts.
     """
 
-    behaviour = -83.0  # mean return of the published logs; the logs of `prepare maze` report their own
-
     def __init__(self, observed: Literal["full", "partial"] = "full", start: Sequence[int] | None = None):
-        if observed not in SCALES:
+        if observed not in ("full", "partial"):
             raise InputError(f"observed: found {shown(observed)}, expected 'full' or 'partial'")
         if start is not None and tuple(start) not in STARTS:
             raise InputError(f"start: found {tuple(start)}, expected a free cell (row, column) other than the goal")
@@ -126,7 +101,7 @@ class Maze:
         """Return the mean return, over the starts, of the best player: −6.84 for full observation.
 
         For partial observation, the best player does not know its start but remembers all observations and actions.
-        Its return is far above −25.75, the return that has the published score 100.
+        Its return is far above −25.75, the return that has the published score 100 (configs/maze/partial.yaml).
         """
         return optimum(self.observed, STARTS if self.start is None else (self.start,))
 

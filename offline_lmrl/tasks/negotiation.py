@@ -78,9 +78,7 @@ def worth(division: Triple, values: Triple) -> int:
 
 def fits(counts: Triple, first: Triple | None, second: Triple | None) -> bool:
     """True if what two sides take, `first` and `second`, adds up to `counts`; False if one of them is None."""
-    if first is None or second is None:
-        return False
-    return all(a + b == count for a, b, count in zip(first, second, counts, strict=True))
+    return None not in (first, second) and all(a + b == n for a, b, n in zip(first, second, counts, strict=True))
 
 
 def is_pareto_optimal(scenario: Scenario, scores: tuple[int, int]) -> bool:
@@ -92,7 +90,7 @@ def is_pareto_optimal(scenario: Scenario, scores: tuple[int, int]) -> bool:
     for first in itertools.product(*(range(count + 1) for count in scenario.counts)):
         second = tuple(count - number for count, number in zip(scenario.counts, first, strict=True))
         other = worth(first, scenario.values[0]), worth(second, scenario.values[1])
-        if other != scores and other[0] >= scores[0] and other[1] >= scores[1]:
+        if other != scores and all(new >= old for new, old in zip(other, scores, strict=True)):
             return False
     return True
 
@@ -141,6 +139,7 @@ class _Dialogue:
     order: str  # the side that speaks first: "agent" or "partner"
     partner_history: list[Turn]  # the dialogue as the partner sees it, with its own turns in the role of assistant
     dividing: bool = False  # True after the selection
+    agent_text: str = ""  # the agent's last turn
     turns: int = 0  # number of turns of both sides, up to and including the selection
     agent_words: int = 0
     invalid: int = 0  # number of the agent's empty turns, and 1 if its division is not a possible one
@@ -151,14 +150,19 @@ class _Dialogue:
     def __post_init__(self) -> None:
         self.options = divisions(self.scenario.counts)
 
-    def hear_agent(self, text: str) -> None:
+    def hear_agent(self, text: str) -> bool:
+        """Add the agent's turn; return True if the partner has to reply, False if the agent selected."""
+        self.agent_text = text
+        if self.dividing:
+            return True
         self.turns += 1
         self.partner_history.append(Turn("user", text))
         if text == SELECTION:
             self._close()
-        else:
-            self.agent_words += len(text.split())
-            self.invalid += not text
+            return False
+        self.agent_words += len(text.split())
+        self.invalid += not text
+        return True
 
     def hear_partner(self, reply: Reply) -> list[Turn]:
         """Add the partner's turn to the dialogue, and return the turns that the agent sees.
@@ -175,6 +179,21 @@ class _Dialogue:
             self._close()
             return [Turn("user", text), DIVIDE]
         return [Turn("user", text)]
+
+    def answer(self, reply: Reply | None, max_turns: int) -> StepResult:
+        """Return the environment's answer to the agent's last turn.
+
+        Args:
+          reply: the partner's reply; None if the agent selected.
+          max_turns: number of turns of both sides after which a dialogue without a selection is cut.
+        """
+        if reply is None:
+            return StepResult((DIVIDE,), 0.0, False, False)
+        if self.dividing:
+            self.settle(self.agent_text, reply.text.strip())
+            return StepResult((), float(self.scores[0]), True, False)
+        heard = tuple(self.hear_partner(reply))
+        return StepResult(heard, 0.0, False, self.turns >= max_turns and not self.dividing)
 
     def settle(self, agent_text: str, partner_text: str) -> None:
         """Score the divisions of agent and partner; a text that is no possible division means no agreement."""
@@ -260,28 +279,9 @@ class Negotiation:
             "divide", a division, such as "take books 0, hats 4, balls 1".
         Returns: one result per row. An episode ends with the division, for which the agent earns its score.
         """
-        texts = [text.strip() for text in texts]
-        selected = set()
-        for row, text in zip(rows, texts, strict=True):
-            dialogue = self.dialogues[row]
-            if not dialogue.dividing:
-                dialogue.hear_agent(text)
-                if dialogue.dividing:
-                    selected.add(row)
-        replies = self._ask_partner([row for row in rows if row not in selected])
-        results = []
-        for row, text in zip(rows, texts, strict=True):
-            dialogue = self.dialogues[row]
-            if row in selected:
-                results.append(StepResult((DIVIDE,), 0.0, False, False))
-            elif dialogue.dividing:
-                dialogue.settle(text, replies[row].text.strip())
-                results.append(StepResult((), float(dialogue.scores[0]), True, False))
-            else:
-                heard = tuple(dialogue.hear_partner(replies[row]))
-                cut = dialogue.turns >= self.max_turns and not dialogue.dividing
-                results.append(StepResult(heard, 0.0, False, cut))
-        return results
+        waiting = [row for row, text in zip(rows, texts, strict=True) if self.dialogues[row].hear_agent(text.strip())]
+        replies = self._ask_partner(waiting)
+        return [self.dialogues[row].answer(replies.get(row), self.max_turns) for row in rows]
 
     def options(self, row: int) -> list[str] | None:
         """Return the texts of the possible divisions if the agent's next turn has to be a division, else None."""

@@ -9,10 +9,11 @@ exact sums, not estimates from samples.
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from offline_lmrl.environments.scripted import check_episodes, scripted_episode
+from offline_lmrl.environments.scripted import Toy, scripted_episode
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.protocols import StepResult
@@ -24,7 +25,7 @@ LENGTH = 4
 REPLIES = tuple(" ".join(letters) for letters in itertools.product(LETTERS, repeat=LENGTH))  # columns of the table
 
 
-class PrefGold:
+class PrefGold(Toy):
     """One prompt, w to z, and one reply of four letters a to h, such as "c a a g", which earns its gold reward.
 
     gold reward = Σ_t u[y_t] + v[y_{t−1}, y_t], where y_0 is the prompt and u and v are normal random numbers, then
@@ -39,6 +40,8 @@ class PrefGold:
       table: (4, 4096) gold rewards, prompts CUES × replies REPLIES.
       letter_shares: (8,) the behaviour policy's probabilities of LETTERS.
     """
+
+    name = "pref_gold"
 
     def __init__(self, gold_seed: int = 0):
         self.table, self.letter_shares = _hidden(gold_seed)
@@ -66,20 +69,10 @@ class PrefGold:
         """Return the best expected return: the mean over prompts of the best reply's gold reward."""
         return float(self.table.max(axis=1).mean())
 
-    def logs(self, episodes: int, seed: int) -> list[Trajectory]:
-        """Return episodes of the behaviour policy with gold rewards, which preference methods must not use."""
-        check_episodes(episodes)
-        rng = np.random.default_rng(seed)
-        return [
-            scripted_episode(
-                self,
-                self.reset(int(rng.integers(len(CUES)))),
-                lambda: REPLIES[self._draw(rng)],
-                group=f"pref_gold-{seed}-{episode}",
-                task="pref_gold",
-            )
-            for episode in range(episodes)
-        ]
+    def logged_episode(self, rng: np.random.Generator, number: int, **fields: Any) -> Trajectory:
+        """Play one episode of the behaviour policy; preference methods must not use its gold reward."""
+        opening = self.reset(int(rng.integers(len(CUES))))
+        return scripted_episode(self, opening, lambda: REPLIES[self._draw(rng)], **fields)
 
     def comparisons(
         self, n: int, seed: int, *, options: int = 2, temperature: float = 0.5, flips: float = 0.1, tie: float = 0.1

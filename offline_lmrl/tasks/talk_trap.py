@@ -1,10 +1,11 @@
 """A task that tests looking ahead: one choice pays a small reward at once, and thereby loses a larger one later."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from offline_lmrl.environments.scripted import check_episodes, scripted_episode
+from offline_lmrl.environments.scripted import Toy, scripted_episode
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 
@@ -12,7 +13,7 @@ LETTERS = tuple("abcdefgh")
 BAD = "bad"
 
 
-class TalkTrap:
+class TalkTrap(Toy):
     """A game of two turns, in which "bait" pays .3 at once but loses the 1 that the second turn can pay.
 
     The environment greets with one of w to z. After "patient", which pays nothing, it replies with another of these
@@ -23,6 +24,7 @@ class TalkTrap:
     Environment.
     """
 
+    name = "talk_trap"
     bait = 0.3
     replies = {"w": "y", "x": "w", "y": "z", "z": "x"}  # greeting -> reply to "patient"
     right = {"w": "c", "x": "h", "y": "a", "z": "f"}  # reply -> the letter that pays
@@ -30,7 +32,8 @@ class TalkTrap:
 
     def reset(self, seed: int) -> Sequence[Turn]:
         """Start an episode with greeting seed % 4."""
-        return self._enter(tuple(self.replies)[seed % len(self.replies)])
+        self.greeting, self.reply, self.invalid = tuple(self.replies)[seed % len(self.replies)], None, 0
+        return (Turn("user", self.greeting),)
 
     def step(self, text: str) -> StepResult:
         """Take the word of the first turn, or the letter of the second; white space around the text is ignored."""
@@ -56,29 +59,14 @@ class TalkTrap:
         best = [max(reward + later[reply] for reward, reply in choices) for choices in outcomes.values()]
         return sum(best) / len(best)
 
-    def logs(self, episodes: int, seed: int) -> list[Trajectory]:
-        """Return episodes of the behaviour policy."""
-        check_episodes(episodes)
-        rng = np.random.default_rng(seed)
+    def logged_episode(self, rng: np.random.Generator, number: int, **fields: Any) -> Trajectory:
+        """Play one episode of the behaviour policy."""
         shares = [0.7, 0.1, *[0.2 / len(LETTERS)] * len(LETTERS)]
 
         def choose() -> str:
             return str(rng.choice(self.words, p=shares) if self.reply is None else rng.choice(LETTERS))
 
-        return [
-            scripted_episode(
-                self,
-                self.reset(int(rng.integers(len(self.replies)))),
-                choose,
-                group=f"talk_trap-{seed}-{episode}",
-                task="talk_trap",
-            )
-            for episode in range(episodes)
-        ]
-
-    def _enter(self, greeting: str) -> Sequence[Turn]:
-        self.greeting, self.reply, self.invalid = greeting, None, 0
-        return (Turn("user", greeting),)
+        return scripted_episode(self, self.reset(int(rng.integers(len(self.replies)))), choose, **fields)
 
     def _first(self, greeting: str, word: str) -> tuple[float, str]:
         """Return the reward of the first word, and the environment's reply to it."""

@@ -2,10 +2,11 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from offline_lmrl.environments.scripted import check_episodes, scripted_episode
+from offline_lmrl.environments.scripted import Toy, distances_to, scripted_episode
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 
@@ -14,7 +15,7 @@ GOAL = NODES[0]
 LONGEST_WALK = 10
 
 
-class Walk:
+class Walk(Toy):
     """A walk to the goal, node a, through a directed graph of 21 nodes, a to u, whose edges are not shown.
 
     The observation is the current node, which is the state, and the player names the next node. Each step costs 1, the
@@ -27,12 +28,16 @@ class Walk:
         except from the goal; graphs are drawn until the goal can be reached from every node.
     """
 
+    name = "walk"
+
     def __init__(self, graph_seed: int = 0):
         self.edges, self.distances = _graph(graph_seed)
 
     def reset(self, seed: int) -> Sequence[Turn]:
         """Start an episode at one of the 20 nodes other than the goal: number 1 + seed % 20."""
-        return self._enter(NODES[1 + seed % (len(NODES) - 1)])
+        self.start = self.node = NODES[1 + seed % (len(NODES) - 1)]
+        self.steps = self.invalid = 0
+        return self._observe()
 
     def step(self, text: str) -> StepResult:
         """Go to a node; white space around its name is ignored.
@@ -78,25 +83,10 @@ class Walk:
             }
         return sum(value.values()) / (len(NODES) - 1)
 
-    def logs(self, episodes: int, seed: int) -> list[Trajectory]:
-        """Return random walks, in which the start and each edge are drawn uniformly."""
-        check_episodes(episodes)
-        rng = np.random.default_rng(seed)
-        return [
-            scripted_episode(
-                self,
-                self.reset(int(rng.integers(len(NODES) - 1))),
-                lambda: str(rng.choice(self.edges[self.node])),
-                group=f"walk-{seed}-{episode}",
-                task="walk",
-            )
-            for episode in range(episodes)
-        ]
-
-    def _enter(self, start: str) -> Sequence[Turn]:
-        self.start = self.node = start
-        self.steps = self.invalid = 0
-        return self._observe()
+    def logged_episode(self, rng: np.random.Generator, number: int, **fields: Any) -> Trajectory:
+        """Play a random walk, in which the start and each edge are drawn uniformly."""
+        opening = self.reset(int(rng.integers(len(NODES) - 1)))
+        return scripted_episode(self, opening, lambda: str(rng.choice(self.edges[self.node])), **fields)
 
     def _observe(self) -> Sequence[Turn]:
         return (Turn("user", self.node),)
@@ -112,16 +102,9 @@ def _graph(seed: int) -> tuple[Mapping[str, Sequence[str]], Mapping[str, int]]:
         joined[0] = False
         np.fill_diagonal(joined, False)
         edges = {node: [NODES[i] for i in np.flatnonzero(row)] for node, row in zip(NODES, joined, strict=True)}
-        distances = _distances(edges)
+        distances = distances_to(GOAL, functools.partial(_nodes_before, edges))
     return edges, distances
 
 
-def _distances(edges: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Return the fewest steps to the goal from every node that can reach it, by breadth-first search."""
-    found, frontier = {GOAL: 0}, [GOAL]
-    for node in frontier:  # the list grows during the loop
-        for before in NODES:
-            if node in edges[before] and before not in found:
-                found[before] = found[node] + 1
-                frontier.append(before)
-    return found
+def _nodes_before(edges: Mapping[str, Sequence[str]], node: str) -> list[str]:
+    return [before for before in NODES if node in edges[before]]

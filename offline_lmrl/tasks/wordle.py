@@ -26,15 +26,16 @@ player that guesses the word with the greatest expected information. That list i
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
+from offline_lmrl.environments.scripted import ScriptedPolicy
 from offline_lmrl.errors import InputError, shown
-from offline_lmrl.logs.protocols import Reply, Session, StepResult
+from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Turn
 
 LETTERS = 5
@@ -48,6 +49,7 @@ CODES = {text: code for code, text in enumerate(COLOURS)}
 OPENING = "Wordle:"
 UNKNOWN = "unknown word"
 OPENINGS = 28  # the length of the published list of opening words
+REPEATED = 2  # number of words that the player `repeat` guesses again and again
 
 Duplicates = Literal["real", "simplified"]
 WordSet = int  # bit j is 1 if word j is in the set
@@ -65,7 +67,7 @@ def read_words(source: str, counts: Counter | None = None) -> tuple[str, ...]:
     try:
         found = path.read_text(encoding="utf-8").lower().split()
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", "not UTF-8")
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise InputError(
             f"words: found {shown(source)} ({why}), expected {', '.join(LISTS)} or a text file"
         ) from error
@@ -254,155 +256,111 @@ class Knowledge:
         return self.lexicon.words[members[rng.integers(len(members))]]
 
 
-class Player(Protocol):
-    """A way of choosing each guess."""
-
-    def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
-        """Return the next guess, a word without spaces."""
+# A way of choosing each guess, a word without spaces.
+Player = Callable[[Knowledge, np.random.Generator], str]
 
 
-@dataclass(frozen=True)
-class Uniform:
-    """A player that guesses any word of the list, uniformly."""
-
-    def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
-        return known.draw(known.lexicon.everything, rng)
+def uniform(known: Knowledge, rng: np.random.Generator) -> str:
+    """Guess any word of the list, uniformly."""
+    return known.draw(known.lexicon.everything, rng)
 
 
-@dataclass(frozen=True)
-class Consistent:
-    """A player that guesses a word that fits all colours, uniformly."""
-
-    def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
-        return known.draw(known.consistent, rng)
+def consistent(known: Knowledge, rng: np.random.Generator) -> str:
+    """Guess a word that fits all colours, uniformly."""
+    return known.draw(known.consistent, rng)
 
 
-@dataclass(frozen=True)
-class Wrong:
-    """A player that guesses a word that contradicts the colours so far, or any word if none does (at first)."""
-
-    def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
-        everything = known.lexicon.everything
-        return known.draw(everything & ~known.consistent or everything, rng)
+def wrong(known: Knowledge, rng: np.random.Generator) -> str:
+    """Guess a word that contradicts the colours so far, or any word if none does (at first)."""
+    everything = known.lexicon.everything
+    return known.draw(everything & ~known.consistent or everything, rng)
 
 
-@dataclass(frozen=True)
-class Optimal:
-    """A player that guesses the consistent word with the greatest expected information about the secret.
+def optimal(known: Knowledge, rng: np.random.Generator) -> str:
+    """Guess the consistent word with the greatest expected information about the secret.
 
-    It looks only one guess ahead, so it is not quite optimal.
+    This looks only one guess ahead, so it is not quite optimal.
     """
-
-    def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
-        return known.lexicon.words[known.lexicon.most_informative(known.consistent)]
+    return known.lexicon.words[known.lexicon.most_informative(known.consistent)]
 
 
-@dataclass(frozen=True)
-class StartWord:
-    """A player that opens with one of the 28 most informative words, and then plays as the player `then`.
+def start_word(known: Knowledge, rng: np.random.Generator) -> str:
+    """Open with one of the 28 most informative words, and then play as `consistent`.
 
     The published list of openings is fixed; this one is computed from the words of the game, so it fits any list.
     """
-
-    then: Player = Consistent()
-
-    def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
-        if known.tries:
-            return self.then.choose(known, rng)
-        openings = known.lexicon.by_information[:OPENINGS]
-        return openings[rng.integers(len(openings))]
+    if known.tries:
+        return consistent(known, rng)
+    openings = known.lexicon.by_information[:OPENINGS]
+    return openings[rng.integers(len(openings))]
 
 
-@dataclass(frozen=True)
-class Repeat:
-    """A player that chooses `first_n` words as the player `first`, and then guesses these words again, at random.
-
-    It loses unless one of these words is the secret.
-    """
-
-    first: Player = Optimal()
-    first_n: int = 2
-
-    def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
-        if len(known.tries) < self.first_n:
-            return self.first.choose(known, rng)
-        return known.tries[rng.integers(self.first_n)][0]
+def repeat(known: Knowledge, rng: np.random.Generator) -> str:
+    """Guess two words as `optimal`, and then these words again, at random: lost unless one of them is the secret."""
+    if len(known.tries) < REPEATED:
+        return optimal(known, rng)
+    return known.tries[rng.integers(REPEATED)][0]
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """A player that plays each guess as `first` with probability `share`, else as `second`."""
-
-    share: float
-    first: Player
-    second: Player
-
-    def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
-        return (self.first if rng.random() < self.share else self.second).choose(known, rng)
+def mixture(share: float, first: Player, second: Player) -> Player:
+    """Return the player that plays each guess as `first` with probability `share`, else as `second`."""
+    return lambda known, rng: (first if rng.random() < share else second)(known, rng)
 
 
-@dataclass(frozen=True)
-class MonteCarlo:
-    """A player that guesses the consistent word with the best mean return over simulated games.
+def monte_carlo(known: Knowledge, rng: np.random.Generator, samples: int = 8, candidates: int = 16) -> str:
+    """Guess the consistent word with the best mean return over simulated games, continued by `consistent`.
 
-    Attributes:
-      player: plays the simulated games after the guess.
+    Args:
+      known: what the player knows.
+      rng: source of all random numbers.
       samples: simulated games per word.
       candidates: largest number of words to try; if more are consistent, this many of them are drawn.
     """
-
-    player: Player = Consistent()
-    samples: int = 8
-    candidates: int = 16
-
-    def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
-        members = known.lexicon.members(known.consistent)
-        if len(members) > self.candidates:
-            members = rng.choice(members, self.candidates, replace=False)
-        returns = [sum(self._imagined(known, guess, rng) for _ in range(self.samples)) for guess in members]
-        return known.lexicon.words[members[np.argmax(returns)]]
-
-    def _imagined(self, known: Knowledge, guess: int, rng: np.random.Generator) -> int:
-        """Simulate a game with a random consistent secret and `guess` as next guess; return its return-to-go."""
-        words, before = known.lexicon, len(known.tries)
-        secret = words.index[known.draw(known.consistent, rng)]
-        while guess != secret:
-            known = known.after(words.words[guess], COLOURS[words.table[guess, secret]])
-            if len(known.tries) == TRIES:
-                break
-            guess = words.index[self.player.choose(known, rng)]
-        return before - len(known.tries)
+    members = known.lexicon.members(known.consistent)
+    if len(members) > candidates:
+        members = rng.choice(members, candidates, replace=False)
+    returns = [sum(imagined_return(known, guess, rng) for _ in range(samples)) for guess in members]
+    return known.lexicon.words[members[np.argmax(returns)]]
 
 
-@dataclass(frozen=True)
-class User:
-    """A person at the keyboard, who may enter any text."""
+def imagined_return(known: Knowledge, guess: int, rng: np.random.Generator) -> int:
+    """Simulate a game with a random consistent secret and `guess` as next guess; return its return-to-go."""
+    words, before = known.lexicon, len(known.tries)
+    secret = words.index[known.draw(known.consistent, rng)]
+    while guess != secret:
+        known = known.after(words.words[guess], COLOURS[words.table[guess, secret]])
+        if len(known.tries) == TRIES:
+            break
+        guess = words.index[consistent(known, rng)]
+    return before - len(known.tries)
 
-    def choose(self, known: Knowledge, rng: np.random.Generator) -> str:
-        if known.tries:
-            guess, colours = known.tries[-1]
-            print(f"{guess}  {colours or UNKNOWN}  ({known.consistent.bit_count()} words left)")
-        try:
-            return input(f"guess {len(known.tries) + 1} of {TRIES}: ").strip().lower()
-        except EOFError as error:
-            raise InputError("standard input: found its end, expected a guess") from error
+
+def user(known: Knowledge, rng: np.random.Generator) -> str:
+    """Ask the person at the keyboard, who may enter any text."""
+    if known.tries:
+        guess, colours = known.tries[-1]
+        print(f"{guess}  {colours or UNKNOWN}  ({known.consistent.bit_count()} words left)")
+    try:
+        return input(f"guess {len(known.tries) + 1} of {TRIES}: ").strip().lower()
+    except EOFError as error:
+        raise InputError("standard input: found its end, expected a guess") from error
 
 
 PLAYERS: dict[str, Player] = {
-    "optimal": Optimal(),
-    "start_word": StartWord(),
-    "repeat": Repeat(),
-    "random_mixture": Mixture(0.34, Consistent(), Uniform()),  # the published logs of LMRL-Gym
-    "consistent": Consistent(),
-    "uniform": Uniform(),
-    "wrong": Wrong(),
-    "monte_carlo": MonteCarlo(),
-    "user": User(),
+    "optimal": optimal,
+    "start_word": start_word,
+    "repeat": repeat,
+    "random_mixture": mixture(0.34, consistent, uniform),  # the published logs of LMRL-Gym
+    "consistent": consistent,
+    "uniform": uniform,
+    "wrong": wrong,
+    "monte_carlo": monte_carlo,
+    "user": user,
 }
 
 
-class Scripted:
-    """A policy that plays Wordle as a given `Player`; implements Policy.
+class Scripted(ScriptedPolicy):
+    """A policy that plays Wordle as a given `Player`.
 
     Its guesses depend on the history alone, so the first guesses may have been made by another policy.
 
@@ -414,31 +372,10 @@ class Scripted:
     def __init__(self, player: Player, game: Wordle):
         self.player, self.game = player, game
 
-    def start(self, seeds: Sequence[int]) -> Session:
-        """Start a batch of episodes; row i of the session draws its guesses with seed seeds[i]."""
-        return _ScriptedSession(self, seeds)
-
-
-class _ScriptedSession:
-    def __init__(self, policy: Scripted, seeds: Sequence[int]):
-        self.player, self.game = policy.player, policy.game
-        self.rngs = [np.random.default_rng(seed) for seed in seeds]
-
-    def reply(
-        self,
-        rows: Sequence[int],
-        histories: Sequence[Sequence[Turn]],
-        options: Sequence[Sequence[str] | None] | None = None,
-    ) -> list[Reply]:
-        words = [
-            self.player.choose(self._known(history), self.rngs[row])
-            for row, history in zip(rows, histories, strict=True)
-        ]
-        return [Reply(self.game.spell(word) if word in self.game.lexicon.index else word) for word in words]
-
-    def _known(self, history: Sequence[Turn]) -> Knowledge:
+    def write(self, history: Sequence[Turn], rng: np.random.Generator) -> str:
         known = Knowledge(self.game.lexicon, self.game.lexicon.everything)
         for guess, answer in zip(history[1::2], history[2::2], strict=True):
             colours = "" if answer.content == UNKNOWN else "".join(answer.content.split())
             known = known.after("".join(guess.content.split()), colours)
-        return known
+        word = self.player(known, rng)
+        return self.game.spell(word) if word in self.game.lexicon.index else word

@@ -18,7 +18,8 @@ from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import add_return_heads, add_returns, add_value_heads, as_guided, build_model
+from offline_lmrl.models.guided import add_return_heads, add_returns, add_value_heads, as_guided
+from offline_lmrl.models.loading import build_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tokens.conditioning import ReturnScale
 from offline_lmrl.tokens.rendering import Renderer
@@ -183,8 +184,10 @@ def test_guidance_is_the_formula_on_both_rows(monkeypatch, w, beta, temperature,
 )
 def test_rows_are_read_twice_only_where_a_return_is_told_and_something_guides(monkeypatch, form, streams):
     player, rows = policy(**form), []
-    forward = player.sampler.forward
-    monkeypatch.setattr(player.sampler, "forward", lambda ids, *rest: rows.append(len(ids)) or forward(ids, *rest))
+    forward = player.sampler.cached_model.forward
+    monkeypatch.setattr(
+        player.sampler.cached_model, "forward", lambda ids, *rest: rows.append(len(ids)) or forward(ids, *rest)
+    )
     play(player, [1.0])
     assert rows[0] == 2 * streams
 

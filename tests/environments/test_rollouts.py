@@ -104,6 +104,26 @@ def test_an_environment_that_never_ends_is_cut_all_the_same():
     assert sum(turn.is_trainable for turn in episode.turns) == MAX_TURNS and not episode.terminated
 
 
+def test_a_vector_environment_needs_reset_and_step_alone():
+    class Bare:
+        def reset(self, seeds):
+            return [[Turn("user", str(seed))] for seed in seeds]
+
+        def step(self, rows, texts):
+            return [StepResult([], float(row), True, False) for row in rows]
+
+    class Silent:
+        def start(self, seeds):
+            return self
+
+        def reply(self, rows, histories, options=None):
+            return [Reply("go") for _ in rows]
+
+    played = rollout(Silent(), Bare(), [4, 9])
+    assert [t.total_return for t in played] == [0.0, 1.0]
+    assert [t.labels for t in played] == [{"seed": 4}, {"seed": 9}]
+
+
 @pytest.mark.parametrize("reward", [None, "much", float("nan"), float("inf"), [1.0, 2.0]])
 def test_an_environment_that_pays_no_number_is_one_line(reward):
     class Odd(Countdown):

@@ -1,10 +1,16 @@
 """The double-T maze: its map, its texts, its rewards and its scale."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import yaml
 
 from offline_lmrl.errors import InputError
-from offline_lmrl.tasks.maze import FREE, GOAL, MOVES, STARTS, Maze, distances, normalised
+from offline_lmrl.evaluation.metrics import ScoreScale
+from offline_lmrl.tasks.maze import FREE, GOAL, MOVES, STARTS, Maze, distances
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "maze"
 
 # Drawn by hand from the rules: # wall, . free, G goal.
 MAP = """
@@ -121,10 +127,13 @@ def test_best_player_earns_the_optimum():
     assert np.mean(returns) == pytest.approx(maze.optimum())
 
 
-def test_normalised_score_passes_through_the_published_anchors():
-    assert [normalised(score) for score in (-101, -92, -83, -6.84)] == pytest.approx([0, 25, 50, 100])
-    assert normalised(-6.97) == pytest.approx(99.9, abs=0.05)  # published full-maze ILQL
-    assert normalised(-52.9, "partial") == pytest.approx(76.3, abs=0.05)  # and the partial one
+def test_published_scores_lie_on_the_scale_of_the_shipped_comparisons():
+    def scale(name):
+        return ScoreScale(**yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["evaluation"]["score"])
+
+    assert [scale("full").normalise(score) for score in (-101, -92, -83, -6.84)] == pytest.approx([0, 25, 50, 100])
+    assert scale("full").normalise(-6.97) == pytest.approx(99.9, abs=0.05)  # published full-maze ILQL
+    assert scale("partial").normalise(-52.9) == pytest.approx(76.3, abs=0.05)  # and the partial one
 
 
 @pytest.mark.parametrize("arguments", [{"observed": "half"}, {"start": (0, 0)}, {"start": GOAL}])

@@ -16,16 +16,17 @@ from offline_lmrl.tasks.wordle import (
     CODES,
     PLAYERS,
     TRIES,
-    Consistent,
     Knowledge,
     Lexicon,
-    Mixture,
-    MonteCarlo,
     Scripted,
-    Uniform,
-    User,
     Wordle,
+    consistent,
+    imagined_return,
     lexicon,
+    mixture,
+    monte_carlo,
+    uniform,
+    user,
 )
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "wordle"
@@ -102,7 +103,7 @@ def test_mean_over_all_secrets_is_that_of_a_secret_drawn_anew_at_every_guess():
         """Return-to-go of the optimal player where each answer is that of a newly drawn consistent word."""
         if len(known.tries) == TRIES:
             return 0.0
-        guess = PLAYERS["optimal"].choose(known, None)
+        guess = PLAYERS["optimal"](known, None)
         total = 0.0
         for secret in words.members(known.consistent):
             if words.words[secret] != guess:
@@ -140,8 +141,8 @@ def test_repeat_says_its_first_two_words_again_and_loses_unless_one_is_right():
 def test_mixture_takes_the_first_player_so_often():
     words = lexicon("common", "real")
     one = Knowledge(words, 1)  # only the first word is consistent
-    player, rng = Mixture(0.3, Consistent(), Uniform()), np.random.default_rng(0)
-    said = [player.choose(one, rng) for _ in range(2000)]
+    player, rng = mixture(0.3, consistent, uniform), np.random.default_rng(0)
+    said = [player(one, rng) for _ in range(2000)]
     # .3 and hardly ever by chance: 600, give or take four standard deviations of 20
     assert 520 < said.count(words.words[0]) < 680
 
@@ -150,9 +151,9 @@ def test_monte_carlo_sees_the_word_that_tells_the_others_apart():
     words = Lexicon(["mmmma", "mmmmb", "mmmmc", "mmmmd", "abcdz"], "real")
     # abcdz, then certainty: −4/5. mmmma, then one of three by chance: (0 − 1 − 1 − 2 − 3)/5 = −1.4.
     known = Knowledge(words, words.everything)
-    assert MonteCarlo(samples=200).choose(known, np.random.default_rng(0)) == "abcdz"
+    assert monte_carlo(known, np.random.default_rng(0), samples=200) == "abcdz"
     last = known.after("mmmma", "ggggb").after("mmmmb", "ggggb").after("mmmmc", "ggggb")
-    assert MonteCarlo().choose(last, np.random.default_rng(0)) == "mmmmd"
+    assert monte_carlo(last, np.random.default_rng(0)) == "mmmmd"
 
 
 def test_monte_carlo_plays_better_than_what_it_imagines_and_counts_its_tries():
@@ -161,7 +162,7 @@ def test_monte_carlo_plays_better_than_what_it_imagines_and_counts_its_tries():
     assert -1.76 < statistics.fmean(game.total_return for game in games) < -1.3
     words = lexicon("forty", "real")
     fifth = Knowledge(words, words.everything, (("stone", ""),) * 5)
-    returns = {MonteCarlo()._imagined(fifth, guess, np.random.default_rng(guess)) for guess in range(40)}
+    returns = {imagined_return(fifth, guess, np.random.default_rng(guess)) for guess in range(40)}
     assert returns <= {0, -1}
 
 
@@ -184,10 +185,10 @@ def test_person_at_the_keyboard_plays_one_game(monkeypatch, capsys):
     typed = iter(["Stare ", "what", "stone", "snare", "share", "spare"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     game = functools.partial(Wordle, "forty", secret="share")
-    (row,) = rollout(Scripted(User(), game()), game, [0])
+    (row,) = rollout(Scripted(user, game()), game, [0])
     assert guesses(row) == ["stare", "what", "stone", "snare", "share"]
     assert (row.total_return, row.labels["invalid"]) == (-4, 2)
     assert "stare  gbggg  (" in (shown := capsys.readouterr().out) and "what  unknown word" in shown
     monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
     with pytest.raises(InputError, match="standard input: found its end"):
-        rollout(Scripted(User(), game()), game, [0])
+        rollout(Scripted(user, game()), game, [0])
