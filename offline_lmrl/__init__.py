@@ -24,7 +24,7 @@ _HOMES = {
     "write_rows": "logs.io",
     "FewShotConfig": "tokens.few_shot",
     "Renderer": "tokens.rendering",
-    "load_model": "models.guided",
+    "load_model": "models.loading",
     "DecodingConfig": "decoding.sampler",
     "LanguagePolicy": "decoding.policy",
     "make_environment": "tasks",

@@ -10,7 +10,7 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.export.plain import export_run
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Turn
-from offline_lmrl.models.guided import load_model
+from offline_lmrl.models.loading import load_model
 from offline_lmrl.run import DataConfig, ModelConfig, train
 from offline_lmrl.tokens.windows import policy_window
 from tests.families import FAMILIES, small_model

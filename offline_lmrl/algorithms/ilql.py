@@ -33,7 +33,8 @@ from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.models.adapters import run_metadata
-from offline_lmrl.models.guided import add_value_heads, check_same_heads, return_tokens_of
+from offline_lmrl.models.guided import add_value_heads, return_tokens_of
+from offline_lmrl.models.loading import check_same_heads
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.ops.returns import monte_carlo_mixture
 from offline_lmrl.ops.value_learning import awr_weight, conservative_loss, expectile_loss, q_loss, td_target

@@ -1,10 +1,10 @@
 """Proximal policy optimisation (Schulman et al. 2017) for language, as RLHF runs it (Ziegler et al. 2019).
 
 PPO is the only algorithm here that generates its own data. `PPOTrainer.iterate` is one iteration: `Rollouts` plays
-episodes; `shape_scores` makes the scores to learn from; `Observer` encodes the episodes, as in the offline algorithms, as
-windows (rows of tokens) with packed steps, one for each token that the agent wrote (the sampled token ids are kept,
-nothing is tokenised again), and computes log-probabilities and V of all steps; `credit` computes advantages; `Update`
-runs K epochs of minibatches. Over the agent's N tokens:
+episodes; `shape_scores` makes the scores to learn from; `Observer` encodes the episodes, as in the offline
+algorithms, as windows (rows of tokens) with packed steps, one for each token that the agent wrote (the sampled token
+ids are kept, nothing is tokenised again), and computes log-probabilities and V of all steps; `credit` computes
+advantages; `Update` runs K epochs of minibatches. Over the agent's N tokens:
 
     r_t = score on the token that closes a turn − β · (log π − log π_ref)          A: GAE of r and V, across env. text
     L   = max(−A ρ, −A clip(ρ, 1 ± ε)) + c_v · ½ max((V − G)², (V_clipped − G)²) − c_e · H  [+ γ · −log π(log)]
@@ -54,10 +54,12 @@ from offline_lmrl.logs.protocols import Environment, VectorEnvironment, optional
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.actor_critic import ActorCritic
-from offline_lmrl.models.adapters import run_metadata
-from offline_lmrl.models.guided import as_guided, load_model, remove_heads
+from offline_lmrl.models.adapters import has_adapter, run_metadata
+from offline_lmrl.models.guided import as_guided, remove_heads
+from offline_lmrl.models.loading import load_model
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import is_reward_model, load_reward_model
+from offline_lmrl.models.step_outputs import packed_logits
 from offline_lmrl.models.unreached import freeze_unreached
 from offline_lmrl.ops.policy_gradient import (
     Moments,
@@ -395,7 +397,7 @@ class Passes:
         inputs = {name: batch[name][: batch["windows"]] for name in ("input_ids", "attention_mask")}
         self.tokens += int(inputs["attention_mask"].sum())
         with policy.disable_adapter() if self.reference is None else contextlib.nullcontext():
-            return (self.reference or policy).packed_logits(steps["row"], steps["state"], **inputs)[0]
+            return packed_logits(self.reference or policy, steps["row"], steps["state"], **inputs)[0]
 
 
 class Observer:
@@ -891,7 +893,7 @@ def open_value_model(policy: PreTrainedModel, args: PPOConfig, renderer: Rendere
         raise InputError(f"value_model: {name}: {error}") from error
     if is_reward:
         check_score_starts_v(run_metadata(model.config), args)
-        if hasattr(model, "peft_config"):
+        if has_adapter(model):
             model = model.merge_and_unload()
     return model.to(policy.device).requires_grad_(True)
 

@@ -24,7 +24,8 @@ from offline_lmrl.errors import InputError, reading_pretrained, shown
 from offline_lmrl.logs.protocols import Policy, Reply
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import find_device, load_model, return_tokens_of, run_metadata
+from offline_lmrl.models.guided import return_tokens_of, run_metadata
+from offline_lmrl.models.loading import find_device, load_model
 from offline_lmrl.models.renderers import renderer_of
 from offline_lmrl.tokens.conditioning import Ids
 from offline_lmrl.tokens.episodes import StepRule

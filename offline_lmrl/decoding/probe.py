@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from offline_lmrl.decoding.cache import is_kept_per_token, new_cache
 from offline_lmrl.decoding.sampler import DecodingConfig, Sampler, evaluating
 from offline_lmrl.errors import InputError
+from offline_lmrl.models.step_outputs import packed_logits
 from offline_lmrl.tokens.rendering import Renderer
 
 TEXT = "Twelve sly wolves quickly jumped over my boxing dog, and ran."
@@ -69,11 +70,11 @@ def check_trains(model: nn.Module, renderer: Renderer) -> None:
     with probing(model):
         with torch.inference_mode():
             expected = torch.cat(_alone(model, rows))
-            logits, _ = model.packed_logits(row, state, input_ids=ids, attention_mask=mask)
+            logits, _ = packed_logits(model, row, state, input_ids=ids, attention_mask=mask)
             _check(model, logits.float().log_softmax(-1), expected, "in a batch")
     with probing(model), torch.random.fork_rng():
         model.train()
-        model.packed_logits(row, state, input_ids=ids, attention_mask=mask)
+        packed_logits(model, row, state, input_ids=ids, attention_mask=mask)
 
 
 def check_scores(model: PreTrainedModel, renderer: Renderer) -> None:

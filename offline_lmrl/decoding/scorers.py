@@ -34,7 +34,8 @@ from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, finite, shown
 from offline_lmrl.logs.yaml_text import read_yaml, yaml_mapping
 from offline_lmrl.models.adapters import run_metadata
-from offline_lmrl.models.guided import find_device, return_tokens_of
+from offline_lmrl.models.guided import return_tokens_of
+from offline_lmrl.models.loading import find_device
 from offline_lmrl.models.renderers import renderer_of
 from offline_lmrl.models.reward_model import load_reward_model, read_mask, reads_by_turn
 from offline_lmrl.ops.preferences import rule_adjusted_score

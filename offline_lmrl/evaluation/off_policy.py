@@ -29,6 +29,7 @@ from offline_lmrl.evaluation.offline import acting_log_prob, compute_step_output
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, with_own_token_ids
 from offline_lmrl.models.adapters import run_metadata
+from offline_lmrl.models.step_outputs import packed_logits
 from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
 from offline_lmrl.ops.value_learning import q_loss, td_target
 from offline_lmrl.tokens.batching import TokenBatch
@@ -293,7 +294,7 @@ def _step_columns(policy: LanguagePolicy, batch: TokenBatch) -> dict[str, Tensor
     ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
     steps = {name: value.to(model.device) for name, value in batch["steps"].items()}
     place = steps["row"], steps["state"]
-    logits, hidden = model.packed_logits(*place, input_ids=ids[:windows], attention_mask=mask[:windows])
+    logits, hidden = packed_logits(model, *place, input_ids=ids[:windows], attention_mask=mask[:windows])
     read, embedded = hidden, model.get_input_embeddings()(ids).float()
     if windows < len(ids):  # rows after the windows hold next states only, so they need no logits
         following = model.get_decoder()(input_ids=ids[windows:], attention_mask=mask[windows:], use_cache=False)[0]

@@ -201,13 +201,15 @@ def _check_folds(decoding: DecodingConfig, heads: int) -> None:
       heads: number of Q heads.
     Raises: InputError that lists the settings which would have to change.
     """
+    folds = {name: values for term in TERMS for name, values in term.folds.items()}
     exact = {
+        "q_reduce": folds["q_reduce"],  # listed first in the message
         "support": (0.0,),
         "candidates": (None,),
+        **folds,
         "top_k": (None,),
         "top_p": (None, 1.0),
         "min_p": (None, 0.0),
-        **{name: values for term in TERMS for name, values in term.folds.items()},
     }
     if heads == 1:  # every reduction of one head is that head
         del exact["q_reduce"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offline_lmrl.models.reward_model import Reward, head_of, score_bias
+from offline_lmrl.models.step_outputs import packed_logits
 from offline_lmrl.models.value_heads import ScalarHead
 from offline_lmrl.tokens.batching import TokenBatch
 
@@ -54,8 +55,8 @@ class ActorCritic(nn.Module):
         place, windows = (steps["row"], steps["state"]), batch["windows"]
         outputs = {}
         with torch.no_grad() if value_only else contextlib.nullcontext():
-            outputs["logits"], hidden = self.policy.packed_logits(
-                *place, input_ids=ids[:windows], attention_mask=mask[:windows]
+            outputs["logits"], hidden = packed_logits(
+                self.policy, *place, input_ids=ids[:windows], attention_mask=mask[:windows]
             )
         if self.value_trunk is not None:
             with torch.no_grad() if value_only else contextlib.nullcontext():

@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from offline_lmrl.errors import InputError, reading, reading_pretrained, shown
 from offline_lmrl.logs.scale import RewardScale
@@ -48,6 +48,11 @@ def require_peft() -> ModuleType:
     except ImportError as error:
         raise InputError("lora: found no package peft; install it with `pip install 'offline_lmrl[peft]'`") from error
     return peft
+
+
+def without_adapter(model: nn.Module) -> PreTrainedModel:
+    """Return the model itself, or the one inside a PeftModel."""
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
 def run_metadata(config: PreTrainedConfig) -> dict[str, Any]:
@@ -125,7 +130,12 @@ def saved_run_metadata(path_or_name: str | Path) -> dict[str, Any]:
     return block
 
 
-def _parts(model: nn.Module) -> dict[str, nn.Module]:
+def has_adapter(model: nn.Module) -> bool:
+    """True if peft has put an adapter into the model."""
+    return hasattr(model, "peft_config")
+
+
+def heads_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return the heads and the return embedding of a guided model, which peft does not handle, by name.
 
     Raises: InputError if peft wraps one of them, because `modules_to_save` names it.
@@ -139,7 +149,7 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
 
 def unfreeze_heads(model: nn.Module) -> None:
     """Make the return embedding and all heads except the target heads trainable; `get_peft_model` froze them."""
-    parts = _parts(model)
+    parts = heads_of(model)
     for part in parts.values():
         part.requires_grad_(True)
     if "value_heads" in parts:
@@ -154,7 +164,7 @@ def save_heads(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".writing"  # renamed when complete, so that no file is ever half written
-    for name, part in _parts(model).items():
+    for name, part in heads_of(model).items():
         save_file({key: tensor.contiguous() for key, tensor in part.state_dict().items()}, temporary)
         os.replace(temporary, folder / f"{name}.safetensors")
     temporary.write_text(json.dumps(run_metadata(model.config), indent=2, sort_keys=True) + "\n")
@@ -166,7 +176,7 @@ def load_heads(model: nn.Module, folder: str | Path) -> None:
 
     Raises: InputError if a file is missing or damaged.
     """
-    for name, part in _parts(model).items():
+    for name, part in heads_of(model).items():
         path = Path(folder) / f"{name}.safetensors"
         if not path.exists():
             raise InputError(f"model: {path}: not found, but {METADATA_FILE} lists {name.replace('_', ' ')}")

@@ -5,12 +5,18 @@ which returns are divided, lowest first (tokens/conditioning.py). Rows of reserv
 `inputs_embeds`. The LM head keeps its R rows, so no reserved id can be emitted.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from offline_lmrl.models.value_heads import Head
+from offline_lmrl.tokens.conditioning import ReturnTokens, check_ask, with_return_ids
 
 
 class ReturnEmbedding(Head):
@@ -64,3 +70,37 @@ class ReturnEmbedding(Head):
         own = embedding(input_ids.masked_fill(~known, 0))
         rows = F.embedding(reserved.clamp(min=0), self.rows()).to(own.dtype)
         return torch.where(known.unsqueeze(-1), own, rows)
+
+
+def asked_inputs(
+    model: PreTrainedModel,
+    block: Mapping[str, Any],
+    ids: Tensor,
+    mask: Tensor | None,
+    ask: float | str | Sequence[float | str],
+) -> tuple[Tensor, Tensor]:
+    """Insert the requested return before every opening of the agent, and embed the prompts.
+
+    Args:
+      model: a guided model with a return embedding.
+      block: the entry `returns` of its run metadata.
+      ids: prompts, (B,S).
+      mask: (B,S), 0 for padding; None = no padding.
+      ask: one requested return for all rows, or one per row.
+    Returns: embeddings (B,T,width) and mask (B,T), padded on the left.
+    Raises: InputError if a request or prompt cannot be used.
+    """
+    own = model.get_input_embeddings()
+    return_tokens = ReturnTokens.from_block(block, own.weight.shape[0], None)
+    asks = [ask] * len(ids) if isinstance(ask, int | float | str) else list(ask)
+    real = torch.ones_like(ids) if mask is None else mask
+    rows = []
+    for row, kept, asked in zip(ids, real.bool(), asks, strict=True):
+        check_ask(asked)
+        value = return_tokens.scale.named_ask(asked) if isinstance(asked, str) else asked
+        prompt, past = row[kept].tolist(), block.get("past_opening")
+        rows.append(ids.new_tensor(with_return_ids(prompt, block["opening"], return_tokens.ids(value), past)))
+    # Padded on the left, because generate continues after the last column; the mask hides the padding id 0.
+    padded = pad_sequence(rows, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    return model.return_embedding(padded, own), mask

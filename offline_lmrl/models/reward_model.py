@@ -42,7 +42,7 @@ from transformers import (
 
 from offline_lmrl.errors import InputError, reading_pretrained, shown
 from offline_lmrl.models.adapters import check_run_metadata, read_run_metadata, require_peft, run_metadata
-from offline_lmrl.models.guided import from_scratch
+from offline_lmrl.models.loading import from_scratch
 from offline_lmrl.tokens.comparison_batching import ComparisonBatch
 from offline_lmrl.tokens.windows import WindowRule
 
@@ -164,7 +164,7 @@ def build_reward_model(spec: Mapping[str, Any], tokenizer, head: str) -> PreTrai
     """Build a reward model with fresh weights.
 
     Args:
-      spec: model type and config fields, as for `from_scratch` in models/guided.py.
+      spec: model type and config fields, as for `from_scratch` in models/loading.py.
       tokenizer: gives the vocabulary size and special tokens.
       head: the kind of head, "terminal", "turn" or "token".
     Raises: InputError that names a wrong field of `spec`.

@@ -1,8 +1,8 @@
 """What a guided model computes at logged steps: Q, V, log π and what else losses and readers need.
 
 A step is one token that the agent chose, its action, at a state (row, position) before it (tokens/batching.py).
-Notation: B rows of T tokens, width d of the hidden states, H Q heads; N is the number of steps in a batch, M that of
-the steps that close a turn, E that of the environment's tokens.
+Notation: B rows of T tokens, vocabulary size V, width d of the hidden states, H Q heads; N is the number of steps in a
+batch, M that of the steps that close a turn, E that of the environment's tokens.
 
 `StepRequest` is the argument `request` of the guided model's forward, which then returns the result of
 `packed_outputs`. Everything that has parameters so runs inside the forward of the model that DDP or FSDP wraps.
@@ -83,7 +83,7 @@ def packed_outputs(model: PreTrainedModel, request: StepRequest, inputs: Mapping
         row, state = (torch.cat([steps[name], environment[name]]) for name in ("row", "state"))
         # The target of an environment state is the next token of its own row.
         action = torch.cat([action, inputs["input_ids"][environment["row"], environment["state"] + 1]])
-    logits, hidden = model.packed_logits(row, state, **inputs)
+    logits, hidden = packed_logits(model, row, state, **inputs)
     log_prob = -F.cross_entropy(logits.float(), action, reduction="none")
     packed = {"log_prob": log_prob[: len(steps["row"])]}
     if environment is not None:
@@ -94,6 +94,26 @@ def packed_outputs(model: PreTrainedModel, request: StepRequest, inputs: Mapping
         read = hidden.detach() if extra is None else torch.cat([hidden.detach(), extra])
         packed |= _values(model, hidden, read, request)
     return packed
+
+
+def packed_logits(model: PreTrainedModel, row: Tensor, state: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute logits at N states only, which saves memory, and the hidden states of all positions.
+
+    Args:
+      model: a guided model, or a PeftModel around one.
+      row: (N,) long, the batch row of each state.
+      state: (N,) long, the position of each state in its row: tokens 0..state have been read.
+      inputs: keyword arguments of the forward for the whole batch, such as `input_ids` and `attention_mask`.
+    Returns: logits (N,V) of the token after each state, and the last hidden states (B,T,d).
+    """
+    head = model.get_output_embeddings()
+    # The head gets (1,N,d), three axes as usual, and multiplies N states instead of B·T.
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][row, state].unsqueeze(0),))
+    try:
+        outputs, hidden = model.forward_with_hidden(use_cache=False, **inputs)
+    finally:
+        handle.remove()
+    return outputs.logits[0], hidden
 
 
 def _without_conditions(model: PreTrainedModel, input_ids: Tensor, share: float) -> Tensor:

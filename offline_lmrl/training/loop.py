@@ -22,25 +22,25 @@ from transformers import PreTrainedTokenizerBase
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.files import read_object, reading
-from offline_lmrl.models.adapters import save_heads
+from offline_lmrl.models.adapters import has_adapter, save_heads
 from offline_lmrl.models.renderers import training_renderer
 from offline_lmrl.renamed import current
 from offline_lmrl.training.checkpoint import (
     DAMAGED,
     STAGING,
     Signals,
-    append_metrics,
+    check_processes,
     filling,
-    keep_metrics_until,
     last_complete,
     missing,
+    move_model,
     publish,
     rotate,
     step_of,
     stopped,
 )
 from offline_lmrl.training.config import BaseConfig
-from offline_lmrl.training.trainer import check_processes, move_model
+from offline_lmrl.training.metrics import append_metrics, keep_metrics_until
 
 
 class Learner:
@@ -336,7 +336,7 @@ class LoopTrainer:
         folder.mkdir(parents=True, exist_ok=True)
         with self.learner.averaged():
             self.model.save_pretrained(folder)
-            if hasattr(self.model, "peft_config"):
+            if has_adapter(self.model):
                 save_heads(self.model, folder)
         self.renderer.tokenizer.save_pretrained(folder)
 

@@ -8,73 +8,52 @@ replies. Packed: a batch also lists the steps, which are the tokens that the age
 computed at these only. An item is what the loss is averaged over: a step, or a comparison.
 """
 
-import json
 import math
-import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import chain, islice, repeat
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-import transformers
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from offline_lmrl.decoding.probe import check_plays, check_trains, probing
 from offline_lmrl.errors import InputError
-from offline_lmrl.logs.files import read_object, reading, sync
 from offline_lmrl.logs.io import data_hash, read_trajectories
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.adapters import (
-    METADATA_FILE,
-    PARTS,
-    load_heads,
+    has_adapter,
     require_peft,
     run_metadata,
-    save_heads,
     unfreeze_heads,
 )
-from offline_lmrl.models.guided import as_guided, build_model, load_model
+from offline_lmrl.models.guided import as_guided
+from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.models.renderers import rendering_block, scheme_of, training_renderer
 from offline_lmrl.models.step_outputs import StepRequest
 from offline_lmrl.models.unreached import freeze_unreached
-from offline_lmrl.tokens.batching import WindowDataset, WindowRef, encode_trajectories
+from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
 from offline_lmrl.tokens.checks import TEMPLATE_ROWS, first_difference
-from offline_lmrl.tokens.comparison_batching import ComparisonDataset, ComparisonRef
+from offline_lmrl.tokens.comparison_batching import ComparisonDataset
 from offline_lmrl.tokens.episodes import EpisodeEncoder, ReturnIdsFor, StepRule
 from offline_lmrl.tokens.few_shot import encode_few_shot
 from offline_lmrl.tokens.printing import MISMATCH
 from offline_lmrl.tokens.rendering import SCHEME, Renderer
 from offline_lmrl.tokens.tokenizers import load_tokenizer
-from offline_lmrl.training.checkpoint import (
-    DAMAGED,
-    STAGING,
-    Signals,
-    append_metrics,
-    filling,
-    keep_metrics_until,
-    last_complete,
-    missing,
-    publish,
-    rotate,
-    step_of,
-    stopped,
-)
+from offline_lmrl.training.checkpoint import CheckpointedTrainer
 from offline_lmrl.training.config import BaseConfig, OfflineConfig
+from offline_lmrl.training.loading import EvenBatches, LengthGroupedSampler, collate_even
+from offline_lmrl.training.metrics import Averages, LossBar, MetricsFile
 
 Dataset = WindowDataset | ComparisonDataset
-CONFIG_FILES = ("config.json", "adapter_config.json")  # a folder without them is no model
 KNOWN_TURN = "a finished agent turn after which the log continues or ends"  # its reward is a training target
 
 
@@ -90,78 +69,6 @@ def require_targets(name: str, weight: float, targets: int, what: str) -> None:
     """
     if weight > 0 and not targets:
         raise InputError(f"{name}: found {weight:g}, expected 0, as no window of the training data holds {what}")
-
-
-class LengthGroupedSampler(torch.utils.data.Sampler[int]):
-    """A sampler that shuffles the rows so that neighbours have similar lengths.
-
-    The shuffled rows are cut into pools of 50 batches; each pool is sorted by length, and then the batches are
-    shuffled. The order depends on (seed, epoch) alone, so that resuming is exact.
-
-    Args:
-      lengths: (rows,) number of tokens of each row.
-      batch_size: rows per batch, over all ranks.
-      seed: seed of the shuffle.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
-        self.lengths, self.pool, self.seed, self.epoch = torch.as_tensor(lengths), 50 * batch_size, seed, 0
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        shuffled = torch.randperm(len(self.lengths), generator=generator)
-        pools = [pool[self.lengths[pool].argsort(descending=True, stable=True)] for pool in shuffled.split(self.pool)]
-        batches = [batch for pool in pools for batch in pool.split(self.batch_size)]
-        full = [batch for batch in batches if len(batch) == self.batch_size]
-        order = torch.randperm(len(full), generator=generator)  # else lengths would fall within each pool
-        rest = [batch for batch in batches if len(batch) < self.batch_size]
-        return iter(torch.cat([*(full[i] for i in order), *rest]).tolist())
-
-
-class EvenBatches(torch.utils.data.BatchSampler):
-    """A batch sampler that gives every rank (process) the same number of batches, all of the same size.
-
-    The last batches of an epoch are filled up with the index `surplus`, which `collate_even` drops. accelerate would
-    repeat the epoch's first rows instead, and they would count twice.
-
-    Args:
-      sampler: yields the indices of the rows in the order of training.
-      batch_size: indices per batch.
-      ranks: number of ranks; the number of batches becomes a multiple of it.
-      surplus: an index that no row has, such as the number of rows.
-    """
-
-    def __init__(self, sampler: torch.utils.data.Sampler[int], batch_size: int, ranks: int, surplus: int):
-        super().__init__(sampler, batch_size, drop_last=False)
-        self.ranks, self.surplus = ranks, surplus
-
-    def __len__(self) -> int:
-        return -(-super().__len__() // self.ranks) * self.ranks
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in chain(super().__iter__(), repeat([], len(self) - super().__len__())):
-            yield batch + [self.surplus] * (self.batch_size - len(batch))
-
-
-def collate_even(items: Sequence[WindowRef | ComparisonRef]) -> Mapping[str, Any]:
-    """Collate a batch of `EvenBatches`, without its surplus indices.
-
-    Every rank must run a forward pass, so a batch of surplus indices only becomes one row without weight in the loss.
-
-    Args:
-      items: references to rows of one data set; the index of a surplus reference is at least the number of rows.
-    Returns: the batch as the data set's `batch` makes it, name -> tensor (or a dict of tensors, or a number).
-    """
-    dataset = items[0].dataset
-    real = [item.index for item in items if item.index < len(dataset)]
-    return dataset.batch(real) if real else dataset.surplus_batch()
 
 
 class TargetUpdates(TrainerCallback):
@@ -186,33 +93,7 @@ class TargetUpdates(TrainerCallback):
         self.count += 1
 
 
-class LossBar(ProgressCallback):
-    """A progress bar that also shows the loss. It prints to stderr, because stdout is for a command's results."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}")
-
-
-class MetricsFile(TrainerCallback):
-    """A callback that appends every logged row to metrics.jsonl in the run directory."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if state.is_world_process_zero:
-            append_metrics(args.output_dir, {"step": state.global_step, **(logs or {})})
-
-
-class ResumedAverages(TrainerCallback):
-    """A callback that restores the running sums of metrics of a resumed trainer before its first step."""
-
-    def __init__(self, trainer: "BaseTrainer"):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.trainer.restore_averages()
-
-
-class BaseTrainer(transformers.Trainer):
+class BaseTrainer(CheckpointedTrainer):
     """A trainer on encoded data: each batch is one dict of tensors and gives one loss per item.
 
     An item is a token that the agent wrote, or a comparison of replies. A subclass defines how data and model are
@@ -236,7 +117,6 @@ class BaseTrainer(transformers.Trainer):
     algorithm = ""
     plays = False  # whether training plays in an environment
     regime = "labels only"
-    signals: Signals | None = None  # training stops at these, after writing a checkpoint
 
     def __init__(
         self,
@@ -272,10 +152,6 @@ class BaseTrainer(transformers.Trainer):
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossBar())
-        self.add_callback(ResumedAverages(self))
-        self._sums: dict[str, Tensor] = {}
-        self._resumed: Path | None = None
-        self._held_at = -1  # the step whose checkpoint waits for the end of its epoch
         self._freeze_unreached()
 
     # Methods for subclasses to define.
@@ -303,7 +179,7 @@ class BaseTrainer(transformers.Trainer):
 
         Args:
           args: the settings.
-          spec: `model_type` and config fields, as for `build_model` in models/guided.py.
+          spec: `model_type` and config fields, as for `build_model` in models/loading.py.
           tokenizer: decides the vocabulary size.
         """
         raise TypeError("this trainer does not define `new_model`")
@@ -414,45 +290,22 @@ class BaseTrainer(transformers.Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         per_item, logged = self.losses(model, inputs)
-        self._add_up(logged)
+        self.averages.add(logged)
         # DDP averages gradients over ranks, but the count is a sum over ranks: multiply once by the world size.
         loss = per_item.sum() * self.args.world_size / num_items_in_batch
         return (loss, logged) if return_outputs else loss
 
-    def _add_up(self, logged: Mapping[str, Tensor], count: bool = True) -> None:
-        """Add the values of each metric, and their number, to the running sums.
-
-        Args:
-          logged: name -> values, a tensor of one axis.
-          count: False: add 0 to both sums. The entries then exist, as they must on every rank when sums are reduced.
-        """
-        for name, values in logged.items():
-            # A rank that does not count adds an empty slice: all ranks must have the same entries to reduce.
-            values = values.detach().float()[: None if count else 0]
-            pair = torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
-
-    def _averages(self, prefix: str = "") -> dict[str, float]:
-        """Return the mean of every metric over all ranks since the last call, with `prefix` before each name."""
-        if not self._sums:
-            return {}
-        total = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum")
-        names, self._sums = list(self._sums), {}
-        # A metric with a count of 0 has no average and is left out: no window had values for it.
-        rows = zip(names, total.tolist(), strict=True)
-        return {prefix + name: added / count for name, (added, count) in rows if count}
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:  # Trainer divides by the steps since a resume
             logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
-        super().log(logs | self._averages() if "loss" in logs else logs, start_time)
+        super().log(logs | self.averages.take(self.accelerator) if "loss" in logs else logs, start_time)
 
     @torch.no_grad()
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """Compute the mean loss and metrics of the whole data set, independent of batch size and number of ranks."""
-        training_sums, self._sums = self._sums, {}
+        training, self.averages = self.averages, Averages()
         dataset, size = dataloader.dataset, self.args.eval_batch_size
         model = self._wrap_model(self.model, training=False).eval()
         starts = range(0, len(dataset), size)
@@ -463,9 +316,9 @@ class BaseTrainer(transformers.Trainer):
             batch = self._prepare_inputs(dataset.batch(range(start, min(start + size, len(dataset)))))
             with self.compute_loss_context_manager():
                 per_item, logged = self.losses(model, batch)
-            self._add_up({"loss": per_item, **logged}, count=number < len(starts))
-        metrics = self._averages(f"{metric_key_prefix}_")
-        self._sums = training_sums
+            self.averages.add({"loss": per_item, **logged}, count=number < len(starts))
+        metrics = self.averages.take(self.accelerator, f"{metric_key_prefix}_")
+        self.averages = training
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataset))
 
     def compare_with_template(self, dialogues: Sequence[Sequence[Turn]]) -> None:
@@ -485,237 +338,6 @@ class BaseTrainer(transformers.Trainer):
                 raise InputError(
                     f"template: found {n} {line}, expected template: assembled to train on them all the same, or plain"
                 )
-
-    # Resuming: exactly, or not at all.
-
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train as Trainer does, but resume exactly.
-
-        A resumed run has the same weights and metrics, bit for bit, as one that was never stopped.
-
-        Args:
-          resume_from_checkpoint: a checkpoint folder; True = the newest complete checkpoint; None or False = start
-            anew.
-          kwargs: further arguments of `Trainer.train`.
-        Raises: InputError if the checkpoint is incomplete or damaged, if it was written by another number of
-          processes, or if there is none for True.
-        """
-        checkpoint = self.last_checkpoint() if resume_from_checkpoint is True else resume_from_checkpoint or None
-        if resume_from_checkpoint is True and checkpoint is None:
-            raise InputError(f"{self.args.output_dir}: found no complete checkpoint, expected one to continue from")
-        self._resumed, step, best = None if checkpoint is None else Path(checkpoint), 0, None
-        if self._resumed is not None:
-            state = self._check_resumable(self._resumed)
-            step, best = state.global_step, state.best_model_checkpoint
-            self.args.eval_on_start = False  # that evaluation was made at step 0
-        self._remove_leftover(Path(self.args.output_dir) / STAGING)
-        if self.args.should_save:
-            keep_metrics_until(self.args.output_dir, step)
-            rotate(self.args.output_dir, step, self.args.save_total_limit, best)
-        self.accelerator.wait_for_everyone()
-        try:
-            output = super().train(checkpoint and str(checkpoint), **kwargs)
-        finally:
-            for callback in self.callback_handler.callbacks:
-                if getattr(callback, "training_bar", None) is not None:  # so that an error is printed below the bar
-                    callback.training_bar.close()
-                    callback.training_bar = None
-        return output._replace(training_loss=output.metrics["train_loss"])
-
-    def last_checkpoint(self) -> Path | None:
-        """Return the newest complete checkpoint of the run; None if there is none.
-
-        Raises: InputError if it was written by another number of processes.
-        """
-        checkpoint = last_complete(self.args.output_dir, self.lacking)
-        if checkpoint is not None:
-            check_processes(checkpoint, self._processes(checkpoint), self.args.world_size)
-        return checkpoint
-
-    def lacking(self, checkpoint: Path) -> list[str]:
-        """Return the names of files that exact resuming needs and the checkpoint does not have."""
-        if hasattr(self.model, "peft_config"):
-            parts = [name for name in PARTS if getattr(self.model, name, None) is not None]
-            weights = ["adapter_model.safetensors", METADATA_FILE, *(f"{name}.safetensors" for name in parts)]
-        else:
-            weights = ["pytorch_model_fsdp*"] if self.is_fsdp_enabled else ["*.safetensors"]
-        optimizer = "global_step*" if self.is_deepspeed_enabled else "optimizer*" if self.is_fsdp_enabled else None
-        optimizer = optimizer or "optimizer.pt"
-        needed = [*weights, optimizer, "scheduler.pt", TRAINER_STATE_NAME, *self._rank_files(checkpoint)]
-        if getattr(self.accelerator, "scaler", None) is not None:
-            needed.append("scaler.pt")
-        return missing(checkpoint, needed)
-
-    def _rank_files(self, checkpoint: Path) -> list[str]:
-        """Return the names of the files that each of the processes wrote into the checkpoint: random states, sums."""
-        first = checkpoint / "averages-0.json"
-        ranks = range(self._processes(checkpoint) if first.exists() else 1)
-        states = ["rng_state.pth"] if len(ranks) == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
-        return [*states, *(f"averages-{rank}.json" for rank in ranks)]
-
-    def _processes(self, checkpoint: Path) -> int:
-        file = checkpoint / "averages-0.json"
-        with reading(file, DAMAGED):
-            return int(read_object(file, DAMAGED)["processes"])
-
-    def _check_resumable(self, checkpoint: Path) -> TrainerState:
-        """Return the trainer state of a checkpoint.
-
-        Raises: InputError if training cannot resume exactly from this checkpoint.
-        """
-        if names := self.lacking(checkpoint):
-            raise InputError(f"{checkpoint}: found no {', '.join(names)}, expected {DAMAGED}")
-        check_processes(checkpoint, self._processes(checkpoint), self.args.world_size)
-        file = checkpoint / TRAINER_STATE_NAME
-        with reading(file, DAMAGED):
-            state = TrainerState.load_from_json(str(file))
-            if state.global_step != step_of(checkpoint):
-                raise ValueError(f"step {state.global_step}")
-        return state
-
-    def _run_epoch(self, *args, **kwargs) -> None:
-        """Run an epoch as Trainer does, or stop if all steps are done.
-
-        After resuming from the checkpoint of the last step, Trainer would take one more step.
-        """
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
-        """Log, save and evaluate as Trainer does, but write a step's checkpoint last, then stop if a signal came.
-
-        After the last step of an epoch, Trainer calls this twice: once for the step and once for the epoch. The
-        checkpoint of that step is therefore not written before the second call.
-
-        Raises: Stopped after a signal, to end training.
-        """
-        step, due = self.state.global_step, self.control.should_save
-        last = self.control.should_training_stop or float(self.state.epoch).is_integer()
-        if last and self._held_at != step:
-            self._held_at, self.control.should_save = step, False
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
-            self.control.should_save = self.control.should_save or due
-            return
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
-        number = None if self.signals is None else self.signals.agreed(self.args.world_size)
-        if number is not None and step < self.state.max_steps:
-            if not due or self.args.save_only_model:
-                # A stopped run must be resumable, so save optimizer and schedule in any case.
-                only, self.args.save_only_model = self.args.save_only_model, False
-                self._save_checkpoint(model, trial)
-                self.args.save_only_model = only
-            raise stopped(number, self.args.output_dir, step, self.state.max_steps)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Save the random state as Trainer does, and the sums of metrics and losses since the last row of metrics."""
-        super()._save_rng_state(output_dir)
-        sums = {name: pair.tolist() for name, pair in self._sums.items()}
-        found = {
-            "processes": self.args.world_size,
-            "logged_at": self._globalstep_last_logged,
-            "sums": sums,
-            "loss": self._tr_loss.item(),
-            "total_loss": self._total_loss_scalar,
-        }
-        file = Path(output_dir) / f"averages-{self.args.process_index}.json"
-        file.write_text(json.dumps(found), encoding="utf-8")
-
-    def restore_averages(self) -> None:
-        """Restore the running sums that `_save_rng_state` saved, if training resumed from a checkpoint."""
-        self._sums = {}
-        if self._resumed is None:
-            return
-        file, device = self._resumed / f"averages-{self.args.process_index}.json", self.args.device
-        with reading(file, DAMAGED):
-            found = read_object(file, DAMAGED)
-            self._tr_loss = torch.tensor(float(found["loss"]), device=device)
-            self._total_loss_scalar = float(found["total_loss"])
-            self._globalstep_last_logged = int(found["logged_at"])
-            self._sums = {name: torch.tensor(pair, device=device) for name, pair in found["sums"].items()}
-
-    # Checkpoints: complete or absent.
-
-    def _get_output_dir(self, trial) -> str:
-        """Return the folder in which Trainer writes checkpoints: a staging folder, from which they are moved."""
-        return os.path.join(super()._get_output_dir(trial), STAGING)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        staging = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        self._remove_leftover(staging)
-        with filling(staging, staging.parent / name):
-            super()._save_checkpoint(model, trial)
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == staging:  # Trainer recorded the staging path
-            self.state.best_model_checkpoint = str(staging.parent / Path(best).name)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            with filling(staging, staging.parent / name):
-                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-            publish(staging / name, staging.parent / name)
-            best = self.state.best_model_checkpoint
-            rotate(staging.parent, self.state.global_step, self.args.save_total_limit, best)
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model in a staging folder first, then move it into its folder (`move_model`)."""
-        if _internal_call:  # part of a checkpoint, which is staged itself
-            return super().save_model(output_dir, _internal_call=True)
-        folder = Path(output_dir or self.args.output_dir)
-        staging = folder / STAGING
-        self._remove_leftover(staging)
-        with filling(staging, folder):
-            super().save_model(str(staging), _internal_call=True)
-            if self.args.should_save:
-                move_model(staging, folder)
-        self.accelerator.wait_for_everyone()
-
-    def _remove_leftover(self, staging: Path) -> None:
-        """Remove a staging folder that a killed process left half written."""
-        if self.args.should_save and staging.exists():
-            shutil.rmtree(staging)
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir=None, state_dict=None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and hasattr(self.model, "peft_config"):
-            save_heads(self.model, output_dir or self.args.output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """Load weights as Trainer does, and with an adapter the heads that are saved beside it.
-
-        Raises: InputError if the checkpoint is damaged, or if weights are missing, where Trainer would only warn.
-        """
-        model, checkpoint = model or self.model, Path(resume_from_checkpoint)
-        for file in checkpoint.glob("*.safetensors"):
-            with reading(file, DAMAGED), safetensors.safe_open(file, "pt"):
-                pass
-        with reading(checkpoint, DAMAGED):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            if hasattr(model, "peft_config"):
-                load_heads(model, resume_from_checkpoint)
-            else:
-                _check_whole(model, checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        scheduler, optimizer = (
-            None if checkpoint is None else Path(checkpoint) / f"{name}.pt" for name in ("scheduler", "optimizer")
-        )
-        if scheduler is not None:  # read first, which is cheap, so that an error names the right file
-            with reading(scheduler, DAMAGED):
-                torch.load(scheduler, weights_only=True)
-        with reading(optimizer, DAMAGED):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with reading(f"{checkpoint}/rng_state", DAMAGED):
-            super()._load_rng_state(checkpoint)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)  # Trainer's own method would not load heads
 
 
 class OfflineTrainer(BaseTrainer):
@@ -922,7 +544,7 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> torch.nn.Module:
       peft_config: a config of peft for the adapter, such as LoraConfig.
     Raises: InputError if the model has an adapter already, or cannot take this one.
     """
-    if hasattr(model, "peft_config"):
+    if has_adapter(model):
         raise InputError("lora: found a model with an adapter already; leave lora out to train that one, or merge it")
     peft = require_peft()
     routers = _linear_layers_with_several_outputs(model)
@@ -962,59 +584,9 @@ def _linear_layers_with_several_outputs(model: PreTrainedModel) -> list[str]:
     return found
 
 
-def _check_whole(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Check that the checkpoint has every weight of the model; of tied weights, one is enough.
-
-    The checkpoint of a mixture of experts fails here, because Trainer would restore only some of its weights.
-
-    Raises: InputError that names a missing weight.
-    """
-    stored: set[str] = set()
-    for file in checkpoint.glob("*.safetensors"):
-        with safetensors.safe_open(file, "pt") as content:
-            stored.update(content.keys())
-    weights = model.state_dict()
-    pointers = {weights[name].data_ptr() for name in stored if name in weights}
-    missing = [name for name, value in weights.items() if value.numel() and value.data_ptr() not in pointers]
-    if missing:
-        raise InputError(f"{checkpoint}: lacks {len(missing)} weights of this model, first {missing[0]}")
-
-
 def tokenizer_beside(model: PreTrainedModel | str) -> PreTrainedTokenizerBase:
     """Return the tokenizer saved with a model (the model, or its folder or hub name).
 
     Raises: InputError if there is none.
     """
     return load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
-
-
-def move_model(staging: Path, folder: Path) -> None:
-    """Move a written model from `staging` into `folder`, which contains it.
-
-    Delete the old config first and move the new one last, so that a half-finished move cannot be loaded.
-    """
-    for name in CONFIG_FILES:
-        (folder / name).unlink(missing_ok=True)
-    for path in sorted(staging.iterdir(), key=lambda path: path.name in CONFIG_FILES):
-        sync(path)
-        os.replace(path, folder / path.name)
-    staging.rmdir()
-
-
-def check_processes(checkpoint: Path, found: int, here: int) -> None:
-    """Check that a checkpoint was written by as many processes as run now.
-
-    Another number of processes would put other rows into a step, because each process reads its share of the rows.
-
-    Args:
-      checkpoint: folder of the checkpoint, for the error message.
-      found: number of processes that wrote the checkpoint.
-      here: number of processes that run now.
-    Raises: InputError if the numbers differ.
-    """
-    if found != here:
-        raise InputError(
-            f"{checkpoint}: found a checkpoint of a run by {found} process(es), expected one by {here}, "
-            f"as this command runs: start {found} (torchrun --nproc_per_node {found}), or take another "
-            "output_dir"
-        )

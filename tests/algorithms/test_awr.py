@@ -11,13 +11,13 @@ from offline_lmrl import run
 from offline_lmrl.algorithms.awr import AWRConfig, AWRTrainer, awr_loss
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
-from offline_lmrl.comparison.compare import training_cost
+from offline_lmrl.comparison.measure import training_cost
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.offline import compute_step_outputs
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import build_model, load_model
+from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.run import DataConfig, ModelConfig
 from offline_lmrl.tokens.few_shot import FewShotConfig
 from offline_lmrl.tokens.tokenizers import train_tokenizer

@@ -10,7 +10,7 @@ from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import build_model, load_model
+from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.tokens.few_shot import FewShotConfig
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 

@@ -10,7 +10,7 @@ from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer, ilql_losses, u
 from offline_lmrl.decoding.policy import LanguagePolicy, generate_texts
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import build_model, load_model
+from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.tokens.batching import WindowDataset
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 

@@ -12,8 +12,9 @@ import yaml
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.algorithms.ppo import PPOConfig, PPOTrainer, Update, check_start, credit, ppo_losses, shape_scores
 from offline_lmrl.algorithms.reward_model import RewardModelConfig, RewardModelTrainer
-from offline_lmrl.comparison.compare import run_compare, training_cost
+from offline_lmrl.comparison.compare import run_compare
 from offline_lmrl.comparison.config import CompareConfig, EvaluationConfig
+from offline_lmrl.comparison.measure import training_cost
 from offline_lmrl.comparison.report import read_results
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.scorers import RewardModel
@@ -23,7 +24,7 @@ from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import read_trajectories, write_trajectories
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context
-from offline_lmrl.models.guided import build_model
+from offline_lmrl.models.loading import build_model
 from offline_lmrl.models.reward_model import build_reward_model, load_reward_model
 from offline_lmrl.ops.policy_gradient import Moments, adaptive_kl_weight, tensorflow_adam_eps
 from offline_lmrl.run import DataConfig, ModelConfig, input_hashes, train, weights_hash

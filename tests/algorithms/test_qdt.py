@@ -12,7 +12,7 @@ from offline_lmrl.decoding.value_model import relabel
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import build_model, load_model
+from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.tokens.conditioning import ReturnScale, ReturnTokens
 from offline_lmrl.tokens.few_shot import FewShotConfig, draw_few_shot, few_shot_ids
 from offline_lmrl.tokens.tokenizers import train_tokenizer

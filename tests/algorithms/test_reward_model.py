@@ -25,7 +25,7 @@ from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import read_trajectories, write_comparisons, write_trajectories
 from offline_lmrl.logs.parallel import map_in_order
 from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context
-from offline_lmrl.models.guided import build_model, load_model
+from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.models.reward_model import build_reward_model, head_of, load_reward_model, option_scores, read_mask
 from offline_lmrl.run import DataConfig, ModelConfig
 from offline_lmrl.tokens import comparison_batching

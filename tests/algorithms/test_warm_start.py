@@ -9,7 +9,7 @@ from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import build_model, load_model
+from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3"], 280)

@@ -11,7 +11,7 @@ from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.prompts import PromptEnvironment
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.logs.trajectory import Turn
-from offline_lmrl.models.guided import build_model
+from offline_lmrl.models.loading import build_model
 from offline_lmrl.tasks.maze import Maze
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.tokenizers import train_tokenizer

@@ -11,7 +11,7 @@ from offline_lmrl.decoding.policy import LanguageSession
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import read_comparisons, read_trajectories, write_comparisons, write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import build_model
+from offline_lmrl.models.loading import build_model
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 ABSTAINED = "dropped: the agent abstained, so there is no reply"

@@ -18,7 +18,8 @@ from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import add_return_heads, add_returns, add_value_heads, as_guided, build_model
+from offline_lmrl.models.guided import add_return_heads, add_returns, add_value_heads, as_guided
+from offline_lmrl.models.loading import build_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tokens.conditioning import ReturnScale
 from offline_lmrl.tokens.rendering import Renderer

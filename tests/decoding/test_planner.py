@@ -14,7 +14,8 @@ from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import add_return_heads, add_returns, add_value_heads, build_model
+from offline_lmrl.models.guided import add_return_heads, add_returns, add_value_heads
+from offline_lmrl.models.loading import build_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
 from offline_lmrl.tokens.conditioning import ReturnScale

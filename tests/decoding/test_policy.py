@@ -10,7 +10,8 @@ from offline_lmrl.decoding.policy import LanguagePolicy, generate_texts
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.trajectory import Turn
-from offline_lmrl.models.guided import add_value_heads, build_model
+from offline_lmrl.models.guided import add_value_heads
+from offline_lmrl.models.loading import build_model
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tokens.rendering import Renderer

@@ -38,7 +38,8 @@ from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.preferences import to_trajectories
 from offline_lmrl.logs.protocols import Scorer
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import add_value_heads, build_model
+from offline_lmrl.models.guided import add_value_heads
+from offline_lmrl.models.loading import build_model
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import build_reward_model, head_of, rescale_head
 from offline_lmrl.models.value_heads import ValueHeadsConfig

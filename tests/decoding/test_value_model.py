@@ -12,7 +12,7 @@ from offline_lmrl.decoding.value_model import compute_step_values, log_encoder, 
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.offline import compute_step_outputs
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import build_model
+from offline_lmrl.models.loading import build_model
 from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 

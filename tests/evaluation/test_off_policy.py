@@ -21,7 +21,7 @@ from offline_lmrl.evaluation.offline import acting_log_prob
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import build_model
+from offline_lmrl.models.loading import build_model
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 

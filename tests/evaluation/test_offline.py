@@ -21,7 +21,8 @@ from offline_lmrl.evaluation.offline import (
 )
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import add_value_heads, build_model
+from offline_lmrl.models.guided import add_value_heads
+from offline_lmrl.models.loading import build_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tasks.corridor import Corridor
 from offline_lmrl.tokens.few_shot import FewShotConfig, few_shot_ids

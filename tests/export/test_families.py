@@ -8,7 +8,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.export.plain import export_run
-from offline_lmrl.models.guided import as_guided, load_model
+from offline_lmrl.models.guided import as_guided
+from offline_lmrl.models.loading import load_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.tokens.tokenizers import train_tokenizer

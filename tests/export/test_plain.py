@@ -17,7 +17,8 @@ from offline_lmrl.errors import InputError
 from offline_lmrl.export.plain import export_run
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
-from offline_lmrl.models.guided import add_returns, add_value_heads, as_guided, build_model, load_model, remove_heads
+from offline_lmrl.models.guided import add_returns, add_value_heads, as_guided, remove_heads
+from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tokens.conditioning import ReturnScale
 from offline_lmrl.tokens.rendering import Renderer

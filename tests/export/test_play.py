@@ -15,7 +15,7 @@ from offline_lmrl.export.plain import export_run
 from offline_lmrl.logs.protocols import Reply
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
-from offline_lmrl.models.guided import load_model
+from offline_lmrl.models.loading import load_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tasks.count import Count
 from offline_lmrl.tokens.rendering import Renderer

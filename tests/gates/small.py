@@ -2,7 +2,7 @@
 
 import transformers
 
-from offline_lmrl.models.guided import build_model
+from offline_lmrl.models.loading import build_model
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 SPEC = {

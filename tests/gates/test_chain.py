@@ -12,7 +12,7 @@ import transformers
 
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import build_model
+from offline_lmrl.models.loading import build_model
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 from offline_lmrl.tokens.windows import WindowRule, policy_window
 

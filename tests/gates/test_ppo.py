@@ -17,7 +17,7 @@ from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import build_model
+from offline_lmrl.models.loading import build_model
 from offline_lmrl.tasks.count import Count
 from offline_lmrl.tokens.tokenizers import train_tokenizer
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
-from offline_lmrl.models.guided import add_value_heads, load_model, remove_heads
+from offline_lmrl.models.guided import add_value_heads, remove_heads
+from offline_lmrl.models.loading import load_model
 from offline_lmrl.models.value_heads import ValueHeads, ValueHeadsConfig
 from tests.tiny_models import guided_model, packed_of, tiny_batch, tiny_model
 

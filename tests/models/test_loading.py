@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from offline_lmrl.errors import InputError
-from offline_lmrl.models.guided import add_value_heads, as_guided, build_model, guided_class, load_model, remove_heads
+from offline_lmrl.models.guided import add_value_heads, as_guided, guided_class, remove_heads
+from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from tests.families import small_model
 from tests.tiny_models import FAMILIES, VOCABULARY, guided_model, packed_of, tiny_batch, tiny_model

@@ -6,7 +6,8 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from offline_lmrl.errors import InputError
-from offline_lmrl.models.guided import add_returns, add_value_heads, as_guided, load_model
+from offline_lmrl.models.guided import add_returns, add_value_heads, as_guided
+from offline_lmrl.models.loading import load_model
 from offline_lmrl.models.plain import add_to_lm_head, head_scale, plain, q_matrix, spell_returns
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from tests.models.test_return_embedding import BLOCK, NULL, REWARDS, conditioned

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from offline_lmrl.logs.trajectory import Trajectory, Turn
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
-from offline_lmrl.models.guided import add_returns, add_value_heads, as_guided, load_model, remove_heads
+from offline_lmrl.models.guided import add_returns, add_value_heads, as_guided, remove_heads
+from offline_lmrl.models.loading import load_model
 from offline_lmrl.models.return_embedding import ReturnEmbedding
 from offline_lmrl.models.value_heads import ValueHeadsConfig
 from offline_lmrl.tokens.conditioning import ReturnScale

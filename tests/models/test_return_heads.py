@@ -6,7 +6,8 @@ import torch
 from torch.testing import assert_close
 
 from offline_lmrl.models.adapters import save_heads, unfreeze_heads
-from offline_lmrl.models.guided import add_return_heads, add_returns, as_guided, load_model, remove_heads
+from offline_lmrl.models.guided import add_return_heads, add_returns, as_guided, remove_heads
+from offline_lmrl.models.loading import load_model
 from offline_lmrl.models.return_heads import BinHead, fit_bins
 from tests.models.test_return_embedding import BLOCK, NULL
 from tests.tiny_models import FAMILIES, packed_of, tiny_batch, tiny_model

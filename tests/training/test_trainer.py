@@ -13,15 +13,16 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
-import offline_lmrl.training.trainer as training
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.errors import InputError, Stopped
 from offline_lmrl.logs.trajectory import Trajectory, Turn
-from offline_lmrl.models.guided import build_model, load_model
+from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.tokens.episodes import RE_ENCODED
 from offline_lmrl.tokens.tokenizers import train_tokenizer
+from offline_lmrl.training import checkpoint as checkpoint_module
+from offline_lmrl.training import loading
 from offline_lmrl.training.checkpoint import Signals, noted_signals, rotate
-from offline_lmrl.training.trainer import LengthGroupedSampler
+from offline_lmrl.training.loading import LengthGroupedSampler
 from tests.tiny import TOKENIZERS
 
 TOKENIZER = train_tokenizer(["left right up down", "you are at 1 2 3 4 5 6 7 8 9"], 300)
@@ -201,7 +202,7 @@ def test_a_checkpoint_is_the_last_that_is_written_at_a_step(tmp_path, monkeypatc
         written[int(checkpoint.name.partition("-")[2])] = len(rows(tmp_path)) if metrics.exists() else 0
         os.replace(folder, checkpoint)
 
-    monkeypatch.setattr(training, "publish", publish)
+    monkeypatch.setattr(checkpoint_module, "publish", publish)
     run = trainer(tmp_path, held_out=logs(3), **SAVES | {"save_steps": 1, "logging_strategy": "epoch"}, **EVALUATES)
     run.train()
     assert run.state.epoch > 1 and sorted(written) == list(range(1, 9))
@@ -314,7 +315,7 @@ def test_the_oldest_checkpoints_go_first_and_one_of_a_later_step_is_not_counted(
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
-import offline_lmrl.training.trainer as training
+from offline_lmrl.training import checkpoint
 from test_trainer import trainer
 run = trainer({folder!r}, save_strategy="steps", save_steps=2, max_steps=6)
 def die_in_the_second_save(function, when):
@@ -326,7 +327,7 @@ def die_in_the_second_save(function, when):
 if {moment!r} == "weights are written":
     run._save_optimizer_and_scheduler = die_in_the_second_save(run._save_optimizer_and_scheduler, lambda folder: True)
 else:
-    training.publish = die_in_the_second_save(training.publish, lambda written, final: True)
+    checkpoint.publish = die_in_the_second_save(checkpoint.publish, lambda written, final: True)
 run.train()
 """
 
@@ -374,7 +375,7 @@ def test_an_adapter_that_is_half_replaced_is_no_model(tmp_path, lora, monkeypatc
         if path.name == "adapter_model.safetensors":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "sync", stop)
+    monkeypatch.setattr(checkpoint_module, "sync", stop)
     with pytest.raises(KeyboardInterrupt):
         run.save_model(str(tmp_path / "run"))
     with pytest.raises(InputError):
@@ -466,10 +467,10 @@ def test_items_behind_the_end_of_the_data_count_for_nothing(tmp_path):
     run = trainer(tmp_path)
     data = run.train_dataset
     surplus = data[len(data)]
-    batch = training.collate_even([surplus, surplus])
+    batch = loading.collate_even([surplus, surplus])
     assert run.items_in(batch) == 0 and not batch["action_mask"].any() and len(batch["input_ids"]) >= 1
     assert run.losses(run.model, batch)[0].sum() == 0.0
-    assert run.items_in(training.collate_even([data[1], surplus])) == run.items_in(data.batch([1]))
+    assert run.items_in(loading.collate_even([data[1], surplus])) == run.items_in(data.batch([1]))
 
 
 @pytest.mark.parametrize("change", [lambda r: r - 1, lambda r: 10 * r], ids=["r - 1", "10 r"])
