@@ -441,7 +441,7 @@ class Observer:
                 logits = logits.masked_fill(~_mask([allowed[i] for i in places], logits), -torch.inf)
             if filtered or restricted:
                 # Updates normalise over the same tokens as the sampler did, so that ρ is 1 before the first step.
-                kept = filter_policy(logits, play.form) > -torch.inf
+                kept = filter_policy(logits, play) > -torch.inf
                 experience.keep(places, kept)
             log_probs = log_distribution(logits, play.temperature, kept)
             action = batch["steps"]["action"].unsqueeze(-1)
@@ -470,7 +470,7 @@ class Observer:
         found = []
         for episode, turn, k in experience.tokens():
             options = trajectories[episode].labels.get("options", {}).get(str(turn))
-            ids = [self.player.sampler.ids_of_option[text] for text in options or ()]
+            ids = [self.player.sampler.options.ids_of[text] for text in options or ()]
             # Allowed next tokens are those of the options that start with the k tokens sampled so far.
             sampled = trajectories[episode].turns[turn].token_ids[:k]
             allowed = [option[k] for option in ids if option[:k] == sampled and len(option) > k]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from offline_lmrl.decoding.distribution import ModelOutputs, next_token, reduce_q
+from offline_lmrl.decoding.distribution import ModelOutputs, lookup_in, next_token, reduce_q
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.value_model import log_encoder
 from offline_lmrl.errors import InputError
@@ -258,8 +258,8 @@ def decoding_log_prob(policy: LanguagePolicy, logits: Tensor, q: Tensor, v: Tens
       v: (n,), in scaled reward units; used only if `policy.decoding` limits the advantage (`clip`).
       beta: weight of value guidance; 0 = none.
     """
-    outputs = ModelOutputs(q=lambda ids: q if ids is None else q.gather(-1, ids.expand(len(q), -1, -1)), v=lambda: v)
-    form = replace(policy.decoding.form, beta=beta)
+    outputs = ModelOutputs(q=lookup_in(q), v=lambda: v)
+    form = replace(policy.decoding, beta=beta)
     return next_token(logits, form, outputs).over_vocabulary(logits.shape[-1])
 
 

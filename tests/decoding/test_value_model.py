@@ -8,6 +8,7 @@ import torch
 
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
 from offline_lmrl.decoding.policy import LanguagePolicy, load_value_model
+from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.decoding.value_model import compute_step_values, log_encoder, relabel
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.offline import compute_step_outputs
@@ -99,7 +100,7 @@ def test_relabelled_returns_equal_those_worked_out_from_q_and_v_per_token(tmp_pa
 
 
 def test_the_q_label_is_the_smaller_target_of_the_closing_token(tmp_path):
-    judge = critic(tmp_path, "linear", q_reduce="mean")  # how the run decodes does not matter
+    judge = critic(tmp_path, "linear", decoding=DecodingConfig(q_reduce="mean"))  # how the run decodes does not matter
     first, one, cut, finished = returns(relabel(LOGS, judge, "q"))
     judge.decoding = type(judge.decoding)(q_reduce="min")
     steps = compute_step_outputs(judge, LOGS)
