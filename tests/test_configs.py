@@ -3,14 +3,13 @@
 import inspect
 
 import pytest
-from rich.console import Console
 from transformers import AutoConfig
 
 from offline_lmrl.cli.data import _source, config_path, shipped_configs
 from offline_lmrl.cli.parser import read_settings
 from offline_lmrl.cli.train import train_settings
-from offline_lmrl.comparison.compare import _Comparison
 from offline_lmrl.comparison.config import CompareConfig
+from offline_lmrl.comparison.resolve import resolve
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.tasks import ENVIRONMENTS
 
@@ -52,7 +51,7 @@ def test_what_a_config_prepares_is_what_it_reads(name):
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_comparison_builds_what_every_run_is_given(name):
     config = CompareConfig.read(config_path(name), {"args.use_cpu": True})
-    _Comparison(config, Console()).check_settings()
+    resolve(config)
     assert config.environment["name"] in ENVIRONMENTS
 
 

@@ -16,7 +16,7 @@ from offline_lmrl import run
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig
 from offline_lmrl.algorithms.ilql import ILQLConfig
 from offline_lmrl.algorithms.reward_model import RewardModelConfig
-from offline_lmrl.comparison.compare import training_cost
+from offline_lmrl.comparison.measure import training_cost
 from offline_lmrl.decoding.scorers import TOO_LONG
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison

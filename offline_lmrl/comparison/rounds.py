@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from offline_lmrl.algorithms import load_algorithm
-from offline_lmrl.comparison.config import CollectConfig
+from offline_lmrl.comparison.methods import CollectConfig
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout

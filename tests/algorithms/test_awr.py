@@ -11,7 +11,7 @@ from offline_lmrl import run
 from offline_lmrl.algorithms.awr import AWRConfig, AWRTrainer, awr_loss
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.algorithms.ilql import ILQLConfig, ILQLTrainer
-from offline_lmrl.comparison.compare import training_cost
+from offline_lmrl.comparison.measure import training_cost
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation.offline import measure_logs

@@ -12,8 +12,9 @@ import yaml
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.algorithms.ppo import PPOConfig, PPOTrainer, ppo_losses
 from offline_lmrl.algorithms.reward_model import RewardModelConfig, RewardModelTrainer
-from offline_lmrl.comparison.compare import run_compare, training_cost
+from offline_lmrl.comparison.compare import run_compare
 from offline_lmrl.comparison.config import CompareConfig, EvaluationConfig
+from offline_lmrl.comparison.measure import training_cost
 from offline_lmrl.comparison.report import read_results
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.scorers import RewardModel

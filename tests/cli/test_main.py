@@ -21,7 +21,8 @@ from offline_lmrl.cli import main as cli
 from offline_lmrl.cli.data import SOURCES, prepare_from_settings
 from offline_lmrl.cli.parser import Parser, field_help, nearest, overrides_of, read_settings
 from offline_lmrl.cli.play import read_prompts
-from offline_lmrl.comparison.config import CompareConfig, MethodConfig
+from offline_lmrl.comparison.config import CompareConfig
+from offline_lmrl.comparison.methods import MethodConfig
 from offline_lmrl.decoding.planner import PlannerConfig
 from offline_lmrl.decoding.policy import LanguagePolicy, LanguageSession
 from offline_lmrl.decoding.sampler import DecodingConfig

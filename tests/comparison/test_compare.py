@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from offline_lmrl.cli.main import main
-from offline_lmrl.comparison import compare
+from offline_lmrl.comparison import compare, measure, resolve, runs, schedule, storage
 from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.comparison.report import read_results, table
 from offline_lmrl.decoding.sampler import DecodingConfig
@@ -22,6 +22,7 @@ from offline_lmrl.logs.io import write_comparisons, write_trajectories
 from offline_lmrl.logs.protocols import Reply
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.tasks.gamble import Gamble
+from offline_lmrl.training.metrics import read_metrics
 
 KL = {1.0: 0.05, 2.0: 0.1, 4.0: 0.2, 8.0: 0.9}
 
@@ -38,7 +39,7 @@ class Gambler:
 
     @classmethod
     def load(cls, run, **decoding):
-        return cls(SimpleNamespace(run=run.name), None, DecodingConfig(**decoding))
+        return cls(SimpleNamespace(run=Path(run).name), None, DecodingConfig(**decoding))
 
     def with_decoding(self, **changes):
         return replace(self, decoding=replace(self.decoding, **changes))
@@ -75,7 +76,7 @@ def world(tmp_path, monkeypatch):
     trained, critics = [], []
 
     def train(algorithm, model, data, args):
-        folder = tmp_path / "out" / "runs" / args.output_dir.rpartition("/")[2]
+        folder = Path(args.output_dir)
         if not (folder / "complete.json").exists():
             trained.append((folder.name, algorithm, model.path, args.seed))
             critics.append(getattr(args, "value_model", None))
@@ -85,9 +86,10 @@ def world(tmp_path, monkeypatch):
         return folder
 
     Gambler.played, Gambler.asked = [], set()
-    monkeypatch.setattr(compare, "train", train)
-    monkeypatch.setattr(compare, "LanguagePolicy", Gambler)
-    monkeypatch.setattr(compare, "evaluate_offline", evaluate_offline)
+    monkeypatch.setattr(runs, "train", train)
+    for module in (measure, schedule):
+        monkeypatch.setattr(module, "LanguagePolicy", Gambler)
+    monkeypatch.setattr(measure, "evaluate_offline", evaluate_offline)
     monkeypatch.setattr(compare, "write_report", lambda folder: folder / "report")  # figures would take a second each
     settings = {
         "environment": {"name": "gamble"},
@@ -119,7 +121,7 @@ def run(world, prepare=None, **overrides):
     return compare.run_compare(config, prepare=prepare, console=Console(quiet=True))
 
 
-def runs(world):
+def run_rows(world):
     return [row for row in read_results(world.out / "results.jsonl") if row["kind"] == "run"]
 
 
@@ -145,10 +147,10 @@ def test_a_critic_is_another_methods_run_of_the_same_seed(world):
 
 def test_results_behind_another_critic_are_refused_and_those_without_one_stay(world):
     run(world)
-    first = runs(world)
+    first = run_rows(world)
     world.settings["methods"]["awr"] = AWR
     run(world)
-    assert runs(world)[: len(first)] == first
+    assert run_rows(world)[: len(first)] == first
     with pytest.raises(InputError, match="awr: method.0.value_model.0.args.expectile: found 0.5, expected 0.7"):
         world.settings["methods"]["other"] = {**world.settings["methods"]["ilql"], "args": {"expectile": 0.7}}
         run(world, methods__awr__value_model="other")
@@ -158,7 +160,7 @@ def test_results_behind_another_critic_are_refused_and_those_without_one_stay(wo
 
 def test_results_hold_a_row_per_method_seed_and_setting(world):
     run(world, seeds=[0, 1])
-    rows = runs(world)
+    rows = run_rows(world)
     assert len(rows) == 2 * (2 + 4)
     assert {row["beta_chosen"] for row in rows if row["method"] == "bc"} == {None}
     greedy = next(row for row in rows if row["method"] == "bc" and row["decode"] == "greedy")
@@ -172,7 +174,9 @@ def test_results_hold_a_row_per_method_seed_and_setting(world):
 
 def test_beta_is_chosen_within_the_budget_and_by_returns_on_other_episodes(world):
     run(world)
-    rows = [row for row in runs(world) if row["method"] == "ilql" and row["decode"] == "sampled" and row["seed"] == 0]
+    rows = [
+        row for row in run_rows(world) if row["method"] == "ilql" and row["decode"] == "sampled" and row["seed"] == 0
+    ]
     offline, returns = rows
     assert (offline["beta_chosen"], offline["beta"]) == ("offline", 2.0)  # KL .1 is within .1, .2 is not
     assert (returns["beta_chosen"], returns["beta"]) == ("returns", 4.0)  # 8 spoils the text; 4 is never a gamble
@@ -184,12 +188,12 @@ def test_beta_is_chosen_within_the_budget_and_by_returns_on_other_episodes(world
 
 def test_an_unstated_selection_leaves_the_choice_by_returns_out(world):
     run(world, evaluation__selection=None)
-    assert {row["beta_chosen"] for row in runs(world)} == {None, "offline"}
+    assert {row["beta_chosen"] for row in run_rows(world)} == {None, "offline"}
 
 
 def test_rows_hold_what_the_report_shows(world):
     run(world, seeds=[3, 1])
-    rows = runs(world)
+    rows = run_rows(world)
     first = rows[0]
     assert [len(scores) for scores in first["scores"]] == [n for *_, n in first["cells"]]
     assert sum(map(sum, first["scores"])) == pytest.approx(first["score"] * first["n"])
@@ -209,7 +213,7 @@ def test_the_curve_of_a_run_that_played_is_kept_thinned(tmp_path):
         for i in range(120)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"train_runtime": 1}]))
-    curve = compare.learning_curve(tmp_path)
+    curve = measure.learning_curve(read_metrics(tmp_path))
     assert [row["environment_steps"] for row in curve] == list(range(0, 1200, 30))
     assert curve[1] == {"environment_steps": 30, "reward_queries": 3, "score": 0.5, "kl": None}
 
@@ -242,9 +246,9 @@ def test_a_finished_comparison_measures_nothing_again(world):
 
 def test_an_interrupted_comparison_goes_on_where_it_stopped(world, monkeypatch):
     run(world)
-    whole = runs(world)
+    whole = run_rows(world)
     shutil.rmtree(world.out)
-    original, calls = compare.evaluate_policy, []
+    original, calls = measure.evaluate_policy, []
 
     def stopped(*args, **keywords):
         calls.append(1)
@@ -252,26 +256,26 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(world, monkeypatch):
             raise KeyboardInterrupt
         return original(*args, **keywords)
 
-    monkeypatch.setattr(compare, "evaluate_policy", stopped)
+    monkeypatch.setattr(measure, "evaluate_policy", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(world)
-    kept = runs(world)
+    kept = run_rows(world)
     assert 0 < len(kept) < len(whole)
-    monkeypatch.setattr(compare, "evaluate_policy", original)
+    monkeypatch.setattr(measure, "evaluate_policy", original)
     run(world)
 
     def facts(rows):
         return [{k: v for k, v in row.items() if k != "cost"} for row in rows]
 
-    assert facts(runs(world)) == facts(whole) and runs(world)[: len(kept)] == kept
+    assert facts(run_rows(world)) == facts(whole) and run_rows(world)[: len(kept)] == kept
 
 
 def test_more_seeds_and_methods_are_added_to_what_is_there(world):
     run(world, seeds=[0])
-    first = runs(world)
+    first = run_rows(world)
     world.settings["methods"]["again"] = {"algorithm": "bc", "args": {"keep_share": 0.5}}
     run(world, seeds=[0, 7])
-    rows = runs(world)
+    rows = run_rows(world)
     assert rows[: len(first)] == first and {row["seed"] for row in rows} == {0, 7}
     assert {row["method"] for row in rows} == {"bc", "ilql", "again"}
 
@@ -320,7 +324,7 @@ def test_the_table_is_written_and_redrawn_from_the_results_and_its_main_columns_
 
 def test_repeats_are_for_sampled_play_only(world):
     run(world, evaluation__repeats=2)
-    assert {(row["decode"], row["n"]) for row in runs(world)} == {("sampled", 60), ("greedy", 30)}
+    assert {(row["decode"], row["n"]) for row in run_rows(world)} == {("sampled", 60), ("greedy", 30)}
 
 
 @pytest.mark.parametrize(
@@ -417,7 +421,7 @@ def test_a_partner_is_trained_once_and_handed_to_the_environment(world):
 
 
 def test_what_learns_by_playing_may_play_elsewhere_than_is_reported(world, monkeypatch):
-    learnt, played, stand_in = [], [], compare.train
+    learnt, played, stand_in = [], [], runs.train
 
     def train(*entry, environment=None, players=None):
         learnt.append(environment)
@@ -427,8 +431,9 @@ def test_what_learns_by_playing_may_play_elsewhere_than_is_reported(world, monke
         played.append(settings)
         return Gamble
 
-    monkeypatch.setattr(compare, "train", train)
-    monkeypatch.setattr(compare, "make_environment", make)
+    monkeypatch.setattr(runs, "train", train)
+    for module in (measure, resolve, storage):
+        monkeypatch.setattr(module, "make_environment", make)
     world.settings["environment"] = {"name": "gamble", "strip": "last"}
     world.settings["methods"] = {"bc": {"algorithm": "bc"}, "ppo": {"algorithm": "ppo", "from": "bc"}}
     run(world, training_environment={"strip": "first"})
@@ -459,7 +464,7 @@ def test_the_real_trainer_and_policy_fit_together(world, monkeypatch):
     selection = {"episodes": 2, "first_seed": 500}
     world.settings["methods"]["awr"] = AWR
     run(world, evaluation={"episodes": 3, "betas": [1], "decoding": {"max_new_tokens": 2}, "selection": selection})
-    rows = runs(world)
+    rows = run_rows(world)
     assert [(row["method"], row["beta_chosen"]) for row in rows] == [
         ("bc", None),
         ("bc", None),
@@ -481,7 +486,7 @@ def test_a_method_may_play_anothers_run_in_its_own_way(world):
     world.settings["methods"]["cold"] = {"run_of": "ilql", "decoding": {"temperature": 0.5}, "betas": []}
     run(world)
     assert [call[0] for call in world.trained] == ["bc-0", "ilql-0"]
-    cold = [row for row in runs(world) if row["method"] == "cold"]
+    cold = [row for row in run_rows(world) if row["method"] == "cold"]
     assert [(row["decode"], row["beta"], row["beta_chosen"]) for row in cold] == [
         ("sampled", 0, None),
         ("greedy", 0, None),
@@ -496,13 +501,13 @@ def test_rewards_are_the_labels_or_another_methods_run_of_the_same_seed(world, t
     asked, said = (Turn("user", "safe or gamble?"),), [(Turn("assistant", text),) for text in ("safe", "gamble")]
     for name in ("train", "validation"):
         write_comparisons(tmp_path / f"{name}.jsonl", [Comparison(asked, said, (1.0, 0.0), group=name)])
-    preferences, train = [], compare.train
+    preferences, train = [], runs.train
 
     def noted(algorithm, model, data, args):
         preferences.append((args.output_dir.rpartition("/")[2], data.preference))
         return train(algorithm, model, data, args)
 
-    monkeypatch.setattr(compare, "train", noted)
+    monkeypatch.setattr(runs, "train", noted)
     world.settings["methods"] = {
         "bc": {"algorithm": "bc", "preference": {"reward": "sign"}},
         "ilql": {"algorithm": "ilql", "reward_model": "reward_model", "preference": {"normalise": "none"}},
@@ -538,7 +543,7 @@ def test_what_is_asked_for_may_be_anothers_v(world):
     world.settings["methods"] = {"told": told} | methods
     run(world)
     assert sorted(call[0] for call in world.trained) == ["bc-0", "ilql-0", "told-0"]
-    told = next(row for row in runs(world) if row["method"] == "told")
+    told = next(row for row in run_rows(world) if row["method"] == "told")
     assert told["cost"]["training_tokens"] == 2000 and told["beta_chosen"] is None
     assert Gambler.asked == {None, f"auto:{world.out / 'runs' / 'ilql-0'}"}
     with pytest.raises(InputError, match="told: method.0.*: found"):
@@ -560,7 +565,7 @@ def test_a_planned_row_stands_beside_the_others_and_its_scorer_is_the_same_seeds
         "evaluation": {"episodes": 3, "decoding": {"max_new_tokens": 2}},
     }
     run(world)
-    rows = runs(world)
+    rows = run_rows(world)
     assert [(row["decode"], row["beta_chosen"]) for row in rows] == [
         ("sampled", None),
         ("greedy", None),
@@ -575,7 +580,7 @@ def test_a_planned_row_stands_beside_the_others_and_its_scorer_is_the_same_seeds
         run(world, methods__ilql__args__expectile=0.7)
     world.settings["methods"]["bc"]["planner"] = None  # other rows do not hang on the plans
     run(world)
-    assert runs(world) == rows
+    assert run_rows(world) == rows
 
 
 def test_workers_give_the_rows_that_one_process_gives(world, tmp_path, monkeypatch):
@@ -602,7 +607,7 @@ def test_workers_give_the_rows_that_one_process_gives(world, tmp_path, monkeypat
 
 
 def test_what_learns_by_playing_gives_replies_as_long_as_it_is_measured_by(world, monkeypatch):
-    lengths, stand_in = {}, compare.train
+    lengths, stand_in = {}, runs.train
 
     def train(*entry, environment=None, players=None):
         lengths[Path(entry[3].output_dir).name] = getattr(entry[3], "decoding", None)
@@ -612,8 +617,8 @@ def test_what_learns_by_playing_gives_replies_as_long_as_it_is_measured_by(world
         lengths["rounds-0"] = entry[5].decoding
         return stand_in(*entry[:4])
 
-    monkeypatch.setattr(compare, "train", train)
-    monkeypatch.setattr(compare, "train_in_rounds", train_in_rounds)
+    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(runs, "train_in_rounds", train_in_rounds)
     world.settings["evaluation"]["decoding"] = {"max_new_tokens": 5, "temperature": 0.7}
     world.settings["methods"] = {
         "ppo": {"algorithm": "ppo"},
@@ -632,7 +637,7 @@ def test_what_learns_by_playing_gives_replies_as_long_as_it_is_measured_by(world
         "rounds-0": {"max_new_tokens": 5, "support": 0.1},
         "bc-0": None,
     }
-    (ppo, *_) = [row for row in runs(world) if row["method"] == "ppo"]
+    (ppo, *_) = [row for row in run_rows(world) if row["method"] == "ppo"]
     assert ppo["config"]["method"][0]["args"]["decoding"] == {"max_new_tokens": 5}
     del world.settings["evaluation"]["decoding"]
     world.settings["output"] += "_without"
@@ -664,7 +669,7 @@ def test_a_reply_longer_than_the_window_is_refused_by_the_setting_that_says_so(w
 
 def failing(world, monkeypatch, **errors):
     """Trainings of these methods raise these errors."""
-    stand_in = compare.train
+    stand_in = runs.train
 
     def train(*entry, environment=None, players=None):
         name = Path(entry[3].output_dir).name.rpartition("-")[0]
@@ -672,7 +677,7 @@ def failing(world, monkeypatch, **errors):
             raise errors[name]
         return stand_in(*entry)
 
-    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(runs, "train", train)
 
 
 def test_a_method_that_fails_takes_those_with_it_that_need_it_and_no_other(world, monkeypatch):
@@ -699,7 +704,7 @@ def test_a_method_that_fails_takes_those_with_it_that_need_it_and_no_other(world
         f"`offline-lmrl compare {world.out}` reports on the rest, and the same command tries the missing runs again"
     )
     assert {call[0] for call in world.trained} == {"told-0", "planned-0", "bc-0", "ilql-0"}
-    measured = {(row["method"], row["decode"]) for row in runs(world)}
+    measured = {(row["method"], row["decode"]) for row in run_rows(world)}
     assert measured == {(name, decode) for name in ("planned", "bc", "ilql") for decode in ("sampled", "greedy")}
     drawn = {line.split()[1] for line in (world.out / "table.md").read_text().splitlines()[2:]}
     assert drawn == {"behaviour", "optimum", "PPO", "planned", "bc", "ilql"}
@@ -707,7 +712,7 @@ def test_a_method_that_fails_takes_those_with_it_that_need_it_and_no_other(world
     world.trained.clear()
     run(world)
     assert {call[0] for call in world.trained} == {"broken-0", "from-0", "after-0", "critic-0"}
-    assert {row["method"] for row in runs(world)} == {*world.settings["methods"], "planned"}
+    assert {row["method"] for row in run_rows(world)} == {*world.settings["methods"], "planned"}
 
 
 def test_a_method_that_fails_in_play_keeps_the_rows_it_has_and_its_run_serves_others(world, monkeypatch):
@@ -722,12 +727,12 @@ def test_a_method_that_fails_in_play_keeps_the_rows_it_has_and_its_run_serves_ot
         patch.setattr(Gambler, "reply", reply)
         with pytest.raises(Failed, match="^bc-0 failed: RuntimeError: out of memory; `offline-lmrl compare"):
             run(world)
-    assert [(row["method"], row["decode"]) for row in runs(world)] == [
+    assert [(row["method"], row["decode"]) for row in run_rows(world)] == [
         ("bc", "sampled"),
         *[("ilql", decode) for decode in ("sampled", "greedy") for _ in ("offline", "returns")],
     ]
     run(world)
-    assert [row["decode"] for row in runs(world) if row["method"] == "bc"] == ["sampled", "greedy"]
+    assert [row["decode"] for row in run_rows(world) if row["method"] == "bc"] == ["sampled", "greedy"]
 
 
 def test_results_that_cannot_be_saved_and_signals_stop_everything(world, monkeypatch):
@@ -736,7 +741,7 @@ def test_results_that_cannot_be_saved_and_signals_stop_everything(world, monkeyp
         with pytest.raises(KeyboardInterrupt):
             run(world)
     assert not world.trained
-    monkeypatch.setattr(compare._Comparison, "add", lambda comparison, row: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(storage.Storage, "add", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         run(world)
     assert len(Gambler.played) == 1
@@ -761,7 +766,7 @@ def test_the_command_names_the_method_that_failed_behind_the_table(world, monkey
 def test_a_table_of_which_every_method_failed_is_drawn(world, monkeypatch):
     monkeypatch.undo()  # the report is drawn
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(compare, "train", lambda *entry: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(runs, "train", lambda *entry: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(Failed, match="^bc-0 failed: MemoryError; ilql-0 skipped because of bc; "):
         run(world)
     assert "optimum" in (world.out / "report" / "report.md").read_text()
@@ -814,8 +819,8 @@ def test_failures_of_training_and_of_play_are_the_same_in_one_process_and_in_sev
         "ppo-0, long-0 failed: RuntimeError: the machine is full; "
         "after-0 skipped because of ppo; `offline-lmrl compare"
     )
-    assert [(row["method"], row["decode"]) for row in runs(world)] == [("bc", "sampled"), ("bc", "greedy")]
+    assert [(row["method"], row["decode"]) for row in run_rows(world)] == [("bc", "sampled"), ("bc", "greedy")]
     assert "bc, sampled" in (world.out / "report" / "report.md").read_text()
     (tmp_path / "fragile").unlink()
     run(world, workers=workers)
-    assert {row["method"] for row in runs(world)} == {"bc", "ppo", "after", "long"}
+    assert {row["method"] for row in run_rows(world)} == {"bc", "ppo", "after", "long"}

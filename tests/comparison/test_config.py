@@ -1,11 +1,10 @@
 import re
 
 import pytest
-from rich.console import Console
 
 from offline_lmrl.cli.data import config_path
-from offline_lmrl.comparison.compare import _Comparison
 from offline_lmrl.comparison.config import CompareConfig
+from offline_lmrl.comparison.resolve import resolve
 from offline_lmrl.errors import InputError
 
 FILE = """
@@ -97,8 +96,11 @@ def test_selection_may_share_seeds_when_its_environment_is_another(file):
         ),
         ({"sedes": [1]}, "sedes: found a setting that does not exist; did you mean 'seeds'"),
         ({"methods.bc.algoritm": "bc"}, "methods.bc: found 'algoritm', .*; did you mean 'algorithm'?"),
-        ({"methods.bc": {"args": {}}}, "methods.bc: found neither, expected either `algorithm` or `run_of`"),
-        ({"methods.bc.run_of": "ilql"}, "methods.bc: found both, expected either `algorithm` or `run_of`"),
+        (
+            {"methods.bc": {"args": {}}},
+            "methods.bc: found none of them, expected exactly one of algorithm, train",
+        ),
+        ({"methods.bc.run_of": "ilql"}, "methods.bc: found algorithm and run_of, expected exactly one of"),
         ({"methods.bc": {"run_of": "ilq"}}, "methods.bc.run_of: found 'ilq', .*; did you mean 'ilql'?"),
         ({"methods.bc": {"run_of": "ilql", "args": {}}}, "methods.bc.args: found beside `run_of`"),
         (
@@ -106,7 +108,7 @@ def test_selection_may_share_seeds_when_its_environment_is_another(file):
             "methods.bc.reward_model: found beside `run_of`",
         ),
         ({"methods.bc": {"run_of": "ilql", "preference": {}}}, "methods.bc.preference: found beside `run_of`"),
-        ({"methods.ilql.betas": [-1]}, r"methods.ilql.betas: found \[-1\], expected a list of numbers"),
+        ({"methods.ilql.betas": [-1]}, r"methods.ilql.betas: found \[-1.0\], expected a list of numbers"),
         ({"methods.bc": "bc"}, "methods.bc: found 'bc', expected a mapping"),
         ({"methods.bc.args": 3}, "methods.bc.args: found 3, expected a mapping"),
         ({"methods": {}}, "methods: found none to evaluate"),
@@ -167,12 +169,12 @@ def test_a_missing_file_is_an_input_error(tmp_path):
 
 def test_ppo_may_start_its_values_from_a_model_without_heads_but_nothing_learns_from_one():
     path = config_path("maze/quickstart")
-    _Comparison(CompareConfig.read(path, {"methods.ppo.value_model": "bc"}), Console()).check_settings()
+    resolve(CompareConfig.read(path, {"methods.ppo.value_model": "bc"}))
     awr = {"methods.awr": {"algorithm": "awr", "from": "bc", "value_model": "bc"}}
     with pytest.raises(InputError, match="methods.awr.value_model: found 'bc', which has no value heads"):
-        _Comparison(CompareConfig.read(path, awr), Console()).check_settings()
+        resolve(CompareConfig.read(path, awr))
     bc = {"methods.filtered_bc.value_model": "ilql"}
     with pytest.raises(
         InputError, match="filtered_bc.value_model: found 'ilql', expected none: bc takes no value model"
     ):
-        _Comparison(CompareConfig.read(path, bc), Console()).check_settings()
+        resolve(CompareConfig.read(path, bc))

@@ -7,7 +7,8 @@ import yaml
 
 from offline_lmrl.algorithms import load_algorithm
 from offline_lmrl.comparison.compare import run_compare
-from offline_lmrl.comparison.config import CollectConfig, CompareConfig, EvaluationConfig, MethodConfig
+from offline_lmrl.comparison.config import CompareConfig, EvaluationConfig
+from offline_lmrl.comparison.methods import CollectConfig, MethodConfig
 from offline_lmrl.comparison.report import read_results
 from offline_lmrl.comparison.rounds import train_in_rounds
 from offline_lmrl.decoding.policy import LanguagePolicy
