@@ -27,10 +27,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.reports import prepared, write_json
+from data_prep.source import FileSource, write_trajectories
 from offline_lmrl.errors import InputError
-from offline_lmrl.logs.io import REPORT, write_trajectories
+from offline_lmrl.logs.record import Drop
 from offline_lmrl.logs.trajectory import Trajectory, Turn
+from offline_lmrl.settings import setting
 from offline_lmrl.tasks.negotiation import (
     DIVIDE,
     ITEMS,
@@ -72,10 +73,6 @@ _OUTCOMES = {
 }
 
 
-class Unreadable(ValueError):
-    """Raised if a line cannot be used and is dropped; the message is the reason under which this is counted."""
-
-
 @dataclass(frozen=True)
 class Side:
     """One line of a file: a negotiation as one of its two sides saw it.
@@ -95,62 +92,74 @@ class Side:
     labels: Mapping[str, Any]
 
 
-def prepare(
-    input: str | Path,
-    output: str | Path,
-    *,
-    held_out_scenarios: int | None = None,
-    permute_items: bool = False,
-    seed: int = 0,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class DealOrNoDeal(FileSource):
     """Read the public files and write <split>.jsonl, scenarios_<split>.json for playing, and report.json.
 
-    data.txt (or train.txt) becomes train and tune, val.txt validation, and test.txt test. All dialogues of a scenario
-    that is in tune, validation or test are removed from train.
-
-    Args:
-      input: folder with any of the public files, or one file; a file with another name is read as data.txt.
-      output: folder to write to; created if needed.
-      held_out_scenarios: number of scenarios of data.txt that go to tune, for choosing settings; null = 200, or a
-        fifth of them in a small file.
-      permute_items: add to train every dialogue with its items in every other order, in the group of the dialogue; a
-        version whose scenario is in tune, validation or test is left out.
-      seed: random seed that selects the scenarios of tune.
-    Returns: counts per file (lines = kept + the drops by reason) and per split, the content of report.json.
-    Raises: InputError if nothing can be read, there are too few scenarios, or the output cannot be written.
+    data.txt (or train.txt) becomes train and tune, val.txt validation, and test.txt test; a single file with another
+    name is read as data.txt. All dialogues of a scenario that is in tune, validation or test are removed from train.
+    The report holds counts per file (lines = kept + the drops by reason) and per split.
     """
-    files = _files(Path(input))
-    report: dict[str, Any] = {"files": {}}
-    sides = {}
-    for split, path in files.items():
-        sides[split], report["files"][path.name] = read_log(path)
-    splits = {split: [to_trajectory(side, files[split].name) for side in sides[split]] for split in sides}
-    if "train" in splits:
+
+    held_out_scenarios: int | None = setting(
+        None,
+        "number of scenarios of data.txt that go to tune, for choosing settings; null = 200, or a fifth of them in a "
+        "small file",
+    )
+    permute_items: bool = setting(
+        False,
+        "add to train every dialogue with its items in every other order, in the group of the dialogue; a version "
+        "whose scenario is in tune, validation or test is left out",
+    )
+
+    def make(self) -> dict[str, Any]:
+        """Read the files, and write the splits and their scenarios."""
+        files = _files(Path(self.input))
+        report: dict[str, Any] = {"files": {}}
+        sides = {}
+        for split, path in files.items():
+            sides[split], report["files"][path.name] = read_log(path)
+        splits = {split: [to_trajectory(side, files[split].name) for side in sides[split]] for split in sides}
+        if "train" in splits:
+            self._divide(splits, sides["train"], files["train"], report)
+        report["splits"] = {split: _summary(rows) for split, rows in splits.items()}
+        scenarios = {
+            f"scenarios_{split}.json": [
+                scenario_entry(scenario)
+                for scenario in sorted({_scenario_of(row) for row in rows}, key=lambda scenario: scenario.key)
+            ]
+            for split, rows in splits.items()
+        }
+        return write_trajectories(self.output, splits, report, scenarios)
+
+    def _divide(
+        self, splits: dict[str, list[Trajectory]], logged: Sequence[Side], path: Path, report: dict[str, Any]
+    ) -> None:
+        """Divide the train split into train and tune, without the scenarios of other splits.
+
+        Args:
+          splits: the trajectories by split.
+          logged: the lines of the train split.
+          path: their file.
+          report: the report, to which counts are added.
+        """
         rows = splits.pop("train")
         elsewhere = {row.group for split in splits.values() for row in split}
         unseen = [row for row in rows if row.group not in elsewhere]
         report["removed_from_train_scenario_in_validation_or_test"] = len(rows) - len(unseen)
-        tune_groups = _held_out(unseen, held_out_scenarios, seed, files["train"])
+        tune_groups = _held_out(unseen, self.held_out_scenarios, self.seed, path)
         splits["train"] = [row for row in unseen if row.group not in tune_groups]
         if tune_groups:
             splits["tune"] = [row for row in unseen if row.group in tune_groups]
-        if permute_items:
+        if self.permute_items:
             held_out = elsewhere | tune_groups
-            logged = [side for side in sides["train"] if side.scenario.key not in held_out]
-            versions = [(side, version) for side in logged for version in permutations(side)]
+            kept = [side for side in logged if side.scenario.key not in held_out]
+            versions = [(side, version) for side in kept for version in permutations(side)]
             new = [(side, version) for side, version in versions if version.scenario.key not in held_out]
             report["item_permutations"] = {"added": len(new), "left_out": len(versions) - len(new)}
             splits["train"] += [
-                replace(to_trajectory(version, files["train"].name), group=side.scenario.key) for side, version in new
+                replace(to_trajectory(version, path.name), group=side.scenario.key) for side, version in new
             ]
-    report["splits"] = {split: _summary(rows) for split, rows in splits.items()}
-    with prepared(output) as folder:
-        for split, rows in splits.items():
-            write_trajectories(folder / f"{split}.jsonl", rows)
-            scenarios = sorted({_scenario_of(row) for row in rows}, key=lambda scenario: scenario.key)
-            write_json(folder / f"scenarios_{split}.json", [scenario_entry(scenario) for scenario in scenarios])
-        write_json(folder / REPORT, report)
-    return report
 
 
 def read_log(path: Path) -> tuple[list[Side], dict[str, Any]]:
@@ -171,7 +180,7 @@ def read_log(path: Path) -> tuple[list[Side], dict[str, Any]]:
         repairs: Counter[str] = Counter()
         try:
             side = parse_line(line.strip(), repairs)
-        except Unreadable as reason:
+        except Drop as reason:
             dropped[str(reason)] += 1
             continue
         sides.append(side)
@@ -194,16 +203,16 @@ def parse_line(line: str, repairs: Counter[str]) -> Side:
 
     Args:
       repairs: incremented, under the reason, if the logged reward is not used as it is.
-    Raises: Unreadable if the line cannot be used.
+    Raises: Drop if the line cannot be used.
     """
     if not line:
-        raise Unreadable("blank line")
+        raise Drop("blank line")
     match = _TAGGED.fullmatch(line) or _PLAIN.fullmatch(line)
     if match is None:
-        raise Unreadable("a line in neither of the two forms")
+        raise Drop("a line in neither of the two forms")
     own, partner = ([int(number) for number in match[name].split()] for name in ("own", "partner"))
     if own[::2] != partner[::2]:
-        raise Unreadable("the two sides have different counts")
+        raise Drop("the two sides have different counts")
     scenario = Scenario(tuple(own[::2]), (tuple(own[1::2]), tuple(partner[1::2])))
     logged = match.groupdict()  # only the plain form has reward and flag
     side = _with_outcome(
@@ -222,7 +231,7 @@ def parse_line(line: str, repairs: Counter[str]) -> Side:
         repairs,
     )
     if not any(speaker == "YOU" for speaker, _ in side.talk) and side.outcome in ("division not logged", "disconnect"):
-        raise Unreadable("this side has neither a turn nor a division")
+        raise Drop("this side has neither a turn nor a division")
     return side
 
 
@@ -283,10 +292,10 @@ def permutations(side: Side) -> list[Side]:
 def _talk(text: str) -> tuple[tuple[str, str], ...]:
     turns = [_TURN.fullmatch(turn) for turn in text.split(" <eos> ")]
     if not all(turns):
-        raise Unreadable("a turn without speaker or words")
+        raise Drop("a turn without speaker or words")
     talk = tuple((turn[1], turn[2]) for turn in turns)
     if [words == SELECTION for _, words in talk] != [False] * (len(talk) - 1) + [True]:
-        raise Unreadable("the selection is not the last turn")
+        raise Drop("the selection is not the last turn")
     return talk
 
 
@@ -296,20 +305,20 @@ def _with_outcome(side: Side, repairs: Counter[str]) -> Side:
     In the plain form, the selection is this side's division, and a flag is `agree` if the partner's division fits. In
     the tagged form, the selection is both divisions.
 
-    Raises: Unreadable if the selection cannot be read.
+    Raises: Drop if the selection cannot be read.
     """
     selection, reward, flag = (side.labels[name] for name in ("logged_selection", "logged_reward", "logged_flag"))
     words = selection.split(" ")
     if not all(_ITEM.fullmatch(word) for word in words):
         outcome = _OUTCOMES.get(selection) or (_OUTCOMES.get(words[0]) if words == words[:1] * 6 else None)
         if outcome is None:
-            raise Unreadable("a selection that is neither a division nor a known word")
+            raise Drop("a selection that is neither a division nor a known word")
         if outcome == "division not logged":
             repairs["division not logged: reward 0 on the last turn of this side"] += 1
         return replace(side, outcome=outcome)
     numbers = [int(_ITEM.fullmatch(word)[1]) for word in words]
     if len(numbers) != (6 if flag is None else 3):
-        raise Unreadable("a selection with the wrong number of items")
+        raise Drop("a selection with the wrong number of items")
     division, counts = tuple(numbers[:3]), side.scenario.counts
     possible = all(number <= count for number, count in zip(division, counts, strict=True))
     agreed = possible and (fits(counts, division, tuple(numbers[3:])) if flag is None else flag == "agree")

@@ -15,18 +15,18 @@ whose prompt has no other response are left out. The lists of single annotators 
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from data_prep import fields
-from data_prep.comparisons import import_rows, publish
-from offline_lmrl.errors import InputError
+from data_prep.comparisons import ComparisonImporter
+from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.comparison import Comparison
-from offline_lmrl.logs.forms import Drop, extra_columns, read_messages, read_text
+from offline_lmrl.logs.forms import read_messages
 from offline_lmrl.logs.preference_forms import read_comparison
-from offline_lmrl.logs.trajectory import Turn, messages_of, shown
+from offline_lmrl.logs.record import Drop, Record
+from offline_lmrl.logs.trajectory import Turn, messages_of
+from offline_lmrl.settings import setting
 
 RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 SPLITS = {"train": "train", "val": "validation", "validation": "validation"}
@@ -48,62 +48,43 @@ class Rated:
     group: str = ""
 
 
-def prepare(
-    input: str | Path,
-    output: str | Path,
-    *,
-    rating: Literal[RATINGS] = "helpfulness",
-    validation: float = 0.1,
-    group: str | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class HelpSteer(ComparisonImporter):
     """Read ratings or preferences and write train.jsonl, validation.jsonl and report.json.
 
-    Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files, a datasets folder or a hub name.
-      output: folder to write to; created if needed.
-      rating: the rating by which responses are ranked.
-      validation: share of the groups (first user turns) that goes to validation if the source has no validation split.
-      group: column by which rows are kept together in one split, such as a customer; null = the first user turn.
-      seed: random seed of the split.
-    Returns: the content of report.json. Its `assembled` counts every rated response once.
-    Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
+    The entry `assembled` of the report counts every rated response once.
     """
-    found, report = import_rows(input, read_row, group)
-    made: dict[str, list[Comparison]] = defaultdict(list)
-    counts: Counter[str] = Counter()
-    for split, rows in found.items():
-        for own, row in (row for row in rows if isinstance(row, tuple)):
-            made[own or split].append(row)
-        made[split] += compare((row for row in rows if isinstance(row, Rated)), rating, counts)
-    made = {split: rows for split, rows in made.items() if rows}
-    if "all" in made and len(made) > 1:
-        made["train"] = [*made.get("train", ()), *made.pop("all")]
-    if not made:
-        raise InputError(f"{input}: found nothing to compare ({dict(counts)}), expected two responses to one prompt")
-    return publish(made, output, {**report, "assembled": dict(counts)}, validation, seed)
 
+    rating: Literal[RATINGS] = setting("helpfulness", "the rating by which responses are ranked")
 
-def read_row(row: Mapping, where: str, counts: Counter[str]) -> Rated | tuple[str, Comparison] | None:
-    """Return what one row holds: a rated response; or a comparison, together with the split that the row names.
+    def read(self, row: Record) -> Rated | tuple[str, Comparison] | None:
+        """Return a rated response; or a comparison, after the split that the row names ("" = none); see `Importer`."""
+        for names in _PAIRS:
+            if set(names) <= row.keys():
+                return _pair(row, names)
+        if not {"prompt", "response", *RATINGS} <= row.keys():
+            expected = ", or ".join(", ".join(names) for names in (*_PAIRS, ("prompt", "response", *RATINGS)))
+            raise InputError(f"{row.where}: fields: found {shown(list(row))}, expected {expected}")
+        ratings = {name: row.number(name) for name in RATINGS}
+        return Rated(_prompt(row.text("prompt")), row.words("response", "empty response"), ratings)
 
-    Args:
-      where: "file:row", the start of error messages.
-      counts: incremented for each repair, or once for a dropped row, under a key that describes it.
-    Returns: a Rated; or (split, comparison), where split is "" if the row names none; or None if the row is dropped.
-    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
-    """
-    for names in _PAIRS:
-        if set(names) <= row.keys():
-            return _pair(row, names, where, counts)
-    if not {"prompt", "response", *RATINGS} <= row.keys():
-        expected = ", or ".join(", ".join(names) for names in (*_PAIRS, ("prompt", "response", *RATINGS)))
-        raise InputError(f"{where}: fields: found {shown(list(row))}, expected {expected}")
-    ratings = {name: fields.number(row, name, where) for name in RATINGS}
-    prompt, response = _prompt(fields.text(row, "prompt", where)), fields.text(row, "response", where)
-    if not response.strip():
-        raise Drop("empty response")
-    return Rated(prompt, response, ratings)
+    def assemble(self, found: dict[str, list[Any]], report: dict[str, Any]) -> Mapping[str, Sequence[Comparison]]:
+        """Make one comparison of all rated responses to a prompt; divide the rows into the splits that they name."""
+        made: dict[str, list[Comparison]] = defaultdict(list)
+        counts: Counter[str] = Counter()
+        for split, rows in found.items():
+            for own, row in (row for row in rows if isinstance(row, tuple)):
+                made[own or split].append(row)
+            made[split] += compare((row for row in rows if isinstance(row, Rated)), self.rating, counts)
+        made = {split: rows for split, rows in made.items() if rows}
+        if "all" in made and len(made) > 1:
+            made["train"] = [*made.get("train", ()), *made.pop("all")]
+        if not made:
+            raise InputError(
+                f"{self.input}: found nothing to compare ({dict(counts)}), expected two responses to one prompt"
+            )
+        report["assembled"] = dict(counts)
+        return made
 
 
 def compare(rows: Iterable[Rated], rating: str, counts: Counter[str]) -> Iterator[Comparison]:
@@ -119,56 +100,49 @@ def compare(rows: Iterable[Rated], rating: str, counts: Counter[str]) -> Iterato
         together[row.group, row.prompt].append(row)
     for (group, prompt), same in together.items():
         options = [{**row.ratings, "rating": row.ratings[rating]} for row in same]
+        parts = {
+            "prompt": messages_of(prompt),
+            "responses": [row.response for row in same],
+            "source": "helpsteer",
+            "ranks": [-option["rating"] for option in options],
+            "group": group or None,
+            "labels": {"options": options},
+        }
         mine: Counter[str] = Counter()
-        made = read_comparison(
-            {
-                "prompt": messages_of(prompt),
-                "responses": [row.response for row in same],
-                "source": "helpsteer",
-                "ranks": [-option["rating"] for option in options],
-                "group": group or None,
-                "labels": {"options": options},
-            },
-            "",
-            mine,
-        )
-        counts["responses compared"] += len(made.options) if made else 0
-        counts["responses not compared"] += len(same) - (len(made.options) if made else 0)
+        made = read_comparison(parts, "", mine)
+        compared = len(made.options) if made else 0
+        counts["responses compared"] += compared
+        counts["responses not compared"] += len(same) - compared
         counts.update({f"sets of responses {name}": n for name, n in mine.items()})
         if made:
             yield made
 
 
-def _pair(row: Mapping, names: tuple[str, ...], where: str, counts: Counter[str]) -> tuple[str, Comparison] | None:
-    before, first, second, preferred = names
-    preference = fields.number(row, preferred, where)
+def _pair(row: Record, names: tuple[str, ...]) -> tuple[str, Comparison] | None:
+    before, *responses, preferred = names
+    preference = row.number(preferred)
     if not -3 <= preference <= 3:
-        raise InputError(f"{where}: {preferred}: found {preference:g}, expected -3 to 3")
+        raise InputError(f"{row.where}: {preferred}: found {preference:g}, expected -3 to 3")
     split = row.get("split")
     if split is not None and (not isinstance(split, str) or split not in SPLITS):
-        raise InputError(f"{where}: split: found {shown(split)}, expected one of {', '.join(SPLITS)}")
+        raise row.error("split", f"one of {', '.join(SPLITS)}")
     if before == "context":
-        prompt = read_messages(row["context"], where, "context", counts, allow_empty=True)
+        prompt = read_messages(row["context"], row.where, "context", row.repairs, allow_empty=True)
     else:
-        prompt = _prompt(fields.text(row, before, where))
-    kept = {name for name in row if row[name] is not None} - {*names, "split"}
-    labels = {**extra_columns(row, kept, counts), "strength": abs(preference)}
-    made = read_comparison(
-        {
-            "prompt": messages_of(prompt),
-            "responses": [fields.text(row, name, where) for name in (first, second)],
-            "ranks": [int(preference > 0), int(preference < 0)],
-            "source": "helpsteer",
-            "labels": labels,
-        },
-        where,
-        counts,
-    )
+        prompt = _prompt(row.text(before))
+    parts = {
+        "labels": {**row.others({*names, "split"}), "strength": abs(preference)},
+        "prompt": messages_of(prompt),
+        "responses": [row.text(name) for name in responses],
+        "ranks": [int(preference > 0), int(preference < 0)],
+        "source": "helpsteer",
+    }
+    made = read_comparison(parts, row.where, row.repairs)
     return made and ("" if split is None else SPLITS[split], made)
 
 
 def _prompt(text: str) -> tuple[Turn, ...]:
-    first, *rest = _TAG.split(read_text(text))
+    first, *rest = _TAG.split(text)
     if not first.strip():
         raise Drop("empty prompt")
     parts = zip(rest[::2], rest[1::2], strict=True)

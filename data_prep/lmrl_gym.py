@@ -20,17 +20,16 @@ and 100).
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
-from data_prep import fields, trajectories
-from data_prep.comparisons import import_rows
-from offline_lmrl.errors import InputError
-from offline_lmrl.logs.forms import Drop, extra_columns, thumb
+from data_prep.trajectories import TrajectoryImporter
+from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.io import content_key
-from offline_lmrl.logs.trajectory import Trajectory, Turn, shown
+from offline_lmrl.logs.record import Drop, Record, thumb
+from offline_lmrl.logs.trajectory import Trajectory, Turn
+from offline_lmrl.settings import setting
 
 SPLITS = {"eval": "validation", "val": "validation"}
 QUESTIONS = 20
@@ -41,6 +40,8 @@ _LAYOUTS = (
     "a list of objects with state, action, reward and done; or from_state, action, reward and done; or text_history, "
     "rewards and dones; or sequence, reward and done; or lines with correct or buyer_info"
 )
+
+Part = tuple[str, bool, float]  # a text of a game, True if it is an action of the agent, and its reward
 
 
 @dataclass(frozen=True)
@@ -63,81 +64,65 @@ class Move:
     group: str = ""
 
 
-def prepare(
-    input: str | Path,
-    output: str | Path,
-    *,
-    reward: Literal["fancy", "revenue"] = "fancy",
-    max_steps: int | None = None,
-    validation: float = 0.1,
-    group: str | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class LmrlGym(TrajectoryImporter):
     """Read games and write train.jsonl, validation.jsonl and report.json.
 
-    Args:
-      input: a published file, or a folder with a train and an eval file.
-      output: folder to write to; created if needed.
-      reward: the reward in Car Dealer: fancy (the price over the mean of budget and list price) or revenue (the price
-        / 1000).
-      max_steps: number of actions after which a game was cut, whatever its `done` is. A game whose last action earned
-        more than any other ended by itself. null = `done` decides.
-      validation: share of the games that goes to validation if the source has no validation split.
-      group: column by which rows are kept together in one split; null = each game is its own group.
-      seed: random seed of the split.
-    Returns: the content of report.json; `games` counts moves, games joined from them, and games cut.
-    Raises: InputError for a max_steps below 1, if nothing can be read or the output cannot be written.
+    The entry `games` of the report counts moves, games joined from them, and games cut.
     """
-    if max_steps is not None and max_steps < 1:
-        raise InputError(f"max_steps: found {max_steps}, expected a number from 1 up, or null")
 
-    def read(row: Mapping | list, where: str, counts: Counter[str]) -> Trajectory | Move:
-        return read_game(row, where, counts, reward)
+    reward: Literal["fancy", "revenue"] = setting(
+        "fancy",
+        "the reward in Car Dealer: fancy (the price over the mean of budget and list price) or revenue (the price / "
+        "1000)",
+    )
+    max_steps: int | None = setting(
+        None,
+        "number of actions after which a game was cut, whatever its `done` is. A game whose last action earned more "
+        "than any other ended by itself. null = `done` decides",
+    )
 
-    found, report = import_rows(input, read, group, lists=True)
-    counts: Counter[str] = Counter()
-    made: dict[str, list[Trajectory]] = {}
-    for split, rows in found.items():
-        games = [row for row in rows if isinstance(row, Trajectory)]
-        games += join((row for row in rows if isinstance(row, Move)), counts)
-        made.setdefault(SPLITS.get(split, split), []).extend(_cut(game, max_steps, counts) for game in games)
-    return trajectories.publish(made, output, {**report, "games": dict(counts)}, validation, seed)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_steps is not None and self.max_steps < 1:
+            raise InputError(f"max_steps: found {self.max_steps}, expected a number from 1 up, or null")
 
-
-def read_game(row: Mapping | list, where: str, counts: Counter[str], reward: str = "fancy") -> Trajectory | Move:
-    """Return the game of one row, or, if the row is only one move, this move.
-
-    Args:
-      row: in one of the layouts that the module describes.
-      where: "file:row", the start of error messages.
-      counts: incremented for each repair, under a key that describes it.
-      reward: the reward in Car Dealer, "fancy" or "revenue"; see `prepare`.
-    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
-    """
-    if isinstance(row, list):
-        moves = [_move(move, f"{where}: moves[{i}]", i) for i, move in enumerate(row)]
+    def read_value(self, row: Any, where: str, repairs: Counter[str]) -> Trajectory | Move:
+        """Return the game of a row that is a list of moves or, see `read`, an object."""
+        if not isinstance(row, list):
+            return super().read_value(row, where, repairs)
+        moves = Record({f"moves[{i}]": move for i, move in enumerate(row)}, where, repairs)
         if not moves:
             raise Drop("a game without a move")
-        return _moves(moves)
-    if row.get("action") is not None:
-        return _move(row, where, int(where.rpartition(":")[2]))
-    if row.get("text_history") is not None:
-        parts = _history(row, where)
-        done = any([thumb(value, "dones", where, Counter()) for value in fields.items(row, "dones", where)])
-    elif row.get("sequence") is not None:
-        parts, done = _sequence(row, where), thumb(row.get("done"), "done", where, counts)
-    elif row.get("buyer_info") is not None:
-        parts, done = _sale(row, where, reward), row.get("output") is not None
-    elif row.get("lines") is not None and "correct" in row:
-        correct = thumb(row["correct"], "correct", where, counts)
-        parts = _questions(row, correct, where)
-        done = correct or len(parts) // 2 >= QUESTIONS
-    else:
-        raise InputError(f"{where}: fields: found {shown(list(row))}, expected {_LAYOUTS}")
-    if done is None:
-        raise Drop("a game without a value of done")
-    labels = extra_columns(row, {name for name in row if row[name] is not None} - _USED, counts)
-    return _game(parts, done, labels)
+        expected = "an object with state, action, reward and done"
+        return _moves([_move(moves.inner(name, expected), i) for i, name in enumerate(moves)])
+
+    def read(self, row: Record) -> Trajectory | Move:
+        """Return the game of one row, or, if the row is only one move, this move."""
+        if row.get("action") is not None:
+            return _move(row, int(row.where.rpartition(":")[2]))
+        for (field, *others), layout in _READERS.items():
+            if row.get(field) is not None and row.keys() >= set(others):
+                parts, done = layout(row, self.reward)
+                break
+        else:
+            raise InputError(f"{row.where}: fields: found {shown(list(row))}, expected {_LAYOUTS}")
+        if done is None:
+            raise Drop("a game without a value of done")
+        return _game(parts, done, row.others(_USED))
+
+    def assemble(
+        self, found: dict[str, list[Trajectory | Move]], report: dict[str, Any]
+    ) -> Mapping[str, Sequence[Trajectory]]:
+        """Join moves to games, and mark the games that were cut."""
+        counts: Counter[str] = Counter()
+        made: dict[str, list[Trajectory]] = {}
+        for split, rows in found.items():
+            games = [row for row in rows if isinstance(row, Trajectory)]
+            games += join((row for row in rows if isinstance(row, Move)), counts)
+            made.setdefault(SPLITS.get(split, split), []).extend(_cut(game, self.max_steps, counts) for game in games)
+        report["games"] = dict(counts)
+        return made
 
 
 def join(moves: Iterable[Move], counts: Counter[str]) -> Iterator[Trajectory]:
@@ -160,17 +145,20 @@ def join(moves: Iterable[Move], counts: Counter[str]) -> Iterator[Trajectory]:
         yield _moves(game)
 
 
-def _move(record: Any, where: str, line: int) -> Move:
-    if not isinstance(record, Mapping):
-        raise InputError(f"{where}: found {shown(record)}, expected an object with state, action, reward and done")
+def _move(record: Record, line: int) -> Move:
     spelt = record.get("state") is None
-    state, action = (fields.text(record, name, where) for name in ("from_state" if spelt else "state", "action"))
+    state, action = map(record.text, ("from_state" if spelt else "state", "action"))
     if spelt:
         state, action = " ".join(state), " ".join(action)
-    done = thumb(record.get("done"), "done", where, Counter())
+    done = _quietly(record).thumb("done")
     if done is None:
-        raise InputError(f"{where}: done: found none, expected true or false")
-    return Move(state, action, fields.number(record, "reward", where), done, line)
+        raise InputError(f"{record.where}: done: found none, expected true or false")
+    return Move(state, action, record.number("reward"), done, line)
+
+
+def _quietly(record: Record) -> Record:
+    """Return the record with a counter of its own, for values of which every game has many."""
+    return replace(record, repairs=Counter())
 
 
 def _moves(moves: Sequence[Move]) -> Trajectory:
@@ -178,84 +166,98 @@ def _moves(moves: Sequence[Move]) -> Trajectory:
     return replace(_game(parts, moves[-1].done, {}), group=moves[0].group)
 
 
-def _history(row: Mapping, where: str) -> list[tuple[str, bool, float]]:
-    texts = _texts(row, "text_history", where)
-    rewards = _numbers(row, "rewards", where)
+def _history(row: Record, reward: str) -> tuple[list[Part], bool]:
+    texts, rewards = row.texts("text_history"), row.numbers("rewards")
     if len(rewards) == len(texts) // 2:  # one reward per action
         rewards = [0.0 if i % 2 == 0 else rewards[i // 2] for i in range(len(texts))]
-    return _parts(texts, [i % 2 == 1 for i in range(len(texts))], rewards, "rewards", where)
+    parts = _parts(row, "rewards", texts, [i % 2 == 1 for i in range(len(texts))], rewards)
+    dones = row.each("dones")
+    return parts, any([thumb(value, "dones", row.where, Counter()) for value in dones.values()])
 
 
-def _sequence(row: Mapping, where: str) -> list[tuple[str, bool, float]]:
+def _sequence(row: Record, reward: str) -> tuple[list[Part], bool | None]:
     texts, acts = [], []
-    for i, part in enumerate(fields.items(row, "sequence", where)):
-        here = f"sequence[{i}]"
+    for name, part in row.each("sequence").items():
         if not isinstance(part, list | tuple) or len(part) != 2:
-            raise InputError(f"{where}: {here}: found {shown(part)}, expected a text and whether it is an action")
-        texts.append(fields.text({here: part[0]}, here, where))
-        acts.append(thumb(part[1], here, where, Counter()))
-    rewards = _numbers(row, "reward", where)
+            raise InputError(f"{row.where}: {name}: found {shown(part)}, expected a text and whether it is an action")
+        texts.append(replace(row, fields={name: part[0]}).text(name))
+        acts.append(thumb(part[1], name, row.where, Counter()))
+    rewards = row.numbers("reward")
     # Some logs have no reward for the first text.
-    return _parts(texts, acts, [0.0] * (len(texts) - len(rewards) == 1) + rewards, "reward", where)
+    parts = _parts(row, "reward", texts, acts, [0.0] * (len(texts) - len(rewards) == 1) + rewards)
+    return parts, row.thumb("done")
 
 
 def _parts(
-    texts: Sequence[str], acts: Sequence[bool | None], rewards: Sequence[float], name: str, where: str
-) -> list[tuple[str, bool, float]]:
+    row: Record, name: str, texts: Sequence[str], acts: Sequence[bool | None], rewards: Sequence[float]
+) -> list[Part]:
+    """Return the parts of a game.
+
+    Args:
+      name: the field that holds the rewards, for error messages.
+    """
     if len(rewards) != len(texts):
-        raise InputError(f"{where}: {name}: found {len(rewards)} for {len(texts)} texts, expected one for each text")
+        raise InputError(
+            f"{row.where}: {name}: found {len(rewards)} for {len(texts)} texts, expected one for each text"
+        )
     if any(reward and not act for act, reward in zip(acts, rewards, strict=True)):
-        raise InputError(f"{where}: {name}: found a reward on a text that is not an action, expected 0 there")
+        raise InputError(f"{row.where}: {name}: found a reward on a text that is not an action, expected 0 there")
     return list(zip(texts, map(bool, acts), rewards, strict=True))
 
 
-def _questions(row: Mapping, correct: bool | None, where: str) -> list[tuple[str, bool, float]]:
-    parts = [("Questions:", False, 0.0)]
-    lines = _texts(row, "lines", where)
+def _questions(row: Record, reward: str) -> tuple[list[Part], bool]:
+    correct, parts, lines = row.thumb("correct"), [("Questions:", False, 0.0)], row.texts("lines")
     for i, line in enumerate(lines):
         match = _QUESTION.fullmatch(line)
         if match is None:
-            raise InputError(f"{where}: lines[{i}]: found {shown(line)}, expected a question and its answer")
+            raise InputError(f"{row.where}: lines[{i}]: found {shown(line)}, expected a question and its answer")
         earned = 0.0 if correct and i == len(lines) - 1 else -1.0
         parts += [(match["question"], True, earned), (match["answer"], False, 0.0)]
-    return parts
+    return parts, correct or len(lines) >= QUESTIONS
 
 
-def _sale(row: Mapping, where: str, kind: str) -> list[tuple[str, bool, float]]:
+def _sale(row: Record, reward: str) -> tuple[list[Part], bool]:
     parts = [("Beginning of Conversation", False, 0.0)]
-    for i, line in enumerate(fields.objects(row, "lines", where)):
-        here = f"{where}: lines[{i}]"
-        role = fields.text(line, "role", here)
-        if role not in ("Buyer", *_DEALER):
-            raise InputError(f"{here}: role: found {shown(role)}, expected one of Buyer, {', '.join(_DEALER)}")
-        parts.append((fields.text(line, "text", here), role in _DEALER, 0.0))
-    if row.get("output") is not None:
+    for line in row.objects("lines"):
+        role = line.choice("role", ("Buyer", *_DEALER))
+        parts.append((line.text("text"), role in _DEALER, 0.0))
+    sold = row.get("output") is not None
+    if sold:
         last = max((i for i, (_, act, _) in enumerate(parts) if act), default=0)
-        parts[last] = (*parts[last][:2], _earned(row, where, kind))
-    return parts
+        parts[last] = (*parts[last][:2], _earned(row, reward))
+    return parts, sold
 
 
-def _earned(row: Mapping, where: str, kind: str) -> float:
+def _earned(row: Record, kind: str) -> float:
     """Return the dealer's reward for a dialogue of Car Dealer, by the kind "fancy" or "revenue".
 
     "fancy": the price / ((budget + list price) / 2); without a sale −(budget − list price) / list price. "revenue":
     the price / 1000.
     """
-    output, buyer = fields.inner(row, "output", where), fields.inner(row, "buyer_info", where)
-    here = f"{where}: output"
-    bought = thumb(output.get("car_bought"), "car_bought", here, Counter())
-    price = fields.number(output, "buy_price", here) if bought and output.get("buy_price") is not None else None
+    output, buyer = row.inner("output"), row.inner("buyer_info")
+    bought = _quietly(output).thumb("car_bought")
+    price = output.number("buy_price") if bought and output.get("buy_price") is not None else None
     if kind == "revenue":
         return 0.0 if price is None else price / 1000
-    listed, budget = fields.number(output, "msrp", here), fields.number(buyer, "budget", f"{where}: buyer_info")
+    listed, budget = output.number("msrp"), buyer.number("budget")
     if listed <= 0:
-        raise InputError(f"{here}: msrp: found {listed:g}, expected a number above 0")
+        raise InputError(f"{output.where}: msrp: found {listed:g}, expected a number above 0")
     if not bought:
         return (listed - budget) / listed
     return 0.0 if price is None else price / ((budget + listed) / 2)
 
 
-def _game(parts: Iterable[tuple[str, bool, float]], done: bool, labels: Mapping[str, Any]) -> Trajectory:
+# The fields that a layout has (the first not null) -> function (row, reward of Car Dealer) that returns the parts of
+# the game, and whether it ended by itself.
+_READERS: dict[tuple[str, ...], Callable[[Record, str], tuple[list[Part], bool | None]]] = {
+    ("text_history",): _history,
+    ("sequence",): _sequence,
+    ("buyer_info",): _sale,
+    ("lines", "correct"): _questions,
+}
+
+
+def _game(parts: Iterable[Part], done: bool, labels: Mapping[str, Any]) -> Trajectory:
     """Build a game from its texts; consecutive actions become one turn.
 
     Args:
@@ -292,17 +294,3 @@ def _cut(game: Trajectory, max_steps: int | None, counts: Counter[str]) -> Traje
         return game
     counts["done, but cut at max_steps"] += 1
     return replace(game, terminated=False)
-
-
-def _texts(row: Mapping, name: str, where: str) -> list[str]:
-    return [
-        fields.text({f"{name}[{i}]": text}, f"{name}[{i}]", where)
-        for i, text in enumerate(fields.items(row, name, where))
-    ]
-
-
-def _numbers(row: Mapping, name: str, where: str) -> list[float]:
-    return [
-        fields.number({f"{name}[{i}]": value}, f"{name}[{i}]", where)
-        for i, value in enumerate(fields.items(row, name, where))
-    ]

@@ -7,15 +7,15 @@ that starts in the upper bar of a T reaches the goal, but together the parts con
 
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from data_prep.reports import prepared, write_json
+from data_prep.source import Source, write_shares
 from offline_lmrl.errors import InputError
-from offline_lmrl.logs.io import REPORT, split_by_group, write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory, Turn
+from offline_lmrl.settings import setting
 from offline_lmrl.tasks.maze import FREE, GOAL, MAX_STEPS, MOVES, Cell, Maze, distances, move
 
 UPPER_BARS = frozenset(cell for cell in FREE if cell[0] == 1)
@@ -26,34 +26,30 @@ PARTS: dict[str, frozenset[Cell]] = {
 }
 SOLVER_SHARE = 0.15
 SOLVER_SKILL = 0.3  # probability that the solver moves along a shortest way; its other moves are random
-VALIDATION_SHARE = 0.1
 
 
-def prepare(
-    output: str | Path, *, observed: Literal["full", "partial"] = "full", episodes: int = 1240, seed: int = 0
-) -> dict[str, float]:
+@dataclass(frozen=True, kw_only=True)
+class MazeLogs(Source):
     """Play the scripted players and write train.jsonl, validation.jsonl (10% of the episodes) and report.json.
 
-    Args:
-      output: folder to write to; created if needed.
-      observed: full or partial observations; the moves are the same for both.
-      episodes: number of episodes, 1,240 in the published logs.
-      seed: random seed of the players and of the split.
-    Returns: counts and means of the logs, the content of report.json. Episodes that are cut when they leave their part
-      make `mean_return` higher than the return of the same players in the whole maze.
-    Raises: InputError for fewer than one episode or an output that cannot be written.
+    Episodes that are cut when they leave their part make `mean_return` in the report higher than the return of the
+    same players in the whole maze.
     """
-    if episodes < 1:
-        raise InputError(f"episodes: found {episodes}, expected at least 1")
-    trajectories = logs(observed, episodes, seed)
-    shares = {"train": 1 - VALIDATION_SHARE, "validation": VALIDATION_SHARE}
-    report = _report(trajectories)
-    with prepared(output) as folder:
-        for name, rows in split_by_group(trajectories, shares, seed).items():
-            if rows:  # with few episodes a split may be empty
-                write_trajectories(folder / f"{name}.jsonl", rows)
-        write_json(folder / REPORT, report)
-    return report
+
+    observed: Literal["full", "partial"] = setting(
+        "full", "full or partial observations; the moves are the same for both"
+    )
+    episodes: int = setting(1240, "number of episodes, 1,240 in the published logs")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.episodes < 1:
+            raise InputError(f"episodes: found {self.episodes}, expected at least 1")
+
+    def make(self) -> dict[str, float]:
+        """Play and write the episodes."""
+        trajectories = logs(self.observed, self.episodes, self.seed)
+        return write_shares(self.output, trajectories, self.seed, _report(trajectories))
 
 
 def logs(observed: Literal["full", "partial"], episodes: int, seed: int) -> list[Trajectory]:

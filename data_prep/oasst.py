@@ -11,18 +11,21 @@ from the hub), threads, and whole trees. How they are read:
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep import fields
-from data_prep.comparisons import import_rows, publish, read_raw
-from offline_lmrl.errors import InputError
+from data_prep.comparisons import ComparisonImporter
+from data_prep.source import Importer, count_row
+from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.comparison import Comparison
-from offline_lmrl.logs.forms import extra_columns
+from offline_lmrl.logs.io import parsed
 from offline_lmrl.logs.preference_forms import read_comparison
-from offline_lmrl.logs.trajectory import Turn, messages_of, shown
+from offline_lmrl.logs.record import Record
+from offline_lmrl.logs.trajectory import Turn, messages_of
+from offline_lmrl.settings import setting
 
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 _KEPT = {
@@ -38,7 +41,8 @@ _KEPT = {
 }
 
 
-class Message(NamedTuple):
+@dataclass(frozen=True)
+class Message:
     """One message of a conversation tree.
 
     Attributes:
@@ -70,65 +74,95 @@ class Thread(NamedTuple):
 Reply = tuple[Thread | None, Message]  # the turns before a reply, and the reply
 
 
-def prepare(
-    input: str | Path,
-    output: str | Path,
-    *,
-    languages: list[str] | None = None,
-    validation: float = 0.1,
-    group: str | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class MessageImporter(Importer):
+    """An importer of the assistant's replies in conversation trees, with the turns before them.
+
+    The entry `assembled` of the report counts every message once.
+    """
+
+    languages: list[str] | None = setting(
+        None, "tags of the languages whose messages are kept, such as en or pt-BR; null = all"
+    )
+
+    def read(self, row: Record) -> list[Message]:
+        """Return the messages of one row: a message, a thread or a tree."""
+        return [self._message(record, parent, row.get("tree_state")) for record, parent in _records(row)]
+
+    def grouped(self, one: list[Message], row: Record) -> list[Message]:
+        """Return the messages with the group that the user's column names, in the message or else in its row."""
+        if self.group is None:
+            return one
+        records = [record for record, _ in _records(row)]
+        groups = [
+            replace(record if record.get(self.group) is not None else row, where=record.where).group(self.group)
+            for record in records
+        ]
+        return [replace(message, group=name) for message, name in zip(one, groups, strict=True)]
+
+    def assemble(self, found: dict[str, list[list[Message]]], report: dict[str, Any]) -> Mapping[str, Sequence[Any]]:
+        """Connect the messages, and make rows of the replies."""
+        counts: Counter[str] = Counter()
+        replies = {split: list(connect(chain.from_iterable(rows), counts)) for split, rows in found.items()}
+        counts = Counter(dict(+counts))
+        made = {split: list(self.rows_of(some, counts)) for split, some in replies.items()}
+        if not any(made.values()):
+            raise InputError(f"{self.input}: found {self.expected_replies(counts)}")
+        report["assembled"] = dict(+counts)
+        return made
+
+    def rows_of(self, replies: Iterable[Reply], counts: Counter[str]) -> Iterator[Any]:
+        """Yield the final rows of the replies of one split, and count every reply."""
+        raise NotImplementedError
+
+    def expected_replies(self, counts: Counter[str]) -> str:
+        """Return the end of the error message, after "found", for messages of which no row can be made."""
+        raise NotImplementedError
+
+    def _message(self, record: Record, parent: Any, state: Any) -> Message:
+        role, rank = record.get("role"), record.get("rank")
+        if not isinstance(role, str) or role not in _ROLES:
+            raise record.error("role", "prompter or assistant")
+        if not isinstance(parent, str | None):
+            raise InputError(f"{record.where}: parent_id: found {shown(parent)}, expected text or null")
+        for name in ("deleted", "review_result"):
+            if not isinstance(record.get(name), bool | None):
+                raise record.error(name, "true, false or null")
+        words = record.text("text")
+        labels = record.columns(_KEPT & record.present)
+        labels["labels"] = _by_name(record, "labels", "value")
+        labels["emojis"] = _by_name(record, "emojis", "count")
+        reasons = {
+            "deleted": record.get("deleted"),
+            "failed its review": record.get("review_result") is False,
+            "its tree is not ready": state not in (None, "ready_for_export"),
+            "in another language": self.languages is not None and record.get("lang") not in self.languages,
+            "no text": not words.strip(),
+        }
+        return Message(
+            record.text("message_id"),
+            parent,
+            Turn(_ROLES[role], words),
+            None if rank is None else record.number("rank"),
+            labels,
+            next((reason for reason, holds in reasons.items() if holds), ""),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oasst(MessageImporter, ComparisonImporter):
     """Read messages, threads or trees and write train.jsonl, validation.jsonl and report.json.
 
-    Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files or a hub name.
-      output: folder to write to; created if needed.
-      languages: tags of the languages whose messages are kept, such as en or pt-BR; null = all.
-      validation: share of the groups (first messages) that goes to validation if the source has no validation split.
-      group: column of a reply, or of its tree, by which rows are kept together in one split; null = the first message.
-      seed: random seed of the split.
-    Returns: the content of report.json. Its `assembled` counts every message once.
-    Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
-    """
-    replies, report = import_replies(input, languages, group)
-    counts = Counter(report["assembled"])
-    made = {split: list(compare(some, counts)) for split, some in replies.items()}
-    if not any(made.values()):
-        raise InputError(f"{input}: found no ranked replies to one message ({dict(counts)}), expected two or more")
-    return publish(made, output, {**report, "assembled": dict(+counts)}, validation, seed)
-
-
-def import_replies(
-    source: str | Path, languages: Collection[str] | None, group: str | None = None
-) -> tuple[dict[str, list[Reply]], dict[str, Any]]:
-    """Read the assistant's replies with the turns before them.
-
-    Args:
-      source: file, folder or hub name.
-      languages: keep only messages in these languages, such as en; None = all.
-      group: column of a reply or of its tree that holds the group; None = no group.
-    Returns: the replies by split of the source, and the entries with which the report begins. The entry `assembled`
-      counts all messages that are not such replies, by reason.
+    The entry `assembled` of the report counts every message once.
     """
 
-    def read(row: Mapping, where: str, counts: Counter[str]) -> list[Message]:
-        found = [
-            _message(record, parent, row.get("tree_state"), here, languages, counts)
-            for here, record, parent in _records(row, where)
-        ]
-        if group is None:
-            return found
-        groups = [
-            fields.group(record if record.get(group) is not None else row, group, here)
-            for here, record, _ in _records(row, where)
-        ]
-        return [message._replace(group=name) for message, name in zip(found, groups, strict=True)]
+    def rows_of(self, replies: Iterable[Reply], counts: Counter[str]) -> Iterator[Comparison]:
+        """Yield, for each message with at least two ranked replies, one comparison of these."""
+        return compare(replies, counts)
 
-    made, report = import_rows(source, read)
-    counts: Counter[str] = Counter()
-    replies = {split: list(connect(chain.from_iterable(rows), counts)) for split, rows in made.items()}
-    return replies, {**report, "assembled": dict(+counts)}
+    def expected_replies(self, counts: Counter[str]) -> str:
+        """Return the end of the error message for messages without ranked replies."""
+        return f"no ranked replies to one message ({dict(counts)}), expected two or more"
 
 
 def connect(messages: Iterable[Message], counts: Counter[str]) -> Iterator[Reply]:
@@ -182,80 +216,58 @@ def compare(replies: Iterable[Reply], counts: Counter[str]) -> Iterator[Comparis
     for together in siblings.values():
         messages = [message for _, message in together]
         mine: Counter[str] = Counter()
-        # Most replies are the only one to their message; their context is not needed.
-        compared = sum(message.rank is not None for message in messages) > 1
-        made = read_raw(
-            {
-                "prompt": messages_of(turns_of(together[0][0] if compared else None)),
-                "responses": [message.turn.content for message in messages],
-                "ranks": [message.rank for message in messages],
-                "source": "oasst",
-                "group": messages[0].group or None,
-                "labels": {"options": [message.labels for message in messages]},
-            },
-            messages[0].id,
-            read_comparison,
-            mine,
-        )
-        counts["replies compared"] += len(made.options) if made else 0
-        counts["replies not compared"] += len(messages) - (len(made.options) if made else 0)
+        made = count_row(partial(_comparison, together[0][0], messages), messages[0].id, mine)
+        compared = len(made.options) if made else 0
+        counts["replies compared"] += compared
+        counts["replies not compared"] += len(messages) - compared
         counts.update({f"sets of replies {name}": n for name, n in mine.items() if name not in ("rows", "imported")})
         if made:
             yield made
 
 
-def _records(row: Mapping, where: str) -> Iterator[tuple[str, Mapping, Any]]:
-    """Yield (start of error messages, message, id of the message that it replies to) for each message of a row."""
+def _comparison(before: Thread | None, messages: Sequence[Message], repairs: Counter[str]) -> Comparison | None:
+    """Return the comparison of the replies to one message.
+
+    Args:
+      before: the turns before the replies.
+      messages: the replies.
+    """
+    # Most replies are the only one to their message; their context is not needed.
+    compared = sum(message.rank is not None for message in messages) > 1
+    parts = {
+        "prompt": messages_of(turns_of(before if compared else None)),
+        "responses": [message.turn.content for message in messages],
+        "ranks": [message.rank for message in messages],
+        "source": "oasst",
+        "group": messages[0].group or None,
+        "labels": {"options": [message.labels for message in messages]},
+    }
+    return read_comparison(parsed(parts, messages[0].id), messages[0].id, repairs)
+
+
+def _records(row: Record) -> Iterator[tuple[Record, Any]]:
+    """Yield (message, id of the message that it replies to) for each message of a row."""
     if row.get("message_id") is not None:
-        yield where, row, row.get("parent_id")
+        yield row, row.get("parent_id")
     elif row.get("thread") is not None:
         parent = None
-        for i, record in enumerate(fields.objects(row, "thread", where)):
-            yield f"{where}: thread[{i}]", record, parent
+        for record in row.objects("thread"):
+            yield record, parent
             parent = record.get("message_id")
     elif row.get("prompt") is not None:
-        found = [(f"{where}: prompt", fields.inner(row, "prompt", where), None)]
-        for here, record, parent in found:  # the loop appends to the list: breadth-first search
-            yield here, record, parent
-            replies = fields.objects(record, "replies", here) if record.get("replies") is not None else ()
-            found += [(f"{where}: replies[{i}]", reply, record.get("message_id")) for i, reply in enumerate(replies)]
+        found = [(row.inner("prompt"), None)]
+        for record, parent in found:  # the loop appends to the list: breadth-first search
+            yield record, parent
+            replies = record.objects("replies") if record.get("replies") is not None else ()
+            found += [
+                (replace(reply, where=f"{row.where}: replies[{i}]"), record.get("message_id"))
+                for i, reply in enumerate(replies)
+            ]
     else:
-        raise InputError(f"{where}: fields: found {shown(list(row))}, expected message_id, thread or prompt")
+        raise InputError(f"{row.where}: fields: found {shown(list(row))}, expected message_id, thread or prompt")
 
 
-def _message(
-    record: Mapping, parent: Any, state: Any, where: str, languages: Collection[str] | None, counts: Counter[str]
-) -> Message:
-    role, rank = record.get("role"), record.get("rank")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise InputError(f"{where}: role: found {shown(role)}, expected prompter or assistant")
-    if not isinstance(parent, str | None):
-        raise InputError(f"{where}: parent_id: found {shown(parent)}, expected text or null")
-    for name in ("deleted", "review_result"):
-        if not isinstance(record.get(name), bool | None):
-            raise InputError(f"{where}: {name}: found {shown(record[name])}, expected true, false or null")
-    words = fields.text(record, "text", where)
-    labels = extra_columns(record, {name for name in _KEPT if record.get(name) is not None}, counts)
-    labels["labels"] = _by_name(record, "labels", "value", where)
-    labels["emojis"] = _by_name(record, "emojis", "count", where)
-    reasons = {
-        "deleted": record.get("deleted"),
-        "failed its review": record.get("review_result") is False,
-        "its tree is not ready": state not in (None, "ready_for_export"),
-        "in another language": languages is not None and record.get("lang") not in languages,
-        "no text": not words.strip(),
-    }
-    return Message(
-        fields.text(record, "message_id", where),
-        parent,
-        Turn(_ROLES[role], words),
-        None if rank is None else fields.number(record, "rank", where),
-        labels,
-        next((reason for reason, holds in reasons.items() if holds), ""),
-    )
-
-
-def _by_name(record: Mapping, field: str, key: str, where: str) -> dict[str, float]:
+def _by_name(record: Record, field: str, key: str) -> dict[str, float]:
     """Return the reviewers' labels or the emojis of a message as {name: number}, without nulls.
 
     Exports hold {name: {value, count}} or {name: count}; the hub holds {name: [...], value: [...], count: [...]}.
@@ -264,16 +276,18 @@ def _by_name(record: Mapping, field: str, key: str, where: str) -> dict[str, flo
       record: the message.
       field: "labels" or "emojis".
       key: which number to return, "value" or "count".
-      where: the start of error messages.
     """
     if record.get(field) is None:
         return {}
-    found = fields.inner(record, field, where)
-    here = f"{where}: {field}"
+    found = record.inner(field)
+    pairs = found.items()
     if isinstance(found.get("name"), Sequence):
-        names, values = fields.items(found, "name", here), fields.items(found, key, here)
+        names, values = found.items_of("name"), found.items_of(key)
         if len(names) != len(values):
-            raise InputError(f"{here}: {key}: found {len(values)} for {len(names)} names, expected one for each name")
-        found = dict(zip(map(str, names), values, strict=True))
-    plain = {name: one.get(key) if isinstance(one, Mapping) else one for name, one in found.items()}
-    return {name: fields.number({key: value}, key, here) for name, value in plain.items() if value is not None}
+            raise InputError(
+                f"{found.where}: {key}: found {len(values)} for {len(names)} names, expected one for each name"
+            )
+        pairs = zip(map(str, names), values, strict=True)
+    plain = {name: one.get(key) if isinstance(one, Mapping) else one for name, one in pairs}
+    numbers = {name: replace(found, fields={key: value}) for name, value in plain.items() if value is not None}
+    return {name: one.number(key) for name, one in numbers.items()}

@@ -9,65 +9,43 @@ A reply without a rating is not a bad reply; it is left out and counted.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from data_prep import trajectories
-from data_prep.oasst import Message, Reply, import_replies, turns_of
-from offline_lmrl.errors import InputError
+from data_prep.oasst import Message, MessageImporter, Reply, turns_of
+from data_prep.trajectories import TrajectoryImporter
 from offline_lmrl.logs.preference_forms import root_group
 from offline_lmrl.logs.trajectory import Trajectory, as_context
+from offline_lmrl.settings import setting
 
 
-def prepare(
-    input: str | Path,
-    output: str | Path,
-    *,
-    reward: Literal["quality", "thumbs"] = "quality",
-    languages: list[str] | None = None,
-    validation: float = 0.1,
-    group: str | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class OasstRatings(MessageImporter, TrajectoryImporter):
     """Read messages, threads or trees and write train.jsonl, validation.jsonl and report.json.
 
-    Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files or a hub name.
-      output: folder to write to; created if needed.
-      reward: the reward of a reply: quality (its mean rating, in [0, 1]) or thumbs ((up − down) / (up + down)).
-      languages: tags of the languages whose messages are kept, such as en or pt-BR; null = all.
-      validation: share of the groups (first messages) that goes to validation if the source has no validation split.
-      group: column of a reply, or of its tree, by which rows are kept together in one split; null = the first message.
-      seed: random seed of the split.
-    Returns: the content of report.json. Its `assembled` counts every message once.
-    Raises: InputError if nothing can be read, nothing is left or the output cannot be written.
+    The entry `assembled` of the report counts every message once.
     """
-    replies, report = import_replies(input, languages, group)
-    counts = Counter(report["assembled"])
-    made = {split: list(rate(some, reward, counts)) for split, some in replies.items()}
-    if not any(made.values()):
-        raise InputError(f"{input}: found no reply with {reward} ({dict(counts)}), expected one or more")
-    return trajectories.publish(made, output, {**report, "assembled": dict(+counts)}, validation, seed)
 
+    reward: Literal["quality", "thumbs"] = setting(
+        "quality", "the reward of a reply: quality (its mean rating, in [0, 1]) or thumbs ((up − down) / (up + down))"
+    )
 
-def rate(replies: Iterable[Reply], reward: Literal["quality", "thumbs"], counts: Counter[str]) -> Iterator[Trajectory]:
-    """Yield a trajectory of each rated reply.
+    def rows_of(self, replies: Iterable[Reply], counts: Counter[str]) -> Iterator[Trajectory]:
+        """Yield a trajectory of each rated reply."""
+        for before, reply in replies:
+            score = _quality(reply) if self.reward == "quality" else _thumbs(reply)
+            if score is None:
+                counts[f"replies without {self.reward}"] += 1
+                continue
+            counts["replies scored"] += 1
+            context = turns_of(before)
+            turns = (*as_context(context), replace(reply.turn, reward=score))
+            group = reply.group or root_group(context) or reply.id
+            yield Trajectory(turns, group=group, source="oasst", labels=reply.labels)
 
-    Args:
-      reward: "quality" or "thumbs", as the module describes.
-      counts: incremented for each reply, as scored or as without rating.
-    """
-    for before, reply in replies:
-        score = _quality(reply) if reward == "quality" else _thumbs(reply)
-        if score is None:
-            counts[f"replies without {reward}"] += 1
-            continue
-        counts["replies scored"] += 1
-        context = turns_of(before)
-        turns = (*as_context(context), replace(reply.turn, reward=score))
-        group = reply.group or root_group(context) or reply.id
-        yield Trajectory(turns, group=group, source="oasst", labels=reply.labels)
+    def expected_replies(self, counts: Counter[str]) -> str:
+        """Return the end of the error message for messages without rated replies."""
+        return f"no reply with {self.reward} ({dict(counts)}), expected one or more"
 
 
 def _quality(reply: Message) -> float | None:

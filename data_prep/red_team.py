@@ -8,83 +8,53 @@ A row is one transcript and its rating. How rows are read:
 - The group is the first message. All other fields are in the labels, the team member as `annotator`.
 """
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from data_prep import trajectories
-from data_prep.comparisons import import_rows
-from data_prep.fields import number
-from offline_lmrl.errors import InputError
-from offline_lmrl.logs.forms import Drop, extra_columns
+from data_prep.trajectories import TrajectoryImporter
 from offline_lmrl.logs.preference_forms import is_transcript, root_group, transcript
-from offline_lmrl.logs.trajectory import Trajectory, shown
+from offline_lmrl.logs.record import Drop, Record
+from offline_lmrl.logs.trajectory import Trajectory
+from offline_lmrl.settings import setting
 
 HIGHEST = 4
 _MEMBER, _SCORE = "red_team_member_id", "min_harmlessness_score_transcript"
 
 
-def prepare(
-    input: str | Path,
-    output: str | Path,
-    *,
-    reward: Literal["rating", "harmlessness"] = "rating",
-    validation: float = 0.1,
-    group: str | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Read red-team attempts and write train.jsonl, validation.jsonl and report.json.
+@dataclass(frozen=True, kw_only=True)
+class RedTeam(TrajectoryImporter):
+    """Read red-team attempts and write train.jsonl, validation.jsonl and report.json."""
 
-    Args:
-      input: the public file, a folder with it or a hub name.
-      output: folder to write to; created if needed.
-      reward: rating (the attacker's, 0 to 4, negated) or harmlessness (a preference model's score of the most harmful
-        reply, unbounded).
-      validation: share of the groups (first messages) that goes to validation.
-      group: column by which rows are kept together in one split, such as a customer; null = the first message.
-      seed: random seed of the split.
-    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
-    Raises: InputError if nothing can be read or the output cannot be written.
-    """
+    reward: Literal["rating", "harmlessness"] = setting(
+        "rating",
+        "rating (the attacker's, 0 to 4, negated) or harmlessness (a preference model's score of the most harmful "
+        "reply, unbounded)",
+    )
 
-    def read(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
-        return read_attempt(row, where, counts, reward)
+    def read(self, row: Record) -> Trajectory:
+        """Return the trajectory of one attempt, whose last reply has the reward."""
+        if not is_transcript(row.get("transcript")):
+            raise row.error("transcript", "a transcript of Human and Assistant")
+        turns = transcript(row["transcript"], row.repairs)
+        if turns[-1].role == "user":
+            row.repairs["repaired: last message without a reply removed"] += 1
+            turns.pop()
+        if not all(turn.content for turn in turns if turn.is_trainable):
+            raise Drop("empty reply")
+        field = "rating" if self.reward == "rating" else _SCORE
+        if row.get(field) is None:
+            raise Drop(f"no {field}")
+        score = -row.between(field, 0, HIGHEST) if self.reward == "rating" else row.number(field)
+        turns[-1] = replace(turns[-1], reward=score)
+        labels = row.others({"transcript"})
+        if _MEMBER in labels:
+            labels["annotator"] = labels.pop(_MEMBER)
+        return Trajectory(tuple(turns), group=root_group(turns), task="red-team", source="red-team", labels=labels)
 
-    made, report = import_rows(input, read, group)
-    return trajectories.publish(made, output, {**report, "reward": reward}, validation, seed)
-
-
-def read_attempt(row: Mapping, where: str, counts: Counter[str], reward: str = "rating") -> Trajectory:
-    """Return the trajectory of one attempt, whose last reply has the reward.
-
-    Args:
-      row: has `transcript`, and `rating` or the preference model's score.
-      where: "file:row", the start of error messages.
-      counts: incremented for each repair, under a key that describes it.
-      reward: "rating" or "harmlessness", see `prepare`.
-
-    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
-    """
-    if not is_transcript(row.get("transcript")):
-        raise InputError(
-            f"{where}: transcript: found {shown(row.get('transcript'))}, expected a transcript of Human and Assistant"
-        )
-    turns = transcript(row["transcript"], counts)
-    if turns[-1].role == "user":
-        counts["repaired: last message without a reply removed"] += 1
-        turns.pop()
-    if not all(turn.content for turn in turns if turn.is_trainable):
-        raise Drop("empty reply")
-    field = "rating" if reward == "rating" else _SCORE
-    if row.get(field) is None:
-        raise Drop(f"no {field}")
-    value = number(row, field, where)
-    if reward == "rating" and not 0 <= value <= HIGHEST:
-        raise InputError(f"{where}: rating: found {value}, expected 0 to {HIGHEST}")
-    turns[-1] = replace(turns[-1], reward=-value if reward == "rating" else value)
-    labels = extra_columns(row, {name for name in row if row[name] is not None} - {"transcript"}, counts)
-    if _MEMBER in labels:
-        labels["annotator"] = labels.pop(_MEMBER)
-    return Trajectory(tuple(turns), group=root_group(turns), task="red-team", source="red-team", labels=labels)
+    def assemble(
+        self, found: dict[str, list[Trajectory]], report: dict[str, Any]
+    ) -> Mapping[str, Sequence[Trajectory]]:
+        """Add to the report how replies were rewarded."""
+        report["reward"] = self.reward
+        return found

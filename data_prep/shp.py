@@ -10,107 +10,86 @@ A row is a post, `history`, with two comments A and B, and `labels`, which is 1 
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from data_prep.comparisons import import_rows, publish
-from data_prep.fields import known_values, number, text
+from data_prep.comparisons import ComparisonImporter
 from data_prep.groups import join_groups
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
-from offline_lmrl.logs.forms import Drop
 from offline_lmrl.logs.io import group_key
-from offline_lmrl.logs.trajectory import Turn, shown
+from offline_lmrl.logs.record import Drop, Record
+from offline_lmrl.logs.trajectory import Turn
+from offline_lmrl.settings import setting
 
 SIDES = ("A", "B")
 _LOST = ("[deleted]", "[removed]")
 
 
-def prepare(
-    input: str | Path,
-    output: str | Path,
-    *,
-    min_ratio: float = 1.0,
-    max_pairs: int | None = 5,
-    validation: float = 0.1,
-    group: str | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Read pairs of comments and write train.jsonl, validation.jsonl, test.jsonl and report.json.
+@dataclass(frozen=True, kw_only=True)
+class Shp(ComparisonImporter):
+    """Read pairs of comments and write train.jsonl, validation.jsonl, test.jsonl and report.json."""
 
-    Args:
-      input: a file, the folder of a domain with its train, validation and test files, or a hub name.
-      output: folder to write to; created if needed.
-      min_ratio: smallest ratio of the votes of a pair that is kept, from 1 up.
-      max_pairs: largest number of pairs of one post; null = all.
-      validation: share of the posts that goes to validation if the source has no validation split.
-      group: column by which rows are kept together in one split, such as a customer; null = the post.
-      seed: random seed of the split.
-    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
-    Raises: InputError for settings out of range, if nothing can be read or the output cannot be written.
-    """
-    if min_ratio < 1:
-        raise InputError(f"min_ratio: found {min_ratio}, expected a number from 1 up")
-    if max_pairs is not None and max_pairs < 1:
-        raise InputError(f"max_pairs: found {max_pairs}, expected a number from 1 up, or null")
+    min_ratio: float = setting(1.0, "smallest ratio of the votes of a pair that is kept, from 1 up")
+    max_pairs: int | None = setting(5, "largest number of pairs of one post; null = all")
 
-    def read(row: Mapping, where: str, counts: Counter[str]) -> Comparison:
-        return read_pair(row, where, min_ratio)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_ratio < 1:
+            raise InputError(f"min_ratio: found {self.min_ratio}, expected a number from 1 up")
+        if self.max_pairs is not None and self.max_pairs < 1:
+            raise InputError(f"max_pairs: found {self.max_pairs}, expected a number from 1 up, or null")
 
-    found, report = import_rows(input, read, group)
-    made = join_groups(found) if group is None else found
-    if max_pairs is not None:
-        made = {split: strongest(rows, max_pairs) for split, rows in made.items()}
+    def read(self, row: Record) -> Comparison:
+        """Return the comparison of the two comments on one post."""
+        post, *comments = map(row.text, ("history", "human_ref_A", "human_ref_B"))
+        if not post.strip() or not all(comment.strip() for comment in comments):
+            raise Drop("empty post or comment")
+        if any(comment.strip() in _LOST for comment in comments):
+            raise Drop("comment that was deleted")
+        if comments[0].split() == comments[1].split():
+            raise Drop("identical comments")
+        label = row.number("labels")
+        if label not in (0, 1):
+            raise row.error("labels", "1 for A or 0 for B")
+        better, worse = (0, 1) if label else (1, 0)
+        votes = [row.number(f"score_{side}") for side in SIDES]
+        if votes[better] <= votes[worse]:
+            raise Drop("votes that contradict the label")
+        written = [row.number(f"created_at_utc_{side}") for side in SIDES]
+        if written[better] < written[worse]:
+            raise Drop("the preferred comment is the older one")
+        ratio = row.number("score_ratio")
+        if ratio < 1:
+            raise InputError(f"{row.where}: score_ratio: found {ratio}, expected a number from 1 up")
+        if ratio < self.min_ratio:
+            raise Drop("ratio of the votes below min_ratio")
+        named = [row.known(f"c_root_id_{side}", f"score_{side}", f"created_at_utc_{side}") for side in SIDES]
+        options = [{name[:-2]: value for name, value in option.items()} for option in named]
+        return Comparison(
+            (Turn("user", post),),
+            tuple((Turn("assistant", comment),) for comment in comments),
+            (float(better == 0), float(better == 1)),
+            group=row.text("post_id"),
+            source="shp",
+            labels={**row.known("domain"), "strength": math.log(ratio), "options": options},
+        )
+
+    def assemble(
+        self, found: dict[str, list[Comparison]], report: dict[str, Any]
+    ) -> Mapping[str, Sequence[Comparison]]:
+        """Join the groups of a post, and keep its pairs with the highest ratios."""
+        made = join_groups(found) if self.group is None else found
+        if self.max_pairs is None:
+            return made
+        made = {split: strongest(rows, self.max_pairs) for split, rows in made.items()}
         kept = sum(map(len, made.values()))
         if kept < report["imported"]:
-            dropped = {**report["dropped"], "more than max_pairs of one post": report["imported"] - kept}
-            report = {**report, "imported": kept, "dropped": dropped}
-    return publish(made, output, report, validation, seed)
-
-
-def read_pair(row: Mapping, where: str, min_ratio: float = 1.0) -> Comparison:
-    """Return the comparison of one row.
-
-    Args:
-      row: has a post, two comments and their votes, under the names of the public data.
-      where: "file:row", the start of error messages.
-      min_ratio: smallest ratio of the votes of a pair that is kept.
-    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
-    """
-    post, *comments = (text(row, name, where) for name in ("history", "human_ref_A", "human_ref_B"))
-    if not post.strip() or not all(comment.strip() for comment in comments):
-        raise Drop("empty post or comment")
-    if any(comment.strip() in _LOST for comment in comments):
-        raise Drop("comment that was deleted")
-    if comments[0].split() == comments[1].split():
-        raise Drop("identical comments")
-    label = number(row, "labels", where)
-    if label not in (0, 1):
-        raise InputError(f"{where}: labels: found {shown(row['labels'])}, expected 1 for A or 0 for B")
-    better, worse = (0, 1) if label else (1, 0)
-    votes = [number(row, f"score_{side}", where) for side in SIDES]
-    if votes[better] <= votes[worse]:
-        raise Drop("votes that contradict the label")
-    written = [number(row, f"created_at_utc_{side}", where) for side in SIDES]
-    if written[better] < written[worse]:
-        raise Drop("the preferred comment is the older one")
-    ratio = number(row, "score_ratio", where)
-    if ratio < 1:
-        raise InputError(f"{where}: score_ratio: found {ratio}, expected a number from 1 up")
-    if ratio < min_ratio:
-        raise Drop("ratio of the votes below min_ratio")
-    options = [known_values(row, (f"c_root_id_{side}", f"score_{side}", f"created_at_utc_{side}")) for side in SIDES]
-    options = [{name[:-2]: value for name, value in option.items()} for option in options]
-    return Comparison(
-        (Turn("user", post),),
-        tuple((Turn("assistant", comment),) for comment in comments),
-        (float(better == 0), float(better == 1)),
-        group=text(row, "post_id", where),
-        source="shp",
-        labels={**known_values(row, ("domain",)), "strength": math.log(ratio), "options": options},
-    )
+            report["dropped"]["more than max_pairs of one post"] = report["imported"] - kept
+            report["imported"] = kept
+        return made
 
 
 def strongest(rows: Sequence[Comparison], most: int) -> list[Comparison]:

@@ -13,17 +13,13 @@ the Stack Exchange API (`title, body, answers[{body, score, is_accepted}]`). How
 import html
 import math
 import re
-from collections import Counter
-from collections.abc import Mapping
+from dataclasses import dataclass
 from html.parser import HTMLParser
-from pathlib import Path
-from typing import Any
 
-from data_prep import fields
-from data_prep.comparisons import convert
+from data_prep.comparisons import StreamingImporter
 from offline_lmrl.logs.comparison import Comparison
-from offline_lmrl.logs.forms import Drop, extra_columns
 from offline_lmrl.logs.preference_forms import read_comparison
+from offline_lmrl.logs.record import Drop, Record
 
 _BLOCKS = ("p", "div", "blockquote", "ul", "ol", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "table", "tr")
 _MARKS = {
@@ -37,64 +33,31 @@ _MARKS = {
 _TAG = re.compile(rf"</?({'|'.join(_BLOCKS)}|li|br|code|pre|a|em|strong|img)\b[^<>]*>", re.IGNORECASE)
 
 
-def prepare(
-    input: str | Path,
-    output: str | Path,
-    *,
-    validation: float = 0.1,
-    group: str | None = None,
-    seed: int = 0,
-    processes: int = 1,
-) -> dict[str, Any]:
-    """Read questions with answers and votes and write train.jsonl, validation.jsonl and report.json.
+@dataclass(frozen=True, kw_only=True)
+class StackExchange(StreamingImporter):
+    """Read questions with answers and votes and write train.jsonl, validation.jsonl and report.json."""
 
-    Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files or a hub name.
-      output: folder to write to; created if needed.
-      validation: share of the groups (questions) that goes to validation if the source has no validation split.
-      group: column by which rows are kept together in one split, such as a customer; null = the question.
-      seed: random seed of the split.
-      processes: number of processes that read rows.
-    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
-    Raises: InputError if nothing can be read or the output cannot be written.
-    """
-    return convert(input, read_question, output, validation, seed, processes, group)
-
-
-def read_question(row: Mapping, where: str, counts: Counter[str]) -> Comparison | None:
-    """Return the comparison of the answers to one question, or None if the row is dropped.
-
-    Args:
-      row: in one of the two forms that the module describes.
-      where: "file:row", the start of error messages.
-      counts: incremented for each repair, or once for a dropped row, under a key that describes it.
-    """
-    if row.get("question") is None and row.get("title") is not None:
-        title = html.unescape(fields.text(row, "title", where))  # titles are escaped, but have no tags
-        question = f"{title}\n\n{_plain(fields.text(row, 'body', where), counts)}"
-    else:
-        question = _plain(fields.text(row, "question", where), counts)
-    if not question.strip():
-        raise Drop("empty question")
-    responses, ranks, options = [], [], []
-    for i, answer in enumerate(fields.objects(row, "answers", where)):
-        name = "text" if answer.get("text") is not None else "body"
-        responses.append(_plain(fields.text(answer, name, f"{where}: answers[{i}]"), counts))
-        ranks.append(_rank(answer, f"{where}: answers[{i}]"))
-        options.append(extra_columns(answer, set(answer) - {name}, counts))
-    used = {"question", "body", "answers"}
-    labels = extra_columns(row, {name for name in row if row[name] is not None} - used, counts)
-    return read_comparison(
-        {
+    def read(self, row: Record) -> Comparison | None:
+        """Return the comparison of the answers to one question, in one of the two forms that the module describes."""
+        if row.get("question") is None and row.get("title") is not None:
+            title = html.unescape(row.text("title"))  # titles are escaped, but have no tags
+            question = f"{title}\n\n{_plain(row, 'body')}"
+        else:
+            question = _plain(row, "question")
+        if not question.strip():
+            raise Drop("empty question")
+        answers = [(answer, "text" if answer.get("text") is not None else "body") for answer in row.objects("answers")]
+        read = [
+            (_plain(answer, name), _rank(answer), answer.columns(set(answer) - {name})) for answer, name in answers
+        ]
+        parts = {
             "prompt": [{"role": "user", "content": question}],
-            "responses": responses,
-            "ranks": ranks,
+            "responses": [response for response, _, _ in read],
+            "ranks": [rank for _, rank, _ in read],
             "source": "stack-exchange",
-            "labels": {**labels, "options": options},
-        },
-        where,
-        counts,
-    )
+            "labels": row.others({"question", "body", "answers"}) | {"options": [option for _, _, option in read]},
+        }
+        return read_comparison(parts, row.where, row.repairs)
 
 
 def vote_score(votes: int, accepted: bool) -> int:
@@ -159,17 +122,18 @@ class _Reader(HTMLParser):
             self.parts += [self.parts.pop().rstrip() if self.parts else "", mark]
 
 
-def _plain(text: str, counts: Counter[str]) -> str:
+def _plain(record: Record, name: str) -> str:
+    text = record.text(name)
     made = plain_text(text)
     if made != text:
-        counts["repaired: HTML made text"] += 1
+        record.repairs["repaired: HTML made text"] += 1
     return made
 
 
-def _rank(answer: Mapping, where: str) -> int | None:
+def _rank(answer: Record) -> int | None:
     """Return the rank of an answer, lowest = best: minus its score. None = it has no score."""
     if answer.get("pm_score") is not None:
-        return -fields.whole(answer, "pm_score", where)
+        return -answer.whole("pm_score")
     if answer.get("score") is None:
         return None
-    return -vote_score(fields.whole(answer, "score", where), answer.get("is_accepted") is True)
+    return -vote_score(answer.whole("score"), answer.get("is_accepted") is True)

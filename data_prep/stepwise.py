@@ -11,94 +11,59 @@ A row is `prompt, completions, labels`. How rows are read:
 - Whether the final answer is correct does not count. A column for it is kept in the labels.
 """
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
-from data_prep import fields, trajectories
-from data_prep.comparisons import import_rows
+from data_prep.trajectories import TrajectoryImporter
 from offline_lmrl.errors import InputError
-from offline_lmrl.logs.forms import Drop, extra_columns, given_fields, thumb
+from offline_lmrl.logs.forms import given_fields
 from offline_lmrl.logs.preference_forms import read_context, root_group
+from offline_lmrl.logs.record import Drop, Record, thumb
 from offline_lmrl.logs.trajectory import Trajectory, Turn, build_trajectory
+from offline_lmrl.settings import setting
 
 _FIELDS = {"prompt", "completions", "group", "source"}
 
 
-def prepare(
-    input: str | Path,
-    output: str | Path,
-    *,
-    right: float = 1.0,
-    wrong: float = -1.0,
-    validation: float = 0.1,
-    group: str | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Read rows of prompt, completions and labels and write train.jsonl, validation.jsonl and report.json.
+@dataclass(frozen=True, kw_only=True)
+class Stepwise(TrajectoryImporter):
+    """Read rows of prompt, completions and labels and write train.jsonl, validation.jsonl and report.json."""
 
-    Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files, a datasets folder or a hub name.
-      output: folder to write to; created if needed.
-      right: reward of a right step.
-      wrong: reward of a wrong step; less than `right`.
-      validation: share of the groups (prompts) that goes to validation if the source has no validation split.
-      group: column by which rows are kept together in one split, such as a customer; null = the prompt.
-      seed: random seed of the split.
-    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
-    Raises: InputError if nothing can be read or the output cannot be written.
-    """
-    if not wrong < right:
-        raise InputError(f"wrong: found {wrong}, expected a number below right ({right})")
+    right: float = setting(1.0, "reward of a right step")
+    wrong: float = setting(-1.0, "reward of a wrong step; less than `right`")
 
-    def read(row: Mapping, where: str, counts: Counter[str]) -> Trajectory:
-        return read_steps(row, where, counts, right, wrong)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.wrong < self.right:
+            raise InputError(f"wrong: found {self.wrong}, expected a number below right ({self.right})")
 
-    made, report = import_rows(input, read, group)
-    return trajectories.publish(made, output, report, validation, seed)
-
-
-def read_steps(row: Mapping, where: str, counts: Counter[str], right: float = 1.0, wrong: float = -1.0) -> Trajectory:
-    """Return the trajectory of one solution, with one agent turn per step.
-
-    Args:
-      row: has `prompt`, `completions` and `labels`.
-      where: "file:row", the start of error messages.
-      counts: incremented for each repair, under a key that describes it.
-      right: reward of a right step.
-      wrong: reward of a wrong step.
-
-    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
-    """
-    if row.get("prompt") is None:
-        raise InputError(f"{where}: prompt: found none, expected text or messages")
-    steps, values = fields.items(row, "completions", where), fields.items(row, "labels", where)
-    if len(steps) != len(values):
-        raise InputError(
-            f"{where}: labels: found {len(values)} for {len(steps)} completions, expected one for each completion"
-        )
-    context = read_context(row["prompt"], where, counts)
-    turns, labels = [], []
-    for i, value in enumerate(values):
-        step = fields.text({f"completions[{i}]": steps[i]}, f"completions[{i}]", where)
-        label = thumb(value, f"labels[{i}]", where, counts)
-        if not step.strip():
-            counts["repaired: empty step left out"] += 1
-            continue
-        if step != step.strip():
-            counts["repaired: white space around a step removed"] += 1
-        labels.append(label)
-        turns.append(
-            Turn("assistant", step.strip(), label is not None, None if label is None else right if label else wrong)
-        )
-    judged = [label for label in labels if label is not None]
-    if not judged:
-        raise Drop("no step with a label")
-    if judged != sorted(judged, reverse=True):
-        counts["kept: a right step after a wrong one"] += 1
-    given = given_fields(row, ("group", "source"), where, counts)
-    made = build_trajectory([*context, *turns], {"group": root_group(context), "source": "stepwise", **given}, where)
-    extra = extra_columns(row, {name for name in row if row[name] is not None} - _FIELDS, counts)
-    return replace(made, labels={**extra, "labels": labels})
+    def read(self, row: Record) -> Trajectory:
+        """Return the trajectory of one solution, with one agent turn per step."""
+        if row.get("prompt") is None:
+            raise InputError(f"{row.where}: prompt: found none, expected text or messages")
+        steps, values = row.each("completions"), row.items_of("labels")
+        if len(steps) != len(values):
+            raise InputError(
+                f"{row.where}: labels: found {len(values)} for {len(steps)} completions, expected one for each "
+                "completion"
+            )
+        context = read_context(row["prompt"], row.where, row.repairs)
+        turns, labels = [], []
+        for i, (name, value) in enumerate(zip(steps, values, strict=True)):
+            step = steps.text(name)
+            label = thumb(value, f"labels[{i}]", row.where, row.repairs)
+            if not step.strip():
+                row.repairs["repaired: empty step left out"] += 1
+                continue
+            if step != step.strip():
+                row.repairs["repaired: white space around a step removed"] += 1
+            labels.append(label)
+            reward = None if label is None else self.right if label else self.wrong
+            turns.append(Turn("assistant", step.strip(), label is not None, reward))
+        rated = [label for label in labels if label is not None]
+        if not rated:
+            raise Drop("no step with a label")
+        if rated != sorted(rated, reverse=True):
+            row.repairs["kept: a right step after a wrong one"] += 1
+        given = {"group": root_group(context), "source": "stepwise"} | given_fields(row, ("group", "source"))
+        made = build_trajectory([*context, *turns], given, row.where)
+        return replace(made, labels={**row.others(_FIELDS), "labels": labels})

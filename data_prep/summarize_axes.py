@@ -8,110 +8,86 @@ treated as in `summarize_comparisons`.
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-from data_prep import trajectories
-from data_prep.comparisons import import_rows
-from data_prep.fields import inner, known_values, number
-from data_prep.groups import join_groups
-from data_prep.summarize_comparisons import by_own_split, read_info, read_split, read_summary
+from data_prep.summarize_comparisons import SPLITS, by_own_split, read_info, read_summary
+from data_prep.trajectories import TrajectoryImporter
 from offline_lmrl.errors import InputError
-from offline_lmrl.logs.forms import Drop
 from offline_lmrl.logs.io import group_key
 from offline_lmrl.logs.preference_forms import root_group
+from offline_lmrl.logs.record import Drop, Record
 from offline_lmrl.logs.trajectory import Trajectory, Turn
+from offline_lmrl.settings import setting
 
 AXES = ("overall", "accuracy", "coverage", "coherence")
 _HIGHEST = 7
 
 
-def prepare(
-    input: str | Path,
-    output: str | Path,
-    *,
-    overall: float = 1.0,
-    accuracy: float = 0.0,
-    coverage: float = 0.0,
-    coherence: float = 0.0,
-    centre: bool = True,
-    validation: float = 0.1,
-    group: str | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Read rated summaries and write train.jsonl, validation.jsonl, test.jsonl and report.json.
+@dataclass(frozen=True, kw_only=True)
+class SummarizeAxes(TrajectoryImporter):
+    """Read rated summaries and write train.jsonl, validation.jsonl, test.jsonl and report.json."""
 
-    Args:
-      input: a file of ratings, a folder of them or a hub name.
-      output: folder to write to; created if needed.
-      overall: weight of this axis in the reward; a row without a rating on an axis with a weight other than 0 is
-        dropped.
-      accuracy: weight of this axis in the reward.
-      coverage: weight of this axis in the reward.
-      coherence: weight of this axis in the reward.
-      centre: subtract from each reward the mean reward of the post's summaries.
-      validation: share of the posts that goes to validation if there are rows of the train split and none of the
-        validation split.
-      group: column by which rows are kept together in one split, such as a customer; null = the post.
-      seed: random seed of the split.
-    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
-    Raises: InputError if all weights are 0, nothing can be read or the output cannot be written.
-    """
-    given = dict(zip(AXES, (overall, accuracy, coverage, coherence), strict=True))
-    weights = {axis: weight for axis, weight in given.items() if weight}
-    if not weights:
-        raise InputError(
-            f"overall: found weights of 0 on all of {', '.join(AXES)}, expected another weight on at least one of them"
+    overall: float = setting(
+        1.0,
+        "weight of this axis in the reward; a row without a rating on an axis with a weight other than 0 is dropped",
+    )
+    accuracy: float = setting(0.0, "weight of this axis in the reward")
+    coverage: float = setting(0.0, "weight of this axis in the reward")
+    coherence: float = setting(0.0, "weight of this axis in the reward")
+    centre: bool = setting(True, "subtract from each reward the mean reward of the post's summaries")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.weights:
+            raise InputError(
+                f"overall: found weights of 0 on all of {', '.join(AXES)}, expected another weight on at least one of "
+                "them"
+            )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights that are not 0, by axis."""
+        return {axis: vars(self)[axis] for axis in AXES if vars(self)[axis]}
+
+    def read(self, row: Record) -> tuple[str, Trajectory]:
+        """Return the split that one row names, and the trajectory of its summary."""
+        context, known = read_info(row)
+        summary = row.inner("summary")
+        words = read_summary(summary)
+        found = replace(summary.inner("axes"), where=f"{row.where}: axes")
+        axes = {axis: found.number(axis) for axis in AXES if found.get(axis) is not None}
+        for axis in axes:
+            found.between(axis, 1, _HIGHEST)
+        for axis in self.weights:
+            if axis not in axes:
+                raise Drop(f"no rating on the axis {axis}")
+        raw = math.fsum(weight * axes[axis] for axis, weight in self.weights.items())
+        labels = {
+            **known,
+            **summary.known("policy", "note"),
+            "axes": {**found.known(*found), **axes},
+            "reward": {"raw": raw, "shift": 0.0},
+        }
+        return SPLITS[row.choice("split", SPLITS)], Trajectory(
+            (*context, Turn("assistant", words, reward=raw)),
+            group=known["id"],
+            task="summarize",
+            source="summarize-axes",
+            labels=labels,
         )
 
-    def read(row: Mapping, where: str, counts: Counter[str]) -> tuple[str, Trajectory]:
-        return read_rating(row, where, counts, weights)
-
-    found, report = import_rows(input, read, group)
-    made = join_groups(by_own_split(found)) if group is None else by_own_split(found)
-    if centre:
-        made = centred(made, group_key if group is None else lambda row: root_group(row.turns))
-    return trajectories.publish(made, output, {**report, "weights": weights}, validation, seed)
-
-
-def read_rating(
-    row: Mapping, where: str, counts: Counter[str], weights: Mapping[str, float]
-) -> tuple[str, Trajectory]:
-    """Return the split that one row names, and the trajectory of its summary.
-
-    Args:
-      row: has `info`, `summary` and `split`.
-      where: "file:row", the start of error messages.
-      counts: incremented for each repair, under a key that describes it.
-      weights: axis -> its weight in the reward.
-
-    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
-    """
-    context, known = read_info(row, where)
-    summary = inner(row, "summary", where)
-    words = read_summary(summary, f"{where}: summary", counts)
-    found = inner(summary, "axes", f"{where}: summary")
-    axes = {axis: number(found, axis, f"{where}: axes") for axis in AXES if found.get(axis) is not None}
-    for axis, rating in axes.items():
-        if not 1 <= rating <= _HIGHEST:
-            raise InputError(f"{where}: axes: {axis}: found {rating}, expected 1 to {_HIGHEST}")
-    for axis in weights:
-        if axis not in axes:
-            raise Drop(f"no rating on the axis {axis}")
-    raw = math.fsum(weight * axes[axis] for axis, weight in weights.items())
-    turns = (*context, Turn("assistant", words, reward=raw))
-    labels = {
-        **known,
-        **known_values(summary, ("policy", "note")),
-        "axes": {**known_values(found, found), **axes},
-        "reward": {"raw": raw, "shift": 0.0},
-    }
-    return read_split(row, where), Trajectory(
-        turns, group=known["id"], task="summarize", source="summarize-axes", labels=labels
-    )
+    def assemble(
+        self, found: dict[str, list[tuple[str, Trajectory]]], report: dict[str, Any]
+    ) -> Mapping[str, Sequence[Trajectory]]:
+        """Divide the rows into the splits that they name, join the groups of a post, and centre its rewards."""
+        report["weights"] = self.weights
+        made = by_own_split(found, join=self.group is None)
+        if not self.centre:
+            return made
+        return centred(made, group_key if self.group is None else lambda row: root_group(row.turns))
 
 
 def centred(

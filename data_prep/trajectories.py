@@ -1,59 +1,46 @@
-"""Shared code of the importers of scored replies: write trajectories in splits, and report counts.
+"""Base class of the importers of scored replies: write trajectories in splits, and report counts.
 
-Rows are read by `comparisons.import_rows`, and the counts add up: rows = imported + Σ dropped, and imported = the
-trajectories of all splits + those removed because their group is in a later split.
+The counts add up: imported = the trajectories of all splits + those removed because their group is in a later split.
 """
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from data_prep.comparisons import separate
-from data_prep.reports import prepared, require_no_other_splits, write_json
+from data_prep.source import Importer, require_no_other_splits, separate, write_trajectories
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.comparison_checks import baselines, data_faults
-from offline_lmrl.logs.io import REPORT, group_key, write_trajectories
+from offline_lmrl.logs.io import group_key
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.tokens.checks import check
 
 
-def publish(
-    made: Mapping[str, list[Trajectory]], output: str | Path, report: Mapping[str, Any], validation: float, seed: int
-) -> dict[str, Any]:
-    """Split by group, and write <split>.jsonl and report.json.
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryImporter(Importer):
+    """An importer whose rows are scored trajectories."""
 
-    Args:
-      made: trajectories by split of the source.
-      output: folder to write to.
-      report: the entries with which the report begins.
-      validation: share of the groups that goes to validation; see `comparisons.separate`.
-      seed: random seed of the split.
-    Returns: the content of report.json.
-    """
-    splits, removed = separate(made, validation, seed)
-    splits = {name: rows for name, rows in splits.items() if rows}
-    require_no_other_splits(output, splits)
-    everything = [row for rows in splits.values() for row in rows]
-    found = check(splits).to_dict()
-    report = {
-        **report,
-        "removed, their group is in a later split": removed,
-        "splits": {
-            name: {fact: value for fact, value in split.items() if value is not None}
-            for name, split in found["splits"].items()
-        },
-        "warnings": found["warnings"],
-        "checks": {**_disagreements(everything), **data_faults(everything)},
-        "baselines": baselines(scored_pairs(everything)),
-    }
-    with prepared(output) as folder:
-        for name, rows in splits.items():
-            write_trajectories(folder / f"{name}.jsonl", rows)
-        write_json(folder / REPORT, report)
-    return report
+    def make(self) -> dict[str, Any]:
+        """Read all rows, split by group, and write <split>.jsonl and report.json."""
+        found, report = self.import_rows()
+        splits, removed = separate(self.assemble(found, report), self.validation, self.seed)
+        splits = {name: rows for name, rows in splits.items() if rows}
+        require_no_other_splits(self.output, splits)
+        everything = [row for rows in splits.values() for row in rows]
+        found = check(splits).to_dict()
+        report = {
+            **report,
+            "removed, their group is in a later split": removed,
+            "splits": {
+                name: {fact: value for fact, value in split.items() if value is not None}
+                for name, split in found["splits"].items()
+            },
+            "warnings": found["warnings"],
+            "checks": {**_disagreements(everything), **data_faults(everything)},
+            "baselines": baselines(scored_pairs(everything)),
+        }
+        return write_trajectories(self.output, splits, report)
 
 
 def scored_pairs(rows: Sequence[Trajectory]) -> list[tuple[Comparison, int, int]]:

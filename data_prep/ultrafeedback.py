@@ -15,103 +15,63 @@ How rows are read:
 """
 
 import math
-from collections import Counter
-from collections.abc import Collection, Mapping
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
-from data_prep import fields
-from data_prep.comparisons import convert
-from offline_lmrl.errors import InputError
+from data_prep.comparisons import StreamingImporter
+from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.comparison import Comparison
-from offline_lmrl.logs.forms import Drop, extra_columns
 from offline_lmrl.logs.preference_forms import read_comparison
-from offline_lmrl.logs.trajectory import shown
+from offline_lmrl.logs.record import Drop, Record
+from offline_lmrl.settings import setting
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 _KEPT = {"model", "principle", "custom_system_prompt", "critique", "overall_score"}
 _USED = {"instruction", "completions", "models"}
 
 
-def prepare(
-    input: str | Path,
-    output: str | Path,
-    *,
-    truthful_qa: bool = False,
-    validation: float = 0.1,
-    group: str | None = None,
-    seed: int = 0,
-    processes: int = 1,
-) -> dict[str, Any]:
-    """Read instructions with rated completions and write train.jsonl, validation.jsonl and report.json.
+@dataclass(frozen=True, kw_only=True)
+class UltraFeedback(StreamingImporter):
+    """Read instructions with rated completions and write train.jsonl, validation.jsonl and report.json."""
 
-    Args:
-      input: a .jsonl, .jsonl.gz or .parquet file, a folder of such files or a hub name.
-      output: folder to write to; created if needed.
-      truthful_qa: keep the questions of TruthfulQA.
-      validation: share of the groups (instructions) that goes to validation if the source has no validation split.
-      group: column by which rows are kept together in one split, such as a customer; null = the instruction.
-      seed: random seed of the split.
-      processes: number of processes that read rows.
-    Returns: the content of report.json: counts of rows, repairs and drops, and facts about the data.
-    Raises: InputError if nothing can be read or the output cannot be written.
-    """
-    return convert(input, partial(read_rated, truthful_qa=truthful_qa), output, validation, seed, processes, group)
+    truthful_qa: bool = setting(False, "keep the questions of TruthfulQA")
 
-
-def read_rated(row: Mapping, where: str, counts: Counter[str], truthful_qa: bool = False) -> Comparison | None:
-    """Return the comparison of the completions of one instruction, or None if the row is dropped.
-
-    Args:
-      row: has `instruction` and `completions`.
-      where: "file:row", the start of error messages.
-      counts: incremented for each repair, or once for a dropped row, under a key that describes it.
-      truthful_qa: keep the questions of TruthfulQA.
-    Raises: Drop if the row cannot be used, InputError for values of the wrong type.
-    """
-    instruction = fields.text(row, "instruction", where)
-    if not instruction.strip():
-        raise Drop("empty instruction")
-    if row.get("source") == "truthful_qa" and not truthful_qa:
-        raise Drop("a question of TruthfulQA, a benchmark")
-    responses, rated, options = [], [], []
-    for i, completion in enumerate(fields.objects(row, "completions", where)):
-        here = f"{where}: completions[{i}]"
-        responses.append(fields.text(completion, "response", here))
-        rated.append(_ratings(completion, here))
-        options.append({**extra_columns(completion, _KEPT & completion.keys(), counts), "ratings": rated[-1]})
-        if options[-1].get("overall_score") == 10 and rated[-1] and _mean(rated[-1], rated[-1]) <= 2:
-            counts["repaired: overall_score 10 with a mean rating of at most 2 read as 1"] += 1
-            options[-1]["overall_score"] = 1
-    common = set(ASPECTS).intersection(*(ratings for ratings in rated if ratings))
-    if not any(rated) or not common:
-        raise Drop("no aspect on which all rated completions have a rating")
-    if any(ratings and len(ratings) > len(common) for ratings in rated):
-        counts["repaired: aspects left out on which some rated completion has no rating"] += 1
-    for option, ratings in zip(options, rated, strict=True):
-        option["rating"] = _mean(ratings, common) if ratings else None
-    ranks = [None if option["rating"] is None else -option["rating"] for option in options]
-    labels = extra_columns(row, {name for name in row if row[name] is not None} - _USED, counts)
-    return read_comparison(
-        {
+    def read(self, row: Record) -> Comparison | None:
+        """Return the comparison of the completions of one instruction."""
+        instruction = row.words("instruction", "empty instruction")
+        if row.get("source") == "truthful_qa" and not self.truthful_qa:
+            raise Drop("a question of TruthfulQA, a benchmark")
+        responses, rated, options = [], [], []
+        for completion in row.objects("completions"):
+            responses.append(completion.text("response"))
+            rated.append(_ratings(completion))
+            options.append({**completion.columns(_KEPT & completion.keys()), "ratings": rated[-1]})
+            if options[-1].get("overall_score") == 10 and rated[-1] and _mean(rated[-1], rated[-1]) <= 2:
+                row.repairs["repaired: overall_score 10 with a mean rating of at most 2 read as 1"] += 1
+                options[-1]["overall_score"] = 1
+        common = set(ASPECTS).intersection(*(ratings for ratings in rated if ratings))
+        if not any(rated) or not common:
+            raise Drop("no aspect on which all rated completions have a rating")
+        if any(ratings and len(ratings) > len(common) for ratings in rated):
+            row.repairs["repaired: aspects left out on which some rated completion has no rating"] += 1
+        for option, ratings in zip(options, rated, strict=True):
+            option["rating"] = _mean(ratings, common) if ratings else None
+        parts = {
             "prompt": [{"role": "user", "content": instruction}],
             "responses": responses,
-            "ranks": ranks,
+            "ranks": [None if option["rating"] is None else -option["rating"] for option in options],
             "source": "ultrafeedback",
-            "labels": {**labels, "options": options},
-        },
-        where,
-        counts,
-    )
+            "labels": {**row.others(_USED), "options": options},
+        }
+        return read_comparison(parts, row.where, row.repairs)
 
 
-def _ratings(completion: Mapping, where: str) -> dict[str, float]:
+def _ratings(completion: Record) -> dict[str, float]:
     """Return {aspect: rating from 1 to 5} for the ASPECTS for which the completion has a rating."""
     found = {}
-    annotations = _object(completion, "annotations", where)
+    annotations = _inner(completion, "annotations")
     for aspect in ASPECTS:
-        value = _object(annotations, aspect, f"{where}: annotations").get("Rating")
+        value = _inner(annotations, aspect).get("Rating")
         if value is None or (isinstance(value, str) and value.strip().upper() in ("", "N/A")):
             continue
         try:
@@ -119,17 +79,15 @@ def _ratings(completion: Mapping, where: str) -> dict[str, float]:
         except (TypeError, ValueError, OverflowError):
             rating = math.nan
         if not 1 <= rating <= 5:
-            raise InputError(f"{where}: annotations: {aspect}: Rating: found {shown(value)}, expected 1 to 5 or N/A")
+            raise InputError(f"{annotations.where}: {aspect}: Rating: found {shown(value)}, expected 1 to 5 or N/A")
         found[aspect] = rating
     return found
 
 
-def _object(record: Mapping, name: str, where: str) -> Mapping:
-    value = record.get(name)
-    if not isinstance(value, Mapping | None):
-        raise InputError(f"{where}: {name}: found {shown(value)}, expected an object")
-    return value or {}
+def _inner(record: Record, name: str) -> Record:
+    """Return a field that is an object; null is an empty one."""
+    return (record if record.get(name) is not None else replace(record, fields={name: {}})).inner(name)
 
 
-def _mean(ratings: Mapping[str, float], aspects: Collection[str]) -> float:
+def _mean(ratings: dict[str, float], aspects: Collection[str]) -> float:
     return math.fsum(ratings[aspect] for aspect in aspects) / len(aspects)

@@ -15,15 +15,14 @@ import functools
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Literal
 
-from data_prep.reports import prepared, write_json
+from data_prep.source import Source, write_shares
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.environments.scripted import Forced, check_episodes
 from offline_lmrl.errors import InputError, shown
-from offline_lmrl.logs.io import REPORT, split_by_group, write_trajectories
 from offline_lmrl.logs.trajectory import Trajectory
+from offline_lmrl.settings import setting
 from offline_lmrl.tasks.wordle import (
     PLAYERS,
     Player,
@@ -39,59 +38,51 @@ from offline_lmrl.tasks.wordle import (
     wrong,
 )
 
-VALIDATION_SHARE = 0.1
 COPIES = 5  # games of each kind per expert game in the adversarial set
 SHARED_TURNS = 2
 BRANCH_SEEDS = 2**32  # seeds of branches start at multiples of this, far from the seeds of games
 
 
-def prepare(
-    output: str | Path,
-    *,
-    logs: str = "random_mixture",
-    words: str = "common",
-    duplicates: Literal["real", "simplified"] = "real",
-    spelling: Literal["letters", "halves"] = "letters",
-    episodes: int = 20_000,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Play scripted players and write train.jsonl, validation.jsonl (10% of the games) and report.json.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WordleLogs(Source):
+    """Play scripted players and write train.jsonl, validation.jsonl (10% of the games) and report.json."""
 
-    Args:
-      output: folder to write to; created if needed.
-      logs: optimal, start_word, repeat, random_mixture (the published logs), consistent, uniform, wrong, monte_carlo,
-        user (you, at the keyboard), adversarial or branching.
-      words: common (833 words), forty, or a text file of words.
-      duplicates: rule for letters that occur more than once: real or simplified (as in the published systems).
-      spelling: letters (`c r a n e`) or halves (`cr ane`).
-      episodes: number of games; for adversarial and branching, number of expert games. The published logs have a
-        million.
-      seed: random seed of the players and of the split.
-    Returns: counts and means of the logs, the content of report.json.
-    Raises: InputError for fewer than one episode, unknown logs, words that cannot be read, or an output that cannot be
-      written.
-    """
-    check_episodes(episodes)
-    counts: Counter[str] = Counter()
-    known = read_words(words, counts)
-    game = functools.partial(Wordle, words, duplicates, spelling)
-    seeds = range(seed * episodes, (seed + 1) * episodes)
-    if logs in PLAYERS:
-        trajectories = _games(logs, PLAYERS[logs], game, seeds)
-    elif logs in BRANCHING:
-        experts = _games("optimal", optimal, game, seeds)
-        trajectories = [trajectory for expert in experts for trajectory in BRANCHING[logs](expert, game)]
-    else:
-        raise InputError(f"logs: found {shown(logs)}, expected one of {', '.join([*PLAYERS, *BRANCHING])}")
-    shares = {"train": 1 - VALIDATION_SHARE, "validation": VALIDATION_SHARE}
-    left_out = {f"words left out, {why}": n for why, n in counts.items()}
-    report = {"words": len(known), **left_out, **_report(trajectories)}
-    with prepared(output) as folder:
-        for name, rows in split_by_group(trajectories, shares, seed).items():
-            if rows:  # with few games a split may be empty
-                write_trajectories(folder / f"{name}.jsonl", rows)
-        write_json(folder / REPORT, report)
-    return report
+    logs: str = setting(
+        "random_mixture",
+        "optimal, start_word, repeat, random_mixture (the published logs), consistent, uniform, wrong, monte_carlo, "
+        "user (you, at the keyboard), adversarial or branching",
+    )
+    words: str = setting("common", "common (833 words), forty, or a text file of words")
+    duplicates: Literal["real", "simplified"] = setting(
+        "real", "rule for letters that occur more than once: real or simplified (as in the published systems)"
+    )
+    spelling: Literal["letters", "halves"] = setting("letters", "letters (`c r a n e`) or halves (`cr ane`)")
+    episodes: int = setting(
+        20_000,
+        "number of games; for adversarial and branching, number of expert games. The published logs have a million",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_episodes(self.episodes)
+
+    def make(self) -> dict[str, float]:
+        """Play and write the games."""
+        counts: Counter[str] = Counter()
+        known = read_words(self.words, counts)
+        game = functools.partial(Wordle, self.words, self.duplicates, self.spelling)
+        seeds = range(self.seed * self.episodes, (self.seed + 1) * self.episodes)
+        if self.logs in PLAYERS:
+            trajectories = _games(self.logs, PLAYERS[self.logs], game, seeds)
+        elif self.logs in BRANCHING:
+            experts = _games("optimal", optimal, game, seeds)
+            trajectories = [trajectory for expert in experts for trajectory in BRANCHING[self.logs](expert, game)]
+        else:
+            raise InputError(f"logs: found {shown(self.logs)}, expected one of {', '.join([*PLAYERS, *BRANCHING])}")
+        left_out = {f"words left out, {why}": n for why, n in counts.items()}
+        return write_shares(
+            self.output, trajectories, self.seed, {"words": len(known), **left_out, **_report(trajectories)}
+        )
 
 
 def _games(name: str, player: Player, game: functools.partial, seeds: range) -> list[Trajectory]:

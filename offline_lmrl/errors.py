@@ -72,6 +72,15 @@ def _parts(value: Any) -> Iterator[str]:
         yield repr(value)
 
 
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Context manager: put the place of a row, "file:row", in front of the message of every InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
 class Stopped(KeyboardInterrupt):
     """Raised when a signal ends a command, after the command has left nothing half done.
 

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
+from data_prep.source import Importer
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.comparison import Comparison
 from offline_lmrl.logs.io import split_by_group
 from offline_lmrl.logs.preferences import to_trajectories
+from offline_lmrl.logs.record import Record
 from offline_lmrl.logs.trajectory import Turn
 from offline_lmrl.tokens.comparison_batching import encode_comparisons
 from offline_lmrl.tokens.rendering import Renderer
@@ -25,6 +27,12 @@ from offline_lmrl.tokens.windows import WindowRule
 
 RENDERER = Renderer(train_tokenizer(["hello there, how are you? Fine, 1 or 2"] * 3, 290))
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)
+
+
+def read_one(importer: type[Importer], row: Any, counts: Counter | None = None, **settings: Any) -> Any:
+    """Return what an importer with these settings makes of one row."""
+    made = importer(input="in.jsonl", output="out", **settings)
+    return made.read(Record(row, "f:1", Counter() if counts is None else counts))
 
 
 @st.composite

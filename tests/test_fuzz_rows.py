@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import best_of_4
+from data_prep.preferences import Preferences
 from offline_lmrl.cli.data import SOURCES
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs import comparison, trajectory
@@ -31,7 +31,7 @@ CASES = pytest.mark.parametrize(
     ("seed", "n"), [(0, 60), *(pytest.param(seed, 1000, marks=pytest.mark.slow) for seed in (1, 2))]
 )
 ROWS = {
-    importer.__name__.split(".")[1].replace("_", "-"): rows
+    importer.__module__.split(".")[1].replace("_", "-"): rows
     for importer, rows in {**test_comparisons.ROWS, **test_trajectories.ROWS}.items()
 }
 ROWS["kto"] = [*ROWS["kto"], *test_kto.KEPT]
@@ -76,7 +76,7 @@ def test_every_importer_counts_every_row_and_writes_what_can_be_read(tmp_path, s
     lines = [*(json.dumps(row).encode() for row in ROWS[source]), *mutated_lines(ROWS[source], n, seed)]
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
     settings = []
-    if source == best_of_4.__name__.split(".")[1].replace("_", "-"):
+    if source == "best-of-4":
         RENDERER.tokenizer.save_pretrained(tmp_path / "tokenizer")
         settings = ["--tokenizer", tmp_path / "tokenizer"]
     code, out, err = run_command(
@@ -135,7 +135,7 @@ def _is_text(line: bytes) -> bool:
 READERS = {
     "trajectories": (SCORED, read_row, trajectory, write_trajectories, read_trajectories),
     "comparisons": (
-        test_comparisons.ROWS[test_comparisons.preferences],
+        test_comparisons.ROWS[Preferences],
         read_comparison,
         comparison,
         write_comparisons,

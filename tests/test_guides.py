@@ -52,7 +52,7 @@ def test_the_scorer_of_the_guide_scores(examples):
 def test_the_importer_of_the_guide_imports(examples, tmp_path):
     rows = [{"question": f"q{i}", "answer": "a", "solved": i % 2} for i in range(20)]
     (tmp_path / "tickets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = examples["prepare"](tmp_path / "tickets.jsonl", tmp_path / "out")
+    report = examples["Tickets"](input=tmp_path / "tickets.jsonl", output=tmp_path / "out").prepare()
     assert report["imported"] == 20
     made = offline_lmrl.read_trajectories(tmp_path / "out" / "train.jsonl")
     assert {one.total_return for one in made} == {0.0, 1.0}

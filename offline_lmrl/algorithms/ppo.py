@@ -547,7 +547,7 @@ class PPOTrainer(LoopTrainer):
                 logits = logits.masked_fill(~self._mask([allowed[i] for i in places]), -torch.inf)
             if filtered or allowed is not None:
                 # Updates normalise over the same tokens as the sampler did, so that ρ is 1 before the first step.
-                kept = filter_policy(logits, play.form) > -torch.inf
+                kept = filter_policy(logits, play) > -torch.inf
                 experience.keep(places, kept)
             log_probs = log_distribution(logits, play.temperature, kept)
             action = batch["steps"]["action"].unsqueeze(-1)
@@ -582,7 +582,7 @@ class PPOTrainer(LoopTrainer):
         """
         if not any(t.labels.get("options") for t in trajectories):
             return None
-        ids_of_option = self.player.sampler.ids_of_option
+        ids_of_option = self.player.sampler.options.ids_of
         found = []
         for episode, turn, k in experience.tokens():
             sampled = trajectories[episode].turns[turn].token_ids

@@ -4,48 +4,49 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, wraps
+from dataclasses import MISSING
+from functools import partial
 from importlib import import_module
-from inspect import signature
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from offline_lmrl.cli.parser import Parser, call, nearest, split_file
+from offline_lmrl.cli.parser import Parser, nearest, split_file
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.renamed import CONFIGS
+from offline_lmrl.settings import build, parameters_of
 
 if TYPE_CHECKING:
     from offline_lmrl.tokens.rendering import Renderer
 
-# name of a source in `prepare SOURCE` -> module and function; modules are imported when they are used
+# name of a source in `prepare SOURCE` -> module and dataclass; modules are imported when they are used
 SOURCES = {
-    "maze": ("data_prep.maze", "prepare"),
-    "toys": ("data_prep.toys", "prepare"),
-    "wordle": ("data_prep.wordle", "prepare"),
-    "deal-or-no-deal": ("data_prep.deal_or_no_deal", "prepare"),
-    "pref-gold": ("data_prep.pref_gold", "prepare"),
-    "scored": ("data_prep.scored", "prepare"),
-    "hh-rlhf": ("data_prep.hh_rlhf", "prepare"),
-    "alpaca-eval": ("data_prep.alpaca_eval", "prepare"),
-    "preferences": ("data_prep.preferences", "prepare"),
-    "stack-exchange": ("data_prep.stack_exchange", "prepare"),
-    "ultrafeedback": ("data_prep.ultrafeedback", "prepare"),
-    "oasst": ("data_prep.oasst", "prepare"),
-    "oasst-ratings": ("data_prep.oasst_ratings", "prepare"),
-    "kto": ("data_prep.kto", "prepare"),
-    "stepwise": ("data_prep.stepwise", "prepare"),
-    "chat-thumbs": ("data_prep.chat_thumbs", "prepare"),
-    "red-team": ("data_prep.red_team", "prepare"),
-    "summarize-comparisons": ("data_prep.summarize_comparisons", "prepare"),
-    "summarize-axes": ("data_prep.summarize_axes", "prepare"),
-    "best-of-4": ("data_prep.best_of_4", "prepare"),
-    "webgpt": ("data_prep.webgpt", "prepare"),
-    "shp": ("data_prep.shp", "prepare"),
-    "helpsteer": ("data_prep.helpsteer", "prepare"),
-    "nectar": ("data_prep.nectar", "prepare"),
-    "lmrl-gym": ("data_prep.lmrl_gym", "prepare"),
+    "maze": ("data_prep.maze", "MazeLogs"),
+    "toys": ("data_prep.toys", "Toys"),
+    "wordle": ("data_prep.wordle", "WordleLogs"),
+    "deal-or-no-deal": ("data_prep.deal_or_no_deal", "DealOrNoDeal"),
+    "pref-gold": ("data_prep.pref_gold", "PrefGoldPairs"),
+    "scored": ("data_prep.scored", "Scored"),
+    "hh-rlhf": ("data_prep.hh_rlhf", "HhRlhf"),
+    "alpaca-eval": ("data_prep.alpaca_eval", "AlpacaEval"),
+    "preferences": ("data_prep.preferences", "Preferences"),
+    "stack-exchange": ("data_prep.stack_exchange", "StackExchange"),
+    "ultrafeedback": ("data_prep.ultrafeedback", "UltraFeedback"),
+    "oasst": ("data_prep.oasst", "Oasst"),
+    "oasst-ratings": ("data_prep.oasst_ratings", "OasstRatings"),
+    "kto": ("data_prep.kto", "Kto"),
+    "stepwise": ("data_prep.stepwise", "Stepwise"),
+    "chat-thumbs": ("data_prep.chat_thumbs", "ChatThumbs"),
+    "red-team": ("data_prep.red_team", "RedTeam"),
+    "summarize-comparisons": ("data_prep.summarize_comparisons", "SummarizeComparisons"),
+    "summarize-axes": ("data_prep.summarize_axes", "SummarizeAxes"),
+    "best-of-4": ("data_prep.best_of_4", "BestOf4"),
+    "webgpt": ("data_prep.webgpt", "WebGpt"),
+    "shp": ("data_prep.shp", "Shp"),
+    "helpsteer": ("data_prep.helpsteer", "HelpSteer"),
+    "nectar": ("data_prep.nectar", "Nectar"),
+    "lmrl-gym": ("data_prep.lmrl_gym", "LmrlGym"),
 }
 PREPARE_HELP = f"""usage: offline-lmrl prepare SOURCE --output DIR [--key value ...]
 
@@ -56,7 +57,7 @@ Convert logs of a known source to scored trajectories or comparisons. Sources: {
 def prepare(argv: Sequence[str]) -> None:
     """Run the command `prepare SOURCE --output DIR`, which converts the logs of a known source.
 
-    It calls the `prepare` function of the module for SOURCE (SOURCES); the settings are that function's parameters.
+    The settings are the fields of the dataclass for SOURCE (SOURCES).
 
     Args:
       argv: the command line after `prepare`.
@@ -67,7 +68,10 @@ def prepare(argv: Sequence[str]) -> None:
         return
     source = _source(argv[0])
     needed = " ".join(f"--{name} {name.upper()}" for name in _required(source))
-    report = call(f"prepare {argv[0]} {needed} [--key value ...]", source, argv[1:], positional=False)
+    usage = f"prepare {argv[0]} {needed} [--key value ...]"
+    parser = Parser(usage)
+    parser.add_dataclass(source)
+    report = source(**parser.parse(argv[1:], source=usage).as_dict()).prepare()
     # Facts of the data come first; splits and removed rows come last, so that they do not scroll away.
     names = list(report)
     splits = names.index("splits") if "splits" in names else len(names)
@@ -78,7 +82,7 @@ def prepare_from_settings(settings: Mapping[str, Any]) -> None:
     """Run `prepare` with settings from a config file instead of the command line; nothing is printed.
 
     Args:
-      settings: the `prepare` block of the config: `command`, the name of a source, and the parameters of its function.
+      settings: the `prepare` block of the config: `command`, the name of a source, and the source's settings.
     Raises: InputError if the source is unknown, or a setting is missing or cannot be used.
     """
     settings = dict(settings)
@@ -86,53 +90,20 @@ def prepare_from_settings(settings: Mapping[str, Any]) -> None:
     missing = [f"prepare.{name}" for name in _required(source) if settings.get(name) is None]
     if missing:
         raise InputError(f"{', '.join(missing)}: missing, expected a value")
-    call("prepare", source, settings=settings, positional=False)
+    build(source, settings, "prepare").prepare()
 
 
-def _source(name: str) -> Callable[..., Mapping[str, Any]]:
-    """Return the function that prepares a source, wrapped in checks that all sources share.
-
-    A source is a public data set, another form of logs, or a task that generates its own logs. The checks run before
-    the function, so that a wrong setting fails at once and not after a long time of reading. The output folder is
-    locked while the function runs.
+def _source(name: str) -> type:
+    """Return the dataclass of a source: a public data set, another form of logs, or a task that generates its logs.
 
     Args:
       name: name of the source, a key of SOURCES.
-    Raises: InputError if the source is unknown. The returned function raises InputError if a path is empty, the share
-      of validation data is out of range, or the output would replace the input.
+    Raises: InputError if the source is unknown.
     """
     if name not in SOURCES:
         raise InputError(f"source: found {shown(name)}, expected one of {', '.join(SOURCES)}{nearest(name, SOURCES)}")
-    from data_prep.comparisons import check_share
-    from offline_lmrl.logs.files import locked
-
-    module, function = SOURCES[name]
-    source = getattr(import_module(module), function)
-
-    @wraps(source)
-    def checked(**settings: Any) -> Mapping[str, Any]:
-        for path in ("input", "output"):
-            if settings.get(path) == "":
-                raise InputError(f"{path}: found empty text, expected a path")
-        check_share(settings.get("validation", 0))
-        if settings.get("input") is not None:
-            _require_apart(Path(settings["input"]), Path(settings["output"]))
-        with locked(settings["output"]):
-            return source(**settings)
-
-    return checked
-
-
-def _require_apart(source: Path, output: Path) -> None:
-    """Check that writing the output cannot replace the input.
-
-    Args:
-      source: the input, a file or folder.
-      output: the output folder.
-    Raises: InputError if the output is the input, or the folder of the input file.
-    """
-    if output.resolve() in (source.resolve(), source.resolve().parent if source.is_file() else None):
-        raise InputError(f"output: found {output}, which is or contains the input, expected another folder")
+    module, source = SOURCES[name]
+    return vars(import_module(module))[source]
 
 
 def check_output(output: Path, *read: str | None) -> None:
@@ -168,8 +139,8 @@ def check_output_file(output: Path, *read: str | None) -> None:
         raise InputError(f"output: found the folder {output}, expected a file")
 
 
-def _required(source: Callable[..., Any]) -> list[str]:
-    return [name for name, parameter in signature(source).parameters.items() if parameter.default is parameter.empty]
+def _required(source: type) -> list[str]:
+    return [name for name, parameter in parameters_of(source).items() if parameter.default is MISSING]
 
 
 def print_report(report: Mapping[str, Any], indent: str = "") -> None:

@@ -247,7 +247,7 @@ def _check_measures(
 def _evaluate_scorer(
     run: str, data: str, split: str | None, output: Path | None, decoding: Mapping[str, Any], **rest: Any
 ) -> None:
-    from data_prep.reports import write_json
+    from data_prep.source import write_json
     from offline_lmrl.decoding.scorers import load_scorer
     from offline_lmrl.evaluation.preferences import evaluate_scorer
     from offline_lmrl.logs.io import read_comparisons

@@ -143,7 +143,7 @@ def acting_log_prob(policy: LanguagePolicy, states: States) -> Tensor:
 
     At temperature 0 (greedy play), they are 0 at the best token and −∞ elsewhere.
     """
-    log_prob = states.distribution(policy.decoding.form)
+    log_prob = states.distribution(policy.decoding)
     if policy.decoding.temperature > 0:
         return log_prob
     best = log_prob.argmax(-1, keepdim=True)
@@ -158,7 +158,7 @@ def _measured(policy: LanguagePolicy, betas: Sequence[float], states: States) ->
       betas: B values of β.
       states: the model's outputs.
     """
-    form, log_prob = policy.decoding.form, states.logits.log_softmax(-1)
+    form, log_prob = policy.decoding, states.logits.log_softmax(-1)
     plain = (states.logits / (form.temperature or 1.0)).log_softmax(-1)
     kl, changed = log_prob.new_zeros(2, len(log_prob), len(betas))
     for i, beta in enumerate(betas):

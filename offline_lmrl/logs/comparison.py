@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
-from offline_lmrl.errors import InputError
+from offline_lmrl.errors import InputError, at
 from offline_lmrl.logs.trajectory import (
     Turn,
     finite,
@@ -159,10 +159,8 @@ def build_comparison(
     """
     names = ("target", "ranking", "weight", "group", "source")
     fields = {name: record[name] for name in names if record.get(name) is not None}
-    try:
+    with at(where):
         return Comparison(tuple(context), tuple(options), labels=read_labels(record.get("labels")), **fields)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
 
 
 def _as_context(turn: Any, i: int) -> Turn:

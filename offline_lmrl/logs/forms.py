@@ -34,7 +34,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from offline_lmrl.errors import InputError, listed, shown
+from offline_lmrl.errors import InputError, at, listed, shown
+from offline_lmrl.logs.record import WORDS, Drop, Record, is_whole, read_text, thumb
 from offline_lmrl.logs.trajectory import (
     OPTIONAL_TURN_FIELDS,
     ROLES,
@@ -68,11 +69,6 @@ _MESSAGE_FIELDS = {"role", "content", "reasoning_content", *OPTIONAL_TURN_FIELDS
 _ROW_FIELDS = {"terminated", "group", "task", "source", "labels"}
 _SCORE_NAMES = ("score", "rating", "label", "stars", "thumb", "thumbs", "feedback", "quality")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-_WORDS = {"true": True, "false": False, "1": True, "0": False}
-
-
-class Drop(Exception):
-    """Raised if a row cannot be used and is left out; the message is the reason under which this is counted."""
 
 
 def read_row(row: Any, where: str, counts: Counter, reward: str | None = None) -> Trajectory | None:
@@ -101,8 +97,10 @@ def read_row(row: Any, where: str, counts: Counter, reward: str | None = None) -
     except Drop as drop:
         counts[f"dropped: {drop}"] += 1
         return None
-    trajectory = build_trajectory(turns, {"group": group, **given_fields(row, _ROW_FIELDS, where, repairs)}, where)
-    extra = extra_columns(row, present - used - _ROW_FIELDS, repairs)
+    trajectory = build_trajectory(
+        turns, {"group": group, **given_fields(Record(row, where, repairs), _ROW_FIELDS)}, where
+    )
+    extra = Record(row, where, repairs).columns(present - used - _ROW_FIELDS)
     counts.update(repairs)
     return replace(trajectory, labels={**extra, **trajectory.labels}) if extra else trajectory
 
@@ -114,34 +112,15 @@ def with_tools(turns: Sequence[Turn], tools: Any, where: str) -> list[Turn]:
       tools: list of schemas, or JSON text of one; if it is empty, the turns stay as they are.
     """
     has_system = bool(turns) and turns[0].role == "system"
-    try:
+    with at(where):
         leading = replace(turns[0] if has_system else Turn("system", ""), tools=tools)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
     return list(turns) if leading.tools is None else [leading, *turns[has_system:]]
 
 
 def _abstained(row: Mapping, where: str) -> bool:
     """True if `generate --threshold` wrote the row and the agent abstained: its reply scored below the threshold."""
-    try:
+    with at(where):
         return read_labels(row.get("labels")).get("abstained") is True
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-
-
-def extra_columns(row: Mapping, names: set[str], repairs: Counter) -> dict[str, Any]:
-    """Return columns of a row as entries for `labels`. Values that JSON cannot hold are left out and counted.
-
-    Args:
-      names: the columns to return.
-    """
-    extra = {}
-    for name in sorted(names):
-        try:
-            extra[name] = json.loads(json.dumps(row[name]))
-        except (TypeError, ValueError):
-            repairs[f"repaired: column {shown(name)} left out, because JSON cannot hold it"] += 1
-    return extra
 
 
 def _turns(
@@ -258,7 +237,7 @@ def _score(row: Mapping, turns: Sequence[Turn], column: str | None, where: str, 
     """
     name = "reward" if column is None else column
     value = row.get(name)
-    try:
+    with at(where):
         if column is not None and name not in row:
             value = read_labels(row.get("labels")).get(name)
             if value is None:
@@ -266,8 +245,6 @@ def _score(row: Mapping, turns: Sequence[Turn], column: str | None, where: str, 
             elif any(turn.reward is not None for turn in turns):
                 return None
         return None if value is None else as_number(name, value, repairs)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
 
 
 def no_score(name: str) -> str:
@@ -278,7 +255,7 @@ def no_score(name: str) -> str:
 def is_score(value: Any) -> bool:
     """True for a number or a truth value, which may be written as text."""
     if isinstance(value, str):
-        return bool(_NUMBER.fullmatch(value.strip())) or value.strip().casefold() in _WORDS
+        return bool(_NUMBER.fullmatch(value.strip())) or value.strip().casefold() in WORDS
     return isinstance(value, int | float)
 
 
@@ -328,25 +305,6 @@ def _scored(turns: list[Turn], score: float | None, field: str, where: str, repa
     return turns
 
 
-def thumb(value: Any, name: str, where: str, repairs: Counter) -> bool | None:
-    """Return a label that is true, false or None; true and false may also be given as words or as 1 and 0.
-
-    Args:
-      name: the column, for error messages and counts.
-    Raises: InputError for any other value.
-    """
-    if isinstance(value, bool | None):
-        return value
-    field = name.partition("[")[0]
-    if isinstance(value, str) and value.strip().casefold() in _WORDS:
-        repairs[f"repaired: {field} written as a word"] += 1
-        return _WORDS[value.strip().casefold()]
-    if value in (0, 1):
-        repairs[f"repaired: {field} 1 or 0 taken as true or false"] += 1
-        return bool(value)
-    raise InputError(f"{where}: {name}: found {shown(value)}, expected true, false or null")
-
-
 def as_number(name: str, value: Any, repairs: Counter) -> float:
     """Return a finite number, which may also be written as text; true is 1 and false 0.
 
@@ -355,8 +313,8 @@ def as_number(name: str, value: Any, repairs: Counter) -> float:
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         repairs[f"repaired: {name} written as text"] += 1
         value = float(value)
-    elif isinstance(value, str) and value.strip().casefold() in _WORDS:
-        value = _WORDS[value.strip().casefold()]
+    elif isinstance(value, str) and value.strip().casefold() in WORDS:
+        value = WORDS[value.strip().casefold()]
     if isinstance(value, bool):
         repairs[f"repaired: {name} true or false taken as 1 or 0"] += 1
         value = float(value)
@@ -374,12 +332,7 @@ def as_list(value: Any, repairs: Counter) -> Any:
     return value
 
 
-def is_whole(value: Any) -> bool:
-    """True for a number without a fraction. A float counts: Parquet turns 3 into 3.0 in a column with nulls."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0
-
-
-def given_fields(row: Mapping, names: Collection[str], where: str, repairs: Counter) -> dict[str, Any]:
+def given_fields(row: Record, names: Collection[str]) -> dict[str, Any]:
     """Return {name: value} for the named fields of a row, without those that are missing or null.
 
     Values are converted: a whole number under group, task or source to text, text under `terminated` to true or false,
@@ -390,15 +343,13 @@ def given_fields(row: Mapping, names: Collection[str], where: str, repairs: Coun
     given = {name: row[name] for name in names if row.get(name) is not None}
     for name in ("group", "task", "source"):
         if is_whole(given.get(name)):
-            repairs[f"repaired: {name} given as a number, read as text"] += 1
+            row.repairs[f"repaired: {name} given as a number, read as text"] += 1
             given[name] = str(int(given[name]))
     if isinstance(given.get("terminated"), str | int):
-        given["terminated"] = thumb(given["terminated"], "terminated", where, repairs)
+        given["terminated"] = row.thumb("terminated")
     if isinstance(given.get("weight"), str):
-        try:
-            given["weight"] = as_number("weight", given["weight"], repairs)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
+        with at(row.where):
+            given["weight"] = as_number("weight", given["weight"], row.repairs)
     return given
 
 
@@ -523,18 +474,6 @@ def _part(part: Any) -> str:
         return part["text"]
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     raise Drop(f"content part of type {shown(kind)}")
-
-
-def read_text(text: str) -> str:
-    """Return the text itself if UTF-8 can encode it.
-
-    Raises: Drop if UTF-8 cannot.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise Drop("text with half a surrogate pair") from error
-    return text
 
 
 def _without_nulls(value: Any) -> Any:

@@ -30,19 +30,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from offline_lmrl.errors import InputError, listed
+from offline_lmrl.errors import InputError, at, listed
 from offline_lmrl.logs.comparison import Comparison, build_comparison
 from offline_lmrl.logs.forms import (
     DIALOGUES,
-    Drop,
     as_list,
-    extra_columns,
     given_fields,
     read_messages,
     read_prompt,
-    read_text,
     with_tools,
 )
+from offline_lmrl.logs.record import Drop, Record, read_text
 from offline_lmrl.logs.trajectory import Turn, as_context, finite, read_labels, shown
 
 # End tokens of common tokenizers. As text at the end of a logged reply they would be trained on, though nobody wrote
@@ -90,19 +88,17 @@ def read_comparison(row: Any, where: str, counts: Counter, allow_empty: bool = F
     except Drop as drop:
         counts[f"dropped: {drop}"] += 1
         return None
-    fields = given_fields(row, _ROW_FIELDS, where, repairs) | fields
+    fields = given_fields(Record(row, where, repairs), _ROW_FIELDS) | fields
     fields.setdefault("group", root_group(context))
     if "tools" in present:
         context, used = with_tools(context, row["tools"], where), used | {"tools"}
     comparison = build_comparison(context, options, fields, where)
-    extra = extra_columns(row, present - used - _ROW_FIELDS, repairs)
+    extra = Record(row, where, repairs).columns(present - used - _ROW_FIELDS)
     if "margin" in extra:
         extra["strength"] = extra.pop("margin")
     counts.update(repairs)
-    try:
+    with at(where):
         return replace(comparison, labels={**extra, **comparison.labels}) if extra else comparison
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
 
 
 def transcript(text: str, repairs: Counter) -> list[Turn]:
@@ -222,10 +218,8 @@ def _ranked(
         if rank is None:
             repairs["repaired: response without a rank left out"] += 1
             continue
-        try:
+        with at(where):
             rank = finite(f"{column}[{i}]", rank)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
         reply = read_reply(response, context, prompt, where, f"responses[{i}]", repairs)
         if _is_empty(reply) and not allow_empty:
             repairs["repaired: empty response left out"] += 1
@@ -262,10 +256,8 @@ def _labels_of(row: Mapping, places: Sequence[int], size: int, where: str) -> di
       places: indices of the responses that are used.
       size: the number of responses in the row.
     """
-    try:
+    with at(where):
         labels = read_labels(row.get("labels"))
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
     options = labels.get("options")
     if isinstance(options, list) and len(options) == size:
         labels["options"] = [options[i] for i in places]

@@ -13,7 +13,7 @@ from itertools import chain
 from numbers import Integral, Real
 from typing import Any
 
-from offline_lmrl.errors import InputError, shown
+from offline_lmrl.errors import InputError, at, shown
 
 ROLES = ("system", "user", "assistant", "tool", "environment")
 OPTIONAL_TURN_FIELDS = (
@@ -237,11 +237,9 @@ def build_trajectory(turns: Sequence[Turn], record: Mapping[str, Any], where: st
     Raises: InputError for an invalid field, or if no turn is trainable.
     """
     fields = {name: record[name] for name in ("terminated", "group", "task", "source") if record.get(name) is not None}
-    try:
+    with at(where):
         labels = read_labels(record.get("labels"))
         trajectory = Trajectory(tuple(turns), labels=labels, **fields)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
     if not any(turn.is_trainable for turn in turns):
         roles = ", ".join(dict.fromkeys(turn.role for turn in turns))
         raise InputError(f"{where}: messages: found only untrained turns ({roles}), expected at least one agent turn")

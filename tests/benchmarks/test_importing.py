@@ -19,11 +19,11 @@ ROWS = int(os.environ.get("OFFLINE_LMRL_ROWS", 1_000_000))
 WORDS = [f"word{i}" for i in range(500)]
 IMPORT = """
 import resource, sys, time
-from data_prep import hh_rlhf
+from data_prep.hh_rlhf import HhRlhf
 
 if __name__ == "__main__":
     start = time.perf_counter()
-    hh_rlhf.prepare(sys.argv[1], sys.argv[2], processes=int(sys.argv[3]))
+    HhRlhf(input=sys.argv[1], output=sys.argv[2], processes=int(sys.argv[3])).prepare()
     seconds = time.perf_counter() - start
     peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(seconds, max(peaks) / 1024)

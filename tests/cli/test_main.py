@@ -552,7 +552,7 @@ def test_prepare_makes_comparisons_that_check_describes(command, tmp_path):
 def test_prepare_block_of_a_comparison_is_typed(tmp_path):
     prepare_from_settings({"command": "maze", "output": str(tmp_path / "maze"), "episodes": 12})
     assert (tmp_path / "maze" / "train.jsonl").exists()
-    with pytest.raises(InputError, match="episodes: found many, expected int"):
+    with pytest.raises(InputError, match="^prepare.episodes: found 'many', expected a whole number$"):
         prepare_from_settings({"command": "maze", "output": str(tmp_path / "other"), "episodes": "many"})
     with pytest.raises(InputError, match="^prepare.input: missing, expected a value$"):
         prepare_from_settings({"command": "kto", "output": str(tmp_path / "other")})

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_prep.alpaca_eval import prepare
+from data_prep.alpaca_eval import AlpacaEval
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import read_comparisons
 
@@ -24,7 +24,7 @@ def row(output, preference, reference="Dogs bark.", question="Do dogs bark?", **
 
 def run(tmp_path, rows, **settings):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0, **settings)
+    report = AlpacaEval(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0, **settings).prepare()
     return read_comparisons(tmp_path / "out" / "train.jsonl"), report
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_prep.best_of_4 import PAD, prepare
+from data_prep.best_of_4 import PAD, BestOf4
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import read_comparisons
 from tests.comparisons import RENDERER, check_invariants
@@ -60,9 +60,12 @@ def run(tmp_path):
 
     def run(rows):
         (tmp_path / "offline_5k.json").write_text(json.dumps(rows))
-        report = prepare(
-            tmp_path / "offline_5k.json", tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"), validation=0
-        )
+        report = BestOf4(
+            input=tmp_path / "offline_5k.json",
+            output=tmp_path / "out",
+            tokenizer=str(tmp_path / "tokenizer"),
+            validation=0,
+        ).prepare()
         return report, read_comparisons(tmp_path / "out" / "train.jsonl")
 
     return run
@@ -98,7 +101,7 @@ def test_an_unknown_tokenizer_is_a_one_line_error(tmp_path):
     with pytest.raises(
         InputError, match="none: found no such folder, and no tokenizer of that name could be loaded from the hub "
     ):
-        prepare(tmp_path / "in.json", tmp_path / "out", tokenizer=str(tmp_path / "none"))
+        BestOf4(input=tmp_path / "in.json", output=tmp_path / "out", tokenizer=str(tmp_path / "none")).prepare()
 
 
 def test_the_invariants_of_an_importer_hold(run):

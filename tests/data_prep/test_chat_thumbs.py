@@ -2,7 +2,7 @@
 
 import json
 
-from data_prep.chat_thumbs import prepare
+from data_prep.chat_thumbs import ChatThumbs
 from offline_lmrl.logs.io import read_trajectories
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -88,7 +88,7 @@ DROPPED = {
 
 def run(tmp_path, rows):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    report = ChatThumbs(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0).prepare()
     return read_trajectories(tmp_path / "out" / "train.jsonl"), report
 
 
@@ -132,7 +132,7 @@ def test_a_reaction_that_could_not_be_read_back_is_dropped_with_its_row(tmp_path
 
     rows = [row(levels) for levels in (196, 197, 198, 199)]  # of which the last is too deep itself
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    report = ChatThumbs(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0).prepare()
     assert report["imported"] == 2 and report["dropped"] == {
         "labels: expected less nesting": 1,
         "JSON: expected less nesting": 1,

@@ -8,28 +8,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import (
-    alpaca_eval,
-    best_of_4,
-    comparisons,
-    helpsteer,
-    hh_rlhf,
-    kto,
-    nectar,
-    oasst,
-    preferences,
-    shp,
-    stack_exchange,
-    summarize_comparisons,
-    ultrafeedback,
-    webgpt,
-)
+from data_prep import comparisons, oasst
+from data_prep.alpaca_eval import AlpacaEval
+from data_prep.best_of_4 import BestOf4
+from data_prep.helpsteer import HelpSteer
+from data_prep.hh_rlhf import HhRlhf
+from data_prep.kto import Kto
+from data_prep.nectar import Nectar
+from data_prep.oasst import Oasst
+from data_prep.preferences import Preferences
+from data_prep.shp import Shp
+from data_prep.stack_exchange import StackExchange
+from data_prep.summarize_comparisons import SummarizeComparisons
+from data_prep.ultrafeedback import ASPECTS, UltraFeedback
+from data_prep.webgpt import WebGpt
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.forms import Drop
 from offline_lmrl.logs.io import read_comparisons
 from offline_lmrl.logs.preference_forms import read_comparison
 from offline_lmrl.logs.trajectory import Turn, messages_of
-from tests.comparisons import RENDERER, check_invariants, check_other_files_are_refused, mutated_lines
+from tests.comparisons import RENDERER, check_invariants, check_other_files_are_refused, mutated_lines, read_one
 from tests.data_prep import (
     test_best_of_4,
     test_helpsteer,
@@ -45,11 +43,11 @@ from tests.data_prep.test_hh_rlhf import normalise, transcripts
 TALK = "\n\nHuman: {}?\n\nAssistant: one\n\nHuman: go on\n\nAssistant:"
 REPLY = [{"role": "assistant", "content": "a"}]
 ROWS = {
-    hh_rlhf: [{"chosen": TALK.format(i) + f" yes {i}", "rejected": TALK.format(i) + " no"} for i in range(9)],
-    alpaca_eval: [
+    HhRlhf: [{"chosen": TALK.format(i) + f" yes {i}", "rejected": TALK.format(i) + " no"} for i in range(9)],
+    AlpacaEval: [
         {"instruction": f"q{i // 3}", "output_1": "ref", "generator_1": "r", "output_2": f"out {i}",
          "generator_2": "m", "preference": 1.3, "annotator": "judge"} for i in range(9)],
-    preferences: [
+    Preferences: [
         {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 1.0},
         {"prompt": "", "chosen": "a b", "rejected": "a c", "weight": 2.0},
         {"prompt": [{"role": "user", "content": "q3"}], "chosen": REPLY, "rejected": [{**REPLY[0], "content": "b"}]},
@@ -59,35 +57,35 @@ ROWS = {
         {"prompt": "q5", "responses": ["a", "b", "c"], "ranks": [1, 0, None], "labeler": "w"},
         {"context": [{"role": "user", "content": "q6"}], "options": [REPLY, [{"role": "assistant", "content": "c"}]],
          "target": [0.25, 0.75], "ranking": [[1], [0]], "weight": 1.5, "group": "g", "labels": "{}"}],
-    stack_exchange: [
+    StackExchange: [
         {"qid": 1, "question": "<p>q</p>", "metadata": ["m"], "answers": [
             {"answer_id": 1, "text": "<p>a</p>", "pm_score": 2, "selected": True}, {"text": "b", "pm_score": 0}]},
         {"question_id": 2, "title": "t", "body": "<p>q</p>", "answers": [
             {"body": "<p>a</p>", "score": 4, "is_accepted": False}, {"body": "<p>b</p>", "score": -1}]}],
-    ultrafeedback: [
+    UltraFeedback: [
         {"source": "flan", "instruction": f"q{i}", "models": ["m"], "completions": [
             {"model": "m", "response": f"reply {j}", "overall_score": 10 - j, "annotations": {
-                aspect: {"Rating": str(5 - j)} for aspect in ultrafeedback.ASPECTS}} for j in range(3)]}
+                aspect: {"Rating": str(5 - j)} for aspect in ASPECTS}} for j in range(3)]}
         for i in range(3)],
-    oasst: [*test_oasst.MESSAGES, test_oasst.tree(test_oasst.MESSAGES, "q9")],
-    summarize_comparisons: test_summarize_comparisons.KEPT,
-    best_of_4: test_best_of_4.KEPT,
-    webgpt: test_webgpt.KEPT,
-    shp: test_shp.KEPT,
-    helpsteer: [
+    Oasst: [*test_oasst.MESSAGES, test_oasst.tree(test_oasst.MESSAGES, "q9")],
+    SummarizeComparisons: test_summarize_comparisons.KEPT,
+    BestOf4: test_best_of_4.KEPT,
+    WebGpt: test_webgpt.KEPT,
+    Shp: test_shp.KEPT,
+    HelpSteer: [
         *(test_helpsteer.preferred(i - 2, prompt=f"q{i}") for i in range(4)),
         *(test_helpsteer.third(i - 2, context=[{"role": "user", "content": f"r{i}"}]) for i in range(4)),
         *({**row, "prompt": "p"} for row in test_helpsteer.KEPT)],
-    nectar: test_nectar.KEPT,
+    Nectar: test_nectar.KEPT,
 }  # fmt: skip
-IMPORTERS = pytest.mark.parametrize("importer", ROWS, ids=lambda importer: importer.__name__.split(".")[1])
+IMPORTERS = pytest.mark.parametrize("importer", ROWS, ids=lambda importer: importer.__module__.split(".")[1])
 
 
 def prepare(importer, tmp_path, name, **settings):
-    if importer is best_of_4:
+    if importer is BestOf4:
         RENDERER.tokenizer.save_pretrained(tmp_path / "tokenizer")
         settings["tokenizer"] = str(tmp_path / "tokenizer")
-    return importer.prepare(tmp_path / name, tmp_path / "out", **settings)
+    return importer(input=tmp_path / name, output=tmp_path / "out", **settings).prepare()
 
 
 def adds_up(report):
@@ -105,7 +103,7 @@ def test_a_thousand_broken_rows_are_imported_or_dropped_for_a_reason(tmp_path, i
     assert report["rows"] == len(lines) and adds_up(report)
     assert sum(report["dropped"].values()) > 300 and len(report["dropped"]) < 60
     assert report["dropped"]["text: expected UTF-8"] > 50
-    if importer not in (alpaca_eval, helpsteer, oasst):  # of which several rows make one comparison
+    if importer not in (AlpacaEval, HelpSteer, Oasst):  # of which several rows make one comparison
         assert report["imported"] == report["comparisons"] + report["removed, their group is in a later split"] + (
             report["merged"].get("the same replies compared again", 0)
         )
@@ -122,14 +120,16 @@ def test_a_column_says_what_stays_in_one_split_and_rows_without_it_are_dropped(t
     found = [{row.group for row in split} for split in made]
     assert all(not one & other for one, other in itertools.combinations(found, 2))
     expected = {row["customer"] for row in rows}
-    several = importer in (helpsteer, oasst)  # rows make one comparison, of the same group
+    several = importer in (HelpSteer, Oasst)  # rows make one comparison, of the same group
     assert set().union(*found) == expected or several and set().union(*found) <= expected
 
 
 def test_what_two_customers_compared_stays_apart_where_they_are_the_groups(tmp_path):
     rows = [{"prompt": "q", "chosen": "a", "rejected": "b", "customer": name} for name in "ABCA"]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0, group="customer")
+    report = Preferences(
+        input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0, group="customer"
+    ).prepare()
     made = read_comparisons(tmp_path / "out" / "train.jsonl")
     assert [(row.group, row.weight) for row in made] == [("A", 2.0), ("B", 1.0), ("C", 1.0)]
     assert report["merged"]["the same replies compared again"] == 1
@@ -146,7 +146,7 @@ def test_rows_that_nest_too_deep_are_dropped_for_that(tmp_path, levels, processe
         f'{{"prompt": "q", "chosen": "a", "rejected": "b", "extra": {deep}}}',
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", processes=processes)
+    report = Preferences(input=tmp_path / "in.jsonl", output=tmp_path / "out", processes=processes).prepare()
     assert report["imported"] == 1 and report["dropped"] == {"JSON: expected less nesting": 3}
 
 
@@ -155,22 +155,22 @@ def test_files_of_another_kind_are_one_line_errors(tmp_path, importer):
     check_other_files_are_refused(tmp_path, ROWS[importer][0], lambda name: prepare(importer, tmp_path, name))
 
 
-@pytest.mark.parametrize("importer", [preferences, kto])
+@pytest.mark.parametrize("importer", [Preferences, Kto])
 def test_a_folder_with_a_split_of_another_run_is_refused(tmp_path, importer):
     rows = [
         {"prompt": f"q{i}", "chosen": "a", "rejected": "b"}
-        if importer is preferences
+        if importer is Preferences
         else {"prompt": f"q{i}", "completion": "a", "label": i % 2 == 0}
         for i in range(20)
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for _ in range(2):  # the same splits again are fine
-        importer.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0.3)
+        importer(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0.3).prepare()
     before = (tmp_path / "out" / "train.jsonl").read_bytes()
     with pytest.raises(
         InputError, match="found validation.jsonl of another run, expected .* no splits other than train"
     ):
-        importer.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+        importer(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0).prepare()
     assert (tmp_path / "out" / "train.jsonl").read_bytes() == before
 
 
@@ -178,15 +178,15 @@ def test_a_failure_leaves_no_folder_behind(tmp_path):
     (tmp_path / "in.jsonl").write_text("{}\n")
     for output in (tmp_path / "new" / "er" / "out", tmp_path / "in.jsonl" / "new" / "out"):
         with pytest.raises(InputError):
-            preferences.prepare(tmp_path / "in.jsonl", output)
+            Preferences(input=tmp_path / "in.jsonl", output=output).prepare()
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_every_common_form_keeps_the_invariants(tmp_path):
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[preferences]))
-    preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[Preferences]))
+    Preferences(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0).prepare()
     made = read_comparisons(tmp_path / "out" / "train.jsonl")
-    assert len(made) == len(ROWS[preferences])
+    assert len(made) == len(ROWS[Preferences])
     words = [
         "q a",
         "q b",
@@ -221,7 +221,7 @@ def test_any_pair_of_transcripts_keeps_the_invariants_or_is_dropped_once(said, f
     before += "\n\nHuman: x" * (len(said) % 2 == 0) + "\n\nAssistant:"
     row = {"chosen": before + f" {first}", "rejected": before + f" {second}"}
     counts = Counter()
-    made = hh_rlhf.read_transcripts(row, "f:1", counts)
+    made = read_one(HhRlhf, row, counts)
     dropped = [reason for reason in counts if reason.startswith("dropped: ")]
     assert len(dropped) == (made is None)
     if made is not None:
@@ -270,14 +270,13 @@ def test_any_pair_of_messages_keeps_the_invariants_or_is_dropped_once(said, firs
 )
 def test_any_star_of_judgements_keeps_the_invariants(judged):
     rows = [
-        alpaca_eval.read_judged(
+        read_one(
+            AlpacaEval,
             {"instruction": "q", "output_1": "the ref", "output_2": f"{i} {text}", "preference": preference},
-            "f:1",
-            Counter(),
         )
         for i, (text, preference) in enumerate(judged)
     ]
-    (made,) = alpaca_eval.assemble(rows, True, None, Counter())
+    (made,) = AlpacaEval(input="in.jsonl", output="out").compare(rows, Counter())
     check_invariants(
         [made],
         lambda row: [option[0].content for option in row.options],
@@ -289,16 +288,16 @@ def test_any_star_of_judgements_keeps_the_invariants(judged):
 
 
 PAIRS = {  # the row of two replies, and what reads it
-    summarize_comparisons: (
+    SummarizeComparisons: (
         test_summarize_comparisons.row,
-        lambda row: summarize_comparisons.read_choice(row, "f:1", Counter())[1],
+        lambda row: read_one(SummarizeComparisons, row)[1],
     ),
-    webgpt: (test_webgpt.row, lambda row: webgpt.read_answers(row, "f:1", Counter(), quotes=True)),
-    shp: (test_shp.row, lambda row: shp.read_pair(row, "f:1")),
+    WebGpt: (test_webgpt.row, lambda row: read_one(WebGpt, row, quotes=True)),
+    Shp: (test_shp.row, lambda row: read_one(Shp, row)),
 }
 
 
-@pytest.mark.parametrize("importer", PAIRS, ids=lambda importer: importer.__name__.split(".")[1])
+@pytest.mark.parametrize("importer", PAIRS, ids=lambda importer: importer.__module__.split(".")[1])
 @settings(max_examples=20, deadline=None)
 @given(WORDS, WORDS)
 def test_any_two_replies_keep_the_invariants_or_are_dropped_for_what_they_say(importer, first, second):
@@ -316,15 +315,17 @@ def test_any_two_replies_keep_the_invariants_or_are_dropped_for_what_they_say(im
 
 
 RANKINGS = {  # the comparison of replies with scores from 1 to 5
-    stack_exchange: lambda scored, counts: stack_exchange.read_question(
-        {"question": "q", "answers": [{"text": text, "pm_score": score} for text, score in scored]}, "f:1", counts
-    ),
-    ultrafeedback: lambda scored, counts: ultrafeedback.read_rated(
-        test_ultrafeedback.row(*(test_ultrafeedback.completion(text, *[str(score)] * 4) for text, score in scored)),
-        "f:1",
+    StackExchange: lambda scored, counts: read_one(
+        StackExchange,
+        {"question": "q", "answers": [{"text": text, "pm_score": score} for text, score in scored]},
         counts,
     ),
-    oasst: lambda scored, counts: next(
+    UltraFeedback: lambda scored, counts: read_one(
+        UltraFeedback,
+        test_ultrafeedback.row(*(test_ultrafeedback.completion(text, *[str(score)] * 4) for text, score in scored)),
+        counts,
+    ),
+    Oasst: lambda scored, counts: next(
         oasst.compare(
             [
                 (
@@ -340,7 +341,7 @@ RANKINGS = {  # the comparison of replies with scores from 1 to 5
 }
 
 
-@pytest.mark.parametrize("importer", RANKINGS, ids=lambda importer: importer.__name__.split(".")[1])
+@pytest.mark.parametrize("importer", RANKINGS, ids=lambda importer: importer.__module__.split(".")[1])
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(WORDS, st.integers(1, 5)), min_size=1, max_size=5))
 def test_any_ranked_replies_keep_the_invariants_or_are_dropped_once(importer, scored):
@@ -358,28 +359,36 @@ def test_any_ranked_replies_keep_the_invariants_or_are_dropped_once(importer, sc
         assert len(texts) < 2 or len({tuple(text.split()) for text in texts}) < len(texts)
 
 
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> str:
+    """A saved tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    RENDERER.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 SAMPLE = st.text(st.characters(codec="utf-8", exclude_characters="\N{REPLACEMENT CHARACTER}"), max_size=4)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(SAMPLE, min_size=4, max_size=4), st.integers(0, 3))
-def test_any_four_samples_keep_the_invariants_or_are_dropped_for_what_they_say(samples, best):
+def test_any_four_samples_keep_the_invariants_or_are_dropped_for_what_they_say(tokenizer, samples, best):
     row = test_best_of_4.row(samples=samples, best=best)
     if not samples[best].strip() or len({tuple(text.split()) for text in samples if text.strip()}) < 2:
         with pytest.raises(Drop):
-            best_of_4.read_samples(row, "f:1", Counter(), RENDERER.tokenizer)
+            read_one(BestOf4, row, tokenizer=tokenizer)
     else:
-        made = best_of_4.read_samples(row, "f:1", Counter(), RENDERER.tokenizer)
+        made = read_one(BestOf4, row, tokenizer=tokenizer)
         check_invariants([made], lambda row: [option[0].content for option in row.options], samples, str)
         assert made.options[made.ranks.index(0)][0].content.split() == samples[best].split()
 
 
 def test_groups_of_the_test_file_leave_the_training_rows(tmp_path):
-    rows = ROWS[hh_rlhf]
+    rows = ROWS[HhRlhf]
     (tmp_path / "in").mkdir()
     for name, some in (("train", rows[:8]), ("test", rows[6:])):
         (tmp_path / "in" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    report = hh_rlhf.prepare(tmp_path / "in", tmp_path / "out", validation=0.3)
+    report = HhRlhf(input=tmp_path / "in", output=tmp_path / "out", validation=0.3).prepare()
     groups = {
         name: {row.group for row in read_comparisons(tmp_path / "out" / f"{name}.jsonl")} for name in report["splits"]
     }
@@ -390,10 +399,12 @@ def test_groups_of_the_test_file_leave_the_training_rows(tmp_path):
 
 def test_two_processes_write_the_same_files_in_the_order_of_the_source(tmp_path, monkeypatch):
     monkeypatch.setattr(comparisons, "_CHUNK", 4)
-    rows = [*ROWS[hh_rlhf][::-1], {"chosen": "neither", "rejected": "nor"}, *ROWS[hh_rlhf]]
+    rows = [*ROWS[HhRlhf][::-1], {"chosen": "neither", "rejected": "nor"}, *ROWS[HhRlhf]]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for processes in (1, 2):
-        report = hh_rlhf.prepare(tmp_path / "in.jsonl", tmp_path / f"{processes}", validation=0.5, processes=processes)
+        report = HhRlhf(
+            input=tmp_path / "in.jsonl", output=tmp_path / f"{processes}", validation=0.5, processes=processes
+        ).prepare()
     names = {path.name for path in (tmp_path / "1").iterdir()}
     assert (
         names
@@ -428,7 +439,7 @@ def test_reasons_keep_the_numbers_of_a_rule_and_none_of_a_row(tmp_path):
     }
     rows = [native(2), *(make(n) for make in wrong.values() for n in range(2, 7))]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    report = Preferences(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0).prepare()
     assert report["dropped"] == dict.fromkeys(wrong, 5)
 
 
@@ -436,7 +447,7 @@ def test_the_same_replies_compared_again_are_merged_and_contradictions_soft(tmp_
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "who": "x"}
     against = {"prompt": "q", "chosen": "b", "rejected": "a", "who": "y"}
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (row, row, row, against)))
-    report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    report = Preferences(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0).prepare()
     (made,) = read_comparisons(tmp_path / "out" / "train.jsonl")
     assert made.target == (0.75, 0.25) and made.weight == 4 and made.ranking is None
     assert [labels["who"] for labels in made.labels["merged"]] == ["x", "x", "y"]
@@ -451,9 +462,11 @@ def test_native_rows_go_through_the_checks_of_replies_that_other_forms_do(tmp_pa
 
     rows = [native("a", "b"), native("a", " a"), native("a", " "), native(" ", "")]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    report = Preferences(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0).prepare()
     assert (report["imported"], report["dropped"]) == (1, {"identical replies": 2, "empty reply": 1})
-    report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0, allow_empty=True)
+    report = Preferences(
+        input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0, allow_empty=True
+    ).prepare()
     assert (report["imported"], report["dropped"]) == (2, {"identical replies": 2})
     assert len(read_comparisons(tmp_path / "out" / "train.jsonl")) == 2  # what was kept is read as it was written
 
@@ -465,7 +478,7 @@ def test_labels_that_nest_too_deep_in_others_are_left_out_and_counted(tmp_path):
     row = {"prompt": "q", "chosen": "a", "rejected": "b"}
     rows = [row, {**row, "extra": deep}, {**row, "extra": 1}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = preferences.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    report = Preferences(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0).prepare()
     assert report["merged"]["labels left out, because they would nest too deep"] == 1
     (made,) = read_comparisons(tmp_path / "out" / "train.jsonl")
     assert made.labels["merged"] == [{"extra": 1}] and made.weight == 3

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_prep.deal_or_no_deal import permutations, prepare, read_log, to_trajectory
+from data_prep.deal_or_no_deal import DealOrNoDeal, permutations, read_log, to_trajectory
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.logs.protocols import Reply
@@ -177,7 +177,7 @@ def write_folder(folder, scenarios=6):
 
 def test_prepare_keeps_scenarios_of_the_splits_apart(tmp_path):
     write_folder(tmp_path / "in")
-    report = prepare(tmp_path / "in", tmp_path / "out", held_out_scenarios=2)
+    report = DealOrNoDeal(input=tmp_path / "in", output=tmp_path / "out", held_out_scenarios=2).prepare()
     splits = {name: read_trajectories(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "tune", "validation")}
     groups = {name: {row.group for row in rows} for name, rows in splits.items()}
     # 6 scenarios in data.txt, of which validation has one and tune gets two
@@ -211,8 +211,10 @@ def test_permuted_dialogues_join_the_train_split_and_no_held_out_scenario(tmp_pa
     write_folder(tmp_path / "in")
     with open(tmp_path / "in" / "val.txt", "a") as file:  # scenario 1 of data.txt with books and balls exchanged
         file.write(tagged(own="1 0 2 1 1 8", partner="1 8 2 1 1 0") + "\n")
-    plain_report = prepare(tmp_path / "in", tmp_path / "plain", held_out_scenarios=2)
-    report = prepare(tmp_path / "in", tmp_path / "out", held_out_scenarios=2, permute_items=True)
+    plain_report = DealOrNoDeal(input=tmp_path / "in", output=tmp_path / "plain", held_out_scenarios=2).prepare()
+    report = DealOrNoDeal(
+        input=tmp_path / "in", output=tmp_path / "out", held_out_scenarios=2, permute_items=True
+    ).prepare()
     logged, rows = (read_trajectories(tmp_path / name / "train.jsonl") for name in ("plain", "out"))
     assert rows[: len(logged)] == logged
     assert len(rows) - len(logged) == report["item_permutations"]["added"] > 0
@@ -232,7 +234,7 @@ def test_held_out_scenarios_belong_to_the_seed_and_not_to_the_order(tmp_path):
     path = tmp_path / "in" / "data.txt"
     held_out = []
     for run, seed in enumerate((0, 0, 1)):
-        prepare(path, tmp_path / f"out{run}", held_out_scenarios=4, seed=seed)
+        DealOrNoDeal(input=path, output=tmp_path / f"out{run}", held_out_scenarios=4, seed=seed).prepare()
         held_out.append({row.group for row in read_trajectories(tmp_path / f"out{run}" / "tune.jsonl")})
         path.write_text("\n".join(reversed(path.read_text().splitlines())))
     assert held_out[0] == held_out[1] != held_out[2]
@@ -244,18 +246,20 @@ def test_single_file_is_the_split_of_its_name(tmp_path):
         ("mine.txt", {"train.jsonl", "scenarios_train.json", "report.json"}),
     ):
         (tmp_path / name).write_text(plain() + "\n" + tagged() + "\n")
-        prepare(tmp_path / name, tmp_path / f"out-{name}", held_out_scenarios=0)
+        DealOrNoDeal(input=tmp_path / name, output=tmp_path / f"out-{name}", held_out_scenarios=0).prepare()
         assert {path.name for path in (tmp_path / f"out-{name}").iterdir()} == expected
 
 
 @pytest.mark.parametrize("scenarios, tuned", [(1, 0), (6, 1), (10, 2)])
 def test_of_a_small_file_a_fifth_of_the_scenarios_is_held_out(tmp_path, scenarios, tuned):
     write_folder(tmp_path / "in", scenarios)
-    splits = prepare(tmp_path / "in" / "data.txt", tmp_path / "out")["splits"]
+    splits = DealOrNoDeal(input=tmp_path / "in" / "data.txt", output=tmp_path / "out").prepare()["splits"]
     assert splits["train"]["scenarios"] == scenarios - tuned
     assert splits.get("tune", {"scenarios": 0})["scenarios"] == tuned
     with pytest.raises(InputError, match=f"held_out_scenarios: found {scenarios}, expected 0 to {scenarios - 1}"):
-        prepare(tmp_path / "in" / "data.txt", tmp_path / "other", held_out_scenarios=scenarios)
+        DealOrNoDeal(
+            input=tmp_path / "in" / "data.txt", output=tmp_path / "other", held_out_scenarios=scenarios
+        ).prepare()
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path):
@@ -271,7 +275,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path):
         ("folder", "data.txt"),
     ):
         with pytest.raises(InputError, match=message) as error:
-            prepare(tmp_path / name, tmp_path / "out")
+            DealOrNoDeal(input=tmp_path / name, output=tmp_path / "out").prepare()
         assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 

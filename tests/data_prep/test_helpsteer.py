@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from data_prep.helpsteer import RATINGS, prepare
+from data_prep.helpsteer import RATINGS, HelpSteer
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import read_comparisons
 from offline_lmrl.logs.preferences import to_trajectories
@@ -54,7 +54,7 @@ KEPT = [
 
 def run(tmp_path, rows, **settings):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = prepare(tmp_path / "in.jsonl", tmp_path / "out", **{"validation": 0, **settings})
+    report = HelpSteer(input=tmp_path / "in.jsonl", output=tmp_path / "out", **{"validation": 0, **settings}).prepare()
     return {split: read_comparisons(tmp_path / "out" / f"{split}.jsonl") for split in report["splits"]}, report
 
 
@@ -105,7 +105,7 @@ def test_published_folders_have_train_and_validation(tmp_path):
         rows = [{**row, "prompt": f"{row['prompt']} {split}"} for row in KEPT[:2]]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / "in" / f"{split}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    splits = prepare(tmp_path / "in", tmp_path / "out")["splits"]
+    splits = HelpSteer(input=tmp_path / "in", output=tmp_path / "out").prepare()["splits"]
     assert {name: split["comparisons"] for name, split in splits.items()} == {"train": 1, "validation": 1}
 
 

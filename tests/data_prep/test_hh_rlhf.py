@@ -4,14 +4,13 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from data_prep.hh_rlhf import prepare, read_transcripts
+from data_prep.hh_rlhf import HhRlhf
 from offline_lmrl.logs.io import read_comparisons
-from tests.comparisons import check_invariants
+from tests.comparisons import check_invariants, read_one
 
 TALK = "\n\nHuman: How do I keep tulips fresh?\n\nAssistant: Cut the stems."
 ASK = TALK + "\n\nHuman: And then?\n\nAssistant:"
@@ -85,7 +84,7 @@ def normalise(text):
 
 def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
     rows = KEPT + [row for rows in DROPPED.values() for row in rows]
-    report = prepare(write(tmp_path / "in.jsonl", rows), tmp_path / "out", validation=0)
+    report = HhRlhf(input=write(tmp_path / "in.jsonl", rows), output=tmp_path / "out", validation=0).prepare()
     assert (report["rows"], report["imported"]) == (len(rows), len(KEPT))
     assert report["dropped"] == {reason: len(rows) for reason, rows in DROPPED.items()}
     assert report["repaired"] == {"consecutive Assistant turns merged": 3, "consecutive Human turns merged": 2}
@@ -97,13 +96,13 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
 
 
 def test_the_invariants_of_an_importer_hold():
-    made = [read_transcripts(row, "f:1", Counter()) for row in KEPT]
+    made = [read_one(HhRlhf, row) for row in KEPT]
     check_invariants(made, transcripts, [row[side] for row in KEPT for side in row], normalise)
     assert all(len(option) == 1 for row in made for option in row.options)
 
 
 def test_only_the_last_reply_is_trained_and_the_first_question_is_the_group():
-    first, *_, other = [read_transcripts(row, "f:1", Counter()) for row in KEPT[:3]]
+    first, *_, other = [read_one(HhRlhf, row) for row in KEPT[:3]]
     assert [(turn.role, turn.is_trainable) for turn in (*first.context, *first.options[0])] == [
         ("user", False),
         ("assistant", False),
@@ -111,20 +110,20 @@ def test_only_the_last_reply_is_trained_and_the_first_question_is_the_group():
         ("assistant", True),
     ]
     shouted = pair(" a", " b", ASK.replace("How do I keep tulips fresh?", " how do I keep TULIPS fresh"))
-    assert read_transcripts(shouted, "f:1", Counter()).group == first.group == other.group
+    assert read_one(HhRlhf, shouted).group == first.group == other.group
     assert first.target == (1.0, 0.0) and first.source == "hh-rlhf"
 
 
 def test_empty_replies_are_kept_where_that_is_allowed(tmp_path):
     source = write(tmp_path / "in.jsonl", [*DROPPED["empty reply"], KEPT[0]])
-    report = prepare(source, tmp_path / "out", validation=0, allow_empty=True)
+    report = HhRlhf(input=source, output=tmp_path / "out", validation=0, allow_empty=True).prepare()
     assert (report["imported"], report["dropped"]) == (3, {})
 
 
 @pytest.mark.skipif("OFFLINE_LMRL_HH" not in os.environ, reason="set OFFLINE_LMRL_HH to a file of hh-rlhf")
 def test_the_real_file_shares_an_identical_context_in_every_row(tmp_path):
     path = Path(os.environ["OFFLINE_LMRL_HH"])
-    report = prepare(path, tmp_path / "out")
+    report = HhRlhf(input=path, output=tmp_path / "out").prepare()
     assert report["imported"] + sum(report["dropped"].values()) == report["rows"]
     if hashlib.sha256(path.read_bytes()).hexdigest().startswith("ebfaaed21162a4de"):  # harmless-base/test.jsonl.gz
         assert (report["rows"], report["dropped"]) == (2312, {"empty reply": 4})

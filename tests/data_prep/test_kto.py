@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_prep.kto import prepare
+from data_prep.kto import Kto
 from offline_lmrl.logs.io import read_trajectories
 
 TALK = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Sky?\n\nAssistant:"
@@ -48,7 +48,7 @@ DROPPED = {
 
 def run(tmp_path, rows):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    report = Kto(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0).prepare()
     return read_trajectories(tmp_path / "out" / "train.jsonl"), report
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_prep.lmrl_gym import prepare
+from data_prep.lmrl_gym import LmrlGym
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import read_trajectories
 
@@ -88,7 +88,7 @@ DROPPED = {
 def run(tmp_path, rows, **settings):
     lines = (row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
     (tmp_path / "in.jsonl").write_text("".join(lines))
-    report = prepare(tmp_path / "in.jsonl", tmp_path / "out", **{"validation": 0, **settings})
+    report = LmrlGym(input=tmp_path / "in.jsonl", output=tmp_path / "out", **{"validation": 0, **settings}).prepare()
     return read_trajectories(tmp_path / "out" / "train.jsonl"), report
 
 
@@ -146,5 +146,5 @@ def test_eval_is_validation_and_a_list_of_games_is_read(tmp_path):
     (tmp_path / "in").mkdir()
     for name, rows in (("train", [SALE, {**SALE, "lines": SALE["lines"][:3]}]), ("eval", [QUIZ])):
         (tmp_path / "in" / f"{name}.json").write_text(json.dumps(rows, indent=1))
-    splits = prepare(tmp_path / "in", tmp_path / "out")["splits"]
+    splits = LmrlGym(input=tmp_path / "in", output=tmp_path / "out").prepare()["splits"]
     assert {name: split["rows"] for name, split in splits.items()} == {"train": 2, "validation": 1}

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from data_prep.maze import PARTS, SOLVER_SHARE, UPPER_BARS, logs, prepare
+from data_prep.maze import PARTS, SOLVER_SHARE, UPPER_BARS, MazeLogs, logs
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.tasks.maze import FREE, GOAL, MAX_STEPS, STARTS, Maze
@@ -77,7 +77,7 @@ def test_partial_logs_hold_the_same_moves(episodes):
 
 
 def test_prepare_writes_what_it_reports_and_repeats_itself(tmp_path):
-    report = prepare(tmp_path / "a", episodes=60, seed=2)
+    report = MazeLogs(output=tmp_path / "a", episodes=60, seed=2).prepare()
     train, validation = (read_trajectories(tmp_path / "a" / f"{name}.jsonl") for name in ("train", "validation"))
     both = [*train, *validation]
     assert report == json.loads((tmp_path / "a" / "report.json").read_text())
@@ -91,11 +91,11 @@ def test_prepare_writes_what_it_reports_and_repeats_itself(tmp_path):
     assert Counter(path.name for path in (tmp_path / "a").iterdir()) == Counter(
         ["train.jsonl", "validation.jsonl", "report.json"]
     )
-    prepare(tmp_path / "b", episodes=60, seed=2)
+    MazeLogs(output=tmp_path / "b", episodes=60, seed=2).prepare()
     assert (tmp_path / "a" / "train.jsonl").read_bytes() == (tmp_path / "b" / "train.jsonl").read_bytes()
 
 
 def test_no_episodes_is_an_input_error_and_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="episodes"):
-        prepare(tmp_path / "out", episodes=0)
+        MazeLogs(output=tmp_path / "out", episodes=0).prepare()
     assert not (tmp_path / "out").exists()

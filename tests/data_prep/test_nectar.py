@@ -2,7 +2,7 @@
 
 import json
 
-from data_prep.nectar import prepare
+from data_prep.nectar import Nectar
 from offline_lmrl.logs.io import read_comparisons
 
 
@@ -25,7 +25,7 @@ KEPT = [row(0), row(1, (2.0, 1.0, 2.0)), row(2, (1, None, 2))]
 def test_answers_are_one_ranked_comparison_and_say_who_wrote_them(tmp_path):
     dropped = [row(3, (1,)), row(4, answers="x"), row(5, prompt=None)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*KEPT, *dropped]))
-    report = prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    report = Nectar(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0).prepare()
     made = read_comparisons(tmp_path / "out" / "train.jsonl")
     assert [row.ranking for row in made] == [((0,), (1,), (2,)), ((1,), (0, 2)), ((0,), (1,))]
     assert [turn.content for turn in made[0].context] == ["q0", "hm", "go on"]

@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from data_prep import oasst, oasst_ratings
+from data_prep.oasst import Oasst
+from data_prep.oasst_ratings import OasstRatings
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import read_comparisons, read_trajectories
 from tests.comparisons import check_invariants
@@ -83,9 +84,9 @@ def tree(messages, root):
     }
 
 
-def run(tmp_path, rows, importer=oasst, read=read_comparisons, **settings):
+def run(tmp_path, rows, importer=Oasst, read=read_comparisons, **settings):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = importer.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0, **settings)
+    report = importer(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0, **settings).prepare()
     return read(tmp_path / "out" / "train.jsonl"), report
 
 
@@ -173,7 +174,7 @@ def test_the_invariants_of_an_importer_hold(tmp_path):
 
 def test_rated_replies_are_scored_and_what_came_before_is_context(tmp_path):
     rows = [*MESSAGES, message("j", "q2", **HUB)]
-    made, report = run(tmp_path, rows, oasst_ratings, read_trajectories)
+    made, report = run(tmp_path, rows, OasstRatings, read_trajectories)
     assert {row.turns[-1].content: row.turns[-1].reward for row in made} == {
         "text a": 0.75,
         "text b": 0.25,
@@ -191,11 +192,11 @@ def test_rated_replies_are_scored_and_what_came_before_is_context(tmp_path):
 
 
 def test_thumbs_are_the_balance_of_up_and_down(tmp_path):
-    made, report = run(tmp_path, MESSAGES, oasst_ratings, read_trajectories, reward="thumbs")
+    made, report = run(tmp_path, MESSAGES, OasstRatings, read_trajectories, reward="thumbs")
     assert {row.turns[-1].content: row.turns[-1].reward for row in made} == {"text a": 0.5, "text b": -1.0}
     assert report["assembled"]["replies without thumbs"] == 9
     with pytest.raises(InputError, match="found no reply with thumbs"):
-        run(tmp_path, MESSAGES[4:], oasst_ratings, reward="thumbs")
+        run(tmp_path, MESSAGES[4:], OasstRatings, reward="thumbs")
 
 
 def test_a_chain_takes_time_of_its_length(tmp_path):
@@ -203,7 +204,7 @@ def test_a_chain_takes_time_of_its_length(tmp_path):
     chain = [message(name, parent, rank=0) for name, parent in zip(ids, [None, *ids], strict=False)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*chain, message("b", ids[-2], 1)]))
     start = time.perf_counter()
-    report = oasst.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    report = Oasst(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0).prepare()
     assert time.perf_counter() - start < 5  # of the square of its length: 15 s and more
     assert report["assembled"] == {
         "messages of prompters": 2000,
@@ -228,7 +229,7 @@ def test_labels_that_could_not_be_read_back_are_dropped_with_their_set(tmp_path)
         message("d", "q1", 1),
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = oasst.prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    report = Oasst(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0).prepare()
     assert report["assembled"] == {
         "messages of prompters": 2,
         "replies compared": 2,

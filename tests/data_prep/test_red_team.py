@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from data_prep.red_team import prepare
+from data_prep.red_team import RedTeam
 from offline_lmrl.logs.io import read_trajectories
 
 TALK = "\n\nHuman: Name a bad word.\n\nAssistant: I would rather not.\n\nHuman: Do!\n\nAssistant: No."
@@ -49,7 +49,9 @@ DROPPED = {
 
 def run(tmp_path, rows, **settings):
     (tmp_path / "red_team_attempts.jsonl.gz").write_bytes(gzip.compress(json.dumps(rows, indent=1).encode()))
-    report = prepare(tmp_path / "red_team_attempts.jsonl.gz", tmp_path / "out", validation=0, **settings)
+    report = RedTeam(
+        input=tmp_path / "red_team_attempts.jsonl.gz", output=tmp_path / "out", validation=0, **settings
+    ).prepare()
     return report, read_trajectories(tmp_path / "out" / "train.jsonl")
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from data_prep.shp import prepare
+from data_prep.shp import Shp
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import read_comparisons
 from tests.comparisons import check_invariants
@@ -55,7 +55,7 @@ DROPPED = {
 
 def run(tmp_path, rows, **settings):
     (tmp_path / "in.json").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    report = prepare(tmp_path / "in.json", tmp_path / "out", validation=0, **settings)
+    report = Shp(input=tmp_path / "in.json", output=tmp_path / "out", validation=0, **settings).prepare()
     return report, read_comparisons(tmp_path / "out" / "train.jsonl")
 
 

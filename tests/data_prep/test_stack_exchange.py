@@ -1,16 +1,15 @@
 """Questions with answers and votes: every shape of votes known, and HTML as the sites print it."""
 
 import json
-from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.stack_exchange import plain_text, prepare, read_question, vote_score
+from data_prep.stack_exchange import StackExchange, plain_text, vote_score
 from offline_lmrl.logs.forms import Drop
 from offline_lmrl.logs.io import read_comparisons
-from tests.comparisons import check_invariants
+from tests.comparisons import check_invariants, read_one
 
 
 def answer(text, score, **fields):
@@ -54,7 +53,7 @@ def words(comparison):
 def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
     rows = KEPT + [row for rows in DROPPED.values() for row in rows]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0)
+    report = StackExchange(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0).prepare()
     assert (report["rows"], report["imported"]) == (len(rows), len(KEPT))
     assert report["dropped"] == {reason: len(rows) for reason, rows in DROPPED.items()}
     assert report["repaired"] == {
@@ -67,7 +66,7 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
 
 
 def test_the_invariants_of_an_importer_hold():
-    made = [read_question(row, "f:1", Counter()) for row in KEPT]
+    made = [read_one(StackExchange, row) for row in KEPT]
     known = [
         f"{plain_text(row.get('question') or 'Milk & eggs?' + chr(10) * 2 + 'Which first?')} "
         f"{plain_text(one.get('text') or one['body'])}"
@@ -78,7 +77,7 @@ def test_the_invariants_of_an_importer_hold():
 
 
 def test_answers_are_ranked_by_score_with_ties_and_keep_their_authors():
-    made, asked, tied, merged = [read_question(row, "f:1", Counter()) for row in KEPT]
+    made, asked, tied, merged = [read_one(StackExchange, row) for row in KEPT]
     assert words(made)[:2] == ["How do I peel an egg? Roll it.", "How do I peel an egg? Use a spoon.\n\nThen water."]
     assert made.ranking == ((0, 1), (2,)) and made.target == (0.5, 0.5, 0.0)
     assert made.labels["options"][0] == {"answer_id": 15, "author": "Ada", "pm_score": 3, "selected": True}

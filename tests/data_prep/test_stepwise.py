@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_prep.stepwise import prepare
+from data_prep.stepwise import Stepwise
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.tokens.checks import token_table
@@ -33,7 +33,7 @@ DROPPED = {
 
 def run(tmp_path, rows, **settings):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0, **settings)
+    report = Stepwise(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0, **settings).prepare()
     return read_trajectories(tmp_path / "out" / "train.jsonl"), report
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_prep.summarize_axes import prepare
+from data_prep.summarize_axes import SummarizeAxes
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import read_trajectories
 from tests.data_prep.test_summarize_comparisons import ARTICLE, POST
@@ -37,7 +37,7 @@ DROPPED = {
 
 def run(tmp_path, rows, **settings):
     (tmp_path / "in.json").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    report = prepare(tmp_path / "in.json", tmp_path / "out", validation=0, **settings)
+    report = SummarizeAxes(input=tmp_path / "in.json", output=tmp_path / "out", validation=0, **settings).prepare()
     return report, {name: read_trajectories(tmp_path / "out" / f"{name}.jsonl") for name in report["splits"]}
 
 

@@ -1,13 +1,12 @@
 """Comparisons of summaries: posts and articles, white space, confidence, the splits of the source."""
 
 import json
-from collections import Counter
 
 import pytest
 
-from data_prep.summarize_comparisons import prepare, read_choice
+from data_prep.summarize_comparisons import SummarizeComparisons
 from offline_lmrl.logs.io import read_comparisons
-from tests.comparisons import check_invariants
+from tests.comparisons import check_invariants, read_one
 
 POST = {"id": "t3_a", "post": "My cat sleeps all day.", "title": "Is it well?", "subreddit": "pets"}
 ARTICLE = {"id": "0f3", "article": "A bridge was closed.", "site": "herald", "title": None, "post": None}
@@ -62,7 +61,7 @@ DROPPED = {
 
 def run(tmp_path, rows, **settings):
     (tmp_path / "batch3.json").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    return prepare(tmp_path / "batch3.json", tmp_path / "out", **settings)
+    return SummarizeComparisons(input=tmp_path / "batch3.json", output=tmp_path / "out", **settings).prepare()
 
 
 def read(tmp_path, split):
@@ -127,7 +126,7 @@ def test_a_post_of_two_splits_stays_in_the_later_one_even_with_another_id(tmp_pa
 
 
 def test_the_invariants_of_an_importer_hold():
-    made = [read_choice(one, "f:1", Counter(), soft=True)[1] for one in KEPT]
+    made = [read_one(SummarizeComparisons, one, soft=True)[1] for one in KEPT]
     check_invariants(
         made,
         lambda one: [option[0].content for option in one.options],

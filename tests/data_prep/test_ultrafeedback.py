@@ -2,14 +2,13 @@
 
 import copy
 import json
-from collections import Counter
 
 import pytest
 
-from data_prep.ultrafeedback import ASPECTS, prepare, read_rated
+from data_prep.ultrafeedback import ASPECTS, UltraFeedback
 from offline_lmrl.logs.io import read_comparisons
 from offline_lmrl.logs.preferences import to_trajectories
-from tests.comparisons import check_invariants
+from tests.comparisons import check_invariants, read_one
 
 
 def completion(response, *ratings, **fields):
@@ -78,7 +77,7 @@ DROPPED = {
 
 def run(tmp_path, rows, **settings):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0, **settings)
+    report = UltraFeedback(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0, **settings).prepare()
     return read_comparisons(tmp_path / "out" / "train.jsonl"), report
 
 
@@ -100,7 +99,7 @@ def test_every_row_is_imported_or_dropped_for_a_reason(tmp_path):
 
 
 def test_completions_are_ranked_by_the_mean_of_the_aspects_all_are_rated_for():
-    made, unrated, some, _ = [read_rated(row, "f:1", Counter()) for row in KEPT]
+    made, unrated, some, _ = [read_one(UltraFeedback, row) for row in KEPT]
     # means 4.75, 4.75, 1.5 and 3.75
     assert made.ranking == ((0, 1), (3,), (2,)) and made.target == (0.5, 0.5, 0.0, 0.0)
     # without honesty 14/3, 14/3 and 1
@@ -122,7 +121,7 @@ def test_completions_are_ranked_by_the_mean_of_the_aspects_all_are_rated_for():
 
 
 def test_the_invariants_of_an_importer_hold():
-    made = [read_rated(row, "f:1", Counter()) for row in KEPT]
+    made = [read_one(UltraFeedback, row) for row in KEPT]
     known = [f"{row['instruction']} {one['response']}" for row in KEPT for one in row["completions"]]
     check_invariants(made, words, known, str)
 
@@ -135,5 +134,5 @@ def test_the_benchmark_is_kept_where_it_is_asked_for(tmp_path):
 def test_what_is_compared_does_not_hang_on_the_order_of_the_completions():
     turned = copy.deepcopy(KEPT[0])
     turned["completions"] = turned["completions"][::-1]
-    first, second = (read_rated(one, "f:1", Counter()) for one in (KEPT[0], turned))
+    first, second = (read_one(UltraFeedback, one) for one in (KEPT[0], turned))
     assert second == first.select([3, 2, 1, 0])

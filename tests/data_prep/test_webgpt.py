@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_prep.webgpt import prepare
+from data_prep.webgpt import WebGpt
 from offline_lmrl.logs.io import read_comparisons
 from offline_lmrl.logs.preferences import to_trajectories
 from tests.comparisons import check_invariants
@@ -54,7 +54,7 @@ DROPPED = {
 
 def run(tmp_path, rows, **settings):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    report = prepare(tmp_path / "in.jsonl", tmp_path / "out", validation=0, **settings)
+    report = WebGpt(input=tmp_path / "in.jsonl", output=tmp_path / "out", validation=0, **settings).prepare()
     return report, read_comparisons(tmp_path / "out" / "train.jsonl")
 
 

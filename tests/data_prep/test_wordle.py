@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_prep.wordle import prepare
+from data_prep.wordle import WordleLogs
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import read_trajectories
 from offline_lmrl.tasks.wordle import CODES, Wordle, lexicon
@@ -17,7 +17,7 @@ from offline_lmrl.tokens.tokenizers import train_tokenizer
 
 def made(folder, **settings):
     """(report, all games of both splits)."""
-    report = prepare(folder, **settings)
+    report = WordleLogs(output=folder, **settings).prepare()
     return report, [game for path in sorted(folder.glob("*.jsonl")) for game in read_trajectories(path)]
 
 
@@ -64,7 +64,7 @@ def test_report_adds_up_and_repeats_itself(tmp_path):
     assert {(game.task, game.source, game.labels["player"]) for game in games} == {
         ("wordle", "scripted", "random_mixture")
     }
-    prepare(tmp_path / "b", words="forty", episodes=200, seed=2)
+    WordleLogs(output=tmp_path / "b", words="forty", episodes=200, seed=2).prepare()
     assert (tmp_path / "a" / "train.jsonl").read_bytes() == (tmp_path / "b" / "train.jsonl").read_bytes()
     _, others = made(tmp_path / "c", words="forty", episodes=200, seed=3)
     assert {game.turns for game in games} != {game.turns for game in others}
@@ -134,5 +134,5 @@ def test_every_guess_of_two_pieces_is_two_tokens_and_so_are_its_colours(tmp_path
 @pytest.mark.parametrize("settings", [{"episodes": 0}, {"logs": "oracle"}, {"words": "none.txt"}])
 def test_wrong_settings_are_input_errors_and_leave_nothing(tmp_path, settings):
     with pytest.raises(InputError, match=next(iter(settings))):
-        prepare(tmp_path / "out", **settings)
+        WordleLogs(output=tmp_path / "out", **settings).prepare()
     assert not (tmp_path / "out").exists()

@@ -76,7 +76,7 @@ def chance_of_b(policy, state):
     ids = [[*renderer.preamble_of(()), *renderer.encode_turn(state[-1]).ids, *renderer.agent_opening]]
     with torch.no_grad():
         logits, _ = policy.model.eval().forward_with_hidden(input_ids=torch.tensor(ids))
-    log_prob = next_token(logits.logits[0, -1], policy.decoding.form).scores
+    log_prob = next_token(logits.logits[0, -1], policy.decoding).scores
     a, b = (policy.renderer.encode_content(letter)[0] for letter in "ab")
     assert log_prob[[a, b]].exp().sum().item() == pytest.approx(1, abs=1e-6)
     return log_prob[b].exp().item()

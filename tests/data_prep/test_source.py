@@ -1,6 +1,6 @@
 import pytest
 
-from data_prep.reports import prepared, write_json
+from data_prep.source import prepared, write_json
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.io import is_prepared
 

@@ -1,0 +1,313 @@
+"""Base classes of the sources: the settings that they share, reading rows, dividing them into splits, and writing.
+
+Every row of an importer's source is imported or dropped for a named reason, and the counts add up: rows = imported +
+Σ dropped.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from offline_lmrl.errors import InputError, shown
+from offline_lmrl.logs.comparison import Comparison
+from offline_lmrl.logs.files import locked, staging, writing
+from offline_lmrl.logs.io import REPORT, Row, group_key, parsed, raw_splits, split_by_group, write_text
+from offline_lmrl.logs.io import write_trajectories as write_rows
+from offline_lmrl.logs.record import Drop, Record
+from offline_lmrl.logs.trajectory import Trajectory
+from offline_lmrl.settings import setting
+
+VALIDATION_SHARE = 0.1
+_FOUND = re.compile(r"(?P<field>.*?): found .*, expected (?P<expected>.*)", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A source of training data; the fields of a subclass are its settings.
+
+    Raises: InputError for a setting that cannot be used.
+    """
+
+    output: str | Path = setting(MISSING, "folder to write to; created if needed")
+    seed: int = setting(0, "random seed of the data and of the split")
+
+    def __post_init__(self) -> None:
+        if self.output == "":
+            raise InputError("output: found empty text, expected a path")
+
+    def prepare(self) -> dict[str, Any]:
+        """Write the data and report.json, and return the content of report.json.
+
+        Raises: InputError if nothing can be read or made, or the output cannot be written.
+        """
+        with locked(self.output):
+            return self.make()
+
+    def make(self) -> dict[str, Any]:
+        """Make and write the data while the output folder is locked; return the content of report.json."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSource(Source):
+    """A source that reads files."""
+
+    input: str | Path = setting(
+        MISSING, "a file (JSON Lines, JSON, CSV, TSV or Parquet), a folder of them, a datasets folder or a hub name"
+    )
+
+    def __post_init__(self) -> None:
+        if self.input == "":
+            raise InputError("input: found empty text, expected a path")
+        super().__post_init__()
+        source, output = Path(self.input).resolve(), Path(self.output).resolve()
+        if output in (source, source.parent if source.is_file() else None):
+            raise InputError(f"output: found {self.output}, which is or contains the input, expected another folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importer(FileSource):
+    """A source of rows. A subclass makes one row of training data of each in `read`.
+
+    Where several rows belong together, it makes the final rows in `assemble`.
+    """
+
+    validation: float = setting(
+        VALIDATION_SHARE, "share of the groups that goes to validation if the source has no validation split"
+    )
+    group: str | None = setting(
+        None,
+        "column by which rows are kept together in one split, such as a customer; null = the prompt or conversation",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share(self.validation)
+
+    def read(self, row: Record) -> Any:
+        """Make a row of training data of a row of the source, whose repairs are counted in `row.repairs`.
+
+        Returns: the row of training data, perhaps as the last item of a tuple; or None for a row that is dropped and
+          counted in `row.repairs` under "dropped: ...".
+        Raises: Drop to leave the row out for a reason, or InputError, which leaves it out for the field that the error
+          names and what was expected there.
+        """
+        raise NotImplementedError
+
+    def assemble(self, found: dict[str, list[Any]], report: dict[str, Any]) -> Mapping[str, Sequence[Row]]:
+        """Make the final rows by split of the results of `read` by split, and add facts about them to the report."""
+        return found
+
+    def import_rows(self) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+        """Apply `read` to each row.
+
+        Returns: the results by split of the source ("all" if it has no splits), and the entries with which the report
+          begins: the numbers of rows, imported, dropped, repaired and kept rows.
+        Raises: InputError if the source cannot be read, or none of its rows can be used.
+        """
+        counts: Counter[str] = Counter()
+        made = {}
+        for name, rows in raw_splits(self.input).items():
+            found = (self.import_row(where, row, counts) for where, row in rows)
+            made[name] = [one for one in found if one is not None]
+        return made, self.counted(counts)
+
+    def import_row(self, where: str, raw: Any, counts: Counter[str]) -> Any:
+        """Return the result of `read` for a raw row (see `logs.io.parsed`), or None if the row is dropped."""
+
+        def read(repairs: Counter[str]) -> Any:
+            row = parsed(raw, where, repairs)
+            one = self.read_value(row, where, repairs)
+            fields = row if isinstance(row, Mapping) else {}
+            return None if one is None else self.grouped(one, Record(fields, where, repairs))
+
+        return count_row(read, where, counts)
+
+    def read_value(self, row: Any, where: str, repairs: Counter[str]) -> Any:
+        """Return the result of `read` for a row of plain values, which has to be an object.
+
+        Args:
+          where: "file:row", the start of error messages.
+          repairs: incremented for each repair, under a key that describes it.
+        """
+        if not isinstance(row, Mapping):
+            raise InputError(f"{where}: row: found {shown(row)}, expected an object")
+        return self.read(Record(row, where, repairs))
+
+    def grouped(self, one: Any, row: Record) -> Any:
+        """Return a result of `read` with the group that the user's column names, if the user named one."""
+        if self.group is None:
+            return one
+        if isinstance(one, tuple) and isinstance(one[-1], Trajectory | Comparison):
+            return (*one[:-1], self.grouped(one[-1], row))
+        return replace(one, group=row.group(self.group))
+
+    def counted(self, counts: Counter[str]) -> dict[str, Any]:
+        """Return the entries with which a report begins: counts of rows read, imported, dropped and repaired.
+
+        Raises: InputError if no row was imported.
+        """
+        dropped = part(counts, "dropped: ")
+        if not counts["imported"]:
+            why = "; ".join(f"{reason}: {n}" for reason, n in Counter(dropped).most_common(3)) or "no rows"
+            raise InputError(f"{self.input}: found no row to use ({why}), expected at least one")
+        assert counts["imported"] + sum(dropped.values()) == counts["rows"]
+        return {
+            "rows": counts["rows"],
+            "imported": counts["imported"],
+            "dropped": dropped,
+            "repaired": part(counts, "repaired: "),
+            "kept as it is": part(counts, "kept: "),
+        }
+
+
+def count_row(read: Callable[[Counter[str]], Any], where: str, counts: Counter[str]) -> Any:
+    """Read one row; return the result, or None if the row is dropped.
+
+    Args:
+      read: reads the row, and increments its argument for each repair.
+      where: "file:row", the start of error messages.
+      counts: incremented under "rows"; and then under "imported" and for each repair, or under "dropped: " and the
+        reason. The repairs of a dropped row are not counted.
+    """
+    counts["rows"] += 1
+    repairs: Counter[str] = Counter()
+    try:
+        one = read(repairs)
+    except Drop as drop:
+        counts[f"dropped: {drop}"] += 1
+        return None
+    except InputError as error:
+        # Remove what is specific to the row (the found value, indices into lists) from the reason; otherwise there
+        # would be as many reasons as rows.
+        text = str(error).removeprefix(f"{where}: ")
+        match = _FOUND.fullmatch(text)
+        reason = f"{match['field']}: expected {match['expected']}" if match else text
+        counts["dropped: " + re.sub(r"\[\d+\]", "", reason)] += 1
+        return None
+    counts["imported"] += one is not None
+    counts.update({key: n for key, n in repairs.items() if one is not None or key.startswith("dropped: ")})
+    return one
+
+
+def part(counts: Counter, prefix: str) -> dict[str, int]:
+    """Return the counts under keys that start with a prefix, without the prefix, the largest first."""
+    return {
+        name.removeprefix(prefix): n
+        for name, n in counts.most_common()
+        if isinstance(name, str) and name.startswith(prefix)
+    }
+
+
+def check_share(validation: float) -> None:
+    """Check that the validation share is at least 0 and below 1, so that some groups are left to train on.
+
+    Raises: InputError if it is not.
+    """
+    if not 0 <= validation < 1:
+        raise InputError(f"validation: found {validation}, expected 0 to below 1")
+
+
+def separate(made: Mapping[str, Sequence[Row]], validation: float, seed: int) -> tuple[dict[str, list[Row]], int]:
+    """Make splits that share no group; return them and the number of rows removed to achieve this.
+
+    If the source has no splits, or a train split but no validation split, a share of its training groups becomes the
+    validation split. The rows of a group that is in several splits are kept only in the last of these splits (train is
+    the first).
+
+    Args:
+      made: rows by split of the source; "all" if it has no splits.
+      validation: share of the groups that becomes the validation split, from 0 to below 1.
+      seed: random seed of the split.
+    Raises: InputError if the share is out of range.
+    """
+    check_share(validation)
+    splits = {
+        "train" if name == "all" else name: made[name]
+        for name in sorted(made, key=lambda name: name not in ("all", "train"))
+    }
+    if "train" in splits and "validation" not in splits and validation > 0:
+        parts = split_by_group(splits.pop("train"), {"train": 1 - validation, "validation": validation}, seed)
+        splits = {**parts, **splits}
+    removed, later = 0, set()
+    for name in reversed(splits):
+        own = [row for row in splits[name] if group_key(row) not in later]
+        removed += len(splits[name]) - len(own)
+        later |= {group_key(row) for row in own}
+        splits[name] = own
+    return splits, removed
+
+
+@contextmanager
+def prepared(output: str | Path) -> Iterator[Path]:
+    """Context manager: yield a temporary folder, and afterwards move its files into `output`, the report last.
+
+    The caller writes a data set and its report to the temporary folder. If an error occurs before the move, `output`
+    stays as it was. If the process is killed during the move, `output` has no report, which counts as not finished.
+
+    Raises: InputError if `output` cannot be written, or another process has locked it.
+    """
+    output = Path(output)
+    with locked(output), writing(output), staging(output / REPORT) as folder:
+        try:
+            yield folder
+        except InputError as error:  # name the user's folder instead of the staging folder
+            raise InputError(str(error).replace(str(folder), str(output))) from error
+        (output / REPORT).unlink(missing_ok=True)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == REPORT):
+            os.replace(path, output / path.name)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON, in one step: an interrupted call leaves the old file, or none, at `path`."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_trajectories(
+    output: str | Path,
+    splits: Mapping[str, Sequence[Trajectory]],
+    report: dict[str, Any],
+    files: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write <split>.jsonl of each split that is not empty, and report.json; return the report.
+
+    Args:
+      files: file name -> content of further JSON files; None = no others.
+    """
+    with prepared(output) as folder:
+        for name, rows in splits.items():
+            if rows:
+                write_rows(folder / f"{name}.jsonl", rows)
+        for name, content in {**(files or {}), REPORT: report}.items():
+            write_json(folder / name, content)
+    return report
+
+
+def write_shares(output: str | Path, rows: Sequence[Trajectory], seed: int, report: dict[str, Any]) -> dict[str, Any]:
+    """Write a share of the groups to validation.jsonl and the others to train.jsonl, and report.json."""
+    shares = {"train": 1 - VALIDATION_SHARE, "validation": VALIDATION_SHARE}
+    return write_trajectories(output, split_by_group(rows, shares, seed), report)
+
+
+def require_no_other_splits(output: str | Path, splits: Collection[str]) -> None:
+    """Check that the folder has no split files of an earlier call besides those that will be replaced.
+
+    Their groups may be in the new splits too.
+
+    Args:
+      output: the folder; it need not exist.
+      splits: names of the new splits.
+    Raises: InputError if the folder has other splits.
+    """
+    others = sorted(path.name for path in Path(output).glob("*.jsonl") if path.stem not in splits)
+    if others:
+        raise InputError(
+            f"{output}: found {', '.join(others)} of another run, expected an empty folder or no splits "
+            f"other than {', '.join(splits)}"
+        )
