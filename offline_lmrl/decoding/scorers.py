@@ -40,7 +40,7 @@ from offline_lmrl.models.renderers import renderer_of
 from offline_lmrl.models.reward_model import load_reward_model, read_mask, reads_by_turn
 from offline_lmrl.models.step_outputs import TOKEN_BUDGET, StepOutputs, compute_step_outputs
 from offline_lmrl.ops.preferences import rule_adjusted_score
-from offline_lmrl.settings import arguments
+from offline_lmrl.settings import arguments, parameters_of
 from offline_lmrl.tokens.batching import token_batches, token_rows
 from offline_lmrl.tokens.comparison_batching import Row, encode_options, row_tensors
 from offline_lmrl.tokens.rendering import Renderer
@@ -499,7 +499,7 @@ def load_scorer(spec: str | Path | Mapping[str, Any]) -> Scorer:
     if not isinstance(found, str) or found not in KINDS:
         raise InputError(f"scorer.kind: found {shown(found)}, expected one of {', '.join(KINDS)}")
     make, given = KINDS[found], {name: value for name, value in spec.items() if name != "kind"}
-    made = make(**arguments(make, given, "scorer", {Scorer: load_scorer}))
+    made = make(**arguments(parameters_of(make), given, "scorer", {Scorer: load_scorer}))
     made.origin = origin
     return made
 

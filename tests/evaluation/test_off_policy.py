@@ -210,13 +210,13 @@ def test_evaluate_prints_them_below_what_logs_say(clone, policy, tmp_path, capsy
     write_trajectories(tmp_path / "played.jsonl", played)
     write_trajectories(tmp_path / "plain.jsonl", ENDS)
     form = ["--support", "0.05", "--max_new_tokens", "3", "--device", "cpu"]
-    assert main(["evaluate", str(clone), "--data", str(tmp_path / "played.jsonl"), "--fqe", "2", *form]) == 0
+    assert main(["evaluate", "logs", str(clone), "--data", str(tmp_path / "played.jsonl"), "--fqe", "2", *form]) == 0
     printed = capsys.readouterr().out
     mean = sum(t.total_return for t in played) / 40  # what the policy played itself has the same weight throughout
     found = float(printed.partition("weighted importance sampling: ")[2].partition(" [")[0])
     assert found == pytest.approx(mean, abs=0.006) and "sample size 40.0 of 40" in printed
     assert printed.index("log π per agent token") < printed.index("logs alone") < printed.index("fitted Q evaluation")
-    assert main(["evaluate", str(clone), "--data", str(tmp_path / "plain.jsonl"), *form]) == 0
+    assert main(["evaluate", "logs", str(clone), "--data", str(tmp_path / "plain.jsonl"), *form]) == 0
     printed = capsys.readouterr().out
     assert "weighted importance sampling: not computed, found 3 of 3 trajectories without" in printed
     assert "fitted Q" not in printed
