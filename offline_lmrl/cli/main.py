@@ -21,7 +21,10 @@ COMMANDS = {
     "prepare": ("offline_lmrl.cli.data:prepare", "convert logs of a known source to trajectories or comparisons"),
     "check": ("offline_lmrl.cli.data:check", "report the contents of a data set and faults that make learning fail"),
     "train": ("offline_lmrl.cli.train:train", f"train one algorithm on logs or by play: {', '.join(ALGORITHMS)}"),
-    "evaluate": ("offline_lmrl.cli.play:evaluate", "measure a trained run in an environment or on held-out data"),
+    "evaluate": (
+        "offline_lmrl.cli.evaluate:evaluate",
+        "measure a run or a scorer: play, logs, scorer",
+    ),
     "generate": ("offline_lmrl.cli.play:generate", "reply to prompts with a trained run; --chat for a dialogue"),
     "export": ("offline_lmrl.cli.play:export", "write a run as a plain checkpoint that inference engines can serve"),
     "compare": ("offline_lmrl.cli.train:compare", "train and evaluate methods over several seeds; write a report"),
@@ -123,7 +126,7 @@ def _require_text(arguments: Sequence[str]) -> None:
 
 def _command(name: str):
     if name not in COMMANDS:
-        from offline_lmrl.cli.parser import nearest
+        from offline_lmrl.settings import nearest
 
         raise InputError(
             f"found command {shown(name)}, expected one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}"

@@ -5,19 +5,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from offline_lmrl.cli.data import check_output, print_report
-from offline_lmrl.cli.parser import call
+from offline_lmrl.cli.output import check_output, print_report
+from offline_lmrl.cli.parser import command_of
 from offline_lmrl.errors import InputError, shown
 
 
 def relabel(argv: Sequence[str]) -> None:
     """Run `relabel DATA --scorer SCORER --output PATH`, which writes the rows of DATA with new scores to PATH."""
-    call("relabel DATA --scorer SCORER --output PATH [--key value ...]", _relabel, argv)
+    _relabel(**command_of("relabel", _relabel, positional=("data",)).read(argv))
 
 
 def select(argv: Sequence[str]) -> None:
     """Run `select DATA --scorer ENSEMBLE --output PATH`, which writes the pairs with the largest disagreement."""
-    call("select DATA --scorer ENSEMBLE --output PATH [--key value ...]", _select, argv)
+    _select(**command_of("select", _select, positional=("data",)).read(argv))
 
 
 def _relabel(

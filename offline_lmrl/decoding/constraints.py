@@ -8,7 +8,48 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from offline_lmrl.errors import InputError
+from offline_lmrl.logs.trajectory import Turn
+from offline_lmrl.tokens.rendering import Renderer
+
 FREE = 0  # a node without edges, at which any token is allowed: for rows without options and for finished rows
+
+
+class OptionIds:
+    """The texts that are allowed as replies, as token ids; each is encoded once.
+
+    Args:
+      renderer: encodes a reply.
+      most_tokens: limit on the tokens of a reply, closing token included.
+    Attributes:
+      text_of: token ids of a reply -> its text.
+    """
+
+    def __init__(self, renderer: Renderer, most_tokens: int):
+        self.renderer, self.most_tokens = renderer, most_tokens
+        self.ids_of: dict[str, tuple[int, ...]] = {}
+        self.text_of: dict[tuple[int, ...], str] = {}
+
+    def encode(self, texts: Sequence[str] | None) -> list[tuple[int, ...]] | None:
+        """Return the ids of each allowed text, closing token included; None = any text is allowed.
+
+        Raises: InputError if there are no texts, or if one is longer than `most_tokens`.
+        """
+        if texts is None:
+            return None
+        if not texts:
+            raise InputError("options: found an empty list, expected at least one text, or null for any")
+        for text in texts:
+            if text not in self.ids_of:
+                ids = self.renderer.encode_turn(Turn("assistant", text)).actions
+                if len(ids) > self.most_tokens:
+                    raise InputError(
+                        f"max_new_tokens: found {self.most_tokens}, expected at least {len(ids)}, the tokens of the "
+                        f"option {text!r}"
+                    )
+                self.ids_of[text] = ids
+                self.text_of[ids] = text
+        return [self.ids_of[text] for text in texts]
 
 
 class TokenTrie:

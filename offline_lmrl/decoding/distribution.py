@@ -19,13 +19,15 @@ the state value. This file needs torch alone, so that an exported checkpoint can
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 Q_REDUCTIONS = ("min", "mean", "first")
+INF = float("inf")
+SMALLEST = 5e-324  # the smallest number above 0
 LOOKUP_COST = 2  # computing Q of a token that is looked up for one state, in units of that of a token for all states
 
 
@@ -63,27 +65,97 @@ def _top_p_filter(log_prob: Tensor, top_p: float) -> Tensor:
     return log_prob.masked_fill(dropped, -torch.inf)
 
 
+def number(default: float | None, help: str, low: float, high: float, expected: str) -> Any:
+    """Return a dataclass field for a number.
+
+    Args:
+      default: the default.
+      help: the text that the command line shows.
+      low, high: the numbers in range, including these.
+      expected: the range in words, for errors.
+    """
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "expected": expected})
+
+
 @dataclass(frozen=True)
 class Form:
-    """The settings of the formula, of which `DecodingConfig` (decoding/sampler.py) describes each.
+    """The settings of the formula; `DecodingConfig` (decoding/sampler.py) adds those of requests and replies.
 
-    `beta` may also be a tensor that broadcasts against (..., K). Without terms, `candidates` has no effect.
+    `beta` may be a tensor that broadcasts against (..., K). Without terms, `candidates` has no effect.
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    support: float = 0.0
-    beta: float | Tensor = 0.0
-    q_reduce: str = "min"
-    candidates: int | None = None
-    clip: float | None = None
-    condition_scale: float = 0.0
+    temperature: float = number(
+        1.0, "Divides log π; 0 is greedy (argmax of the guided scores).", 0.0, INF, "0 (greedy) or more"
+    )
+    top_k: int | None = number(
+        None,
+        "Keep only the k most probable tokens of π, at that temperature; null = off.",
+        1,
+        INF,
+        "a whole number from 1, or null",
+    )
+    top_p: float | None = number(
+        None,
+        "Keep the smallest set of most probable tokens that holds this share of π, at that temperature; null = off.",
+        SMALLEST,
+        1.0,
+        "a share above 0 and up to 1, or null",
+    )
+    min_p: float | None = number(
+        None,
+        "Drop tokens with less than min_p times the largest probability of π, at that temperature; null = off.",
+        0.0,
+        1.0,
+        "a share from 0 to 1, or null",
+    )
+    support: float = number(
+        0.0,
+        "Drop tokens with π(a|s) < support · max π(·|s), at temperature 1 (discrete BCQ); 0 = off.",
+        0.0,
+        1.0,
+        "a share from 0 to 1",
+    )
+    beta: float | Tensor = number(0.0, "Weight of value guidance; 0 = the plain policy.", -INF, INF, "a finite number")
+    q_reduce: str = field(default="min", metadata={"help": "How the Q heads are combined: min, mean or first."})
+    candidates: int | None = number(
+        None,
+        "Guide only the policy's k most probable tokens and drop the others; null = all. Unused without guidance.",
+        1,
+        INF,
+        "a whole number from 1, or null",
+    )
+    clip: float | None = number(
+        None,
+        "Upper limit on the advantage Q − V; null = no limit (V then cancels and is not computed).",
+        -INF,
+        INF,
+        "a finite number, or null",
+    )
+    condition_scale: float = number(
+        0.0,
+        "w ≥ 0 of return guidance, (1 + w)·log π(·|ask) − w·log π(·); 0 = plain conditioning.",
+        0.0,
+        INF,
+        "0 (no return guidance) or more",
+    )
 
     @property
     def guided(self) -> bool:
         return isinstance(self.beta, Tensor) or self.beta != 0 or self.condition_scale != 0
+
+    @property
+    def keeps_all(self) -> bool:
+        """True if every token stays possible."""
+        filters = (self.top_k, self.top_p, self.min_p, self.candidates)
+        return self.support <= 0 and all(setting is None for setting in filters)
+
+    def reads_all_of_q(self, device: torch.device) -> bool:
+        """True if Q of all tokens should be computed together with the logits, and False for Q of the tokens left.
+
+        Where every token is left, the former is faster. On a GPU it is so in any case: the weights of the LM head are
+        read once for both, and the number of tokens left is not waited for.
+        """
+        return (isinstance(self.beta, Tensor) or self.beta != 0) and (self.keeps_all or device.type != "cpu")
 
     def terms(self) -> "list[ReturnTerm | ValueTerm]":
         """Return the terms that these settings switch on, in the order of TERMS; none = the plain policy."""
@@ -168,6 +240,11 @@ class ModelOutputs:
 
 
 NOTHING_ELSE = ModelOutputs()
+
+
+def lookup_in(q: Tensor) -> Callable[[Tensor | None], Tensor]:
+    """Return the function `q` of `ModelOutputs` for Q of all tokens, (H, ..., V), that is computed already."""
+    return lambda ids: q if ids is None else q.gather(-1, ids.expand(len(q), *ids.shape))
 
 
 @dataclass(frozen=True)
@@ -280,12 +357,14 @@ def _possible(scores: Tensor, form: Form) -> NextToken:
     With n such tokens in the state that has the most, there are K columns, where K is n rounded up to a power of two,
     so that few shapes occur. In states with fewer than K such tokens, the other columns are dropped tokens (−inf).
     Columns are in the order of the vocabulary, or, with `candidates` or `top_k`, the most probable token comes first.
+    On a GPU all tokens have columns, or `candidates` or `top_k` of them, because to count them would wait for the GPU.
     """
     vocabulary = scores.shape[-1]
     # Tokens beyond top_k are −inf already, so they need no column.
     most = min(form.candidates or vocabulary, form.top_k or vocabulary)
     best, ids = scores.topk(most, dim=-1) if most < vocabulary else (scores, None)
-    if form.support <= 0 and form.top_p is None and form.min_p is None:
+    counted = form.support > 0 or form.top_p is not None or form.min_p is not None
+    if not counted or scores.device.type != "cpu":
         return NextToken(best, ids)
     left = (best > -torch.inf).flatten(0, -2)
     count = left.sum(-1, keepdim=True, dtype=torch.int32)

@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from offline_lmrl.decoding.cache import is_kept_per_token, new_cache
-from offline_lmrl.decoding.sampler import DecodingConfig, Sampler, evaluating
+from offline_lmrl.decoding.prompts import CachedModel
+from offline_lmrl.decoding.sampler import evaluating
 from offline_lmrl.errors import InputError
 from offline_lmrl.models.step_outputs import packed_logits
 from offline_lmrl.tokens.rendering import Renderer
@@ -41,14 +42,14 @@ def check_plays(model: nn.Module, renderer: Renderer) -> None:
     rows = _rows(model, renderer)
     with probing(model), torch.inference_mode():
         alone = _alone(model, rows)
-        sampler, cache = Sampler(model, renderer, DecodingConfig()), new_cache(model, 0)
+        cached_model, cache = CachedModel(model), new_cache(model, 0)
         ids, mask = _batch(rows, "left")
         position = (mask.cumsum(-1) - 1).clamp(min=0)
         several = is_kept_per_token(cache)  # other caches only ever get one token per call after the first
         cuts = (0, LONG - (3 if several else 2), LONG - 1, LONG)
         for start, stop in pairwise(cuts):
             part = slice(start, stop)
-            logits, _ = sampler.forward(ids[:, part], mask[:, :stop], position[:, part], cache, False)
+            logits = cached_model.forward(ids[:, part], mask[:, :stop], position[:, part], cache, frozenset()).logits
             expected = torch.stack([row[stop - LONG - 1] for row in alone])
             _check(model, logits.log_softmax(-1), expected, "in a batch with a cache")
 

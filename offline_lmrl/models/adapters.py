@@ -50,6 +50,11 @@ def require_peft() -> ModuleType:
     return peft
 
 
+def part_of(model: nn.Module, name: str) -> nn.Module | None:
+    """Return one of PARTS of a model, or of the model inside a PeftModel; None if it has no such part."""
+    return getattr(model, name, None)
+
+
 def without_adapter(model: nn.Module) -> PreTrainedModel:
     """Return the model itself, or the one inside a PeftModel."""
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()

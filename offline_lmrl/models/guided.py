@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from offline_lmrl.decoding.distribution import Form, ModelOutputs, next_token
+from offline_lmrl.decoding.distribution import Form, ModelOutputs, lookup_in, next_token
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.models.adapters import PARTS, run_metadata, without_adapter
 from offline_lmrl.models.return_embedding import ReturnEmbedding, asked_inputs
 from offline_lmrl.models.return_heads import ReturnHeads
 from offline_lmrl.models.step_outputs import StepRequest, packed_outputs
-from offline_lmrl.models.value_heads import Head, ValueHeads, ValueHeadsConfig
+from offline_lmrl.models.value_heads import Head, ValueHeads, ValueHeadsConfig, forward_with_q
 from offline_lmrl.tokens.conditioning import ReturnTokens
 from offline_lmrl.tokens.rendering import Renderer
 
@@ -255,17 +255,17 @@ class Guided:
             head.requires_grad_(False)
 
 
-def _guided_logits(model: PreTrainedModel, logits: Tensor, hidden: Tensor, beta: float | Tensor) -> Tensor:
-    """Return logits + β · advantage for the tokens that `support` and `candidates` keep, and −inf for others.
+def _guided_outputs(model: PreTrainedModel, beta: float | Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Run the base class's forward; return its outputs with guided logits, (B,n,V), fp32.
 
+    They are logits + β · advantage for the tokens that `support` and `candidates` keep, and −inf for others.
     `support`, `candidates`, `clip` and `q_reduce` are the decoding settings of the run metadata.
 
     Args:
       model: the guided model.
-      logits: (B,T,V).
-      hidden: hidden states, (B,T,d).
       beta: β, one number or one per row (B,); a row whose β is 0 keeps its logits.
-    Returns: (B,T,V), fp32.
+      args: positional arguments of the forward.
+      kwargs: keyword arguments of the forward.
     Raises: InputError if the model has no value heads.
     """
     if model.value_heads is None:
@@ -275,9 +275,19 @@ def _guided_logits(model: PreTrainedModel, logits: Tensor, hidden: Tensor, beta:
         beta = beta.view(-1, 1, 1)  # (B,1,1), to broadcast over positions and vocabulary
     names = ("support", "candidates", "clip", "q_reduce")
     form = Form(beta=beta, **{name: decoding[name] for name in names if name in decoding})
-    outputs = ModelOutputs(q=lambda ids: model.q_values(hidden, ids), v=lambda: model.v_values(hidden))
-    guided = next_token(logits, form, outputs, normalised=False).over_vocabulary(logits.shape[-1])
-    return torch.where(beta == 0, logits.float(), guided) if isinstance(beta, Tensor) else guided
+    keep = kwargs.get("logits_to_keep", 0)
+    # As in transformers, logits_to_keep 0 means all: slice(-0, None) is the whole axis.
+    kept = slice(-keep, None) if isinstance(keep, int) else keep
+    if form.reads_all_of_q(model.device) and isinstance(keep, int):
+        outputs, hidden, q = forward_with_q(model, *args, **kwargs)
+        read_q = lookup_in(q)
+    else:
+        outputs, hidden = model.forward_with_hidden(*args, **kwargs)
+        read_q = functools.partial(model.q_values, hidden[:, kept])
+    logits, values = outputs.logits, ModelOutputs(q=read_q, v=lambda: model.v_values(hidden[:, kept]))
+    guided = next_token(logits, form, values, normalised=False).over_vocabulary(logits.shape[-1])
+    outputs.logits = torch.where(beta == 0, logits.float(), guided) if isinstance(beta, Tensor) else guided
+    return outputs
 
 
 @functools.cache
@@ -300,13 +310,9 @@ def guided_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             # peft passes arguments that nobody gave, as None.
             given = {name: value for name, value in kwargs.items() if value is not None}
             return packed_outputs(self, request, given)
-        outputs, hidden = self.forward_with_hidden(*args, **kwargs)
         if isinstance(beta, Tensor) or beta:
-            keep = kwargs.get("logits_to_keep", 0)
-            # As in transformers, logits_to_keep 0 means all: slice(-0, None) is the whole axis.
-            kept = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]
-            outputs.logits = _guided_logits(self, outputs.logits, kept, beta)
-        return outputs
+            return _guided_outputs(self, beta, args, kwargs)
+        return self.forward_with_hidden(*args, **kwargs)[0]
 
     # generate and Trainer inspect the signature: without the base's names, GPT-2 would silently lose its position ids.
     own = [p for p in inspect.signature(forward).parameters.values() if p.kind is p.KEYWORD_ONLY]

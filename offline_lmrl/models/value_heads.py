@@ -32,11 +32,14 @@ pass over E per token.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from offline_lmrl.errors import InputError, shown
@@ -208,6 +211,10 @@ class QHead:
         """
         return chunked_logsumexp(self.features(hidden), self.rows(matrix), self.bias) + self.offset(hidden)
 
+    def uses_weight_of(self, lm_head: nn.Module) -> bool:
+        """True if Q of all tokens can be computed in the pass that the LM head makes for the logits (`TiedQ`)."""
+        return False
+
 
 # Q_i(s,a) = c · M_i h · E[a] + w_i · h + b_i, where E is the live LM head.
 class TiedQ(QHead, Head):
@@ -239,9 +246,52 @@ class TiedQ(QHead, Head):
     def offset(self, hidden: Tensor) -> Tensor:
         return torch.einsum("nd,hd->hn", hidden, self.state_weight) + self.state_bias.unsqueeze(1)
 
+    @_in_fp32
+    def _features_and_offset(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return self.features(hidden), self.offset(hidden)
+
     def rows(self, matrix: Tensor, candidates: Tensor | None = None) -> Tensor:
         matrix = matrix.detach().unsqueeze(0)  # the loss of Q must not change the LM head
         return (matrix if candidates is None else _pick(matrix, candidates)).float()
+
+    def uses_weight_of(self, lm_head: nn.Module) -> bool:
+        # A bias, or what a subclass adds (an adapter, a quantised weight), is not part of Q.
+        return type(lm_head) is nn.Linear and lm_head.bias is None
+
+    @contextmanager
+    def beside_logits(self, lm_head: nn.Linear, hidden: Callable[[], Tensor]) -> Iterator[list[Tensor]]:
+        """A context manager in which the LM head's pass for the logits also computes Q of all tokens.
+
+        Reading the LM head's weight takes a large part of the time of a token, and is so done once. The features z
+        are rounded to the weight's dtype. Soft cap and scale, which the model applies after the LM head, do not act
+        on Q.
+
+        Args:
+          lm_head: a head of which `uses_weight_of` is true; it reads the last n positions of the hidden states.
+          hidden: a function that gives the hidden states, (B,T,d), when the LM head is called.
+        Yields: a list, which holds Q (H,B,n,V), fp32, after that call.
+        """
+        offsets: list[Tensor] = []
+        found: list[Tensor] = []
+
+        def add_features(_, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            rows, columns, _ = inputs[0].shape
+            z, offset = self._features_and_offset(hidden()[:, -columns:].flatten(0, 1))
+            offsets.append(offset.view(-1, rows, columns, 1))
+            return (torch.cat([inputs[0], z.reshape(-1, columns, z.shape[-1]).to(inputs[0].dtype)]),)
+
+        def take_out(_, inputs: tuple[Tensor], products: Tensor) -> Tensor:
+            offset = offsets.pop()
+            rows = offset.shape[1]
+            found.append(products[rows:].unflatten(0, (-1, rows)).float() + offset)
+            return products[:rows]
+
+        hooks = lm_head.register_forward_pre_hook(add_features), lm_head.register_forward_hook(take_out)
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 class OwnRows(QHead):
@@ -373,3 +423,22 @@ class ValueHeads(nn.Module):
             pairs.append((self.utterance_q, self.utterance_target_q))
         for online, target in pairs:
             torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
+
+
+def forward_with_q(model: PreTrainedModel, *args, **kwargs) -> tuple[Any, Tensor, Tensor]:
+    """Run a guided model and compute Q of all tokens, in the same pass of the LM head if the heads are tied.
+
+    Args:
+      model: the model, or a PeftModel around it.
+      args, kwargs: arguments of the forward of its base class, whose LM head reads the last n positions.
+    Returns: the outputs of that forward; the decoder's last hidden states (B,T,d); and Q by the target heads at the
+      last n of these, (H,B,n,V), fp32, in scaled reward units.
+    """
+    head, lm_head = model.value_heads.target_q, model.get_output_embeddings()
+    # Hooks cannot be added while a graph is traced for a compiler.
+    if torch.compiler.is_compiling() or not head.uses_weight_of(lm_head):
+        outputs, hidden = model.forward_with_hidden(*args, **kwargs)
+        return outputs, hidden, model.q_values(hidden[:, -outputs.logits.shape[1] :])
+    with head.beside_logits(lm_head, lambda: model.get_decoder().last_hidden) as q:
+        outputs, hidden = model.forward_with_hidden(*args, **kwargs)
+    return outputs, hidden, q[0]

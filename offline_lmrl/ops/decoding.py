@@ -17,14 +17,14 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def uniform(seed: Tensor, counter: Tensor) -> Tensor:
-    """Return random numbers, uniform in [0, 1); number i is a function of seed[i] and counter[i] only.
+    """Return random numbers, uniform in [0, 1); each is a function of its seed and counter only.
 
     The random numbers of an episode therefore do not depend on the other episodes in its batch.
 
     Args:
-      seed: (B,) int64.
-      counter: (B,) int64, the index of the draw in the sequence of this seed.
-    Returns: (B,) fp64, with 53 random bits.
+      seed: int64, of any shape.
+      counter: int64, the index of the draw in the sequence of this seed; of a shape that broadcasts against `seed`.
+    Returns: fp64, with 53 random bits.
     """
     golden = -0x61C8864680B583EB  # SplitMix64's increment, 0x9E3779B97F4A7C15, as int64
     bits = _mix(_mix(seed + golden) + counter * golden)

@@ -161,36 +161,6 @@ def test_time_of_guided_over_plain_decoding(shape, candidates):
         report(f"guided ({kind}, candidates {candidates}) over plain decoding, {shape}", paired(guided, plain))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 8])
-def test_time_of_guided_over_plain_decoding_in_the_default_form(rows, dtype):
-    """Support .02 and all candidates, on a random model whose policy keeps some hundred tokens, as trained ones do."""
-    model, prompts, _ = decoder("gpt2-small", "tied")
-    torch.nn.init.constant_(model.transformer.ln_f.weight, 4.2)
-    model.to(dtype).config.offline_lmrl["decoding"] = {"support": 0.02}
-    ids = torch.tensor(prompts[:rows]) + 1000 * torch.arange(rows).unsqueeze(1)
-
-    def ours(beta):
-        sampler = decoding_sampler(model, support=0.02, beta=beta)
-        sampler.ends = torch.tensor([-1])  # all replies have the same length
-        return lambda: sampler.sample(ids.tolist(), list(range(rows)))
-
-    def theirs(beta):
-        return lambda: model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=64,
-            min_new_tokens=64,
-            pad_token_id=0,
-            beta=beta,
-        )
-
-    for name, decode in (("our decoding", ours), ("generate", theirs)):
-        report(f"guided over plain, {name}, B {rows}, {dtype}", paired(decode(2.0), decode(0.0)))
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_time_of_our_plain_decoding_over_generate(shape):
     model, prompts, ours = decoder(shape)

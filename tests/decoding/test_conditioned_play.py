@@ -184,8 +184,10 @@ def test_guidance_is_the_formula_on_both_rows(monkeypatch, w, beta, temperature,
 )
 def test_rows_are_read_twice_only_where_a_return_is_told_and_something_guides(monkeypatch, form, streams):
     player, rows = policy(**form), []
-    forward = player.sampler.forward
-    monkeypatch.setattr(player.sampler, "forward", lambda ids, *rest: rows.append(len(ids)) or forward(ids, *rest))
+    forward = player.sampler.cached_model.forward
+    monkeypatch.setattr(
+        player.sampler.cached_model, "forward", lambda ids, *rest: rows.append(len(ids)) or forward(ids, *rest)
+    )
     play(player, [1.0])
     assert rows[0] == 2 * streams
 

@@ -14,6 +14,7 @@ from offline_lmrl.decoding.distribution import (
     ValueTerm,
     condition_shift,
     filter_policy,
+    lookup_in,
     next_token,
     reduce_q,
     support_filter,
@@ -214,6 +215,30 @@ def test_where_most_tokens_survive_q_is_computed_for_all():
     _, ids = asked_for(SHARES.log(), Form(beta=2.0, support=1e-6))
     assert ids is None
     assert asked_for(SHARES.log(), Form(beta=2.0))[1] is None
+
+
+@pytest.mark.parametrize("form", [{"support": 0.1}, {"top_p": 0.9, "candidates": 16}, {"top_k": 5}, {"min_p": 0.1}])
+def test_off_the_cpu_no_number_is_waited_for(form):
+    """A tensor on the device "meta" has no numbers, so that reading one on the host is an error."""
+    form = Form(beta=2.0, **form)
+    assert form.reads_all_of_q(torch.device("cuda")) and not form.reads_all_of_q(torch.device("cpu"))
+    outputs = ModelOutputs(q=lookup_in(MANY_Q.to("meta")))
+    found, ids = next_token(SHARES.to("meta"), form, outputs)
+    assert sample_from(found, torch.rand(2, device="meta")).shape == (2,)
+    assert ids is None or ids.shape == found.shape
+
+
+def test_without_a_filter_all_of_q_is_read_anywhere():
+    assert Form(0.5, beta=2.0, clip=0.0).reads_all_of_q(torch.device("cpu"))
+    assert not Form(condition_scale=1.0).reads_all_of_q(torch.device("cpu"))
+
+
+def test_all_of_q_gives_the_distribution_of_q_of_the_tokens_left():
+    for form in (Form(beta=2.0, support=0.1), Form(beta=2.0, candidates=9), Form(beta=-1.0, top_p=0.8)):
+        read, ids = asked_for(SHARES.log(), form)
+        assert ids is not None
+        found = next_token(SHARES.log(), form, ModelOutputs(q=lookup_in(MANY_Q))).over_vocabulary(64)
+        assert torch.equal(found, read)
 
 
 def old_log_prob(logits, form, outputs):

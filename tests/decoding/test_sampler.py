@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from transformers import (
     OpenAIGPTLMHeadModel,
 )
 
+from offline_lmrl.decoding import prompts as prompts_module
 from offline_lmrl.decoding import sampler as sampler_module
 from offline_lmrl.decoding.cache import CacheMemory
+from offline_lmrl.decoding.prompts import CachedModel
 from offline_lmrl.decoding.sampler import DecodingConfig, Sampler
 from offline_lmrl.errors import InputError
 from tests.tiny import one_form
@@ -44,6 +47,8 @@ class Letters:
 
 class WithValues(GPT2LMHeadModel):
     """Two Q heads and V, linear in the hidden state; counts what is asked of them."""
+
+    value_heads = SimpleNamespace(target_q=SimpleNamespace(uses_weight_of=lambda lm_head: False))
 
     def __init__(self, config):
         super().__init__(config)
@@ -276,20 +281,20 @@ def test_seeds_reproduce_and_differ():
 def test_how_rows_are_batched_changes_nothing(monkeypatch, name, value):
     model = tiny()
     before = sample(model, PROMPTS, max_new_tokens=10)
-    monkeypatch.setattr(sampler_module, name, value)
+    monkeypatch.setattr(prompts_module, name, value)
     assert_same_replies(before, sample(model, PROMPTS, max_new_tokens=10))
 
 
 def test_finished_rows_are_frozen_and_leave(monkeypatch):
     model = tiny()
     sizes = []
-    forward = Sampler.forward
+    forward = CachedModel.forward
 
     def counted(self, ids, *args):
         sizes.append(len(ids))
         return forward(self, ids, *args)
 
-    monkeypatch.setattr(Sampler, "forward", counted)
+    monkeypatch.setattr(CachedModel, "forward", counted)
     replies = sample(model, [[i % 20] for i in range(40)], max_new_tokens=30)
     ends = [reply for reply in replies if reply.closed]
     assert 5 < len(ends) < 40
@@ -412,13 +417,13 @@ def test_cached_turns_equal_uncached_ones(settings):
 
 def test_caches_are_really_used(monkeypatch):
     model, read = tiny(), []
-    forward = Sampler.forward
+    forward = CachedModel.forward
 
     def counted(self, ids, *args):
         read.append(ids.shape[1])
         return forward(self, ids, *args)
 
-    monkeypatch.setattr(Sampler, "forward", counted)
+    monkeypatch.setattr(CachedModel, "forward", counted)
     memory = CacheMemory(2**20)
     first = sample(model, [[1, 2, 3], [4]], [0, 1], memory, [0, 1], max_new_tokens=4)
     longer = [[1, 2, 3, *first[0].token_ids, 5], [4, *first[1].token_ids, 5]]

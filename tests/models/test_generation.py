@@ -7,6 +7,7 @@ from transformers import GenerationConfig
 
 from offline_lmrl.errors import InputError
 from offline_lmrl.models.guided import as_guided
+from offline_lmrl.models.value_heads import forward_with_q
 from tests.tiny_models import FAMILIES, VOCABULARY, guided_model, tiny_model
 
 PROMPTS = [[5, 17, 30, 8], [22, 9], [41, 3, 12]]
@@ -114,6 +115,26 @@ def test_guided_logits_are_the_policys_plus_beta_times_the_advantage(family):
     assert_close(model(input_ids=ids, beta=2.0, logits_to_keep=torch.tensor([1, 3])).logits, expected[:, [1, 3]])
     for unguided in (None, 0, 0.0):
         assert torch.equal(model(input_ids=ids, beta=unguided).logits, outputs.logits)
+
+
+def test_tied_heads_need_no_further_pass_over_the_lm_head():
+    model, ids = guided_model("gpt2", "tied"), torch.tensor(PROMPTS[:1] * 2)
+    shapes = []
+    model.lm_head.register_forward_hook(lambda _, inputs, output: shapes.append(inputs[0].shape))
+    model(input_ids=ids, beta=2.0, logits_to_keep=1)
+    assert shapes == [(2 * 3, 1, 16)]  # two rows, each with its hidden state and the features of two heads
+    assert model(input_ids=ids).logits.shape == (2, 4, VOCABULARY) and shapes[1:] == [(2, 4, 16)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_q_beside_the_logits_is_q_to_the_rounding_of_the_models_dtype(family):
+    model, ids = guided_model(family).to(torch.bfloat16), torch.tensor(PROMPTS[:1])
+    outputs, hidden, q = forward_with_q(model, input_ids=ids, logits_to_keep=2)
+    expected = model.q_values(hidden[:, -2:])
+    assert q.dtype == torch.float32 and q.shape == expected.shape == (2, 1, 2, VOCABULARY)
+    spread = (expected - expected.mean(-1, keepdim=True)).abs().max()
+    assert (q - expected).abs().max() < 0.02 * spread
+    assert_close(outputs.logits, model(input_ids=ids, logits_to_keep=2).logits, atol=0.05, rtol=0.02)
 
 
 def test_all_candidates_equal_no_candidates_and_few_leave_minus_infinity():
