@@ -415,7 +415,7 @@ def _example(
 def _card(policy: LanguagePolicy, saved: Mapping[str, Any], report: Export, example: str) -> str:
     window = policy.window
     turns = "all" if window.context is None else f"at most {window.context}"
-    stock = policy.renderer.differences(EXAMPLE)
+    stock = policy.renderer.check.difference(EXAMPLE)
     shown = "" if saved.get("few_shot") is None else "; few-shot demonstrations of the task come first"
     lines = [
         f"# {policy.model.config.model_type}, trained by offline RL from logs",
