@@ -40,8 +40,7 @@ from offline_lmrl.models.loading import build_model, load_model
 from offline_lmrl.models.renderers import rendering_block, scheme_of, training_renderer
 from offline_lmrl.models.step_outputs import StepRequest
 from offline_lmrl.models.unreached import freeze_unreached
-from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
-from offline_lmrl.tokens.comparison_batching import ComparisonDataset
+from offline_lmrl.tokens.batching import PackedDataset, WindowDataset, encode_trajectories
 from offline_lmrl.tokens.episodes import EpisodeEncoder, ReturnIdsFor, StepRule
 from offline_lmrl.tokens.few_shot import encode_few_shot
 from offline_lmrl.tokens.rendering import SCHEME, Renderer
@@ -52,7 +51,6 @@ from offline_lmrl.training.config import BaseConfig, OfflineConfig
 from offline_lmrl.training.loading import EvenBatches, LengthGroupedSampler, collate_even
 from offline_lmrl.training.metrics import Averages, LossBar, MetricsFile
 
-Dataset = WindowDataset | ComparisonDataset
 KNOWN_TURN = "a finished agent turn after which the log continues or ends"  # its reward is a training target
 
 
@@ -190,7 +188,7 @@ class BaseTrainer(CheckpointedTrainer):
 
     def prepare(
         self, model: PreTrainedModel | str, args: BaseConfig, train: Any, held_out: Any, peft_config: Any
-    ) -> tuple[torch.nn.Module, Dataset, Dataset | None]:
+    ) -> tuple[torch.nn.Module, PackedDataset, PackedDataset | None]:
         """Return the model with all its parts, the encoded training data, and the encoded held-out data or None.
 
         `self.counts` is incremented for each dropped row, under the reason.
