@@ -59,7 +59,7 @@ from offline_lmrl.models.guided import as_guided, remove_heads
 from offline_lmrl.models.loading import load_model
 from offline_lmrl.models.renderers import rendering_block
 from offline_lmrl.models.reward_model import is_reward_model, load_reward_model
-from offline_lmrl.models.step_outputs import packed_logits
+from offline_lmrl.models.step_outputs import collect_outputs, packed_logits
 from offline_lmrl.models.unreached import freeze_unreached
 from offline_lmrl.ops.policy_gradient import (
     Moments,
@@ -424,15 +424,16 @@ class Observer:
           (log π_ref), "sampled_log_prob" (as the sampler reported it), "behaviour_v" (V of the state), "next_v" (V of
           the next state), "entropy", and "place" (the index of the step).
         """
-        play, size, learner = self.config.play, self.config.per_device_train_batch_size, self.passes.learner
+        play, learner = self.config.play, self.passes.learner
         experience = Experience.of(trajectories, self.encoder, counts, self.player.renderer.close_id)
+        experience.add(place=np.arange(len(experience.episode)))
         allowed = self._allowed(trajectories, experience)
         restricted = any(tokens is not None for tokens in allowed)
         filtered = (play.top_k, play.top_p, play.min_p, play.support) != (None, None, None, 0.0)
-        found: dict[str, np.ndarray] = {}
-        order = np.argsort(-experience.windows.lengths, kind="stable")  # similar lengths share a batch: less padding
-        for index in (order[start : start + size] for start in range(0, len(order), size)):
-            batch, places = self.passes.batch(experience.windows, index), experience.places(index)
+
+        def compute(batch: TokenBatch) -> dict[str, Tensor]:
+            places = batch["steps"]["place"].cpu().numpy()
+            self.passes.tokens += int(batch["attention_mask"].sum())
             with learner.accelerator.autocast():
                 outputs = learner.module(batch, next_v=True)
                 reference = self.passes.reference_logits(batch)
@@ -445,19 +446,20 @@ class Observer:
                 experience.keep(places, kept)
             log_probs = log_distribution(logits, play.temperature, kept)
             action = batch["steps"]["action"].unsqueeze(-1)
-            values = {
+            return {
                 "behaviour_log_prob": log_probs.gather(-1, action)[:, 0],
                 "ref_log_prob": log_distribution(reference, play.temperature, kept).gather(-1, action)[:, 0],
                 "behaviour_v": outputs["v"],
                 "next_v": outputs["next_v"],
                 "entropy": entropy(log_probs),
             }
-            for name, value in values.items():
-                column = found.setdefault(name, np.zeros(len(experience.episode), dtype=np.float32))
-                column[places] = value.float().cpu().numpy()
+
+        # A batch takes no more memory than one of windows that are all as long as the longest.
+        budget = self.config.per_device_train_batch_size * int(experience.windows.lengths.max())
+        found = collect_outputs(experience.windows, compute, self.config.device, budget)
         sampled = [trajectories[episode].turns[turn].behaviour_log_prob[k] for episode, turn, k in experience.tokens()]
         found["sampled_log_prob"] = np.asarray(sampled, dtype=np.float32)
-        experience.add(**found, place=np.arange(len(experience.episode)))
+        experience.add(**found)
         # next_v is stored now, so updates need no rows for next states.
         experience.windows = replace(experience.windows, next_rows=False)
         return experience
