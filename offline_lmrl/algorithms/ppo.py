@@ -422,7 +422,8 @@ class Observer:
           counts: updated in place: message -> number of dropped turns or other faults.
         Returns: the encoded episodes with further columns, (N,) each: "behaviour_log_prob" (log π_old), "ref_log_prob"
           (log π_ref), "sampled_log_prob" (as the sampler reported it), "behaviour_v" (V of the state), "next_v" (V of
-          the next state), "entropy", and "place" (the index of the step).
+          the next state) and "entropy"; and, if the sampler filters tokens, "kept" (N, ⌈V/8⌉): the tokens of the
+          vocabulary that its filters and the environment's options kept, one bit per token.
         """
         play, size, learner = self.config.play, self.config.per_device_train_batch_size, self.passes.learner
         experience = Experience.of(trajectories, self.encoder, counts, self.player.renderer.close_id)
@@ -442,7 +443,6 @@ class Observer:
             if filtered or restricted:
                 # Updates normalise over the same tokens as the sampler did, so that ρ is 1 before the first step.
                 kept = filter_policy(logits, play) > -torch.inf
-                experience.keep(places, kept)
             log_probs = log_distribution(logits, play.temperature, kept)
             action = batch["steps"]["action"].unsqueeze(-1)
             values = {
@@ -452,12 +452,15 @@ class Observer:
                 "next_v": outputs["next_v"],
                 "entropy": entropy(log_probs),
             }
-            for name, value in values.items():
-                column = found.setdefault(name, np.zeros(len(experience.episode), dtype=np.float32))
-                column[places] = value.float().cpu().numpy()
+            columns = {name: value.float().cpu().numpy() for name, value in values.items()}
+            if kept is not None:
+                columns["kept"] = np.packbits(kept.cpu().numpy(), axis=1)
+            for name, column in columns.items():
+                whole = found.setdefault(name, np.zeros((len(experience.episode), *column.shape[1:]), column.dtype))
+                whole[places] = column
         sampled = [trajectories[episode].turns[turn].behaviour_log_prob[k] for episode, turn, k in experience.tokens()]
         found["sampled_log_prob"] = np.asarray(sampled, dtype=np.float32)
-        experience.add(**found, place=np.arange(len(experience.episode)))
+        experience.add(**found)
         # next_v is stored now, so updates need no rows for next states.
         experience.windows = replace(experience.windows, next_rows=False)
         return experience
@@ -484,6 +487,14 @@ def _mask(allowed: Sequence[list[int] | None], logits: Tensor) -> Tensor:
     for row, tokens in zip(mask, allowed, strict=True):
         row[slice(None) if tokens is None else tokens] = True
     return mask.to(logits.device)
+
+
+def _unpacked(steps: Mapping[str, Tensor], logits: Tensor) -> Tensor | None:
+    """Return the tokens that were kept at n steps as a bool mask (n, V), for logits (n, V); None = all."""
+    if "kept" not in steps:
+        return None
+    bits = np.unpackbits(steps["kept"].cpu().numpy().astype(np.uint8), axis=1, count=logits.shape[1])
+    return torch.from_numpy(bits).bool().to(logits.device)
 
 
 def check_start(experience: Experience, bf16: bool) -> None:
@@ -663,9 +674,7 @@ class Update:
         steps = batch["steps"]
         with self.learner.accelerator.autocast():
             outputs = self.learner.wrapped(batch, value_only=warming)
-        kept = experience.kept_at(steps["place"].cpu().numpy(), outputs["logits"].shape[1])
-        kept = kept if kept is None else kept.to(config.device)
-        log_probs = log_distribution(outputs["logits"], config.play.temperature, kept)
+        log_probs = log_distribution(outputs["logits"], config.play.temperature, _unpacked(steps, outputs["logits"]))
         learnt = {"v": outputs["v"]}
         compared = learnt | {"log_prob": log_probs.gather(-1, steps["action"].unsqueeze(-1))[:, 0]}
         if not warming:
