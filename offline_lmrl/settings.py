@@ -96,7 +96,10 @@ def parameters_of(make: Callable[..., Any]) -> dict[str, Parameter]:
         hints, own = get_type_hints(make), [f for f in fields(make) if f.init]
         defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in own}
         return {f.name: Parameter(hints[f.name], defaults[f.name], f.metadata.get("help", "")) for f in own}
-    hints = get_type_hints(make.__init__ if isinstance(make, type) else make)
+    try:
+        hints = get_type_hints(make.__init__ if isinstance(make, type) else make)
+    except (NameError, TypeError):  # annotations that only a type checker can read, or none: any value will do
+        hints = {}
     listed_there = (inspect.getdoc(make) or "").partition("Args:\n")[2]
     texts = dict(re.findall(r"^  (\w+): (.*(?:\n    .*)*)", listed_there, re.MULTILINE))
     return {
@@ -235,7 +238,7 @@ class _Reader:
 
     def _unknown(self, name: str, where: str, parameters: Parameters) -> InputError:
         key, known = _join(where, name), [known for known, _ in all_settings(self.root, self.where)]
-        hint = nearest(key, known) or f", expected one of {listed(parameters)}"
+        hint = nearest(key, known) or f", expected {f'one of {listed(parameters)}' if parameters else 'none'}"
         return InputError(f"{key}: found a setting that does not exist{hint}")
 
     def convert(self, value: Any, hint: Any, where: str, default: Any = None) -> Any:
@@ -308,16 +311,16 @@ def _scalar(value: Any, hint: Any, where: str) -> Any:
         return str(value)
     if hint is Path and isinstance(value, str | Path):
         return Path(value)
-    value = plain(value)
-    number = _number(value, hint) if hint in (int, float) else None
+    found = plain(value)
+    number = _number(found, hint) if hint in (int, float) else None
     if isinstance(number, int) and abs(number) >= MAX_WHOLE:
         raise InputError(f"{where}: found {shown(number)}, expected a number of at most 64 bits")
     if number is not None:
         return number
-    if hint is bool and isinstance(value, bool):
-        return value
-    if isinstance(hint, type) and issubclass(hint, Enum) and value in [member.value for member in hint]:
-        return hint(value)
+    if hint is bool and isinstance(found, bool):
+        return found
+    if isinstance(hint, type) and issubclass(hint, Enum) and found in [member.value for member in hint]:
+        return hint(found)
     raise _wrong(value, hint, where)
 
 
@@ -338,7 +341,9 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _wrong(value: Any, hint: Any, where: str) -> InputError:
-    value = "null" if plain(value) is None else shown(plain(value))
+    if isinstance(value, Word) and isinstance(value.value, bool | None):
+        value = str(value)  # as it was typed: "no", not False
+    value = "null" if value is None else shown(plain(value))
     return InputError(f"{where}: found {value}, expected {expected(hint)}")
 
 

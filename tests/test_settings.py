@@ -107,6 +107,8 @@ def test_a_value_becomes_what_the_setting_takes(given, name, value):
         ({"count": 2**63}, "count: found 9223372036854775808, expected a number of at most 64 bits"),
         ({"count": True}, "count: found True, expected a whole number"),
         ({"count": 10**400}, "count: found "),
+        ({"fast": Word("", None)}, "fast: found '', expected true or false"),
+        ({"kind": Word("no", False)}, "kind: found 'no', expected one of tied, linear, 4"),
         ({"fast": 1}, "fast: found 1, expected true or false"),
         ({"folder": [1]}, "folder: found [1], expected a path or null"),
         ({"kind": "cubic"}, "kind: found 'cubic', expected one of tied, linear, 4"),

@@ -26,12 +26,13 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 from offline_lmrl.decoding.policy import load_value_model
-from offline_lmrl.decoding.value_model import compute_step_values, log_encoder
+from offline_lmrl.decoding.value_model import log_encoder
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.scale import RewardScale
 from offline_lmrl.logs.trajectory import Trajectory
 from offline_lmrl.models.adapters import run_metadata
 from offline_lmrl.models.guided import remove_heads
+from offline_lmrl.models.step_outputs import compute_step_outputs
 from offline_lmrl.ops.value_learning import awr_weight
 from offline_lmrl.settings import setting
 from offline_lmrl.tokens.batching import WindowDataset
@@ -139,9 +140,9 @@ class AWRTrainer(OfflineTrainer):
     def _windows(self, trajectories: Sequence[Trajectory], args: AWRConfig, counts: Counter[str]) -> WindowDataset:
         windows = super()._windows(trajectories, args, counts)
         share = args.process_index, args.world_size
-        values = compute_step_values(self.value_model.model, windows, args.per_device_eval_batch_size, share)
+        values = compute_step_outputs(self.value_model.model, windows, ("target_q", "v"), share=share)
         # Each rank has zeros outside its share, so the sum over ranks is the whole.
-        advantage = reduce(torch.from_numpy(values["target_q"] - values["v"]).to(args.device), "sum")
+        advantage = reduce(torch.from_numpy(values.target_q - values.v).to(args.device), "sum")
         return windows.with_columns(advantage=advantage.cpu().numpy())  # so that batches carry each step's advantage
 
     def loss_terms(self, outputs, steps):

@@ -72,8 +72,8 @@ from offline_lmrl.ops.preferences import (
     regression_loss,
 )
 from offline_lmrl.settings import setting
-from offline_lmrl.tokens.checks import TEMPLATE_ROWS
 from offline_lmrl.tokens.comparison_batching import ComparisonDataset, encode_comparisons, encode_scored
+from offline_lmrl.tokens.template_check import TEMPLATE_ROWS
 from offline_lmrl.training.config import BaseConfig, check_range
 from offline_lmrl.training.trainer import BaseTrainer, with_adapter
 

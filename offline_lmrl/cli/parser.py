@@ -76,9 +76,7 @@ class Command:
         Returns: name -> value of the settings that are given.
         Raises: InputError that names the setting, and the file if the value is from the file; SystemExit after --help.
         """
-        if {"-h", "--help", "--help_all"} & set(argv):
-            print(self.help("--help_all" in argv))
-            sys.exit(0)
+        self.show_help(argv)
         known = {**self.parameters, **self.decoding}
         hints = {name: one.hint for name, one in all_settings(known)}
         flags = {name for name, hint in hints.items() if bool in (hint, *get_args(hint))}
@@ -103,6 +101,12 @@ class Command:
         if self.decoding:
             values["decoding"] = {name: values.pop(name) for name in self.decoding if name in values}
         return values
+
+    def show_help(self, argv: Sequence[str]) -> None:
+        """Print the help and exit, if the command line asks for it."""
+        if asks_help(argv):
+            print(self.help("--help_all" in argv))
+            sys.exit(0)
 
     def _placed(self, loose: Sequence[Word]) -> dict[str, Any]:
         """Return name -> words of the settings that are given without a name."""
@@ -135,6 +139,10 @@ class Command:
             for name, parameter in self.decoding.items():
                 _add_option(group, name, parameter._replace(default=MISSING), False)
         return parser.format_help().rstrip()
+
+
+def asks_help(argv: Sequence[str]) -> bool:
+    return bool({"-h", "--help", "--help_all"} & set(argv))
 
 
 def _is_required(parameter: Parameter) -> bool:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from offline_lmrl.cli.data import config_path, prepare_from_settings
-from offline_lmrl.cli.parser import Command, only_in, overrides_of, read_settings, split_file
+from offline_lmrl.cli.parser import Command, asks_help, only_in, overrides_of, read_settings, split_file
 from offline_lmrl.errors import InputError, Stopped, shown
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.renamed import current
@@ -83,8 +83,7 @@ def train_settings(argv: Sequence[str]) -> SimpleNamespace:
     """
     file, rest = split_file(argv)
     settings = {} if file is None else current(read_settings(config_path(file)), file)
-    asks_help = bool({"-h", "--help", "--help_all"} & set(rest))
-    algorithm = _algorithm(rest, settings, file) or ("ilql" if asks_help else None)
+    algorithm = _algorithm(rest, settings, file) or ("ilql" if asks_help(rest) else None)
     if algorithm is None:
         raise InputError("algorithm: missing, expected it in FILE.yaml or as --algorithm NAME")
 
@@ -159,9 +158,9 @@ def compare(argv: Sequence[str]) -> None:
 
     from offline_lmrl.comparison.config import CompareConfig
 
-    if file is None or {"-h", "--help"} & set(rest):
-        command = Command("compare", parameters_of(CompareConfig), COMPARE_HELP, takes_file=True)
-        command.read(rest)
+    command = Command("compare", parameters_of(CompareConfig), COMPARE_HELP, takes_file=True)
+    command.show_help(rest)
+    if file is None:
         raise InputError(f"FILE.yaml: missing, expected `{command.usage}`")
     config = CompareConfig.read(config_path(file), overrides_of(rest))
 

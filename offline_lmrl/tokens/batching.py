@@ -130,6 +130,11 @@ class WindowDataset(torch.utils.data.Dataset):
         return np.diff(self.flat["input_ids"][1])
 
     @property
+    def step_offsets(self) -> np.ndarray:
+        """The index of each window's first step among all N steps, and N at the end, (len(self) + 1,)."""
+        return self.flat["state"][1]
+
+    @property
     def action_tokens(self) -> int:
         return len(self.flat["state"][0])
 
@@ -197,6 +202,40 @@ class WindowDataset(torch.utils.data.Dataset):
         for packed in ("steps", "environment")[: 1 + self.replies]:
             batch[packed] = {name: values[:0] for name, values in batch[packed].items()}
         return batch
+
+
+def token_rows(rows: Sequence[Sequence[int]], states: Sequence[Sequence[int]]) -> WindowDataset:
+    """Return a data set of rows of tokens with a step at each of some states, for a model to read.
+
+    Args:
+      rows: token ids of each row.
+      states: the states of each row at which there is a step. Its action is the next token, or 0 at the end of a row.
+    """
+    following = [[*row[1:], 0] for row in rows]
+    actions = [tokens[state] for tokens, places in zip(following, states, strict=True) for state in places]
+    per_step = np.cumsum([0, *map(len, states)])
+    none = np.zeros(len(actions), dtype=np.int64), per_step  # no step has a next state, and no log is cut
+    columns = dict.fromkeys(("next_row_kind", "next_state", "end_row_kind", "end_state"), none) | {
+        "input_ids": (np.concatenate(rows), np.cumsum([0, *map(len, rows)])),
+        "state": (np.concatenate(states), per_step),
+        "action": (np.array(actions), per_step),
+    }
+    return WindowDataset(columns, 0, next_rows=False, end_rows=False)
+
+
+def token_batches(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
+    """Cut rows into batches of similar length, which need little padding, the longest first.
+
+    Args:
+      lengths: number of tokens of each row.
+      token_budget: largest number of tokens of a batch, padding included; a longer row is a batch of its own.
+    Returns: the indices of the rows of each batch.
+    """
+    order, start, batches = np.argsort(-lengths, kind="stable"), 0, []
+    while start < len(order):
+        batches.append(order[start : start + max(1, token_budget // lengths[order[start]])])
+        start += len(batches[-1])
+    return batches
 
 
 def pick(flat: FlatLists, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -286,6 +325,6 @@ def columns_of(windows: Iterable[Window], counts: Counter[str]) -> dict[str, Fla
             lengths[name].append(len(items))
     if len(lengths["input_ids"]) == 1:
         raise InputError(
-            f"training data: found no agent turn that fits into max_length, expected at least one ({dict(counts)})"
+            f"data: found no agent turn that fits into max_length, expected at least one ({dict(counts)})"
         )
     return {name: (np.asarray(values[name]), np.cumsum(np.asarray(lengths[name]))) for name in values}

@@ -312,7 +312,7 @@ def encode_options(
     Returns: one list of rows per option, or None if an option does not fit.
     """
     dialogues = [EncodedDialogue.of([*context, *option], renderer) for option in options]
-    faults = chain.from_iterable(renderer.printer.faults_in(dialogue.turns) for dialogue in dialogues)
+    faults = chain.from_iterable(renderer.check.faults_in(dialogue.turns) for dialogue in dialogues)
     counts.update([*dict.fromkeys(faults)])  # each fault once per comparison
     cut = _cut_by_turn if by_turn else _cut_as_one_turn
     cuts = cut(dialogues, len(context), window)
@@ -387,7 +387,7 @@ def _row(dialogue: EncodedDialogue, span: _Span, counts: Counter[str]) -> Row:
             ] += 1
             continue
         closing = piece[begin + kept : begin + kept + 1]
-        closes = bool(closing) and (closing == turn.actions[kept:] or dialogue.renderer.is_control(closing[0]))
+        closes = bool(closing) and (closing == turn.actions[kept:] or closing[0] in dialogue.renderer.encoder.controls)
         end = place + begin + kept + closes
         kinds[place + begin : end] = [_ACTION] * (kept + closes)
         kinds[end - 1] = _CLOSING

@@ -41,12 +41,11 @@ from offline_lmrl.models.renderers import rendering_block, scheme_of, training_r
 from offline_lmrl.models.step_outputs import StepRequest
 from offline_lmrl.models.unreached import freeze_unreached
 from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
-from offline_lmrl.tokens.checks import TEMPLATE_ROWS, first_difference
 from offline_lmrl.tokens.comparison_batching import ComparisonDataset
 from offline_lmrl.tokens.episodes import EpisodeEncoder, ReturnIdsFor, StepRule
 from offline_lmrl.tokens.few_shot import encode_few_shot
-from offline_lmrl.tokens.printing import MISMATCH
 from offline_lmrl.tokens.rendering import SCHEME, Renderer
+from offline_lmrl.tokens.template_check import MISMATCH, TEMPLATE_ROWS
 from offline_lmrl.tokens.tokenizers import load_tokenizer
 from offline_lmrl.training.checkpoint import CheckpointedTrainer
 from offline_lmrl.training.config import BaseConfig, OfflineConfig
@@ -331,7 +330,7 @@ class BaseTrainer(CheckpointedTrainer):
         Raises: InputError with `template: auto`, if `self.counts` holds such a difference, found here or while the
           data were encoded.
         """
-        if (difference := first_difference(self.renderer, dialogues)) is not None:
+        if (difference := self.renderer.check.first_difference(dialogues)) is not None:
             self.counts[difference] += 1
         for line, n in self.counts.items():
             if line.startswith(MISMATCH) and self.renderer.template == "auto":

@@ -11,13 +11,13 @@ import transformers
 
 from offline_lmrl.algorithms.behaviour_cloning import BCConfig, BCTrainer
 from offline_lmrl.cli.main import main
+from offline_lmrl.decoding.distribution import next_token
 from offline_lmrl.decoding.policy import LanguagePolicy
 from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.environments.rollouts import rollout
 from offline_lmrl.errors import InputError
 from offline_lmrl.evaluation import off_policy
 from offline_lmrl.evaluation.off_policy import fitted_q_evaluation, importance_sampling
-from offline_lmrl.evaluation.offline import acting_log_prob
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.logs.protocols import StepResult
 from offline_lmrl.logs.trajectory import Trajectory, Turn
@@ -76,7 +76,7 @@ def chance_of_b(policy, state):
     ids = [[*renderer.preamble_of(()), *renderer.encode_turn(state[-1]).ids, *renderer.agent_opening]]
     with torch.no_grad():
         logits, _ = policy.model.eval().forward_with_hidden(input_ids=torch.tensor(ids))
-    log_prob = acting_log_prob(policy, logits.logits[0, -1:], None, None)[0]
+    log_prob = next_token(logits.logits[0, -1], policy.decoding).scores
     a, b = (policy.renderer.encode_content(letter)[0] for letter in "ab")
     assert log_prob[[a, b]].exp().sum().item() == pytest.approx(1, abs=1e-6)
     return log_prob[b].exp().item()
@@ -115,7 +115,7 @@ def test_fits_are_drawn_anew_and_the_same_again(policy):
 def stand_in(monkeypatch, log_prob, n):
     """What reading logs of one token per turn says."""
     steps = SimpleNamespace(trajectory=np.arange(n), turn=np.ones(n, dtype=int), acting_log_prob=np.array(log_prob))
-    monkeypatch.setattr(off_policy, "compute_step_outputs", lambda *_: steps)
+    monkeypatch.setattr(off_policy, "measure_logs", lambda *_: steps)
     model = SimpleNamespace(config=SimpleNamespace(offline_lmrl={}))
     return SimpleNamespace(return_tokens=None, model=model, renderer=SimpleNamespace(fingerprint="me"))
 
