@@ -645,6 +645,8 @@ class Update:
         divisors = accelerator.reduce(torch.tensor([targets, tokens], device=config.device), "sum").clamp(min=1)
         chunks = [(partial(self.ppo_terms, experience, chunk, warming), divisors[0]) for chunk in _chunks(index, size)]
         chunks += [(partial(self.ptx_terms, chunk), divisors[1]) for chunk in _chunks(logged, size)]
+        if accelerator.num_processes > 1:
+            chunks.reverse()  # DDP averages gradients with the last chunk, and logged data give V no gradient
         compared: list[dict[str, Tensor]] = []
         losses: Counter[str] = Counter()
         for number, (terms_of_chunk, divisor) in enumerate(chunks, start=1):
