@@ -87,7 +87,7 @@ from offline_lmrl.tokens.experience import Experience
 from offline_lmrl.tokens.rendering import Renderer
 from offline_lmrl.training.config import OfflineConfig, check_range
 from offline_lmrl.training.loop import Learner, LoopTrainer, mean_over_processes
-from offline_lmrl.training.trainer import OfflineTrainer, check_model, tokenizer_beside, with_adapter
+from offline_lmrl.training.starting_model import check_model, tokenizer_beside, with_adapter
 
 KL_ESTIMATORS = {"k1": kl_k1, "k3": kl_k3}
 OVERSHOOT = 1.5  # an update stops when its approx_kl exceeds this multiple of `stop_kl`
@@ -721,10 +721,6 @@ class PPOTrainer(LoopTrainer):
     """
 
     algorithm = "ppo"
-    # Logged data and models are opened as in the offline algorithms.
-    read_rows = staticmethod(OfflineTrainer.read_rows)
-    new_model = staticmethod(OfflineTrainer.new_model)
-    open_model = staticmethod(OfflineTrainer.open_model)
 
     def __init__(
         self,

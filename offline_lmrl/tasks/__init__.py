@@ -3,7 +3,6 @@
 Environments implement `Environment` or `VectorEnvironment` (logs/protocols.py).
 """
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.protocols import Environment, VectorEnvironment, import_object, is_vector, optional
 from offline_lmrl.logs.trajectory import require_text
-from offline_lmrl.settings import Parameter, arguments, parameters_of
+from offline_lmrl.settings import Parameter, arguments, nearest, parameters_of
 
 ENVIRONMENTS = {
     "maze": "offline_lmrl.tasks.maze:Maze",
@@ -70,8 +69,8 @@ def _find(name: str) -> Callable[..., Any]:
     require_text("environment.name", name)
     path = ENVIRONMENTS.get(name, name)
     if not path.partition(":")[2]:
-        near = difflib.get_close_matches(name, ENVIRONMENTS, n=1, cutoff=0)[0]
         raise InputError(
-            f"environment: found {shown(name)}, expected a known name, such as {near!r}, or package.module:Class"
+            f"environment: found {shown(name)}, expected package.module:Class or one of {', '.join(ENVIRONMENTS)}"
+            f"{nearest(name, ENVIRONMENTS)}"
         )
     return import_object(path, "environment")

@@ -149,6 +149,11 @@ class WindowDataset(torch.utils.data.Dataset):
         """A mask (N,) bool of the data set's N steps, True for those that close a turn and have a target."""
         return self.flat["closes_turn"][0].astype(bool) & self.flat["has_target"][0].astype(bool)
 
+    @staticmethod
+    def items_in(batch: TokenBatch) -> int:
+        """Return the number of steps of a batch, over which losses are averaged."""
+        return len(batch["steps"]["row"])
+
     def summary(self) -> dict[str, int]:
         return {"windows": len(self), "tokens": self.tokens, "action tokens": self.action_tokens}
 

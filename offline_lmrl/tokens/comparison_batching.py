@@ -109,6 +109,11 @@ class ComparisonDataset(torch.utils.data.Dataset):
         """The number of tokens in an epoch, over all rows."""
         return len(self.input_ids)
 
+    @staticmethod
+    def items_in(batch: "ComparisonBatch") -> int:
+        """Return the number of comparisons of a batch; those of weight 0, which only fill up a rank, are left out."""
+        return int((batch["weight"] > 0).sum())
+
     def summary(self) -> dict[str, int]:
         return {"comparisons": len(self), "options": len(self.target), "tokens": self.tokens}
 

@@ -11,6 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -177,9 +178,8 @@ class LoopTrainer:
     """
 
     algorithm = ""
-    plays = True
-    regime = "environment"
     signals: Signals | None = None  # training stops at these, after writing a checkpoint
+    outcome: Mapping[str, float] = MappingProxyType({})  # measurements at the end of training; there are none
 
     def __init__(
         self,
@@ -221,10 +221,6 @@ class LoopTrainer:
     def costs(self) -> dict[str, int]:
         """Return the number of iterations so far as `steps`, and the totals of the run by name, for complete.json."""
         return {"steps": self.iteration} | dict(self.totals)
-
-    def outcome(self) -> dict[str, float]:
-        """Return measurements made at the end of training, for complete.json."""
-        return {}
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Append a row to metrics.jsonl: the iteration as `step`, and the metrics.
