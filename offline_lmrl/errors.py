@@ -73,12 +73,21 @@ def _parts(value: Any) -> Iterator[str]:
 
 
 @contextmanager
-def at(where: str) -> Iterator[None]:
-    """Context manager: put the place of a row, "file:row", in front of the message of every InputError."""
+def at(where: str, joint: str = ": ") -> Iterator[None]:
+    """Context manager: put the place of a row, "file:row", and a joint in front of the message of every InputError."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+        raise InputError(f"{where}{joint}{error}") from error
+
+
+def require(holds: bool, message: str) -> None:
+    """Check a condition on something given by the user.
+
+    Raises: InputError with this message if the condition does not hold.
+    """
+    if not holds:
+        raise InputError(message)
 
 
 class Stopped(KeyboardInterrupt):

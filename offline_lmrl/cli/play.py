@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from offline_lmrl.cli.output import check_output, progress_bar
 from offline_lmrl.cli.parser import command_of, decoding_flags
 from offline_lmrl.errors import InputError
-from offline_lmrl.logs.forms import DIALOGUES, prompt_messages, with_tools
+from offline_lmrl.logs.messages import DIALOGUES, read_request
+from offline_lmrl.logs.record import Record
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.logs.trajectory import Trajectory, Turn, as_context, parse_json, shown, to_record
 from offline_lmrl.settings import REQUIRED, setting
@@ -209,13 +211,7 @@ def _prompt(line: str, where: str) -> list[Turn]:
     except ValueError as error:
         raise InputError(f"{where}: JSON: found a line that does not parse: {error}") from error
     field = next((name for name in DIALOGUES if name in row), "prompt")
-    messages = row.get(field)
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{where}: {field}: found {shown(messages)}, expected text or a list of messages")
-    turns = prompt_messages(messages, where, field)
-    return turns if row.get("tools") is None else with_tools(turns, row["tools"], where)
+    return read_request(Record(row, where, Counter()), field)
 
 
 def _replies(

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from offline_lmrl.logs.forms import REWARD_REMOVED, is_score, likely_scores, reward_hint
+from offline_lmrl.logs.forms import is_score, likely_scores, reward_hint
 from offline_lmrl.logs.io import content_key, group_key, in_one_group
+from offline_lmrl.logs.messages import REWARD_REMOVED
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.logs.trajectory import Trajectory, Turn, shown, with_own_token_ids
 from offline_lmrl.tokens.windows import EncodedDialogue, agent_turns
