@@ -421,9 +421,9 @@ class Observer:
           trajectories: the episodes, with the scores to learn from.
           counts: updated in place: message -> number of dropped turns or other faults.
         Returns: the encoded episodes with further columns, (N,) each: "place" (the index of the step),
-          "behaviour_log_prob" (log π_old), "ref_log_prob" (log π_ref), "sampled_log_prob" (as the sampler reported it),
-          "behaviour_v" (V of the state), "next_v" (V of the next state) and "entropy". If tokens were filtered, also
-          "kept" (N, ⌈V/8⌉): the tokens of the vocabulary that the sampler's filters and the environment's options
+          "behaviour_log_prob" (log π_old), "ref_log_prob" (log π_ref), "sampled_log_prob" (as the sampler reported
+          it), "behaviour_v" (V of the state), "next_v" (V of the next state) and "entropy". If tokens were filtered,
+          also "kept" (N, ⌈V/8⌉): the tokens of the vocabulary that the sampler's filters and the environment's options
           kept, one bit per token.
         """
         experience = Experience.of(trajectories, self.encoder, counts, self.player.renderer.close_id)
