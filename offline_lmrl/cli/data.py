@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from offline_lmrl.cli.output import print_report
-from offline_lmrl.cli.parser import Command, command_of
+from offline_lmrl.cli.parser import ready
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.terminal import visible
 from offline_lmrl.renamed import CONFIGS
-from offline_lmrl.settings import Parameter, build, nearest
+from offline_lmrl.settings import build, nearest
 
 if TYPE_CHECKING:
     from offline_lmrl.tokens.rendering import Renderer
@@ -66,7 +66,7 @@ def prepare(argv: Sequence[str]) -> None:
         print(PREPARE_HELP)
         return
     source = _source(argv[0])
-    report = source(**command_of(f"prepare {argv[0]}", source).read(argv[1:])).prepare()
+    report = ready(f"prepare {argv[0]}", source, argv[1:])().prepare()
     # Facts of the data come first; splits and removed rows come last, so that they do not scroll away.
     names = list(report)
     splits = names.index("splits") if "splits" in names else len(names)
@@ -98,12 +98,7 @@ def _source(name: str) -> type:
     return vars(import_module(module))[source]
 
 
-def check(argv: Sequence[str]) -> None:
-    """Run the command `check DATA [DATA ...]`, which reports on a data set; several DATA are its splits."""
-    _check(**command_of("check", _check, positional=("data",)).read(argv))
-
-
-def _check(
+def check(
     data: list[str],
     reward: str | None = None,
     tokenizer: str | None = None,
@@ -130,7 +125,7 @@ def _check(
     from rich.text import Text
 
     from offline_lmrl.logs.io import holds_comparisons, read_splits
-    from offline_lmrl.tokens.checks import check, token_table
+    from offline_lmrl.tokens import checks
 
     if max_length is not None and tokenizer is None:
         raise InputError("max_length: found a length in tokens without a tokenizer, expected --tokenizer too")
@@ -150,11 +145,11 @@ def _check(
         raise InputError(f"row: found {row}, expected 1 to {len(rows)}")
     renderer = None if tokenizer is None else _renderer(tokenizer, template)
     console = Console()
-    check(splits, renderer, max_length, counts).print(console)
+    checks.check(splits, renderer, max_length, counts).print(console)
     if renderer is not None:
         title = Text(visible(f"{name}: row {row}"))
         table = Table("", "token", "role", "agent's", "reward", title=title, title_justify="left")
-        for token in token_table(rows[row - 1], renderer):
+        for token in checks.token_table(rows[row - 1], renderer):
             reward = "" if token.reward is None else f"{token.reward:g}"
             table.add_row(str(token.index), escape(repr(token.text)), token.role, "x" if token.action else "", reward)
         console.print(table)
@@ -213,18 +208,14 @@ def _renderer(tokenizer: str, template: str):
     return Renderer(load_tokenizer(tokenizer), template)
 
 
-def config(argv: Sequence[str]) -> None:
-    """Run the command `config`, which lists the shipped configs, or `config TASK/METHOD`, which prints one."""
-    name = Parameter(str | None, None, "Name of a shipped config, to print it; null = list all.")
-    command = Command("config", {"name": name}, "List the shipped configs, or print one.", ("name",))
-    shipped, name = shipped_configs(), command.read(argv).get("name")
-    name = CONFIGS.get(name, name)
-    if name is None:
-        print("\n".join(shipped))
-        return
-    if name not in shipped:
-        raise InputError(f"config: found {shown(name)}, expected one of {', '.join(shipped)}{nearest(name, shipped)}")
-    print(shipped[name].read_text(encoding="utf-8"), end="")
+def config(name: str | None = None) -> None:
+    """List the shipped configs, or print one.
+
+    Args:
+      name: name of a shipped config, to print it; null = list all.
+    """
+    shipped = shipped_configs()
+    print("\n".join(shipped) if name is None else _shipped(name, shipped).read_text(encoding="utf-8").rstrip("\n"))
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -244,9 +235,15 @@ def config_path(name: str) -> str:
       name: a path, or the name "task/method" of a shipped config.
     Raises: InputError if it is neither.
     """
-    shipped, name = shipped_configs(), CONFIGS.get(name, name)
-    if Path(name).exists() or name.endswith((".yaml", ".yml")):
-        return name
+    is_path = Path(name).exists() or name.endswith((".yaml", ".yml"))
+    return name if is_path else str(_shipped(name, shipped_configs()))
+
+
+def _shipped(name: str, shipped: Mapping[str, Path]) -> Path:
+    name = CONFIGS.get(name, name)
     if name not in shipped:
-        raise InputError(f"{name}: found neither a file nor a shipped config of that name{nearest(name, shipped)}")
-    return str(shipped[name])
+        raise InputError(
+            f"{name}: found neither a file nor a shipped config of that name (`offline-lmrl config` lists them)"
+            f"{nearest(name, shipped)}"
+        )
+    return shipped[name]

@@ -23,19 +23,15 @@ def evaluate(argv: Sequence[str]) -> None:
         print(HELP)
         return
     from offline_lmrl.cli import measures
-    from offline_lmrl.cli.parser import command_of, decoding_flags
+    from offline_lmrl.cli.parser import ready
     from offline_lmrl.logs.io import holds_comparisons
 
-    known = {
-        "play": (measures.PlayConfig, measures.evaluate_play),
-        "logs": (measures.LogsConfig, measures.evaluate_logs),
-        "scorer": (measures.ScorerConfig, measures.evaluate_scorer),
+    parts = {
+        "play": (measures.evaluate_play, "run"),
+        "logs": (measures.evaluate_logs, "run"),
+        "scorer": (measures.evaluate_scorer, "scorer"),
     }
-    runs = []
-    for part, *words in [argv] if argv[0] in known else evaluate_commands(argv, holds_comparisons):
-        config, measure = known[part]
-        subject, flags = ("scorer", {}) if part == "scorer" else ("run", decoding_flags())
-        command = command_of(f"evaluate {part}", config, positional=(subject,), decoding=flags)
-        runs.append((measure, config(**command.read(words))))
-    for measure, config in runs:  # after all settings have been checked
-        measure(config)
+    commands = [argv] if argv[0] in parts else evaluate_commands(argv, holds_comparisons)
+    # All settings are checked before anything is measured.
+    for measure in [ready(f"evaluate {part}", parts[part][0], words, parts[part][1:]) for part, *words in commands]:
+        measure()

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -19,6 +20,7 @@ import yaml
 
 from offline_lmrl.errors import InputError, shown
 from offline_lmrl.logs.yaml_text import NoEnd, load_yaml, read_yaml
+from offline_lmrl.renamed import current_keys
 from offline_lmrl.settings import (
     LISTS,
     Parameter,
@@ -81,6 +83,7 @@ class Command:
         hints = {name: one.hint for name, one in all_settings(known)}
         flags = {name for name, hint in hints.items() if bool in (hint, *get_args(hint))}
         loose, named = split_words(argv, flags)
+        named = named if self.name.startswith("prepare ") else current_keys(named)  # names of sources are their own
         given = {**(settings or {}), **self._placed(loose)}
         for key, word in named.items():
             if isinstance(word.value, Mapping) and dataclass_in(hints.get(key)):
@@ -168,26 +171,30 @@ def _as_yaml(value: Any) -> str:
     return value if value and isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
-def command_of(name: str, make: Callable[..., Any], **more: Any) -> Command:
-    """Return the command line of a function or config dataclass, whose docstring is the text of the help.
+def ready(name: str, function: Callable[..., Any], argv: Sequence[str], positional: Sequence[str] = ()) -> partial:
+    """Read a command's settings, and return the function with them, to be called without arguments.
 
     Args:
       name: the words of the command after the program's name.
-      make: the function or dataclass. Its setting `decoding`, if it has one, is given by flags (`decoding_flags`).
-      more: further fields of Command.
+      function: its parameters, or the fields of a dataclass that is its only parameter, are the settings. Fields of
+        DecodingConfig are settings too if it has a setting `decoding`, a mapping of those that are given.
+      argv: the command line after the command.
+      positional: names of the settings that are given without a name, in order.
+    Raises: InputError that names the setting; SystemExit after --help.
     """
-    own = vars(make).get("__annotations__", {}) if is_dataclass(make) else {}  # listed before those of a base class
-    parameters = dict(sorted(parameters_of(make).items(), key=lambda one: one[0] not in own))
-    parameters.pop("decoding", None)
+    hints = [one.hint for one in parameters_of(function).values()]
+    make = hints[0] if len(hints) == 1 and is_dataclass(hints[0]) else function
+    parameters = parameters_of(make)
+    own = vars(make).get("__annotations__", {})  # listed before those of a base class
+    parameters = dict(sorted(parameters.items(), key=lambda one: one[0] not in own))
+    decoding: Parameters = {}
+    if parameters.pop("decoding", None) is not None:
+        from offline_lmrl.decoding.sampler import DecodingConfig
+
+        decoding = parameters_of(DecodingConfig)
     about = re.split(r"\n(?:Args|Returns|Raises|Attributes):", inspect.getdoc(make) or "")[0]
-    return Command(name, parameters, about, **more)
-
-
-def decoding_flags(without: Collection[str] = ()) -> dict[str, Parameter]:
-    """Return the fields of DecodingConfig as settings of a command; `without`: names to leave out."""
-    from offline_lmrl.decoding.sampler import DecodingConfig
-
-    return {name: one for name, one in parameters_of(DecodingConfig).items() if name not in without}
+    values = Command(name, parameters, about, positional, decoding).read(argv)
+    return partial(function, **values) if make is function else partial(function, make(**values))
 
 
 def split_words(argv: Sequence[str], flags: Collection[str] = ()) -> tuple[list[Word], dict[str, Word]]:
@@ -223,7 +230,7 @@ def overrides_of(argv: Sequence[str]) -> dict[str, Word]:
     """
     loose, named = split_words(argv)
     _require_none(loose)
-    return named
+    return current_keys(named)
 
 
 def _require_none(loose: Sequence[Word]) -> None:

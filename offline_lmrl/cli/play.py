@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offline_lmrl.cli.output import check_output, progress_bar
-from offline_lmrl.cli.parser import command_of, decoding_flags
 from offline_lmrl.errors import InputError
 from offline_lmrl.logs.messages import DIALOGUES, read_request
 from offline_lmrl.logs.record import Record
@@ -123,13 +122,7 @@ class GenerateConfig(OpenedRun):
         return player
 
 
-def generate(argv: Sequence[str]) -> None:
-    """Run the command `generate RUN [--prompts FILE] [--chat]`."""
-    command = command_of("generate", GenerateConfig, positional=("run",), decoding=decoding_flags())
-    generate_replies(GenerateConfig(**command.read(argv)))
-
-
-def generate_replies(config: GenerateConfig) -> None:
+def generate(config: GenerateConfig) -> None:
     """Print or write replies of a run to prompts, or talk with it on stdin and stdout."""
     from offline_lmrl.logs.io import write_text
 
@@ -152,14 +145,7 @@ def generate_replies(config: GenerateConfig) -> None:
         print(f"answered {answered} of {len(replies)}", file=sys.stderr)
 
 
-def export(argv: Sequence[str]) -> None:
-    """Run the command `export RUN --output DIR`."""
-    without = ("ask", "max_new_tokens", "stop")
-    command = command_of("export", _export, positional=("run",), decoding=decoding_flags(without))
-    _export(**command.read(argv))
-
-
-def _export(run: str, *, output: Path, device: str | None = None, decoding: Mapping[str, Any]) -> None:
+def export(run: str, output: Path, decoding: Mapping[str, Any], device: str | None = None) -> None:
     """Write a run as a plain checkpoint of its base model, which inference engines can serve, with a README.md.
 
     A checkpoint that would play differently from the run is not written. Value guidance can be added exactly to the
@@ -169,11 +155,15 @@ def _export(run: str, *, output: Path, device: str | None = None, decoding: Mapp
     Args:
       run: a run directory.
       output: a folder that does not exist yet.
+      decoding: DecodingConfig fields, over those saved with the run.
       device: device of the model, such as cpu or cuda:0; null = the first accelerator, else the CPU.
+    Raises: InputError if the checkpoint cannot be exact, or for a setting of requests and replies.
     """
     from offline_lmrl.export.plain import export_run
     from offline_lmrl.logs.files import sweep
 
+    for name in {"ask", "max_new_tokens", "stop"} & set(decoding):
+        raise InputError(f"{name}: found {shown(decoding[name])}, expected none: a checkpoint does not hold it")
     if output.parent.is_dir():
         sweep(output.parent, output.name)  # first, so that leftovers of a killed export go even if this one is refused
     print(export_run(run, output, device=device, **decoding))

@@ -35,8 +35,7 @@ from offline_lmrl.models.guided import as_guided
 from offline_lmrl.models.renderers import rendering_block, training_renderer
 from offline_lmrl.models.step_outputs import StepRequest
 from offline_lmrl.models.unreached import freeze_unreached
-from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
-from offline_lmrl.tokens.comparison_batching import ComparisonDataset
+from offline_lmrl.tokens.batching import PackedDataset, WindowDataset, encode_trajectories
 from offline_lmrl.tokens.episodes import EpisodeEncoder, ReturnIdsFor, StepRule
 from offline_lmrl.tokens.few_shot import encode_few_shot
 from offline_lmrl.tokens.template_check import MISMATCH, TEMPLATE_ROWS
@@ -46,7 +45,6 @@ from offline_lmrl.training.loading import EvenBatches, LengthGroupedSampler, col
 from offline_lmrl.training.metrics import Averages, LossBar, MetricsFile
 from offline_lmrl.training.starting_model import check_model, tokenizer_beside, with_adapter
 
-Dataset = WindowDataset | ComparisonDataset
 KNOWN_TURN = "a finished agent turn after which the log continues or ends"  # its reward is a training target
 
 
@@ -147,7 +145,7 @@ class BaseTrainer(CheckpointedTrainer):
 
     def prepare(
         self, model: PreTrainedModel, train: Sequence[Any], held_out: Sequence[Any] | None
-    ) -> tuple[PreTrainedModel, Dataset, Dataset | None]:
+    ) -> tuple[PreTrainedModel, PackedDataset, PackedDataset | None]:
         """Return the model with all its parts and its run metadata, and the encoded training and held-out data.
 
         `self.counts` is incremented for each dropped row, under the reason.

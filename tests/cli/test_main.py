@@ -21,7 +21,7 @@ from offline_lmrl.algorithms import ALGORITHMS, load_algorithm
 from offline_lmrl.cli import main
 from offline_lmrl.cli.data import SOURCES, prepare_from_settings
 from offline_lmrl.cli.main import COMMANDS
-from offline_lmrl.cli.parser import Command, command_of, overrides_of, read_settings
+from offline_lmrl.cli.parser import Command, overrides_of, read_settings, ready
 from offline_lmrl.cli.play import read_prompts
 from offline_lmrl.comparison.config import CompareConfig
 from offline_lmrl.comparison.methods import MethodConfig
@@ -31,7 +31,7 @@ from offline_lmrl.decoding.sampler import DecodingConfig
 from offline_lmrl.errors import LONGEST_MESSAGE, InputError
 from offline_lmrl.logs.io import write_trajectories
 from offline_lmrl.run import DataConfig, ModelConfig
-from offline_lmrl.settings import Parameter, all_settings, nearest, parameters_of, setting
+from offline_lmrl.settings import REQUIRED, Parameter, all_settings, nearest, parameters_of, setting
 from offline_lmrl.tasks.hidden_rule import HiddenRule
 from offline_lmrl.tokens.few_shot import FewShotConfig
 from offline_lmrl.tokens.tokenizers import train_tokenizer
@@ -419,10 +419,10 @@ def test_train_help_is_about_the_algorithm(capsys):
 
 
 def test_interrupt_exits_130_without_a_traceback(command, monkeypatch):
-    def interrupted(argv):
+    def interrupted(name, argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["offline_lmrl.cli.main"], "_command", lambda name: interrupted)
+    monkeypatch.setattr(sys.modules["offline_lmrl.cli.main"], "_run", interrupted)
     assert command("train") == (130, "", "interrupted\n")
 
 
@@ -664,14 +664,31 @@ def function(data: list[str], rate: float = 0.5, *, output: Path, kind: Literal[
     """
 
 
-def test_a_function_gives_the_settings_of_a_command_and_their_help():
-    command = command_of("do", function, positional=("data",))
-    text = " ".join(command.help().split())
+@dataclass
+class Config:
+    """Do something else."""
+
+    run: str = setting(REQUIRED, "A run.")
+    decoding: dict = setting(dict, "Settings.")
+
+
+def measure(config: Config):
+    """Measure."""
+    return config
+
+
+def test_a_function_gives_the_settings_of_a_command_and_their_help(capsys):
+    def command(*words):
+        return ready("do", function, words, ("data",)).keywords
+
+    with pytest.raises(SystemExit, match="0"):
+        command("--help")
+    text = " ".join(capsys.readouterr().out.split())
     assert text.startswith("usage: offline-lmrl do DATA ... --output OUTPUT [--key value ...] Do something. settings:")
     assert "files to read. (a list)" in text and "--kind {a,b}" in text and "nothing" not in text
     found = {"data": ["5", "b"], "rate": 1.0, "output": Path("7"), "fast": True}
-    assert command.read(["5", "b", "--rate", "1", "--output=7", "--fast"]) == found
-    assert command.read(["5", "--fast", "b", "--fast", "false", "--output", "7"])["fast"] is False
+    assert command("5", "b", "--rate", "1", "--output=7", "--fast") == found
+    assert command("5", "--fast", "b", "--fast", "false", "--output", "7")["fast"] is False
     for words, message in (
         (["--output", "x"], "data: missing, expected `offline-lmrl do DATA ... --output OUTPUT"),
         (["a"], "output: missing, expected `offline-lmrl do"),
@@ -679,7 +696,15 @@ def test_a_function_gives_the_settings_of_a_command_and_their_help():
         (["a", "--output", "x", "--rate"], "--rate: found nothing after it, expected a value"),
     ):
         with pytest.raises(InputError, match=message):
-            command.read(words)
+            command(*words)
+
+
+def test_a_config_gives_the_settings_of_a_command_and_decoding_is_given_by_flags():
+    assert ready("do", measure, ["7", "--beta", "2", "--stop", "[x]"], ("run",))() == Config(
+        "7", {"beta": 2.0, "stop": ("x",)}
+    )
+    with pytest.raises(InputError, match="^bet: found a setting that does not exist; did you mean 'beta'"):
+        ready("do", measure, ["7", "--bet", "2"], ("run",))
 
 
 def test_an_error_names_the_file_if_the_value_is_from_it():
