@@ -6,9 +6,6 @@ from typing import Any
 
 import torch
 
-from offline_lmrl.tokens.batching import WindowRef
-from offline_lmrl.tokens.comparison_batching import ComparisonRef
-
 
 class LengthGroupedSampler(torch.utils.data.Sampler[int]):
     """A sampler that shuffles the rows so that neighbours have similar lengths.
@@ -68,7 +65,7 @@ class EvenBatches(torch.utils.data.BatchSampler):
             yield batch + [self.surplus] * (self.batch_size - len(batch))
 
 
-def collate_even(items: Sequence[WindowRef | ComparisonRef]) -> Mapping[str, Any]:
+def collate_even(items: Sequence[Any]) -> Mapping[str, Any]:
     """Collate a batch of `EvenBatches`, without its surplus indices.
 
     Every rank must run a forward pass, so a batch of surplus indices only becomes one row without weight in the loss.
