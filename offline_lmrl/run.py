@@ -41,7 +41,6 @@ from offline_lmrl.models.adapters import require_peft
 from offline_lmrl.renamed import current
 from offline_lmrl.settings import setting
 from offline_lmrl.tasks import make_environment
-from offline_lmrl.tokens.checks import score_columns
 from offline_lmrl.tokens.tokenizers import load_tokenizer, train_tokenizer
 from offline_lmrl.training.checkpoint import checkpoints, noted_signals, step_of
 from offline_lmrl.training.config import BaseConfig
@@ -166,6 +165,8 @@ def read_data(algorithm: str, data: DataConfig, args: BaseConfig, counts: Counte
                 shared
             )
     if isinstance(train[0], Trajectory) and not any(turn.reward is not None for row in train for turn in row.turns):
+        from offline_lmrl.tokens.checks import score_columns
+
         counts[f"rows without any reward{reward_hint(score_columns(train))}"] = len(train)
     if in_one_group(train):
         counts["rows that are all in one group, so that none can be held out for validation"] = len(train)

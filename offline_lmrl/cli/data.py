@@ -243,7 +243,7 @@ def _shipped(name: str, shipped: Mapping[str, Path]) -> Path:
     name = CONFIGS.get(name, name)
     if name not in shipped:
         raise InputError(
-            f"{name}: found neither a file nor a shipped config of that name{nearest(name, shipped)}; "
-            "`offline-lmrl config` lists the shipped ones"
+            f"{name}: found neither a file nor a shipped config of that name (`offline-lmrl config` lists them)"
+            f"{nearest(name, shipped)}"
         )
     return shipped[name]

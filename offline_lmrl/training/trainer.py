@@ -20,7 +20,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -35,7 +35,7 @@ from offline_lmrl.models.guided import as_guided, remove_heads
 from offline_lmrl.models.renderers import rendering_block, training_renderer
 from offline_lmrl.models.step_outputs import StepRequest
 from offline_lmrl.models.unreached import freeze_unreached
-from offline_lmrl.tokens.batching import WindowDataset, encode_trajectories
+from offline_lmrl.tokens.batching import PackedDataset, WindowDataset, encode_trajectories
 from offline_lmrl.tokens.episodes import EpisodeEncoder, ReturnIdsFor, StepRule
 from offline_lmrl.tokens.few_shot import encode_few_shot
 from offline_lmrl.training.checkpoint import CheckpointedTrainer
@@ -144,7 +144,7 @@ class BaseTrainer(CheckpointedTrainer):
 
     def prepare(
         self, model: PreTrainedModel, train: Sequence[Any], held_out: Sequence[Any] | None
-    ) -> tuple[PreTrainedModel, Dataset, Dataset | None]:
+    ) -> tuple[PreTrainedModel, PackedDataset, PackedDataset | None]:
         """Return the model with all its parts and its run metadata, and the encoded training and held-out data.
 
         `self.counts` is incremented for each dropped row, under the reason. `self.peft_config` may be completed.

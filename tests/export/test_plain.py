@@ -446,7 +446,7 @@ def test_the_command_prints_the_report_and_the_folder_or_one_line_about_what_is_
 
     assert refused(run).startswith("output: missing, expected `offline-lmrl export RUN --output OUTPUT")
     assert refused(run, "--output", output).startswith("beta: found 1.5 with q_reduce min, expected guidance that")
-    assert refused(run, "--output", output, "--stop", "x").startswith("--stop: found a setting that does not exist")
+    assert refused(run, "--output", output, "--stop", "[x]").startswith("stop: found ('x',), expected none")
     assert refused(tmp_path / "none", "--output", output).startswith(f"{tmp_path / 'none'}: found no such folder")
     assert refused(run, "--output", run).startswith("output: found ")
     blocked = run / "config.json" / "plain"
